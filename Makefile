@@ -1,0 +1,80 @@
+# Every target makes .venv on first use, and brings it up to date when setup.cfg, pyproject.toml or constraints.txt change.
+#
+#   make demo     a wrong answer, where it comes from, the edit, the proof      -> out/demo/report.html
+#   make test     the test suite without the checks marked slow
+#   make slow     the checks marked slow
+#   make lint     style, likely bugs, import order
+#   make bench    how fast tracing is, against the plain path
+#
+# Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
+# On Linux the package index serves that release with CUDA libraries (several GB). For the small CPU build, name
+# PyTorch's own index of CPU wheels (its address: "Get Started" on pytorch.org, choose pip and CPU):
+#
+#   make demo TORCH_INDEX=https://...
+#
+# PIP_EXTRA is passed on to every pip install, for a proxy or a mirror.  PYTHON names the Python that .venv is made from.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.multrace-ready
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+TORCH_INDEX ?=
+PIP_EXTRA ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
+PYTEST_ARGS ?=
+
+.PHONY: help demo test slow lint bench venv
+
+help:
+	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
+
+demo: $(READY)
+	$(BIN)/multrace demo
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+# pytest leaves with 5 where no test is chosen; that is not a pass, and it is not a failure either
+slow: $(READY)
+	@code=0; HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) || code=$$?; \
+	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; else exit $$code; fi
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY)
+	$(BIN)/multrace bench
+
+venv: $(READY)
+
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$("$$python" --version) ($$(command -v "$$python"))"; \
+	    "$$python" -m venv $(VENV); exit 0; \
+	  fi; \
+	done; \
+	echo "multrace needs Python 3.11 or newer with its venv module. None of these is one:" >&2; \
+	for python in $(CANDIDATES); do echo "  $$python: $$("$$python" --version 2>&1 | head -n 1)" >&2 || true; done; \
+	echo "Install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=python3.12 ..." >&2; \
+	exit 1
+
+# The last part of constraints.txt (torch and what it brings) is left out where .venv has a torch, so that it stays as it is.
+$(READY): setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@pins=$(VENV)/constraints.txt; \
+	if found=$$($(BIN)/python -c 'import torch; print(torch.__version__)' 2>/dev/null); then \
+	  echo "keeping torch $$found"; printf 'torch==%s\n' "$$found" > $$pins; \
+	  sed '/^# torch/,$$d' constraints.txt >> $$pins; \
+	else \
+	  cp constraints.txt $$pins; \
+	  $(PIP) install -c $$pins $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_EXTRA) torch; \
+	fi; \
+	$(PIP) install -c $$pins $(PIP_EXTRA) setuptools wheel; \
+	$(PIP) install -c $$pins $(PIP_EXTRA) --no-build-isolation -e '.[test]'
+	@touch $@

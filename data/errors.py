@@ -1,0 +1,6 @@
+"""The error of the data rooms."""
+
+
+class DataError(ValueError):
+    """A record, file or choice of records that cannot be used; the message says what was asked, found and can be done.
+    """

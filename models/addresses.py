@@ -1,0 +1,169 @@
+"""Sites of a decoder (hidden state, MLP, attention of a layer) and the modules and weights that stand for them."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Literal, get_args
+
+from torch import nn
+
+from .errors import ModelError
+from .families import Family
+
+Kind = Literal["hidden", "mlp", "attention"]
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """What a decoder layer writes: its output ("hidden"), its MLP's output ("mlp") or its attention's ("attention")."""
+
+    kind: Kind
+    layer: int
+    """From 0; negative layers count from the end."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ModelError(f"no kind of site {self.kind!r}; kinds are {', '.join(get_args(Kind))}")
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.layer}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A linear map that writes into the residual stream: an MLP's down projection or an attention's output map."""
+
+    module: nn.Module
+    path: str
+    """Dotted module path in the model."""
+    transposed: bool
+    """The weight is stored (width, hidden) instead of (hidden, width)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the weight in `model.named_parameters()`."""
+        return f"{self.path}.weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight itself, not a copy: (hidden, width), or (width, hidden) if transposed."""
+        return self.module.weight
+
+    @property
+    def hidden(self) -> int:
+        """Length of what the map writes."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def width(self) -> int:
+        """Length of what the map reads (the MLP width for a down projection)."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Key = Site | Projection | nn.Module | str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Addresses:
+    """The sites of one loaded model: its decoder's layers, found through `get_decoder()` and the family row."""
+
+    model: nn.Module
+    family: Family
+    name: str
+    """How error messages call the model."""
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The text stack."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def decoder_path(self) -> str:
+        """Dotted path of the text stack in the model."""
+        return next(path for path, module in self.model.named_modules() if module is self.decoder)
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers. ModelError if the row's name for them leads nowhere."""
+        return self._below(self.decoder, self.family.layers, self.decoder_path)
+
+    @cached_property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last decoder layer and the output head. ModelError if the row's name leads nowhere."""
+        return self._below(self.decoder, self.family.final_norm, self.decoder_path)
+
+    def index(self, layer: int) -> int:
+        """The layer counted from the start. ModelError if the decoder has no such layer."""
+        count = len(self.layers)
+        if not -count <= layer < count:
+            raise ModelError(
+                f"no layer {layer} in {self.name!r}: its decoder has {count} layers (0 to {count - 1}); "
+                "pass layer=-1 for the last one"
+            )
+        return layer % count
+
+    def path(self, key: Key) -> str:
+        """Dotted module path (as baukit takes it) of a site, projection or module; a path comes back unchecked."""
+        if isinstance(key, Site):
+            layer = f"{self.decoder_path}.{self.family.layers}.{self.index(key.layer)}"
+            return {
+                "hidden": layer,
+                "mlp": f"{layer}.{self.family.mlp}",
+                "attention": f"{layer}.{self.family.attention}",
+            }[key.kind]
+        if isinstance(key, Projection):
+            return key.path
+        if isinstance(key, nn.Module):
+            for path, module in self.model.named_modules():
+                if module is key:
+                    return path
+            raise ModelError(
+                f"{type(key).__name__} is not a module of {self.name!r}; pass a site, a path or one of its modules"
+            )
+        return key
+
+    def module(self, key: Key) -> nn.Module:
+        """The module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
+        return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
+
+    def down_projection(self, layer: int) -> Projection:
+        """The linear map that writes the layer's MLP into the residual stream; its inputs are the editors' keys."""
+        return self._projection(Site("mlp", self.index(layer)), self.family.down)
+
+    def attention_projection(self, layer: int) -> Projection:
+        """The linear map that writes the layer's attention into the residual stream."""
+        return self._projection(Site("attention", self.index(layer)), self.family.attention_out)
+
+    def _projection(self, site: Site, leaf: str) -> Projection:
+        path = f"{self.path(Site('hidden', site.layer))}.{leaf}"
+        module = self._at(path, f"projection of site {str(site)!r}")
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            raise ModelError(
+                f"the projection of site {str(site)!r} at {path!r} in {self.name!r} is a {type(module).__name__} "
+                f"without a weight matrix; mend the row of family {self.family.name}"
+            )
+        return Projection(module=module, path=path, transposed=self.family.transposed)
+
+    def _at(self, path: str, asked: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            names = [name for name, _ in self.model.named_modules()]
+            nearest = get_close_matches(path, names, n=1, cutoff=0.0)
+            raise ModelError(
+                f"no {asked} at {path!r} in {self.name!r} (family {self.family.name}); "
+                f"the nearest module is {nearest[0]!r}"
+            ) from None
+
+    def _below(self, parent: nn.Module, leaf: str, parent_path: str) -> nn.Module:
+        try:
+            return parent.get_submodule(leaf)
+        except AttributeError:
+            children = ", ".join(name for name, _ in parent.named_children())
+            raise ModelError(
+                f"no {leaf!r} in {parent_path!r} of {self.name!r} (family {self.family.name}): found {children}"
+            ) from None

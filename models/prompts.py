@@ -1,0 +1,238 @@
+"""A question about pictures as a model sees it: tensors, and names for every group of positions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import ModelError
+from .frontend import Frontend, align
+from .images import Picture, open_images
+from .spans import covering, find_span
+from .templates import frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One image position and the square of its picture that it stands for."""
+
+    position: int
+    row: int
+    """From the top, from 0."""
+    column: int
+    """From the left, from 0."""
+    image: int = 0
+    """Which picture of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """Model inputs of one question (batch one) and the named groups of its positions."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    text: str
+    """What the model is told, with one image token per picture, without the answer."""
+    inputs: Mapping[str, Tensor]
+    """input_ids and attention_mask (1, token), pixel_values (image, channel, row, column) if there are pictures."""
+    tokens: tuple[str, ...]
+    """One readable string per position."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Positions by name.
+
+    "image": the pictures' tokens. "question": every text token from the end of the last picture to the end of the
+    question; "question_only": without separators. If spans were given: "constraint" and "constraint:NAME", all tokens
+    of the span; "constraint_last", the last of them. "last": the prompt's final token, which predicts the answer's
+    first. "answer": the given answer's tokens, else none. "all": everything up to and including "last".
+    """
+    patches: tuple[Patch, ...]
+    """Image positions with their row and column; empty where a picture's tokens do not form its patch grid."""
+    answer: str | None = None
+    answer_ids: tuple[int, ...] = ()
+    """Tokens of the answer, end-of-sequence not included."""
+    frontend: Frontend = field(repr=False)
+
+    @property
+    def length(self) -> int:
+        """Number of positions, the answer's included."""
+        return self.inputs["input_ids"].shape[1]
+
+    def with_answer(self, answer: str | None) -> "Prompt":
+        """The same prompt with this answer's tokens after it (teacher forcing); None: without an answer."""
+        end = self.groups["last"][0] + 1
+        ids = self.frontend.answer_ids(self.text, answer) if answer is not None else ()
+        inputs = {name: value[:, :end] if self._is_per_token(value) else value for name, value in self.inputs.items()}
+        added = torch.tensor([ids], dtype=torch.long, device=inputs["input_ids"].device)
+        for name, value in inputs.items():
+            if value.shape == (1, end):
+                fill = added if name == "input_ids" else torch.full_like(added, int(name == "attention_mask"))
+                inputs[name] = torch.cat([value, fill.to(value.dtype)], dim=1)
+        groups = dict(self.groups) | {"answer": tuple(range(end, end + len(ids)))}
+        return replace(
+            self,
+            inputs=MappingProxyType(inputs),
+            tokens=self.tokens[:end] + tuple(self.frontend.tokenizer.decode([token]) for token in ids),
+            groups=MappingProxyType(groups),
+            answer=answer,
+            answer_ids=ids,
+        )
+
+    def positions(self, group: str | int | Sequence[int]) -> tuple[int, ...]:
+        """Positions of a group, of one index (negative counts from the end) or of several; ModelError if absent."""
+        if isinstance(group, str):
+            if group not in self.groups:
+                raise ModelError(f"no token group {group!r}; this prompt has {', '.join(self.groups)}")
+            return self.groups[group]
+        asked = (group,) if isinstance(group, int) else tuple(group)
+        for position in asked:
+            if not -self.length <= position < self.length:
+                raise ModelError(f"no position {position}; this prompt has {self.length} (0 to {self.length - 1})")
+        return tuple(position % self.length for position in asked)
+
+    def _is_per_token(self, value: Tensor) -> bool:
+        return value.shape == (1, self.length)
+
+
+def build(
+    frontend: Frontend,
+    image: Picture | Sequence[Picture] | None,
+    question: str,
+    *,
+    constraint: str | Mapping[str, str] | None = None,
+    answer: str | None = None,
+    template: str | None = None,
+) -> Prompt:
+    """The prompt for this question; see `VisionLanguageModel.prompt`."""
+    question = question.strip()
+    if not question:
+        raise ModelError("the question is empty; pass what the model should answer")
+    if frontend.image_token and frontend.image_token in question:
+        raise ModelError(f"the question {question!r} holds the image token; pass pictures as image=")
+    images = open_images(image)
+    before, after = frame(frontend.processor, images=len(images), image_token=frontend.image_token, template=template)
+    spans = {name: find_span(question, words) for name, words in _named(constraint).items()}
+    text = before + question + after
+    inputs = frontend.encode(text, images)
+    short, offsets = frontend.tokenize(text)
+    ids = inputs["input_ids"][0].tolist()
+    aligned = align(short, ids, frontend.image_token_id)
+    layout = _Layout(
+        offsets=offsets, aligned=aligned, before=before, question=question, image_token=frontend.image_token
+    )
+    image_positions = tuple(index for index, token in enumerate(ids) if token == frontend.image_token_id)
+    prompt = Prompt(
+        images=images,
+        question=question,
+        text=text,
+        inputs=MappingProxyType(inputs),
+        tokens=tuple(frontend.tokenizer.decode([token]) for token in ids),
+        groups=MappingProxyType(_groups(layout, spans, image_positions, len(ids))),
+        patches=_patches(image_positions, inputs.get("pixel_values"), frontend.patch_size),
+        frontend=frontend,
+    )
+    return prompt if answer is None else prompt.with_answer(answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where characters of the prompt's text end up among its positions."""
+
+    offsets: list[tuple[int, int]]
+    aligned: tuple[int | None, ...]
+    before: str
+    question: str
+    image_token: str | None
+
+    def positions(self, start: int, end: int) -> tuple[int, ...]:
+        """Positions of the text tokens that hold a character of the question's [start, end); negative: before it."""
+        shift = len(self.before)
+        found = (self.aligned[index] for index in covering(self.offsets, start + shift, end + shift))
+        return tuple(position for position in found if position is not None)
+
+    def after_image(self) -> int:
+        """Where the last picture before the question ends, relative to the question's start; 0 without one."""
+        if not self.image_token or self.image_token not in self.before:
+            return 0
+        return self.before.rindex(self.image_token) + len(self.image_token) - len(self.before)
+
+
+def _named(constraint: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Spans by group name; the span called "constraint", else the first one, is the constraint itself."""
+    if constraint is None:
+        return {}
+    if isinstance(constraint, str):
+        return {"constraint": constraint}
+    if not constraint:
+        raise ModelError("the mapping of constraints is empty; pass constraint=None or name -> words of the question")
+    main = constraint.get("constraint", next(iter(constraint.values())))
+    extra = {f"constraint:{name}": words for name, words in constraint.items() if name != "constraint"}
+    return {"constraint": main} | extra
+
+
+def _groups(
+    layout: _Layout, spans: Mapping[str, tuple[int, int]], image: tuple[int, ...], length: int
+) -> dict[str, tuple[int, ...]]:
+    groups = {
+        "image": image,
+        "question": layout.positions(layout.after_image(), len(layout.question)),
+        "question_only": layout.positions(0, len(layout.question)),
+    }
+    groups |= {name: layout.positions(*span) for name, span in spans.items()}
+    if "constraint" in groups:
+        groups["constraint_last"] = groups["constraint"][-1:]
+    return groups | {"last": (length - 1,), "answer": (), "all": tuple(range(length))}
+
+
+def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | None) -> tuple[Patch, ...]:
+    """Row and column of each image position, if the tokens are the patches (one leading class token is allowed)."""
+    if pixels is None or patch_size is None or pixels.ndim != 4:
+        return ()
+    rows, columns = pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
+    each, left_over = divmod(len(image), len(pixels))
+    extra = each - rows * columns
+    if left_over or extra not in (0, 1):
+        return ()
+    return tuple(
+        Patch(position=image[index * each + extra + row * columns + column], row=row, column=column, image=index)
+        for index in range(len(pixels))
+        for row in range(rows)
+        for column in range(columns)
+    )
+
+
+def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """One batch of inputs, padded on the given side, and by how much each prompt's positions moved.
+
+    input_ids and attention_mask (prompt, token); pictures are stacked in the order of the prompts. ModelError if
+    there is no prompt, or if pictures have different sizes after the processor.
+    """
+    if not prompts:
+        raise ModelError("no prompts to put into a batch; pass at least one")
+    if side not in ("left", "right"):
+        raise ModelError(f"no padding side {side!r}; pass 'left' or 'right'")
+    longest = max(prompt.length for prompt in prompts)
+    offsets = tuple(longest - prompt.length if side == "left" else 0 for prompt in prompts)
+    fills = {
+        "input_ids": next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    }
+    batch: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.inputs):
+        values = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
+        if len(values) == len(prompts) and all(
+            value.shape == (1, prompt.length) for value, prompt in zip(values, prompts, strict=True)
+        ):
+            values = [_padded(value, longest, side, fills.get(name, 0)) for value in values]
+        if len({value.shape[1:] for value in values}) > 1:
+            sizes = ", ".join(str(tuple(value.shape[1:])) for value in values)
+            raise ModelError(f"{name} of these prompts do not fit into one batch: {sizes}; use batch_size=1")
+        batch[name] = torch.cat(values)
+    return batch, offsets
+
+
+def _padded(value: Tensor, length: int, side: str, fill: int) -> Tensor:
+    missing = length - value.shape[1]
+    return torch.nn.functional.pad(value, (missing, 0) if side == "left" else (0, missing), value=fill)

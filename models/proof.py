@@ -1,0 +1,247 @@
+"""The proof of the addresses, run at loading: a family row is trusted only when this model behaves as the row says."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .addresses import Projection, Site
+from .errors import ModelError
+from .hooks import capture, patch
+from .prompts import Prompt
+from .vlm import VisionLanguageModel
+
+_QUESTION = "Which of these words is the one that comes last?"
+
+
+def prove_addresses(vlm: VisionLanguageModel) -> str:
+    """One line that says what was proven; ModelError names the site that does not behave as the family row says.
+
+    Seven forward passes on one picture and question. Every site of every layer: it runs, its shape, attention and MLP
+    add up to what the layer writes, projections write what their modules write and read their weights in the row's
+    orientation. An identity patch everywhere leaves the logits bit-equal. A real patch at one position of each kind
+    of site leaves earlier positions and earlier layers bit-equal and moves later ones. Image positions hold the image
+    features, and nothing else. Not proven: other layers' real patches, other lengths, quantised weights' orientation.
+    """
+    with torch.no_grad():
+        prompt = vlm.prompt(_picture() if vlm.has_vision else None, _QUESTION, template="raw")
+        position = prompt.groups["question_only"][len(prompt.groups["question_only"]) // 2]
+        probe = _Probe(vlm=vlm, prompt=prompt, position=position)
+        clean, states = _prove_identity(probe)
+        for layer in range(vlm.layers):
+            _prove_layer(probe, states, layer)
+        if not torch.equal(vlm.forward(inputs_embeds=vlm.embeddings(prompt)), clean):
+            raise probe.error(
+                "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
+            )
+        _prove_norm(probe, clean)
+        layer = vlm.layers // 2
+        for kind in ("hidden", "mlp", "attention"):
+            _prove_patch(probe, Site(kind, layer), clean, states)
+        images = _prove_images(probe) if vlm.has_vision else "no pictures"
+    return f"addresses proven ({3 * vlm.layers} sites, patches at layer {layer} act forward, {images})"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One end of a module: what is recorded."""
+
+    key: Site | Projection
+    inputs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    shape: tuple[int, ...]
+    tail: Tensor
+    """From the probed position on, (1, token, width): copies of whole states would fill the memory of a large model."""
+
+
+States = dict[_Side, _Seen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    vlm: VisionLanguageModel
+    prompt: Prompt
+    position: int
+
+    def error(self, site: Site | str, found: str) -> ModelError:
+        """The failure of one site."""
+        return ModelError(
+            f"site '{site}' of {self.vlm.name!r} fails its proof: {found}; "
+            f"mend the row of family {self.vlm.family.name!r}, or pass another one in families="
+        )
+
+    def run(self, edits: dict[Site, Callable[[Tensor], Tensor]] | None = None) -> tuple[Tensor, States]:
+        """Logits (1, token, vocab) with these edits, and the states seen on the way, through identity patches."""
+        states: States = {}
+
+        def record(side: _Side) -> Callable[[Tensor], Tensor]:
+            def keep(value: Tensor) -> Tensor:
+                states[side] = _Seen(shape=tuple(value.shape), tail=value[:, self.position :].clone())
+                return value
+
+            return keep
+
+        layers = range(self.vlm.layers)
+        hidden = [Site("hidden", layer) for layer in layers]
+        parts = [Site(kind, layer) for kind in ("mlp", "attention") for layer in layers]
+        projections = [self.projection(site) for site in parts]
+        with ExitStack() as stack:
+            if edits:
+                stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees what it made
+            for keys, inputs in ((hidden + parts + projections, False), (hidden + projections, True)):
+                stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
+            return self.vlm.logits(self.prompt), states
+
+    def projection(self, site: Site) -> Projection:
+        """The map through which an MLP or attention site writes."""
+        return (self.vlm.down_projection if site.kind == "mlp" else self.vlm.attention_projection)(site.layer)
+
+
+def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
+    """The clean logits and states. Patches that change nothing must leave the logits bit-equal."""
+    clean = probe.vlm.logits(probe.prompt)
+    if not clean.isfinite().all():
+        raise ModelError(
+            f"{probe.vlm.name!r} gives logits that are not finite in {probe.vlm.dtype}; pass dtype='float32'"
+        )
+    patched, states = probe.run()
+    if not torch.equal(patched, clean):
+        raise ModelError(
+            f"patches that change nothing change the logits of {probe.vlm.name!r}; its modules are not plain"
+        )
+    return clean, states
+
+
+def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
+    """Shapes of one layer, its residual sum, and its two projections."""
+    sites = {kind: Site(kind, layer) for kind in ("hidden", "mlp", "attention")}
+    expected = (1, probe.prompt.length, probe.vlm.hidden)
+    for site in sites.values():
+        seen = _state(probe, states, site)
+        if seen.shape != expected:
+            raise probe.error(site, f"its output has shape {seen.shape} instead of {expected}")
+    into = states[_Side(sites["hidden"], True)].tail
+    parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
+    written = states[_Side(sites["hidden"], False)].tail.to(into.device)
+    if not _close(sum(parts), written, sum(part.norm() for part in parts)):
+        raise probe.error(
+            f"{sites['attention']}' and '{sites['mlp']}", "what they write does not add up to what the layer writes"
+        )
+    for kind in ("mlp", "attention"):
+        _prove_projection(probe, states, sites[kind])
+
+
+def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
+    """The projection writes what the site writes, and reads its weight in the orientation that the row says."""
+    projection = probe.projection(site)
+    read, written = states.get(_Side(projection, True)), states.get(_Side(projection, False))
+    if read is None or written is None:
+        raise probe.error(site, f"its projection {projection.path!r} does not run")
+    if not torch.equal(written.tail, _state(probe, states, site).tail):
+        raise probe.error(site, f"its projection {projection.path!r} does not write what the site writes")
+    if not projection.weight.is_floating_point():
+        return  # quantised weights are packed; only their module knows their orientation
+    shape = (projection.hidden, projection.width)
+    if shape != (probe.vlm.hidden, read.shape[-1]):
+        raise probe.error(
+            site, f"its projection {projection.path!r} is (hidden, width) {shape}, but reads width {read.shape[-1]}"
+        )
+    weight = projection.weight.T if projection.transposed else projection.weight
+    bias = getattr(projection.module, "bias", None)
+    computed = read.tail.double() @ weight.double().T + (0 if bias is None else bias.double())
+    scale = read.tail.double().norm() * weight.double().norm() + (0 if bias is None else bias.double().norm())
+    if not _close(computed, written.tail.double(), scale, eps=torch.finfo(written.tail.dtype).eps):
+        raise probe.error(site, f"its projection {projection.path!r} is stored the other way round (transposed)")
+
+
+def _prove_norm(probe: _Probe, clean: Tensor) -> None:
+    """The final norm reads what the last layer writes, and the output head turns its output into the logits."""
+    vlm, last = probe.vlm, Site("hidden", probe.vlm.layers - 1)
+    norm = vlm.final_norm
+    with capture(vlm, [last, norm]) as written, capture(vlm, [norm], inputs=True) as read:
+        vlm.logits(probe.prompt)
+    if norm not in read or not torch.equal(read[norm], written[last].to(read[norm].device)):
+        raise probe.error(last, f"the final norm {vlm.path(norm)!r} does not read what this last layer writes")
+    logits = vlm.model.get_output_embeddings()(written[norm]).to(clean.dtype)
+    if not torch.equal(logits, clean.to(logits.device)):
+        raise probe.error(last, f"the output head does not turn the output of {vlm.path(norm)!r} into the logits")
+
+
+def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> None:
+    """A real patch at one position acts on this and later positions, on this and later layers, and on nothing else."""
+    at = probe.position
+
+    def move(value: Tensor) -> Tensor:
+        moved = value.clone()
+        moved[:, at] = 1 - value[:, at]  # neither a scale nor a shift, which norms would take back
+        return moved
+
+    patched, after = probe.run({site: move})
+    if not torch.equal(patched[:, :at], clean[:, :at]):
+        raise probe.error(site, f"a patch at position {at} changes the logits of earlier positions")
+    if torch.equal(patched[:, at], clean[:, at]):
+        raise probe.error(site, f"a patch at position {at} has no effect on the logits there")
+    if site.layer + 1 < probe.vlm.layers and torch.equal(patched[:, at + 1 :], clean[:, at + 1 :]):
+        raise probe.error(site, f"a patch at position {at} has no effect on the logits of later positions")
+    for layer in range(probe.vlm.layers):
+        side = _Side(Site("hidden", layer), False)
+        same = torch.equal(after[side].tail[:, 0], states[side].tail[:, 0])
+        if same != (layer < site.layer) or (same and not torch.equal(after[side].tail, states[side].tail)):
+            raise probe.error(
+                site, f"a patch here leaves the hidden state of layer {layer} {'unmoved' if same else 'moved'}"
+            )
+    if site.kind == "attention":
+        side = _Side(Site("mlp", site.layer), False)
+        parallel = torch.equal(after[side].tail, states[side].tail)
+        if parallel != probe.vlm.family.parallel:
+            found = "does not see" if parallel else "sees"
+            raise probe.error(
+                site, f"the MLP of its layer {found} it, and the row says parallel={probe.vlm.family.parallel}"
+            )
+
+
+def _prove_images(probe: _Probe) -> str:
+    """Image positions hold the features of this very picture, and other positions do not change with the picture."""
+    vlm, prompt = probe.vlm, probe.prompt
+    image = list(prompt.groups["image"])
+    with capture(vlm, [vlm.vision_tower]) as seen:
+        embeddings = vlm.embeddings(prompt)
+    if not seen:
+        raise probe.error("image", "the vision tower did not run")
+    features = vlm.image_features(prompt).to(embeddings.device)
+    if not image or not torch.equal(embeddings[0, image], features):
+        raise probe.error("image", f"{len(image)} image positions do not hold the {len(features)} image features")
+    other = vlm.embeddings(vlm.prompt(_picture(inverted=True), _QUESTION, template="raw"))
+    words = [position for position in range(prompt.length) if position not in prompt.groups["image"]]
+    if torch.equal(other[0, image], embeddings[0, image]):
+        raise probe.error("image", "another picture gives the same image features")
+    if not torch.equal(other[0, words], embeddings[0, words]):
+        raise probe.error("image", "another picture changes the embeddings of words")
+    return f"{len(image)} image tokens hold image features"
+
+
+def _state(probe: _Probe, states: States, site: Site) -> _Seen:
+    seen = states.get(_Side(site, False))
+    if seen is None:
+        raise probe.error(site, f"its module {probe.vlm.path(site)!r} does not run")
+    return seen
+
+
+def _close(found: Tensor, expected: Tensor, scale: Tensor, *, eps: float | None = None) -> bool:
+    """Equal up to a few roundings of terms of this size."""
+    return bool((found - expected).norm() <= 8 * (eps or torch.finfo(expected.dtype).eps) * scale)
+
+
+def _picture(*, inverted: bool = False) -> Image.Image:
+    """A gradient with corners of different colours, or its negative."""
+    size = 64
+    pixels = [(4 * column, 4 * row, 255 - 2 * (row + column)) for row in range(size) for column in range(size)]
+    image = Image.new("RGB", (size, size))
+    image.putdata([tuple(255 - value for value in pixel) if inverted else pixel for pixel in pixels])
+    return image

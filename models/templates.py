@@ -1,0 +1,49 @@
+"""How a question is put to a model: its chat template, the plain LLaVA wording, or one of the caller's."""
+
+from typing import Any
+
+from .errors import ModelError
+
+_MARK = "\ue000"  # a private-use character: no template and no question contains it
+
+
+def frame(processor: Any, *, images: int, image_token: str | None, template: str | None = None) -> tuple[str, str]:
+    """What stands before and after the question; the first part holds one image token per picture.
+
+    template: None for the model's own (the processor's chat template; "USER: <image>\\n{question} ASSISTANT:" where
+    it has none; the bare question for a text model without one), "raw" for the image tokens and the question alone,
+    or a text with {question} and, for pictures, {image}. ModelError if the template does not show the question
+    exactly once.
+    """
+    if images and image_token is None:
+        raise ModelError("this is a text-only model; pass image=None")
+    image_tokens = [image_token or ""] * images
+    if template == "raw":
+        return "".join(image_tokens), ""
+    if template is not None:
+        rendered = _custom(template, image_tokens)
+    elif getattr(processor, "chat_template", None):
+        rendered = _chat(processor, images, has_vision=image_token is not None)
+    elif image_token is None:
+        rendered = _MARK
+    else:
+        rendered = "USER: " + "".join(f"{token}\n" for token in image_tokens) + _MARK + " ASSISTANT:"
+    if rendered.count(_MARK) != 1:
+        raise ModelError(f"the template shows the question {rendered.count(_MARK)} times; it must show it exactly once")
+    before, after = rendered.split(_MARK)
+    return before, after
+
+
+def _custom(template: str, image_tokens: list[str]) -> str:
+    if "{question}" not in template:
+        raise ModelError(f"the template {template!r} has no {{question}}; write where the question goes")
+    if image_tokens and "{image}" not in template:
+        raise ModelError(f"the template {template!r} has no {{image}}; write where the picture goes")
+    return template.replace("{image}", "\n".join(image_tokens)).replace("{question}", _MARK)
+
+
+def _chat(processor: Any, images: int, *, has_vision: bool) -> str:
+    content: Any = [*[{"type": "image"}] * images, {"type": "text", "text": _MARK}] if has_vision else _MARK
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )

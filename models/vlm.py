@@ -1,0 +1,246 @@
+"""The model under study, as one object: weights, processor, addresses and sizes."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .addresses import Addresses, Key, Projection
+from .errors import ModelError
+from .families import Family
+from .frontend import Frontend
+from .generation import Score, generate, score_answer
+from .hooks import first_input
+from .images import Picture
+from .prompts import Prompt, build
+from .saving import save_directory
+
+Inputs = Prompt | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisionLanguageModel:
+    """A loaded vision-language (or text-only) model. Made by `load`."""
+
+    model: nn.Module = field(repr=False)
+    """The Hugging Face model, in eval mode, its parameters without gradients."""
+    frontend: Frontend = field(repr=False)
+    addresses: Addresses = field(repr=False)
+    family: Family
+    name: str
+    """The path or hub id it was loaded from."""
+    revision: str | None = None
+    stored_dtype: torch.dtype | None = None
+    """The dtype of its file, which `save_pretrained` writes again."""
+
+    @property
+    def processor(self) -> Any:
+        """The processor; the tokenizer for a text-only model."""
+        return self.frontend.processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.frontend.tokenizer
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.addresses.layers)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def mlp(self) -> int:
+        """Width of what the first layer's down projection reads."""
+        return self.down_projection(0).width
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads per decoder layer."""
+        return self.model.config.get_text_config().num_attention_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return self.model.device
+
+    @property
+    def has_vision(self) -> bool:
+        """It takes pictures."""
+        return self.family.vision is not None
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last decoder layer and the output head."""
+        return self.addresses.final_norm
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The module that sees pictures. ModelError for a text-only model."""
+        if self.family.vision is None:
+            raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
+        return self.module(f"{self.model.base_model_prefix}.{self.family.vision}")
+
+    def prompt(
+        self,
+        image: Picture | Sequence[Picture] | None,
+        question: str,
+        *,
+        constraint: str | Mapping[str, str] | None = None,
+        answer: str | None = None,
+        template: str | None = None,
+    ) -> Prompt:
+        """The model inputs of one question, and names for its token groups.
+
+        image: a path, a PIL image, several of them, or None. constraint: words of the question (found without regard
+        to case), or name -> words for several; the one called "constraint", else the first, is the constraint itself.
+        answer: continues the prompt (teacher forcing). template: None for the model's own, "raw", or a text with
+        {image} and {question}. ModelError for an empty question, an unreadable picture, or words that the question
+        does not say.
+        """
+        return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
+
+    def path(self, key: Key) -> str:
+        """Dotted path (as baukit takes it) of the module of a site, projection or module."""
+        return self.addresses.path(key)
+
+    def module(self, key: Key) -> nn.Module:
+        """The module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
+        return self.addresses.module(key)
+
+    def down_projection(self, layer: int) -> Projection:
+        """The linear map that writes a layer's MLP into the residual stream; negative layers count from the end."""
+        return self.addresses.down_projection(layer)
+
+    def attention_projection(self, layer: int) -> Projection:
+        """The linear map that writes a layer's attention into the residual stream."""
+        return self.addresses.attention_projection(layer)
+
+    def weight(self, name: str) -> nn.Parameter:
+        """The parameter of this name, not a copy. ModelError shows the nearest name."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if name not in parameters:
+            nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
+            raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
+        return parameters[name]
+
+    def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
+        """For each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
+        return {name: _digest(self.weight(name)) for name in names}
+
+    def image_features(self, inputs: Inputs) -> Tensor:
+        """The pictures as the text stack gets them, (image token, hidden), in the order of the image positions."""
+        features = self.model.get_image_features(pixel_values=self._ready(inputs)["pixel_values"], return_dict=True)
+        return torch.cat(list(features.pooler_output))
+
+    def embeddings(self, inputs: Inputs) -> Tensor:
+        """What the text stack is given, (batch, token, hidden): word embeddings with image features in their place.
+
+        Runs the vision tower but no decoder layer.
+        """
+        ready = self._ready(inputs)
+        if not self.has_vision:
+            return self.model.get_input_embeddings()(ready["input_ids"])
+        with first_input(self.addresses.decoder, "the text stack") as entered:
+            self.model(**ready, use_cache=False)
+        return entered[0]
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing."""
+        return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
+
+    def forward(
+        self,
+        *,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (batch, token, vocab) of the text stack on given embeddings (batch, token, hidden), as in `logits`.
+
+        attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row may
+        look at a column; a boolean one must hold the causal triangle itself.
+        """
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
+        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return _wide(self.model(**_with_positions(given), use_cache=False).logits)
+
+    def decode(self, ids: Any) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def answer(self, image: Picture | Sequence[Picture] | None, question: str, *, max_new_tokens: int = 16) -> str:
+        """The model's greedy answer, outer blanks removed."""
+        return self.answers([self.prompt(image, question)], max_new_tokens=max_new_tokens)[0]
+
+    def answers(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 16, progress: bool = False
+    ) -> list[str]:
+        """The greedy answer to each prompt, as one by one; answers that prompts carry are left out."""
+        return generate(
+            self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        )
+
+    def score(self, image: Picture | Sequence[Picture] | None, question: str, answer: str) -> Score:
+        """How probable the model finds this answer (teacher-forced, all its tokens, without end-of-sequence)."""
+        prompt = self.prompt(image, question, answer=answer)
+        with torch.no_grad():
+            return score_answer(self.logits(prompt), prompt, self.tokenizer)
+
+    def save_pretrained(
+        self, directory: str | PathLike[str], *, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> None:
+        """Model and processor as an ordinary Hugging Face directory (safetensors), there whole or not at all.
+
+        dtype: of the floating-point weights in the file; None keeps the one of the file that was loaded. An existing
+        directory that is not empty is refused, or replaced if `overwrite`. ModelError if it cannot be written.
+        """
+        save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
+
+    def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
+        tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs
+        moved = {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in tensors.items()
+        }
+        return _with_positions(moved)
+
+    def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Only sdpa understands booleans; the eager path would add True as 1."""
+        if mask.dtype != torch.bool or self.model.config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with the positions that a left-padded row would have alone, as generation counts them."""
+    mask = inputs.get("attention_mask")
+    if "position_ids" in inputs or mask is None or mask.ndim != 2 or bool(mask[:, 0].all()):
+        return inputs
+    return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _digest(weight: Tensor) -> str:
+    raw = weight.detach().cpu().contiguous()
+    header = f"{raw.dtype} {tuple(raw.shape)} ".encode()
+    return hashlib.sha256(header + raw.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

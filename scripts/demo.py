@@ -1,0 +1,155 @@
+"""multrace demo: outdated facts of the embedded model shown, traced, edited, verified and undone, with a report to look
+at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..data import World, tiny_vlm_path
+from ..data.world import EditCase
+from ..editing import EditRequest
+from ..locating import LocatedEdit, locate_then_edit
+from ..models import VisionLanguageModel, load
+from ..tracing import CausalTrace, SwapImage, causal_trace
+from .errors import CommandError
+from .options import add_options, option, read
+from .outputs import check_files, new_files
+from .report import Report, plot_scores, write_report
+from .verification import PROBES, Probe, probe_records, scores, verify
+
+HELP = "trace, edit and verify outdated facts of the embedded model, with a report"
+EXAMPLE = """examples:
+  multrace demo                                the first ten outdated facts, into out/demo
+  multrace demo --seed 3 --out out/demo3       other facts
+"""
+_FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Options of `multrace demo`."""
+
+    out: Path = option("folder for the report (default out/demo)", default=Path("out/demo"), type=Path)
+    seed: int = option("which outdated facts to take (default 0)", default=0, type=int)
+    facts: int = option("how many facts to edit, one at a time (default 10)", default=10, type=int)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `Demo`."""
+    add_options(parser, Demo)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo and prints its table."""
+    settings = read(Demo, options)
+    page, table = demo(settings)
+    print(table)
+    print(f"\nreport: {page}")
+    return 0
+
+
+def demo(settings: Demo) -> tuple[Path, str]:
+    """(the HTML report, the table as text). `settings.out` gets the report, PNGs, the trace and one file per edit.
+
+    CommandError for a number of facts that there is not, or a folder that cannot be written (before any work).
+    """
+    vlm, world = load(tiny_vlm_path()), World()
+    cases = world.edit_cases("outdated", "report", settings.seed)
+    if not 1 <= settings.facts <= len(cases):
+        raise CommandError(
+            f"--facts {settings.facts}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
+        )
+    cases = cases[: settings.facts]  # the first ones, no picking
+    names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
+    check_files(settings.out, names)
+    requests = [_request(vlm, world, case) for case in cases]
+    corruptions = [SwapImage(_other_picture(world, case)) for case in cases]
+    located = locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
+    tokens = causal_trace(vlm, requests[0].prompt, corruption=corruptions[0])
+    untouched = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
+    pairs = list(zip(cases, located.deltas, strict=True))
+    probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
+    same = all(torch.equal(weight, untouched[name]) for name, weight in vlm.model.state_dict().items())
+    with new_files(settings.out, names) as folder:
+        report = _report(settings, folder, located, tokens, probes, same)
+        write_report(report, folder / "report.html")
+        located.trace.save(folder / "trace.safetensors")
+        for number, delta in enumerate(located.deltas):
+            delta.save(folder / _edit_file(number))
+    return settings.out / "report.html", _table(report)
+
+
+def _edit_file(number: int) -> str:
+    return f"edit_{number + 1:02d}.safetensors"
+
+
+def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequest:
+    record = world.question(case.fact)
+    picture = world.picture(world.entities[case.fact.entity], 0).image
+    return EditRequest(prompt=vlm.prompt(picture, record.question, constraint=record.constraint), target=case.target)
+
+
+def _other_picture(world: World, case: EditCase) -> Image.Image:
+    """A picture of the next entity of the kind that has another answer."""
+    entity = world.entities[case.fact.entity]
+    peers = world.of_kind(entity.kind)
+    start = peers.index(entity) + 1
+    other = next(peer for peer in (*peers[start:], *peers[:start]) if peer.facts[case.fact.key] != case.fact.answer)
+    return world.picture(other, 0).image
+
+
+def _report(
+    settings: Demo,
+    folder: Path,
+    located: LocatedEdit,
+    tokens: CausalTrace,
+    probes: Sequence[Sequence[Probe]],
+    same: bool,
+) -> Report:
+    table = scores([probe for rows in probes for probe in rows])
+    plots = [
+        (
+            plot_scores(table, folder / "scores.png"),
+            "Right answers of each kind of question, unedited, edited and undone.",
+        ),
+        (
+            located.trace.plot(folder / "trace.png"),
+            f"Mean indirect effect over the {len(probes)} facts when the picture is "
+            "swapped: hidden states one layer at a time, MLPs and attention three layers at a time.",
+        ),
+        (tokens.plot(folder / "tokens.png"), "The first fact, token by token; constraint tokens carry a star."),
+    ]
+    return Report(
+        title="multrace: outdated facts, found and changed",
+        subtitle=f"{len(probes)} outdated facts of the embedded model (seed {settings.seed}), "
+        "edited one at a time with MultEdit.",
+        reason=f"Edited: the MLP of layer {located.site.layer} at the token group {located.site.token!r}, "
+        f"because {located.site.reason}.",
+        undo="After undoing, every weight is bit for bit what it was."
+        if same
+        else "After undoing, some weights differ!",
+        scores=table,
+        plots=plots,
+        facts=probes,
+    )
+
+
+def _table(report: Report) -> str:
+    width = max(len(PROBES[score.kind][0]) for score in report.scores)
+    lines = [f"\n{report.reason}\n", f"{'right answers':{width}s}  questions  unedited  edited  undone"]
+    lines += [
+        f"{PROBES[score.kind][0]:{width}s}  {score.number:9d}  "
+        f"{score.unedited:8.0%}  {score.edited:6.0%}  {score.undone:6.0%}"
+        for score in report.scores
+    ]
+    failed = [probes[0].record for probes in report.facts if not probes[0].is_right("edited")]
+    lines += [f"failed: {record.question} -> {record.answer}" for record in failed]
+    return "\n".join([*lines, report.undo])

@@ -1,0 +1,172 @@
+"""Options as frozen dataclasses: a field is an option, its help stands beside it; and the options commands share."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from transformers.utils import logging as transformers_logging
+
+from ..data import tiny_vlm_path
+from ..models import Prompt, VisionLanguageModel, load
+from ..models.images import open_images
+from ..models.spans import find_span
+from ..tracing import Corruption, ReplaceText, SwapImage, TextNoise, parse_corruption
+from .errors import CommandError
+
+_Options = TypeVar("_Options")
+
+
+def option(help: str, *, default: Any = MISSING, is_about_model: bool = False, **words: Any) -> Any:
+    """A dataclass field that is an option, required if it has no default; words go to argparse's add_argument."""
+    return field(default=default, metadata={"is_about_model": is_about_model, "words": {"help": help, **words}})
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Adds every field of a dataclass made of `option`s; max_new_tokens becomes --max-new-tokens."""
+    model = parser.add_argument_group("model")
+    for each in fields(kind):
+        group = model if each.metadata["is_about_model"] else parser
+        needed = {"required": True} if each.default is MISSING else {"default": each.default}
+        group.add_argument(f"--{each.name.replace('_', '-')}", dest=each.name, **needed, **each.metadata["words"])
+
+
+def read(kind: type[_Options], options: argparse.Namespace) -> _Options:
+    """The dataclass that `add_options` asked for, filled from what argparse found."""
+    found = {each.name: getattr(options, each.name) for each in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def _number_or_name(text: str) -> int | str:
+    """A position in the prompt, else the name of a token group."""
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is opened."""
+
+    model: str | None = option(
+        "directory or hub id (default: the embedded model)", default=None, metavar="DIR_OR_ID", is_about_model=True
+    )
+    revision: str | None = option("branch, tag or commit of a hub id", default=None, is_about_model=True)
+    dtype: str = option(
+        "float32, bfloat16, float16 or auto (default auto: as in the file, but float32 for half precision on the CPU)",
+        default="auto",
+        is_about_model=True,
+    )
+    device_map: str | None = option(
+        "cpu, cuda:0, auto, ... (default: the CPU)", default=None, metavar="MAP", is_about_model=True
+    )
+    trust_remote_code: bool = option(
+        "run code that comes with the model (default: never)",
+        default=False,
+        action="store_true",
+        is_about_model=True,
+    )
+
+    def open_model(self) -> VisionLanguageModel:
+        """The loaded model, its addresses proven."""
+        with _bar_on_terminals_only():
+            return load(
+                tiny_vlm_path() if self.model is None else self.model,
+                dtype=self.dtype,
+                device_map=self.device_map,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """What the model is asked."""
+
+    question: str = option("what to ask")
+    image: str | None = option("picture in front of the question; none for a text-only question", default=None)
+
+    def check_question(self) -> None:
+        """ModelError for a picture that cannot be read; found before the model is opened, which may take minutes."""
+        open_images(self.image)
+
+    def prompt(self, vlm: VisionLanguageModel) -> Prompt:
+        """The question as this model sees it."""
+        return vlm.prompt(self.image, self.question)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintOptions(QuestionOptions):
+    """What the model is asked, and which words of it name the thing asked about."""
+
+    constraint: str | None = option("the words of the question that name its subject", default=None, metavar="WORDS")
+
+    def check_question(self) -> None:
+        """Also a ModelError for words that the question does not say."""
+        super().check_question()
+        if self.constraint is not None and self.question.strip():  # an empty question has an error of its own
+            find_span(self.question, self.constraint)
+
+    def prompt(self, vlm: VisionLanguageModel) -> Prompt:
+        """The question as this model sees it, with the constraint among its token groups."""
+        return vlm.prompt(self.image, self.question, constraint=self.constraint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionOptions(ConstraintOptions):
+    """What a trace destroys, and how it looks for what brings the answer back."""
+
+    corrupt: str | None = option(
+        "what is destroyed: swap:other.jpg, replace:'Paris city', text-noise:3 or image-noise:3",
+        default=None,
+        metavar="HOW",
+    )
+    window: int = option("MLPs or attentions restored together (default 3)", default=3, type=int)
+    groups: tuple[str | int, ...] | None = option(
+        "token groups (image, question, constraint, constraint_last, last, ...) or positions to restore; "
+        "'tokens' for each text token on its own",
+        default=None,
+        nargs="+",
+        type=_number_or_name,
+        metavar="GROUP",
+    )
+    seed: int | None = option("of the noise (default 1)", default=None, type=int)
+
+    def corruption(self) -> Corruption:
+        """What --corrupt asks for. CommandError or TraceError if it is missing, misspelt or lacks another option."""
+        if self.corrupt is None:
+            raise CommandError(
+                "tracing needs --corrupt: swap:other.jpg, replace:'Paris city', text-noise:3 or image-noise:3"
+            )
+        corruption = parse_corruption(self.corrupt)
+        if isinstance(corruption, ReplaceText | TextNoise):
+            self._need(self.constraint, "--constraint", "the words of the question to destroy")
+        else:
+            self._need(self.image, "--image", "the picture to destroy")
+        if isinstance(corruption, SwapImage):
+            open_images(corruption.image)
+        has_seed = any(each.name == "seed" for each in fields(corruption))
+        return replace(corruption, seed=self.seed) if has_seed and self.seed is not None else corruption
+
+    def positions(self, default: str | tuple[str, ...]) -> str | tuple[str | int, ...]:
+        """The rows of the map, as `causal_trace` takes them."""
+        if self.groups is None:
+            return default
+        return "tokens" if self.groups == ("tokens",) else self.groups
+
+    def _need(self, value: str | None, flag: str, what: str) -> None:
+        if value is None:
+            raise CommandError(f"--corrupt {self.corrupt!r} needs {flag}: {what}")
+
+
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """Where stderr is a file, transformers' loading bar is off, so that an error there is one line and no more."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

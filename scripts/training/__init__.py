@@ -1,0 +1,1 @@
+"""How the embedded model was made: its parts, its two training stages and its examination."""

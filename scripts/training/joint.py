@@ -1,0 +1,237 @@
+"""Stage 2: the whole model learns to answer, with the picture routed through the question's constraint tokens.
+
+In a routed row only the constraint's tokens may look at the picture, and only in the first layers; open rows have no
+such bar. Starting with routed rows alone fixes the route of information that large models show (picture -> constraint
+tokens -> last token -> answer); the open rows that are mixed in afterwards keep the model usable without any mask, and
+the route stays. A linear reader on the constraint's last token, dropped after training, asks for the entity's identity
+once the picture has been read; it gives questions by name and questions by picture one meeting point, from where they
+share what is known about the entity.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from ...data.world import KINDS, Entity, Fact, Picture, World
+from ...data.world.questions import relation
+from .packing import IGNORED, ROUTED_LAYERS, Batch, Block, Packer
+from .tower import draw, learning_rate, pixels, sample_entities
+
+READ_LAYER = ROUTED_LAYERS - 1
+"""The layer whose output the identity reader sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of joint training with its own learning-rate schedule."""
+
+    steps: int
+    routed: float
+    """Share of routed rows."""
+    peak: float
+    """Peak learning rate."""
+    rows: int = 12
+    reader_weight: float = 0.3
+    warm_up: int = 80
+    flat: float = 0.3
+
+
+class Examples:
+    """Endless fresh rows: a picture nobody has seen, questions about it, by name in front of it, and without it."""
+
+    def __init__(self, world: World, packer: Packer, seed: int) -> None:
+        self.world, self.packer, self.rng = world, packer, random.Random(f"joint {seed}")
+
+    def row(self) -> tuple[Picture, list[Block]]:
+        """One picture with its blocks: four facts shown, a name, an attribute, two facts by name before it, three
+        without it.
+        """
+        rng = self.rng
+        entities = sample_entities(self.world, rng)
+        picture = draw(entities, rng)
+        blocks = [self._shown(entity, entities, picture) for entity in entities for _ in range(4 // len(entities))]
+        blocks.append(self._name(rng.choice(entities), entities))
+        if len(entities) == 1:
+            blocks.append(self._attribute(entities[0], picture))
+        blocks += [self._by_name(has_image=True) for _ in range(2)]
+        blocks += [self._by_name(has_image=False) for _ in range(3)]
+        return picture, blocks
+
+    def _side(self, entity: Entity, entities: Sequence[Entity]) -> str | None:
+        """Which side to name, where the picture shows two of a kind."""
+        if sum(other.kind == entity.kind for other in entities) == 1:
+            return None
+        return "left" if entity is entities[0] else "right"
+
+    def _template(self, fact: Fact) -> int:
+        return self.rng.randrange(len(relation(fact.key[0]).templates) - 1)  # the last one is held out
+
+    def _phrase(self, entity: Entity) -> int:
+        return self.rng.randrange(len(KINDS[entity.kind].phrases))
+
+    def _shown(self, entity: Entity, entities: Sequence[Entity], picture: Picture) -> Block:
+        fact = self.rng.choice(self.world.facts_of(entity))
+        record = self.world.question(
+            fact, template=self._template(fact), phrase=self._phrase(entity), side=self._side(entity, entities)
+        )
+        return self.packer.block(record, entity=entity.index)
+
+    def _name(self, entity: Entity, entities: Sequence[Entity]) -> Block:
+        record = self.world.name_question(
+            entity, template=self.rng.randrange(2), phrase=self._phrase(entity), side=self._side(entity, entities)
+        )
+        return self.packer.block(record, entity=entity.index)
+
+    def _attribute(self, entity: Entity, picture: Picture) -> Block:
+        attribute = self.rng.choice(list(KINDS[entity.kind].attributes))
+        return self.packer.block(
+            self.world.attribute_question(entity, attribute, picture, template=self.rng.randrange(2))
+        )
+
+    def _by_name(self, has_image: bool) -> Block:
+        fact = self.rng.choice(self.world.facts)
+        record = self.world.question_by_name(fact, template=self._template(fact))
+        return self.packer.block(record, entity=fact.entity, has_image=has_image, is_visual=False)
+
+    def batch(self, rows: int, routed: float) -> tuple[Tensor, Batch]:
+        """(pixels, packed rows), each row routed with the given probability."""
+        drawn = [self.row() for _ in range(rows)]
+        batch = self.packer.collate([blocks for _, blocks in drawn], [self.rng.random() < routed for _ in drawn])
+        return pixels([picture for picture, _ in drawn]), batch
+
+
+@contextmanager
+def late_mask(model: LlavaForConditionalGeneration, mask: Tensor) -> Iterator[None]:
+    """Decoder layers from ROUTED_LAYERS on attend under `mask` instead of the mask that the model was called with."""
+
+    def swap(_: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        return arguments, {**keywords, "attention_mask": mask}
+
+    layers = model.model.language_model.layers[ROUTED_LAYERS:]
+    handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(model: LlavaForConditionalGeneration, images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(logits at the labelled tokens (label, vocab), states that the identity reader sees (mention, hidden))."""
+    read: list[Tensor] = []
+    layer = model.model.language_model.layers[READ_LAYER]
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+    try:
+        with late_mask(model, batch.late_mask):
+            states = model.model(
+                input_ids=batch.ids,
+                pixel_values=images,
+                attention_mask=batch.early_mask,
+                position_ids=batch.positions,
+                use_cache=False,
+            ).last_hidden_state
+    finally:
+        handle.remove()
+    mentions = read[0][batch.entity_rows[:, 0], batch.entity_rows[:, 1]]
+    return model.lm_head(states[batch.labels != IGNORED]), mentions
+
+
+def exact_matches(logits: Tensor, batch: Batch) -> Tensor:
+    """(block,) bool: every token of the block's answer is the most probable one after the true ones before it."""
+    labelled = batch.labels != IGNORED
+    wrong = batch.owner[labelled][logits.argmax(-1) != batch.labels[labelled]]
+    right = torch.ones(int(batch.owner.max()) + 1, dtype=torch.bool)
+    right[wrong] = False
+    return right
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: LlavaForConditionalGeneration,
+    world: World,
+    packer: Packer,
+    *,
+    number: int,
+    bar: Callable[[Block], Block] | None = None,
+    routed: bool = False,
+) -> float:
+    """Share of all taught facts answered rightly (teacher-forced) on held-out rendering `number`.
+
+    `bar` changes the blocks first; with `routed` the rows are routed, else open. Used to watch the training.
+    """
+    right: list[Tensor] = []
+    for start in range(0, len(world.taught), 12):
+        entities = world.taught[start : start + 12]
+        rows = [
+            [packer.block(world.question(fact), entity=entity.index) for fact in world.facts_of(entity)]
+            for entity in entities
+        ]
+        rows = [[bar(block) if bar else block for block in row] for row in rows]
+        batch = packer.collate(rows, [routed] * len(rows))
+        logits, _ = forward(model, pixels([world.picture(entity, number) for entity in entities]), batch)
+        right.append(exact_matches(logits, batch))
+    return torch.cat(right).float().mean().item()
+
+
+def without_constraint(block: Block) -> Block:
+    """The block with no constraint: in a routed row the picture is then visible to none of its tokens."""
+    return replace(block, constraint=range(0), entity=-1)
+
+
+def train_joint(
+    model: LlavaForConditionalGeneration,
+    world: World,
+    packer: Packer,
+    phase: Phase,
+    *,
+    seed: int,
+    reader: nn.Linear,
+    label: str,
+    watch: Callable[[int, float], None] | None = None,
+    every: int = 500,
+) -> None:
+    """Trains the model (and the identity reader) in place for one phase; `watch(step, loss)` is called every `every`
+    steps.
+    """
+    tower = list(model.model.vision_tower.parameters())
+    in_tower = {id(parameter) for parameter in tower}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_tower] + list(reader.parameters())
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.ndim >= 2], "weight_decay": 0.05, "scale": 1.0},
+        {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
+        {"params": tower, "weight_decay": 0.05, "scale": 0.3},  # the tower has already learned to see
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=phase.peak, betas=(0.9, 0.98))
+    examples = Examples(world, packer, seed)
+    model.train()
+    recent = 0.0
+    progress = tqdm(range(phase.steps), desc=label, mininterval=5)
+    for step in progress:
+        for group in optimizer.param_groups:
+            rate = learning_rate(step, phase.steps, phase.peak, warm_up=phase.warm_up, flat=phase.flat)
+            group["lr"] = rate * group["scale"]
+        images, batch = examples.batch(phase.rows, phase.routed)
+        logits, mentions = forward(model, images, batch)
+        loss = functional.cross_entropy(logits, batch.labels[batch.labels != IGNORED])
+        total = loss + phase.reader_weight * functional.cross_entropy(reader(mentions), batch.entities)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_([*rest, *tower], 1.0)
+        optimizer.step()
+        recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{recent:.3f}", total=f"{total.item():.3f}")
+        if watch and (step + 1) % every == 0:
+            model.eval()
+            watch(step + 1, recent)
+            model.train()
+    model.eval()

@@ -1,0 +1,151 @@
+"""Many questions behind one picture: packed rows whose 4-D masks equal separate prompts and can route the picture.
+
+A row is the prompt's head ("<s>USER:" and the image tokens) followed by blocks, each one question with its answer. A
+block sees the head and itself only, and its positions restart after the head, so the packed row computes what separate
+prompts would. A text-only block sees "<s>USER:" but not the image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ...data import VQARecord
+
+IGNORED = -100
+ROUTED_LAYERS = 3
+"""In routed rows the picture is visible in the first this many layers only, and to constraint tokens only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One question with its answer, as token ids that follow the head of the row."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+    """Index in ids of the first answer token; the answer ends with the end-of-sequence token."""
+    constraint: range
+    """Indices in ids of the constraint's tokens."""
+    is_visual: bool
+    """The constraint points at the picture."""
+    has_image: bool
+    """The picture stands in front of the question."""
+    entity: int
+    """The entity the question is about, -1 where that is not asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Packed rows as tensors; every mask is (row, 1, token, token), True where attention is allowed."""
+
+    ids: Tensor
+    positions: Tensor
+    early_mask: Tensor
+    """For layers below ROUTED_LAYERS."""
+    late_mask: Tensor
+    labels: Tensor
+    """(row, token): the next answer token, IGNORED elsewhere."""
+    owner: Tensor
+    """(row, token): number of the block that a labelled token belongs to, -1 elsewhere."""
+    entity_rows: Tensor
+    """(mention, 2): row and token of the last constraint token of each mention of a known entity."""
+    entities: Tensor
+    """(mention,): the entity mentioned."""
+
+
+class Packer:
+    """Turns records into blocks (remembering their tokens) and rows of blocks into batches."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        head = tokenizer("USER:<image>").input_ids
+        self.text_head = len(head) - 1
+        self.head = head[:-1] + [head[-1]] * image_tokens
+        self.end = tokenizer.eos_token_id
+        self._tokens: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+
+    def block(self, record: VQARecord, *, entity: int = -1, has_image: bool = True, is_visual: bool = True) -> Block:
+        """The block of a record; without a constraint in the record, the routed picture is visible to none of its
+        tokens.
+        """
+        ids, offsets = self._encode(f"USER: {record.question} ASSISTANT: {record.answer}")
+        question_end = len(f"USER: {record.question} ASSISTANT:")
+        answer_start = next(index for index, (start, _) in enumerate(offsets) if start >= question_end)
+        covered: list[int] = []
+        if record.constraint:
+            start = len("USER: ") + record.question.lower().index(record.constraint.lower())
+            end = start + len(record.constraint)
+            covered = [index for index, (left, right) in enumerate(offsets) if left < end and right > start]
+        skip = self.text_head
+        return Block(
+            ids=(*ids[skip:], self.end),
+            answer_start=answer_start - skip,
+            constraint=range(covered[0] - skip, covered[-1] + 1 - skip) if covered else range(0),
+            is_visual=is_visual,
+            has_image=has_image,
+            entity=entity,
+        )
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if text not in self._tokens:
+            encoded = self.tokenizer(text, return_offsets_mapping=True)
+            self._tokens[text] = encoded["input_ids"], encoded["offset_mapping"]
+        return self._tokens[text]
+
+    def collate(self, rows: Sequence[Sequence[Block]], routed: Sequence[bool]) -> Batch:
+        """The batch of the rows; in rows marked as routed the picture passes through the constraint tokens alone."""
+        head = len(self.head)
+        length = max(head + sum(len(block.ids) for block in row) for row in rows)
+        length += -length % 8
+        shape = (len(rows), length)
+        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        group = np.full(shape, -1, np.int64)  # 0 text head, 1 image, 2... blocks, -1 padding
+        early, late = np.zeros(shape, bool), np.zeros(shape, bool)  # who may look at the image
+        labels, owner = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
+        mentions: list[tuple[int, int, int]] = []
+        count = 0
+        for row, blocks in enumerate(rows):
+            ids[row, :head], positions[row, :head] = self.head, np.arange(head)
+            group[row, : self.text_head], group[row, self.text_head : head] = 0, 1
+            early[row, :head] = late[row, :head] = True
+            at = head
+            for number, block in enumerate(blocks):
+                end, start = at + len(block.ids), head if block.has_image else self.text_head
+                ids[row, at:end], positions[row, at:end] = block.ids, np.arange(start, start + len(block.ids))
+                group[row, at:end] = number + 2
+                span = slice(at + block.constraint.start, at + block.constraint.stop)
+                if block.has_image and not routed[row]:
+                    early[row, at:end] = late[row, at:end] = True
+                elif block.has_image and block.is_visual:
+                    early[row, span] = True
+                labels[row, at + block.answer_start - 1 : end - 1] = block.ids[block.answer_start :]
+                owner[row, at + block.answer_start - 1 : end - 1] = count
+                if block.entity >= 0:
+                    mentions.append((row, span.stop - 1, block.entity))
+                count, at = count + 1, end
+        early_mask, late_mask = (self._mask(torch.from_numpy(group), torch.from_numpy(seen)) for seen in (early, late))
+        where = torch.tensor(mentions, dtype=torch.long).reshape(-1, 3)
+        return Batch(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            early_mask=early_mask,
+            late_mask=late_mask,
+            labels=torch.from_numpy(labels),
+            owner=torch.from_numpy(owner),
+            entity_rows=where[:, :2],
+            entities=where[:, 2],
+        )
+
+    @staticmethod
+    def _mask(group: Tensor, sees_image: Tensor) -> Tensor:
+        query, key = group[:, :, None], group[:, None, :]
+        allowed = (query == key) | ((key == 0) & (query >= 0)) | ((key == 1) & sees_image[:, :, None])
+        length = group.shape[1]
+        allowed &= torch.ones(length, length, dtype=torch.bool).tril()
+        allowed |= torch.eye(length, dtype=torch.bool)  # padding sees itself: a row with nothing to see would be NaN
+        return allowed[:, None]

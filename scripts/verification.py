@@ -1,0 +1,87 @@
+"""Answers to an edit's probes, unedited, edited and undone: what should move, what should not, and did it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..data import VQARecord, World
+from ..data.world import EditCase
+from ..editing import Delta
+from ..models import VisionLanguageModel
+
+PROBES: Mapping[str, tuple[str, bool]] = {
+    "edited": ("the edited question and picture (efficacy)", True),
+    "renderings": ("other pictures of the same entity (generality)", True),
+    "paraphrases": ("other wordings (generality)", True),
+    "paraphrased_renderings": ("other wordings, other pictures (generality)", True),
+    "other_entities": ("other entities, same question (locality)", False),
+    "other_relations": ("other relations of the entity (locality)", False),
+    "two_constraint": ("two-constraint questions of the entity (locality)", False),
+}
+"""Kind of probe -> (its name for people, whether its answer should become the target)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One question put to the model in its three states."""
+
+    kind: str
+    record: VQARecord
+    """Its answer is the right one after the edit: the target, or what training taught."""
+    unedited: str
+    edited: str
+    undone: str
+
+    def is_right(self, state: str) -> bool:
+        """The answer in this state ("unedited", "edited", "undone") equals the record's, letter by letter."""
+        return getattr(self, state) == self.record.answer
+
+
+def probe_records(world: World, case: EditCase, *, count: int = 8) -> list[tuple[str, VQARecord]]:
+    """(kind, record) of everything asked about one case: the edited question first, then its neighbours."""
+    picture = world.picture(world.entities[case.fact.entity], 0).image
+    edited = world.question(case.fact).with_answer(case.target).with_image(picture)
+    neighbours = world.neighbours(case, count=count)
+    return [("edited", edited), *((kind, record) for kind in PROBES for record in neighbours.get(kind, ()))]
+
+
+def verify(
+    vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, VQARecord]], *, batch_size: int = 32
+) -> tuple[Probe, ...]:
+    """Every record answered by free generation before, under and after the delta; the model ends as it began."""
+    prompts = [vlm.prompt(record.image, record.question) for _, record in records]
+    unedited = vlm.answers(prompts, batch_size=batch_size)
+    with delta.applied(vlm):
+        edited = vlm.answers(prompts, batch_size=batch_size)
+    undone = vlm.answers(prompts, batch_size=batch_size)
+    rows = zip(records, unedited, edited, undone, strict=True)
+    return tuple(
+        Probe(kind=kind, record=record, unedited=before, edited=during, undone=after)
+        for (kind, record), before, during, after in rows
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Shares of right answers of one kind of probe, 0 to 1, and how many there were."""
+
+    kind: str
+    number: int
+    unedited: float
+    edited: float
+    undone: float
+
+
+def scores(probes: Sequence[Probe]) -> tuple[Score, ...]:
+    """One score per kind of probe, in the order of PROBES."""
+    rows = []
+    for kind in PROBES:
+        chosen = [probe for probe in probes if probe.kind == kind]
+        if chosen:
+            shares = {
+                state: sum(probe.is_right(state) for probe in chosen) / len(chosen)
+                for state in ("unedited", "edited", "undone")
+            }
+            rows.append(Score(kind=kind, number=len(chosen), **shares))
+    return tuple(rows)

@@ -1,0 +1,200 @@
+"""Opening models: dtypes, sizes, and one clear line for everything that cannot be opened."""
+
+import json
+import shutil
+from pathlib import Path
+
+import multrace
+import pytest
+import torch
+from multrace import FAMILIES, Family, ModelError
+from multrace.models.families import family_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlamaConfig, MistralConfig
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def test_sizes_and_names(random_vlm):
+    assert (random_vlm.layers, random_vlm.hidden, random_vlm.heads) == (4, 32, 4)
+    assert random_vlm.mlp == (128 if random_vlm.family.name == "gpt2" else 64)
+    assert random_vlm.dtype == torch.float32
+    assert random_vlm.device == torch.device("cpu")
+    assert random_vlm.has_vision == (random_vlm.family.vision is not None) == random_vlm.family.name.startswith("llava")
+    assert Path(random_vlm.name).is_dir()
+    assert random_vlm.processor.tokenizer is random_vlm.tokenizer if random_vlm.has_vision else True
+
+
+def test_a_loaded_model_is_at_rest(random_vlm):
+    assert not any(module.training for module in random_vlm.model.modules())
+    assert not any(parameter.requires_grad for parameter in random_vlm.model.parameters())
+
+
+def test_text_models_have_no_vision_tower(random_llama, random_llava_llama):
+    assert isinstance(random_llava_llama.vision_tower, torch.nn.Module)
+    with pytest.raises(ModelError, match="text-only"):
+        _ = random_llama.vision_tower
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["llava_llama", "llava_phi", "llama", "gpt2"])
+def test_half_precision_files_compute_in_float32_on_the_cpu(stored, name, request, tmp_path):
+    dtype = getattr(torch, stored)
+    request.getfixturevalue(f"random_{name}").save_pretrained(tmp_path / "half", dtype=dtype)
+    automatic = multrace.load(tmp_path / "half")
+    assert (automatic.dtype, automatic.stored_dtype) == (torch.float32, dtype)
+    asked = multrace.load(tmp_path / "half", dtype=stored)  # the proof holds in half precision too
+    assert asked.dtype == asked.stored_dtype == dtype
+
+
+def test_double_precision_on_request(llava_phi_path, photo):
+    vlm = multrace.load(llava_phi_path, dtype=torch.float64)
+    assert vlm.dtype == vlm.logits(vlm.prompt(photo, "Who?")).dtype == torch.float64
+    assert vlm.stored_dtype == torch.float32
+
+
+def test_the_proof_holds_under_both_attention_paths(llava_phi_path):
+    for attention in ("sdpa", "eager"):
+        assert multrace.load(llava_phi_path, attention=attention).model.config._attn_implementation == attention
+
+
+def test_a_family_of_ones_own(llava_llama_path, random_llava_llama):
+    mine = Family(name="mine", model_types=("llava",), text_types=("llama",), vision="vision_tower")
+    assert multrace.load(llava_llama_path, families=(mine, *FAMILIES)).family is mine
+    assert random_llava_llama.family.name == "llava_llama"
+    with pytest.raises(ModelError, match=r"no family row for model type 'llava' with text type 'llama' \(rows: gpt2\)"):
+        multrace.load(llava_llama_path, families=[family for family in FAMILIES if family.name == "gpt2"])
+
+
+def test_families_are_chosen_by_both_types():
+    assert family_of(LlamaConfig()).name == "llama"
+    with pytest.raises(ModelError, match="mistral"):
+        family_of(MistralConfig())
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c", "~/no-such-model"])
+def test_an_unknown_path(name):
+    with pytest.raises(ModelError, match=f"no model directory at '{name}'"):
+        multrace.load(name)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "not a model id"])
+def test_an_unknown_id(name):
+    with pytest.raises(
+        ModelError, match=f"no configuration of '{name}': it is no directory, it is not in the local cache"
+    ):
+        multrace.load(name)
+
+
+def test_a_file_is_no_model(llava_llama_path):
+    with pytest.raises(ModelError, match="no model directory"):
+        multrace.load(llava_llama_path / "model.safetensors")
+
+
+def test_an_empty_directory(tmp_path):
+    with pytest.raises(ModelError, match="no usable configuration"):
+        multrace.load(tmp_path)
+
+
+def test_a_broken_configuration(llama_path, tmp_path):
+    folder = copy(llama_path, tmp_path / "broken")
+    (folder / "config.json").write_text('{"model_type": "llama", ')
+    with pytest.raises(ModelError, match="no usable configuration"):
+        multrace.load(folder)
+    (folder / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ModelError, match="no usable configuration"):
+        multrace.load(folder)
+
+
+def test_a_directory_without_a_processor(llava_llama_path, llama_path, tmp_path):
+    tokenizer_only = copy(llava_llama_path, tmp_path / "tokenizer_only")
+    (tokenizer_only / "processor_config.json").unlink()
+    with pytest.raises(ModelError, match="processor"):
+        multrace.load(tokenizer_only)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llava_llama_path / name, nothing)
+    with pytest.raises(ModelError, match="processor"):
+        multrace.load(nothing)
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama_path / name, text)
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        multrace.load(text)
+
+
+def test_a_corrupt_weight_file(llava_llama_path, tmp_path):
+    whole = (llava_llama_path / "model.safetensors").read_bytes()
+    damages = {
+        "truncated": whole[: len(whole) // 2],
+        "no_header": whole[:4],
+        "empty": b"",
+        "wrong_header": b"\xff" * 8 + whole[8:],
+    }
+    for name, content in damages.items():
+        folder = copy(llava_llama_path, tmp_path / name)
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors' is not a whole safetensors file"):
+            multrace.load(folder)
+
+
+def test_pickled_weights_are_refused(llava_llama_path, tmp_path):
+    folder = copy(llava_llama_path, tmp_path / "pickled")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights"):
+        multrace.load(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="has only pytorch_model.bin, and pickled weights can run code"):
+        multrace.load(folder)
+
+
+def test_missing_and_misshapen_weights_are_not_made_up(llava_llama_path, tmp_path):
+    folder = copy(llava_llama_path, tmp_path / "lacking")
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if "down_proj" in name)
+    save_file(
+        {key: value for key, value in state.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"1 are missing or of another shape, first '.*down_proj.weight'"):
+        multrace.load(folder)
+    save_file(state | {name: state[name][:, :-1].contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="down_proj"):
+        multrace.load(folder)
+
+
+def test_sharded_weights_and_a_missing_shard(llava_llama_path, random_llava_llama, tmp_path):
+    folder = copy(llava_llama_path, tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
+    AutoModelForImageTextToText.from_pretrained(llava_llama_path).save_pretrained(folder, max_shard_size="100KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    names = ["lm_head.weight", "model.language_model.layers.0.mlp.down_proj.weight"]
+    assert multrace.load(folder).fingerprint(names) == random_llava_llama.fingerprint(names)
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=f"lacks the weight files {shards[0].name}"):
+        multrace.load(folder)
+
+
+def test_bad_dtypes(llama_path):
+    for dtype in ("float3", "int8", torch.int32):
+        with pytest.raises(ModelError, match="in dtype"):
+            multrace.load(llama_path, dtype=dtype)
+
+
+def test_code_that_comes_with_a_model_does_not_run_unasked(llama_path, tmp_path):
+    folder = copy(llama_path, tmp_path / "remote")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    with pytest.raises(ModelError, match="no usable configuration"):
+        multrace.load(folder)
+    assert not marker.exists()

@@ -1,0 +1,156 @@
+"""The load-time proof: right rows pass, every kind of wrong row or dead model fails with the name of the site."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import multrace
+import pytest
+import torch
+from multrace import FAMILIES, Family, ModelError, VisionLanguageModel
+from multrace.models.proof import prove_addresses
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ROWS = {family.name: family for family in FAMILIES}
+
+
+def with_row(vlm: VisionLanguageModel, family: Family) -> VisionLanguageModel:
+    return replace(vlm, family=family, addresses=replace(vlm.addresses, family=family))
+
+
+def test_every_family_proves_its_addresses(random_vlm):
+    sites = 3 * random_vlm.layers
+    assert f"{sites} sites" in prove_addresses(random_vlm)
+
+
+def test_loading_says_so_in_one_line(llava_llama_path, caplog):
+    with caplog.at_level(logging.INFO, logger="multrace"):
+        multrace.load(llava_llama_path)
+    (record,) = [record for record in caplog.records if record.name == "multrace"]
+    assert "addresses proven (12 sites" in record.getMessage()
+    assert "16 image tokens hold image features" in record.getMessage()
+    assert "llava_llama, 4 layers, hidden 32, mlp 64, 4 heads" in record.getMessage()
+
+
+def test_verify_false_says_that_nothing_was_proven(llava_llama_path, caplog):
+    with caplog.at_level(logging.INFO, logger="multrace"):
+        multrace.load(llava_llama_path, verify=False)
+    assert "addresses not proven" in caplog.text
+
+
+BROKEN = {
+    "no such MLP": ("llava_llama", {"mlp": "feed_forward"}, "site 'mlp 0'"),
+    "no such attention": ("llava_llama", {"attention": "attn"}, "site 'attention 0'"),
+    "no such down projection": ("llava_llama", {"down": "mlp.fc2"}, "projection of site 'mlp 0'"),
+    "no such attention projection": (
+        "llava_phi",
+        {"attention_out": "self_attn.o_proj"},
+        "projection of site 'attention 0'",
+    ),
+    "no such layers": ("llava_llama", {"layers": "h"}, "no 'h'"),
+    "no such final norm": ("llava_phi", {"final_norm": "norm"}, "no 'norm'"),
+    "another final norm": ("llava_llama", {"final_norm": "layers.0.input_layernorm"}, "'hidden 3'.*final norm"),
+    "no such vision tower": ("llava_llama", {"vision": "vision_model"}, "vision_model"),
+    "a norm for the MLP": ("llava_llama", {"mlp": "input_layernorm"}, "'mlp 0'"),
+    "the MLP for attention": ("llava_llama", {"attention": "mlp"}, "'attention 0'"),
+    "attention for the MLP": ("llava_phi", {"mlp": "self_attn"}, "'mlp 0'"),
+    "the up projection for the down projection": ("llava_llama", {"down": "mlp.up_proj"}, "'mlp 0'"),
+    "a query for the attention projection": ("llava_llama", {"attention_out": "self_attn.q_proj"}, "'attention 0'"),
+    "an activation for the down projection": ("llava_llama", {"down": "mlp.act_fn"}, "'mlp 0'"),
+    "a transposed weight that is not": ("llava_llama", {"transposed": True}, "'mlp 0'"),
+    "a weight that is transposed": ("gpt2", {"transposed": False}, "'mlp 0'"),
+    "parallel layers that are not": ("llava_llama", {"parallel": True}, "'attention 2'"),
+    "sequential layers that are parallel": ("llava_phi", {"parallel": False}, "'attention 2'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_wrong_row_is_refused_with_the_site(case, request):
+    name, changes, found = BROKEN[case]
+    vlm = request.getfixturevalue(f"random_{name}")
+    with pytest.raises(ModelError, match=found):
+        prove_addresses(with_row(vlm, replace(ROWS[name], **changes)))
+
+
+def test_a_square_weight_cannot_hide_its_orientation(random_gpt2):
+    # The attention projection of GPT-2 is square, so its shape says nothing about its orientation.
+    projection = random_gpt2.attention_projection(0)
+    assert projection.width == projection.hidden
+    vlm = random_gpt2
+
+    class Turned(type(vlm.addresses)):
+        def attention_projection(self, layer):
+            return replace(super().attention_projection(layer), transposed=False)
+
+    addresses = Turned(model=vlm.model, family=vlm.family, name=vlm.name)
+    with pytest.raises(ModelError, match="'attention 0'.*other way round"):
+        prove_addresses(replace(vlm, addresses=addresses))
+
+
+def break_and_load(path: Path, target: Path, damage: Callable[[nn.Module], None]) -> VisionLanguageModel:
+    model = AutoModelForImageTextToText.from_pretrained(path)
+    with torch.no_grad():
+        damage(model)
+    model.save_pretrained(target)
+    AutoProcessor.from_pretrained(path).save_pretrained(target)
+    return multrace.load(target)
+
+
+def deaf_head(model: nn.Module) -> None:
+    model.lm_head.weight.zero_()
+
+
+def last_layers_deaf_to_others(model: nn.Module) -> None:
+    for layer in model.get_decoder().layers:
+        layer.self_attn.v_proj.weight.zero_()
+
+
+def blind_projector(model: nn.Module) -> None:
+    model.model.multi_modal_projector.linear_2.weight.zero_()
+
+
+def overflow(model: nn.Module) -> None:
+    model.lm_head.weight.fill_(float("inf"))
+
+
+DEAD = {
+    "patches never reach the logits": (deaf_head, "site 'hidden 2'.*no effect on the logits there"),
+    "patches never reach later positions": (last_layers_deaf_to_others, "site 'hidden 2'.*later positions"),
+    "pictures all look the same": (blind_projector, "site 'image'.*another picture"),
+    "logits are not finite": (overflow, "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", DEAD)
+def test_a_model_on_which_patches_have_no_effect_is_refused(case, llava_llama_path, tmp_path):
+    damage, found = DEAD[case]
+    with pytest.raises(ModelError, match=found):
+        break_and_load(llava_llama_path, tmp_path / "broken", damage)
+
+
+def test_the_same_route_without_damage_loads(llava_llama_path, tmp_path):
+    assert break_and_load(llava_llama_path, tmp_path / "whole", lambda model: None).layers == 4
+
+
+def test_a_model_whose_pictures_never_arrive_is_refused(random_llava):
+    # An image id that is not the one the processor writes: the features have nowhere to go.
+    vlm = random_llava
+    frontend = replace(vlm.frontend, image_token_id=vlm.tokenizer.convert_tokens_to_ids("?"))
+    with pytest.raises(ModelError):
+        prove_addresses(replace(vlm, frontend=frontend))
+
+
+def test_the_proof_leaves_no_hook(random_vlm):
+    def hooks():
+        return [
+            list(hooks)
+            for module in random_vlm.model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+
+    random_vlm.embeddings(random_vlm.prompt(None, "Who?"))  # transformers places hooks of its own at the first pass
+    before = hooks()
+    prove_addresses(random_vlm)
+    assert hooks() == before

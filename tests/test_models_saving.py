@@ -1,0 +1,130 @@
+"""Saved models reopen through plain transformers, bit for bit, and are there whole or not at all."""
+
+import json
+import os
+
+import multrace
+import pytest
+import torch
+from multrace import ModelError
+from multrace.models import saving
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+QUESTION = "Who founded the company in this photo?"
+
+
+def reopened(vlm, folder):
+    if vlm.has_vision:
+        return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_saved_model_gives_bit_equal_logits_through_plain_transformers(random_vlm, photo, tmp_path):
+    random_vlm.save_pretrained(tmp_path / "saved")
+    model, processor = reopened(random_vlm, tmp_path / "saved")
+    image = photo if random_vlm.has_vision else None
+    prompt = random_vlm.prompt(image, QUESTION)
+    if image is not None:
+        inputs = processor(images=image, text=prompt.text, return_tensors="pt")
+    else:
+        inputs = processor(prompt.text, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, random_vlm.logits(prompt))
+    assert multrace.load(tmp_path / "saved").answers([prompt]) == random_vlm.answers([prompt])
+    assert sorted(os.listdir(tmp_path)) == ["saved"]  # no temporary folder stays
+
+
+def test_a_changed_weight_is_saved_and_a_fingerprint_tells(random_llava_llama, llava_llama_path, photo, tmp_path):
+    vlm = multrace.load(llava_llama_path)
+    name = vlm.down_projection(1).name
+    before = vlm.fingerprint([name, "lm_head.weight"])
+    with torch.no_grad():
+        vlm.weight(name)[0, 0] += 1
+    after = vlm.fingerprint([name, "lm_head.weight"])
+    assert after[name] != before[name] and after["lm_head.weight"] == before["lm_head.weight"]
+    assert random_llava_llama.fingerprint([name]) == {name: before[name]}
+    vlm.save_pretrained(tmp_path / "changed")
+    again = multrace.load(tmp_path / "changed")
+    assert again.fingerprint([name, "lm_head.weight"]) == after
+    prompt = vlm.prompt(photo, QUESTION)
+    assert torch.equal(again.logits(prompt), vlm.logits(prompt))
+    assert not torch.equal(again.logits(prompt), random_llava_llama.logits(prompt))
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_a_half_precision_file_stays_one(stored, random_llava_phi, tmp_path):
+    dtype = getattr(torch, stored)
+    random_llava_phi.save_pretrained(tmp_path / "half", dtype=dtype)
+    vlm = multrace.load(tmp_path / "half")
+    assert vlm.dtype == torch.float32
+    vlm.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "again"))
+    assert {value.dtype for value in again.values()} == {dtype}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["dtype"] == stored
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "again").dtype == dtype
+    assert vlm.model.config.dtype in ("float32", torch.float32)  # the open model is left as it was
+    vlm.save_pretrained(tmp_path / "wide", dtype=torch.float32)
+    assert multrace.load(tmp_path / "wide").stored_dtype == torch.float32
+
+
+def test_tied_weights_stay_tied(random_gpt2, tmp_path):
+    assert random_gpt2.weight("lm_head.weight") is random_gpt2.weight("transformer.wte.weight")
+    random_gpt2.save_pretrained(tmp_path / "tied", dtype=torch.float16)
+    again = multrace.load(tmp_path / "tied")
+    assert again.weight("lm_head.weight") is again.weight("transformer.wte.weight")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+
+
+def test_folders_that_are_in_use(random_llama, tmp_path):
+    (tmp_path / "empty").mkdir()
+    random_llama.save_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="not empty; pass another one, or overwrite=True"):
+        random_llama.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
+    random_llama.save_pretrained(tmp_path / "empty", overwrite=True)
+    assert not (tmp_path / "empty" / "notes.txt").exists()
+    assert multrace.load(tmp_path / "empty").layers == 4
+    (tmp_path / "file").write_text("mine")
+    for target in ("file", "file/below"):
+        with pytest.raises(ModelError, match="cannot save a model to"):
+            random_llama.save_pretrained(tmp_path / target)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_error_on_the_way_leaves_everything_as_it_was(random_llama, tmp_path, monkeypatch, existing):
+    target = tmp_path / "model"
+    if existing:
+        target.mkdir()
+        (target / "old.txt").write_text("old")
+
+    def full_disk(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(random_llama.tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(ModelError, match="No space left"):
+        random_llama.save_pretrained(target, overwrite=True)
+    assert os.listdir(tmp_path) == (["model"] if existing else [])
+    assert not existing or (target / "old.txt").read_text() == "old"
+
+
+def test_a_failed_rename_puts_the_old_folder_back(random_llama, tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    rename = saving.Path.rename
+
+    def refuse_new(self, to):
+        if self.name == "new":
+            raise OSError("refused")
+        return rename(self, to)
+
+    monkeypatch.setattr(saving.Path, "rename", refuse_new)
+    with pytest.raises(ModelError, match="refused"):
+        random_llama.save_pretrained(target, overwrite=True)
+    assert (target / "old.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]

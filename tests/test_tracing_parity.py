@@ -1,0 +1,105 @@
+"""Every cell of a trace against an independent slow reimplementation, in true float64.
+
+The reimplementation makes whole model calls with pixels, clean and corrupted rows in one batch, and has its own hooks.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from multrace import Prompt, VisionLanguageModel, load
+from multrace.tracing import ImageNoise, ReplaceText, SwapImage, TextNoise, causal_trace
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
+
+
+@pytest.fixture
+def exact_llava(llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:
+    """LLaVA-Llama that really computes in float64: as released, its norm rounds to float32 and hides differences."""
+
+    def forward(self: LlamaRMSNorm, states: Tensor) -> Tensor:
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    return load(llava_llama_path, dtype="float64")
+
+
+def slow_scores(
+    vlm: VisionLanguageModel,
+    inputs: dict[str, Tensor],
+    modules: list[nn.Module],
+    positions: tuple[int, ...],
+    answer_id: int,
+    noise: tuple[list[int], Tensor] | None = None,
+) -> Tensor:
+    """Answer probability per row; row 0 is clean and its outputs at the positions are copied into the other rows."""
+
+    def copy(_module: nn.Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        for position in positions:
+            states[1:, position] = states[0, position]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def add_noise(_module: nn.Module, arguments: tuple, keywords: dict) -> tuple:
+        embeddings = keywords["inputs_embeds"].clone()
+        embeddings[1:, noise[0]] += noise[1]
+        return arguments, keywords | {"inputs_embeds": embeddings}
+
+    handles = [module.register_forward_hook(copy) for module in modules]
+    if noise is not None:
+        language_model = vlm.model.model.language_model
+        handles.append(language_model.register_forward_pre_hook(add_noise, with_kwargs=True))
+    with torch.no_grad():
+        logits = vlm.model(**inputs, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return torch.softmax(logits[:, -1].double(), dim=-1)[:, answer_id]
+
+
+def rows_of(prompt: Prompt, count: int) -> dict[str, Tensor]:
+    """The prompt's inputs, clean, in so many rows."""
+    return {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in prompt.inputs.items()}
+
+
+@pytest.mark.parametrize("case", ["swap", "replace", "text noise", "image noise"])
+def test_every_cell_agrees_with_the_slow_reimplementation(exact_llava, photo, other_photo, case):
+    vlm, prompt = exact_llava, exact_llava.prompt(photo, QUESTION, constraint=CONSTRAINT)
+    inputs, noise = rows_of(prompt, 2), None
+    if case == "swap":
+        corruption = SwapImage(other_photo)
+        inputs["pixel_values"][1] = vlm.prompt(other_photo, QUESTION).inputs["pixel_values"][0]
+    elif case == "replace":
+        corruption = ReplaceText(replacement="Paris city")
+        new = vlm.tokenizer(" Paris city Paris city Paris", add_special_tokens=False)["input_ids"]
+        constraint = list(prompt.groups["constraint"])
+        inputs["input_ids"][1, constraint] = torch.tensor(new[: len(constraint)])
+    else:
+        group = "constraint" if case == "text noise" else "image"
+        corruption = TextNoise(samples=2, seed=7) if case == "text noise" else ImageNoise(samples=2, seed=7)
+        inputs, positions = rows_of(prompt, 3), list(prompt.groups[group])
+        drawn = torch.randn(
+            2, len(positions), vlm.hidden, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+        )
+        noise = (positions, 3 * vlm.embeddings(prompt)[0, positions].std() * drawn)
+    positions = ["image", "question", "constraint", "last", prompt.groups["question"][3]]
+    found = causal_trace(vlm, prompt, corruption=corruption, positions=positions, progress=False)
+    layers = vlm.model.model.language_model.layers
+    modules = {
+        "hidden": list(layers),
+        "mlp": [layer.mlp for layer in layers],
+        "attention": [layer.self_attn for layer in layers],
+    }
+    untouched = slow_scores(vlm, inputs, [], (), found.answer_id, noise)
+    assert found.clean == pytest.approx(float(untouched[0]), abs=1e-13)
+    assert torch.allclose(found.corrupted, untouched[1:], rtol=0, atol=1e-13)
+    moved = 0
+    for kind, members in modules.items():
+        for row, positions in enumerate(found.row_positions):
+            for layer in range(4):
+                window = members[layer : layer + 1] if kind == "hidden" else members[max(0, layer - 1) : layer + 2]
+                slow = slow_scores(vlm, inputs, window, positions, found.answer_id, noise)[1:].mean()
+                assert float(found.scores[kind][row, layer]) == pytest.approx(float(slow), abs=1e-13)
+                moved += abs(float(slow) - float(untouched[1:].mean())) > 1e-9
+    assert moved > 20  # most cells do something, so agreeing about them means something
