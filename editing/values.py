@@ -21,7 +21,7 @@ class ValueSettings:
     """Step of Adam."""
     steps: int = 80
     """At most so many; 0 asks for no change."""
-    stop_loss: float = 0.03
+    stop_loss: float = 0.005
     """Enough when the mean negative log-probability per target token, in nats, is at most this."""
     weight_decay: float = 1e-3
     """Price of |change|^2 / |current output|^2."""

@@ -1,5 +1,10 @@
-"""The one error class of the ground floor."""
+"""The one error class of the ground floor, and what other people's errors say in one line."""
 
 
 class ModelError(ValueError):
     """A model, picture, prompt or address that cannot be used as asked; says what was found and what to do."""
+
+
+def gist(error: Exception) -> str:
+    """What the error says up to its first blank line, on one line and without a final stop; else its class."""
+    return " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".:") or type(error).__name__

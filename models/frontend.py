@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ModelError
+from .texts import check_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +57,7 @@ class Frontend:
         Text, blank and answer are tokenised together, so that the answer gets the tokens it has in running text;
         apart if the answer's first letters would melt into the text's last token. ModelError for an empty answer.
         """
-        answer = answer.strip()
+        answer = check_text(answer, "answer").strip()
         if not answer:
             raise ModelError("the answer is empty; pass the words that the model should say")
         continuation = answer if not text or text[-1].isspace() else f" {answer}"

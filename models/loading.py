@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from .addresses import Addresses
+from .devices import check_device_map, check_in_memory
 from .errors import ModelError
 from .families import FAMILIES, Family, family_of
 from .frontend import Frontend
@@ -38,11 +39,12 @@ def load(
     files on the CPU. quantization: a transformers quantization config. attention: "sdpa" or "eager". verify=False
     skips the proof. families: the rows to choose from; add one with (*FAMILIES, Family(...)). Looks on this machine
     first and asks the hub only for an id that is not here. Safetensors only; code shipped with a model runs only with
-    trust_remote_code=True. Logs one line (logger "multrace"). ModelError says what is missing or broken, and names
-    the site that fails its proof.
+    trust_remote_code=True. Logs one line (logger "multrace"); transformers' warnings are held back, and its bars too
+    where stderr is no terminal. ModelError says what is missing or broken, and names the site that fails its proof.
     """
     name = str(path_or_id)
     source = Source(name, revision=revision, trust_remote_code=trust_remote_code)
+    check_device_map(device_map, name)
     config = source.open("configuration", AutoConfig.from_pretrained)
     family = family_of(config, families)
     source.check_weights()
@@ -52,6 +54,7 @@ def load(
     given = {"device_map": device_map, "quantization_config": quantization, "attn_implementation": attention}
     options |= {option: value for option, value in given.items() if value is not None}
     model = source.model(family, options)
+    check_in_memory(model, device_map, name)
     vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
     proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
     logger.info(

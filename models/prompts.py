@@ -14,6 +14,7 @@ from .frontend import Frontend, align
 from .images import Picture, open_images
 from .spans import covering, find_span
 from .templates import frame
+from .texts import check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def build(
     template: str | None = None,
 ) -> Prompt:
     """The prompt for this question; see `VisionLanguageModel.prompt`."""
-    question = question.strip()
+    question = check_text(question, "question").strip()
     if not question:
         raise ModelError("the question is empty; pass what the model should answer")
     if frontend.image_token and frontend.image_token in question:
@@ -164,8 +165,8 @@ def _named(constraint: str | Mapping[str, str] | None) -> dict[str, str]:
     """Spans by group name; the span called "constraint", else the first one, is the constraint itself."""
     if constraint is None:
         return {}
-    if isinstance(constraint, str):
-        return {"constraint": constraint}
+    if not isinstance(constraint, Mapping):
+        return {"constraint": check_text(constraint, "constraint")}
     if not constraint:
         raise ModelError("the mapping of constraints is empty; pass constraint=None or name -> words of the question")
     main = constraint.get("constraint", next(iter(constraint.values())))

@@ -1,6 +1,7 @@
 """Where a model's parts come from: a directory, the local cache, or the hub; safetensors only."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from transformers import (
     PretrainedConfig,
 )
 
-from .errors import ModelError
+from .errors import ModelError, gist
 from .families import Family
+from .quiet import quiet_transformers
 
+logger = logging.getLogger("multrace")
+
+_NEXT_STEPS = {
+    "configuration": "pass a folder with a whole config.json",
+    "tokenizer": "put one there with tokenizer.save_pretrained(folder)",
+    "processor": "put one there with processor.save_pretrained(folder)",
+    "safetensors weights": "fetch the model again, or pass other options to load",
+}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What a safetensors header calls the dtypes that a model computes in; packed (quantised) ones are none of them."""
 
@@ -39,24 +49,8 @@ class Source:
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:
         """opener(...) from this machine, else from the hub. ModelError says which part is not there."""
-        where = str(self.folder) if self.folder else self.name
-        try:
-            return opener(where, local_files_only=True, **self.options, **options)
-        except (OSError, ValueError) as error:
-            if self.folder is not None:
-                raise ModelError(f"no usable {part} in {self.name!r}: {_first_line(error)}") from error
-            if constants.HF_HUB_OFFLINE:
-                raise ModelError(
-                    f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub is "
-                    "switched off (HF_HUB_OFFLINE)"
-                ) from error
-        try:
-            return opener(where, **self.options, **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub says: "
-                f"{_first_line(error)}"
-            ) from error
+        with quiet_transformers():
+            return self._open(part, opener, options)
 
     def check_weights(self) -> None:
         """ModelError if the directory has no safetensors, or one whose header or length is wrong."""
@@ -115,7 +109,32 @@ class Source:
                 f"the weights of {self.name!r} do not fit its configuration: {len(lacking)} are missing or of another "
                 f"shape, first {lacking[0]!r}; fetch the model again"
             )
+        if unused := sorted(report["unexpected_keys"]):  # `quiet_transformers` holds back the report that says so
+            logger.warning(
+                "%s: its configuration has no place for %d tensors of the file, first %r; they are left out",
+                *(self.name, len(unused), unused[0]),
+            )
         return model
+
+    def _open(self, part: str, opener: Any, options: dict[str, Any]) -> Any:
+        where = str(self.folder) if self.folder else self.name
+        try:
+            return opener(where, local_files_only=True, **self.options, **options)
+        except (OSError, ValueError) as error:
+            if self.folder is not None:
+                raise ModelError(f"no usable {part} in {self.name!r}: {gist(error)}; {_NEXT_STEPS[part]}") from error
+            if constants.HF_HUB_OFFLINE:
+                raise ModelError(
+                    f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub is "
+                    "switched off (HF_HUB_OFFLINE)"
+                ) from error
+        try:
+            return opener(where, **self.options, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub says: "
+                f"{gist(error)}"
+            ) from error
 
 
 def _check_file(path: Path) -> None:
@@ -126,7 +145,3 @@ def _check_file(path: Path) -> None:
         raise ModelError(
             f"the weight file {str(path)!r} is not a whole safetensors file ({error}); fetch it again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from .errors import ModelError
+from .texts import check_text
 
 
 def find_span(question: str, span: str) -> tuple[int, int]:
@@ -14,7 +15,7 @@ def find_span(question: str, span: str) -> tuple[int, int]:
     same case inside a word, any case inside a word. Runs of blanks match each other. ModelError shows the question
     and the nearest words if the span is not there.
     """
-    words = span.split()
+    words = check_text(span, "constraint").split()
     if not words:
         raise ModelError("the constraint is empty; pass the words of the question that name its subject")
     pattern = r"\s+".join(re.escape(word) for word in words)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .errors import ModelError
+from .errors import ModelError, gist
+from .texts import check_text
 
 _MARK = "\ue000"  # a private-use character: no template and no question contains it
 
@@ -12,8 +13,8 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
 
     template: None for the model's own (the processor's chat template; "USER: <image>\\n{question} ASSISTANT:" where
     it has none; the bare question for a text model without one), "raw" for the image tokens and the question alone,
-    or a text with {question} and, for pictures, {image}. ModelError if the template does not show the question
-    exactly once.
+    or a text with {question} and, for pictures, {image}. ModelError if the template cannot be rendered
+    or does not show the question exactly once.
     """
     if images and image_token is None:
         raise ModelError("this is a text-only model; pass image=None")
@@ -28,6 +29,7 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
         rendered = _MARK
     else:
         rendered = "USER: " + "".join(f"{token}\n" for token in image_tokens) + _MARK + " ASSISTANT:"
+    check_text(rendered, "template")
     if rendered.count(_MARK) != 1:
         raise ModelError(f"the template shows the question {rendered.count(_MARK)} times; it must show it exactly once")
     before, after = rendered.split(_MARK)
@@ -35,7 +37,7 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
 
 
 def _custom(template: str, image_tokens: list[str]) -> str:
-    if "{question}" not in template:
+    if "{question}" not in check_text(template, "template"):
         raise ModelError(f"the template {template!r} has no {{question}}; write where the question goes")
     if image_tokens and "{image}" not in template:
         raise ModelError(f"the template {template!r} has no {{image}}; write where the picture goes")
@@ -44,6 +46,12 @@ def _custom(template: str, image_tokens: list[str]) -> str:
 
 def _chat(processor: Any, images: int, *, has_vision: bool) -> str:
     content: Any = [*[{"type": "image"}] * images, {"type": "text", "text": _MARK}] if has_vision else _MARK
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    messages = [{"role": "user", "content": content}]
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a chat template is a program of somebody else's: it can fail in any way
+        where = getattr(processor, "tokenizer", processor).name_or_path
+        raise ModelError(
+            f"the chat template of {where!r} cannot be rendered: {type(error).__name__}: {gist(error)}; mend its "
+            "chat_template, or pass template='raw' or a text with {question} and {image}"
+        ) from error

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data import World, tiny_vlm_path
 from ..data.world import EditCase
-from ..editing import EditRequest
+from ..editing import EditRequest, MultEdit
 from ..locating import LocatedEdit, locate_then_edit
 from ..models import VisionLanguageModel, load
 from ..tracing import CausalTrace, SwapImage, causal_trace
@@ -23,12 +23,13 @@ from .errors import CommandError
 from .options import add_options, option, read
 from .outputs import check_files, new_files
 from .report import Report, plot_scores, write_report
-from .verification import PROBES, Probe, probe_records, scores, verify
+from .verification import PROBES, SUMMARIES, Probe, probe_records, scores, summary, verify
 
 HELP = "trace, edit and verify outdated facts of the embedded model, with a report"
 EXAMPLE = """examples:
   multrace demo                                the first ten outdated facts, into out/demo
   multrace demo --seed 3 --out out/demo3       other facts
+  multrace demo --facts 20 --every-layer       twenty facts, edited at the traced layer and at all others
 """
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
 
@@ -40,6 +41,11 @@ class Demo:
     out: Path = option("folder for the report (default out/demo)", default=Path("out/demo"), type=Path)
     seed: int = option("which outdated facts to take (default 0)", default=0, type=int)
     facts: int = option("how many facts to edit, one at a time (default 10)", default=10, type=int)
+    every_layer: bool = option(
+        "also edit at every other layer, to see what locating is worth (minutes more)",
+        default=False,
+        action="store_true",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,13 +84,14 @@ def demo(settings: Demo) -> tuple[Path, str]:
     pairs = list(zip(cases, located.deltas, strict=True))
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
     same = all(torch.equal(weight, untouched[name]) for name, weight in vlm.model.state_dict().items())
+    layers = _every_layer(vlm, world, cases, located) if settings.every_layer else ""
     with new_files(settings.out, names) as folder:
         report = _report(settings, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
         located.trace.save(folder / "trace.safetensors")
         for number, delta in enumerate(located.deltas):
             delta.save(folder / _edit_file(number))
-    return settings.out / "report.html", _table(report)
+    return settings.out / "report.html", _table(report) + layers
 
 
 def _edit_file(number: int) -> str:
@@ -98,11 +105,12 @@ def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequ
 
 
 def _other_picture(world: World, case: EditCase) -> Image.Image:
-    """A picture of the next entity of the kind that has another answer."""
+    """A picture of the next entity of the kind whose answer begins otherwise: the trace scores its first token."""
     entity = world.entities[case.fact.entity]
     peers = world.of_kind(entity.kind)
     start = peers.index(entity) + 1
-    other = next(peer for peer in (*peers[start:], *peers[:start]) if peer.facts[case.fact.key] != case.fact.answer)
+    first = case.fact.answer.split()[0]
+    other = next(peer for peer in (*peers[start:], *peers[:start]) if peer.facts[case.fact.key].split()[0] != first)
     return world.picture(other, 0).image
 
 
@@ -153,3 +161,19 @@ def _table(report: Report) -> str:
     failed = [probes[0].record for probes in report.facts if not probes[0].is_right("edited")]
     lines += [f"failed: {record.question} -> {record.answer}" for record in failed]
     return "\n".join([*lines, report.undo])
+
+
+def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], located: LocatedEdit) -> str:
+    """A table of what editing the same facts at the same token does at each layer."""
+    width = 16
+    lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
+    for layer in tqdm(range(vlm.layers), desc="every layer"):
+        editor = MultEdit(layer=layer, token=located.site.token)
+        probes = [
+            probe
+            for case in cases
+            for probe in verify(vlm, editor.edit(vlm, [_request(vlm, world, case)]), probe_records(world, case))
+        ]
+        label = f"{layer} (the trace's)" if layer == located.site.layer else str(layer)
+        lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
+    return "\n".join([*lines, "other entities and relations: of the answers that were right before"])

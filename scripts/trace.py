@@ -29,6 +29,9 @@ class Trace(ModelOptions, CorruptionOptions):
     answer: str | None = option(
         "score the first token of this answer (default: of the model's own)", default=None, metavar="ANSWER"
     )
+    whole_answer: bool = option(
+        "score all tokens of the answer, not only its first", default=False, action="store_true"
+    )
     sites: tuple[str, ...] = option(
         f"kinds of states to restore (default: {' '.join(KINDS)})",
         default=KINDS,
@@ -59,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         window=settings.window,
         positions=settings.positions("tokens"),
         answer=settings.answer,
+        whole_answer=settings.whole_answer,
     )
     with new_files(settings.out, FILES) as folder:
         trace.save(folder / FILES[0])
@@ -75,7 +79,7 @@ def summary(trace: CausalTrace) -> list[str]:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [
         f"question      {trace.question}",
-        f"scored token  {trace.answer!r}",
+        f"scored        {trace.answer!r}",
         f"corruption    {trace.corruption}",
         f"total effect  {trace.total_effect:.3f} (probability {trace.clean:.3f} clean, "
         f"{float(trace.corrupted.mean()):.3f} corrupted)",

@@ -46,6 +46,31 @@ def probe_records(world: World, case: EditCase, *, count: int = 8) -> list[tuple
     return [("edited", edited), *((kind, record) for kind in PROBES for record in neighbours.get(kind, ()))]
 
 
+SUMMARIES: Mapping[str, tuple[str, ...]] = {
+    "efficacy": ("edited",),
+    "other pictures": ("renderings",),
+    "other wordings": ("paraphrases", "paraphrased_renderings"),
+    "other entities": ("other_entities",),
+    "other relations": ("other_relations", "two_constraint"),
+}
+"""Short names of what is reported about an edit -> the kinds of probes it is measured on."""
+
+
+def summary(probes: Sequence[Probe]) -> Mapping[str, float]:
+    """Name of SUMMARIES -> share of right answers under the edit, 0 to 1.
+
+    Where the answer should stay, only questions count that the unedited model answered rightly: an edit cannot keep
+    what was not there. NaN where no question is left.
+    """
+    shares = {}
+    for name, kinds in SUMMARIES.items():
+        moves = PROBES[kinds[0]][1]
+        chosen = [probe for probe in probes if probe.kind in kinds and (moves or probe.is_right("unedited"))]
+        right = sum(probe.is_right("edited") for probe in chosen)
+        shares[name] = right / len(chosen) if chosen else float("nan")
+    return shares
+
+
 def verify(
     vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, VQARecord]], *, batch_size: int = 32
 ) -> tuple[Probe, ...]:

@@ -11,6 +11,8 @@ import multrace
 import pytest
 import torch
 from multrace import VisionLanguageModel
+from multrace.data import tiny_vlm_path
+from multrace.tracing import CausalTrace
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -240,3 +242,55 @@ def photo_path(photo: Image.Image, tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
     photo.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm() -> VisionLanguageModel:
+    """The embedded, trained model. Whoever changes its weights puts them back."""
+    return multrace.load(tiny_vlm_path())
+
+
+def trace_with(**effects: list[list[float]]) -> CausalTrace:
+    """A trace with these indirect effects over four groups; clean .9, corrupted .1."""
+    scores = {kind: 0.1 + torch.tensor(rows, dtype=torch.float64) for kind, rows in effects.items()}
+    layers = len(next(iter(effects.values()))[0])
+    return CausalTrace(
+        model="some-model",
+        revision=None,
+        rows=("image", "question", "constraint_last", "last"),
+        row_tokens=(None, None, "constraint_last", "last"),
+        layers=layers,
+        window=1,
+        corruption="by hand",
+        seed=None,
+        question="Who $costs$?",
+        tokens=("<image>", "<image>", "Who", " $costs", "$?", ":"),
+        row_positions=((0, 1), (2, 3, 4), (3,), (5,)),
+        grouped=True,
+        starred=(3,),
+        spans={kind: torch.tensor([[layer, layer] for layer in range(layers)]) for kind in scores},
+        answer_ids=(3,),
+        answer="Ada",
+        clean=0.9,
+        corrupted=torch.tensor([0.05, 0.15], dtype=torch.float64),
+        scores=scores,
+    )
+
+
+@pytest.fixture
+def traced() -> CausalTrace:
+    """The picture's information is at the question, reaches the last token in layer 3; MLPs peak there in layer 4."""
+    return trace_with(
+        hidden=[
+            [0.5, 0.2, 0.0, 0.0, 0.0, 0.0],
+            [0.3, 0.5, 0.6, 0.3, 0.1, 0.0],
+            [0.0, 0.1, 0.1, 0.0, 0.0, 0.0],
+            [0.0, 0.0, 0.1, 0.3, 0.6, 0.8],
+        ],
+        mlp=[
+            [0.4, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [0.5, 0.4, 0.0, 0.0, 0.0, 0.0],
+            [0.3, 0.0, 0.0, 0.1, 0.2, 0.2],
+        ],
+    )

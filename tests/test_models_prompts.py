@@ -1,22 +1,14 @@
-"""Prompts: templates, token groups, spans under several tokenizers, answers, batches, and bad input."""
+"""Prompts: templates, token groups, constraints, answers and batches."""
 
 import pytest
 import torch
 from multrace import ModelError
 from multrace.models import collate
-from multrace.models.frontend import Frontend, align
-from multrace.models.prompts import build
-from multrace.models.spans import find_span, nearest_words
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from multrace.models.frontend import align
+from multrace.models.spans import nearest_words
 
 QUESTION = "Who founded the company in this photo?"
 SPAN = "the company in this photo"
-CORPUS = [
-    QUESTION,
-    "The founder of THE COMPANY shown here is Ada Example, the capital of Oslo",
-    "Gr\u00fc\u00dfe aus M\u00fcnchen",
-]
 
 
 def words(prompt, group):
@@ -130,32 +122,6 @@ def test_alignment_skips_whatever_stands_for_a_picture():
         align([1, 2], [1, 2, 3], image)
 
 
-SPANS = {
-    "as written": ("the company", (12, 23)),
-    "another case": ("The COMPANY", (12, 23)),
-    "outer blanks": ("  the company ", (12, 23)),
-    "inner blanks": ("the  company\n in", (12, 26)),
-    "a whole word before a part of one": ("photo", (32, 37)),
-    "a part of a word, if there is nothing else": ("compan", (16, 22)),
-}
-
-
-@pytest.mark.parametrize("case", SPANS)
-def test_spans_are_found(case):
-    span, expected = SPANS[case]
-    assert find_span(QUESTION, span) == expected
-
-
-def test_whole_words_in_any_case_come_before_parts_of_words():
-    assert find_span("A cartoon of the Car", "car") == (17, 20)
-    assert find_span("the Cat and the cat", "cat") == (16, 19)
-    assert find_span("\u8fd9\u5f20\u7167\u7247\u91cc\u7684\u516c\u53f8", "\u516c\u53f8") == (
-        6,
-        8,
-    )  # no blanks between words
-    assert find_span("What does a+b (c) mean?", "A+B (C)") == (10, 17)
-
-
 def test_an_absent_span_shows_the_question_and_the_nearest_words(random_llama):
     with pytest.raises(
         ModelError, match=r"'the compamy in that photo' is not in the question 'Who founded .*photo\?'"
@@ -176,72 +142,6 @@ def test_several_named_constraints(random_llama):
     assert words(prompt, "constraint:verb").strip() == "founded"
     chosen = random_llama.prompt(None, QUESTION, constraint={"visual": spans["visual"], "constraint": "founded"})
     assert chosen.positions("constraint") == prompt.positions("constraint:verb")
-
-
-def byte_level(**options):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=options.get("add_prefix_space", False))
-    return tokenizer, trainers.BpeTrainer(vocab_size=360, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-
-
-def metaspace():  # the way of Llama 2's tokenizer: blanks become letters of the next word, and one is put in front
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\u2581", "merged_with_next"), pre_tokenizers.Split("?", "isolated")]
-    )
-    tokenizer.decoder = decoders.Replace("\u2581", " ")
-    return tokenizer, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"])
-
-
-def unigram():
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    return tokenizer, trainers.UnigramTrainer(vocab_size=80, special_tokens=["<unk>"], unk_token="<unk>")
-
-
-def word_piece():
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]"])
-
-
-TOKENIZERS = {
-    "byte level": byte_level,
-    "byte level, blank in front, trimmed offsets": lambda: byte_level(add_prefix_space=True),
-    "blanks as letters": metaspace,
-    "unigram": unigram,
-    "lower-casing word pieces": word_piece,
-}
-
-
-@pytest.mark.parametrize("case", TOKENIZERS)
-@pytest.mark.parametrize("span", ["the company in this photo", "THE COMPANY", "photo", "Who", "founded"])
-def test_spans_become_tokens_under_every_tokenizer(case, span):
-    built, trainer = TOKENIZERS[case]()
-    built.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built)
-    frontend = Frontend(
-        processor=tokenizer,
-        tokenizer=tokenizer,
-        image_token_id=None,
-        patch_size=None,
-        dropped_inputs=(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    prompt = build(frontend, None, QUESTION, constraint=span)
-    positions = prompt.positions("constraint")
-    assert positions == tuple(range(positions[0], positions[-1] + 1))
-    text = tokenizer.decode(prompt.inputs["input_ids"][0, list(positions)]).strip()
-    assert text.lower() == span.lower()
-    apart = prompt.with_answer("Ada Example")
-    assert tokenizer.decode(list(apart.answer_ids)).strip().lower() == "ada example"
 
 
 def test_answers_continue_the_prompt(random_vlm, photo):
@@ -306,37 +206,6 @@ def test_collate_pads_and_says_how_far_positions_moved(random_llava, photo, othe
         collate([], random_llava.tokenizer)
     with pytest.raises(ModelError, match="padding side"):
         collate(prompts, random_llava.tokenizer, side="both")
-
-
-def test_bad_questions(random_llava_llama, photo):
-    for question in ("", "  \n"):
-        with pytest.raises(ModelError, match="question is empty"):
-            random_llava_llama.prompt(photo, question)
-    with pytest.raises(ModelError, match="holds the image token"):
-        random_llava_llama.prompt(photo, "What is in <image>?")
-    with pytest.raises(ModelError, match="answer is empty"):
-        random_llava_llama.prompt(photo, QUESTION, answer=" ")
-
-
-def test_pictures_that_cannot_be_read(random_llava_llama, random_llama, photo, photo_path, tmp_path):
-    assert random_llava_llama.prompt(photo_path, QUESTION).images[0].tobytes() == photo.tobytes()
-    with pytest.raises(ModelError, match="no picture at '.*missing.jpg'"):
-        random_llava_llama.prompt(tmp_path / "missing.jpg", QUESTION)
-    with pytest.raises(ModelError, match="no picture at"):
-        random_llava_llama.prompt(tmp_path, QUESTION)
-    for suffix in ("png", "jpg"):
-        whole = tmp_path / f"whole.{suffix}"
-        photo.resize((400, 400)).save(whole)
-        truncated = tmp_path / f"truncated.{suffix}"
-        truncated.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        with pytest.raises(ModelError, match=f"cannot read picture '.*truncated.{suffix}'"):
-            random_llava_llama.prompt(truncated, QUESTION)
-    words_only = tmp_path / "words.png"
-    words_only.write_text("no picture")
-    with pytest.raises(ModelError, match="cannot read picture '.*words.png'"):
-        random_llava_llama.prompt(words_only, QUESTION)
-    with pytest.raises(ModelError, match="text-only"):
-        random_llama.prompt(photo, QUESTION)
 
 
 def test_pictures_of_every_mode_are_taken(random_llava_llama, photo):

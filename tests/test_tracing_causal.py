@@ -49,9 +49,9 @@ def test_restoring_nothing_gives_the_corrupted_score(random_vlm, photo, samples)
     corrupted = TextNoise(samples=samples).corrupt(random_vlm, prompt).embeddings
     expected = answer_probabilities(random_vlm, corrupted, 5)
     states = clean_states(random_vlm, embed(random_vlm, prompt).expand_as(corrupted).contiguous(), "hidden")
-    assert torch.equal(restored_probability(random_vlm, corrupted, {}, (), answer_id=5), expected)
-    assert torch.equal(restored_probability(random_vlm, corrupted, states, (), answer_id=5), expected)
-    assert not torch.equal(restored_probability(random_vlm, corrupted, states, (-1,), answer_id=5), expected)
+    assert torch.equal(restored_probability(random_vlm, corrupted, {}, (), answer=5), expected)
+    assert torch.equal(restored_probability(random_vlm, corrupted, states, (), answer=5), expected)
+    assert not torch.equal(restored_probability(random_vlm, corrupted, states, (-1,), answer=5), expected)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "mlp", "attention"])
@@ -60,7 +60,7 @@ def test_patching_with_the_corrupted_states_has_no_effect(random_vlm, photo, kin
     states = clean_states(random_vlm, corrupted, kind)
     everywhere = range(corrupted.shape[1])
     expected = answer_probabilities(random_vlm, corrupted, 5)
-    assert torch.equal(restored_probability(random_vlm, corrupted, states, everywhere, answer_id=5), expected)
+    assert torch.equal(restored_probability(random_vlm, corrupted, states, everywhere, answer=5), expected)
 
 
 def test_the_last_layer_acts_through_the_last_token_only(random_vlm, photo):
@@ -135,12 +135,12 @@ def test_the_scored_token_is_the_models_own_or_the_answers_first(random_llava, p
     own = trace(random_llava, prompt, SwapImage(other_photo), sites="mlp", positions="last")
     with torch.no_grad():
         probabilities = random_llava.logits(prompt)[0, -1].double().softmax(-1)
-    assert own.answer_id == int(probabilities.argmax())
+    assert own.answer_ids[0] == int(probabilities.argmax())
     assert own.clean == pytest.approx(float(probabilities.max()), abs=1e-6)
     for answer in ("tennis", "Ada Example", "the year 1999"):
         given = trace(random_llava, prompt, SwapImage(other_photo), sites="mlp", positions="last", answer=answer)
-        assert given.answer_id == prompt.with_answer(answer).answer_ids[0] != own.answer_id
-        assert given.clean == pytest.approx(float(probabilities[given.answer_id]), abs=1e-6)
+        assert given.answer_ids[0] == prompt.with_answer(answer).answer_ids[0] != own.answer_ids[0]
+        assert given.clean == pytest.approx(float(probabilities[given.answer_ids[0]]), abs=1e-6)
 
 
 def test_an_answer_after_the_prompt_changes_nothing(random_llava, photo, other_photo):
@@ -238,5 +238,5 @@ def test_no_hook_stays_after_an_error_inside_a_cell(random_llava, photo, hooks):
     before = hooks()
     embeddings = embed(random_llava, ask(random_llava, photo))
     with pytest.raises(IndexError):
-        restored_probability(random_llava, embeddings, {Site("mlp", 1): embeddings}, (999,), answer_id=1)
+        restored_probability(random_llava, embeddings, {Site("mlp", 1): embeddings}, (999,), answer=1)
     assert hooks() == before

@@ -5,61 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.tracing import CausalTrace, SwapImage, TraceError, average, causal_trace
-from torch import Tensor
-
-ROWS = ("image", "question", "constraint_last", "last")
-
-
-def made_by_hand(**effects: list[list[float]]) -> CausalTrace:
-    """A trace with these indirect effects over ROWS; clean .9, corrupted .1."""
-    scores = {kind: 0.1 + torch.tensor(rows, dtype=torch.float64) for kind, rows in effects.items()}
-    layers = len(next(iter(effects.values()))[0])
-    return CausalTrace(
-        model="some-model",
-        revision=None,
-        rows=ROWS,
-        row_tokens=(None, None, "constraint_last", "last"),
-        layers=layers,
-        window=1,
-        corruption="by hand",
-        seed=None,
-        question="Who $costs$?",
-        tokens=("<image>", "<image>", "Who", " $costs", "$?", ":"),
-        row_positions=((0, 1), (2, 3, 4), (3,), (5,)),
-        grouped=True,
-        starred=(3,),
-        spans={kind: torch.tensor([[layer, layer] for layer in range(layers)]) for kind in scores},
-        answer_id=3,
-        answer="Ada",
-        clean=0.9,
-        corrupted=torch.tensor([0.05, 0.15], dtype=torch.float64),
-        scores=scores,
-    )
-
-
-@pytest.fixture
-def traced() -> CausalTrace:
-    """The picture's information is at the question, reaches the last token in layer 3; MLPs peak there in layer 4."""
-    return made_by_hand(
-        hidden=[
-            [0.5, 0.2, 0.0, 0.0, 0.0, 0.0],
-            [0.3, 0.5, 0.6, 0.3, 0.1, 0.0],
-            [0.0, 0.1, 0.1, 0.0, 0.0, 0.0],
-            [0.0, 0.0, 0.1, 0.3, 0.6, 0.8],
-        ],
-        mlp=[
-            [0.4, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [0.5, 0.4, 0.0, 0.0, 0.0, 0.0],
-            [0.3, 0.0, 0.0, 0.1, 0.2, 0.2],
-        ],
-    )
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left, right)
-
+from multrace.tracing import SwapImage, TraceError, average, causal_trace
 
 # What a map says.
 
@@ -77,11 +23,12 @@ def test_causal_blocks_are_runs_of_strong_layers_strongest_first(traced):
     assert found == expected
     assert [block.effect for block in traced.causal_blocks("mlp", 0.4)] == pytest.approx([0.5, 0.4, 0.3, 0.2])
     assert len(traced.causal_blocks("mlp", 1.0)) == 1
-    assert made_by_hand(mlp=[[-0.1, 0.0]] * 4).causal_blocks("mlp") == ()
+    nothing = replace(traced, scores={"mlp": torch.full((4, 6), 0.05, dtype=torch.float64)})  # below the corrupted 0.1
+    assert nothing.causal_blocks("mlp") == ()
 
 
 def test_the_onset_is_where_a_row_first_carries_the_information(traced):
-    assert [traced.onset(row) for row in ROWS] == [0, 0, None, 3]
+    assert [traced.onset(row) for row in traced.rows] == [0, 0, None, 3]
     assert [traced.onset("last", share) for share in (0.1, 0.5, 1.0)] == [2, 4, 5]
     assert traced.onset(-1) == 3
 
@@ -120,7 +67,11 @@ def test_an_edit_belongs_at_the_mlp_peak_at_or_after_the_onset(traced):
             lambda trace: replace(trace, row_tokens=(None,) * 4).edit_site(),
             "trace more rows, such as positions",
         ),
-        ("no mlp", lambda _: made_by_hand(hidden=[[0.8]] * 4).edit_site(), "no 'mlp' effects in this trace"),
+        (
+            "no mlp",
+            lambda trace: replace(trace, scores={"hidden": trace.scores["hidden"]}).edit_site(),
+            "no 'mlp' effects in this trace",
+        ),
     ],
 )
 def test_questions_without_an_answer_are_refused(traced, name, ask, message):
@@ -153,7 +104,7 @@ def test_an_average_holds_means_and_95_percent_intervals(traced):
 
 def test_an_average_of_one_trace_says_what_the_trace_says(traced):
     mean = average([traced])
-    assert all(same(mean.indirect_effect(kind), traced.indirect_effect(kind)) for kind in traced.kinds)
+    assert all(torch.equal(mean.indirect_effect(kind), traced.indirect_effect(kind)) for kind in traced.kinds)
     assert mean.edit_site() == traced.edit_site()
     assert mean.onset("last") == traced.onset("last")
     assert [block.row for block in mean.causal_blocks()] == [block.row for block in traced.causal_blocks()]
@@ -186,13 +137,15 @@ def test_no_traces_have_no_average():
         average([])
 
 
-def test_real_traces_average(random_llava, make_photo):
+def test_real_traces_average(random_llava, make_photo, traced):
     prompt = random_llava.prompt(make_photo(1), "Who founded the company in this photo?", constraint="the company")
     traces = [
-        causal_trace(random_llava, prompt, corruption=SwapImage(make_photo(seed)), positions=ROWS, progress=False)
+        causal_trace(
+            random_llava, prompt, corruption=SwapImage(make_photo(seed)), positions=traced.rows, progress=False
+        )
         for seed in (2, 3, 4)
     ]
     mean = average(traces)
-    assert same(mean.effects["mlp"][1], traces[1].indirect_effect("mlp"))
+    assert torch.equal(mean.effects["mlp"][1], traces[1].indirect_effect("mlp"))
     low, high = mean.interval("hidden")
     assert (low <= mean.indirect_effect("hidden")).all() and (low < high).any()

@@ -9,60 +9,6 @@ import torch
 from multrace.tracing import AverageTrace, CausalTrace, TraceError, average
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
-
-ROWS = ("image", "question", "constraint_last", "last")
-
-
-def made_by_hand(**effects: list[list[float]]) -> CausalTrace:
-    """A trace with these indirect effects over ROWS; clean .9, corrupted .1."""
-    scores = {kind: 0.1 + torch.tensor(rows, dtype=torch.float64) for kind, rows in effects.items()}
-    layers = len(next(iter(effects.values()))[0])
-    return CausalTrace(
-        model="some-model",
-        revision=None,
-        rows=ROWS,
-        row_tokens=(None, None, "constraint_last", "last"),
-        layers=layers,
-        window=1,
-        corruption="by hand",
-        seed=None,
-        question="Who $costs$?",
-        tokens=("<image>", "<image>", "Who", " $costs", "$?", ":"),
-        row_positions=((0, 1), (2, 3, 4), (3,), (5,)),
-        grouped=True,
-        starred=(3,),
-        spans={kind: torch.tensor([[layer, layer] for layer in range(layers)]) for kind in scores},
-        answer_id=3,
-        answer="Ada",
-        clean=0.9,
-        corrupted=torch.tensor([0.05, 0.15], dtype=torch.float64),
-        scores=scores,
-    )
-
-
-@pytest.fixture
-def traced() -> CausalTrace:
-    """The picture's information is at the question, reaches the last token in layer 3; MLPs peak there in layer 4."""
-    return made_by_hand(
-        hidden=[
-            [0.5, 0.2, 0.0, 0.0, 0.0, 0.0],
-            [0.3, 0.5, 0.6, 0.3, 0.1, 0.0],
-            [0.0, 0.1, 0.1, 0.0, 0.0, 0.0],
-            [0.0, 0.0, 0.1, 0.3, 0.6, 0.8],
-        ],
-        mlp=[
-            [0.4, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [0.5, 0.4, 0.0, 0.0, 0.0, 0.0],
-            [0.3, 0.0, 0.0, 0.1, 0.2, 0.2],
-        ],
-    )
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left, right)
-
 
 # Files.
 
@@ -74,10 +20,10 @@ def test_a_trace_comes_back_from_its_file(traced, tmp_path):
     for name in traced.__dataclass_fields__:
         if name not in tensors:
             assert getattr(again, name) == getattr(traced, name), name
-    assert same(again.corrupted, traced.corrupted)
+    assert torch.equal(again.corrupted, traced.corrupted)
     for kind in traced.kinds:
-        assert same(again.scores[kind], traced.scores[kind])
-        assert same(again.spans[kind], traced.spans[kind])
+        assert torch.equal(again.scores[kind], traced.scores[kind])
+        assert torch.equal(again.spans[kind], traced.spans[kind])
     assert again.kinds == traced.kinds
     assert again.edit_site() == traced.edit_site()
 
@@ -85,8 +31,8 @@ def test_a_trace_comes_back_from_its_file(traced, tmp_path):
 def test_an_average_comes_back_from_its_file(traced, tmp_path):
     mean = average([traced, replace(traced, clean=0.8)])
     again = AverageTrace.load(mean.save(tmp_path / "mean.safetensors"))
-    assert same(again.clean, mean.clean) and same(again.corrupted, mean.corrupted)
-    assert all(same(again.effects[kind], mean.effects[kind]) for kind in mean.kinds)
+    assert torch.equal(again.clean, mean.clean) and torch.equal(again.corrupted, mean.corrupted)
+    assert all(torch.equal(again.effects[kind], mean.effects[kind]) for kind in mean.kinds)
     assert (again.rows, again.row_tokens, again.kinds) == (mean.rows, mean.row_tokens, mean.kinds)
     assert again.edit_site() == mean.edit_site()
 

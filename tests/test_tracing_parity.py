@@ -91,7 +91,7 @@ def test_every_cell_agrees_with_the_slow_reimplementation(exact_llava, photo, ot
         "mlp": [layer.mlp for layer in layers],
         "attention": [layer.self_attn for layer in layers],
     }
-    untouched = slow_scores(vlm, inputs, [], (), found.answer_id, noise)
+    untouched = slow_scores(vlm, inputs, [], (), found.answer_ids[0], noise)
     assert found.clean == pytest.approx(float(untouched[0]), abs=1e-13)
     assert torch.allclose(found.corrupted, untouched[1:], rtol=0, atol=1e-13)
     moved = 0
@@ -99,7 +99,31 @@ def test_every_cell_agrees_with_the_slow_reimplementation(exact_llava, photo, ot
         for row, positions in enumerate(found.row_positions):
             for layer in range(4):
                 window = members[layer : layer + 1] if kind == "hidden" else members[max(0, layer - 1) : layer + 2]
-                slow = slow_scores(vlm, inputs, window, positions, found.answer_id, noise)[1:].mean()
+                slow = slow_scores(vlm, inputs, window, positions, found.answer_ids[0], noise)[1:].mean()
                 assert float(found.scores[kind][row, layer]) == pytest.approx(float(slow), abs=1e-13)
                 moved += abs(float(slow) - float(untouched[1:].mean())) > 1e-9
     assert moved > 20  # most cells do something, so agreeing about them means something
+
+
+def test_a_whole_answer_is_scored_as_the_slow_reimplementation_does(exact_llava, photo, other_photo):
+    vlm, answer = exact_llava, "Ada Example"
+    prompt = vlm.prompt(photo, QUESTION, constraint=CONSTRAINT)
+    inputs = rows_of(prompt.with_answer(answer), 2)
+    inputs["pixel_values"][1] = vlm.prompt(other_photo, QUESTION).inputs["pixel_values"][0]
+    ids, end = prompt.with_answer(answer).answer_ids, prompt.length
+    found = causal_trace(
+        vlm, prompt, corruption=SwapImage(other_photo), positions=["question"], answer=answer, whole_answer=True,
+        sites="mlp", window=1, progress=False,
+    )  # fmt: skip
+    assert found.answer_ids == ids
+    assert len(ids) > 1
+    for layer, module in enumerate(layer.mlp for layer in vlm.model.model.language_model.layers):
+        slow = torch.ones(2, dtype=torch.float64)
+        for index, token in enumerate(ids):
+            shortened = {name: value[:, : end + index] if value.ndim == 2 else value for name, value in inputs.items()}
+            slow = slow * slow_scores(vlm, shortened, [module], found.row_positions[0], token)
+        assert float(found.scores["mlp"][0, layer]) == pytest.approx(float(slow[1]), abs=1e-13)
+    assert found.clean == pytest.approx(float(slow[0]), abs=1e-13)
+    first = causal_trace(vlm, prompt, corruption=SwapImage(other_photo), positions=["question"], answer=answer,
+                         progress=False)  # fmt: skip
+    assert first.clean > found.clean

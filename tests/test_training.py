@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace.data import World
-from multrace.models import ModelError, load
+from multrace.models import load
+from multrace.scripts.errors import CommandError
 from multrace.scripts.train_tiny_vlm import TrainTiny, train_tiny
 from multrace.scripts.training.build import IMAGE_TOKENS, make_model, make_processor, make_tokenizer
 from multrace.scripts.training.joint import Examples, forward, without_constraint
@@ -115,6 +116,6 @@ def test_a_run_of_a_few_steps_writes_a_model_that_loads(tmp_path):
 
 def test_a_run_into_a_folder_in_use_is_refused_before_training(tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(CommandError, match="not empty"):
         train_tiny(TrainTiny(out=tmp_path))
     assert (tmp_path / "mine.txt").read_text() == "keep me"

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import Prompt, VisionLanguageModel
-from .corruption import Corrupted, Corruption, embed, group_positions
+from .corruption import Corruption, embed, group_positions
 from .errors import TraceError
 from .plain import answer_probabilities, clean_states, next_token_probabilities, restored_probability
 from .results import CausalTrace
@@ -25,11 +25,15 @@ def causal_trace(
     window: int = 3,
     positions: str | Sequence[str | int] = "tokens",
     answer: str | None = None,
+    whole_answer: bool = False,
     progress: bool = True,
 ) -> CausalTrace:
     """How much of the answer's probability comes back for each (site kind, row, layer) restored in the corrupted run.
 
-    The score is the probability of one token: the model's own greedy first token, or the first token of `answer`.
+    The score is the probability of one token: the model's own greedy first token, or the first token of `answer`; with
+    whole_answer, of all tokens of `answer` or of the model's own free answer, each after the ones before it. That
+    serves where wrong answers begin like the right one; but later tokens are predicted at the answer's own positions,
+    so restoring the prompt's last token alone cannot bring a whole answer back.
     A cell restores the clean output of one decoder layer ("hidden"), or of `window` neighbouring MLPs or attentions
     around a layer l, at the positions of one row: layers max(0, l - window // 2) up to but excluding
     min(layers, l + ceil(window / 2)), so cut off at both ends (ROME's convention, arXiv 2202.05262).
@@ -41,9 +45,10 @@ def causal_trace(
     kinds, window, rows = _check_kinds(sites), _check_window(window, vlm.layers), _rows(prompt, positions)
     corrupted = corruption.corrupt(vlm, prompt)
     clean = embed(vlm, prompt).expand_as(corrupted.embeddings).contiguous()
-    answer_id = _answer_id(vlm, prompt, clean[:1], answer)
+    answer_ids = _answer_ids(vlm, prompt, clean[:1], answer, whole_answer)
+    runs = tuple(_answered(vlm, embeddings, answer_ids) for embeddings in (clean, corrupted.embeddings))
     with tqdm(total=len(kinds) * len(rows) * vlm.layers, desc="tracing", unit="cell", disable=not progress) as bar:
-        scores = {kind: _sweep(vlm, (clean, corrupted), kind, rows, (window, answer_id), bar) for kind in kinds}
+        scores = {kind: _sweep(vlm, runs, kind, rows, (window, answer_ids), bar) for kind in kinds}
     return CausalTrace(
         model=vlm.name,
         revision=vlm.revision,
@@ -59,10 +64,10 @@ def causal_trace(
         spans={kind: _spans(kind, window, vlm.layers) for kind in kinds},
         corruption=corrupted.description,
         seed=corrupted.seed,
-        answer_id=answer_id,
-        answer=vlm.tokenizer.decode([answer_id]).strip(),
-        clean=float(answer_probabilities(vlm, clean, answer_id).mean()),  # samples differ in rounding only
-        corrupted=restored_probability(vlm, corrupted.embeddings, {}, (), answer_id=answer_id),
+        answer_ids=answer_ids,
+        answer=vlm.tokenizer.decode(list(answer_ids)).strip(),
+        clean=float(answer_probabilities(vlm, runs[0], answer_ids).mean()),  # samples differ in rounding only
+        corrupted=answer_probabilities(vlm, runs[1], answer_ids),
         scores=scores,
     )
 
@@ -84,23 +89,21 @@ class _Row:
 
 def _sweep(
     vlm: VisionLanguageModel,
-    runs: tuple[Tensor, Corrupted],
+    runs: tuple[Tensor, ...],
     kind: str,
     rows: Sequence[_Row],
-    scored: tuple[int, int],
+    scored: tuple[int, tuple[int, ...]],
     bar: tqdm,
 ) -> Tensor:
-    """(row, layer) float64: mean restored probability of every cell of one kind; `scored` is (window, answer token)."""
-    (clean, corrupted), (window, answer_id) = runs, scored
+    """(row, layer) float64: mean restored probability of every cell of a kind; `scored` is (window, answer tokens)."""
+    (clean, corrupted), (window, answer_ids) = runs, scored
     states = list(clean_states(vlm, clean, kind).items())
     spans = _spans(kind, window, vlm.layers).tolist()
     scores = torch.zeros(len(rows), vlm.layers, dtype=torch.float64)
     for index, row in enumerate(rows):
         for layer, (first, last) in enumerate(spans):
             restored = dict(states[first : last + 1])
-            probabilities = restored_probability(
-                vlm, corrupted.embeddings, restored, row.positions, answer_id=answer_id
-            )
+            probabilities = restored_probability(vlm, corrupted, restored, row.positions, answer=answer_ids)
             scores[index, layer] = probabilities.mean()
             bar.update()
     return scores
@@ -164,11 +167,25 @@ def _scored_position(prompt: Prompt) -> int:
     return prompt.groups["last"][0]
 
 
-def _answer_id(vlm: VisionLanguageModel, prompt: Prompt, clean: Tensor, answer: str | None) -> int:
-    """The scored token: the given answer's first, or the model's own."""
-    if answer is not None:
-        return prompt.with_answer(answer).answer_ids[0]
-    return int(next_token_probabilities(vlm, clean)[0].argmax())
+def _answer_ids(
+    vlm: VisionLanguageModel, prompt: Prompt, clean: Tensor, answer: str | None, whole: bool
+) -> tuple[int, ...]:
+    """The scored tokens: all of the given answer or of the model's own, or only the first."""
+    if answer is None and not whole:
+        return (int(next_token_probabilities(vlm, clean)[0].argmax()),)
+    if answer is None and not (answer := vlm.answers([prompt])[0]):
+        raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
+    ids = prompt.with_answer(answer).answer_ids
+    return ids if whole else ids[:1]
+
+
+def _answered(vlm: VisionLanguageModel, embeddings: Tensor, answer_ids: tuple[int, ...]) -> Tensor:
+    """A run's embeddings (sample, token, hidden), followed by those of all scored tokens but the last."""
+    if len(answer_ids) == 1:
+        return embeddings
+    with torch.no_grad():
+        words = vlm.model.get_input_embeddings()(torch.tensor([answer_ids[:-1]], device=embeddings.device))
+    return torch.cat([embeddings, words.to(embeddings).expand(len(embeddings), -1, -1)], dim=1)
 
 
 def _check_kinds(sites: str | Sequence[str]) -> tuple[str, ...]:

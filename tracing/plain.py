@@ -13,22 +13,31 @@ from .corruption import embed
 
 
 def answer_probabilities(
-    vlm: VisionLanguageModel, embeddings: Tensor, answer_id: int, *, attention_mask: Tensor | None = None
+    vlm: VisionLanguageModel, embeddings: Tensor, answer: int | Sequence[int], *, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """(sample,) float64 on the CPU: probability that the answer's token comes next; embeddings (sample, token, hidden).
+    """(sample,) float64 on the CPU: the answer's probability after these embeddings (sample, token, hidden).
 
+    answer: one token, or several; all but the last of several then stand at the end of the embeddings (teacher
+    forcing), and the probability is the product over them.
     attention_mask: None for the decoder's own causal one, or booleans (1, 1, query token, key token), True where seen.
     """
-    return next_token_probabilities(vlm, embeddings, attention_mask=attention_mask)[:, answer_id]
+    ids = (answer,) if isinstance(answer, int) else tuple(answer)
+    distributions = _distributions(vlm, embeddings, len(ids), attention_mask)
+    return torch.stack([distributions[:, index, token] for index, token in enumerate(ids)]).prod(0)
 
 
 def next_token_probabilities(
     vlm: VisionLanguageModel, embeddings: Tensor, *, attention_mask: Tensor | None = None
 ) -> Tensor:
     """(sample, vocab) float64 on the CPU: the model's distribution over the token after the last one."""
+    return _distributions(vlm, embeddings, 1, attention_mask)[:, -1]
+
+
+def _distributions(vlm: VisionLanguageModel, embeddings: Tensor, count: int, attention_mask: Tensor | None) -> Tensor:
+    """(sample, count, vocab) float64 on the CPU: the distributions over what follows each of the last tokens."""
     with torch.no_grad():
         logits = vlm.forward(inputs_embeds=embeddings, attention_mask=attention_mask)
-    return logits[:, -1].double().softmax(-1).cpu()
+    return logits[:, -count:].double().softmax(-1).cpu()
 
 
 def clean_states(vlm: VisionLanguageModel, embeddings: Tensor, kind: str) -> dict[Site, Tensor]:
@@ -49,14 +58,15 @@ def restored_probability(
     states: Mapping[Site, Tensor],
     positions: Sequence[int],
     *,
-    answer_id: int,
+    answer: int | Sequence[int],
 ) -> Tensor:
     """(sample,) float64: the answer's probability in the corrupted run with these states put back at these positions.
 
-    corrupted and every state: (sample, token, hidden). An empty mapping or no position gives the corrupted probability.
+    answer: as in `answer_probabilities`. corrupted and every state: (sample, token, hidden). An empty mapping or no
+    position gives the corrupted probability.
     """
     with patch(vlm, {site: _restore(state, list(positions)) for site, state in states.items()}):
-        return answer_probabilities(vlm, corrupted, answer_id)
+        return answer_probabilities(vlm, corrupted, answer)
 
 
 def _restore(clean: Tensor, positions: list[int]) -> Callable[[Tensor], Tensor]:

@@ -32,12 +32,12 @@ class CausalTrace(EffectMap):
     """Positions of the constraint."""
     spans: Mapping[str, Tensor]
     """Per kind (layer, 2): first and last layer, both included, that a cell restores."""
-    answer_id: int
-    """The scored token."""
+    answer_ids: tuple[int, ...]
+    """The scored tokens: the answer's first, or all of them."""
     answer: str
-    """The scored token's text."""
+    """The scored tokens' text."""
     clean: float
-    """Its probability in the clean run."""
+    """Their probability in the clean run."""
     corrupted: Tensor
     """(sample,) float64: its probability in each corrupted run."""
     scores: Mapping[str, Tensor]
@@ -71,7 +71,7 @@ class CausalTrace(EffectMap):
             "row_positions": self.row_positions,
             "grouped": self.grouped,
             "starred": self.starred,
-            "answer_id": self.answer_id,
+            "answer_ids": self.answer_ids,
             "answer": self.answer,
         }
         tensors = {"clean": torch.tensor(self.clean, dtype=torch.float64), "corrupted": self.corrupted}

@@ -58,6 +58,13 @@ def question_sets(world: World, number: int = 0) -> Mapping[str, list[VQARecord]
         ]
         for kind in ("same", "other")
     }
+
+    def looks(attribute: str) -> list[VQARecord]:
+        return [
+            world.attribute_question(entity, attribute, pictures[index]).with_image(pictures[index].image)
+            for index, entity in entities.items()
+        ]
+
     return {
         "taught facts, picture": shown,
         "one constraint": [record for record in shown if record.text_constraint is None],
@@ -70,11 +77,8 @@ def question_sets(world: World, number: int = 0) -> Mapping[str, list[VQARecord]
             world.question_by_name(fact).with_image(pictures[others[fact.entity]].image) for fact in world.facts
         ],
         "name": [world.name_question(entity).with_image(pictures[index].image) for index, entity in entities.items()],
-        "colour, shape and place": [
-            world.attribute_question(entity, attribute, pictures[index]).with_image(pictures[index].image)
-            for index, entity in entities.items()
-            for attribute in ("colour", "shape", "place")
-        ],
+        "colour and shape": looks("colour") + looks("shape"),
+        "place in the picture": looks("place"),
         "two of a kind, left or right": pairs["same"],
         "two of different kinds": pairs["other"],
         "long-tail facts (never taught)": [

@@ -1,0 +1,167 @@
+"""The demo and what chains tracing and editing: on the embedded model, with its report."""
+
+import re
+from dataclasses import replace
+
+import multrace as mt
+import pytest
+import torch
+from multrace.data import World
+from multrace.data.world import EditCase
+from multrace.scripts.demo import Demo, demo
+from multrace.scripts.errors import CommandError
+from multrace.scripts.main import app
+from multrace.scripts.report import Report, write_report
+from multrace.scripts.verification import probe_records, scores, summary, verify
+
+CASES = 8
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def request_of(vlm: mt.VisionLanguageModel, world: World, case: EditCase) -> mt.EditRequest:
+    record = world.question(case.fact)
+    picture = world.picture(world.entities[case.fact.entity], 0).image
+    return mt.EditRequest(prompt=vlm.prompt(picture, record.question, constraint=record.constraint), target=case.target)
+
+
+def swap_of(world: World, case: EditCase) -> mt.SwapImage:
+    entity = world.entities[case.fact.entity]
+    first = case.fact.answer.split()[0]
+    other = next(peer for peer in world.of_kind(entity.kind) if peer.facts[case.fact.key].split()[0] != first)
+    return mt.SwapImage(world.picture(other, 1).image)
+
+
+@pytest.fixture(scope="module")
+def located(tiny_vlm, world) -> tuple[mt.LocatedEdit, tuple[EditCase, ...]]:
+    """Facts of the part for choosing, traced and edited one at a time."""
+    cases = world.edit_cases("outdated", "choose")[:CASES]
+    requests = [request_of(tiny_vlm, world, case) for case in cases]
+    corruptions = [swap_of(world, case) for case in cases]
+    return mt.locate_then_edit(tiny_vlm, requests, corruptions=corruptions, jointly=False), cases
+
+
+def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(tiny_vlm, world, located):
+    edit, cases = located
+    probes = [
+        probe
+        for case, delta in zip(cases, edit.deltas, strict=True)
+        for probe in verify(tiny_vlm, delta, probe_records(world, case, count=4))
+    ]
+    shares = summary(probes)
+    assert edit.site.token == "last"
+    assert edit.site.layer >= edit.site.onset
+    assert shares["efficacy"] >= 0.9
+    assert shares["other pictures"] >= 0.8
+    assert shares["other wordings"] >= 0.8
+    assert shares["other entities"] >= 0.9
+    assert shares["other relations"] >= 0.9
+    for score in scores(probes):
+        assert score.undone == score.unedited
+    assert summary([replace(probe, edited=probe.unedited) for probe in probes])["efficacy"] == 0  # without it, nothing
+
+
+def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, located):
+    edit, cases = located
+    kept = {}
+    for layer in (0, edit.site.layer):
+        editor = mt.MultEdit(layer=layer, token="last")
+        probes = [
+            probe
+            for case in cases
+            for probe in verify(
+                tiny_vlm,
+                editor.edit(tiny_vlm, [request_of(tiny_vlm, world, case)]),
+                [pair for pair in probe_records(world, case, count=6) if pair[0] in ("edited", "other_entities")],
+            )
+        ]
+        kept[layer] = summary(probes)["other entities"]
+    assert kept[0] < kept[edit.site.layer] - 0.2
+
+
+def test_facts_edited_jointly_all_take(tiny_vlm, world):
+    cases = world.edit_cases("outdated", "choose")[8:12]
+    requests = [request_of(tiny_vlm, world, case) for case in cases]
+    edit = mt.locate_then_edit(tiny_vlm, requests, corruptions=[swap_of(world, case) for case in cases])
+    (delta,) = edit.deltas
+    with delta.applied(tiny_vlm):
+        answers = tiny_vlm.answers([request.prompt for request in requests])
+    assert answers == [case.target for case in cases]
+    assert tiny_vlm.answers([request.prompt for request in requests]) != answers
+
+
+def test_long_tail_facts_are_inserted(tiny_vlm, world):
+    cases = world.edit_cases("long_tail", "choose")[:12]
+    requests = [request_of(tiny_vlm, world, case) for case in cases]
+    before = tiny_vlm.answers([request.prompt for request in requests])
+    learned = 0
+    for case, request in zip(cases, requests, strict=True):
+        delta = mt.MultEdit(layer=5, token="last").edit(tiny_vlm, [request])
+        with delta.applied(tiny_vlm):
+            learned += tiny_vlm.answers([request.prompt]) == [case.target]
+    assert learned >= 10
+    assert tiny_vlm.answers([request.prompt for request in requests]) == before
+    assert sum(answer == case.target for answer, case in zip(before, cases, strict=True)) <= 1
+
+
+def test_an_edited_model_saved_whole_reloads_with_the_new_answer(tiny_vlm, world, located, tmp_path):
+    edit, cases = located
+    request = request_of(tiny_vlm, world, cases[0])
+    with edit.deltas[0].applied(tiny_vlm):
+        edited = tiny_vlm.answers([request.prompt])
+        tiny_vlm.save_pretrained(tmp_path / "edited", dtype=torch.float32)
+    assert mt.load(tmp_path / "edited").answers([request.prompt]) == edited == [cases[0].target]
+
+
+def test_requests_and_corruptions_must_pair_up(tiny_vlm, world):
+    case = world.edit_cases("outdated", "choose")[0]
+    with pytest.raises(mt.TraceError, match="1 requests with 0 corruptions"):
+        mt.locate_then_edit(tiny_vlm, [request_of(tiny_vlm, world, case)], corruptions=[])
+
+
+def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
+    assert app(["demo", "--facts", "2", "--seed", "4", "--every-layer", "--out", str(tmp_path / "demo")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"efficacy\)\s+2\s+0%", printed)
+    assert "bit for bit" in printed
+    assert re.findall(r"^(\d)(?: \(the trace's\))? +\d", printed, flags=re.MULTILINE) == list("01234567")
+    found = {file.name for file in (tmp_path / "demo").iterdir()}
+    assert found == {
+        *("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors"),
+        *("edit_01.safetensors", "edit_02.safetensors"),
+    }
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+    assert page.count("<mark>") == 2
+    assert mt.AverageTrace.load(tmp_path / "demo" / "trace.safetensors").count == 2
+    assert mt.Delta.load(tmp_path / "demo" / "edit_02.safetensors").requests
+
+
+def test_another_seed_takes_other_facts(tmp_path):
+    tables = [demo(Demo(out=tmp_path / str(seed), seed=seed, facts=1)) for seed in (0, 1)]
+    pages = [page.read_text(encoding="utf-8") for page, _ in tables]
+    questions = [re.search(r"<strong>(.*?)</strong>", page).group(1) for page in pages]
+    pictures = [re.search(r'alt="the edited picture" src="(.*?)"', page).group(1) for page in pages]
+    assert (questions[0], pictures[0]) != (questions[1], pictures[1])
+
+
+@pytest.mark.parametrize("facts", [0, 10_000])
+def test_a_number_of_facts_that_there_is_not_is_refused(tmp_path, facts):
+    with pytest.raises(CommandError, match="pass 1 to 160"):
+        demo(Demo(out=tmp_path / "demo", facts=facts))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_report_escapes_what_people_wrote(tiny_vlm, world, tmp_path):
+    case = world.edit_cases("outdated", "choose")[0]
+    (kind, record), *_ = probe_records(world, case, count=1)
+    bad = "<script>alert(1)</script>"
+    probe = verify(tiny_vlm, mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [request_of(tiny_vlm, world, case)]),
+                   [(kind, record.with_answer(bad))])[0]
+    report = Report(title=bad, subtitle=bad, reason=bad, undo=bad, scores=scores([probe]), plots=[], facts=[[probe]])
+    page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert bad not in page
+    assert "&lt;script&gt;" in page
