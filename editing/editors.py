@@ -16,6 +16,7 @@ from .solve import ridge_update
 from .values import ValueResult, ValueSettings, optimise_values
 
 logger = logging.getLogger("multrace")
+_LIKELY = 0.5
 
 
 class EditPlace(Protocol):
@@ -79,8 +80,9 @@ class MultEdit(ValueSettings):
     def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False) -> Delta:
         """The change after which each request's prompt is answered with its target; Delta.applied puts it in.
 
-        progress shows a bar over requests, or over search steps for a single one. A request whose search stopped
-        short of stop_loss is logged as a warning, and its loss stands in Delta.requests. EditError for no requests, a
+        progress shows a bar over requests, or over search steps for a single one. A request whose search ended
+        with the target less likely than not is logged as a warning; loss and probability of each stand in
+        Delta.requests. EditError for no requests, a
         layer or token that does not exist, contexts that disagree, or keys that cannot be told apart at ridge 0.
         """
         requests = tuple(requests)
@@ -118,11 +120,11 @@ class MultEdit(ValueSettings):
         return {name: str(value) for name, value in settings.items()}
 
     def _report(self, request: EditRequest, result: ValueResult) -> dict[str, str]:
-        if 0 < self.stop_loss < result.loss and self.steps:
+        if result.loss > self.stop_loss and result.probability < _LIKELY and self.steps:
             logger.warning(
-                "the value for %r reached a loss of %.3g, not %.3g, in %d steps; "
+                "even with its wanted value, %r has a probability of %.2f after %d steps; "
                 "more steps, another layer or another token may help",
-                *(request.target, result.loss, self.stop_loss, result.steps),
+                *(request.target, result.probability, result.steps),
             )
         found = {"loss": f"{result.loss:.6g}", "probability": f"{result.probability:.6g}", "steps": str(result.steps)}
         return {**request.summary(), **found}

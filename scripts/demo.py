@@ -123,15 +123,12 @@ def _report(
     same: bool,
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
+    chart = plot_scores(table, folder / "scores.png")
     plots = [
         (
-            plot_scores(table, folder / "scores.png"),
-            "Right answers of each kind of question, unedited, edited and undone.",
-        ),
-        (
             located.trace.plot(folder / "trace.png"),
-            f"Mean indirect effect over the {len(probes)} facts when the picture is "
-            "swapped: hidden states one layer at a time, MLPs and attention three layers at a time.",
+            f"Mean indirect effect over the {len(probes)} facts when the picture is swapped: hidden states one layer "
+            "at a time, MLPs and attention three layers at a time.",
         ),
         (tokens.plot(folder / "tokens.png"), "The first fact, token by token; constraint tokens carry a star."),
     ]
@@ -145,6 +142,7 @@ def _report(
         if same
         else "After undoing, some weights differ!",
         scores=table,
+        chart=(chart, "Right answers of each kind of question, unedited, edited and undone."),
         plots=plots,
         facts=probes,
     )

@@ -29,8 +29,10 @@ class Report:
     undo: str
     """What undoing left behind."""
     scores: Sequence[Score]
+    chart: tuple[Path, str]
+    """The scores as a picture: (picture file, caption)."""
     plots: Sequence[tuple[Path, str]]
-    """(picture file, caption)."""
+    """The traces as pictures: (picture file, caption)."""
     facts: Sequence[Sequence[Probe]]
     """For every fact its probes, the edited question first."""
 
@@ -46,7 +48,8 @@ def write_report(report: Report, path: Path) -> Path:
         reason=report.reason,
         undo=report.undo,
         scores=_score_rows(report.scores),
-        plots=[{"caption": caption, "source": _file_source(file)} for file, caption in report.plots],
+        chart=_figure(*report.chart),
+        plots=[_figure(file, caption) for file, caption in report.plots],
         facts=[_fact(probes) for probes in report.facts],
     )
     path.write_text(page, encoding="utf-8")
@@ -72,6 +75,10 @@ def plot_scores(scores: Sequence[Score], path: Path) -> Path:
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, format="png", dpi=150)
     return path
+
+
+def _figure(file: Path, caption: str) -> Mapping[str, str]:
+    return {"caption": caption, "source": _file_source(file)}
 
 
 def _score_rows(scores: Sequence[Score]) -> list[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from multrace.data.world import EditCase
 from multrace.scripts.demo import Demo, demo
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.scripts.report import Report, write_report
+from multrace.scripts.report import Report, plot_scores, write_report
 from multrace.scripts.verification import probe_records, scores, summary, verify
 
 CASES = 8
@@ -159,9 +159,12 @@ def test_the_report_escapes_what_people_wrote(tiny_vlm, world, tmp_path):
     case = world.edit_cases("outdated", "choose")[0]
     (kind, record), *_ = probe_records(world, case, count=1)
     bad = "<script>alert(1)</script>"
-    probe = verify(tiny_vlm, mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [request_of(tiny_vlm, world, case)]),
-                   [(kind, record.with_answer(bad))])[0]
-    report = Report(title=bad, subtitle=bad, reason=bad, undo=bad, scores=scores([probe]), plots=[], facts=[[probe]])
+    delta = mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
+    probes = verify(tiny_vlm, delta, [(kind, record.with_answer(bad))])
+    chart = plot_scores(scores(probes), tmp_path / "scores.png"), bad
+    report = Report(
+        title=bad, subtitle=bad, reason=bad, undo=bad, scores=scores(probes), chart=chart, plots=[chart], facts=[probes]
+    )
     page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     assert bad not in page
     assert "&lt;script&gt;" in page

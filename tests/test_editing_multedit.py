@@ -253,6 +253,7 @@ def test_a_search_that_stopped_short_is_logged(random_llama, caplog):
     request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
     with caplog.at_level(logging.WARNING, logger="multrace"):
         MultEdit(layer=1, stop_loss=100.0).edit(random_llama, [request])
+        MultEdit(layer=1, steps=200).edit(random_llama, [request])
         assert not caplog.records
         MultEdit(layer=1, steps=1).edit(random_llama, [request])
     assert "more steps, another layer or another token" in caplog.text
