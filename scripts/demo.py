@@ -150,15 +150,23 @@ def _report(
 
 def _table(report: Report) -> str:
     width = max(len(PROBES[score.kind][0]) for score in report.scores)
-    lines = [f"\n{report.reason}\n", f"{'right answers':{width}s}  questions  unedited  edited  undone"]
+    lines = ["", *(_line(probes[0]) for probes in report.facts), f"\n{report.reason}\n"]
+    lines += [f"{'right answers':{width}s}  questions  unedited  edited  undone"]
     lines += [
         f"{PROBES[score.kind][0]:{width}s}  {score.number:9d}  "
         f"{score.unedited:8.0%}  {score.edited:6.0%}  {score.undone:6.0%}"
         for score in report.scores
     ]
-    failed = [probes[0].record for probes in report.facts if not probes[0].is_right("edited")]
-    lines += [f"failed: {record.question} -> {record.answer}" for record in failed]
     return "\n".join([*lines, report.undo])
+
+
+def _line(probe: Probe) -> str:
+    """One edited question with what was said, should be said and is said now."""
+    verdict = "" if probe.is_right("edited") else "  FAILED"
+    return (
+        f"{probe.record.question}  it said {probe.unedited!r}, should say {probe.record.answer!r}, "
+        f"now says {probe.edited!r}{verdict}"
+    )
 
 
 def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], located: LocatedEdit) -> str:

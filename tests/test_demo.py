@@ -127,6 +127,7 @@ def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"efficacy\)\s+2\s+0%", printed)
     assert "bit for bit" in printed
+    assert len(re.findall(r"it said '.+', should say '.+', now says '.+'", printed)) == 2
     assert re.findall(r"^(\d)(?: \(the trace's\))? +\d", printed, flags=re.MULTILINE) == list("01234567")
     found = {file.name for file in (tmp_path / "demo").iterdir()}
     assert found == {

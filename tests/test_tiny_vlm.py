@@ -7,6 +7,7 @@ import torch
 from multrace.data import VQARecord, World, tiny_vlm_path
 from multrace.models import VisionLanguageModel
 from multrace.scripts.training.examination import GROUPS, Route, accuracy, question_sets, route
+from multrace.tracing import ReplaceText, causal_trace
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FACTS = 100
@@ -93,6 +94,27 @@ def test_replacing_the_constraint_by_a_name_changes_the_answer(tiny_vlm, world):
         answer = tiny_vlm.answer(picture, replaced)
         changed.append(answer == other.facts[fact.key])
     assert sum(changed) / len(changed) >= 0.95
+
+
+def test_replacing_the_words_of_the_constraint_is_traced_too(tiny_vlm, world):
+    effects, image = [], []
+    for fact in world.facts[3::200]:
+        record = world.question(fact)
+        picture = world.picture(world.entities[fact.entity], 5).image
+        prompt = tiny_vlm.prompt(picture, record.question, constraint=record.constraint)
+        found = causal_trace(
+            tiny_vlm,
+            prompt,
+            corruption=ReplaceText(replacement=record.replacement),
+            sites="hidden",
+            positions=("image", "last"),
+            progress=False,
+        )
+        effects.append(found.total_effect)
+        image.append(found.indirect_effect("hidden")[0])
+        assert found.indirect_effect("hidden")[1, -1] == pytest.approx(found.total_effect, abs=1e-6)
+    assert sum(effects) / len(effects) > 0.5
+    assert all(not row.any() for row in image)  # the picture was never touched: restoring it is exactly without effect
 
 
 def test_the_last_token_does_not_read_the_picture_and_the_question_does(found):

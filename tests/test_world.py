@@ -55,12 +55,22 @@ def test_every_wording_says_its_constraints(world, relation):
         shown, named = world.question(fact, template=template), world.question_by_name(fact, template=template)
         assert shown.constraint in shown.question
         assert named.constraint in named.question
-        assert shown.replacement not in (None, world.entities[fact.entity].name)
+        other = next(entity for entity in world.taught if entity.name == shown.replacement)
+        assert other.facts[fact.key] != fact.answer
         assert shown.question[0].isupper()
         if relation.text_constraints:
             assert shown.text_constraint in shown.question
         else:
             assert shown.text_constraint is None
+
+
+def test_every_question_carries_a_constraint_and_a_phrase_to_replace_it(world):
+    for entity in world.taught[::10]:
+        picture = world.picture(entity, 0)
+        asked = [world.attribute_question(entity, name, picture) for name in ("colour", "shape", "place")]
+        for record in [*asked, world.name_question(entity), *map(world.question, world.facts_of(entity))]:
+            assert record.constraint in record.question
+            assert record.replacement not in (None, record.constraint, entity.name)
 
 
 def test_a_question_of_two_of_a_kind_says_which_one(world):

@@ -91,20 +91,26 @@ class World:
         """The question for the name of the entity in the picture."""
         kind = KINDS[entity.kind]
         text, span = word(kind.name_templates[template], kind.sides[side] if side else kind.phrases[phrase])
-        return VQARecord(id=f"{entity.index}-name", question=text, answer=entity.name, constraint=span)
+        replacement = self._peers(entity, template)[0].name
+        return VQARecord(
+            id=f"{entity.index}-name", question=text, answer=entity.name, constraint=span, replacement=replacement
+        )
 
     def attribute_question(self, entity: Entity, attribute: str, picture: Picture, *, template: int = 0) -> VQARecord:
         """A question about the look of the only entity in the picture: its "colour", "shape" or "place"."""
         templates, span = KINDS[entity.kind].attributes[attribute]
         text, span = word(templates[template], span)
         answer = picture.places[0] if attribute == "place" else entity.attributes[attribute]
-        return VQARecord(id=f"{entity.index}-{attribute}", question=text, answer=answer, constraint=span)
+        replacement = next(kind.attributes[attribute][1] for name, kind in KINDS.items() if name != entity.kind)
+        return VQARecord(
+            id=f"{entity.index}-{attribute}", question=text, answer=answer, constraint=span, replacement=replacement
+        )
 
     def _record(self, fact: Fact, template: int, constraint: str) -> VQARecord:
         entity, (name, text_constraint) = self.entities[fact.entity], fact.key
         text, span = word(relation(name).templates[template], constraint, text_constraint)
-        peers = [peer for peer in self.of_kind(entity.kind) if peer.index != entity.index]
-        replacement = peers[(fact.entity * 7 + template) % len(peers)].name
+        peers = self._peers(entity, template)
+        replacement = next(peer.name for peer in peers if peer.facts[fact.key] != fact.answer)
         return VQARecord(
             id=fact.id,
             question=text,
@@ -113,6 +119,12 @@ class World:
             text_constraint=text_constraint,
             replacement=replacement,
         )
+
+    def _peers(self, entity: Entity, start: int) -> list[Entity]:
+        """The other taught entities of the kind, beginning at another one for every entity and every start."""
+        peers = [peer for peer in self.of_kind(entity.kind) if peer.index != entity.index]
+        shift = (entity.index * 7 + start) % len(peers)
+        return peers[shift:] + peers[:shift]
 
     # Edit splits ----------------------------------------------------------------------------------------------------
 
