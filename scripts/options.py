@@ -1,13 +1,8 @@
 """Options as frozen dataclasses: a field is an option, its help stands beside it; and the options commands share."""
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
-
-from transformers.utils import logging as transformers_logging
 
 from ..data import tiny_vlm_path
 from ..models import Prompt, VisionLanguageModel, load
@@ -69,14 +64,13 @@ class ModelOptions:
 
     def open_model(self) -> VisionLanguageModel:
         """The loaded model, its addresses proven."""
-        with _bar_on_terminals_only():
-            return load(
-                tiny_vlm_path() if self.model is None else self.model,
-                dtype=self.dtype,
-                device_map=self.device_map,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-            )
+        return load(
+            tiny_vlm_path() if self.model is None else self.model,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +151,3 @@ class CorruptionOptions(ConstraintOptions):
     def _need(self, value: str | None, flag: str, what: str) -> None:
         if value is None:
             raise CommandError(f"--corrupt {self.corrupt!r} needs {flag}: {what}")
-
-
-@contextmanager
-def _bar_on_terminals_only() -> Iterator[None]:
-    """Where stderr is a file, transformers' loading bar is off, so that an error there is one line and no more."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()

@@ -253,7 +253,15 @@ def test_a_search_that_stopped_short_is_logged(random_llama, caplog):
     request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
     with caplog.at_level(logging.WARNING, logger="multrace"):
         MultEdit(layer=1, stop_loss=100.0).edit(random_llama, [request])
-        MultEdit(layer=1, steps=200).edit(random_llama, [request])
         assert not caplog.records
         MultEdit(layer=1, steps=1).edit(random_llama, [request])
     assert "more steps, another layer or another token" in caplog.text
+
+
+def test_a_search_that_stopped_short_of_its_goal_but_found_the_target_is_not(tiny_vlm, photo, caplog):
+    request = EditRequest(prompt=tiny_vlm.prompt(photo, "What is the capital of the country in this photo?"), target="red")
+    with caplog.at_level(logging.WARNING, logger="multrace"):
+        delta = MultEdit(layer=5, steps=60, stop_loss=1e-9).edit(tiny_vlm, [request])
+    assert float(delta.requests[0]["loss"]) > 1e-9
+    assert float(delta.requests[0]["probability"]) > 0.5
+    assert not caplog.records
