@@ -259,7 +259,8 @@ def test_a_search_that_stopped_short_is_logged(random_llama, caplog):
 
 
 def test_a_search_that_stopped_short_of_its_goal_but_found_the_target_is_not(tiny_vlm, photo, caplog):
-    request = EditRequest(prompt=tiny_vlm.prompt(photo, "What is the capital of the country in this photo?"), target="red")
+    prompt = tiny_vlm.prompt(photo, "What is the capital of the country in this photo?")
+    request = EditRequest(prompt=prompt, target="red")
     with caplog.at_level(logging.WARNING, logger="multrace"):
         delta = MultEdit(layer=5, steps=60, stop_loss=1e-9).edit(tiny_vlm, [request])
     assert float(delta.requests[0]["loss"]) > 1e-9
