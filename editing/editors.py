@@ -16,7 +16,7 @@ from .solve import ridge_update
 from .values import ValueResult, ValueSettings, optimise_values
 
 logger = logging.getLogger("multrace")
-_LIKELY = 0.5
+_LIKELY = 0.5  # a target below it, even with its value met in full, is hardly what free generation will say
 
 
 class EditPlace(Protocol):
@@ -82,8 +82,8 @@ class MultEdit(ValueSettings):
 
         progress shows a bar over requests, or over search steps for a single one. A request whose search ended
         with the target less likely than not is logged as a warning; loss and probability of each stand in
-        Delta.requests. EditError for no requests, a
-        layer or token that does not exist, contexts that disagree, or keys that cannot be told apart at ridge 0.
+        Delta.requests. EditError for no requests, a layer or token that does not exist, contexts that disagree, or
+        keys that cannot be told apart at ridge 0.
         """
         requests = tuple(requests)
         if not requests:

@@ -10,7 +10,7 @@ from multrace.models import load
 from multrace.scripts.errors import CommandError
 from multrace.scripts.train_tiny_vlm import TrainTiny, train_tiny
 from multrace.scripts.training.build import IMAGE_TOKENS, make_model, make_processor, make_tokenizer
-from multrace.scripts.training.joint import Examples, forward, without_constraint
+from multrace.scripts.training.joint import Examples, forward
 from multrace.scripts.training.packing import IGNORED, Packer
 from multrace.scripts.training.tower import pixels
 
@@ -52,16 +52,19 @@ def test_routing_lets_the_picture_through_the_constraint_only(world, untrained):
     model, _, packer = untrained
     pictures = [pixels([world.picture(world.taught[index], 0)]) for index in (0, 1)]
     block = packer.block(world.question(world.facts[0]))
+    unnamed = replace(block, constraint=range(0), entity=-1)
     routed = packer.collate([[block]], [True])
-    barred = packer.collate([[without_constraint(block)]], [True])
-    open_row = packer.collate([[without_constraint(block)]], [False])
+    barred = packer.collate([[unnamed]], [True])
+    open_row = packer.collate([[unnamed]], [False])
+    only_late = replace(barred, late_mask=open_row.late_mask)
     change = {
         name: (forward(model, pictures[0], batch)[0] - forward(model, pictures[1], batch)[0]).abs().max().item()
-        for name, batch in {"routed": routed, "barred": barred, "open": open_row}.items()
+        for name, batch in {"routed": routed, "barred": barred, "open": open_row, "only late": only_late}.items()
     }
     assert change["barred"] == 0
     assert change["routed"] > 0
     assert change["open"] > 0
+    assert change["only late"] > 0  # later layers have a mask of their own
 
 
 def test_a_routed_row_hides_the_picture_from_all_but_the_constraint(world, untrained):

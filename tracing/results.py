@@ -39,9 +39,9 @@ class CausalTrace(EffectMap):
     clean: float
     """Their probability in the clean run."""
     corrupted: Tensor
-    """(sample,) float64: its probability in each corrupted run."""
+    """(sample,) float64: their probability in each corrupted run."""
     scores: Mapping[str, Tensor]
-    """Per kind (row, layer) float64: its probability with the states restored, mean over samples."""
+    """Per kind (row, layer) float64: their probability with the states restored, mean over samples."""
 
     _LAYOUT = "multrace causal trace 1"
 

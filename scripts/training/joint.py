@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -161,12 +161,11 @@ def held_out_accuracy(
     packer: Packer,
     *,
     number: int,
-    bar: Callable[[Block], Block] | None = None,
     routed: bool = False,
 ) -> float:
     """Share of all taught facts answered rightly (teacher-forced) on held-out rendering `number`.
 
-    `bar` changes the blocks first; with `routed` the rows are routed, else open. Used to watch the training.
+    With `routed` the rows are routed, else open. Used to watch the training.
     """
     right: list[Tensor] = []
     for start in range(0, len(world.taught), 12):
@@ -175,16 +174,10 @@ def held_out_accuracy(
             [packer.block(world.question(fact), entity=entity.index) for fact in world.facts_of(entity)]
             for entity in entities
         ]
-        rows = [[bar(block) if bar else block for block in row] for row in rows]
         batch = packer.collate(rows, [routed] * len(rows))
         logits, _ = forward(model, pixels([world.picture(entity, number) for entity in entities]), batch)
         right.append(exact_matches(logits, batch))
     return torch.cat(right).float().mean().item()
-
-
-def without_constraint(block: Block) -> Block:
-    """The block with no constraint: in a routed row the picture is then visible to none of its tokens."""
-    return replace(block, constraint=range(0), entity=-1)
 
 
 def train_joint(
