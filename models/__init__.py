@@ -2,7 +2,7 @@
 
 from .addresses import Projection, Site
 from .baukit_names import Trace, TraceDict
-from .errors import ModelError
+from .errors import ModelError, ReplayError
 from .families import FAMILIES, Family
 from .generation import Score
 from .hooks import capture, patch
@@ -17,6 +17,7 @@ __all__ = [
     "Patch",
     "Projection",
     "Prompt",
+    "ReplayError",
     "Score",
     "Site",
     "Trace",

@@ -5,6 +5,10 @@ class ModelError(ValueError):
     """A model, picture, prompt or address that cannot be used as asked; says what was found and what to do."""
 
 
+class ReplayError(ModelError):
+    """A model whose layers cannot be run again from cached states exactly; the plain way still works for it."""
+
+
 def gist(error: Exception) -> str:
     """What the error says up to its first blank line, on one line and without a final stop; else its class."""
     return " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".:") or type(error).__name__

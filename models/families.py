@@ -33,12 +33,23 @@ class Family:
     """Attention and MLP read the same input, so a layer's MLP does not see that layer's attention."""
     vision: str | None = None
     """The vision tower, relative to the base model; None for a text-only family."""
+    vision_layers: str | None = None
+    """Name of the list of the vision tower's layers, relative to the tower; None where they are not known."""
+    projector: str | None = None
+    """What turns the tower's states into image tokens, relative to the base model; None where it is not known."""
     dropped_inputs: tuple[str, ...] = ("token_type_ids",)
     """Tokenizer outputs that must not reach the model: GPT-2 would add a word embedding for each of them."""
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family(name="llava_llama", model_types=("llava",), text_types=("llama",), vision="vision_tower"),
+    Family(
+        name="llava_llama",
+        model_types=("llava",),
+        text_types=("llama",),
+        vision="vision_tower",
+        vision_layers="encoder.layers",
+        projector="multi_modal_projector",
+    ),
     Family(
         name="llava_phi",
         model_types=("llava",),
@@ -48,6 +59,8 @@ FAMILIES: tuple[Family, ...] = (
         final_norm="final_layernorm",
         parallel=True,
         vision="vision_tower",
+        vision_layers="encoder.layers",
+        projector="multi_modal_projector",
     ),
     Family(name="llama", model_types=("llama",), text_types=("llama",)),
     Family(

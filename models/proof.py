@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from PIL import Image
@@ -24,7 +25,8 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     add up to what the layer writes, projections write what their modules write and read their weights in the row's
     orientation. An identity patch everywhere leaves the logits bit-equal. A real patch at one position of each kind
     of site leaves earlier positions and earlier layers bit-equal and moves later ones. Image positions hold the image
-    features, and nothing else. Not proven: other layers' real patches, other lengths, quantised weights' orientation.
+    features, and nothing else; layers of the vision tower and the projector, where the row names them, form that chain.
+    Not proven: other layers' real patches, other lengths, quantised weights' orientation.
     """
     with torch.no_grad():
         prompt = vlm.prompt(_picture() if vlm.has_vision else None, _QUESTION, template="raw")
@@ -223,7 +225,27 @@ def _prove_images(probe: _Probe) -> str:
         raise probe.error("image", "another picture gives the same image features")
     if not torch.equal(other[0, words], embeddings[0, words]):
         raise probe.error("image", "another picture changes the embeddings of words")
+    _prove_before_decoder(probe, features)
     return f"{len(image)} image tokens hold image features"
+
+
+def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
+    """The tower's layers read what the layer before wrote; image features are what the projector writes."""
+    vlm = probe.vlm
+    layers = vlm.vision_layers if vlm.family.vision_layers else []
+    parts = [*layers, vlm.projector] if vlm.family.projector else layers
+    if vlm.family.vision_layers and not layers:
+        raise probe.error("vision", f"its {vlm.family.vision_layers!r} is no list of layers")
+    with capture(vlm, parts) as written, capture(vlm, layers, inputs=True) as read:
+        vlm.embeddings(probe.prompt)
+    silent = [vlm.path(part) for part in parts if part not in written]
+    if silent:
+        raise probe.error("vision", f"its module {silent[0]!r} does not run")
+    for before, after in pairwise(layers):
+        if not torch.equal(written[before].to(read[after].device), read[after]):
+            raise probe.error("vision", f"its layer {vlm.path(after)!r} does not read what {vlm.path(before)!r} wrote")
+    if vlm.family.projector and not torch.equal(written[vlm.projector].flatten(0, -2).to(features.device), features):
+        raise probe.error("projector", f"image features are not what {vlm.path(vlm.projector)!r} writes")
 
 
 def _state(probe: _Probe, states: States, site: Site) -> _Seen:

@@ -91,9 +91,20 @@ class VisionLanguageModel:
     @property
     def vision_tower(self) -> nn.Module:
         """The module that sees pictures. ModelError for a text-only model."""
-        if self.family.vision is None:
-            raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
-        return self.module(f"{self.model.base_model_prefix}.{self.family.vision}")
+        return self._visual("vision")
+
+    @property
+    def vision_layers(self) -> list[nn.Module]:
+        """The vision tower's layers, first to last. ModelError for a text-only model, or if the row does not name them.
+
+        What they write is replaced only by hooks ahead of those by which transformers collects it for the projector.
+        """
+        return list(self._visual("vision_layers", f"{self.family.vision}.").children())
+
+    @property
+    def projector(self) -> nn.Module:
+        """What turns the tower's states into image tokens. ModelError as for `vision_layers`."""
+        return self._visual("projector")
 
     def prompt(
         self,
@@ -169,8 +180,11 @@ class VisionLanguageModel:
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        positions: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits (batch, token, vocab) of the text stack on given embeddings (batch, token, hidden), as in `logits`.
+
+        positions: only these tokens' logits, in this order, which saves the output head for all others.
 
         attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row may
         look at a column; a boolean one must hold the causal triangle itself.
@@ -179,6 +193,8 @@ class VisionLanguageModel:
             attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: value for name, value in arguments.items() if value is not None}
+        if positions is not None:
+            given["logits_to_keep"] = torch.tensor(list(positions), device=inputs_embeds.device)
         return _wide(self.model(**_with_positions(given), use_cache=False).logits)
 
     def decode(self, ids: Any) -> str:
@@ -212,6 +228,18 @@ class VisionLanguageModel:
         directory that is not empty is refused, or replaced if `overwrite`. ModelError if it cannot be written.
         """
         save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
+
+    def _visual(self, part: str, above: str = "") -> nn.Module:
+        """What this field of the family row names, relative to the base model or to a path in it."""
+        if self.family.vision is None:
+            raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
+        leaf = getattr(self.family, part)
+        if leaf is None:
+            raise ModelError(
+                f"the row of family {self.family.name} does not name the {part.replace('_', ' ')} of {self.name!r}; "
+                f"pass load(..., families=...) with a row that has {part}="
+            )
+        return self.module(f"{self.model.base_model_prefix}.{above}{leaf}")
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
         tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs

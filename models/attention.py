@@ -1,0 +1,215 @@
+"""Attention over keys that come from several places, merged by their log-sum-exp: no row gets a copy of shared keys.
+
+Softmax over the union of disjoint key sets is the average of the softmaxes over each, weighted by the share of the
+exponentials that each set holds. So a part only has to return its output and its log-sum-exp.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float, bool, Tensor | None], tuple[Tensor, Tensor]]
+"""(query, keys, values, scale, causal, mask) -> output (row, head, query, size) and log-sum-exp (row, head, query)."""
+
+_SCORES_AT_ONCE = 2**25
+"""Attention scores that the portable kernel holds at a time: 128 MiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """Keys and values of some positions, shared by rows: the rows fall into as many equal blocks as there are sets."""
+
+    keys: Tensor
+    """(set, key-value head, key, size)"""
+    values: Tensor
+    """(set, key-value head, key, size)"""
+    visible: Tensor | None = None
+    """Booleans (query,) or (query, key), True where seen; None: everything is seen."""
+    causal: bool = False
+    """Query i sees keys 0 to i; for square own keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The fastest kernels that passed a self-test on this device and dtype."""
+
+    plain: Kernel
+    """For parts without a mask, and causal ones."""
+    masked: Kernel
+    """For parts in which single keys are hidden from single queries."""
+    name: str
+    """Names of both, for reports."""
+
+
+def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
+    """(row, head, query, size): attention of the queries (row, head, query, size) over all segments together.
+
+    Grouped-query heads are folded into the query axis. Merged in float32 or wider. With gradients the portable kernel
+    is taken, since fused ones give none through the log-sum-exp.
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    parts = [_part(query, segment, scale, kernels) for segment in segments if segment.keys.shape[2]]
+    if len(parts) == 1:
+        return parts[0][0].to(query.dtype)
+    sums = torch.stack([each.to(wide) for _, each in parts])
+    shares = (sums - sums.logsumexp(0)).exp()
+    merged = parts[0][0].to(wide) * shares[0].unsqueeze(-1)
+    for share, (output, _) in zip(shares[1:], parts[1:], strict=True):
+        merged = merged + output.to(wide) * share.unsqueeze(-1)
+    return merged.to(query.dtype)
+
+
+def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one segment, for queries that see none of it zero and minus infinity."""
+    visible, dead = segment.visible, None
+    if visible is not None and visible.ndim == 1:
+        visible, dead = None, ~visible
+    elif visible is not None:
+        dead = ~visible.any(-1)
+        visible = visible | dead[:, None]  # a kernel has no answer for a row that sees nothing
+    given = (query, segment.keys, segment.values)
+    with_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    kernel = portable if with_gradient else kernels.plain if visible is None else kernels.masked
+    rows, heads, length = query.shape[:3]
+    if segment.keys.shape[0] == rows:
+        output, total = kernel(query, segment.keys, segment.values, scale, segment.causal, visible)
+    else:
+        folded = _fold(query, *segment.keys.shape[:2])
+        if visible is not None:
+            visible = visible.repeat(folded.shape[2] // length, 1)
+        output, total = kernel(folded, segment.keys, segment.values, scale, False, visible)
+        output = _unfold(output, rows, heads, length)
+        total = _unfold(total.unsqueeze(-1), rows, heads, length).squeeze(-1)
+    if dead is not None and bool(dead.any()):
+        total = total.masked_fill(dead, -torch.inf)
+    return output, total
+
+
+def _fold(query: Tensor, sets: int, key_heads: int) -> Tensor:
+    """(set, key-value head, everything else, size): rows and query heads that read the same keys become queries."""
+    return rearrange(query, "(g c) (k h) q d -> g k (c h q) d", g=sets, k=key_heads)
+
+
+def _unfold(value: Tensor, rows: int, heads: int, length: int) -> Tensor:
+    """What `_fold` folded, back in (row, head, query, size)."""
+    sets, key_heads = value.shape[:2]
+    return rearrange(value, "g k (c h q) d -> (g c) (k h) q d", c=rows // sets, h=heads // key_heads, q=length)
+
+
+def portable(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Matrix products and a log-sum-exp in float32 or wider, on any device, with gradients."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys, values = (_for_heads(each, query.shape[1]).to(wide) for each in (keys, values))
+    if causal:
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
+    step = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * keys.shape[2]))
+    parts = [
+        _portable_block(block.to(wide), keys, values, scale, None if mask is None else mask[start : start + step])
+        for start, block in zip(range(0, query.shape[2], step), query.split(step, dim=2), strict=True)
+    ]
+    return torch.cat([output for output, _ in parts], dim=2).to(query.dtype), torch.cat([sums for _, sums in parts], 2)
+
+
+def _portable_block(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = (query @ keys.transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    total = scores.logsumexp(-1)
+    return (scores - total.unsqueeze(-1)).exp() @ values, total
+
+
+def _for_heads(value: Tensor, heads: int) -> Tensor:
+    """Keys or values, one set for each query head."""
+    return value if value.shape[1] == heads else repeat(value, "b k n d -> b (k h) n d", h=heads // value.shape[1])
+
+
+def _flash_on_cpu(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The CPU's fused kernel; it takes fewer key-value heads than query heads, and additive masks only."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, keys, values, 0.0, causal, attn_mask=_additive(mask, query.dtype), scale=scale)
+
+
+def _flash_on_cuda(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """CUDA's flash kernel for half precision; it has no masks."""
+    if mask is not None:
+        raise ValueError("this kernel takes no mask")
+    keys, values = (_for_heads(each, query.shape[1]) for each in (keys, values))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    output, total, *_ = attend(query, keys, values, 0.0, causal, False, scale=scale)
+    return output, total[:, :, : query.shape[2]]
+
+
+def _efficient_on_cuda(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """CUDA's memory-efficient kernel; its log-sum-exp is padded on the query axis, and masks are aligned to 16 keys."""
+    keys, values = (_for_heads(each, query.shape[1]) for each in (keys, values))
+    bias = _additive(mask, query.dtype)
+    if bias is not None:
+        padded = torch.nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[:, : bias.shape[-1]]
+        bias = padded.expand(query.shape[0], query.shape[1], -1, -1)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, total, *_ = attend(query, keys, values, bias, True, 0.0, causal, scale=scale)
+    return output, total[:, :, : query.shape[2]]
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+_FUSED: dict[str, tuple[tuple[str, Kernel], ...]] = {
+    "cpu": (("flash", _flash_on_cpu),),
+    "cuda": (("flash", _flash_on_cuda), ("efficient", _efficient_on_cuda)),
+}
+"""Candidates by device type, the fastest first; what fails its self-test is passed over."""
+
+
+def probe_kernels(*, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> Kernels:
+    """The fused kernels that compute what the portable one does here, else the portable one itself."""
+    chosen = []
+    for masked in (False, True):
+        passing = [
+            (name, kernel)
+            for name, kernel in _FUSED.get(device.type, ())
+            if _agrees(kernel, masked, device=device, dtype=dtype, heads=heads, key_heads=key_heads, size=size)
+        ]
+        chosen.append((*passing, ("portable", portable))[0])
+    (plain_name, plain), (masked_name, with_mask) = chosen
+    return Kernels(plain=plain, masked=with_mask, name=f"{plain_name}, masked {masked_name}")
+
+
+def _agrees(kernel: Kernel, masked: bool, *, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
+    """The kernel gives the portable one's outputs and sums on random numbers of this shape."""
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 3e-2)
+    generator = torch.Generator().manual_seed(0)
+    for rows, queries, keys, causal in ((3, 7, 7, not masked), (1, 37, 45, False)):
+        query, key, value = (
+            torch.randn(rows, count, length, shape["size"], generator=generator, dtype=torch.float64).to(device, dtype)
+            for count, length in ((shape["heads"], queries), (shape["key_heads"], keys), (shape["key_heads"], keys))
+        )
+        mask = None
+        if masked:
+            mask = (torch.rand(queries, keys, generator=generator) < 0.5).index_fill_(1, torch.tensor([0]), True)
+            mask = mask.to(device)
+        arguments = (query, key, value, shape["size"] ** -0.5, causal, mask)
+        try:
+            found = kernel(*arguments)
+        except (RuntimeError, NotImplementedError, ValueError):  # this build or device lacks the kernel
+            return False
+        for value, expected in zip(found, portable(*arguments), strict=True):
+            if not torch.allclose(value.double(), expected.double(), rtol=0, atol=tolerance):
+                return False
+    return True

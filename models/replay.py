@@ -1,0 +1,297 @@
+"""Running a model's own decoder layers again from any layer on, only where states can have changed.
+
+Keys and values of all other positions come from runs that were recorded before; only the attention function is ours.
+What it does not understand it refuses (`ReplayError`) rather than guess.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .addresses import Projection, Site
+from .attention import Kernels, Segment, merged_attention, probe_kernels
+from .errors import ReplayError
+from .hooks import StopForward, capture, first_input, main_tensor
+from .layouts import Index, Masks, Recording, Source, Span, index_of
+from .vlm import VisionLanguageModel
+from .witness import Witness, for_rows, sliced
+
+_Seen = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
+"""What modules wrote, and what they read."""
+
+
+@dataclass
+class Work:
+    """What the decoder layers had to do; the counts grow with every call."""
+
+    token_layers: int = 0
+    """Tokens whose output of one decoder layer was computed."""
+    key_value_tokens: int = 0
+    """Tokens of which one layer computed keys and values only."""
+    pairs: int = 0
+    """Query-key pairs of attention in one layer, in each of its heads."""
+    read_tokens: int = 0
+    """Tokens that went through the output head."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    """How attention is done in one call of one decoder layer."""
+
+    segments: Sequence[Segment] = ()
+    """Keys and values from elsewhere."""
+    own: tuple[Tensor | None, bool] = (None, True)
+    """How queries see the keys computed in this call: (visible, causal)."""
+    given: tuple[Tensor, Tensor] | None = None
+    """Keys and values to use instead of the call's own."""
+    is_stopped: bool = False
+    """End the forward pass once keys and values are known."""
+    found: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    """Keys and values that the call computed."""
+
+
+@contextmanager
+def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
+    """A `Replay` of this model; while the block lasts its text model attends through it, afterwards as before.
+
+    ReplayError if the text model does not let its attention function be replaced, or is spread over devices.
+    """
+    decoder = vlm.addresses.decoder
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
+    devices = {each.device for each in decoder.parameters()}
+    if devices != {vlm.device} or vlm.device.type == "meta":
+        raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
+    devices = {weight.device for weight in decoder.parameters()} - {torch.device("meta")}  # meta: offloaded
+    if len(devices) > 1:
+        raise ReplayError(f"its decoder layers lie on {len(devices)} devices")
+    replay = Replay(vlm)
+    name, before = f"multrace_{id(replay)}", decoder.config._attn_implementation
+    AttentionInterface.register(name, replay.attend)
+    AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
+    decoder.config._attn_implementation = name
+    try:
+        yield replay
+    finally:
+        decoder.config._attn_implementation = before
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(name, None)
+
+
+class Replay:
+    """Decoder layers that run one at a time on some positions. Made by `replaying`; follows one prompt at a time."""
+
+    def __init__(self, vlm: VisionLanguageModel) -> None:
+        self.vlm = vlm
+        self.work = Work()
+        self.masks = Masks(length=0, layers=())
+        """What each layer's tokens may attend to in the prompt that `record` ran last."""
+        self._layers = list(vlm.addresses.layers)
+        self._keywords: list[dict[str, Any]] = []
+        self._kernels: dict[tuple[int, int, int], Kernels] = {}
+        self._witness: Witness | None = None
+        self._job: _Job | None = None
+
+    def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
+        """(row, token, hidden): what the first decoder layer reads for these embeddings; no layer runs."""
+        with first_input(self._layers[0], "decoder layer 0") as entered:
+            self.vlm.forward(inputs_embeds=embeddings, **for_rows(len(embeddings), keywords))
+        return entered[0]
+
+    def record(
+        self,
+        embeddings: Tensor,
+        *,
+        kept: Sequence[int],
+        read: Sequence[int],
+        sites: Collection[Site] = (),
+        projections: Collection[Projection] = (),
+        **keywords: Tensor,
+    ) -> Recording:
+        """A whole run of the model on embeddings (row, token, hidden), which also fixes masks and positions.
+
+        kept: positions at which hidden states, outputs of sites and inputs of projections are stored; keys and values
+        are stored everywhere. read: positions whose logits are stored. keywords: attention_mask and position_ids as
+        `VisionLanguageModel.forward` takes them. ReplayError for anything that a replay would not reproduce.
+        """
+        rows, length = embeddings.shape[:2]
+        where = index_of(kept, embeddings.device)
+        self._witness = witness = Witness(self._layers)
+        ends = self._ends
+        try:
+            with (
+                capture(self.vlm, [*sites, *ends]) as outputs,
+                capture(self.vlm, [*projections, *ends], inputs=True) as inputs,
+                witness.watching(),
+            ):
+                logits = self.vlm.forward(inputs_embeds=embeddings, positions=read, **for_rows(rows, keywords))
+        finally:
+            self._witness = None
+        seen, self._keywords = witness.attended, witness.keywords
+        self._check_logits((outputs, inputs), witness.states[-1], logits, read)
+        kept_outputs = {**{site: outputs[site] for site in sites}, **{each: inputs[each] for each in projections}}
+        self.masks = Masks.of([mask for _, _, mask in seen], length)
+        self.work.token_layers += rows * length * len(seen)
+        self.work.pairs += rows * len(seen) * length * (length + 1) // 2
+        self.work.read_tokens += rows * len(read)
+        return Recording(
+            positions=tuple(range(length)),
+            keys=tuple(key for key, _, _ in seen),
+            values=tuple(value for _, value, _ in seen),
+            kept=tuple(kept),
+            states=tuple(each[:, where] for each in witness.states),
+            outputs={key: value[:, where] for key, value in kept_outputs.items()},
+            read=tuple(read),
+            logits=logits,
+        )
+
+    def record_after(
+        self,
+        base: Recording,
+        entering: Tensor,
+        positions: Sequence[int],
+        *,
+        sites: Collection[Site] = (),
+        projections: Collection[Projection] = (),
+    ) -> Recording:
+        """A run that equals `base` but at `positions`, from what enters the first layer there (row, position, hidden).
+
+        Only these positions are computed; they must be all that can differ (`Masks.reach`). Keys and values, states,
+        outputs of sites and inputs of projections are stored at them; logits wherever `base` has read.
+        """
+        rest = sorted(set(base.positions) - set(positions))
+        span = self.span(positions, [Source(run=base, positions=tuple(rest))])
+        states, found = [entering], []
+        outputs: dict[Site | Projection, Tensor] = {}
+        with capture(self.vlm, sites) as written, capture(self.vlm, projections, inputs=True) as given:
+            for number in range(len(self._layers)):
+                job = self._job_for(number, span)
+                states.append(self._call(number, states[-1], span.index, job))
+                found.append(job.found)
+            outputs = {**written, **given}
+        changed = [position for position in base.read if position in set(positions)]
+        logits = base.logits.expand(len(entering), -1, -1).clone()
+        if changed:
+            places = [base.read.index(position) for position in changed]
+            within = [span.positions.index(position) for position in changed]
+            logits[:, places] = self.read(states[-1][:, within])
+        return Recording(
+            positions=span.positions,
+            keys=tuple(key for key, _ in found),
+            values=tuple(value for _, value in found),
+            kept=span.positions,
+            states=tuple(states),
+            outputs=outputs,
+            read=base.read,
+            logits=logits,
+        )
+
+    def span(self, positions: Sequence[int], sources: Sequence[Source]) -> Span:
+        """The positions to compute (ascending), and the recordings that hold the keys of all others they see."""
+        return Span(positions=tuple(positions), sources=tuple(sources), masks=self.masks, device=self.vlm.device)
+
+    def layer(self, number: int, states: Tensor, span: Span) -> Tensor:
+        """(row, position, hidden): a decoder layer's output for states (row, position, hidden) at the span's positions.
+
+        Rows fall into as many equal blocks as a source has rows, in its order.
+        """
+        return self._call(number, states, span.index, self._job_for(number, span))
+
+    def last_layer(self, states: Tensor, span: Span, read: Sequence[int]) -> Tensor:
+        """(row, read position, hidden): the last layer's output at only some of the span's positions.
+
+        For the others the layer computes keys and values and is stopped there, unless its weights are moved about
+        while it runs (offloading), where stopping would leave them in the wrong place. Whatever patches the layer's
+        modules is to expect the read positions only.
+        """
+        number, places = len(self._layers) - 1, [span.positions.index(position) for position in read]
+        if len(read) == len(span.positions):
+            return self.layer(number, states, span)
+        where, is_offloaded = index_of(places, states.device), hasattr(self._layers[number], "_hf_hook")
+        collect = self._job_for(number, span) if is_offloaded else _Job(is_stopped=True)
+        try:
+            self._call(number, states, span.index, collect)
+        except StopForward:
+            self.work.key_value_tokens += states.shape[0] * states.shape[1]
+        segments, own = span.seen_from(number, read)
+        job = _Job(segments=segments, own=own, given=collect.found)
+        return self._call(number, states[:, where], index_of(read, states.device), job)
+
+    def read(self, states: Tensor) -> Tensor:
+        """(row, position, vocab): logits, float32 or wider, from the last layer's output (row, position, hidden)."""
+        self.work.read_tokens += states.shape[0] * states.shape[1]
+        norm, head = self._ends
+        return _wide(head(norm(states)))
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **keywords: Any,
+    ) -> tuple[Tensor, None]:
+        """(row, query, head, size) and no weights; the text model calls it in each of its layers."""
+        job = self._job
+        if job is None:
+            if self._witness is not None:
+                self._witness.attends(module, (key, value, attention_mask), keywords)
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
+            )
+        job.found = key, value
+        if job.is_stopped:
+            raise StopForward
+        key, value = job.given or job.found
+        segments = [*job.segments, Segment(keys=key, values=value, visible=job.own[0], causal=job.own[1])]
+        self.work.pairs += query.shape[0] * query.shape[2] * sum(each.keys.shape[2] for each in segments)
+        shape = query.shape[1], key.shape[1], query.shape[3]
+        if shape not in self._kernels:
+            sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
+            self._kernels[shape] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = merged_attention(query, segments, scale=scale, kernels=self._kernels[shape])
+        return output.transpose(1, 2).contiguous(), None
+
+    def _job_for(self, number: int, span: Span) -> _Job:
+        return _Job(segments=span.segments(number), own=span.own(number))
+
+    def _call(self, number: int, states: Tensor, index: Index, job: _Job) -> Tensor:
+        """The layer's output, with its attention done as the job says."""
+        keywords = {name: sliced(name, value, index) for name, value in self._keywords[number].items()}
+        self._job = job
+        try:
+            output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
+        finally:
+            self._job = None
+        self.work.token_layers += states.shape[0] * states.shape[1]
+        return output
+
+    @property
+    def _ends(self) -> tuple[nn.Module, nn.Module]:
+        """What turns the last layer's output into logits: the final norm and the output head."""
+        return self.vlm.final_norm, self.vlm.model.get_output_embeddings()
+
+    def _check_logits(self, seen: _Seen, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:
+        """ReplayError unless final norm and output head, and nothing else, turn the last states into the logits."""
+        norm, head = self._ends
+        outputs, inputs = seen
+        if norm in outputs and head in outputs:
+            links = (states, inputs[norm]), (outputs[norm][:, list(read)], inputs[head]), (_wide(outputs[head]), logits)
+            if all(torch.equal(before.to(after.device), after) for before, after in links):
+                return
+        raise ReplayError("final norm and output head do not give the model's own logits")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,138 @@
+"""What one whole run of a decoder shows, and whether running its layers one by one would repeat it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ReplayError
+from .hooks import main_tensor
+from .layouts import Index
+
+_HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "cache_position", "is_causal"}
+"""Keywords of attention functions that change nothing beyond the mask, which is captured whole."""
+
+
+class Witness:
+    """Watches one run; refuses (`ReplayError`) what a replay would lose."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.states: list[Tensor] = []
+        """What enters each layer, and what leaves the last one."""
+        self.keywords: list[dict[str, Any]] = []
+        """What else each layer is called with."""
+        self._layers = list(layers)
+        self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
+        self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    @property
+    def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Each layer's keys, values and mask. ReplayError unless every layer ran and attended exactly once."""
+        if len(self.keywords) != len(self._layers) or len(self._attended) != len(self._layers):
+            raise ReplayError("not every decoder layer runs and attends exactly once")
+        return [self._attended[number] for number in range(len(self._layers))]
+
+    def attends(self, module: nn.Module, found: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]) -> None:
+        """Notes what an attention function was given: keys, values, mask, and its further keywords."""
+        number = self._number_of.get(id(module))
+        if number is None or number in self._attended:
+            raise ReplayError("a decoder layer attends more than once, or something else attends in between")
+        unknown = [name for name, each in keywords.items() if name not in _HARMLESS and not _is_unset(each)]
+        if unknown:
+            raise ReplayError(f"the attention of decoder layer {number} is given {', '.join(unknown)}")
+        key, value, mask = found
+        if value.shape[-1] != key.shape[-1]:
+            raise ReplayError(f"keys and values of decoder layer {number} have different sizes")
+        asked = keywords.get("is_causal")
+        if mask is None and not (getattr(module, "is_causal", True) if asked is None else asked):
+            mask = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        self._attended[number] = key, value, mask
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A block during which the layers run once, in order."""
+        last: list[tuple[Tensor, int | None]] = []
+
+        def follow(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+            named = _named(layer, arguments, keywords)
+            states = named.pop(next(iter(named)))
+            if last and not _is_unchanged(*last[0], states):  # a hook on a layer would act again when it is replayed
+                raise ReplayError(f"something changes the states that enter decoder layer {len(self.keywords)}")
+            last[:] = [(states, _version(states))]
+            return named
+
+        def first(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            follow(layer, arguments, keywords)
+
+        def before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            named = follow(layer, arguments, keywords)
+            for name, value in named.items():
+                sliced(name, value, slice(0, 1))  # refuses what it cannot slice
+            self.states.append(last[0][0])
+            self.keywords.append(named)
+
+        def after(_layer: nn.Module, _arguments: Any, result: Any) -> None:
+            output = main_tensor(result, "a decoder layer")
+            last[:] = [(output, _version(output))]
+
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.callback(layer.register_forward_pre_hook(first, with_kwargs=True, prepend=True).remove)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(after).remove)
+            yield
+        self.states.extend(states for states, _ in last)
+
+
+def sliced(name: str, value: Any, index: Index) -> Any:
+    """A layer's keyword for only some positions. ReplayError for a tensor whose meaning is unknown."""
+    if name == "attention_mask" or name.startswith("past_key_value"):
+        return None  # what may be seen is captured where attention is computed
+    if name.startswith("position_embeddings") and value is not None:
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        if any(part.shape[0] != 1 and not torch.equal(part, part[:1].expand_as(part)) for part in parts):
+            raise ReplayError("rows have different positions")
+        picked = tuple(part[:1][..., index, :] for part in parts)
+        return picked if isinstance(value, (tuple, list)) else picked[0]
+    if name in ("position_ids", "cache_position") and value is not None:
+        return value[..., index]
+    if value is None or isinstance(value, (bool, int, float, str)) or name == "logits_to_keep":  # the head's, passed on
+        return value
+    raise ReplayError(f"decoder layers are given {name!r}, which cannot be cut to single positions")
+
+
+def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Masks and positions of a model call, for so many rows. ReplayError if they differ from row to row."""
+    given = {name: value for name, value in keywords.items() if value is not None}
+    for name, value in given.items():
+        if value.ndim % 2 == 0:  # positions on three axes lead with the axis
+            if not torch.equal(value, value[:1].expand_as(value)):
+                raise ReplayError(f"{name} differs from row to row")
+            given[name] = value[:1].expand(rows, *value.shape[1:])
+    return given
+
+
+def _is_unset(value: Any) -> bool:
+    return not isinstance(value, Tensor) and value in (None, False)
+
+
+def _version(value: Tensor) -> int | None:
+    """Counts writes in place; tensors of inference mode do not count."""
+    return None if value.is_inference() else value._version
+
+
+def _is_unchanged(before: Tensor, version: int | None, now: Tensor) -> bool:
+    return version == _version(now) if before is now else torch.equal(before, now)
+
+
+def _named(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, the hidden states first."""
+    bound = signature(layer.forward).bind(*arguments, **keywords)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        is_rest = bound.signature.parameters[name].kind is Parameter.VAR_KEYWORD
+        named |= value if is_rest else {name: value}
+    return named
