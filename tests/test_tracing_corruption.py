@@ -1,11 +1,26 @@
 """Corruptions: only what was asked is damaged, lengths stay, the seed decides, and the command line can spell them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
-from multrace.tracing import Corruption, ImageNoise, ReplaceText, SwapImage, TextNoise, TraceError, parse_corruption
+from multrace.tracing import (
+    BlankImage,
+    BlurImage,
+    Corruption,
+    ImageNoise,
+    MaskBoxes,
+    MeanAblation,
+    PixelNoise,
+    ReplaceText,
+    SwapImage,
+    TextNoise,
+    TraceError,
+    ZeroAblation,
+    parse_corruption,
+)
 from PIL import Image
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
@@ -28,6 +43,8 @@ def touched(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption) ->
         (ReplaceText(replacement="Oslo", group="constraint_last"), "constraint_last"),
         (TextNoise(samples=2), "constraint"),
         (TextNoise(samples=2, group="question"), "question"),
+        (TextNoise(samples=2, over="prompt"), "constraint"),
+        (PixelNoise(samples=2), "image"),
         (ImageNoise(samples=2), "image"),
     ],
     ids=str,
@@ -54,7 +71,7 @@ def test_prompts_with_several_images_swap_as_many(random_llava, photo, other_pho
         SwapImage(photo).corrupt(random_llava, prompt)
 
 
-@pytest.mark.parametrize("noise", [TextNoise, ImageNoise])
+@pytest.mark.parametrize("noise", [partial(TextNoise, over="prompt"), ImageNoise], ids=["words", "image"])
 def test_noise_is_decided_by_its_seed_and_has_the_asked_size(random_llava, photo, noise):
     prompt = ask(random_llava, photo)
     group = list(prompt.groups["image" if noise is ImageNoise else "constraint"])
@@ -103,7 +120,10 @@ def test_a_span_at_the_start_gets_no_blank(random_llava, photo):
 def test_corrupting_leaves_the_prompt_and_its_answer_alone(random_llava, photo, other_photo):
     prompt = ask(random_llava, photo).with_answer("Ada Example")
     before = {name: value.clone() for name, value in prompt.inputs.items()}
-    for corruption in (ReplaceText(replacement="Oslo"), TextNoise(), SwapImage(other_photo), ImageNoise()):
+    pictures = (SwapImage(other_photo), BlankImage(), BlurImage(), MaskBoxes(boxes=((0, 0, 8, 8),)))
+    ablations = (ZeroAblation(), MeanAblation(references=[other_photo]))
+    noises = (TextNoise(), ImageNoise(), PixelNoise(samples=2))
+    for corruption in (ReplaceText(replacement="Oslo"), *noises, *pictures, *ablations):
         assert corruption.corrupt(random_llava, prompt).embeddings.shape[1] == prompt.groups["last"][0] + 1
     assert all(torch.equal(prompt.inputs[name], value) for name, value in before.items())
 
@@ -117,6 +137,21 @@ def test_corrupting_leaves_the_prompt_and_its_answer_alone(random_llava, photo, 
         ("text-noise:3", TextNoise(scale=3.0)),
         ("image-noise:0.5", ImageNoise(scale=0.5)),
         ("image-noise", ImageNoise()),
+        ("text-noise", TextNoise()),
+        ("text-noise:auto", TextNoise(scale=None)),
+        ("image-noise:auto", ImageNoise(scale=None)),
+        ("pixel-noise", PixelNoise()),
+        ("pixel-noise:2", PixelNoise(scale=2.0)),
+        ("pixel-noise:auto", PixelNoise(scale=None)),
+        ("blank", BlankImage()),
+        ("blur", BlurImage()),
+        ("blur:2.5", BlurImage(radius=2.5)),
+        ("boxes:0,0,8,8", MaskBoxes(boxes=((0, 0, 8, 8),))),
+        ("boxes:0,0,8,8; 8, 8,16,9", MaskBoxes(boxes=((0, 0, 8, 8), (8, 8, 16, 9)))),
+        ("zero", ZeroAblation()),
+        ("zero:constraint", ZeroAblation(group="constraint")),
+        ("mean:one.jpg", MeanAblation(references=("one.jpg",))),
+        ("mean:one.jpg, C:/two.jpg", MeanAblation(references=("one.jpg", "C:/two.jpg"))),
     ],
 )
 def test_the_command_line_spells_corruptions(text, expected):
@@ -126,8 +161,16 @@ def test_the_command_line_spells_corruptions(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no corruption ''; write swap:other.jpg, replace:Paris city, text-noise:3 or image-noise:3"),
-        ("blur:3", "no corruption 'blur:3'; write swap:"),
+        ("", "no corruption ''; write swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3"),
+        ("blurr:3", "no corruption 'blurr:3'; write swap:"),
+        ("blank:red", "no corruption 'blank:red'; write swap:"),
+        ("blur:-1", "a blur of radius -1.0 changes nothing; pass a positive number"),
+        ("blur:much", "'much' in 'blur:much' is not a number; write the radius, such as blur:3"),
+        ("boxes:0,0,8", "'0,0,8' in 'boxes:0,0,8' is no box; write left, top, right and bottom in pixels, such as"),
+        ("boxes:0,0,8,8;", "'' in 'boxes:0,0,8,8;' is no box"),
+        ("boxes:0,0,8,x", "'0,0,8,x' in 'boxes:0,0,8,x' is no box"),
+        ("boxes:8,0,0,8", "box (8, 0, 0, 8) is empty; pass left < right"),
+        ("mean: ,", "no corruption 'mean: ,'; write swap:"),
         ("swap:", "no corruption 'swap:'; write swap:"),
         ("replace: ", "the replacement is empty; pass the words"),
         ("text-noise:loud", "'loud' in 'text-noise:loud' is not a number; write the noise scale, such as text-noise:3"),

@@ -1,0 +1,74 @@
+"""Corruptions as a command line spells them."""
+
+from collections.abc import Callable
+
+from .ablation import MeanAblation, ZeroAblation
+from .corruption import Corruption
+from .errors import TraceError
+from .noise import ImageNoise, Noise, PixelNoise, TextNoise
+from .pictures import BlankImage, BlurImage, Box, MaskBoxes, SwapImage
+from .wording import ReplaceText
+
+SPELLINGS = (
+    "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "
+    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise of :auto is calibrated"
+)
+"""One example of each corruption."""
+
+
+def parse_corruption(text: str) -> Corruption:
+    """The corruption that a command line spells.
+
+    swap:PATH, replace:PHRASE, text-noise[:SCALE], image-noise[:SCALE], pixel-noise[:SCALE] (a SCALE may be "auto"),
+    blank, blur[:RADIUS], boxes:L,T,R,B[;L,T,R,B...], zero[:GROUP] or mean:PATH[,PATH...]. TraceError for anything else.
+    """
+    kind, _, value = text.partition(":")
+    readers: dict[str, Callable[[str, str], Corruption | None]] = {
+        "swap": lambda value, _: SwapImage(value) if value else None,
+        "replace": lambda value, _: ReplaceText(replacement=value),
+        "text-noise": lambda value, text: _noise(TextNoise, value, text),
+        "image-noise": lambda value, text: _noise(ImageNoise, value, text),
+        "pixel-noise": lambda value, text: _noise(PixelNoise, value, text),
+        "blank": lambda value, _: None if value else BlankImage(),
+        "blur": lambda value, text: BlurImage(radius=_number(value, text, "radius")) if value else BlurImage(),
+        "boxes": lambda value, text: MaskBoxes(boxes=tuple(_box(each, text) for each in value.split(";"))),
+        "zero": lambda value, _: ZeroAblation(group=value) if value else ZeroAblation(),
+        "mean": lambda value, _: _mean(value),
+    }
+    found = readers[kind](value.strip(), text) if kind in readers else None
+    if found is None:
+        raise TraceError(f"no corruption {text!r}; write {SPELLINGS}")
+    return found
+
+
+def _noise(kind: type[Noise], value: str, text: str) -> Noise:
+    """Noise of its default scale, of a calibrated one ("auto") or of a given one."""
+    if not value:
+        return kind()
+    return kind(scale=None if value == "auto" else _number(value, text, "noise scale"))
+
+
+def _mean(value: str) -> MeanAblation | None:
+    """The mean over pictures at the image tokens."""
+    paths = tuple(path.strip() for path in value.split(",") if path.strip())
+    return MeanAblation(references=paths) if paths else None
+
+
+def _number(value: str, text: str, what: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise TraceError(
+            f"{value!r} in {text!r} is not a number; write the {what}, such as {text.split(':')[0]}:3"
+        ) from None
+
+
+def _box(value: str, text: str) -> Box:
+    edges = value.split(",")
+    try:
+        left, top, right, bottom = (int(edge) for edge in edges)
+    except ValueError:
+        raise TraceError(
+            f"{value!r} in {text!r} is no box; write left, top, right and bottom in pixels, such as boxes:0,0,50,50"
+        ) from None
+    return left, top, right, bottom
