@@ -1,10 +1,14 @@
 """Models with random weights, one per family, saved to a temporary folder and opened like any other; and pictures."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
+sys.path.insert(0, os.path.dirname(__file__))  # tests are imported by their paths, which finds no neighbours
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import multrace
@@ -12,126 +16,11 @@ import pytest
 import torch
 from multrace import VisionLanguageModel
 from multrace.data import tiny_vlm_path
-from multrace.tracing import CausalTrace
+from multrace.tracing import CausalTrace, EngineReport
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPVisionConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PhiConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-IMAGE_SIZE, PATCH_SIZE = 32, 8  # 4 x 4 = 16 image tokens
-CORPUS = (
-    "Who founded the company in this photo? The founder of the company shown here is Ada Example.",
-    "What is the capital of the country whose flag is shown? Paris, Rome, Lima, Oslo and Kyoto are cities.",
-    "Which sport does the person in the picture play? Who won the medal in the year 1999? tennis, chess, golf.",
-    "The quick brown fox jumps over the lazy dog. USER: ASSISTANT: What colour is the emblem? red green blue yellow",
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the spot; ids 0 to 3 are <pad>, <s>, </s>, <image>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=512,
-    )
-
-
-def make_processor(tokenizer: PreTrainedTokenizerFast, *, chat_template: str | None) -> LlavaProcessor:
-    """A real LlavaProcessor for 32-pixel pictures."""
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
-
-
-def text_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | float | bool]:
-    """Sizes shared by the Llama and Phi text stacks."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.2,  # large enough for contrasts between tokens and pictures to survive rounding
-    }
-
-
-def make_llava(tokenizer: PreTrainedTokenizerFast, text: LlamaConfig | PhiConfig) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights around this text stack."""
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=32,
-        initializer_factor=5.0,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config)
-
-
-def save(model: PreTrainedModel, processor: LlavaProcessor | PreTrainedTokenizerFast, folder: Path) -> Path:
-    """The folder, with the model and its processor (or tokenizer) in it."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+from random_models import CHAT_TEMPLATE, make_llava, make_processor, make_tokenizer, save, text_sizes
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 @pytest.fixture(scope="session")
@@ -169,40 +58,58 @@ def gpt2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, tokenizer, tmp_path_factory.mktemp("gpt2"))
 
 
-@pytest.fixture(scope="session")
-def random_llava_llama(llava_llama_path: Path) -> VisionLanguageModel:
-    """A loaded LLaVA-Llama with random weights."""
-    return multrace.load(llava_llama_path)
+def loaded(name: str) -> Callable[..., VisionLanguageModel]:
+    """A fixture: the model at this path, loaded once."""
+
+    @pytest.fixture(scope="session", name=f"random_{name}")
+    def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
+        return multrace.load(request.getfixturevalue(f"{name}_path"))
+
+    return model
 
 
-@pytest.fixture(scope="session")
-def random_llava_phi(llava_phi_path: Path) -> VisionLanguageModel:
-    """A loaded LLaVA-Phi with random weights."""
-    return multrace.load(llava_phi_path)
+NAMES = ("llava_llama", "llava_phi", "llama", "gpt2")
+random_llava_llama, random_llava_phi, random_llama, random_gpt2 = (loaded(name) for name in NAMES)
 
 
-@pytest.fixture(scope="session")
-def random_llama(llama_path: Path) -> VisionLanguageModel:
-    """A loaded Llama with random weights."""
-    return multrace.load(llama_path)
-
-
-@pytest.fixture(scope="session")
-def random_gpt2(gpt2_path: Path) -> VisionLanguageModel:
-    """A loaded GPT-2 with random weights."""
-    return multrace.load(gpt2_path)
-
-
-@pytest.fixture(params=["random_llava_llama", "random_llava_phi", "random_llama", "random_gpt2"])
+@pytest.fixture(params=NAMES)
 def random_vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
     """Each family in turn."""
-    return request.getfixturevalue(request.param)
+    return request.getfixturevalue(f"random_{request.param}")
 
 
-@pytest.fixture(params=["random_llava_llama", "random_llava_phi"])
+@pytest.fixture(params=NAMES[:2])
 def random_llava(request: pytest.FixtureRequest) -> VisionLanguageModel:
     """Each family that sees, in turn."""
-    return request.getfixturevalue(request.param)
+    return request.getfixturevalue(f"random_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def load_double() -> Callable[[Path], VisionLanguageModel]:
+    """Loads a model in float64, each once; `exact` below makes it compute in that."""
+    return cache(lambda path: multrace.load(path, dtype="float64"))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lifts Llama's norm from float32, which rounds differences away; the other families' norms cast nothing."""
+
+    def forward(self: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.fixture
+def exact_llava(llava_llama_path: Path, load_double: Callable, exact: None) -> VisionLanguageModel:
+    """LLaVA-Llama (two query heads for each key head) in true float64."""
+    return load_double(llava_llama_path)
+
+
+@pytest.fixture(params=NAMES)
+def exact_vlm(request: pytest.FixtureRequest, load_double: Callable, exact: None) -> VisionLanguageModel:
+    """Each family in turn, in true float64."""
+    return load_double(request.getfixturevalue(f"{request.param}_path"))
 
 
 def draw_photo(seed: int, size: int = 48) -> Image.Image:
@@ -251,7 +158,8 @@ def tiny_vlm() -> VisionLanguageModel:
 
 
 def trace_with(**effects: list[list[float]]) -> CausalTrace:
-    """A trace with these indirect effects over four groups; clean .9, corrupted .1."""
+    """A trace with these indirect effects over four groups; two noise samples; clean .9, corrupted .1."""
+    corrupted = torch.tensor([[0.05, 0.15]], dtype=torch.float64)
     scores = {kind: 0.1 + torch.tensor(rows, dtype=torch.float64) for kind, rows in effects.items()}
     layers = len(next(iter(effects.values()))[0])
     return CausalTrace(
@@ -263,18 +171,37 @@ def trace_with(**effects: list[list[float]]) -> CausalTrace:
         window=1,
         corruption="by hand",
         seed=None,
+        scale=None,
+        deviation=None,
         question="Who $costs$?",
         tokens=("<image>", "<image>", "Who", " $costs", "$?", ":"),
+        input_ids=(9, 9, 1, 2, 3, 4),
         row_positions=((0, 1), (2, 3, 4), (3,), (5,)),
         grouped=True,
         starred=(3,),
+        patches=((0, 0, 0, 0), (1, 0, 1, 0)),
         spans={kind: torch.tensor([[layer, layer] for layer in range(layers)]) for kind in scores},
         answer_ids=(3,),
         answer="Ada",
-        clean=0.9,
-        corrupted=torch.tensor([0.05, 0.15], dtype=torch.float64),
-        scores=scores,
+        foil_ids=(),
+        foil=None,
+        clean_scores=torch.tensor([0.9], dtype=torch.float64),
+        corrupted_scores=corrupted,
+        samples={kind: values[None, ..., None].expand(-1, -1, -1, 2).clone() for kind, values in scores.items()},
+        agreement={},
+        engine=EngineReport(engine="plain", reason="made by hand", cells=48),
     )
+
+
+def shifted(trace: CausalTrace, shift: float | torch.Tensor = 0.0, **changes: object) -> CausalTrace:
+    """The same trace with its restored scores raised by this much, in every cell and sample."""
+    return replace(trace, samples={kind: values + shift for kind, values in trace.samples.items()}, **changes)
+
+
+@pytest.fixture
+def shift_trace() -> Callable[..., CausalTrace]:
+    """Raises all restored scores of a trace, and changes fields."""
+    return shifted
 
 
 @pytest.fixture

@@ -1,48 +1,114 @@
-"""Traces on disk and in pictures: what is saved comes back, what cannot be written leaves nothing behind."""
+"""Traces on disk: what is saved comes back bit for bit, what cannot be written leaves nothing behind."""
 
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from multrace.tracing import AverageTrace, CausalTrace, TraceError, average
-from PIL import Image
+from multrace.tracing import AverageTrace, CausalTrace, EngineReport, TraceError, average
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-# Files.
+
+def assert_equal(again: object, before: object) -> None:
+    """Every field of two dataclasses is the same, to the last bit and in the same order."""
+    assert type(again) is type(before)
+    for name in before.__dataclass_fields__:
+        new, old = getattr(again, name), getattr(before, name)
+        if isinstance(old, torch.Tensor):
+            new, old = {"": new}, {"": old}
+        if isinstance(old, dict) and any(isinstance(each, torch.Tensor) for each in old.values()):
+            assert list(new) == list(old), name
+            for key, value in old.items():
+                assert new[key].dtype == value.dtype and torch.equal(new[key].nan_to_num(7), value.nan_to_num(7)), name
+        else:
+            assert new == old and repr(new) == repr(old), name
 
 
-def test_a_trace_comes_back_from_its_file(traced, tmp_path):
-    path = traced.save(tmp_path / "new" / "trace.safetensors")
-    again = CausalTrace.load(path)
-    tensors = ("scores", "spans", "corrupted")
-    for name in traced.__dataclass_fields__:
-        if name not in tensors:
-            assert getattr(again, name) == getattr(traced, name), name
-    assert torch.equal(again.corrupted, traced.corrupted)
-    for kind in traced.kinds:
-        assert torch.equal(again.scores[kind], traced.scores[kind])
-        assert torch.equal(again.spans[kind], traced.spans[kind])
-    assert again.kinds == traced.kinds
-    assert again.edit_site() == traced.edit_site()
+@pytest.fixture
+def full(traced) -> CausalTrace:
+    """A trace that uses every field: two metrics, more kinds, noise, a foil, estimates and an engine that checked."""
+    generator = torch.Generator().manual_seed(3)
+    spans = {"mlp": torch.tensor([[0, 2]] * 6), "head 0": torch.tensor([[0, 0]] * 6), "projector": torch.zeros(1, 2)}
+    shapes = {kind: (2, 4, len(span), 3) for kind, span in spans.items()}
+    return replace(
+        traced,
+        revision="abc",
+        window=3,
+        seed=1,
+        scale=0.1 + 0.2,
+        deviation=1 / 3,
+        row_tokens=(None, 4, "constraint_last", "last"),
+        question='quotes " and \n lines, 蓝',
+        answer_ids=(3, 5),
+        foil_ids=(7,),
+        foil="Bob",
+        metrics=("logit_difference", "probability"),
+        clean_scores=torch.rand(2, generator=generator, dtype=torch.float64) + 1,
+        corrupted_scores=torch.rand(2, 3, generator=generator, dtype=torch.float64),
+        spans={kind: span.long() for kind, span in spans.items()},
+        samples={
+            kind: torch.rand(shape, generator=generator, dtype=torch.float64).transpose(1, 1)
+            for kind, shape in shapes.items()
+        },
+        direction="corrupt",
+        effect="direct",
+        severed="attention",
+        estimated={"mlp": torch.rand(4, 6, generator=generator) > 0.5},
+        agreement={"mlp": 0.1 + 0.7},
+        engine=EngineReport(
+            engine="replay",
+            cells=100,
+            free_cells=7,
+            token_layers=12345,
+            halvings=1,
+            checked_cells=4,
+            largest_difference=1e-7 / 3,
+            plain_noise=0.0,
+        ),
+    )
 
 
-def test_an_average_comes_back_from_its_file(traced, tmp_path):
-    mean = average([traced, replace(traced, clean=0.8)])
-    again = AverageTrace.load(mean.save(tmp_path / "mean.safetensors"))
-    assert torch.equal(again.clean, mean.clean) and torch.equal(again.corrupted, mean.corrupted)
-    assert all(torch.equal(again.effects[kind], mean.effects[kind]) for kind in mean.kinds)
-    assert (again.rows, again.row_tokens, again.kinds) == (mean.rows, mean.row_tokens, mean.kinds)
-    assert again.edit_site() == mean.edit_site()
+@pytest.mark.parametrize("name", ["traced", "full"])
+def test_a_trace_comes_back_from_its_file(request, name, tmp_path):
+    trace = request.getfixturevalue(name)
+    again = CausalTrace.load(trace.save(tmp_path / "new" / "trace.safetensors"))
+    assert_equal(again, trace)
+    assert again.kinds == trace.kinds and again.engine.summary() == trace.engine.summary()
+    with pytest.raises(AssertionError):
+        assert_equal(again, replace(trace, seed=99))
+
+
+def test_an_average_comes_back_from_its_file(traced, full, shift_trace, tmp_path):
+    for number, traces in enumerate(([traced, shift_trace(traced, 0.1)], [full, shift_trace(full, 0.2)])):
+        mean = average(traces)
+        again = AverageTrace.load(mean.save(tmp_path / f"{number}.safetensors"))
+        assert_equal(again, mean)
+        assert again.causal_blocks("mlp") == mean.causal_blocks("mlp")
+
+
+def rewritten(path: Path, name: str, *, drop: str = "", **changes: str) -> None:
+    """A copy of the file beside it, without one entry and with other metadata."""
+    with safe_open(path, "pt") as file:
+        header = {key: value for key, value in (file.metadata() | changes).items() if key != drop}
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != drop}
+    save_file(tensors, path.with_name(name), header)
 
 
 def test_files_that_are_no_trace_are_refused(traced, tmp_path):
-    whole = traced.save(tmp_path / "trace.safetensors").read_bytes()
-    stranger, hollow = tmp_path / "stranger", tmp_path / "hollow"
-    save_file({"weight": torch.zeros(2)}, stranger)
-    save_file({"clean": torch.zeros(())}, hollow, {"layout": "multrace causal trace 1"})
-    save_file({"clean": torch.zeros(())}, tmp_path / "header", {"layout": "multrace causal trace 1", "rows": "[oops"})
+    path = traced.save(tmp_path / "trace.safetensors")
+    whole = path.read_bytes()
+    save_file({"weight": torch.zeros(2)}, tmp_path / "stranger")
+    save_file({"clean": torch.zeros(())}, tmp_path / "hollow", {"layout": "multrace causal trace 2"})
+    save_file({"clean": torch.zeros(())}, tmp_path / "old", {"layout": "multrace causal trace 1"})
+    rewritten(path, "header", rows="[oops")
+    rewritten(path, "no_field", drop="direction")
+    rewritten(path, "no_tensor", drop="samples.mlp")
+    rewritten(path, "too_much", surprise="1")
+    rewritten(path, "wrong_type", rows="5")
+    rewritten(path, "bad_engine", engine='{"engin": "plain"}')
+    rewritten(path, "mappings", mappings='["samples"]')
+    rewritten(path, "fewer_rows", rows='["image", "question"]')
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text").write_text("not a trace")
     (tmp_path / "empty").write_bytes(b"")
@@ -52,20 +118,37 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
         "nowhere": "no file",
         "stranger": "holds 'something of another program'",
         "hollow": "is not a whole trace",
+        "old": "it is of another version of multrace, so trace again and save anew",
         "header": "the header of",
+        "no_field": "is not a whole trace (KeyError: 'direction')",
+        "no_tensor": "is not a whole trace (KeyError: 'samples.mlp')",
+        "too_much": "unexpected keyword argument 'surprise'",
+        "wrong_type": "is not a whole trace (TypeError",
+        "bad_engine": "unexpected keyword argument 'engin'",
+        "mappings": "is not a whole trace",
+        "fewer_rows": "of other shapes than its rows",
         "cut": "is not a readable safetensors file",
         "text": "is not a readable safetensors file",
         "empty": "is not a readable safetensors file",
-        "mean": "holds 'multrace average trace 1', not 'multrace causal trace 1'",
-        "shapes": "effects of other shapes than its rows and layers",
+        "mean": "holds 'multrace average trace 2', not 'multrace causal trace 2'",
+        "shapes": "of other shapes than its rows, layers and metrics",
     }
     for name, message in cases.items():
         with pytest.raises(TraceError) as caught:
             CausalTrace.load(tmp_path / name)
         assert message in str(caught.value), name
         assert name in str(caught.value)
-    with pytest.raises(TraceError, match="not 'multrace average trace 1'"):
-        AverageTrace.load(tmp_path / "trace.safetensors")
+    with pytest.raises(TraceError, match="not 'multrace average trace 2'"):
+        AverageTrace.load(path)
+    assert CausalTrace.load(path).kinds == traced.kinds
+
+
+def test_an_engine_report_is_one_line(full, traced):
+    assert full.engine.summary() == (
+        "replay engine; 100 cells, 7 of them free; 12345 token-layers; batch halved 1 times; "
+        "4 cells recomputed the plain way, largest difference 3.3e-08 (the plain way's own noise: 0.0e+00)"
+    )
+    assert traced.engine.summary() == "plain engine (made by hand); 48 cells"
 
 
 def everything_in(folder: Path) -> list[str]:
@@ -76,7 +159,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(traced, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.png").mkdir()
     before = everything_in(tmp_path)
-    for write in (traced.save, traced.plot, average([traced]).save, average([traced]).plot):
+    for write in (traced.save, traced.plot, average([traced]).save, average([traced]).plot, traced.save_rome):
         for target in (tmp_path / "file" / "out.png", tmp_path / "folder.png"):
             with pytest.raises(TraceError, match="cannot write .* choose a folder that you may write to"):
                 write(target)
@@ -92,68 +175,6 @@ def test_an_interrupted_write_keeps_the_old_file(traced, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(TraceError, match="No space left on device"):
-        replace(traced, clean=0.5).save(path)
+        replace(traced, seed=5).save(path)
     assert path.read_bytes() == old
     assert everything_in(tmp_path) == ["trace.safetensors"]
-
-
-# Pictures.
-
-
-def labels(path: Path) -> str:
-    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
-    return path.read_text(encoding="utf-8")
-
-
-def test_a_trace_is_drawn_with_constraint_rows_starred(traced, tmp_path):
-    text = labels(traced.plot(tmp_path / "trace.svg"))
-    for label in ("image (2 tokens)", "constraint_last*", "last", "Who $costs$?", "p(Ada)", "hidden state", "MLP"):
-        assert f"<!-- {label} -->" in text, label
-    assert "<!-- last* -->" not in text
-    assert "<!-- attention -->" not in text
-    only = labels(traced.plot(tmp_path / "only.svg", kinds=["mlp"]))
-    assert "<!-- MLP -->" in only and "<!-- hidden state -->" not in only
-
-
-def test_every_format_is_drawn_and_others_are_refused(traced, tmp_path):
-    for name in ("trace.png", "trace.pdf", "trace.svg", "TRACE.PNG"):
-        assert traced.plot(tmp_path / name).stat().st_size > 1000
-    with Image.open(tmp_path / "trace.png") as image:
-        assert image.width > 600 and len(image.getcolors(100_000)) > 50
-    with pytest.raises(TraceError, match=r"no format '.bmp'; end the name in .png, .pdf or .svg"):
-        traced.plot(tmp_path / "trace.bmp")
-    with pytest.raises(TraceError, match="no 'attention' effects in this trace"):
-        traced.plot(tmp_path / "trace.png", kinds=["attention"])
-
-
-def test_the_strongest_cell_is_the_darkest(traced, tmp_path):
-    def darkest(trace: CausalTrace) -> tuple[float, float]:
-        with Image.open(trace.plot(tmp_path / "one.png", kinds=["mlp"])) as image:
-            grey = image.convert("RGB").crop((0, 150, int(image.width * 0.8), image.height))
-        greens = [
-            (x / grey.width, y / grey.height)
-            for x in range(0, grey.width, 4)
-            for y in range(0, grey.height, 4)
-            if (pixel := grey.getpixel((x, y)))[1] > 1.4 * max(pixel[0], 1) and pixel[1] < 100
-        ]
-        return tuple(statistics.mean(axis) for axis in zip(*greens, strict=True))
-
-    left, low = darkest(traced)
-    moved = traced.scores["mlp"].flip(1)
-    right, same_row = darkest(replace(traced, scores={**traced.scores, "mlp": moved}))
-    assert left + 0.2 < right
-    assert low == pytest.approx(same_row, abs=0.02)
-
-
-def test_an_average_is_drawn_with_its_numbers(traced, tmp_path):
-    other = replace(traced, scores={kind: scores * 0.9 for kind, scores in traced.scores.items()})
-    text = labels(average([traced, other]).plot(tmp_path / "mean.svg"))
-    for label in ("constraint_last*", "indirect effect", "Average indirect effect over 2 prompts", ".47"):
-        assert f"<!-- {label} -->" in text, label
-
-
-def test_tokens_that_no_font_knows_are_drawn_as_boxes(traced, tmp_path):
-    odd = replace(traced, rows=("\U0001f9ff", "\n", " ", "$x$"), question="蓝 \ue000?")
-    text = labels(odd.plot(tmp_path / "odd.svg"))
-    for label in ("↵", "␣*", "$x$"):
-        assert label in text, label

@@ -1,15 +1,20 @@
 """What a map of indirect effects says: its best cell, its causal blocks, and where an edit belongs."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .errors import TraceError
 
+SITE_NAMES = {"hidden": "hidden state", "mlp": "MLP"}
+"""What people call a kind of site, where that is not its own name."""
 
-class Cell(NamedTuple):
-    """One cell of a map: the row's label, the layer (centre of its window) and the indirect effect (probability)."""
+
+class Peak(NamedTuple):
+    """One cell of a map: the row's label, the layer (centre of its window) and the indirect effect (main metric)."""
 
     row: str
     layer: int
@@ -18,17 +23,25 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalBlock:
-    """Neighbouring layers of one row whose restored outputs all bring the answer back."""
+    """Neighbouring columns of one row whose restored outputs all bring the answer back."""
 
     kind: str
     row: str
     positions: tuple[int, ...]
     """The row's token positions; empty in an average, where they differ from prompt to prompt."""
+    token: str | int | None
+    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
     first: int
     last: int
-    """First and last layer, both included; centres where layers were restored in windows."""
+    """First and last column, both included: the centres, where layers were restored in windows."""
+    layers: tuple[int, ...]
+    """Every layer, of the decoder or of the kind's own tower, that a window of the block restores."""
     effect: float
-    """The largest indirect effect inside, in probability."""
+    """The largest indirect effect inside, in units of the main metric."""
+    spread: float | None = None
+    """Standard deviation of that cell's effect over the noise samples of one prompt; None for one sample."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of that cell's mean effect over prompts, corrected for choosing among all cells of the kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +52,7 @@ class EditSite:
     token: str | int
     """A group name wherever the token has one (it then names the same token in every prompt), else a position."""
     effect: float
-    """Indirect effect of the MLPs there, in probability."""
+    """Indirect effect of the MLPs there, in units of the main metric."""
     onset: int
     """First layer at which restoring the hidden state of this token gives back the asked share of the total effect."""
     reason: str
@@ -47,7 +60,10 @@ class EditSite:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EffectMap:
-    """Indirect effects over (row, layer) for some kinds of sites; the part that single traces and averages share."""
+    """Indirect effects over (row, column) for some kinds of sites; the part that single traces and averages share.
+
+    A column is a decoder layer; for "vision" it is a layer of the vision tower, and "projector" has one column.
+    """
 
     model: str
     """Name or path of the traced model."""
@@ -57,58 +73,89 @@ class EffectMap:
     row_tokens: tuple[str | int | None, ...]
     """What an edit calls the row: a group name or a position where the row is one text token, else None."""
     layers: int
+    """How many layers the decoder has."""
     window: int
     """How many neighbouring MLPs or attentions were restored together; hidden states are restored one at a time."""
+    spans: Mapping[str, Tensor]
+    """Per kind (column, 2): first and last layer, both included, that a cell restores."""
     corruption: str
     seed: int | None
     """Seed of the noise; None where the corruption is not random."""
+    metrics: tuple[str, ...] = ("probability",)
+    """What was scored; the first is the main one."""
+    direction: str = "restore"
+    """"restore": clean states into the corrupted run; "corrupt": corrupted states into the clean run."""
+    effect: str = "total"
+    """"direct": the other image tokens were kept at the run's own states, so that a patch acts on the text only."""
+    severed: str | None = None
+    """"mlp" or "attention" where the later ones of that kind were kept at the run's own values, else None."""
+    estimated: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per kind (row, column), True where the value is an estimate by attribution; empty where all are exact."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites that were traced, in the order asked."""
         raise NotImplementedError
 
-    @property
-    def total_effect(self) -> float:
-        """Clean minus corrupted probability of the answer."""
+    def total_effect_of(self, metric: str | None = None) -> float:
+        """Clean minus corrupted score in this metric (default: the main one)."""
         raise NotImplementedError
 
-    def indirect_effect(self, kind: str) -> Tensor:
-        """(row, layer) float64: restored minus corrupted probability. TraceError if this kind was not traced."""
+    def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column) float64: what the states change of the total effect. TraceError if this was not traced."""
         raise NotImplementedError
 
     def positions_of(self, row: int) -> tuple[int, ...]:
         """Token positions of the row with this index; empty where they differ from prompt to prompt."""
         raise NotImplementedError
 
-    def best(self, kind: str = "mlp") -> Cell:
+    def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
+        """For a row and a column, what a block says about how certain its effect is."""
+        raise NotImplementedError
+
+    @property
+    def total_effect(self) -> float:
+        """Clean minus corrupted score in the main metric."""
+        return self.total_effect_of()
+
+    def normalised_effect(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column) float64: indirect effect as a share of the total effect. TraceError if that is not positive."""
+        return self.indirect_effect(kind, metric) / self._positive_total(metric)
+
+    def best(self, kind: str = "mlp") -> Peak:
         """The cell with the largest indirect effect."""
-        effects = self.indirect_effect(kind)
-        row, layer = divmod(int(effects.argmax()), self.layers)
-        return Cell(self.rows[row], layer, float(effects[row, layer]))
+        effects = _present(self.indirect_effect(kind))
+        row, column = divmod(int(effects.argmax()), effects.shape[1])
+        return Peak(self.rows[row], column, float(effects[row, column]))
 
     def causal_blocks(self, kind: str = "mlp", fraction: float = 0.5) -> tuple[CausalBlock, ...]:
-        """Runs of neighbouring layers with at least `fraction` of the map's largest effect, strongest first.
+        """Runs of neighbouring columns with at least `fraction` of the map's largest effect, strongest first.
 
-        0 < fraction <= 1. Empty where no effect is positive.
+        0 < fraction <= 1. Empty where no effect is positive. One prompt gives the spread over its noise samples, and
+        never a significance; an average gives an interval over prompts.
         """
         _check_fraction(fraction)
-        effects = self.indirect_effect(kind)
+        effects = _present(self.indirect_effect(kind))
         threshold = fraction * float(effects.max())
         if threshold <= 0:
             return ()
-        blocks = [
-            CausalBlock(
-                kind=kind,
-                row=self.rows[row],
-                positions=self.positions_of(row),
-                first=first,
-                last=last,
-                effect=float(effects[row, first : last + 1].max()),
-            )
-            for row in range(len(self.rows))
-            for first, last in _runs((effects[row] >= threshold).tolist())
-        ]
+        certainty = self._certainty(kind)
+        blocks = []
+        for row in range(len(self.rows)):
+            for first, last in _runs((effects[row] >= threshold).tolist()):
+                peak = first + int(effects[row, first : last + 1].argmax())
+                block = CausalBlock(
+                    kind=kind,
+                    row=self.rows[row],
+                    positions=self.positions_of(row),
+                    token=self.row_tokens[row],
+                    first=first,
+                    last=last,
+                    layers=tuple(range(int(self.spans[kind][first, 0]), int(self.spans[kind][last, 1]) + 1)),
+                    effect=float(effects[row, peak]),
+                    **certainty(row, peak),
+                )
+                blocks.append(block)
         return tuple(sorted(blocks, key=lambda block: -block.effect))
 
     def onset(self, row: str | int, fraction: float = 0.25) -> int | None:
@@ -118,12 +165,7 @@ class EffectMap:
         """
         _check_fraction(fraction)
         effects = self.indirect_effect("hidden")[self._row_index(row)]
-        if self.total_effect <= 0:
-            raise TraceError(
-                f"the corruption ({self.corruption}) does not lower the answer's probability (total effect "
-                f"{self.total_effect:.3f}), so nothing can be brought back; trace with a stronger or another corruption"
-            )
-        reached = (effects >= fraction * self.total_effect).nonzero().flatten().tolist()
+        reached = (effects >= fraction * self._positive_total()).nonzero().flatten().tolist()
         return reached[0] if reached else None
 
     def edit_site(self, fraction: float = 0.25) -> EditSite:
@@ -133,10 +175,15 @@ class EffectMap:
         hidden state gives back `fraction` of the total effect: before it, the token does not yet carry what the
         corruption destroyed, so a key taken there knows the wording and not the picture, and an edit would fire for
         every picture. For facts about pictures use it on a trace under image corruption; a trace of corrupted words
-        cannot tell. TraceError if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, or if no
-        candidate ever carries the information.
+        cannot tell. TraceError if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, if no
+        candidate ever carries the information, or for direct effects, severed runs and corrupted states put in.
         """
-        effects, best = self.indirect_effect("mlp"), None
+        if (self.direction, self.effect, self.severed) != ("restore", "total", None):
+            raise TraceError(
+                f"an edit site needs total effects of restoring clean states, this trace holds {self.variant}; "
+                'trace with direction="restore", effect="total" and severed=None'
+            )
+        effects, best = _present(self.indirect_effect("mlp")), None
         for row, token in enumerate(self.row_tokens):
             onset = None if token is None else self.onset(row, fraction)
             if onset is None:
@@ -154,6 +201,32 @@ class EffectMap:
                 'total effect when its hidden state is restored; trace more rows, such as positions="tokens"'
             )
         return best
+
+    @property
+    def variant(self) -> str:
+        """What was put where, in words; "total effects of restored states" for a usual trace."""
+        states = {"restore": "restored states", "corrupt": "corrupted states put into the clean run"}[self.direction]
+        severed = f", later {SITE_NAMES.get(self.severed, self.severed)} outputs severed" if self.severed else ""
+        return f"{self.effect} effects of {states}{severed}"
+
+    def _positive_total(self, metric: str | None = None) -> float:
+        """The total effect, which must be above zero to speak of shares of it."""
+        total = self.total_effect_of(metric)
+        if not total > 0:
+            raise TraceError(
+                f"the corruption ({self.corruption}) does not lower the answer's {metric or self.metrics[0]} (total "
+                f"effect {total:.3f}), so nothing can be brought back; trace with a stronger or another corruption"
+            )
+        return total
+
+    def _metric(self, metric: str | None) -> int:
+        """Index of a metric; None is the main one."""
+        if metric is not None and metric not in self.metrics:
+            raise TraceError(
+                f"no metric {metric!r} in this trace: it holds {', '.join(map(repr, self.metrics))}; "
+                f"trace again with metrics=({', '.join(map(repr, (*self.metrics, metric)))})"
+            )
+        return 0 if metric is None else self.metrics.index(metric)
 
     def _row_index(self, row: str | int) -> int:
         """Index of the row; a label must be there, and only once."""
@@ -174,6 +247,11 @@ class EffectMap:
                 f"trace again with sites=({', '.join(map(repr, (*self.kinds, kind)))})"
             )
         return kind
+
+
+def _present(effects: Tensor) -> Tensor:
+    """Effects in which what was not traced is never the largest."""
+    return effects.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

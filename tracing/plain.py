@@ -1,83 +1,141 @@
-"""The plain way to trace: one forward pass of the whole decoder for each cell, with hooks that restore clean states.
+"""The plain way to trace: one forward pass of the whole decoder for each cell, with hooks that put states in.
 
-Slow and obvious on purpose. The vision tower runs once; everything after it starts from the merged embeddings.
+Slow and obvious on purpose: the oracle of the tests, and the way for models that cannot be replayed. The vision tower
+runs once; everything after it starts from the merged embeddings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..models import Prompt, Site, VisionLanguageModel, capture, patch
+from ..models.addresses import Key
+from .cells import Cell, Measure, Runs
 from .corruption import embed
 
+_Write = Callable[[Tensor], Tensor]
 
-def answer_probabilities(
-    vlm: VisionLanguageModel, embeddings: Tensor, answer: int | Sequence[int], *, attention_mask: Tensor | None = None
+
+def plain_scores(
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, *, bar: tqdm | None = None
 ) -> Tensor:
-    """(sample,) float64 on the CPU: the answer's probability after these embeddings (sample, token, hidden).
+    """(cell, metric, sample) float64 on the CPU: scores of the base run with each cell's states of the source put in.
 
-    answer: one token, or several; all but the last of several then stand at the end of the embeddings (teacher
-    forcing), and the probability is the product over them.
-    attention_mask: None for the decoder's own causal one, or booleans (1, 1, query token, key token), True where seen.
+    Memory holds every layer's outputs of the kinds that the cells name, (sample, token, width) each.
     """
-    ids = (answer,) if isinstance(answer, int) else tuple(answer)
-    distributions = _distributions(vlm, embeddings, len(ids), attention_mask)
-    return torch.stack([distributions[:, index, token] for index, token in enumerate(ids)]).prod(0)
+    base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
+    keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
+    lent = _states(vlm, source, keys, runs)
+    frozen_keys = {cell.severed: _keys(vlm, cell.severed) for cell in cells if cell.severed}
+    if any(cell.is_direct for cell in cells):
+        frozen_keys["hidden"] = _keys(vlm, "hidden")
+    own = _states(vlm, base, frozen_keys, runs)
+    scores = []
+    for cell in cells:
+        functions = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
+        inputs = cell.kind == "head"
+        with patch(vlm, {key: _in_turn(each) for key, each in functions[0].items()}, inputs=inputs):
+            with patch(vlm, {key: _in_turn(each) for key, each in functions[1].items()}):
+                scores.append(run_scores(vlm, base, runs, measure))
+        if bar is not None:
+            bar.update()
+    return torch.stack(scores)
+
+
+def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
+    """(metric, sample) float64 on the CPU: the scores of embeddings (sample, token, hidden), nothing put in."""
+    with torch.no_grad():
+        logits = vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
+        return measure(logits).T.cpu()
+
+
+def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
+    """The module of each layer that a kind of cell reads and writes; for heads, whose input that is."""
+    if kind == "head":
+        return [vlm.attention_projection(layer) for layer in range(vlm.layers)]
+    return [Site(kind, layer) for layer in range(vlm.layers)]
+
+
+def _states(
+    vlm: VisionLanguageModel, embeddings: Tensor, keys: Mapping[str, list[Key]], runs: Runs
+) -> dict[Key, Tensor]:
+    """What all these modules write (heads: read) in the run on these embeddings, (sample, token, width) each.
+
+    As many equal samples as the other run has: matrix products of another size round otherwise, and putting in a
+    state that the corruption never touched would no longer be exactly without effect.
+    """
+    outputs = [key for kind, each in keys.items() if kind != "head" for key in each]
+    if not keys:
+        return {}
+    with (
+        torch.no_grad(),
+        capture(vlm, outputs, clone=True) as written,
+        capture(vlm, keys.get("head", []), inputs=True, clone=True) as read,
+    ):
+        vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
+    return {**written, **read}
+
+
+def _writes(
+    vlm: VisionLanguageModel,
+    cell: Cell,
+    runs: Runs,
+    lent: tuple[list[Key], dict[Key, Tensor]],
+    own: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
+) -> tuple[dict[Key, list[_Write]], dict[Key, list[_Write]]]:
+    """What the cell writes where it puts states in, and what is frozen beside that."""
+    put: dict[Key, list[_Write]] = {}
+    frozen: dict[Key, list[_Write]] = {}
+    columns = slice(None)
+    if cell.kind == "head":
+        size = vlm.attention_projection(cell.first).width // vlm.heads
+        columns = slice(cell.head * size, (cell.head + 1) * size)
+    for key in lent[0][cell.first : cell.last + 1]:
+        put.setdefault(key, []).append(_write(lent[1][key], list(cell.positions), columns))
+    if cell.severed:
+        for key in own[0][cell.severed][cell.last + 1 :]:
+            frozen.setdefault(key, []).append(_write(own[1][key], list(cell.positions), slice(None)))
+    others = sorted(set(runs.frozen) - set(cell.positions)) if cell.is_direct else []
+    for key in own[0]["hidden"] if others else []:
+        frozen.setdefault(key, []).append(_write(own[1][key], others, slice(None)))
+    return put, frozen
+
+
+def _write(values: Tensor, positions: list[int], columns: slice) -> _Write:
+    """A patch that puts in values (sample, token, width) at some positions and leaves the others."""
+
+    def write(output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[:, positions, columns] = values[:, positions, columns]
+        return changed
+
+    return write
+
+
+def _in_turn(functions: Sequence[_Write]) -> _Write:
+    def write(output: Tensor) -> Tensor:
+        for function in functions:
+            output = function(output)
+        return output
+
+    return write
 
 
 def next_token_probabilities(
     vlm: VisionLanguageModel, embeddings: Tensor, *, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """(sample, vocab) float64 on the CPU: the model's distribution over the token after the last one."""
-    return _distributions(vlm, embeddings, 1, attention_mask)[:, -1]
+    """(sample, vocab) float64 on the CPU: the model's distribution over the token after these embeddings.
 
-
-def _distributions(vlm: VisionLanguageModel, embeddings: Tensor, count: int, attention_mask: Tensor | None) -> Tensor:
-    """(sample, count, vocab) float64 on the CPU: the distributions over what follows each of the last tokens."""
+    embeddings (sample, token, hidden). attention_mask: None for the decoder's own causal one, or booleans
+    (1, 1, query token, key token), True where seen.
+    """
     with torch.no_grad():
-        logits = vlm.forward(inputs_embeds=embeddings, attention_mask=attention_mask)
-    return logits[:, -count:].double().softmax(-1).cpu()
-
-
-def clean_states(vlm: VisionLanguageModel, embeddings: Tensor, kind: str) -> dict[Site, Tensor]:
-    """Every layer's output of this kind, (sample, token, hidden), for these embeddings.
-
-    Pass as many equal samples as the corrupted run has: matrix products of another size round otherwise, and restoring
-    a state that the corruption never touched would no longer be exactly without effect.
-    """
-    sites = [Site(kind, layer) for layer in range(vlm.layers)]
-    with torch.no_grad(), capture(vlm, sites, clone=True) as states:
-        vlm.forward(inputs_embeds=embeddings)
-    return dict(states)
-
-
-def restored_probability(
-    vlm: VisionLanguageModel,
-    corrupted: Tensor,
-    states: Mapping[Site, Tensor],
-    positions: Sequence[int],
-    *,
-    answer: int | Sequence[int],
-) -> Tensor:
-    """(sample,) float64: the answer's probability in the corrupted run with these states put back at these positions.
-
-    answer: as in `answer_probabilities`. corrupted and every state: (sample, token, hidden). An empty mapping or no
-    position gives the corrupted probability.
-    """
-    with patch(vlm, {site: _restore(state, list(positions)) for site, state in states.items()}):
-        return answer_probabilities(vlm, corrupted, answer)
-
-
-def _restore(clean: Tensor, positions: list[int]) -> Callable[[Tensor], Tensor]:
-    """A patch that writes clean states at some positions and leaves the others."""
-
-    def restore(output: Tensor) -> Tensor:
-        restored = output.clone()
-        restored[:, positions] = clean[:, positions]
-        return restored
-
-    return restore
+        logits = vlm.forward(
+            inputs_embeds=embeddings, attention_mask=attention_mask, positions=[embeddings.shape[1] - 1]
+        )
+    return logits[:, -1].double().softmax(-1).cpu()
 
 
 def knockout_probability(
@@ -102,7 +160,8 @@ def knockout_probability(
     targets = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
     cut = targets[:, None] & sources[None, :] & ~torch.eye(length, dtype=torch.bool)
     mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
-    return float(answer_probabilities(vlm, embeddings, answer_id, attention_mask=mask[None, None].to(vlm.device)))
+    probabilities = next_token_probabilities(vlm, embeddings, attention_mask=mask[None, None].to(vlm.device))
+    return float(probabilities[0, answer_id])
 
 
 def _indices(prompt: Prompt, group: str | int | Iterable[int], length: int) -> Tensor:

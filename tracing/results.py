@@ -1,20 +1,27 @@
-"""What a trace found: scores and effects of one prompt, averages of several with intervals; saved, loaded, drawn."""
+"""What a trace of one prompt found: scores and effects, saved, loaded, drawn and handed on."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from .effects import EffectMap
+from ..models import Prompt
+from .effects import SITE_NAMES, EffectMap
+from .engine_report import EngineReport
 from .errors import TraceError
+from .frames import long_frame
+from .overlays import Overlay, draw_overlays, over_patches, strongest
 from .plots import Panel, heat_maps
+from .rome import over_tokens, rome_kind, write_rome
 from .storage import load, save
 
-_Loaded = TypeVar("_Loaded", bound=EffectMap)
+_LAYOUT = "multrace causal trace 2"
+_COLUMNS = ("kind", "row", "label", "positions", "column", "first_layer", "last_layer", "metric", "sample")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,265 +31,241 @@ class CausalTrace(EffectMap):
     question: str
     tokens: tuple[str, ...]
     """The prompt's tokens, one readable string per position."""
+    input_ids: tuple[int, ...]
+    """The prompt's tokens as the model reads them."""
     row_positions: tuple[tuple[int, ...], ...]
     """Token positions that each row restores."""
     grouped: bool
-    """Every row is a named group, so that traces of other prompts have the same rows."""
+    """Every row is a named group or region, so that traces of other prompts have the same rows."""
     starred: tuple[int, ...]
     """Positions of the constraint."""
-    spans: Mapping[str, Tensor]
-    """Per kind (layer, 2): first and last layer, both included, that a cell restores."""
+    patches: tuple[tuple[int, int, int, int], ...]
+    """(position, row, column, image) of each image token; empty where they do not form a grid."""
+    scale: float | None
+    """Strength of the noise in standard deviations, as used; None where the corruption is not noise."""
+    deviation: float | None
+    """The standard deviation that the scale multiplies."""
     answer_ids: tuple[int, ...]
     """The scored tokens: the answer's first, or all of them."""
     answer: str
     """The scored tokens' text."""
-    clean: float
-    """Their probability in the clean run."""
-    corrupted: Tensor
-    """(sample,) float64: their probability in each corrupted run."""
-    scores: Mapping[str, Tensor]
-    """Per kind (row, layer) float64: their probability with the states restored, mean over samples."""
-
-    _LAYOUT = "multrace causal trace 1"
+    foil_ids: tuple[int, ...]
+    foil: str | None
+    """What the answer is compared with in a logit difference; None where no metric asks for one."""
+    clean_scores: Tensor
+    """(metric,) float64: the answer's scores in the clean run."""
+    corrupted_scores: Tensor
+    """(metric, sample) float64: its scores in each corrupted run."""
+    samples: Mapping[str, Tensor]
+    """Per kind (metric, row, column, sample) float64: its scores with the states put in; see `axes`."""
+    agreement: Mapping[str, float]
+    """Per kind: rank agreement (Spearman) of estimated and exact values over the cells that have both."""
+    engine: EngineReport
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites that were traced, in the order asked."""
-        return tuple(self.scores)
+        return tuple(self.samples)
+
+    def axes(self, kind: str) -> dict[str, tuple[Any, ...]]:
+        """Name and labels of each axis of `samples[kind]`, in order; a column's label is its (first, last) layer."""
+        values = self.samples[self._check_kind(kind)]
+        columns = tuple((int(first), int(last)) for first, last in self.spans[kind])
+        return {
+            "metric": self.metrics,
+            "row": self.rows,
+            "column": columns,
+            "sample": tuple(range(values.shape[-1])),
+        }
 
     @property
-    def total_effect(self) -> float:
-        """Clean minus corrupted probability, mean over samples."""
-        return self.clean - float(self.corrupted.mean())
+    def clean(self) -> float:
+        """The answer's score in the clean run, in the main metric."""
+        return float(self.clean_scores[0])
 
-    def indirect_effect(self, kind: str) -> Tensor:
-        """(row, layer) float64: restored minus corrupted probability, mean over samples."""
-        return self.scores[self._check_kind(kind)] - self.corrupted.mean()
+    @property
+    def corrupted(self) -> Tensor:
+        """(sample,) float64: its score in each corrupted run, in the main metric."""
+        return self.corrupted_scores[0]
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Per kind (row, column) float64: main metric with the states put in, mean over samples."""
+        return {kind: values[0].mean(-1) for kind, values in self.samples.items()}
+
+    def total_effect_of(self, metric: str | None = None) -> float:
+        """Clean minus corrupted score in this metric (default: the main one), mean over samples."""
+        index = self._metric(metric)
+        return float(self.clean_scores[index] - self.corrupted_scores[index].mean())
+
+    def indirect_samples(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column, sample) float64: score minus corrupted score, or clean score minus score for "corrupt"."""
+        index = self._metric(metric)
+        scores = self.samples[self._check_kind(kind)][index]
+        if self.direction == "corrupt":
+            return self.clean_scores[index] - scores
+        return scores - self.corrupted_scores[index]
+
+    def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column) float64: `indirect_samples`, mean over samples."""
+        return self.indirect_samples(kind, metric).mean(-1)
 
     def positions_of(self, row: int) -> tuple[int, ...]:
         """Token positions of the row with this index."""
         return self.row_positions[row]
 
+    def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
+        effects = self.indirect_samples(kind)
+        if effects.shape[-1] < 2:
+            return lambda row, column: {}
+        return lambda row, column: {"spread": float(effects[row, column].std())}
+
     def save(self, path: str | Path) -> Path:
         """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        fields = _shared_fields(self) | {
-            "question": self.question,
-            "tokens": self.tokens,
-            "row_positions": self.row_positions,
-            "grouped": self.grouped,
-            "starred": self.starred,
-            "answer_ids": self.answer_ids,
-            "answer": self.answer,
-        }
-        tensors = {"clean": torch.tensor(self.clean, dtype=torch.float64), "corrupted": self.corrupted}
-        tensors |= {f"scores.{kind}": scores for kind, scores in self.scores.items()}
-        tensors |= {f"spans.{kind}": spans for kind, spans in self.spans.items()}
-        return save(path, self._LAYOUT, fields, tensors)
+        return save(path, _LAYOUT, self)
 
     @classmethod
     def load(cls, path: str | Path) -> "CausalTrace":
         """The trace that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return _load(path, cls._LAYOUT, cls._from_file)
+        return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
 
-    @classmethod
-    def _from_file(cls, fields: dict[str, Any], tensors: dict[str, Tensor]) -> "CausalTrace":
-        kinds = fields.pop("kinds")
-        return cls(
-            **_tuples(fields),
-            clean=float(tensors["clean"]),
-            corrupted=tensors["corrupted"],
-            scores={kind: tensors[f"scores.{kind}"] for kind in kinds},
-            spans={kind: tensors[f"spans.{kind}"] for kind in kinds},
-        )
+    def plot(self, path: str | Path, kinds: Sequence[str] | None = None, metric: str | None = None) -> Path:
+        """The written picture (format by suffix: png, pdf, svg): one heat map of scores per kind.
 
-    def plot(self, path: str | Path, kinds: Sequence[str] | None = None) -> Path:
-        """The written picture (format by suffix: png, pdf, svg): one heat map of restored probabilities per kind.
-
-        ROME's style: rows from the top, constraint tokens starred, colours from the corrupted probability upwards.
+        ROME's style: rows from the top, constraint tokens starred, colours from the corrupted score upwards. Corrupted
+        states put into the clean run show the loss of score instead. Estimated cells are hatched.
         """
-        low = float(self.corrupted.mean())
+        index, is_loss = self._metric(metric), self.direction == "corrupt"
+        low = float(self.corrupted_scores[index].mean())
         panels = [
             Panel(
                 kind=kind,
                 window=self.window,
-                values=self.scores[self._check_kind(kind)],
-                low=low,
-                scale=self.total_effect,
+                values=self.indirect_effect(kind, metric) + (0.0 if is_loss else low),
+                low=0.0 if is_loss else low,
+                scale=self.total_effect_of(metric),
+                verb="corrupted" if is_loss else "restored",
+                estimated=self.estimated.get(kind),
             )
             for kind in (kinds or self.kinds)
         ]
-        subtitle = f"clean {self.clean:.3f}, corrupted {low:.3f}  ({self.corruption})"
         stars = [bool(set(positions) & set(self.starred)) for positions in self.row_positions]
         rows = [
             f"{row} ({len(positions)} tokens)" if len(positions) > 1 else row
             for row, positions in zip(self.rows, self.row_positions, strict=True)
         ]
-        unit = f"p({self.answer})"
-        return heat_maps(path, panels, rows=rows, stars=stars, title=self.question, subtitle=subtitle, unit=unit)
+        unit = f"loss of {self._unit(index)}" if is_loss else self._unit(index)
+        return heat_maps(path, panels, rows=rows, stars=stars, titles=self._titles(index), unit=unit)
 
+    def overlay(
+        self, path: str | Path, prompt: Prompt, kind: str = "hidden", layers: Sequence[int] | None = None
+    ) -> Path:
+        """The written picture: indirect effects of image patches over the prompt's picture as the model saw it.
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageTrace(EffectMap):
-    """Mean indirect effects of several traces with the same rows, and each trace's own. Made by `average`."""
-
-    clean: Tensor
-    """(trace,) float64: probability of each prompt's answer in its clean run."""
-    corrupted: Tensor
-    """(trace,) float64: the same after corruption, mean over samples."""
-    effects: Mapping[str, Tensor]
-    """Per kind (trace, row, layer) float64: indirect effects."""
-
-    _LAYOUT = "multrace average trace 1"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of sites that were traced, in the order asked."""
-        return tuple(self.effects)
-
-    @property
-    def count(self) -> int:
-        """How many traces were averaged."""
-        return len(self.clean)
-
-    @property
-    def total_effect(self) -> float:
-        """Clean minus corrupted probability, mean over traces."""
-        return float((self.clean - self.corrupted).mean())
-
-    def indirect_effect(self, kind: str) -> Tensor:
-        """(row, layer) float64: restored minus corrupted probability, mean over traces."""
-        return self.effects[self._check_kind(kind)].mean(0)
-
-    def positions_of(self, row: int) -> tuple[int, ...]:
-        """Empty: each prompt has its own positions."""
-        return ()
-
-    def interval(self, kind: str) -> tuple[Tensor, Tensor]:
-        """(low, high), each (row, layer): 95% interval of the mean indirect effect, mean -+ 1.96 s / sqrt(n).
-
-        TraceError for fewer than two traces, whose spread is unknown.
+        For rows that are patches, blocks, image rows or boxes. layers: columns of the map, one panel each; if not
+        given, the strongest four. TraceError for another prompt than the traced one, and for rows that are no parts of
+        a picture.
         """
-        return _interval(self.effects[self._check_kind(kind)])
-
-    def total_interval(self) -> tuple[float, float]:
-        """(low, high) of the 95% interval of the mean total effect."""
-        low, high = _interval(self.clean - self.corrupted)
-        return float(low), float(high)
-
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        tensors = {"clean": self.clean, "corrupted": self.corrupted}
-        tensors |= {f"effects.{kind}": effects for kind, effects in self.effects.items()}
-        return save(path, self._LAYOUT, _shared_fields(self), tensors)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageTrace":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return _load(path, cls._LAYOUT, cls._from_file)
-
-    @classmethod
-    def _from_file(cls, fields: dict[str, Any], tensors: dict[str, Tensor]) -> "AverageTrace":
-        kinds = fields.pop("kinds")
-        return cls(
-            **_tuples(fields),
-            clean=tensors["clean"],
-            corrupted=tensors["corrupted"],
-            effects={kind: tensors[f"effects.{kind}"] for kind in kinds},
-        )
-
-    def plot(self, path: str | Path, kinds: Sequence[str] | None = None) -> Path:
-        """The written picture: one heat map of mean indirect effects per kind, with its numbers where they fit.
-
-        Numbers whose 95% interval holds zero are pale.
-        """
-        panels = [self._panel(kind) for kind in (kinds or self.kinds)]
-        means = f"clean {self.clean.mean():.3f}, corrupted {self.corrupted.mean():.3f}"
-        pale = "; pale numbers: the 95% interval holds zero" if self.count > 1 else ""
-        subtitle = f"{means}, total effect {self.total_effect:.3f}  ({self.corruption}{pale})"
-        title = f"Average indirect effect over {self.count} prompts"
-        stars = [row.startswith("constraint") for row in self.rows]
-        return heat_maps(
-            path, panels, rows=self.rows, stars=stars, title=title, subtitle=subtitle, unit="indirect effect"
-        )
-
-    def _panel(self, kind: str) -> Panel:
-        clear = None
-        if self.count > 1:
-            low, high = self.interval(kind)
-            clear = (low > 0) | (high < 0)
-        values = self.indirect_effect(kind)
-        return Panel(
-            kind=kind, window=self.window, values=values, low=0.0, scale=self.total_effect, numbers=True, clear=clear
-        )
-
-
-def average(traces: Sequence[CausalTrace]) -> AverageTrace:
-    """Mean effects of traces with the same model, group rows, kinds and window. TraceError where they differ."""
-    if not traces:
-        raise TraceError("no traces to average; pass at least one")
-    first = traces[0]
-    if not all(trace.grouped for trace in traces):
-        raise TraceError(
-            "traces over single tokens cannot be averaged, since each prompt has its own tokens; "
-            'trace again with group names, such as positions=("image", "question", "constraint_last", "last")'
-        )
-    for name in ("model", "rows", "layers", "window", "kinds"):
-        found = {getattr(trace, name): None for trace in traces}
-        if len(found) > 1:
-            raise TraceError(
-                f"these traces differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
+        found = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
+        ids = tuple(prompt.inputs["input_ids"][0, : len(self.input_ids)].tolist())
+        if (found, ids) != (self.patches, self.input_ids):
+            raise TraceError(f"this trace is of another prompt ({self.question!r}); pass the prompt that was traced")
+        grid = over_patches(self.indirect_effect(kind), self.row_positions, self.patches)
+        columns = strongest(grid) if layers is None else tuple(layers)
+        if not columns or not all(0 <= column < len(grid) for column in columns):
+            raise TraceError(f"no layers {columns} of {kind!r} in this trace; pass some of 0 to {len(grid) - 1}")
+        overlays = []
+        for column in columns:
+            first, last = self.spans[kind][column].tolist()
+            title = f"{SITE_NAMES.get(kind, kind)}, " + (
+                f"layer {first}" if first == last else f"layers {first} to {last}"
             )
-    descriptions = dict.fromkeys(trace.corruption for trace in traces)
-    others = f" and {len(descriptions) - 1} more" if len(descriptions) > 1 else ""
-    tokens = zip(*(trace.row_tokens for trace in traces), strict=True)
-    return AverageTrace(
-        model=first.model,
-        revision=first.revision,
-        rows=first.rows,
-        row_tokens=tuple(each[0] if len(set(each)) == 1 else None for each in tokens),
-        layers=first.layers,
-        window=first.window,
-        corruption=first.corruption + others,
-        seed=first.seed if len({trace.seed for trace in traces}) == 1 else None,
-        clean=torch.tensor([trace.clean for trace in traces], dtype=torch.float64),
-        corrupted=torch.stack([trace.corrupted.mean() for trace in traces]),
-        effects={kind: torch.stack([trace.indirect_effect(kind) for trace in traces]) for kind in first.kinds},
-    )
+            title += (
+                " (estimates among them)" if kind in self.estimated and self.estimated[kind][:, column].any() else ""
+            )
+            overlays.append(Overlay(title=title, values=grid[column]))
+        return draw_overlays(path, prompt, overlays, kind=kind, titles=self._titles(0), scale=self.total_effect)
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line per kind, metric, row, column and sample, with its score and effects.
 
-def _interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """95% interval of the mean over the first axis."""
-    if len(values) < 2:
-        raise TraceError(f"an interval needs at least two traces, this average has {len(values)}; average more prompts")
-    mean, half = values.mean(0), 1.96 * values.std(0) / math.sqrt(len(values))
-    return mean - half, mean + half
+        row is the index of `label`; column is the centre of layers first_layer to last_layer; normalised_effect is NaN
+        where the total effect is not positive.
+        """
+        return pd.concat([self._frame(kind) for kind in self.kinds], ignore_index=True)
 
-
-def _shared_fields(trace: EffectMap) -> dict[str, Any]:
-    """What every map writes into the header of its file."""
-    names = ("model", "revision", "rows", "row_tokens", "layers", "window", "corruption", "seed", "kinds")
-    return {name: getattr(trace, name) for name in names}
-
-
-def _load(path: str | Path, layout: str, build: Callable[[dict[str, Any], dict[str, Tensor]], _Loaded]) -> _Loaded:
-    """What `build` makes of the file; a file that lacks something is corrupt."""
-    fields, tensors = load(path, layout)
-    try:
-        trace = build(fields, tensors)
-        shapes = {tuple(trace.indirect_effect(kind).shape) for kind in trace.kinds}
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise TraceError(f"{str(path)!r} is not a whole trace ({error}); trace again and save anew") from error
-    if shapes != {(len(trace.rows), trace.layers)}:
-        raise TraceError(
-            f"{str(path)!r} has effects of other shapes than its rows and layers; trace again and save anew"
+    def _frame(self, kind: str) -> pd.DataFrame:
+        labels = self.axes(kind)
+        axes = [(name, range(len(labels[name])) if name in ("row", "column") else labels[name]) for name in labels]
+        effects = torch.stack([self.indirect_samples(kind, metric) for metric in self.metrics])
+        totals = torch.tensor([self.total_effect_of(metric) for metric in self.metrics], dtype=torch.float64)
+        totals = torch.where(totals > 0, totals, torch.nan).view(-1, 1, 1, 1)
+        estimated = self.estimated.get(kind, torch.zeros(effects.shape[1:3], dtype=torch.bool))
+        values = {"score": self.samples[kind], "indirect_effect": effects, "normalised_effect": effects / totals}
+        frame = long_frame(axes, values | {"estimated": estimated[..., None]})
+        layers = self.spans[kind][torch.from_numpy(frame["column"].to_numpy().copy())].numpy()
+        frame = frame.assign(
+            kind=kind,
+            label=pd.Series(self.rows)[frame["row"]].to_numpy(),
+            positions=pd.Series(self.row_positions)[frame["row"]].to_numpy(),
+            first_layer=layers[:, 0],
+            last_layer=layers[:, 1],
         )
-    return trace
+        return frame[[*_COLUMNS, *values, "estimated"]]
+
+    def to_rome(self, kind: str = "hidden") -> dict[str, Any]:
+        """The dictionary that ROME's own `calculate_hidden_flow` gives, with numpy arrays.
+
+        scores (token, layer): mean probability with the states restored, NaN for tokens without a row of their own;
+        low_score and high_score: corrupted and clean; subject_range: first and past the last constraint token; kind:
+        None, "mlp" or "attn". TraceError for other kinds, without the probability among the metrics, for groups only,
+        and for anything but total effects of restored states.
+        """
+        if (self.direction, self.effect) != ("restore", "total"):
+            raise TraceError(f"ROME's layout holds total effects of restored states, not {self.variant}")
+        index, name = self._metric("probability"), rome_kind(kind)
+        scores = self.samples[self._check_kind(kind)][index].mean(-1)
+        return {
+            "scores": over_tokens(scores, self.row_positions, len(self.tokens)).numpy(),
+            "low_score": self.corrupted_scores[index].mean().numpy(),
+            "high_score": self.clean_scores[index].numpy(),
+            "input_ids": np.array(self.input_ids),
+            "input_tokens": np.array(self.tokens),
+            "subject_range": np.array((self.starred[0], self.starred[-1] + 1) if self.starred else (0, 0)),
+            "answer": self.answer,
+            "window": self.window,
+            "correct_prediction": True,
+            "kind": name,
+        }
+
+    def save_rome(self, path: str | Path, kind: str = "hidden") -> Path:
+        """The written npz file with what `to_rome` gives, as ROME keeps its cases; nothing in it is pickled."""
+        return write_rome(path, self.to_rome(kind))
+
+    def _unit(self, metric: int) -> str:
+        """A metric of this answer, in short."""
+        name = self.metrics[metric]
+        foil = f"logit of {self.answer} minus {self.foil or 'foil'}"
+        units = {"probability": f"p({self.answer})", "log_probability": f"log p({self.answer})"}
+        return (units | {"logit_difference": foil}).get(name, name)
+
+    def _titles(self, metric: int) -> tuple[str, str]:
+        """Title and subtitle of pictures; what is not a usual trace says so in the title."""
+        usual = (self.direction, self.effect, self.severed) == ("restore", "total", None)
+        title = self.question if usual else f"{self.question}\n{self.variant[:1].upper()}{self.variant[1:]}"
+        clean, corrupted = self.clean_scores[metric], self.corrupted_scores[metric].mean()
+        return title, f"clean {clean:.3f}, corrupted {corrupted:.3f}  ({self.corruption})"
 
 
-def _tuples(value: Any) -> Any:
-    """JSON's lists back as tuples."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value
+def _problem(trace: CausalTrace) -> str | None:
+    """What does not fit together in a trace that was read from a file."""
+    metrics, rows, samples = len(trace.metrics), len(trace.rows), trace.corrupted_scores.shape[-1]
+    fits = [trace.clean_scores.shape == (metrics,), trace.corrupted_scores.shape == (metrics, samples)]
+    fits += [len(trace.row_tokens) == rows, len(trace.row_positions) == rows, bool(trace.kinds)]
+    fits += [len(trace.tokens) == len(trace.input_ids), set(trace.estimated) <= set(trace.kinds)]
+    for kind, values in trace.samples.items():
+        columns = len(trace.spans[kind])
+        has_layers = kind in ("vision", "projector") or columns == trace.layers
+        fits += [values.shape == (metrics, rows, columns, samples), trace.spans[kind].shape == (columns, 2), has_layers]
+        fits += [trace.estimated[kind].shape == (rows, columns)] if kind in trace.estimated else []
+    return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"

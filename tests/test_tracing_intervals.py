@@ -1,0 +1,83 @@
+"""Intervals: Student's quantiles, and coverage of the largest of many cells by simulation."""
+
+import math
+
+import pytest
+import torch
+from multrace.tracing import TraceError
+from multrace.tracing.intervals import mean_interval, student_below, student_quantile
+
+CELLS, PROMPTS, ROUNDS = 48, 12, 1500
+
+
+@pytest.mark.parametrize(
+    ("degrees", "probability", "expected"),
+    [
+        (1, 0.975, 12.7062047364),
+        (2, 0.975, 4.3026527297),
+        (3, 0.975, 3.1824463053),
+        (9, 0.995, 3.2498355440),
+        (10, 0.95, 1.8124611228),
+        (29, 0.9995, 3.6594050194),
+        (5, 0.5, 0.0),
+        (100_001, 0.975, 1.9599876),
+    ],
+)
+def test_quantiles_are_those_of_the_tables(degrees, probability, expected):
+    assert student_quantile(probability, degrees) == pytest.approx(expected, abs=1e-6)
+
+
+def test_quantiles_far_out_give_back_their_probability():
+    for degrees in (2, 7, 40):
+        assert 1 - student_below(student_quantile(1 - 1e-6, degrees), degrees) == pytest.approx(1e-6, rel=1e-6)
+    assert student_below(2.0, 1) == pytest.approx(0.5 + math.atan(2.0) / math.pi)  # Cauchy
+
+
+def held(draws: torch.Tensor, truth: torch.Tensor, comparisons: int) -> float:
+    """Share of the data sets (round, prompt, cell) in which the largest cell's interval holds the truth (cell,)."""
+    low, high = mean_interval(draws.transpose(0, 1), comparisons=comparisons)
+    largest = draws.mean(1).argmax(1, keepdim=True)
+    truth = truth.expand(len(draws), -1)
+    holds = (low <= truth) & (truth <= high)
+    return holds.gather(1, largest).double().mean().item()
+
+
+def simulated(shared: float) -> torch.Tensor:
+    """(round, prompt, cell): nothing but noise, part of it shared by all cells of a prompt."""
+    generator = torch.Generator().manual_seed(5)
+    own = torch.randn(ROUNDS, PROMPTS, CELLS, generator=generator, dtype=torch.float64)
+    common = torch.randn(ROUNDS, PROMPTS, 1, generator=generator, dtype=torch.float64)
+    return (1 - shared) ** 0.5 * own + shared**0.5 * common
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_the_largest_of_many_cells_is_covered_only_by_the_corrected_interval(shared):
+    draws = simulated(shared)
+    assert 0.94 <= held(draws, torch.zeros(CELLS), CELLS) <= 1.0
+    assert held(draws, torch.zeros(CELLS), 1) < 0.85  # uncorrected, it would find effects in noise
+
+
+def test_all_cells_together_are_covered_in_95_percent_of_the_data_sets():
+    draws = simulated(0.0)
+    for comparisons, share in ((CELLS, 0.95), (1, 0.95**CELLS)):
+        low, high = mean_interval(draws.transpose(0, 1), comparisons=comparisons)
+        covered = ((low <= 0) & (high >= 0)).all(1).double().mean().item()
+        assert covered == pytest.approx(share, abs=0.025), comparisons
+
+
+def test_true_effects_are_covered_too():
+    truth = torch.linspace(0, 0.5, CELLS, dtype=torch.float64)
+    draws = simulated(0.3) + truth
+    assert held(draws, truth, CELLS) >= 0.94
+    assert held(draws, truth, 1) < 0.9
+
+
+def test_missing_values_are_left_out():
+    values = torch.tensor([[1.0, 1.0], [3.0, torch.nan], [5.0, 3.0], [torch.nan, torch.nan]]).double()
+    low, high = mean_interval(values)
+    assert low[0] == pytest.approx(3 - 4.302653 * 2 / 3**0.5, abs=1e-5)
+    assert (low[1] + high[1]) / 2 == pytest.approx(2.0)
+    low, high = mean_interval(torch.tensor([[1.0], [torch.nan]]))
+    assert low.isnan().all() and high.isnan().all()
+    with pytest.raises(TraceError, match="needs at least two traces"):
+        mean_interval(torch.zeros(1, 2))

@@ -1,0 +1,104 @@
+"""Corruptions too weak to trace are reported with their numbers, and noise without a scale finds its own."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from multrace import Prompt, VisionLanguageModel
+from multrace.tracing import (
+    BlankImage,
+    CausalTrace,
+    Corruption,
+    ImageNoise,
+    SwapImage,
+    TextNoise,
+    TraceError,
+    causal_trace,
+)
+from multrace.tracing.calibration import LADDER
+from multrace.tracing.engine import Engine
+from multrace.tracing.errors import WeakCorruption
+from multrace.tracing.scoring import METRICS
+from PIL import Image
+from torch import Tensor
+
+QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
+ENGINES = {"plain": Engine(name="plain"), "replay": Engine(name="replay", checks=0)}
+ROWS = ("image", "question", "last")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Each engine in turn."""
+    return ENGINES[request.param]
+
+
+def ask(vlm: VisionLanguageModel, image: Image.Image | None) -> Prompt:
+    return vlm.prompt(image if vlm.has_vision else None, QUESTION, constraint=CONSTRAINT)
+
+
+def trace(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, **settings: object) -> CausalTrace:
+    settings = {"sites": "mlp", "window": 1, "positions": ROWS, "even_if_weak": True, "progress": False} | settings
+    return causal_trace(vlm, prompt, corruption=corruption, **settings)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+def test_a_corruption_that_does_not_lower_the_answer_is_reported_instead_of_traced(
+    random_llava, photo, direction, metric, engine
+):
+    prompt, settings = ask(random_llava, photo), {"direction": direction, "metrics": metric, "engine": engine}
+    weak = TextNoise(samples=2, scale=1e-4)
+    with pytest.raises(WeakCorruption, match=re.escape(weak.corrupt(random_llava, prompt).description)) as caught:
+        trace(random_llava, prompt, weak, even_if_weak=False, **settings)
+    clean, corrupted = map(float, re.findall(r"([\d.e-]+) (?:clean|corrupted)", str(caught.value)))
+    with torch.no_grad():
+        expected = float(random_llava.logits(prompt)[0, -1].double().softmax(-1).max())
+    assert clean == pytest.approx(expected, rel=1e-2)
+    assert corrupted == pytest.approx(clean, rel=1e-2)
+    assert isinstance(caught.value, TraceError) and "even_if_weak=True" in str(caught.value)
+    anyway = trace(random_llava, prompt, weak, **settings)
+    assert anyway.total_effect != 0
+    strong = trace(random_llava, prompt, BlankImage(), even_if_weak=False, **settings)
+    assert strong.corrupted_scores.numel() == 1
+
+
+def test_nothing_is_computed_or_written_for_a_weak_corruption(random_llava, photo, tmp_path):
+    seen = []
+
+    def counting(logits: Tensor) -> Tensor:
+        seen.append(len(logits))
+        return logits[:, -1, 0]
+
+    settings = {"metrics": counting, "engine": replace(ENGINES["replay"], checkpoint=tmp_path / "cells")}
+    with pytest.raises(WeakCorruption):
+        trace(random_llava, ask(random_llava, photo), SwapImage(photo), even_if_weak=False, **settings)
+    assert len(seen) == 2  # both runs
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("noise", [TextNoise, ImageNoise])
+def test_noise_without_a_scale_is_calibrated_to_halve_the_answer(random_llava, photo, noise, engine):
+    prompt = ask(random_llava, photo)
+    found = trace(random_llava, prompt, noise(scale=None, samples=3), engine=engine)
+    assert found.scale in LADDER
+    assert "calibrated" in found.corruption
+    fixed = trace(random_llava, prompt, noise(scale=found.scale, samples=3), engine=engine)
+    assert torch.equal(found.samples["mlp"], fixed.samples["mlp"])
+    assert found.deviation == fixed.deviation
+    weaker = LADDER[: LADDER.index(found.scale)]
+    drops = [trace(random_llava, prompt, noise(scale=scale, samples=3), positions="last") for scale in weaker]
+    if "no scale tried" not in found.corruption:
+        assert float(found.corrupted.mean()) <= found.clean / 2
+        assert all(float(each.corrupted.mean()) > each.clean / 2 for each in drops)
+
+
+def test_a_scale_is_calibrated_for_the_answer_that_is_given(random_llava, photo):
+    prompt, scales = ask(random_llava, photo), {}
+    for answer in ("red", "green", "blue", "Ada Example", "tennis", "Oslo"):
+        found = trace(random_llava, prompt, TextNoise(scale=None, samples=2), answer=answer, positions="last")
+        scales[answer] = found.scale
+        if "no scale tried" not in found.corruption:
+            assert float(found.corrupted.mean()) <= found.clean / 2
+    assert len(set(scales.values())) > 1

@@ -1,0 +1,127 @@
+"""Who answers the cells of a trace: the fast sweep where the model allows it, else one forward pass per cell."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..models import ReplayError, VisionLanguageModel
+from .cells import Cell, Measure, Runs
+from .engine import Engine
+from .engine_report import EngineReport
+from .errors import TraceError
+from .plain import plain_scores, run_scores
+from .sweep import sweep
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """Scores of the cells and of both runs."""
+
+    scores: Tensor
+    """(cell, metric, sample) float64 on the CPU."""
+    base: Tensor
+    """(metric, sample): scores of the run that is changed."""
+    source: Tensor
+    """(metric, sample): scores of the run that lends its states."""
+    report: EngineReport
+
+
+def measure_cells(
+    vlm: VisionLanguageModel,
+    runs: Runs,
+    cells: Sequence[Cell],
+    measure: Measure,
+    *,
+    engine: Engine,
+    accept: Callable[[Tensor, Tensor], None],
+    bar: tqdm | None = None,
+) -> Measured:
+    """The cells' scores by the engine that was asked for, checked if it is the fast one.
+
+    accept: is shown the scores of base and source (metric, sample) before any cell is computed, and may raise. A model
+    that cannot be replayed gets one warning and the plain way, or a TraceError if engine.name is "replay".
+    """
+    reason = "asked for" if engine.name == "plain" else None
+    if reason is None:
+        try:
+            return _swept(vlm, runs, cells, measure, engine, accept, bar)
+        except ReplayError as error:
+            if engine.name == "replay":
+                raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
+            reason = str(error)
+            warnings.warn(f"tracing one forward pass per cell, which is slow: {reason}", stacklevel=4)
+    base, source = (
+        run_scores(vlm, each.expand(runs.samples, -1, -1).contiguous(), runs, measure)
+        for each in (runs.base, runs.source)
+    )
+    accept(base, source)
+    scores = plain_scores(vlm, runs, cells, measure, bar=bar)
+    tokens = len(cells) * runs.samples * runs.length * vlm.layers
+    report = EngineReport(engine="plain", reason=reason, cells=len(cells), token_layers=tokens)
+    return Measured(scores=scores, base=base, source=source, report=report)
+
+
+def _swept(
+    vlm: VisionLanguageModel,
+    runs: Runs,
+    cells: Sequence[Cell],
+    measure: Measure,
+    engine: Engine,
+    accept: Callable[[Tensor, Tensor], None],
+    bar: tqdm | None,
+) -> Measured:
+    """By the fast sweep, with some cells computed again the plain way."""
+    found = sweep(vlm, runs, cells, measure, settings=engine, accept=accept, bar=bar)
+    report = EngineReport(
+        engine="replay",
+        cells=len(cells),
+        free_cells=int(found.free.sum()),
+        token_layers=found.recording.token_layers + found.work.token_layers,
+        halvings=found.halvings,
+    )
+    computed = (~found.free).nonzero().flatten()
+    if engine.checks and len(computed):
+        order = torch.randperm(len(computed), generator=torch.Generator().manual_seed(0))
+        chosen = computed[order[: engine.checks]].tolist()
+        report = replace(report, **_checked(vlm, runs, [cells[each] for each in chosen], measure, found.scores[chosen]))
+    return Measured(scores=found.scores, base=found.base, source=found.source, report=report)
+
+
+def _checked(
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, scores: Tensor
+) -> dict[str, int | float]:
+    """How far the sweep's scores are from the plain way's, and the plain way's from its own in another batch.
+
+    One warning if they are further apart than rounding explains.
+    """
+    plain = plain_scores(vlm, runs, cells, measure)
+    again = replace(runs, base=runs.base[:1].expand(2, -1, -1)) if runs.samples == 1 else _first_sample(runs)
+    other = plain_scores(vlm, again, cells, measure)
+    difference = float((scores - plain)[:, 0].abs().max())
+    noise = float((plain[..., :1] - other[..., :1])[:, 0].abs().max())
+    largest = max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, float(plain[:, 0].abs().max()))
+    if difference > largest:
+        warnings.warn(
+            f"the fast engine is {difference:.1e} away from the plain way on {len(cells)} checked cells, whose own "
+            f"noise is {noise:.1e}; trace again with Engine(name='plain') and report this model",
+            stacklevel=5,
+        )
+    return {"checked_cells": len(cells), "largest_difference": difference, "plain_noise": noise}
+
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""Differences in probability that rounding explains at any rate; half precision rounds a thousand times more."""
+
+
+def _first_sample(runs: Runs) -> Runs:
+    return replace(runs, base=runs.base[:1], source=runs.source[:1])
+
+
+def branch_file(checkpoint: Path | None, branch: int) -> Path | None:
+    """The checkpoint of one of several token sequences."""
+    return checkpoint if checkpoint is None or not branch else checkpoint.with_name(f"{checkpoint.name}.{branch}")
