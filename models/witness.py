@@ -27,6 +27,7 @@ class Witness:
         self._layers = list(layers)
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._everything: Tensor | None = None  # one mask for all layers that are neither masked nor causal
 
     @property
     def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -48,7 +49,9 @@ class Witness:
             raise ReplayError(f"keys and values of decoder layer {number} have different sizes")
         asked = keywords.get("is_causal")
         if mask is None and not (getattr(module, "is_causal", True) if asked is None else asked):
-            mask = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            if self._everything is None:
+                self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            mask = self._everything
         self._attended[number] = key, value, mask
 
     @contextmanager

@@ -67,12 +67,13 @@ def draw_overlays(
     """The written picture: one panel per overlay, one line of panels per picture of the prompt.
 
     Stronger effects are darker; what has none, or a negative one, shows the bare picture. scale: the total effect, of
-    which colours span a thousandth at least. TraceError for another format than png, pdf or svg, or a place that cannot be
-    written.
+    which colours span a thousandth at least. TraceError for another format than png, pdf or svg, or a place that
+    cannot be written.
     """
     check_format(path)
     pictures = seen_pictures(prompt)
-    high = max(float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max()), _FLOOR * abs(scale), 1e-9)
+    largest = float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max())
+    high = max(largest, _FLOOR * abs(scale), 1e-9)
     colours = ScalarMappable(Normalize(0, high), colours_of(kind))
     width = max(4.5, 0.25 + (_SIDE + _SPACE) * len(overlays) + 1.2)
     wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
