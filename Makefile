@@ -4,7 +4,7 @@
 #   make test     the test suite without the checks marked slow
 #   make slow     the checks marked slow
 #   make lint     style, likely bugs, import order
-#   make bench    how fast tracing is, against the plain path
+#   make bench    how fast tracing is, against one model call per cell; BENCH_ARGS= for the whole table
 #
 # Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
 # On Linux the package index serves that release with CUDA libraries (several GB). For the small CPU build, name
@@ -28,6 +28,7 @@ TORCH_INDEX ?=
 PIP_EXTRA ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
 
 .PHONY: help demo test slow lint bench venv
 
@@ -49,7 +50,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 bench: $(READY)
-	$(BIN)/multrace bench
+	$(BIN)/multrace bench trace $(BENCH_ARGS)
 
 venv: $(READY)
 

@@ -42,7 +42,8 @@ def locate_then_edit(
     Every request's prompt is traced for the model's present answer under its own corruption (the picture of something
     else, as a rule, since only image corruption shows where the picture arrives); the mean trace chooses one site for
     all. jointly: all requests in one closed-form solve, else one delta each. TraceError if the numbers of requests and
-    corruptions differ or the trace shows no site; EditError as `MultEdit.edit`.
+    corruptions differ, if a corruption does not lower its answer's probability, or if the trace shows no site;
+    EditError as `MultEdit.edit`.
     """
     if not requests or len(requests) != len(corruptions):
         raise TraceError(

@@ -24,12 +24,15 @@ COMMANDS: Mapping[str, ModuleType] = {
     "train-tiny": train_tiny_vlm,
     "bench": bench,
 }
-"""Each module has HELP (one line), EXAMPLE, add_arguments(parser) and run(options) -> exit code."""
+"""Each module has HELP (one line), EXAMPLE, and either add_arguments(parser) and run(options) -> exit code, or COMMANDS
+of its own.
+"""
 EXAMPLE = """examples:
   multrace answer --image photo.jpg --question "Who founded the company in this photo?"
   multrace trace --help
 """
 BAD_INPUT, INTERRUPTED = 2, 130
+_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 _ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, OSError)
 
 
@@ -51,19 +54,28 @@ def app(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser(commands: Mapping[str, ModuleType] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     description = "Find where a vision-language model keeps a fact, and change it there."
-    parser = _Parser(prog="multrace", description=description, epilog=EXAMPLE, parents=[_common()], **raw)
+    parser = _Parser(prog="multrace", description=description, epilog=EXAMPLE, parents=[_common()], **_RAW)
     parser.set_defaults(debug=False, verbose=False)
-    common = _common()  # one of its own: the defaults just set would otherwise overrule what stands before the command
-    rows = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # options of their own: the defaults just set would otherwise overrule what stands before the command
+    _add_commands(parser, commands, _common(), "command")
+    return parser
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser, commands: Mapping[str, ModuleType], common: argparse.ArgumentParser, name_kept: str
+) -> None:
+    """One command per module, and theirs below them; the chosen one's name is kept under another name each time."""
+    rows = parser.add_subparsers(dest=name_kept, required=True, metavar="COMMAND")
     for name, module in commands.items():
         row = rows.add_parser(
-            name, help=module.HELP, description=module.__doc__, epilog=module.EXAMPLE, parents=[common], **raw
+            name, help=module.HELP, description=module.__doc__, epilog=module.EXAMPLE, parents=[common], **_RAW
         )
-        module.add_arguments(row)
-        row.set_defaults(run=module.run)
-    return parser
+        if hasattr(module, "COMMANDS"):
+            _add_commands(row, module.COMMANDS, common, f"{name_kept}_of_{name}")
+        else:
+            module.add_arguments(row)
+            row.set_defaults(run=module.run)
 
 
 class _Parser(argparse.ArgumentParser):

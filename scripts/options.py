@@ -8,7 +8,9 @@ from ..data import tiny_vlm_path
 from ..models import Prompt, VisionLanguageModel, load
 from ..models.images import open_images
 from ..models.spans import find_span
-from ..tracing import Corruption, ReplaceText, SwapImage, TextNoise, parse_corruption
+from ..tracing import Blocks, Box, Corruption, MeanAblation, SwapImage, parse_corruption
+from ..tracing.parsing import SPELLINGS
+from ..tracing.rows import Item
 from .errors import CommandError
 
 _Options = TypeVar("_Options")
@@ -34,9 +36,18 @@ def read(kind: type[_Options], options: argparse.Namespace) -> _Options:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
-def _number_or_name(text: str) -> int | str:
-    """A position in the prompt, else the name of a token group."""
-    return int(text) if text.removeprefix("-").isdecimal() else text
+def _row(text: str) -> Item:
+    """A position, blocks of patches, a box of the picture, or the name of a token group or of image regions."""
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    kind, _, sizes = text.partition(":")
+    numbers = [int(each) for each in sizes.split(",") if each.strip().isdecimal()]
+    for name, make, count in (("blocks", Blocks, 1), ("box", Box, 4)):
+        if kind == name:
+            if len(numbers) != count or len(sizes.split(",")) != count:
+                raise argparse.ArgumentTypeError(f"{text!r}: write blocks:3 or box:0,0,50,50")
+            return make(*numbers)
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +119,17 @@ class ConstraintOptions(QuestionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionOptions(ConstraintOptions):
-    """What a trace destroys, and how it looks for what brings the answer back."""
+    """What a trace destroys and what it restores."""
 
-    corrupt: str | None = option(
-        "what is destroyed: swap:other.jpg, replace:'Paris city', text-noise:3 or image-noise:3",
-        default=None,
-        metavar="HOW",
-    )
+    corrupt: str | None = option(f"what is destroyed: {SPELLINGS}", default=None, metavar="HOW")
     window: int = option("MLPs or attentions restored together (default 3)", default=3, type=int)
-    groups: tuple[str | int, ...] | None = option(
-        "token groups (image, question, constraint, constraint_last, last, ...) or positions to restore; "
-        "'tokens' for each text token on its own",
+    groups: tuple[Item, ...] | None = option(
+        "what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
+        "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
+        "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
         default=None,
         nargs="+",
-        type=_number_or_name,
+        type=_row,
         metavar="GROUP",
     )
     seed: int | None = option("of the noise (default 1)", default=None, type=int)
@@ -129,25 +137,29 @@ class CorruptionOptions(ConstraintOptions):
     def corruption(self) -> Corruption:
         """What --corrupt asks for. CommandError or TraceError if it is missing, misspelt or lacks another option."""
         if self.corrupt is None:
-            raise CommandError(
-                "tracing needs --corrupt: swap:other.jpg, replace:'Paris city', text-noise:3 or image-noise:3"
-            )
+            raise CommandError(f"tracing needs --corrupt: {SPELLINGS}")
         corruption = parse_corruption(self.corrupt)
-        if isinstance(corruption, ReplaceText | TextNoise):
-            self._need(self.constraint, "--constraint", "the words of the question to destroy")
-        else:
+        group = getattr(corruption, "group", "image")
+        if group == "image":
             self._need(self.image, "--image", "the picture to destroy")
-        if isinstance(corruption, SwapImage):
-            open_images(corruption.image)
+        if group.startswith("constraint"):
+            self._need(self.constraint, "--constraint", "the words of the question to destroy")
+        for path in pictures_of(corruption):
+            open_images(path)
         has_seed = any(each.name == "seed" for each in fields(corruption))
         return replace(corruption, seed=self.seed) if has_seed and self.seed is not None else corruption
 
-    def positions(self, default: str | tuple[str, ...]) -> str | tuple[str | int, ...]:
+    def positions(self, default: str | tuple[Item, ...]) -> str | tuple[Item, ...]:
         """The rows of the map, as `causal_trace` takes them."""
-        if self.groups is None:
-            return default
-        return "tokens" if self.groups == ("tokens",) else self.groups
+        return default if self.groups is None else self.groups
 
     def _need(self, value: str | None, flag: str, what: str) -> None:
         if value is None:
             raise CommandError(f"--corrupt {self.corrupt!r} needs {flag}: {what}")
+
+
+def pictures_of(corruption: Corruption) -> tuple[str, ...]:
+    """The paths of pictures that a corruption from the command line names."""
+    if isinstance(corruption, SwapImage):
+        return (corruption.image,)
+    return tuple(corruption.references) if isinstance(corruption, MeanAblation) else ()

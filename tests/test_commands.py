@@ -142,13 +142,14 @@ def test_trace_writes_the_librarys_trace(
         picture.load()
     prompt = random_llava_llama.prompt(desk.photo, **words)
     corruption = SwapImage(desk.other)
-    expected = causal_trace(random_llava_llama, prompt, corruption=corruption, sites="attention", progress=False)
+    expected = causal_trace(random_llava_llama, prompt, corruption=corruption, progress=False)
     found = CausalTrace.load(desk.out / "trace.safetensors")
     assert found.rows == expected.rows
     assert found.kinds == ("hidden", "mlp", "attention")
     assert torch.equal(found.scores["attention"], expected.scores["attention"])
     printed = capsys.readouterr()
     assert f"total effect  {expected.total_effect:.3f}" in printed.out
+    assert "engine        replay engine" in printed.out
     block = expected.causal_blocks("attention")[0]
     assert f"{block.row!r}" in printed.out
     assert f"{block.effect:.3f}" in printed.out
@@ -157,10 +158,11 @@ def test_trace_writes_the_librarys_trace(
 
 def test_trace_takes_its_options_to_the_library(desk: Desk, random_llava_llama: VisionLanguageModel):
     changes = {"corrupt": "text-noise:2", "seed": "7", "window": "2", "answer": "Paris", "sites": "attention"}
-    rows = ["--groups", "image", "7", "last"]
+    rows = ["--groups", "image", "7", "last", "--even-if-weak"]
     assert app([*desk.asked("trace", groups=None, **changes), *rows]) == 0
     prompt = random_llava_llama.prompt(desk.photo, QUESTION, constraint=CONSTRAINT)
     options = {"sites": "attention", "window": 2, "positions": ("image", 7, "last"), "answer": "Paris"}
+    options |= {"even_if_weak": True}
     corruption = TextNoise(scale=2.0, seed=7)
     expected = causal_trace(random_llava_llama, prompt, corruption=corruption, progress=False, **options)
     found = CausalTrace.load(desk.out / "trace.safetensors")
@@ -271,7 +273,7 @@ BAD: dict[str, tuple[str, dict[str, str | None], str]] = {  # name: command, cha
     ),
     "absent span in an edit": ("edit", {"constraint": "the moon"}, "'the moon' is not in the question"),
     "empty span": ("trace", {"constraint": " "}, "the constraint is empty"),
-    "misspelt corruption": ("trace", {"corrupt": "blur:3"}, "no corruption 'blur:3'"),
+    "misspelt corruption": ("trace", {"corrupt": "smear:3"}, "no corruption 'smear:3'"),
     "no corruption": ("trace", {"corrupt": None}, "needs --corrupt"),
     "no corruption to trace an edit": ("edit", {"corrupt": None, "where": "trace"}, "needs --corrupt"),
     "noise without a number": ("trace", {"corrupt": "text-noise:loud"}, "'loud'"),
@@ -432,7 +434,8 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "unknown option": (["answer", "--question", "q", "--colour", "red"], "--colour"),
     "shortened option": (["answer", "--quest", "q"], "--question"),
     "seed that is no number": (["trace", "--question", "q", "--seed", "x"], "--seed"),
-    "unknown kind of site": (["trace", "--question", "q", "--sites", "heads"], "--sites"),
+    "unknown kind of site": (["trace", "--question", "q", "--sites", "legs"], "--sites"),
+    "unknown benchmark": (["bench", "sleep"], "'sleep'"),
     "no target": (["edit", "--question", "q"], "--target"),
 }
 

@@ -122,6 +122,13 @@ def test_requests_and_corruptions_must_pair_up(tiny_vlm, world):
         mt.locate_then_edit(tiny_vlm, [request_of(tiny_vlm, world, case)], corruptions=[])
 
 
+def test_a_corruption_that_takes_nothing_away_locates_nothing(tiny_vlm, world):
+    request = request_of(tiny_vlm, world, world.edit_cases("outdated", "choose")[0])
+    same = mt.SwapImage(request.prompt.images[0])
+    with pytest.raises(mt.TraceError, match="does not lower the answer's probability"):
+        mt.locate_then_edit(tiny_vlm, [request], corruptions=[same])
+
+
 def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
     assert app(["demo", "--facts", "2", "--seed", "4", "--every-layer", "--out", str(tmp_path / "demo")]) == 0
     printed = capsys.readouterr().out

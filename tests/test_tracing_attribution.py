@@ -218,9 +218,11 @@ def test_as_many_exact_cells_as_there_are_make_an_exact_trace(random_llava, phot
         assert torch.equal(found.samples["mlp"], full.samples["mlp"])
 
 
-def test_several_tokens_of_an_answer_and_a_foil_are_estimated_too(exact_llava, photo):
+@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+def test_several_tokens_of_an_answer_and_a_foil_are_estimated_too(exact_llava, photo, direction):
     settings = {"answer": "Ada Example", "foil": "Oslo and Kyoto", "whole_answer": True, "sites": ("hidden", "mlp")}
     settings |= {"metrics": ("logit_difference", "log_probability"), "window": 1, "positions": ["constraint", "last"]}
+    settings |= {"direction": direction}
     prompt, corruption = ask(exact_llava, photo), TextNoise(samples=2, scale=1e-4)
     full = trace(exact_llava, prompt, corruption, **settings)
     some = trace(exact_llava, prompt, corruption, exact_cells=1, **settings)

@@ -1,6 +1,7 @@
 """What a trace scores: answers and foils of any length, several metrics in one sweep, functions, weak corruptions."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -188,8 +189,14 @@ def test_an_empty_answer_of_the_model_is_not_scored_whole(llava_llama_path, phot
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_foil_with_the_answers_own_tokens_is_refused(random_llava, photo, whole):
     texts = {"answer": "the year 1999", "foil": "the year 1999" if whole else "the year 1998"}
+    texts |= {"metrics": ("probability", "logit_difference")}
     with pytest.raises(TraceError, match="and the answer are scored by the same tokens; pass another foil"):
         trace(random_llava, ask(random_llava, photo), TextNoise(samples=1), whole_answer=whole, **texts)
+
+
+def test_a_foil_that_no_metric_asks_for_is_refused(random_llava, photo):
+    with pytest.raises(TraceError, match="a foil plays no part without metrics='logit_difference'"):
+        trace(random_llava, ask(random_llava, photo), TextNoise(samples=1), foil="Oslo")
 
 
 # Several metrics, and functions.
@@ -208,7 +215,8 @@ def test_several_metrics_in_one_sweep_equal_one_at_a_time(exact_llava, photo, ot
         together = trace(exact_llava, prompt, SwapImage(other_photo), metrics=wanted, **settings)
         assert together.metrics == (*METRICS, "last_entropy")
         for index, metric in enumerate(wanted):
-            alone = trace(exact_llava, prompt, SwapImage(other_photo), metrics=metric, **settings)
+            foil = "Oslo" if metric == "logit_difference" else None
+            alone = trace(exact_llava, prompt, SwapImage(other_photo), metrics=metric, **settings | {"foil": foil})
             assert alone.metrics == together.metrics[index : index + 1]
             assert torch.allclose(alone.clean_scores[0], together.clean_scores[index], rtol=1e-12, atol=0)
             for kind in alone.kinds:
@@ -251,6 +259,16 @@ def test_a_function_of_the_wrong_shape_is_told_the_right_one(random_llava, photo
 def test_unknown_metrics_are_refused_before_any_work(random_llava, photo, metrics):
     with pytest.raises(TraceError, match="pass some of probability, log_probability, logit_difference, or a function"):
         trace(random_llava, ask(random_llava, photo), TextNoise(samples=1), metrics=metrics)
+
+
+def test_two_functions_of_one_name_are_refused_and_a_function_without_one_gets_its_types(random_llava, photo):
+    prompt, corruption = ask(random_llava, photo), TextNoise(samples=1)
+    with pytest.raises(TraceError, match="several metrics of one name among <lambda>, <lambda>; give each function"):
+        trace(
+            random_llava, prompt, corruption, metrics=(lambda logits: logits[:, 0, 0], lambda logits: logits[:, 0, 1])
+        )
+    found = trace(random_llava, prompt, corruption, metrics=(partial(torch.amax, dim=(1, 2)), last_entropy))
+    assert found.metrics == ("partial", "last_entropy")
 
 
 def test_a_metric_named_twice_is_measured_once(random_llava, photo):

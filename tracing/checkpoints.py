@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,18 @@ from .storage import load, save
 
 _LAYOUT = "multrace sweep 1"
 _SECONDS_BETWEEN_WRITES = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Kept:
+    """What the file holds."""
+
+    identity: str
+    """Of the sweep: its cells, batches and runs."""
+    finished: Tensor
+    """(chunk,) uint8: 1 where all of its cells have their scores."""
+    scores: Tensor
+    """(cell, metric, sample) float64."""
 
 
 class Checkpoint:
@@ -39,13 +52,13 @@ class Checkpoint:
         self._finished = torch.zeros(len(chunks), dtype=torch.bool)
         if self._path is None or not self._path.exists():
             return
-        fields, tensors = load(self._path, _LAYOUT)
-        if fields.get("identity") != self._identity or set(tensors) != {"finished", "scores"}:
+        kept = load(self._path, _LAYOUT, _Kept, check=lambda found: None)
+        if kept.identity != self._identity:
             raise TraceError(
                 f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
                 "memory setting); trace with the same settings to go on, or name another file"
             )
-        self._finished, self._earlier = tensors["finished"].bool(), tensors["scores"]
+        self._finished, self._earlier = kept.finished.bool(), kept.scores
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:
@@ -73,6 +86,6 @@ class Checkpoint:
     def _write(self) -> None:
         if self._path is None or self._scores is None:
             return
-        tensors = {"finished": self._finished.to(torch.uint8), "scores": self._scores}
-        save(self._path, _LAYOUT, {"identity": self._identity}, tensors)
+        kept = _Kept(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
+        save(self._path, _LAYOUT, kept)
         self._written = time.monotonic()

@@ -54,7 +54,7 @@ def measure_cells(
             if engine.name == "replay":
                 raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
             reason = str(error)
-            warnings.warn(f"tracing one forward pass per cell, which is slow: {reason}", stacklevel=4)
+            warnings.warn(f"tracing one forward pass per cell, which is slow: {reason}", stacklevel=5)
     base, source = (
         run_scores(vlm, each.expand(runs.samples, -1, -1).contiguous(), runs, measure)
         for each in (runs.base, runs.source)
@@ -102,16 +102,23 @@ def _checked(
     plain = plain_scores(vlm, runs, cells, measure)
     again = replace(runs, base=runs.base[:1].expand(2, -1, -1)) if runs.samples == 1 else _first_sample(runs)
     other = plain_scores(vlm, again, cells, measure)
-    difference = float((scores - plain)[:, 0].abs().max())
-    noise = float((plain[..., :1] - other[..., :1])[:, 0].abs().max())
-    largest = max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, float(plain[:, 0].abs().max()))
+    difference, noise = _furthest(scores, plain), _furthest(plain[..., :1], other[..., :1])
+    size = plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max()
+    largest = max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, float(size))
     if difference > largest:
         warnings.warn(
             f"the fast engine is {difference:.1e} away from the plain way on {len(cells)} checked cells, whose own "
             f"noise is {noise:.1e}; trace again with Engine(name='plain') and report this model",
-            stacklevel=5,
+            stacklevel=7,
         )
     return {"checked_cells": len(cells), "largest_difference": difference, "plain_noise": noise}
+
+
+def _furthest(first: Tensor, second: Tensor) -> float:
+    """Largest difference in the main metric; one without bounds, or that is no number, is none where both have it."""
+    first, second = first[:, 0], second[:, 0]
+    alike = (first == second) | (first.isnan() & second.isnan())
+    return float((first - second).abs().nan_to_num(torch.inf, torch.inf).masked_fill(alike, 0.0).max())
 
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

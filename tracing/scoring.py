@@ -32,7 +32,7 @@ class Scoring:
     @property
     def names(self) -> tuple[str, ...]:
         """What the metrics are called; functions by their own name."""
-        return tuple(metric if isinstance(metric, str) else metric.__name__ for metric in self.metrics)
+        return tuple(_name(metric) for metric in self.metrics)
 
     @property
     def branches(self) -> tuple[tuple[tuple[int, ...], Measure], ...]:
@@ -69,17 +69,21 @@ class Scoring:
         return logits.double()[:, range(len(self.foil_ids)), list(self.foil_ids)].sum(-1, keepdim=True)
 
 
+def _name(metric: Metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
 def _called(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     scores = metric(logits)
     if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise TraceError(
-            f"the metric {metric.__name__} must turn logits {tuple(logits.shape)} into one score per row, "
+            f"the metric {_name(metric)} must turn logits {tuple(logits.shape)} into one score per row, "
             f"({len(logits)},); it returned {found}"
         )
     if logits.requires_grad and not scores.requires_grad:
         raise TraceError(
-            f"the metric {metric.__name__} has no gradient, by which effects could be estimated; leave out exact_cells"
+            f"the metric {_name(metric)} has no gradient, by which effects could be estimated; leave out exact_cells"
         )
     return scores.double()
 
@@ -98,11 +102,13 @@ def choose_scoring(
 
     answer: None for the model's own. foil: None for the corrupted run's answer (its likeliest token that is not the
     answer's), if a logit difference is asked for. whole_answer: all tokens instead of the first. TraceError for an
-    unknown metric.
+    unknown metric, and for a foil that no metric asks for or that is scored by the answer's tokens.
     """
     metrics = _checked(metrics)
     answer_ids = _answer_ids(vlm, prompt, runs[0], answer, whole_answer)
     foil_ids: tuple[int, ...] = ()
+    if foil is not None and "logit_difference" not in metrics:
+        raise TraceError("a foil plays no part without metrics='logit_difference'; ask for it or leave out the foil")
     if foil is not None:
         foil_ids = prompt.with_answer(foil).answer_ids
         foil_ids = foil_ids if whole_answer else foil_ids[:1]
@@ -133,7 +139,11 @@ def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
             f"no metric {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(METRICS)}, or a "
             "function from logits (row, answer position, vocab) to scores (row,)"
         )
-    return tuple(dict.fromkeys(found))
+    found = tuple(dict.fromkeys(found))
+    names = [_name(metric) for metric in found]
+    if len(set(names)) < len(names):
+        raise TraceError(f"several metrics of one name among {', '.join(names)}; give each function a name of its own")
+    return found
 
 
 def _answer_ids(

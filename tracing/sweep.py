@@ -243,4 +243,5 @@ class _Sweep:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with a telling text."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    texts = ("not enough memory", "can't allocate memory")  # of Windows, and of other systems
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

@@ -1,0 +1,186 @@
+"""multrace trace --records: one trace after the other from a file, with what cannot be traced left out and named."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..models import ModelError, VisionLanguageModel
+from ..models.errors import gist
+from ..tracing import CausalTrace, Corruption, TraceError, average
+from .errors import CommandError
+from .options import pictures_of
+from .outputs import check_files, new_files
+from .trace_files import TRACE, write_trace
+from .trace_options import Trace
+
+REPORT, AVERAGE = "report.json", ("average.safetensors", "average.png")
+_RECORD = "record.json"
+_KEYS = ("image", "question", "constraint", "answer", "foil", "corrupt")
+_PLACES = ("records", "out", "resume", "memory", "checks")
+"""Options that change neither what is traced nor the result."""
+_ERRORS = (CommandError, ModelError, TraceError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """One line that can be traced, as far as one can tell without the model."""
+
+    line: int
+    settings: Trace
+    corruption: Corruption
+
+    @property
+    def folder(self) -> Path:
+        """Where its results go."""
+        return self.settings.out
+
+    def identity(self) -> str:
+        """All that its trace depends on, the content of pictures included."""
+        options = {each.name: getattr(self.settings, each.name) for each in fields(self.settings)}
+        pictures = [path for path in (self.settings.image, *pictures_of(self.corruption)) if path is not None]
+        digests = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures}
+        kept = {name: value for name, value in options.items() if name not in _PLACES}
+        return json.dumps({**kept, "pictures": digests}, indent=2, default=str) + "\n"
+
+    def finished(self) -> CausalTrace | None:
+        """The trace of an earlier run, if it was of this very record and is whole."""
+        try:
+            known = (self.folder / _RECORD).read_text(encoding="utf-8")
+            return CausalTrace.load(self.folder / TRACE) if known == self.identity() else None
+        except (OSError, UnicodeDecodeError, TraceError):
+            return None
+
+
+def trace_records(settings: Trace) -> int:
+    """0 once every record is traced that can be; writes traces, average and report. CommandError if none can."""
+    lines = _lines(settings.records)
+    check_files(settings.out, (REPORT, *AVERAGE))
+    found = {line: _prepared(settings, line, text) for line, text in lines}
+    records = [each for each in found.values() if isinstance(each, _Record)]
+    skipped = {line: reason for line, reason in found.items() if isinstance(reason, str)}
+    traces: dict[int, CausalTrace] = {}
+    if records:
+        vlm = settings.open_model()
+        for record in records:
+            try:
+                traces[record.line] = _traced(vlm, record)
+            except _ERRORS as error:
+                skipped[record.line] = gist(error)
+                print(f"line {record.line}: skipped: {skipped[record.line]}", flush=True)
+    reason = _write_average(list(traces.values()), settings.out)
+    _report(settings, traces, dict(sorted(skipped.items())), reason)
+    return 0
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """Number and text of each line that is not blank. CommandError if there is none, or no such file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CommandError(
+            f"cannot read the records {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
+        ) from error
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise CommandError(f"no records in {str(path)!r}: it is empty; write a JSON object with a question per line")
+    return lines
+
+
+def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
+    """The record of a line, or why it cannot be traced."""
+    try:
+        words = _words(text)
+        folder = settings.records.parent
+        if words.get("image"):
+            words["image"] = str(folder / words["image"])
+        if words.get("corrupt"):
+            words["corrupt"] = _placed(words["corrupt"], folder)
+        out = settings.out / f"line_{line:04d}"
+        asked = replace(settings, **words, records=None, out=out)
+        asked.check_question()
+        return _Record(line=line, settings=asked, corruption=asked.corruption())
+    except _ERRORS as error:
+        return gist(error)
+
+
+def _words(text: bytes) -> dict[str, str]:
+    """What a line says. CommandError for anything but an object with a question, and strings under the known keys."""
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CommandError(f'no JSON ({error}); write an object such as {{"question": ...}} on one line') from error
+    if not isinstance(found, dict):
+        raise CommandError(f'a {type(found).__name__} instead of an object; write {{"question": ...}}')
+    for key in found.keys() - set(_KEYS):
+        if near := get_close_matches(key, _KEYS, n=1, cutoff=0.8):
+            raise CommandError(f"no key {key!r}; did you mean {near[0]!r}?")
+    words = {key: found[key] for key in _KEYS if found.get(key) is not None}
+    if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
+        raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")
+    if "question" not in words:
+        raise CommandError(f"no 'question' (found {', '.join(map(repr, found)) or 'nothing'}); write what to ask")
+    return words
+
+
+def _placed(corrupt: str, folder: Path) -> str:
+    """A corruption with the paths in it taken from the folder."""
+    kind, _, value = corrupt.partition(":")
+    paths = {"swap": [value], "mean": value.split(",")}.get(kind)
+    if paths is None or not value.strip():
+        return corrupt
+    return f"{kind}:{','.join(str(folder / path.strip()) for path in paths)}"
+
+
+def _traced(vlm: VisionLanguageModel, record: _Record) -> CausalTrace:
+    """The record's trace, from its folder if it is finished, else computed and written there."""
+    trace, how = record.finished(), "done before"
+    if trace is None:
+        prompt, how = record.settings.prompt(vlm), "traced"
+        trace = record.settings.trace(vlm, prompt, record.corruption, folder=record.folder)
+        write_trace(trace, prompt, record.folder, {_RECORD: record.identity()})
+        record.settings.forget_cells(record.folder)
+    effect = f"total effect {trace.total_effect:.3f}"
+    print(f"line {record.line}: {how}: {trace.question!r} -> {trace.answer!r}, {effect}", flush=True)
+    return trace
+
+
+def _write_average(traces: list[CausalTrace], out: Path) -> str | None:
+    """None once the average is written, else why there is none; that of other traces goes."""
+    try:
+        if len(traces) < 2:
+            raise TraceError(f"an average needs two traces, there are {len(traces)}")
+        mean = average(traces)
+        with new_files(out, AVERAGE) as folder:
+            mean.save(folder / AVERAGE[0])
+            mean.plot(folder / AVERAGE[1])
+        return None
+    except TraceError as error:
+        for name in AVERAGE:
+            (out / name).unlink(missing_ok=True)
+        return gist(error)
+
+
+def _report(settings: Trace, traces: Mapping[int, CausalTrace], skipped: Mapping[int, str], reason: str | None) -> None:
+    """Writes and prints what was traced and what was not. CommandError if nothing was."""
+    content: dict[str, Any] = {
+        "records": str(settings.records),
+        "traced": [{"line": line, "folder": f"line_{line:04d}"} for line in traces],
+        "skipped": [{"line": line, "reason": text} for line, text in skipped.items()],
+        "average": reason or AVERAGE[0],
+    }
+    with new_files(settings.out, (REPORT,)) as folder:
+        (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not traces:
+        line, text = next(iter(skipped.items()))
+        raise CommandError(
+            f"none of the {len(skipped)} records in {str(settings.records)!r} could be traced; line {line}: {text} "
+            f"(the others: {settings.out / REPORT})"
+        )
+    print(f"\n{len(traces)} records traced, {len(skipped)} skipped")
+    print(*(f"  line {line}: {text}" for line, text in skipped.items()), sep="\n", end="\n" if skipped else "")
+    print("average:", "none: " + reason if reason else ", ".join(str(settings.out / name) for name in AVERAGE))
+    print("written:", settings.out / REPORT)

@@ -1,0 +1,387 @@
+"""multrace trace: options reach the library, parts of the picture get an overlay, and records are traced in turn."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from multrace import VisionLanguageModel
+from multrace.scripts import trace_records
+from multrace.scripts.main import app
+from multrace.scripts.options import CorruptionOptions
+from multrace.scripts.trace_options import Trace
+from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
+from multrace.tracing.engine import Engine
+from PIL import Image
+
+QUESTION = "Who founded the company in this photo?"
+CONSTRAINT = "the company in this photo"
+OTHER_QUESTION = "Which sport does the person in the picture play?"
+PERSON = "the person in the picture"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_photo: Callable[[int], Image.Image]) -> Path:
+    for seed, name in enumerate(("photo", "other", "third"), start=1):
+        make_photo(seed).save(tmp_path / f"{name}.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:100])
+    return tmp_path
+
+
+@pytest.fixture
+def ask(folder: Path, llava_llama_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a trace that works, and more of them."""
+
+    def arguments(*more: str) -> list[str]:
+        options = {"model": llava_llama_path, "image": folder / "photo.png", "out": folder / "out"}
+        options |= {"question": QUESTION, "constraint": CONSTRAINT}
+        return ["trace", *(f"--{name}={value}" for name, value in options.items()), *more]
+
+    return arguments
+
+
+def found(folder: Path, name: str = "out") -> CausalTrace:
+    return CausalTrace.load(folder / name / "trace.safetensors")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- one question ----
+
+
+def test_every_option_reaches_the_library(
+    ask: Callable[..., list[str]], folder: Path, random_llava_llama: VisionLanguageModel
+):
+    corrupted = ["--corrupt=image-noise:2", "--seed=7", "--direction=corrupt", "--severed=mlp", "--window=2"]
+    scored = ["--answer=Paris", "--foil=Rome", "--whole-answer", "--even-if-weak"]
+    scored += ["--metrics", "logit_difference", "log_probability"]
+    restored = ["--sites", "attention", "hidden", "--groups", "image_rows", "7", "blocks:3", "box:0,0,20,24", "last"]
+    computed = ["--engine=plain", "--checks=0", "--memory=64"]
+    assert app(ask(*corrupted, *scored, *restored, *computed)) == 0
+    vlm = random_llava_llama
+    expected = causal_trace(
+        vlm,
+        vlm.prompt(folder / "photo.png", QUESTION, constraint=CONSTRAINT),
+        corruption=ImageNoise(scale=2.0, seed=7),
+        sites=("attention", "hidden"),
+        window=2,
+        positions=("image_rows", 7, Blocks(3), Box(0, 0, 20, 24), "last"),
+        answer="Paris",
+        foil="Rome",
+        whole_answer=True,
+        metrics=("logit_difference", "log_probability"),
+        direction="corrupt",
+        severed="mlp",
+        even_if_weak=True,
+        engine=Engine(name="plain", checks=0, memory=64),
+        progress=False,
+    )
+    trace = found(folder)
+    for name in (
+        "rows",
+        "kinds",
+        "metrics",
+        "direction",
+        "severed",
+        "window",
+        "seed",
+        "scale",
+        "answer_ids",
+        "foil_ids",
+    ):
+        assert getattr(trace, name) == getattr(expected, name), name
+    for kind in expected.kinds:
+        assert torch.equal(trace.samples[kind], expected.samples[kind])
+    assert trace.engine == expected.engine
+    assert trace.engine.engine == "plain"
+
+
+def test_the_default_is_the_fast_engine_with_its_check(ask: Callable[..., list[str]], folder: Path, capsys):
+    assert app(ask(f"--corrupt=swap:{folder / 'other.png'}", "--groups", "last", "--checks=3")) == 0
+    assert (found(folder).engine.engine, found(folder).engine.checked_cells) == ("replay", 3)
+    assert re.search(r"^engine +replay engine; 12 cells.*3 cells recomputed", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_direct_effects_of_patches_get_an_overlay(ask: Callable[..., list[str]], folder: Path, capsys):
+    options = ["--corrupt=image-noise:3", "--groups", "patches", "--sites", "hidden"]
+    assert app(ask(*options, "--effect=direct")) == 0
+    direct = found(folder)
+    assert (direct.effect, len(direct.rows)) == ("direct", 16)
+    assert names(folder / "out") == ["overlay.png", "trace.png", "trace.safetensors"]
+    with Image.open(folder / "out" / "overlay.png") as picture:
+        picture.load()
+    printed = capsys.readouterr().out
+    assert "direct effects of restored states" in printed
+    assert str(folder / "out" / "overlay.png") in printed
+    assert app(ask(*options)) == 0
+    assert not torch.allclose(found(folder).scores["hidden"], direct.scores["hidden"], rtol=0, atol=1e-9)
+
+
+def test_an_overlay_of_an_earlier_trace_does_not_stay(ask: Callable[..., list[str]], folder: Path):
+    corrupt = f"--corrupt=swap:{folder / 'other.png'}"
+    assert app(ask(corrupt, "--groups", "image_quadrants")) == 0
+    assert "overlay.png" in names(folder / "out")
+    assert app(ask(corrupt, "--groups", "image", "last")) == 0
+    assert names(folder / "out") == ["trace.png", "trace.safetensors"]
+
+
+def test_layers_of_the_vision_tower(ask: Callable[..., list[str]], folder: Path):
+    corrupt = f"--corrupt=swap:{folder / 'other.png'}"
+    assert app(ask(corrupt, "--groups", "image", "--sites", "vision", "projector", "--window=1")) == 0
+    assert found(folder).kinds == ("vision", "projector")
+
+
+def test_estimates_are_counted(ask: Callable[..., list[str]], folder: Path, capsys):
+    corrupt = f"--corrupt=swap:{folder / 'other.png'}"
+    assert app(ask(corrupt, "--exact-cells=20")) == 0
+    count = sum(int(flags.sum()) for flags in found(folder).estimated.values())
+    assert count == 3 * 4 * len(found(folder).rows) - 20
+    assert re.search(rf"^estimated +{count} cells; rank agreement", capsys.readouterr().out, re.MULTILINE)
+    assert app(ask(corrupt, "--groups", "last")) == 0
+    assert "estimated" not in capsys.readouterr().out
+
+
+def test_a_calibrated_scale_is_stored(ask: Callable[..., list[str]], folder: Path):
+    assert app(ask("--corrupt=image-noise:auto", "--groups", "last")) == 0
+    trace = found(folder)
+    assert trace.scale is not None
+    assert "calibrated" in trace.corruption
+
+
+def test_a_weak_corruption_is_refused_unless_asked_for(ask: Callable[..., list[str]], folder: Path, capsys):
+    weak = ask("--corrupt=image-noise:0.0001", "--groups", "last")
+    assert app(weak) == 2
+    assert "does not lower the answer's probability" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert app([*weak, "--even-if-weak"]) == 0
+
+
+def test_an_interrupted_trace_goes_on(ask: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = ask(f"--corrupt=swap:{folder / 'other.png'}", "--resume")
+    assert app(asked) == 0
+    whole = found(folder)
+    assert names(folder / "out") == ["trace.png", "trace.safetensors"], "finished cells stay behind"
+    for name in names(folder / "out"):
+        (folder / "out" / name).unlink()
+
+    def break_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CausalTrace, "plot", break_off)  # all cells are done, nothing is written
+        assert app(asked) == 130
+    assert names(folder / "out") == ["trace.unfinished"]
+    assert app([*asked, "--checks=0"]) == 0
+    assert names(folder / "out") == ["trace.png", "trace.safetensors"]
+    for kind in whole.kinds:
+        assert torch.equal(found(folder).samples[kind], whole.samples[kind])
+
+
+ONE_LINE: dict[str, tuple[list[str], str]] = {
+    "noise on words without a constraint": (["--corrupt=zero:constraint"], "needs --constraint"),
+    "zeros on no picture": (["--corrupt=zero"], "needs --image"),
+    "blur of no picture": (["--corrupt=blur:3"], "needs --image"),
+    "nothing to trace": ([], "pass either --question or --records"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ONE_LINE.values(), ids=ONE_LINE)
+def test_what_lacks_an_option_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+    question = ["--question", QUESTION] if arguments else []
+    assert app(["trace", *question, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", ["blocks:0", "blocks:", "box:1,2,3", "box:a,b,c,d"])
+def test_misspelt_regions_are_one_line(group: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as left:
+        app(["trace", "--question", QUESTION, "--groups", group])
+    assert left.value.code == 2
+    assert group in capsys.readouterr().err
+
+
+def test_groups_of_a_command_are_the_librarys_rows():
+    options = CorruptionOptions(question=QUESTION, groups=("tokens", -1, Blocks(2)))
+    assert options.positions("image") == ("tokens", -1, Blocks(2))
+    assert CorruptionOptions(question=QUESTION).positions(("image",)) == ("image",)
+
+
+# ---- records ----
+
+GOOD = [
+    {"image": "photo.png", "question": QUESTION, "constraint": CONSTRAINT, "corrupt": "swap:third.png"},
+    {"image": "other.png", "question": OTHER_QUESTION, "constraint": PERSON, "id": 3, "answer": "chess"},
+]
+BAD: dict[str, tuple[object, str]] = {  # name: a line, and the reason for skipping it
+    "no JSON": ("{'question': 1}", "no JSON"),
+    "no object": ([1, 2], "a list instead of an object"),
+    "no question": ({"image": "photo.png"}, "no 'question' (found 'image')"),
+    "misspelt key": ({"questoin": QUESTION}, "no key 'questoin'; did you mean 'question'?"),
+    "question that is no string": ({"question": 7}, "'question' is of type int"),
+    "missing picture": ({"image": "gone.png", "question": QUESTION}, "no picture at"),
+    "picture cut short": ({"image": "cut.png", "question": QUESTION}, "cannot read picture"),
+    "no picture": ({"question": QUESTION}, "needs --image"),
+    "absent constraint": (
+        {"image": "photo.png", "question": QUESTION, "constraint": "the moon"},
+        "'the moon' is not in",
+    ),
+    "misspelt corruption": ({"image": "photo.png", "question": QUESTION, "corrupt": "smear"}, "no corruption 'smear'"),
+    "missing picture to swap": ({"image": "photo.png", "question": QUESTION, "corrupt": "swap:gone.png"}, "gone.png"),
+    "weak corruption": (
+        {"image": "photo.png", "question": QUESTION, "constraint": CONSTRAINT, "corrupt": "image-noise:0.0001"},
+        "does not lower the answer's probability",
+    ),
+    "no such group": ({"image": "third.png", "question": QUESTION}, "no token group 'constraint_last'"),
+}
+
+
+def write_records(folder: Path, records: list[object]) -> Path:
+    """A file of records in a folder of its own, beside which pictures have relative paths."""
+    path = folder / "records.jsonl"
+    path.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in records))
+    return path
+
+
+def trace_file(path: Path, model: Path, *more: str) -> int:
+    options = {"model": model, "records": path, "corrupt": "image-noise:3", "out": path.parent / "out"}
+    rows = ["--groups", "image", "constraint_last", "last", "--sites", "hidden", "mlp"]
+    return app(["trace", *(f"--{name}={value}" for name, value in options.items()), *rows, *more])
+
+
+def test_records_are_traced_each_into_its_folder(
+    folder: Path, llava_llama_path: Path, random_llava_llama: VisionLanguageModel
+):
+    assert trace_file(write_records(folder, [GOOD[0], "", GOOD[1]]), llava_llama_path) == 0
+    out = folder / "out"
+    assert names(out) == ["average.png", "average.safetensors", "line_0001", "line_0003", "report.json"]
+    vlm, options = random_llava_llama, {"sites": ("hidden", "mlp"), "positions": ("image", "constraint_last", "last")}
+    first = vlm.prompt(folder / "photo.png", QUESTION, constraint=CONSTRAINT)
+    second = vlm.prompt(folder / "other.png", OTHER_QUESTION, constraint=PERSON)
+    expected = [
+        causal_trace(vlm, first, corruption=SwapImage(folder / "third.png"), progress=False, **options),
+        causal_trace(vlm, second, corruption=ImageNoise(scale=3.0), answer="chess", progress=False, **options),
+    ]
+    traces = [found(out, name) for name in ("line_0001", "line_0003")]
+    for trace, each in zip(traces, expected, strict=True):
+        assert (trace.question, trace.answer_ids, trace.corruption) == (each.question, each.answer_ids, each.corruption)
+        assert torch.equal(trace.samples["mlp"], each.samples["mlp"])
+    mean = AverageTrace.load(out / "average.safetensors")
+    assert mean.count == 2
+    assert torch.equal(mean.indirect_effect("hidden"), average(expected).indirect_effect("hidden"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["traced"] == [{"line": 1, "folder": "line_0001"}, {"line": 3, "folder": "line_0003"}]
+    assert (report["skipped"], report["average"]) == ([], "average.safetensors")
+
+
+def test_bad_records_are_named_and_cost_no_other(folder: Path, llava_llama_path: Path, capsys):
+    lines = [GOOD[0], *(line for line, _ in BAD.values()), GOOD[1]]
+    assert trace_file(write_records(folder, lines), llava_llama_path) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [each["line"] for each in report["traced"]] == [1, len(lines)]
+    assert [each["line"] for each in report["skipped"]] == list(range(2, len(lines)))
+    printed = capsys.readouterr().out
+    for (_, message), each in zip(BAD.values(), report["skipped"], strict=True):
+        assert message in each["reason"]
+        assert f"  line {each['line']}: {each['reason']}\n" in printed
+    assert f"2 records traced, {len(BAD)} skipped" in printed
+    assert names(folder / "out") == ["average.png", "average.safetensors", "line_0001", "line_0015", "report.json"]
+
+
+def test_records_none_of_which_can_be_traced_are_an_error(folder: Path, llava_llama_path: Path, capsys):
+    weak = BAD["weak corruption"][0]
+    assert trace_file(write_records(folder, [BAD["no JSON"][0], weak]), llava_llama_path) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("multrace: none of the 2 records")
+    assert "line 1: no JSON" in said
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert (report["traced"], len(report["skipped"])) == ([], 2)
+
+
+def test_a_model_is_opened_only_for_a_record_that_can_be_traced(folder: Path, capsys):
+    gone = folder / "gone"
+    assert trace_file(write_records(folder, [BAD["no JSON"][0]]), gone) == 2
+    assert "none of the 1 records" in capsys.readouterr().err
+    assert trace_file(write_records(folder, GOOD), gone) == 2
+    assert "no model directory" in capsys.readouterr().err
+
+
+def test_finished_records_are_not_traced_again(
+    folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    path, traced = write_records(folder, GOOD[:1]), []
+    original = Trace.trace
+
+    def noted(self: Trace, *arguments: object, **words: object) -> CausalTrace:
+        traced.append(self.out.name)
+        return original(self, *arguments, **words)
+
+    monkeypatch.setattr(Trace, "trace", noted)
+    assert trace_file(path, llava_llama_path) == 0
+    write_records(folder, GOOD)
+    assert trace_file(path, llava_llama_path) == 0
+    assert traced == ["line_0001", "line_0002"]
+    assert "line 1: done before: " in capsys.readouterr().out
+    assert AverageTrace.load(folder / "out" / "average.safetensors").count == 2
+
+    assert trace_file(path, llava_llama_path, "--window=1") == 0  # other settings: nothing is done before
+    assert traced[2:] == ["line_0001", "line_0002"]
+    assert found(folder / "out", "line_0001").window == 1
+    Image.open(folder / "third.png").rotate(90).save(folder / "other.png")  # another picture under the same name
+    (folder / "out" / "line_0001" / "trace.safetensors").write_bytes(b"broken")
+    assert trace_file(path, llava_llama_path, "--window=1") == 0
+    assert traced[4:] == ["line_0001", "line_0002"]
+
+
+def test_what_is_done_stays_when_a_run_is_interrupted(
+    folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = trace_records.write_trace
+
+    def second_breaks(trace: CausalTrace, *arguments: object) -> list[Path]:
+        if trace.question == OTHER_QUESTION:
+            raise KeyboardInterrupt
+        return original(trace, *arguments)
+
+    path = write_records(folder, GOOD)
+    with monkeypatch.context() as patched:
+        patched.setattr(trace_records, "write_trace", second_breaks)
+        assert trace_file(path, llava_llama_path) == 130
+    assert names(folder / "out") == ["line_0001"]
+    assert trace_file(path, llava_llama_path) == 0
+    assert AverageTrace.load(folder / "out" / "average.safetensors").count == 2
+
+
+def test_rows_that_differ_have_no_average_and_leave_no_old_one(folder: Path, llava_llama_path: Path, capsys):
+    assert trace_file(write_records(folder, GOOD), llava_llama_path) == 0
+    path = write_records(folder, [{key: each[key] for key in ("image", "question")} for each in GOOD])
+    assert trace_file(path, llava_llama_path, "--groups", "tokens") == 0  # tokens are averaged by their constraint
+    assert "average: none: " in capsys.readouterr().out
+    assert names(folder / "out") == ["line_0001", "line_0002", "report.json"]
+    assert json.loads((folder / "out" / "report.json").read_text())["average"] != "average.safetensors"
+
+
+RECORD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "both": (["--question", QUESTION, "--records", "{file}"], "either --question or --records"),
+    "a picture for all": (["--records", "{file}", "--image", "photo.png"], "--image belongs to one question"),
+    "no file": (["--records", "{file}.gone"], "cannot read the records"),
+    "an empty file": (["--records", "{empty}"], "it is empty"),
+    "no place": (["--records", "{file}", "--out", "{file}/out"], "is not a folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), RECORD_OPTIONS.values(), ids=RECORD_OPTIONS)
+def test_records_that_cannot_begin_are_one_line(arguments: list[str], message: str, folder: Path, capsys):
+    (folder / "empty").write_text("\n \n")
+    places = {"{file}": str(write_records(folder, GOOD)), "{empty}": str(folder / "empty")}
+    for name, place in places.items():
+        arguments = [each.replace(name, place) for each in arguments]
+    before = names(folder)
+    assert app(["trace", "--corrupt=image-noise:3", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert names(folder) == before

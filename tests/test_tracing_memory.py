@@ -1,0 +1,165 @@
+"""The memory that a sweep takes beside the model and the two recorded runs stays below the budget that was set."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from multrace import VisionLanguageModel
+from multrace.models import replay as replay_module
+from multrace.models.attention import Kernels, Segment, merged_attention
+from multrace.tracing import ImageNoise, TextNoise
+from multrace.tracing.cells import Cell, Runs
+from multrace.tracing.corruption import embed
+from multrace.tracing.engine import Engine
+from multrace.tracing.sweep import sweep
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
+MIB = 2**20
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made since it was entered and are still held by anyone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = self.before = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def start(self) -> None:
+        """Measures the peak from here on, beyond what is held now."""
+        self.before = self.peak = self.bytes
+
+    @property
+    def beyond(self) -> int:
+        """The peak, without what was held at the start."""
+        return self.peak - self.before
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, arguments: tuple = (), keywords: dict | None = None
+    ) -> Any:
+        """What the operation gives, counted."""
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def release(_reference: weakref.ref) -> None:
+            if self._known.pop(key, None) is not None:
+                self.bytes -= size
+
+        self._known[key] = weakref.ref(storage, release)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def measure(logits: Tensor) -> Tensor:
+    return logits[:, -1, 5:6].double()
+
+
+def peak(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], settings: Engine) -> int:
+    """Bytes that the cells take, beside what the two recorded runs hold."""
+    with Live() as live:
+        sweep(vlm, runs, cells, measure, settings=settings, accept=lambda base, source: live.start())
+    return live.beyond
+
+
+def budget(memory: int) -> Engine:
+    return Engine(name="replay", memory=memory, tokens_per_call=2**20)
+
+
+@pytest.fixture
+def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[Cell]]:
+    """Some patches, every layer and kind under image noise: cells that each compute most of the prompt.
+
+    One cell, with all of its samples, always runs together; it must fit into the smallest budget, and it does.
+    """
+    prompt = random_llava.prompt(photo, QUESTION, constraint=CONSTRAINT)
+    base = ImageNoise(samples=3).corrupt(random_llava, prompt).embeddings
+    runs = Runs(base=base, source=embed(random_llava, prompt), scored=(prompt.length - 1,))
+    cells = [
+        Cell(kind=kind, first=layer, last=min(layer + width, 4) - 1, positions=positions)
+        for kind in ("hidden", "mlp", "attention")
+        for positions in [(4,), (5,), (9,), (4, 5, 8), (4, 9), (4, 6, 7), (4, 19), (4, 12, 13)]
+        for layer in range(4)
+        for width in (1, 2, 3)
+    ]
+    return runs, cells
+
+
+def test_the_count_of_bytes_is_right():
+    with Live() as live:
+        first = torch.ones(MIB, dtype=torch.uint8)
+        live.start()
+        part, copy = first[:10], first.clone()
+        del first, copy
+        assert (live.bytes, live.beyond) == (MIB, MIB)  # a part keeps all of it alive
+        del part
+        assert (live.bytes, live.peak) == (0, 2 * MIB)
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_the_peak_stays_below_the_budget(random_llava, patches, memory):
+    runs, cells = patches
+    assert peak(random_llava, runs, cells, budget(memory)) <= memory * MIB
+    assert peak(random_llava, runs, cells, budget(2048)) > memory * MIB  # what it would take otherwise
+
+
+def test_more_cells_take_no_more_memory(random_llava, patches):
+    runs, cells = patches
+    some, all_of_them = (peak(random_llava, runs, part, budget(1)) for part in (cells[::4], cells))
+    scores = len(cells) * runs.samples * 8
+    assert all_of_them <= max(some, 0.75 * MIB) + 4 * scores
+
+
+def test_more_samples_take_no_more_memory(random_llava, patches):
+    runs, cells = patches
+    for copies in (1, 2):
+        many = replace(runs, base=runs.base.repeat(copies, 1, 1))
+        assert peak(random_llava, many, cells, budget(2)) <= 2 * MIB
+
+
+# Keys and values of the prefix.
+
+
+def copied_for_each_row(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
+    """Attention as it would be if each row had shared keys and values of its own."""
+    own = []
+    for segment in segments:
+        copies = query.shape[0] // segment.keys.shape[0]
+        keys, values = (each.repeat_interleave(copies, 0) for each in (segment.keys, segment.values))
+        own.append(replace(segment, keys=keys, values=values))
+    return merged_attention(query, own, scale=scale, kernels=kernels)
+
+
+def test_keys_of_the_prefix_are_not_copied_for_each_row(random_llava, make_photo, monkeypatch):
+    prompt = random_llava.prompt([make_photo(seed) for seed in range(8)], QUESTION, constraint=CONSTRAINT)
+    last, before = prompt.groups["last"][0], prompt.groups["constraint"][0]
+    assert before > 128  # a long prefix that all rows share
+    base = TextNoise(samples=4).corrupt(random_llava, prompt).embeddings
+    runs = Runs(base=base, source=embed(random_llava, prompt), scored=(last,))
+    cells = [
+        Cell(kind=kind, head=head, first=layer, last=layer, positions=(last,))
+        for kind, heads in (("mlp", [None]), ("attention", [None]), ("head", range(4)))
+        for head in heads
+        for layer in range(3)
+    ]
+    shared = peak(random_llava, runs, cells, budget(1))
+    scores = sweep(random_llava, runs, cells, measure, settings=budget(1)).scores
+    monkeypatch.setattr(replay_module, "merged_attention", copied_for_each_row)
+    copied = peak(random_llava, runs, cells, budget(1))
+    assert torch.allclose(sweep(random_llava, runs, cells, measure, settings=budget(1)).scores, scores, atol=1e-4)
+    assert shared < copied / 3
+    rows, keys = 4 * len(cells) / 2, 2 * before * random_llava.hidden / 2 * 4
+    assert shared < rows * keys / 2 < copied
