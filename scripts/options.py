@@ -9,7 +9,7 @@ from ..models import Prompt, VisionLanguageModel, load
 from ..models.images import open_images
 from ..models.spans import find_span
 from ..tracing import Blocks, Box, Corruption, MeanAblation, SwapImage, parse_corruption
-from ..tracing.parsing import SPELLINGS
+from ..tracing.corruptions.parsing import SPELLINGS
 from ..tracing.rows import Item
 from .errors import CommandError
 

@@ -20,7 +20,7 @@ from multrace.tracing import (
 )
 from multrace.tracing.attribution import estimated_changes, rank_agreement
 from multrace.tracing.cells import Cell, Runs
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import Engine
 from multrace.tracing.plain import plain_scores, run_scores
 from PIL import Image

@@ -18,7 +18,7 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.cells import KINDS, Cell, Runs
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import Engine
 from multrace.tracing.grids import window_layers
 from multrace.tracing.plain import plain_scores, run_scores

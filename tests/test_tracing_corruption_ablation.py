@@ -6,7 +6,7 @@ import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel, load
 from multrace.tracing import MeanAblation, TraceError, ZeroAblation
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from PIL import Image
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"

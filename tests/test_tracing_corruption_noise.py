@@ -8,10 +8,10 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import ImageNoise, PixelNoise, ReplaceText, TextNoise, TraceError, calibrate
-from multrace.tracing.calibration import LADDER
-from multrace.tracing.corpus import CONSTRAINTS
-from multrace.tracing.corruption import embed
-from multrace.tracing.noise import Noise
+from multrace.tracing.corruptions.calibration import LADDER
+from multrace.tracing.corruptions.corpus import CONSTRAINTS
+from multrace.tracing.corruptions.corruption import embed
+from multrace.tracing.corruptions.noise import Noise
 from PIL import Image
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
 from multrace.tracing import BlankImage, BlurImage, MaskBoxes, SwapImage, TraceError
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from PIL import Image, ImageFilter
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"

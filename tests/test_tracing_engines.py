@@ -20,7 +20,7 @@ from multrace.tracing import (
     measuring,
 )
 from multrace.tracing.cells import Cell, Measure, Runs
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import Engine
 from multrace.tracing.plain import plain_scores
 from multrace.tracing.sweep import Swept, sweep

@@ -12,7 +12,7 @@ from multrace.models import replay as replay_module
 from multrace.models.attention import Kernels, Segment, merged_attention
 from multrace.tracing import ImageNoise, TextNoise
 from multrace.tracing.cells import Cell, Runs
-from multrace.tracing.corruption import embed
+from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import Engine
 from multrace.tracing.sweep import sweep
 from torch import Tensor

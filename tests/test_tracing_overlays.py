@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from multrace.tracing import Blocks, Box, CausalTrace, TraceError
-from multrace.tracing.overlays import over_patches, seen_pictures, strongest
+from multrace.tracing.results.overlays import over_patches, seen_pictures, strongest
 from multrace.tracing.rows import resolve_rows
 from PIL import Image
 

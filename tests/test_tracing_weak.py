@@ -16,7 +16,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.calibration import LADDER
+from multrace.tracing.corruptions.calibration import LADDER
 from multrace.tracing.engine import Engine
 from multrace.tracing.errors import WeakCorruption
 from multrace.tracing.scoring import METRICS

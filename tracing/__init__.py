@@ -1,21 +1,21 @@
 """Experiments that only read: where in a model a fact's information travels."""
 
-from .ablation import MeanAblation, ZeroAblation
-from .averages import AverageTrace, average
-from .calibration import calibrate
 from .causal import causal_trace
-from .corruption import Corrupted, Corruption
-from .effects import CausalBlock, EditSite, Peak
+from .corruptions.ablation import MeanAblation, ZeroAblation
+from .corruptions.calibration import calibrate
+from .corruptions.corruption import Corrupted, Corruption
+from .corruptions.noise import ImageNoise, PixelNoise, TextNoise
+from .corruptions.parsing import parse_corruption
+from .corruptions.pictures import BlankImage, BlurImage, MaskBoxes, SwapImage
+from .corruptions.wording import ReplaceText
 from .engine import Engine
-from .engine_report import EngineReport
 from .errors import TraceError, WeakCorruption
-from .noise import ImageNoise, PixelNoise, TextNoise
-from .parsing import parse_corruption
-from .pictures import BlankImage, BlurImage, MaskBoxes, SwapImage
 from .plain import knockout_probability
 from .regions import Blocks, Box
-from .results import CausalTrace
-from .wording import ReplaceText
+from .results.averages import AverageTrace, average
+from .results.effects import CausalBlock, EditSite, Peak
+from .results.engine_report import EngineReport
+from .results.traces import CausalTrace
 
 __all__ = [
     "AverageTrace",

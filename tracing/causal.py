@@ -8,16 +8,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import Prompt, VisionLanguageModel
-from .calibration import calibrate
 from .cells import KINDS
-from .corruption import Corrupted, Corruption, embed
+from .corruptions.calibration import calibrate
+from .corruptions.corruption import Corrupted, Corruption, embed
 from .engine import Engine
 from .errors import TraceError, WeakCorruption
 from .experiment import Experiment
 from .grids import Grid, make_grid
 from .plain import next_token_probabilities
 from .prefilter import Filtered, measure_best
-from .results import CausalTrace
+from .results.traces import CausalTrace
 from .rows import Item, resolve_rows
 from .scoring import Metric, choose_scoring
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cells import Cell
 from .errors import TraceError
 from .plans import Chunk
-from .storage import load, save
+from .results.storage import load, save
 
 _LAYOUT = "multrace sweep 1"
 _SECONDS_BETWEEN_WRITES = 5.0

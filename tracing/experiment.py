@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from ..models import Prompt, VisionLanguageModel
 from .cells import Cell, Runs
-from .corruption import Corrupted
+from .corruptions.corruption import Corrupted
 from .engine import Engine
-from .engine_report import EngineReport
 from .measuring import branch_file, measure_cells
+from .results.engine_report import EngineReport
 from .scoring import Scoring, with_tokens
 from .vision import is_before_decoder, measure_runs, shown, with_pictures
 

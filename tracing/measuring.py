@@ -12,9 +12,9 @@ from tqdm import tqdm
 from ..models import ReplayError, VisionLanguageModel
 from .cells import Cell, Measure, Runs
 from .engine import Engine
-from .engine_report import EngineReport
 from .errors import TraceError
 from .plain import plain_scores, run_scores
+from .results.engine_report import EngineReport
 from .sweep import sweep
 
 

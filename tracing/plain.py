@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..models import Prompt, Site, VisionLanguageModel, capture, patch
 from ..models.addresses import Key
 from .cells import Cell, Measure, Runs
-from .corruption import embed
+from .corruptions.corruption import embed
 
 _Write = Callable[[Tensor], Tensor]
 

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from ..models import ModelError, Prompt
 from ..models.prompts import Patch
-from .corruption import group_positions
+from .corruptions.corruption import group_positions
 from .errors import TraceError
 from .regions import Blocks, Box, box_patches
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from ..models import Prompt, VisionLanguageModel
 from ..models.hooks import main_tensor, replace_main
 from .cells import Cell, Measure, Runs
-from .corruption import Corrupted, embed
-from .engine_report import EngineReport
+from .corruptions.corruption import Corrupted, embed
 from .errors import TraceError
 from .measuring import Measured
 from .plain import run_scores
+from .results.engine_report import EngineReport
 
 _Inputs = Mapping[str, Tensor]
 

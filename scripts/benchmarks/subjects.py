@@ -14,7 +14,7 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel, load
 from ...tracing import Corruption, ImageNoise, TextNoise
 from ...tracing.cells import Runs
-from ...tracing.corruption import embed
+from ...tracing.corruptions.corruption import embed
 from .shapes import Shape, prompt_words
 
 _CONFIDENCE = 0.5

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .errors import TraceError
+from ..errors import TraceError
 
 LEVEL = 0.95
 

@@ -11,10 +11,10 @@ from types import MappingProxyType
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-from ..models import Prompt, VisionLanguageModel
-from ..models.images import Picture, open_images
+from ...models import Prompt, VisionLanguageModel
+from ...models.images import Picture, open_images
+from ..errors import TraceError
 from .corruption import Corrupted, embed, group_positions
-from .errors import TraceError
 
 Colour = str | tuple[int, int, int]
 """A name that PIL knows, or red, green and blue from 0 to 255."""

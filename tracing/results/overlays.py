@@ -10,8 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from torch import Tensor
 
-from ..models import Prompt
-from .errors import TraceError
+from ...models import Prompt
+from ..errors import TraceError
 from .figures import INK, check_format, colours_of, draw_bar, new_figure, wrap, write_figure, write_titles
 
 _SIDE, _SPACE = 2.2, 0.2  # inches of a picture and between pictures

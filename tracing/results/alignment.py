@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import TraceError
-from .results import CausalTrace
+from ..errors import TraceError
+from .traces import CausalTrace
 
 
 @dataclass(frozen=True, kw_only=True)

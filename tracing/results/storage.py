@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import TraceError
+from ..errors import TraceError
 
 Loaded = TypeVar("Loaded")
 

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models import Prompt, VisionLanguageModel
-from .errors import TraceError
+from ...models import Prompt, VisionLanguageModel
+from ..errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

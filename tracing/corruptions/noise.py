@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..models import Prompt, VisionLanguageModel
+from ...models import Prompt, VisionLanguageModel
+from ..errors import TraceError
 from .corpus import CONSTRAINTS, word_embeddings
 from .corruption import Corrupted, embed, group_positions
-from .errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .errors import TraceError
+from ..errors import TraceError
 
 SITE_NAMES = {"hidden": "hidden state", "mlp": "MLP"}
 """What people call a kind of site, where that is not its own name."""

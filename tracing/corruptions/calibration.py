@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..models import Prompt, VisionLanguageModel
+from ...models import Prompt, VisionLanguageModel
+from ..errors import TraceError
 from .corruption import Corrupted, Corruption, embed
-from .errors import TraceError
 from .noise import Noise
 
 LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from ..errors import TraceError
 from .ablation import MeanAblation, ZeroAblation
 from .corruption import Corruption
-from .errors import TraceError
 from .noise import ImageNoise, Noise, PixelNoise, TextNoise
 from .pictures import BlankImage, BlurImage, Box, MaskBoxes, SwapImage
 from .wording import ReplaceText

@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..errors import TraceError
 from .alignment import Aligned, aligned_rows
 from .effects import EffectMap
-from .errors import TraceError
 from .frames import long_frame
 from .intervals import mean_interval
 from .plots import Panel, heat_maps, show_numbers
-from .results import CausalTrace
 from .storage import load, save
+from .traces import CausalTrace
 
 _LAYOUT = "multrace average trace 2"
 _SHARED = ("model", "revision", "layers", "window", "kinds", "metrics", "direction", "effect", "severed")

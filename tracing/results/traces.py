@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..models import Prompt
+from ...models import Prompt
+from ..errors import TraceError
 from .effects import SITE_NAMES, EffectMap
 from .engine_report import EngineReport
-from .errors import TraceError
 from .frames import long_frame
 from .overlays import Overlay, draw_overlays, over_patches, strongest
 from .plots import Panel, heat_maps

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import TraceError
+from ..errors import TraceError
 from .storage import write_atomically
 
 _KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "attn"}

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .errors import TraceError
+from ..errors import TraceError
 from .storage import write_atomically
 
 INK, GREY = "#222222", "#555555"

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models import Prompt, VisionLanguageModel
+from ...models import Prompt, VisionLanguageModel
+from ..errors import TraceError
 from .corruption import Corrupted, embed, group_positions
-from .errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True)

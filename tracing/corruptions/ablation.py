@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models import Prompt, VisionLanguageModel
-from ..models.images import Picture, open_images
+from ...models import Prompt, VisionLanguageModel
+from ...models.images import Picture, open_images
+from ..errors import TraceError
 from .corpus import word_embeddings
 from .corruption import Corrupted, embed, group_positions
-from .errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..models import VisionLanguageModel
-from ..models.texts import check_text
-from .errors import TraceError
+from ...models import VisionLanguageModel
+from ...models.texts import check_text
+from ..errors import TraceError
 
 CONSTRAINTS: tuple[str, ...] = (
     "the company in this photo",

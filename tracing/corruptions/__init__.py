@@ -1,0 +1,1 @@
+"""What a trace destroys: words, the picture, or their embeddings; each kind keeps the prompt's length."""
