@@ -69,9 +69,6 @@ def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
     devices = {each.device for each in decoder.parameters()}
     if devices != {vlm.device} or vlm.device.type == "meta":
         raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
-    devices = {weight.device for weight in decoder.parameters()} - {torch.device("meta")}  # meta: offloaded
-    if len(devices) > 1:
-        raise ReplayError(f"its decoder layers lie on {len(devices)} devices")
     replay = Replay(vlm)
     name, before = f"multrace_{id(replay)}", decoder.config._attn_implementation
     AttentionInterface.register(name, replay.attend)
@@ -127,8 +124,8 @@ class Replay:
         ends = self._ends
         try:
             with (
-                capture(self.vlm, [*sites, *ends]) as outputs,
-                capture(self.vlm, [*projections, *ends], inputs=True) as inputs,
+                capture(self.vlm, [*sites, *ends], clone=True) as outputs,  # a layer may go on to write into them
+                capture(self.vlm, [*projections, *ends], inputs=True, clone=True) as inputs,
                 witness.watching(),
             ):
                 logits = self.vlm.forward(inputs_embeds=embeddings, positions=read, **for_rows(rows, keywords))
@@ -169,13 +166,14 @@ class Replay:
         rest = sorted(set(base.positions) - set(positions))
         span = self.span(positions, [Source(run=base, positions=tuple(rest))])
         states, found = [entering], []
-        outputs: dict[Site | Projection, Tensor] = {}
-        with capture(self.vlm, sites) as written, capture(self.vlm, projections, inputs=True) as given:
+        with (
+            capture(self.vlm, sites, clone=True) as written,
+            capture(self.vlm, projections, inputs=True, clone=True) as given,
+        ):
             for number in range(len(self._layers)):
                 job = self._job_for(number, span)
                 states.append(self._call(number, states[-1], span.index, job))
                 found.append(job.found)
-            outputs = {**written, **given}
         changed = [position for position in base.read if position in set(positions)]
         logits = base.logits.expand(len(entering), -1, -1).clone()
         if changed:
@@ -188,7 +186,7 @@ class Replay:
             values=tuple(value for _, value in found),
             kept=span.positions,
             states=tuple(states),
-            outputs=outputs,
+            outputs={**written, **given},
             read=base.read,
             logits=logits,
         )

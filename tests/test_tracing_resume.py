@@ -10,6 +10,7 @@ from multrace import Prompt, VisionLanguageModel
 from multrace.models.layouts import Span
 from multrace.models.replay import Replay
 from multrace.tracing import CausalTrace, ImageNoise, TextNoise, TraceError, causal_trace
+from multrace.tracing import plain as plain_way
 from multrace.tracing.engine import Engine
 from torch import Tensor
 
@@ -76,6 +77,27 @@ def test_an_interrupted_trace_goes_on_to_the_same_scores(random_llava_llama, pro
     nothing = watch()
     assert alike(trace(random_llava_llama, prompt, kept, **settings), whole)
     assert nothing == []  # all cells were there
+
+
+def test_the_plain_way_goes_on_too(random_llava_llama, prompt, tmp_path, monkeypatch):
+    plain = Engine(name="plain")
+    kept = replace(plain, checkpoint=tmp_path / "cells")
+    whole = trace(random_llava_llama, prompt, plain)
+    run, calls = plain_way.run_scores, []
+
+    def stopping(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(plain_way, "run_scores", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trace(random_llava_llama, prompt, kept)
+    assert kept.checkpoint.exists()
+    resumed = trace(random_llava_llama, prompt, kept)
+    assert alike(resumed, whole)
+    assert len(calls) == 7 + whole.engine.cells - 6  # the six that were finished are not computed again
 
 
 def test_without_a_checkpoint_nothing_is_kept(random_llava_llama, prompt, watch, tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from ..models import ReplayError, VisionLanguageModel
 from .cells import Cell, Measure, Runs
+from .checkpoints import Checkpoint
 from .engine import Engine
 from .errors import TraceError
 from .plain import plain_scores, run_scores
+from .plans import single
 from .results.engine_report import EngineReport
 from .sweep import sweep
 
@@ -60,10 +62,31 @@ def measure_cells(
         for each in (runs.base, runs.source)
     )
     accept(base, source)
-    scores = plain_scores(vlm, runs, cells, measure, bar=bar)
+    checkpoint = Checkpoint(engine.checkpoint)
+    checkpoint.open(cells, [single(number) for number in range(len(cells))], torch.stack([base, source]))
+    scores = torch.full((len(cells), *base.shape), torch.nan, dtype=torch.float64)
+    with checkpoint.writing(scores):
+        scores = plain_scores(vlm, runs, cells, measure, progress=_Finished(checkpoint, scores), bar=bar)
     tokens = len(cells) * runs.samples * runs.length * vlm.layers
     report = EngineReport(engine="plain", reason=reason, cells=len(cells), token_layers=tokens)
     return Measured(scores=scores, base=base, source=source, report=report)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Cells of the plain way in a checkpoint, each a batch of its own."""
+
+    checkpoint: Checkpoint
+    scores: Tensor
+
+    def known(self, number: int) -> Tensor | None:
+        """(metric, sample): what an earlier run has found for this cell."""
+        return self.scores[number] if self.checkpoint.restore(number, single(number), self.scores) else None
+
+    def add(self, number: int, scores: Tensor) -> None:
+        """Keeps a cell's scores (metric, sample)."""
+        self.scores[number] = scores
+        self.checkpoint.finish(number)
 
 
 def _swept(

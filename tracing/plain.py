@@ -5,6 +5,7 @@ runs once; everything after it starts from the merged embeddings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,29 @@ from .corruptions.corruption import embed
 _Write = Callable[[Tensor], Tensor]
 
 
+class PlainProgress(Protocol):
+    """What is kept of the cells that are finished."""
+
+    def known(self, number: int) -> Tensor | None:
+        """(metric, sample): the scores of a cell that was finished earlier."""
+
+    def add(self, number: int, scores: Tensor) -> None:
+        """Takes a cell's scores (metric, sample)."""
+
+
 def plain_scores(
-    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, *, bar: tqdm | None = None
+    vlm: VisionLanguageModel,
+    runs: Runs,
+    cells: Sequence[Cell],
+    measure: Measure,
+    *,
+    progress: PlainProgress | None = None,
+    bar: tqdm | None = None,
 ) -> Tensor:
     """(cell, metric, sample) float64 on the CPU: scores of the base run with each cell's states of the source put in.
 
-    Memory holds every layer's outputs of the kinds that the cells name, (sample, token, width) each.
+    progress: knows cells that were finished earlier, and is shown each new one. Memory holds every layer's outputs of
+    the kinds that the cells name, (sample, token, width) each.
     """
     base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
     keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
@@ -33,12 +51,16 @@ def plain_scores(
         frozen_keys["hidden"] = _keys(vlm, "hidden")
     own = _states(vlm, base, frozen_keys, runs)
     scores = []
-    for cell in cells:
-        functions = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
-        inputs = cell.kind == "head"
-        with patch(vlm, {key: _in_turn(each) for key, each in functions[0].items()}, inputs=inputs):
-            with patch(vlm, {key: _in_turn(each) for key, each in functions[1].items()}):
-                scores.append(run_scores(vlm, base, runs, measure))
+    for number, cell in enumerate(cells):
+        found = progress.known(number) if progress is not None else None
+        if found is None:
+            functions = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
+            with patch(vlm, {key: _in_turn(each) for key, each in functions[0].items()}, inputs=cell.kind == "head"):
+                with patch(vlm, {key: _in_turn(each) for key, each in functions[1].items()}):
+                    found = run_scores(vlm, base, runs, measure)
+            if progress is not None:
+                progress.add(number, found)
+        scores.append(found)
         if bar is not None:
             bar.update()
     return torch.stack(scores)

@@ -96,6 +96,11 @@ def make_plan(
     return Plan(chunks=tuple(chunks), free=free)
 
 
+def single(cell: int) -> Chunk:
+    """A chunk for one cell that is answered on its own, by whatever way."""
+    return Chunk(computed=(), merged=(), lanes=(Lane(cell=cell, join=0, leader=None, live=()),))
+
+
 def halved(chunk: Chunk, cells: Sequence[Cell]) -> tuple[Chunk, ...]:
     """The chunk in two parts, or as it is if it has one lane."""
     if len(chunk.lanes) == 1:

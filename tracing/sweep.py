@@ -64,7 +64,15 @@ def sweep(
     """
     settings = settings or Engine()
     with torch.no_grad(), replaying(vlm) as replay:
-        recorded = record(replay, runs, cells)
+        try:
+            recorded = record(replay, runs, cells)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise TraceError(
+                f"memory ran out while recording the two runs ({runs.length} tokens, {runs.samples} samples); trace "
+                "with fewer samples, or on a device with more memory"
+            ) from error
         swept = _Sweep(replay, runs, cells, measure, settings, recorded)
         base, source = (swept.score(each.logits) for each in (recorded.base, recorded.source))
         if accept is not None:
