@@ -6,7 +6,6 @@ What it does not understand it refuses (`ReplayError`) rather than guess.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,42 +18,13 @@ from .addresses import Projection, Site
 from .attention import Kernels, Segment, merged_attention, probe_kernels
 from .errors import ReplayError
 from .hooks import StopForward, capture, first_input, main_tensor
-from .layouts import Index, Masks, Recording, Source, Span, index_of
+from .jobs import Job, Work
+from .layouts import Index, Masks, Recording, Source, Span, index_of, places
 from .vlm import VisionLanguageModel
 from .witness import Witness, for_rows, sliced
 
 _Seen = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
 """What modules wrote, and what they read."""
-
-
-@dataclass
-class Work:
-    """What the decoder layers had to do; the counts grow with every call."""
-
-    token_layers: int = 0
-    """Tokens whose output of one decoder layer was computed."""
-    key_value_tokens: int = 0
-    """Tokens of which one layer computed keys and values only."""
-    pairs: int = 0
-    """Query-key pairs of attention in one layer, in each of its heads."""
-    read_tokens: int = 0
-    """Tokens that went through the output head."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Job:
-    """How attention is done in one call of one decoder layer."""
-
-    segments: Sequence[Segment] = ()
-    """Keys and values from elsewhere."""
-    own: tuple[Tensor | None, bool] = (None, True)
-    """How queries see the keys computed in this call: (visible, causal)."""
-    given: tuple[Tensor, Tensor] | None = None
-    """Keys and values to use instead of the call's own."""
-    is_stopped: bool = False
-    """End the forward pass once keys and values are known."""
-    found: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    """Keys and values that the call computed."""
 
 
 @contextmanager
@@ -94,7 +64,7 @@ class Replay:
         self._keywords: list[dict[str, Any]] = []
         self._kernels: dict[tuple[int, int, int], Kernels] = {}
         self._witness: Witness | None = None
-        self._job: _Job | None = None
+        self._job: Job | None = None
 
     def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
         """(row, token, hidden): what the first decoder layer reads for these embeddings; no layer runs."""
@@ -155,38 +125,39 @@ class Replay:
         entering: Tensor,
         positions: Sequence[int],
         *,
+        kept: Sequence[int] | None = None,
         sites: Collection[Site] = (),
         projections: Collection[Projection] = (),
     ) -> Recording:
         """A run that equals `base` but at `positions`, from what enters the first layer there (row, position, hidden).
 
-        Only these positions are computed; they must be all that can differ (`Masks.reach`). Keys and values, states,
-        outputs of sites and inputs of projections are stored at them; logits wherever `base` has read.
+        Only these positions are computed; they must be all that can differ (`Masks.reach`). Keys and values are stored
+        at all of them; states, outputs of sites and inputs of projections at those `kept` (by default all, too); logits
+        wherever `base` has read.
         """
         rest = sorted(set(base.positions) - set(positions))
         span = self.span(positions, [Source(run=base, positions=tuple(rest))])
-        states, found = [entering], []
-        with (
-            capture(self.vlm, sites, clone=True) as written,
-            capture(self.vlm, projections, inputs=True, clone=True) as given,
-        ):
-            for number in range(len(self._layers)):
-                job = self._job_for(number, span)
-                states.append(self._call(number, states[-1], span.index, job))
-                found.append(job.found)
+        kept = span.positions if kept is None else tuple(kept)
+        where, written = places(span.positions, kept, entering.device), {}
+        states, stored, found = entering, [entering[:, where].clone()], []
+        for number in range(len(self._layers)):
+            job = self._job_for(number, span)
+            with self._storing(number, sites, projections, where, written):
+                states = self._call(number, states, span.index, job)
+            stored.append(states[:, where].clone())  # not a view, which would keep the rest in memory
+            found.append(job.found)
         changed = [position for position in base.read if position in set(positions)]
         logits = base.logits.expand(len(entering), -1, -1).clone()
         if changed:
-            places = [base.read.index(position) for position in changed]
-            within = [span.positions.index(position) for position in changed]
-            logits[:, places] = self.read(states[-1][:, within])
+            within = places(span.positions, changed, states.device)
+            logits[:, places(base.read, changed, states.device)] = self.read(states[:, within])
         return Recording(
             positions=span.positions,
             keys=tuple(key for key, _ in found),
             values=tuple(value for _, value in found),
-            kept=span.positions,
-            states=tuple(states),
-            outputs={**written, **given},
+            kept=kept,
+            states=tuple(stored),
+            outputs=written,
             read=base.read,
             logits=logits,
         )
@@ -209,17 +180,18 @@ class Replay:
         while it runs (offloading), where stopping would leave them in the wrong place. Whatever patches the layer's
         modules is to expect the read positions only.
         """
-        number, places = len(self._layers) - 1, [span.positions.index(position) for position in read]
+        number = len(self._layers) - 1
         if len(read) == len(span.positions):
             return self.layer(number, states, span)
-        where, is_offloaded = index_of(places, states.device), hasattr(self._layers[number], "_hf_hook")
-        collect = self._job_for(number, span) if is_offloaded else _Job(is_stopped=True)
+        where = places(span.positions, read, states.device)
+        is_offloaded = hasattr(self._layers[number], "_hf_hook")
+        collect = self._job_for(number, span) if is_offloaded else Job(is_stopped=True)
         try:
             self._call(number, states, span.index, collect)
         except StopForward:
             self.work.key_value_tokens += states.shape[0] * states.shape[1]
         segments, own = span.seen_from(number, read)
-        job = _Job(segments=segments, own=own, given=collect.found)
+        job = Job(segments=segments, own=own, given=collect.found)
         return self._call(number, states[:, where], index_of(read, states.device), job)
 
     def read(self, states: Tensor) -> Tensor:
@@ -261,10 +233,10 @@ class Replay:
         output = merged_attention(query, segments, scale=scale, kernels=self._kernels[shape])
         return output.transpose(1, 2).contiguous(), None
 
-    def _job_for(self, number: int, span: Span) -> _Job:
-        return _Job(segments=span.segments(number), own=span.own(number))
+    def _job_for(self, number: int, span: Span) -> Job:
+        return Job(segments=span.segments(number), own=span.own(number))
 
-    def _call(self, number: int, states: Tensor, index: Index, job: _Job) -> Tensor:
+    def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """The layer's output, with its attention done as the job says."""
         keywords = {name: sliced(name, value, index) for name, value in self._keywords[number].items()}
         self._job = job
@@ -274,6 +246,26 @@ class Replay:
             self._job = None
         self.work.token_layers += states.shape[0] * states.shape[1]
         return output
+
+    @contextmanager
+    def _storing(
+        self,
+        number: int,
+        sites: Collection[Site],
+        projections: Collection[Projection],
+        where: Index,
+        stored: dict[Site | Projection, Tensor],
+    ) -> Iterator[None]:
+        """A block in which one layer runs, after which its sites and projections are stored at some positions."""
+        inside = {id(part) for part in self._layers[number].modules()}
+        own_sites = [each for each in sites if self.vlm.addresses.index(each.layer) == number]
+        own_projections = [each for each in projections if id(each.module) in inside]
+        with (
+            capture(self.vlm, own_sites, clone=True) as written,
+            capture(self.vlm, own_projections, inputs=True, clone=True) as given,
+        ):
+            yield
+        stored.update({key: value[:, where].clone() for key, value in {**written, **given}.items()})
 
     @property
     def _ends(self) -> tuple[nn.Module, nn.Module]:

@@ -28,7 +28,7 @@ def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell
     layers cannot be replayed.
     """
     with torch.no_grad(), replaying(vlm) as replay:
-        recorded = record(replay, runs, cells)
+        recorded = record(replay, runs, cells, keep_all=True)
         metrics = measure(recorded.base.logits).shape[-1]
         estimates = torch.zeros(len(cells), metrics, runs.samples, dtype=torch.float64)
         if not recorded.changed:

@@ -78,12 +78,7 @@ def make_plan(
     """The plan for these cells; a chunk holds at most `lane_tokens` computed positions over its lanes, or one lane."""
     free: dict[int, tuple[int, ...]] = {}
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, tuple[int, ...]]]] = {}
-    known: dict[tuple, Effect] = {}
-    for number, cell in enumerate(cells):
-        key = (cell.positions, cell.first, cell.kind == "hidden", cell.severed, cell.is_direct)
-        if key not in known:
-            known[key] = effect_of(cell, masks=masks, changed=changed, frozen=frozen)
-        effect = known[key]
+    for number, effect in enumerate(_effects(cells, masks, changed, frozen)):
         if not set(effect.computed) & set(scored):
             free[number] = tuple(position for position in scored if position in effect.merged)
         else:
@@ -94,6 +89,28 @@ def make_plan(
         for lanes in _chunks(members, cells, max(1, lane_tokens // len(computed)))
     ]
     return Plan(chunks=tuple(chunks), free=free)
+
+
+def touched(
+    cells: Sequence[Cell], *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Positions whose states some cell computes or lends, ascending: all that need be kept of the two runs."""
+    found: set[int] = set()
+    for effect in {id(each): each for each in _effects(cells, masks, changed, frozen)}.values():
+        found.update(effect.computed, effect.live)
+    return tuple(sorted(found))
+
+
+def _effects(cells: Sequence[Cell], masks: Masks, changed: Collection[int], frozen: Collection[int]) -> list[Effect]:
+    """Each cell's effect; cells that differ in nothing that matters for it share one."""
+    known: dict[tuple, Effect] = {}
+    effects = []
+    for cell in cells:
+        key = (cell.positions, cell.first, cell.kind == "hidden", cell.severed, cell.is_direct)
+        if key not in known:
+            known[key] = effect_of(cell, masks=masks, changed=changed, frozen=frozen)
+        effects.append(known[key])
+    return effects
 
 
 def single(cell: int) -> Chunk:
@@ -121,9 +138,7 @@ def _merged(live: Collection[int], masks: Masks, changed: Collection[int], first
     return merged
 
 
-def _chunks(
-    members: Sequence[tuple[int, tuple[int, ...]]], cells: Sequence[Cell], size: int
-) -> list[tuple[Lane, ...]]:
+def _chunks(members: Sequence[tuple[int, tuple[int, ...]]], cells: Sequence[Cell], size: int) -> list[tuple[Lane, ...]]:
     """Members (cell number, live positions) as chunks of at most `size` lanes; a family stays together if it fits.
 
     A family are cells that put in the same states up to the end of the shortest window: the widest window's lane

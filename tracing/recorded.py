@@ -8,6 +8,7 @@ from ..models.addresses import Projection
 from ..models.layouts import Recording, Source, Span, neighbours
 from ..models.replay import Replay
 from .cells import Cell, Runs
+from .plans import touched
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,8 +32,11 @@ class Recorded:
         return replay.span(computed, sources)
 
 
-def record(replay: Replay, runs: Runs, cells: Sequence[Cell]) -> Recorded:
-    """Both runs, with the outputs that these cells put in or freeze; the one with fewer rows is recorded whole."""
+def record(replay: Replay, runs: Runs, cells: Sequence[Cell], *, keep_all: bool = False) -> Recorded:
+    """Both runs, with the outputs that these cells put in or freeze; the one with fewer rows is recorded whole.
+
+    States and outputs of the other are kept where some cell needs them, or wherever they can differ.
+    """
     first, second = sorted((runs.base, runs.source), key=len)
     entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
     differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
@@ -46,8 +50,14 @@ def record(replay: Replay, runs: Runs, cells: Sequence[Cell]) -> Recorded:
         full = replay.record(first, kept=changed, **settings)
     other = full
     if changed:
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen)
         other = replay.record_after(
-            full, other_entering[:, list(changed)], changed, sites=sites, projections=projections
+            full,
+            other_entering[:, list(changed)],
+            changed,
+            kept=changed if keep_all else needed,
+            sites=sites,
+            projections=projections,
         )
     base, source = (full, other) if first is runs.base else (other, full)
     return Recorded(full=full, base=base, source=source, changed=changed)

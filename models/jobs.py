@@ -1,0 +1,38 @@
+"""One call of one decoder layer in a replay: how its attention is done, and what calls have cost so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .attention import Segment
+
+
+@dataclass
+class Work:
+    """What the decoder layers had to do; the counts grow with every call."""
+
+    token_layers: int = 0
+    """Tokens whose output of one decoder layer was computed."""
+    key_value_tokens: int = 0
+    """Tokens of which one layer computed keys and values only."""
+    pairs: int = 0
+    """Query-key pairs of attention in one layer, in each of its heads."""
+    read_tokens: int = 0
+    """Tokens that went through the output head."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """How attention is done in one call of one decoder layer."""
+
+    segments: Sequence[Segment] = ()
+    """Keys and values from elsewhere."""
+    own: tuple[Tensor | None, bool] = (None, True)
+    """How queries see the keys computed in this call: (visible, causal)."""
+    given: tuple[Tensor, Tensor] | None = None
+    """Keys and values to use instead of the call's own."""
+    is_stopped: bool = False
+    """End the forward pass once keys and values are known."""
+    found: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    """Keys and values that the call computed."""
