@@ -19,6 +19,9 @@ from .plans import single
 from .results.engine_report import EngineReport
 from .sweep import sweep
 
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""Differences in probability that rounding explains at any rate; half precision rounds a thousand times more."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
@@ -142,10 +145,6 @@ def _furthest(first: Tensor, second: Tensor) -> float:
     first, second = first[:, 0], second[:, 0]
     alike = (first == second) | (first.isnan() & second.isnan())
     return float((first - second).abs().nan_to_num(torch.inf, torch.inf).masked_fill(alike, 0.0).max())
-
-
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-"""Differences in probability that rounding explains at any rate; half precision rounds a thousand times more."""
 
 
 def _first_sample(runs: Runs) -> Runs:
