@@ -43,16 +43,23 @@ def capture(
 
 @contextmanager
 def patch(
-    vlm: Addressed, functions: Mapping[Key, Callable[[Tensor], Tensor]], *, inputs: bool = False
+    vlm: Addressed,
+    functions: Mapping[Key, Callable[[Tensor], Tensor]],
+    *,
+    inputs: bool = False,
+    ahead: bool = False,
 ) -> Iterator[None]:
     """A block in which each module's output (or input) is replaced by function(output).
+
+    ahead: before all hooks that are there already. Layers of a vision tower need it: transformers collects their
+    outputs by hooks of its own, and the projector reads what those have seen.
 
     A function gets the tensor (batch, token, width), must not write into it, and returns one of the same shape; what
     stood around the tensor (a tuple, keywords) is kept. ModelError for an unknown key (before any hook is placed), a
     written tensor or another shape. Only hooks placed here are removed on exit, also after an error.
     """
     edits = [(vlm.module(key), _checked(key, function), str(key)) for key, function in functions.items()]
-    with _placed(edits, inputs=inputs):
+    with _placed(edits, inputs=inputs, ahead=ahead):
         yield
 
 
@@ -95,16 +102,18 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
 
 
 @contextmanager
-def _placed(visits: list[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool) -> Iterator[None]:
+def _placed(
+    visits: list[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
+) -> Iterator[None]:
     """A block in which each visitor sees its module's main tensor and may return another in its place."""
     handles: list[RemovableHandle] = []
     try:
         for module, visit, label in visits:
             if inputs:
                 hook = _input_hook(visit, label)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
             else:
-                handles.append(module.register_forward_hook(_output_hook(visit, label)))
+                handles.append(module.register_forward_hook(_output_hook(visit, label), prepend=ahead))
         yield
     finally:
         for handle in handles:

@@ -188,6 +188,7 @@ def trace_with(**effects: list[list[float]]) -> CausalTrace:
         clean_scores=torch.tensor([0.9], dtype=torch.float64),
         corrupted_scores=corrupted,
         samples={kind: values[None, ..., None].expand(-1, -1, -1, 2).clone() for kind, values in scores.items()},
+        is_predicted=True,
         agreement={},
         engine=EngineReport(engine="plain", reason="made by hand", cells=48),
     )

@@ -215,3 +215,24 @@ def test_main_tensors_of_every_container():
 
 def test_names_are_exported():
     assert all(hasattr(multrace, name) for name in multrace.__all__)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_patch_ahead_is_seen_by_hooks_that_were_there_before(random_llama, ahead):
+    site, seen = Site("mlp", 1), []
+    handle = random_llama.module(site).register_forward_hook(lambda module, arguments, output: seen.append(output))
+    try:
+        with torch.no_grad(), patch(random_llama, {site: torch.zeros_like}, ahead=ahead):
+            random_llama.logits(random_llama.prompt(None, "Who founded the company?"))
+    finally:
+        handle.remove()
+    assert bool(seen[0].any()) != ahead
+
+
+def test_only_a_patch_ahead_of_transformers_own_hooks_reaches_the_projector(random_llava, photo):
+    prompt, layer = random_llava.prompt(photo, "Who founded the company?"), random_llava.vision_layers[-1]
+    with torch.no_grad():
+        clean = random_llava.embeddings(prompt)
+        with patch(random_llava, {layer: torch.zeros_like}, ahead=True):
+            assert not torch.equal(random_llava.embeddings(prompt), clean)
+        assert torch.equal(random_llava.embeddings(prompt), clean)

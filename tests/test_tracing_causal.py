@@ -180,10 +180,12 @@ def test_the_scored_token_is_the_models_own_or_the_answers_first(random_llava, p
         probabilities = random_llava.logits(prompt)[0, -1].double().softmax(-1)
     assert own.answer_ids[0] == int(probabilities.argmax())
     assert own.clean == pytest.approx(float(probabilities.max()), abs=1e-6)
+    assert own.is_predicted
     for answer in ("tennis", "Ada Example", "the year 1999"):
         given = trace(random_llava, prompt, SwapImage(other_photo), sites="mlp", positions="last", answer=answer)
         assert given.answer_ids[0] == prompt.with_answer(answer).answer_ids[0] != own.answer_ids[0]
         assert given.clean == pytest.approx(float(probabilities[given.answer_ids[0]]), abs=1e-6)
+        assert not given.is_predicted
 
 
 def test_an_answer_after_the_prompt_changes_nothing(random_llava, photo, other_photo):

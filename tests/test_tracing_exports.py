@@ -28,6 +28,11 @@ def two(traced) -> CausalTrace:
     )
 
 
+def test_a_prediction_is_correct_where_the_model_itself_says_so(traced):
+    assert replace(traced, is_predicted=False).to_rome("mlp")["correct_prediction"] is False
+    assert traced.to_rome("mlp")["correct_prediction"] is True
+
+
 def test_a_table_has_one_line_per_value(two):
     frame = two.to_dataframe()
     assert list(frame.columns) == [

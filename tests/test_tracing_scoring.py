@@ -8,38 +8,23 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import (
-    CausalTrace,
-    Corruption,
     ReplaceText,
     SwapImage,
     TextNoise,
     TraceError,
-    causal_trace,
 )
 from multrace.tracing.engine import Engine
 from multrace.tracing.plain import next_token_probabilities
 from multrace.tracing.scoring import METRICS
 from PIL import Image
+from small_traces import ENGINES, QUESTION, ask, trace
 from torch import Tensor, nn
-
-QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
-ENGINES = {"plain": Engine(name="plain"), "replay": Engine(name="replay", checks=0)}
-ROWS = ("image", "question", "last")
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Each engine in turn."""
     return ENGINES[request.param]
-
-
-def ask(vlm: VisionLanguageModel, image: Image.Image | None) -> Prompt:
-    return vlm.prompt(image if vlm.has_vision else None, QUESTION, constraint=CONSTRAINT)
-
-
-def trace(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, **settings: object) -> CausalTrace:
-    settings = {"sites": "mlp", "window": 1, "positions": ROWS, "even_if_weak": True, "progress": False} | settings
-    return causal_trace(vlm, prompt, corruption=corruption, **settings)
 
 
 # Against whole calls of the model: pixels in, one call for the answer and one for the foil, in true float64.

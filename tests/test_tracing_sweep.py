@@ -180,8 +180,7 @@ def test_putting_in_everything_gives_the_source_run_and_nothing_the_base_run(exa
     assert bool(found.free.all())
 
 
-def test_all_heads_together_are_the_attention(exact_llava):
-    """Putting in every head's slice, one direct way to see that slices are cut where heads are."""
+def test_each_head_is_a_part_of_the_attention_of_its_own(exact_llava):
     runs, vlm = exact_llava.runs("constraint", samples=2), exact_llava.vlm
     positions = exact_llava.prompt.groups["last"]
     whole = sweep(vlm, runs, [Cell(kind="attention", first=3, last=3, positions=positions)], exact_llava.measure)

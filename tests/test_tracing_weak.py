@@ -5,42 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace import Prompt, VisionLanguageModel
 from multrace.tracing import (
     BlankImage,
-    CausalTrace,
-    Corruption,
     ImageNoise,
     SwapImage,
     TextNoise,
     TraceError,
-    causal_trace,
 )
 from multrace.tracing.corruptions.calibration import LADDER
 from multrace.tracing.engine import Engine
 from multrace.tracing.errors import WeakCorruption
 from multrace.tracing.scoring import METRICS
-from PIL import Image
+from small_traces import ENGINES, ask, trace
 from torch import Tensor
-
-QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
-ENGINES = {"plain": Engine(name="plain"), "replay": Engine(name="replay", checks=0)}
-ROWS = ("image", "question", "last")
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Each engine in turn."""
     return ENGINES[request.param]
-
-
-def ask(vlm: VisionLanguageModel, image: Image.Image | None) -> Prompt:
-    return vlm.prompt(image if vlm.has_vision else None, QUESTION, constraint=CONSTRAINT)
-
-
-def trace(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, **settings: object) -> CausalTrace:
-    settings = {"sites": "mlp", "window": 1, "positions": ROWS, "even_if_weak": True, "progress": False} | settings
-    return causal_trace(vlm, prompt, corruption=corruption, **settings)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -108,6 +108,7 @@ def _result(
         deviation=corrupted.deviation,
         answer_ids=scoring.answer_ids,
         answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
+        is_predicted=scoring.is_predicted,
         foil_ids=scoring.foil_ids,
         foil=vlm.tokenizer.decode(list(scoring.foil_ids)).strip() if scoring.foil_ids else None,
         metrics=scoring.names,

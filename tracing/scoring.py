@@ -26,8 +26,10 @@ class Scoring:
     metrics: tuple[Metric, ...]
     answer_ids: tuple[int, ...]
     """The answer's first token, or all of them."""
-    foil_ids: tuple[int, ...] = ()
+    foil_ids: tuple[int, ...]
     """The tokens that a logit difference subtracts."""
+    is_predicted: bool
+    """The answer's first token is the likeliest one after the clean prompt."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,7 +107,8 @@ def choose_scoring(
     unknown metric, and for a foil that no metric asks for or that is scored by the answer's tokens.
     """
     metrics = _checked(metrics)
-    answer_ids = _answer_ids(vlm, prompt, runs[0], answer, whole_answer)
+    predicted = int(next_token_probabilities(vlm, runs[0][:1])[0].argmax())
+    answer_ids = _answer_ids(vlm, prompt, predicted, answer, whole_answer)
     foil_ids: tuple[int, ...] = ()
     if foil is not None and "logit_difference" not in metrics:
         raise TraceError("a foil plays no part without metrics='logit_difference'; ask for it or leave out the foil")
@@ -119,7 +122,8 @@ def choose_scoring(
             f"the foil {vlm.decode(list(foil_ids))!r} and the answer are scored by the same tokens; pass another foil, "
             "or whole_answer=True if they differ in later tokens"
         )
-    return Scoring(metrics=metrics, answer_ids=answer_ids, foil_ids=foil_ids)
+    is_predicted = answer_ids[0] == predicted
+    return Scoring(metrics=metrics, answer_ids=answer_ids, foil_ids=foil_ids, is_predicted=is_predicted)
 
 
 def with_tokens(vlm: VisionLanguageModel, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
@@ -147,11 +151,11 @@ def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
 
 
 def _answer_ids(
-    vlm: VisionLanguageModel, prompt: Prompt, clean: Tensor, answer: str | None, whole: bool
+    vlm: VisionLanguageModel, prompt: Prompt, predicted: int, answer: str | None, whole: bool
 ) -> tuple[int, ...]:
     """The scored tokens: all of the given answer or of the model's own, or only the first."""
     if answer is None and not whole:
-        return (int(next_token_probabilities(vlm, clean[:1])[0].argmax()),)
+        return (predicted,)
     if answer is None and not (answer := vlm.answers([prompt])[0]):
         raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
     ids = prompt.with_answer(answer).answer_ids

@@ -1,16 +1,13 @@
 """Restoring what is computed before the decoder: layers of the vision tower, and the projector. One pass per cell."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from ..models import Prompt, VisionLanguageModel
-from ..models.hooks import main_tensor, replace_main
+from ..models import Prompt, VisionLanguageModel, patch
 from .cells import Cell, Measure, Runs
 from .corruptions.corruption import Corrupted, embed
 from .errors import TraceError
@@ -142,10 +139,14 @@ def _written(
     """What these modules write for these inputs. TraceError for a tower that does not see all pictures at once."""
     found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
-    def recorder(module: nn.Module) -> Callable[[Tensor], None]:
-        return lambda output: found[module].append(output.clone())
+    def recorder(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def record(output: Tensor) -> Tensor:
+            found[module].append(output.clone())
+            return output
 
-    with _visiting({module: recorder(module) for module in modules}):
+        return record
+
+    with patch(vlm, {module: recorder(module) for module in modules}, ahead=True):
         embed(vlm, prompt, inputs)
     for module, outputs in found.items():
         if len(outputs) != 1:
@@ -168,7 +169,7 @@ def _embeddings(
     for sample in range(runs.samples):
         base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
         states = lent[sample % len(lent)]
-        with _visiting({part: _writer(states[part], mask) for part, mask in masks.items()}):
+        with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
             rows.append(embed(vlm, inputs.prompt, base))
     changed = torch.cat(rows)
     words = runs.base[:, changed.shape[1] :].expand(runs.samples, -1, -1)
@@ -195,28 +196,3 @@ def _known(embeddings: Tensor, runs: Runs, measured: Measured) -> Tensor | None:
         if torch.equal(embeddings, run.expand_as(embeddings)):
             return scores
     return None
-
-
-@contextmanager
-def _visiting(visits: Mapping[nn.Module, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Hooks that see what modules write, and may replace it, ahead of all other hooks.
-
-    transformers collects the states of a vision tower by hooks of its own, and the projector reads what those have
-    seen: what a hook after them puts in would never get there.
-    """
-    handles: list[RemovableHandle] = []
-
-    def hook(visit: Callable[[Tensor], Tensor | None]) -> Callable[..., object]:
-        def call(_module: nn.Module, _arguments: object, output: object) -> object:
-            result = visit(main_tensor(output, "a part of the vision tower"))
-            return None if result is None else replace_main(output, result)
-
-        return call
-
-    try:
-        for module, visit in visits.items():
-            handles.append(module.register_forward_hook(hook(visit), prepend=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -49,6 +49,8 @@ class CausalTrace(EffectMap):
     """The scored tokens: the answer's first, or all of them."""
     answer: str
     """The scored tokens' text."""
+    is_predicted: bool
+    """The model itself answers so: its likeliest next token after the clean prompt is the first scored one."""
     foil_ids: tuple[int, ...]
     foil: str | None
     """What the answer is compared with in a logit difference; None where no metric asks for one."""
@@ -217,9 +219,10 @@ class CausalTrace(EffectMap):
         """The dictionary that ROME's own `calculate_hidden_flow` gives, with numpy arrays.
 
         scores (token, layer): mean probability with the states restored, NaN for tokens without a row of their own;
-        low_score and high_score: corrupted and clean; subject_range: first and past the last constraint token; kind:
-        None, "mlp" or "attn". TraceError for other kinds, without the probability among the metrics, for groups only,
-        and for anything but total effects of restored states.
+        low_score and high_score: corrupted and clean; subject_range: first and past the last constraint token;
+        correct_prediction: the model itself answers so; kind: None, "mlp" or "attn". TraceError for other kinds,
+        without the probability among the metrics, for groups only, and for anything but total effects of restored
+        states.
         """
         if (self.direction, self.effect) != ("restore", "total"):
             raise TraceError(f"ROME's layout holds total effects of restored states, not {self.variant}")
@@ -234,7 +237,7 @@ class CausalTrace(EffectMap):
             "subject_range": np.array((self.starred[0], self.starred[-1] + 1) if self.starred else (0, 0)),
             "answer": self.answer,
             "window": self.window,
-            "correct_prediction": True,
+            "correct_prediction": self.is_predicted,
             "kind": name,
         }
 
