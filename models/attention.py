@@ -5,7 +5,7 @@ exponentials that each set holds. So a part only has to return its output and it
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -30,6 +30,14 @@ class Segment:
     """Booleans (query,) or (query, key), True where seen; None: everything is seen."""
     causal: bool = False
     """Query i sees keys 0 to i; for square own keys."""
+    hidden: Tensor | None = None
+    """Booleans (row, head or 1, query), True where this row sees none of the keys there; None: nowhere."""
+    rows: tuple[int, ...] | None = None
+    """The rows that see any of the keys at all, in ascending order; None: all of them."""
+
+    def seeing(self, count: int) -> int:
+        """How many of so many rows see any of the keys."""
+        return count if self.rows is None else len(self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float
     is taken, since fused ones give none through the log-sum-exp.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    parts = [_part(query, segment, scale, kernels) for segment in segments if segment.keys.shape[2]]
+    parts = [_part_of_rows(query, segment, scale, kernels) for segment in segments if segment.keys.shape[2]]
     if len(parts) == 1:
         return parts[0][0].to(query.dtype)
     sums = torch.stack([each.to(wide) for _, each in parts])
@@ -60,6 +68,25 @@ def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float
     for share, (output, _) in zip(shares[1:], parts[1:], strict=True):
         merged = merged + output.to(wide) * share.unsqueeze(-1)
     return merged.to(query.dtype)
+
+
+def _part_of_rows(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """As `_part`, with what single rows do not see left out; rows that see nothing of a segment are not computed."""
+    if segment.rows is None:
+        output, total = _part(query, segment, scale, kernels)
+        return output, total if segment.hidden is None else total.masked_fill(segment.hidden, -torch.inf)
+    where = torch.tensor(segment.rows, device=query.device)
+    keys, values = segment.keys, segment.values
+    if len(keys) > 1:  # a set for each row
+        keys, values = keys[where], values[where]
+    seen = replace(segment, keys=keys, values=values, hidden=None, rows=None)
+    output, total = _part(query[where], seen, scale, kernels)
+    if segment.hidden is not None:
+        total = total.masked_fill(segment.hidden[where], -torch.inf)
+    return (
+        torch.zeros_like(query, dtype=output.dtype).index_copy(0, where, output),
+        total.new_full(query.shape[:3], -torch.inf).index_copy(0, where, total),
+    )
 
 
 def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """One call of one decoder layer in a replay: how its attention is done, and what calls have cost so far."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,14 +22,19 @@ class Work:
     """Tokens that went through the output head."""
 
 
+def causal(keys: Tensor, values: Tensor) -> tuple[Segment]:
+    """Keys and values of the queries themselves, each of which sees those up to its own."""
+    return (Segment(keys=keys, values=values, causal=True),)
+
+
 @dataclass(kw_only=True, eq=False)
 class Job:
     """How attention is done in one call of one decoder layer."""
 
     segments: Sequence[Segment] = ()
     """Keys and values from elsewhere."""
-    own: tuple[Tensor | None, bool] = (None, True)
-    """How queries see the keys computed in this call: (visible, causal)."""
+    own: Callable[[Tensor, Tensor], Sequence[Segment]] = causal
+    """The keys and values computed in this call as segments: how its queries see them."""
     given: tuple[Tensor, Tensor] | None = None
     """Keys and values to use instead of the call's own."""
     is_stopped: bool = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from .addresses import Projection, Site
 from .attention import Segment
 from .errors import ReplayError
+from .jobs import Job
 
 Index = slice | Tensor
 
@@ -87,6 +89,19 @@ class Source:
     positions: tuple[int, ...]
 
 
+class Queries(Protocol):
+    """The positions that a call computes, and how they attend: a `Span`, or one whose rows lack some edges."""
+
+    positions: tuple[int, ...]
+
+    @property
+    def index(self) -> Index:
+        """The positions as an index into all of them."""
+
+    def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
+        """How a call of the layer attends; read: with only these of the computed positions as queries."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
     """The positions that a replay computes, and the recordings that hold the others."""
@@ -120,7 +135,17 @@ class Span:
         """Segments and own visibility for only some of the computed positions as queries."""
         part = Span(positions=tuple(chosen), sources=self.sources, masks=self.masks, device=self.device)
         queries, keys = (torch.tensor(each, device=self.device) for each in (part.positions, self.positions))
-        return part.segments(layer), (_simplified(self.masks.block(layer, queries, keys)), False)
+        return part.segments(layer), (simplified(self.masks.block(layer, queries, keys)), False)
+
+    def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
+        """How a call of the layer attends; read: with only these of the computed positions as queries."""
+        segments, own = (self.segments(layer), self.own(layer)) if read is None else self.seen_from(layer, read)
+        visible, is_causal = own
+
+        def owned(keys: Tensor, values: Tensor) -> tuple[Segment]:
+            return (Segment(keys=keys, values=values, visible=visible, causal=is_causal),)
+
+        return Job(segments=segments, own=owned)
 
     def _layout(self, layer: int) -> tuple[list[tuple[Source, Index, Tensor | None]], tuple[Tensor | None, bool]]:
         key = id(self.masks.layers[layer])
@@ -129,7 +154,7 @@ class Span:
             own = self.masks.block(layer, queries, queries)
             is_causal = torch.equal(own, torch.ones_like(own).tril())
             parts = [part for source in self.sources if (part := self._part(layer, queries, source)) is not None]
-            self._cache[key] = parts, (None if is_causal else _simplified(own), is_causal)
+            self._cache[key] = parts, (None if is_causal else simplified(own), is_causal)
         return self._cache[key]
 
     def _part(self, layer: int, queries: Tensor, source: Source) -> tuple[Source, Index, Tensor | None] | None:
@@ -143,7 +168,7 @@ class Span:
             return None
         wanted = source.positions[used[0] : used[-1] + 1]  # a window slides: what nobody sees any more is left out
         where = places(source.run.positions, wanted, self.device)
-        return source, where, _simplified(seen[:, used[0] : used[-1] + 1])
+        return source, where, simplified(seen[:, used[0] : used[-1] + 1])
 
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Index:
@@ -169,7 +194,7 @@ def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(positions[start:stop]) for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True)]
 
 
-def _simplified(seen: Tensor) -> Tensor | None:
+def simplified(seen: Tensor) -> Tensor | None:
     """Booleans (query, key) as None where everything is seen, (query,) where all keys are alike, else as they are."""
     if bool(seen.all()):
         return None

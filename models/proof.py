@@ -244,8 +244,21 @@ def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
     for before, after in pairwise(layers):
         if not torch.equal(written[before].to(read[after].device), read[after]):
             raise probe.error("vision", f"its layer {vlm.path(after)!r} does not read what {vlm.path(before)!r} wrote")
-    if vlm.family.projector and not torch.equal(written[vlm.projector].flatten(0, -2).to(features.device), features):
+    if vlm.family.projector and not torch.equal(_packed(vlm, probe.prompt, written[vlm.projector]), features):
         raise probe.error("projector", f"image features are not what {vlm.path(vlm.projector)!r} writes")
+
+
+def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor:
+    """(image token, hidden): what the projector wrote, in the model's packing; line ends are as they are without it."""
+    rows, places = written.flatten(0, -2), torch.arange(min(written.shape[-1], 31), device=written.device)
+    numbers = torch.zeros_like(rows)  # in binary digits, which every dtype holds exactly
+    numbers[:, places] = (torch.arange(1, len(rows) + 1, device=rows.device)[:, None] >> places & 1).to(rows)
+    with patch(vlm, {vlm.projector: torch.zeros_like}):
+        bare = vlm.image_features(prompt)
+    with patch(vlm, {vlm.projector: lambda value: numbers.view_as(value)}):
+        numbered = vlm.image_features(prompt)
+    index = ((numbered != bare)[:, places].long() << places.to(bare.device)).sum(1)
+    return torch.where(index[:, None] > 0, rows.to(bare.device)[index - 1], bare)
 
 
 def _state(probe: _Probe, states: States, site: Site) -> _Seen:

@@ -15,11 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .addresses import Projection, Site
-from .attention import Kernels, Segment, merged_attention, probe_kernels
+from .attention import Kernels, merged_attention, probe_kernels
 from .errors import ReplayError
 from .hooks import StopForward, capture, first_input, main_tensor
 from .jobs import Job, Work
-from .layouts import Index, Masks, Recording, Source, Span, index_of, places
+from .layouts import Index, Masks, Queries, Recording, Source, Span, index_of, places
 from .vlm import VisionLanguageModel
 from .witness import Witness, for_rows, sliced
 
@@ -141,7 +141,7 @@ class Replay:
         where, written = places(span.positions, kept, entering.device), {}
         states, stored, found = entering, [entering[:, where].clone()], []
         for number in range(len(self._layers)):
-            job = self._job_for(number, span)
+            job = span.job(number)
             with self._storing(number, sites, projections, where, written):
                 states = self._call(number, states, span.index, job)
             stored.append(states[:, where].clone())  # not a view, which would keep the rest in memory
@@ -166,14 +166,14 @@ class Replay:
         """The positions to compute (ascending), and the recordings that hold the keys of all others they see."""
         return Span(positions=tuple(positions), sources=tuple(sources), masks=self.masks, device=self.vlm.device)
 
-    def layer(self, number: int, states: Tensor, span: Span) -> Tensor:
+    def layer(self, number: int, states: Tensor, span: Queries) -> Tensor:
         """(row, position, hidden): a decoder layer's output for states (row, position, hidden) at the span's positions.
 
         Rows fall into as many equal blocks as a source has rows, in its order.
         """
-        return self._call(number, states, span.index, self._job_for(number, span))
+        return self._call(number, states, span.index, span.job(number))
 
-    def last_layer(self, states: Tensor, span: Span, read: Sequence[int]) -> Tensor:
+    def last_layer(self, states: Tensor, span: Queries, read: Sequence[int]) -> Tensor:
         """(row, read position, hidden): the last layer's output at only some of the span's positions.
 
         For the others the layer computes keys and values and is stopped there, unless its weights are moved about
@@ -185,13 +185,13 @@ class Replay:
             return self.layer(number, states, span)
         where = places(span.positions, read, states.device)
         is_offloaded = hasattr(self._layers[number], "_hf_hook")
-        collect = self._job_for(number, span) if is_offloaded else Job(is_stopped=True)
+        collect = span.job(number) if is_offloaded else Job(is_stopped=True)
         try:
             self._call(number, states, span.index, collect)
         except StopForward:
             self.work.key_value_tokens += states.shape[0] * states.shape[1]
-        segments, own = span.seen_from(number, read)
-        job = Job(segments=segments, own=own, given=collect.found)
+        job = span.job(number, read)
+        job.given = collect.found
         return self._call(number, states[:, where], index_of(read, states.device), job)
 
     def read(self, states: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ class Replay:
         if job.is_stopped:
             raise StopForward
         key, value = job.given or job.found
-        segments = [*job.segments, Segment(keys=key, values=value, visible=job.own[0], causal=job.own[1])]
-        self.work.pairs += query.shape[0] * query.shape[2] * sum(each.keys.shape[2] for each in segments)
+        segments = [*job.segments, *job.own(key, value)]
+        self.work.pairs += query.shape[2] * sum(each.keys.shape[2] * each.seeing(len(query)) for each in segments)
         shape = query.shape[1], key.shape[1], query.shape[3]
         if shape not in self._kernels:
             sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
@@ -232,9 +232,6 @@ class Replay:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = merged_attention(query, segments, scale=scale, kernels=self._kernels[shape])
         return output.transpose(1, 2).contiguous(), None
-
-    def _job_for(self, number: int, span: Span) -> Job:
-        return Job(segments=span.segments(number), own=span.own(number))
 
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """The layer's output, with its attention done as the job says."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -155,7 +156,9 @@ class VisionLanguageModel:
 
     def image_features(self, inputs: Inputs) -> Tensor:
         """The pictures as the text stack gets them, (image token, hidden), in the order of the image positions."""
-        features = self.model.get_image_features(pixel_values=self._ready(inputs)["pixel_values"], return_dict=True)
+        accepted = signature(self.model.get_image_features).parameters  # pixel_values, and for tiles image_sizes
+        visual = {name: value for name, value in self._ready(inputs).items() if name in accepted}
+        features = self.model.get_image_features(**visual, return_dict=True)
         return torch.cat(list(features.pooler_output))
 
     def embeddings(self, inputs: Inputs) -> Tensor:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..models import VisionLanguageModel
 from .errors import TraceError
 
@@ -48,3 +50,9 @@ class Engine:
         """Rows whose logits may be held at a time: with their float64 copies they take an eighth of the memory."""
         vocabulary = vlm.model.get_output_embeddings().weight.shape[0]
         return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with a telling text."""
+    texts = ("not enough memory", "can't allocate memory")  # of Windows, and of other systems
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

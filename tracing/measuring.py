@@ -1,7 +1,7 @@
 """Who answers the cells of a trace: the fast sweep where the model allows it, else one forward pass per cell."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,14 +130,20 @@ def _checked(
     other = plain_scores(vlm, again, cells, measure)
     difference, noise = _furthest(scores, plain), _furthest(plain[..., :1], other[..., :1])
     size = plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max()
-    largest = max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, float(size))
-    if difference > largest:
+    checked = {"checked_cells": len(cells), "largest_difference": difference, "plain_noise": noise}
+    warn_if_far(checked, vlm.dtype, size=float(size), stacklevel=8)
+    return checked
+
+
+def warn_if_far(checked: Mapping[str, int | float], dtype: torch.dtype, *, size: float, stacklevel: int) -> None:
+    """One warning if the engines are further apart than rounding explains, for scores as large as `size`."""
+    difference, noise = checked["largest_difference"], checked["plain_noise"]
+    if difference > max(_TOLERANCE.get(dtype, 3e-2), 5 * noise) * max(1.0, size):
         warnings.warn(
-            f"the fast engine is {difference:.1e} away from the plain way on {len(cells)} checked cells, whose own "
-            f"noise is {noise:.1e}; trace again with Engine(name='plain') and report this model",
-            stacklevel=7,
+            f"the fast engine is {difference:.1e} away from the plain way on {checked['checked_cells']} checked cells, "
+            f"whose own noise is {noise:.1e}; trace again with Engine(name='plain') and report this model",
+            stacklevel=stacklevel,
         )
-    return {"checked_cells": len(cells), "largest_difference": difference, "plain_noise": noise}
 
 
 def _furthest(first: Tensor, second: Tensor) -> float:

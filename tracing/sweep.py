@@ -19,7 +19,7 @@ from ..models.layouts import places
 from ..models.replay import Replay, replaying
 from .cells import Cell, Measure, Runs
 from .checkpoints import Checkpoint
-from .engine import Engine
+from .engine import Engine, is_out_of_memory
 from .errors import TraceError
 from .plans import Chunk, Lane, halved, make_plan
 from .recorded import Recorded, record
@@ -68,7 +68,7 @@ def sweep(
         try:
             recorded = record(replay, runs, cells)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise TraceError(
                 f"memory ran out while recording the two runs ({runs.length} tokens, {runs.samples} samples); trace "
@@ -140,7 +140,7 @@ class _Sweep:
             self._run(chunk, scores, tokens)
             return
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             parts = halved(chunk, self.cells)
             if len(parts) == 1 and tokens <= len(chunk.computed):
@@ -248,9 +248,3 @@ class _Sweep:
     def score(self, logits: Tensor) -> Tensor:
         """(metric, sample) float64 on the CPU."""
         return self.measure(logits.expand(self.runs.samples, -1, -1)).double().T.cpu()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with a telling text."""
-    texts = ("not enough memory", "can't allocate memory")  # of Windows, and of other systems
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

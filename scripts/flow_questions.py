@@ -1,0 +1,180 @@
+"""Questions for multrace flow: from a file of records, from the study's CSV files, or from the embedded model's world."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data import DataError, World
+from ..data.gqa_flow import FlowRecord, read_gqa_flow
+from ..models import Prompt, VisionLanguageModel
+from ..models.errors import ModelError, gist
+from ..models.images import open_images
+from ..models.spans import find_span
+from ..tracing import Box, TraceError
+from .errors import CommandError
+
+_SPANS = ("constraint", "object", "true_option", "false_option")
+_TEXTS = ("id", "image", "question", "answer", *_SPANS)
+_KEYS = (*_TEXTS, "boxes")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowQuestion:
+    """A question with what the analyses of information flow can use of it."""
+
+    id: str
+    question: str
+    image: Image.Image | Path | None = None
+    spans: Mapping[str, str] = field(default_factory=dict)
+    """Words of the question by name: "constraint", "object", "true_option", "false_option"."""
+    boxes: tuple[Box, ...] = ()
+    """Where the object asked about is, in pixels of the picture."""
+    gold: str | None = None
+    """The right answer."""
+    foil: str | None = None
+    """A wrong one that the question offers."""
+
+    def prompt(self, vlm: VisionLanguageModel) -> Prompt:
+        """The question as this model sees it, its spans as token groups."""
+        return vlm.prompt(self.image, self.question, constraint=dict(self.spans) or None)
+
+    def check(self) -> None:
+        """ModelError for a picture that cannot be read or words that the question does not say."""
+        open_images(self.image)
+        for words in self.spans.values():
+            find_span(self.question, words)
+
+
+def read_questions(path: Path, *, images: Path | None = None) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
+    """The questions of a file, and what is wrong with lines that are left out.
+
+    A .csv file or a folder: those of arXiv 2411.18620 (`read_gqa_flow`), whose pictures lie in the folder `images`. Any
+    other file: one JSON object per line with "question" and, as far as they are known, "id", "image" (a path from the
+    file's own folder, or from `images`), "answer" (the right one), "constraint", "object", "true_option",
+    "false_option" (words of the question) and "boxes" ([[left, top, right, bottom], ...] in pixels). CommandError if
+    there is nothing to ask.
+    """
+    problems: list[str] = []
+    if path.is_dir() or path.suffix.lower() == ".csv":
+        found = [_from_record(record) for record in _gqa(path, images, problems)]
+    else:
+        found = list(_from_lines(path, images or path.parent, problems))
+    if not found:
+        first = f"; {problems[0]}" if problems else "; it is empty"
+        raise CommandError(f"no questions in {str(path)!r}{first}")
+    return tuple(found), tuple(problems)
+
+
+def world_questions(count: int, *, seed: int = 0) -> tuple[FlowQuestion, ...]:
+    """Questions about facts of the embedded model's world, each with a picture that training never showed.
+
+    Facts with one constraint, in an order that the seed shuffles; every fact is asked once before any is asked again
+    about another picture. The entity's box is known.
+    """
+    if count < 1:
+        raise CommandError(f"--world {count}: ask at least one question")
+    world = World()
+    facts = [fact for fact in world.facts if fact.key[1] is None]
+    questions = []
+    for number in range(count):
+        lap, place = divmod(number, len(facts))
+        if place == 0:
+            order = random.Random(f"flow {seed} {lap}").sample(facts, len(facts))
+        fact = order[place]
+        picture, record = world.picture(world.entities[fact.entity], 10 + lap), world.question(fact)
+        side = picture.image.width
+        corners = [tuple(min(side, max(0, round(side * edge))) for edge in box) for box in picture.boxes]
+        questions.append(
+            FlowQuestion(
+                id=f"{fact.id}-{10 + lap}",
+                question=record.question,
+                image=picture.image,
+                spans={"constraint": record.constraint},
+                boxes=tuple(Box(*each) for each in corners),
+                gold=record.answer,
+            )
+        )
+    return tuple(questions)
+
+
+def _gqa(path: Path, images: Path | None, problems: list[str]) -> tuple[FlowRecord, ...]:
+    try:
+        return read_gqa_flow(path, images=images, problems=problems)
+    except DataError as error:
+        raise CommandError(str(error)) from error
+
+
+def _from_record(record: FlowRecord) -> FlowQuestion:
+    return FlowQuestion(
+        id=record.id,
+        question=record.question,
+        image=record.image,
+        spans=record.spans,
+        boxes=tuple(Box(*box) for box in record.boxes),
+        gold=record.answer,
+        foil=record.false_option,
+    )
+
+
+def _from_lines(path: Path, images: Path, problems: list[str]) -> Iterator[FlowQuestion]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CommandError(
+            f"cannot read the records {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line, "
+            "one of the study's CSV files, or a folder of them"
+        ) from error
+    known: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            question = _from_line(line, number, images)
+            if question.id in known:
+                raise CommandError(f"the id {question.id!r} has come before; give each line its own")
+            known.add(question.id)
+            yield question
+        except (CommandError, ModelError, TraceError) as error:
+            problems.append(f"line {number}: {gist(error)}")
+
+
+def _from_line(line: bytes, number: int, images: Path) -> FlowQuestion:
+    """The question of one line. CommandError for anything but an object with a question and the known keys."""
+    try:
+        found = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CommandError(f'no JSON ({error}); write an object such as {{"question": ...}} on one line') from error
+    if not isinstance(found, dict):
+        raise CommandError(f'a {type(found).__name__} instead of an object; write {{"question": ...}}')
+    for key in found.keys() - set(_KEYS):
+        if near := get_close_matches(key, _KEYS, n=1, cutoff=0.8):
+            raise CommandError(f"no key {key!r}; did you mean {near[0]!r}?")
+    words = {key: found[key] for key in _TEXTS if found.get(key) is not None}
+    if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
+        raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")
+    if not words.get("question", "").strip():
+        raise CommandError(f"no 'question' (found {', '.join(map(repr, found)) or 'nothing'}); write what to ask")
+    return FlowQuestion(
+        id=words.get("id", f"line_{number:04d}"),
+        question=words["question"],
+        image=images / words["image"] if "image" in words else None,
+        spans={name: words[name] for name in _SPANS if name in words},
+        boxes=_boxes(found.get("boxes") or []),
+        gold=words.get("answer"),
+        foil=words.get("false_option"),
+    )
+
+
+def _boxes(found: Any) -> tuple[Box, ...]:
+    is_list = isinstance(found, list) and all(isinstance(box, list) and len(box) == 4 for box in found)
+    if not is_list or not all(isinstance(edge, int) and not isinstance(edge, bool) for box in found for edge in box):
+        raise CommandError(f"'boxes' is {found!r}; write [[left, top, right, bottom], ...] in pixels, whole numbers")
+    return tuple(Box(*box) for box in found)

@@ -1,0 +1,92 @@
+"""Families that are in no row of ours, built with random weights to compute in true float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from exact_models import SIZES, assemble, lift_casts
+from multrace import VisionLanguageModel
+from multrace.models.families import Family
+from transformers import PreTrainedModel
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+IMAGE_IDS = {"image_token_id": 290, "video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293}
+GRID = {"depth": 1, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+PHI = {"attention_out": "self_attn.dense", "down": "mlp.fc2", "final_norm": "final_layernorm", "parallel": True}
+NEOX = {"attention": "attention", "attention_out": "attention.dense", "down": "mlp.dense_4h_to_h",
+        "final_norm": "final_layer_norm"}  # fmt: skip
+GPT2 = {"layers": "h", "attention": "attn", "attention_out": "attn.c_proj", "down": "mlp.c_proj",
+        "final_norm": "ln_f", "transposed": True}  # fmt: skip
+
+
+def text(name: str, **settings) -> Callable[[], PreTrainedModel]:
+    """A text model of transformers, from the first part of its classes' names."""
+    config = getattr(
+        transformers, f"{name}TextConfig" if hasattr(transformers, f"{name}TextConfig") else f"{name}Config"
+    )
+    return lambda: getattr(transformers, f"{name}ForCausalLM")(config(**{**SIZES, **settings}))
+
+
+def seeing(name: str, text_config: dict | transformers.PretrainedConfig, **settings) -> Callable[[], PreTrainedModel]:
+    """A vision-language model of transformers around a text stack."""
+    config = getattr(transformers, f"{name}Config")
+    make = getattr(transformers, f"{name}ForConditionalGeneration")
+    return lambda: make(config(text_config=text_config, **settings))
+
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] = {
+    "Mistral, a window shorter than the prompt": (text("Mistral", sliding_window=5), {}),
+    "Qwen2, biases": (text("Qwen2"), {}),
+    "Qwen2, windows in the later layers": (
+        text("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2),
+        {},
+    ),
+    "Qwen3": (text("Qwen3", head_dim=16), {}),
+    "Gemma, a scaled embedding": (text("Gemma", head_dim=16), {}),
+    "Gemma3, sliding and full layers": (
+        text(
+            "Gemma3", head_dim=16, sliding_window=4, num_hidden_layers=5,
+            layer_types=[SLIDING, SLIDING, FULL, SLIDING, SLIDING],
+        ),
+        {},
+    ),
+    "GPT-2": (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2)), GPT2),
+    "GPT-NeoX": (text("GPTNeoX"), NEOX),
+    "Phi": (text("Phi"), PHI),
+    "Phi-3, one projection for queries, keys and values": (text("Phi3", sliding_window=6), {}),
+    "OLMo-2, norms after attention and MLP": (text("Olmo2"), {}),
+    "LLaVA-OneVision": (
+        seeing("LlavaOnevision", transformers.Qwen2Config(**SIZES), image_token_index=290,
+               vision_config=transformers.SiglipVisionConfig(**VISION)),
+        {},
+    ),
+    "Qwen2.5-VL": (
+        seeing("Qwen2_5_VL", {**SIZES, "rope_parameters": ROPE}, **IMAGE_IDS,
+               vision_config={**GRID, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32,
+                              "fullatt_block_indexes": [0], "window_size": 56}),
+        {},
+    ),
+    "Gemma3 with a vision tower": (
+        seeing("Gemma3", transformers.Gemma3TextConfig(**{**SIZES, "head_dim": 16, "sliding_window": 4}),
+               vision_config=transformers.SiglipVisionConfig(**VISION), mm_tokens_per_image=4),
+        {},
+    ),
+    "PaliGemma, everything sees everything": (
+        seeing("PaliGemma", transformers.GemmaConfig(**SIZES, head_dim=16).to_dict(), image_token_index=290,
+               vision_config={**VISION, "model_type": "siglip_vision_model"}, projection_dim=32),
+        {},
+    ),
+}  # fmt: skip
+
+
+def make(name: str, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:
+    build, names = MODELS[name]
+    torch.manual_seed(0)
+    model = build().double()
+    lift_casts(model, monkeypatch)
+    return assemble(model, Family(name=name, model_types=(), text_types=(), **names))

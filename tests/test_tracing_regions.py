@@ -1,0 +1,254 @@
+"""Which image positions see a box, in one plain grid and in tiles, against pixels that are changed box by box."""
+
+from dataclasses import replace
+
+import multrace
+import pytest
+import torch
+from multrace import ModelError
+from multrace.models import FAMILIES, Family
+from multrace.tracing import Box, TraceError
+from multrace.tracing.regions import box_patches, box_positions
+from PIL import Image
+from random_models import CHAT_TEMPLATE, IMAGE_SIZE, PATCH_SIZE, make_tokenizer, save, text_sizes
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+QUESTION = "Who founded the company in this photo?"
+TILINGS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]  # height and width, in tiles of 32 x 32 pixels
+NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
+ROW = Family(
+    name="llava_next",
+    model_types=("llava_next",),
+    text_types=("llama",),
+    vision="vision_tower",
+    vision_layers="encoder.layers",
+    projector="multi_modal_projector",
+)
+
+
+def save_tiling(folder, *, is_local, resample):
+    """A LLaVA-NeXT with random weights; local: its vision tower's attention writes nothing, so a patch sees itself."""
+    tokenizer = make_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=32,
+        initializer_factor=5.0,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**text_sizes(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=TILINGS,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config)
+    if is_local:
+        for layer in model.model.vision_tower.encoder.layers:
+            torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_grid_pinpoints=TILINGS,
+        resample=resample,
+    )
+    processor = LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return save(model, processor, folder)
+
+
+def loaded(folder):
+    return multrace.load(folder, families=(*FAMILIES, ROW))
+
+
+@pytest.fixture(scope="module")
+def tiling_path(tmp_path_factory):
+    return save_tiling(tmp_path_factory.mktemp("tiling"), is_local=False, resample=BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def tiling(tiling_path):
+    return loaded(tiling_path)
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory):
+    """Resizes without blur, and each patch sees itself only: a changed pixel changes the tokens that show it."""
+    return loaded(save_tiling(tmp_path_factory.mktemp("sharp"), is_local=True, resample=NEAREST))
+
+
+def noise(width, height):
+    generator = torch.Generator().manual_seed(width * height)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def repainted(picture, box):
+    """The picture with every colour inside the box moved by half its range."""
+    corners = (box.left, box.top, box.right, box.bottom)
+    changed = picture.copy()
+    changed.paste(picture.crop(corners).point(lambda value: (value + 128) % 256), corners)
+    return changed
+
+
+def changed_positions(vlm, picture, box):
+    """The image positions whose features change when the pixels in the box do."""
+    clean, changed = (vlm.prompt(each, QUESTION) for each in (picture, repainted(picture, box)))
+    differs = (vlm.image_features(clean) != vlm.image_features(changed)).any(1).tolist()
+    return tuple(place for place, is_changed in zip(clean.groups["image"], differs, strict=True) if is_changed)
+
+
+def image_tokens(vlm, prompt, box):
+    """Numbers of the box's positions among the image positions."""
+    return [prompt.groups["image"].index(position) for position in box_positions(vlm, prompt, box)]
+
+
+BOXES = [Box(0, 0, 48, 48), Box(12, 24, 24, 36), Box(6, 0, 18, 12), Box(36, 30, 48, 42), Box(13, 25, 16, 27)]
+
+
+@pytest.mark.parametrize("size", [(48, 48), (96, 48), (48, 70)])
+@pytest.mark.parametrize("box", BOXES)
+def test_both_ways_agree_where_the_tokens_form_a_grid(random_llava, size, box):
+    shift = (size[0] - 48) // 2, (size[1] - 48) // 2  # what is cut off is not in any box
+    box = Box(box.left + shift[0], box.top + shift[1], box.right + shift[0], box.bottom + shift[1])
+    prompt = random_llava.prompt(Image.new("RGB", size), QUESTION)
+    expected = tuple(patch.position for patch in box_patches(prompt, box))
+    assert box_positions(random_llava, prompt, box) == expected
+    assert box_positions(random_llava, replace(prompt, patches=()), box) == expected
+    assert expected and (len(expected) < 16 or box.right - box.left == 48)
+
+
+def test_both_ways_agree_on_the_second_picture(random_llava, photo, other_photo):
+    prompt = random_llava.prompt([photo, other_photo], QUESTION)
+    box = Box(12, 12, 30, 24, image=1)
+    found = box_positions(random_llava, replace(prompt, patches=()), box)
+    assert found == box_positions(random_llava, prompt, box)
+    assert set(found) < set(prompt.groups["image"][16:])
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96), (90, 40), (64, 64), (41, 100), (150, 101)], ids=str)
+def test_tokens_of_a_box_are_those_that_its_pixels_change(sharp, size):
+    prompt, picture = sharp.prompt(noise(*size), QUESTION), noise(*size)
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for _ in range(6):
+        left, top = (int(torch.randint(0, length - 8, (), generator=generator)) for length in size)
+        width, height = torch.randint(8, 30, (2,), generator=generator).tolist()
+        box = Box(left, top, min(left + width, size[0]), min(top + height, size[1]))
+        positions = box_positions(sharp, prompt, box)
+        assert positions == changed_positions(sharp, picture, box), box
+        found.add(positions)
+    assert len(found) > 3
+
+
+def test_where_patches_see_each_other_pixels_change_more_than_the_box(tiling):
+    """Without a local tower the comparison above would say nothing: there, every token of both tiles changes."""
+    picture, box = noise(96, 32), Box(40, 8, 48, 16)
+    prompt = tiling.prompt(picture, QUESTION)
+    assert len(changed_positions(tiling, picture, box)) == 2 * 16
+    assert len(box_positions(tiling, prompt, box)) == 2
+
+
+# 96 x 32 pixels: 4 x 4 tokens of the whole picture, then 4 rows of 12 tokens from three tiles and one for the line end.
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "whole", "parts"),
+    [
+        ((96, 32), Box(40, 8, 48, 16), [(1, 1)], [(1, 5)]),
+        ((96, 32), Box(0, 0, 8, 8), [(0, 0)], [(0, 0)]),
+        ((96, 32), Box(88, 24, 96, 32), [(3, 3)], [(3, 11)]),
+        ((96, 32), Box(28, 8, 36, 16), [(1, 1)], [(1, 3), (1, 4)]),
+        ((144, 48), Box(24, 12, 48, 24), [(1, 0), (1, 1)], [(1, 2), (1, 3)]),  # ends where the first tile does
+        ((192, 64), Box(82, 18, 84, 20), [(1, 1)], [(1, 5)]),  # a third of a pixel wide in the whole picture
+    ],
+)
+def test_a_box_in_a_wide_picture_is_in_the_whole_and_in_the_tiles(tiling, size, box, whole, parts):
+    prompt = tiling.prompt(Image.new("RGB", size), QUESTION)
+    assert len(prompt.groups["image"]) == 4 * 4 + 4 * (12 + 1) and prompt.patches == ()
+    expected = [4 * row + column for row, column in whole] + [16 + 13 * row + column for row, column in parts]
+    assert image_tokens(tiling, prompt, box) == expected
+
+
+def test_line_ends_belong_to_no_box(tiling):
+    prompt = tiling.prompt(Image.new("RGB", (96, 32)), QUESTION)
+    line_ends = {16 + 13 * row + 12 for row in range(4)}
+    assert set(image_tokens(tiling, prompt, Box(0, 0, 96, 32))) == set(range(68)) - line_ends
+
+
+def test_pictures_of_several_tilings_are_kept_apart(tiling):
+    wide, tall = noise(96, 32), noise(30, 60)
+    box = Box(4, 20, 13, 29)
+    alone = tiling.prompt(tall, QUESTION)
+    both = tiling.prompt([wide, tall], QUESTION)
+    before = len(tiling.prompt(wide, QUESTION).groups["image"])
+    expected = [before + number for number in image_tokens(tiling, alone, box)]
+    assert image_tokens(tiling, both, replace(box, image=1)) == expected
+    assert max(image_tokens(tiling, both, box)) < before
+
+
+def test_tiles_need_no_row_of_the_projector_to_be_loaded_and_proven(tiling_path):
+    vlm = multrace.load(tiling_path, families=(*FAMILIES, replace(ROW, projector=None)))
+    prompt = vlm.prompt(Image.new("RGB", (96, 32)), QUESTION)
+    assert vlm.image_features(prompt).shape == (68, 32)
+    with pytest.raises(ModelError, match=r"does not name the projector .* projector="):
+        box_positions(vlm, prompt, Box(0, 0, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (Box(0, 0, 97, 8), "pass 0 <= left < right <= 96 and 0 <= top < bottom <= 32"),
+        (Box(8, 8, 8, 16), "is empty or leaves the picture of 96 x 32 pixels"),
+        (Box(0, 0, 4, 4, image=1), "no image 1 for Box"),
+    ],
+)
+def test_boxes_that_are_not_in_the_picture_are_refused_with_what_is(tiling, random_llava, box, message):
+    for vlm in (tiling, random_llava):
+        prompt = vlm.prompt(Image.new("RGB", (96, 32)), QUESTION)
+        with pytest.raises(TraceError) as caught:
+            box_positions(vlm, prompt, box)
+        assert message in str(caught.value)
+
+
+def test_a_box_that_is_cut_off_or_too_small_shows_what_is_seen(random_llava, sharp):
+    prompt = replace(random_llava.prompt(Image.new("RGB", (96, 48)), QUESTION), patches=())
+    with pytest.raises(TraceError, match=r"cuts it off; .* from left 2\d to right 7\d and from top 0 to bottom 48"):
+        box_positions(random_llava, prompt, Box(0, 0, 8, 8))
+    with pytest.raises(TraceError, match="too small .* from left 5 to right 956 and from top 5 to bottom 316"):
+        box_positions(sharp, sharp.prompt(Image.new("RGB", (960, 320)), QUESTION), Box(0, 0, 2, 2))
+
+
+def test_tiles_have_no_patches_and_the_message_says_who_helps(tiling):
+    prompt = tiling.prompt(Image.new("RGB", (96, 32)), QUESTION)
+    with pytest.raises(TraceError, match="do not form a grid; .* box_positions"):
+        box_patches(prompt, Box(0, 0, 8, 8))
+
+
+def test_what_does_not_fit_together_is_refused(tiling):
+    prompt, box = tiling.prompt(Image.new("RGB", (96, 32)), QUESTION), Box(0, 0, 8, 8)
+    fewer = replace(prompt, groups={**prompt.groups, "image": prompt.groups["image"][:-1]})
+    with pytest.raises(TraceError, match="makes 68 image tokens of these pictures, and the prompt has 67"):
+        box_positions(tiling, fewer, box)
+    for patch_size in (5, None):
+        odd = replace(prompt, frontend=replace(prompt.frontend, patch_size=patch_size))
+        with pytest.raises(TraceError, match=rf"not one token per square of {patch_size} pixels"):
+            box_positions(tiling, odd, box)

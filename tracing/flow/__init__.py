@@ -1,0 +1,1 @@
+"""Attention edges that are cut, and image tokens that are dropped: which way the answer comes."""
