@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from .errors import DataError
-from .records import VQARecord
+from .gqa_flow import read_gqa_flow
+from .records import FlowRecord, VQARecord
 from .world import World
 
-__all__ = ["DataError", "VQARecord", "World", "tiny_vlm_path"]
+__all__ = ["DataError", "FlowRecord", "VQARecord", "World", "read_gqa_flow", "tiny_vlm_path"]
 
 
 def tiny_vlm_path() -> Path:

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .errors import ReplayError
+from .backends import attention_function
 from .vlm import VisionLanguageModel
 
 
@@ -22,9 +20,6 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
     block must have as many queries and keys. A query from which everything is hidden has no meaningful output.
     ReplayError if the text model does not let its attention function be replaced.
     """
-    decoder = vlm.addresses.decoder
-    if not getattr(decoder, "_supports_attention_backend", False):
-        raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
     layers = {id(part): number for number, layer in enumerate(vlm.addresses.layers) for part in layer.modules()}
 
     def attend(
@@ -37,16 +32,8 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
             attention_mask = _without(attention_mask, cut.to(query.device), is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
 
-    name, before = f"multrace_masked_{id(hidden)}", decoder.config._attn_implementation
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
-    decoder.config._attn_implementation = name
-    try:
+    with attention_function(vlm, attend):
         yield
-    finally:
-        decoder.config._attn_implementation = before
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(name, None)
 
 
 def _without(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:

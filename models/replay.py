@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .addresses import Projection, Site
 from .attention import Kernels, merged_attention, probe_kernels
+from .backends import attention_function
 from .errors import ReplayError
 from .hooks import StopForward, capture, first_input, main_tensor
 from .jobs import Job, Work
@@ -33,23 +32,12 @@ def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
 
     ReplayError if the text model does not let its attention function be replaced, or is spread over devices.
     """
-    decoder = vlm.addresses.decoder
-    if not getattr(decoder, "_supports_attention_backend", False):
-        raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
-    devices = {each.device for each in decoder.parameters()}
+    devices = {each.device for each in vlm.addresses.decoder.parameters()}
     if devices != {vlm.device} or vlm.device.type == "meta":
         raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
     replay = Replay(vlm)
-    name, before = f"multrace_{id(replay)}", decoder.config._attn_implementation
-    AttentionInterface.register(name, replay.attend)
-    AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
-    decoder.config._attn_implementation = name
-    try:
+    with attention_function(vlm, replay.attend):
         yield replay
-    finally:
-        decoder.config._attn_implementation = before
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(name, None)
 
 
 class Replay:

@@ -36,8 +36,13 @@ class Witness:
             raise ReplayError("not every decoder layer runs and attends exactly once")
         return [self._attended[number] for number in range(len(self._layers))]
 
-    def attends(self, module: nn.Module, found: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]) -> None:
-        """Notes what an attention function was given: keys, values, mask, and its further keywords."""
+    def attends(
+        self, module: nn.Module, found: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]
+    ) -> tuple[int, Tensor | None]:
+        """The number of the layer that attends and its mask, None if causal; notes keys, values and mask.
+
+        found: the keys, values and mask that an attention function was given; keywords: what else it was given.
+        """
         number = self._number_of.get(id(module))
         if number is None or number in self._attended:
             raise ReplayError("a decoder layer attends more than once, or something else attends in between")
@@ -53,6 +58,7 @@ class Witness:
                 self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             mask = self._everything
         self._attended[number] = key, value, mask
+        return number, mask
 
     @contextmanager
     def watching(self) -> Iterator[None]:

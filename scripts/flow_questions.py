@@ -1,4 +1,4 @@
-"""Questions for multrace flow: from a file of records, from the study's CSV files, or from the embedded model's world."""
+"""Questions for multrace flow: from a file of records, from the study's CSV files, or from the embedded world."""
 
 from __future__ import annotations
 
@@ -106,6 +106,8 @@ def world_questions(count: int, *, seed: int = 0) -> tuple[FlowQuestion, ...]:
 
 
 def _gqa(path: Path, images: Path | None, problems: list[str]) -> tuple[FlowRecord, ...]:
+    if images is None:
+        raise CommandError(f"the pictures of {str(path)!r} are files of their own; pass --images with their folder")
     try:
         return read_gqa_flow(path, images=images, problems=problems)
     except DataError as error:
@@ -129,8 +131,8 @@ def _from_lines(path: Path, images: Path, problems: list[str]) -> Iterator[FlowQ
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise CommandError(
-            f"cannot read the records {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line, "
-            "one of the study's CSV files, or a folder of them"
+            f"cannot read the records {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per "
+            "line, one of the study's CSV files, or a folder of them"
         ) from error
     known: set[str] = set()
     for number, line in enumerate(lines, start=1):

@@ -13,12 +13,13 @@ from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
 from ..tracing import TraceError
-from . import answer, bench, demo, edit, trace, train_tiny_vlm
+from . import answer, bench, demo, edit, flow, trace, train_tiny_vlm
 from .errors import CommandError
 
 COMMANDS: Mapping[str, ModuleType] = {
     "answer": answer,
     "trace": trace,
+    "flow": flow,
     "edit": edit,
     "demo": demo,
     "train-tiny": train_tiny_vlm,

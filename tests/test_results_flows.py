@@ -292,6 +292,8 @@ def test_a_centre_needs_losses_and_its_interval_two_questions():
     one = average_flows([flow_of()])
     assert one.centre(EARLY).layer == pytest.approx(1 / 6) and one.centre(EARLY).interval is None
     assert average_flows([flow_of({LATE: [0.0, 5.0, 0.0, 0.0]})] * 2).centre(LATE) is None
+    far = average_flows([flow_of({LATE: [-9.0, 0.0, 0.0, 0.0]}), flow_of({LATE: [0.0, 0.0, 0.0, -9.0]})])
+    assert far.centre(LATE).interval == (0.0, LAYERS - 1)  # of two so different ones nothing is known
 
 
 def test_the_jackknife_of_a_mean_is_its_usual_interval():

@@ -44,7 +44,7 @@ def test_image_positions_change_and_no_other(random_llava, photo, corruption):
         (BlurImage(radius=2), lambda image: image.filter(ImageFilter.GaussianBlur(2))),
         (BlurImage(), lambda image: image.filter(ImageFilter.GaussianBlur(10))),
     ],
-    ids=str,
+    ids=["blank", "red", "blurred by 2", "blurred by 10"],
 )
 def test_it_is_what_the_model_sees_of_a_picture_changed_by_hand(random_llava, photo, corruption, by_hand):
     prompt, before = ask(random_llava, photo), photo.tobytes()

@@ -1,4 +1,4 @@
-"""Experiments that only read: where in a model a fact's information travels."""
+"""Experiments that only read: where in a model a fact's information travels, and which way."""
 
 from .causal import causal_trace
 from .corruptions.ablation import MeanAblation, ZeroAblation
@@ -10,15 +10,45 @@ from .corruptions.pictures import BlankImage, BlurImage, MaskBoxes, SwapImage
 from .corruptions.wording import ReplaceText
 from .engine import Engine
 from .errors import TraceError, WeakCorruption
+from .flow.groups import Flow
+from .flow.information_flow import information_flow
+from .flow.truncation import truncate_image
 from .plain import knockout_probability
-from .regions import Blocks, Box
+from .reading.cam import llava_cam
+from .reading.contributions import attention_contributions
+from .reading.failure import failure_features, predict_failure
+from .reading.lens import answer_emergence
+from .reading.saliency import attention_saliency
+from .reading.shares import attention_share
+from .regions import Blocks, Box, box_positions
+from .results.average_contributions import AverageContributions, average_contributions
+from .results.average_emergence import AverageEmergence, average_emergences
+from .results.average_flows import AverageFlow, FilteredQuestion, average_flows
+from .results.average_truncations import AverageTruncation, average_truncations
 from .results.averages import AverageTrace, average
+from .results.contributions import AttentionContributions
 from .results.effects import CausalBlock, EditSite, Peak
+from .results.emergence import AnswerEmergence
 from .results.engine_report import EngineReport
+from .results.failures import FailureFeatures, FailurePrediction
+from .results.flows import InformationFlow, same_answer
+from .results.relevance import RelevanceMap
+from .results.saliency import AttentionSaliency
+from .results.shares import AttentionShare, AverageShare, average_shares
 from .results.traces import CausalTrace
+from .results.truncations import Truncation
 
 __all__ = [
+    "AnswerEmergence",
+    "AttentionContributions",
+    "AttentionSaliency",
+    "AttentionShare",
+    "AverageContributions",
+    "AverageEmergence",
+    "AverageFlow",
+    "AverageShare",
     "AverageTrace",
+    "AverageTruncation",
     "BlankImage",
     "Blocks",
     "BlurImage",
@@ -30,20 +60,43 @@ __all__ = [
     "EditSite",
     "Engine",
     "EngineReport",
+    "FailureFeatures",
+    "FailurePrediction",
+    "FilteredQuestion",
+    "Flow",
     "ImageNoise",
+    "InformationFlow",
     "MaskBoxes",
     "MeanAblation",
     "Peak",
     "PixelNoise",
+    "RelevanceMap",
     "ReplaceText",
     "SwapImage",
     "TextNoise",
     "TraceError",
+    "Truncation",
     "WeakCorruption",
     "ZeroAblation",
+    "answer_emergence",
+    "attention_contributions",
+    "attention_saliency",
+    "attention_share",
     "average",
+    "average_contributions",
+    "average_emergences",
+    "average_flows",
+    "average_shares",
+    "average_truncations",
+    "box_positions",
     "calibrate",
     "causal_trace",
+    "failure_features",
+    "information_flow",
     "knockout_probability",
+    "llava_cam",
     "parse_corruption",
+    "predict_failure",
+    "same_answer",
+    "truncate_image",
 ]

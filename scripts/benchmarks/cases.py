@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from ...tracing.cells import Cell
 from ...tracing.grids import window_layers
@@ -19,6 +20,17 @@ _EVERY = 4
 """Maps over single image tokens and blocks take every fourth layer, from 1: the others would only take longer."""
 
 _Rows = Sequence[tuple[int, ...]]
+
+
+class Labelled(Protocol):
+    """A row of some table."""
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+
+
+_Row = TypeVar("_Row", bound=Labelled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,7 @@ def make_cases(shape: Shape) -> tuple[Case, ...]:
     return (*_text_cases(shape), *_image_cases(shape))
 
 
-def chosen_cases(cases: Sequence[Case], words: Sequence[str]) -> tuple[Case, ...]:
+def chosen_cases(cases: Sequence[_Row], words: Sequence[str]) -> tuple[_Row, ...]:
     """The cases whose label holds one of the words; all without words. CommandError lists the labels."""
     found = tuple(case for case in cases if not words or any(word in case.label for word in words))
     if not found:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...models import Projection, Site, VisionLanguageModel
+from ...models.jobs import Work
 
 _ROWS = 4096
 _REPEATS = 10
@@ -39,6 +40,17 @@ def layer_cost(vlm: VisionLanguageModel) -> LayerCost:
         key_values=2.0 * (mixed - written.weight.numel() - written.width * written.hidden),
         pair=4.0 * written.width,
         read=2.0 * vlm.model.get_output_embeddings().weight.numel(),
+    )
+
+
+def counted_flops(vlm: VisionLanguageModel, work: Work) -> float:
+    """Floating-point operations of what was counted: linear maps, attention and output head."""
+    cost = layer_cost(vlm)
+    return (
+        cost.token * work.token_layers
+        + cost.key_values * work.key_value_tokens
+        + cost.pair * work.pairs
+        + cost.read * work.read_tokens
     )
 
 

@@ -44,8 +44,12 @@ def describe_row(row: Row) -> list[str]:
 def table(rows: Sequence[Row]) -> list[str]:
     """All rows, with the figures that count."""
     head = ("cells", "token-layers", "seconds, strong", "seconds, naive", "largest difference", "peak MiB")
-    lines = [head, *(_entries(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return aligned([head, *(_entries(row) for row in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of as many entries each, their columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 

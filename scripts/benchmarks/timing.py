@@ -20,10 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tracing.cells import Cell, Runs
-from ...tracing.sweep import Swept
 from .cases import Case
 from .peaks import forget_peak, peak_mb
-from .rates import layer_cost, matrix_rate, now
+from .rates import counted_flops, matrix_rate, now
 from .subjects import Subject
 from .ways import frozen_states, run_naive, run_strong, run_sweep
 
@@ -98,7 +97,7 @@ def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> Row:
         usual = _usual_ways(subject, runs, [case.cells[index] for index in chosen], bar)
     recording, seconds = clock.durations()
     found, whole = swept.scores[chosen], len(computed) * runs.samples * vlm.layers * runs.length
-    flops, rate = _flops(subject, swept), matrix_rate(vlm.down_projection(0))
+    flops, rate = counted_flops(vlm, swept.work), matrix_rate(vlm.down_projection(0))
     return Row(
         cells=case.label,
         corruption=case.corruption,
@@ -121,10 +120,10 @@ def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> Row:
         flops=flops,
         share_of_rate=flops / seconds / rate,
         times_counted_work=seconds * rate / flops,
-        max_abs_diff=_largest(found - usual.strong),
-        max_abs_diff_naive=_largest(found - usual.naive),
+        max_abs_diff=largest(found - usual.strong),
+        max_abs_diff_naive=largest(found - usual.naive),
         plain_noise=usual.noise,
-        largest_effect=_largest(swept.scores - swept.base),
+        largest_effect=largest(swept.scores - swept.base),
         matrix_gflops=rate / 1e9,
         peak_mb=peak,
         peak_mb_strong=usual.strong_peak,
@@ -177,7 +176,7 @@ def _usual_ways(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> _
         naive=torch.stack(naive + late),
         strong_seconds=strong_seconds,
         naive_seconds=median(seconds + late_seconds),
-        noise=_largest(strong[:1, :, :1] - alone),
+        noise=largest(strong[:1, :, :1] - alone),
         strong_peak=strong_peak if is_apart else None,
         naive_peak=naive_peak if is_apart else None,
     )
@@ -203,15 +202,6 @@ def _timed_naive(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> 
     return scores, clock.durations(), peak_mb(device)
 
 
-def _flops(subject: Subject, swept: Swept) -> float:
-    cost, work = layer_cost(subject.vlm), swept.work
-    return (
-        cost.token * work.token_layers
-        + cost.key_values * work.key_value_tokens
-        + cost.pair * work.pairs
-        + cost.read * work.read_tokens
-    )
-
-
-def _largest(difference: Tensor) -> float:
+def largest(difference: Tensor) -> float:
+    """The largest absolute value."""
     return float(difference.abs().max())

@@ -35,7 +35,12 @@ def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
 
 
 def kept_tokens(
-    vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int], *, keep: Sequence[int | str], layers: Sequence[int]
+    vlm: VisionLanguageModel,
+    embeddings: Tensor,
+    image: Sequence[int],
+    *,
+    keep: Sequence[int | str],
+    layers: Sequence[int],
 ) -> Tensor:
     """Booleans (keep, layer, image token): which tokens stay if the best so many are kept from each of the layers on.
 
@@ -58,7 +63,7 @@ def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[in
     """(layer, image token) int64 from 0, the most attended one: the order in which tokens stay from a layer on.
 
     The order is that of the last token's attention, mean over heads, in the layer before, the last that still has all
-    tokens; for layer 0 in layer 0 itself. Of equals the earlier token stays. FastV, arXiv 2403.06764, section 4.1.
+    tokens; for layer 0 in layer 0 itself. Of equals the earlier token stays. FastV, arXiv 2403.06764, as released.
     """
     try:
         with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:

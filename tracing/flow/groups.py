@@ -123,7 +123,9 @@ class Groups:
     def _known(self) -> str:
         names = ["separators", "system", "template", "object words", "options", "question without options"]
         derived = [name for name in names if self._named(name)]
-        others = [name.removeprefix("constraint:").replace("_", " ") for name, held in self.prompt.groups.items() if held]
+        others = [
+            name.removeprefix("constraint:").replace("_", " ") for name, held in self.prompt.groups.items() if held
+        ]
         return ", ".join([*others, *derived, *(("object", "other patches") if self.boxes else ())])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TraceError
+from .figures import name_of_model
 from .flow_centres import FlowCentre, centre_of_loss, jackknife
 from .flow_maps import FlowMap, FlowPeak, draw_flows
 from .flows import InformationFlow, cut_label, place_words
@@ -94,6 +95,8 @@ class AverageFlow(FlowMap):
         value, interval = jackknife(curves, centre_of_loss)
         index = self._window(window)
         place = {"flow": flow, "window": self.windows[index], "count": len(curves)}
+        if interval is not None:
+            interval = (max(interval[0], 0.0), min(interval[1], self.layers - 1.0))  # no centre lies outside the model
         return None if value is None else FlowCentre(layer=value, interval=interval, **place)
 
     def summary(self, score: str | None = None) -> str:
@@ -178,12 +181,12 @@ class AverageFlow(FlowMap):
     def _titles(self, score: str | None) -> tuple[str, str]:
         """Title and subtitle of pictures."""
         index = self._score(score)
-        name = f", {self.scores[index]}" if len(self.scores) > 1 else ""
+        name = f" ({self.scores[index]})" if len(self.scores) > 1 else ""
         clean = f"mean probability without a cut {float(self.clean[index].mean()):.3g}{name}"
         bands = "; bands: 95% intervals" if self.count > 1 else ""
         wrong = f"; {self.right.count(False)} of them answered wrongly" if False in self.right else ""
         left_out = f"{len(self.filtered)} left out for a wrong answer" if self.filtered else "none left out"
-        return f"Information flow over {_questions(self.count)}", f"{self.model}; {left_out}{wrong}\n{clean}{bands}"
+        return f"Information flow over {_questions(self.count)}", f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
 
 
 def average_flows(

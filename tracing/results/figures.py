@@ -39,6 +39,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def name_of_model(model: str) -> str:
+    """What pictures call a model: a hub id as it is, of a folder on this machine only its own name."""
+    path = Path(model)
+    return path.name if path.is_absolute() else model
+
+
 def wrap(text: str, width: float, size: float) -> str:
     """The text in lines that fit into so many inches, each letter taking `size` of them."""
     lines = text.splitlines() or [""]

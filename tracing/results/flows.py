@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engine_report import EngineReport
+from .figures import name_of_model
 from .flow_maps import FlowMap, FlowPeak, draw_flows
 from .frames import long_frame
 from .storage import load, save
@@ -104,7 +105,7 @@ class InformationFlow(FlowMap):
         for flow in self.flows if flows is None else flows:
             values = changes[self._flow(flow)]
             curves.append((flow, cut_label(flow), torch.stack([values, *[torch.full_like(values, torch.nan)] * 2])))
-        titles = (self.question, f"{self._answers(score)}\n{self.model}")
+        titles = (self.question, f"{self._answers(score)}\n{name_of_model(self.model)}")
         return draw_flows(path, self, windows=windows, curves=curves, titles=titles)
 
     def _answers(self, score: str | None) -> str:

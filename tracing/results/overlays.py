@@ -62,13 +62,20 @@ def strongest(grid: Tensor, count: int = 4) -> tuple[int, ...]:
 
 
 def draw_overlays(
-    path: str | Path, prompt: Prompt, overlays: Sequence[Overlay], *, kind: str, titles: tuple[str, str], scale: float
+    path: str | Path,
+    prompt: Prompt,
+    overlays: Sequence[Overlay],
+    *,
+    kind: str,
+    titles: tuple[str, str],
+    scale: float,
+    unit: str = "indirect effect",
 ) -> Path:
     """The written picture: one panel per overlay, one line of panels per picture of the prompt.
 
     Stronger effects are darker; what has none, or a negative one, shows the bare picture. scale: the total effect, of
-    which colours span a thousandth at least. TraceError for another format than png, pdf or svg, or a place that
-    cannot be written.
+    which colours span a thousandth at least. unit: caption of the colour bar. TraceError for another format than png,
+    pdf or svg, or a place that cannot be written.
     """
     check_format(path)
     pictures = seen_pictures(prompt)
@@ -91,7 +98,7 @@ def draw_overlays(
                 axes.set_title(overlay.title, fontsize=9.5, color=INK, loc="left")
     start, lower = 0.55 + (_SIDE + _SPACE) * len(overlays), height - top - _SIDE
     bar = figure.add_axes((start / width, (lower + 0.2) / height, 0.11 / width, (_SIDE - 0.4) / height))
-    draw_bar(bar, colours, "indirect effect")
+    draw_bar(bar, colours, unit)
     return write_figure(path, figure)
 
 

@@ -1,0 +1,155 @@
+"""What each decoder layer's attention did in a forward pass: its weights at some queries, and the values they weigh.
+
+The softmax of these queries is computed in the open, so that gradients go through the weights that are handed out.
+What a plain softmax over scaled products is not, it refuses (`ReplayError`) rather than guess.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .backends import attention_function
+from .errors import ModelError, ReplayError
+from .vlm import VisionLanguageModel
+from .witness import Witness
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attention:
+    """What one decoder layer's attention did at some queries."""
+
+    weights: Tensor
+    """(row, head, query, key), float32 or wider: each query's weights, which sum to one. With gradients enabled the
+    layer's output depends on this very tensor."""
+    values: Tensor
+    """(row, key-value head, key, size): what the weights weigh, in the model's dtype. Head h reads key-value head
+    h // (heads / key-value heads)."""
+
+
+@contextmanager
+def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list[Attention]]:
+    """A list that fills at the next forward pass with one Attention per decoder layer, in order.
+
+    queries: positions of the pass's tokens, in the order in which the weights will have them; negative ones count from
+    its end. The pass computes what it would without the block, up to rounding. With gradients enabled its output can
+    be differentiated by the weights of any layer, whether or not parameters have gradients. A later pass writes the
+    list anew.
+
+    ModelError for no queries or one asked for twice, and from the pass for one that it does not have. ReplayError from
+    the pass for attention that is not a softmax over scaled products (capped scores, sinks, position biases), for
+    cached keys, and for queries that see nothing (padding).
+    """
+    positions = tuple(queries)
+    if not positions or len(set(positions)) < len(positions):
+        raise ModelError(f"cannot record attention at the queries {positions}; pass at least one, and each only once")
+    recorder = _Recorder(vlm, positions)
+    with attention_function(vlm, recorder.attend):
+        handles = [
+            vlm.addresses.decoder.register_forward_pre_hook(recorder.begin),
+            vlm.addresses.decoder.register_forward_hook(recorder.end),
+        ]
+        try:
+            yield recorder.found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Recorder:
+    """An attention function that keeps what it computes at some queries."""
+
+    def __init__(self, vlm: VisionLanguageModel, queries: tuple[int, ...]) -> None:
+        self.found: list[Attention] = []
+        self._layers = list(vlm.addresses.layers)
+        self._queries = queries
+        self._witness = Witness(self._layers)
+
+    def begin(self, _decoder: nn.Module, _arguments: Any) -> None:
+        """Forgets what an earlier pass left."""
+        self.found.clear()
+        self._witness = Witness(self._layers)
+
+    def end(self, _decoder: nn.Module, _arguments: Any, _output: Any) -> None:
+        """Checks that the pass is in the list as a whole."""
+        self._witness = Witness(self._layers)  # it holds on to keys
+        if len(self.found) != len(self._layers):
+            raise ReplayError("not every decoder layer runs and attends exactly once")
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **keywords: Any,
+    ) -> tuple[Tensor, None]:
+        """(row, query, head, size) and no weights; the text model calls it in each of its layers."""
+        number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
+        if number != len(self.found):
+            raise ReplayError(f"decoder layer {number} attends out of turn")
+        if dropout:
+            raise ReplayError(f"decoder layer {number} drops attention weights at random; call model.eval() first")
+        where = self._places(query.shape[2], key)
+        weights = _weights(query[:, :, where], key, _hidden(mask, where, key), scaling)
+        if torch.is_grad_enabled() and not weights.requires_grad:
+            weights.requires_grad_()
+        self.found.append(Attention(weights=weights, values=value))
+        rows = _weighed(weights, value)
+        if len(where) == query.shape[2]:
+            return rows[:, where.argsort()], None
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **keywords)
+        return output.index_copy(1, where, rows), None
+
+    def _places(self, length: int, key: Tensor) -> Tensor:
+        """The queries as an index from the start."""
+        if key.shape[2] != length:
+            raise ReplayError(f"the pass attends to {key.shape[2]} keys from {length} tokens; run it without a cache")
+        unknown = [each for each in self._queries if not -length <= each < length]
+        where = torch.tensor([each % length for each in self._queries], device=key.device)
+        if unknown or len(where.unique()) < len(where):
+            asked = f"no query {unknown[0]}" if unknown else f"a query twice among {self._queries}"
+            raise ModelError(f"{asked} in a pass over {length} tokens; pass some of 0 to {length - 1}, each once")
+        return where
+
+
+def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
+    """What is added to the scores of these queries, in a shape that broadcasts to (row, head, query, key)."""
+    dtype, length = _wide(key.dtype), key.shape[2]
+    if mask is None:
+        mask = where[:, None] >= torch.arange(length, device=key.device)
+    else:
+        mask = mask[:, :, where] if mask.shape[2] > 1 else mask
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    if bool((mask <= torch.finfo(mask.dtype).min / 2).all(-1).any()):  # what attention gives there is up to the kernel
+        raise ReplayError("a query that is asked for may attend to nothing at all; leave out padding")
+    return mask.to(dtype)
+
+
+def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) -> Tensor:
+    """(row, head, query, key): the softmax of the scaled products, float32 or wider."""
+    wide = _wide(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grouped = rearrange(query.to(wide), "b (k g) q d -> b k g q d", k=key.shape[1])
+    scores = grouped @ rearrange(key.to(wide), "b k n d -> b k 1 d n") * scale
+    return (rearrange(scores, "b k g q n -> b (k g) q n") + hidden).softmax(-1)
+
+
+def _weighed(weights: Tensor, value: Tensor) -> Tensor:
+    """(row, query, head, size): the values as each query weighs them, in their own dtype."""
+    grouped = rearrange(weights, "b (k g) q n -> b k g q n", k=value.shape[1])
+    weighed = grouped @ rearrange(value.to(weights.dtype), "b k n d -> b k 1 n d")
+    return rearrange(weighed, "b k g q d -> b q (k g) d").to(value.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,198 @@
+"""multrace flow --contributions: what attention brings from picture to constraint to answer, and what it foretells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..models import Prompt
+from ..tracing import TraceError
+from ..tracing.reading.contributions import attention_contributions
+from ..tracing.reading.failure import failure_features, predict_failure
+from ..tracing.results.average_contributions import AverageContributions, average_contributions
+from ..tracing.results.average_flows import FilteredQuestion
+from ..tracing.results.contributions import AttentionContributions
+from ..tracing.results.failures import FailureFeatures, FailurePrediction
+from .errors import CommandError
+from .flow_questions import FlowQuestion
+from .flow_reading import Answered, Asked, Files, Reading, need_constraint, need_image
+
+_SHARE = 0.8
+_FOLDS = 5
+_BINS = 16
+_NAMED = 16
+"""How many image tokens are named one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contributions(Reading):
+    """Attention contributions to a group of tokens."""
+
+    analysis = "contributions"
+    kind = AttentionContributions
+    counts_wrong = True
+    queries: ClassVar[str]
+    sources: ClassVar[str]
+
+    by_head: bool
+    """Keep each head apart; else weights are kept as means over heads, which is a small part of the memory."""
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question without constraint."""
+        need_constraint(question, self.analysis)
+
+    def compute(self, asked: Asked) -> AttentionContributions:
+        """The contributions in every layer."""
+        found = attention_contributions(
+            asked.vlm, asked.prompt, queries=self.queries, sources=self.sources, by_head=self.by_head
+        )
+        return found if self.by_head else replace(found, weights=found.weights.mean(1, keepdim=True))
+
+    def average(
+        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
+    ) -> AverageContributions:
+        """Mean contributions by layer."""
+        return average_contributions([result for _, result in found], share=_SHARE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToLast(_Contributions):
+    """From every token to the last one, which gives the answer."""
+
+    name = "contributions"
+    drawings = ("contributions.png",)
+    average_drawings = ("contributions.png", "contributions.csv")
+    queries, sources = "last", "all"
+
+    def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
+        """Curves by layer, and maps by head."""
+        return {"contributions.png": result.plot}
+
+    def told(self, result: AttentionContributions) -> list[str]:
+        """Where the constraint brings most to the last token."""
+        values = result.by_layer("constraint")
+        layer = int(values.argmax())
+        return [f"constraint to last token: longest contribution {float(values[layer]):.3g}, in layer {layer}"]
+
+    def average_told(self, average: AverageContributions) -> list[str]:
+        """Likewise on average."""
+        values = average.by_layer("constraint")
+        layer, ends = int(values.argmax()), ""
+        if average.count > 1:
+            ends = " [{:.3g}, {:.3g}]".format(*(float(end[layer]) for end in average.interval("constraint")))
+        return [
+            f"constraint to last token, mean over {average.count} prompts: longest contribution "
+            f"{float(values[layer]):.3g}{ends}, in layer {layer}"
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToConstraint(_Contributions):
+    """From the image tokens to the constraint."""
+
+    name = "image_to_constraint"
+    drawings = ("image_to_constraint.png", "image_tokens.png")
+    average_drawings = ("image_to_constraint.png", "image_to_constraint.csv", "image_tokens.png")
+    queries, sources = "constraint", "image"
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question without picture or constraint."""
+        need_image(question, self.analysis)
+        super().check(question)
+
+    def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
+        """The strongest layers over the picture, if its tokens form a grid, and where by index contributions lie."""
+        mass, draw = result.image_mass(), (lambda path: result.overlay(path, prompt)) if result.patches else result.plot
+        layers, bins = _first_and_strongest(mass.sum(1)), min(_BINS, mass.shape[1])
+        return {
+            "image_to_constraint.png": draw,
+            "image_tokens.png": lambda path: result.plot_histogram(path, layers, bins),
+        }
+
+    def told(self, result: AttentionContributions) -> list[str]:
+        """Which image tokens hold most of what the picture brings, in the layer where it brings most."""
+        mass = result.image_mass()
+        layer = int(mass.sum(1).argmax())
+        count = result.tokens_for(_SHARE, layer=layer)
+        indices = mass[layer].argsort(descending=True)[:count].sort().values.tolist()
+        words = ", ".join(map(str, indices[:_NAMED])) + (", ..." if count > _NAMED else "")
+        return [
+            f"image to constraint: strongest in layer {layer}, where {count} of {mass.shape[1]} image tokens hold "
+            f"{_SHARE:.0%}, by index {words}"
+        ]
+
+    def average_files(self, average: AverageContributions) -> Files:
+        """Also where by index contributions lie."""
+        files = super().average_files(average)
+        if average.image_shares is None or average.image_count is None:
+            return files
+        layers = _first_and_strongest(average.by_layer("image"))
+        return files | {"image_tokens.png": lambda path: average.plot_histogram(path, layers)}
+
+    def average_told(self, average: AverageContributions) -> list[str]:
+        """How many image tokens hold most of what the picture brings."""
+        layer = int(average.by_layer("image").argmax())
+        of = "" if average.image_count is None else f" of {average.image_count}"
+        return [
+            f"image to constraint, mean over {average.count} prompts: strongest in layer {layer}, where "
+            f"{float(average.image_tokens[:, layer].mean()):.1f}{of} image tokens hold {average.share:.0%}"
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure(Reading):
+    """What one run shows about whether its answer is right; the average is how well that predicts it."""
+
+    name, analysis = "failure", "contributions"
+    kind = FailureFeatures
+    counts_wrong = True
+    drawings = ()
+    average_drawings = ("failure.png", "failure.csv")
+
+    seed: int
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question without constraint or right answer."""
+        need_constraint(question, self.analysis)
+        if question.gold is None:
+            raise CommandError("failure prediction needs the right answer; write 'answer' into the record")
+
+    def compute(self, asked: Asked) -> FailureFeatures:
+        """Contributions of the constraint, attention to it, and probabilities."""
+        return failure_features(asked.vlm, asked.prompt, answer=asked.generated or None)
+
+    def files(self, result: FailureFeatures, prompt: Prompt) -> Files:
+        """None: a single run shows little."""
+        return {}
+
+    def told(self, result: FailureFeatures) -> list[str]:
+        """The probabilities."""
+        return [f"probability of the first token {result.first_token!r}: {result.first_probability:.3g}"]
+
+    def average(
+        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
+    ) -> FailurePrediction:
+        """How well right answers can be told from wrong ones, by fewer folds where one kind is rare."""
+        if not found:
+            raise TraceError("there are no answers, so there is nothing to predict")
+        right = [answered.is_right for answered, _ in found]
+        fewest = min(right.count(True), right.count(False))
+        features = _alike([result for _, result in found])
+        return predict_failure(features, right, folds=max(2, min(_FOLDS, fewest)), seed=self.seed, progress=True)
+
+    def average_told(self, average: FailurePrediction) -> list[str]:
+        """Every area under the curve."""
+        return list(average.summary())
+
+
+def _alike(features: Sequence[FailureFeatures]) -> list[FailureFeatures]:
+    """The features without whole answers' probabilities if one answer is empty, since all must have them or none."""
+    if all(each.answer_probability is not None for each in features):
+        return list(features)
+    return [replace(each, answer=None, answer_probability=None) for each in features]
+
+
+def _first_and_strongest(values: Tensor) -> tuple[int, ...]:
+    """The first layer, and the three of (layer,) with most."""
+    return tuple(sorted({0, *values[1:].topk(min(3, len(values) - 1)).indices.add(1).tolist()}))

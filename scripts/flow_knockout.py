@@ -1,0 +1,94 @@
+"""multrace flow --knockout: what the answer loses without attention from one group of tokens to another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models import Prompt
+from ..tracing.flow.groups import parse_flow
+from ..tracing.flow.information_flow import information_flow
+from ..tracing.results.average_flows import AverageFlow, FilteredQuestion, average_flows
+from ..tracing.results.flows import InformationFlow
+from .errors import CommandError
+from .flow_questions import FlowQuestion
+from .flow_reading import Answered, Asked, Files, Reading, check_group, need_image, write_table
+
+_BOXED = ("object", "other patches")
+_NAMED = ("constraint", "constraint_last")
+_GROUPS = ("image", "question", "question_only", "last", "all", "separators", "system", "template", *_NAMED, *_BOXED)
+_GROUPS += ("object words", "true option", "false option", "options", "question without options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knockout(Reading):
+    """Attention knockout with these settings of `information_flow`."""
+
+    name = analysis = "knockout"
+    kind = InformationFlow
+    drawings = average_drawings = ("knockout.png", "knockout.csv")
+    uses_engine = True
+
+    flows: tuple[str, ...] | None
+    windows: tuple[int, ...] | None
+    heads: str | tuple[int, ...] | None
+    whole_answer: bool
+
+    def check_settings(self) -> None:
+        """CommandError or TraceError for a flow, window or head that no model has."""
+        for group in self._groups():
+            check_group(group, _GROUPS)
+        if wrong := [window for window in self.windows or () if window < 1]:
+            raise CommandError(f"--windows {wrong[0]}: cut the edges in at least one layer")
+        if isinstance(self.heads, tuple) and (wrong := [head for head in self.heads if head < 0]):
+            raise CommandError(f"--heads {wrong[0]}: heads are counted from 0")
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question without the picture, box or words that its flows need."""
+        groups = self._groups()
+        if self.flows is None or "image" in groups:
+            need_image(question, self.name)
+        if (boxed := [group for group in groups if group in _BOXED]) and not question.boxes:
+            raise CommandError(f"the group {boxed[0]!r} needs --box (or 'boxes' in the record): where the object is")
+        if (named := [group for group in groups if group in _NAMED]) and not question.spans:
+            raise CommandError(
+                f"the group {named[0]!r} needs --constraint (or 'constraint' in the record): words of the question"
+            )
+
+    def compute(self, asked: Asked) -> InformationFlow:
+        """The answer's probability with each flow cut."""
+        return information_flow(
+            asked.vlm,
+            asked.prompt,
+            flows=self.flows,
+            windows=self.windows,
+            heads=self.heads,
+            boxes=asked.question.boxes,
+            whole_answer=self.whole_answer,
+            gold=asked.question.gold,
+            generated=asked.generated,
+            engine=asked.engine,
+            progress=asked.progress,
+        )
+
+    def files(self, result: InformationFlow, prompt: Prompt) -> Files:
+        """All flows overlaid, and every number."""
+        return {"knockout.png": result.plot, "knockout.csv": lambda path: write_table(result, path)}
+
+    def told(self, result: InformationFlow) -> list[str]:
+        """The strongest change of each flow, and how it was computed."""
+        return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}"]
+
+    def average(
+        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
+    ) -> AverageFlow:
+        """Mean changes; what was left out has been left out before."""
+        return average_flows([result for _, result in found], only_right=False, filtered=filtered)
+
+    def average_told(self, average: AverageFlow) -> list[str]:
+        """The strongest mean change of each flow, and the questions that were left out."""
+        return average.summary().splitlines()
+
+    def _groups(self) -> list[str]:
+        """Token groups that the flows name."""
+        flows = [parse_flow(flow) for flow in self.flows or ()]
+        return [each for flow in flows for each in (flow.source, flow.target) if isinstance(each, str)]

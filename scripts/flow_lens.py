@@ -1,0 +1,91 @@
+"""multrace flow --lens: from which layer on the output head would say the answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models import Prompt
+from ..tracing.reading.lens import answer_emergence
+from ..tracing.results.average_emergence import AverageEmergence, average_emergences
+from ..tracing.results.average_flows import FilteredQuestion
+from ..tracing.results.emergence import AnswerEmergence, state_name
+from ..tracing.results.followed import shown
+from .errors import CommandError
+from .flow_questions import FlowQuestion
+from .flow_reading import Answered, Asked, Files, Reading, check_group
+
+_GROUPS = ("last", "question", "question_only", "constraint", "constraint_last", "image", "all")
+_COLUMNS = 24
+"""How many positions a table of tokens shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lens(Reading):
+    """Answer emergence, read at these positions."""
+
+    name = analysis = "lens"
+    kind = AnswerEmergence
+    drawings = ("lens.png", "lens_tokens.png")
+    average_drawings = ("lens.png", "lens.csv")
+
+    positions: tuple[str | int, ...]
+
+    def check_settings(self) -> None:
+        """CommandError for a group that no prompt has."""
+        for group in self.positions:
+            if isinstance(group, str):
+                check_group(group, _GROUPS)
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question that has no tokens in a group."""
+        for group in self.positions:
+            if group == "image" and question.image is None:
+                raise CommandError("--positions image needs a picture; pass --image, or 'image' in the record")
+            if group in ("constraint", "constraint_last") and not question.spans:
+                raise CommandError(f"--positions {group} needs --constraint, or 'constraint' in the record")
+
+    def compute(self, asked: Asked) -> AnswerEmergence:
+        """Probability and rank of the right answer, or else of the model's own, after every layer."""
+        return answer_emergence(
+            asked.vlm,
+            asked.prompt,
+            positions=self.positions,
+            answer=asked.question.gold or asked.generated or None,
+            foil=asked.question.foil,
+            progress=asked.progress,
+        )
+
+    def files(self, result: AnswerEmergence, prompt: Prompt) -> Files:
+        """Curves at the first position, and the likeliest tokens at the last few of all."""
+        order = sorted(range(len(result.positions)), key=result.positions.__getitem__)[-_COLUMNS:]
+        return {"lens.png": result.plot, "lens_tokens.png": lambda path: result.plot_tokens(path, positions=order)}
+
+    def told(self, result: AnswerEmergence) -> list[str]:
+        """From where on each followed token is the likeliest."""
+        lines = [f"read at {result.position_roles[0]}, with the model's final norm"]
+        names = zip(result.followed.ids, result.followed.texts, result.followed.roles, strict=True)
+        for number, text, roles in names:
+            layer, last = result.first_layer(number), float(result.probability(number)[-1])
+            when = "not the likeliest in the end" if layer is None else f"the likeliest from {_state(layer)} on"
+            lines.append(f"  {shown(text)!r} ({'; '.join(roles)}): {when}, {last:.3g} in the end")
+        return lines
+
+    def average(
+        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
+    ) -> AverageEmergence:
+        """Mean curves at the first position."""
+        return average_emergences([result for _, result in found])
+
+    def average_told(self, average: AverageEmergence) -> list[str]:
+        """From where on each role is the likeliest token in half of the prompts."""
+        lines = [f"read at {average.position_role} in {average.count} prompts, with the model's final norm"]
+        for role in average.roles:
+            shares, last = average.mean(role, "share").tolist(), float(average.mean(role)[-1])
+            layer = next((layer for layer, share in zip(average.layers, shares, strict=True) if share >= 0.5), None)
+            when = "never in half of them" if layer is None else f"in half of them from {_state(layer)} on"
+            lines.append(f"  {role}: the likeliest token {when}; in the end in {shares[-1]:.0%}, {last:.3g} probable")
+        return lines
+
+
+def _state(layer: int) -> str:
+    return f"the {state_name(layer)}" if layer < 0 else state_name(layer)

@@ -1,0 +1,150 @@
+"""What multrace flow can find out about a question: a reading with its settings, its files and its average."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..models import Prompt, VisionLanguageModel
+from ..tracing import Engine
+from ..tracing.results.average_flows import FilteredQuestion
+from ..tracing.results.flows import same_answer
+from .errors import CommandError
+from .flow_questions import FlowQuestion
+
+Files = Mapping[str, Callable[[Path], Any]]
+"""By name of a file, what writes it to a path."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """One question to one model, as readings take it."""
+
+    vlm: VisionLanguageModel
+    question: FlowQuestion
+    prompt: Prompt
+    generated: str
+    """The model's own answer."""
+    engine: Engine
+    progress: bool
+    """Whether readings show bars of their own."""
+
+    @property
+    def answered(self) -> "Answered":
+        """The question with its answer."""
+        return Answered(question=self.question, generated=self.generated)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answered:
+    """A question and the model's own answer."""
+
+    question: FlowQuestion
+    generated: str
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether it is the right one; None where that is not known."""
+        return None if self.question.gold is None else same_answer(self.generated, self.question.gold)
+
+    @property
+    def verdict(self) -> str:
+        """The answer in words."""
+        known = {None: "", True: ", right", False: f", wrong: the right answer is {self.question.gold!r}"}
+        return f"{self.generated!r}{known[self.is_right]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One kind of result; the fields of its subclasses are its settings."""
+
+    name: ClassVar[str]
+    """Of its files."""
+    analysis: ClassVar[str]
+    """The option that asks for it, without dashes."""
+    kind: ClassVar[type]
+    """What `compute` returns: it can be saved to a file and loaded from it."""
+    drawings: ClassVar[tuple[str, ...]]
+    """Files beside the result itself that `files` may name."""
+    average_drawings: ClassVar[tuple[str, ...]] = ()
+    """Likewise for `average_files`; none where there is no average."""
+    counts_wrong: ClassVar[bool] = False
+    """Whether questions that the model answers wrongly count too."""
+    uses_engine: ClassVar[bool] = False
+
+    def check_settings(self) -> None:
+        """CommandError or TraceError for settings that no model could follow."""
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question that lacks what this reading needs."""
+
+    def compute(self, asked: Asked) -> Any:
+        """The result for one question. ModelError or TraceError if there is none."""
+        raise NotImplementedError
+
+    def files(self, result: Any, prompt: Prompt) -> Files:
+        """Files beside the result itself, for one question."""
+        raise NotImplementedError
+
+    def told(self, result: Any) -> list[str]:
+        """The result in lines for people."""
+        raise NotImplementedError
+
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> Any:
+        """The average of results, which has save, plot and to_dataframe. TraceError if there is none.
+
+        filtered: questions that were left out for a wrong answer.
+        """
+        raise NotImplementedError
+
+    def average_files(self, average: Any) -> Files:
+        """Files beside the average itself."""
+        return {f"{self.name}.png": average.plot, f"{self.name}.csv": lambda path: write_table(average, path)}
+
+    def average_told(self, average: Any) -> list[str]:
+        """The average in lines for people."""
+        raise NotImplementedError
+
+    @property
+    def file(self) -> str:
+        """The name of the file of a result or an average."""
+        return f"{self.name}.safetensors"
+
+    @property
+    def has_average(self) -> bool:
+        """Whether results of several questions are averaged."""
+        return bool(self.average_drawings)
+
+    def settings(self) -> dict[str, Any]:
+        """Name and settings, by which a result that is kept is known again."""
+        return {"reading": self.name, **asdict(self)}
+
+
+def write_table(result: Any, path: Path) -> None:
+    """Writes the result's data frame as CSV."""
+    result.to_dataframe().to_csv(path, index=False)
+
+
+def check_group(name: str, known: Sequence[str]) -> None:
+    """CommandError, with the nearest name, unless this is a known token group or a constraint by its own name."""
+    if name in known or name.startswith("constraint:"):
+        return
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, and positions as numbers"
+    raise CommandError(f"no token group {name!r}; {hint}")
+
+
+def need_image(question: FlowQuestion, analysis: str) -> None:
+    """CommandError for a question without a picture."""
+    if question.image is None:
+        raise CommandError(f"--{analysis} needs a picture; pass --image, or 'image' in the record")
+
+
+def need_constraint(question: FlowQuestion, analysis: str) -> None:
+    """CommandError for a question of which no words are named."""
+    if not question.spans:
+        raise CommandError(
+            f"--{analysis} needs the words of the question that name its subject; pass --constraint, or 'constraint' "
+            "in the record"
+        )

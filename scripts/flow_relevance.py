@@ -1,0 +1,176 @@
+"""multrace flow --relevance: which image tokens the answer rests on, and from which layer on it needs them no more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models import Prompt
+from ..tracing.flow.truncation import truncate_image
+from ..tracing.reading.cam import llava_cam
+from ..tracing.reading.saliency import attention_saliency
+from ..tracing.reading.shares import attention_share
+from ..tracing.results.average_flows import FilteredQuestion
+from ..tracing.results.average_truncations import AverageTruncation, average_truncations
+from ..tracing.results.relevance import RelevanceMap
+from ..tracing.results.saliency import AttentionSaliency
+from ..tracing.results.shares import AttentionShare, AverageShare, average_shares
+from ..tracing.results.truncations import Truncation
+from .errors import CommandError
+from .flow_questions import FlowQuestion
+from .flow_reading import Answered, Asked, Files, Reading, need_image
+
+_FLOWS = 3
+"""How many flows of saliency are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Relevance(Reading):
+    """A reading of the picture."""
+
+    analysis = "relevance"
+
+    def check(self, question: FlowQuestion) -> None:
+        """CommandError for a question without a picture."""
+        need_image(question, self.analysis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cam(_Relevance):
+    """LLaVA-CAM."""
+
+    name = "cam"
+    kind = RelevanceMap
+    drawings = ("cam.png", "cam_overlay.png")
+
+    samples: int
+    seed: int
+
+    def compute(self, asked: Asked) -> RelevanceMap:
+        """Heat of every image token in every layer, for the model's own answer."""
+        options = {"samples": self.samples, "seed": self.seed, "progress": asked.progress}
+        return llava_cam(asked.vlm, asked.prompt, answer=asked.generated or None, **options)
+
+    def files(self, result: RelevanceMap, prompt: Prompt) -> Files:
+        """Maps of all layers, and some over the picture if its tokens form a grid."""
+        over = {"cam_overlay.png": lambda path: result.overlay(path, prompt)} if result.patches else {}
+        return {"cam.png": result.plot, **over}
+
+    def told(self, result: RelevanceMap) -> list[str]:
+        """The layers with heat."""
+        silent = len(result.silent_layers)
+        found = f"heat in {len(result.layers) - silent} of {len(result.layers)} layers"
+        return [f"LLaVA-CAM for {result.answer.strip()!r}: {found}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(_Relevance):
+    """How the last token's attention divides among picture and text."""
+
+    name = "share"
+    kind = AttentionShare
+    drawings = ("share.png",)
+    average_drawings = ("share.png", "share.csv")
+
+    def compute(self, asked: Asked) -> AttentionShare:
+        """Shares in every layer."""
+        return attention_share(asked.vlm, asked.prompt)
+
+    def files(self, result: AttentionShare, prompt: Prompt) -> Files:
+        """Curves by layer."""
+        return {"share.png": result.plot}
+
+    def told(self, result: AttentionShare) -> list[str]:
+        """The picture's share."""
+        return [_share_words(result)]
+
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageShare:
+        """Mean shares."""
+        return average_shares([result for _, result in found])
+
+    def average_told(self, average: AverageShare) -> list[str]:
+        """The picture's mean share."""
+        return [f"{_share_words(average)}, mean over {average.count} prompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency(_Relevance):
+    """Attention times gradient."""
+
+    name = "saliency"
+    kind = AttentionSaliency
+    drawings = ("saliency.png", "saliency_overlay.png")
+
+    def compute(self, asked: Asked) -> AttentionSaliency:
+        """Saliency of every edge into question and last token, for the model's own answer."""
+        return attention_saliency(asked.vlm, asked.prompt, answer=asked.generated or None)
+
+    def files(self, result: AttentionSaliency, prompt: Prompt) -> Files:
+        """Flows between groups by layer, and the strongest layers over the picture if its tokens form a grid."""
+        over = {"saliency_overlay.png": lambda path: result.overlay(path, prompt)} if result.patches else {}
+        return {"saliency.png": result.plot, **over}
+
+    def told(self, result: AttentionSaliency) -> list[str]:
+        """The strongest flows."""
+        peaks = {name: (float(flow.max()), int(flow.argmax())) for name, flow in result.flows.items()}
+        names = sorted(peaks, key=lambda name: -peaks[name][0])[:_FLOWS]
+        words = ["{}: {:.3g} in layer {}".format(name, *peaks[name]) for name in names]
+        return [f"attention x gradient, strongest per edge: {'; '.join(words)}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncated(_Relevance):
+    """Image tokens dropped from each layer on."""
+
+    name = "truncation"
+    kind = Truncation
+    drawings = ("truncation.png", "truncation_overlay.png")
+    average_drawings = ("truncation.png", "truncation.csv")
+    uses_engine = True
+
+    keep: tuple[int | str, ...]
+
+    def check_settings(self) -> None:
+        """CommandError for a negative number of tokens."""
+        if wrong := [each for each in self.keep if isinstance(each, int) and each < 0]:
+            raise CommandError(f"--keep {wrong[0]}: keep 0 image tokens or more, or all")
+
+    def compute(self, asked: Asked) -> Truncation:
+        """Probability and free answer for each layer from which tokens are gone."""
+        return truncate_image(
+            asked.vlm,
+            asked.prompt,
+            keep=self.keep,
+            gold=asked.question.gold,
+            generated=asked.generated,
+            engine=asked.engine,
+            progress=asked.progress,
+        )
+
+    def files(self, result: Truncation, prompt: Prompt) -> Files:
+        """Curves by layer, and which tokens stay if that is some and not all, and they form a grid."""
+        counts = result.kept.sum(-1)
+        is_part = bool(((counts > 0) & (counts < len(result.image_positions))).any())
+        over = {"truncation_overlay.png": lambda path: result.overlay(path, prompt)}
+        return {"truncation.png": result.plot, **(over if is_part and result.patches else {})}
+
+    def told(self, result: Truncation) -> list[str]:
+        """The answer with and without picture, and from which layer on it stays."""
+        return ["image tokens dropped", *result.summary().splitlines()[1:]]
+
+    def average(
+        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
+    ) -> AverageTruncation:
+        """Accuracies and mean probabilities."""
+        return average_truncations([result for _, result in found])
+
+    def average_told(self, average: AverageTruncation) -> list[str]:
+        """Baseline, floor and cliffs."""
+        return average.summary().splitlines()
+
+
+def _share_words(found: AttentionShare | AverageShare) -> str:
+    """The picture's share in the first and last layer, and where it is highest."""
+    shares = found.of("image")
+    layer, ends = int(shares.argmax()), (float(shares[0]), float(shares[-1]))
+    words = f"highest {float(shares[layer]):.1%} in layer {layer}"
+    return f"attention of the last token to the picture: {ends[0]:.1%} in layer 0, {words}, {ends[1]:.1%} in the last"

@@ -1,0 +1,42 @@
+"""Image tokens dropped the slow way: one masked pass per cell, from results of truncation."""
+
+from collections.abc import Sequence
+
+import torch
+from multrace import VisionLanguageModel
+from multrace.models import Prompt
+from multrace.models.cuts import Cut
+from multrace.tracing import Engine
+from multrace.tracing.flow.edges import EdgeCell, EdgeRun
+from multrace.tracing.flow.plain_edges import plain_edges
+from multrace.tracing.flow.truncation import truncate_image
+from multrace.tracing.results.truncations import Truncation
+from torch import Tensor
+
+QUESTION = "Who founded the company in this photo?"
+FAST = Engine(checks=0)
+
+
+def truncated(vlm: VisionLanguageModel, prompt: Prompt, **settings: object) -> Truncation:
+    return truncate_image(vlm, prompt, **{"engine": FAST, "progress": False, "max_new_tokens": 5, **settings})
+
+
+def gone(found: Truncation) -> dict[tuple[int, int], list[int]]:
+    """By place among keeps and layers, the positions that are dropped."""
+    places = torch.tensor(found.image_positions)
+    return {
+        (row, column): places[~found.kept[row, column]].tolist()
+        for row in range(len(found.keep))
+        for column in range(len(found.layers))
+    }
+
+
+def masked_logits(
+    vlm: VisionLanguageModel, embeddings: Tensor, dropped: Sequence[int], first: int, count: int
+) -> Tensor:
+    """(token, vocab): the last logits of a masked pass in which these tokens are hidden from all but themselves."""
+    length = embeddings.shape[1]
+    rest = frozenset(range(length)) - set(dropped)
+    cell = EdgeCell(cut=Cut(sources=frozenset(dropped), targets=rest), first=first, last=vlm.layers - 1)
+    run = EdgeRun(embeddings=embeddings, scored=tuple(range(length - count, length)))
+    return plain_edges(vlm, run, [cell], lambda logits: logits.flatten(1))[0].reshape(count, -1)

@@ -1,0 +1,292 @@
+"""Answer emergence as a result: what it says about words, files, tables, pictures and averages over prompts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from multrace.data import World
+from multrace.tracing import TraceError
+from multrace.tracing.reading.lens import answer_emergence
+from multrace.tracing.results.average_emergence import QUANTITIES, AverageEmergence, average_emergences
+from multrace.tracing.results.emergence import NORMS, AnswerEmergence
+from multrace.tracing.results.followed import FollowedTokens
+from PIL import Image
+
+LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"
+FALSE_LOWER = "false option, lower case"
+
+
+def by_hand(ranks: list[list[int]], roles: tuple[tuple[str, ...], ...], **changes: object) -> AnswerEmergence:
+    """An emergence at one position with these ranks (state, followed token), alike with and without the norm."""
+    values = torch.tensor(ranks)[None, None].repeat(2, 1, 1, 1)
+    states, count = len(ranks), len(roles)
+    followed = FollowedTokens(
+        ids=tuple(range(count)),
+        texts=tuple(f" w{index}$" for index in range(count)),
+        words=tuple((f"w{index}$",) for index in range(count)),
+        roles=roles,
+    )
+    top = torch.arange(3).repeat(2, 1, states, 1)
+    fields = {
+        "model": "some-model",
+        "revision": None,
+        "question": "Who $costs$?",
+        "tokens": ("Who", "\n", ":"),
+        "positions": (2,),
+        "position_roles": ("last",),
+        "answer": "w0",
+        "is_own_answer": True,
+        "foil": None,
+        "followed": followed,
+        "probabilities": 0.9 / values.double(),
+        "ranks": values,
+        "top_ids": top,
+        "top_probabilities": torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).expand(2, 1, states, 3),
+        "texts": {str(index): f" w{index}$" for index in range(max(3, count))},
+    }
+    return AnswerEmergence(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def read_fact(tiny_vlm):
+    """Reads a fact of the world by its number, at the constraint and the last position or as asked."""
+    world = World()
+
+    def read(number: int, **options: object) -> AnswerEmergence:
+        fact = world.facts[number]
+        record = world.question(fact)
+        prompt = tiny_vlm.prompt(
+            world.picture(world.entities[fact.entity], 5).image, record.question, constraint=record.constraint
+        )
+        return answer_emergence(tiny_vlm, prompt, progress=False, **{"answer": record.answer, **options})
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def emergence(read_fact) -> AnswerEmergence:
+    """A real one with several positions, a foil and a further word."""
+    return read_fact(0, positions=["last", "constraint"], foil="Sallez Kimrer", words=["red", 7], top=4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "first"),
+    [([1, 1, 1], -1), ([9, 1, 1], 0), ([1, 2, 1], 1), ([1, 1, 2], None), ([3, 2, 2], None)],
+)
+def test_the_first_layer_is_where_it_leads_to_the_end(ranks, first):
+    assert by_hand([[rank, 5] for rank in ranks], ((LOWER,), (FALSE_LOWER,))).first_layer("w0$") == first
+
+
+def test_words_roles_and_ids_name_the_same_token(emergence):
+    index = emergence.followed.index(CAPITALISED)
+    for name in (emergence.answer, CAPITALISED, emergence.followed.ids[index]):
+        for position in (0, "last"):
+            for norm in NORMS:
+                row = NORMS.index(norm), 0, slice(None), index
+                asked = {"position": position, "norm": norm}
+                assert torch.equal(emergence.probability(name, **asked), emergence.probabilities[row])
+                assert torch.equal(emergence.rank(name, **asked), emergence.ranks[row])
+    assert emergence.followed.roles[emergence.followed.index(7)] == ("token 7",)
+    with pytest.raises(TraceError, match="'blue' was not followed; followed are the words .*red.*words="):
+        emergence.rank("blue")
+    for position in (99, "question", -99):
+        with pytest.raises(TraceError, match=f"position {position!r} was not read; pass a number from 0 to"):
+            emergence.rank("red", position=position)
+
+
+def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(emergence):
+    for norm in NORMS:
+        for layer in emergence.layers:
+            tokens = emergence.top(layer, position="last", norm=norm)
+            assert len(tokens) == 4 and sorted(tokens, key=lambda each: -each[2]) == list(tokens)
+            leads = int(emergence.rank(CAPITALISED, norm=norm)[layer + 1]) == 1
+            assert leads == (tokens[0][0] == emergence.followed.ids[emergence.followed.index(CAPITALISED)])
+    assert emergence.top(emergence.layers[-1])[0][1].strip() == emergence.answer.split()[0]
+    with pytest.raises(TraceError, match=r"no layer 8; layers were read from -1 \(the embedding\) to 7"):
+        emergence.top(8)
+
+
+def test_saved_and_loaded_it_is_the_same(emergence, tmp_path):
+    again = AnswerEmergence.load(emergence.save(tmp_path / "deep" / "e.safetensors"))
+    for name in AnswerEmergence.__dataclass_fields__:
+        new, old = getattr(again, name), getattr(emergence, name)
+        if isinstance(old, torch.Tensor):
+            assert new.dtype == old.dtype and torch.equal(new, old), name
+        else:
+            assert new == old and repr(new) == repr(old), name
+    broken = replace(emergence, ranks=emergence.ranks[:, :1])
+    with pytest.raises(TraceError, match="its tensors are of other shapes than its positions"):
+        AnswerEmergence.load(broken.save(tmp_path / "broken.safetensors"))
+    with pytest.raises(TraceError, match="holds 'multrace answer emergence 1', not 'multrace average emergence 1'"):
+        AverageEmergence.load(tmp_path / "deep" / "e.safetensors")
+
+
+def test_the_table_has_a_line_for_every_number(emergence):
+    frame = emergence.to_dataframe()
+    columns = ["norm", "position_role", "position", "token", "layer", "state", "token_id", "text", "words", "roles"]
+    assert list(frame) == [*columns, "probability", "rank"]
+    assert len(frame) == emergence.probabilities.numel()
+    assert frame["probability"].tolist() == emergence.probabilities.flatten().tolist()
+    assert frame["rank"].tolist() == emergence.ranks.flatten().tolist()
+    is_here = ~frame["norm"] & (frame["position_role"] == "constraint 2")
+    chosen = frame[is_here & frame["roles"].str.contains(CAPITALISED)]
+    assert chosen["layer"].tolist() == list(range(-1, 8))
+    assert chosen["state"].tolist() == ["embedding", *(f"layer {layer}" for layer in range(8))]
+    place = emergence.position_roles.index("constraint 2")
+    assert set(chosen["position"]) == {emergence.positions[place]}
+    assert set(chosen["token"]) == {emergence.tokens[emergence.positions[place]]}
+    assert set(chosen["words"]) == {emergence.answer}
+    wanted = emergence.probability(CAPITALISED, position="constraint 2", norm=False)
+    assert chosen["probability"].tolist() == wanted.tolist()
+
+
+def test_the_table_of_likeliest_tokens_has_a_line_for_every_one(emergence):
+    frame = emergence.top_dataframe()
+    assert frame["token_id"].tolist() == emergence.top_ids.flatten().tolist()
+    chosen = frame[frame["norm"] & (frame["position_role"] == "last") & (frame["layer"] == 3)]
+    assert chosen["place"].tolist() == [1, 2, 3, 4]
+    rows = zip(chosen["token_id"], chosen["text"], chosen["probability"], strict=True)
+    assert tuple(rows) == emergence.top(3)
+
+
+def labels(path: Path) -> str:
+    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
+    return path.read_text(encoding="utf-8")
+
+
+def colours(path: Path) -> int:
+    """How many colours a PNG has."""
+    with Image.open(path) as image:
+        assert min(image.size) > 400
+        return len(image.convert("RGB").getcolors(1_000_000))
+
+
+def test_lines_are_drawn_for_every_followed_token_and_both_norms(emergence, tmp_path):
+    text = labels(emergence.plot(tmp_path / "lines.svg"))
+    for label in ("with the final norm", "without the final norm", "red (word red)", emergence.question, "rank"):
+        assert f"<!-- {label} -->" in text, label
+    assert text.count("<!-- rank -->") == 2 and "read at last (':')" in text
+    assert "constraint 1" in labels(emergence.plot(tmp_path / "other.svg", position="constraint 1"))
+    assert colours(emergence.plot(tmp_path / "lines.png")) > 100
+    with pytest.raises(TraceError, match="no format '.bmp'"):
+        emergence.plot(tmp_path / "lines.bmp")
+
+
+def test_dollars_underscores_and_line_breaks_are_drawn(tmp_path):
+    odd = by_hand([[5, 9], [1, 3]], ((LOWER, CAPITALISED), (FALSE_LOWER,)), positions=(1,))
+    odd = replace(odd, followed=replace(odd.followed, texts=(" w0$", "_name")))
+    text = labels(odd.plot(tmp_path / "odd.svg"))
+    assert f"w0$ ({LOWER};" in text and "Who $costs$?" in text and f"_name ({FALSE_LOWER})" in text
+    assert "w0$" in labels(odd.plot_tokens(tmp_path / "odd_tokens.svg")) and "↵" in labels(tmp_path / "odd_tokens.svg")
+
+
+def test_the_table_of_tokens_frames_the_answer(emergence, tmp_path):
+    text = labels(emergence.plot_tokens(tmp_path / "tokens.svg"))
+    for label in ("embedding", "layer 7", "constraint 2", "last", "probability"):
+        assert f"<!-- {label} -->" in text, label
+    framed = text.count("stroke: #d55e00")
+    answers = {emergence.followed.ids[emergence.followed.index(role)] for role in (LOWER, CAPITALISED)}
+    assert framed == sum(token in answers for token in emergence.top_ids[0, :, :, 0].flatten().tolist()) > 0
+    only = emergence.plot_tokens(tmp_path / "only.svg", norm=False, positions=["last"])
+    assert "constraint 2" not in labels(only) and "without the final norm" in labels(only)
+    assert colours(emergence.plot_tokens(tmp_path / "tokens.png")) > 100
+    with pytest.raises(TraceError, match="cannot draw 61 positions in one table; pass positions= with 1 to 60"):
+        emergence.plot_tokens(tmp_path / "none.svg", positions=[0] * 61)
+
+
+def test_averages_are_means_over_prompts_by_role():
+    one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
+    two = by_hand([[1, 1000], [1, 10]], ((LOWER, CAPITALISED), ("word red",)), question="What?")
+    three = by_hand([[10, 4], [2, 8]], ((CAPITALISED,), (LOWER,)))
+    average = average_emergences([one, two, three])
+    assert average.roles == (LOWER, CAPITALISED, FALSE_LOWER, "word red") and average.count == 3
+    assert average.layers == (-1, 0) and average.questions == ("Who $costs$?", "What?", "Who $costs$?")
+    assert average.mean(LOWER, "share").tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert average.mean(LOWER).tolist() == pytest.approx([0.9 * (0.01 + 1 + 0.25) / 3, 0.9 * (1 + 1 + 1 / 8) / 3])
+    logs = torch.tensor([100.0, 1, 4]).log10()
+    assert float(average.mean(LOWER, "log_rank")[0]) == pytest.approx(float(logs.mean()), rel=1e-6)
+    low, high = average.interval(LOWER, "log_rank")
+    middle, half = float(logs.mean()), 4.30265 * float(logs.std()) / 3**0.5  # Student's t, two degrees of freedom
+    assert (float(low[0]), float(high[0])) == pytest.approx((middle - half, middle + half), rel=1e-5)
+    assert average.mean(CAPITALISED, "share").tolist() == [0.5, 0.5]  # of the two prompts that have it
+    assert all(end.isnan().all() for end in average.interval(FALSE_LOWER))  # one prompt has no spread
+
+
+def test_the_average_of_one_is_itself_without_an_interval(emergence, tmp_path):
+    average = average_emergences([emergence])
+    assert average.position_role == "last"
+    for norm in NORMS:
+        assert torch.equal(average.mean(CAPITALISED, norm=norm), emergence.probability(CAPITALISED, norm=norm))
+    with pytest.raises(TraceError, match="an interval needs at least two"):
+        average.interval(CAPITALISED)
+    assert average.to_dataframe()["low"].isna().all()
+    assert colours(average.plot(tmp_path / "one.png")) > 50
+
+
+def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fact, tmp_path):
+    # every answer here is a name; none of them is the foil's
+    found = [read_fact(number, foil="horse") for number in range(0, 360, 40)]
+    names = [each for each in found if each.answer[0].isupper()]
+    average = average_emergences(names)
+    assert len(names) >= 5
+    probability, foil = average.mean(CAPITALISED), average.mean(FALSE_LOWER)
+    low, _ = average.interval(CAPITALISED)
+    assert probability[0] < 0.05 and float(low[-1]) > 0.3
+    assert average.mean(CAPITALISED, "share")[-1] >= 0.8 and average.mean(CAPITALISED, "share")[0] <= 0.2
+    assert foil.max() < 0.05 and not average.mean(FALSE_LOWER, "share").any()
+    text = labels(average.plot(tmp_path / "average.svg"))
+    for label in (LOWER, CAPITALISED, FALSE_LOWER, "share of prompts, likeliest"):
+        assert f"<!-- {label} -->" in text, label
+    assert "95% intervals" in text
+
+
+def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
+    one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
+    two = by_hand([[7, 1000], [3, 10]], ((LOWER,), ("word red",)))
+    average = average_emergences([one, two])
+    again = AverageEmergence.load(average.save(tmp_path / "average.safetensors"))
+    pd.testing.assert_frame_equal(again.to_dataframe(), average.to_dataframe())
+    for name in AverageEmergence.__dataclass_fields__:
+        new, old = getattr(again, name), getattr(average, name)
+        if isinstance(old, torch.Tensor):
+            assert new.dtype == old.dtype and torch.equal(new.nan_to_num(7), old.nan_to_num(7)), name
+        else:
+            assert new == old, name
+    frame = average.to_dataframe()
+    assert len(frame) == 2 * 2 * 3 * len(QUANTITIES)
+    line = frame[frame["norm"] & (frame["layer"] == 0) & (frame["role"] == LOWER) & (frame["quantity"] == "log_rank")]
+    low, high = average.interval(LOWER, "log_rank")
+    wanted = [float(average.mean(LOWER, "log_rank")[1]), float(low[1]), float(high[1]), 2]
+    assert line[["mean", "low", "high", "n"]].iloc[0].tolist() == wanted
+    assert set(frame[frame["role"] == "word red"]["n"]) == {1}
+    broken = replace(average, questions=("one",))
+    with pytest.raises(TraceError, match="other shapes than its prompts and roles"):
+        AverageEmergence.load(broken.save(tmp_path / "broken.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "another"}, r"differ in their model \(some-model and another\)"),
+        ({"revision": "abc"}, "differ in their revision"),
+        ({"position_roles": ("question 1",)}, r"differ in their first position \(last and question 1\)"),
+    ],
+)
+def test_what_is_not_alike_is_not_averaged(changes, message):
+    one = by_hand([[1], [1]], ((LOWER,),))
+    with pytest.raises(TraceError, match=message):
+        average_emergences([one, replace(one, **changes)])
+
+
+def test_other_numbers_of_layers_no_prompts_and_unknown_names_are_refused():
+    one, deeper = by_hand([[1], [1]], ((LOWER,),)), by_hand([[1], [1], [1]], ((LOWER,),))
+    with pytest.raises(TraceError, match=r"differ in their number of layers \(1 and 2\)"):
+        average_emergences([one, deeper])
+    with pytest.raises(TraceError, match="no emergences to average"):
+        average_emergences([])
+    with pytest.raises(TraceError, match=f"no role 'foil' in this average; it has {LOWER}"):
+        average_emergences([one]).mean("foil")
+    with pytest.raises(TraceError, match="no quantity 'rank' in this average; it has probability, share, log_rank"):
+        average_emergences([one]).mean(LOWER, "rank")

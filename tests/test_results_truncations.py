@@ -1,0 +1,283 @@
+"""Results of truncation: work by the formulae, accuracies, cliffs on made-up answers, files and figures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from multrace.tracing import EngineReport, TraceError
+from multrace.tracing.results.average_truncations import AverageTruncation, average_truncations
+from multrace.tracing.results.proportions import wilson_interval
+from multrace.tracing.results.truncation_costs import operations_kept, tokens_kept
+from multrace.tracing.results.truncations import Truncation
+from PIL import Image
+
+LAYERS = 6
+RIGHT, WRONG = "red", "blue"
+
+
+def double(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def truncation_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **changes: object) -> Truncation:
+    """One question about a picture of four tokens, answered rightly where that is asked; probability 0.9, else 0.1."""
+    count, layers = len(right), len(right[0])
+    kept = torch.zeros(count, layers, 4, dtype=torch.bool)
+    for row in range(1, count):
+        kept[row, :, : row] = True
+    truth = double(right)
+    made = Truncation(
+        model="some-org/some-vlm",
+        revision=None,
+        question="What $colour$ is it?",
+        input_ids=(1, 9, 9, 9, 9, 5, 6, 7),
+        answer=RIGHT,
+        answer_ids=(30, 31),
+        layers=tuple(range(layers)),
+        image_positions=(1, 2, 3, 4),
+        patches=((1, 0, 0, 0), (2, 0, 1, 0), (3, 1, 0, 0), (4, 1, 1, 0)),
+        depth=layers,
+        keep=tuple(range(count)),
+        kept=kept,
+        scores=("first token", "answer"),
+        gold="Red.",
+        baseline=double([0.9, 0.8]),
+        floor=double([0.1, 0.05]),
+        probabilities=torch.stack([0.1 + 0.8 * truth, 0.05 + 0.75 * truth]),
+        baseline_answer=RIGHT,
+        floor_answer=WRONG,
+        answers=tuple(tuple(RIGHT if each else WRONG for each in row) for row in right),
+        token_operations=(1000,) * layers,
+        pair_operations=64,
+        engine=EngineReport(engine="replay", cells=6, checked_cells=2, largest_difference=1e-7 / 3),
+    )
+    return replace(made, **changes)
+
+
+def texts(path: Path) -> str:
+    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
+    return path.read_text(encoding="utf-8")
+
+
+# One question
+
+
+def test_right_answers_are_those_of_the_gold_answer():
+    found = truncation_of()
+    assert found.is_right.tolist() == [[False, False, True, True, True, True]]
+    assert (found.baseline_is_right, found.floor_is_right) == (True, False)
+    unknown = truncation_of(gold=None)
+    assert (unknown.is_right, unknown.baseline_is_right, unknown.floor_is_right) == (None, None, None)
+    assert truncation_of(gold=WRONG).is_right.tolist() == [[True, True, False, False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("right", "layer"),
+    [((0, 0, 1, 1, 1, 1), 2), ((1, 0, 1, 0, 1, 1), 4), ((1, 1, 1, 1, 1, 1), 0), ((1, 1, 1, 1, 1, 0), None)],
+)
+def test_the_answer_settles_where_it_changes_no_more(right, layer):
+    found = truncation_of((right,))
+    assert found.settled_from() == layer
+    words = "changes the answer even from layer 5" if layer is None else f"the answer stays from layer {layer} on"
+    assert words in found.summary()
+
+
+def test_work_is_what_counting_token_by_token_gives():
+    found = truncation_of(((0,) * 6, (1,) * 6), token_operations=(1000, 2000, 3000, 4000, 5000, 6000))
+    for row, dropped in enumerate((4, 3)):
+        for layer in range(LAYERS):
+            left = [8 if each < layer else 8 - dropped for each in range(LAYERS)]
+            cost = sum(
+                own * found.token_operations[number] + 64 * sum(range(own + 1)) for number, own in enumerate(left)
+            )
+            whole = sum(8 * each + 64 * sum(range(9)) for each in found.token_operations)
+            assert float(found.tokens_kept()[row, layer]) == pytest.approx(sum(left) / 48)
+            assert float(found.operations_kept()[row, layer]) == pytest.approx(cost / whole)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    work = {"length": 8, "token_operations": (7, 7), "pair_operations": 3}
+    assert float(tokens_kept(nothing, (0,), length=8, depth=2)) == float(operations_kept(nothing, (0,), **work)) == 1
+
+
+def test_a_truncation_says_what_it_found():
+    text = truncation_of().summary()
+    assert "with every image token: p('red', first token) = 0.9; it says 'red', right" in text
+    assert "with none in any layer: p('red', first token) = 0.1; it says 'blue', not 'Red.'" in text
+    assert "all image tokens dropped: the answer stays from layer 2 on, which saves 3" in text
+    assert "p('red') = 0.8" in truncation_of().summary("answer")
+    with pytest.raises(TraceError, match="no score 'last' in this truncation: it holds 'first token', 'answer'"):
+        truncation_of().summary("last")
+    with pytest.raises(TraceError, match="no keep 7 in this truncation: it holds 0"):
+        truncation_of().settled_from(7)
+
+
+def test_a_truncation_comes_back_from_its_file(tmp_path):
+    found = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
+    back = Truncation.load(found.save(tmp_path / "truncation.safetensors"))
+    assert back.summary() == found.summary() and back.engine == found.engine
+    assert torch.equal(back.kept, found.kept) and torch.equal(back.probabilities, found.probabilities)
+    assert (back.keep, back.layers, back.answers) == (found.keep, found.layers, found.answers)
+    pd.testing.assert_frame_equal(back.to_dataframe(), found.to_dataframe())
+    broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
+    with pytest.raises(TraceError, match="of other shapes than its keeps, layers and scores"):
+        Truncation.load(broken)
+    with pytest.raises(TraceError, match="not 'multrace average truncation 1'"):
+        AverageTruncation.load(tmp_path / "truncation.safetensors")
+
+
+def test_the_table_has_a_line_per_score_keep_and_layer():
+    frame = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6)).to_dataframe()
+    assert len(frame) == 2 * 2 * LAYERS
+    line = frame[(frame.score == "answer") & (frame.keep == 0) & (frame.layer == 2)].iloc[0]
+    assert (line.answer, line.is_right, line.dropped) == (RIGHT, True, 4)
+    assert (line.probability, line.baseline, line.floor) == pytest.approx((0.8, 0.8, 0.05))
+    assert line.tokens_kept == pytest.approx((8 * 2 + 4 * 4) / 48)
+    assert truncation_of(gold=None).to_dataframe().is_right.isna().all()
+
+
+def test_pictures_show_curves_levels_and_savings(tmp_path):
+    found = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6))
+    text = texts(found.plot(tmp_path / "one.svg"))
+    shown = ["all image tokens dropped", "best 1 image token kept", "What $colour$ is it?", "first token's probability"]
+    for words in [*shown, "every image token (baseline)", "no image token at all (floor)", "saved"]:
+        assert f"<!-- {words} -->" in text, words
+    assert found.plot(tmp_path / "one.png", "answer").stat().st_size > 3000
+    with pytest.raises(TraceError, match="no format '.gif'"):
+        found.plot(tmp_path / "one.gif")
+
+
+def asked_about(prompt: object, kept: Callable[[torch.Tensor], torch.Tensor], **changes: object) -> Truncation:
+    """A truncation of a real prompt in which these image tokens stay."""
+    image = prompt.groups["image"]
+    patches = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
+    stays = kept(torch.arange(len(image))).expand(1, LAYERS, -1)
+    place = {"image_positions": image, "patches": patches, "input_ids": tuple(prompt.inputs["input_ids"][0].tolist())}
+    return truncation_of(kept=stays, keep=(int(stays[0, 0].sum()),), **place, **changes)
+
+
+def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, other_photo):
+    prompt = random_llava_llama.prompt(photo, "What is it?")
+    pictures = []
+    for number in (4, 8):
+        found = asked_about(prompt, lambda places, number=number: places < number)
+        with Image.open(found.overlay(tmp_path / f"{number}.png", prompt, layers=(0, 3))) as image:
+            pictures.append(image.convert("RGB").tobytes())
+    assert pictures[0] != pictures[1]
+    text = texts(found.overlay(tmp_path / "o.svg", prompt))
+    assert "<!-- from layer 0 on -->" in text and "<!-- Image tokens that stay: the best 8 of 16 -->" in text
+    with pytest.raises(TraceError, match=r"no layers \(9,\) here"):
+        found.overlay(tmp_path / "o.svg", prompt, layers=(9,))
+    with pytest.raises(TraceError, match="of another prompt"):
+        found.overlay(tmp_path / "o.svg", random_llava_llama.prompt(other_photo, "Who?"))
+    with pytest.raises(TraceError, match="stay here all or none"):
+        asked_about(prompt, lambda places: places < 0).overlay(tmp_path / "o.svg", prompt)
+
+
+# Averages
+
+
+def average_of(curves: Sequence[Sequence[bool]], **changes: object) -> AverageTruncation:
+    return average_truncations([truncation_of((curve,), **changes) for curve in curves])
+
+
+def test_accuracies_are_shares_of_right_answers_with_wilsons_interval():
+    average = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 0, 1, 1), (0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)])
+    assert average.accuracy()[0].tolist() == [0.25, 0.5, 0.75, 0.75, 1.0, 1.0]
+    assert (average.baseline_accuracy, average.floor_accuracy, average.graded) == (1.0, 0.0, 4)
+    low, high = average.accuracy_interval()
+    assert (float(low[0, 1]), float(high[0, 1])) == pytest.approx((0.1500, 0.8500), abs=1e-4)
+    assert float(average.probability()[0, 1]) == pytest.approx(0.5)
+    assert float(average.probability("answer")[0, 5]) == pytest.approx(0.8)
+    assert average.changed(0, 3) == (1, 0) and average.changed(0, 5) == (0, 0)
+
+
+def test_wilsons_interval_is_the_textbooks():
+    low, high = wilson_interval(double([1.0, 0.5, 0.0, 0.2, torch.nan]), torch.tensor([10, 10, 10, 50, 0]))
+    assert low.tolist()[:4] == pytest.approx([0.7225, 0.2366, 0.0, 0.1124], abs=1e-4)
+    assert high.tolist()[:4] == pytest.approx([1.0, 0.7634, 0.2775, 0.3304], abs=1e-4)
+    assert low[4].isnan() and high[4].isnan()
+
+
+@pytest.mark.parametrize(
+    ("lost", "tolerance", "cliff"),
+    [
+        ((9, 5, 0, 0, 0, 0), 0.01, 2),
+        ((9, 5, 1, 0, 0, 0), 0.01, 3),
+        ((9, 5, 1, 0, 0, 0), 0.1, 2),  # as much as may be lost, in spite of rounding
+        ((0, 0, 0, 0, 1, 0), 0.01, 5),  # before it falls again does not count
+        ((0, 0, 0, 0, 0, 0), 0.0, 0),
+        ((0, 0, 0, 0, 0, 1), 0.01, None),
+    ],
+)
+def test_the_cliff_is_where_dropping_hurts_no_more(lost, tolerance, cliff):
+    average = average_of([[number >= each for each in lost] for number in range(10)])
+    assert average.accuracy()[0].tolist() == pytest.approx([1 - each / 10 for each in lost])
+    assert average.cliff_layer(tolerance=tolerance) == cliff
+    assert average.cliff_layer(tolerance=0.8 * tolerance + 1e-12, by="probability") == cliff
+    assert average.cliff_layer(tolerance=1.0) == 0
+    words = "is hurt even from layer 5" if cliff is None else f"accuracy holds from layer {cliff} on"
+    assert words in average.summary(tolerance)
+
+
+def test_the_cliff_is_measured_from_the_baseline_not_from_one():
+    curves = [(0, 0, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)]
+    asked = [truncation_of((curve,), baseline_answer=RIGHT if curve[-1] else WRONG) for curve in curves]
+    assert average_truncations(asked).cliff_layer() == 2
+    asked[1] = replace(asked[1], baseline_answer=RIGHT)
+    assert average_truncations(asked).cliff_layer() is None
+
+
+def test_questions_without_a_right_answer_count_for_probabilities_only():
+    known, unknown = truncation_of(), truncation_of(((1, 1, 1, 1, 1, 1),), gold=None)
+    mixed, none = average_truncations([known, unknown]), average_truncations([unknown, unknown])
+    assert (mixed.count, mixed.graded, none.graded) == (2, 1, 0)
+    assert mixed.accuracy()[0].tolist() == [0, 0, 1, 1, 1, 1]
+    assert mixed.probability()[0, 0] == pytest.approx(0.5)
+    assert "(of 1 with a right answer)" in mixed.summary()
+    assert none.cliff_layer(by="probability") == 0 and "accuracy" not in none.summary()
+    with pytest.raises(TraceError, match="no right answers are known here.*pass gold="):
+        none.cliff_layer()
+
+
+def test_unlike_truncations_are_not_averaged():
+    with pytest.raises(TraceError, match="no truncations to average"):
+        average_truncations([])
+    with pytest.raises(TraceError, match=r"differ in their keep \(\(0,\) and \(3,\)\)"):
+        average_truncations([truncation_of(), truncation_of(keep=(3,))])
+    average = average_of([(0, 0, 1, 1, 1, 1)])
+    with pytest.raises(TraceError, match="tolerance=-1 is negative"):
+        average.cliff_layer(tolerance=-1)
+    with pytest.raises(TraceError, match="no measure 'size'"):
+        average.cliff_layer(by="size")
+    with pytest.raises(TraceError, match="no layer 9 in this average"):
+        average.changed(0, 9)
+
+
+def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
+    average = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1)])
+    back = AverageTruncation.load(average.save(tmp_path / "average.safetensors"))
+    assert back.summary() == average.summary()
+    frame = back.to_dataframe()
+    pd.testing.assert_frame_equal(frame, average.to_dataframe())
+    line = frame[(frame.score == "answer") & (frame.layer == 1)].iloc[0]
+    assert (line.accuracy, line.baseline_accuracy, line.floor_accuracy, line.n) == (0.5, 1.0, 0.0, 2)
+    assert 0 < line.low < 0.5 < line.high < 1 and line.baseline == pytest.approx(0.8)
+    broken = replace(average, floor=average.floor[:1]).save(tmp_path / "broken.safetensors")
+    with pytest.raises(TraceError, match="of other shapes than its questions"):
+        AverageTruncation.load(broken)
+
+
+def test_the_picture_of_an_average_marks_the_cliff(tmp_path):
+    asked = [truncation_of(((0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1))), truncation_of(((0, 1, 1, 1, 1, 1), (1,) * 6))]
+    average = average_truncations(asked)
+    text = texts(average.plot(tmp_path / "a.svg"))
+    shown = ["all image tokens dropped, cliff at layer 2", "best 1 image token kept, cliff at layer 1", "accuracy"]
+    for words in [*shown, "Image tokens dropped, 2 questions", "Accuracy; bands: 95% intervals"]:
+        assert f"<!-- {words} -->" in text, words
+    text = texts(average.plot(tmp_path / "p.svg", "probability", score="answer"))
+    assert "<!-- mean probability of the whole answer -->" in text
+    hurt = average_of([(1, 1, 1, 1, 1, 0)])
+    assert "cliff" not in texts(hurt.plot(tmp_path / "h.svg"))
+    assert hurt.plot(tmp_path / "h.png", "probability").stat().st_size > 3000  # one question has no band
