@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,13 @@ class CutSpan:
     heads: int
     """Query heads of the model."""
     device: torch.device
-    _cache: dict[object, object] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def rows(self, cuts: Sequence[Cut | None]) -> "CutRows":
         """The span for a call whose rows lack these edges."""
-        return CutRows(span=self, entries=tuple(0 if cut is None else self.cuts.index(cut) + 1 for cut in cuts))
+        if "numbers" not in self._cache:
+            self._cache["numbers"] = {None: 0} | {cut: number for number, cut in enumerate(self.cuts, 1)}
+        return CutRows(span=self, entries=tuple(map(self._cache["numbers"].__getitem__, cuts)))
 
     def job(self, layer: int, read: Sequence[int] | None, entries: Sequence[int]) -> Job:
         """How a call attends whose rows have these entries (0: no cut, else the cut's number from 1)."""

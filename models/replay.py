@@ -204,6 +204,7 @@ class Replay:
         if job is None:
             if self._witness is not None:
                 self._witness.attends(module, (key, value, attention_mask), keywords)
+                self._kernels_for(query, key)  # probed once, while recording, and not in the first replayed layer
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
             )
@@ -213,13 +214,17 @@ class Replay:
         key, value = job.given or job.found
         segments = [*job.segments, *job.own(key, value)]
         self.work.pairs += query.shape[2] * sum(each.keys.shape[2] * each.seeing(len(query)) for each in segments)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = merged_attention(query, segments, scale=scale, kernels=self._kernels_for(query, key))
+        return output.transpose(1, 2).contiguous(), None
+
+    def _kernels_for(self, query: Tensor, key: Tensor) -> Kernels:
+        """What passed the self-test for tensors like these."""
         shape = query.shape[1], key.shape[1], query.shape[3]
         if shape not in self._kernels:
             sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
             self._kernels[shape] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = merged_attention(query, segments, scale=scale, kernels=self._kernels[shape])
-        return output.transpose(1, 2).contiguous(), None
+        return self._kernels[shape]
 
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """The layer's output, with its attention done as the job says."""

@@ -27,7 +27,7 @@ from .options import add_options, option, read
 HELP = "time attention knockout against one model call per cell"
 EXAMPLE = """examples:
   multrace bench flow --quick                             a small model, about a minute
-  multrace bench flow --json out/flow.json                the whole table (some five minutes on two cores)
+  multrace bench flow --json out/flow.json                the whole table (some six minutes on one core)
   multrace bench flow --flows "-> last" dropped           only rows whose label holds one of these
   multrace bench flow --shape llava-7b --device cuda:0    LLaVA-1.5-7B's sizes, random bfloat16 weights
 """

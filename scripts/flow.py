@@ -22,7 +22,7 @@ EXAMPLE = """examples:
   multrace flow --records csv/ChooseAttr.csv --images gqa/images --limit 100 --model llava-hf/llava-1.5-7b-hf
 
 One question: files in OUT, each NAME.safetensors with its pictures:
-  --knockout       knockout.safetensors, .png (all flows overlaid) and .csv
+  --knockout       knockout.safetensors, .png (all flows overlaid, at most the strongest 12) and .csv
   --lens           lens.safetensors, .png and lens_tokens.png (the likeliest token at each position)
   --contributions  contributions.safetensors and .png (to the last token); image_to_constraint.safetensors and .png
                    (over the picture), image_tokens.png (by index of the image token)

@@ -55,7 +55,8 @@ class AskingOptions(ModelOptions):
         metavar="N",
     )
     degrade: bool = option(
-        "damage all pictures with noise until a third of the answers is wrong, so that failure can be predicted",
+        "with --contributions: damage all pictures with noise until a third of the answers is wrong, so that there is "
+        "failure to predict",
         default=False,
         action="store_true",
     )

@@ -17,6 +17,8 @@ _BOXED = ("object", "other patches")
 _NAMED = ("constraint", "constraint_last")
 _GROUPS = ("image", "question", "question_only", "last", "all", "separators", "system", "template", *_NAMED, *_BOXED)
 _GROUPS += ("object words", "true option", "false option", "options", "question without options")
+_DRAWN = 12
+"""How many flows one picture can show; heads, each on its own, make many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,15 @@ class Knockout(Reading):
         )
 
     def files(self, result: InformationFlow, prompt: Prompt) -> Files:
-        """All flows overlaid, and every number."""
-        return {"knockout.png": result.plot, "knockout.csv": lambda path: write_table(result, path)}
+        """The flows overlaid, and every number."""
+        return {
+            "knockout.png": lambda path: result.plot(path, flows=_strongest(result)),
+            "knockout.csv": lambda path: write_table(result, path),
+        }
 
     def told(self, result: InformationFlow) -> list[str]:
         """The strongest change of each flow, and how it was computed."""
-        return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}"]
+        return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}", *_left_undrawn(result)]
 
     def average(
         self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
@@ -84,11 +89,27 @@ class Knockout(Reading):
         """Mean changes; what was left out has been left out before."""
         return average_flows([result for _, result in found], only_right=False, filtered=filtered)
 
+    def average_files(self, average: AverageFlow) -> Files:
+        """The flows overlaid, and every number."""
+        drawing = {"knockout.png": lambda path: average.plot(path, flows=_strongest(average))}
+        return super().average_files(average) | drawing
+
     def average_told(self, average: AverageFlow) -> list[str]:
         """The strongest mean change of each flow, and the questions that were left out."""
-        return average.summary().splitlines()
+        return [*average.summary().splitlines(), *_left_undrawn(average)]
 
     def _groups(self) -> list[str]:
         """Token groups that the flows name."""
         flows = [parse_flow(flow) for flow in self.flows or ()]
         return [each for flow in flows for each in (flow.source, flow.target) if isinstance(each, str)]
+
+
+def _strongest(found: InformationFlow | AverageFlow) -> tuple[str, ...]:
+    """The flows to draw, in their order: all, or those that change the answer most."""
+    peaks = found.change().nan_to_num(nan=0).abs().flatten(1).amax(1)
+    return tuple(found.flows[index] for index in sorted(peaks.topk(min(_DRAWN, len(peaks))).indices.tolist()))
+
+
+def _left_undrawn(found: InformationFlow | AverageFlow) -> list[str]:
+    count = len(found.flows)
+    return [f"  drawn are the {_DRAWN} strongest of {count} flows"] if count > _DRAWN else []

@@ -68,7 +68,7 @@ class Flow(AskingOptions):
         metavar="FLOW",
     )
     windows: tuple[int, ...] | None = option(
-        "knockout: how many layers are cut together (default: 1, and 9 of 40)",
+        "knockout: how many layers are cut together (default: 1, and the same share of all layers as 9 of 40)",
         default=None,
         nargs="+",
         type=int,

@@ -34,7 +34,7 @@ def flow_records(settings: Flow) -> int:
     check_files(settings.out, [REPORT, *names])
     check_files(settings.out / QUESTIONS, ())
     findings = Findings(problems=problems, count=len(questions))
-    fit = _fit_questions(questions, readings, findings)
+    fit = _fit_questions(settings, questions, findings)
     if fit:
         vlm = settings.open_model()
         fit = _degraded(settings, vlm, fit, findings)
@@ -49,7 +49,7 @@ def flow_records(settings: Flow) -> int:
 
 
 def _fit_questions(
-    questions: Sequence[FlowQuestion], readings: Sequence[Reading], findings: Findings
+    settings: Flow, questions: Sequence[FlowQuestion], findings: Findings
 ) -> list[tuple[FlowQuestion, list[Reading]]]:
     """The questions that can be asked, with the readings that can be made of each; the others are noted."""
     fit = []
@@ -57,10 +57,12 @@ def _fit_questions(
         wanted = []
         try:
             check_question(question)
+            if settings.degrade and (question.image is None or question.gold is None):
+                raise CommandError("--degrade needs a picture and the right answer; write both into the record")
         except _ERRORS as error:
             findings.skipped.append(Skip(question=question.id, reading="all", reason=gist(error)))
             continue
-        for reading in readings:
+        for reading in settings.readings():
             try:
                 reading.check(question)
                 wanted.append(reading)

@@ -10,7 +10,8 @@ import transformers
 from exact_models import LENGTH, SIZES, assemble, close, make_runs
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import Prompt, ReplayError, collate
-from multrace.models.attending import Attention, attending, attention_function
+from multrace.models.attending import Attention, attending
+from multrace.models.backends import attention_function
 from multrace.models.families import Family
 from PIL import Image
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from multrace.models import Prompt, Site, capture
 from multrace.models.attending import attending
 from multrace.models.families import Family
 from multrace.tracing import TraceError
-from multrace.tracing.reading.attended import value_bias, watch_attention
+from multrace.tracing.reading.attended import value_bias, watch_attention, written_values
 from multrace.tracing.reading.contributions import attention_contributions, contribution_vectors, layer_norms
 from multrace.tracing.results.average_contributions import AverageContributions, average_contributions
 from multrace.tracing.results.contributions import AttentionContributions
@@ -110,6 +110,15 @@ def test_lengths_are_those_of_the_vectors(exact_vlm, photo):
         assert close(found.weights[layer], seen[layer].weights[0][:, :, list(places[1])])
     few = attention_contributions(exact_vlm, prompt, queries="constraint", sources="question", by_head=False)
     assert few.head_contributions is None and torch.equal(few.contributions, found.contributions)
+
+
+@pytest.mark.parametrize(("options", "tolerance"), [({"attention": "eager"}, 1e-5), ({"dtype": "bfloat16"}, 0.15)],
+                         ids=["eager", "bfloat16"])  # fmt: skip
+def test_other_ways_of_loading(llava_llama_path, random_llava_llama, photo, options, tolerance):
+    other = multrace.load(llava_llama_path, verify=False, **options)
+    found, expected = (attention_contributions(each, prompt_of(each, photo)) for each in (other, random_llava_llama))
+    assert found.contributions.dtype == torch.float32
+    assert close(found.contributions, expected.contributions, tolerance * float(expected.contributions.max()))
 
 
 def test_sources_are_taken_some_at_a_time(exact_llava, photo, monkeypatch):
@@ -262,17 +271,21 @@ def test_an_output_projection_that_reads_something_else_is_refused(llava_llama_p
         layer_norms(vlm, 1, seen[1], seen[1].values[0, :, 0], (0,))
 
 
-def test_partial_rotations_and_wide_heads_add_up():
+def test_grouped_queries_with_a_value_bias_add_up():
     torch.manual_seed(0)
-    model = PhiForCausalLM(PhiConfig(**SIZES, partial_rotary_factor=0.5)).double()
+    model = PhiForCausalLM(PhiConfig(**SIZES)).double()
     vlm = assemble(model, Family(name="phi", model_types=(), text_types=(), attention_out="self_attn.dense",
                                  down="mlp.fc2", final_norm="final_layernorm"))  # fmt: skip
     embeddings = torch.randn(1, 9, vlm.hidden, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     site = Site("attention", 1)
-    with capture(vlm, [site]) as output:
+    with with_biases(vlm), capture(vlm, [site]) as output:
+        bias = value_bias(vlm)[1]
         seen, _ = watch_attention(vlm, embeddings, (8, 3))
-    summed, _ = layer_norms(vlm, 1, seen[1], value_bias(vlm)[1], range(9))
-    assert summed.shape == (2, 9) and output[site].shape == (1, 9, vlm.hidden)
+        vectors = seen[1].weights[0, ..., None] * written_values(vlm, 1, seen[1].values[0], bias)[:, None]
+        projection = vlm.attention_projection(1)
+        constant = projection.module.bias + projection.weight @ bias.repeat_interleave(2, 0).flatten()
+    assert (vlm.heads, len(bias)) == (4, 2) and float(constant.abs().max()) > 1
+    assert close(vectors.sum((0, 2)) + constant, output[site][0, [8, 3]], 1e-12)
 
 
 def test_files_hold_everything(found, tmp_path):

@@ -9,6 +9,8 @@ from ..regions import Box, box_positions
 
 PAPER_FLOWS = ("question -> last", "image -> last", "image -> question", "last -> last")
 """The flows of arXiv 2411.18620 that every question about a picture has."""
+CONSTRAINT_FLOWS = ("constraint -> last",)
+"""The way from the words that name the subject, which arXiv 2406.04236 looks at; needs a prompt with a constraint."""
 OBJECT_FLOWS = ("object -> question", "other patches -> question")
 """Its flows for pictures in which the object asked about is boxed."""
 OPTION_FLOWS = ("true option -> last", "false option -> last", "question without options -> last")
@@ -130,11 +132,16 @@ class Groups:
 
 
 def default_flows(prompt: Prompt, boxes: Sequence[Box]) -> tuple[str, ...]:
-    """The study's flows that this prompt has the groups for. TraceError for a prompt without a picture."""
+    """The studies' flows that this prompt has the groups for. TraceError for a prompt without a picture."""
     if not prompt.groups["image"]:
         raise TraceError('this prompt has no picture; pass flows=, such as ["question -> last"]')
     offers = {f"constraint:{name}" for name in _OPTIONS} <= set(prompt.groups)
-    return (*PAPER_FLOWS, *(OBJECT_FLOWS if boxes else ()), *(OPTION_FLOWS if offers else ()))
+    return (
+        *PAPER_FLOWS,
+        *(CONSTRAINT_FLOWS if prompt.groups.get("constraint") else ()),
+        *(OBJECT_FLOWS if boxes else ()),
+        *(OPTION_FLOWS if offers else ()),
+    )
 
 
 def _number(text: str) -> str | int:

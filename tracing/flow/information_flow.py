@@ -42,7 +42,7 @@ def information_flow(
     """The answer's probability with each flow cut in each window of layers, and without any cut.
 
     flows: "source -> target" with names of token groups (see `Groups.positions`) or positions, or `Flow`s; None: those
-    of the study that the prompt has the groups for. In the layers of a window no target token attends to a source
+    of the studies that the prompt has the groups for. In the layers of a window no target token attends to a source
     token; where the groups overlap, a token does not attend to itself either, as in "last -> last". windows: numbers
     of layers cut together; around a layer l these are max(0, l - window // 2) up to but excluding
     min(layers, l + ceil(window / 2)); None: single layers, and as large a share of the decoder as the study cut (9 of

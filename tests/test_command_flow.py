@@ -1,0 +1,560 @@
+"""multrace flow: options reach the library, files are whole, and of many questions nothing is lost."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from multrace import VisionLanguageModel
+from multrace.scripts import flow
+from multrace.scripts.flow_files import write_files
+from multrace.scripts.flow_knockout import Knockout
+from multrace.scripts.flow_options import Flow
+from multrace.scripts.flow_questions import FlowQuestion, world_questions
+from multrace.scripts.main import app, make_parser
+from multrace.scripts.options import ModelOptions, read
+from multrace.tracing import Box, Engine, TraceError
+from multrace.tracing.flow.information_flow import information_flow
+from multrace.tracing.flow.truncation import truncate_image
+from multrace.tracing.reading.cam import llava_cam
+from multrace.tracing.reading.contributions import attention_contributions
+from multrace.tracing.reading.lens import answer_emergence
+from multrace.tracing.results.average_contributions import AverageContributions
+from multrace.tracing.results.average_emergence import AverageEmergence
+from multrace.tracing.results.average_flows import AverageFlow, average_flows
+from multrace.tracing.results.average_truncations import AverageTruncation
+from multrace.tracing.results.contributions import AttentionContributions
+from multrace.tracing.results.emergence import AnswerEmergence
+from multrace.tracing.results.failures import FailurePrediction
+from multrace.tracing.results.flows import InformationFlow
+from multrace.tracing.results.relevance import RelevanceMap
+from multrace.tracing.results.saliency import AttentionSaliency
+from multrace.tracing.results.shares import AttentionShare, AverageShare
+from multrace.tracing.results.truncations import Truncation
+from PIL import Image
+
+ALL = ("--knockout", "--lens", "--contributions", "--relevance")
+QUESTIONS = world_questions(5)
+FIRST = QUESTIONS[0]
+ONE_FLOW = ("--flows", "image -> question", "--windows", "2", "--checks=0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of the world, and one that is cut short."""
+    for number, question in enumerate(QUESTIONS):
+        question.image.save(tmp_path / f"{number}.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:100])
+    return tmp_path
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tiny_vlm: VisionLanguageModel) -> None:
+    """The embedded model is opened once for all tests."""
+    monkeypatch.setattr(ModelOptions, "open_model", lambda settings: tiny_vlm)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are files without content, for tests that do not look at them: drawing takes most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, content, **words: None)
+
+
+@pytest.fixture
+def ask(folder: Path, opened: None) -> Callable[..., int]:
+    """One question that works, and more options."""
+
+    def asked(*more: str) -> int:
+        options = {"image": folder / "0.png", "question": FIRST.question, "out": folder / "out"}
+        return app(["flow", *(f"--{name}={value}" for name, value in options.items()), *more])
+
+    return asked
+
+
+@pytest.fixture
+def ask_records(folder: Path, opened: None) -> Callable[..., int]:
+    """Questions of a file, and more options."""
+
+    def asked(records: list[Any], *more: str) -> int:
+        lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
+        (folder / "records.jsonl").write_text("\n".join(lines))
+        return app(["flow", f"--records={folder / 'records.jsonl'}", f"--out={folder / 'out'}", *more])
+
+    return asked
+
+
+def record(number: int, **others: Any) -> dict[str, Any]:
+    """A question of the world as a line says it."""
+    question = QUESTIONS[number]
+    words = {"id": f"q{number}", "image": f"{number}.png", "question": question.question, "answer": question.gold}
+    return words | {"constraint": question.spans["constraint"], **others}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def same_prompt(vlm: VisionLanguageModel, folder: Path) -> Any:
+    return vlm.prompt(folder / "0.png", FIRST.question, constraint=dict(FIRST.spans))
+
+
+# ---- one question ----
+
+SETTINGS = ["--constraint", FIRST.spans["constraint"], "--answer", FIRST.gold, "--foil", "1982", "--box=12,17,47,53"]
+LOADED = {
+    "knockout": InformationFlow,
+    "lens": AnswerEmergence,
+    "contributions": AttentionContributions,
+    "image_to_constraint": AttentionContributions,
+    "cam": RelevanceMap,
+    "share": AttentionShare,
+    "saliency": AttentionSaliency,
+    "truncation": Truncation,
+}
+
+
+def test_every_option_reaches_the_library(
+    ask: Callable[..., int], folder: Path, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
+):
+    cut = ["--flows", "object -> question", "3 -> last", "--windows", "1", "3", "--heads", "0", "2", "--whole-answer"]
+    read_ = ["--positions", "last", "-3", "--smooth", "2", "--seed=4", "--keep", "5", "all"]
+    assert ask(*ALL, *SETTINGS, *cut, *read_, "--checks=3") == 0
+    found = {name: kind.load(folder / "out" / f"{name}.safetensors") for name, kind in LOADED.items()}
+    vlm, prompt, gold = tiny_vlm, same_prompt(tiny_vlm, folder), FIRST.gold
+    engine = Engine(checks=0)
+    cutting = {"flows": ["object -> question", "3 -> last"], "windows": (1, 3), "heads": (0, 2), "whole_answer": True}
+    flow_ = information_flow(
+        vlm, prompt, **cutting, boxes=[Box(12, 17, 47, 53)], gold=gold, engine=engine, progress=False
+    )
+    assert (found["knockout"].flows, found["knockout"].windows) == (flow_.flows, (1, 3))
+    assert torch.equal(found["knockout"].probabilities, flow_.probabilities)
+    assert (found["knockout"].is_right, found["knockout"].engine.checked_cells) == (True, 3)
+    lens = answer_emergence(vlm, prompt, positions=["last", -3], answer=gold, foil="1982", progress=False)
+    assert (found["lens"].position_roles, found["lens"].foil) == (("last", "position -3"), "1982")
+    assert torch.equal(found["lens"].ranks, lens.ranks)
+    heat = llava_cam(vlm, prompt, answer=gold, samples=2, seed=4, progress=False).heat
+    assert torch.allclose(found["cam"].heat, heat)
+    assert found["truncation"].keep == (5, "all")
+    kept = truncate_image(vlm, prompt, keep=(5, "all"), generated=gold, engine=engine, progress=False)
+    assert torch.equal(found["truncation"].probabilities, kept.probabilities)
+    assert found["contributions"].head_contributions is not None
+    assert (found["image_to_constraint"].queries, found["image_to_constraint"].sources) == ("constraint", "image")
+    expected = {f"{name}{suffix}" for name in LOADED for suffix in (".safetensors", ".png")}
+    expected |= {"knockout.csv", "lens_tokens.png", "image_tokens.png"}
+    expected |= {f"{name}_overlay.png" for name in ("cam", "saliency", "truncation")}
+    assert set(names(folder / "out")) == expected
+    for path in (folder / "out").glob("*.png"):
+        Image.open(path).load()
+    printed = capsys.readouterr().out
+    assert f"answer    {gold!r}, right\n" in printed
+    assert re.search(r"^    object -> question, heads 0, 2  window 1: -", printed, re.MULTILINE)
+    for words in ("the likeliest from layer", "image tokens hold 80%", "the answer stays from layer"):
+        assert words in printed
+    assert all(name in printed.splitlines()[-1] for name in expected)
+
+
+ALONE = {
+    "--knockout": {"knockout.safetensors", "knockout.png", "knockout.csv"},
+    "--lens": {"lens.safetensors", "lens.png", "lens_tokens.png"},
+    "--contributions": {
+        *(f"{name}.{suffix}" for name in ("contributions", "image_to_constraint") for suffix in ("safetensors", "png")),
+        "image_tokens.png",
+    },
+}
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("flag", ALONE)
+def test_each_analysis_writes_its_own_files(flag: str, ask: Callable[..., int], folder: Path):
+    assert ask(flag, "--constraint", FIRST.spans["constraint"]) == 0
+    assert set(names(folder / "out")) == ALONE[flag]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_knockout_is_the_default_and_a_picture_is_not_needed_for_words(
+    gpt2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    asked = ["flow", "--model", str(gpt2_path), "--question", "Who is it?", "--out", str(tmp_path / "out")]
+    assert app([*asked, "--flows", "question -> last"]) == 0
+    assert InformationFlow.load(tmp_path / "out" / "knockout.safetensors").flows == ("question -> last",)
+    assert app(asked) == 2
+    assert "--knockout needs a picture" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_wrong_answer_is_told(ask: Callable[..., int], capsys: pytest.CaptureFixture):
+    assert ask("--answer", "1066", *ONE_FLOW) == 0
+    printed = capsys.readouterr().out
+    assert f"answer    {FIRST.gold!r}, wrong: the right answer is '1066'\n" in printed
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_many_heads_the_strongest_are_drawn(
+    ask: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    original, drawn = InformationFlow.plot, []
+
+    def noted(self: InformationFlow, path: Path, *, flows: tuple[str, ...]) -> Path:
+        drawn.extend(flows)
+        return original(self, path, flows=flows)
+
+    monkeypatch.setattr(InformationFlow, "plot", noted)
+    assert ask("--heads", "each", "--windows", "1", "--checks=0") == 0
+    found = InformationFlow.load(folder / "out" / "knockout.safetensors")
+    peaks = found.change().abs().flatten(1).amax(1)
+    assert (len(found.flows), len(drawn)) == (16, 12)
+    assert {found.flows[index] for index in peaks.topk(12).indices.tolist()} == set(drawn)
+    assert "drawn are the 12 strongest of 16 flows" in capsys.readouterr().out
+
+
+def test_files_are_written_all_or_none_and_older_ones_go(tmp_path: Path):
+    def fails(path: Path) -> None:
+        raise TraceError("no picture")
+
+    write_files(tmp_path, {"a": Path.touch, "b": Path.touch})
+    with pytest.raises(TraceError):
+        write_files(tmp_path, {"c": Path.touch, "a": fails}, stale="ab")
+    assert names(tmp_path) == ["a", "b"]
+    write_files(tmp_path, {"c": Path.touch, "a": Path.touch}, stale="abc")
+    assert names(tmp_path) == ["a", "c"]
+
+
+HERE = ["--question", FIRST.question, "--image", "{0}"]
+WRONG: dict[str, tuple[list[str], str]] = {
+    "nothing to ask": ([], "found nothing to ask; pass one of --question"),
+    "two ways": (["--question", "Why?", "--world", "2"], "found --question and --world"),
+    "no words": (["--question", " "], "the question is empty"),
+    "no picture file": (["--question", "Why?", "--image", "gone.png"], "no picture at 'gone.png'"),
+    "picture cut short": (["--question", "Why?", "--image", "{cut}"], "cannot read picture"),
+    "other words": ([*HERE, "--constraint", "the moon"], "'the moon' is not in the question"),
+    "box outside": ([*HERE, "--box", "0,0,65,20"], "leaves the picture of 64 x 64 pixels"),
+    "box without picture": (["--question", "Why?", "--box", "0,0,5,5"], "is of no picture"),
+    "no arrow": ([*HERE, "--flows", "image last"], "no flow 'image last'"),
+    "unknown group": ([*HERE, "--flows", "imgae -> last"], "no token group 'imgae'; did you mean 'image'?"),
+    "object without box": ([*HERE, "--flows", "object -> last"], "the group 'object' needs --box"),
+    "group without words": ([*HERE, "--flows", "constraint -> last"], "the group 'constraint' needs --constraint"),
+    "unknown position": ([*HERE, "--lens", "--positions", "lst"], "did you mean 'last'?"),
+    "contributions without words": ([*HERE, "--contributions"], "--contributions needs the words"),
+    "relevance without picture": (["--question", "Why?", "--relevance"], "--relevance needs a picture"),
+    "no layers": ([*HERE, "--windows", "0"], "--windows 0"),
+    "too many layers": ([*HERE, "--windows", "99"], "no window of 99 layers"),
+    "heads and each": ([*HERE, "--heads", "each", "1"], "not both"),
+    "too many heads": ([*HERE, "--heads", "99"], "heads 0 to 3"),
+    "option of an analysis": ([*HERE, "--keep", "3"], "--keep belongs to --relevance, which is not asked for"),
+    "option of many": ([*HERE, "--all"], "--all cannot go with --question: it is for many questions"),
+    "option of one": (["--world", "3", "--answer", "7"], "--answer cannot go with --world: it is for one question"),
+    "option of records": (["--world", "3", "--limit", "7"], "--limit cannot go with --world: it is for --records"),
+    "degrade alone": (["--world", "3", "--degrade"], "--degrade belongs to --contributions"),
+    "no questions": (["--world", "0"], "--world 0: ask at least one"),
+    "no such file": (["--records", "gone.jsonl"], "cannot read the records 'gone.jsonl'"),
+    "no pictures of a CSV": (["--records", "gone.csv"], "pass --images"),
+    "no place": ([*HERE, "--out", "{0}/out"], "is not a folder"),
+    "no memory": ([*HERE, "--memory", "0"], "memory=0 is too small"),
+    "negative keep": ([*HERE, "--relevance", "--keep", "-1"], "--keep -1"),
+}
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_asked_is_one_line(
+    arguments: list[str], message: str, folder: Path, opened: None, capsys: pytest.CaptureFixture
+):
+    places = {"{0}": str(folder / "0.png"), "{cut}": str(folder / "cut.png")}
+    for name, place in places.items():
+        arguments = [each.replace(name, place) for each in arguments]
+    before = names(folder)
+    out = [] if "--out" in arguments else ["--out", str(folder / "out")]
+    assert app(["flow", *arguments, *out]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.rstrip("\n").splitlines()) == 1
+    assert names(folder) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--box", "1,2,3"], ["--box", "a,b,c,d"], ["--heads", "all"], ["--keep", "most"]], ids=" ".join
+)
+def test_misspelt_options_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as left:
+        app(["flow", "--question", "Why?", *arguments])
+    assert left.value.code == 2
+    assert arguments[1] in capsys.readouterr().err
+
+
+def test_the_examples_of_the_help_can_be_asked():
+    text = flow.EXAMPLE.split("\n\n")[0].replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("multrace flow")]
+    assert len(lines) == 7
+    for line in lines:
+        settings = read(Flow, make_parser().parse_args(shlex.split(line)[1:]))
+        settings.check()
+        assert settings.readings()
+
+
+# ---- many questions ----
+
+
+def test_averages_and_results_of_every_question(
+    ask_records: Callable[..., int], folder: Path, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
+):
+    records = [record(0, boxes=[[12, 17, 47, 53]]), record(1, id="a/b")]
+    assert ask_records(records, *ALL[:3], "--checks=0") == 0
+    out = folder / "out"
+    prompts = [same_prompt(tiny_vlm, folder), QUESTIONS[1].prompt(tiny_vlm)]
+    options = [{"gold": each.gold, "generated": each.gold, "progress": False} for each in QUESTIONS]
+    flows = [
+        information_flow(tiny_vlm, prompts[0], boxes=[Box(12, 17, 47, 53)], **options[0]),
+        information_flow(tiny_vlm, prompts[1], **options[1]),
+    ]
+    average = AverageFlow.load(out / "knockout.safetensors")
+    assert torch.allclose(average.changes, average_flows(flows).changes, atol=1e-4, equal_nan=True)
+    assert average.counts["object -> question"] == 1
+    assert (len(pd.read_csv(out / "knockout.csv")), average.filtered) == (average.change().numel(), ())
+    assert AverageEmergence.load(out / "lens.safetensors").count == 2
+    assert AverageContributions.load(out / "contributions.safetensors").groups == ("constraint", "image", "last")
+    assert AverageContributions.load(out / "image_to_constraint.safetensors").queries == "constraint"
+    stems = ("knockout", "lens", "contributions", "image_to_constraint")
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "png", "csv")}
+    assert set(names(out)) == expected | {"image_tokens.png", "report.json", "questions"}
+    for path in out.glob("*.png"):
+        Image.open(path).load()
+    assert names(out / "questions") == ["a_b", "q0"]
+    own = {f"{stem}.{suffix}" for stem in (*stems, "failure") for suffix in ("safetensors", "json")}
+    assert set(names(out / "questions" / "q0")) == own | {"answer.json"}
+    report = report_of(folder)
+    assert report["counts"] == {
+        "questions": 2, "answered": 2, "right": 2, "wrong": 0, "right answer unknown": 0, "filtered": 0
+    }  # fmt: skip
+    assert report["done"]["lens"] == ["q0", "a/b"]
+    assert "all 2 answers are right" in report["averages"]["failure"]["none"]
+    assert "no average of failure: all 2 answers are right" in capsys.readouterr().out
+
+
+def test_what_has_no_average_is_drawn_for_each_question(ask_records: Callable[..., int], folder: Path):
+    assert ask_records([record(0)], "--relevance", "--checks=0") == 0
+    out, own = folder / "out", folder / "out" / "questions" / "q0"
+    assert AverageShare.load(out / "share.safetensors").count == 1
+    assert AverageTruncation.load(out / "truncation.safetensors").baseline_accuracy == 1
+    averages = {f"{stem}.{suffix}" for stem in ("share", "truncation") for suffix in ("safetensors", "png", "csv")}
+    assert set(names(out)) == averages | {"report.json", "questions"}
+    drawn = {"cam.png", "cam_overlay.png", "saliency.png", "saliency_overlay.png"}
+    assert {name for name in names(own) if name.endswith(".png")} == drawn
+    assert report_of(folder)["done"] == {name: ["q0"] for name in ("cam", "share", "saliency", "truncation")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_slim_contributions_have_the_average_of_full_ones(
+    ask_records: Callable[..., int], folder: Path, tiny_vlm: VisionLanguageModel
+):
+    prompt = same_prompt(tiny_vlm, folder)
+    ends = {"contributions": ("last", "all"), "image_to_constraint": ("constraint", "image")}
+    assert ask_records([record(0)], "--contributions") == 0
+    for name, (queries, sources) in ends.items():
+        whole = attention_contributions(tiny_vlm, prompt, queries=queries, sources=sources)
+        mean = AverageContributions.load(folder / "out" / f"{name}.safetensors")
+        slim = AttentionContributions.load(folder / "out" / "questions" / "q0" / f"{name}.safetensors")
+        assert (slim.weights.shape[1], whole.weights.shape[1]) == (1, 4)
+        for of in ("contribution", "weight"):
+            assert torch.allclose(mean.by_layer("image", of=of).float(), whole.by_layer("image", of=of), atol=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_wrong_answers_are_left_out_and_named(
+    ask_records: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture
+):
+    wrong = record(1, answer="Nowhere")
+    records = [record(0), wrong, {"id": "no answer", "image": "2.png", "question": QUESTIONS[2].question}]
+    assert ask_records(records, *ONE_FLOW, "--knockout", "--lens") == 0
+    filtered = {"id": "q1", "question": QUESTIONS[1].question, "gold": "Nowhere", "generated": QUESTIONS[1].gold}
+    report, average = report_of(folder), AverageFlow.load(folder / "out" / "knockout.safetensors")
+    assert (report["filtered"], report["counts"]["right answer unknown"]) == ([filtered], 1)
+    assert (report["done"]["knockout"], report["done"]["lens"]) == (["q0", "no answer"],) * 2
+    assert [each.generated for each in average.filtered] == [QUESTIONS[1].gold]
+    printed = capsys.readouterr().out
+    assert f"{QUESTIONS[1].question!r}: {QUESTIONS[1].gold!r}, not 'Nowhere'" in printed
+    assert "1 of 2 answered rightly, 1 without a known right answer, 1 left out for a wrong answer" in printed
+    assert ask_records(records, *ONE_FLOW, "--knockout", "--all") == 0
+    assert (report_of(folder)["filtered"], len(report_of(folder)["done"]["knockout"])) == ([], 3)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_all_answers_wrong_is_an_error_that_names_one(
+    ask_records: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture
+):
+    assert ask_records([record(0)], *ONE_FLOW) == 0
+    assert ask_records([record(0, answer="Nowhere")], *ONE_FLOW) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "wrong to all 1 questions" in said
+    assert f"{FIRST.gold!r}, wrong: the right answer is 'Nowhere'" in said
+    assert names(folder / "out") == ["questions", "report.json"], "an average of other questions stays behind"
+    assert len(report_of(folder)["filtered"]) == 1
+
+
+def test_failure_is_predicted_from_right_and_wrong_answers(ask_records: Callable[..., int], folder: Path, capsys):
+    records = [record(0), record(1), record(2, answer="Nowhere"), record(3, answer="Nobody")]
+    assert ask_records([*records, record(4, answer=None)], "--contributions") == 0
+    prediction = FailurePrediction.load(folder / "out" / "failure.safetensors")
+    assert prediction.is_right.tolist() == [True, True, False, False]
+    assert {"failure.png", "failure.csv"} <= set(names(folder / "out"))
+    report = report_of(folder)
+    assert report["averages"]["contributions"]["questions"] == 5
+    assert (report["filtered"], report["counts"]["wrong"]) == ([], 2)
+    reasons = [(each["question"], each["reading"]) for each in report["skipped"]]
+    assert reasons == [("q4", "failure")]
+    assert "failure skipped: q4: failure prediction needs the right answer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_pictures_make_wrong_answers(opened: None, tmp_path: Path):
+    assert app(["flow", "--world=3", "--contributions", "--degrade", f"--out={tmp_path / 'out'}"]) == 0
+    report = report_of(tmp_path)
+    assert 0 < report["counts"]["wrong"] < 3
+    assert re.search(r"noise of \d+ grey levels on average: .*\(0% without\)", report["degraded"])
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{'question': 1}", "no JSON"),
+    "no object": ([1], "a list instead of an object"),
+    "no question": ({"image": "0.png"}, "no 'question'"),
+    "misspelt key": ({"questoin": "Why?"}, "no key 'questoin'; did you mean 'question'?"),
+    "boxes of another form": (record(0, id="b", boxes=[1, 2]), "'boxes' is [1, 2]"),
+    "the same id": (record(0), "has come before"),
+}
+UNFIT: dict[str, tuple[Any, str, str]] = {
+    "gone": (record(0, id="gone", image="gone.png"), "all", "no picture at"),
+    "cut": (record(0, id="cut", image="cut.png"), "all", "cannot read picture"),
+    "outside": (record(0, id="outside", boxes=[[0, 0, 99, 5]]), "all", "leaves the picture"),
+    "moon": (record(0, id="moon", constraint="the moon"), "all", "'the moon' is not in"),
+    "blind": ({"id": "blind", "question": "Why?"}, "knockout", "needs a picture"),
+    "mark": (record(0, id="mark", question=f"<image> {FIRST.question}"), "all", "holds the image token"),
+}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_bad_lines_are_named_and_cost_no_other(
+    ask_records: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture
+):
+    lines = [record(0), *(line for line, _ in BAD.values()), *(line for line, *_ in UNFIT.values()), record(1)]
+    assert ask_records(lines, *ONE_FLOW) == 0
+    report = report_of(folder)
+    assert report["done"] == {"knockout": ["q0", "q1"]}
+    printed = capsys.readouterr().out
+    for (_, message), said in zip(BAD.values(), report["problems"], strict=True):
+        assert message in said
+        assert f"left out: {said}\n" in printed
+    skipped = {each["question"]: each for each in report["skipped"]}
+    assert set(skipped) == set(UNFIT)
+    for name, (_, reading, message) in UNFIT.items():
+        assert (skipped[name]["reading"], message in skipped[name]["reason"]) == (reading, True), name
+        assert f"{name}: {skipped[name]['reason']}\n" in printed
+    assert names(folder / "out" / "questions") == ["q0", "q1"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_fails_for_one_question_fails_for_it_alone(ask_records: Callable[..., int], folder: Path):
+    records = [record(0), record(1, constraint=None)]
+    assert ask_records(records, "--lens", "--contributions") == 0
+    report = report_of(folder)
+    assert report["done"]["lens"] == ["q0", "q1"]
+    assert report["done"]["contributions"] == ["q0"]
+    assert {each["reading"] for each in report["skipped"]} == {"contributions", "image_to_constraint", "failure"}
+
+
+def test_nothing_to_do_is_an_error_without_a_model(
+    ask_records: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(ModelOptions, "open_model", lambda settings: pytest.fail("the model was opened"))
+    assert ask_records([UNFIT["gone"][0]]) == 2
+    assert "nothing came of the 1 questions; gone: skipped: no picture at" in capsys.readouterr().err.splitlines()[-1]
+    assert report_of(folder)["skipped"][0]["question"] == "gone"
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The questions whose knockout was computed, with the cells that the engine checked."""
+    original, found = Knockout.compute, []
+
+    def noted(self: Knockout, asked: Any) -> InformationFlow:
+        found.append((asked.question.id, asked.engine.checks))
+        return original(self, asked)
+
+    monkeypatch.setattr(Knockout, "compute", noted)
+    return found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_finished_questions_are_not_asked_again(
+    ask_records: Callable[..., int], folder: Path, computed: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+):
+    cut = ("--flows", "image -> question", "--windows")
+    assert ask_records([record(0)], *cut, "2") == 0
+    assert ask_records([record(number) for number in range(5)], *cut, "2", "--checks=1") == 0
+    assert computed == [("q0", 2), ("q1", 1), ("q2", 1), ("q3", 1), ("q4", 0)], "only three questions are checked"
+    assert AverageFlow.load(folder / "out" / "knockout.safetensors").count == 5
+    computed.clear()
+    two = [record(0), record(1)]
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowQuestion, "prompt", lambda *_: pytest.fail("a question was asked again"))
+        assert ask_records(two, *cut, "2", "--memory=64", "--all") == 0
+    assert ask_records(two, *cut, "2", "--lens") == 2, "--flows without --knockout"
+    assert ask_records(two, *cut, "2", "--knockout", "--lens") == 0
+    assert computed == [], "another analysis does not ask for the first one again"
+    assert ask_records(two, *cut, "1") == 0
+    assert [each for each, _ in computed] == ["q0", "q1"]
+    assert AverageFlow.load(folder / "out" / "knockout.safetensors").windows == (1,)
+    (folder / "0.png").write_bytes((folder / "2.png").read_bytes())  # another picture under the same name
+    (folder / "out" / "questions" / "q1" / "knockout.safetensors").write_bytes(b"broken")
+    assert ask_records(two, *cut, "1", "--all") == 0
+    assert [each for each, _ in computed[2:]] == ["q0", "q1"]
+    assert ask_records(two, *cut, "1", "--all", "--engine=plain") == 0
+    assert [each for each, _ in computed[4:]] == ["q0", "q1"]
+    kept = InformationFlow.load(folder / "out" / "questions" / "q1" / "knockout.safetensors")
+    assert kept.engine.engine == "plain"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_done_stays_when_a_run_is_interrupted(
+    ask_records: Callable[..., int], folder: Path, computed: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+):
+    original, records = Knockout.compute, [record(0), record(1)]
+
+    def second_breaks(self: Knockout, asked: Any) -> InformationFlow:
+        if asked.question.id == "q1":
+            raise KeyboardInterrupt
+        return original(self, asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Knockout, "compute", second_breaks)
+        assert ask_records(records, *ONE_FLOW) == 130
+    assert names(folder / "out") == ["questions"]
+    assert names(folder / "out" / "questions" / "q0") == ["answer.json", "knockout.json", "knockout.safetensors"]
+    assert ask_records(records, *ONE_FLOW) == 0
+    assert [each for each, _ in computed] == ["q0", "q1"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_folders_of_questions_are_harmless_and_never_shared(ask_records: Callable[..., int], folder: Path):
+    ids = ["../up", ".up", "up", "Up"]
+    assert ask_records([record(0, id=each) for each in ids], *ONE_FLOW) == 0
+    assert names(folder / "out" / "questions") == ["Up_4", "up", "up_2", "up_3"]
+    assert report_of(folder)["done"]["knockout"] == ids
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_world_is_asked_and_limits_hold(
+    ask_records: Callable[..., int], opened: None, folder: Path, capsys: pytest.CaptureFixture
+):
+    assert app(["flow", "--world=2", *ONE_FLOW, f"--out={folder / 'world'}"]) == 0
+    assert re.search(r"^2 questions, 2 of 2 answered rightly$", capsys.readouterr().out, re.MULTILINE)
+    assert ask_records([record(0), record(1), record(2)], *ONE_FLOW, "--limit=2") == 0
+    assert report_of(folder)["done"]["knockout"] == ["q0", "q1"]
