@@ -258,6 +258,7 @@ def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor
     with patch(vlm, {vlm.projector: lambda value: numbers.view_as(value)}):
         numbered = vlm.image_features(prompt)
     index = ((numbered != bare)[:, places].long() << places.to(bare.device)).sum(1)
+    index = index.where(index <= len(rows), 0)  # what is no packing of these rows is found out by comparing
     return torch.where(index[:, None] > 0, rows.to(bare.device)[index - 1], bare)
 
 
