@@ -97,6 +97,8 @@ def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tu
     elif visible is not None:
         dead = ~visible.any(-1)
         visible = visible | dead[:, None]  # a kernel has no answer for a row that sees nothing
+    if segment.keys.shape[2] == 1 and visible is None and dead is None and len(segment.keys) == len(query):
+        return _single(query, segment, scale)
     given = (query, segment.keys, segment.values)
     with_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in given)
     kernel = portable if with_gradient else kernels.plain if visible is None else kernels.masked
@@ -115,14 +117,25 @@ def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tu
     return output, total
 
 
+def _single(query: Tensor, segment: Segment, scale: float) -> tuple[Tensor, Tensor]:
+    """One key for each row, the query's own as a rule: all of the attention goes to it."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys, values = (_for_heads(each, query.shape[1]) for each in (segment.keys, segment.values))
+    return values.expand_as(query), (query.to(wide) * keys.to(wide)).sum(-1) * scale
+
+
 def _fold(query: Tensor, sets: int, key_heads: int) -> Tensor:
     """(set, key-value head, everything else, size): rows and query heads that read the same keys become queries."""
+    if sets == 1 and key_heads == query.shape[1]:  # the usual case, for which a pattern would take longer to read
+        return query.transpose(0, 1).flatten(1, 2).unsqueeze(0)
     return rearrange(query, "(g c) (k h) q d -> g k (c h q) d", g=sets, k=key_heads)
 
 
 def _unfold(value: Tensor, rows: int, heads: int, length: int) -> Tensor:
     """What `_fold` folded, back in (row, head, query, size)."""
     sets, key_heads = value.shape[:2]
+    if sets == 1 and key_heads == heads:
+        return value[0].unflatten(1, (rows, length)).transpose(0, 1)
     return rearrange(value, "g k (c h q) d -> (g c) (k h) q d", c=rows // sets, h=heads // key_heads, q=length)
 
 

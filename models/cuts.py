@@ -12,6 +12,10 @@ from .jobs import Job
 from .layouts import Index, Masks, Source, Span, index_of, neighbours, simplified
 
 
+_SHORT = 128
+"""Runs of at most so many keys are copied together: that costs less than attending to each of them on its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """Attention edges that do not exist: no target attends to a source."""
@@ -96,7 +100,7 @@ class CutSpan:
             others = []
             for source in self.sources:
                 for group in self._groups(source.positions):
-                    for run in neighbours(group):
+                    for run in _runs(group):
                         sources = (Source(run=source.run, positions=run),)
                         span = Span(positions=queries, sources=sources, masks=self.masks, device=self.device)
                         others.append((self._part(run, queries), span))
@@ -165,3 +169,10 @@ class CutRows:
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
         """How a call of the layer attends; read: with only these of the computed positions as queries."""
         return self.span.job(layer, read, self.entries)
+
+
+def _runs(positions: Sequence[int]) -> list[tuple[int, ...]]:
+    """Ascending positions as runs without gaps, the short ones together."""
+    runs = neighbours(positions)
+    short = sorted(place for run in runs if len(run) <= _SHORT for place in run)
+    return [*(run for run in runs if len(run) > _SHORT), *([tuple(short)] if short else [])]

@@ -43,6 +43,7 @@ LABELS = [  # as they stand in the JSON
     "last -> last",
     "image -> question and last",
     "image -> last, each head",
+    "the three flows to the last token in one call",
     "the four flows of the paper in one call",
     "image tokens dropped from each layer on, K = 0",
 ]
@@ -116,7 +117,7 @@ def test_windows_that_the_ends_make_equal_are_one_cell():
 
 def test_each_head_is_cut_on_its_own_and_the_paper_has_four_flows():
     assert [cell.cut.heads for cell in CASES["image -> last, each head"].cells] == [*[(0,)] * 8, *[(1,)] * 8]
-    together = {cell.cut for cell in CASES[LABELS[6]].cells}
+    together = {cell.cut for cell in CASES[LABELS[7]].cells}
     assert together == {cell.cut for label in LABELS[:4] for cell in CASES[label].cells}
 
 

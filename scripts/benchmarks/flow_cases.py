@@ -13,6 +13,8 @@ from .shapes import Shape
 DROPPED = "image tokens dropped from each layer on, K = 0"
 """The row beside which a truncated prefill is timed."""
 
+_SPEAKING = ("image", "question", "last")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowCase:
@@ -42,6 +44,7 @@ def make_flow_cases(shape: Shape, windows: Sequence[int]) -> tuple[FlowCase, ...
         **{name: [cut] for name, cut in paper.items()},
         "image -> question and last": [_cut(image, after)],
         "image -> last, each head": heads,
+        "the three flows to the last token in one call": [paper[f"{name} -> last"] for name in _SPEAKING],
         "the four flows of the paper in one call": list(paper.values()),
     }
     dropped = [
