@@ -4,7 +4,7 @@
 #   make test     the test suite without the checks marked slow
 #   make slow     the checks marked slow
 #   make lint     style, likely bugs, import order
-#   make bench    how fast tracing is, against one model call per cell; BENCH_ARGS= for the whole table
+#   make bench    how fast tracing and knockout are, against one model call per cell; BENCH_ARGS= for the whole tables
 #
 # Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
 # On Linux the package index serves that release with CUDA libraries (several GB). For the small CPU build, name
@@ -28,6 +28,8 @@ TORCH_INDEX ?=
 PIP_EXTRA ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 PYTEST_ARGS ?=
+# One process per core, each with one thread: two threads in two processes each would wait for one another.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
 .PHONY: help demo test slow lint bench venv
@@ -39,11 +41,11 @@ demo: $(READY)
 	$(BIN)/multrace demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # pytest leaves with 5 where no test is chosen; that is not a pass, and it is not a failure either
 slow: $(READY)
-	@code=0; HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) || code=$$?; \
+	@code=0; $(PYTEST) -m slow $(PYTEST_ARGS) || code=$$?; \
 	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; else exit $$code; fi
 
 lint: $(READY)
@@ -51,6 +53,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/multrace bench trace $(BENCH_ARGS)
+	$(BIN)/multrace bench flow $(BENCH_ARGS)
 
 venv: $(READY)
 

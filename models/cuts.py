@@ -11,7 +11,6 @@ from .attention import Segment
 from .jobs import Job
 from .layouts import Index, Masks, Source, Span, index_of, neighbours, simplified
 
-
 _SHORT = 128
 """Runs of at most so many keys are copied together: that costs less than attending to each of them on its own."""
 

@@ -1,10 +1,16 @@
 """multrace flow: by which ways, and in which layers, the picture's information comes to the answer."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..models import ModelError
+from ..models.errors import gist
+from ..tracing import TraceError
+from .errors import CommandError
 from .flow_files import result_files, write_files
 from .flow_options import Flow
-from .flow_reading import Asked
+from .flow_reading import Asked, Reading
 from .flow_records import flow_records
 from .options import add_options, read
 from .outputs import check_files
@@ -60,7 +66,9 @@ def _flow_one(settings: Flow) -> int:
     generated = vlm.answers([prompt])[0]
     engine = settings.settings_of_engine(checked=True)
     asked = Asked(vlm=vlm, question=question, prompt=prompt, generated=generated, engine=engine, progress=True)
-    results = {reading: reading.compute(asked) for reading in readings}
+    results, failed = _results(readings, asked)
+    if not results:
+        raise _said(failed)
     files = {}
     for reading, result in results.items():
         files |= result_files(reading, result, prompt)
@@ -69,4 +77,22 @@ def _flow_one(settings: Flow) -> int:
     for reading, result in results.items():
         print(f"\n{reading.name}", *(f"  {line}" for line in reading.told(result)), sep="\n")
     print(f"\nwritten to {settings.out}:", ", ".join(path.name for path in written))
+    if failed:
+        raise _said(failed)
     return 0
+
+
+def _results(readings: Sequence[Reading], asked: Asked) -> tuple[dict[Reading, Any], dict[str, str]]:
+    """What each reading found, and why the others found nothing: one that fails takes nothing from the others."""
+    results, failed = {}, {}
+    for reading in readings:
+        try:
+            results[reading] = reading.compute(asked)
+        except (CommandError, ModelError, TraceError) as error:
+            failed[reading.name] = gist(error)
+    return results, failed
+
+
+def _said(failed: Mapping[str, str]) -> CommandError:
+    """The readings that found nothing, with their reasons."""
+    return CommandError("; ".join(f"no {name}: {reason}" for name, reason in failed.items()))

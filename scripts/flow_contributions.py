@@ -10,10 +10,10 @@ from ..models import Prompt
 from ..tracing import TraceError
 from ..tracing.reading.contributions import attention_contributions
 from ..tracing.reading.failure import failure_features, predict_failure
-from ..tracing.results.average_contributions import AverageContributions, average_contributions
-from ..tracing.results.average_flows import FilteredQuestion
-from ..tracing.results.contributions import AttentionContributions
-from ..tracing.results.failures import FailureFeatures, FailurePrediction
+from ..tracing.results.flow.average_flows import FilteredQuestion
+from ..tracing.results.reading.average_contributions import AverageContributions, average_contributions
+from ..tracing.results.reading.contributions import AttentionContributions
+from ..tracing.results.reading.failures import FailureFeatures, FailurePrediction
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_constraint, need_image

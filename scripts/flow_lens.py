@@ -6,10 +6,10 @@ from typing import Any
 
 from ..models import Prompt
 from ..tracing.reading.lens import answer_emergence
-from ..tracing.results.average_emergence import AverageEmergence, average_emergences
-from ..tracing.results.average_flows import FilteredQuestion
-from ..tracing.results.emergence import AnswerEmergence, state_name
-from ..tracing.results.followed import shown
+from ..tracing.results.flow.average_flows import FilteredQuestion
+from ..tracing.results.reading.average_emergence import AverageEmergence, average_emergences
+from ..tracing.results.reading.emergence import AnswerEmergence, state_name
+from ..tracing.results.reading.followed import shown
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import Engine
-from ..tracing.results.average_flows import FilteredQuestion
-from ..tracing.results.flows import same_answer
+from ..tracing.results.flow.average_flows import FilteredQuestion
+from ..tracing.results.flow.flows import same_answer
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 

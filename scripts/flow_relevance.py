@@ -9,12 +9,12 @@ from ..tracing.flow.truncation import truncate_image
 from ..tracing.reading.cam import llava_cam
 from ..tracing.reading.saliency import attention_saliency
 from ..tracing.reading.shares import attention_share
-from ..tracing.results.average_flows import FilteredQuestion
-from ..tracing.results.average_truncations import AverageTruncation, average_truncations
-from ..tracing.results.relevance import RelevanceMap
-from ..tracing.results.saliency import AttentionSaliency
-from ..tracing.results.shares import AttentionShare, AverageShare, average_shares
-from ..tracing.results.truncations import Truncation
+from ..tracing.results.flow.average_flows import FilteredQuestion
+from ..tracing.results.flow.average_truncations import AverageTruncation, average_truncations
+from ..tracing.results.flow.truncations import Truncation
+from ..tracing.results.reading.relevance import RelevanceMap
+from ..tracing.results.reading.saliency import AttentionSaliency
+from ..tracing.results.reading.shares import AttentionShare, AverageShare, average_shares
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_image

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models.errors import gist
 from ..tracing import TraceError
-from ..tracing.results.average_flows import FilteredQuestion
+from ..tracing.results.flow.average_flows import FilteredQuestion
 from .errors import CommandError
 from .flow_files import QUESTIONS, write_files
 from .flow_options import Flow

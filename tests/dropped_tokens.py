@@ -10,7 +10,7 @@ from multrace.tracing import Engine
 from multrace.tracing.flow.edges import EdgeCell, EdgeRun
 from multrace.tracing.flow.plain_edges import plain_edges
 from multrace.tracing.flow.truncation import truncate_image
-from multrace.tracing.results.truncations import Truncation
+from multrace.tracing.results.flow.truncations import Truncation
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

@@ -25,18 +25,18 @@ from multrace.tracing.flow.truncation import truncate_image
 from multrace.tracing.reading.cam import llava_cam
 from multrace.tracing.reading.contributions import attention_contributions
 from multrace.tracing.reading.lens import answer_emergence
-from multrace.tracing.results.average_contributions import AverageContributions
-from multrace.tracing.results.average_emergence import AverageEmergence
-from multrace.tracing.results.average_flows import AverageFlow, average_flows
-from multrace.tracing.results.average_truncations import AverageTruncation
-from multrace.tracing.results.contributions import AttentionContributions
-from multrace.tracing.results.emergence import AnswerEmergence
-from multrace.tracing.results.failures import FailurePrediction
-from multrace.tracing.results.flows import InformationFlow
-from multrace.tracing.results.relevance import RelevanceMap
-from multrace.tracing.results.saliency import AttentionSaliency
-from multrace.tracing.results.shares import AttentionShare, AverageShare
-from multrace.tracing.results.truncations import Truncation
+from multrace.tracing.results.flow.average_flows import AverageFlow, average_flows
+from multrace.tracing.results.flow.average_truncations import AverageTruncation
+from multrace.tracing.results.flow.flows import InformationFlow
+from multrace.tracing.results.flow.truncations import Truncation
+from multrace.tracing.results.reading.average_contributions import AverageContributions
+from multrace.tracing.results.reading.average_emergence import AverageEmergence
+from multrace.tracing.results.reading.contributions import AttentionContributions
+from multrace.tracing.results.reading.emergence import AnswerEmergence
+from multrace.tracing.results.reading.failures import FailurePrediction
+from multrace.tracing.results.reading.relevance import RelevanceMap
+from multrace.tracing.results.reading.saliency import AttentionSaliency
+from multrace.tracing.results.reading.shares import AttentionShare, AverageShare
 from PIL import Image
 
 ALL = ("--knockout", "--lens", "--contributions", "--relevance")
@@ -189,6 +189,17 @@ def test_knockout_is_the_default_and_a_picture_is_not_needed_for_words(
     assert InformationFlow.load(tmp_path / "out" / "knockout.safetensors").flows == ("question -> last",)
     assert app(asked) == 2
     assert "--knockout needs a picture" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_one_analysis_lacks_takes_nothing_from_the_others(
+    ask: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture
+):
+    assert ask("--lens", "--knockout", *ONE_FLOW, "--positions", "900") == 2
+    said = capsys.readouterr()
+    assert "no lens: no position 900" in said.err
+    assert "knockout" in said.out
+    assert names(folder / "out") == ["knockout.csv", "knockout.png", "knockout.safetensors"]
 
 
 @pytest.mark.usefixtures("undrawn")

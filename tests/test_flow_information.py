@@ -12,8 +12,8 @@ from multrace.tracing.flow.edges import EdgeCell, EdgeRun
 from multrace.tracing.flow.groups import PAPER_FLOWS, Flow, Groups, parse_flow
 from multrace.tracing.flow.information_flow import information_flow
 from multrace.tracing.flow.plain_edges import plain_edges
-from multrace.tracing.results.average_flows import average_flows
-from multrace.tracing.results.flows import InformationFlow
+from multrace.tracing.results.flow.average_flows import average_flows
+from multrace.tracing.results.flow.flows import InformationFlow
 
 QUESTION = "Is the animal in this photo a cat or a puppy?"
 WORDS = {"object": "the animal in this photo", "true_option": "cat", "false_option": "puppy"}
@@ -204,7 +204,7 @@ def test_it_is_saved_and_opened_again(random_llava, prompt, tmp_path):
     again = InformationFlow.load(flow.save(tmp_path / "flow.safetensors"))
     assert torch.equal(again.probabilities, flow.probabilities)
     tensors = ("probabilities", "clean", "free", "spans")
-    plain = {name: None for name in tensors}
+    plain = dict.fromkeys(tensors)
     assert vars(replace(again, **plain)) == vars(replace(flow, **plain))
 
 

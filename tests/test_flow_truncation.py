@@ -16,8 +16,8 @@ from multrace.tracing.flow.dropping import Drop, image_ranks
 from multrace.tracing.flow.edge_sweep import edge_sweep
 from multrace.tracing.flow.edges import EdgeRun
 from multrace.tracing.flow.plain_edges import plain_edges
-from multrace.tracing.results.average_truncations import average_truncations
-from multrace.tracing.results.truncations import Truncation
+from multrace.tracing.results.flow.average_truncations import average_truncations
+from multrace.tracing.results.flow.truncations import Truncation
 from multrace.tracing.scoring import with_tokens
 from other_families import MODELS, make
 from torch import Tensor

@@ -14,6 +14,7 @@ from other_families import MODELS, make, text
 from torch import Tensor
 from transformers import AutoTokenizer
 
+
 def check(vlm: VisionLanguageModel, share: float = 0.4, cells: int = 45, **keywords: Tensor) -> None:
     """Sweep and plain way agree on a mixture of cells, in both directions; so much of them moves a score."""
     every = mixed_cells(vlm)

@@ -10,7 +10,7 @@ from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.models import Site
 from multrace.tracing import TraceError
 from multrace.tracing.reading.cam import llava_cam
-from multrace.tracing.results.relevance import RelevanceMap
+from multrace.tracing.results.reading.relevance import RelevanceMap
 from PIL import Image
 from torch import Tensor, nn
 

@@ -16,9 +16,9 @@ from multrace.models.families import Family
 from multrace.tracing import TraceError
 from multrace.tracing.reading.attended import value_bias, watch_attention, written_values
 from multrace.tracing.reading.contributions import attention_contributions, contribution_vectors, layer_norms
-from multrace.tracing.results.average_contributions import AverageContributions, average_contributions
-from multrace.tracing.results.contributions import AttentionContributions
-from multrace.tracing.results.image_mass import index_shares, tokens_for_share
+from multrace.tracing.results.reading.average_contributions import AverageContributions, average_contributions
+from multrace.tracing.results.reading.contributions import AttentionContributions
+from multrace.tracing.results.reading.image_mass import index_shares, tokens_for_share
 from PIL import Image
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM

@@ -15,8 +15,8 @@ from multrace.tracing.reading.auroc import auroc, bootstrap_counts, weighted_aur
 from multrace.tracing.reading.contributions import attention_contributions
 from multrace.tracing.reading.failure import failure_features, predict_failure
 from multrace.tracing.reading.held_out import Readings, best_window, held_out_scores
-from multrace.tracing.results.failure_plots import roc_curve
-from multrace.tracing.results.failures import FailureFeatures, FailurePrediction
+from multrace.tracing.results.reading.failure_plots import roc_curve
+from multrace.tracing.results.reading.failures import FailureFeatures, FailurePrediction
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler

@@ -11,7 +11,7 @@ from multrace.data import World
 from multrace.models.attending import attention_function
 from multrace.tracing import TraceError
 from multrace.tracing.reading.saliency import attention_saliency
-from multrace.tracing.results.saliency import AttentionSaliency
+from multrace.tracing.results.reading.saliency import AttentionSaliency
 from PIL import Image
 from torch import Tensor, nn
 

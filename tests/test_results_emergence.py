@@ -9,9 +9,9 @@ import torch
 from multrace.data import World
 from multrace.tracing import TraceError
 from multrace.tracing.reading.lens import answer_emergence
-from multrace.tracing.results.average_emergence import QUANTITIES, AverageEmergence, average_emergences
-from multrace.tracing.results.emergence import NORMS, AnswerEmergence
-from multrace.tracing.results.followed import FollowedTokens
+from multrace.tracing.results.reading.average_emergence import QUANTITIES, AverageEmergence, average_emergences
+from multrace.tracing.results.reading.emergence import NORMS, AnswerEmergence
+from multrace.tracing.results.reading.followed import FollowedTokens
 from PIL import Image
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.results.average_truncations import AverageTruncation, average_truncations
-from multrace.tracing.results.proportions import wilson_interval
-from multrace.tracing.results.truncation_costs import operations_kept, tokens_kept
-from multrace.tracing.results.truncations import Truncation
+from multrace.tracing.results.flow.average_truncations import AverageTruncation, average_truncations
+from multrace.tracing.results.flow.proportions import wilson_interval
+from multrace.tracing.results.flow.truncation_costs import operations_kept, tokens_kept
+from multrace.tracing.results.flow.truncations import Truncation
 from PIL import Image
 
 LAYERS = 6

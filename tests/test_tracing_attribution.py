@@ -154,7 +154,7 @@ def test_nothing_is_left_behind(random_llava, photo):
     prompt = ask(random_llava, photo)
     runs = runs_of(random_llava, prompt, TextNoise(samples=2))
     before = random_llava.logits(prompt)
-    hooks = [len(layer._forward_hooks) for layer in random_llava.addresses.layers]  # transformers leaves some of its own
+    hooks = [len(layer._forward_hooks) for layer in random_llava.addresses.layers]  # transformers leaves some
     estimated_changes(random_llava, runs, single_cells(random_llava, prompt), measure)
     assert all(each.grad is None and not each.requires_grad for each in random_llava.model.parameters())
     assert [len(layer._forward_hooks) for layer in random_llava.addresses.layers] == hooks

@@ -21,22 +21,22 @@ from .reading.lens import answer_emergence
 from .reading.saliency import attention_saliency
 from .reading.shares import attention_share
 from .regions import Blocks, Box, box_positions
-from .results.average_contributions import AverageContributions, average_contributions
-from .results.average_emergence import AverageEmergence, average_emergences
-from .results.average_flows import AverageFlow, FilteredQuestion, average_flows
-from .results.average_truncations import AverageTruncation, average_truncations
 from .results.averages import AverageTrace, average
-from .results.contributions import AttentionContributions
 from .results.effects import CausalBlock, EditSite, Peak
-from .results.emergence import AnswerEmergence
 from .results.engine_report import EngineReport
-from .results.failures import FailureFeatures, FailurePrediction
-from .results.flows import InformationFlow, same_answer
-from .results.relevance import RelevanceMap
-from .results.saliency import AttentionSaliency
-from .results.shares import AttentionShare, AverageShare, average_shares
+from .results.flow.average_flows import AverageFlow, FilteredQuestion, average_flows
+from .results.flow.average_truncations import AverageTruncation, average_truncations
+from .results.flow.flows import InformationFlow, same_answer
+from .results.flow.truncations import Truncation
+from .results.reading.average_contributions import AverageContributions, average_contributions
+from .results.reading.average_emergence import AverageEmergence, average_emergences
+from .results.reading.contributions import AttentionContributions
+from .results.reading.emergence import AnswerEmergence
+from .results.reading.failures import FailureFeatures, FailurePrediction
+from .results.reading.relevance import RelevanceMap
+from .results.reading.saliency import AttentionSaliency
+from .results.reading.shares import AttentionShare, AverageShare, average_shares
 from .results.traces import CausalTrace
-from .results.truncations import Truncation
 
 __all__ = [
     "AnswerEmergence",

@@ -15,7 +15,7 @@ from ..errors import TraceError
 from ..grids import window_layers
 from ..plain import next_token_probabilities
 from ..regions import Box
-from ..results.flows import InformationFlow
+from ..results.flow.flows import InformationFlow
 from ..scoring import with_tokens
 from .edge_measuring import MeasuredEdges, measure_edges
 from .edges import EdgeCell, EdgeRun

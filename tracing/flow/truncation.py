@@ -12,7 +12,7 @@ from ...models import Prompt, VisionLanguageModel
 from ..corruptions.corruption import embed, group_positions
 from ..engine import Engine
 from ..errors import TraceError
-from ..results.truncations import Truncation
+from ..results.flow.truncations import Truncation
 from ..scoring import with_tokens
 from .dropping import Drop, drop_others, kept_tokens
 from .edge_measuring import MeasuredEdges, measure_edges

@@ -1,1 +1,1 @@
-"""What one run of a model shows by itself: answers in its middle layers, what attention brings, what gradients point at."""
+"""What one run shows by itself: answers in middle layers, what attention brings, what gradients point at."""

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..corruptions.corruption import group_positions
 from ..errors import TraceError
-from ..results.relevance import RelevanceMap
+from ..results.reading.relevance import RelevanceMap
 from .answering import answered, predicting_logits, read_fields
 
 _COPIES_AT_ONCE = 4

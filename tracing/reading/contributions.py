@@ -10,7 +10,7 @@ from ...models import Prompt, VisionLanguageModel
 from ...models.attending import Attention
 from ..corruptions.corruption import embed
 from ..errors import TraceError
-from ..results.contributions import AttentionContributions
+from ..results.reading.contributions import AttentionContributions
 from .attended import prompt_positions, value_bias, watch_attention, written_values
 
 _NUMBERS_AT_ONCE = 2**26

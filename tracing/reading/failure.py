@@ -11,7 +11,7 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel
 from ..corruptions.corruption import embed
 from ..errors import TraceError
-from ..results.failures import FailureFeatures, FailurePrediction
+from ..results.reading.failures import FailureFeatures, FailurePrediction
 from ..scoring import with_tokens
 from .attended import prompt_positions, value_bias, watch_attention
 from .auroc import bootstrap_counts, weighted_auroc

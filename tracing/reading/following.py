@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
-from ..results.followed import FollowedTokens
+from ..results.reading.followed import FollowedTokens
 
 Positions = str | int | Sequence[str | int]
 """A group of tokens, a position (negative counts from the end), or several of both."""

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..errors import TraceError
-from ..results.emergence import AnswerEmergence
-from ..results.followed import FollowedTokens
+from ..results.reading.emergence import AnswerEmergence
+from ..results.reading.followed import FollowedTokens
 from .following import Positions, follow, read_positions
 
 _AT_ONCE = 64

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel
 from ...models.attending import attending
 from ..corruptions.corruption import group_positions
-from ..results.saliency import AttentionSaliency
+from ..results.reading.saliency import AttentionSaliency
 from .answering import answered, predicting_logits, read_fields
 from .following import Positions, read_positions
 from .shares import text_parts

@@ -9,7 +9,7 @@ from ...models import Prompt, VisionLanguageModel
 from ...models.attending import attending
 from ..corruptions.corruption import group_positions
 from ..errors import TraceError
-from ..results.shares import AttentionShare
+from ..results.reading.shares import AttentionShare
 from .following import Positions, read_positions
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .intervals import mean_interval
+from ..intervals import mean_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ...models import Prompt
-from ..errors import TraceError
-from .engine_report import EngineReport
-from .figures import name_of_model
+from ....models import Prompt
+from ...errors import TraceError
+from ..engine_report import EngineReport
+from ..figures import name_of_model
+from ..frames import long_frame
+from ..image_maps import ImageReading
+from ..storage import load, save
 from .flows import same_answer
-from .frames import long_frame
-from .image_maps import ImageReading
 from .kept_patches import draw_kept
-from .storage import load, save
 from .truncation_costs import operations_kept, tokens_kept
 from .truncation_plots import Levels, TruncationLine, draw_truncations
 

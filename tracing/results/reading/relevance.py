@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from ...models import Prompt
-from .frames import long_frame
-from .image_maps import ImageReading, draw_tiles
-from .overlays import Overlay
-from .storage import load, save
+from ....models import Prompt
+from ..frames import long_frame
+from ..image_maps import ImageReading, draw_tiles
+from ..overlays import Overlay
+from ..storage import load, save
 
 _LAYOUT = "multrace relevance map 1"
 

@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
+from ...errors import TraceError
+from ..frames import long_frame
+from ..storage import load, save
 from .emergence_lines import Curve, LinePanel, emergence_lines
 from .followed import FollowedTokens
-from .frames import long_frame
-from .storage import load, save
 from .token_tables import TokenTable, token_table
 
 _LAYOUT = "multrace answer emergence 1"

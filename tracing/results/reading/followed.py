@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..errors import TraceError
+from ...errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
-from .curves import Curve, CurvePanel, draw_curves
-from .frames import long_frame
-from .intervals import mean_interval
-from .storage import load, save
+from ...errors import TraceError
+from ..curves import Curve, CurvePanel, draw_curves
+from ..frames import long_frame
+from ..intervals import mean_interval
+from ..storage import load, save
 
 _LAYOUT, _AVERAGE_LAYOUT = "multrace attention share 1", "multrace average attention share 1"
 _UNIT = "share of attention"

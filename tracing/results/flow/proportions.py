@@ -5,7 +5,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from .intervals import LEVEL
+from ..intervals import LEVEL
 
 
 def wilson_interval(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .engine_report import EngineReport
-from .figures import name_of_model
+from ..engine_report import EngineReport
+from ..figures import name_of_model
+from ..frames import long_frame
+from ..storage import load, save
 from .flow_maps import FlowMap, FlowPeak, draw_flows
-from .frames import long_frame
-from .storage import load, save
 
 _LAYOUT = "multrace information flow 1"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ...models import Prompt
-from .figures import INK, check_format, new_figure, wrap, write_figure, write_titles
-from .overlays import seen_pictures
+from ....models import Prompt
+from ..figures import INK, check_format, new_figure, wrap, write_figure, write_titles
+from ..overlays import seen_pictures
 
 _SIDE, _SPACE = 2.0, 0.2  # inches of a picture and between pictures
 _FADED = 0.16  # share of its contrast that a dropped patch keeps

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from .curves import CYCLE, LineStyle
-from .figures import INK, check_format, new_figure, wrap, write_figure, write_titles
+from ..curves import CYCLE, LineStyle
+from ..figures import INK, check_format, new_figure, wrap, write_figure, write_titles
 
 _WIDTH, _UPPER, _LOWER = 4.6, 2.5, 0.85  # inches of both panels, and their heights
 _LEFT, _BELOW, _GAP = 0.75, 0.55, 0.16  # inches for the y axis, for the x axis and between the panels

@@ -8,13 +8,13 @@ from typing import Literal
 import pandas as pd
 from torch import Tensor
 
-from ...models import Prompt
-from ..errors import TraceError
+from ....models import Prompt
+from ...errors import TraceError
+from ..frames import long_frame
+from ..overlays import Overlay, draw_overlays, strongest
+from ..storage import load, save
 from .contribution_plots import Chart, HeadMap, Line, draw_layers, draw_shares
-from .frames import long_frame
 from .image_mass import index_shares, over_grid, tokens_for_share
-from .overlays import Overlay, draw_overlays, strongest
-from .storage import load, save
 
 _LAYOUT = "multrace attention contributions 1"
 

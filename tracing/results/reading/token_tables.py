@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..errors import TraceError
-from .figures import GREY, INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
+from ...errors import TraceError
+from ..figures import GREY, INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
 from .followed import shown
 
 _MOST_COLUMNS = 60

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
+from ...errors import TraceError
 
 
 def index_shares(mass: Tensor, bins: int) -> Tensor:

@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ...models import Prompt
-from ..errors import TraceError
-from .curves import Curve, CurvePanel, draw_curves
-from .flow_styles import flow_styles
-from .frames import long_frame
-from .image_maps import ImageReading
-from .overlays import Overlay, strongest
-from .storage import load, save
+from ....models import Prompt
+from ...errors import TraceError
+from ..curves import Curve, CurvePanel, draw_curves
+from ..flow.flow_styles import flow_styles
+from ..frames import long_frame
+from ..image_maps import ImageReading
+from ..overlays import Overlay, strongest
+from ..storage import load, save
 
 _LAYOUT = "multrace attention saliency 1"
 

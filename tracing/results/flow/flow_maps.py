@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
-from .curves import Curve, CurvePanel, draw_curves
+from ...errors import TraceError
+from ..curves import Curve, CurvePanel, draw_curves
 from .flow_styles import flow_styles
 
 

@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
-from .figures import name_of_model
-from .frames import long_frame
-from .intervals import mean_interval
+from ...errors import TraceError
+from ..figures import name_of_model
+from ..frames import long_frame
+from ..intervals import mean_interval
+from ..storage import load, save
 from .proportions import wilson_interval
-from .storage import load, save
 from .truncation_plots import Levels, TruncationLine, draw_truncations
 from .truncations import Truncation, index_of_keep, index_of_score, keep_label, lasting_from
 

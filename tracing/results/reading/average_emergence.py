@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
+from ...errors import TraceError
+from ..frames import long_frame
+from ..intervals import mean_interval
+from ..storage import load, save
 from .emergence import NORM_NAMES, NORMS, AnswerEmergence, state_name
 from .emergence_lines import Curve, LinePanel, emergence_lines
-from .frames import long_frame
-from .intervals import mean_interval
-from .storage import load, save
 
 _LAYOUT = "multrace average emergence 1"
 QUANTITIES = ("probability", "share", "log_rank")

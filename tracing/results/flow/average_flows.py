@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
-from .figures import name_of_model
+from ...errors import TraceError
+from ..figures import name_of_model
+from ..frames import long_frame
+from ..intervals import mean_interval
+from ..storage import load, save
 from .flow_centres import FlowCentre, centre_of_loss, jackknife
 from .flow_maps import FlowMap, FlowPeak, draw_flows
 from .flows import InformationFlow, cut_label, place_words
-from .frames import long_frame
-from .intervals import mean_interval
-from .storage import load, save
 
 _LAYOUT = "multrace average information flow 1"
 _SHARED = ("model", "revision", "layers", "windows", "scores")
@@ -186,7 +186,8 @@ class AverageFlow(FlowMap):
         bands = "; bands: 95% intervals" if self.count > 1 else ""
         wrong = f"; {self.right.count(False)} of them answered wrongly" if False in self.right else ""
         left_out = f"{len(self.filtered)} left out for a wrong answer" if self.filtered else "none left out"
-        return f"Information flow over {_questions(self.count)}", f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
+        title = f"Information flow over {_questions(self.count)}"
+        return title, f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
 
 
 def average_flows(

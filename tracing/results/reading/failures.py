@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
+from ...errors import TraceError
+from ..frames import long_frame
+from ..intervals import LEVEL
+from ..storage import load, save
 from .failure_plots import draw_prediction
-from .frames import long_frame
-from .intervals import LEVEL
-from .storage import load, save
 
 _FEATURES, _PREDICTION = "multrace failure features 1", "multrace failure prediction 1"
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from .figures import GREY, INK, check_format, new_figure, wrap, write_figure, write_titles
+from ..figures import GREY, INK, check_format, new_figure, wrap, write_figure, write_titles
 
 _WIDTH, _HEIGHT, _GAP, _ROW_GAP, _LEGEND = 3.1, 1.9, 0.75, 0.75, 2.9  # inches of a panel, between, and of the legend
 _ANSWER, _FOIL = "#0072b2", "#d55e00"

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from .curves import CYCLE
-from .figures import INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
+from ..curves import CYCLE
+from ..figures import INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
 from .image_mass import bin_edges
 
 _WIDTH, _HEIGHT = 3.3, 2.1  # inches of a panel

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .curves import DASH_DOT, DASHED, DOTTED, LineStyle, cycled
+from ..curves import DASH_DOT, DASHED, DOTTED, LineStyle, cycled
 
 FLOW_STYLES = {
     "question -> last": LineStyle(colour="#0072B2", marker="o"),

@@ -8,8 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from .curves import CYCLE
-from .figures import INK, check_format, new_figure, wrap, write_figure, write_titles
+from ..curves import CYCLE
+from ..figures import INK, check_format, new_figure, wrap, write_figure, write_titles
 
 _SIDE, _BARS, _LETTER = 2.9, 2.6, 0.075  # inches of the curves, of the intervals, and of a letter of a label
 _POINTS = 501

@@ -8,13 +8,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import TraceError
+from ...errors import TraceError
+from ..frames import long_frame
+from ..intervals import mean_interval
+from ..storage import load, save
 from .contribution_plots import Chart, Line, draw_layers, draw_shares
 from .contributions import REDUCED, UNITS, AttentionContributions, Quantity, Reduction, name_of
-from .frames import long_frame
 from .image_mass import index_shares, tokens_for_share
-from .intervals import mean_interval
-from .storage import load, save
 
 _LAYOUT = "multrace average contributions 1"
 _USUAL = ("constraint", "image", "last")

@@ -1,0 +1,1 @@
+"""What single runs have shown: emergence, contributions, failure, relevance, and their averages and drawings."""
