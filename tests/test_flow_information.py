@@ -7,6 +7,7 @@ import torch
 from multrace import Box, Engine, ModelError, TraceError
 from multrace.data import World
 from multrace.models.cuts import Cut
+from multrace.scripts.flow_questions import world_questions
 from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.flow.edges import EdgeCell, EdgeRun
 from multrace.tracing.flow.groups import PAPER_FLOWS, Flow, Groups, parse_flow
@@ -233,3 +234,27 @@ def test_a_prompt_without_a_picture_needs_flows(random_llama):
         prompt.groups["last"][0] not in prompt.groups["question_only"]
     ) else information_flow(random_llama, prompt, flows=["0 -> last"], windows=(1,), **QUIET)
     assert float(flow.change().abs().max()) > 0
+
+
+def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
+    """Image to question in the first layers, the constraint to the last token later, image to last never."""
+    flows = ["image -> question", "constraint -> last", "image -> last", "question -> last", "object -> question"]
+    found = [
+        information_flow(
+            tiny_vlm, question.prompt(tiny_vlm), flows=flows, windows=(1, 4), boxes=question.boxes,
+            gold=question.gold, engine=Engine(checks=0), **QUIET,
+        )
+        for question in world_questions(24, seed=3)
+    ]  # fmt: skip
+    mean = average_flows(found)
+    into_question, from_constraint, direct, asked, from_object = (mean.curve(flow, 4) for flow in flows)
+    assert float(into_question[:3].max()) < -50
+    assert float(into_question[4:].abs().max()) < 5
+    assert float(from_constraint[:2].abs().max()) < 5
+    assert float(from_constraint[5]) < -15
+    assert float(direct.abs().max()) < 3
+    assert float(asked[0]) < -60 and float(asked[5]) < -15  # the wording first, the picture's part later
+    assert float(from_object[1]) < 0.7 * float(into_question[1])  # most of what the picture brings
+    assert mean.centre("image -> question", 4).interval[1] < mean.centre("constraint -> last", 4).interval[0]
+    # one late layer alone is made up for by its neighbours
+    assert float(mean.curve("constraint -> last", 1).abs().max()) < 5
