@@ -35,10 +35,10 @@ One question: files in OUT, each NAME.safetensors with its pictures:
   --relevance      cam, share, saliency and truncation: .safetensors and .png; where the image tokens form a grid,
                    cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, truncation_overlay.png
 Many questions: the averages in OUT as .safetensors, .png and .csv: knockout, lens, contributions,
-  image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, truncation; and
-  OUT/report.json. Each question's own results, of contributions the means over heads, are in OUT/questions/ID; those
-  without an average (cam, saliency) are drawn there. A later call with the same settings goes on from them. Questions
-  that the model answers wrongly are listed, and count for contributions only, unless --all is given.
+  image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, saliency (geometric
+  means), truncation; and OUT/report.json. Each question's own results, of contributions the means over heads, are in
+  OUT/questions/ID; cam, which has no average, is drawn there. A later call with the same settings goes on from them.
+  Questions that the model answers wrongly are listed, and count for contributions only, unless --all is given.
 The .safetensors are read by the classes in multrace.tracing.results: InformationFlow.load(path), AverageFlow.load, ...
 """
 

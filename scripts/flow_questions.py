@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ..models.images import open_images
 from ..models.spans import find_span
 from ..tracing import Box, TraceError
 from .errors import CommandError
+from .json_lines import read_object, read_texts
 
 _SPANS = ("constraint", "object", "true_option", "false_option")
 _TEXTS = ("id", "image", "question", "answer", *_SPANS)
@@ -150,20 +149,10 @@ def _from_lines(path: Path, images: Path, problems: list[str]) -> Iterator[FlowQ
 
 def _from_line(line: bytes, number: int, images: Path) -> FlowQuestion:
     """The question of one line. CommandError for anything but an object with a question and the known keys."""
-    try:
-        found = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CommandError(f'no JSON ({error}); write an object such as {{"question": ...}} on one line') from error
-    if not isinstance(found, dict):
-        raise CommandError(f'a {type(found).__name__} instead of an object; write {{"question": ...}}')
-    for key in found.keys() - set(_KEYS):
-        if near := get_close_matches(key, _KEYS, n=1, cutoff=0.8):
-            raise CommandError(f"no key {key!r}; did you mean {near[0]!r}?")
-    words = {key: found[key] for key in _TEXTS if found.get(key) is not None}
-    if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
-        raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")
-    if not words.get("question", "").strip():
-        raise CommandError(f"no 'question' (found {', '.join(map(repr, found)) or 'nothing'}); write what to ask")
+    found = read_object(line, _KEYS)
+    words = read_texts(found, _TEXTS)
+    if not words["question"].strip():
+        raise CommandError("the question is empty; write what to ask")
     return FlowQuestion(
         id=words.get("id", f"line_{number:04d}"),
         question=words["question"],

@@ -1,8 +1,11 @@
 """multrace flow --relevance: which image tokens the answer rests on, and from which layer on it needs them no more."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
+
+from torch import Tensor
 
 from ..models import Prompt
 from ..tracing.flow.truncation import truncate_image
@@ -12,6 +15,7 @@ from ..tracing.reading.shares import attention_share
 from ..tracing.results.flow.average_flows import FilteredQuestion
 from ..tracing.results.flow.average_truncations import AverageTruncation, average_truncations
 from ..tracing.results.flow.truncations import Truncation
+from ..tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
 from ..tracing.results.reading.relevance import RelevanceMap
 from ..tracing.results.reading.saliency import AttentionSaliency
 from ..tracing.results.reading.shares import AttentionShare, AverageShare, average_shares
@@ -99,6 +103,7 @@ class Saliency(_Relevance):
     name = "saliency"
     kind = AttentionSaliency
     drawings = ("saliency.png", "saliency_overlay.png")
+    average_drawings = ("saliency.png", "saliency.csv")
 
     def compute(self, asked: Asked) -> AttentionSaliency:
         """Saliency of every edge into question and last token, for the model's own answer."""
@@ -111,10 +116,22 @@ class Saliency(_Relevance):
 
     def told(self, result: AttentionSaliency) -> list[str]:
         """The strongest flows."""
-        peaks = {name: (float(flow.max()), int(flow.argmax())) for name, flow in result.flows.items()}
-        names = sorted(peaks, key=lambda name: -peaks[name][0])[:_FLOWS]
-        words = ["{}: {:.3g} in layer {}".format(name, *peaks[name]) for name in names]
+        words = [f"{name}: {peak:.3g} in layer {layer}" for name, peak, layer in _strongest(result.flows)]
         return [f"attention x gradient, strongest per edge: {'; '.join(words)}"]
+
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
+        """Geometric means of the flows."""
+        return average_saliencies([result for _, result in found])
+
+    def average_told(self, average: AverageSaliency) -> list[str]:
+        """The strongest flows on average."""
+        words = []
+        for name, peak, layer in _strongest({flow: average.of(flow) for flow in average.flows}):
+            low, high = (float(end[layer]) for end in average.interval(name)) if average.count > 1 else (nan, nan)
+            ends = "" if isnan(low) else f" [{low:.3g}, {high:.3g}]"
+            words.append(f"{name}: {peak:.3g}{ends} in layer {layer}")
+        over = f"geometric mean over {average.count} prompts"
+        return [f"attention x gradient, {over}, strongest per edge: {'; '.join(words)}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +183,13 @@ class Truncated(_Relevance):
     def average_told(self, average: AverageTruncation) -> list[str]:
         """Baseline, floor and cliffs."""
         return average.summary().splitlines()
+
+
+def _strongest(flows: Mapping[str, Tensor]) -> list[tuple[str, float, int]]:
+    """The strongest few flows (layer,), each with its peak and the layer of that; NaN counts as none."""
+    found = [(name, *flow.nan_to_num(nan=0).max(0)) for name, flow in flows.items()]
+    peaks = [(name, float(peak), int(layer)) for name, peak, layer in found]
+    return sorted(peaks, key=lambda each: -each[1])[:_FLOWS]
 
 
 def _share_words(found: AttentionShare | AverageShare) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
 from .errors import CommandError
+from .json_lines import read_object, read_texts
 from .options import pictures_of
 from .outputs import check_files, new_files
 from .trace_files import TRACE, write_trace
@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
 def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
     """The record of a line, or why it cannot be traced."""
     try:
-        words = _words(text)
+        words = read_texts(read_object(text, _KEYS), _KEYS)
         folder = settings.records.parent
         if words.get("image"):
             words["image"] = str(folder / words["image"])
@@ -105,25 +105,6 @@ def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
         return _Record(line=line, settings=asked, corruption=asked.corruption())
     except _ERRORS as error:
         return gist(error)
-
-
-def _words(text: bytes) -> dict[str, str]:
-    """What a line says. CommandError for anything but an object with a question, and strings under the known keys."""
-    try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CommandError(f'no JSON ({error}); write an object such as {{"question": ...}} on one line') from error
-    if not isinstance(found, dict):
-        raise CommandError(f'a {type(found).__name__} instead of an object; write {{"question": ...}}')
-    for key in found.keys() - set(_KEYS):
-        if near := get_close_matches(key, _KEYS, n=1, cutoff=0.8):
-            raise CommandError(f"no key {key!r}; did you mean {near[0]!r}?")
-    words = {key: found[key] for key in _KEYS if found.get(key) is not None}
-    if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
-        raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")
-    if "question" not in words:
-        raise CommandError(f"no 'question' (found {', '.join(map(repr, found)) or 'nothing'}); write what to ask")
-    return words
 
 
 def _placed(corrupt: str, folder: Path) -> str:

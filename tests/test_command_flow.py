@@ -31,6 +31,7 @@ from multrace.tracing.results.flow.flows import InformationFlow
 from multrace.tracing.results.flow.truncations import Truncation
 from multrace.tracing.results.reading.average_contributions import AverageContributions
 from multrace.tracing.results.reading.average_emergence import AverageEmergence
+from multrace.tracing.results.reading.average_saliency import AverageSaliency
 from multrace.tracing.results.reading.contributions import AttentionContributions
 from multrace.tracing.results.reading.emergence import AnswerEmergence
 from multrace.tracing.results.reading.failures import FailurePrediction
@@ -356,10 +357,11 @@ def test_what_has_no_average_is_drawn_for_each_question(ask_records: Callable[..
     out, own = folder / "out", folder / "out" / "questions" / "q0"
     assert AverageShare.load(out / "share.safetensors").count == 1
     assert AverageTruncation.load(out / "truncation.safetensors").baseline_accuracy == 1
-    averages = {f"{stem}.{suffix}" for stem in ("share", "truncation") for suffix in ("safetensors", "png", "csv")}
+    assert AverageSaliency.load(out / "saliency.safetensors").count == 1
+    stems = ("share", "saliency", "truncation")
+    averages = {f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "png", "csv")}
     assert set(names(out)) == averages | {"report.json", "questions"}
-    drawn = {"cam.png", "cam_overlay.png", "saliency.png", "saliency_overlay.png"}
-    assert {name for name in names(own) if name.endswith(".png")} == drawn
+    assert {name for name in names(own) if name.endswith(".png")} == {"cam.png", "cam_overlay.png"}
     assert report_of(folder)["done"] == {name: ["q0"] for name in ("cam", "share", "saliency", "truncation")}
 
 

@@ -54,7 +54,7 @@ def test_a_line_says_all_there_is(lines, tmp_path):
     [
         ("{", "line 2: no JSON"),
         ("[]", "line 2: a list instead of an object"),
-        ({"question": ""}, "line 2: no 'question'"),
+        ({"question": ""}, "line 2: the question is empty"),
         ({"answer": "x"}, "line 2: no 'question' (found 'answer')"),
         ({"question": "Who?", "anwser": "x"}, "line 2: no key 'anwser'; did you mean 'answer'?"),
         ({"question": "Who?", "answer": 3}, "line 2: 'answer' is of type int"),

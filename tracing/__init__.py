@@ -30,6 +30,7 @@ from .results.flow.flows import InformationFlow, same_answer
 from .results.flow.truncations import Truncation
 from .results.reading.average_contributions import AverageContributions, average_contributions
 from .results.reading.average_emergence import AverageEmergence, average_emergences
+from .results.reading.average_saliency import AverageSaliency, average_saliencies
 from .results.reading.contributions import AttentionContributions
 from .results.reading.emergence import AnswerEmergence
 from .results.reading.failures import FailureFeatures, FailurePrediction
@@ -46,6 +47,7 @@ __all__ = [
     "AverageContributions",
     "AverageEmergence",
     "AverageFlow",
+    "AverageSaliency",
     "AverageShare",
     "AverageTrace",
     "AverageTruncation",
@@ -86,6 +88,7 @@ __all__ = [
     "average_contributions",
     "average_emergences",
     "average_flows",
+    "average_saliencies",
     "average_shares",
     "average_truncations",
     "box_positions",

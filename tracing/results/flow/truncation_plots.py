@@ -1,5 +1,6 @@
 """Curves over the layer from which image tokens are gone, between baseline and floor, and below them what is saved."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def _write_legend(
     figure: Figure, entries: Sequence[tuple[str, LineStyle]], levels: Levels, corner: tuple[float, float]
 ) -> None:
     """The legend right of and below this corner, outside the panels."""
-    shown = [(label, look) for name, (label, look) in _LEVELS.items() if getattr(levels, name) == getattr(levels, name)]
+    shown = [(label, look) for name, (label, look) in _LEVELS.items() if not math.isnan(getattr(levels, name))]
     samples = [_sample(style) for _, style in entries] + [Line2D([], [], **look) for _, look in shown]
     legend = figure.legend(
         samples,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..figures import GREY, INK, check_format, new_figure, wrap, write_figure, write_titles
 
-_WIDTH, _HEIGHT, _GAP, _ROW_GAP, _LEGEND = 3.1, 1.9, 0.75, 0.75, 2.9  # inches of a panel, between, and of the legend
+_WIDTH, _HEIGHT, _GAP, _ROW_GAP = 3.1, 1.9, 0.75, 0.75  # inches of a panel and between panels
+_LEGEND = 2.9  # of the widest legend
 _ANSWER, _FOIL = "#0072b2", "#d55e00"
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#7a4fbf")
 
@@ -57,7 +58,9 @@ def _draw(rows: Mapping[str, Sequence[LinePanel]], layers: Sequence[int], titles
     """The figure with all rows of panels, and the legend."""
     columns = max(len(panels) for panels in rows.values())
     left, bottom = 0.7, 0.55
-    total = left + columns * (_WIDTH + _GAP) + _LEGEND
+    longest = max(len(curve.label) for panels in rows.values() for panel in panels for curve in panel.curves)
+    legend = min(_LEGEND, 0.4 + 0.07 * longest)
+    total = left + columns * (_WIDTH + _GAP) + legend
     wrapped = [wrap(text, total, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
     top = 0.55 + 0.2 * sum(text.count("\n") + 1 for text in wrapped)
     height = top + len(rows) * (_HEIGHT + _ROW_GAP) - _ROW_GAP + bottom
@@ -73,7 +76,7 @@ def _draw(rows: Mapping[str, Sequence[LinePanel]], layers: Sequence[int], titles
                 axes.set_title(name, fontsize=9.5, color=INK, loc="left", pad=7)
             if row == len(rows) - 1:
                 axes.set_xlabel("layer (E: embedding)", fontsize=8.5, color=INK)
-    _write_legend(figure, axes, 1 - (_LEGEND + 0.5) / total, 1 - (top - 0.1) / height)
+    _write_legend(figure, axes, 1 - (legend + 0.5) / total, 1 - (top - 0.1) / height)
     return figure
 
 

@@ -1,0 +1,35 @@
+"""One line of a file of records: a JSON object with a question, told apart from everything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from .errors import CommandError
+
+
+def read_object(line: bytes, known: Sequence[str]) -> dict[str, Any]:
+    """The object that the line holds. CommandError for anything else, and for a key that looks like a known one."""
+    try:
+        found = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CommandError(f'no JSON ({error}); write an object such as {{"question": ...}} on one line') from error
+    if not isinstance(found, dict):
+        raise CommandError(f'a {type(found).__name__} instead of an object; write {{"question": ...}}')
+    for key in found.keys() - set(known):
+        if near := get_close_matches(key, known, n=1, cutoff=0.8):
+            raise CommandError(f"no key {key!r}; did you mean {near[0]!r}?")
+    return found
+
+
+def read_texts(found: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """What the object says under these names, a question among them. CommandError for what is no string, or for none.
+    """
+    words = {key: found[key] for key in names if found.get(key) is not None}
+    if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
+        raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")
+    if "question" not in words:
+        raise CommandError(f"no 'question' (found {', '.join(map(repr, found)) or 'nothing'}); write what to ask")
+    return words

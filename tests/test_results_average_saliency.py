@@ -1,0 +1,158 @@
+"""Averages of saliency flows: geometric means and intervals by hand, zeros, absent flows, files and figures."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from multrace.tracing import TraceError
+from multrace.tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
+from multrace.tracing.results.reading.saliency import AttentionSaliency
+from PIL import Image
+from torch import Tensor
+
+GROUPS = {"system": (0,), "image": (1,), "question": (2,), "last": (3,)}
+TO_LAST, TO_QUESTION = "image -> last", "image -> question"
+T3, T2, T1 = 3.182446305, 4.302652730, 12.706204736
+"""Student's t, 97.5 %, with 3, 2 and 1 degrees of freedom."""
+
+
+def saliency_of(to_last: list[float], *, groups: dict[str, tuple[int, ...]] = GROUPS) -> AttentionSaliency:
+    """One prompt of four tokens, whose edge from the picture to the last token has this saliency by layer."""
+    saliency = torch.zeros(len(to_last), 2, 4, dtype=torch.float64)
+    saliency[:, 0, :2], saliency[:, 1, :3] = 2e-5, 1e-4
+    saliency[:, 1, 1] = torch.tensor(to_last)
+    return AttentionSaliency(
+        model="some-org/some-vlm",
+        revision="main",
+        question="What $colour$ is it?",
+        input_ids=(0, 1, 2, 3),
+        answer="red",
+        answer_ids=(7,),
+        layers=tuple(range(len(to_last))),
+        image_positions=(1,),
+        patches=(),
+        tokens=("<s>", "<image>", "What", ":"),
+        loss=0.1,
+        queries=(2, 3),
+        groups=groups,
+        saliency=saliency,
+    )
+
+
+TEXT_ONLY = {"system": (0, 1), "question": (2,), "last": (3,)}
+FOUR = [
+    saliency_of([1e-6, 1e-2, 0.0]),
+    saliency_of([1e-5, 1e-3, 0.0]),
+    saliency_of([1e-4, 1e-3, 0.0]),
+    saliency_of([1e-1, 0.0, 0.0]),
+]
+
+
+def is_close(found: Tensor, expected: list[float]) -> bool:
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    return torch.allclose(found, wanted, rtol=1e-4, atol=0, equal_nan=True)
+
+
+def test_means_are_geometric_and_intervals_those_of_the_logarithms():
+    average, nan = average_saliencies(FOUR), math.nan
+    assert (average.count, set(average.counts.values())) == (4, {4})
+    assert is_close(average.of(TO_LAST), [10**-4.0, 10 ** (-8 / 3), nan])  # of the logs -6 -5 -4 -1, and -2 -3 -3
+    arithmetic = average.prompt_flows[average.flows.index(TO_LAST)].mean(0)
+    assert float(arithmetic[0] / average.of(TO_LAST)[0]) > 200, "one prompt would be most of an arithmetic mean"
+    half = T3 * math.sqrt(14 / 3) / 2, T2 * math.sqrt(1 / 3) / math.sqrt(3)
+    low, high = average.interval(TO_LAST)
+    assert is_close(low, [10 ** (-4 - half[0]), 10 ** (-8 / 3 - half[1]), nan])
+    assert is_close(high, [10 ** (-4 + half[0]), 10 ** (-8 / 3 + half[1]), nan])
+    assert is_close(average.of(TO_QUESTION), [2e-5] * 3) and is_close(average.interval(TO_QUESTION)[1], [2e-5] * 3)
+
+
+def test_zeros_are_counted_and_kept_apart_from_what_is_absent():
+    average = average_saliencies(FOUR)
+    assert average.zeros(TO_LAST).tolist() == [0, 1, 4] and average.zeros(TO_QUESTION).tolist() == [0, 0, 0]
+    own = average.prompt_flows[average.flows.index(TO_LAST)]
+    assert torch.equal(own, torch.stack([each.flow("image", "last") for each in FOUR]))
+    mixed = average_saliencies([*FOUR[:2], saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
+    assert mixed.prompt_flows[mixed.flows.index(TO_LAST), 2].isnan().all()
+    assert (mixed.counts[TO_LAST], mixed.counts["question -> last"]) == (2, 3)
+    assert mixed.zeros(TO_LAST).tolist() == [0, 0, 2], "an absent flow is no zero"
+    assert is_close(mixed.of(TO_LAST), [10**-5.5, 10**-2.5, math.nan])
+    half = T1 * math.sqrt(0.5) / math.sqrt(2)
+    assert is_close(mixed.interval(TO_LAST)[0], [10 ** (-5.5 - half), 10 ** (-2.5 - half), math.nan])
+
+
+def test_a_flow_that_only_a_later_prompt_has_is_averaged():
+    first = saliency_of([1e-3] * 3, groups=TEXT_ONLY)
+    average = average_saliencies([first, FOUR[0]])
+    assert average.flows[: len(first.flows)] == tuple(first.flows) and TO_LAST not in first.flows
+    assert is_close(average.of(TO_LAST), [1e-6, 1e-2, math.nan])
+    assert average.interval(TO_LAST)[0].isnan().all(), "one prompt has no spread"
+    with pytest.raises(TraceError, match="no flow 'image -> system'.*pass 'system -> question'"):
+        average.of("image -> system")
+
+
+def test_a_single_prompt_is_its_own_mean_without_an_interval(tmp_path: Path):
+    single = average_saliencies(FOUR[:1])
+    assert is_close(single.of(TO_LAST), [1e-6, 1e-2, math.nan])
+    with pytest.raises(TraceError, match="at least two traces"):
+        single.interval(TO_LAST)
+    table = single.to_dataframe()
+    assert table["low"].isna().all() and table["high"].isna().all() and set(table["n"]) == {0, 1}
+    Image.open(single.plot(tmp_path / "single.png")).load()
+
+
+def test_a_table_has_one_line_per_flow_and_layer():
+    average = average_saliencies(FOUR)
+    table = average.to_dataframe()
+    assert list(table.columns) == ["flow", "layer", "saliency", "low", "high", "n", "zeros"]
+    assert len(table) == 3 * len(average.flows)
+    for layer, expected in ((1, [3, 1]), (2, [0, 4])):
+        (line,) = table.query("flow == @TO_LAST and layer == @layer").itertuples()
+        assert [line.n, line.zeros] == expected
+        ends = (average.of(TO_LAST), *average.interval(TO_LAST))
+        values = [float(each[layer]) for each in ends]
+        assert [line.saliency, line.low, line.high] == pytest.approx(values, nan_ok=True)
+
+
+def test_only_equal_saliencies_are_averaged():
+    first = FOUR[0]
+    blind = replace(first, queries=(0,), saliency=first.saliency[:, :1])
+    for others, message in (
+        ([], "pass at least one"),
+        ([first, replace(first, model="another")], "differ in their model"),
+        ([first, replace(first, revision=None)], "differ in their revision"),
+        ([first, saliency_of([1.0, 1.0])], "differ in their layers"),
+        ([blind, blind], "no flow between groups"),
+    ):
+        with pytest.raises(TraceError, match=message):
+            average_saliencies(others)
+
+
+def test_a_saved_average_comes_back_whole(tmp_path: Path):
+    average = average_saliencies([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
+    loaded = AverageSaliency.load(average.save(tmp_path / "mean.safetensors"))
+    assert torch.equal(loaded.prompt_flows.nan_to_num(nan=-1), average.prompt_flows.nan_to_num(nan=-1))
+    assert loaded.prompt_flows.isnan().any()
+    for name in ("model", "revision", "layers", "questions", "flows", "counts"):
+        assert getattr(loaded, name) == getattr(average, name), name
+    for changes, message in (
+        ({"flows": average.flows[1:]}, "another shape"),
+        ({"prompt_flows": average.prompt_flows - 1}, "below zero"),
+    ):
+        broken = replace(average, **changes).save(tmp_path / "broken.safetensors")
+        with pytest.raises(TraceError, match=message):
+            AverageSaliency.load(broken)
+    with pytest.raises(TraceError, match="load another file"):
+        AverageSaliency.load(FOUR[0].save(tmp_path / "one.safetensors"))
+
+
+def test_a_plot_has_bands_a_gap_for_zeros_and_says_what_is_missing(tmp_path: Path):
+    mixed = average_saliencies([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
+    drawn = mixed.plot(tmp_path / "mixed.svg").read_text()
+    for words in ("95% intervals", "image -&gt; last (n = 4)", "where a flow is zero in some prompts"):
+        assert words in drawn, words
+    plain = average_saliencies([saliency_of([1e-3, 1e-2, 1e-1])] * 2).plot(tmp_path / "plain.svg").read_text()
+    assert "95% intervals" in plain and "(n = " not in plain and "is zero" not in plain
+    with pytest.raises(TraceError, match="png"):
+        mixed.plot(tmp_path / "mixed.txt")
