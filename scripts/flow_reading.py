@@ -91,6 +91,10 @@ class Reading:
         """The result in lines for people."""
         raise NotImplementedError
 
+    def held(self, result: Any) -> Any:
+        """What is held of a result until the average is made, which gets it; what has no average lies on disk only."""
+        return result if self.has_average else None
+
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> Any:
         """The average of results, which has save, plot and to_dataframe. TraceError if there is none.
 

@@ -155,8 +155,7 @@ class _Run:
                     found[reading] = self._compute(reading, asked)
         for reading, result in found.items():
             if result is not None:
-                # what has no average is not held: it lies on disk
-                self.findings.add(reading, answered, result if reading.has_average else None)
+                self.findings.add(reading, answered, reading.held(result))
 
     def _compute(self, reading: Reading, asked: Asked) -> Any:
         """The result, which is kept; None, and a note, if there is none."""

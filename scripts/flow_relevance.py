@@ -119,6 +119,10 @@ class Saliency(_Relevance):
         words = [f"{name}: {peak:.3g} in layer {layer}" for name, peak, layer in _strongest(result.flows)]
         return [f"attention x gradient, strongest per edge: {'; '.join(words)}"]
 
+    def held(self, result: AttentionSaliency) -> AverageSaliency:
+        """Its flows: the edges of a large model take megabytes for each question."""
+        return average_saliencies([result])
+
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
         """Geometric means of the flows."""
         return average_saliencies([result for _, result in found])

@@ -25,13 +25,14 @@ from multrace.tracing.flow.truncation import truncate_image
 from multrace.tracing.reading.cam import llava_cam
 from multrace.tracing.reading.contributions import attention_contributions
 from multrace.tracing.reading.lens import answer_emergence
+from multrace.tracing.reading.saliency import attention_saliency
 from multrace.tracing.results.flow.average_flows import AverageFlow, average_flows
 from multrace.tracing.results.flow.average_truncations import AverageTruncation
 from multrace.tracing.results.flow.flows import InformationFlow
 from multrace.tracing.results.flow.truncations import Truncation
 from multrace.tracing.results.reading.average_contributions import AverageContributions
 from multrace.tracing.results.reading.average_emergence import AverageEmergence
-from multrace.tracing.results.reading.average_saliency import AverageSaliency
+from multrace.tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
 from multrace.tracing.results.reading.contributions import AttentionContributions
 from multrace.tracing.results.reading.emergence import AnswerEmergence
 from multrace.tracing.results.reading.failures import FailurePrediction
@@ -352,17 +353,26 @@ def test_averages_and_results_of_every_question(
     assert "no average of failure: all 2 answers are right" in capsys.readouterr().out
 
 
-def test_what_has_no_average_is_drawn_for_each_question(ask_records: Callable[..., int], folder: Path):
-    assert ask_records([record(0)], "--relevance", "--checks=0") == 0
+def test_what_has_no_average_is_drawn_for_each_question(
+    ask_records: Callable[..., int], folder: Path, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
+):
+    assert ask_records([record(0), record(1)], "--relevance", "--checks=0") == 0
     out, own = folder / "out", folder / "out" / "questions" / "q0"
-    assert AverageShare.load(out / "share.safetensors").count == 1
+    assert AverageShare.load(out / "share.safetensors").count == 2
     assert AverageTruncation.load(out / "truncation.safetensors").baseline_accuracy == 1
-    assert AverageSaliency.load(out / "saliency.safetensors").count == 1
+    prompts = [same_prompt(tiny_vlm, folder), QUESTIONS[1].prompt(tiny_vlm)]
+    pairs = zip(prompts, QUESTIONS, strict=False)
+    expected = average_saliencies([attention_saliency(tiny_vlm, prompt, answer=each.gold) for prompt, each in pairs])
+    average = AverageSaliency.load(out / "saliency.safetensors")
+    assert average.flows == expected.flows
+    assert torch.allclose(average.prompt_flows, expected.prompt_flows, rtol=1e-3, atol=1e-9)
+    said = r"attention x gradient, geometric mean over 2 prompts, strongest per edge: .* in layer \d"
+    assert re.search(said, capsys.readouterr().out)
     stems = ("share", "saliency", "truncation")
     averages = {f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "png", "csv")}
     assert set(names(out)) == averages | {"report.json", "questions"}
     assert {name for name in names(own) if name.endswith(".png")} == {"cam.png", "cam_overlay.png"}
-    assert report_of(folder)["done"] == {name: ["q0"] for name in ("cam", "share", "saliency", "truncation")}
+    assert report_of(folder)["done"] == {name: ["q0", "q1"] for name in ("cam", "share", "saliency", "truncation")}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -156,3 +156,12 @@ def test_a_plot_has_bands_a_gap_for_zeros_and_says_what_is_missing(tmp_path: Pat
     assert "95% intervals" in plain and "(n = " not in plain and "is zero" not in plain
     with pytest.raises(TraceError, match="png"):
         mixed.plot(tmp_path / "mixed.txt")
+
+
+def test_averages_stand_for_their_prompts():
+    whole, parts = average_saliencies(FOUR), [average_saliencies(FOUR[:1]), FOUR[1], average_saliencies(FOUR[2:])]
+    joined = average_saliencies(parts)
+    assert (joined.flows, joined.questions) == (whole.flows, whole.questions)
+    assert torch.equal(joined.prompt_flows.nan_to_num(-1), whole.prompt_flows.nan_to_num(-1))
+    reordered = average_saliencies([parts[2], *parts[:2]])
+    assert not torch.equal(reordered.prompt_flows.nan_to_num(-1), whole.prompt_flows.nan_to_num(-1))

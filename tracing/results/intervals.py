@@ -53,5 +53,5 @@ def mean_interval(values: Tensor, *, comparisons: int = 1) -> tuple[Tensor, Tens
     for size in count.unique().tolist():
         if size > 1:
             quantiles[count == size] = student_quantile(1 - (1 - LEVEL) / 2 / comparisons, size - 1)
-    half = quantiles * deviation / count.clamp(min=1).sqrt()
+    half = quantiles * deviation / count.clamp(min=1).to(mean.dtype).sqrt()
     return mean - half, mean + half

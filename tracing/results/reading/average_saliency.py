@@ -133,28 +133,38 @@ class AverageSaliency:
         return "What the answer rests on", f"attention x gradient of its loss, {over}{bands}{zeros}"
 
 
-def average_saliencies(saliencies: Sequence[AttentionSaliency]) -> AverageSaliency:
+def average_saliencies(saliencies: Sequence[AttentionSaliency | AverageSaliency]) -> AverageSaliency:
     """Geometric mean over prompts to one model of each flow between groups; a prompt without a flow is left out of it.
 
+    Averages among them stand for the prompts that they are over, and take far less memory than their saliencies.
     TraceError for none, where models or layers differ, and where no prompt has a flow.
     """
     _check_alike(saliencies)
-    first, own = saliencies[0], [each.flows for each in saliencies]
+    first, own = saliencies[0], [flows for each in saliencies for flows in _flows_of(each)]
     names = tuple(dict.fromkeys(name for flows in own for name in flows))
     if not names:
         raise TraceError("these saliencies have no flow between groups; read them again with later queries")
     absent = torch.full((len(first.layers),), torch.nan, dtype=torch.float64)
+    asked = [each.questions if isinstance(each, AverageSaliency) else (each.question,) for each in saliencies]
     return AverageSaliency(
         model=first.model,
         revision=first.revision,
         layers=first.layers,
-        questions=tuple(each.question for each in saliencies),
+        questions=tuple(question for questions in asked for question in questions),
         flows=names,
         prompt_flows=torch.stack([torch.stack([flows.get(name, absent) for flows in own]) for name in names]),
     )
 
 
-def _check_alike(saliencies: Sequence[AttentionSaliency]) -> None:
+def _flows_of(found: AttentionSaliency | AverageSaliency) -> list[dict[str, Tensor]]:
+    """Per prompt the flows (layer,) that it has."""
+    if isinstance(found, AttentionSaliency):
+        return [found.flows]
+    own = [dict(zip(found.flows, flows, strict=True)) for flows in found.prompt_flows.unbind(1)]
+    return [{name: flow for name, flow in flows.items() if not flow.isnan().all()} for flows in own]
+
+
+def _check_alike(saliencies: Sequence[AttentionSaliency | AverageSaliency]) -> None:
     """TraceError for none, or for several that cannot be averaged."""
     if not saliencies:
         raise TraceError("no attention saliencies to average; pass at least one")
