@@ -119,7 +119,9 @@ def _draw(panels: Sequence[CurvePanel], titles: tuple[str, str], y_label: str, r
         axes.set_ylim(limits)
         _label(axes, panel, y_label if index == 0 else None)
     if letters:
-        _write_legend(figure, dict(zip(names, styles.values(), strict=True)), (_LEFT + plots, _BELOW + body))
+        samples = [sample_line(style) for style in styles.values()]
+        corner = (_LEFT + plots + 0.1) / width, (_BELOW + body) / height
+        write_legend(figure, dict(zip(names, samples, strict=True)), corner)
     return figure
 
 
@@ -158,13 +160,13 @@ def _fill(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle], refere
             axes.fill_between(*band, color=styles[curve.label].colour, alpha=0.16, linewidth=0, zorder=2)
     for index, curve in enumerate(panel.curves):
         step = max(1, -(-len(curve.x) // 12))  # a dozen markers, at other points than the neighbours'
-        line = _sample(styles[curve.label], markevery=(index % step, step), zorder=3)
+        line = sample_line(styles[curve.label], markevery=(index % step, step), zorder=3)
         line.set_data(curve.x.numpy(), curve.y.numpy())
         axes.add_line(line)
     axes.autoscale_view()
 
 
-def _sample(style: LineStyle, **more: object) -> Line2D:
+def sample_line(style: LineStyle, **more: object) -> Line2D:
     """A line of this style without points."""
     return Line2D(
         [],
@@ -198,14 +200,13 @@ def _label(axes: Axes, panel: CurvePanel, y_label: str | None) -> None:
         spine.set_color("#a0a0a0")
 
 
-def _write_legend(figure: Figure, entries: Mapping[str, LineStyle], corner: tuple[float, float]) -> None:
-    """The legend right of and below a corner given in inches, outside the panels."""
-    width, height = figure.get_size_inches()
+def write_legend(figure: Figure, samples: Mapping[str, Line2D], corner: tuple[float, float]) -> None:
+    """Writes a legend right of and below a corner, given in shares of the figure, outside the panels."""
     legend = figure.legend(
-        [_sample(style) for style in entries.values()],
-        list(entries),
+        list(samples.values()),
+        list(samples),
         loc="upper left",
-        bbox_to_anchor=((corner[0] + 0.1) / width, corner[1] / height),
+        bbox_to_anchor=corner,
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,

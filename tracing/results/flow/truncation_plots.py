@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from ..curves import CYCLE, LineStyle
+from ..curves import CYCLE, LineStyle, sample_line, write_legend
 from ..figures import INK, check_format, new_figure, wrap, write_figure, write_titles
 
 _WIDTH, _UPPER, _LOWER = 4.6, 2.5, 0.85  # inches of both panels, and their heights
@@ -82,7 +81,7 @@ def draw_truncations(
         axes.set_ylim(-0.03 * max(*tops, 0.1), 1.06 * max(*tops, 0.1))
     lower.yaxis.set_major_locator(MaxNLocator(3))
     lower.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _write_legend(figure, entries, levels, ((_LEFT + _WIDTH + 0.12) / width, bottom + _UPPER / height))
+    write_legend(figure, _legend(entries, levels), ((_LEFT + _WIDTH + 0.12) / width, bottom + _UPPER / height))
     return write_figure(path, figure)
 
 
@@ -94,7 +93,7 @@ def _draw_line(panels: tuple[Axes, Axes], layers: Sequence[int], line: Truncatio
             list(layers), line.low.numpy(), line.high.numpy(), color=style.colour, alpha=0.16, linewidth=0, zorder=2
         )
     for axes, values in ((upper, line.values), (lower, line.saved)):
-        sample = _sample(style, markevery=max(1, -(-len(layers) // 16)), zorder=3)
+        sample = sample_line(style, markevery=max(1, -(-len(layers) // 16)), zorder=3)
         sample.set_data(list(layers), values.numpy())
         axes.add_line(sample)
         axes.update_datalim(list(zip(layers, values.nan_to_num(0.0).tolist(), strict=True)))
@@ -133,30 +132,10 @@ def _finish(axes: Axes, y_label: str) -> None:
         spine.set_color("#a0a0a0")
 
 
-def _sample(style: LineStyle, **more: object) -> Line2D:
-    """A line of this style without points."""
-    marks = {"marker": style.marker, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
-    return Line2D([], [], color=style.colour, linestyle=style.dashes, linewidth=1.6, **marks, **more)
-
-
-def _write_legend(
-    figure: Figure, entries: Sequence[tuple[str, LineStyle]], levels: Levels, corner: tuple[float, float]
-) -> None:
-    """The legend right of and below this corner, outside the panels."""
+def _legend(entries: Sequence[tuple[str, LineStyle]], levels: Levels) -> dict[str, Line2D]:
+    """A sample of every curve, and of the levels that are drawn."""
     shown = [(label, look) for name, (label, look) in _LEVELS.items() if not math.isnan(getattr(levels, name))]
-    samples = [_sample(style) for _, style in entries] + [Line2D([], [], **look) for _, look in shown]
-    legend = figure.legend(
-        samples,
-        [name for name, _ in entries] + [label for label, _ in shown],
-        loc="upper left",
-        bbox_to_anchor=corner,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=2.9,
-        borderaxespad=0,
-        borderpad=0,
-        labelspacing=0.55,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    return {
+        **{name: sample_line(style) for name, style in entries},
+        **{label: Line2D([], [], **look) for label, look in shown},
+    }
