@@ -4,7 +4,8 @@
 #   make test     the test suite without the checks marked slow
 #   make slow     the checks marked slow
 #   make lint     style, likely bugs, import order
-#   make bench    how fast tracing and knockout are, against one model call per cell; BENCH_ARGS= for the whole tables
+#   make results  every editor and baseline on the embedded model (docs/results.md), some hours
+#   make bench    how fast tracing, knockout and editing are, against the usual ways; BENCH_ARGS= for the whole tables
 #
 # Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
 # On Linux the package index serves that release with CUDA libraries (several GB). For the small CPU build, name
@@ -32,7 +33,7 @@ PYTEST_ARGS ?=
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
-.PHONY: help demo test slow lint bench venv
+.PHONY: help demo test slow lint bench results venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -54,6 +55,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/multrace bench trace $(BENCH_ARGS)
 	$(BIN)/multrace bench flow $(BENCH_ARGS)
+	$(BIN)/multrace bench edit $(BENCH_ARGS)
+
+# every editor and baseline, and whether locating helps: the tables of docs/results.md
+results: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/multrace results --out out/results
 
 venv: $(READY)
 

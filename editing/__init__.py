@@ -1,8 +1,59 @@
-"""Experiments that write: closed-form edits of a model's facts."""
+"""Experiments that write: closed-form edits of a model's facts, their files, and what they did."""
 
-from .delta import AppliedDelta, Delta, WeightChange
-from .editors import MultEdit
+from .applying import AppliedDelta
+from .baselines import FineTune, InContext, Lora
+from .changes import WeightChange
+from .closed_form import ClosedFormEditor
+from .curves import EditCurve
+from .delta import Delta, compose
+from .editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from .errors import EditError
+from .evaluate import evaluate, evaluate_singly, unedited, with_history, without_history
+from .exports import save_merged, to_peft, verify_export, with_adapters
+from .ledger import Ledger, load_edit
+from .measuring import Measures
+from .moments import Moments, second_moments
+from .probes import Probe, Record
+from .reports import EditReport
 from .requests import EditRequest
+from .sequences import Governor, evaluate_sequentially
+from .sidecar import Sidecar
 
-__all__ = ["AppliedDelta", "Delta", "EditError", "EditRequest", "MultEdit", "WeightChange"]
+__all__ = [
+    "AlphaEdit",
+    "AppliedDelta",
+    "ClosedFormEditor",
+    "Delta",
+    "EMMET",
+    "EditCurve",
+    "EditError",
+    "EditReport",
+    "EditRequest",
+    "FineTune",
+    "Governor",
+    "InContext",
+    "Ledger",
+    "Lora",
+    "MEMIT",
+    "Measures",
+    "Moments",
+    "MultEdit",
+    "Probe",
+    "ROME",
+    "Record",
+    "Sidecar",
+    "WeightChange",
+    "compose",
+    "evaluate",
+    "evaluate_sequentially",
+    "evaluate_singly",
+    "load_edit",
+    "save_merged",
+    "second_moments",
+    "to_peft",
+    "unedited",
+    "verify_export",
+    "with_adapters",
+    "with_history",
+    "without_history",
+]

@@ -1,56 +1,24 @@
-"""A made edit: low-rank factors per weight that know their model; applied, undone, saved and loaded."""
+"""A made edit: low-rank factors per weight that know their model; applied, undone, taken apart, saved and loaded."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..models import ModelError, VisionLanguageModel
+from .applying import AppliedDelta, check_fingerprints, put_in
+from .changes import NO_OWNER, PARTS, WeightChange
 from .errors import EditError
 from .files import read_tensors, write_tensors
 
-FORMAT = "multrace delta 1"
-PARTS = ("left", "right", "keys", "residuals")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class WeightChange:
-    """The change of one weight W in y = W k, and what it was made to achieve. EditError if shapes disagree."""
-
-    left: Tensor
-    """(hidden, rank)"""
-    right: Tensor
-    """(rank, mlp); left @ right is added to W, transposed where the model stores W transposed (GPT-2's Conv1D)."""
-    keys: Tensor
-    """(key, mlp), the inputs at which the output is to change."""
-    residuals: Tensor
-    """(key, hidden), the change of the output that was asked for at each key."""
-
-    def __post_init__(self) -> None:
-        parts = {name: getattr(self, name) for name in PARTS}
-        shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
-        if any(tensor.ndim != 2 or tensor.dtype != torch.float32 for tensor in parts.values()):
-            raise EditError(f"a weight change holds four float32 matrices; found {shapes}; see WeightChange")
-        (hidden, rank), (rank_too, mlp) = shapes["left"], shapes["right"]
-        count = shapes["keys"][0]
-        if rank != rank_too or shapes["keys"] != (count, mlp) or shapes["residuals"] != (count, hidden):
-            raise EditError(f"the parts of a weight change do not fit together: {shapes}; see WeightChange")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(hidden, mlp) of the weight in y = W k."""
-        return self.left.shape[0], self.right.shape[1]
-
-    def added_to(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """A changed copy in the weight's own dtype, layout and device; the sum is taken in float32 and rounded once."""
-        update = self.left.to(weight.device) @ self.right.to(weight.device)
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return (wide + (update.T if transposed else update)).to(weight.dtype)
+FORMAT = "multrace delta 2"
+_EDITED = "edited"
+_MOSTLY = 0.9  # a request of which less is realised is pointed out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +26,7 @@ class Delta:
     """An edit of a model, held outside the model.
 
     It names the weights it changes and how those looked when the edit was made; it is applied to nothing else unless
-    asked to.
+    asked to. EditError if its parts do not fit together.
     """
 
     changes: Mapping[str, WeightChange]
@@ -71,37 +39,38 @@ class Delta:
     settings: Mapping[str, str] = field(default_factory=dict)
     """The editor and its hyper-parameters, as text."""
     requests: tuple[Mapping[str, str], ...] = ()
-    """What was asked and how far the value search came, as text, one mapping per request."""
+    """What was asked, what became of it and how far the value search came, as text, one mapping per request."""
 
     def __post_init__(self) -> None:
         if not self.changes or set(self.changes) != set(self.fingerprints):
             raise EditError(
                 f"a delta needs one fingerprint per changed weight; found {[*self.changes]} and {[*self.fingerprints]}"
             )
+        for name, change in self.changes.items():
+            if not all(NO_OWNER <= owner < len(self.requests) for owner in change.owners.tolist()):
+                raise EditError(
+                    f"the keys of {name} belong to requests {sorted(set(change.owners.tolist()))}, but the delta has "
+                    f"{len(self.requests)} requests; count owners from 0, with {NO_OWNER} for none"
+                )
 
     @property
     def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """(left, right) per parameter name: float32, (hidden, rank) and (rank, mlp), oriented as in y = W k."""
         return {name: (change.left, change.right) for name, change in self.changes.items()}
 
-    def apply(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> "AppliedDelta":
+    def apply(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> AppliedDelta:
         """A handle whose undo() takes the change back bit by bit; the model's weights are changed in place until then.
 
-        Deltas on the same weight stack, and are undone in reverse order; on different weights the order is free.
-        EditError if the model lacks a weight, or if a weight is not the one that was edited (another model, or an
-        edit already applied to it): on_other_weights=True adds the change all the same. Nothing is changed when an
-        error is raised.
+        The sum is taken in float64 and rounded once, by runs of rows: one copy of each touched weight, kept for undo,
+        is all the memory that grows with the weight. Deltas on the same weight stack, and are undone in reverse order;
+        on different weights the order is free. EditError if the model lacks a weight, or if a weight is not the one
+        that was edited (another model, or an edit already applied to it): on_other_weights=True adds the change all
+        the same. The weights are as they were when an error is raised.
         """
-        edited = self._edited(vlm, on_other_weights=on_other_weights)
-        saved = {name: vlm.weight(name).detach().clone() for name in edited}
-        handle = AppliedDelta(vlm, saved)
-        try:
-            _write(vlm, edited)
-            handle.fingerprints = vlm.fingerprint(list(edited))
-        except BaseException:
-            handle.restore()
-            raise
-        return handle
+        self.check_fits(vlm)
+        if not on_other_weights:
+            check_fingerprints(vlm, self.fingerprints, self.model)
+        return put_in(vlm, [self.changes])
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> Iterator[VisionLanguageModel]:
@@ -115,30 +84,100 @@ class Delta:
         finally:
             handle.restore()
 
-    def realised(self, vlm: VisionLanguageModel) -> dict[str, Tensor]:
+    def realised(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
         """The share of the requested output change that applying would achieve: per parameter name, (key,) float32.
 
         1 is all, 0 is none; measured along the requested direction after rounding to the model's dtype, so it shows
         what the ridge and a low precision take away. 1 where nothing was requested. The model is left as it is; call
-        it while the delta is not applied. EditError as in apply.
+        it while the delta is not applied. EditError as in apply, but an overflow is not looked for.
         """
-        edited = self._edited(vlm, on_other_weights=False)
-        shares = {}
-        for name, after in edited.items():
-            change, before = self.changes[name], vlm.weight(name).detach()
-            moved = after.float() - before.float()
-            moved = (moved.T if vlm.family.transposed else moved).cpu()
-            wanted = change.residuals.square().sum(-1)
-            share = ((change.keys @ moved.T) * change.residuals).sum(-1) / wanted
-            shares[name] = torch.where(wanted > 0, share, torch.ones_like(share))
-        return shares
+        self.check_fits(vlm)
+        if not on_other_weights:
+            check_fingerprints(vlm, self.fingerprints, self.model)
+        transposed = vlm.family.transposed
+        return {name: each.realised(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+
+    def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """One line per request, from the shares that `realised` (or a side-car) gives: what became of it, and how much.
+
+        The share is that of the request's worst key over all weights; less than nine tenths is pointed out. A delta
+        whose keys belong to no request has one line per weight.
+        """
+        if not self.requests:
+            return tuple(f"{name}: {_share(share)}" for name, share in shares.items())
+        lines = []
+        for index, request in enumerate(self.requests):
+            own = torch.cat([shares[name][each.owners == index] for name, each in self.changes.items()])
+            asked = f"{index}: {request.get('question', '')!r} -> {request.get('target', '')!r}"
+            lines.append(f"{asked}: {_share(own) if own.numel() else request.get('status', 'no keys of its own')}")
+        return tuple(lines)
+
+    def owned(self, index: int) -> dict[str, Tensor]:
+        """(rank,) boolean per parameter name: the keys that serve this request.
+
+        EditError for an index out of range, or for an edited request of which no key is known.
+        """
+        if not 0 <= index < len(self.requests):
+            raise EditError(
+                f"no request {index} in this edit of '{self.model}': it has {len(self.requests)} requests, "
+                "counted from 0"
+            )
+        own = {name: change.owners == index for name, change in self.changes.items()}
+        if self.requests[index].get("status", _EDITED) == _EDITED and not any(rows.any() for rows in own.values()):
+            raise EditError(
+                f"this edit of '{self.model}' does not say which of its factors belong to request {index}; "
+                "make it again with an editor that does"
+            )
+        return own
+
+    def without(self, *indices: int, resolve: bool = False) -> Self:
+        """The delta without these requests, counted from 0; the later ones move up.
+
+        Their own factors are taken out and the others stay as they were solved, together with those now gone; resolve
+        solves the others anew, as if these requests had never been made. EditError as `owned`, and on resolving a
+        change of several weights: what a deeper layer has to add depends on what a lower one does.
+        """
+        gone = {index: self.owned(index) for index in indices}
+        if resolve:
+            self.check_solvable()
+        numbers = torch.full((len(self.requests) + 1,), NO_OWNER)  # the last entry is for rows without an owner
+        left = [index for index in range(len(self.requests)) if index not in gone]
+        numbers[left] = torch.arange(len(left))
+        changes = {}
+        for name, change in self.changes.items():
+            kept = torch.ones(change.rank, dtype=torch.bool)
+            for own in gone.values():
+                kept &= ~own[name]
+            rest = change.resolved(kept, change.residuals[kept]) if resolve else change.only(kept)
+            changes[name] = replace(rest, owners=numbers[rest.owners])
+        return replace(self, changes=changes, requests=tuple(self.requests[index] for index in left))
+
+    def check_solvable(self) -> None:
+        """EditError if the delta changes several weights, so that no part of it can be solved anew from its factors."""
+        if len(self.changes) > 1:
+            raise EditError(
+                f"this edit of '{self.model}' changes {len(self.changes)} weights, and the keys of one depend on the "
+                "change of another; solving anew needs the model: edit again from the requests that are left"
+            )
+
+    def check_fits(self, vlm: VisionLanguageModel) -> None:
+        """EditError unless the model has weights of these names and shapes."""
+        for name, change in self.changes.items():
+            try:
+                weight = vlm.weight(name)
+            except ModelError as error:
+                raise EditError(f"an edit of '{self.model}' does not fit '{vlm.name}': {error}") from error
+            wanted = change.shape[::-1] if vlm.family.transposed else change.shape
+            if tuple(weight.shape) != wanted or not weight.is_floating_point():
+                raise EditError(
+                    f"an edit of '{self.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is "
+                    f"{tuple(weight.shape)} in {weight.dtype}; load the model that was edited"
+                )
 
     def save(self, path: str | Path) -> Path:
         """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
-        tensors = {f"{part}:{name}": getattr(change, part) for name, change in self.changes.items() for part in PARTS}
-        text = {"format": FORMAT, "model": self.model, "revision": self.revision or ""}
-        text |= {key: json.dumps(getattr(self, key)) for key in ("fingerprints", "settings", "requests")}
-        return write_tensors(path, tensors, text)
+        text = {"format": FORMAT} | {key: json.dumps(value) for key, value in self.words().items()}
+        return write_tensors(path, self.tensors(), text)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -149,83 +188,87 @@ class Delta:
                 f"'{path}' is no saved edit: its header says {text.get('format')!r}, not {FORMAT!r}; "
                 "pass a file that Delta.save wrote"
             )
-        try:
-            prints, settings, requests = (json.loads(text[key]) for key in ("fingerprints", "settings", "requests"))
-            changes = {name: WeightChange(**{part: tensors[f"{part}:{name}"] for part in PARTS}) for name in prints}
-            origin = {"model": text["model"], "revision": text["revision"] or None}
-            return cls(changes=changes, fingerprints=prints, settings=settings, requests=tuple(requests), **origin)
-        except (KeyError, TypeError, ValueError) as error:
-            raise EditError(
-                f"the edit in '{path}' is damaged ({error}); make the edit again and save it anew"
-            ) from error
+        with damage_named(path):
+            return cls.assembled(tensors, {key: json.loads(value) for key, value in text.items() if key != "format"})
 
-    def _edited(self, vlm: VisionLanguageModel, *, on_other_weights: bool) -> dict[str, Tensor]:
-        """The touched weights as they would be with this change, computed without touching the model."""
-        try:
-            weights = {name: vlm.weight(name) for name in self.changes}
-        except ModelError as error:
-            raise EditError(f"an edit of '{self.model}' does not fit '{vlm.name}': {error}") from error
-        edited = {}
-        for name, change in self.changes.items():
-            weight, wanted = weights[name], change.shape[::-1] if vlm.family.transposed else change.shape
-            if tuple(weight.shape) != wanted or not weight.is_floating_point():
-                raise EditError(
-                    f"an edit of '{self.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is "
-                    f"{tuple(weight.shape)} in {weight.dtype}; load the model that was edited"
-                )
-        if not on_other_weights:
-            self._check_fingerprints(vlm)
-        for name, change in self.changes.items():
-            edited[name] = change.added_to(weights[name], transposed=vlm.family.transposed)
-            if not torch.isfinite(edited[name]).all():
-                raise EditError(
-                    f"the edited {name} overflows {weights[name].dtype}; load in float32 or edit with a clamp"
-                )
-        return edited
+    def words(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON takes it."""
+        parts = {"fingerprints": dict(self.fingerprints), "settings": dict(self.settings)}
+        return parts | {
+            "model": self.model,
+            "revision": self.revision,
+            "requests": [dict(each) for each in self.requests],
+        }
 
-    def _check_fingerprints(self, vlm: VisionLanguageModel) -> None:
-        found = vlm.fingerprint(list(self.fingerprints))
-        for name, wanted in self.fingerprints.items():
-            if found[name] != wanted:
-                raise EditError(
-                    f"this edit was made on '{self.model}', where {name} has hash {wanted[:12]}; in '{vlm.name}' "
-                    f"({vlm.dtype}) it has {found[name][:12]}: another model or precision, or an edit is applied; "
-                    "go back to the weights that were edited, or pass on_other_weights=True to add the change to these"
-                )
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Every tensor under prefix + PART:PARAMETER."""
+        return {
+            f"{prefix}{part}:{name}": getattr(change, part) for name, change in self.changes.items() for part in PARTS
+        }
+
+    @classmethod
+    def assembled(cls, tensors: Mapping[str, Tensor], words: Mapping[str, Any], prefix: str = "") -> Self:
+        """The delta that `tensors` and `words` spell; KeyError, TypeError or EditError where something is missing."""
+        parts = {name: {part: tensors[f"{prefix}{part}:{name}"] for part in PARTS} for name in words["fingerprints"]}
+        changes = {name: WeightChange(**each) for name, each in parts.items()}
+        plain = {key: words[key] for key in ("fingerprints", "settings", "model", "revision")}
+        return cls(changes=changes, requests=tuple(words["requests"]), **plain)
 
 
-class AppliedDelta:
-    """A change that is in a model's weights, and the way back: it holds a copy of every touched weight."""
+def compose(*deltas: Delta) -> Delta:
+    """One delta that does what these do one after the other; their requests follow each other in this order.
 
-    def __init__(self, vlm: VisionLanguageModel, saved: Mapping[str, Tensor]) -> None:
-        self.vlm = vlm
-        self.fingerprints: Mapping[str, str] = {}
-        self._saved = dict(saved)
-
-    def undo(self) -> None:
-        """Puts the touched weights back, bit-equal to before. EditError if already undone, or if one was changed since.
-
-        A later change of the same weight has to be undone first; silently dropping it, or keeping half of it, would
-        be worse.
-        """
-        if not self._saved:
-            raise EditError(f"this edit of '{self.vlm.name}' is already undone; apply it again for a new handle")
-        found = self.vlm.fingerprint(list(self._saved))
-        changed = [name for name in self._saved if found[name] != self.fingerprints[name]]
-        if changed:
-            raise EditError(
-                f"cannot undo this edit of '{self.vlm.name}': {', '.join(changed)} was changed after it; "
-                "undo the later change first (last in, first out)"
-            )
-        self.restore()
-
-    def restore(self) -> None:
-        """Puts the touched weights back whatever was written to them since; does nothing once undone."""
-        _write(self.vlm, self._saved)
-        self._saved = {}
+    A delta whose fingerprint differs from the first one's on the same weight was made with the earlier ones in place:
+    what it asked for is restated against the first one's weights. Applying rounds once, where one after the other
+    rounds each time. EditError for none, or for edits of different models.
+    """
+    below = []
+    for index, delta in enumerate(deltas):
+        first = {name: digest for each in reversed(deltas[:index]) for name, digest in each.fingerprints.items()}
+        made_after = any(first.get(name, digest) != digest for name, digest in delta.fingerprints.items())
+        below.append(range(index) if made_after else ())
+    return joined(deltas, below)
 
 
-@torch.no_grad()
-def _write(vlm: VisionLanguageModel, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        vlm.weight(name).copy_(value)
+def joined(deltas: Sequence[Delta], below: Sequence[Sequence[int]]) -> Delta:
+    """As compose; below says for each delta which of the earlier ones were in place when it was made."""
+    if not deltas:
+        raise EditError("no deltas to compose; pass at least one")
+    if len({(each.model, each.revision) for each in deltas}) > 1:
+        raise EditError(f"cannot compose edits of different models: {sorted({each.model for each in deltas})}")
+    rows: dict[str, list[WeightChange]] = {}
+    requests: list[Mapping[str, str]] = []
+    for delta, earlier in zip(deltas, below, strict=True):
+        for name, change in delta.changes.items():
+            owners = torch.where(change.owners == NO_OWNER, change.owners, change.owners + len(requests))
+            residuals = change.residuals.double()
+            asked = residuals.any(dim=-1, keepdim=True)  # where the output was to stay, it is to stay
+            for other in (deltas[index].changes[name] for index in earlier if name in deltas[index].changes):
+                residuals = residuals + asked * other.moved(change.keys)
+            rows.setdefault(name, []).append(replace(change, owners=owners, residuals=residuals.float()))
+        requests += delta.requests
+    settings = [dict(each.settings) for each in deltas]
+    alike = all(each == settings[0] for each in settings)
+    return Delta(
+        changes={name: WeightChange.stacked(changes) for name, changes in rows.items()},
+        fingerprints={name: digest for each in reversed(deltas) for name, digest in each.fingerprints.items()},
+        model=deltas[0].model,
+        revision=deltas[0].revision,
+        settings=settings[0] if alike else {"editor": "composed", "parts": json.dumps(settings)},
+        requests=tuple(requests),
+    )
+
+
+@contextmanager
+def damage_named(path: str | Path) -> Iterator[None]:
+    """A block in which whatever is missing or wrong in a file's parts becomes one EditError that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EditError(f"the edit in '{path}' is damaged ({error}); make the edit again and save it anew") from error
+
+
+def _share(shares: Tensor) -> str:
+    worst = shares.min().item() if shares.numel() else 1.0
+    note = "" if worst >= _MOSTLY else "; a side-car, a higher precision or a smaller ridge brings the rest"
+    return f"{worst:.1%} realised{note}"

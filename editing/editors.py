@@ -1,67 +1,20 @@
-"""Editors: frozen hyper-parameters that turn requests into a delta. The model is never left changed."""
+"""The editors: frozen settings of one closed-form solve, with the constants of their papers as presets."""
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Self
 
-import torch
-from tqdm import tqdm
-
-from ..models import ModelError, VisionLanguageModel
-from .delta import Delta, WeightChange
-from .errors import EditError
-from .requests import EditRequest
-from .solve import ridge_update
-from .values import ValueResult, ValueSettings, optimise_values
-
-logger = logging.getLogger("multrace")
-_LIKELY = 0.5  # a target below it, even with its value met in full, is hardly what free generation will say
-
-
-class EditPlace(Protocol):
-    """Anything that names a layer and a token to edit, such as the choice a causal trace makes."""
-
-    @property
-    def layer(self) -> int:
-        """The layer whose MLP is changed."""
-
-    @property
-    def token(self) -> str | int:
-        """The name of a token group, or a position."""
+from .closed_form import ClosedFormEditor
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultEdit(ValueSettings):
-    """MultEdit (arXiv 2406.04236): one down projection changed in closed form to give a wanted value at a key.
+class MultEdit(ClosedFormEditor):
+    """MultEdit (arXiv 2406.04236): projections changed in closed form to give wanted values at keys.
 
-    All requests are met by one regularised least-squares solve (solve.ridge_update). The defaults come from a sweep
-    on a small model; `paper` has the published constants. EditError for a setting out of range, or for both or neither
-    of layer and where.
+    All requests are met by one regularised least-squares solve, in which keys of `keep` prompts stay exactly. The
+    defaults come from a sweep on a small model; `paper` has the published constants.
     """
 
-    layer: int | None = None
-    """The layer whose MLP is changed, negative from the end; take it from a causal trace."""
-    token: str | int = "last"
-    """The token that is edited: a group name (its last position counts) or a position, the same in all contexts."""
-    where: EditPlace | None = None
-    """A choice of layer and token made elsewhere, in place of `layer` and `token`."""
-    ridge_fraction: float = 0.05
-    """The ridge as a share of the mean squared key norm: that of one key differs by a factor of 25 between layers."""
-    ridge: float | None = None
-    """An absolute ridge in place of ridge_fraction."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.layer is None) == (self.where is None):
-            raise EditError(
-                f"MultEdit got layer={self.layer} and where={self.where}; "
-                "pass one of them: layer=5, or where=the site that a trace chose"
-            )
-        if self.ridge_fraction < 0 or (self.ridge is not None and self.ridge < 0):
-            raise EditError(
-                f"MultEdit got ridge_fraction={self.ridge_fraction} and ridge={self.ridge}; pass numbers of at least 0"
-            )
+    earlier_weight: float | None = 1.0
 
     @classmethod
     def paper(cls, *, layer: int = 2, token: str | int = "constraint_last", clamp: float | None = 1e-4) -> Self:
@@ -71,60 +24,99 @@ class MultEdit(ValueSettings):
         0.75. The first step of Adam is far longer than that in any real model, so the clamp alone decides, and in
         half precision most of so small a change is rounded away. It can hardly be what gave the published scores;
         clamp=4 or None is the fair baseline. The ridge is odd too: being absolute, its strength depends on the key
-        norm of the layer. Unlike the released script this scores all target tokens rather than the first, and squares
-        the norm in the weight decay.
+        norm of the layer. Unlike the released script this scores all target tokens rather than the first.
         """
-        search = {"steps": 10, "learning_rate": 0.1, "weight_decay": 1e-3, "stop_loss": 0.0, "end_of_answer": False}
-        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, **search)
+        search = {"steps": 10, "learning_rate": 0.1, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.0}
+        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, end_of_answer=False, **search)
 
-    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False) -> Delta:
-        """The change after which each request's prompt is answered with its target; Delta.applied puts it in.
 
-        progress shows a bar over requests, or over search steps for a single one. A request whose search ended
-        with the target less likely than not is logged as a warning; loss and probability of each stand in
-        Delta.requests. EditError for no requests, a layer or token that does not exist, contexts that disagree, or
-        keys that cannot be told apart at ridge 0.
+@dataclass(frozen=True, kw_only=True)
+class ROME(ClosedFormEditor):
+    """ROME (arXiv 2202.05262, Eq. 2): the value is met exactly at one layer, at the least cost to old keys.
+
+    The direction of the change is the mean key over contexts, its size is set at the prompt's own key. Without moments
+    (moment_weight=0) old keys count alike in all directions.
+    """
+
+    weight: float = float("inf")
+    ridge_fraction: float = 0.0
+    moment_weight: float = 1.0
+    two_keys: bool = True
+
+    @classmethod
+    def paper(cls, *, layer: int, token: str | int = "constraint_last", moment_weight: float = 1.0) -> Self:
+        """The published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
+        search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
+        place = {"layer": layer, "token": token}
+        return cls(**place, **search, clamp=4.0, end_of_answer=False, moment_weight=moment_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMIT(ClosedFormEditor):
+    """MEMIT (arXiv 2210.07229, Eq. 14): many facts at once, their change spread over several layers.
+
+    The wanted value is the output of the last layer; each layer from the lowest on adds its share of what is missing.
+    """
+
+    spread: int = 3
+    ridge_fraction: float = 0.0
+    moment_weight: float = 100.0
+
+    @classmethod
+    def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", moment_weight: float = 15000.0) -> Self:
+        """The published constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
+        search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
+        place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
+        return cls(**place, **search, clamp=0.75, end_of_answer=False, moment_weight=moment_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMMET(ClosedFormEditor):
+    """EMMET (arXiv 2403.14236): a batch of facts, each met exactly, at the least cost to old keys."""
+
+    weight: float = float("inf")
+    ridge_fraction: float = 0.0
+    moment_weight: float = 1.0
+
+    @classmethod
+    def paper(cls, *, layer: int = 5, token: str | int = "constraint_last", moment_weight: float = 100000.0) -> Self:
+        """The constants of its code for Llama-2-7B: layer 5, 25 steps at 0.5, decay 1e-3, clamp 4.
+
+        Its ridge of 0.1 is added to the system over the edits, which makes their weight 10 instead of infinite.
         """
-        requests = tuple(requests)
-        if not requests:
-            raise EditError("no requests to edit; pass at least one EditRequest")
-        layer, token = (self.layer, self.token) if self.where is None else (self.where.layer, self.where.token)
-        try:
-            name = vlm.down_projection(layer).name
-        except ModelError as error:
-            raise EditError(f"cannot edit layer {layer}: {error}") from error
-        several = len(requests) > 1
-        bar = tqdm(requests, desc=f"values at layer {layer}", disable=not (progress and several), leave=False)
-        search = {"layer": layer, "token": token, "settings": self, "progress": progress and not several}
-        results = [optimise_values(vlm, request, **search) for request in bar]
-        return Delta(
-            changes={name: self._solve(results)},
-            fingerprints=vlm.fingerprint([name]),
-            model=vlm.name,
-            revision=vlm.revision,
-            settings=self._as_text(layer, token),
-            requests=tuple(self._report(request, result) for request, result in zip(requests, results, strict=True)),
-        )
+        search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.05}
+        place = {"layer": layer, "token": token}
+        return cls(**place, **search, clamp=4.0, end_of_answer=False, weight=10.0, moment_weight=moment_weight)
 
-    def _solve(self, results: Sequence[ValueResult]) -> WeightChange:
-        keys = torch.cat([result.keys for result in results])
-        residuals = torch.cat([result.change for result in results])
-        relative = self.ridge_fraction * keys.double().square().sum(-1).mean().item()
-        left, right = ridge_update(keys, residuals, ridge=relative if self.ridge is None else self.ridge)
-        parts = {"left": left, "right": right, "keys": keys, "residuals": residuals}
-        return WeightChange(**{part: tensor.float().cpu() for part, tensor in parts.items()})
 
-    def _as_text(self, layer: int, token: str | int) -> dict[str, str]:
-        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "where"}
-        settings |= {"editor": type(self).__name__, "layer": layer, "token": token}
-        return {name: str(value) for name, value in settings.items()}
+@dataclass(frozen=True, kw_only=True)
+class AlphaEdit(ClosedFormEditor):
+    """AlphaEdit (arXiv 2410.02355): changes only where old keys hardly reach, and keeps the keys of earlier edits.
 
-    def _report(self, request: EditRequest, result: ValueResult) -> dict[str, str]:
-        if result.loss > self.stop_loss and result.probability < _LIKELY and self.steps:
-            logger.warning(
-                "even with its wanted value, %r has a probability of %.2f after %d steps; "
-                "more steps, another layer or another token may help",
-                *(request.target, result.probability, result.steps),
-            )
-        found = {"loss": f"{result.loss:.6g}", "probability": f"{result.probability:.6g}", "steps": str(result.steps)}
-        return {**request.summary(), **found}
+    Its running cache of keys is `earlier`: pass the edits that are in the model, in a sequence.
+    """
+
+    spread: int = 3
+    null_threshold: float | None = 1.0
+    earlier_weight: float | None = 1.0
+
+    @classmethod
+    def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", null_threshold: float = 1.0) -> Self:
+        """The published constants for Llama-3-8B: layers 4 to 8, 25 steps at 0.1, decay 0.5, clamp 0.75, ridge 10.
+
+        The published threshold, 2e-2 of the singular values of C, depends on the scale of a model's keys; it is to be
+        given here as a share of the mean eigenvalue.
+        """
+        search = {"steps": 25, "learning_rate": 0.1, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
+        place = {"layer": layer, "token": token, "spread": min(5, layer + 1)}
+        return cls(**place, **search, clamp=0.75, end_of_answer=False, ridge=10.0, null_threshold=null_threshold)
+
+
+EDITORS: dict[str, type[ClosedFormEditor]] = {
+    "multedit": MultEdit,
+    "rome": ROME,
+    "memit": MEMIT,
+    "emmet": EMMET,
+    "alphaedit": AlphaEdit,
+}
+"""Closed-form editors by the names that commands take."""

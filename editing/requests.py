@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from ..models import Prompt
 from .errors import EditError
 
+_PROMPTS = ("contexts", "also", "keep", "essence")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
@@ -20,9 +22,18 @@ class EditRequest:
     """The new answer, of any number of tokens."""
     contexts: tuple[Prompt, ...] = ()
     """Further pictures or wordings of the same fact; keys are averaged over them, and the value has to work in all."""
+    also: tuple[Prompt, ...] = ()
+    """Prompts that must give the target too, each with keys and values of its own: the question by name, say."""
+    keep: tuple[Prompt, ...] = ()
+    """Prompts whose present answers must stay: the same question about other pictures, other questions about this."""
+    essence: tuple[Prompt, ...] = ()
+    """Prompts about the same thing whose next token is to stay as it was while the value is searched for (ROME)."""
+    name: str = ""
+    """What reports call it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "contexts", tuple(self.contexts))
+        for part in _PROMPTS:
+            object.__setattr__(self, part, tuple(getattr(self, part)))
         if not isinstance(self.target, str) or not self.target.strip():
             raise EditError(
                 f"the target of the edit of {self.prompt.question!r} is {self.target!r}; "
@@ -34,6 +45,17 @@ class EditRequest:
         """The prompt and its contexts, each with the target as its answer."""
         return tuple(prompt.with_answer(self.target) for prompt in (self.prompt, *self.contexts))
 
+    @property
+    def goals(self) -> tuple[tuple[Prompt, ...], ...]:
+        """What shares a key: the prompt with its contexts, then each of `also`; all with the target as their answer."""
+        return (self.prompts, *((prompt.with_answer(self.target),) for prompt in self.also))
+
+    @property
+    def label(self) -> str:
+        """Its name, or its question and target."""
+        return self.name or f"{self.prompt.question} -> {self.target}"
+
     def summary(self) -> Mapping[str, str]:
         """The request in words, for the header of a saved edit."""
-        return {"question": self.prompt.question, "target": self.target, "contexts": str(len(self.contexts))}
+        counts = {part: str(len(getattr(self, part))) for part in _PROMPTS}
+        return {"name": self.name, "question": self.prompt.question, "target": self.target, **counts}

@@ -1,55 +1,192 @@
-"""The algebra of closed-form edits: one regularised least-squares problem, solved in float64."""
+"""The algebra of closed-form edits: one least-squares problem, of which every editor is a setting.
+
+The change D of a weight W in y = W k is
+
+    argmin_D  sum_i w_i |D k_i - r_i|^2 + tr(D M D^T),   M = lambda I + mu C,   subject to D Q^T = 0
+
+with keys k_i (the rows of K), residuals r_i (wanted minus current output, the rows of R), weights w_i of which an
+infinite one makes D k_i = r_i exact, a ridge lambda, a second moment C of weight mu, and protected directions, the rows
+of Q. A key to be preserved is a row whose residual is zero. The optimum is computed in its thin form,
+
+    (K N K^T + diag(1 / w)) X = R,   D = X^T K N,   N = M^-1 - M^-1 Q^T (Q M^-1 Q^T)^-1 Q M^-1
+
+an n x n system after one factorisation of M, and none of M where C is absent: then nothing here is width x width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import EditError
+from .metric import Metric
+
+_EPSILON = torch.finfo(torch.float64).eps
 
 
-def ridge_update(keys: Tensor, residuals: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
-    """Factors (left, right) of the weight change that adds the residuals at the keys and moves the weight least.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Constraints:
+    """What the change of one weight is to achieve, one row a key.
 
-    keys (edit, mlp): inputs K of the weight W, one a row; residuals (edit, hidden): wanted minus current output, Z -
-    W'K. ridge, at least 0: the price lambda of a change in the weight, in units of a squared key norm. left (hidden,
-    edit) @ right (edit, mlp) is the change of W in y = W k, at most of rank `edit`:
-
-        W* = argmin |W K - Z|^2 + lambda |W - W'|^2 = W' + (Z - W'K) (lambda I + K^T K)^-1 K^T
-
-    This is the published (lambda W' + z k^T)(lambda I + k k^T)^-1 with the inverse taken over edits instead of over
-    the MLP width: exact, and an n x n solve. One key gives the rank-one form (z - W'k) k^T / (lambda + |k|^2), which
-    realises the fraction |k|^2 / (lambda + |k|^2) of what was asked. Computed and returned in float64 whatever comes
-    in. EditError if shapes disagree, a number is not finite, or ridge is 0 and keys are linearly dependent. MultEdit,
-    arXiv 2406.04236.
+    EditError if shapes disagree, a number is not finite, or a weight is not above 0.
     """
-    _check(keys, residuals, ridge)
-    keys, residuals = keys.double(), residuals.double()
-    gram = keys @ keys.T + ridge * torch.eye(len(keys), dtype=torch.float64, device=keys.device)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not _well_posed(factor):
-        raise EditError(
-            f"{len(keys)} linearly dependent keys cannot all be met with ridge={ridge:g}; "
-            "pass a ridge above 0 (0.05 times the mean squared key norm is a good start), or edit fewer facts at once"
-        )
-    return torch.cholesky_solve(residuals, factor).T, keys
 
+    keys: Tensor
+    """K (n, width), any float dtype: inputs of the weight."""
+    residuals: Tensor
+    """R (n, hidden): the wanted change of the output at each key; zero preserves it."""
+    weights: Tensor
+    """w (n,), above 0; inf is exact."""
+    directions: Tensor | None = None
+    """(n, width), the keys that D is made of, where they are not those that it is measured at. ROME's two keys: the
+    mean over templates here, the key of the plain prompt in `keys`. D is then X^T directions N, and least no more."""
+    names: tuple[str, ...]
+    """(n,) whose row it is, for messages; a name may stand for several rows."""
 
-def _well_posed(factor: Tensor) -> bool:
-    """Whether the system behind this Cholesky factor still has digits left in float64."""
-    diagonal = factor.diagonal()
-    smallest, largest = diagonal.min().item(), diagonal.max().item()
-    return smallest > 0 and (smallest / largest) ** 2 > factor.shape[0] * torch.finfo(torch.float64).eps
-
-
-def _check(keys: Tensor, residuals: Tensor, ridge: float) -> None:
-    if keys.ndim != 2 or residuals.ndim != 2 or len(keys) != len(residuals) or not len(keys):
-        raise EditError(
-            f"keys {tuple(keys.shape)} and residuals {tuple(residuals.shape)} do not fit together; "
-            "pass keys (edit, mlp) and residuals (edit, hidden), at least one edit"
-        )
-    if not (ridge >= 0 and ridge < float("inf")):
-        raise EditError(f"ridge={ridge} is not a finite number of at least 0; pass for example ridge=0.01")
-    for name, tensor in (("keys", keys), ("residuals", residuals)):
-        if not torch.isfinite(tensor).all():
+    def __post_init__(self) -> None:
+        tensors = {"keys": self.keys, "residuals": self.residuals, "weights": self.weights}
+        if self.directions is not None:
+            tensors["directions"] = self.directions
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        count = len(self.names)
+        matrices = all(len(shapes[name]) == 2 for name in shapes if name != "weights")
+        if not count:
+            raise EditError("no constraints to solve for; pass at least one edit, as a row of keys and of residuals")
+        if not matrices or any(shape[:1] != (count,) for shape in shapes.values()):
             raise EditError(
-                f"the {name} hold numbers that are not finite; load the model in float32, or lower the learning rate"
+                f"the parts of {count} constraints do not fit together: {shapes}; pass keys (n, width), residuals "
+                "(n, hidden), weights (n,) and one name a row"
             )
+        if len(shapes["weights"]) != 1 or shapes.get("directions", shapes["keys"]) != shapes["keys"]:
+            raise EditError(f"weights must be (n,) and directions shaped like the keys; found {shapes}")
+        for name in tensors.keys() - {"weights"}:
+            _check_finite(name, tensors[name])
+        if not (self.weights > 0).all():
+            raise EditError(f"weights must be above 0, with inf for exact; found {self.weights.tolist()}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """A change of one weight, as factors: left @ right (hidden, width) is added to W in y = W k."""
+
+    left: Tensor
+    """(hidden, n) float64"""
+    right: Tensor
+    """(n, width) float64"""
+    weights: Tensor
+    """(n,) float64, as used: finite where an exact constraint was relaxed, inf where the metric is free."""
+    relaxed: tuple[str, ...]
+    """The names of the exact constraints that could not be told apart and were met as far as they agree, each once."""
+    condition: float
+    """Condition number (1-norm) of the n x n system that was solved, for keys scaled to length one; at least 1."""
+
+
+def solve(
+    metric: Metric, constraints: Constraints, *, fallback_weight: float = 1e3, separation: float = 1e-2
+) -> Solution:
+    """The change of least cost that meets the constraints, in factors of rank at most n.
+
+    Computed and returned in float64 on the device of the keys whatever comes in. Exact constraints are met exactly
+    unless some cannot be told apart: a key whose distance to the span of the other exact keys and the protected
+    directions is below `separation` times its length (both in M^-1, so a sine, and scales do not matter) is named in
+    Solution.relaxed, and so are those it is close to. These get the finite weight fallback_weight / (k M^-1 k): alone
+    it would meet fallback_weight / (1 + fallback_weight) of what was asked, and two that contradict each other meet in
+    the middle, with a change of at most sqrt(fallback_weight) times the size of an ordinary one; for that, a relaxed
+    row with a direction of its own is made of its key instead. In a free metric (no ridge, no moment) all weights act
+    as infinite ones, since nothing speaks against meeting them. EditError if the keys do not fit the metric, a
+    parameter is out of range, or the system has no solution in float64.
+
+    MultEdit (arXiv 2406.04236) is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and weights of one;
+    ROME (2202.05262, eq. 2) and EMMET a moment and exact constraints, the former with directions; AlphaEdit
+    (2410.02355) a ridge, weights of one and protected directions.
+    """
+    if not (0 < fallback_weight < float("inf") and 0 < separation < 1):
+        raise EditError(
+            f"fallback_weight={fallback_weight} must be finite and above 0, separation={separation} between 0 and 1"
+        )
+    keys = constraints.keys.double()
+    residuals, weights = constraints.residuals.to(keys), constraints.weights.to(keys)
+    weights = torch.full_like(weights, float("inf")) if metric.is_free else weights.clone()
+    two_keys = constraints.directions is not None
+    directions = constraints.directions.to(keys) if two_keys else None
+    system, heights, widths, right = _system(metric, keys, directions)
+    close = _close(system, 1 / (weights * heights * widths), two_keys=two_keys, separation=separation)
+    if two_keys and close.any():
+        system, heights, widths, right = _system(metric, keys, torch.where(close[:, None], keys, directions))
+    weights[close] = fallback_weight / (heights * widths)[close]
+    system.diagonal().add_(1 / (weights * heights * widths))
+    unknown = _solved(system, residuals / heights[:, None], two_keys=two_keys) / widths[:, None]
+    return Solution(
+        left=unknown.T,
+        right=right,
+        weights=weights,
+        relaxed=_names(constraints.names, close),
+        condition=torch.linalg.cond(system, 1).item(),
+    )
+
+
+def _system(metric: Metric, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K N Dir^T (n, n) for keys and directions of length one, the lengths (n,) of both, and Dir N (n, width)."""
+    whole, right = metric.parts(keys if directions is None else directions)
+    if directions is None:
+        lengths = _sizes(keys, whole)
+        system = keys @ right.T / lengths[:, None] / lengths
+        return (system + system.T) / 2, lengths, lengths, right
+    heights, widths = _sizes(keys, metric.parts(keys)[0]), _sizes(directions, whole)
+    return keys @ right.T / heights[:, None] / widths, heights, widths, right
+
+
+def _sizes(keys: Tensor, whole: Tensor) -> Tensor:
+    """(n,) lengths of the keys in M^-1, with 1 for a key of zero."""
+    sizes = (keys * whole).sum(-1).clamp(min=0).sqrt()
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+
+
+def _close(system: Tensor, prices: Tensor, *, two_keys: bool, separation: float) -> Tensor:
+    """(n,) bool: the constraints that are exact and whose keys lie within `separation` of the span of the others.
+
+    For a Gram matrix G of unit keys, 1 / (G^-1)_ii is the squared sine of the angle between key i and the span of the
+    others. Where keys and directions differ G is not symmetric, and 1 / |column i of G^-1|, the distance of row i to
+    the span of the other rows, takes that place.
+    """
+    squared = separation**2
+    # Far below what is told apart, far above rounding: it makes the inverse finite without changing the verdict.
+    jitter = max(1e-5 * squared, 10 * len(system) * _EPSILON)
+    exact = (prices <= jitter).nonzero().squeeze(-1)
+    block = system[exact][:, exact]
+    if two_keys:
+        left, values, right = torch.linalg.svd(block)
+        inverse = (right.mT / values.clamp(min=jitter)) @ left.mT
+        distances = 1 / inverse.norm(dim=0)
+    else:
+        values, vectors = torch.linalg.eigh(block)
+        distances = 1 / (vectors.square() / values.clamp(min=jitter)).sum(-1)
+    close = torch.zeros(len(system), dtype=torch.bool, device=system.device)
+    close[exact] = distances < squared
+    return close
+
+
+def _solved(system: Tensor, wanted: Tensor, *, two_keys: bool) -> Tensor:
+    if two_keys:
+        found, failed = torch.linalg.solve_ex(system, wanted)
+    else:
+        factor, failed = torch.linalg.cholesky_ex(system)
+        found = torch.cholesky_solve(wanted, factor)
+    if failed or not torch.isfinite(found).all():
+        raise EditError(
+            f"the system of {len(system)} constraints has no solution in float64; pass a larger ridge, or edit fewer "
+            "facts at once"
+        )
+    return found
+
+
+def _names(names: Iterable[str], chosen: Tensor) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name, is_chosen in zip(names, chosen.tolist(), strict=True) if is_chosen))
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise EditError(
+            f"the {name} hold numbers that are not finite; load the model in float32, or lower the learning rate"
+        )

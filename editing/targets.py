@@ -1,4 +1,4 @@
-"""Prompts followed by their wanted answer, as one padded batch whose unchanging part is run only once."""
+"""Prompts followed by their wanted answers, as one padded batch whose unchanging part is run only once."""
 
 import copy
 from collections.abc import Sequence
@@ -6,125 +6,135 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
 from ..models import ModelError, Prompt, VisionLanguageModel
 from .errors import EditError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What shares its keys and its values: one fact in several contexts."""
+
+    prompts: tuple[Prompt, ...]
+    """Each carries the target as its answer; keys and losses are averaged over them."""
+    essence: tuple[Prompt, ...] = ()
+    """Prompts whose next token should stay as it was; they get the first key's change and no target."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetBatch:
-    """Contexts of one fact, each followed by the target, padded so that the first edited token has one column in all.
+    """Prompts of many facts with their targets, padded so that the first edited token has one column in all rows.
 
     A change at that column leaves everything before it as it was, so the prefix (with the picture) is run once and kept
-    as attention keys and values; logits() runs the columns from the first edited token on.
+    as attention keys and values. Columns are counted from the first edited token, `start`.
     """
 
     embeddings: Tensor
-    """(context, token, hidden), pictures merged in; zeros where padded."""
+    """(row, token, hidden), pictures merged in; zeros where padded."""
     attention_mask: Tensor
-    """(context, token), 0 where padded."""
+    """(row, token), 0 where padded."""
     position_ids: Tensor
-    """(context, token)"""
+    """(row, token)"""
     prefix: Cache
     """Attention keys and values of the columns before `start`."""
     start: int
     """The column of the first edited token."""
+    goals: Tensor
+    """(row,), the goal that a row belongs to."""
+    essence: Tensor
+    """(row,), True for rows without a target."""
     key_columns: Tensor
-    """(context, key), edited tokens, counted from `start`."""
+    """(row, key), edited tokens, counted from `start`; 0 where a goal has fewer keys."""
+    key_mask: Tensor
+    """(row, key), True for real keys."""
     label_columns: Tensor
-    """(context, label), tokens that predict the target, counted from `start`."""
+    """(row, label), tokens that predict the target (the one that predicts the next token, in rows without a target)."""
     labels: Tensor
-    """(context, label), ids of the target's tokens and of the end of the answer where that is asked for."""
+    """(row, label), ids of the target's tokens and of the end of the answer where that is asked for."""
+    label_mask: Tensor
+    """(row, label), True for real labels."""
 
     def logits(self, vlm: VisionLanguageModel) -> Tensor:
-        """(context, label, vocab) in float32, the model's prediction of every label, with the target fed in."""
+        """(row, label, vocab), float32 or wider: the whole model's prediction of every label, the target fed in."""
         logits = vlm.model(
             inputs_embeds=self.embeddings[:, self.start :],
             attention_mask=self.attention_mask,
             position_ids=self.position_ids[:, self.start :],
-            past_key_values=_reusable(self.prefix),
+            past_key_values=reusable(self.prefix),
             use_cache=True,
         ).logits
-        return self.at(logits, self.label_columns).float()
-
-    def losses(self, vlm: VisionLanguageModel) -> Tensor:
-        """(context, label), negative log-probability in nats of each label."""
-        logits = self.logits(vlm)
-        labels = self.labels.to(logits.device)
-        return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, labels.shape)
+        return wide(self.at(logits, self.label_columns))
 
     @staticmethod
     def at(states: Tensor, columns: Tensor) -> Tensor:
-        """(context, column, ...) the entries of (context, token, ...) at the given columns of each context."""
+        """(row, column, ...) the entries of (row, token, ...) at the given columns of each row."""
         columns = columns.to(states.device)
         return states[torch.arange(len(columns), device=states.device)[:, None], columns]
 
 
 @torch.no_grad()
 def target_batch(
-    vlm: VisionLanguageModel, prompts: Sequence[Prompt], token: str | int, *, end: bool = True
+    vlm: VisionLanguageModel, goals: Sequence[Goal], token: str | int, *, end: bool = True, every: bool = True
 ) -> TargetBatch:
-    """The batch for prompts that carry the target as their answer (Prompt.with_answer), to be edited at the token.
+    """The batch for these goals, to be edited at the token.
 
-    end adds the end-of-sequence token to what has to be predicted. EditError as key_positions, and if the target has
-    another number of tokens in another context.
+    end adds the end-of-sequence token to what has to be predicted; every as in key_positions. EditError as
+    key_positions, and if the target of a goal has another number of tokens in another context.
     """
-    positions = [key_positions(prompt, token) for prompt in prompts]
-    lengths = sorted({len(prompt.answer_ids) for prompt in prompts})
-    if len(lengths) > 1 or len({len(keys) for keys in positions}) > 1:
-        raise EditError(
-            f"the contexts of an edit disagree on the number of target tokens ({lengths}) or on whether {token!r} is "
-            "the last token; use one template for all, or make one request each"
-        )
-    rows = [vlm.embeddings(prompt.inputs)[0] for prompt in prompts]
-    start = max(keys[0] for keys in positions)
-    shifts = [start - keys[0] for keys in positions]
-    width = max(shift + len(row) for shift, row in zip(shifts, rows, strict=True))
-    embeddings = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
-    mask = torch.zeros(len(rows), width, dtype=torch.long, device=embeddings.device)
-    for index, (shift, row) in enumerate(zip(shifts, rows, strict=True)):
-        embeddings[index, shift : shift + len(row)] = row
-        mask[index, shift : shift + len(row)] = 1
+    rows = [(index, prompt, False) for index, goal in enumerate(goals) for prompt in goal.prompts]
+    rows += [(index, prompt.with_answer(None), True) for index, goal in enumerate(goals) for prompt in goal.essence]
+    ending = end_ids(vlm) if end else ()
+    keys = [key_positions(prompt, token, end=bool(ending), every=every and not bare) for _, prompt, bare in rows]
+    _check_contexts(rows, keys, token)
+    embedded = [vlm.embeddings(prompt.inputs)[0] for _, prompt, _ in rows]
+    start = max(each[0] for each in keys)
+    shifts = [start - each[0] for each in keys]
+    embeddings, mask = _aligned(embedded, shifts)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    ending = _end_ids(vlm) if end else ()
-    labels = torch.tensor([(*prompt.answer_ids, *ending) for prompt in prompts])
-    first_labels = torch.tensor([[prompt_end(prompt) - 1] for prompt in prompts])
-    shift = torch.tensor(shifts)[:, None] - start
+    labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
+    key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
+    first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
+    counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
     return TargetBatch(
         embeddings=embeddings,
         attention_mask=mask,
         position_ids=position_ids,
         prefix=_prefix(vlm, embeddings[:, :start], mask[:, :start], position_ids[:, :start]),
         start=start,
-        key_columns=torch.tensor(positions) + shift,
-        label_columns=first_labels + torch.arange(labels.shape[1]) + shift,
+        goals=torch.tensor([index for index, _, _ in rows]),
+        essence=torch.tensor([bare for _, _, bare in rows]),
+        key_columns=key_columns,
+        key_mask=key_mask,
+        label_columns=first[:, None] + counted,
         labels=labels,
+        label_mask=label_mask,
     )
 
 
-def key_positions(prompt: Prompt, token: str | int) -> tuple[int, ...]:
+def key_positions(prompt: Prompt, token: str | int, *, end: bool = True, every: bool = True) -> tuple[int, ...]:
     """The positions to edit in a prompt that carries its target as answer, for the token asked for.
 
     token is the name of a token group (its last position counts) or a position in the prompt, negative from its end.
-    At the prompt's last token there is one position per target token: that one and the target tokens that predict the
-    next, since one changed state cannot spell several tokens. Anywhere else it is one position. EditError for a token
-    that the prompt lacks.
+    At the prompt's last token there is one position per answer position: that one and the target tokens that predict
+    the next (with `end` the last one too, which predicts that the answer is over), since the later tokens of an answer
+    are produced where the first key is never met. Anywhere else, or without `every`, it is one position. EditError
+    for a token that the prompt lacks.
     """
-    end = prompt_end(prompt)
+    length = prompt_end(prompt)
     try:
-        positions = prompt.positions(token + end if isinstance(token, int) and token < 0 else token)
+        positions = prompt.positions(token + length if isinstance(token, int) and token < 0 else token)
     except ModelError:
         positions = ()
-    if not positions or not 0 <= max(positions) < end:
-        named = ", ".join(name for name, found in prompt.groups.items() if found and max(found) < end)
+    if not positions or not 0 <= max(positions) < length:
+        named = ", ".join(name for name, found in prompt.groups.items() if found and max(found) < length)
         raise EditError(
-            f"cannot edit at token {token!r} of {prompt.question!r}: the prompt has positions 0 to {end - 1} and "
+            f"cannot edit at token {token!r} of {prompt.question!r}: the prompt has positions 0 to {length - 1} and "
             f"groups {named}; pass one of these, or make the prompt with constraint='the phrase that names the thing'"
         )
     position = max(positions)
-    return tuple(range(position, position + len(prompt.answer_ids))) if position == end - 1 else (position,)
+    is_answer = every and position == length - 1
+    return tuple(range(position, position + max(1, len(prompt.answer_ids) + end))) if is_answer else (position,)
 
 
 def prompt_end(prompt: Prompt) -> int:
@@ -132,12 +142,59 @@ def prompt_end(prompt: Prompt) -> int:
     return prompt.positions("last")[-1] + 1
 
 
-def _end_ids(vlm: VisionLanguageModel) -> tuple[int, ...]:
+def end_ids(vlm: VisionLanguageModel) -> tuple[int, ...]:
     """The id that ends an answer (the first, where several do), or nothing for a model that has none."""
     ends = vlm.model.generation_config.eos_token_id
     end = ends[0] if isinstance(ends, list) else ends
     end = vlm.tokenizer.eos_token_id if end is None else end
     return () if end is None else (end,)
+
+
+def reusable(cache: Cache) -> Cache:
+    """A cache that may grow without the given one growing; tensors are shared, as growing replaces them."""
+    fresh = copy.copy(cache)
+    fresh.layers = [copy.copy(layer) for layer in cache.layers]
+    return fresh
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or wider where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_contexts(
+    rows: Sequence[tuple[int, Prompt, bool]], keys: Sequence[tuple[int, ...]], token: str | int
+) -> None:
+    found: dict[int, set[tuple[int, int]]] = {}
+    for (index, prompt, bare), each in zip(rows, keys, strict=True):
+        if not bare:
+            found.setdefault(index, set()).add((len(prompt.answer_ids), len(each)))
+    for index, sizes in found.items():
+        if len(sizes) > 1:
+            question = next(prompt.question for at, prompt, _ in rows if at == index)
+            raise EditError(
+                f"the contexts of {question!r} disagree on the number of target tokens "
+                f"({sorted({tokens for tokens, _ in sizes})}) or on whether {token!r} is the last token; "
+                "use one template for all, or pass them as `also`, with keys of their own"
+            )
+
+
+def _aligned(embedded: Sequence[Tensor], shifts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows moved to the right by their shifts, (row, token, hidden), and their mask (row, token)."""
+    width = max(shift + len(row) for shift, row in zip(shifts, embedded, strict=True))
+    embeddings = embedded[0].new_zeros(len(embedded), width, embedded[0].shape[-1])
+    mask = torch.zeros(len(embedded), width, dtype=torch.long, device=embeddings.device)
+    for index, (shift, row) in enumerate(zip(shifts, embedded, strict=True)):
+        embeddings[index, shift : shift + len(row)] = row
+        mask[index, shift : shift + len(row)] = 1
+    return embeddings, mask
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Numbers (row, longest) with zeros after a row's own, and the mask that is True for these."""
+    longest = max(1, *(len(row) for row in rows))
+    numbers = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    return numbers, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def _prefix(vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, position_ids: Tensor) -> Cache:
@@ -146,10 +203,3 @@ def _prefix(vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, position
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": position_ids}
         vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
-
-
-def _reusable(cache: Cache) -> Cache:
-    """A cache that may grow without the given one growing; tensors are shared, as growing replaces them."""
-    fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]
-    return fresh

@@ -1,16 +1,20 @@
-"""The gradient search for the output that makes a layer's MLP say the new fact."""
+"""The gradient search for outputs that make a layer say new facts, many facts at once."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..models import VisionLanguageModel, patch
+from ..models import Projection, VisionLanguageModel, patch
 from .errors import EditError
-from .keys import batch_keys_and_values
-from .requests import EditRequest
-from .targets import TargetBatch, target_batch
+from .keys import Lookup, Place, chunks, split, watched
+from .suffix import Suffix, faithful, record
+from .targets import Goal, TargetBatch, target_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +29,27 @@ class ValueSettings:
     """Enough when the mean negative log-probability per target token, in nats, is at most this."""
     weight_decay: float = 1e-3
     """Price of |change|^2 / |current output|^2."""
+    squared_decay: bool = True
+    """False: the price is of |change| / |current output|^2, as ROME, MEMIT and MultEdit were published."""
     clamp: float | None = None
     """Longest change allowed at a key, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None: any."""
+    essence_weight: float = 0.0625
+    """Price of KL(edited || unedited) of the next token of a request's essence prompts, in nats."""
     end_of_answer: bool = True
     """Also ask for the end-of-sequence token after the target, in models that have one: the answer stops there."""
+    answer_keys: bool = True
+    """At the prompt's last token: a key for each answer position; False leaves the first alone, which spells one."""
+    rows_at_once: int = 64
+    """Prompts that are searched together; fewer need less memory."""
 
     def __post_init__(self) -> None:
         ranges = {
             "learning_rate above 0": self.learning_rate > 0,
             "steps of at least 0": self.steps >= 0,
             "weight_decay of at least 0": self.weight_decay >= 0,
+            "essence_weight of at least 0": self.essence_weight >= 0,
             "clamp above 0, or None": self.clamp is None or self.clamp > 0,
+            "rows_at_once of at least 1": self.rows_at_once >= 1,
         }
         for wanted, holds in ranges.items():
             if not holds:
@@ -44,19 +58,18 @@ class ValueSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ValueResult:
-    """The change of output found for one request, and how well it works if it is met in full."""
+class ValueResult(Lookup):
+    """The change of output found for one goal, and how well it works if it is met in full."""
 
-    keys: Tensor
-    """(key, mlp) float32, mean over contexts."""
-    before: Tensor
-    """(key, hidden) float32, current output, mean over contexts."""
     change: Tensor
     """(key, hidden) float32, to be added to the output; from the step with the lowest loss."""
     losses: tuple[float, ...]
-    """Mean negative log-probability in nats per label and context, before each step and after the last."""
+    """Mean negative log-probability in nats per label and context (and the essence's price), before each step and
+    after the last."""
     probability: float
     """Of the whole target (with its end, where asked for) given the change; geometric mean over contexts, 0 to 1."""
+    failure: str = ""
+    """Why there is no usable change, or nothing."""
 
     @property
     def values(self) -> Tensor:
@@ -74,64 +87,163 @@ class ValueResult:
         return min(self.losses)
 
 
-@torch.enable_grad()
-def optimise_values(
+def search_values(
     vlm: VisionLanguageModel,
-    request: EditRequest,
+    goals: Sequence[Goal],
     *,
+    projection: Projection,
+    place: Place,
     layer: int,
     token: str | int,
     settings: ValueSettings,
     progress: bool = False,
-) -> ValueResult:
-    """The change of the down projection's output at the token after which the target is the answer.
+) -> list[ValueResult]:
+    """For each goal the change of the place's output at the token after which the target is the answer.
 
-    One change per key is added in all contexts; the loss is the mean over contexts of the mean negative
-    log-probability of all target tokens, plus weight decay (ROME, arXiv 2202.05262, without its essence term). The
-    model is left as it is. EditError as key_positions, and if the loss stops being finite.
+    One change per key is added in all contexts of a goal; the loss is the mean over contexts of the mean negative
+    log-probability of all target tokens, plus the essence term and weight decay (ROME, arXiv 2202.05262, Eq. 4). Goals
+    do not touch each other: a batch gives what they give one by one. A goal whose loss stops being finite gets a
+    `failure`, the others go on. The model is left as it is. EditError as target_batch.
     """
-    batch = target_batch(vlm, request.prompts, token, end=settings.end_of_answer)
-    keys, before = batch_keys_and_values(vlm, batch, layer)
-    change = torch.zeros_like(before, requires_grad=True)
-    optimiser = torch.optim.Adam([change], lr=settings.learning_rate)
-    scale = before.square().sum().clamp(min=torch.finfo(before.dtype).tiny)
-    best, losses = change.detach().clone(), []
-    with tqdm(total=settings.steps, desc=f"value for {request.target!r}", disable=not progress, leave=False) as bar:
-        for step in range(settings.steps + 1):
-            loss = _loss(vlm, batch, layer, change)
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
-                raise EditError(
-                    f"the search for {request.target!r} left the finite numbers at step {step}; "
+    found: list[ValueResult | None] = [None] * len(goals)
+    number = vlm.addresses.index(layer)
+    with tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False) as bar:
+        for chunk in chunks(goals, settings.rows_at_once):
+            mine = [goals[index] for index in chunk]
+            with torch.no_grad():
+                ends = {"end": settings.end_of_answer, "every": settings.answer_keys}
+                batch = target_batch(vlm, mine, token, **ends)
+                with watched(vlm, [(projection, place)]) as seen:
+                    suffix, logits = record(vlm, batch, first=number)
+                lookups = split(batch, *seen(projection, place))
+                suffix = faithful(suffix, logits)
+            search = _Search(suffix, lookups, logits, place, settings)
+            for index, result in zip(chunk, search.run(bar), strict=True):
+                found[index] = result
+    return found
+
+
+class _Search:
+    """The search for the goals of one batch, in step with each other; a goal that is done leaves the batch."""
+
+    def __init__(
+        self, suffix: Suffix, lookups: Sequence[Lookup], logits: Tensor, place: Place, settings: ValueSettings
+    ) -> None:
+        batch = suffix.batch
+        self.suffix, self.lookups, self.place, self.settings = suffix, lookups, place, settings
+        longest = batch.key_mask.shape[1]
+        self.before = torch.stack([_filled(each.before, longest) for each in lookups])
+        self.change = torch.zeros_like(self.before, requires_grad=True)
+        self.best = self.change.detach().clone()
+        self.losses: list[list[float]] = [[] for _ in lookups]
+        self.likelihood = [0.0 for _ in lookups]
+        self.failures = ["" for _ in lookups]
+        self.active = torch.ones(len(lookups), dtype=torch.bool)
+        self.scale = self.before.square().sum((1, 2)).clamp(min=torch.finfo(self.before.dtype).tiny)
+        self.essence = logits[batch.essence.to(logits.device), 0].log_softmax(-1)
+        first = [int(((batch.goals == goal) & ~batch.essence).nonzero()[0]) for goal in range(len(lookups))]
+        self.labels = batch.label_mask[first].sum(-1).tolist()
+        self.essence_of = batch.essence.cumsum(0) - 1  # the row of `essence` that belongs to a row of the batch
+
+    @torch.enable_grad()
+    def run(self, bar: tqdm) -> list[ValueResult]:
+        """The results, one per goal in order; the bar moves by one for each that is done."""
+        optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
+        kept = torch.arange(len(self.suffix.batch.goals))  # rows of the first batch that are still in this one
+        for step in range(self.settings.steps + 1):
+            nll, essence = self._losses(kept)
+            self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
+            if not self.active.any() or step == self.settings.steps:
+                break
+            rows = self.active[self.suffix.batch.goals]
+            loss = (nll + essence + self._decay())[self.active.to(nll.device)].sum()
+            (self.change.grad,) = torch.autograd.grad(loss, [self.change])
+            self.change.grad[~self.active.to(self.change.device)] = 0
+            optimiser.step()
+            self._clamp()
+            if 2 * int(rows.sum()) <= len(rows):
+                index = rows.nonzero().flatten()
+                self.suffix, kept = self.suffix.of(index), kept[index]
+        bar.update(int(self.active.sum()))
+        return [self._result(goal) for goal in range(len(self.lookups))]
+
+    def _losses(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Per goal the mean negative log-probability and the price of its essence, (goal,) each; 0 for goals away."""
+        batch = self.suffix.batch
+        with patch(self.suffix.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
+            logits = self.suffix.logits()
+        goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
+        mask = batch.label_mask.to(logits)
+        each = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
+        per_row = (each.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
+        if not bool(bare.any()):
+            return nll, torch.zeros_like(nll)
+        now = logits[bare, 0].log_softmax(-1)
+        was = self.essence[self.essence_of[kept][batch.essence].to(logits.device)]
+        apart = (now.exp() * (now - was)).sum(-1)
+        return nll, self.settings.essence_weight * _mean_per_goal(apart, goals[bare], len(self.lookups))
+
+    def _decay(self) -> Tensor:
+        squared = self.change.square().sum((1, 2))
+        root = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # has a gradient at no change, too
+        return self.settings.weight_decay * (squared if self.settings.squared_decay else root) / self.scale
+
+    @torch.no_grad()
+    def _note(self, losses: Tensor, nll: Tensor, step: int, bar: tqdm) -> None:
+        """Writes down where each goal stands, and which of them are done."""
+        for goal in self.active.nonzero().flatten().tolist():
+            loss = losses[goal].item()
+            if not torch.isfinite(losses[goal]):
+                self.failures[goal] = (
+                    f"the search left the finite numbers at step {step}; "
                     "lower learning_rate, or load the model in float32"
                 )
-            if losses[-1] <= min(losses):
-                best = change.detach().clone()
-            if losses[-1] <= settings.stop_loss or step == settings.steps:
-                break
-            decay = settings.weight_decay * change.square().sum() / scale
-            (change.grad,) = torch.autograd.grad(loss + decay, [change])
-            optimiser.step()
-            _clamp(change, before, settings.clamp)
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    probability = torch.tensor(-min(losses) * batch.labels.shape[1]).exp().item()
-    return ValueResult(keys=keys, before=before, change=best, losses=tuple(losses), probability=probability)
+            else:
+                self.losses[goal].append(loss)
+                if loss <= min(self.losses[goal]):
+                    self.best[goal], self.likelihood[goal] = self.change[goal], -nll[goal].item()
+            if self.failures[goal] or loss <= self.settings.stop_loss:
+                self.active[goal] = False
+                self.change[goal] = torch.nan_to_num(self.best[goal])  # no trace of a failure in later steps
+                bar.update()
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Shortens the change at each key to at most `clamp` times the norm of the current output there."""
+        if self.settings.clamp is not None:
+            allowed = self.settings.clamp * self.before.norm(dim=-1, keepdim=True)
+            length = self.change.norm(dim=-1, keepdim=True)
+            self.change.mul_(torch.where(length > allowed, allowed / length, 1.0))
+
+    def _result(self, goal: int) -> ValueResult:
+        lookup = self.lookups[goal]
+        return ValueResult(
+            keys=lookup.keys,
+            plain_keys=lookup.plain_keys,
+            before=lookup.before,
+            change=self.best[goal, : len(lookup.keys)],
+            losses=tuple(self.losses[goal]) or (float("inf"),),
+            probability=torch.tensor(self.likelihood[goal] * self.labels[goal]).exp().item(),
+            failure=self.failures[goal],
+        )
 
 
-def _loss(vlm: VisionLanguageModel, batch: TargetBatch, layer: int, change: Tensor) -> Tensor:
-    def add(output: Tensor) -> Tensor:
-        contexts = torch.arange(len(batch.key_columns), device=output.device)[:, None]
-        added = change.to(output).expand(len(contexts), -1, -1)
-        return output.index_put((contexts, batch.key_columns.to(output.device)), added, accumulate=True)
+def _added(output: Tensor, change: Tensor, batch: TargetBatch) -> Tensor:
+    """A copy of a place's output (row, column, hidden) with each goal's change at its key columns."""
+    device = output.device
+    rows = torch.arange(len(output), device=device)[:, None]
+    wanted = change.to(device)[batch.goals.to(device)][:, : batch.key_columns.shape[1]]
+    wanted = wanted * batch.key_mask.to(wanted)[..., None]
+    return output.index_put((rows, batch.key_columns.to(device)), wanted.to(output.dtype), accumulate=True)
 
-    with patch(vlm, {vlm.down_projection(layer): add}):
-        return batch.losses(vlm).mean()
+
+def _mean_per_goal(values: Tensor, goals: Tensor, count: int) -> Tensor:
+    """(goal,) the mean over a goal's rows; 0 for goals that have none."""
+    sums = values.new_zeros(count).index_add(0, goals, values)
+    return sums / torch.bincount(goals, minlength=count).clamp(min=1).to(sums)
 
 
-@torch.no_grad()
-def _clamp(change: Tensor, before: Tensor, factor: float | None) -> None:
-    """Shortens the change at each key to at most factor times the norm of the current output there."""
-    if factor is not None:
-        allowed, length = (factor * before.norm(dim=-1, keepdim=True), change.norm(dim=-1, keepdim=True))
-        change.mul_(torch.where(length > allowed, allowed / length, 1.0))
+def _filled(values: Tensor, length: int) -> Tensor:
+    """(length, hidden): the values with zeros after them."""
+    return torch.cat([values, values.new_zeros(length - len(values), values.shape[1])])

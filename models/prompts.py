@@ -82,6 +82,29 @@ class Prompt:
             answer_ids=ids,
         )
 
+    def with_images(self, images: Picture | Sequence[Picture]) -> "Prompt":
+        """The same words about other pictures, as many as before; an answer is kept.
+
+        ModelError for another number of pictures, for one that cannot be read, or if the processor gives them another
+        number of tokens than the present ones.
+        """
+        opened = open_images(images)
+        if len(opened) != len(self.images):
+            raise ModelError(
+                f"{self.question!r} is about {len(self.images)} pictures and got {len(opened)}; pass as many, or make "
+                "a new prompt"
+            )
+        bare = self.with_answer(None)
+        inputs = self.frontend.encode(self.text, opened)
+        if not torch.equal(inputs["input_ids"], bare.inputs["input_ids"]):
+            found = inputs["input_ids"].shape[1]
+            raise ModelError(
+                f"the prompt has {found} positions with these pictures and {bare.length} with its own; "
+                "pass pictures of the same sizes, or make a new prompt"
+            )
+        patches = _patches(self.groups["image"], inputs.get("pixel_values"), self.frontend.patch_size)
+        return replace(bare, images=opened, inputs=MappingProxyType(inputs), patches=patches).with_answer(self.answer)
+
     def positions(self, group: str | int | Sequence[int]) -> tuple[int, ...]:
         """Positions of a group, of one index (negative counts from the end) or of several; ModelError if absent."""
         if isinstance(group, str):

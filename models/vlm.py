@@ -274,4 +274,6 @@ def _wide(logits: Tensor) -> Tensor:
 def _digest(weight: Tensor) -> str:
     raw = weight.detach().cpu().contiguous()
     header = f"{raw.dtype} {tuple(raw.shape)} ".encode()
-    return hashlib.sha256(header + raw.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(header)
+    digest.update(raw.flatten().view(torch.uint8).numpy())  # the bytes themselves, and no copy of them
+    return digest.hexdigest()

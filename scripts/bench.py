@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from types import ModuleType
 
-from . import bench_flow, bench_trace
+from . import bench_edit, bench_flow, bench_trace
 
 HELP = "measure speed and memory against the usual way"
 EXAMPLE = """examples:
   multrace bench trace --quick
   multrace bench flow --quick
+  multrace bench edit --quick
   multrace bench trace --help
 """
-COMMANDS: Mapping[str, ModuleType] = {"trace": bench_trace, "flow": bench_flow}
+COMMANDS: Mapping[str, ModuleType] = {"trace": bench_trace, "flow": bench_flow, "edit": bench_edit}
 """Each module has HELP (one line), EXAMPLE, add_arguments(parser) and run(options) -> exit code."""

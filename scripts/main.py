@@ -13,7 +13,7 @@ from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
 from ..tracing import TraceError
-from . import answer, bench, demo, edit, flow, trace, train_tiny_vlm
+from . import answer, bench, demo, edit, evaluate, export, flow, moments, results, trace, train_tiny_vlm, undo
 from .errors import CommandError
 
 COMMANDS: Mapping[str, ModuleType] = {
@@ -21,9 +21,14 @@ COMMANDS: Mapping[str, ModuleType] = {
     "trace": trace,
     "flow": flow,
     "edit": edit,
+    "evaluate": evaluate,
+    "undo": undo,
+    "export": export,
+    "moments": moments,
     "demo": demo,
     "train-tiny": train_tiny_vlm,
     "bench": bench,
+    "results": results,
 }
 """Each module has HELP (one line), EXAMPLE, and either add_arguments(parser) and run(options) -> exit code, or COMMANDS
 of its own.

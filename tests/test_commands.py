@@ -14,7 +14,8 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.editing import Delta
 from multrace.scripts import answer
-from multrace.scripts.edit import parse_place
+from multrace.scripts.edit_report import shares_of
+from multrace.scripts.edit_where import parse_place
 from multrace.scripts.main import COMMANDS, app
 from multrace.tracing import CausalTrace, SwapImage, TextNoise, causal_trace
 from PIL import Image
@@ -177,7 +178,7 @@ def test_trace_of_a_text_only_question(desk: Desk, random_llama: VisionLanguageM
 
 
 def test_edit_writes_an_edit_that_changes_the_answer(edited: Edited, random_llava_llama: VisionLanguageModel):
-    assert [path.name for path in edited.desk.out.iterdir()] == ["edit.safetensors"]
+    assert sorted(path.name for path in edited.desk.out.iterdir()) == ["edit.safetensors", "report.json"]
     vlm, states = random_llava_llama, edited.states
     before = vlm.answer(edited.desk.photo, QUESTION)
     delta = Delta.load(edited.file)
@@ -186,8 +187,8 @@ def test_edit_writes_an_edit_that_changes_the_answer(edited: Edited, random_llav
     assert after != before
     assert after.startswith(TARGET)
     assert (states["before"], states["with the edit"], states["after undo"]) == (before, after, before)
-    (share,) = delta.realised(vlm).values()
-    assert states["realised"].startswith(f"{float(share.mean()):.1%}")
+    (share,) = shares_of(delta, delta.realised(vlm))
+    assert states["realised"].startswith(f"{share:.1%}")
 
 
 def test_answer_with_a_saved_edit(edited: Edited, capsys: pytest.CaptureFixture):
@@ -235,7 +236,7 @@ def test_a_place_is_a_layer_and_a_token(where: str, place: tuple[int, str | int]
 def test_edit_at_a_place(desk: Desk):
     assert app(desk.asked("edit", where="-2:20", corrupt=None)) == 0
     delta = Delta.load(desk.out / "edit.safetensors")
-    assert (delta.settings["layer"], delta.settings["token"]) == ("-2", "20")
+    assert (delta.settings["layer"], delta.settings["token"]) == ("2", "20")
     assert [*delta.changes] == ["model.language_model.layers.2.mlp.down_proj.weight"]
 
 
@@ -283,6 +284,7 @@ BAD: dict[str, tuple[str, dict[str, str | None], str]] = {  # name: command, cha
     "window of too many layers": ("trace", {"window": "5"}, "no window of 5 layers: the decoder has 4"),
     "unknown group": ("trace", {"groups": "nowhere"}, "no token group 'nowhere'"),
     "position out of range": ("trace", {"groups": "400"}, "no position 400"),
+    "no target": ("edit", {"target": None}, "--target"),
     "empty target": ("edit", {"target": " "}, "the target of the edit"),
     "layer out of range": ("edit", {"where": "4"}, "no layer 4 in"),
     "layer out of range from the end": ("edit", {"where": "-5"}, "no layer -5 in"),
@@ -436,7 +438,6 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "seed that is no number": (["trace", "--question", "q", "--seed", "x"], "--seed"),
     "unknown kind of site": (["trace", "--question", "q", "--sites", "legs"], "--sites"),
     "unknown benchmark": (["bench", "sleep"], "'sleep'"),
-    "no target": (["edit", "--question", "q"], "--target"),
 }
 
 

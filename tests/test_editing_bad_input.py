@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from multrace.editing import EditError, EditRequest, MultEdit
+from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.models import Prompt, VisionLanguageModel
 
 QUESTION = "What is the thing in this picture?"
@@ -28,6 +29,13 @@ BAD_SETTINGS = {
     "negative steps": ({"layer": 1, "steps": -1}, "steps of at least 0"),
     "clamp of zero": ({"layer": 1, "clamp": 0.0}, "clamp above 0, or None"),
     "negative weight decay": ({"layer": 1, "weight_decay": -1.0}, "weight_decay of at least 0"),
+    "negative essence": ({"layer": 1, "essence_weight": -1.0}, "essence_weight of at least 0"),
+    "no rows at once": ({"layer": 1, "rows_at_once": 0}, "rows_at_once of at least 1"),
+    "spread of zero": ({"layer": 1, "spread": 0}, "spread of at least 1"),
+    "no such projection": ({"layer": 1, "projection": "query"}, "'mlp' or 'attention'"),
+    "weight of zero": ({"layer": 1, "weight": 0.0}, "weight=0.0; pass a number above 0"),
+    "weight not a number": ({"layer": 1, "keep_weight": math.nan}, "keep_weight=nan; pass a number above 0"),
+    "null threshold of zero": ({"layer": 1, "null_threshold": 0.0}, "null_threshold=0.0; pass a number above 0"),
 }
 
 
@@ -46,16 +54,19 @@ def test_an_empty_target_is_an_error_that_shows_the_question(random_llama, targe
 BAD_EDITS = {
     "layer out of range": (MultEdit(layer=40), "cannot edit layer 40: no layer 40 .*layers"),
     "token group absent": (MultEdit(layer=0, token="constraint:nothing"), "cannot edit at token 'constraint:nothing'"),
-    "keys of zero ridge twice": (MultEdit(layer=0, ridge_fraction=0.0, steps=0), "linearly dependent"),
+    "spread over layers that are not there": (MultEdit(layer=1, spread=3), "3 layers up to layer 1 do not exist"),
+    "no second moment for ROME": (ROME(layer=1), "ROME weighs old keys .* none is given; collect them"),
+    "no second moment for MEMIT": (MEMIT(layer=3), "MEMIT weighs old keys .* none is given; collect them"),
+    "no second moment for EMMET": (EMMET(layer=1), "EMMET weighs old keys .* none is given; collect them"),
+    "no second moment for AlphaEdit": (AlphaEdit(layer=3), "AlphaEdit weighs old keys .* none is given; collect them"),
 }
 
 
 @pytest.mark.parametrize(("editor", "message"), BAD_EDITS.values(), ids=BAD_EDITS)
 def test_edits_that_cannot_be_made_are_errors_and_change_nothing(random_llava_llama, editor, message):
     prompt, weights = prompt_for(random_llava_llama), bits(random_llava_llama)
-    request = EditRequest(prompt=prompt, target=TARGET)
     with pytest.raises(EditError, match=message):
-        editor.edit(random_llava_llama, [request, request])
+        editor.edit(random_llava_llama, [EditRequest(prompt=prompt, target=TARGET)])
     assert bits(random_llava_llama) == weights
 
 
@@ -64,7 +75,43 @@ def test_no_requests_are_an_error(random_llama):
         MultEdit(layer=1).edit(random_llama, [])
 
 
-def test_a_search_that_leaves_the_finite_numbers_is_an_error(random_llama):
-    prompt = prompt_for(random_llama)
-    with pytest.raises(EditError, match="left the finite numbers"):
+def test_contexts_whose_targets_have_other_numbers_of_tokens_are_an_error(random_llava_llama):
+    vlm = random_llava_llama
+    spaced = vlm.prompt(None, QUESTION, template="{question} ")
+    target = next(
+        word for word in ("photo", "company", "Ada") if _tokens(spaced, word) != _tokens(prompt_for(vlm), word)
+    )
+    request = EditRequest(prompt=prompt_for(vlm), target=target, contexts=(spaced,))
+    with pytest.raises(EditError, match="contexts of 'What is the thing.*disagree on the number of target tokens"):
+        MultEdit(layer=1).edit(vlm, [request])
+
+
+def _tokens(prompt: Prompt, answer: str) -> int:
+    return len(prompt.with_answer(answer).answer_ids)
+
+
+def test_a_search_of_which_every_request_leaves_the_finite_numbers_is_an_error(random_llama):
+    prompt, weights = prompt_for(random_llama), bits(random_llama)
+    with pytest.raises(EditError, match="no request could be edited; .*left the finite numbers at step 1; lower"):
         MultEdit(layer=1, learning_rate=math.inf).edit(random_llama, [EditRequest(prompt=prompt, target=TARGET)])
+    assert bits(random_llama) == weights
+
+
+def test_requests_that_contradict_each_other_are_named(random_llava_llama):
+    vlm, weights = random_llava_llama, bits(random_llava_llama)
+    one = EditRequest(prompt=prompt_for(vlm), target=TARGET, name="the first")
+    other = EditRequest(prompt=prompt_for(vlm), target="green", name="the second")
+    with pytest.raises(EditError, match="'the first' and 'the second' have the same key .*'red' and 'green'; drop one"):
+        MultEdit(layer=1).edit(vlm, [one, other])
+    by_the_way = EditRequest(prompt=vlm.prompt(None, "Who won?"), target="green", also=(one.prompt,), name="the third")
+    with pytest.raises(EditError, match="'the first' and 'the third'"):
+        MultEdit(layer=1).edit(vlm, [one, by_the_way])
+    assert bits(vlm) == weights
+    assert MultEdit(layer=1, steps=1).edit(vlm, [one, one]).requests[1]["status"] == "edited"  # they agree
+
+
+def test_a_ridge_relative_to_keys_makes_no_metric_before_there_are_any(random_llama):
+    with pytest.raises(EditError, match="AlphaEdit takes its ridge from the keys.*pass an absolute ridge="):
+        AlphaEdit(layer=3).metrics(random_llama, None)
+    (cost,) = MultEdit(layer=3, ridge=0.5).metrics(random_llama, None).values()
+    assert cost.ridge == 0.5

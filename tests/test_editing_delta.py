@@ -1,10 +1,17 @@
-"""Deltas: bit-exact undo in every way out, stacking, orientation, precision, and refusals."""
+"""Deltas: bit-exact undo in every way out, stacking, taking apart, orientation, precision, memory, and refusals."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from multrace.editing import Delta, EditError, WeightChange
+from multrace.editing import Delta, EditError, EditRequest, MultEdit, WeightChange
+from multrace.editing.delta import compose
+from multrace.editing.metric import metric
+from multrace.editing.solve import Constraints, Solution, solve
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 QUESTION = "What is this?"
 
@@ -17,6 +24,25 @@ def made_by_hand(vlm: VisionLanguageModel, layer: int = 1, *, rank: int = 2, siz
     change = WeightChange(left=left, right=right, keys=right, residuals=(left @ (right @ right.T)).T)
     prints = vlm.fingerprint([projection.name])
     return Delta(changes={projection.name: change}, fingerprints=prints, model=vlm.name, requests=({"target": "Ünï"},))
+
+
+def made_for_requests(vlm: VisionLanguageModel, count: int = 3, *, layer: int = 1, seed: int = 0) -> Delta:
+    """A delta solved in plain form, K K^T + 1 and all, for one preserved key and two keys a request."""
+    projection, generator = vlm.down_projection(layer), torch.Generator().manual_seed(seed)
+    owners = torch.tensor([-1, *(owner for owner in range(count) for _ in range(2))])
+    keys = torch.randn(len(owners), projection.width, generator=generator)
+    residuals = torch.randn(len(owners), projection.hidden, generator=generator) * (owners >= 0)[:, None]
+    left = torch.linalg.solve(keys @ keys.T + torch.eye(len(keys)), residuals).T
+    parts = {"keys": keys, "residuals": residuals, "weights": torch.ones(len(keys)), "owners": owners}
+    change = WeightChange(left=left, right=keys, **parts)
+    requests = tuple({"question": f"What is {index}?", "target": "red", "status": "edited"} for index in range(count))
+    prints = vlm.fingerprint([projection.name])
+    return Delta(changes={projection.name: change}, fingerprints=prints, model=vlm.name, requests=requests)
+
+
+def dense(delta: Delta) -> Tensor:
+    ((left, right),) = delta.factors.values()
+    return left.double() @ right.double()
 
 
 def logits(vlm: VisionLanguageModel) -> Tensor:
@@ -112,6 +138,22 @@ def test_an_error_inside_leaves_nothing_behind(random_llava_llama):
     with pytest.raises(RuntimeError, match="on purpose"), made_by_hand(vlm).applied(vlm):
         assert bits(vlm) != weights
         raise RuntimeError("on purpose")
+    assert bits(vlm) == weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_undo_is_bit_exact_in_every_dtype(dtype, random_llava_llama):
+    vlm = load(random_llava_llama.name)
+    vlm.model.to(dtype)
+    weights, delta = bits(vlm), made_by_hand(vlm)
+    for use in (delta.applied, replace(delta, changes=made_by_hand(vlm, seed=1).changes).applied):
+        with use(vlm):
+            assert vlm.weight(vlm.down_projection(1).name).dtype is dtype
+            assert bits(vlm) != weights
+        assert bits(vlm) == weights
+    handle = delta.apply(vlm)
+    assert bits(vlm) != weights
+    handle.undo()
     assert bits(vlm) == weights
 
 
@@ -260,3 +302,191 @@ def test_parts_that_do_not_fit_together_are_refused():
         WeightChange(**(parts | {"left": torch.ones(4, 1).double()}))
     with pytest.raises(EditError, match="one fingerprint per changed weight"):
         Delta(changes={"w": WeightChange(**parts)}, fingerprints={}, model="m")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that any operation makes; views of what is there do not count."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known = {known.untyped_storage().data_ptr()}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_large_weight_is_changed_by_runs_of_rows(transposed):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2048, 2, generator=generator), torch.randn(2, 5504, generator=generator)
+    change = WeightChange(left=left, right=right, keys=right, residuals=(left @ (right @ right.T)).T)
+    stored = (right.T @ left.T) if transposed else (left @ right)
+    weight = torch.randn(stored.shape, generator=generator).to(torch.bfloat16)
+    wanted = (weight.double() + stored.double()).to(torch.bfloat16)
+    size = weight.untyped_storage().nbytes()
+    with LargestTensor(weight) as largest:
+        for run, rows in change.rows(weight, transposed=transposed):
+            weight[run] = rows
+    assert (weight == wanted).float().mean() > 0.999
+    assert 0 < largest.bytes < 0.45 * size  # a copy in float32 would be 2 of these, a dense update 2 more
+    with LargestTensor(weight) as largest:
+        weight.copy_(weight.float() + stored)
+    assert largest.bytes >= 2 * size
+
+
+def test_taking_a_request_out_leaves_the_others_factors_bit_by_bit(vlm):
+    delta = made_for_requests(vlm)
+    ((name, change),) = delta.changes.items()
+    less = delta.without(1)
+    rest = less.changes[name]
+    assert [each["question"] for each in less.requests] == ["What is 0?", "What is 2?"]
+    assert rest.owners.tolist() == [-1, 0, 0, 1, 1]
+    kept = [0, 1, 2, 5, 6]
+    assert torch.equal(rest.left, change.left[:, kept]) and torch.equal(rest.right, change.right[kept])
+    own = change.left[:, 3:5].double() @ change.right[3:5].double()
+    torch.testing.assert_close(dense(less), dense(delta) - own, rtol=0, atol=1e-12)
+    assert own.abs().max() > 1e-3
+    with less.applied(vlm):
+        one_way = bits(vlm)
+    with delta.without(2, 0).without(0).applied(vlm):  # only the preserved key is left
+        assert bits(vlm) != one_way
+    assert torch.equal(dense(delta.without(1, 2)), dense(delta.without(2).without(1)))
+
+
+def test_taking_out_and_solving_anew_is_solving_without_it(vlm):
+    delta = made_for_requests(vlm)
+    ((_name, change),) = delta.changes.items()
+    kept = [0, 1, 2, 5, 6]
+    keys, residuals = change.keys[kept].double(), change.residuals[kept].double()
+    fresh = residuals.T @ torch.linalg.inv(keys @ keys.T + torch.eye(5, dtype=torch.float64)) @ keys
+    scale = fresh.abs().max()
+    assert (dense(delta.without(1, resolve=True)) - fresh).abs().max() < 1e-6 * scale
+    assert (dense(delta.without(1)) - fresh).abs().max() > 1e-2 * scale
+
+
+def test_solving_anew_needs_factors_that_solve_their_equations_and_one_weight(random_llama):
+    delta = made_for_requests(random_llama)
+    ((name, change),) = delta.changes.items()
+    strange = replace(delta, changes={name: replace(change, weights=torch.full((7,), 0.01))})
+    strange.without(1)
+    with pytest.raises(EditError, match="do not solve its own equations"):
+        strange.without(1, resolve=True)
+    other = made_for_requests(random_llama, layer=2)
+    both = compose(delta, other)
+    assert both.without(0).requests == (*delta.requests[1:], *other.requests)
+    with pytest.raises(EditError, match="edit again from the requests"):
+        both.without(0, resolve=True)
+
+
+def test_a_request_that_is_not_there_or_owns_nothing_cannot_be_taken_out(random_llama):
+    delta = made_for_requests(random_llama)
+    for index in (-1, 3):
+        with pytest.raises(EditError, match="it has 3 requests"):
+            delta.without(index)
+    with pytest.raises(EditError, match="does not say which of its factors"):
+        made_by_hand(random_llama).without(0)
+    idle = replace(delta, requests=(*delta.requests, {"target": "red", "status": "nothing to do"}))
+    assert idle.without(3).requests == delta.requests
+    assert torch.equal(dense(idle.without(3)), dense(delta))
+    with pytest.raises(EditError, match="belong to requests"):
+        replace(delta, requests=delta.requests[:2])
+
+
+def test_composed_deltas_do_what_they_do_one_after_the_other(vlm):
+    first = made_for_requests(vlm)
+    with first.applied(vlm):
+        second = made_for_requests(vlm, seed=1)
+    both = compose(first, second)
+    assert both.requests == (*first.requests, *second.requests)
+    ((name, change),) = both.changes.items()
+    assert change.owners.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1, 3, 3, 4, 4, 5, 5]
+    assert change.weights.tolist() == [1.0] * 14
+    torch.testing.assert_close(dense(both), dense(first) + dense(second), rtol=0, atol=1e-12)
+    with first.applied(vlm), second.applied(vlm):
+        in_turn = vlm.weight(name).detach().clone()
+    with both.applied(vlm):
+        torch.testing.assert_close(vlm.weight(name).detach(), in_turn, rtol=1e-6, atol=1e-6)
+    later = second.changes[name]  # the second asked for its change on top of the first one's
+    wanted = later.residuals.double() + first.changes[name].moved(later.keys)
+    torch.testing.assert_close(change.residuals[8:].double(), wanted[1:], rtol=0, atol=1e-5)
+    assert not change.residuals[7].any()  # what was to stay is to stay
+    side_by_side = compose(first, made_for_requests(vlm, seed=1))
+    assert torch.equal(side_by_side.changes[name].residuals[7:], later.residuals)
+    with pytest.raises(EditError, match="different models"):
+        compose(first, replace(second, model="another"))
+    with pytest.raises(EditError, match="at least one"):
+        compose()
+
+
+def test_the_report_names_what_was_lost(random_llava_llama):
+    low = load(random_llava_llama.name, dtype="bfloat16")
+    delta = made_for_requests(low)
+    idle = replace(delta, requests=(*delta.requests, {"question": "Why?", "target": "red", "status": "nothing to do"}))
+    lines = idle.report(idle.realised(low))
+    assert len(lines) == 4 and lines[3] == "3: 'Why?' -> 'red': nothing to do"
+    assert all("realised" in line and "side-car" not in line for line in lines[:3])
+    name = low.down_projection(1).name
+    small = replace(delta, changes={name: made_by_hand(low, size=1e-6).changes[name]}, requests=())
+    assert "side-car" in small.report(small.realised(low))[0]
+
+
+def test_a_real_edit_changes_the_answers_and_is_taken_back(tiny_vlm):
+    vlm = tiny_vlm
+    prompts = [vlm.prompt(None, question) for question in ("What is the capital of France?", "Who wrote this book?")]
+    before = vlm.answers(prompts)
+    requests = [
+        EditRequest(prompt=prompt, target=target) for prompt, target in zip(prompts, ("red", "blue"), strict=True)
+    ]
+    delta = MultEdit(layer=2).edit(vlm, requests)
+    with delta.applied(vlm):
+        assert vlm.answers(prompts) == ["red", "blue"] != before
+    assert vlm.answers(prompts) == before
+
+
+SOLVERS = {
+    "ridge": {"ridge": 0.5},
+    "moment": {"ridge": 0.1, "moment_weight": 20.0},
+    "moment alone": {"ridge": 0.0, "moment_weight": 20.0},
+    "protected directions": {"ridge": 0.5, "protected": 6},
+    "two keys": {"ridge": 0.0, "moment_weight": 20.0, "directions": True},
+}
+
+
+@pytest.mark.parametrize("settings", SOLVERS.values(), ids=SOLVERS)
+def test_what_the_solver_gave_is_solved_anew_as_the_solver_would(settings, random_llama):
+    settings = dict(settings)
+    projection, generator = random_llama.down_projection(1), torch.Generator().manual_seed(0)
+    count, width = 4, projection.width
+    keys, basis = (torch.randn(count, width, generator=generator) for _ in range(2))
+    directions = keys + 0.1 * basis if settings.pop("directions", False) else None
+    old = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+    if "moment_weight" in settings:
+        settings["moment"] = old.T @ old / len(old)
+    if "protected" in settings:
+        settings["protected"] = torch.linalg.qr(old[: settings["protected"]].T)[0].T
+    residuals = torch.randn(count, projection.hidden, generator=generator)
+    weights = torch.tensor([torch.inf, torch.inf, 1.0, 4.0])
+    price = metric(width, **settings)
+
+    def solution(rows: list[int]) -> Solution:
+        two = None if directions is None else directions[rows]
+        names = tuple(str(row) for row in rows)
+        parts = {"keys": keys[rows], "residuals": residuals[rows], "weights": weights[rows], "directions": two}
+        return solve(price, Constraints(names=names, **parts))
+
+    found = solution([0, 1, 2, 3])
+    factors = {part: getattr(found, part).float().contiguous() for part in ("left", "right", "weights")}
+    change = WeightChange(keys=keys, residuals=residuals, owners=torch.arange(count), **factors)
+    prints = random_llama.fingerprint([projection.name])
+    delta = Delta(
+        changes={projection.name: change}, fingerprints=prints, model="m", requests=({"target": "a"},) * count
+    )
+    rest = solution([0, 2, 3])
+    wanted = rest.left @ rest.right
+    assert (dense(delta.without(1, resolve=True)) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (dense(delta.without(1)) - wanted).abs().max() > 1e-3 * wanted.abs().max()

@@ -59,10 +59,10 @@ def corrupt(kind: str, good: Path, bad: Path) -> None:
     elif kind == "another safetensors file":
         save_file({"weight": torch.ones(2)}, bad)
     elif kind == "a part is missing":
-        header = {"format": "multrace delta 1", "model": "m", "revision": "", "settings": "{}", "requests": "[]"}
+        header = {"format": "multrace delta 2", "model": "m", "revision": "", "settings": "{}", "requests": "[]"}
         save_file({"left:w": torch.ones(2, 1)}, bad, metadata=header | {"fingerprints": '{"w": "00"}'})
     elif kind == "header is damaged":
-        save_file({"left:w": torch.ones(2, 1)}, bad, metadata={"format": "multrace delta 1", "fingerprints": "{"})
+        save_file({"left:w": torch.ones(2, 1)}, bad, metadata={"format": "multrace delta 2", "fingerprints": "{"})
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from multrace.editing import EditError, EditRequest
-from multrace.editing.keys import keys_and_values
-from multrace.editing.targets import key_positions, target_batch
-from multrace.editing.values import ValueSettings, optimise_values
+from multrace.editing.keys import keys_and_values, lookups
+from multrace.editing.targets import Goal, TargetBatch, key_positions, target_batch
+from multrace.editing.values import ValueSettings, search_values
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 from torch import Tensor
@@ -26,6 +26,17 @@ def vlm(random_vlm: VisionLanguageModel) -> VisionLanguageModel:
 def prompt_for(vlm: VisionLanguageModel, question: str = QUESTION, colour: str = "red") -> Prompt:
     image = Image.linear_gradient("L").convert("RGB") if colour == "grey" else Image.new("RGB", (48, 48), colour)
     return vlm.prompt(image if vlm.has_vision else None, question, constraint=SPAN)
+
+
+def batch_of(vlm: VisionLanguageModel, *prompts: Prompt, token: str | int = "last", end: bool = True) -> TargetBatch:
+    """One fact in several contexts."""
+    return target_batch(vlm, [Goal(prompts=prompts)], token, end=end)
+
+
+def losses(vlm: VisionLanguageModel, batch: TargetBatch) -> Tensor:
+    """(row, label), negative log-probability in nats."""
+    with torch.no_grad():
+        return -batch.logits(vlm).log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
 
 
 def seen_by_plain_hooks(vlm: VisionLanguageModel, prompt: Prompt, layer: int) -> tuple[Tensor, Tensor]:
@@ -70,11 +81,11 @@ def test_contexts_of_different_length_do_not_disturb_each_other(vlm, token):
 
 def test_losses_are_those_of_the_whole_model(vlm):
     prompts = [prompt_for(vlm, QUESTION).with_answer(TARGET), prompt_for(vlm, OTHER, "blue").with_answer(TARGET)]
-    batch = target_batch(vlm, prompts, "constraint_last", end=False)
+    batch = batch_of(vlm, *prompts, token="constraint_last", end=False)
+    found = losses(vlm, batch)
+    assert torch.equal(found, losses(vlm, batch))  # the stored prefix did not grow
     with torch.no_grad():
-        losses = batch.losses(vlm)
-        assert torch.equal(losses, batch.losses(vlm))  # the stored prefix did not grow
-        for row, prompt in zip(losses, prompts, strict=True):
+        for row, prompt in zip(found, prompts, strict=True):
             logits = vlm.logits(prompt)[0, prompt.positions("last")[0] : -1].log_softmax(-1)
             wanted = -logits[torch.arange(len(prompt.answer_ids)), list(prompt.answer_ids)]
             torch.testing.assert_close(row, wanted, **CLOSE)
@@ -82,21 +93,23 @@ def test_losses_are_those_of_the_whole_model(vlm):
 
 def test_the_end_of_the_answer_is_one_more_label(vlm):
     prompt = prompt_for(vlm).with_answer(TARGET)
-    with_end, without = (target_batch(vlm, [prompt], "last", end=end) for end in (True, False))
+    with_end, without = (batch_of(vlm, prompt, end=end) for end in (True, False))
     assert without.labels[0].tolist() == list(prompt.answer_ids)
     assert with_end.labels[0].tolist() == [*prompt.answer_ids, vlm.tokenizer.eos_token_id]
     with torch.no_grad():
         end = -vlm.logits(prompt)[0, -1].log_softmax(-1)[vlm.tokenizer.eos_token_id]
-        torch.testing.assert_close(with_end.losses(vlm)[0], torch.cat([without.losses(vlm)[0], end[None]]), **CLOSE)
+    torch.testing.assert_close(losses(vlm, with_end)[0], torch.cat([losses(vlm, without)[0], end[None]]), **CLOSE)
 
 
 @pytest.mark.parametrize("token", ["last", "constraint_last"])
 def test_the_found_change_works_as_promised_when_a_plain_hook_adds_it(vlm, token):
     request = EditRequest(prompt=prompt_for(vlm), target=TARGET)
+    projection = vlm.down_projection(1)
+    asked = {"token": token, "layer": 1, "projection": projection, "place": projection}
     settings = ValueSettings(steps=15, end_of_answer=False)
-    result = optimise_values(vlm, request, layer=1, token=token, settings=settings)
+    (result,) = search_values(vlm, [Goal(prompts=request.prompts)], settings=settings, **asked)
     prompt = request.prompts[0]
-    positions = list(key_positions(prompt, token))
+    positions = list(key_positions(prompt, token, end=False))
 
     def add(_module: torch.nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
@@ -118,12 +131,14 @@ def test_the_found_change_works_as_promised_when_a_plain_hook_adds_it(vlm, token
     assert torch.equal(result.values, result.before + result.change)
 
 
-def test_one_key_per_target_token_at_the_last_token_and_one_elsewhere(vlm):
+def test_one_key_per_label_at_the_last_token_and_one_elsewhere(vlm):
     prompt = prompt_for(vlm).with_answer(TARGET)
     last, count = prompt.positions("last")[0], len(prompt.answer_ids)
     assert count > 1
     for token in ("last", -1, last, "all"):
-        assert key_positions(prompt, token) == tuple(range(last, last + count))
+        assert key_positions(prompt, token) == tuple(range(last, last + count + 1))
+        assert key_positions(prompt, token, end=False) == tuple(range(last, last + count))
+        assert key_positions(prompt, token, every=False) == (last,)
     assert (
         key_positions(prompt, "constraint")
         == key_positions(prompt, "constraint_last")
@@ -143,5 +158,28 @@ def test_a_token_that_the_prompt_lacks_is_an_error_that_lists_what_there_is(rand
 def test_contexts_that_disagree_about_the_last_token_are_an_error(random_llava_llama):
     vlm = random_llava_llama
     prompts = [vlm.prompt(None, question).with_answer(TARGET) for question in (QUESTION, OTHER)]
-    with pytest.raises(EditError, match="disagree"):
-        target_batch(vlm, prompts, prompts[0].positions("last")[0])
+    at_the_end_of_one = prompts[0].positions("last")[0]
+    with pytest.raises(EditError, match="contexts of 'What is .*disagree.*pass them as `also`"):
+        batch_of(vlm, *prompts, token=at_the_end_of_one)
+    apart = [Goal(prompts=(prompt,)) for prompt in prompts]
+    assert target_batch(vlm, apart, at_the_end_of_one).key_mask.sum(-1).tolist() == [len(prompts[0].answer_ids) + 1, 1]
+
+
+def test_keys_of_many_goals_do_not_depend_on_their_company(vlm):
+    short, long = prompt_for(vlm).with_answer("one"), prompt_for(vlm, OTHER, "blue").with_answer(TARGET)
+    other = prompt_for(vlm, OTHER, "grey").with_answer("one")
+    goals = [Goal(prompts=(short,)), Goal(prompts=(long,)), Goal(prompts=(short, other), essence=(long,))]
+    projection = vlm.down_projection(2)
+    together = lookups(vlm, goals, "last", [(projection, projection)])[projection]
+    apart = lookups(vlm, goals, "last", [(projection, projection)], rows_at_once=1)[projection]
+    for goal, one, many in zip(goals, apart, together, strict=True):
+        plain = [seen_by_plain_hooks(vlm, prompt, 2) for prompt in goal.prompts]
+        positions = [list(key_positions(prompt, "last")) for prompt in goal.prompts]
+        keys, values = (
+            torch.stack([each[part][at] for each, at in zip(plain, positions, strict=True)]) for part in (0, 1)
+        )
+        for found in (one, many):
+            torch.testing.assert_close(found.keys, keys.mean(0), **CLOSE)
+            torch.testing.assert_close(found.plain_keys, keys[0], **CLOSE)
+            torch.testing.assert_close(found.before, values.mean(0), **CLOSE)
+    assert not torch.allclose(together[2].keys, together[2].plain_keys, **CLOSE)

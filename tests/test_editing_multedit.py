@@ -7,7 +7,8 @@ import pytest
 import torch
 from multrace.editing import Delta, EditRequest, MultEdit
 from multrace.editing.keys import keys_and_values
-from multrace.editing.values import optimise_values
+from multrace.editing.targets import Goal
+from multrace.editing.values import ValueResult, ValueSettings, search_values
 from multrace.models import Prompt, VisionLanguageModel, load
 from PIL import Image
 from torch import Tensor
@@ -51,6 +52,15 @@ def said(vlm: VisionLanguageModel, prompt: Prompt, target: str) -> bool:
 
 def bits(vlm: VisionLanguageModel) -> dict[str, str]:
     return vlm.fingerprint([name for name, _ in vlm.model.named_parameters()])
+
+
+def searched(
+    vlm: VisionLanguageModel, request: EditRequest, settings: ValueSettings, *, layer: int = 1, token: str = "last"
+) -> ValueResult:
+    projection = vlm.down_projection(layer)
+    asked = {"projection": projection, "place": projection, "layer": layer, "token": token, "settings": settings}
+    (result,) = search_values(vlm, [Goal(prompts=request.prompts)], **asked)
+    return result
 
 
 def output_at_last(vlm: VisionLanguageModel, prompt: Prompt, layer: int) -> Tensor:
@@ -119,7 +129,7 @@ def test_the_output_at_the_key_moves_by_the_promised_share(vlm, ridge_fraction):
     request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
     editor = MultEdit(layer=1, end_of_answer=False, ridge_fraction=ridge_fraction, steps=5)
     delta = editor.edit(vlm, [request])
-    wanted = optimise_values(vlm, request, layer=1, token="last", settings=editor).change[0]
+    wanted = searched(vlm, request, editor).change[0]
     before = output_at_last(vlm, prompt, 1)
     with delta.applied(vlm):
         moved = output_at_last(vlm, prompt, 1) - before
@@ -135,7 +145,7 @@ def test_an_absolute_ridge_replaces_the_relative_one(random_llava_llama):
     prompt = prompt_for(vlm)
     request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
     keys, _ = keys_and_values(vlm, request.prompts, layer=1, token="last")
-    norm = keys.square().sum().item()
+    norm = keys.square().sum(-1).mean().item()
     absolute = MultEdit(layer=1, ridge=0.3 * norm, steps=3).edit(vlm, [request])
     relative = MultEdit(layer=1, ridge_fraction=0.3, steps=3).edit(vlm, [request])
     for one, other in zip(*(next(iter(each.factors.values())) for each in (absolute, relative)), strict=True):
@@ -215,7 +225,7 @@ def test_the_published_constants_hold_the_change_to_almost_nothing(random_llava_
     for clamp in (1e-4, 0.75, None):
         editor = MultEdit.paper(layer=1, clamp=clamp)
         assert (editor.ridge, editor.steps, editor.learning_rate, editor.token) == (0.01, 10, 0.1, "constraint_last")
-        found = optimise_values(vlm, request, layer=1, token="constraint_last", settings=editor)
+        found = searched(vlm, request, editor, token="constraint_last")
         ratios[clamp] = (found.change.norm() / found.before.norm()).item()
         assert len(found.losses) == 11
     assert ratios[1e-4] == pytest.approx(1e-4, rel=1e-3)
@@ -243,8 +253,6 @@ def test_progress_is_shown_when_asked_for(random_llama, capfd):
     editor.edit(random_llama, [request])
     assert capfd.readouterr().err == ""
     editor.edit(random_llama, [request], progress=True)
-    assert "value for" in capfd.readouterr().err
-    editor.edit(random_llama, [request, request], progress=True)
     assert "values at layer 1" in capfd.readouterr().err
 
 

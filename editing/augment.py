@@ -1,0 +1,108 @@
+"""Variants of a request's own picture, so that an edit keys on what is seen and not on one rendering of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image, ImageChops, ImageEnhance, ImageStat
+
+from ..models import Prompt
+from .errors import EditError
+from .requests import EditRequest
+
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How many variants of a picture there are, and how far they go. EditError for a setting out of range.
+
+    Every variant has the size of its picture. The same seed gives the same variants.
+    """
+
+    crops: int = 3
+    """Squares of the picture's own shape cut out at random and enlarged again."""
+    jitters: int = 3
+    """Variants in brightness, contrast and colour."""
+    shifts: int = 3
+    """Variants moved sideways and up or down, the gap filled with the picture's mean colour."""
+    smallest: float = 0.8
+    """Side of the smallest crop as a share of the picture's, above 0 and at most 1."""
+    strength: float = 0.15
+    """Brightness, contrast and colour are multiplied by a factor between 1 - strength and 1 + strength."""
+    reach: float = 0.12
+    """Longest shift in each direction, as a share of the picture's side, at least 0 and below 1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "crops of at least 0": self.crops >= 0,
+            "jitters of at least 0": self.jitters >= 0,
+            "shifts of at least 0": self.shifts >= 0,
+            "smallest above 0 and at most 1": 0 < self.smallest <= 1,
+            "strength of at least 0 and below 1": 0 <= self.strength < 1,
+            "reach of at least 0 and below 1": 0 <= self.reach < 1,
+        }
+        for wanted, holds in ranges.items():
+            if not holds:
+                name = wanted.split()[0]
+                raise EditError(f"Augmentation got {name}={getattr(self, name)}; pass {wanted}")
+
+    def pictures(self, image: Image.Image) -> tuple[Image.Image, ...]:
+        """The variants of an RGB picture, crops first, then jitters, then shifts; the picture is left as it is."""
+        draw = _Draw(self.seed)
+        found = [_cropped(image, draw.between(self.smallest, 1), draw) for _ in range(self.crops)]
+        found += [_jittered(image, self.strength, draw) for _ in range(self.jitters)]
+        found += [_shifted(image, self.reach, draw) for _ in range(self.shifts)]
+        return tuple(found)
+
+    def prompts(self, prompt: Prompt) -> Iterator[Prompt]:
+        """The prompt with each variant of its picture (of all its pictures, where it has several) in turn."""
+        variants = [self.pictures(image) for image in prompt.images]
+        yield from (prompt.with_images(images) for images in zip(*variants, strict=True))
+
+    def of(self, request: EditRequest) -> EditRequest:
+        """The request with its prompt's variants after its other contexts: keys are averaged, values hold in all.
+
+        EditError if the prompt has no picture.
+        """
+        if not request.prompt.images:
+            raise EditError(
+                f"{request.prompt.question!r} has no picture to make variants of; pass a prompt with one, "
+                "or leave the augmentation out"
+            )
+        return replace(request, contexts=(*request.contexts, *self.prompts(request.prompt)))
+
+
+class _Draw:
+    """Numbers drawn from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=self.generator).item()
+
+
+def _cropped(image: Image.Image, share: float, draw: _Draw) -> Image.Image:
+    width, height = (share * side for side in image.size)
+    left, top = draw.between(0, image.width - width), draw.between(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
+
+
+def _jittered(image: Image.Image, strength: float, draw: _Draw) -> Image.Image:
+    for enhancer in _ENHANCERS:
+        image = enhancer(image).enhance(draw.between(1 - strength, 1 + strength))
+    return image
+
+
+def _shifted(image: Image.Image, reach: float, draw: _Draw) -> Image.Image:
+    right, down = (round(draw.between(-reach, reach) * side) for side in image.size)
+    moved = ImageChops.offset(image, right, down)
+    mean = tuple(round(channel) for channel in ImageStat.Stat(image).mean)
+    if right:
+        moved.paste(mean, (0, 0, right, image.height) if right > 0 else (image.width + right, 0, *image.size))
+    if down:
+        moved.paste(mean, (0, 0, image.width, down) if down > 0 else (0, image.height + down, *image.size))
+    return moved

@@ -1,0 +1,459 @@
+"""How every closed-form editor works: keys, wanted values, one solve per layer, a delta; the model stays as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..models import ModelError, Projection, Prompt, Site, VisionLanguageModel
+from .changes import WeightChange
+from .delta import Delta
+from .errors import EditError
+from .keys import Lookup, lookups
+from .metric import Metric, metric, null_space
+from .moments import Moments
+from .requests import EditRequest
+from .solve import Constraints, Solution, solve
+from .targets import Goal
+from .values import ValueResult, ValueSettings, search_values
+
+logger = logging.getLogger("multrace")
+_LIKELY = 0.5  # a target below it, even with its value met in full, is hardly what free generation will say
+_SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
+_EDITED = "edited"
+_NOTHING = "nothing to do"
+
+
+class EditPlace(Protocol):
+    """Anything that names a layer and a token to edit, such as the choice a causal trace makes."""
+
+    @property
+    def layer(self) -> int:
+        """The layer whose projection is changed."""
+
+    @property
+    def token(self) -> str | int:
+        """The name of a token group, or a position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormEditor(ValueSettings):
+    """The settings that closed-form editors share: where to edit, and what a change of the weights costs.
+
+    EditError for a setting out of range, or for both or neither of layer and where.
+    """
+
+    layer: int | None = None
+    """The (last) layer that is changed, negative from the end; take it from a causal trace."""
+    spread: int = 1
+    """How many layers share the work, `layer` being the last of them (MEMIT); values then are whole layer outputs."""
+    token: str | int = "last"
+    """The token that is edited: a group name (its last position counts) or a position, the same in all contexts."""
+    where: EditPlace | None = None
+    """A choice of layer and token made elsewhere, in place of `layer` and `token`."""
+    projection: Literal["mlp", "attention"] = "mlp"
+    """Which weight is changed: the down projection of the MLP, or the output projection of attention."""
+    weight: float = 1.0
+    """Of each key in the least-squares problem, inf for exact."""
+    keep_weight: float = float("inf")
+    """Of the keys of the requests' `keep` prompts, inf for exact: how firmly their outputs stay."""
+    earlier_weight: float | None = None
+    """Of the keys of edits made before, in a sequence; None leaves them out."""
+    ridge_fraction: float = 0.05
+    """The ridge as a share of the mean squared key norm: that of one key differs by a factor of 25 between layers."""
+    ridge: float | None = None
+    """An absolute ridge in place of ridge_fraction."""
+    moment_weight: float = 0.0
+    """How many old keys the second moment of keys stands for; 0 does without one."""
+    moment_kind: str = "all"
+    """Which tokens' second moment: all, image, question, template or text."""
+    null_threshold: float | None = None
+    """Directions of the second moment above it are not touched, as a share of its mean eigenvalue; None touches all."""
+    two_keys: bool = False
+    """ROME: the direction of the change is the mean key over contexts, its size is set at the prompt's own key."""
+    refined: bool = False
+    """Factorise the second moment in float32 and refine, for devices with slow float64."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if (self.layer is None) == (self.where is None):
+            raise EditError(
+                f"{name} got layer={self.layer} and where={self.where}; "
+                "pass one of them: layer=5, or where=the site that a trace chose"
+            )
+        if self.ridge_fraction < 0 or (self.ridge is not None and self.ridge < 0):
+            raise EditError(
+                f"{name} got ridge_fraction={self.ridge_fraction} and ridge={self.ridge}; pass numbers of at least 0"
+            )
+        if self.spread < 1 or self.projection not in ("mlp", "attention"):
+            raise EditError(
+                f"{name} got spread={self.spread} and projection={self.projection!r}; "
+                "pass a spread of at least 1, and 'mlp' or 'attention'"
+            )
+        for field in ("weight", "keep_weight", "earlier_weight", "null_threshold"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise EditError(f"{name} got {field}={value}; pass a number above 0")
+
+    @property
+    def place(self) -> tuple[int, str | int]:
+        """The (last) layer and the token to edit."""
+        return (self.layer, self.token) if self.where is None else (self.where.layer, self.where.token)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether its cost or its null space are made of second moments of keys."""
+        return self.moment_weight > 0 or self.null_threshold is not None
+
+    def projections(self, vlm: VisionLanguageModel) -> dict[int, Projection]:
+        """The projections that are changed by their layers (from 0), lowest first. EditError for layers not there."""
+        last = self.place[0]
+        find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
+        try:
+            number = vlm.addresses.index(last)
+            found = {layer: find(layer) for layer in range(number - self.spread + 1, number + 1) if layer >= 0}
+        except ModelError as error:
+            raise EditError(f"cannot edit layer {last}: {error}") from error
+        if len(found) < self.spread:
+            raise EditError(f"{self.spread} layers up to layer {number} do not exist; pass a smaller spread")
+        return found
+
+    def metrics(self, vlm: VisionLanguageModel, moments: Moments | None) -> dict[str, Metric]:
+        """What a change of each weight costs, by parameter name, for edits with an absolute ridge (or none).
+
+        Factorises each second moment once: make them once and pass them to every `edit`. EditError without the moments
+        that the settings need, or for a ridge that each edit takes from its own keys.
+        """
+        if self.ridge is None and self.ridge_fraction:
+            raise EditError(
+                f"{type(self).__name__} takes its ridge from the keys of each edit (ridge_fraction="
+                f"{self.ridge_fraction}), so that no metric can be made before; pass an absolute ridge="
+            )
+        return {each.name: self.metric(layer, each, moments) for layer, each in self.projections(vlm).items()}
+
+    def metric(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Metric:
+        """The metric of one layer; ridge stands in for a relative one."""
+        ridge = (self.ridge or 0.0) if ridge is None else ridge
+        if not self.needs_moments:
+            return metric(projection.width, ridge=ridge)
+        if moments is None:
+            raise EditError(
+                f"{type(self).__name__} weighs old keys by their second moment, and none is given; "
+                "collect them with second_moments(vlm, prompts) or `multrace moments`, or set moment_weight=0"
+            )
+        matrix = moments.matrix(layer, self.moment_kind)
+        protected = None
+        if self.null_threshold is not None:
+            protected = null_space(matrix, self.null_threshold * matrix.diagonal().mean().item())
+        kept = {"moment": matrix, "moment_weight": self.moment_weight} if self.moment_weight else {}
+        return metric(projection.width, ridge=ridge, protected=protected, refined=self.refined, **kept)
+
+    def edit(
+        self,
+        vlm: VisionLanguageModel,
+        requests: Sequence[EditRequest],
+        *,
+        moments: Moments | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        earlier: Sequence[Delta] = (),
+        progress: bool = False,
+    ) -> Delta:
+        """The change after which each request's prompts are answered with its target; Delta.applied puts it in.
+
+        moments: second moments of keys, for editors that weigh old keys by them; metrics: what `metrics` made of them,
+        in their place. earlier: edits that are in the model now, whose keys are kept by `earlier_weight`. progress
+        shows bars. Delta.requests says of each request what became of it: "edited", "nothing to do" where the model
+        gives the target already, "failed: ..." where the search left the finite numbers; others go on. A target that
+        stays unlikely, and constraints that cannot be told apart, are logged as warnings. EditError for no requests, a
+        layer or token that does not exist, contexts that disagree, requests that contradict each other, missing
+        moments, or if every request fails.
+        """
+        requests = tuple(requests)
+        if not requests:
+            raise EditError("no requests to edit; pass at least one EditRequest")
+        return _Work(self, vlm, requests, progress=progress).run(moments, metrics, earlier)
+
+    def as_text(self) -> dict[str, str]:
+        """The settings as text, for the header of a saved edit."""
+        layer, token = self.place
+        settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "where"}
+        settings |= {"editor": type(self).__name__, "layer": layer, "token": token}
+        return {name: str(value) for name, value in settings.items()}
+
+
+class _Work:
+    """One edit under way."""
+
+    def __init__(
+        self,
+        editor: ClosedFormEditor,
+        vlm: VisionLanguageModel,
+        requests: tuple[EditRequest, ...],
+        *,
+        progress: bool,
+    ) -> None:
+        self.editor, self.vlm, self.requests, self.progress = editor, vlm, requests, progress
+        self.projections = editor.projections(vlm)
+        self.last, self.token = max(self.projections), editor.place[1]
+        self.statuses = [_EDITED for _ in requests]
+        self.results: list[ValueResult] = []
+        self.goals: list[Goal] = []
+        self.owners: list[int] = []
+        self.relaxed: set[str] = set()
+
+    @property
+    def value_place(self) -> Projection | Site:
+        """Where the wanted value is put: the output of the one projection, or of the last of several layers."""
+        return self.projections[self.last] if len(self.projections) == 1 else Site("hidden", self.last)
+
+    def run(self, moments: Moments | None, metrics: Mapping[str, Metric] | None, earlier: Sequence[Delta]) -> Delta:
+        if self.editor.needs_moments and moments is None and metrics is None:
+            self.editor.metric(self.last, self.projections[self.last], None)  # says what is missing, before any work
+        fingerprints = self.vlm.fingerprint([each.name for each in self.projections.values()])
+        self._choose()
+        self._search()
+        kept = self._kept_goals() if self.goals else []
+        changes: dict[str, WeightChange] = {}
+        with ExitStack() as stack:
+            for layer, projection in self.projections.items():
+                change = self._change(layer, kept, moments, metrics, earlier)
+                changes[projection.name] = change
+                if layer < self.last and change.rank:
+                    stack.enter_context(self._delta({projection.name: change}).applied(self.vlm))
+        for name in sorted(self.relaxed):
+            logger.warning(
+                "the key of %s cannot be told apart from that of another; both are met as far as they agree", name
+            )
+        return self._delta(changes, fingerprints)
+
+    def _choose(self) -> None:
+        """Goals of the requests that have something to do. EditError if two of them contradict each other."""
+        done = _answered(self.vlm, self.requests, self.progress)
+        for index, request in enumerate(self.requests):
+            if index in done:
+                self.statuses[index] = _NOTHING
+                continue
+            for number, prompts in enumerate(request.goals):
+                essence = request.essence if number == 0 else ()
+                self.goals.append(Goal(prompts=prompts, essence=essence))
+                self.owners.append(index)
+        if len({self.requests[owner].target for owner in self.owners}) > 1:
+            found = self._lookups(self.goals, self.last)
+            _check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in self.owners])
+
+    def _search(self) -> None:
+        """Wanted values; requests whose search failed are left out."""
+        if not self.goals:
+            return
+        search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
+        search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
+        results = search_values(self.vlm, self.goals, **search)
+        for owner, result in zip(self.owners, results, strict=True):
+            if result.failure:
+                self.statuses[owner] = f"failed: {result.failure}"
+        going = [index for index, owner in enumerate(self.owners) if self.statuses[owner] == _EDITED]
+        if not going:
+            reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
+            raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
+        self.goals, self.owners = [self.goals[each] for each in going], [self.owners[each] for each in going]
+        self.results = [results[each] for each in going]
+
+    def _kept_goals(self) -> list[tuple[str, Goal]]:
+        """The prompts whose answers stay, each once, with the answers the model gives now."""
+        prompts: dict[int, Prompt] = {}
+        for owner in dict.fromkeys(self.owners):
+            prompts |= {id(prompt): prompt for prompt in self.requests[owner].keep}
+        asked = list(prompts.values())
+        answers = self.vlm.answers(asked, batch_size=self.editor.rows_at_once, progress=self.progress) if asked else []
+        return [
+            (f"{prompt.question!r} (kept as {answer!r})", Goal(prompts=(prompt.with_answer(answer or None),)))
+            for prompt, answer in zip(asked, answers, strict=True)
+        ]
+
+    def _lookups(self, goals: Sequence[Goal], layer: int) -> list[Lookup]:
+        projection = self.projections[layer]
+        ends = {"end": self.editor.end_of_answer, "every": self.editor.answer_keys}
+        rows = self.editor.rows_at_once
+        place = self.value_place
+        return lookups(self.vlm, goals, self.token, [(projection, place)], rows_at_once=rows, **ends)[projection]
+
+    def _change(
+        self,
+        layer: int,
+        kept: Sequence[tuple[str, Goal]],
+        moments: Moments | None,
+        metrics: Mapping[str, Metric] | None,
+        earlier: Sequence[Delta],
+    ) -> WeightChange:
+        """The change of one layer's weight, given the model as it is with the layers below changed."""
+        projection, editor = self.projections[layer], self.editor
+        if not self.goals:
+            empty = {"left": (projection.hidden, 0), "right": (0, projection.width), "keys": (0, projection.width)}
+            return WeightChange(
+                **{part: torch.zeros(size) for part, size in {**empty, "residuals": (0, projection.hidden)}.items()}
+            )
+        found = self.results if len(self.projections) == 1 else self._lookups(self.goals, layer)
+        share = self.last - layer + 1
+        residuals = [(wanted.values - now.before) / share for wanted, now in zip(self.results, found, strict=True)]
+        preserved = [(name, each.keys) for (name, _), each in zip(kept, self._kept_lookups(kept, layer), strict=True)]
+        rows = _Rows.of(editor, [self.requests[owner].label for owner in self.owners], found, residuals)
+        rows.add(preserved, editor.keep_weight)
+        if editor.earlier_weight is not None:
+            before = [delta.changes[projection.name] for delta in earlier if projection.name in delta.changes]
+            rows.add([("an earlier edit", each.keys) for each in before if each.rank], editor.earlier_weight)
+        cost = metrics[projection.name] if metrics else self._metric(layer, rows, moments)
+        constraints = rows.constraints()
+        solution = solve(cost, constraints)
+        self.relaxed |= set(solution.relaxed)
+        owners = [owner for owner, each in zip(self.owners, found, strict=True) for _ in each.keys]
+        change = _reduced(solution, constraints, len(owners), owners)
+        self._check_shares(change, preserved)
+        return change
+
+    def _kept_lookups(self, kept: Sequence[tuple[str, Goal]], layer: int) -> list[Lookup]:
+        return self._lookups([goal for _, goal in kept], layer) if kept else []
+
+    def _metric(self, layer: int, rows: _Rows, moments: Moments | None) -> Metric:
+        relative = self.editor.ridge_fraction * rows.mean_square
+        ridge = relative if self.editor.ridge is None else self.editor.ridge
+        return self.editor.metric(layer, self.projections[layer], moments, ridge)
+
+    def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
+        """Warns of requests that what is to stay leaves little room for, and names what is nearest."""
+        if not preserved:
+            return
+        residuals = change.residuals.double()
+        size = residuals.square().sum(-1)
+        shares = (change.moved(change.keys) * residuals).sum(-1) / size
+        kept = torch.cat([keys for _, keys in preserved]).double()
+        names = [name for name, keys in preserved for _ in keys]
+        for row in ((shares < _LIKELY) & (size > 0)).nonzero().flatten().tolist():
+            key = change.keys[row].double()
+            near = torch.nn.functional.cosine_similarity(kept.cpu(), key[None]).argmax().item()
+            logger.warning(
+                "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
+                "a later layer tells them apart better, or pass a finite keep_weight",
+                *(100 * shares[row].item(), self.requests[int(change.owners[row])].label, names[near]),
+            )
+
+    def _delta(self, changes: Mapping[str, WeightChange], fingerprints: Mapping[str, str] | None = None) -> Delta:
+        prints = self.vlm.fingerprint(list(changes)) if fingerprints is None else fingerprints
+        origin = {"model": self.vlm.name, "revision": self.vlm.revision, "settings": self.editor.as_text()}
+        reports = tuple(self._report(index, final=fingerprints is not None) for index in range(len(self.requests)))
+        return Delta(changes=changes, fingerprints=prints, requests=reports, **origin)
+
+    def _report(self, index: int, *, final: bool) -> dict[str, str]:
+        request, status = self.requests[index], self.statuses[index]
+        report = {**request.summary(), "status": status}
+        results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
+        if results:
+            worst = min(results, key=lambda result: result.probability)
+            report |= {"loss": f"{worst.loss:.6g}", "probability": f"{worst.probability:.6g}"}
+            report["steps"] = str(max(result.steps for result in results))
+            if final and worst.loss > self.editor.stop_loss and worst.probability < _LIKELY and self.editor.steps:
+                logger.warning(
+                    "even with its wanted value, %r has a probability of %.2f after %d steps; "
+                    "more steps, another layer or another token may help",
+                    *(request.target, worst.probability, worst.steps),
+                )
+        return report
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Constraints of one layer while they are gathered; the keys of the edit come first."""
+
+    keys: list[Tensor]
+    directions: list[Tensor] | None
+    residuals: list[Tensor]
+    weights: list[float]
+    names: list[str]
+    mean_square: float
+
+    @classmethod
+    def of(
+        cls, editor: ClosedFormEditor, names: Sequence[str], found: Sequence[Lookup], residuals: Sequence[Tensor]
+    ) -> _Rows:
+        means = [each.keys for each in found]
+        return cls(
+            keys=[each.plain_keys for each in found] if editor.two_keys else list(means),
+            directions=list(means) if editor.two_keys else None,
+            residuals=list(residuals),
+            weights=[editor.weight for keys in means for _ in keys],
+            names=[name for name, keys in zip(names, means, strict=True) for _ in keys],
+            mean_square=torch.cat(means).double().square().sum(-1).mean().item(),
+        )
+
+    def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
+        """More keys, whose outputs stay."""
+        for name, keys in preserved:
+            keys = keys.to(self.keys[0])
+            self.keys.append(keys)
+            self.residuals.append(keys.new_zeros(len(keys), self.residuals[0].shape[1]))
+            self.weights += [weight] * len(keys)
+            self.names += [name] * len(keys)
+            if self.directions is not None:
+                self.directions.append(keys)
+
+    def constraints(self) -> Constraints:
+        return Constraints(
+            keys=torch.cat(self.keys),
+            residuals=torch.cat(self.residuals),
+            weights=torch.tensor(self.weights, dtype=torch.float64),
+            directions=None if self.directions is None else torch.cat(self.directions),
+            names=tuple(self.names),
+        )
+
+
+def _reduced(solution: Solution, constraints: Constraints, count: int, owners: Sequence[int]) -> WeightChange:
+    """The change with the first `count` rows alone: those whose outputs stay are eliminated from its equations.
+
+    With G = K right^T and rows 1 (edited) and 2 (kept, residual 0), X2 = -(G22 + 1/w2)^-1 G21 X1, so that the same
+    change is X1^T (right1 - G21^T (G22 + 1/w2)^-T right2): the file holds a row per edited key and not one per kept
+    key, and taking an edit out or solving some of them anew leaves what was kept in force.
+    """
+    right = solution.right[:count]
+    if count < len(solution.right):
+        kept, keys = solution.right[count:], constraints.keys[count:].double()
+        gram = keys @ kept.T + torch.diag(1 / solution.weights[count:])
+        right = right - torch.linalg.lstsq(gram, keys @ right.T).solution.T @ kept
+    parts = {"left": solution.left[:, :count], "right": right, "keys": constraints.keys[:count]}
+    parts |= {"residuals": constraints.residuals[:count], "weights": solution.weights[:count]}
+    return WeightChange(
+        **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
+    )
+
+
+def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool) -> set[int]:
+    """Indices of the requests all of whose prompts are answered with their targets already."""
+    longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4
+    asked = [request.prompt for request in requests]
+    answers = vlm.answers(asked, max_new_tokens=longest, progress=progress)
+    equal = [index for index, request in enumerate(requests) if answers[index] == request.target.strip()]
+    done = set(equal)
+    for index in equal:
+        rest = [*requests[index].contexts, *requests[index].also]
+        if rest and set(vlm.answers(rest, max_new_tokens=longest)) != {requests[index].target.strip()}:
+            done.discard(index)
+    return done
+
+
+def _check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
+    """EditError if two requests want different answers at the same key."""
+    stacked = torch.stack(list(keys)).double()
+    distances = torch.cdist(stacked, stacked) / stacked.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    for first, second in (distances < _SAME).nonzero().tolist():
+        one, other = requests[first], requests[second]
+        if first < second and one.target != other.target:
+            raise EditError(
+                f"two requests contradict each other: {one.label!r} and {other.label!r} have the same key at this "
+                f"layer and token but the targets {one.target!r} and {other.target!r}; drop one of them, or edit where "
+                "their keys differ (a later layer, another token)"
+            )

@@ -1,0 +1,198 @@
+"""LoRA through PEFT: low-rank adapters trained on the answers wanted, then taken out of the model again."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models import ModelError, Projection, VisionLanguageModel
+from .differences import TrainedChange
+from .errors import EditError
+from .files import write_tensors
+from .requests import EditRequest
+from .training import TrainingSettings, answer_batches, train
+
+try:
+    from peft import LoraConfig, LoraModel
+except ImportError:  # the extra `peft` is not installed
+    LoraModel = None
+
+_ADAPTER = "multrace"
+_TARGETS = ("down", "attention")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LowRankChange(TrainedChange):
+    """A change of weights as trained low-rank factors."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    """(left, right) per parameter name: float32 (hidden, rank) and (rank, width) on the CPU, oriented as in y = W x.
+
+    The adapter's scale is in left.
+    """
+    transposed: bool
+    """The model stores its weights (width, hidden)."""
+
+    def difference(self, name: str) -> Tensor:
+        """left @ right of the parameter of this name, in the layout in which the model stores it."""
+        left, right = self.factors[name]
+        return (left @ right).T if self.transposed else left @ right
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """The folder, which now holds the change in PEFT's layout, to be opened by PeftModel.from_pretrained.
+
+        The scale is in the factors, so the adapter's alpha is its rank. EditError where the folder exists already or
+        cannot be written; there is a whole one afterwards, or none.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise EditError(f"cannot write the adapter to '{folder}': it exists; pass a new folder")
+        rank = len(next(iter(self.factors.values()))[1])
+        paths = {name: name.removesuffix(".weight") for name in self.factors}
+        tensors = {f"base_model.model.{path}.lora_A.weight": self.factors[name][1] for name, path in paths.items()}
+        tensors |= {f"base_model.model.{path}.lora_B.weight": self.factors[name][0] for name, path in paths.items()}
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": self.model,
+            "revision": self.revision,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": self.transposed,
+            "target_modules": sorted(paths.values()),
+            "inference_mode": True,
+        }
+        temporary = None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
+            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, folder)
+        except OSError as error:
+            raise EditError(f"cannot write the adapter to '{folder}': {error}; pass another folder") from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(TrainingSettings):
+    """LoRA (arXiv 2106.09685) through PEFT, trained by Adam on the target tokens.
+
+    By default in the down projection and the attention's output map of every decoder layer: those that every family
+    has under a name of ours. EditError for a setting out of range.
+    """
+
+    steps: int = 60
+    """At most so many, each with the gradient of all requests; 0 asks for no change."""
+    learning_rate: float = 5e-3
+    """Of Adam."""
+    rank: int = 8
+    """Of each adapter."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by alpha / rank."""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers that get adapters, negative from the end; None: all."""
+    targets: tuple[str, ...] = _TARGETS
+    """Which projections get them: "down" writes a layer's MLP into the residual stream, "attention" its attention."""
+    seed: int = 0
+    """Of the adapters' random beginnings; the global generator is left as it is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            {
+                "rank of at least 1": self.rank >= 1,
+                "alpha above 0": self.alpha > 0,
+                "layers of at least one layer, or None": self.layers is None or len(self.layers) > 0,
+                f"targets among {_TARGETS}": len(self.targets) > 0 and set(self.targets) <= set(_TARGETS),
+            }
+        )
+
+    def edit(
+        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False
+    ) -> LowRankChange:
+        """The change after which the requests' prompts, contexts and `also` prompts get their targets.
+
+        The adapters are float32 whatever the model's dtype. The model ends with the modules, flags and weights that it
+        had, also after an error. EditError where PEFT is not installed, for no requests, a layer that does not exist,
+        pictures that do not fit into one batch, or a loss that stops being finite.
+        """
+        requests = tuple(requests)
+        projections = self._projections(vlm)
+        batches = answer_batches(vlm, requests, self)
+        with self._adapted(vlm, projections) as adapters:
+            parameters = [
+                factor.weight for adapter in adapters for factor in (adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER])
+            ]
+            training = train(vlm.model, batches, parameters, settings=self, progress=progress)
+            factors = {
+                projection.name: _factors(adapter) for projection, adapter in zip(projections, adapters, strict=True)
+            }
+        return LowRankChange(
+            factors=factors,
+            transposed=vlm.family.transposed,
+            fingerprints=vlm.fingerprint(factors),
+            model=vlm.name,
+            revision=vlm.revision,
+            settings=self.as_text(),
+            requests=training.reports(requests),
+            losses=training.losses,
+        )
+
+    def _projections(self, vlm: VisionLanguageModel) -> tuple[Projection, ...]:
+        finders = {"down": vlm.down_projection, "attention": vlm.attention_projection}
+        layers = range(vlm.layers) if self.layers is None else self.layers
+        try:
+            found = [finders[target](layer) for layer in layers for target in self.targets]
+        except ModelError as error:
+            raise EditError(f"cannot train adapters in layers {list(layers)}: {error}") from error
+        return tuple({projection.path: projection for projection in found}.values())
+
+    @contextmanager
+    def _adapted(self, vlm: VisionLanguageModel, projections: Sequence[Projection]) -> Iterator[list[nn.Module]]:
+        """PEFT's modules in the places of the projections; on exit the model is made of its own modules again.
+
+        The modules are put back here, since PEFT's own unloading is not reached by an error half-way, and leaves its
+        configuration on the model and the flags of all parameters changed.
+        """
+        if LoraModel is None:
+            raise EditError("LoRA needs PEFT, which is not installed; pip install 'multrace[peft]'")
+        if hasattr(vlm.model, "peft_config"):
+            raise EditError(f"'{vlm.name}' carries PEFT adapters already; merge or unload them first")
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=0.0,
+            target_modules=[projection.path for projection in projections],
+            fan_in_fan_out=vlm.family.transposed,
+        )
+        flags = [(parameter, parameter.requires_grad) for parameter in vlm.model.parameters()]
+        devices = [vlm.device] if vlm.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.seed)
+                LoraModel(vlm.model, config, _ADAPTER)
+            yield [vlm.model.get_submodule(projection.path) for projection in projections]
+        finally:
+            for projection in projections:
+                above, _, leaf = projection.path.rpartition(".")
+                setattr(vlm.model.get_submodule(above), leaf, projection.module)
+            vars(vlm.model).pop("peft_config", None)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def _factors(adapter: nn.Module) -> tuple[Tensor, Tensor]:
+    left, right = (getattr(adapter, part)[_ADAPTER].weight.detach().float().cpu() for part in ("lora_B", "lora_A"))
+    return left * adapter.scaling[_ADAPTER], right

@@ -1,0 +1,232 @@
+"""Second moments at rest: the value itself, its file, and the folder from which an interrupted run goes on."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..models import VisionLanguageModel
+from .errors import EditError
+from .files import read_tensors, write_tensors
+from .moment_convergence import Reading, curve_of, curve_tensors
+from .moment_hashes import KINDS, hash_of_weights
+
+logger = logging.getLogger("multrace")
+
+FORMAT, STATE, PART = "multrace moments 1", "multrace moments state 1", "multrace moments part 1"
+UNIONS = {"all": KINDS, "text": ("question", "template")}
+"""Types that are sums of others."""
+_TEXTS = ("projection", "model", "revision", "weights", "corpus")
+
+Sums = Mapping[int, Mapping[str, Tensor]]
+"""By layer and type of token, the (width, width) float64 sum of k k^T over the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Moments:
+    """Uncentred second moments of what projections read, by layer and type of token. EditError if parts disagree.
+
+    Image tokens are those of the prompt's group "image", question tokens those of its group "question", and every
+    other token that is no padding (an answer's too) counts as template.
+    """
+
+    sums: Sums = field(repr=False)
+    """By layer (from 0) and type of token, float64 (width, width); a type without tokens is left out."""
+    counts: Mapping[str, int]
+    """Number of tokens by type: image, question, template."""
+    prompts: int
+    """How many prompts were read."""
+    projection: str
+    """"mlp" for the inputs of down projections, "attention" for those of attention's output maps."""
+    model: str
+    revision: str | None = None
+    weights: str
+    """Hash of every weight that the numbers depend on, `hash_of_weights`."""
+    corpus: str
+    """Hash of all the prompts that were given, `hash_of_corpus`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    convergence: tuple[Reading, ...] = ()
+
+    def __post_init__(self) -> None:
+        present = {kind for kind in KINDS if self.counts.get(kind)}
+        if not self.sums or not present or set(self.counts) - set(KINDS):
+            raise EditError(f"moments need layers and tokens of {KINDS}; found {[*self.sums]} and {dict(self.counts)}")
+        for layer, parts in self.sums.items():
+            shapes = {kind: tuple(part.shape) for kind, part in parts.items()}
+            sides = {side for shape in shapes.values() for side in shape}
+            is_square = len(sides) == 1 and all(len(shape) == 2 for shape in shapes.values())
+            if set(parts) != present or not is_square or any(part.dtype != torch.float64 for part in parts.values()):
+                raise EditError(
+                    f"the moments of layer {layer} must be one square float64 matrix for each of {sorted(present)}, "
+                    f"all of one size; found {shapes}; compute them again with second_moments"
+                )
+            if not all(torch.isfinite(part.diagonal()).all() for part in parts.values()):
+                raise EditError(
+                    f"what the {self.projection} projection of layer {layer} reads holds numbers that are not finite; "
+                    "load the model in float32 or bfloat16"
+                )
+        if any(len(each.change) != len(self.sums) or len(each.halves) != len(self.sums) for each in self.convergence):
+            raise EditError(f"readings of convergence need one number for each of the layers {[*self.sums]}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers, ascending, from 0."""
+        return tuple(sorted(self.sums))
+
+    def width(self, layer: int) -> int:
+        """What the layer's projection reads has this length. EditError for a layer that is not there."""
+        return len(next(iter(self._of(layer).values())))
+
+    def count(self, kind: str = "all") -> int:
+        """Number of tokens of a type: image, question, template, text (the last two) or all. EditError for another."""
+        return sum(self.counts.get(each, 0) for each in _parts(kind))
+
+    def matrix(self, layer: int, kind: str = "all") -> Tensor:
+        """(width, width) float64 on the CPU, a new one: the mean of k k^T over the tokens of a type, as in `count`.
+
+        EditError for a layer or a type that is not there, or that no token has.
+        """
+        parts = self._of(layer)
+        found = [parts[each] for each in _parts(kind) if each in parts]
+        if not found:
+            raise EditError(
+                f"no {kind} token in the {self.prompts} prompts of these moments ({dict(self.counts)}); "
+                "use kind='all', or compute them on prompts that have some"
+            )
+        total = found[0].clone()
+        for part in found[1:]:
+            total += part
+        return total.div_(self.count(kind))
+
+    def check(self, vlm: VisionLanguageModel) -> None:
+        """EditError unless these are moments of this model as it is now; takes the time to read its weights once."""
+        highest = self.layers[-1]
+        found = hash_of_weights(vlm, highest) if highest < vlm.layers else f"only {vlm.layers} layers"
+        if found != self.weights:
+            raise EditError(
+                f"these moments belong to '{self.model}' with weights {self.weights[:12]}; '{vlm.name}' ({vlm.dtype}) "
+                f"has {found[:12]}: another model or precision, or an edited one; compute them for it"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
+        tensors = {name: part for layer in self.layers for name, part in named(layer, self.sums[layer]).items()}
+        return write_tensors(path, {**tensors, **curve_tensors(self.convergence)}, self._text())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The moments in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
+        tensors, text = read_tensors(path)
+        if text.get("format") != FORMAT:
+            raise EditError(
+                f"'{path}' holds no second moments: its header says {text.get('format')!r}, not {FORMAT!r}; "
+                "pass a file that Moments.save wrote"
+            )
+        try:
+            sums: dict[int, dict[str, Tensor]] = {}
+            for name in sorted(tensors):
+                if name.startswith("sum:"):
+                    _, layer, kind = name.split(":")
+                    sums.setdefault(int(layer), {})[kind] = tensors[name]
+            words = {name: text[name] for name in _TEXTS} | {"revision": text["revision"] or None}
+            counts, settings = (json.loads(text[name]) for name in ("counts", "settings"))
+            words |= {"counts": counts, "settings": settings, "prompts": int(text["prompts"])}
+            return cls(sums=dict(sorted(sums.items())), convergence=curve_of(tensors), **words)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EditError(f"the second moments in '{path}' are damaged ({error}); compute them again") from error
+
+    def _of(self, layer: int) -> Mapping[str, Tensor]:
+        if layer not in self.sums:
+            raise EditError(
+                f"no second moments of layer {layer} ({self.projection} projection); these are of layers "
+                f"{', '.join(map(str, self.layers))} of '{self.model}'; compute them with second_moments(layers=...)"
+            )
+        return self.sums[layer]
+
+    def _text(self) -> dict[str, str]:
+        counted = {"counts": json.dumps(dict(self.counts)), "prompts": str(self.prompts)}
+        words = {name: getattr(self, name) or "" for name in _TEXTS}
+        return {"format": FORMAT, **words, **counted, "settings": json.dumps(dict(self.settings))}
+
+
+class MomentCache:
+    """The state of one run, in a folder named by the hash of all it depends on.
+
+    A missing state is a run that has not begun. A damaged one, or one of another run, is left out with a warning, and
+    its part is computed again: a cache only saves time, so it must never stop a run. Each step writes the layers' sums
+    first, under names that tell the step, and then the state, by which the step counts.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self.folder = Path(folder) / key[:32]
+        self._key = key
+
+    def write(self, number: int, done: int, sums: Sums, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the sums and other tensors of a pass after so many prompts, in place of its earlier ones.
+
+        EditError where the folder cannot be written.
+        """
+        for layer, parts in sums.items():
+            write_tensors(self._part(layer, done), named(layer, parts), {"format": PART, "key": self._key})
+        header = {"format": STATE, "key": self._key, "done": str(done), "layers": json.dumps(sorted(sums))}
+        write_tensors(self._state(number), tensors, header)
+        for layer in sums:
+            for old in self.folder.glob(f"layer-{layer}-at-*.safetensors"):
+                if old != self._part(layer, done):
+                    old.unlink(missing_ok=True)
+
+    def read(
+        self, number: int, shapes: Mapping[int, Mapping[str, tuple[int, int]]]
+    ) -> tuple[int, dict[int, dict[str, Tensor]], dict[str, Tensor]] | None:
+        """(prompts done, sums, other tensors) of a pass over these layers; None if there is no such state.
+
+        Sums are read from disk as they are used, and so take no memory of their own at first.
+        """
+        if not self._state(number).exists():
+            return None
+        try:
+            tensors, text = self._own(self._state(number), STATE)
+            done = int(text["done"])
+            sums = {layer: self._sums(layer, done, expected) for layer, expected in shapes.items()}
+            return done, sums, tensors
+        except (EditError, KeyError, ValueError) as error:
+            logger.warning("computing second moments anew: %s", error)
+            return None
+
+    def _sums(self, layer: int, done: int, expected: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        path = self._part(layer, done)
+        tensors, _ = self._own(path, PART)
+        parts = {kind: tensors[name] for kind in KINDS if (name := f"sum:{layer}:{kind}") in tensors}
+        shapes = {kind: tuple(part.shape) for kind, part in parts.items()}
+        wrong = [kind for kind, shape in shapes.items() if shape != expected.get(kind)]
+        if wrong or any(part.dtype != torch.float64 for part in parts.values()):
+            raise EditError(f"'{path}' holds {shapes} instead of float64 {dict(expected)}")
+        return parts
+
+    def _own(self, path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, text = read_tensors(path)
+        if text.get("format") != form or text.get("key") != self._key:
+            raise EditError(f"'{path}' is of another run, or was not written by second_moments")
+        return tensors, text
+
+    def _part(self, layer: int, done: int) -> Path:
+        return self.folder / f"layer-{layer}-at-{done}.safetensors"
+
+    def _state(self, number: int) -> Path:
+        return self.folder / f"pass-{number}.safetensors"
+
+
+def named(layer: int, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of a layer under the names that they have in files."""
+    return {f"sum:{layer}:{kind}": part for kind, part in parts.items()}
+
+
+def _parts(kind: str) -> tuple[str, ...]:
+    if kind not in KINDS and kind not in UNIONS:
+        raise EditError(f"no type of tokens {kind!r}; types are {', '.join((*KINDS, *UNIONS))}")
+    return UNIONS.get(kind, (kind,))

@@ -1,0 +1,208 @@
+"""What an evaluation found: every question with both raw answers, and the means that follow from them."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from .errors import EditError
+from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
+from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
+from .questions import Pair
+from .report_files import read_report, write_whole
+
+FORMAT = "multrace edit report 1"
+EDITED_STATUS, ALL = "edited", "all"
+_HEADLINES = (EXACT, UNCHANGED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow:
+    """One question, what both models said, and its numbers."""
+
+    record: str
+    kind: str
+    hops: int | None
+    question: str
+    has_picture: bool
+    new: str
+    """The answer that should come with the edit; where the answer should stay, the one that should not."""
+    old: str
+    """The present answer: as the caller knows it, else what the unedited model says."""
+    before: str
+    """The unedited model's free answer."""
+    after: str
+    """The edited model's free answer."""
+    numbers: Mapping[str, Pair]
+    """Protocol -> (unedited, edited)."""
+
+    @property
+    def aspect(self) -> str:
+        """What it measures."""
+        return KINDS[self.kind][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The mean of one number over the questions of one kind, of the unedited and of the edited model."""
+
+    aspect: str
+    kind: str
+    """Kind of question, with its hops for portability; "all" of the aspect."""
+    protocol: str
+    before: Interval
+    after: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditReport:
+    """An evaluation of edits. Made by `evaluate` and `evaluate_singly`."""
+
+    model: str
+    """Name or path of the model."""
+    revision: str | None
+    mode: str
+    """"together": all edits in the model at once; "single": one at a time; "sequence": one on top of the other."""
+    settings: Mapping[str, str]
+    """What was measured and how, as text."""
+    rows: tuple[ProbeRow, ...]
+    statuses: Mapping[str, str]
+    """Record -> "edited", "nothing to do", or "failed: " and why; a failed record's questions met the unedited model.
+    """
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def scores(self) -> tuple[Score, ...]:
+        """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""
+        found = []
+        for aspect in ASPECTS:
+            own = [row for row in self.rows if row.aspect == aspect]
+            names = [name for kind in KINDS for name in dict.fromkeys(map(_name, own)) if name.split(",")[0] == kind]
+            groups = {ALL: own} if own else {}
+            if len(names) > 1:
+                groups |= {name: [row for row in own if _name(row) == name] for name in names}
+            for kind, rows in groups.items():
+                protocols = dict.fromkeys(protocol for row in rows for protocol in row.numbers)
+                found += [self._score(aspect, kind, protocol, rows) for protocol in protocols]
+        return tuple(found)
+
+    def score(self, aspect: str, protocol: str, kind: str = ALL) -> Score:
+        """One of the scores. EditError if there is none."""
+        chosen = [row for row in self.rows if row.aspect == aspect and kind in (ALL, row.kind, _name(row))]
+        if not any(protocol in row.numbers for row in chosen):
+            found = sorted({f"{score.aspect}/{score.kind}/{score.protocol}" for score in self.scores()})
+            raise EditError(f"no score {aspect}/{kind}/{protocol}; this report has: {'; '.join(found)}")
+        return self._score(aspect, kind, protocol, chosen)
+
+    def splits(self) -> Mapping[str, str]:
+        """Record -> what kind of success its edit is (`metrics.split_of`); only edits that free generation shows."""
+        by_record: dict[str, list[ProbeRow]] = {}
+        for row in self.rows:
+            by_record.setdefault(row.record, []).append(row)
+        return {
+            name: split_of(moved=_shown(rows, GENERALITY, EXACT), kept=_shown(rows, LOCALITY, UNCHANGED))
+            for name, rows in by_record.items()
+            if _shown(rows, EFFICACY, EXACT) == [True]
+        }
+
+    def split_shares(self) -> Mapping[str, float]:
+        """Share of the successful edits that are "generalised", "too narrow", "too broad" or "both"; NaN for none."""
+        found = [*self.splits().values()]
+        return {name: found.count(name) / len(found) if found else float("nan") for name in SPLITS}
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Record -> why it could not be edited."""
+        return {name: status for name, status in self.statuses.items() if status.startswith("failed")}
+
+    def generations(self) -> tuple[Mapping[str, Any], ...]:
+        """Every question with both raw answers, as plain objects for a line each."""
+        return tuple({key: value for key, value in asdict(row).items() if key != "numbers"} for row in self.rows)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per score: aspect, kind, protocol, then mean, low and high before and after, values and records."""
+        return pd.DataFrame(
+            {
+                **{name: getattr(score, name) for name in ("aspect", "kind", "protocol")},
+                **_columns("before", score.before),
+                **_columns("after", score.after),
+                "number": score.after.number,
+                "records": score.after.records,
+            }
+            for score in self.scores()
+        )
+
+    def table(self, *, protocols: Iterable[str] | None = None) -> str:
+        """The scores as text, one per line, unedited model beside edited one; shares in percent."""
+        wanted = None if protocols is None else set(protocols)
+        scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
+        lines = [("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")]
+        for score in scores:
+            after = score.after
+            texts = [_text(score.protocol, value) for value in (score.before.mean, after.mean, after.low, after.high)]
+            band = f"{texts[2]} to {texts[3]}"
+            lines.append((score.aspect, score.kind, score.protocol, *texts[:2], band, after.number, after.records))
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
+        tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
+        tail += [f"{name}: {status}" for name, status in self.failed.items()]
+        return "\n".join([*aligned(lines), *tail])
+
+    def headlines(self) -> str:
+        """The table of free generation alone."""
+        return self.table(protocols=_HEADLINES)
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
+        words = {"format": FORMAT, **asdict(self), "scores": json.loads(self.to_dataframe().to_json(orient="records"))}
+        return write_whole(path, (json.dumps(words, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
+        words = read_report(path, FORMAT)
+        try:
+            rows = tuple(_row(row) for row in words["rows"])
+            return cls(**{each.name: words[each.name] for each in fields(cls)} | {"rows": rows})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EditError(f"the report in '{path}' is damaged ({error!r}); evaluate again") from error
+
+    def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> Score:
+        chosen = [row for row in rows if protocol in row.numbers]
+        records = [row.record for row in chosen]
+        means = [
+            mean_interval([row.numbers[protocol][state] for row in chosen], records, seed=self.seed) for state in (0, 1)
+        ]
+        return Score(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
+
+
+def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
+    """Rows of cells as lines, every column as wide as its longest cell."""
+    cells = [[str(cell) for cell in line] for line in lines]
+    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _row(words: Mapping[str, Any]) -> ProbeRow:
+    return ProbeRow(**{**words, "numbers": {name: (pair[0], pair[1]) for name, pair in words["numbers"].items()}})
+
+
+def _name(row: ProbeRow) -> str:
+    return row.kind if row.hops is None else f"{row.kind}, {row.hops} hops"
+
+
+def _shown(rows: Sequence[ProbeRow], aspect: str, protocol: str) -> list[bool]:
+    """Whether the edited model does as it should at each question of the aspect to which the protocol applies."""
+    return [row.numbers[protocol][1] == 1 for row in rows if row.aspect == aspect and protocol in row.numbers]
+
+
+def _columns(state: str, interval: Interval) -> dict[str, float]:
+    return {state: interval.mean, f"{state}_low": interval.low, f"{state}_high": interval.high}
+
+
+def _text(protocol: str, value: float) -> str:
+    """In percent if the number is a share."""
+    return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"

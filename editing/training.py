@@ -1,0 +1,183 @@
+"""Training by gradient descent on the answers that requests ask for: settings, batches, the loop."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..models import ModelError, Prompt, VisionLanguageModel, collate
+from .errors import EditError
+from .requests import EditRequest
+from .targets import end_ids, prompt_end
+
+_NO_LABEL = -100
+
+Forward = Callable[..., Any]
+"""Model inputs by keyword, to the model's output with its logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How something is trained on the answers wanted. EditError for a setting out of range."""
+
+    steps: int = 25
+    """At most so many, each with the gradient of all requests; 0 asks for no change."""
+    learning_rate: float = 5e-4
+    """Of Adam."""
+    stop_loss: float = 1e-2
+    """Enough when the mean negative log-probability per label, in nats, is at most this."""
+    batch_size: int = 16
+    """Prompts run at a time; it bounds memory and leaves the result as it is, up to rounding."""
+    end_of_answer: bool = True
+    """Also ask for the end-of-sequence token after the target, in models that have one: the answer stops there."""
+
+    def __post_init__(self) -> None:
+        self._check(
+            {
+                "steps of at least 0": self.steps >= 0,
+                "learning_rate above 0": 0 < self.learning_rate < math.inf,
+                "stop_loss of at least 0": self.stop_loss >= 0,
+                "batch_size of at least 1": self.batch_size >= 1,
+            }
+        )
+
+    def as_text(self) -> dict[str, str]:
+        """The editor's name and its settings, for reports."""
+        settings = {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        return {"editor": type(self).__name__} | settings
+
+    def _check(self, ranges: Mapping[str, bool]) -> None:
+        for wanted, holds in ranges.items():
+            if not holds:
+                name = wanted.split()[0]
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)!r}; pass {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerBatch:
+    """Prompts with their wanted answers, padded on the right, and what has to be predicted in them."""
+
+    inputs: Mapping[str, Tensor]
+    """Model inputs, among them input_ids and attention_mask (row, token)."""
+    labels: Tensor
+    """(row, column), the id that each of the last columns has to predict; -100 for those that predict no answer."""
+    owners: Tensor
+    """(row,), the request that a row belongs to."""
+
+    def losses(self, forward: Forward) -> Tensor:
+        """(row,) float32, mean negative log-probability in nats per label, with the answer fed in."""
+        logits = forward(**self.inputs, use_cache=False, logits_to_keep=self.labels.shape[1]).logits.float()
+        labels = self.labels.to(logits.device)
+        spread = cross_entropy(logits.transpose(1, 2), labels, ignore_index=_NO_LABEL, reduction="none")
+        return spread.sum(-1) / (labels != _NO_LABEL).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a training went."""
+
+    losses: tuple[float, ...]
+    """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+    requests: tuple[float, ...]
+    """The same for each request, after the last step."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return len(self.losses) - 1
+
+    def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
+        """What was asked and the loss reached, as text, one mapping per request."""
+        return tuple(
+            {**request.summary(), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
+            for request, loss in zip(requests, self.requests, strict=True)
+        )
+
+
+def answer_batches(
+    vlm: VisionLanguageModel, requests: Sequence[EditRequest], settings: TrainingSettings
+) -> tuple[AnswerBatch, ...]:
+    """All prompts of the requests (contexts and `also` too) with their targets, at most batch_size in a batch.
+
+    EditError for no requests, and for pictures that do not fit into one batch.
+    """
+    if not requests:
+        raise EditError("no requests to edit; pass at least one EditRequest")
+    ending = end_ids(vlm) if settings.end_of_answer else ()
+    rows = [
+        (owner, prompt.with_answer(request.target))
+        for owner, request in enumerate(requests)
+        for prompt in (request.prompt, *request.contexts, *request.also)
+    ]
+    starts = range(0, len(rows), settings.batch_size)
+    return tuple(_batch(vlm, rows[start : start + settings.batch_size], ending) for start in starts)
+
+
+@torch.enable_grad()
+def train(
+    forward: Forward,
+    batches: Sequence[AnswerBatch],
+    parameters: Sequence[Tensor],
+    *,
+    settings: TrainingSettings,
+    pull: Callable[[], Sequence[Tensor]] | None = None,
+    bound: Callable[[], None] | None = None,
+    progress: bool = False,
+) -> Training:
+    """How the training of the parameters went, which Adam changes in place; forward has to depend on them.
+
+    The loss is the mean over prompts of the mean negative log-probability per label. pull gives what is added to the
+    parameters' gradients, and bound puts them back into their bounds, at each step. EditError where the loss stops
+    being finite.
+    """
+    count = sum(len(batch.owners) for batch in batches)
+    optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    losses: list[float] = []
+    with tqdm(total=settings.steps, desc="training", disable=not progress, leave=False) as bar:
+        for step in range(settings.steps + 1):
+            optimiser.zero_grad()
+            rows = []
+            for batch in batches:
+                found = batch.losses(forward)
+                rows.append(found.detach().cpu())
+                if step < settings.steps:
+                    (found.sum() / count).backward(inputs=list(parameters))
+            losses.append(torch.cat(rows).mean().item())
+            if not math.isfinite(losses[-1]):
+                raise EditError(
+                    f"the training left the finite numbers at step {step}; "
+                    "lower learning_rate, or load the model in float32"
+                )
+            if losses[-1] <= settings.stop_loss or step == settings.steps:
+                break
+            for parameter, added in zip(parameters, pull() if pull else (), strict=False):
+                parameter.grad += added
+            optimiser.step()
+            if bound:
+                bound()
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    owners = torch.cat([batch.owners for batch in batches])
+    means = [torch.cat(rows)[owners == owner].mean().item() for owner in owners.unique()]
+    return Training(losses=tuple(losses), requests=tuple(means))
+
+
+def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Prompt]], ending: tuple[int, ...]) -> AnswerBatch:
+    prompts = [prompt for _, prompt in rows]
+    try:
+        inputs, _ = collate(prompts, vlm.tokenizer, side="right")
+    except ModelError as error:
+        raise EditError(f"cannot train on these requests together: {error}") from error
+    width = inputs["input_ids"].shape[1]
+    labels = torch.full((len(prompts), width), _NO_LABEL)
+    for row, prompt in zip(labels, prompts, strict=True):
+        wanted = torch.tensor((*prompt.answer_ids, *ending))
+        first = prompt_end(prompt) - 1
+        row[first : first + len(wanted)] = wanted
+    kept = min(prompt_end(prompt) for prompt in prompts) - 1
+    return AnswerBatch(inputs=inputs, labels=labels[:, kept:], owners=torch.tensor([owner for owner, _ in rows]))

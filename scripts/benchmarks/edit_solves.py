@@ -1,0 +1,176 @@
+"""The solve of MultEdit's edits, in its thin form and with the explicit inverse of a width x width matrix.
+
+As published (arXiv 2406.04236) the new weight is (lambda W + Z K^T)(lambda I + K K^T)^-1, keys and wanted outputs being
+columns. Seconds are of the change as factors for ours, of the new weight for the usual way; what it takes to write the
+factors into a weight stands beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...editing.changes import WeightChange
+from ...editing.metric import metric
+from ...editing.solve import Constraints, Solution, solve
+from .edit_rows import EditRow, apart
+from .extra_memory import extra_mb
+from .rates import now
+
+TOLERANCE = {"float32": 1e-2, "float64": 1e-8}
+"""Of the change. An inverse in float32 errs by so many roundings of W itself, beside which the change is small."""
+_WRITTEN_TOLERANCE = {"float32": 1e-2, "float64": 1e-6}  # a change is stored as float32 factors
+_RIDGE_FRACTION = 0.05
+_REPEATS = 5
+_DEVIATION = 0.02  # of weights, as in real models
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """What is to be solved: a weight, keys and the outputs that they are to have."""
+
+    weight: Tensor
+    """W (hidden, width) of y = W k."""
+    keys: Tensor
+    """K (n, width)"""
+    wanted: Tensor
+    """Z (n, hidden)"""
+    ridge: float
+    """lambda"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveCase:
+    """One row: so many edits of one weight at once."""
+
+    needs_model: ClassVar[bool] = False
+
+    label: str
+    edits: int
+    width: int
+    hidden: int
+    dtype: str
+    """Of the weight and of the explicit inverse; ours is float64 whatever comes in."""
+    seed: int
+
+    def measure(self, device: torch.device) -> EditRow:
+        """The row. Ours is the median of five, and so is writing; the explicit inverse is computed once."""
+        thin(make_problem(2, 32, 16, torch.float64, device, self.seed))  # what a first solve sets up is nobody's cost
+        problem = make_problem(self.edits, self.width, self.hidden, getattr(torch, self.dtype), device, self.seed)
+        memory = {"extra_mb_solve": extra_mb(lambda: thin(problem), device)}
+        seconds, solution = _timed(lambda: thin(problem), device)
+        change = as_change(problem, solution)
+        ours = problem.weight.clone()
+        memory["extra_mb_write"] = extra_mb(lambda: write(change, ours), device)
+        writing, _ = _timed(lambda: write(change, ours.copy_(problem.weight)), device)
+        memory["extra_mb_write_with_undo"] = extra_mb(lambda: write_with_undo(change, ours), device)
+        write(change, ours.copy_(problem.weight))
+        started = now(device)
+        found: list[Tensor] = []
+        memory["extra_mb_usual"] = extra_mb(lambda: found.append(explicit(problem)), device)
+        usual = now(device) - started
+        (theirs,) = found
+        step = theirs.double() - problem.weight.double()
+        written = apart(ours, theirs, scale=step, tolerance=_WRITTEN_TOLERANCE[self.dtype], label=self.label)
+        tolerance = TOLERANCE[self.dtype]
+        return EditRow(
+            label=self.label,
+            seconds=seconds,
+            seconds_usual=usual,
+            unit="GFLOP",
+            work=thin_flops(self.edits, self.width, self.hidden) / 1e9,
+            work_usual=explicit_flops(self.edits, self.width, self.hidden) / 1e9,
+            difference=apart(solution.left @ solution.right, step, tolerance=tolerance, label=self.label),
+            tolerance=tolerance,
+            details={
+                "edits": self.edits,
+                "width": self.width,
+                "hidden": self.hidden,
+                "dtype": self.dtype,
+                "seconds_write": writing,
+                "difference_written": written,
+                "ratio_with_write": usual / (seconds + writing),
+                "matrix_mb": self.width * self.hidden * 8 / 2**20,
+                **memory,
+            },
+        )
+
+
+def make_problem(edits: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    """A weight as large as real ones are, normal keys, and wanted outputs as far away as the present ones are long."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(hidden, width, dtype=dtype).normal_(0, _DEVIATION, generator=generator).to(device)
+    keys = torch.randn(edits, width, generator=generator).to(device, dtype)
+    present = keys @ weight.T
+    wanted = present + present.std() * torch.randn(edits, hidden, generator=generator).to(present)
+    ridge = _RIDGE_FRACTION * keys.double().square().sum(-1).mean().item()
+    return Problem(weight=weight, keys=keys, wanted=wanted, ridge=ridge)
+
+
+def thin(problem: Problem) -> Solution:
+    """Ours: the change as factors, from what the weight gives now to what is wanted."""
+    count = len(problem.keys)
+    constraints = Constraints(
+        keys=problem.keys,
+        residuals=problem.wanted - problem.keys @ problem.weight.T,
+        weights=torch.ones(count, dtype=torch.float64, device=problem.keys.device),
+        names=tuple(f"edit {index}" for index in range(count)),
+    )
+    return solve(metric(problem.keys.shape[1], ridge=problem.ridge), constraints)
+
+
+def explicit(problem: Problem) -> Tensor:
+    """The new weight (hidden, width), by the published formula, in the weight's dtype."""
+    keys = problem.keys
+    inverse = torch.linalg.inv(
+        problem.ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ keys
+    )
+    return (problem.ridge * problem.weight + problem.wanted.T @ keys) @ inverse
+
+
+def as_change(problem: Problem, solution: Solution) -> WeightChange:
+    """The solution as a delta holds it."""
+    parts = {"left": solution.left, "right": solution.right, "keys": problem.keys}
+    parts["residuals"] = problem.wanted - problem.keys @ problem.weight.T
+    return WeightChange(**{name: part.float().cpu().contiguous() for name, part in parts.items()})
+
+
+@torch.no_grad()
+def write(change: WeightChange, weight: Tensor) -> None:
+    """Adds the change to the weight in place, by runs of rows, as applying a delta does."""
+    for run, rows in change.rows(weight, transposed=False):
+        weight[run] = rows
+
+
+def write_with_undo(change: WeightChange, weight: Tensor) -> None:
+    """The same with the copy that undo puts back, which it does."""
+    saved = weight.clone()
+    write(change, weight)
+    weight.copy_(saved)
+
+
+def thin_flops(edits: int, width: int, hidden: int) -> float:
+    """Of `thin`: what the weight gives at the keys, the Gram matrix, its factorisation, a solve per output."""
+    return 2.0 * edits * width * hidden + 2.0 * edits**2 * width + edits**3 / 3 + 2.0 * edits**2 * hidden
+
+
+def explicit_flops(edits: int, width: int, hidden: int) -> float:
+    """Of `explicit`: two sums of outer products, the inverse (2 width^3), and the product with it."""
+    return 2.0 * edits * width * (width + hidden) + 2.0 * width**3 + 2.0 * hidden * width**2
+
+
+def _timed(work: Callable[[], _Result], device: torch.device) -> tuple[float, _Result]:
+    """The median of five runs in seconds, and the last result."""
+    seconds = []
+    for _ in range(_REPEATS):
+        started = now(device)
+        found = work()
+        seconds.append(now(device) - started)
+    return median(seconds), found

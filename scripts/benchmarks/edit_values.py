@@ -1,0 +1,197 @@
+"""The value search, ours and the usual way: the whole model forward and backward for each fact and each step.
+
+The usual way is what ROME's code and its descendants do: prompt and target go through the whole model (vision tower
+included, since it is called like any other), a hook adds the change to the output of the edited MLP, Adam takes a step,
+and the next fact waits its turn. Ours searches all facts together, and runs what can change again: the layers from the
+edited one up, on the tokens from the edited one on. Early stopping is off, so both take the same number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ...editing.targets import Goal, end_ids, key_positions, prompt_end
+from ...editing.values import ValueSettings, search_values
+from ...models import Prompt, VisionLanguageModel
+from .edit_facts import make_goals
+from .edit_rows import EditRow, apart
+from .rates import now
+from .subjects import Subject
+from .token_layers import TokenLayers, counted_token_layers
+
+TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.5}
+"""Of the changes, by the model's dtype: every step of Adam divides by the gradient, rounding included."""
+
+
+def search_settings(steps: int) -> ValueSettings:
+    """The search that both ways do: so many steps, whatever the loss; decay and clamp as in ROME."""
+    return ValueSettings(learning_rate=0.05, steps=steps, stop_loss=-1.0, clamp=4.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueCase:
+    """One row: where the edit is, and how much is searched for."""
+
+    needs_model: ClassVar[bool] = True
+
+    label: str
+    layer: int
+    token: str
+    """A token group."""
+    facts: int
+    """How many ours searches for, all at once."""
+    timed_facts: int
+    """How many of them the usual way does."""
+    steps: int
+
+    def measure(self, subject: Subject) -> EditRow:
+        """The row. The usual way goes before and after ours, so that a busy machine slows both."""
+        vlm, settings, goals = subject.vlm, search_settings(self.steps), make_goals(subject, self.facts)
+        self._usual(vlm, goals[:1], search_settings(1), None)  # what the first backward pass sets up is nobody's cost
+        early = (self.timed_facts + 1) // 2
+        with tqdm(total=self.timed_facts + self.facts, desc=self.label, unit="fact", leave=False) as bar:
+            usual = self._usual(vlm, goals[:early], settings, bar)
+            ours = self._ours(vlm, goals, settings)
+            bar.update(self.facts)
+            usual += self._usual(vlm, goals[early : self.timed_facts], settings, bar)
+        tolerance = TOLERANCE[str(vlm.dtype).removeprefix("torch.")]
+        differences = [
+            apart(mine, theirs.changes[0], tolerance=tolerance, label=f"{self.label}, fact {index}")
+            for index, (mine, theirs) in enumerate(zip(ours.changes, usual, strict=False))
+        ]
+        work = self.facts * usual[0].work.total
+        return EditRow(
+            label=self.label,
+            seconds=ours.seconds,
+            seconds_usual=self.facts * median(each.seconds for each in usual),
+            unit="token-layers",
+            work=ours.work.total,
+            work_usual=work,
+            difference=max(differences),
+            tolerance=tolerance,
+            details={
+                "layer": self.layer,
+                "token": self.token,
+                "facts": self.facts,
+                "timed_facts": len(usual),
+                "steps": self.steps,
+                "seconds_per_fact": ours.seconds / self.facts,
+                "seconds_per_fact_usual": median(each.seconds for each in usual),
+                "forward": ours.work.forward,
+                "backward": ours.work.backward,
+                "forward_usual": self.facts * usual[0].work.forward,
+                "backward_usual": self.facts * usual[0].work.backward,
+                "loss_before": ours.losses[0],
+                "loss_after": ours.losses[1],
+            },
+        )
+
+    def _ours(self, vlm: VisionLanguageModel, goals: Sequence[Goal], settings: ValueSettings) -> _Searched:
+        projection = vlm.down_projection(self.layer)
+        place = {"projection": projection, "place": projection, "layer": self.layer, "token": self.token}
+        with counted_token_layers(vlm) as work:
+            started = now(vlm.device)
+            results = search_values(vlm, goals, settings=settings, **place)
+            seconds = now(vlm.device) - started
+        losses = (results[0].losses[0], results[0].loss)
+        return _Searched(changes=[each.change for each in results], losses=losses, seconds=seconds, work=work)
+
+    def _usual(
+        self, vlm: VisionLanguageModel, goals: Sequence[Goal], settings: ValueSettings, bar: tqdm | None
+    ) -> list[_Searched]:
+        """One entry per fact."""
+        found = []
+        for goal in goals:
+            with counted_token_layers(vlm) as work:
+                started = now(vlm.device)
+                change, losses = usual_search(vlm, goal.prompts[0], layer=self.layer, token=self.token, how=settings)
+                seconds = now(vlm.device) - started
+            found.append(_Searched(changes=[change], losses=(losses[0], min(losses)), seconds=seconds, work=work))
+            if bar is not None:
+                bar.update()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Searched:
+    """Some facts by one way."""
+
+    changes: Sequence[Tensor]
+    """(key, hidden) of each fact."""
+    losses: tuple[float, float]
+    """Of the first fact, before the first step and at the best."""
+    seconds: float
+    work: TokenLayers
+
+
+@torch.enable_grad()
+def usual_search(
+    vlm: VisionLanguageModel, prompt: Prompt, *, layer: int, token: str, how: ValueSettings
+) -> tuple[Tensor, list[float]]:
+    """The change (key, hidden) of the MLP's output that was best, and the loss before each step and after the last.
+
+    The prompt carries its target as answer. What is minimised is that of `search_values`, for a fact without contexts
+    or essence; `how.stop_loss` is not looked at.
+    """
+    labels = torch.tensor([*prompt.answer_ids, *end_ids(vlm)], device=vlm.device)
+    positions = list(key_positions(prompt, token))
+    first = prompt_end(prompt) - 1
+    dtype = torch.promote_types(vlm.dtype, torch.float32)
+    adding = _Adding(positions, torch.zeros(len(positions), vlm.hidden, dtype=dtype, device=vlm.device))
+    optimiser = torch.optim.Adam([adding.change], lr=how.learning_rate)
+    losses: list[float] = []
+    best = adding.change.detach().clone()
+    with adding.to(vlm.down_projection(layer).module):
+        for step in range(how.steps + 1):
+            loss = cross_entropy(vlm.logits(prompt)[0, first : first + len(labels)], labels)
+            losses.append(loss.item())
+            if losses[-1] <= min(losses):
+                best = adding.change.detach().clone()
+            if step == how.steps:
+                break
+            decay = how.weight_decay * adding.change.square().sum() / adding.before.square().sum()
+            optimiser.zero_grad()
+            (loss + decay).backward()
+            optimiser.step()
+            adding.clamp(how.clamp)
+    return best, losses
+
+
+class _Adding:
+    """A change that a hook adds at some positions of a module's output, in a batch of one."""
+
+    def __init__(self, positions: list[int], change: Tensor) -> None:
+        self.positions, self.change = positions, change.requires_grad_()
+        self.before: Tensor | None = None
+
+    @contextmanager
+    def to(self, module: nn.Module) -> Iterator[None]:
+        """A block in which it is added to what this module gives."""
+        handle = module.register_forward_hook(self._add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def clamp(self, most: float) -> None:
+        """Shortens the change to so many times the norm of the output as it was."""
+        allowed = most * self.before.norm(dim=-1, keepdim=True)
+        length = self.change.norm(dim=-1, keepdim=True)
+        self.change.mul_(torch.where(length > allowed, allowed / length, 1.0))
+
+    def _add(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        if self.before is None:
+            self.before = output[0, self.positions].detach().to(self.change.dtype)
+        changed = output.clone()
+        changed[0, self.positions] = changed[0, self.positions] + self.change.to(output.dtype)
+        return changed

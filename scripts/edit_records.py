@@ -1,0 +1,224 @@
+"""A file of edits, one JSON object per line: each fact to write, what goes with it, and what is asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..editing import EditError
+from ..editing.probes import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
+from ..editing.requests import EditRequest
+from ..models import ModelError, Prompt, VisionLanguageModel
+from ..models.errors import gist
+from ..models.images import open_images
+from ..models.spans import find_span
+from .errors import CommandError
+from .json_lines import read_object, read_texts
+
+FORMAT = """one JSON object per line:
+  {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
+   "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
+   "also": [{"image": null, "question": "Who founded Example Works?"}], "keep": [{"image": "b.jpg"}],
+   "probes": [{"kind": "other_picture", "image": "a3.jpg"},
+              {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
+id, image, question and target are needed (image may be null: a question without a picture). An entry of contexts,
+also, keep, essence or probes takes what it leaves out from its record, "image": null means none; paths are relative to
+the file.
+"""
+_OWN = ("id", "image", "question", "constraint", "target", "old")
+_NEEDED = ("id", "image", "question", "target")
+_LISTS = ("contexts", "also", "keep", "essence")
+_NESTED = ("image", "question", "constraint")
+_PROBE = ("kind", *_NESTED, "answer", "hops")
+_ERRORS = (CommandError, EditError, ModelError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """A question as a file has it."""
+
+    image: Path | None
+    question: str
+    constraint: str | None
+
+    def check(self) -> None:
+        """ModelError for a picture that cannot be read, or a constraint that the question does not say."""
+        open_images(self.image)
+        if self.constraint is not None:
+            find_span(self.question, self.constraint)
+
+    def prompt(self, vlm: VisionLanguageModel) -> Prompt:
+        """The question as this model sees it."""
+        return vlm.prompt(self.image, self.question, constraint=self.constraint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeWords:
+    """A probe as a file has it."""
+
+    kind: str
+    words: Words
+    answer: str | None
+    hops: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditEntry:
+    """One line of the file, as far as it is known without a model."""
+
+    line: int
+    name: str
+    words: Words
+    target: str
+    old: str | None
+    others: dict[str, tuple[Words, ...]]
+    """Contexts, also, keep and essence."""
+    probes: tuple[ProbeWords, ...]
+
+    def check(self) -> None:
+        """ModelError or EditError for what no model could use."""
+        nested = [words for each in self.others.values() for words in each]
+        for words in (self.words, *nested, *(probe.words for probe in self.probes)):
+            words.check()
+        if not self.target.strip():
+            raise EditError("'target' is empty; write the new answer")
+
+    def request(self, vlm: VisionLanguageModel) -> EditRequest:
+        """The edit, as this model sees it."""
+        others = {name: tuple(words.prompt(vlm) for words in each) for name, each in self.others.items()}
+        return EditRequest(prompt=self.words.prompt(vlm), target=self.target, name=self.name, **others)
+
+    def record(self, vlm: VisionLanguageModel) -> Record:
+        """The edit and its probes, as this model sees them."""
+        probes = tuple(
+            Probe(kind=each.kind, prompt=each.words.prompt(vlm), answer=each.answer, hops=each.hops)
+            for each in self.probes
+        )
+        return Record(request=self.request(vlm), probes=probes, old=self.old, name=self.name)
+
+
+def read_edit_records(path: Path) -> tuple[EditEntry, ...]:
+    """Every line of the file, checked to the last one, pictures included; needs no model.
+
+    CommandError for a file that is missing or empty, and for the first line that is wrong, which says how many others
+    are.
+    """
+    lines = file_lines(path, "edit records")
+    entries: list[EditEntry] = []
+    problems: list[str] = []
+    for number, text in lines:
+        try:
+            entry = _entry(number, text, path.parent)
+            entry.check()
+            _check_name(entry, entries)
+            entries.append(entry)
+        except _ERRORS as error:
+            problems.append(f"line {number} of {str(path)!r}: {gist(error)}")
+    if problems:
+        more = f" ({len(problems) - 1} more of {len(lines)} lines are wrong)" if len(problems) > 1 else ""
+        raise CommandError(problems[0] + more)
+    return tuple(entries)
+
+
+def read_general(path: Path) -> tuple[tuple[Words, str], ...]:
+    """Held-out questions and right answers: image, question and answer per line. Errors as `read_edit_records`."""
+    found = []
+    for number, text in file_lines(path, "held-out questions"):
+        try:
+            row = read_object(text, ("image", "question", "answer"))
+            _need(row, ("question", "answer"))
+            said = read_texts(row, ("image", "question", "answer"))
+            words = Words(image=_path(said, path.parent), question=said["question"], constraint=None)
+            words.check()
+            found.append((words, said["answer"]))
+        except _ERRORS as error:
+            raise CommandError(f"line {number} of {str(path)!r}: {gist(error)}") from error
+    return tuple(found)
+
+
+def file_lines(path: Path, what: str) -> list[tuple[int, bytes]]:
+    """Number and text of each line that is not blank. CommandError if there is none, or no such file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CommandError(
+            f"cannot read the {what} {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
+        ) from error
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise CommandError(f"no {what} in {str(path)!r}: it is empty; write a JSON object per line")
+    return lines
+
+
+def _entry(line: int, text: bytes, folder: Path) -> EditEntry:
+    row = read_object(text, (*_OWN, *_LISTS, "probes"))
+    _need(row, _NEEDED)
+    row["id"] = str(row["id"]) if isinstance(row["id"], int) else row["id"]
+    said = read_texts(row, _OWN)
+    own = Words(image=_path(said, folder), question=said["question"], constraint=said.get("constraint"))
+    return EditEntry(
+        line=line,
+        name=said["id"],
+        words=own,
+        target=said["target"],
+        old=said.get("old"),
+        others={name: tuple(_nested(each, own, folder, _NESTED) for each in _rows(row, name)) for name in _LISTS},
+        probes=tuple(_probe(each, own, folder) for each in _rows(row, "probes")),
+    )
+
+
+def _need(row: dict[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in row or (row[name] is None and name != "image")]
+    if missing:
+        found = ", ".join(map(repr, row)) or "nothing"
+        hint = "; null for a question without a picture" if missing[0] == "image" else ""
+        raise CommandError(f"no {missing[0]!r} (found {found}); add {', '.join(map(repr, missing))}{hint}")
+
+
+def _rows(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """The objects in the list of this name, if there is one."""
+    rows = row.get(name) or []
+    if not isinstance(rows, list) or not all(isinstance(each, dict) for each in rows):
+        raise CommandError(f"{name!r} is no list of objects; write [{{...}}, ...]")
+    yield from rows
+
+
+def _nested(row: dict[str, Any], own: Words, folder: Path, known: Sequence[str]) -> Words:
+    """The words of an entry, completed from its record's."""
+    if unknown := [key for key in row if key not in known]:
+        raise CommandError(f"an entry has {unknown[0]!r}; it may have {', '.join(map(repr, known))}")
+    if not row.keys() & {"image", "question"}:
+        raise CommandError(f"an entry names neither 'image' nor 'question' (found {[*row]}); write at least one")
+    said = read_texts({"question": own.question} | row, ("question", "image", "constraint"))
+    image = _path(said, folder) if "image" in row else own.image
+    constraint = said.get("constraint")
+    if constraint is None and own.constraint is not None and own.constraint.lower() in said["question"].lower():
+        constraint = own.constraint
+    return Words(image=image, question=said["question"], constraint=constraint)
+
+
+def _probe(row: dict[str, Any], own: Words, folder: Path) -> ProbeWords:
+    kind, answer, hops = (row.get(name) for name in ("kind", "answer", "hops"))
+    if kind not in PROBE_KINDS:
+        kinds = "; ".join(f"{name} ({KINDS[name][1]})" for name in PROBE_KINDS)
+        raise CommandError(f"a probe has the kind {kind!r} (found {[*row]}); write one of: {kinds}")
+    if answer is not None and not isinstance(answer, str):
+        raise CommandError(f"the 'answer' of a {kind} probe is of type {type(answer).__name__}; write a string")
+    if hops is not None and (not isinstance(hops, int) or hops < 1):
+        raise CommandError(f"the 'hops' of a {kind} probe are {hops!r}; write a whole number of at least 1")
+    if kind == PORTABILITY and answer is None:
+        raise CommandError(f"a {kind} probe has no 'answer' (found {[*row]}); add what follows from the new fact")
+    implied = {"image": None} if kind == "no_picture" else {}
+    return ProbeWords(kind=kind, words=_nested(implied | row, own, folder, _PROBE), answer=answer, hops=hops)
+
+
+def _path(said: dict[str, str], folder: Path) -> Path | None:
+    return folder / said["image"] if said.get("image") else None
+
+
+def _check_name(entry: EditEntry, earlier: Sequence[EditEntry]) -> None:
+    for other in earlier:
+        if other.name == entry.name:
+            raise CommandError(f"the id {entry.name!r} is that of line {other.line} too; give each record its own")

@@ -1,0 +1,140 @@
+"""What multrace edit says about an edit: lines for people, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..editing.delta import Delta
+from ..locating import TraceShift
+from .edit_preview import Preview, Size, preview_lines
+from .edit_where import Place
+
+_SHOWN = 20
+"""Requests, neighbours or shifts that are printed at most; the report has all."""
+_MOSTLY = 0.9
+_STATES = ("before", "with the edit", "after undo")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EditOutcome:
+    """An edit that was made, and what came of it."""
+
+    delta: Delta
+    places: tuple[Place, ...]
+    """Where each request was edited."""
+    notes: tuple[str, ...]
+    shifts: tuple[TraceShift | None, ...]
+    answers: tuple[tuple[str, ...], ...]
+    """(before, with the edit, after undo) of each request."""
+    shares: tuple[float | None, ...]
+    """Of what each request asked for, over all its keys, after rounding to the model's dtype; None without keys."""
+    is_undone: bool
+    """Every touched weight is bit for bit what it was."""
+    sizes: tuple[Size, ...]
+    preview: Preview | None = None
+
+    @property
+    def edited(self) -> int:
+        """How many requests were edited."""
+        return sum(request["status"] == "edited" for request in self.delta.requests)
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome in words and numbers."""
+        requests = [
+            {
+                **request,
+                "place": asdict(place),
+                "answers": dict(zip(_STATES, answers, strict=True)),
+                "says_target": self._says_target(index),
+                "realised": share,
+                "shift": None if shift is None else list(shift.lines()),
+            }
+            for index, (request, place, answers, share, shift) in enumerate(
+                zip(self.delta.requests, self.places, self.answers, self.shares, self._all_shifts(), strict=True)
+            )
+        ]
+        made = {"model": self.delta.model, "revision": self.delta.revision, "settings": dict(self.delta.settings)}
+        sizes = [asdict(each) for each in self.sizes]
+        found = {"requests": requests, "weights": sizes, "undone_bit_for_bit": self.is_undone}
+        return made | found | {"notes": list(self.notes)}
+
+    def lines(self) -> Iterator[str]:
+        """What was edited where, what the model says in each state, and what was noted on the way."""
+        yield from self._one() if len(self.answers) == 1 else self._many()
+        yield from () if self.is_undone else ("after undo some weights differ!",)
+        if any(share is not None and share < _MOSTLY for share in self.shares):
+            yield "less than 90% is realised; a higher precision, a smaller ridge or export --peft gives the rest"
+        if missed := sum(not self._says_target(index) for index in range(len(self.answers))):
+            yield f"{missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
+        for shift in self._all_shifts()[:_SHOWN]:
+            yield from (f"{'traced again':<15}  {line}" for line in (shift.lines() if shift else ()))
+        yield from (f"{'note':<15}  {note}" for note in self.notes)
+        if self.preview is not None:
+            yield ""
+            yield from preview_lines(self.preview, _SHOWN)
+
+    def _one(self) -> Iterator[str]:
+        (request,) = self.delta.requests
+        yield f"question   {request['question']}"
+        yield f"target     {request['target']}"
+        yield f"edited at  {self.places[0]}"
+        yield from () if request["status"] == "edited" else (f"status     {request['status']}",)
+        yield ""
+        yield from (f"{state:<15}  {answer}" for state, answer in zip(_STATES, self.answers[0], strict=True))
+        yield f"{'realised':<15}  {_share(self.shares[0])} of the requested change"
+
+    def _many(self) -> Iterator[str]:
+        right = sum(self._says_target(index) for index in range(len(self.answers)))
+        for place, count in _counted(self.places):
+            yield f"edited at  {place}" + (f" ({count} requests)" if count < len(self.places) else "")
+        yield f"edited     {self.edited} of {len(self.answers)} requests; {right} now say their target"
+        yield ""
+        rows = [("", "question", "target", *_STATES, "realised")]
+        for index, request in enumerate(self.delta.requests[:_SHOWN]):
+            said = self.answers[index] if request["status"] == "edited" else (self.answers[index][0], request["status"])
+            row = (str(index), request["question"], request["target"], *said)
+            rows.append((*row, *[""] * (6 - len(row)), _share(self.shares[index])))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        yield from (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+        if len(self.answers) > _SHOWN:
+            yield f"and {len(self.answers) - _SHOWN} more, in the report"
+
+    def _says_target(self, index: int) -> bool:
+        return self.answers[index][1] == self.delta.requests[index]["target"].strip()
+
+    def _all_shifts(self) -> tuple[TraceShift | None, ...]:
+        return self.shifts or (None,) * len(self.answers)
+
+
+def shares_of(delta: Delta, realised: dict[str, torch.Tensor]) -> tuple[float | None, ...]:
+    """What is realised of each request over all its keys, which count by what they ask for; None for one without keys.
+
+    A key that asks for next to nothing, as where an answer ends anyway, says little by itself.
+    """
+    found: list[float | None] = []
+    for index in range(len(delta.requests)):
+        met = asked = 0.0
+        for name, change in delta.changes.items():
+            own = change.owners == index
+            squared = change.residuals[own].double().square().sum(-1)
+            met += float((realised[name][own].double() * squared).sum())
+            asked += float(squared.sum())
+        found.append(met / asked if asked else None)
+    return tuple(found)
+
+
+def _counted(places: Sequence[Place]) -> list[tuple[str, int]]:
+    """Places in words and how many requests have them; the reason where all have the same."""
+    alike = len(set(places)) == 1
+    words = [str(place) if alike else str(place).partition(":")[0] for place in places]
+    return sorted(((each, words.count(each)) for each in set(words)), key=lambda pair: -pair[1])
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,256 @@
+"""multrace evaluate: makes edits and asks the model everything around them, before and after, with every protocol."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import World
+from ..editing.curves import EditCurve
+from ..editing.evaluate import Baseline, Edit, evaluate, evaluate_singly, unedited, with_history
+from ..editing.measuring import Measures
+from ..editing.probes import Record
+from ..editing.questions import General
+from ..editing.reports import EditReport
+from ..editing.sequences import AT, Governor, evaluate_sequentially
+from ..models import VisionLanguageModel
+from .edit_options import NAMES, EditorOptions, editor
+from .edit_records import EditEntry, Words, read_edit_records, read_general
+from .edit_where import Place, parse_place
+from .errors import CommandError
+from .options import ModelOptions, add_options, option, read
+from .outputs import check_files, new_files
+from .world_edits import WorldRequests, untouched_facts, world_records
+
+HELP = "measure what edits do: efficacy, generality, locality, portability, beside the unedited model"
+EXAMPLE = """examples:
+  multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
+          each edit of the file on its own, by two editors
+  multrace evaluate --world outdated --number 20 --where 5:last --general world:200
+          outdated facts of the built-in world, and what becomes of 200 facts that no edit is about
+  multrace evaluate --world outdated --number 100 --mode sequence --where 5:last
+          one edit on top of the other, measured after 1, 10, 20, 30 and 100
+
+writes, per editor, OUT/EDITOR/report.json (multrace.editing.reports.EditReport.load), generations.jsonl (every
+question with both raw answers) and table.txt; for sequences also curve.json and curve.png
+"""
+REPORT, GENERATIONS, TABLE = FILES = ("report.json", "generations.jsonl", "table.txt")
+CURVE, DRAWING = CURVE_FILES = ("curve.json", "curve.png")
+SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
+_WORLD = "world"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelOptions, EditorOptions):
+    """Options of `multrace evaluate`."""
+
+    data: Path | None = option("edits with their probes, a JSON object per line", default=None, type=Path)
+    world: str | None = option(
+        "edits of the built-in world instead: outdated or long_tail facts",
+        default=None,
+        choices=("outdated", "long_tail"),
+    )
+    part: str = option(
+        "of the world's edits: choose (for choosing settings, the default) or report (for results)",
+        default="choose",
+        choices=("choose", "report"),
+    )
+    probes: int = option("of each kind about each of the world's edits (default 8)", default=8, type=int, metavar="N")
+    contexts: int = option("other pictures that each of the world's edits is given", default=0, type=int, metavar="N")
+    by_name: bool = option("the world's edits are also told by name", default=False, action="store_true")
+    keep: int = option("other entities that each of the world's edits is to keep", default=0, type=int, metavar="N")
+    number: int | None = option("only the first N edits", default=None, type=int, metavar="N")
+    editor: tuple[str, ...] = option(
+        f"which editors (default multedit): {', '.join(NAMES)}",
+        default=("multedit",),
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+    )
+    where: str = option("the place to edit: LAYER (at the last token), LAYER:TOKEN or FIRST-LAST:TOKEN")
+    mode: str = option(
+        "single (each edit on its own, the default), batch (all at once) or sequence (one on top of the other)",
+        default=SINGLE,
+        choices=MODES,
+    )
+    at: tuple[int, ...] = option(
+        f"sequence: after how many edits to measure (default {' '.join(map(str, AT))} and all)",
+        default=AT,
+        nargs="+",
+        type=int,
+        metavar="N",
+    )
+    growth: float = option(
+        "sequence: warn once a weight's norm has grown by this share (default 0.1)", default=0.1, type=float
+    )
+    stop: bool = option("sequence: also stop there", default=False, action="store_true")
+    general: str | None = option(
+        "held-out questions asked before and after: a file with image, question and answer per line, or, of the "
+        "built-in world, world or world:N (facts that no edit is about)",
+        default=None,
+        metavar="FILE",
+    )
+    free_only: bool = option(
+        "free generation alone: no answers fed in, about half the time", default=False, action="store_true"
+    )
+    max_new_tokens: int = option("longest answer (default 16)", default=16, type=int)
+    fluency_tokens: int = option(
+        "answers of this length for the fluency (default 0: not measured)", default=0, type=int
+    )
+    batch_size: int = option("questions answered together (default 32)", default=32, type=int)
+    seed: int = option("of the bootstrap (default 0)", default=0, type=int)
+    out: Path = option("folder for the results (default out/eval)", default=Path("out/eval"), type=Path)
+
+    @property
+    def measures(self) -> Measures:
+        """What is measured. EditError for numbers out of range."""
+        return Measures(
+            forced=not self.free_only,
+            max_new_tokens=self.max_new_tokens,
+            fluency_tokens=self.fluency_tokens,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """What can be known before the model is opened."""
+
+    editors: dict[str, Any]
+    entries: tuple[EditEntry, ...] = ()
+    general: tuple[tuple[Words, str], ...] = ()
+    facts: int | None = 0
+    """How many untouched facts of the world are asked; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """All that is asked, as this model sees it, and what it says unedited."""
+
+    records: tuple[Record, ...]
+    general: General
+    baseline: Baseline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `Evaluate`."""
+    add_options(parser, Evaluate)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates each editor and writes its report; prints free generation's table of each."""
+    settings = read(Evaluate, options)
+    plan = _check(settings)
+    vlm = settings.open_model()
+    moments = settings.open_moments(vlm)
+    asked = _asked(settings, plan, vlm)
+    for name, made in plan.editors.items():
+        edit = with_history(made, moments=moments, metrics=_metrics(made, vlm, moments))
+        report, curve = _evaluated(settings, vlm, asked, edit)
+        if len(report.failed) == len(report.statuses):
+            raise CommandError(f"{name}: none of {len(report.failed)} edits could be made; {_first(report)}")
+        _write(settings.out / name, report, curve)
+        print(f"{name}, {settings.mode}", report.headlines(), *([curve.table()] if curve else []), "", sep="\n")
+    print("written:", ", ".join(str(settings.out / name) for name in plan.editors))
+    return 0
+
+
+def _check(settings: Evaluate) -> _Plan:
+    """What is to be done; every error that needs no model comes here."""
+    if (settings.data is None) == (settings.world is None):
+        raise CommandError("pass either --data FILE or --world outdated (or long_tail)")
+    if settings.number is not None and settings.number < 1:
+        raise CommandError(f"--number is {settings.number}; pass at least 1")
+    if settings.probes < 1 or min(settings.contexts, settings.keep) < 0:
+        raise CommandError(f"--probes is {settings.probes}; pass at least 1 (--contexts and --keep at least 0)")
+    if min(settings.at) < 1:
+        raise CommandError(f"--at is {min(settings.at)}; pass numbers of edits, at least 1")
+    settings.measures  # noqa: B018  raises for numbers out of range
+    place = parse_place(settings.where)
+    editors = {name: _editor(settings, name, place) for name in settings.editor}
+    for name in editors:
+        check_files(settings.out / name, _names(settings))
+    if settings.mode == SEQUENCE and settings.general is not None:
+        raise CommandError("--general is asked in the modes single and batch; leave it out of a sequence")
+    entries = () if settings.data is None else read_edit_records(settings.data)[: settings.number]
+    kind, _, count = (settings.general or "").partition(":")
+    if settings.general is None or kind == _WORLD:
+        if kind == _WORLD and (settings.world is None or (count and not count.isdecimal())):
+            raise CommandError(f"--general {settings.general}: write world or world:100, together with --world")
+        facts = (int(count) if count else None) if kind == _WORLD else 0
+        return _Plan(editors=editors, entries=entries, facts=facts)
+    return _Plan(editors=editors, entries=entries, general=read_general(Path(settings.general)))
+
+
+def _editor(settings: Evaluate, name: str, place: Place) -> Any:
+    spread = settings.spread if place.spread is None else place.spread
+    at = {"layer": place.layer, "token": place.token, "spread": spread, "preset": settings.preset}
+    made = editor(name, **at, **settings.settings())
+    if made.needs_moments and settings.moments is None:
+        raise CommandError(
+            f"{name} weighs old keys by their second moments: collect them with multrace moments and pass "
+            "--moments FILE, or do without by --moment-weight 0"
+        )
+    return made
+
+
+def _metrics(made: Any, vlm: VisionLanguageModel, moments: Any) -> Any:
+    """The metrics of all edits, factorised once, where they do not depend on the edit's own keys."""
+    is_fixed = made.needs_moments and (made.ridge is not None or not made.ridge_fraction)
+    return made.metrics(vlm, moments) if is_fixed else None
+
+
+def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
+    general: General = tuple((words.prompt(vlm), answer) for words, answer in plan.general)
+    if settings.world is None:
+        records = tuple(entry.record(vlm) for entry in plan.entries)
+    else:
+        world = World()
+        cases = world.edit_cases(settings.world, settings.part)[: settings.number]
+        given = WorldRequests(
+            count=settings.probes, contexts=settings.contexts, by_name=settings.by_name, keep=settings.keep
+        )
+        records = world_records(vlm, world, cases, requests=given)
+        general += untouched_facts(vlm, world, cases, plan.facts)
+    options = {"batch_size": settings.batch_size, "measures": settings.measures, "progress": True}
+    baseline = unedited(vlm, records, general=general, **options)
+    return _Asked(records=records, general=general, baseline=baseline)
+
+
+def _evaluated(
+    settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, edit: Edit
+) -> tuple[EditReport, EditCurve | None]:
+    options = {"baseline": asked.baseline, "batch_size": settings.batch_size, "progress": True}
+    if settings.mode == SEQUENCE:
+        governor = Governor(bound=settings.growth, stops=settings.stop)
+        curve, report = evaluate_sequentially(vlm, asked.records, edit, at=settings.at, governor=governor, **options)
+        return report, curve
+    if settings.mode == BATCH:
+        change = edit(vlm, [record.request for record in asked.records], ())
+        return evaluate(vlm, asked.records, change, general=asked.general, **options), None
+    return evaluate_singly(vlm, asked.records, edit, general=asked.general, **options), None
+
+
+def _write(folder: Path, report: EditReport, curve: EditCurve | None) -> None:
+    names = FILES if curve is None else (*FILES, *CURVE_FILES)
+    with new_files(folder, names) as work:
+        report.save(work / REPORT)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.generations())
+        (work / GENERATIONS).write_text("".join(lines), encoding="utf-8")
+        (work / TABLE).write_text(report.table() + "\n", encoding="utf-8")
+        if curve is not None:
+            curve.save(work / CURVE)
+            curve.plot(work / DRAWING)
+
+
+def _names(settings: Evaluate) -> Sequence[str]:
+    return (*FILES, *CURVE_FILES) if settings.mode == SEQUENCE else FILES
+
+
+def _first(report: EditReport) -> str:
+    """The first failure: whose, and why."""
+    return next(f"{name}: {status}" for name, status in report.failed.items())

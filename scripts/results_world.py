@@ -1,0 +1,85 @@
+"""The requests that results are measured on, with everything that is asked about them and the unedited answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from ..choosing import locate
+from ..data import World
+from ..data.world import EditCase
+from ..editing.evaluate import Baseline, unedited
+from ..editing.measuring import Measures
+from ..editing.moments import Moments, second_moments
+from ..editing.probes import Record
+from ..models import Prompt, VisionLanguageModel
+from ..tracing import EditSite, SwapImage
+from .world_edits import WorldRequests, untouched_facts, world_records
+
+CONTEXTS = 3
+"""Other pictures of the entity that an edit is shown, none of which it is asked about."""
+_MOMENT_FACTS = 400
+_OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """Records of one half of one split, and what every row shares."""
+
+    world: World
+    cases: tuple[EditCase, ...]
+    records: tuple[Record, ...]
+    """As the default edits them: with other pictures as contexts."""
+    baseline: Baseline
+    moments: Moments
+    """Second moments of keys over questions that training taught, in all layers, by projection of the MLP."""
+    sites: tuple[EditSite, ...] = field(repr=False)
+    """Where each request's own trace, under the picture of another entity, says that it is to be edited."""
+    named: Mapping[str, Prompt] = field(default_factory=dict, repr=False)
+    """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
+    notes: tuple[str, ...] = ()
+    measures: Measures = field(default_factory=Measures)
+
+
+def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, probes: int) -> Bench:
+    """The first `number` requests of a split's part, asked `probes` questions of each kind."""
+    world = World()
+    cases = world.edit_cases(split, part)[:number]
+    records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
+    measures = Measures(forced=False)
+    facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
+    found = locate(
+        vlm,
+        [record.request for record in records],
+        corruptions=[SwapImage(_another(world, case)) for case in cases],
+        each=True,
+        progress=True,
+    )
+    return Bench(
+        world=world,
+        cases=cases,
+        records=records,
+        baseline=unedited(vlm, records, measures=measures, batch_size=64, progress=True),
+        moments=second_moments(vlm, [prompt for prompt, _ in facts], progress=True),
+        sites=found.sites,
+        named={case.fact.id: _by_name(vlm, world, case) for case in cases},
+        notes=found.notes,
+        measures=measures,
+    )
+
+
+def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
+    """The site of each request by its name."""
+    return {record.request.name: site for record, site in zip(bench.records, bench.sites, strict=True)}
+
+
+def _by_name(vlm: VisionLanguageModel, world: World, case: EditCase) -> Prompt:
+    asked = world.question_by_name(case.fact)
+    return vlm.prompt(None, asked.question, constraint=asked.constraint)
+
+
+def _another(world: World, case: EditCase) -> Image.Image:
+    """A picture of another entity of the same kind."""
+    kind = world.entities[case.fact.entity].kind
+    others = [each for each in world.of_kind(kind) if each.index != case.fact.entity]
+    return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image

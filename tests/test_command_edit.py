@@ -1,0 +1,387 @@
+"""multrace edit on the embedded model: one request or a file of them, previews, traces made before, and bad input."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import multrace as mt
+import pytest
+import torch
+from multrace.data import World
+from multrace.editing.changes import WeightChange
+from multrace.editing.moments import second_moments
+from multrace.models import VisionLanguageModel, capture
+from multrace.scripts.edit_asked import NEXT, RequestOptions
+from multrace.scripts.edit_options import BASELINES, NAMES, editor
+from multrace.scripts.edit_preview import preview, sizes
+from multrace.scripts.edit_report import shares_of
+from multrace.scripts.edit_where import Place, parse_place
+from multrace.scripts.errors import CommandError
+from multrace.scripts.main import app
+
+QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """Pictures and questions of the world in a folder."""
+
+    folder: Path
+    rows: tuple[dict[str, str | None], ...]
+    """Lines of a file of edits, each picture with a name of its own."""
+    answers: tuple[str, ...]
+    """What the model says now."""
+    other: Path
+    """The picture of something else of the first one's kind."""
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def asked(self, **changes: str | list[str] | None) -> list[str]:
+        """Arguments that edit the first row; changes replace an option's value, or leave it out (None)."""
+        row = self.rows[0]
+        options: dict[str, object] = {name: row[name] for name in ("question", "constraint", "target")}
+        options |= {"image": str(self.folder / row["image"]), "where": "5", "out": str(self.out)}
+        words = ["edit"]
+        for name, value in (options | changes).items():
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{name.replace('_', '-')}", *(str(each) for each in values)]
+        return words
+
+    def all(self, **changes: str | list[str] | None) -> list[str]:
+        """Arguments that edit every row."""
+        return self.asked(data=self.file(), question=None, constraint=None, target=None, image=None, **changes)
+
+    def file(self, *rows: dict[str, object]) -> str:
+        path = self.folder / "edits.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows or self.rows)), encoding="utf-8")
+        return str(path)
+
+    def picture(self, index: int) -> str:
+        return str(self.folder / self.rows[index]["image"])
+
+    def report(self) -> dict[str, object]:
+        return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
+
+    def prompt(self, vlm: VisionLanguageModel, index: int) -> mt.Prompt:
+        return vlm.prompt(self.picture(index), self.rows[index]["question"], constraint=self.rows[index]["constraint"])
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    world = World()
+    cases = [world.edit_cases("outdated", "choose")[index] for index in (0, 1, 2)]
+    rows = []
+    for number, case in enumerate(cases):
+        record = world.question(case.fact)
+        world.picture(world.entities[case.fact.entity], 0).image.save(tmp_path / f"{number}.png")
+        row = {"id": f"fact {number}", "image": f"{number}.png", "target": case.target}
+        rows.append(row | {"question": record.question, "constraint": record.constraint})
+    first = world.entities[cases[0].fact.entity]
+    peer = next(each for each in world.of_kind(first.kind) if each is not first)
+    world.picture(peer, 0).image.save(tmp_path / "other.png")
+    answers = tuple(case.fact.answer for case in cases)
+    return Desk(folder=tmp_path, rows=tuple(rows), answers=answers, other=tmp_path / "other.png")
+
+
+# ---- one request ----
+
+
+def test_an_edit_is_reported_and_can_be_loaded(
+    desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
+):
+    assert app(desk.asked(where="trace", corrupt=f"swap:{desk.picture(1)}", trace_after=[])) == 0
+    printed = capsys.readouterr().out
+    report = desk.report()
+    (request,) = report["requests"]
+    target, prompt = desk.rows[0]["target"], desk.prompt(tiny_vlm, 0)
+    assert request["answers"] == {"before": desk.answers[0], "with the edit": target, "after undo": desk.answers[0]}
+    assert request["says_target"]
+    assert report["undone_bit_for_bit"]
+    assert f"layer {request['place']['layer']}, token 'last'" in printed
+    assert printed.count("traced again") == len(request["shift"]) == 3
+    delta = mt.Delta.load(desk.out / "edit.safetensors")
+    assert tiny_vlm.answers([prompt]) == [desk.answers[0]]
+    with delta.applied(tiny_vlm):
+        assert tiny_vlm.answers([prompt]) == [target]
+    (name,) = delta.changes
+    weight, change = tiny_vlm.weight(name).double(), delta.changes[name]
+    dense = change.left.double() @ change.right.double()
+    assert report["weights"][0]["relative"] == pytest.approx((dense.norm() / weight.norm()).item(), rel=1e-5)
+
+
+def test_prompts_that_go_with_a_request(desk: Desk):
+    extra = {"context_image": [desk.picture(0)], "also_image": [desk.picture(1)], "also_text": ["Who is it?"]}
+    extra |= {"also_question": ["Who plays?"], "keep_question": ["What colour is the sign?"]}
+    assert app(desk.asked(keep_image=[desk.picture(2)], **extra, **QUICK)) == 0
+    (request,) = desk.report()["requests"]
+    assert [request[part] for part in ("contexts", "also", "keep")] == ["1", "3", "2"]
+
+
+def test_variants_of_the_picture_become_contexts(desk: Desk, tiny_vlm: VisionLanguageModel):
+    words = desk.rows[0]
+    asked = {"question": words["question"], "target": words["target"], "constraint": words["constraint"]}
+    for count in (0, 1, 4):
+        options = RequestOptions(image=desk.picture(0), context_image=(desk.picture(1),), augment=count, **asked)
+        (one,) = options.asked(traced=False)
+        request = one.make(tiny_vlm)
+        assert len(request.contexts) == 1 + count
+        pictures = {prompt.images[0].tobytes() for prompt in (request.prompt, *request.contexts)}
+        assert len(pictures) == 2 + count
+    rows = (words, desk.rows[1] | {"image": None, "constraint": None})
+    made = [each.make(tiny_vlm) for each in RequestOptions(data=Path(desk.file(*rows)), augment=2).asked(traced=False)]
+    assert [len(request.contexts) for request in made] == [2, 0]
+
+
+@pytest.mark.parametrize(("weight", "flips"), [("0.001", 1), ("inf", 0)])
+def test_a_dry_run_writes_nothing_and_tells_what_would_change(
+    desk: Desk, weight: str, flips: int, capsys: pytest.CaptureFixture
+):
+    """In layer 0 the key is the wording: an edit there fires for another picture, unless its key is kept."""
+    before = sorted(desk.folder.rglob("*"))
+    assert app(desk.asked(where="0", keep_image=str(desk.other), keep_weight=weight, dry_run=[])) == 0
+    printed = capsys.readouterr().out
+    assert sorted(desk.folder.rglob("*")) == before
+    assert f"{flips} of 1 answers that are to stay would change" in printed
+    assert printed.count("would change from") == flips
+    assert "% of the norm of model.language_model.layers.0.mlp.down_proj.weight (rank 3)" in printed
+    assert "this was a dry run" in printed
+
+
+def test_a_preview_measures_what_the_naive_way_does(desk: Desk, tiny_vlm: VisionLanguageModel):
+    vlm, projection = tiny_vlm, tiny_vlm.down_projection(5)
+    prompts = [desk.prompt(vlm, index) for index in range(3)]
+    requests = [
+        mt.EditRequest(prompt=prompts[0], target=desk.rows[0]["target"], keep=(prompts[2],)),
+        mt.EditRequest(prompt=prompts[1], target=desk.rows[1]["target"]),
+    ]
+    untouched = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
+    delta = mt.MultEdit(layer=5, steps=12, keep_weight=1e-3).edit(vlm, requests)
+    found = preview(vlm, delta, requests, ["last", "last"], [projection])
+    assert all(torch.equal(weight, untouched[name]) for name, weight in vlm.model.state_dict().items())
+    kept = next(each for each in found.neighbours if each.stays)
+    own = next(each for each in found.neighbours if each.request == 1)
+    change = delta.changes[projection.name]
+    assert len(found.neighbours) == 3
+    assert (kept.request, kept.before, kept.flips) == (0, desk.answers[2], kept.after != kept.before)
+    assert slow_ratio(vlm, projection, prompts[2], desk.answers[2], change) == pytest.approx(
+        (kept.at_token, kept.anywhere), rel=1e-4
+    )
+    others = change.only(change.owners != 1)
+    assert slow_ratio(vlm, projection, prompts[1], desk.answers[1], others) == pytest.approx(
+        (own.at_token, own.anywhere), rel=1e-4
+    )
+    assert sizes(vlm, delta)[0].rank == change.rank
+
+
+def slow_ratio(
+    vlm: VisionLanguageModel, projection: mt.models.Projection, prompt: mt.Prompt, answer: str, change: WeightChange
+) -> tuple[float, float]:
+    """(at the answer's positions, anywhere): largest |D k| / |W k|, with D written out."""
+    dense, weight = change.left.double() @ change.right.double(), projection.weight.detach().double()
+    full = prompt.with_answer(answer)
+    with capture(vlm, [projection], inputs=True) as read, torch.no_grad():
+        vlm.logits(full)
+    ratios = [((dense @ key).norm() / (weight @ key).norm()).item() for key in read[projection][0].double()]
+    return max(ratios[prompt.groups["last"][0] :]), max(ratios)
+
+
+def test_shares_count_keys_by_what_they_ask_for(tiny_vlm: VisionLanguageModel, desk: Desk):
+    requests = [
+        mt.EditRequest(prompt=desk.prompt(tiny_vlm, index), target=desk.rows[index]["target"]) for index in (0, 1)
+    ]
+    delta = mt.MultEdit(layer=5, steps=12).edit(tiny_vlm, requests)
+    (name,) = delta.changes
+    change = delta.changes[name]
+    moved = change.keys.double() @ (change.left.double() @ change.right.double()).T
+    for index, share in enumerate(shares_of(delta, delta.realised(tiny_vlm))):
+        own = change.owners == index
+        asked = change.residuals[own].double()
+        assert share == pytest.approx(((moved[own] * asked).sum() / asked.square().sum()).item(), abs=1e-4)
+
+
+# ---- a file of requests ----
+
+
+def test_a_file_of_edits_is_one_edit(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
+    done = desk.rows[2] | {"target": desk.answers[2], "constraint": None}
+    path = desk.file(*desk.rows[:2], done)
+    alone = {"question": None, "constraint": None, "target": None, "image": None}
+    assert app(desk.asked(data=path, where="trace", corrupt=NEXT, **alone)) == 0
+    printed, report = capsys.readouterr().out, desk.report()
+    assert [request["status"] for request in report["requests"]] == ["edited", "edited", "nothing to do"]
+    assert "edited     2 of 3 requests; 3 now say their target" in printed
+    assert [request["name"] for request in report["requests"]] == ["fact 0", "fact 1", "fact 2"]
+    assert any("no constraint span" in note for note in report["notes"])
+    with mt.Delta.load(desk.out / "edit.safetensors").applied(tiny_vlm):
+        answers = tiny_vlm.answers([desk.prompt(tiny_vlm, index) for index in range(3)])
+    assert answers == [desk.rows[0]["target"], desk.rows[1]["target"], desk.answers[2]]
+
+
+def test_pictures_are_swapped_among_records_of_one_question_if_they_can(desk: Desk):
+    def swaps(*rows: dict[str, str | None]) -> list[str | None]:
+        asked = RequestOptions(data=Path(desk.file(*rows)), corrupt=NEXT).asked(traced=True)
+        return [None if each.corruption is None else str(each.corruption.image) for each in asked]
+
+    first, second, third = desk.rows
+    assert first["question"] == second["question"] != third["question"]
+    pictures = [desk.picture(index) for index in range(3)]
+    assert swaps(first, third, second) == [pictures[1], pictures[1], pictures[0]]
+    assert swaps(first, second | {"image": None, "constraint": None}, third) == [pictures[2], None, pictures[0]]
+    with pytest.raises(CommandError, match="needs records with different pictures"):
+        swaps(first, second | {"image": first["image"]})
+
+
+def test_a_picture_swapped_for_itself_takes_the_place_of_the_others(desk: Desk, capsys: pytest.CaptureFixture):
+    assert app(desk.all(where="trace", corrupt=f"swap:{desk.picture(0)}", dry_run=[], **QUICK)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("takes the site of the average") == 1
+    assert "'fact 0' takes the site of the average" in printed
+    assert not desk.out.exists()
+
+
+def test_wrong_lines_are_told_before_the_model_is_opened(desk: Desk, capsys: pytest.CaptureFixture):
+    desk_rows = [desk.rows[0], desk.rows[1] | {"target": " "}, desk.rows[2] | {"image": "gone.png"}]
+    words = desk.all(model=str(desk.folder / "no model"))
+    desk.file(*desk_rows)
+    assert app(words) == 2
+    said = capsys.readouterr().err
+    assert "line 2" in said
+    assert "1 more of 3 lines" in said
+    desk.file()
+    assert app(words) == 2
+    assert "no model directory" in capsys.readouterr().err  # with good lines, the model is the error
+
+
+# ---- where ----
+
+RANGES: dict[str, tuple[str, Place]] = {
+    "range": ("3-5", Place(layer=5, token="last", spread=3, reason="as asked")),
+    "range and group": ("0-1:constraint_last", Place(layer=1, token="constraint_last", spread=2, reason="as asked")),
+    "range of one": ("4-4:-2", Place(layer=4, token=-2, spread=1, reason="as asked")),
+    "from the end": ("-2", Place(layer=-2, token="last", reason="as asked")),
+}
+
+
+@pytest.mark.parametrize(("where", "place"), RANGES.values(), ids=RANGES)
+def test_a_range_of_layers_shares_the_work(where: str, place: Place):
+    assert parse_place(where) == place
+
+
+def test_layers_share_the_work_and_old_keys_are_weighed(desk: Desk, tiny_vlm: VisionLanguageModel):
+    prompts = [desk.prompt(tiny_vlm, index) for index in range(3)]
+    path = second_moments(tiny_vlm, prompts, layers=(4, 5)).save(desk.folder / "moments.safetensors")
+    asked = {"editor": "memit", "moments": str(path), "ridge_fraction": "0.01", "moment_weight": "5", **QUICK}
+    assert app(desk.asked(where="4-5", **asked)) == 0
+    delta = mt.Delta.load(desk.out / "edit.safetensors")
+    assert [*delta.changes] == [tiny_vlm.down_projection(layer).name for layer in (4, 5)]
+    assert {name: delta.settings[name] for name in ("editor", "spread", "moment_weight", "steps")} == {
+        "editor": "MEMIT",
+        "spread": "2",
+        "moment_weight": "5.0",
+        "steps": "12",
+    }
+
+
+def test_a_trace_made_before_says_where(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
+    swap, prompt = mt.SwapImage(desk.picture(1)), desk.prompt(tiny_vlm, 0)
+    words = {"sites": ("hidden", "mlp"), "positions": ("constraint_last", "last"), "progress": False}
+    trace = mt.causal_trace(tiny_vlm, prompt, corruption=swap, **words)
+    path = str(trace.save(desk.folder / "trace.safetensors"))
+    assert app(desk.asked(where=None, trace=path, dry_run=[], **QUICK)) == 0
+    site = trace.edit_site()
+    assert f"layer {site.layer}, token {site.token!r}: {site.reason}" in capsys.readouterr().out
+    assert app(desk.asked(where=None, trace=path, question=desk.rows[2]["question"], constraint=None)) == 2
+    assert "this trace is of the question" in capsys.readouterr().err
+    replace(trace, model="another").save(path)
+    assert app(desk.asked(where=None, trace=path)) == 2
+    assert "this trace is of 'another'" in capsys.readouterr().err
+    assert not desk.out.exists()
+
+
+# ---- bad input: one line, exit code 2, nothing left behind ----
+
+BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what the line must say
+    "layer that is not there": ({"where": "40"}, "cannot edit at --where 40: no layer 40 in"),
+    "range from above": ({"where": "5-3"}, "no place '5-3'"),
+    "two numbers of layers": ({"where": "4-5", "spread": "3"}, "--where 4-5 and --spread 3 disagree"),
+    "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
+    "no moments": ({"editor": "rome"}, "pass --moments FILE"),
+    "moments of nothing": ({"moments": "{folder}/0.png"}, "cannot read an edit from"),
+    "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
+    "trace at a place": ({"trace": "{folder}/0.png"}, "belong to --where trace"),
+    "no trace": ({"where": "trace", "trace": "{folder}/0.png"}, "{folder}/0.png"),
+    "dry run that writes": ({"dry_run": [], "save_model": "{folder}/model"}, "--dry-run writes nothing"),
+    "no request": ({"question": None}, "pass either --question with --target, or --data"),
+    "no target": ({"target": None}, "the target of the edit is None"),
+    "no file": ({"question": None, "constraint": None, "target": None, "image": None, "data": "gone"}, "'gone'"),
+    "both": ({"question": None, "constraint": None, "data": "{folder}/edits.jsonl"}, "belongs to one request"),
+    "variants of no picture": ({"image": None, "augment": "3"}, "--augment 3 needs a picture"),
+    "variants below none": ({"augment": "-1"}, "--augment -1 needs"),
+    "picture to keep": ({"keep_image": "{folder}/gone.png"}, "no picture at '{folder}/gone.png'"),
+    "setting out of range": ({"clamp": "0"}, "pass clamp above 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(changes: dict[str, object], message: str, desk: Desk, capsys: pytest.CaptureFixture):
+    def placed(value: object) -> object:
+        return value.replace("{folder}", str(desk.folder)) if isinstance(value, str) else value
+
+    assert app(desk.asked(**{name: placed(value) for name, value in changes.items()})) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert placed(message) in said.err
+    assert said.err.count("\n") == 1
+    assert not desk.out.exists()
+
+
+# ---- editors by name ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_editor_has_a_name_and_the_same_call(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
+    settings = {"in-context": {}}.get(name, {"steps": 1})
+    settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
+    made = editor(name, layer=5, **settings)
+    assert not made.needs_moments
+    request = mt.EditRequest(prompt=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
+    change = made.edit(tiny_vlm, [request], moments=None, metrics=None, earlier=(), progress=False)
+    assert change.settings == made.as_text()
+    assert change.requests[0]["target"] == request.target
+    with change.applied(tiny_vlm):
+        pass
+
+
+def test_spread_is_the_editors_own_as_far_as_there_are_layers():
+    assert [editor("memit", layer=layer).spread for layer in (7, 1, 0)] == [3, 2, 1]
+    assert editor("memit", layer=7, spread=2).spread == 2
+    assert editor("multedit", layer=7).spread == 1
+
+
+def test_a_preset_is_what_was_published_and_settings_go_over_it():
+    paper = editor("multedit", layer=2, preset="paper")
+    assert (paper, paper.clamp, paper.ridge) == (mt.MultEdit.paper(layer=2, token="last"), 1e-4, 0.01)
+    assert editor("multedit", layer=2, preset="paper", clamp=math.inf).clamp == math.inf
+    assert editor("ft", layer=1, preset="paper").settings.learning_rate == 5e-4
+    assert editor("ft", layer=1, projection="attention").settings.projection == "attention"
+    assert editor("ft", layer=1, projection="mlp").settings.projection == "down"
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "editor": (lambda: editor("remit", layer=1), "no editor 'remit'; pass one of multedit, rome"),
+    "preset": (lambda: editor("rome", layer=1, preset="best"), "no preset 'best'"),
+    "no preset": (lambda: editor("lora", layer=1, preset="paper"), "lora has no published constants"),
+    "setting": (lambda: editor("lora", layer=1, clamp=4.0), "lora has no setting 'clamp'; it has steps"),
+    "setting of all": (lambda: editor("rome", layer=1, rank=4), "rome has no setting 'rank'; it has learning_rate"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_editors_that_there_are_not(make: Callable[[], object], message: str):
+    with pytest.raises(CommandError, match=message):
+        make()

@@ -1,0 +1,200 @@
+"""multrace evaluate, run in process: what it prints and writes, and one clear error for a bad file of records."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from multrace import VisionLanguageModel
+from multrace.data import World
+from multrace.editing.curves import EditCurve
+from multrace.editing.metrics import EXACT, UNCHANGED
+from multrace.editing.probes import ABILITY, EFFICACY, LOCALITY
+from multrace.editing.reports import EditReport
+from multrace.scripts import evaluate
+from multrace.scripts.edit_records import read_edit_records, read_general
+from multrace.scripts.errors import CommandError
+from multrace.scripts.main import make_parser
+
+WORLD = World()
+CASE = WORLD.edit_cases("outdated", "choose")[0]
+
+
+def run(*arguments: object) -> int:
+    options = make_parser({"evaluate": evaluate}).parse_args(["evaluate", *map(str, arguments)])
+    return options.run(options)
+
+
+def picture(folder: Path, name: str, entity: int, number: int) -> str:
+    WORLD.picture(WORLD.entities[entity], number).image.save(folder / name)
+    return name
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> dict[str, Any]:
+    """A record of one outdated fact, with its pictures beside it."""
+    asked = WORLD.question(CASE.fact)
+    other = WORLD.neighbours(CASE, count=1)["other_entities"][0]
+    other.image.save(tmp_path / "c.png")
+    return {
+        "id": "a1",
+        "image": picture(tmp_path, "a.png", CASE.fact.entity, 0),
+        "question": asked.question,
+        "constraint": asked.constraint,
+        "target": CASE.target,
+        "contexts": [{"image": picture(tmp_path, "a2.png", CASE.fact.entity, 7)}],
+        "also": [{"image": None, "question": WORLD.question_by_name(CASE.fact).question}],
+        "keep": [],
+        "probes": [
+            {"kind": "other_picture", "image": picture(tmp_path, "a3.png", CASE.fact.entity, 3)},
+            {"kind": "same_question_other_picture", "image": "c.png", "answer": other.answer},
+            {"kind": "no_picture"},
+            {"kind": "portability", "question": "Where was Ada Example born?", "answer": "Exampleton", "hops": 1},
+        ],
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file with an object, or a line of text, per line."""
+
+    def lines(*rows: dict[str, Any] | str, name: str = "records.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return lines
+
+
+# ---- the command ----
+
+
+def test_a_file_is_evaluated_by_two_editors(row, write, tmp_path, capsys):
+    general = write({"image": "a.png", "question": row["question"], "answer": CASE.fact.answer}, name="general.jsonl")
+    arguments = ("--data", write(row), "--where", "5:last", "--general", general, "--out", tmp_path / "out")
+    assert run(*arguments, "--editor", "multedit", "in-context") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in-context", "multedit"]
+    report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
+    score = report.score(EFFICACY, EXACT)
+    assert (score.before.mean, score.after.mean, report.mode) == (0, 1, "single")
+    assert report.score(LOCALITY, UNCHANGED, "same_question_other_picture").after.mean == 1
+    ability = report.score(ABILITY, EXACT)
+    assert (ability.before.mean, ability.after.mean) == (1, 0)  # the held-out question is the edited one
+    lines = (tmp_path / "out" / "multedit" / "generations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [dict(each) for each in report.generations()]
+    assert json.loads(lines[0])["after"] == CASE.target
+    told = EditReport.load(tmp_path / "out" / "in-context" / "report.json")
+    assert told.score(EFFICACY, EXACT).after.mean == 0  # this model does not read facts in the prompt
+    printed = capsys.readouterr().out
+    assert "multedit, single" in printed and "free generation, exact match" in printed
+    assert "teacher-forced" in (tmp_path / "out" / "multedit" / "table.txt").read_text()
+
+
+def test_the_world_in_sequence(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("--world", "outdated", "--number", "2", "--where", "5", "--mode", "sequence", "--free-only")
+    assert run(*arguments, "--probes", "1", "--at", "1", "--out", out) == 0
+    names = ["curve.json", "curve.png", "generations.jsonl", "report.json", "table.txt"]
+    assert sorted(path.name for path in (out / "multedit").iterdir()) == names
+    curve = EditCurve.load(out / "multedit" / "curve.json")
+    assert [point.edits for point in curve.points] == [1, 2]
+    assert curve.points[-1].efficacy.mean == 1
+    assert "norm growth" in capsys.readouterr().out
+
+
+def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
+    out = tmp_path / "out"
+    assert run("--data", write(row), "--where", "5:last", "--mode", "batch", "--steps", "0", "--out", out) == 0
+    report = EditReport.load(out / "multedit" / "report.json")
+    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("together", 0)
+    assert report.score(LOCALITY, UNCHANGED).after.mean == 1
+
+
+BAD_OPTIONS = {
+    "neither data nor world": ([], "pass either --data"),
+    "both": (["--data", "x.jsonl", "--world", "outdated"], "pass either --data"),
+    "no edits": (["--world", "outdated", "--number", "0"], "--number is 0"),
+    "no probes": (["--world", "outdated", "--probes", "0"], "--probes is 0"),
+    "no place": (["--world", "outdated", "--where", "nowhere"], "no place 'nowhere'"),
+    "measuring after none": (["--world", "outdated", "--at", "0"], "--at is 0"),
+    "no such file": (["--data", "gone.jsonl"], "cannot read the edit records"),
+    "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
+    "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),
+    "no moments": (["--world", "outdated", "--editor", "memit"], "multrace moments"),
+    "a setting of another editor": (["--world", "outdated", "--editor", "ft", "--ridge", "1"], "no setting 'ridge'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options_are_found_before_the_model_is_opened(arguments: list[str], message: str, tmp_path: Path):
+    where = [] if "--where" in arguments else ["--where", "5:last"]
+    with pytest.raises(CommandError, match=message):
+        run(*arguments, *where, "--model", "/gone", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_does_not_exist_is_an_error_and_not_a_result(row, write, tmp_path):
+    with pytest.raises(CommandError, match="none of 1 edits could be made; a1: failed: .*layer 99"):
+        run("--data", write(row), "--where", "99:last", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the file ----
+
+
+def test_what_an_entry_leaves_out_is_its_records(row, write, tiny_vlm: VisionLanguageModel):
+    (entry,) = read_edit_records(write(row))
+    assert entry.others["contexts"][0].question == row["question"]
+    assert entry.others["contexts"][0].constraint == row["constraint"]
+    assert (entry.others["also"][0].image, entry.others["also"][0].constraint) == (None, None)
+    kept = {probe.kind: probe.words for probe in entry.probes}
+    assert kept["no_picture"].image is None and kept["no_picture"].question == row["question"]
+    assert kept["portability"].image == entry.words.image == write(row).parent / "a.png"
+    record = entry.record(tiny_vlm)
+    assert (record.name, record.request.target, len(record.probes)) == ("a1", CASE.target, 4)
+    assert [len(each) for each in (record.request.contexts, record.request.also, record.request.keep)] == [1, 1, 0]
+    assert "constraint_last" in record.request.prompt.groups
+
+
+CHANGES = {
+    "no target": ({"target": None}, "no 'target' .*'probes'.*; add 'target'"),
+    "no id": ({"id": None}, "add 'id'"),
+    "empty target": ({"target": " "}, "'target' is empty"),
+    "a number for a question": ({"question": 3}, "'question' is of type int"),
+    "misspelt key": ({"targets": "x"}, "did you mean 'target'"),
+    "picture that is not there": ({"image": "gone.png"}, "no picture at"),
+    "constraint that is not said": ({"constraint": "the moon"}, "the moon"),
+    "contexts that are no list": ({"contexts": {"image": "a.png"}}, "'contexts' is no list"),
+    "an entry of nothing": ({"also": [{"constraint": "x"}]}, "neither 'image' nor 'question'"),
+    "an entry with more": ({"also": [{"image": None, "target": "x"}]}, "an entry has 'target'"),
+    "unknown probe": ({"probes": [{"kind": "sideways"}]}, "kind 'sideways' .*other_picture"),
+    "portability without an answer": ({"probes": [{"kind": "portability", "question": "q"}]}, "no 'answer'"),
+    "hops of nothing": ({"probes": [{"kind": "portability", "answer": "x", "hops": 0}]}, "'hops'"),
+    "a probe's picture that is not there": ({"probes": [{"kind": "other_picture", "image": "z.png"}]}, "z.png"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_bad_record_is_named_by_its_line(change: dict[str, Any], message: str, row, write):
+    bad = {**row, "id": "b", **change}
+    bad = {key: value for key, value in bad.items() if value is not None}
+    with pytest.raises(CommandError, match=f"^line 2 of '.*records.jsonl': .*{message}"):
+        read_edit_records(write(row, bad))
+
+
+def test_all_lines_are_checked_and_ids_are_their_own(row, write):
+    with pytest.raises(CommandError, match=r"^line 2 of .*no JSON.*\(1 more of 3 lines are wrong\)"):
+        read_edit_records(write(row, "{", {"id": "c"}))
+    with pytest.raises(CommandError, match="the id 'a1' is that of line 1 too"):
+        read_edit_records(write(row, row))
+    with pytest.raises(CommandError, match="add 'image'; null for a question without a picture|add 'image'"):
+        read_edit_records(write({key: value for key, value in row.items() if key != "image"}))
+    with pytest.raises(CommandError, match="it is empty"):
+        read_edit_records(write("", " "))
+
+
+def test_held_out_questions_need_an_answer(write, tmp_path):
+    assert read_general(write({"question": "Who?", "answer": "Ada"}))[0][1] == "Ada"
+    with pytest.raises(CommandError, match="line 1 of .*no 'answer'"):
+        read_general(write({"question": "Who?"}))

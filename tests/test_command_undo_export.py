@@ -1,0 +1,166 @@
+"""`multrace undo` and `multrace export`: what they write, and one line for whatever cannot be done."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from multrace.data import tiny_vlm_path
+from multrace.editing import Delta, WeightChange
+from multrace.editing.exports import save_merged
+from multrace.editing.ledger import Ledger, load_edit
+from multrace.models import VisionLanguageModel, load
+from multrace.scripts import export, undo
+from multrace.scripts.errors import CommandError
+from multrace.scripts.main import make_parser
+
+Run = Callable[..., int]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def multrace() -> Run:
+    """The commands, as the command line runs them, with errors let through."""
+    parser = make_parser({"undo": undo, "export": export})
+
+    def run(*arguments: object) -> int:
+        options = parser.parse_args([str(argument) for argument in arguments])
+        return options.run(options)
+
+    return run
+
+
+def made(vlm: VisionLanguageModel, *, seed: int = 0, count: int = 3) -> Delta:
+    """One key for each request, solved at a ridge of one in plain form."""
+    projection, generator = vlm.down_projection(2), torch.Generator().manual_seed(seed)
+    keys = torch.randn(count, projection.width, generator=generator)
+    residuals = 30 * torch.randn(count, projection.hidden, generator=generator)
+    left = torch.linalg.solve(keys @ keys.T + torch.eye(count), residuals).T
+    parts = {"keys": keys, "residuals": residuals, "weights": torch.ones(count), "owners": torch.arange(count)}
+    return Delta(
+        changes={projection.name: WeightChange(left=left, right=keys, **parts)},
+        fingerprints=vlm.fingerprint([projection.name]),
+        model=vlm.name,
+        requests=tuple({"question": f"What is number {index}?", "target": "red"} for index in range(count)),
+    )
+
+
+@pytest.fixture
+def edit(tiny_vlm: VisionLanguageModel, tmp_path: Path) -> Path:
+    return made(tiny_vlm).save(tmp_path / "edit.safetensors")
+
+
+@pytest.fixture
+def ledger(tiny_vlm: VisionLanguageModel, tmp_path: Path) -> Path:
+    first = Ledger().added("monday", made(tiny_vlm))
+    with first.applied(tiny_vlm):
+        return first.added("tuesday", made(tiny_vlm, seed=1)).save(tmp_path / "ledger.safetensors")
+
+
+def factors(delta: Delta) -> list[torch.Tensor]:
+    return [*next(iter(delta.factors.values()))]
+
+
+@pytest.mark.parametrize("resolve", [False, True])
+def test_undo_takes_requests_out_of_an_edit(resolve, multrace, edit, tmp_path, capsys):
+    kept = edit.read_bytes()
+    flags = ["--resolve"] if resolve else []
+    assert multrace("undo", "--edit", edit, "--request", 0, 2, *flags, "--out", tmp_path / "less") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "0  'What is number 1?' -> 'red'"
+    found, wanted = Delta.load(tmp_path / "less" / "edit.safetensors"), Delta.load(edit).without(0, 2, resolve=resolve)
+    assert all(map(torch.equal, factors(found), factors(wanted)))
+    assert torch.equal(factors(found)[0], factors(Delta.load(edit).without(0, 2))[0]) is not resolve
+    assert edit.read_bytes() == kept
+
+
+@pytest.mark.parametrize("resolve", [False, True])
+def test_undo_takes_edits_out_of_a_ledger(resolve, multrace, ledger, tmp_path, capsys):
+    flags = ["--resolve"] if resolve else []
+    assert multrace("undo", "--edit", ledger, "--name", "monday", *flags, "--out", tmp_path / "less") == 0
+    listing = capsys.readouterr().out
+    assert ("monday" in listing) is not resolve and "tuesday" in listing
+    found, before = load_edit(tmp_path / "less" / "ledger.safetensors"), load_edit(ledger)
+    assert isinstance(found, Ledger) and found.names == ("tuesday",)
+    later = before.entries[1].delta
+    assert torch.equal(factors(found.composed())[0], factors(later)[0]) is not resolve
+    assert multrace("undo", "--edit", ledger, "--name", "tuesday", "--request", 1, "--out", tmp_path / "some") == 0
+    assert load_edit(tmp_path / "some" / "ledger.safetensors").entries[1].withdrawn == (1,)
+
+
+def test_export_writes_checks_and_says_so(multrace, edit, tmp_path, capsys, tiny_vlm):
+    pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert multrace("export", "--edit", edit, "--peft", adapter, "--merged", merged) == 0
+    said = capsys.readouterr().out
+    assert said.count("3 of 3 answers are the same") == 2 and "realised" in said
+    delta, prompt = Delta.load(edit), tiny_vlm.prompt(None, "What is number 1?")
+    unedited = tiny_vlm.logits(prompt)
+    with delta.applied(tiny_vlm):
+        edited = tiny_vlm.logits(prompt)
+    torch.testing.assert_close(load(merged).logits(prompt), edited, rtol=1e-5, atol=1e-5)
+    assert (edited - unedited).abs().max() > 0.01
+    assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_ledger_is_exported_as_one_model(multrace, ledger, tmp_path, tiny_vlm):
+    merged = tmp_path / "merged"
+    assert multrace("export", "--edit", ledger, "--merged", merged, "--question", "What is number 1?") == 0
+    prompt, whole = tiny_vlm.prompt(None, "What is number 1?"), load_edit(ledger)
+    with whole.applied(tiny_vlm):
+        edited = tiny_vlm.logits(prompt)
+    torch.testing.assert_close(load(merged).logits(prompt), edited, rtol=1e-4, atol=1e-3)
+
+
+BAD = {
+    "nothing to take out": (["undo", "--edit", "EDIT"], "say which of its 3 requests"),
+    "a name in an edit": (["undo", "--edit", "EDIT", "--name", "a"], "nothing has a name"),
+    "everything": (["undo", "--edit", "EDIT", "--request", "0", "1", "2"], "answer without the file"),
+    "a request out of range": (["undo", "--edit", "EDIT", "--request", "7"], "it has 3 requests"),
+    "no name in a ledger": (["undo", "--edit", "LEDGER"], "one of monday, tuesday"),
+    "an unknown name": (["undo", "--edit", "LEDGER", "--name", "sunday"], "there are: monday, tuesday"),
+    "no file": (["undo", "--edit", "missing", "--request", "0"], "missing"),
+    "a truncated file": (["undo", "--edit", "TRUNCATED", "--request", "0"], "truncated"),
+    "nothing to write": (["export", "--edit", "EDIT"], "--peft DIR, --merged DIR"),
+    "one folder for two": (["export", "--edit", "EDIT", "--peft", "x", "--merged", "x"], "choose two folders"),
+    "a folder in use": (["export", "--edit", "EDIT", "--merged", "USED"], "is not empty"),
+    "a picture without a question": (["export", "--edit", "EDIT", "--merged", "x", "--image", "p"], "needs --question"),
+    "another model": (["export", "--edit", "EDIT", "--model", "GPT2", "--merged", "x"], "does not fit"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_done_is_one_error_and_writes_nothing(
+    words, message, multrace, edit, ledger, gpt2_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    truncated, used = tmp_path / "truncated", tmp_path / "used"
+    truncated.write_bytes(edit.read_bytes()[:-50])
+    used.mkdir()
+    (used / "file").write_text("taken")
+    places = {"EDIT": edit, "LEDGER": ledger, "TRUNCATED": truncated, "USED": used, "GPT2": gpt2_path}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        multrace(*(places.get(word, word) for word in words))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_in_half_precision_an_export_is_checked_in_half_precision(multrace, tiny_vlm, tmp_path, capsys):
+    pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    path = made(load(tiny_vlm_path(), dtype="bfloat16")).save(tmp_path / "edit.safetensors")
+    folders = ["--peft", tmp_path / "adapter", "--merged", tmp_path / "merged"]
+    assert multrace("export", "--edit", path, "--dtype", "bfloat16", *folders) == 0
+    assert capsys.readouterr().out.count("3 of 3 answers are the same") == 2
+    assert load(tmp_path / "merged", dtype="auto").stored_dtype is torch.bfloat16
+    other = made(tiny_vlm).save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="another model or precision"):
+        multrace("export", "--edit", other, "--dtype", "bfloat16", "--merged", tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_an_export_that_does_something_else_is_an_error(multrace, edit, tiny_vlm, tmp_path, monkeypatch):
+    other = made(tiny_vlm, seed=7)
+    monkeypatch.setattr(
+        export, "save_merged", lambda _delta, *arguments, **words: save_merged(other, *arguments, **words)
+    )
+    with pytest.raises(CommandError, match="does not do what the edit does"):
+        multrace("export", "--edit", edit, "--merged", tmp_path / "merged")

@@ -1,0 +1,371 @@
+"""Evaluation of real edits of the trained embedded model: what it must see, what it must not, and what it must keep."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from multrace.data import World
+from multrace.editing import EditError, EditRequest, MultEdit
+from multrace.editing.curves import EditCurve
+from multrace.editing.evaluate import (
+    Baseline,
+    evaluate,
+    evaluate_singly,
+    unedited,
+    with_history,
+    without_history,
+)
+from multrace.editing.in_context import InContext
+from multrace.editing.measuring import Measures, State, feed, key_of
+from multrace.editing.metrics import (
+    EXACT,
+    FLUENCY,
+    HIGHER,
+    KL,
+    MARGIN,
+    SEQUENCE,
+    TOKENS,
+    TOP1_ANSWER,
+    TOP1_WHOLE,
+    TOP10_WHOLE,
+    UNCHANGED,
+    UNCHANGED_RIGHT,
+    VQA,
+)
+from multrace.editing.probes import (
+    ABILITY,
+    EFFICACY,
+    GENERALITY,
+    LOCALITY,
+    PORTABILITY,
+    SAME_QUESTION_OTHER_PICTURE,
+    Probe,
+    Record,
+    names_of,
+)
+from multrace.editing.questions import questions_of
+from multrace.editing.reports import EditReport, ProbeRow
+from multrace.editing.sequences import Governor, evaluate_sequentially
+from multrace.models import Prompt, VisionLanguageModel
+from multrace.scripts.world_edits import WorldRequests, untouched_facts, world_records
+
+EDIT = MultEdit(layer=5)
+NOTHING = MultEdit(layer=5, steps=0)
+WORLD = World()
+CASES = WORLD.edit_cases("outdated", "choose")[:3]
+
+
+@pytest.fixture(scope="module")
+def records(tiny_vlm: VisionLanguageModel) -> tuple[Record, ...]:
+    return world_records(tiny_vlm, WORLD, CASES, requests=WorldRequests(count=1))
+
+
+@pytest.fixture(scope="module")
+def general(tiny_vlm: VisionLanguageModel) -> tuple[tuple[Prompt, str], ...]:
+    return untouched_facts(tiny_vlm, WORLD, CASES, 2)
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], general: Any) -> Baseline:
+    return unedited(tiny_vlm, records, general=general, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def edited(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline, general: Any) -> EditReport:
+    """One edit, and what becomes of it."""
+    change = EDIT.edit(tiny_vlm, [records[0].request])
+    return evaluate(tiny_vlm, records[:1], change, baseline=baseline, general=general)
+
+
+def bits(vlm: VisionLanguageModel) -> dict[str, str]:
+    return vlm.fingerprint([name for name, _ in vlm.model.named_parameters()])
+
+
+def only_first(count: int) -> Any:
+    """An editor that refuses all but so many requests."""
+    made = []
+
+    def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+        made.append(requests)
+        if len(made) > count:
+            raise EditError("no more edits")
+        return EDIT.edit(vlm, requests)
+
+    return edit
+
+
+def test_an_edit_is_seen_and_the_unedited_model_is_shown_beside_it(edited, tiny_vlm, records, baseline):
+    for protocol in (EXACT, VQA, TOKENS, SEQUENCE, HIGHER):
+        score = edited.score(EFFICACY, protocol)
+        assert (score.before.mean, score.after.mean) == (0, 1)
+    margin = edited.score(EFFICACY, MARGIN)
+    assert margin.before.mean < -0.5 and margin.after.mean > 0.5
+    assert edited.score(GENERALITY, EXACT).after.mean > 0.5 > edited.score(GENERALITY, EXACT).before.mean
+    assert edited.score(LOCALITY, UNCHANGED_RIGHT, SAME_QUESTION_OTHER_PICTURE).after.mean > 0.5
+    assert edited.score(ABILITY, EXACT).before.number == 2
+    assert edited.statuses == {records[0].name: "edited"}
+
+
+def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):
+    report = evaluate_singly(
+        tiny_vlm, records[:1], without_history(NOTHING), baseline=baseline, general=general, batch_size=16
+    )
+    assert report.score(EFFICACY, EXACT).after.mean == 0
+    assert report.score(LOCALITY, UNCHANGED).after.mean == 1
+    assert report.score(LOCALITY, TOP10_WHOLE).after.mean == pytest.approx(1, abs=1e-3)  # other batches, other rounding
+    assert report.score(LOCALITY, KL).after.mean == pytest.approx(0, abs=1e-8)
+    assert report.splits() == {} and math.isnan(report.split_shares()["generalised"])
+
+
+def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
+    delta = EDIT.edit(tiny_vlm, [records[0].request])
+    ((name, change),) = delta.changes.items()
+    loud = replace(delta, changes={name: replace(change, left=change.left + 1, right=change.right + 1)})
+    report = evaluate(tiny_vlm, records[:1], loud, baseline=baseline)
+    for protocol in (UNCHANGED, TOP1_ANSWER, TOP1_WHOLE, TOP10_WHOLE):
+        assert report.score(LOCALITY, protocol).after.mean < 0.6
+    assert report.score(LOCALITY, KL).after.mean > 0.5
+
+
+def test_the_model_is_left_bit_equal(tiny_vlm, records, baseline, general):
+    before = bits(tiny_vlm)
+    bare = [replace(record, probes=()) for record in records]
+    change = EDIT.edit(tiny_vlm, [bare[0].request])
+    evaluate(tiny_vlm, bare[:1], change, baseline=baseline)
+    evaluate_sequentially(tiny_vlm, bare[:2], without_history(EDIT), at=(), baseline=baseline)
+    with pytest.raises(EditError, match="does not hold"):
+        evaluate(tiny_vlm, [replace(records[0], probes=[other(tiny_vlm)])], change, baseline=baseline)
+    assert bits(tiny_vlm) == before
+
+
+def other(vlm: VisionLanguageModel) -> Probe:
+    return Probe(kind="unrelated", prompt=vlm.prompt(None, "What is the capital of nothing?"))
+
+
+def test_teacher_forced_numbers_are_those_of_one_prompt_alone(tiny_vlm, records):
+    """A batch of padded rows against one prompt at a time, without the evaluation's code."""
+    questions = questions_of(records[:1])
+    state = State(generated={question.key: "red" for question in questions})
+    feed(tiny_vlm, [question.asked(state) for question in questions], state, batch_size=4, progress=False)
+    for question in questions[::3]:
+        prompt = question.prompt.with_answer(question.new)
+        start = prompt.groups["answer"][0] - 1
+        with torch.no_grad():
+            logits = tiny_vlm.logits(prompt)[0].double()
+        score = state.scores[question.key, question.new]
+        assert score.ids == prompt.answer_ids
+        assert score.predicted == tuple(logits[start:-1].argmax(-1).tolist())
+        alone = tiny_vlm.score(list(prompt.images) or None, prompt.question, question.new)
+        assert score.log_probabilities == pytest.approx(alone.token_log_probabilities, abs=1e-4)
+        if question.stays:
+            name = (question.key, question.old(state))
+            fed = question.prompt.with_answer(name[1])
+            with torch.no_grad():
+                logits = tiny_vlm.logits(fed)[0]
+            assert state.ranks[name].shape == (fed.length - 1, 10)
+            assert torch.equal(state.ranks[name][:, 0].long(), logits[:-1].argmax(-1))
+            torch.testing.assert_close(state.first[name], logits[-1 - len(fed.answer_ids)], atol=1e-3, rtol=1e-3)
+
+
+def test_a_question_asked_twice_is_answered_once(tiny_vlm, photo, other_photo):
+    question = "What colour is the emblem?"
+    prompts = [tiny_vlm.prompt(photo, question), tiny_vlm.prompt(photo, question, constraint="the emblem")]
+    assert key_of(prompts[0]) == key_of(prompts[1]) == key_of(prompts[0].with_answer("red"))
+    assert key_of(prompts[0]) != key_of(tiny_vlm.prompt(other_photo, question))
+    assert key_of(prompts[0]) != key_of(tiny_vlm.prompt(None, question))
+    request = EditRequest(prompt=prompts[0], target="red")
+    probes = [Probe(kind="other_question_same_picture", prompt=prompt) for prompt in prompts]
+    found = unedited(tiny_vlm, [Record(request=request, probes=probes)])
+    assert len(found.state.generated) == 1
+
+
+def test_raw_answers_survive_saving(edited, tmp_path):
+    path = edited.save(tmp_path / "deep" / "report.json")
+    assert EditReport.load(path) == edited
+    assert [*path.parent.iterdir()] == [path]
+    first = edited.generations()[0]
+    assert (first["kind"], first["before"], first["after"]) == ("edited", CASES[0].fact.answer, CASES[0].target)
+    assert len(json.loads(path.read_text())["scores"]) == len(edited.to_dataframe()) == len(edited.scores())
+    text = edited.table()
+    assert "free generation, exact match" in text and "of 1 successful edits" in text
+    assert "teacher-forced" not in edited.headlines()
+
+
+def test_a_damaged_report_is_refused(edited, tmp_path):
+    path = edited.save(tmp_path / "report.json")
+    words = json.loads(path.read_text())
+    del words["rows"][0]["before"]
+    for content in ("{", '{"format": "other"}', "[]", json.dumps(words)):
+        path.write_text(content)
+        with pytest.raises(EditError):
+            EditReport.load(path)
+    with pytest.raises(EditError, match="this report has"):
+        edited.score(PORTABILITY, EXACT)
+
+
+def test_intervals_of_a_report_are_those_of_its_seed(edited):
+    again = replace(edited, rows=edited.rows)
+    assert again.scores() == edited.scores()
+
+
+def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records, baseline):
+    report = evaluate_singly(tiny_vlm, records[:2], only_first(1), baseline=baseline)
+    assert report.statuses == {records[0].name: "edited", records[1].name: "failed: no more edits"}
+    assert report.score(EFFICACY, EXACT).after.mean == 0.5
+    failed = [row for row in report.rows if row.record == records[1].name]
+    assert failed and all(row.before == row.after for row in failed)
+    assert "no more edits" in report.table()
+
+
+def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baseline):
+    first = records[0]
+    asked = first.request.prompt
+    probes = [
+        Probe(kind=PORTABILITY, prompt=asked, answer=first.request.target, hops=2),
+        Probe(kind=PORTABILITY, prompt=asked, answer="something else", hops=3),
+    ]
+    record = replace(first, probes=probes, old="never said")
+    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first.request]))
+    assert report.score(PORTABILITY, EXACT).after.mean == 0.5
+    assert report.score(PORTABILITY, EXACT, "portability, 2 hops").after.mean == 1
+    assert report.score(PORTABILITY, EXACT, "portability, 3 hops").after.mean == 0
+    assert report.rows[0].old == "never said"
+    assert report.rows[1].old == CASES[0].fact.answer
+
+
+def test_free_generation_alone_and_fluency(tiny_vlm, records):
+    measures = Measures(forced=False, fluency_tokens=4, max_new_tokens=2)
+    bare = replace(records[0], probes=())
+    report = evaluate(tiny_vlm, [bare], EDIT.edit(tiny_vlm, [bare.request]), measures=measures)
+    assert set(report.rows[0].numbers) == {EXACT, VQA, FLUENCY}
+    with pytest.raises(EditError, match="the same measures"):
+        evaluate(
+            tiny_vlm,
+            [bare],
+            EDIT.edit(tiny_vlm, [bare.request]),
+            baseline=unedited(tiny_vlm, [bare]),
+            measures=measures,
+        )
+    with pytest.raises(EditError, match="max_new_tokens=0"):
+        Measures(max_new_tokens=0)
+
+
+def test_an_edit_in_the_prompt_is_asked_in_its_words(tiny_vlm, records, baseline):
+    bare = replace(records[0], probes=records[0].probes[:2])
+    change = InContext().edit(tiny_vlm, [bare.request])
+    row = evaluate(tiny_vlm, [bare], change, baseline=baseline).rows[0]
+    worded = change.worded(bare.request.prompt)
+    assert row.after == tiny_vlm.answers([worded])[0]
+    told = margin(tiny_vlm, worded, row)
+    assert row.numbers[MARGIN] == pytest.approx((margin(tiny_vlm, bare.request.prompt, row), told), abs=1e-5)
+    assert abs(row.numbers[MARGIN][0] - told) > 1e-3
+    plain = evaluate(tiny_vlm, [bare], change, baseline=baseline, worded=lambda prompt: prompt).rows[0]
+    assert plain.numbers[MARGIN][0] == pytest.approx(plain.numbers[MARGIN][1], abs=1e-5)
+    with pytest.raises(EditError, match="no sequence"):
+        evaluate_sequentially(tiny_vlm, [bare], without_history(InContext()), baseline=baseline)
+
+
+def margin(vlm: VisionLanguageModel, prompt: Prompt, row: ProbeRow) -> float:
+    """P(new) - P(old), each the geometric mean over its tokens, from the library's own score."""
+    scores = [vlm.score(list(prompt.images), prompt.question, answer) for answer in (row.new, row.old)]
+    new, old = (score.probability ** (1 / len(score.tokens)) for score in scores)
+    return new - old
+
+
+@pytest.fixture(scope="module")
+def sequence(
+    tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline
+) -> tuple[EditCurve, EditReport]:
+    return evaluate_sequentially(tiny_vlm, records, with_history(EDIT), at=(1,), baseline=baseline)
+
+
+def test_a_sequence_keeps_its_first_edit(sequence, records, tmp_path):
+    curve, report = sequence
+    assert [point.edits for point in curve.points] == [1, 3]
+    assert [point.efficacy.number for point in curve.points] == [1, 3]
+    assert curve.points[-1].efficacy.mean == report.score(EFFICACY, EXACT).after.mean == 1
+    assert curve.points[-1].first_retained is True and curve.points[-1].retained == 1
+    assert 0 < curve.points[0].growth <= curve.points[1].growth
+    assert EditCurve.load(curve.save(tmp_path / "curve.json")) == curve
+    assert curve.plot(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "norm growth" in curve.table() and len(curve.to_dataframe()) == 2
+    with pytest.raises(EditError, match="png"):
+        curve.plot(tmp_path / "curve.txt")
+    assert report.score(EFFICACY, TOKENS).after.mean == 1  # the last report has the other protocols too
+
+
+def test_a_sequence_sees_an_edit_that_is_lost(tiny_vlm, records, baseline):
+    """The second request takes back what the first wrote."""
+    first, bare = records[0], replace(records[0], probes=())
+    back = EditRequest(prompt=first.request.prompt, target=CASES[0].fact.answer)
+    pair = [bare, Record(request=back, name="back")]
+    curve, _ = evaluate_sequentially(tiny_vlm, pair, without_history(EDIT), at=(1, 2))
+    assert [point.first_retained for point in curve.points] == [True, False]
+    assert [point.retained for point in curve.points] == [1, 0.5]
+    assert [point.efficacy.mean for point in curve.points] == [1, 0.5]
+
+
+def growth_of(vlm: VisionLanguageModel, request: EditRequest) -> float:
+    """Relative growth of the norm of the one weight that an edit of this request changes."""
+    delta = EDIT.edit(vlm, [request])
+    (name,) = delta.changes
+    before = vlm.weight(name).double().norm()
+    with delta.applied(vlm):
+        return (vlm.weight(name).double().norm() / before - 1).item()
+
+
+def test_growth_beyond_the_bound_is_a_warning_or_the_end(tiny_vlm, records, baseline, caplog):
+    bare = [replace(record, probes=()) for record in records]
+    with caplog.at_level(logging.WARNING, logger="multrace"):
+        curve, _ = evaluate_sequentially(tiny_vlm, bare[:1], without_history(EDIT), governor=Governor(bound=10.0))
+        assert (curve.exceeded_at, caplog.text) == (None, "")
+        assert curve.points[0].growth == pytest.approx(growth_of(tiny_vlm, bare[0].request), rel=1e-4)
+        stops = Governor(bound=1e-6, stops=True)
+        curve, report = evaluate_sequentially(tiny_vlm, bare, without_history(EDIT), governor=stops)
+    assert (curve.exceeded_at, curve.stopped_at, len(report.rows)) == (1, 1, 1)
+    assert "has grown by" in caplog.text
+    with pytest.raises(EditError, match="at least 0"):
+        Governor(bound=-1)
+
+
+def test_a_sequence_goes_on_after_a_failure(tiny_vlm, records):
+    bare = [replace(record, probes=()) for record in records]
+    curve, _ = evaluate_sequentially(tiny_vlm, bare, only_first(1))
+    assert [status[:6] for status in curve.statuses.values()] == ["edited", "failed", "failed"]
+    assert curve.points[-1].efficacy.mean == pytest.approx(1 / 3) and curve.points[-1].retained == 1
+
+
+BAD = {
+    "unknown kind": ({"kind": "sideways"}, "no kind of probe 'sideways'"),
+    "a kind that moves the other way": ({"kind": "rephrase", "moves": False}, "does not fit"),
+    "portability without an answer": ({"kind": "portability"}, "has no answer"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_probes(words: dict[str, Any], message: str, tiny_vlm: VisionLanguageModel):
+    with pytest.raises(EditError, match=message):
+        Probe(prompt=tiny_vlm.prompt(None, "Who?"), **words)
+
+
+def test_records_have_names_of_their_own(records):
+    assert names_of(records) == tuple(case.fact.id for case in CASES)
+    plain = replace(records[0], request=replace(records[0].request, name=""), name="")
+    assert names_of([plain, plain]) == ("0", "1")
+    with pytest.raises(EditError, match="2 records have the name"):
+        names_of([records[0], records[0]])
+    with pytest.raises(EditError, match="no records"):
+        names_of([])
+
+
+def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked(tiny_vlm):
+    settings = WorldRequests(count=3, contexts=2, by_name=True, keep=3)
+    (record,) = world_records(tiny_vlm, WORLD, CASES[:1], requests=settings)
+    told = {key_of(prompt) for prompt in (*record.request.contexts, *record.request.also, *record.request.keep)}
+    assert len(told) == 6
+    assert not told & {key_of(probe.prompt) for probe in record.probes}
