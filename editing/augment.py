@@ -17,14 +17,15 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 class Augmentation:
     """How many variants of a picture there are, and how far they go. EditError for a setting out of range.
 
-    Every variant has the size of its picture. The same seed gives the same variants.
+    Every variant has the size of its picture. The same seed gives the same variants. On the embedded model crops and
+    shifts carry an edit to other renderings, and jitters alone do nothing.
     """
 
-    crops: int = 3
+    crops: int = 2
     """Squares of the picture's own shape cut out at random and enlarged again."""
-    jitters: int = 3
+    jitters: int = 1
     """Variants in brightness, contrast and colour."""
-    shifts: int = 3
+    shifts: int = 2
     """Variants moved sideways and up or down, the gap filled with the picture's mean colour."""
     smallest: float = 0.8
     """Side of the smallest crop as a share of the picture's, above 0 and at most 1."""

@@ -65,7 +65,7 @@ class ClosedFormEditor(ValueSettings):
     """Of the keys of the requests' `keep` prompts, inf for exact: how firmly their outputs stay."""
     earlier_weight: float | None = None
     """Of the keys of edits made before, in a sequence; None leaves them out."""
-    ridge_fraction: float = 0.05
+    ridge_fraction: float = 0.02
     """The ridge as a share of the mean squared key norm: that of one key differs by a factor of 25 between layers."""
     ridge: float | None = None
     """An absolute ridge in place of ridge_fraction."""
@@ -330,17 +330,19 @@ class _Work:
         if not preserved:
             return
         residuals = change.residuals.double()
-        size = residuals.square().sum(-1)
-        shares = (change.moved(change.keys) * residuals).sum(-1) / size
-        kept = torch.cat([keys for _, keys in preserved]).double()
+        met = (change.moved(change.keys) * residuals).sum(-1)
+        kept = torch.cat([keys for _, keys in preserved]).double().cpu()
         names = [name for name, keys in preserved for _ in keys]
-        for row in ((shares < _LIKELY) & (size > 0)).nonzero().flatten().tolist():
-            key = change.keys[row].double()
-            near = torch.nn.functional.cosine_similarity(kept.cpu(), key[None]).argmax().item()
+        for owner in change.owners.unique().tolist():
+            own = change.owners == owner
+            asked = residuals[own].square().sum().item()
+            if not asked or met[own].sum().item() >= _LIKELY * asked:
+                continue
+            likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
             logger.warning(
                 "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
                 "a later layer tells them apart better, or pass a finite keep_weight",
-                *(100 * shares[row].item(), self.requests[int(change.owners[row])].label, names[near]),
+                *(100 * met[own].sum().item() / asked, self.requests[owner].label, names[likeness.amax(0).argmax()]),
             )
 
     def _delta(self, changes: Mapping[str, WeightChange], fingerprints: Mapping[str, str] | None = None) -> Delta:

@@ -100,17 +100,33 @@ class Delta:
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
         """One line per request, from the shares that `realised` (or a side-car) gives: what became of it, and how much.
 
-        The share is that of the request's worst key over all weights; less than nine tenths is pointed out. A delta
-        whose keys belong to no request has one line per weight.
+        The share is that of `shares`; less than nine tenths is pointed out. A delta whose keys belong to no request has
+        one line per weight.
         """
         if not self.requests:
-            return tuple(f"{name}: {_share(share)}" for name, share in shares.items())
+            return tuple(f"{name}: {_share(share.min().item())}" for name, share in shares.items() if share.numel())
         lines = []
-        for index, request in enumerate(self.requests):
-            own = torch.cat([shares[name][each.owners == index] for name, each in self.changes.items()])
+        for index, (request, share) in enumerate(zip(self.requests, self.shares(shares), strict=True)):
             asked = f"{index}: {request.get('question', '')!r} -> {request.get('target', '')!r}"
-            lines.append(f"{asked}: {_share(own) if own.numel() else request.get('status', 'no keys of its own')}")
+            lines.append(f"{asked}: {request.get('status', 'no keys of its own') if share is None else _share(share)}")
         return tuple(lines)
+
+    def shares(self, realised: Mapping[str, Tensor]) -> tuple[float | None, ...]:
+        """What is realised of each request over all its keys, which count by what they ask for; None for no keys.
+
+        realised: shares per key, as `realised` gives them. A key that asks for next to nothing, as where an answer ends
+        anyway, says little by itself.
+        """
+        found: list[float | None] = []
+        for index in range(len(self.requests)):
+            met = asked = 0.0
+            for name, change in self.changes.items():
+                own = change.owners == index
+                squared = change.residuals[own].double().square().sum(-1)
+                met += float((realised[name][own].double() * squared).sum())
+                asked += float(squared.sum())
+            found.append(met / asked if asked else None)
+        return tuple(found)
 
     def owned(self, index: int) -> dict[str, Tensor]:
         """(rank,) boolean per parameter name: the keys that serve this request.
@@ -268,7 +284,6 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise EditError(f"the edit in '{path}' is damaged ({error}); make the edit again and save it anew") from error
 
 
-def _share(shares: Tensor) -> str:
-    worst = shares.min().item() if shares.numel() else 1.0
-    note = "" if worst >= _MOSTLY else "; a side-car, a higher precision or a smaller ridge brings the rest"
-    return f"{worst:.1%} realised{note}"
+def _share(share: float) -> str:
+    note = "" if share >= _MOSTLY else "; a side-car, a higher precision or a smaller ridge brings the rest"
+    return f"{share:.1%} realised{note}"

@@ -1,13 +1,8 @@
 """LoRA through PEFT: low-rank adapters trained on the answers wanted, then taken out of the model again."""
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +10,6 @@ from torch import Tensor, nn
 from ..models import ModelError, Projection, VisionLanguageModel
 from .differences import TrainedChange
 from .errors import EditError
-from .files import write_tensors
 from .requests import EditRequest
 from .training import TrainingSettings, answer_batches, train
 
@@ -44,45 +38,6 @@ class LowRankChange(TrainedChange):
         """left @ right of the parameter of this name, in the layout in which the model stores it."""
         left, right = self.factors[name]
         return (left @ right).T if self.transposed else left @ right
-
-    def save_adapter(self, folder: str | Path) -> Path:
-        """The folder, which now holds the change in PEFT's layout, to be opened by PeftModel.from_pretrained.
-
-        The scale is in the factors, so the adapter's alpha is its rank. EditError where the folder exists already or
-        cannot be written; there is a whole one afterwards, or none.
-        """
-        folder = Path(folder)
-        if folder.exists():
-            raise EditError(f"cannot write the adapter to '{folder}': it exists; pass a new folder")
-        rank = len(next(iter(self.factors.values()))[1])
-        paths = {name: name.removesuffix(".weight") for name in self.factors}
-        tensors = {f"base_model.model.{path}.lora_A.weight": self.factors[name][1] for name, path in paths.items()}
-        tensors |= {f"base_model.model.{path}.lora_B.weight": self.factors[name][0] for name, path in paths.items()}
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": self.model,
-            "revision": self.revision,
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": self.transposed,
-            "target_modules": sorted(paths.values()),
-            "inference_mode": True,
-        }
-        temporary = None
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
-            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, folder)
-        except OSError as error:
-            raise EditError(f"cannot write the adapter to '{folder}': {error}; pass another folder") from error
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
 
 
 @dataclass(frozen=True, kw_only=True)

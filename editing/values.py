@@ -23,15 +23,15 @@ class ValueSettings:
 
     learning_rate: float = 0.3
     """Step of Adam."""
-    steps: int = 80
+    steps: int = 200
     """At most so many; 0 asks for no change."""
     stop_loss: float = 0.005
-    """Enough when the mean negative log-probability per target token, in nats, is at most this."""
+    """Enough when the mean negative log-probability per target token, with the essence's price, is at most this."""
     weight_decay: float = 1e-3
     """Price of |change|^2 / |current output|^2."""
     squared_decay: bool = True
     """False: the price is of |change| / |current output|^2, as ROME, MEMIT and MultEdit were published."""
-    clamp: float | None = None
+    clamp: float | None = 10.0
     """Longest change allowed at a key, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None: any."""
     essence_weight: float = 0.0625
     """Price of KL(edited || unedited) of the next token of a request's essence prompts, in nats."""

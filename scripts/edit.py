@@ -23,7 +23,7 @@ from .edit_asked import AskedEdit, RequestOptions
 from .edit_options import EditorOptions
 from .edit_preview import preview, sizes
 from .edit_records import FORMAT
-from .edit_report import EditOutcome, shares_of
+from .edit_report import EditOutcome
 from .edit_where import TRACE, Place, load_traces, parse_place, place_of
 from .errors import CommandError
 from .options import ModelOptions, add_options, option, read
@@ -250,7 +250,7 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
         notes=made.notes,
         shifts=made.shifts,
         answers=tuple(zip(before, edited, after, strict=True)),
-        shares=shares_of(delta, delta.realised(vlm)),
+        shares=delta.shares(delta.realised(vlm)),
         is_undone=vlm.fingerprint(delta.changes) == delta.fingerprints,
         sizes=sizes(vlm, delta),
         preview=found,

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..editing.delta import Delta
 from ..locating import TraceShift
 from .edit_preview import Preview, Size, preview_lines
@@ -110,23 +108,6 @@ class EditOutcome:
 
     def _all_shifts(self) -> tuple[TraceShift | None, ...]:
         return self.shifts or (None,) * len(self.answers)
-
-
-def shares_of(delta: Delta, realised: dict[str, torch.Tensor]) -> tuple[float | None, ...]:
-    """What is realised of each request over all its keys, which count by what they ask for; None for one without keys.
-
-    A key that asks for next to nothing, as where an answer ends anyway, says little by itself.
-    """
-    found: list[float | None] = []
-    for index in range(len(delta.requests)):
-        met = asked = 0.0
-        for name, change in delta.changes.items():
-            own = change.owners == index
-            squared = change.residuals[own].double().square().sum(-1)
-            met += float((realised[name][own].double() * squared).sum())
-            asked += float(squared.sum())
-        found.append(met / asked if asked else None)
-    return tuple(found)
 
 
 def _counted(places: Sequence[Place]) -> list[tuple[str, int]]:

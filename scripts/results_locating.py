@@ -5,18 +5,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import wilcoxon
 
 from ..editing.editors import MultEdit
 from ..editing.evaluate import evaluate_singly, without_history
 from ..editing.metrics import EXACT, UNCHANGED
-from ..editing.probes import EFFICACY, GENERALITY, SAME_QUESTION_OTHER_PICTURE
+from ..editing.probes import BY_NAME, EFFICACY, GENERALITY, LOCALITY, SAME_QUESTION_OTHER_PICTURE
 from ..models import VisionLanguageModel
 from .results_world import Bench
 
 CONVERGED = 200
 """Steps of the value search: enough for values that can be found at all."""
-_DRAWS = 2000
+_DRAWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class Paired:
     """Of the mean difference (traced minus other), 95 % bootstrap over requests."""
     high: float
     p: float
-    """Of Wilcoxon's signed-rank test, two-sided; 1 where no request differs."""
+    """Of a permutation test that flips the signs of the differences at random, two-sided."""
     number: int
 
 
@@ -52,14 +51,10 @@ def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str)
     for record in bench.records:
         rows = [row for row in report.rows if row.record == record.name]
         moved = [row.numbers[EXACT][1] for row in rows if row.aspect == EFFICACY]
-        spread = [row.numbers[EXACT][1] for row in rows if row.aspect == GENERALITY and row.kind != "by_name"]
-        stayed = {row.kind: [] for row in rows if UNCHANGED in row.numbers}
-        for row in rows:
-            if UNCHANGED in row.numbers:
-                stayed[row.kind].append(row.numbers[UNCHANGED][1])
-        entities = stayed[SAME_QUESTION_OTHER_PICTURE]
-        everything = [value for values in stayed.values() for value in values]
-        found[record.request.name] = [*moved, *map(_mean, (spread, entities, everything))]
+        spread = [row.numbers[EXACT][1] for row in rows if row.aspect == GENERALITY and row.kind != BY_NAME]
+        stayed = [(row.kind, row.numbers[UNCHANGED][1]) for row in rows if row.aspect == LOCALITY]
+        entities = [value for kind, value in stayed if kind == SAME_QUESTION_OTHER_PICTURE]
+        found[record.request.name] = [*moved, *map(_mean, (spread, entities, [value for _, value in stayed]))]
     return found
 
 
@@ -71,11 +66,12 @@ def score(cell: Sequence[float]) -> float:
 def paired(traced: Sequence[float], other: Sequence[float]) -> Paired:
     """The comparison of two choices over the same requests."""
     differences = np.asarray(traced) - np.asarray(other)
-    draws = np.random.default_rng(0).integers(0, len(differences), (_DRAWS, len(differences)))
-    low, high = np.quantile(differences[draws].mean(1), [0.025, 0.975])
-    p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+    generator, size = np.random.default_rng(0), (_DRAWS, len(differences))
+    low, high = np.quantile(differences[generator.integers(0, len(differences), size)].mean(1), [0.025, 0.975])
+    flipped = np.abs((differences * generator.choice([-1.0, 1.0], size)).mean(1))
+    p = (1 + (flipped >= abs(differences.mean()) - 1e-12).sum()) / (1 + _DRAWS)
     means = {"traced": float(np.mean(traced)), "other": float(np.mean(other))}
-    return Paired(**means, low=float(low), high=float(high), p=p, number=len(differences))
+    return Paired(**means, low=float(low), high=float(high), p=float(p), number=len(differences))
 
 
 def comparisons(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ _TITLES = {
 }
 _HEADER = """# Editing results
 
-Made by `multrace results --out out/results` on the embedded model and its own world of facts. Settings were chosen on one half
-of each edit split and are reported here on the other. Answers are **free generation**: *efficacy*, *other pictures*, *other
-wordings*, *both* and *by name* are shares of answers that equal the target letter by letter; *other entities* (same question,
-pictures of other things), *other relations* (other questions, same picture) and *unrelated* are shares of answers that are
-what the unedited model says. In brackets: 95 % bootstrap intervals over requests. Every edit is shown one picture and three
-more of the same entity (`contexts`), none of which is asked about.
+Made by `multrace results --out out/results` on the embedded model and its own world of facts. Settings were chosen on
+one half of each edit split and are reported here on the other. Answers are **free generation**: *efficacy*, *other
+pictures*, *other wordings*, *both* and *by name* are shares of answers that equal the target letter by letter; *other
+entities* (same question, pictures of other things), *other relations* (other questions, same picture) and *unrelated*
+are shares of answers that are what the unedited model says. In brackets: 95 % bootstrap intervals over requests.
+Every edit is shown one picture and three more of the same entity (`contexts`), none of which is asked about.
 """
 
 
@@ -93,16 +93,15 @@ def _locating(found: Mapping[str, Any]) -> list[str]:
     sites = found["sites"]["sites"]
     lines = ["## Does locating help?\n"]
     lines.append(
-        "Each request edited at each layer and token with converged values, and scored by the mean of efficacy, generality "
-        "(pictures and wordings) and locality. The trace is of the request's own question under the picture of another "
-        f"entity. Paired over {len(sites)} requests; p is of Wilcoxon's signed-rank test.\n"
+        "Each request edited at each layer and token with converged values, and scored by the mean of efficacy, "
+        "generality (pictures and wordings) and locality. The trace is of the request's own question under the picture "
+        f"of another entity. Paired over {len(sites)} requests; p is of a sign-flip permutation test.\n"
     )
     lines += ["| instead of the traced place | traced | instead | difference, 95 % | p |", "|---|---|---|---|---|"]
     for each in comparisons(sites, grid):
-        interval = f"[{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
-        lines.append(
-            f"| {each['choice']} | {100 * each['traced']:.1f} | {100 * each['other']:.1f} | {interval} | {each['p']:.2g} |"
-        )
+        traced, other, low, high = (100 * each[name] for name in ("traced", "other", "low", "high"))
+        interval = f"[{low:+.1f}, {high:+.1f}]"
+        lines.append(f"| {each['choice']} | {traced:.1f} | {other:.1f} | {interval} | {each['p']:.2g} |")
     lines += ["", "Edits at the traced token, by their layer's distance from the onset of the request's own trace:\n"]
     lines += ["| layers after the onset | edits | efficacy | generality | other entities unchanged | locality |"]
     lines += ["|---|---|---|---|---|---|"]

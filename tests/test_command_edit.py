@@ -16,7 +16,6 @@ from multrace.models import VisionLanguageModel, capture
 from multrace.scripts.edit_asked import NEXT, RequestOptions
 from multrace.scripts.edit_options import BASELINES, NAMES, editor
 from multrace.scripts.edit_preview import preview, sizes
-from multrace.scripts.edit_report import shares_of
 from multrace.scripts.edit_where import Place, parse_place
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
@@ -198,7 +197,7 @@ def test_shares_count_keys_by_what_they_ask_for(tiny_vlm: VisionLanguageModel, d
     (name,) = delta.changes
     change = delta.changes[name]
     moved = change.keys.double() @ (change.left.double() @ change.right.double()).T
-    for index, share in enumerate(shares_of(delta, delta.realised(tiny_vlm))):
+    for index, share in enumerate(delta.shares(delta.realised(tiny_vlm))):
         own = change.owners == index
         asked = change.residuals[own].double()
         assert share == pytest.approx(((moved[own] * asked).sum() / asked.square().sum()).item(), abs=1e-4)

@@ -14,7 +14,6 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.editing import Delta
 from multrace.scripts import answer
-from multrace.scripts.edit_report import shares_of
 from multrace.scripts.edit_where import parse_place
 from multrace.scripts.main import COMMANDS, app
 from multrace.tracing import CausalTrace, SwapImage, TextNoise, causal_trace
@@ -187,7 +186,7 @@ def test_edit_writes_an_edit_that_changes_the_answer(edited: Edited, random_llav
     assert after != before
     assert after.startswith(TARGET)
     assert (states["before"], states["with the edit"], states["after undo"]) == (before, after, before)
-    (share,) = shares_of(delta, delta.realised(vlm))
+    (share,) = delta.shares(delta.realised(vlm))
     assert states["realised"].startswith(f"{share:.1%}")
 
 

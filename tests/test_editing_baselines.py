@@ -10,6 +10,7 @@ import torch
 from multrace.data import World, tiny_vlm_path
 from multrace.editing import EditError, EditRequest, lora
 from multrace.editing.baselines import FineTune, InContext, Lora
+from multrace.editing.exports import to_peft
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 
@@ -181,7 +182,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     before = vlm.logits(prompt).detach()
     with change.applied(vlm):
         wanted = vlm.logits(prompt).detach()
-    folder = change.save_adapter(tmp_path / "adapter")
+    folder = to_peft(change, vlm, tmp_path / "adapter")
     peft = PeftModel.from_pretrained(copy.deepcopy(vlm.model), folder)
     with torch.no_grad():
         found = peft(**prompt.inputs).logits
@@ -190,7 +191,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     with pytest.raises(EditError, match="it exists; pass a new folder"):
-        change.save_adapter(folder)
+        to_peft(change, vlm, folder)
 
 
 def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):

@@ -442,7 +442,7 @@ def test_a_real_edit_changes_the_answers_and_is_taken_back(tiny_vlm):
     requests = [
         EditRequest(prompt=prompt, target=target) for prompt, target in zip(prompts, ("red", "blue"), strict=True)
     ]
-    delta = MultEdit(layer=2).edit(vlm, requests)
+    delta = MultEdit(layer=2, clamp=None).edit(vlm, requests)
     with delta.applied(vlm):
         assert vlm.answers(prompts) == ["red", "blue"] != before
     assert vlm.answers(prompts) == before

@@ -27,7 +27,7 @@ SPAN = "the thing in this picture"
 QUESTION = f"What is {SPAN}?"
 OTHER = f"Please tell me now, what do people call {SPAN}?"
 LAYER = 2
-FEW = ValueSettings(steps=4, learning_rate=0.2, weight_decay=0.05)
+FEW = ValueSettings(steps=3, learning_rate=0.2, weight_decay=0.05)
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -194,7 +194,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("settings", "token", "kind"), SETTINGS.values(), ids=SETTINGS)
 def test_the_search_goes_the_way_of_the_plain_path(exact_llava, settings, token, kind):
-    goals = goals_of(exact_llava)
+    goals = goals_of(exact_llava)[:2]
     results = searched(exact_llava, goals, settings, token=token, kind=kind)
     for goal, result in zip(goals, results, strict=True):
         change, losses = plain_search(exact_llava, goal, settings, token=token, kind=kind)
@@ -204,7 +204,7 @@ def test_the_search_goes_the_way_of_the_plain_path(exact_llava, settings, token,
 
 
 def test_every_setting_of_the_table_matters(exact_llava):
-    goals, found = goals_of(exact_llava), set()
+    goals, found = goals_of(exact_llava)[:2], set()
     for settings, token, kind in SETTINGS.values():
         results = searched(exact_llava, goals, settings, token=token, kind=kind)
         found.add(tuple(each.losses for each in results))

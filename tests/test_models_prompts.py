@@ -227,3 +227,18 @@ def test_byte_fallback_and_letters_of_several_bytes(random_llama):
     prompt = random_llama.prompt(None, question, constraint="m\u00fcnchen")
     ids = prompt.inputs["input_ids"][0, list(prompt.positions("constraint"))]
     assert random_llama.tokenizer.decode(ids).strip() == "M\u00fcnchen"
+
+
+def test_other_pictures_for_the_same_words(random_llava, photo, other_photo):
+    prompt = random_llava.prompt(photo, QUESTION, constraint={"constraint": SPAN, "verb": "founded"}, answer="Ada")
+    moved = prompt.with_images(other_photo)
+    fresh = random_llava.prompt(other_photo, QUESTION, constraint={"constraint": SPAN, "verb": "founded"}, answer="Ada")
+    assert (moved.groups, moved.tokens, moved.patches) == (fresh.groups, fresh.tokens, fresh.patches)
+    assert (moved.answer, moved.answer_ids) == ("Ada", fresh.answer_ids)
+    assert all(torch.equal(moved.inputs[name], value) for name, value in fresh.inputs.items())
+    assert not torch.equal(moved.inputs["pixel_values"], prompt.inputs["pixel_values"])
+    assert moved.with_answer(None).length == prompt.length - len(prompt.answer_ids)
+    with pytest.raises(ModelError, match="about 1 pictures and got 2"):
+        prompt.with_images([photo, other_photo])
+    with pytest.raises(ModelError, match="no picture at"):
+        prompt.with_images("nowhere.png")
