@@ -13,19 +13,19 @@ from torch import Tensor
 
 from ..models import ModelError, Projection, Prompt, Site, VisionLanguageModel
 from .changes import WeightChange
+from .constraints import Rows, check_contradictions, reduced
 from .delta import Delta
 from .errors import EditError
 from .keys import Lookup, lookups
 from .metric import Metric, metric, null_space
 from .moments import Moments
 from .requests import EditRequest
-from .solve import Constraints, Solution, solve
+from .solve import solve
 from .targets import Goal
 from .values import ValueResult, ValueSettings, search_values
 
 logger = logging.getLogger("multrace")
 _LIKELY = 0.5  # a target below it, even with its value met in full, is hardly what free generation will say
-_SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 _EDITED = "edited"
 _NOTHING = "nothing to do"
 
@@ -246,7 +246,7 @@ class _Work:
                 self.owners.append(index)
         if len({self.requests[owner].target for owner in self.owners}) > 1:
             found = self._lookups(self.goals, self.last)
-            _check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in self.owners])
+            check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in self.owners])
 
     def _search(self) -> None:
         """Wanted values; requests whose search failed are left out."""
@@ -303,7 +303,8 @@ class _Work:
         share = self.last - layer + 1
         residuals = [(wanted.values - now.before) / share for wanted, now in zip(self.results, found, strict=True)]
         preserved = [(name, each.keys) for (name, _), each in zip(kept, self._kept_lookups(kept, layer), strict=True)]
-        rows = _Rows.of(editor, [self.requests[owner].label for owner in self.owners], found, residuals)
+        kind = {"weight": editor.weight, "two_keys": editor.two_keys}
+        rows = Rows.of([self.requests[owner].label for owner in self.owners], found, residuals, **kind)
         rows.add(preserved, editor.keep_weight)
         if editor.earlier_weight is not None:
             before = [delta.changes[projection.name] for delta in earlier if projection.name in delta.changes]
@@ -313,14 +314,14 @@ class _Work:
         solution = solve(cost, constraints)
         self.relaxed |= set(solution.relaxed)
         owners = [owner for owner, each in zip(self.owners, found, strict=True) for _ in each.keys]
-        change = _reduced(solution, constraints, len(owners), owners)
+        change = reduced(solution, constraints, len(owners), owners)
         self._check_shares(change, preserved)
         return change
 
     def _kept_lookups(self, kept: Sequence[tuple[str, Goal]], layer: int) -> list[Lookup]:
         return self._lookups([goal for _, goal in kept], layer) if kept else []
 
-    def _metric(self, layer: int, rows: _Rows, moments: Moments | None) -> Metric:
+    def _metric(self, layer: int, rows: Rows, moments: Moments | None) -> Metric:
         relative = self.editor.ridge_fraction * rows.mean_square
         ridge = relative if self.editor.ridge is None else self.editor.ridge
         return self.editor.metric(layer, self.projections[layer], moments, ridge)
@@ -368,71 +369,6 @@ class _Work:
         return report
 
 
-@dataclass(eq=False)
-class _Rows:
-    """Constraints of one layer while they are gathered; the keys of the edit come first."""
-
-    keys: list[Tensor]
-    directions: list[Tensor] | None
-    residuals: list[Tensor]
-    weights: list[float]
-    names: list[str]
-    mean_square: float
-
-    @classmethod
-    def of(
-        cls, editor: ClosedFormEditor, names: Sequence[str], found: Sequence[Lookup], residuals: Sequence[Tensor]
-    ) -> _Rows:
-        means = [each.keys for each in found]
-        return cls(
-            keys=[each.plain_keys for each in found] if editor.two_keys else list(means),
-            directions=list(means) if editor.two_keys else None,
-            residuals=list(residuals),
-            weights=[editor.weight for keys in means for _ in keys],
-            names=[name for name, keys in zip(names, means, strict=True) for _ in keys],
-            mean_square=torch.cat(means).double().square().sum(-1).mean().item(),
-        )
-
-    def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
-        """More keys, whose outputs stay."""
-        for name, keys in preserved:
-            keys = keys.to(self.keys[0])
-            self.keys.append(keys)
-            self.residuals.append(keys.new_zeros(len(keys), self.residuals[0].shape[1]))
-            self.weights += [weight] * len(keys)
-            self.names += [name] * len(keys)
-            if self.directions is not None:
-                self.directions.append(keys)
-
-    def constraints(self) -> Constraints:
-        return Constraints(
-            keys=torch.cat(self.keys),
-            residuals=torch.cat(self.residuals),
-            weights=torch.tensor(self.weights, dtype=torch.float64),
-            directions=None if self.directions is None else torch.cat(self.directions),
-            names=tuple(self.names),
-        )
-
-
-def _reduced(solution: Solution, constraints: Constraints, count: int, owners: Sequence[int]) -> WeightChange:
-    """The change with the first `count` rows alone: those whose outputs stay are eliminated from its equations.
-
-    With G = K right^T and rows 1 (edited) and 2 (kept, residual 0), X2 = -(G22 + 1/w2)^-1 G21 X1, so that the same
-    change is X1^T (right1 - G21^T (G22 + 1/w2)^-T right2): the file holds a row per edited key and not one per kept
-    key, and taking an edit out or solving some of them anew leaves what was kept in force.
-    """
-    right = solution.right[:count]
-    if count < len(solution.right):
-        kept, keys = solution.right[count:], constraints.keys[count:].double()
-        gram = keys @ kept.T + torch.diag(1 / solution.weights[count:])
-        right = right - torch.linalg.lstsq(gram, keys @ right.T).solution.T @ kept
-    parts = {"left": solution.left[:, :count], "right": right, "keys": constraints.keys[:count]}
-    parts |= {"residuals": constraints.residuals[:count], "weights": solution.weights[:count]}
-    return WeightChange(
-        **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
-    )
-
-
 def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool) -> set[int]:
     """Indices of the requests all of whose prompts are answered with their targets already."""
     longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4
@@ -445,17 +381,3 @@ def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progres
         if rest and set(vlm.answers(rest, max_new_tokens=longest)) != {requests[index].target.strip()}:
             done.discard(index)
     return done
-
-
-def _check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
-    """EditError if two requests want different answers at the same key."""
-    stacked = torch.stack(list(keys)).double()
-    distances = torch.cdist(stacked, stacked) / stacked.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
-    for first, second in (distances < _SAME).nonzero().tolist():
-        one, other = requests[first], requests[second]
-        if first < second and one.target != other.target:
-            raise EditError(
-                f"two requests contradict each other: {one.label!r} and {other.label!r} have the same key at this "
-                f"layer and token but the targets {one.target!r} and {other.target!r}; drop one of them, or edit where "
-                "their keys differ (a later layer, another token)"
-            )

@@ -11,7 +11,8 @@ from multrace import VisionLanguageModel
 from multrace.data import World, tiny_vlm_path
 from multrace.data.world import EditCase
 from multrace.editing import Delta, EditRequest, MultEdit
-from multrace.editing.closed_form import ClosedFormEditor, _reduced
+from multrace.editing.closed_form import ClosedFormEditor
+from multrace.editing.constraints import reduced
 from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.editing.keys import Place
 from multrace.editing.metric import metric
@@ -386,7 +387,7 @@ def test_a_change_without_rows_of_what_it_keeps_is_the_whole_change(directed, we
     )
     solution = solve(metric(30, ridge=0.4), constraints)
     whole = solution.left @ solution.right
-    change = _reduced(solution, constraints, count, [0, 0, 1])
+    change = reduced(solution, constraints, count, [0, 0, 1])
     assert change.rank == count
     torch.testing.assert_close(change.left.double() @ change.right.double(), whole, rtol=1e-4, atol=1e-5)
     cut = solution.left[:, :count] @ solution.right[:count]
