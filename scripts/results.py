@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import tiny_vlm_path
+from ..editing.errors import EditError
 from ..editing.report_files import write_whole
 from ..models import VisionLanguageModel, load
 from .errors import CommandError
@@ -75,7 +76,11 @@ def run(options: argparse.Namespace) -> int:
         todo = [(name, make) for name, make in _work(settings, split) if not _file(settings, split, name).is_file()]
         for name, measure in tqdm(todo, desc=f"{split}: rows", unit="row"):
             bench = bench or make_bench(vlm, split, "report", settings.number, settings.probes)
-            found = measure(vlm, bench)
+            try:
+                found = measure(vlm, bench)
+            except EditError as error:  # one row that cannot be made, such as a batch that contradicts itself
+                tqdm.write(f"{split} {name}: left out, {error}")
+                continue
             write_whole(_file(settings, split, name), json.dumps(found, indent=1).encode())
     rows = {split: _measured(settings, split) for split in SPLITS}
     target = write_whole(settings.out / "results.md", document(rows).encode())
