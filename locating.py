@@ -169,11 +169,7 @@ class _Edits:
     def _edit(self, members: Sequence[int], earlier: Sequence[Delta], *, progress: bool) -> Delta:
         editor = self.editors[members[0]]
         words: dict[str, Any] = {"moments": self.moments, "earlier": earlier, "progress": progress}
-        if (
-            self.moments is not None
-            and editor.needs_moments
-            and (editor.ridge is not None or not editor.ridge_fraction)
-        ):
+        if self.moments is not None and editor.has_fixed_cost:
             if editor not in self.metrics:
                 self.metrics[editor] = editor.metrics(self.vlm, self.moments)
             words["metrics"] = self.metrics[editor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from .errors import EditError
 from .keys import Lookup, lookups
 from .metric import Metric, metric, null_space
 from .moments import Moments
-from .requests import EditRequest
+from .requests import EditRequest, key_of
 from .solve import solve
 from .targets import Goal
 from .values import ValueResult, ValueSettings, search_values
@@ -112,6 +112,15 @@ class ClosedFormEditor(ValueSettings):
         """Whether its cost or its null space are made of second moments of keys."""
         return self.moment_weight > 0 or self.null_threshold is not None
 
+    @property
+    def has_fixed_cost(self) -> bool:
+        """Whether `metrics` saves work that would otherwise be done anew in each edit."""
+        return self.needs_moments and not (self.moment_weight and self._ridge_is_relative)
+
+    @property
+    def _ridge_is_relative(self) -> bool:
+        return self.ridge is None and self.ridge_fraction > 0
+
     def projections(self, vlm: VisionLanguageModel) -> dict[int, Projection]:
         """The projections that are changed by their layers (from 0), lowest first. EditError for layers not there."""
         last = self.place[0]
@@ -126,15 +135,15 @@ class ClosedFormEditor(ValueSettings):
         return found
 
     def metrics(self, vlm: VisionLanguageModel, moments: Moments | None) -> dict[str, Metric]:
-        """What a change of each weight costs, by parameter name, for edits with an absolute ridge (or none).
+        """What a change of each weight costs, by parameter name, apart from a ridge that edits take from their keys.
 
         Factorises each second moment once: make them once and pass them to every `edit`. EditError without the moments
-        that the settings need, or for a ridge that each edit takes from its own keys.
+        that the settings need, or where a factorisation would depend on the keys of each edit (`has_fixed_cost`).
         """
-        if self.ridge is None and self.ridge_fraction:
+        if self.moment_weight and self._ridge_is_relative:
             raise EditError(
-                f"{type(self).__name__} takes its ridge from the keys of each edit (ridge_fraction="
-                f"{self.ridge_fraction}), so that no metric can be made before; pass an absolute ridge="
+                f"{type(self).__name__} adds a ridge from the keys of each edit (ridge_fraction={self.ridge_fraction}) "
+                "to its second moment, so that no metric can be made before; pass an absolute ridge="
             )
         return {each.name: self.metric(layer, each, moments) for layer, each in self.projections(vlm).items()}
 
@@ -267,9 +276,9 @@ class _Work:
 
     def _kept_goals(self) -> list[tuple[str, Goal]]:
         """The prompts whose answers stay, each once, with the answers the model gives now."""
-        prompts: dict[int, Prompt] = {}
+        prompts: dict[str, Prompt] = {}
         for owner in dict.fromkeys(self.owners):
-            prompts |= {id(prompt): prompt for prompt in self.requests[owner].keep}
+            prompts |= {key_of(prompt): prompt for prompt in self.requests[owner].keep}
         asked = list(prompts.values())
         answers = self.vlm.answers(asked, batch_size=self.editor.rows_at_once, progress=self.progress) if asked else []
         return [
@@ -295,10 +304,9 @@ class _Work:
         """The change of one layer's weight, given the model as it is with the layers below changed."""
         projection, editor = self.projections[layer], self.editor
         if not self.goals:
-            empty = {"left": (projection.hidden, 0), "right": (0, projection.width), "keys": (0, projection.width)}
-            return WeightChange(
-                **{part: torch.zeros(size) for part, size in {**empty, "residuals": (0, projection.hidden)}.items()}
-            )
+            sizes = {"left": (projection.hidden, 0), "right": (0, projection.width)}
+            sizes |= {"keys": (0, projection.width), "residuals": (0, projection.hidden)}
+            return WeightChange(**{part: torch.zeros(size) for part, size in sizes.items()})
         found = self.results if len(self.projections) == 1 else self._lookups(self.goals, layer)
         share = self.last - layer + 1
         residuals = [(wanted.values - now.before) / share for wanted, now in zip(self.results, found, strict=True)]
@@ -309,7 +317,7 @@ class _Work:
         if editor.earlier_weight is not None:
             before = [delta.changes[projection.name] for delta in earlier if projection.name in delta.changes]
             rows.add([("an earlier edit", each.keys) for each in before if each.rank], editor.earlier_weight)
-        cost = metrics[projection.name] if metrics else self._metric(layer, rows, moments)
+        cost = self._cost(layer, rows, moments, metrics)
         constraints = rows.constraints()
         solution = solve(cost, constraints)
         self.relaxed |= set(solution.relaxed)
@@ -321,10 +329,13 @@ class _Work:
     def _kept_lookups(self, kept: Sequence[tuple[str, Goal]], layer: int) -> list[Lookup]:
         return self._lookups([goal for _, goal in kept], layer) if kept else []
 
-    def _metric(self, layer: int, rows: Rows, moments: Moments | None) -> Metric:
+    def _cost(self, layer: int, rows: Rows, moments: Moments | None, metrics: Mapping[str, Metric] | None) -> Metric:
         relative = self.editor.ridge_fraction * rows.mean_square
         ridge = relative if self.editor.ridge is None else self.editor.ridge
-        return self.editor.metric(layer, self.projections[layer], moments, ridge)
+        if metrics is None:
+            return self.editor.metric(layer, self.projections[layer], moments, ridge)
+        made = metrics[self.projections[layer].name]
+        return made if made.ridge == ridge else replace(made, ridge=ridge)
 
     def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
         """Warns of requests that what is to stay leaves little room for, and names what is nearest."""

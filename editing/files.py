@@ -29,7 +29,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], text: Mapping
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise EditError(
-            f"cannot write the edit to '{path}': {error}; pass a file name in a folder that you may write to"
+            f"cannot write '{path}': {error}; pass a file name in a folder that you may write to"
         ) from error
     finally:
         if temporary.exists():
@@ -44,5 +44,5 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise EditError(
-            f"cannot read an edit from '{path}': {error}; pass a file that Delta.save wrote, or make the edit again"
+            f"cannot read '{path}': {error}; pass a file that multrace saved, or make it again"
         ) from error

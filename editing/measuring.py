@@ -1,6 +1,5 @@
 """What one state of a model says to questions: free answers, and given answers fed in token by token."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,17 +70,6 @@ class State:
     """(key, answer) -> (vocab,) float32 logits where the answer's first token is predicted."""
     fluencies: dict[str, str] = field(default_factory=dict)
     """Key -> the longer free answer of which fluency is measured."""
-
-
-def key_of(prompt: Prompt) -> str:
-    """A hash of all that a model is shown, the answer aside; equal for prompts that are the same to it."""
-    digest = hashlib.sha256(prompt.text.encode())
-    for name in sorted(prompt.inputs):
-        value = prompt.inputs[name]
-        if value.shape != (1, prompt.length):  # tokens follow from the text
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(f"{name} {tuple(value.shape)} ".encode() + raw.tobytes())
-    return digest.hexdigest()
 
 
 def generate(

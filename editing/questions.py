@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models import Prompt
-from .measuring import AnswerScore, Asked, State, key_of
+from .measuring import AnswerScore, Asked, State
 from .metrics import (
     EXACT,
     FLUENCY,
@@ -31,6 +31,7 @@ from .metrics import (
     vqa_match,
 )
 from .probes import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, Record, names_of
+from .requests import key_of
 
 Pair = tuple[float, float]
 """A number of the unedited and of the edited model."""

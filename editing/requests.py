@@ -1,7 +1,10 @@
 """What an edit is asked to do: one fact, the pictures and wordings that state it, and the answer it should have."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ..models import Prompt
 from .errors import EditError
@@ -59,3 +62,14 @@ class EditRequest:
         """The request in words, for the header of a saved edit."""
         counts = {part: str(len(getattr(self, part))) for part in _PROMPTS}
         return {"name": self.name, "question": self.prompt.question, "target": self.target, **counts}
+
+
+def key_of(prompt: Prompt) -> str:
+    """A hash of all that a model is shown, the answer aside; equal for prompts that are the same to it."""
+    digest = hashlib.sha256(prompt.text.encode())
+    for name in sorted(prompt.inputs):
+        value = prompt.inputs[name]
+        if value.shape != (1, prompt.length):  # tokens follow from the text
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(f"{name} {tuple(value.shape)} ".encode() + raw.tobytes())
+    return digest.hexdigest()

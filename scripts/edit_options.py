@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..editing.baselines import FineTune, InContext, Lora
 from ..editing.closed_form import ClosedFormEditor
-from ..editing.delta import Delta
 from ..editing.editors import EDITORS
 from ..editing.moments import Moments
 from ..editing.requests import EditRequest
-from ..editing.solve import Metric
 from ..models import VisionLanguageModel
 from .errors import CommandError
 from .options import option
@@ -24,48 +22,18 @@ _DOWN = {"mlp": "down"}
 """What baselines call a projection where it is not what closed-form editors call it."""
 
 
-class Editor(Protocol):
-    """What all editors made here can do."""
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether `edit` has to be given moments or metrics."""
-
-    def edit(
-        self,
-        vlm: VisionLanguageModel,
-        requests: Sequence[EditRequest],
-        *,
-        moments: Moments | None = None,
-        metrics: Mapping[str, Metric] | None = None,
-        earlier: Sequence[Delta] = (),
-        progress: bool = False,
-    ) -> Any:
-        """A change of the model, which is left as it is: something with `applied(vlm)`, `settings` and `requests`."""
-
-    def as_text(self) -> dict[str, str]:
-        """The editor's name and its settings."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
     """A baseline behind the call of the closed-form editors: it trains on the model as it is and needs nothing else."""
 
     settings: FineTune | Lora | InContext
     needs_moments: bool = False
+    has_fixed_cost: bool = False
 
     def edit(
-        self,
-        vlm: VisionLanguageModel,
-        requests: Sequence[EditRequest],
-        *,
-        moments: Moments | None = None,
-        metrics: Mapping[str, Metric] | None = None,
-        earlier: Sequence[Delta] = (),
-        progress: bool = False,
+        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False, **_unused: Any
     ) -> Any:
         """The baseline's change. Moments, metrics and earlier edits make no difference to it. EditError as its edit."""
-        del moments, metrics, earlier
         return self.settings.edit(vlm, requests, progress=progress)
 
     def as_text(self) -> dict[str, str]:

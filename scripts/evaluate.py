@@ -200,8 +200,7 @@ def _editor(settings: Evaluate, name: str, place: Place) -> Any:
 
 def _metrics(made: Any, vlm: VisionLanguageModel, moments: Any) -> Any:
     """The metrics of all edits, factorised once, where they do not depend on the edit's own keys."""
-    is_fixed = made.needs_moments and (made.ridge is not None or not made.ridge_fraction)
-    return made.metrics(vlm, moments) if is_fixed else None
+    return made.metrics(vlm, moments) if made.has_fixed_cost else None
 
 
 def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:

@@ -7,6 +7,7 @@ from typing import Any
 from ..editing.baselines import FineTune, InContext, Lora
 from ..editing.editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ..editing.evaluate import evaluate, evaluate_singly
+from ..editing.metric import Metric
 from ..editing.metrics import EXACT, UNCHANGED
 from ..editing.probes import (
     BY_NAME,
@@ -76,7 +77,7 @@ def editor_rows() -> tuple[EditorRow, ...]:
         EditorRow(name="multedit-bare", text="the same without other pictures (`contexts`)", edit=_traced, shown=_bare),
         _row("multedit-5", "MultEdit at layer 5, last token", MultEdit(layer=5), sequences=True),
         _row("multedit-attention", "the same on the attention output", MultEdit(layer=5, projection="attention")),
-        _row("multedit-early", "control: layer 2, last token, no kept keys", MultEdit(layer=2), batches=False),
+        _row("multedit-early", "control: layer 0, last token, no kept keys", MultEdit(layer=0), batches=False),
         _row(
             "multedit-published-place",
             "control: layer 2, last constraint token, values converged",
@@ -152,9 +153,15 @@ def _records(bench: Bench, row: EditorRow) -> list[Record]:
 
 
 def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
+    metrics: dict[str, Metric] = {}  # made by the first edit: they depend on no keys
+
     def edit(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        moments = bench.moments if editor.needs_moments else None
-        return editor.edit(vlm, requests, moments=moments, earlier=tuple(earlier))
+        given = {"moments": bench.moments} if editor.needs_moments else {}
+        if editor.has_fixed_cost:
+            if not metrics:
+                metrics.update(editor.metrics(vlm, bench.moments))
+            given["metrics"] = metrics
+        return editor.edit(vlm, requests, earlier=tuple(earlier), **given)
 
     return EditorRow(name=name, text=text, edit=edit, **options)
 

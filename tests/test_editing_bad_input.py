@@ -110,8 +110,10 @@ def test_requests_that_contradict_each_other_are_named(random_llava_llama):
     assert MultEdit(layer=1, steps=1).edit(vlm, [one, one]).requests[1]["status"] == "edited"  # they agree
 
 
-def test_a_ridge_relative_to_keys_makes_no_metric_before_there_are_any(random_llama):
-    with pytest.raises(EditError, match="AlphaEdit takes its ridge from the keys.*pass an absolute ridge="):
+def test_a_ridge_relative_to_keys_makes_no_metric_of_a_moment_before_there_are_any(random_llama):
+    with pytest.raises(EditError, match="MultEdit adds a ridge from the keys.*pass an absolute ridge="):
+        MultEdit(layer=3, moment_weight=1.0).metrics(random_llama, None)
+    with pytest.raises(EditError, match="AlphaEdit weighs old keys.*none is given"):
         AlphaEdit(layer=3).metrics(random_llama, None)
     (cost,) = MultEdit(layer=3, ridge=0.5).metrics(random_llama, None).values()
     assert cost.ridge == 0.5

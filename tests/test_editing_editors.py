@@ -287,6 +287,25 @@ def test_kept_prompts_are_held_exactly(tiny_vlm, cases, moments, editor):
     assert moved[3] < 1e-3 < 1e-2 < moved[0]
 
 
+def test_metrics_made_before_give_the_same_edit(tiny_vlm, cases, moments):
+    request = request_of(tiny_vlm, cases[0])
+    for editor in (AlphaEdit(layer=5, spread=1, steps=5), ROME(layer=5, steps=5)):
+        assert editor.has_fixed_cost
+        anew = editor.edit(tiny_vlm, [request], moments=moments)
+        made = editor.edit(tiny_vlm, [request], metrics=editor.metrics(tiny_vlm, moments))
+        free = replace(editor, null_threshold=None, moment_weight=0).edit(tiny_vlm, [request])
+        for name, (left, right) in anew.factors.items():
+            product = left @ right
+            torch.testing.assert_close(torch.matmul(*made.factors[name]), product, rtol=1e-4, atol=1e-6)
+            assert (torch.matmul(*free.factors[name]) - product).norm() > 0.1 * product.norm()
+
+
+def test_a_prompt_that_two_requests_keep_is_one_constraint(tiny_vlm, cases, caplog):
+    requests = [request_of(tiny_vlm, case, keep=others(tiny_vlm, cases[0], 1)) for case in cases[:2]]
+    MultEdit(layer=5, steps=2).edit(tiny_vlm, requests)
+    assert "cannot be told apart" not in caplog.text
+
+
 def test_the_question_by_name_is_reached_only_where_it_is_asked_for(tiny_vlm, cases):
     by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).question) for case in cases[4:9]]
     plain = [request_of(tiny_vlm, case) for case in cases[4:9]]

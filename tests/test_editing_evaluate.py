@@ -21,7 +21,7 @@ from multrace.editing.evaluate import (
     without_history,
 )
 from multrace.editing.in_context import InContext
-from multrace.editing.measuring import Measures, State, feed, key_of
+from multrace.editing.measuring import Measures, State, feed
 from multrace.editing.metrics import (
     EXACT,
     FLUENCY,
@@ -50,6 +50,7 @@ from multrace.editing.probes import (
 )
 from multrace.editing.questions import questions_of
 from multrace.editing.reports import EditReport, ProbeRow
+from multrace.editing.requests import key_of
 from multrace.editing.sequences import Governor, evaluate_sequentially
 from multrace.models import Prompt, VisionLanguageModel
 from multrace.scripts.world_edits import WorldRequests, untouched_facts, world_records
