@@ -6,6 +6,7 @@ from .editing import (
     MEMIT,
     ROME,
     AlphaEdit,
+    Augmentation,
     ClosedFormEditor,
     Delta,
     EditCurve,
@@ -116,6 +117,7 @@ from .tracing import (
 
 __all__ = [
     "AlphaEdit",
+    "Augmentation",
     "AnswerEmergence",
     "AttentionContributions",
     "AttentionSaliency",

@@ -1,6 +1,7 @@
 """Experiments that write: closed-form edits of a model's facts, their files, and what they did."""
 
 from .applying import AppliedDelta
+from .augment import Augmentation
 from .baselines import FineTune, InContext, Lora
 from .changes import WeightChange
 from .closed_form import ClosedFormEditor
@@ -21,6 +22,7 @@ from .sidecar import Sidecar
 
 __all__ = [
     "AlphaEdit",
+    "Augmentation",
     "AppliedDelta",
     "ClosedFormEditor",
     "Delta",

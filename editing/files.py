@@ -43,6 +43,4 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise EditError(
-            f"cannot read '{path}': {error}; pass a file that multrace saved, or make it again"
-        ) from error
+        raise EditError(f"cannot read '{path}': {error}; pass a file that multrace saved, or make it again") from error

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import multrace
 import pytest
 from multrace.scripts.main import make_parser
 
@@ -40,3 +41,9 @@ def test_every_command_line_is_understood(line):
 def test_its_links_and_pictures_are_there():
     for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_every_name_that_a_page_uses_is_there(page):
+    named = set(re.findall(r"\bmt\.(\w+)", page.read_text(encoding="utf-8")))
+    assert sorted(name for name in named if not hasattr(multrace, name)) == []
