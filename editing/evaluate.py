@@ -11,7 +11,15 @@ from ..models import Prompt, VisionLanguageModel
 from .errors import EditError
 from .measuring import Asked, Measures, State, feed, generate
 from .probes import EDITED, Record, names_of
-from .questions import General, Question, general_questions, numbers, questions_of, record_questions
+from .questions import (
+    General,
+    Question,
+    general_questions,
+    numbers,
+    questions_of,
+    record_questions,
+    unedited_by_others,
+)
 from .reports import EDITED_STATUS, EditReport, ProbeRow
 from .requests import EditRequest
 
@@ -86,18 +94,21 @@ def evaluate(
 ) -> EditReport:
     """The report on one change that is meant to make all these edits at once; the model is left as it is.
 
+    A question that should stay for one request, but that another one edits, is left out and counted in `left_out`.
     baseline: from `unedited`, with the same questions and measures; measured here if None. general: held-out questions
     with their answers. worded: how the edited model is asked, for editors that work in the prompt; by default the
     change's own `worded`, if it has one. EditError if the baseline lacks a question.
     """
     options = {"batch_size": batch_size, "progress": progress}
     baseline = baseline or unedited(vlm, records, general=general, measures=measures, **options)
-    questions = questions_of(records, general)
+    everything = questions_of(records, general)
+    questions = unedited_by_others(everything, records)
     measures = _agreed(baseline, measures)
     with change.applied(vlm):
         state = ask(vlm, questions, baseline, worded=worded or worded_by(change), measures=measures, **options)
     statuses = dict(zip(names_of(records), statuses_of(change, len(records)), strict=True))
-    return report(vlm, "together", measures, rows_of(questions, baseline.state, state), statuses)
+    left_out = len(everything) - len(questions)
+    return report(vlm, "together", measures, rows_of(questions, baseline.state, state), statuses, left_out)
 
 
 def evaluate_singly(
@@ -209,7 +220,12 @@ def rows_of(questions: Iterable[Question], before: State, after: State) -> tuple
 
 
 def report(
-    vlm: VisionLanguageModel, mode: str, measures: Measures, rows: Sequence[ProbeRow], statuses: Mapping[str, str]
+    vlm: VisionLanguageModel,
+    mode: str,
+    measures: Measures,
+    rows: Sequence[ProbeRow],
+    statuses: Mapping[str, str],
+    left_out: int = 0,
 ) -> EditReport:
     """The report on these rows."""
     return EditReport(
@@ -219,6 +235,7 @@ def report(
         settings={name: str(value) for name, value in asdict(measures).items()},
         rows=tuple(rows),
         statuses=dict(statuses),
+        left_out=left_out,
         seed=measures.seed,
     )
 

@@ -1,6 +1,6 @@
 """All that is asked about records, in one list, and the numbers that two states of a model give for each question."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models import Prompt
@@ -82,6 +82,19 @@ def questions_of(records: Sequence[Record], general: General = ()) -> tuple[Ques
     named = zip(names_of(records), records, strict=True)
     own = [question for name, record in named for question in record_questions(name, record)]
     return (*own, *general_questions(general))
+
+
+def unedited_by_others(questions: Iterable[Question], records: Sequence[Record]) -> tuple[Question, ...]:
+    """The questions without those that should stay, but whose answer another of the records' requests changes.
+
+    For edits that are in the model at once: what one edit is to leave alone, another may be meant to change.
+    """
+    editors: dict[str, set[str]] = {}
+    for name, record in zip(names_of(records), records, strict=True):
+        for prompts in record.request.goals:
+            for prompt in prompts:
+                editors.setdefault(key_of(prompt), set()).add(name)
+    return tuple(each for each in questions if not (each.stays and editors.get(each.key, set()) - {each.record}))
 
 
 def general_questions(general: General, record: str | None = None) -> tuple[Question, ...]:

@@ -73,6 +73,8 @@ class EditReport:
     statuses: Mapping[str, str]
     """Record -> "edited", "nothing to do", or "failed: " and why; a failed record's questions met the unedited model.
     """
+    left_out: int = 0
+    """Questions that should stay for one record, but that another one's request edits: they are not among the rows."""
     seed: int = 0
     """Of the bootstrap."""
 
@@ -148,6 +150,8 @@ class EditReport:
             lines.append((score.aspect, score.kind, score.protocol, *texts[:2], band, after.number, after.records))
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
         tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
+        if self.left_out:
+            tail.append(f"left out: {self.left_out} questions that should stay, but that another of the edits changes")
         tail += [f"{name}: {status}" for name, status in self.failed.items()]
         return "\n".join([*aligned(lines), *tail])
 

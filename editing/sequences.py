@@ -17,7 +17,7 @@ from .evaluate import Baseline, Change, Edit, ask, attempt, report, rows_of, une
 from .measuring import Measures
 from .metrics import EXACT, Interval, exact_match, mean_interval
 from .probes import EFFICACY, Record, names_of
-from .questions import Question, record_questions
+from .questions import Question, record_questions, unedited_by_others
 from .reports import EditReport, ProbeRow
 
 logger = logging.getLogger("multrace")
@@ -91,7 +91,8 @@ def evaluate_sequentially(
             _watch(run, count, governor)
             is_last = count == len(records) or (governor.stops and run.exceeded_at is not None)
             if count in at or is_last:
-                rows = _rows(vlm, run, baseline, baseline.measures if is_last else free, **options)
+                counted = _counted(run, records[:count])
+                rows = _rows(vlm, counted, baseline, baseline.measures if is_last else free, **options)
                 points.append(_point(run, count, rows, baseline.measures.seed))
             if is_last:
                 break
@@ -104,7 +105,8 @@ def evaluate_sequentially(
         exceeded_at=run.exceeded_at,
         stopped_at=count if count < len(records) else None,
     )
-    return curve, report(vlm, "sequence", baseline.measures, rows, run.statuses)
+    left_out = sum(map(len, run.asked.values())) - len(counted)
+    return curve, report(vlm, "sequence", baseline.measures, rows, run.statuses, left_out)
 
 
 @contextmanager
@@ -169,10 +171,18 @@ def _watch(run: _Sequence, count: int, governor: Governor) -> None:
         )
 
 
+def _counted(run: _Sequence, records: Sequence[Record]) -> tuple[Question, ...]:
+    """All questions of the edits so far, but those that one of them leaves alone and another changes."""
+    return unedited_by_others([question for each in run.asked.values() for question in each], records)
+
+
 def _rows(
-    vlm: VisionLanguageModel, run: _Sequence, baseline: Baseline, measures: Measures, **options: object
+    vlm: VisionLanguageModel,
+    questions: Sequence[Question],
+    baseline: Baseline,
+    measures: Measures,
+    **options: object,
 ) -> tuple[ProbeRow, ...]:
-    questions = [question for each in run.asked.values() for question in each]
     state = ask(vlm, questions, baseline, worded=None, measures=measures, **options)
     return rows_of(questions, baseline.state, state)
 

@@ -134,7 +134,7 @@ class RequestOptions(CorruptionOptions):
     def _corruptions(self, entries: Sequence[EditEntry]) -> list[Corruption | None]:
         """What destroys each entry's picture or constraint; None for an entry that has none."""
         if self.corrupt == NEXT:
-            return [_swapped(entries, index) for index in range(len(entries))]
+            return [swapped(entries, index) for index in range(len(entries))]
         # what is wrong with the option itself is found on an entry that has everything
         replace(self, image="any", constraint="any", data=None).corruption()
         found: list[Corruption | None] = []
@@ -154,7 +154,7 @@ class RequestOptions(CorruptionOptions):
         return vlm.prompt(image, text, constraint=self.constraint if _says(text, self.constraint) else None)
 
 
-def _swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
+def swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
     """The picture of the next entry that has another one, with the same question if any; CommandError if none has.
 
     A picture of another kind of thing would destroy what kind it is, too, which the question's words tell early.
@@ -165,7 +165,10 @@ def _swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
     others = [entry.words for entry in (*entries[index + 1 :], *entries[:index])]
     shown = [words for words in others if words.image not in (None, own.image)]
     if not shown:
-        raise CommandError(f"--corrupt {NEXT} needs records with different pictures; all have {str(own.image)!r}")
+        raise CommandError(
+            f"a trace under the next record's picture needs records with different pictures; all have "
+            f"{str(own.image)!r}; add records, or name the place by --where LAYER:TOKEN"
+        )
     return SwapImage(next((words for words in shown if words.question == own.question), shown[0]).image)
 
 

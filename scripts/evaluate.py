@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..choosing import locate
 from ..data import World
 from ..editing.curves import EditCurve
 from ..editing.evaluate import Baseline, Edit, evaluate, evaluate_singly, unedited, with_history
 from ..editing.measuring import Measures
+from ..editing.moments import Moments
 from ..editing.probes import Record
 from ..editing.questions import General
 from ..editing.reports import EditReport
+from ..editing.requests import EditRequest
 from ..editing.sequences import AT, Governor, evaluate_sequentially
 from ..models import VisionLanguageModel
+from ..tracing import Corruption, SwapImage
+from .edit_asked import swapped
 from .edit_options import NAMES, EditorOptions, editor
 from .edit_records import EditEntry, Words, read_edit_records, read_general
-from .edit_where import Place, parse_place
+from .edit_where import TRACE, Place, parse_place, place_of
 from .errors import CommandError
 from .options import ModelOptions, add_options, option, read
 from .outputs import check_files, new_files
-from .world_edits import WorldRequests, untouched_facts, world_records
+from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
 
 HELP = "measure what edits do: efficacy, generality, locality, portability, beside the unedited model"
 EXAMPLE = """examples:
@@ -32,6 +38,8 @@ EXAMPLE = """examples:
           each edit of the file on its own, by two editors
   multrace evaluate --world outdated --number 20 --where 5:last --general world:200
           outdated facts of the built-in world, and what becomes of 200 facts that no edit is about
+  multrace evaluate --world outdated --number 20 --where trace
+          each at the layer and token that its own trace names
   multrace evaluate --world outdated --number 100 --mode sequence --where 5:last
           one edit on top of the other, measured after 1, 10, 20, 30 and 100
 
@@ -71,7 +79,11 @@ class Evaluate(ModelOptions, EditorOptions):
         choices=NAMES,
         metavar="NAME",
     )
-    where: str = option("the place to edit: LAYER (at the last token), LAYER:TOKEN or FIRST-LAST:TOKEN")
+    where: str = option(
+        "the place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace says "
+        "of each edit's question under the picture of another edit (of the built-in world: of another thing of its "
+        "kind); in a batch one place for all, from the mean of the traces"
+    )
     mode: str = option(
         "single (each edit on its own, the default), batch (all at once) or sequence (one on top of the other)",
         default=SINGLE,
@@ -120,8 +132,11 @@ class Evaluate(ModelOptions, EditorOptions):
 class _Plan:
     """What can be known before the model is opened."""
 
-    editors: dict[str, Any]
+    place: Place | None
+    """None: where traces say."""
     entries: tuple[EditEntry, ...] = ()
+    corruptions: tuple[Corruption | None, ...] = ()
+    """Of the entries, for traces."""
     general: tuple[tuple[Words, str], ...] = ()
     facts: int | None = 0
     """How many untouched facts of the world are asked; None: all."""
@@ -132,6 +147,8 @@ class _Asked:
     """All that is asked, as this model sees it, and what it says unedited."""
 
     records: tuple[Record, ...]
+    corruptions: tuple[Corruption | None, ...]
+    """What destroys the picture of each, for traces."""
     general: General
     baseline: Baseline
 
@@ -148,14 +165,15 @@ def run(options: argparse.Namespace) -> int:
     vlm = settings.open_model()
     moments = settings.open_moments(vlm)
     asked = _asked(settings, plan, vlm)
-    for name, made in plan.editors.items():
-        edit = with_history(made, moments=moments, metrics=_metrics(made, vlm, moments))
+    places = _places(settings, plan, vlm, asked)
+    for name in settings.editor:
+        edit = _edit(settings, name, moments, places)
         report, curve = _evaluated(settings, vlm, asked, edit)
         if len(report.failed) == len(report.statuses):
             raise CommandError(f"{name}: none of {len(report.failed)} edits could be made; {_first(report)}")
         _write(settings.out / name, report, curve)
         print(f"{name}, {settings.mode}", report.headlines(), *([curve.table()] if curve else []), "", sep="\n")
-    print("written:", ", ".join(str(settings.out / name) for name in plan.editors))
+    print("written:", ", ".join(str(settings.out / name) for name in settings.editor))
     return 0
 
 
@@ -170,20 +188,23 @@ def _check(settings: Evaluate) -> _Plan:
     if min(settings.at) < 1:
         raise CommandError(f"--at is {min(settings.at)}; pass numbers of edits, at least 1")
     settings.measures  # noqa: B018  raises for numbers out of range
-    place = parse_place(settings.where)
-    editors = {name: _editor(settings, name, place) for name in settings.editor}
-    for name in editors:
+    place = None if settings.where == TRACE else parse_place(settings.where)
+    for name in settings.editor:
+        _editor(settings, name, place or Place(layer=0, token="last", reason="to be traced", spread=1))
         check_files(settings.out / name, _names(settings))
     if settings.mode == SEQUENCE and settings.general is not None:
         raise CommandError("--general is asked in the modes single and batch; leave it out of a sequence")
-    entries = () if settings.data is None else read_edit_records(settings.data)[: settings.number]
+    entries = () if settings.data is None else read_edit_records(settings.data)
+    corruptions = [swapped(entries, index) if place is None else None for index in range(len(entries))]
+    few = slice(settings.number)
+    given = {"place": place, "entries": entries[few], "corruptions": tuple(corruptions[few])}
     kind, _, count = (settings.general or "").partition(":")
     if settings.general is None or kind == _WORLD:
         if kind == _WORLD and (settings.world is None or (count and not count.isdecimal())):
             raise CommandError(f"--general {settings.general}: write world or world:100, together with --world")
         facts = (int(count) if count else None) if kind == _WORLD else 0
-        return _Plan(editors=editors, entries=entries, facts=facts)
-    return _Plan(editors=editors, entries=entries, general=read_general(Path(settings.general)))
+        return _Plan(**given, facts=facts)
+    return _Plan(**given, general=read_general(Path(settings.general)))
 
 
 def _editor(settings: Evaluate, name: str, place: Place) -> Any:
@@ -198,15 +219,44 @@ def _editor(settings: Evaluate, name: str, place: Place) -> Any:
     return made
 
 
-def _metrics(made: Any, vlm: VisionLanguageModel, moments: Any) -> Any:
-    """The metrics of all edits, factorised once, where they do not depend on the edit's own keys."""
-    return made.metrics(vlm, moments) if made.has_fixed_cost else None
+def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _Asked) -> dict[str, Place]:
+    """Request -> where it is edited."""
+    requests = [record.request for record in asked.records]
+    if plan.place is not None:
+        return {request.name: plan.place for request in requests}
+    found = locate(vlm, requests, corruptions=asked.corruptions, each=settings.mode != BATCH, progress=True)
+    counted = Counter((site.layer, site.token) for site in found.sites)
+    for (layer, token), number in counted.most_common():
+        print(f"the traces say layer {layer}, token {token!r}: {number} of {len(requests)}")
+    sites = found.sites
+    if settings.mode == BATCH:  # requests without a picture, say, have traces of their own; one solve has one place
+        most = counted.most_common(1)[0][0]
+        sites = [next(site for site in sites if (site.layer, site.token) == most)] * len(requests)
+    return {request.name: place_of(site) for request, site in zip(requests, sites, strict=True)}
+
+
+def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> Edit:
+    """The editor of this name at each request's place; several requests at once share theirs."""
+    made: dict[Any, Edit] = {}
+
+    def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+        place = places[requests[0].name]
+        key = (place.layer, place.token)
+        if key not in made:
+            chosen = _editor(settings, name, place)
+            # factorised once for all edits, where the metrics do not depend on an edit's own keys
+            metrics = chosen.metrics(vlm, moments) if chosen.has_fixed_cost else None
+            made[key] = with_history(chosen, moments=moments, metrics=metrics)
+        return made[key](vlm, requests, earlier)
+
+    return edit
 
 
 def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
     general: General = tuple((words.prompt(vlm), answer) for words, answer in plan.general)
     if settings.world is None:
         records = tuple(entry.record(vlm) for entry in plan.entries)
+        corruptions = tuple(plan.corruptions)
     else:
         world = World()
         cases = world.edit_cases(settings.world, settings.part)[: settings.number]
@@ -214,10 +264,11 @@ def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
             count=settings.probes, contexts=settings.contexts, by_name=settings.by_name, keep=settings.keep
         )
         records = world_records(vlm, world, cases, requests=given)
+        corruptions = tuple(SwapImage(another_picture(world, case)) for case in cases)
         general += untouched_facts(vlm, world, cases, plan.facts)
     options = {"batch_size": settings.batch_size, "measures": settings.measures, "progress": True}
     baseline = unedited(vlm, records, general=general, **options)
-    return _Asked(records=records, general=general, baseline=baseline)
+    return _Asked(records=records, corruptions=corruptions, general=general, baseline=baseline)
 
 
 def _evaluated(

@@ -144,6 +144,7 @@ def _found(row: EditorRow, report: EditReport) -> dict[str, Any]:
         "scores": scores,
         "splits": dict(report.split_shares()),
         "statuses": dict(report.statuses),
+        "left_out": report.left_out,
         "requests": len(report.statuses),
     }
 

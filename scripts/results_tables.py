@@ -13,11 +13,14 @@ _TITLES = {
 _HEADER = """# Editing results
 
 Made by `multrace results --out out/results` on the embedded model and its own world of facts. Settings were chosen on
-one half of each edit split and are reported here on the other. Answers are **free generation**: *efficacy*, *other
-pictures*, *other wordings*, *both* and *by name* are shares of answers that equal the target letter by letter; *other
-entities* (same question, pictures of other things), *other relations* (other questions, same picture) and *unrelated*
-are shares of answers that are what the unedited model says. In brackets: 95 % bootstrap intervals over requests.
-Every edit is shown one picture and three more of the same entity (`contexts`), none of which is asked about.
+one half of each edit split and are reported here on the other; where that has fewer than are asked for (80 long-tail
+facts), those go on that come last in the first half, on which nothing was chosen. Answers are **free generation**:
+*efficacy*, *other pictures*, *other wordings*, *both* and *by name* are shares of answers that equal the target letter
+by letter; *other entities* (same question, pictures of other things), *other relations* (other questions, same
+picture) and *unrelated* are shares of answers that are what the unedited model says. In brackets: 95 % bootstrap
+intervals over requests. Every edit is shown one picture and three more of the same entity (`contexts`), none of which
+is asked about. Where many edits are in the model at once, questions that should stay for one of them and that another
+one edits are left out.
 """
 
 
@@ -25,7 +28,11 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole page, of whatever is measured."""
     parts = [_HEADER]
     for split, found in rows.items():
-        for way, title in (("single", "one edit at a time"), ("batch", "all edits in one solve")):
+        for way, title in (
+            ("single", "one edit at a time"),
+            ("batch", "all edits in one solve"),
+            ("whole", "all edits in one solve"),
+        ):
             lines = list(_editors(found, way))
             if len(lines) > 2:
                 number = max(row["requests"] for name, row in found.items() if name.startswith(f"{way} "))

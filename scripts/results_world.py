@@ -1,9 +1,8 @@
 """The requests that results are measured on, with everything that is asked about them and the unedited answers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-from PIL import Image
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from ..choosing import locate
 from ..data import World
@@ -14,12 +13,11 @@ from ..editing.moments import Moments, second_moments
 from ..editing.probes import Record
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import EditSite, SwapImage
-from .world_edits import WorldRequests, untouched_facts, world_records
+from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
 
 CONTEXTS = 3
 """Other pictures of the entity that an edit is shown, none of which it is asked about."""
 _MOMENT_FACTS = 400
-_OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,18 +38,28 @@ class Bench:
     notes: tuple[str, ...] = ()
     measures: Measures = field(default_factory=Measures)
 
+    def first(self, number: int) -> Self:
+        """The same with the first so many requests."""
+        return replace(
+            self,
+            cases=self.cases[:number],
+            records=self.records[:number],
+            sites=self.sites[:number],
+            notes=tuple(note for note in self.notes if any(each.name in note for each in self.records[:number])),
+        )
+
 
 def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, probes: int) -> Bench:
     """The first `number` requests of a split's part, asked `probes` questions of each kind."""
     world = World()
-    cases = world.edit_cases(split, part)[:number]
+    cases = _cases(world, split, part, number)
     records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
     measures = Measures(forced=False)
     facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
     found = locate(
         vlm,
         [record.request for record in records],
-        corruptions=[SwapImage(_another(world, case)) for case in cases],
+        corruptions=[SwapImage(another_picture(world, case)) for case in cases],
         each=True,
         progress=True,
     )
@@ -73,13 +81,15 @@ def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
     return {record.request.name: site for record, site in zip(bench.records, bench.sites, strict=True)}
 
 
+def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, ...]:
+    """As many cases as asked for: where the part has fewer, those go on that come last in the other one.
+
+    Settings are chosen on the first ones of a part, so that the last ones are as good as unseen.
+    """
+    other = "choose" if part == "report" else "report"
+    return (*world.edit_cases(split, part), *reversed(world.edit_cases(split, other)))[:number]
+
+
 def _by_name(vlm: VisionLanguageModel, world: World, case: EditCase) -> Prompt:
     asked = world.question_by_name(case.fact)
     return vlm.prompt(None, asked.question, constraint=asked.constraint)
-
-
-def _another(world: World, case: EditCase) -> Image.Image:
-    """A picture of another entity of the same kind."""
-    kind = world.entities[case.fact.entity].kind
-    others = [each for each in world.of_kind(kind) if each.index != case.fact.entity]
-    return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image

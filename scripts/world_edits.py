@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from PIL import Image
+
 from ..data import VQARecord, World
 from ..data.world import EditCase, Fact
 from ..editing.probes import (
@@ -34,6 +36,7 @@ _NEIGHBOURS: Mapping[str, str] = {
 """Neighbours of the world -> the kind of probe they are."""
 _BY_NAME_TEMPLATES = (1, 4)  # the edit may be told the question in template 0; training never showed the last one
 _EXTRA_PICTURES = 1000  # pictures that the edit may see are numbered from here, those of probes from 0
+_OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,13 @@ def untouched_facts(
     facts = [fact for fact in world.facts if fact.id not in edited]
     random.Random(f"general ability {world.seed}").shuffle(facts)
     return tuple((_prompt(vlm, _pictured(world, fact, 0)), fact.answer) for fact in facts[:number])
+
+
+def another_picture(world: World, case: EditCase) -> Image.Image:
+    """A picture of another entity of the same kind, for a corruption; no edit and no probe shows it."""
+    kind = world.entities[case.fact.entity].kind
+    others = [each for each in world.of_kind(kind) if each.index != case.fact.entity]
+    return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image
 
 
 def _record(vlm: VisionLanguageModel, world: World, case: EditCase, settings: WorldRequests) -> Record:

@@ -103,6 +103,38 @@ def test_the_world_in_sequence(tmp_path, capsys):
     assert "norm growth" in capsys.readouterr().out
 
 
+def test_each_edit_of_the_world_where_its_own_trace_says(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("--world", "outdated", "--number", "2", "--where", "trace", "--free-only", "--probes", "2")
+    assert run(*arguments, "--out", out) == 0
+    report = EditReport.load(out / "multedit" / "report.json")
+    assert report.score(EFFICACY, EXACT).after.mean == 1
+    assert report.score(LOCALITY, UNCHANGED, "same_question_other_picture").after.mean == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the traces say layer")]
+    assert sum(int(line.split(": ")[1].split(" of ")[0]) for line in said) == 2
+
+
+def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path, capsys):
+    case = WORLD.edit_cases("outdated", "choose")[1]
+    asked = WORLD.question(case.fact)
+    second = {
+        "id": "a2",
+        "image": picture(tmp_path, "b.png", case.fact.entity, 0),
+        "question": asked.question,
+        "target": case.target,
+    }
+    file = write({**row, "also": []}, second)
+    assert run("--data", file, "--where", "trace", "--mode", "batch", "--free-only", "--out", tmp_path / "out") == 0
+    report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
+    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("together", 1)
+    assert "the traces say layer" in capsys.readouterr().out
+
+
+def test_traces_need_another_picture_to_put_in_place(row, write, tmp_path):
+    with pytest.raises(CommandError, match="needs records with different pictures"):
+        run("--data", write(row), "--where", "trace", "--model", "/gone", "--out", tmp_path / "out")
+
+
 def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
     out = tmp_path / "out"
     assert run("--data", write(row), "--where", "5:last", "--mode", "batch", "--steps", "0", "--out", out) == 0

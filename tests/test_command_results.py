@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from multrace.data import World
 from multrace.scripts.main import app
 from multrace.scripts.results_editors import EditorRow, editor_rows
 from multrace.scripts.results_locating import by_onset, comparisons, paired
+from multrace.scripts.results_world import _cases
 
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]
 
@@ -25,6 +27,28 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
     assert made == 2
     assert app([*arguments, "--splits", "outdated"]) == 0
     assert len(edited) == made
+
+
+def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
+    world = World()
+    report, choose = (world.edit_cases("long_tail", part) for part in ("report", "choose"))
+    cases = _cases(world, "long_tail", "report", len(report) + 2)
+    assert cases == (*report, choose[-1], choose[-2])
+    assert _cases(world, "outdated", "report", 3) == world.edit_cases("outdated", "report")[:3]
+
+
+def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr("multrace.scripts.results.editor_rows", lambda: (editor_rows()[3],))
+    arguments = ["results", "--out", str(tmp_path), "--number", "1", "--together", "2", "--probes", "1"]
+    assert app([*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
+    rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    assert {name: row["requests"] for name, row in rows.items() if "multedit-5" in name} == {
+        "outdated batch multedit-5": 1,
+        "outdated whole multedit-5": 2,
+        "outdated sequence multedit-5": 2,
+    }
+    text = (tmp_path / "results.md").read_text()
+    assert "2 requests, all edits in one solve" in text and "| MultEdit at layer 5, last token | 2 | 100 |" in text
 
 
 def _counted(row: EditorRow, edited: list[str]) -> EditorRow:

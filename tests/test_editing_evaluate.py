@@ -173,6 +173,23 @@ def test_teacher_forced_numbers_are_those_of_one_prompt_alone(tiny_vlm, records)
             torch.testing.assert_close(state.first[name], logits[-1 - len(fed.answer_ids)], atol=1e-3, rtol=1e-3)
 
 
+def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, records):
+    bare = [replace(record, probes=()) for record in records[:2]]
+    probe = Probe(kind=SAME_QUESTION_OTHER_PICTURE, prompt=bare[0].request.prompt)
+    bare[1] = replace(bare[1], probes=(probe, Probe(kind="unrelated", prompt=records[2].request.prompt)))
+    change = EDIT.edit(tiny_vlm, [record.request for record in bare])
+    together = evaluate(tiny_vlm, bare, change)
+    _, sequence = evaluate_sequentially(tiny_vlm, bare, without_history(EDIT), at=())
+    for report in (together, sequence):
+        assert report.left_out == 1 and "left out: 1 question" in report.table()
+        assert [row.kind for row in report.rows] == ["edited", "edited", "unrelated"]
+    alone = evaluate_singly(tiny_vlm, bare, without_history(EDIT))
+    assert alone.left_out == 0 and len(alone.rows) == 4
+    assert alone.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 1
+    both = evaluate(tiny_vlm, bare[1:], change)
+    assert both.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 0  # as it would have counted
+
+
 def test_a_question_asked_twice_is_answered_once(tiny_vlm, photo, other_photo):
     question = "What colour is the emblem?"
     prompts = [tiny_vlm.prompt(photo, question), tiny_vlm.prompt(photo, question, constraint="the emblem")]
