@@ -115,4 +115,14 @@ def _locating(found: Mapping[str, Any]) -> list[str]:
     for each in by_onset(sites, grid):
         shares = " | ".join(f"{100 * each[name]:.0f}" for name in ("efficacy", "generality", "entities", "locality"))
         lines.append(f"| {each['offset']:+d} | {each['edits']} | {shares} |")
+    lines += ["", "The same edits by their place, whatever the traces say:\n", *_grid(grid)]
     return ["\n".join(lines) + "\n"]
+
+
+def _grid(grid: Mapping[tuple[int, str], Any]) -> Iterator[str]:
+    """Means over all requests at each layer and token."""
+    yield "| token | layer | efficacy | generality | other entities unchanged | locality |"
+    yield "|---" * 6 + "|"
+    for (layer, token), cells in sorted(grid.items(), key=lambda item: (item[0][1], item[0][0])):
+        shares = " | ".join(f"{100 * sum(column) / len(cells):.0f}" for column in zip(*cells.values(), strict=True))
+        yield f"| {token} | {layer} | {shares} |"

@@ -7,6 +7,7 @@ from multrace.data import World
 from multrace.scripts.main import app
 from multrace.scripts.results_editors import EditorRow, editor_rows
 from multrace.scripts.results_locating import by_onset, comparisons, paired
+from multrace.scripts.results_tables import document
 from multrace.scripts.results_world import _cases
 
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]
@@ -73,6 +74,15 @@ def test_the_traced_place_is_compared_request_by_request():
     assert worse["traced"] == 1 and worse["other"] == pytest.approx(1 / 3) and worse["p"] < 0.001 < worse["low"]
     assert same["p"] == 1 and same["low"] == same["high"] == 0
     assert {each["offset"]: each["efficacy"] for each in by_onset(sites, grid)} == {-1: 0, 0: 1}
+
+
+def test_the_page_shows_every_place_that_was_edited():
+    sites = {f"{index}": [1, "last", 1] for index in range(4)}
+    cells = {f"grid {layer} {token}": dict.fromkeys(sites, BAD) for layer in range(8) for token in ("last", "image")}
+    cells["grid 1 last"] = {name: [float(name == "0"), 1.0, 0.5, 0.25] for name in sites}
+    page = document({"outdated": {"sites": {"sites": sites}, **cells}})
+    assert "| last | 1 | 25 | 100 | 50 | 25 |" in page and page.count("| image | ") == 8
+    assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}})
 
 
 def test_differences_by_chance_are_not_significant():
