@@ -67,6 +67,8 @@ class Results:
 
     def most(self, split: str) -> int:
         """The most requests of a split that any row takes: more than `number` only where its half has them."""
+        if not {"batch", "sequence"} & {*self.parts}:
+            return self.number
         return max(self.number, min(self.together, len(World().edit_cases(split, "report"))))
 
 

@@ -27,6 +27,7 @@ from ..editing.reports import EditReport
 from ..editing.requests import EditRequest
 from ..editing.sequences import evaluate_sequentially
 from ..models import VisionLanguageModel
+from ..tracing import EditSite
 from .results_world import Bench, site_by_request
 
 SPLITS = ("outdated", "long_tail")
@@ -66,6 +67,13 @@ def editor_rows() -> tuple[EditorRow, ...]:
             name="multedit-trace",
             text="MultEdit, layer and token of each request by its trace (default settings)",
             edit=_traced,
+            sequences=True,
+        ),
+        EditorRow(
+            name="multedit-moments",
+            text="the same, old keys weighed by their second moments (`moment_weight=10`, `ridge_fraction=0.002`, "
+            "`stop_loss=0.02`)",
+            edit=_with_moments,
             sequences=True,
         ),
         EditorRow(
@@ -176,12 +184,21 @@ def _baseline(name: str, text: str, editor: Any) -> EditorRow:
 
 def _traced(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
     """Each request at its own site; several at once at the site that most of their traces choose."""
+    return MultEdit(where=_site(bench, requests)).edit(vlm, requests, earlier=tuple(earlier))
+
+
+def _with_moments(
+    vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]
+) -> Any:
+    """The same for many edits: what other questions look up counts too, and values go no further than they must."""
+    editor = MultEdit(where=_site(bench, requests), moment_weight=10.0, ridge_fraction=0.002, stop_loss=0.02)
+    return editor.edit(vlm, requests, earlier=tuple(earlier), moments=bench.moments)
+
+
+def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
     sites = site_by_request(bench)
-    if len(requests) == 1:
-        return MultEdit(where=sites[requests[0].name]).edit(vlm, requests, earlier=tuple(earlier))
     votes = [sites[request.name] for request in requests]
-    site = max(votes, key=lambda each: sum((each.layer, each.token) == (one.layer, one.token) for one in votes))
-    return MultEdit(where=site).edit(vlm, requests, earlier=tuple(earlier))
+    return max(votes, key=lambda each: sum((each.layer, each.token) == (one.layer, one.token) for one in votes))
 
 
 def _named(bench: Bench, request: EditRequest) -> EditRequest:

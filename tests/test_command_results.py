@@ -17,7 +17,7 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
     edited = []
     monkeypatch.setattr(
         "multrace.scripts.results.editor_rows",
-        lambda: (_counted(editor_rows()[3], edited),),
+        lambda: (_counted(_row("multedit-5"), edited),),
     )
     arguments = ["results", "--out", str(tmp_path), "--number", "2", "--probes", "1", "--parts", "editors"]
     assert app([*arguments, "--splits", "outdated"]) == 0
@@ -39,17 +39,21 @@ def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
 
 
 def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
-    monkeypatch.setattr("multrace.scripts.results.editor_rows", lambda: (editor_rows()[3],))
+    monkeypatch.setattr("multrace.scripts.results.editor_rows", lambda: (_row("multedit-moments"),))
     arguments = ["results", "--out", str(tmp_path), "--number", "1", "--together", "2", "--probes", "1"]
     assert app([*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
-    assert {name: row["requests"] for name, row in rows.items() if "multedit-5" in name} == {
-        "outdated batch multedit-5": 1,
-        "outdated whole multedit-5": 2,
-        "outdated sequence multedit-5": 2,
+    assert {name: row["requests"] for name, row in rows.items() if "multedit-moments" in name} == {
+        "outdated batch multedit-moments": 1,
+        "outdated whole multedit-moments": 2,
+        "outdated sequence multedit-moments": 2,
     }
     text = (tmp_path / "results.md").read_text()
-    assert "2 requests, all edits in one solve" in text and "| MultEdit at layer 5, last token | 2 | 100 |" in text
+    assert "2 requests, all edits in one solve" in text and f"| {_row('multedit-moments').text} | 2 | 100 |" in text
+
+
+def _row(name: str) -> EditorRow:
+    return next(row for row in editor_rows() if row.name == name)
 
 
 def _counted(row: EditorRow, edited: list[str]) -> EditorRow:
