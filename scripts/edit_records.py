@@ -15,7 +15,7 @@ from ..models.errors import gist
 from ..models.images import open_images
 from ..models.spans import find_span
 from .errors import CommandError
-from .json_lines import read_object, read_texts
+from .json_lines import read_lines, read_object, read_texts
 
 FORMAT = """one JSON object per line:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
@@ -105,7 +105,7 @@ def read_edit_records(path: Path) -> tuple[EditEntry, ...]:
     CommandError for a file that is missing or empty, and for the first line that is wrong, which says how many others
     are.
     """
-    lines = file_lines(path, "edit records")
+    lines = read_lines(path, "edit records")
     entries: list[EditEntry] = []
     problems: list[str] = []
     for number, text in lines:
@@ -125,7 +125,7 @@ def read_edit_records(path: Path) -> tuple[EditEntry, ...]:
 def read_general(path: Path) -> tuple[tuple[Words, str], ...]:
     """Held-out questions and right answers: image, question and answer per line. Errors as `read_edit_records`."""
     found = []
-    for number, text in file_lines(path, "held-out questions"):
+    for number, text in read_lines(path, "held-out questions"):
         try:
             row = read_object(text, ("image", "question", "answer"))
             _need(row, ("question", "answer"))
@@ -136,20 +136,6 @@ def read_general(path: Path) -> tuple[tuple[Words, str], ...]:
         except _ERRORS as error:
             raise CommandError(f"line {number} of {str(path)!r}: {gist(error)}") from error
     return tuple(found)
-
-
-def file_lines(path: Path, what: str) -> list[tuple[int, bytes]]:
-    """Number and text of each line that is not blank. CommandError if there is none, or no such file."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CommandError(
-            f"cannot read the {what} {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
-        ) from error
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise CommandError(f"no {what} in {str(path)!r}: it is empty; write a JSON object per line")
-    return lines
 
 
 def _entry(line: int, text: bytes, folder: Path) -> EditEntry:

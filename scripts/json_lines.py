@@ -1,13 +1,28 @@
-"""One line of a file of records: a JSON object with a question, told apart from everything else."""
+"""Lines of a file of records, each a JSON object with a question, told apart from everything else."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from .errors import CommandError
+
+
+def read_lines(path: Path, what: str) -> list[tuple[int, bytes]]:
+    """Number and text of each line of a file that is not blank. CommandError if there is none, or no such file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CommandError(
+            f"cannot read the {what} {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
+        ) from error
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise CommandError(f"no {what} in {str(path)!r}: it is empty; write a JSON object per line")
+    return lines
 
 
 def read_object(line: bytes, known: Sequence[str]) -> dict[str, Any]:

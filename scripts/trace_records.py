@@ -11,7 +11,7 @@ from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
 from .errors import CommandError
-from .json_lines import read_object, read_texts
+from .json_lines import read_lines, read_object, read_texts
 from .options import pictures_of
 from .outputs import check_files, new_files
 from .trace_files import TRACE, write_trace
@@ -57,7 +57,7 @@ class _Record:
 
 def trace_records(settings: Trace) -> int:
     """0 once every record is traced that can be; writes traces, average and report. CommandError if none can."""
-    lines = _lines(settings.records)
+    lines = read_lines(settings.records, "records")
     check_files(settings.out, (REPORT, *AVERAGE))
     found = {line: _prepared(settings, line, text) for line, text in lines}
     records = [each for each in found.values() if isinstance(each, _Record)]
@@ -74,20 +74,6 @@ def trace_records(settings: Trace) -> int:
     reason = _write_average(list(traces.values()), settings.out)
     _report(settings, traces, dict(sorted(skipped.items())), reason)
     return 0
-
-
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """Number and text of each line that is not blank. CommandError if there is none, or no such file."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CommandError(
-            f"cannot read the records {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
-        ) from error
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise CommandError(f"no records in {str(path)!r}: it is empty; write a JSON object with a question per line")
-    return lines
 
 
 def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
