@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ class EditCurve:
         for name, (colour, marker, dashes) in _STYLES.items():
             values = [getattr(point, name) for point in self.points]
             means = [100 * (each.mean if name in MEANS else each) for each in values]
+            if all(map(math.isnan, means)):  # nothing of that kind was asked
+                continue
             label = f"{name}: {MEANS[name]}" if name in MEANS else "retained: still as right after the edit"
             axes.plot(edits, means, color=colour, marker=marker, linestyle=dashes, label=label)
             if name in MEANS:
