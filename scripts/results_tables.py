@@ -20,7 +20,8 @@ by letter; *other entities* (same question, pictures of other things), *other re
 picture) and *unrelated* are shares of answers that are what the unedited model says. In brackets: 95 % bootstrap
 intervals over requests. Every edit is shown one picture and three more of the same entity (`contexts`), none of which
 is asked about. Where many edits are in the model at once, questions that should stay for one of them and that another
-one edits are left out.
+one edits are left out. The *locality* of sequences is the share over all questions that should stay, the edited one
+asked without any picture among them.
 """
 
 
