@@ -94,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
                 continue
             write_whole(_file(settings, split, name), json.dumps(found, indent=1).encode())
     rows = {split: _measured(settings, split) for split in SPLITS}
-    target = write_whole(settings.out / "results.md", document(rows).encode())
+    text = document(rows, number=settings.number, probes=settings.probes)
+    target = write_whole(settings.out / "results.md", text.encode())
     print(f"written: {target}")
     return 0
 

@@ -12,22 +12,22 @@ _TITLES = {
 }
 _HEADER = """# Editing results
 
-Made by `multrace results --out out/results` on the embedded model and its own world of facts. Settings were chosen on
-one half of each edit split and are reported here on the other; where that has fewer than are asked for (80 long-tail
-facts), those go on that come last in the first half, on which nothing was chosen. Answers are **free generation**:
-*efficacy*, *other pictures*, *other wordings*, *both* and *by name* are shares of answers that equal the target letter
-by letter; *other entities* (same question, pictures of other things), *other relations* (other questions, same
-picture) and *unrelated* are shares of answers that are what the unedited model says. In brackets: 95 % bootstrap
-intervals over requests. Every edit is shown one picture and three more of the same entity (`contexts`), none of which
-is asked about. Where many edits are in the model at once, questions that should stay for one of them and that another
-one edits are left out. The *locality* of sequences is the share over all questions that should stay, the edited one
-asked without any picture among them.
+Made by `multrace results --number {number} --probes {probes}` on the embedded model and its own world of facts.
+Settings were chosen on one half of each edit split and are reported here on the other; where that has fewer than are
+asked for (80 long-tail facts), those go on that come last in the first half, on which nothing was chosen. Answers are
+**free generation**: *efficacy*, *other pictures*, *other wordings*, *both* and *by name* are shares of answers that
+equal the target letter by letter; *other entities* (same question, pictures of other things), *other relations* (other
+questions, same picture) and *unrelated* are shares of answers that are what the unedited model says. In brackets: 95 %
+bootstrap intervals over requests. Every edit is shown one picture and three more of the same entity (`contexts`), none
+of which is asked about. Where many edits are in the model at once, questions that should stay for one of them and that
+another one edits are left out. The *locality* of sequences is the share over all questions that should stay, the
+edited one asked without any picture among them.
 """
 
 
-def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole page, of whatever is measured."""
-    parts = [_HEADER]
+def document(rows: Mapping[str, Mapping[str, Any]], *, number: int, probes: int) -> str:
+    """The whole page, of whatever is measured, with so many requests and probes of each kind."""
+    parts = [_HEADER.format(number=number, probes=probes)]
     for split, found in rows.items():
         for way, title in (
             ("single", "one edit at a time"),

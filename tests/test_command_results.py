@@ -84,9 +84,10 @@ def test_the_page_shows_every_place_that_was_edited():
     sites = {f"{index}": [1, "last", 1] for index in range(4)}
     cells = {f"grid {layer} {token}": dict.fromkeys(sites, BAD) for layer in range(8) for token in ("last", "image")}
     cells["grid 1 last"] = {name: [float(name == "0"), 1.0, 0.5, 0.25] for name in sites}
-    page = document({"outdated": {"sites": {"sites": sites}, **cells}})
+    page = document({"outdated": {"sites": {"sites": sites}, **cells}}, number=4, probes=1)
     assert "| last | 1 | 25 | 100 | 50 | 25 |" in page and page.count("| image | ") == 8
-    assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}})
+    assert "`multrace results --number 4 --probes 1`" in page
+    assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}}, number=4, probes=1)
 
 
 def test_differences_by_chance_are_not_significant():
