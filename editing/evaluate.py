@@ -94,7 +94,7 @@ def evaluate(
 ) -> EditReport:
     """The report on one change that is meant to make all these edits at once; the model is left as it is.
 
-    A question that should stay for one request, but that another one edits, is left out and counted in `left_out`.
+    A question that should stay for one record, but that another one is to change, is left out, counted in `left_out`.
     baseline: from `unedited`, with the same questions and measures; measured here if None. general: held-out questions
     with their answers. worded: how the edited model is asked, for editors that work in the prompt; by default the
     change's own `worded`, if it has one. EditError if the baseline lacks a question.

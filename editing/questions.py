@@ -85,16 +85,21 @@ def questions_of(records: Sequence[Record], general: General = ()) -> tuple[Ques
 
 
 def unedited_by_others(questions: Iterable[Question], records: Sequence[Record]) -> tuple[Question, ...]:
-    """The questions without those that should stay, but whose answer another of the records' requests changes.
+    """The questions without those that should stay, but whose answer another of the records is meant to change.
 
-    For edits that are in the model at once: what one edit is to leave alone, another may be meant to change.
+    For edits that are in the model at once. Meant to change are the prompts of a request, its contexts and `also`, and
+    whatever asks whether it generalises; a prompt is the same only with the same picture and words.
     """
-    editors: dict[str, set[str]] = {}
+    questions = tuple(questions)
+    changing: dict[str, set[str]] = {}
     for name, record in zip(names_of(records), records, strict=True):
         for prompts in record.request.goals:
             for prompt in prompts:
-                editors.setdefault(key_of(prompt), set()).add(name)
-    return tuple(each for each in questions if not (each.stays and editors.get(each.key, set()) - {each.record}))
+                changing.setdefault(key_of(prompt), set()).add(name)
+    for each in questions:
+        if not each.stays:
+            changing.setdefault(each.key, set()).add(each.record)
+    return tuple(each for each in questions if not (each.stays and changing.get(each.key, set()) - {each.record}))
 
 
 def general_questions(general: General, record: str | None = None) -> tuple[Question, ...]:

@@ -74,7 +74,7 @@ class EditReport:
     """Record -> "edited", "nothing to do", or "failed: " and why; a failed record's questions met the unedited model.
     """
     left_out: int = 0
-    """Questions that should stay for one record, but that another one's request edits: they are not among the rows."""
+    """Questions that should stay for one record, but that another one is meant to change: not among the rows."""
     seed: int = 0
     """Of the bootstrap."""
 
@@ -151,7 +151,7 @@ class EditReport:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
         tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
         if self.left_out:
-            tail.append(f"left out: {self.left_out} questions that should stay, but that another of the edits changes")
+            tail.append(f"left out: {self.left_out} that should stay, but that another of the edits is to change")
         tail += [f"{name}: {status}" for name, status in self.failed.items()]
         return "\n".join([*aligned(lines), *tail])
 

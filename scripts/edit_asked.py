@@ -166,7 +166,7 @@ def swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
     shown = [words for words in others if words.image not in (None, own.image)]
     if not shown:
         raise CommandError(
-            f"a trace under the next record's picture needs records with different pictures; all have "
+            "a trace under the next record's picture needs records with different pictures; all have "
             f"{str(own.image)!r}; add records, or name the place by --where LAYER:TOKEN"
         )
     return SwapImage(next((words for words in shown if words.question == own.question), shown[0]).image)

@@ -40,12 +40,13 @@ class Bench:
 
     def first(self, number: int) -> Self:
         """The same with the first so many requests."""
+        names = tuple(repr(record.request.label) for record in self.records[:number])  # as notes begin
         return replace(
             self,
             cases=self.cases[:number],
             records=self.records[:number],
             sites=self.sites[:number],
-            notes=tuple(note for note in self.notes if any(each.name in note for each in self.records[:number])),
+            notes=tuple(note for note in self.notes if note.startswith(names)),
         )
 
 

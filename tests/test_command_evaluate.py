@@ -1,21 +1,29 @@
 """multrace evaluate, run in process: what it prints and writes, and one clear error for a bad file of records."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from multrace import VisionLanguageModel
+from multrace.choosing import GROUPS
 from multrace.data import World
+from multrace.data.world import EditCase
 from multrace.editing.curves import EditCurve
 from multrace.editing.metrics import EXACT, UNCHANGED
 from multrace.editing.probes import ABILITY, EFFICACY, LOCALITY
 from multrace.editing.reports import EditReport
 from multrace.scripts import evaluate
 from multrace.scripts.edit_records import read_edit_records, read_general
+from multrace.scripts.edit_where import Place
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import make_parser
+from multrace.scripts.options import read
+from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
+from multrace.tracing import EditSite, SwapImage, causal_trace
+from multrace.tracing.cells import KINDS
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]
@@ -103,7 +111,7 @@ def test_the_world_in_sequence(tmp_path, capsys):
     assert "norm growth" in capsys.readouterr().out
 
 
-def test_each_edit_of_the_world_where_its_own_trace_says(tmp_path, capsys):
+def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--world", "outdated", "--number", "2", "--where", "trace", "--free-only", "--probes", "2")
     assert run(*arguments, "--out", out) == 0
@@ -111,7 +119,31 @@ def test_each_edit_of_the_world_where_its_own_trace_says(tmp_path, capsys):
     assert report.score(EFFICACY, EXACT).after.mean == 1
     assert report.score(LOCALITY, UNCHANGED, "same_question_other_picture").after.mean == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the traces say layer")]
-    assert sum(int(line.split(": ")[1].split(" of ")[0]) for line in said) == 2
+    sites = [own_site(tiny_vlm, case) for case in WORLD.edit_cases("outdated", "choose")[:2]]
+    counted = Counter((site.layer, site.token) for site in sites).most_common()
+    assert said == [f"the traces say layer {layer}, token {token!r}: {n} of 2" for (layer, token), n in counted]
+
+
+def own_site(vlm: VisionLanguageModel, case: EditCase) -> EditSite:
+    """Where a trace of the case's question, under another picture of its kind, says that it is to be edited."""
+    (record,) = world_records(vlm, WORLD, [case], requests=WorldRequests(count=1))
+    prompt, swap = record.request.prompt, SwapImage(another_picture(WORLD, case))
+    trace = causal_trace(vlm, prompt, corruption=swap, positions=GROUPS, sites=KINDS, window=3, progress=False)
+    return trace.edit_site()
+
+
+def test_each_request_is_edited_at_its_own_place(tiny_vlm):
+    records = world_records(tiny_vlm, WORLD, WORLD.edit_cases("outdated", "choose")[:2])
+    places = {
+        record.request.name: Place(layer=layer, token="last", reason="as asked")
+        for layer, record in zip((5, 6), records, strict=True)
+    }
+    options = make_parser({"evaluate": evaluate}).parse_args(
+        ["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"]
+    )
+    edit = evaluate._edit(read(evaluate.Evaluate, options), "multedit", None, places)
+    for layer, record in zip((5, 6), records, strict=True):
+        assert list(edit(tiny_vlm, [record.request], ()).changes) == [tiny_vlm.down_projection(layer).name]
 
 
 def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path, capsys):

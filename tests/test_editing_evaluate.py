@@ -42,6 +42,7 @@ from multrace.editing.probes import (
     EFFICACY,
     GENERALITY,
     LOCALITY,
+    OTHER_PICTURE,
     PORTABILITY,
     SAME_QUESTION_OTHER_PICTURE,
     Probe,
@@ -181,11 +182,13 @@ def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, 
     together = evaluate(tiny_vlm, bare, change)
     _, sequence = evaluate_sequentially(tiny_vlm, bare, without_history(EDIT), at=())
     for report in (together, sequence):
-        assert report.left_out == 1 and "left out: 1 question" in report.table()
+        assert report.left_out == 1 and "left out: 1 that should stay" in report.table()
         assert [row.kind for row in report.rows] == ["edited", "edited", "unrelated"]
     alone = evaluate_singly(tiny_vlm, bare, without_history(EDIT))
     assert alone.left_out == 0 and len(alone.rows) == 4
     assert alone.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 1
+    wider = replace(bare[0], probes=(Probe(kind=OTHER_PICTURE, prompt=records[2].request.prompt),))
+    assert evaluate(tiny_vlm, [wider, bare[1]], change).left_out == 2  # the first is to be seen there, too
     both = evaluate(tiny_vlm, bare[1:], change)
     assert both.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 0  # as it would have counted
 
