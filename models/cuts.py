@@ -91,9 +91,7 @@ class CutSpan:
 
         return Job(segments=segments, own=own)
 
-    def _parted(
-        self, queries: tuple[int, ...]
-    ) -> tuple[list[tuple[_Part, Span]], list[tuple[_Part, Index | None]]]:
+    def _parted(self, queries: tuple[int, ...]) -> tuple[list[tuple[_Part, Span]], list[tuple[_Part, Index | None]]]:
         """The other positions, each part with its recording, and the computed ones with their places."""
         if queries not in self._cache:
             others = []

@@ -60,9 +60,7 @@ class AskingOptions(ModelOptions):
         default=False,
         action="store_true",
     )
-    all: bool = option(
-        "do not leave out questions that the model answers wrongly", default=False, action="store_true"
-    )
+    all: bool = option("do not leave out questions that the model answers wrongly", default=False, action="store_true")
     seed: int = option("of the noise, and of the world's order (default 0)", default=0, type=int)
 
     @property

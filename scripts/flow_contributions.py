@@ -170,9 +170,7 @@ class Failure(Reading):
         """The probabilities."""
         return [f"probability of the first token {result.first_token!r}: {result.first_probability:.3g}"]
 
-    def average(
-        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
-    ) -> FailurePrediction:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> FailurePrediction:
         """How well right answers can be told from wrong ones, by fewer folds where one kind is rare."""
         if not found:
             raise TraceError("there are no answers, so there is nothing to predict")

@@ -83,9 +83,7 @@ class Knockout(Reading):
         """The strongest change of each flow, and how it was computed."""
         return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}", *_left_undrawn(result)]
 
-    def average(
-        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
-    ) -> AverageFlow:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageFlow:
         """Mean changes; what was left out has been left out before."""
         return average_flows([result for _, result in found], only_right=False, filtered=filtered)
 

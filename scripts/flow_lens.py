@@ -70,9 +70,7 @@ class Lens(Reading):
             lines.append(f"  {shown(text)!r} ({'; '.join(roles)}): {when}, {last:.3g} in the end")
         return lines
 
-    def average(
-        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
-    ) -> AverageEmergence:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageEmergence:
         """Mean curves at the first position."""
         return average_emergences([result for _, result in found])
 

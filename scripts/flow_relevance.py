@@ -178,9 +178,7 @@ class Truncated(_Relevance):
         """The answer with and without picture, and from which layer on it stays."""
         return ["image tokens dropped", *result.summary().splitlines()[1:]]
 
-    def average(
-        self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
-    ) -> AverageTruncation:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageTruncation:
         """Accuracies and mean probabilities."""
         return average_truncations([result for _, result in found])
 

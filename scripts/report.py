@@ -1,5 +1,4 @@
-"""The demo's report: one self-contained HTML page (pictures inside, user text escaped), and a bar chart of its table.
-"""
+"""The demo's report: one self-contained HTML page (pictures inside, user text escaped), and a bar chart of its table."""
 
 from __future__ import annotations
 

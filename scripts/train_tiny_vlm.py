@@ -1,5 +1,4 @@
-"""multrace train-tiny: trains the embedded model from nothing, examines it, and writes it as a Hugging Face directory.
-"""
+"""multrace train-tiny: trains the embedded model from nothing, examines it, and writes it as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train_tiny(settings: TrainTiny) -> float:
-    """The minutes it took; the trained model is written to `settings.out` in float16. CommandError if that is in use.
-    """
+    """The minutes it took; the trained model is written to `settings.out` in float16. CommandError if that is in use."""
     if not 0 < settings.share <= 1 or settings.threads < 1:
         raise CommandError(
             f"share {settings.share} and threads {settings.threads}: "
@@ -113,8 +111,7 @@ def _steps(steps: int, share: float) -> int:
 
 
 def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, tuple[float, int]]:
-    """Set of questions -> (share right, number), by loading and free generation; the card is written beside the model.
-    """
+    """Set of questions -> (share right, number), by loading and free generation; the card is written beside the model."""
     vlm = load(settings.out)
     scores = {
         name: (accuracy(vlm, records, label=name), len(records)) for name, records in question_sets(world).items()

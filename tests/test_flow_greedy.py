@@ -65,10 +65,14 @@ def decoding(answers: Sequence[Ids], guess: Ids, limits: Limits = LIMITS) -> tup
         for number in numbers:
             assert answers[number][:start] == ids[:start]  # groups have said the same
             follows = ids == answers[number][: len(ids)]
-            said.append([
-                answers[number][place] if place < len(answers[number]) and ids[:place] == answers[number][:place] else 9
-                for place in range(start, len(ids))
-            ])
+            said.append(
+                [
+                    answers[number][place]
+                    if place < len(answers[number]) and ids[:place] == answers[number][:place]
+                    else 9
+                    for place in range(start, len(ids))
+                ]
+            )
             assert not follows or said[-1] == list(ids[start:])
         return torch.tensor(said)
 

@@ -46,9 +46,9 @@ def test_groups_are_the_studys(random_llava, prompt):
     assert set(groups.positions("question without options")) == found["question"] - set(options)
     inside, outside = (set(groups.positions(name)) for name in ("object", "other patches"))
     assert inside and outside and inside | outside == found["image"] and not inside & outside
-    assert groups.positions("object") != groups_of(
-        random_llava, prompt, boxes=(Box(20, 20, 48, 48),)
-    ).positions("object")
+    assert groups.positions("object") != groups_of(random_llava, prompt, boxes=(Box(20, 20, 48, 48),)).positions(
+        "object"
+    )
     assert groups.positions(3) == (3,)
     assert groups.positions([5, 3]) == (3, 5)
 
@@ -70,7 +70,7 @@ def test_flows_are_read(text, flow):
 
 @pytest.mark.parametrize("text", ["image", "image ->", "-> last", ""])
 def test_half_a_flow_is_refused(text):
-    with pytest.raises(TraceError, match="write \"source -> target\""):
+    with pytest.raises(TraceError, match='write "source -> target"'):
         parse_flow(text)
 
 
@@ -230,9 +230,11 @@ def test_a_prompt_without_a_picture_needs_flows(random_llama):
     prompt = random_llama.prompt(None, "Who founded Foo?")
     with pytest.raises(TraceError, match="no picture; pass flows="):
         information_flow(random_llama, prompt, **QUIET)
-    flow = information_flow(random_llama, prompt, flows=["question -> last"], windows=(1,), **QUIET) if (
-        prompt.groups["last"][0] not in prompt.groups["question_only"]
-    ) else information_flow(random_llama, prompt, flows=["0 -> last"], windows=(1,), **QUIET)
+    flow = (
+        information_flow(random_llama, prompt, flows=["question -> last"], windows=(1,), **QUIET)
+        if (prompt.groups["last"][0] not in prompt.groups["question_only"])
+        else information_flow(random_llama, prompt, flows=["0 -> last"], windows=(1,), **QUIET)
+    )
     assert float(flow.change().abs().max()) > 0
 
 

@@ -27,7 +27,7 @@ def truncation_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **cha
     count, layers = len(right), len(right[0])
     kept = torch.zeros(count, layers, 4, dtype=torch.bool)
     for row in range(1, count):
-        kept[row, :, : row] = True
+        kept[row, :, :row] = True
     truth = double(right)
     made = Truncation(
         model="some-org/some-vlm",

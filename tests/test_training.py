@@ -1,5 +1,4 @@
-"""How the embedded model was trained: packed rows equal separate prompts, routing bars what it says, a short run works.
-"""
+"""How the embedded model was trained: packed rows equal separate prompts, routing bars what it says, a short run works."""
 
 from dataclasses import replace
 

@@ -1,5 +1,4 @@
-"""The maps that are timed: text tokens, groups, blocks and single patches, each with the corruption it is asked under.
-"""
+"""The maps that are timed: text tokens, groups, blocks and single patches, each with the corruption it is asked under."""
 
 from __future__ import annotations
 

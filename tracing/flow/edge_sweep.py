@@ -153,8 +153,7 @@ class _EdgeSweep:
         self._finish(chunk, states[:, here], read)
 
     def _start(self, layer: int, chunk: EdgeChunk, slots: Sequence[int], states: Tensor) -> None:
-        """Fills in the states (lane, position, hidden) with which lanes start: the layer's output, run at the targets.
-        """
+        """Fills in the states (lane, position, hidden) with which lanes start: the layer's output, run at the targets."""
         targets = chunk.targets
         if layer == self.vlm.layers - 1:  # nothing follows but the scored positions' logits
             targets = tuple(place for place in targets if place in set(self.run.scored))

@@ -165,4 +165,3 @@ def _lanes(cells: Sequence[EdgeCell]) -> tuple[Lane, ...]:
         else Lane(cell=cell, join=cell.last, leader=slots[leader])
         for cell, leader in order
     )
-

@@ -85,9 +85,7 @@ def greedy_ids(
     last, engine = embeddings.shape[1] - 1, replace(engine, checks=0)
 
     def likeliest(ids: Ids, start: int, numbers: Sequence[int]) -> Tensor:
-        run = EdgeRun(
-            embeddings=with_tokens(vlm, embeddings, ids), scored=tuple(range(last + start, last + len(ids)))
-        )
+        run = EdgeRun(embeddings=with_tokens(vlm, embeddings, ids), scored=tuple(range(last + start, last + len(ids))))
         if bar is not None:
             bar.total += len(numbers)
         asked = cells(run.length)

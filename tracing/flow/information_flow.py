@@ -89,9 +89,7 @@ class _Scoring:
         return torch.stack([chosen[:, 0].exp(), chosen.sum(-1).exp()][: len(self.names)], dim=-1)
 
 
-def _scoring(
-    vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool
-) -> _Scoring:
+def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> _Scoring:
     if whole and not (answer or "").strip():
         raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
     if not (answer or "").strip():

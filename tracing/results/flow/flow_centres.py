@@ -29,9 +29,7 @@ def centre_of_loss(curves: Tensor) -> Tensor:
     return (loss * torch.arange(curves.shape[-1])).sum(-1) / loss.sum(-1)
 
 
-def jackknife(
-    curves: Tensor, statistic: Callable[[Tensor], Tensor]
-) -> tuple[float | None, tuple[float, float] | None]:
+def jackknife(curves: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[float | None, tuple[float, float] | None]:
     """A statistic of the mean of curves (question, layer), and its 95 % interval over questions.
 
     statistic: from (..., layer) to (...,). Tukey's jackknife: half the width is that of Student's interval of the

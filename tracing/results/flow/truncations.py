@@ -157,9 +157,7 @@ class Truncation(ImageReading):
         levels = Levels(baseline=float(self.baseline[index]), floor=float(self.floor[index]))
         what = "first token's probability" if self.scores[index] == "first token" else "probability"
         subtitle = f"{what.capitalize()} of the answer {self.answer.strip()!r}\n{name_of_model(self.model)}"
-        return draw_truncations(
-            path, self.layers, lines, levels=levels, titles=(self.question, subtitle), y_label=what
-        )
+        return draw_truncations(path, self.layers, lines, levels=levels, titles=(self.question, subtitle), y_label=what)
 
     def overlay(
         self, path: str | Path, prompt: Prompt, keep: int | None = None, layers: Sequence[int] | None = None

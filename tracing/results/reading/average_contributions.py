@@ -116,9 +116,7 @@ class AverageContributions:
             + ("; lines: 95% intervals over prompts" if ends else ""),
         )
         captions = [f"layer {layer % count}" for layer in layers]
-        return draw_shares(
-            path, shares.nanmean(0), captions=captions, count=self.image_count, titles=titles, ends=ends
-        )
+        return draw_shares(path, shares.nanmean(0), captions=captions, count=self.image_count, titles=titles, ends=ends)
 
     def _values(self, group: str, of: Quantity) -> Tensor:
         """(prompt, layer)"""
@@ -177,9 +175,7 @@ def _check_alike(results: Sequence[AttentionContributions]) -> AttentionContribu
     return results[0]
 
 
-def _stack(
-    results: Sequence[AttentionContributions], group: str, of: Quantity, reduction: Reduction
-) -> Tensor:
+def _stack(results: Sequence[AttentionContributions], group: str, of: Quantity, reduction: Reduction) -> Tensor:
     return torch.stack([each.by_layer(group, of=of, reduction=reduction).double() for each in results])
 
 

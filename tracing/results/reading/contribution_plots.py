@@ -52,9 +52,7 @@ class HeadMap:
     """(head, layer)"""
 
 
-def draw_layers(
-    path: str | Path, charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]
-) -> Path:
+def draw_layers(path: str | Path, charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]) -> Path:
     """The written picture: charts side by side, heat maps of heads below them; suffix png, pdf or svg.
 
     titles: title and subtitle. TraceError for another format or a place that cannot be written.
@@ -155,9 +153,7 @@ def _draw_chart(axes: Axes, chart: Chart, *, has_legend: bool) -> None:
 
 
 def _draw_heads(axes: Axes, bar: Axes, heads: HeadMap) -> None:
-    mesh = axes.pcolormesh(
-        heads.values.numpy(), cmap=_COLOURS[heads.kind], vmin=0, edgecolors="white", linewidth=0.3
-    )
+    mesh = axes.pcolormesh(heads.values.numpy(), cmap=_COLOURS[heads.kind], vmin=0, edgecolors="white", linewidth=0.3)
     axes.invert_yaxis()
     count, layers = heads.values.shape
     for axis, number in ((axes.xaxis, layers), (axes.yaxis, count)):

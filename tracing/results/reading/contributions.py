@@ -146,9 +146,7 @@ class AttentionContributions:
         axes.insert(1, ("head", range(self.weights.shape[1])))
         return self._with_tokens(long_frame(axes, {"contribution": self.head_contributions, "weight": self.weights}))
 
-    def plot(
-        self, path: str | Path, groups: Sequence[str] | None = None, *, reduction: Reduction = "max"
-    ) -> Path:
+    def plot(self, path: str | Path, groups: Sequence[str] | None = None, *, reduction: Reduction = "max") -> Path:
         """The written picture (png, pdf, svg): contribution and weight by layer, and of the first group by head.
 
         groups: of sources, one line each; if not given, the asked one, or else constraint, image and last token.

@@ -133,9 +133,7 @@ class AnswerEmergence:
         subtitle = f"{whose} {self.answer!r}, read at {place}"
         return emergence_lines(path, rows, layers=self.layers, titles=(self.question, subtitle))
 
-    def plot_tokens(
-        self, path: str | Path, *, norm: bool = True, positions: Sequence[int | str] | None = None
-    ) -> Path:
+    def plot_tokens(self, path: str | Path, *, norm: bool = True, positions: Sequence[int | str] | None = None) -> Path:
         """The written picture: the likeliest token at each read position (column) after each layer (row, last on top).
 
         Coloured by its probability; framed where it is one of the answer's spellings. positions: some of the read ones,

@@ -20,9 +20,7 @@ class FollowedTokens:
     @property
     def labels(self) -> tuple[str, ...]:
         """For pictures: what each token says and stands for."""
-        return tuple(
-            f"{shown(text)} ({'; '.join(roles)})" for text, roles in zip(self.texts, self.roles, strict=True)
-        )
+        return tuple(f"{shown(text)} ({'; '.join(roles)})" for text, roles in zip(self.texts, self.roles, strict=True))
 
     def index(self, word: str | int) -> int:
         """Which token a word (as spelled when asked), a role or a token id means. TraceError lists what is followed."""
