@@ -11,15 +11,7 @@ from ..models import Prompt, VisionLanguageModel
 from .errors import EditError
 from .measuring import Asked, Measures, State, feed, generate
 from .probes import EDITED, Record, names_of
-from .questions import (
-    General,
-    Question,
-    general_questions,
-    numbers,
-    questions_of,
-    record_questions,
-    unedited_by_others,
-)
+from .questions import General, Question, general_questions, numbers, questions_of, record_questions, unedited_by_others
 from .reports import EDITED_STATUS, EditReport, ProbeRow
 from .requests import EditRequest
 

@@ -1,12 +1,12 @@
 """The model under study: loading, prompts, addresses and hooks."""
 
-from .addresses import Projection, Site
 from .baukit_names import Trace, TraceDict
 from .errors import ModelError, ReplayError
-from .families import FAMILIES, Family
+from .families.addresses import Projection, Site
+from .families.table import FAMILIES, Family
 from .generation import Score
 from .hooks import capture, patch
-from .loading import load
+from .loading.load import load
 from .prompts import Patch, Prompt, collate
 from .vlm import VisionLanguageModel
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .addresses import Key, Projection
 from .errors import ModelError
+from .families.addresses import Key, Projection
 from .hooks import Addressed, StopForward, main_keyword
 
 

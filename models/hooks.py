@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .addresses import Key
 from .errors import ModelError
+from .families.addresses import Key
 
 
 class Addressed(Protocol):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .addresses import Addresses, Key, Projection
 from .errors import ModelError
-from .families import Family
+from .families.addresses import Addresses, Key, Projection
+from .families.table import Family
 from .frontend import Frontend
 from .generation import Score, generate, score_answer
 from .hooks import first_input

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from multrace import VisionLanguageModel
 from multrace.models import Prompt
-from multrace.models.cuts import Cut
+from multrace.models.replay.cuts import Cut
 from multrace.tracing import Engine
 from multrace.tracing.flow.edges import EdgeCell, EdgeRun
 from multrace.tracing.flow.plain_edges import plain_edges

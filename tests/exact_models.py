@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.models import VisionLanguageModel, load
-from multrace.models.addresses import Addresses
-from multrace.models.families import Family
+from multrace.models.families.addresses import Addresses
+from multrace.models.families.table import Family
 from multrace.models.frontend import Frontend
-from multrace.models.layouts import Recording, Source, Span
-from multrace.models.replay import Replay
+from multrace.models.replay.recording import Recording, Source, Span
+from multrace.models.replay.replay import Replay
 from multrace.tracing.cells import Cell, Runs
 from multrace.tracing.plain import plain_scores
 from multrace.tracing.sweep import sweep

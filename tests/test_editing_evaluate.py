@@ -12,14 +12,7 @@ import torch
 from multrace.data import World
 from multrace.editing import EditError, EditRequest, MultEdit
 from multrace.editing.curves import EditCurve
-from multrace.editing.evaluate import (
-    Baseline,
-    evaluate,
-    evaluate_singly,
-    unedited,
-    with_history,
-    without_history,
-)
+from multrace.editing.evaluate import Baseline, evaluate, evaluate_singly, unedited, with_history, without_history
 from multrace.editing.in_context import InContext
 from multrace.editing.measuring import Measures, State, feed
 from multrace.editing.metrics import (

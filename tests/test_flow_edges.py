@@ -10,8 +10,8 @@ import torch
 from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.models import Site
-from multrace.models.cuts import Cut
-from multrace.models.replay import replaying
+from multrace.models.replay.cuts import Cut
+from multrace.models.replay.replay import replaying
 from multrace.tracing import Engine, knockout_probability
 from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.flow import edge_sweep as sweeps

@@ -6,7 +6,7 @@ import pytest
 import torch
 from multrace import Box, Engine, ModelError, TraceError
 from multrace.data import World
-from multrace.models.cuts import Cut
+from multrace.models.replay.cuts import Cut
 from multrace.scripts.flow_questions import world_questions
 from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.flow.edges import EdgeCell, EdgeRun

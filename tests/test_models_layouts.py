@@ -4,7 +4,7 @@ import pytest
 import torch
 from multrace import ModelError
 from multrace.models import ReplayError
-from multrace.models.layouts import _RUNS_APART, Masks, Recording, Source, Span, index_of, neighbours, places
+from multrace.models.replay.recording import _RUNS_APART, Masks, Recording, Source, Span, index_of, neighbours, places
 from torch import Tensor
 
 LENGTH = 12

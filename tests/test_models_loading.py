@@ -8,7 +8,7 @@ import multrace
 import pytest
 import torch
 from multrace import FAMILIES, Family, ModelError
-from multrace.models.families import family_of
+from multrace.models.families.table import family_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, MistralConfig
 

@@ -9,7 +9,7 @@ import multrace
 import pytest
 import torch
 from multrace import FAMILIES, Family, ModelError, VisionLanguageModel
-from multrace.models.proof import prove_addresses
+from multrace.models.loading.proof import prove_addresses
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -7,8 +7,9 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from exact_models import close, load_exact, noisy, span_after, whole
 from multrace import VisionLanguageModel, load
-from multrace.models import ReplayError, Site, attention, capture, patch
-from multrace.models.replay import Replay, replaying
+from multrace.models import ReplayError, Site, capture, patch
+from multrace.models.replay import attention
+from multrace.models.replay.replay import Replay, replaying
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface

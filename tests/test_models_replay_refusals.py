@@ -10,8 +10,8 @@ from accelerate import cpu_offload
 from exact_models import LENGTH, SIZES, assemble, load_exact, make_runs, measure, mixed_cells
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import ReplayError
-from multrace.models.families import Family
-from multrace.models.replay import replaying
+from multrace.models.families.table import Family
+from multrace.models.replay.replay import replaying
 from multrace.tracing.cells import Runs
 from multrace.tracing.plain import plain_scores
 from multrace.tracing.sweep import sweep

@@ -11,8 +11,8 @@ from exact_models import SIZES, assemble, close
 from multrace import ModelError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, Site, capture
-from multrace.models.attending import attending
-from multrace.models.families import Family
+from multrace.models.families.table import Family
+from multrace.models.replay.observe import attending
 from multrace.tracing import TraceError
 from multrace.tracing.reading.attended import value_bias, watch_attention, written_values
 from multrace.tracing.reading.contributions import attention_contributions, contribution_vectors, layer_norms

@@ -5,7 +5,7 @@ import torch
 from multrace import VisionLanguageModel, load
 from multrace.data import World
 from multrace.models import ModelError, Prompt
-from multrace.models.families import FAMILIES, Family
+from multrace.models.families.table import FAMILIES, Family
 from multrace.tracing import TraceError
 from multrace.tracing.reading.lens import answer_emergence
 from multrace.tracing.results.reading.emergence import AnswerEmergence

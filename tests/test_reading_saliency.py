@@ -8,7 +8,7 @@ import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.data import World
-from multrace.models.attending import attention_function
+from multrace.models.replay.observe import attention_function
 from multrace.tracing import TraceError
 from multrace.tracing.reading.saliency import attention_saliency
 from multrace.tracing.results.reading.saliency import AttentionSaliency

@@ -10,10 +10,11 @@ import pytest
 import torch
 from exact_models import CHANGED, LENGTH, largest_difference, load_exact, make_runs, mixed_cells
 from multrace import VisionLanguageModel
-from multrace.models import attention, layouts
-from multrace.models import replay as replays
-from multrace.models.attention import Kernels, Segment
-from multrace.models.layouts import Index, Masks, Span
+from multrace.models.replay import attention
+from multrace.models.replay import recording as layouts
+from multrace.models.replay import replay as replays
+from multrace.models.replay.attention import Kernels, Segment
+from multrace.models.replay.recording import Index, Masks, Span
 from multrace.tracing import plans
 from multrace.tracing.cells import Cell, Runs
 from multrace.tracing.plans import Lane

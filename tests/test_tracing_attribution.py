@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
-from multrace.models.replay import replaying
+from multrace.models.replay.replay import replaying
 from multrace.tracing import (
     BlankImage,
     CausalTrace,

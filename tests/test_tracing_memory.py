@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from multrace import VisionLanguageModel
-from multrace.models import replay as replay_module
-from multrace.models.attention import Kernels, Segment, merged_attention
+from multrace.models.replay import replay as replay_module
+from multrace.models.replay.attention import Kernels, Segment, merged_attention
 from multrace.tracing import ImageNoise, TextNoise
 from multrace.tracing.cells import Cell, Runs
 from multrace.tracing.corruptions.corruption import embed

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from multrace.models.layouts import Masks
+from multrace.models.replay.recording import Masks
 from multrace.tracing.cells import Cell
 from multrace.tracing.plans import Chunk, Plan, effect_of, halved, make_plan
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
-from multrace.models.layouts import Span
-from multrace.models.replay import Replay
+from multrace.models.replay.recording import Span
+from multrace.models.replay.replay import Replay
 from multrace.tracing import CausalTrace, ImageNoise, TextNoise, TraceError, causal_trace
 from multrace.tracing import plain as plain_way
 from multrace.tracing.engine import Engine

@@ -7,12 +7,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
-from multrace.tracing import (
-    ReplaceText,
-    SwapImage,
-    TextNoise,
-    TraceError,
-)
+from multrace.tracing import ReplaceText, SwapImage, TextNoise, TraceError
 from multrace.tracing.engine import Engine
 from multrace.tracing.plain import next_token_probabilities
 from multrace.tracing.scoring import METRICS

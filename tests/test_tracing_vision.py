@@ -10,7 +10,7 @@ import pytest
 import torch
 from multrace import FAMILIES, ModelError, Prompt, VisionLanguageModel
 from multrace.data import tiny_vlm_path
-from multrace.models.proof import prove_addresses
+from multrace.models.loading.proof import prove_addresses
 from multrace.tracing import (
     BlankImage,
     BlurImage,

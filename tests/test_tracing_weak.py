@@ -5,13 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.tracing import (
-    BlankImage,
-    ImageNoise,
-    SwapImage,
-    TextNoise,
-    TraceError,
-)
+from multrace.tracing import BlankImage, ImageNoise, SwapImage, TextNoise, TraceError
 from multrace.tracing.corruptions.calibration import LADDER
 from multrace.tracing.engine import Engine
 from multrace.tracing.errors import WeakCorruption

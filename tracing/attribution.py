@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..models import Site, VisionLanguageModel, capture
-from ..models.addresses import Projection
-from ..models.layouts import Source, places
-from ..models.replay import Replay, replaying
+from ..models.families.addresses import Projection
+from ..models.replay.recording import Source, places
+from ..models.replay.replay import Replay, replaying
 from .cells import Cell, Measure, Runs
 from .recorded import Recorded, record
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import Prompt, Site, VisionLanguageModel, capture, patch
-from ..models.addresses import Key
+from ..models.families.addresses import Key
 from .cells import Cell, Measure, Runs
 from .corruptions.corruption import embed
 

@@ -6,7 +6,7 @@ Pure bookkeeping over positions and layers; nothing here computes a state.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..models.layouts import Masks
+from ..models.replay.recording import Masks
 from .cells import Cell
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..models import Site
-from ..models.addresses import Projection
-from ..models.layouts import Recording, Source, Span, neighbours
-from ..models.replay import Replay
+from ..models.families.addresses import Projection
+from ..models.replay.recording import Recording, Source, Span, neighbours
+from ..models.replay.replay import Replay
 from .cells import Cell, Runs
 from .plans import touched
 

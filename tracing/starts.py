@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..models import Site, VisionLanguageModel
-from ..models.layouts import Index, places
-from ..models.replay import Replay
+from ..models.replay.recording import Index, places
+from ..models.replay.replay import Replay
 from .cells import Cell, Runs
 from .engine import Engine
 from .plans import Chunk, Lane, Plan

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import VisionLanguageModel
-from ..models.jobs import Work
-from ..models.layouts import places
-from ..models.replay import Replay, replaying
+from ..models.replay.jobs import Work
+from ..models.replay.recording import places
+from ..models.replay.replay import Replay, replaying
 from .cells import Cell, Measure, Runs
 from .checkpoints import Checkpoint
 from .engine import Engine, is_out_of_memory

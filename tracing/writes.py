@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..models import Site, VisionLanguageModel, patch
-from ..models.addresses import Projection
-from ..models.layouts import Recording
+from ..models.families.addresses import Projection
+from ..models.replay.recording import Recording
 
 Target = Site | Projection
 

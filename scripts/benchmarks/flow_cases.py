@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...models.cuts import Cut
+from ...models.replay.cuts import Cut
 from ...tracing.flow.edges import EdgeCell
 from ...tracing.grids import window_layers
 from .shapes import Shape

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel
-from ...models.quiet import quiet_transformers
+from ...models.loading.quiet import quiet_transformers
 from ...tracing.cells import Measure
 from ...tracing.flow.edges import EdgeCell
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...models.devices import check_device_map
+from ...models.loading.devices import check_device_map
 from ..errors import CommandError
 from ..options import option
 from ..outputs import check_files, new_files

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ...models import ReplayError, VisionLanguageModel
-from ...models.attending import attending
-from ...models.cuts import Cut
+from ...models.replay.cuts import Cut
+from ...models.replay.observe import attending
 from ..errors import TraceError
 from .edges import EdgeCell
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import VisionLanguageModel
-from ...models.cuts import Cut, CutSpan
-from ...models.jobs import Work
-from ...models.layouts import Recording, Source, places
-from ...models.replay import Replay, replaying
+from ...models.replay.cuts import Cut, CutSpan
+from ...models.replay.jobs import Work
+from ...models.replay.recording import Recording, Source, places
+from ...models.replay.replay import Replay, replaying
 from ..cells import Measure
 from ..engine import Engine, is_out_of_memory
 from ..errors import TraceError

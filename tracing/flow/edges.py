@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ...models.cuts import Cut
-from ...models.layouts import Masks
+from ...models.replay.cuts import Cut
+from ...models.replay.recording import Masks
 from ..errors import TraceError
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
-from ...models.cuts import Cut
+from ...models.replay.cuts import Cut
 from ..corruptions.corruption import embed
 from ..engine import Engine
 from ..errors import TraceError

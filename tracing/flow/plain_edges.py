@@ -7,8 +7,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import VisionLanguageModel
-from ...models.cuts import Cut
-from ...models.masking import masking
+from ...models.replay.cuts import Cut
+from ...models.replay.masking import masking
 from ..cells import Measure
 from .edges import EdgeCell, EdgeRun
 

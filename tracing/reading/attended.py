@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
-from ...models.attending import Attention, attending
+from ...models.replay.observe import Attention, attending
 from ..corruptions.corruption import group_positions
 from ..errors import TraceError
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
-from ...models.attending import Attention
+from ...models.replay.observe import Attention
 from ..corruptions.corruption import embed
 from ..errors import TraceError
 from ..results.reading.contributions import AttentionContributions

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
-from ...models.attending import attending
+from ...models.replay.observe import attending
 from ..corruptions.corruption import group_positions
 from ..results.reading.saliency import AttentionSaliency
 from .answering import answered, predicting_logits, read_fields

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
-from ...models.attending import attending
+from ...models.replay.observe import attending
 from ..corruptions.corruption import group_positions
 from ..errors import TraceError
 from ..results.reading.shares import AttentionShare

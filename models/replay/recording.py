@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .addresses import Projection, Site
+from ..errors import ReplayError
+from ..families.addresses import Projection, Site
 from .attention import Segment
-from .errors import ReplayError
 from .jobs import Job
 
 Index = slice | Tensor

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ReplayError
-from .hooks import main_tensor
-from .layouts import Index
+from ..errors import ReplayError
+from ..hooks import main_tensor
+from .recording import Index
 
 _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "cache_position", "is_causal"}
 """Keywords of attention functions that change nothing beyond the mask, which is captured whole."""

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from .errors import ModelError
-from .families import Family
+from ..errors import ModelError
+from .table import Family
 
 Kind = Literal["hidden", "mlp", "attention"]
 

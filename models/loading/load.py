@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from .addresses import Addresses
+from ..errors import ModelError
+from ..families.addresses import Addresses
+from ..families.table import FAMILIES, Family, family_of
+from ..frontend import Frontend
+from ..vlm import VisionLanguageModel
 from .devices import check_device_map, check_in_memory
-from .errors import ModelError
-from .families import FAMILIES, Family, family_of
-from .frontend import Frontend
 from .proof import prove_addresses
 from .sources import Source
-from .vlm import VisionLanguageModel
 
 logger = logging.getLogger("multrace")
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .addresses import Projection, Site
-from .errors import ModelError
-from .hooks import capture, patch
-from .prompts import Prompt
-from .vlm import VisionLanguageModel
+from ..errors import ModelError
+from ..families.addresses import Projection, Site
+from ..hooks import capture, patch
+from ..prompts import Prompt
+from ..vlm import VisionLanguageModel
 
 _QUESTION = "Which of these words is the one that comes last?"
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .addresses import Projection, Site
+from ..errors import ReplayError
+from ..families.addresses import Projection, Site
+from ..hooks import StopForward, capture, first_input, main_tensor
+from ..vlm import VisionLanguageModel
 from .attention import Kernels, merged_attention, probe_kernels
 from .backends import attention_function
-from .errors import ReplayError
-from .hooks import StopForward, capture, first_input, main_tensor
 from .jobs import Job, Work
-from .layouts import Index, Masks, Queries, Recording, Source, Span, index_of, places
-from .vlm import VisionLanguageModel
+from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
 from .witness import Witness, for_rows, sliced
 
 _Seen = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]

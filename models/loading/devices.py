@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ModelError
+from ..errors import ModelError
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names by which transformers chooses the devices itself."""

@@ -18,8 +18,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from .errors import ModelError, gist
-from .families import Family
+from ..errors import ModelError, gist
+from ..families.table import Family
 from .quiet import quiet_transformers
 
 logger = logging.getLogger("multrace")

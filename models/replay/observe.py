@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..errors import ModelError, ReplayError
+from ..vlm import VisionLanguageModel
 from .backends import attention_function
-from .errors import ModelError, ReplayError
-from .vlm import VisionLanguageModel
 from .witness import Witness
 
 

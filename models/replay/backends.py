@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .errors import ReplayError
-from .vlm import VisionLanguageModel
+from ..errors import ReplayError
+from ..vlm import VisionLanguageModel
 
 
 @contextmanager

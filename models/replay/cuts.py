@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attention import Segment
 from .jobs import Job
-from .layouts import Index, Masks, Source, Span, index_of, neighbours, simplified
+from .recording import Index, Masks, Source, Span, index_of, neighbours, simplified
 
 _SHORT = 128
 """Runs of at most so many keys are copied together: that costs less than attending to each of them on its own."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..vlm import VisionLanguageModel
 from .backends import attention_function
-from .vlm import VisionLanguageModel
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from .errors import ModelError
+from ..errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
