@@ -1,6 +1,5 @@
 """multrace: find where a vision-language model keeps a fact, and change it there."""
 
-from .choosing import Located, locate
 from .editing import (
     EMMET,
     MEMIT,
@@ -38,7 +37,6 @@ from .editing import (
     with_history,
     without_history,
 )
-from .locating import LocatedEdit, locate_then_edit
 from .models import (
     FAMILIES,
     Family,
@@ -114,6 +112,8 @@ from .tracing import (
     same_answer,
     truncate_image,
 )
+from .workflow.locate import Located, locate
+from .workflow.locate_then_edit import LocatedEdit, locate_then_edit
 
 __all__ = [
     "AlphaEdit",

@@ -62,6 +62,21 @@ class Prompt:
         """Number of positions, the answer's included."""
         return self.inputs["input_ids"].shape[1]
 
+    def seen_pictures(self) -> tuple[Tensor, ...]:
+        """Each picture as the model sees it, resized and cropped: (row, column, channel) in 0 to 1.
+
+        Undoes the image processor's own scaling of colours.
+        """
+        pixels, processor = self.inputs["pixel_values"].double().cpu(), self.frontend.processor.image_processor
+        if processor.do_normalize:
+            mean, deviation = (
+                torch.tensor(each).view(-1, 1, 1) for each in (processor.image_mean, processor.image_std)
+            )
+            pixels = pixels * deviation + mean
+        if not processor.do_rescale:
+            pixels = pixels / 255
+        return tuple(pixels.clamp(0, 1).permute(0, 2, 3, 1))
+
     def with_answer(self, answer: str | None) -> "Prompt":
         """The same prompt with this answer's tokens after it (teacher forcing); None: without an answer."""
         end = self.groups["last"][0] + 1

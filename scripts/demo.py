@@ -16,9 +16,9 @@ from tqdm import tqdm
 from ..data import World, tiny_vlm_path
 from ..data.world import EditCase
 from ..editing import EditRequest, MultEdit
-from ..locating import LocatedEdit, locate_then_edit
 from ..models import VisionLanguageModel, load
 from ..tracing import CausalTrace, SwapImage, causal_trace
+from ..workflow.locate_then_edit import LocatedEdit, locate_then_edit
 from .errors import CommandError
 from .options import add_options, option, read
 from .outputs import check_files, new_files

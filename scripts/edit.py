@@ -16,9 +16,9 @@ from ..editing.editors import EDITORS
 from ..editing.moments import Moments
 from ..editing.requests import EditRequest
 from ..editing.targets import key_positions
-from ..locating import TraceShift, locate_then_edit
 from ..models import ModelError, Projection, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace
+from ..workflow.locate_then_edit import TraceShift, locate_then_edit
 from .edit_asked import AskedEdit, RequestOptions
 from .edit_options import EditorOptions
 from .edit_preview import preview, sizes

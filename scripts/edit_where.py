@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..artefacts.errors import ArtefactError
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
 from .errors import CommandError
 
@@ -71,8 +72,8 @@ def load_traces(paths: Sequence[Path]) -> tuple[CausalTrace, ...] | AverageTrace
 def _load(path: Path) -> CausalTrace | AverageTrace:
     try:
         return CausalTrace.load(path)
-    except TraceError as error:
+    except (TraceError, ArtefactError) as error:
         try:
             return AverageTrace.load(path)
-        except TraceError:
+        except (TraceError, ArtefactError):
             raise error from None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..choosing import locate
 from ..data import World
 from ..editing.curves import EditCurve
 from ..editing.evaluate import Baseline, Edit, evaluate, evaluate_singly, unedited, with_history
@@ -23,6 +22,7 @@ from ..editing.requests import EditRequest
 from ..editing.sequences import AT, Governor, evaluate_sequentially
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
+from ..workflow.locate import locate
 from .edit_asked import swapped
 from .edit_options import NAMES, EditorOptions, editor
 from .edit_records import EditEntry, Words, read_edit_records, read_general

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..artefacts.errors import ArtefactError
 from ..models import ModelError
 from ..models.errors import gist
 from ..tracing import TraceError
@@ -88,7 +89,7 @@ def _results(readings: Sequence[Reading], asked: Asked) -> tuple[dict[Reading, A
     for reading in readings:
         try:
             results[reading] = reading.compute(asked)
-        except (CommandError, ModelError, TraceError) as error:
+        except (CommandError, ModelError, TraceError, ArtefactError) as error:
             failed[reading.name] = gist(error)
     return results, failed
 

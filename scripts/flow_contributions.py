@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..models import Prompt
 from ..tracing import TraceError
-from ..tracing.reading.contributions import attention_contributions
-from ..tracing.reading.failure import failure_features, predict_failure
-from ..tracing.results.flow.average_flows import FilteredQuestion
-from ..tracing.results.reading.average_contributions import AverageContributions, average_contributions
-from ..tracing.results.reading.contributions import AttentionContributions
-from ..tracing.results.reading.failures import FailureFeatures, FailurePrediction
+from ..tracing.attention.contributions import attention_contributions
+from ..tracing.attention.contributions_average import AverageContributions, average_contributions
+from ..tracing.attention.contributions_result import AttentionContributions
+from ..tracing.failure.failure import failure_features, predict_failure
+from ..tracing.failure.result import FailureFeatures, FailurePrediction
+from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_constraint, need_image

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..artefacts.errors import ArtefactError
 from ..data import tiny_vlm_path
 from ..models import Prompt
 from ..tracing import TraceError
@@ -66,7 +67,7 @@ class Kept:
             known = (self.folder / _identity_file(reading)).read_text(encoding="utf-8")
             is_same = known == self._identity(reading, generated)
             return reading.kind.load(self.folder / reading.file) if is_same else None
-        except (OSError, UnicodeDecodeError, TraceError):
+        except (OSError, UnicodeDecodeError, TraceError, ArtefactError):
             return None
 
     def keep_result(self, reading: Reading, result: Any, prompt: Prompt, generated: str) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import Prompt
-from ..tracing.flow.groups import parse_flow
-from ..tracing.flow.information_flow import information_flow
-from ..tracing.results.flow.average_flows import AverageFlow, FilteredQuestion, average_flows
-from ..tracing.results.flow.flows import InformationFlow
+from ..tracing.knockout.average import AverageFlow, FilteredQuestion, average_flows
+from ..tracing.knockout.groups import parse_flow
+from ..tracing.knockout.knockout import information_flow
+from ..tracing.knockout.result import InformationFlow
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group, need_image, write_table

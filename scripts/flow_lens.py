@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import Prompt
-from ..tracing.reading.lens import answer_emergence
-from ..tracing.results.flow.average_flows import FilteredQuestion
-from ..tracing.results.reading.average_emergence import AverageEmergence, average_emergences
-from ..tracing.results.reading.emergence import AnswerEmergence, state_name
-from ..tracing.results.reading.followed import shown
+from ..tracing.knockout.average import FilteredQuestion
+from ..tracing.lens.average import AverageEmergence, average_emergences
+from ..tracing.lens.followed import shown
+from ..tracing.lens.lens import answer_emergence
+from ..tracing.lens.result import AnswerEmergence, state_name
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group

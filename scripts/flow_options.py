@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tracing import Engine
-from ..tracing.engine import ENGINES
+from ..tracing.engine.settings import ENGINES
 from .errors import CommandError
 from .flow_asking import OF_MANY, OF_ONE, AskingOptions
 from .flow_contributions import Failure, ImageToConstraint, ToLast

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..artefacts.errors import ArtefactError
 from ..data import DataError, World
 from ..data.gqa_flow import FlowRecord, read_gqa_flow
 from ..models import Prompt, VisionLanguageModel
@@ -143,7 +144,7 @@ def _from_lines(path: Path, images: Path, problems: list[str]) -> Iterator[FlowQ
                 raise CommandError(f"the id {question.id!r} has come before; give each line its own")
             known.add(question.id)
             yield question
-        except (CommandError, ModelError, TraceError) as error:
+        except (CommandError, ModelError, TraceError, ArtefactError) as error:
             problems.append(f"line {number}: {gist(error)}")
 
 

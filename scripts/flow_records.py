@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..artefacts.errors import ArtefactError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import TraceError
@@ -19,7 +20,7 @@ from .flow_reading import Answered, Asked, Reading
 from .flow_report import REPORT, Findings, Skip, report_findings, write_averages
 from .outputs import check_files
 
-_ERRORS = (CommandError, ModelError, TraceError, OSError)
+_ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
 _AT_ONCE = 16
 """Questions whose processed pictures are held at a time while they are answered."""
 _CHECKED = 3

@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from ..models import Prompt
-from ..tracing.flow.truncation import truncate_image
-from ..tracing.reading.cam import llava_cam
-from ..tracing.reading.saliency import attention_saliency
-from ..tracing.reading.shares import attention_share
-from ..tracing.results.flow.average_flows import FilteredQuestion
-from ..tracing.results.flow.average_truncations import AverageTruncation, average_truncations
-from ..tracing.results.flow.truncations import Truncation
-from ..tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
-from ..tracing.results.reading.relevance import RelevanceMap
-from ..tracing.results.reading.saliency import AttentionSaliency
-from ..tracing.results.reading.shares import AttentionShare, AverageShare, average_shares
+from ..tracing.attention.cam import llava_cam
+from ..tracing.attention.cam_result import RelevanceMap
+from ..tracing.attention.saliency import attention_saliency
+from ..tracing.attention.saliency_average import AverageSaliency, average_saliencies
+from ..tracing.attention.saliency_result import AttentionSaliency
+from ..tracing.attention.shares import attention_share
+from ..tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
+from ..tracing.knockout.average import FilteredQuestion
+from ..tracing.pruning.average import AverageTruncation, average_truncations
+from ..tracing.pruning.pruning import truncate_image
+from ..tracing.pruning.result import Truncation
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_image

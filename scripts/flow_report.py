@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..artefacts.errors import ArtefactError
 from ..models.errors import gist
 from ..tracing import TraceError
-from ..tracing.results.flow.average_flows import FilteredQuestion
+from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError
 from .flow_files import QUESTIONS, write_files
 from .flow_options import Flow
@@ -79,7 +80,7 @@ def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findin
             average = reading.average(found, filtered)
             files = {reading.file: average.save, **reading.average_files(average)}
             written = write_files(settings.out, files, stale=known)
-        except TraceError as error:
+        except (TraceError, ArtefactError) as error:
             findings.averages[reading.name] = {"questions": len(found), "none": gist(error)}
             write_files(settings.out, {}, stale=known)
             continue

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
+from ..artefacts.errors import ArtefactError
 from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
@@ -39,7 +40,7 @@ EXAMPLE = """examples:
 """
 BAD_INPUT, INTERRUPTED = 2, 130
 _RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-_ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, OSError)
+_ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, ArtefactError, OSError)
 
 
 def app(arguments: Sequence[str] | None = None) -> int:

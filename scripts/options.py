@@ -10,7 +10,7 @@ from ..models.images import open_images
 from ..models.spans import find_span
 from ..tracing import Blocks, Box, Corruption, MeanAblation, SwapImage, parse_corruption
 from ..tracing.corruptions.parsing import SPELLINGS
-from ..tracing.rows import Item
+from ..tracing.engine.rows import Item
 from .errors import CommandError
 
 _Options = TypeVar("_Options")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from ..choosing import locate
 from ..data import World
 from ..data.world import EditCase
 from ..editing.evaluate import Baseline, unedited
@@ -13,6 +12,7 @@ from ..editing.moments import Moments, second_moments
 from ..editing.probes import Record
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import EditSite, SwapImage
+from ..workflow.locate import locate
 from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
 
 CONTEXTS = 3

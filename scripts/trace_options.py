@@ -5,11 +5,11 @@ from pathlib import Path
 
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import CausalTrace, Corruption, causal_trace
-from ..tracing.causal import DIRECTIONS
-from ..tracing.cells import KINDS
-from ..tracing.engine import ENGINES, Engine
-from ..tracing.grids import EFFECTS, SITES
-from ..tracing.scoring import METRICS
+from ..tracing.causal.trace import DIRECTIONS
+from ..tracing.engine.cells import KINDS
+from ..tracing.engine.grid import EFFECTS, SITES
+from ..tracing.engine.scoring import METRICS
+from ..tracing.engine.settings import ENGINES, Engine
 from .errors import CommandError
 from .options import CorruptionOptions, ModelOptions, option
 

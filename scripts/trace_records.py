@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..artefacts.errors import ArtefactError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
@@ -22,7 +23,7 @@ _RECORD = "record.json"
 _KEYS = ("image", "question", "constraint", "answer", "foil", "corrupt")
 _PLACES = ("records", "out", "resume", "memory", "checks")
 """Options that change neither what is traced nor the result."""
-_ERRORS = (CommandError, ModelError, TraceError, OSError)
+_ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class _Record:
         try:
             known = (self.folder / _RECORD).read_text(encoding="utf-8")
             return CausalTrace.load(self.folder / TRACE) if known == self.identity() else None
-        except (OSError, UnicodeDecodeError, TraceError):
+        except (OSError, UnicodeDecodeError, TraceError, ArtefactError):
             return None
 
 
@@ -125,7 +126,7 @@ def _write_average(traces: list[CausalTrace], out: Path) -> str | None:
             mean.save(folder / AVERAGE[0])
             mean.plot(folder / AVERAGE[1])
         return None
-    except TraceError as error:
+    except (TraceError, ArtefactError) as error:
         for name in AVERAGE:
             (out / name).unlink(missing_ok=True)
         return gist(error)

@@ -7,10 +7,10 @@ from multrace import VisionLanguageModel
 from multrace.models import Prompt
 from multrace.models.replay.cuts import Cut
 from multrace.tracing import Engine
-from multrace.tracing.flow.edges import EdgeCell, EdgeRun
-from multrace.tracing.flow.plain_edges import plain_edges
-from multrace.tracing.flow.truncation import truncate_image
-from multrace.tracing.results.flow.truncations import Truncation
+from multrace.tracing.engine.edges import EdgeCell, EdgeRun
+from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.pruning.pruning import truncate_image
+from multrace.tracing.pruning.result import Truncation
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

@@ -11,9 +11,9 @@ from multrace.models.families.table import Family
 from multrace.models.frontend import Frontend
 from multrace.models.replay.recording import Recording, Source, Span
 from multrace.models.replay.replay import Replay
-from multrace.tracing.cells import Cell, Runs
-from multrace.tracing.plain import plain_scores
-from multrace.tracing.sweep import sweep
+from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine.sweep import sweep
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -22,7 +22,7 @@ from multrace.scripts.benchmarks.timing import Row, measure_row
 from multrace.scripts.benchmarks.ways import frozen_states, run_naive, run_strong, run_sweep
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.tracing.cells import Cell
+from multrace.tracing.engine.cells import Cell
 
 CPU = torch.device("cpu")
 SHAPE = Shape(

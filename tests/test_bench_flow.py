@@ -27,9 +27,9 @@ from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.flow.edge_sweep import edge_sweep
-from multrace.tracing.flow.edges import EdgeRun
-from multrace.tracing.flow.plain_edges import plain_edges
+from multrace.tracing.engine.edge_sweep import edge_sweep
+from multrace.tracing.engine.edges import EdgeRun
+from multrace.tracing.engine.plain_edges import plain_edges
 
 SHAPE = Shape(
     layers=4, width=32, mlp=48, heads=2, vision_layers=2, vision_width=16, vision_heads=2, vocabulary=120, image=56

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from multrace import VisionLanguageModel
-from multrace.choosing import GROUPS
 from multrace.data import World
 from multrace.data.world import EditCase
 from multrace.editing.curves import EditCurve
@@ -23,7 +22,8 @@ from multrace.scripts.main import make_parser
 from multrace.scripts.options import read
 from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
 from multrace.tracing import EditSite, SwapImage, causal_trace
-from multrace.tracing.cells import KINDS
+from multrace.tracing.engine.cells import KINDS
+from multrace.workflow.locate import GROUPS
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]

@@ -20,25 +20,25 @@ from multrace.scripts.flow_questions import FlowQuestion, world_questions
 from multrace.scripts.main import app, make_parser
 from multrace.scripts.options import ModelOptions, read
 from multrace.tracing import Box, Engine, TraceError
-from multrace.tracing.flow.information_flow import information_flow
-from multrace.tracing.flow.truncation import truncate_image
-from multrace.tracing.reading.cam import llava_cam
-from multrace.tracing.reading.contributions import attention_contributions
-from multrace.tracing.reading.lens import answer_emergence
-from multrace.tracing.reading.saliency import attention_saliency
-from multrace.tracing.results.flow.average_flows import AverageFlow, average_flows
-from multrace.tracing.results.flow.average_truncations import AverageTruncation
-from multrace.tracing.results.flow.flows import InformationFlow
-from multrace.tracing.results.flow.truncations import Truncation
-from multrace.tracing.results.reading.average_contributions import AverageContributions
-from multrace.tracing.results.reading.average_emergence import AverageEmergence
-from multrace.tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
-from multrace.tracing.results.reading.contributions import AttentionContributions
-from multrace.tracing.results.reading.emergence import AnswerEmergence
-from multrace.tracing.results.reading.failures import FailurePrediction
-from multrace.tracing.results.reading.relevance import RelevanceMap
-from multrace.tracing.results.reading.saliency import AttentionSaliency
-from multrace.tracing.results.reading.shares import AttentionShare, AverageShare
+from multrace.tracing.attention.cam import llava_cam
+from multrace.tracing.attention.cam_result import RelevanceMap
+from multrace.tracing.attention.contributions import attention_contributions
+from multrace.tracing.attention.contributions_average import AverageContributions
+from multrace.tracing.attention.contributions_result import AttentionContributions
+from multrace.tracing.attention.saliency import attention_saliency
+from multrace.tracing.attention.saliency_average import AverageSaliency, average_saliencies
+from multrace.tracing.attention.saliency_result import AttentionSaliency
+from multrace.tracing.attention.shares_result import AttentionShare, AverageShare
+from multrace.tracing.failure.result import FailurePrediction
+from multrace.tracing.knockout.average import AverageFlow, average_flows
+from multrace.tracing.knockout.knockout import information_flow
+from multrace.tracing.knockout.result import InformationFlow
+from multrace.tracing.lens.average import AverageEmergence
+from multrace.tracing.lens.lens import answer_emergence
+from multrace.tracing.lens.result import AnswerEmergence
+from multrace.tracing.pruning.average import AverageTruncation
+from multrace.tracing.pruning.pruning import truncate_image
+from multrace.tracing.pruning.result import Truncation
 from PIL import Image
 
 ALL = ("--knockout", "--lens", "--contributions", "--relevance")

@@ -13,7 +13,7 @@ from multrace.scripts.main import app
 from multrace.scripts.options import CorruptionOptions
 from multrace.scripts.trace_options import Trace
 from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
-from multrace.tracing.engine import Engine
+from multrace.tracing.engine.settings import Engine
 from PIL import Image
 
 QUESTION = "Who founded the company in this photo?"

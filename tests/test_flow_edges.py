@@ -14,10 +14,10 @@ from multrace.models.replay.cuts import Cut
 from multrace.models.replay.replay import replaying
 from multrace.tracing import Engine, knockout_probability
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.flow import edge_sweep as sweeps
-from multrace.tracing.flow.edge_sweep import edge_sweep
-from multrace.tracing.flow.edges import EdgeCell, EdgeRun
-from multrace.tracing.flow.plain_edges import hidden_edges, plain_edges
+from multrace.tracing.engine import edge_sweep as sweeps
+from multrace.tracing.engine.edge_sweep import edge_sweep
+from multrace.tracing.engine.edges import EdgeCell, EdgeRun
+from multrace.tracing.engine.plain_edges import hidden_edges, plain_edges
 from other_families import MODELS, make
 from torch import Tensor
 

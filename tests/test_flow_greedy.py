@@ -9,7 +9,7 @@ from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.flow.greedy import Ids, Limits, verified
+from multrace.tracing.pruning.greedy import Ids, Limits, verified
 from torch import Tensor
 
 

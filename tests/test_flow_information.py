@@ -9,12 +9,12 @@ from multrace.data import World
 from multrace.models.replay.cuts import Cut
 from multrace.scripts.flow_questions import world_questions
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.flow.edges import EdgeCell, EdgeRun
-from multrace.tracing.flow.groups import PAPER_FLOWS, Flow, Groups, parse_flow
-from multrace.tracing.flow.information_flow import information_flow
-from multrace.tracing.flow.plain_edges import plain_edges
-from multrace.tracing.results.flow.average_flows import average_flows
-from multrace.tracing.results.flow.flows import InformationFlow
+from multrace.tracing.engine.edges import EdgeCell, EdgeRun
+from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.knockout.average import average_flows
+from multrace.tracing.knockout.groups import PAPER_FLOWS, Flow, Groups, parse_flow
+from multrace.tracing.knockout.knockout import information_flow
+from multrace.tracing.knockout.result import InformationFlow
 
 QUESTION = "Is the animal in this photo a cat or a puppy?"
 WORDS = {"object": "the animal in this photo", "true_option": "cat", "false_option": "puppy"}

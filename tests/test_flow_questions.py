@@ -12,7 +12,7 @@ from multrace.scripts.flow_degraded import degraded_questions
 from multrace.scripts.flow_questions import FlowQuestion, read_questions, world_questions
 from multrace.scripts.main import app
 from multrace.tracing import Box
-from multrace.tracing.results.flow.average_flows import AverageFlow
+from multrace.tracing.knockout.average import AverageFlow
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gqa_flow"

@@ -11,14 +11,14 @@ from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
 from multrace.tracing import Engine
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.flow import edge_measuring
-from multrace.tracing.flow.dropping import Drop, image_ranks
-from multrace.tracing.flow.edge_sweep import edge_sweep
-from multrace.tracing.flow.edges import EdgeRun
-from multrace.tracing.flow.plain_edges import plain_edges
-from multrace.tracing.results.flow.average_truncations import average_truncations
-from multrace.tracing.results.flow.truncations import Truncation
-from multrace.tracing.scoring import with_tokens
+from multrace.tracing.engine import edge_measure as edge_measuring
+from multrace.tracing.engine.edge_sweep import edge_sweep
+from multrace.tracing.engine.edges import EdgeRun
+from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.engine.scoring import with_tokens
+from multrace.tracing.pruning.average import average_truncations
+from multrace.tracing.pruning.dropping import Drop, image_ranks
+from multrace.tracing.pruning.result import Truncation
 from other_families import MODELS, make
 from torch import Tensor
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import multrace as mt
 import pytest
 import torch
-from multrace.choosing import Located, locate
 from multrace.data import World
 from multrace.editing.editors import MEMIT
-from multrace.locating import locate_then_edit
 from multrace.models import VisionLanguageModel
 from multrace.tracing import EditSite, WeakCorruption, average
+from multrace.workflow.locate import Located, locate
+from multrace.workflow.locate_then_edit import locate_then_edit
 
 TRACING = {"groups": ("constraint_last", "last"), "kinds": ("hidden", "mlp")}  # all that the choice needs
 CASES = (0, 8, 23)

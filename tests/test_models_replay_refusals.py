@@ -12,9 +12,9 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.models import ReplayError
 from multrace.models.families.table import Family
 from multrace.models.replay.replay import replaying
-from multrace.tracing.cells import Runs
-from multrace.tracing.plain import plain_scores
-from multrace.tracing.sweep import sweep
+from multrace.tracing.engine.cells import Runs
+from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine.sweep import sweep
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 

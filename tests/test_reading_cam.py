@@ -9,8 +9,8 @@ import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.models import Site
 from multrace.tracing import TraceError
-from multrace.tracing.reading.cam import llava_cam
-from multrace.tracing.results.reading.relevance import RelevanceMap
+from multrace.tracing.attention.cam import llava_cam
+from multrace.tracing.attention.cam_result import RelevanceMap
 from PIL import Image
 from torch import Tensor, nn
 

@@ -14,11 +14,11 @@ from multrace.models import Prompt, Site, capture
 from multrace.models.families.table import Family
 from multrace.models.replay.observe import attending
 from multrace.tracing import TraceError
-from multrace.tracing.reading.attended import value_bias, watch_attention, written_values
-from multrace.tracing.reading.contributions import attention_contributions, contribution_vectors, layer_norms
-from multrace.tracing.results.reading.average_contributions import AverageContributions, average_contributions
-from multrace.tracing.results.reading.contributions import AttentionContributions
-from multrace.tracing.results.reading.image_mass import index_shares, tokens_for_share
+from multrace.tracing.attention.attended import value_bias, watch_attention, written_values
+from multrace.tracing.attention.contributions import attention_contributions, contribution_vectors, layer_norms
+from multrace.tracing.attention.contributions_average import AverageContributions, average_contributions
+from multrace.tracing.attention.contributions_result import AttentionContributions
+from multrace.tracing.failure.image_mass import index_shares, tokens_for_share
 from PIL import Image
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
@@ -124,13 +124,13 @@ def test_other_ways_of_loading(llava_llama_path, random_llava_llama, photo, opti
 def test_sources_are_taken_some_at_a_time(exact_llava, photo, monkeypatch):
     prompt = prompt_of(exact_llava, photo)
     whole = attention_contributions(exact_llava, prompt)
-    monkeypatch.setattr("multrace.tracing.reading.contributions._NUMBERS_AT_ONCE", 5 * exact_llava.hidden * 4)
+    monkeypatch.setattr("multrace.tracing.attention.contributions._NUMBERS_AT_ONCE", 5 * exact_llava.hidden * 4)
     parts = attention_contributions(exact_llava, prompt)
     assert close(parts.contributions, whole.contributions) and close(parts.head_contributions, whole.head_contributions)
     sizes = []
-    plain = multrace.tracing.reading.contributions.written_values
+    plain = multrace.tracing.attention.contributions.written_values
     monkeypatch.setattr(
-        "multrace.tracing.reading.contributions.written_values",
+        "multrace.tracing.attention.contributions.written_values",
         lambda vlm, layer, values, bias: sizes.append(values.shape[1]) or plain(vlm, layer, values, bias),
     )
     attention_contributions(exact_llava, prompt)

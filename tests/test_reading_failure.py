@@ -9,14 +9,14 @@ import pytest
 import torch
 from exact_models import close
 from multrace import ModelError, VisionLanguageModel
+from multrace.artefacts.auroc import auroc, bootstrap_counts, weighted_auroc
 from multrace.data import World
 from multrace.tracing import TraceError
-from multrace.tracing.reading.auroc import auroc, bootstrap_counts, weighted_auroc
-from multrace.tracing.reading.contributions import attention_contributions
-from multrace.tracing.reading.failure import failure_features, predict_failure
-from multrace.tracing.reading.held_out import Readings, best_window, held_out_scores
-from multrace.tracing.results.reading.failure_plots import roc_curve
-from multrace.tracing.results.reading.failures import FailureFeatures, FailurePrediction
+from multrace.tracing.attention.contributions import attention_contributions
+from multrace.tracing.failure.failure import failure_features, predict_failure
+from multrace.tracing.failure.held_out import Readings, best_window, held_out_scores
+from multrace.tracing.failure.plot import roc_curve
+from multrace.tracing.failure.result import FailureFeatures, FailurePrediction
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler

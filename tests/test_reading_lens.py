@@ -7,8 +7,8 @@ from multrace.data import World
 from multrace.models import ModelError, Prompt
 from multrace.models.families.table import FAMILIES, Family
 from multrace.tracing import TraceError
-from multrace.tracing.reading.lens import answer_emergence
-from multrace.tracing.results.reading.emergence import AnswerEmergence
+from multrace.tracing.lens.lens import answer_emergence
+from multrace.tracing.lens.result import AnswerEmergence
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -10,8 +10,8 @@ from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.data import World
 from multrace.models.replay.observe import attention_function
 from multrace.tracing import TraceError
-from multrace.tracing.reading.saliency import attention_saliency
-from multrace.tracing.results.reading.saliency import AttentionSaliency
+from multrace.tracing.attention.saliency import attention_saliency
+from multrace.tracing.attention.saliency_result import AttentionSaliency
 from PIL import Image
 from torch import Tensor, nn
 

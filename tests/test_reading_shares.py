@@ -7,8 +7,8 @@ import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.tracing import TraceError
-from multrace.tracing.reading.shares import attention_share
-from multrace.tracing.results.reading.shares import AttentionShare, AverageShare, average_shares
+from multrace.tracing.attention.shares import attention_share
+from multrace.tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

@@ -15,9 +15,9 @@ from multrace.models.replay import recording as layouts
 from multrace.models.replay import replay as replays
 from multrace.models.replay.attention import Kernels, Segment
 from multrace.models.replay.recording import Index, Masks, Span
-from multrace.tracing import plans
-from multrace.tracing.cells import Cell, Runs
-from multrace.tracing.plans import Lane
+from multrace.tracing.engine import plan as plans
+from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.plan import Lane
 from torch import Tensor
 
 Mutation = Callable[[pytest.MonkeyPatch], None]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.tracing import TraceError
-from multrace.tracing.results.reading.average_saliency import AverageSaliency, average_saliencies
-from multrace.tracing.results.reading.saliency import AttentionSaliency
+from multrace.tracing.attention.saliency_average import AverageSaliency, average_saliencies
+from multrace.tracing.attention.saliency_result import AttentionSaliency
 from PIL import Image
 from torch import Tensor
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.tracing import TraceError
-from multrace.tracing.reading.lens import answer_emergence
-from multrace.tracing.results.reading.average_emergence import QUANTITIES, AverageEmergence, average_emergences
-from multrace.tracing.results.reading.emergence import NORMS, AnswerEmergence
-from multrace.tracing.results.reading.followed import FollowedTokens
+from multrace.tracing.lens.average import QUANTITIES, AverageEmergence, average_emergences
+from multrace.tracing.lens.followed import FollowedTokens
+from multrace.tracing.lens.lens import answer_emergence
+from multrace.tracing.lens.result import NORMS, AnswerEmergence
 from PIL import Image
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"

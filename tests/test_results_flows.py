@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from multrace.artefacts.drawing.curves import CYCLE, Curve, CurvePanel, LineStyle, draw_curves
+from multrace.artefacts.intervals import mean_interval
 from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.results.curves import CYCLE, Curve, CurvePanel, LineStyle, draw_curves
-from multrace.tracing.results.flow.average_flows import AverageFlow, FilteredQuestion, average_flows
-from multrace.tracing.results.flow.flow_centres import centre_of_loss, jackknife
-from multrace.tracing.results.flow.flow_styles import FLOW_STYLES, flow_styles
-from multrace.tracing.results.flow.flows import InformationFlow, same_answer
-from multrace.tracing.results.intervals import mean_interval
+from multrace.tracing.knockout.average import AverageFlow, FilteredQuestion, average_flows
+from multrace.tracing.knockout.centres import centre_of_loss, jackknife
+from multrace.tracing.knockout.result import InformationFlow, same_answer
+from multrace.tracing.knockout.styles import FLOW_STYLES, flow_styles
 from PIL import Image
 from safetensors.torch import save_file
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from multrace.artefacts.proportions import wilson_interval
 from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.results.flow.average_truncations import AverageTruncation, average_truncations
-from multrace.tracing.results.flow.proportions import wilson_interval
-from multrace.tracing.results.flow.truncation_costs import operations_kept, tokens_kept
-from multrace.tracing.results.flow.truncations import Truncation
+from multrace.tracing.pruning.average import AverageTruncation, average_truncations
+from multrace.tracing.pruning.costs import operations_kept, tokens_kept
+from multrace.tracing.pruning.result import Truncation
 from PIL import Image
 
 LAYERS = 6

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from multrace.data import VQARecord, World, tiny_vlm_path
-from multrace.locating import GROUPS
 from multrace.models import VisionLanguageModel
 from multrace.scripts.training.examination import Route, accuracy, question_sets, route
 from multrace.tracing import ReplaceText, causal_trace
+from multrace.workflow.locate_then_edit import GROUPS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FACTS = 100

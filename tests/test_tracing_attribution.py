@@ -18,11 +18,11 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.attribution import estimated_changes, rank_agreement
-from multrace.tracing.cells import Cell, Runs
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.engine import Engine
-from multrace.tracing.plain import plain_scores, run_scores
+from multrace.tracing.engine.attribution import estimated_changes, rank_agreement
+from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.plain import plain_scores, run_scores
+from multrace.tracing.engine.settings import Engine
 from PIL import Image
 from torch import Tensor
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from multrace.artefacts.intervals import student_quantile
 from multrace.tracing import CausalTrace, SwapImage, TraceError, average, causal_trace
-from multrace.tracing.results.intervals import student_quantile
 
 SHIFTS = (0.0, 0.1, 0.3)
 

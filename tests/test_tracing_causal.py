@@ -17,12 +17,12 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.cells import KINDS, Cell, Runs
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.engine import Engine
-from multrace.tracing.grids import window_layers
-from multrace.tracing.plain import plain_scores, run_scores
-from multrace.tracing.sweep import sweep
+from multrace.tracing.engine.cells import KINDS, Cell, Runs
+from multrace.tracing.engine.grid import window_layers
+from multrace.tracing.engine.plain import plain_scores, run_scores
+from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine.sweep import sweep
 from PIL import Image
 from torch import Tensor
 

@@ -17,13 +17,13 @@ from multrace.tracing import (
     TextNoise,
     TraceError,
     causal_trace,
-    measuring,
 )
-from multrace.tracing.cells import Cell, Measure, Runs
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.engine import Engine
-from multrace.tracing.plain import plain_scores
-from multrace.tracing.sweep import Swept, sweep
+from multrace.tracing.engine import measure as measuring
+from multrace.tracing.engine.cells import Cell, Measure, Runs
+from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine.sweep import Swept, sweep
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from multrace.artefacts.intervals import mean_interval, student_below, student_quantile
 from multrace.tracing import TraceError
-from multrace.tracing.results.intervals import mean_interval, student_below, student_quantile
 
 CELLS, PROMPTS, ROUNDS = 48, 12, 1500
 

@@ -11,10 +11,10 @@ from multrace import VisionLanguageModel
 from multrace.models.replay import replay as replay_module
 from multrace.models.replay.attention import Kernels, Segment, merged_attention
 from multrace.tracing import ImageNoise, TextNoise
-from multrace.tracing.cells import Cell, Runs
 from multrace.tracing.corruptions.corruption import embed
-from multrace.tracing.engine import Engine
-from multrace.tracing.sweep import sweep
+from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine.sweep import sweep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

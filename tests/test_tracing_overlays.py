@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from multrace.artefacts.drawing.overlay import over_patches, strongest
 from multrace.tracing import Blocks, Box, CausalTrace, TraceError
-from multrace.tracing.results.overlays import over_patches, seen_pictures, strongest
-from multrace.tracing.rows import resolve_rows
+from multrace.tracing.engine.rows import resolve_rows
 from PIL import Image
 
 QUESTION = "Who founded the company in this photo?"
@@ -32,7 +32,7 @@ def trace_of(traced, prompt, positions, effects) -> CausalTrace:
 
 def test_the_picture_is_the_one_the_model_saw(random_llava, make_photo):
     photo = make_photo(1).resize((64, 32))
-    (seen,) = seen_pictures(random_llava.prompt(photo, QUESTION))
+    (seen,) = random_llava.prompt(photo, QUESTION).seen_pictures()
     middle = torch.from_numpy(np.asarray(photo.crop((16, 0, 48, 32)), dtype=np.float64) / 255)  # short side kept
     assert seen.shape == (32, 32, 3)
     assert torch.allclose(seen, middle, rtol=0, atol=1e-6)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from multrace.models.replay.recording import Masks
-from multrace.tracing.cells import Cell
-from multrace.tracing.plans import Chunk, Plan, effect_of, halved, make_plan
+from multrace.tracing.engine.cells import Cell
+from multrace.tracing.engine.plan import Chunk, Plan, effect_of, halved, make_plan
 
 LENGTH, LAYERS = 12, 4
 CHANGED = range(3, LENGTH)

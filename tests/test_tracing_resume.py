@@ -10,8 +10,8 @@ from multrace import Prompt, VisionLanguageModel
 from multrace.models.replay.recording import Span
 from multrace.models.replay.replay import Replay
 from multrace.tracing import CausalTrace, ImageNoise, TextNoise, TraceError, causal_trace
-from multrace.tracing import plain as plain_way
-from multrace.tracing.engine import Engine
+from multrace.tracing.engine import plain as plain_way
+from multrace.tracing.engine.settings import Engine
 from torch import Tensor
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"

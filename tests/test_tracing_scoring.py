@@ -8,9 +8,9 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import ReplaceText, SwapImage, TextNoise, TraceError
-from multrace.tracing.engine import Engine
-from multrace.tracing.plain import next_token_probabilities
-from multrace.tracing.scoring import METRICS
+from multrace.tracing.engine.plain import next_token_probabilities
+from multrace.tracing.engine.scoring import METRICS
+from multrace.tracing.engine.settings import Engine
 from PIL import Image
 from small_traces import ENGINES, QUESTION, ask, trace
 from torch import Tensor, nn

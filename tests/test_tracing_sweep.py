@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
-from multrace.tracing.cells import Cell, Runs
-from multrace.tracing.engine import Engine
-from multrace.tracing.plain import plain_scores, run_scores
-from multrace.tracing.sweep import sweep
+from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.plain import plain_scores, run_scores
+from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine.sweep import sweep
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

@@ -27,10 +27,10 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.cells import Cell
-from multrace.tracing.engine import Engine
+from multrace.tracing.engine.cells import Cell
+from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine.vision import restored_tokens
 from multrace.tracing.errors import WeakCorruption
-from multrace.tracing.vision import restored_tokens
 from PIL import Image
 from torch import Tensor, nn
 

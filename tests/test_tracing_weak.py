@@ -7,9 +7,9 @@ import pytest
 import torch
 from multrace.tracing import BlankImage, ImageNoise, SwapImage, TextNoise, TraceError
 from multrace.tracing.corruptions.calibration import LADDER
-from multrace.tracing.engine import Engine
+from multrace.tracing.engine.scoring import METRICS
+from multrace.tracing.engine.settings import Engine
 from multrace.tracing.errors import WeakCorruption
-from multrace.tracing.scoring import METRICS
 from small_traces import ENGINES, ask, trace
 from torch import Tensor
 

@@ -1,6 +1,19 @@
 """Experiments that only read: where in a model a fact's information travels, and which way."""
 
-from .causal import causal_trace
+from .attention.cam import llava_cam
+from .attention.cam_result import RelevanceMap
+from .attention.contributions import attention_contributions
+from .attention.contributions_average import AverageContributions, average_contributions
+from .attention.contributions_result import AttentionContributions
+from .attention.saliency import attention_saliency
+from .attention.saliency_average import AverageSaliency, average_saliencies
+from .attention.saliency_result import AttentionSaliency
+from .attention.shares import attention_share
+from .attention.shares_result import AttentionShare, AverageShare, average_shares
+from .causal.average import AverageTrace, average
+from .causal.result import CausalTrace
+from .causal.sites import CausalBlock, EditSite, Peak
+from .causal.trace import causal_trace
 from .corruptions.ablation import MeanAblation, ZeroAblation
 from .corruptions.calibration import calibrate
 from .corruptions.corruption import Corrupted, Corruption
@@ -8,36 +21,23 @@ from .corruptions.noise import ImageNoise, PixelNoise, TextNoise
 from .corruptions.parsing import parse_corruption
 from .corruptions.pictures import BlankImage, BlurImage, MaskBoxes, SwapImage
 from .corruptions.wording import ReplaceText
-from .engine import Engine
+from .engine.plain import knockout_probability
+from .engine.regions import Blocks, Box, box_positions
+from .engine.report import EngineReport
+from .engine.settings import Engine
 from .errors import TraceError, WeakCorruption
-from .flow.groups import Flow
-from .flow.information_flow import information_flow
-from .flow.truncation import truncate_image
-from .plain import knockout_probability
-from .reading.cam import llava_cam
-from .reading.contributions import attention_contributions
-from .reading.failure import failure_features, predict_failure
-from .reading.lens import answer_emergence
-from .reading.saliency import attention_saliency
-from .reading.shares import attention_share
-from .regions import Blocks, Box, box_positions
-from .results.averages import AverageTrace, average
-from .results.effects import CausalBlock, EditSite, Peak
-from .results.engine_report import EngineReport
-from .results.flow.average_flows import AverageFlow, FilteredQuestion, average_flows
-from .results.flow.average_truncations import AverageTruncation, average_truncations
-from .results.flow.flows import InformationFlow, same_answer
-from .results.flow.truncations import Truncation
-from .results.reading.average_contributions import AverageContributions, average_contributions
-from .results.reading.average_emergence import AverageEmergence, average_emergences
-from .results.reading.average_saliency import AverageSaliency, average_saliencies
-from .results.reading.contributions import AttentionContributions
-from .results.reading.emergence import AnswerEmergence
-from .results.reading.failures import FailureFeatures, FailurePrediction
-from .results.reading.relevance import RelevanceMap
-from .results.reading.saliency import AttentionSaliency
-from .results.reading.shares import AttentionShare, AverageShare, average_shares
-from .results.traces import CausalTrace
+from .failure.failure import failure_features, predict_failure
+from .failure.result import FailureFeatures, FailurePrediction
+from .knockout.average import AverageFlow, FilteredQuestion, average_flows
+from .knockout.groups import Flow
+from .knockout.knockout import information_flow
+from .knockout.result import InformationFlow, same_answer
+from .lens.average import AverageEmergence, average_emergences
+from .lens.lens import answer_emergence
+from .lens.result import AnswerEmergence
+from .pruning.average import AverageTruncation, average_truncations
+from .pruning.pruning import truncate_image
+from .pruning.result import Truncation
 
 __all__ = [
     "AnswerEmergence",

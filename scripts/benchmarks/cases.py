@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ...tracing.cells import Cell
-from ...tracing.grids import window_layers
+from ...tracing.engine.cells import Cell
+from ...tracing.engine.grid import window_layers
 from ..errors import CommandError
 from .shapes import Shape
 

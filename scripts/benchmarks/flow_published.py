@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel
 from ...models.loading.quiet import quiet_transformers
-from ...tracing.cells import Measure
-from ...tracing.flow.edges import EdgeCell
+from ...tracing.engine.cells import Measure
+from ...tracing.engine.edges import EdgeCell
 
 _Pairs = Sequence[tuple[int, int]]
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.cells import Measure
 from ...tracing.corruptions.corruption import embed
-from ...tracing.engine import Engine
-from ...tracing.flow.edge_sweep import EdgeScores, edge_sweep
-from ...tracing.flow.edges import EdgeCell, EdgeRun
-from ...tracing.flow.plain_edges import plain_edges
+from ...tracing.engine.cells import Measure
+from ...tracing.engine.edge_sweep import EdgeScores, edge_sweep
+from ...tracing.engine.edges import EdgeCell, EdgeRun
+from ...tracing.engine.plain_edges import plain_edges
+from ...tracing.engine.settings import Engine
 from .flow_cases import FlowCase
 from .flow_published import published_scores
 from .flow_truncation import Saving, measure_saving

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models import Site, VisionLanguageModel
-from ...tracing.flow.edges import EdgeRun
+from ...tracing.engine.edges import EdgeRun
 from .rates import now
 from .subjects import Subject
 

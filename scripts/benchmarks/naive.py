@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
-from ...tracing.cells import Cell, Measure, Runs
+from ...tracing.engine.cells import Cell, Measure, Runs
 
 
 def naive_scores(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel, load
 from ...tracing import Corruption, ImageNoise, TextNoise
-from ...tracing.cells import Runs
 from ...tracing.corruptions.corruption import embed
+from ...tracing.engine.cells import Runs
 from .shapes import Shape, prompt_words
 
 _CONFIDENCE = 0.5

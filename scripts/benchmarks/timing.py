@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.cells import Cell, Runs
+from ...tracing.engine.cells import Cell, Runs
 from .cases import Case
 from .peaks import forget_peak, peak_mb
 from .rates import counted_flops, matrix_rate, now

@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Site
-from ...tracing.cells import Cell, Runs
-from ...tracing.engine import Engine
-from ...tracing.plain import plain_scores
-from ...tracing.sweep import Swept, sweep
+from ...tracing.engine.cells import Cell, Runs
+from ...tracing.engine.plain import plain_scores
+from ...tracing.engine.settings import Engine
+from ...tracing.engine.sweep import Swept, sweep
 from .naive import base_states, naive_scores
 from .subjects import Subject
 

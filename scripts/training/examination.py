@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ...data import VQARecord, World
 from ...data.world import Entity, Fact
-from ...locating import GROUPS
 from ...models import Prompt, VisionLanguageModel
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
+from ...workflow.locate_then_edit import GROUPS
 
 
 def prompt_of(vlm: VisionLanguageModel, record: VQARecord) -> Prompt:

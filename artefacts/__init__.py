@@ -1,0 +1,1 @@
+"""What every result shares: files, averages, statistics and drawing."""

@@ -1,0 +1,1 @@
+"""Heat maps, curves and pictures with overlays, laid out by matplotlib."""

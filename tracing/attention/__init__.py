@@ -1,0 +1,1 @@
+"""What attention brings from which token: contributions, shares, saliency and LLaVA-CAM."""

@@ -1,0 +1,266 @@
+"""What a map of indirect effects says: its best cell, its causal blocks, and where an edit belongs."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...artefacts.drawing.heat_map import SITE_NAMES
+from ..errors import TraceError
+
+
+class Peak(NamedTuple):
+    """One cell of a map: the row's label, the layer (centre of its window) and the indirect effect (main metric)."""
+
+    row: str
+    layer: int
+    effect: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalBlock:
+    """Neighbouring columns of one row whose restored outputs all bring the answer back."""
+
+    kind: str
+    row: str
+    positions: tuple[int, ...]
+    """The row's token positions; empty in an average, where they differ from prompt to prompt."""
+    token: str | int | None
+    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    first: int
+    last: int
+    """First and last column, both included: the centres, where layers were restored in windows."""
+    layers: tuple[int, ...]
+    """Every layer, of the decoder or of the kind's own tower, that a window of the block restores."""
+    effect: float
+    """The largest indirect effect inside, in units of the main metric."""
+    spread: float | None = None
+    """Standard deviation of that cell's effect over the noise samples of one prompt; None for one sample."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of that cell's mean effect over prompts, corrected for choosing among all cells of the kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSite:
+    """Where an edit belongs: the layer's MLP at the token, with the reason in words."""
+
+    layer: int
+    token: str | int
+    """A group name wherever the token has one (it then names the same token in every prompt), else a position."""
+    effect: float
+    """Indirect effect of the MLPs there, in units of the main metric."""
+    onset: int
+    """First layer at which restoring the hidden state of this token gives back the asked share of the total effect."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EffectMap:
+    """Indirect effects over (row, column) for some kinds of sites; the part that single traces and averages share.
+
+    A column is a decoder layer; for "vision" it is a layer of the vision tower, and "projector" has one column.
+    """
+
+    model: str
+    """Name or path of the traced model."""
+    revision: str | None
+    rows: tuple[str, ...]
+    """Label of each row: a token, or the name of a token group."""
+    row_tokens: tuple[str | int | None, ...]
+    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    layers: int
+    """How many layers the decoder has."""
+    window: int
+    """How many neighbouring MLPs or attentions were restored together; hidden states are restored one at a time."""
+    spans: Mapping[str, Tensor]
+    """Per kind (column, 2): first and last layer, both included, that a cell restores."""
+    corruption: str
+    seed: int | None
+    """Seed of the noise; None where the corruption is not random."""
+    metrics: tuple[str, ...] = ("probability",)
+    """What was scored; the first is the main one."""
+    direction: str = "restore"
+    """"restore": clean states into the corrupted run; "corrupt": corrupted states into the clean run."""
+    effect: str = "total"
+    """"direct": the other image tokens were kept at the run's own states, so that a patch acts on the text only."""
+    severed: str | None = None
+    """"mlp" or "attention" where the later ones of that kind were kept at the run's own values, else None."""
+    estimated: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per kind (row, column), True where the value is an estimate by attribution; empty where all are exact."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of sites that were traced, in the order asked."""
+        raise NotImplementedError
+
+    def total_effect_of(self, metric: str | None = None) -> float:
+        """Clean minus corrupted score in this metric (default: the main one)."""
+        raise NotImplementedError
+
+    def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column) float64: what the states change of the total effect. TraceError if this was not traced."""
+        raise NotImplementedError
+
+    def positions_of(self, row: int) -> tuple[int, ...]:
+        """Token positions of the row with this index; empty where they differ from prompt to prompt."""
+        raise NotImplementedError
+
+    def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
+        """For a row and a column, what a block says about how certain its effect is."""
+        raise NotImplementedError
+
+    @property
+    def total_effect(self) -> float:
+        """Clean minus corrupted score in the main metric."""
+        return self.total_effect_of()
+
+    def normalised_effect(self, kind: str, metric: str | None = None) -> Tensor:
+        """(row, column) float64: indirect effect as a share of the total effect. TraceError if that is not positive."""
+        return self.indirect_effect(kind, metric) / self._positive_total(metric)
+
+    def best(self, kind: str = "mlp") -> Peak:
+        """The cell with the largest indirect effect."""
+        effects = _present(self.indirect_effect(kind))
+        row, column = divmod(int(effects.argmax()), effects.shape[1])
+        return Peak(self.rows[row], column, float(effects[row, column]))
+
+    def causal_blocks(self, kind: str = "mlp", fraction: float = 0.5) -> tuple[CausalBlock, ...]:
+        """Runs of neighbouring columns with at least `fraction` of the map's largest effect, strongest first.
+
+        0 < fraction <= 1. Empty where no effect is positive. One prompt gives the spread over its noise samples, and
+        never a significance; an average gives an interval over prompts.
+        """
+        _check_fraction(fraction)
+        effects = _present(self.indirect_effect(kind))
+        threshold = fraction * float(effects.max())
+        if threshold <= 0:
+            return ()
+        certainty = self._certainty(kind)
+        blocks = []
+        for row in range(len(self.rows)):
+            for first, last in _runs((effects[row] >= threshold).tolist()):
+                peak = first + int(effects[row, first : last + 1].argmax())
+                block = CausalBlock(
+                    kind=kind,
+                    row=self.rows[row],
+                    positions=self.positions_of(row),
+                    token=self.row_tokens[row],
+                    first=first,
+                    last=last,
+                    layers=tuple(range(int(self.spans[kind][first, 0]), int(self.spans[kind][last, 1]) + 1)),
+                    effect=float(effects[row, peak]),
+                    **certainty(row, peak),
+                )
+                blocks.append(block)
+        return tuple(sorted(blocks, key=lambda block: -block.effect))
+
+    def onset(self, row: str | int, fraction: float = 0.25) -> int | None:
+        """First layer at which restoring the row's hidden state gives back `fraction` of the total effect, or None.
+
+        row: a label or an index. TraceError if hidden states were not traced or the corruption lowers nothing.
+        """
+        _check_fraction(fraction)
+        effects = self.indirect_effect("hidden")[self._row_index(row)]
+        reached = (effects >= fraction * self._positive_total()).nonzero().flatten().tolist()
+        return reached[0] if reached else None
+
+    def edit_site(self, fraction: float = 0.25) -> EditSite:
+        """Where this trace says that an edit belongs: the strongest MLP cell at or after the onset of its token.
+
+        Candidates are rows of a single text token. The onset of a token is the first layer at which restoring its
+        hidden state gives back `fraction` of the total effect: before it, the token does not yet carry what the
+        corruption destroyed, so a key taken there knows the wording and not the picture, and an edit would fire for
+        every picture. For facts about pictures use it on a trace under image corruption; a trace of corrupted words
+        cannot tell. TraceError if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, if no
+        candidate ever carries the information, or for direct effects, severed runs and corrupted states put in.
+        """
+        if (self.direction, self.effect, self.severed) != ("restore", "total", None):
+            raise TraceError(
+                f"an edit site needs total effects of restoring clean states, this trace holds {self.variant}; "
+                'trace with direction="restore", effect="total" and severed=None'
+            )
+        effects, best = _present(self.indirect_effect("mlp")), None
+        for row, token in enumerate(self.row_tokens):
+            onset = None if token is None else self.onset(row, fraction)
+            if onset is None:
+                continue
+            layer = onset + int(effects[row, onset:].argmax())
+            if best is None or effects[row, layer] > best.effect:
+                reason = (
+                    f"restoring the hidden state of {self.rows[row]!r} first gives back {fraction:.0%} of the total "
+                    f"effect at layer {onset}; from there on its MLPs act most at layer {layer}"
+                )
+                best = EditSite(layer=layer, token=token, effect=float(effects[row, layer]), onset=onset, reason=reason)
+        if best is None:
+            raise TraceError(
+                f"no single token among the rows {', '.join(map(repr, self.rows))} gives back {fraction:.0%} of the "
+                'total effect when its hidden state is restored; trace more rows, such as positions="tokens"'
+            )
+        return best
+
+    @property
+    def variant(self) -> str:
+        """What was put where, in words; "total effects of restored states" for a usual trace."""
+        states = {"restore": "restored states", "corrupt": "corrupted states put into the clean run"}[self.direction]
+        severed = f", later {SITE_NAMES.get(self.severed, self.severed)} outputs severed" if self.severed else ""
+        return f"{self.effect} effects of {states}{severed}"
+
+    def _positive_total(self, metric: str | None = None) -> float:
+        """The total effect, which must be above zero to speak of shares of it."""
+        total = self.total_effect_of(metric)
+        if not total > 0:
+            raise TraceError(
+                f"the corruption ({self.corruption}) does not lower the answer's {metric or self.metrics[0]} (total "
+                f"effect {total:.3f}), so nothing can be brought back; trace with a stronger or another corruption"
+            )
+        return total
+
+    def _metric(self, metric: str | None) -> int:
+        """Index of a metric; None is the main one."""
+        if metric is not None and metric not in self.metrics:
+            raise TraceError(
+                f"no metric {metric!r} in this trace: it holds {', '.join(map(repr, self.metrics))}; "
+                f"trace again with metrics=({', '.join(map(repr, (*self.metrics, metric)))})"
+            )
+        return 0 if metric is None else self.metrics.index(metric)
+
+    def _row_index(self, row: str | int) -> int:
+        """Index of the row; a label must be there, and only once."""
+        if isinstance(row, int) and -len(self.rows) <= row < len(self.rows):
+            return row
+        if isinstance(row, str) and self.rows.count(row) == 1:
+            return self.rows.index(row)
+        found = (
+            "several rows have that label" if row in self.rows else f"the rows are {', '.join(map(repr, self.rows))}"
+        )
+        raise TraceError(f"no single row {row!r} in this trace: {found}; pass an index from 0 to {len(self.rows) - 1}")
+
+    def _check_kind(self, kind: str) -> str:
+        """The kind, if it was traced."""
+        if kind not in self.kinds:
+            raise TraceError(
+                f"no {kind!r} effects in this trace: it holds {', '.join(map(repr, self.kinds))}; "
+                f"trace again with sites=({', '.join(map(repr, (*self.kinds, kind)))})"
+            )
+        return kind
+
+
+def _present(effects: Tensor) -> Tensor:
+    """Effects in which what was not traced is never the largest."""
+    return effects.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """First and last index of every unbroken run of true flags."""
+    starts = [index for index, flag in enumerate(flags) if flag and not (index and flags[index - 1])]
+    ends = [index for index, flag in enumerate(flags) if flag and not (index + 1 < len(flags) and flags[index + 1])]
+    return list(zip(starts, ends, strict=True))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise TraceError(
+            f"fraction {fraction} is not a share of an effect; pass one above 0 and at most 1, such as 0.5"
+        )

@@ -1,0 +1,115 @@
+"""Attribution patching: one backward pass estimates what every cell would score, so that only the best are computed.
+
+The estimate is the first-order change, (lent state - own state) . gradient, at the run that is changed. It is exact for
+small corruptions and a ranking at best for large ones; windows add up their layers, which counts twice what passes
+through a later layer of the same window. Nanda's attribution patching; see Kramar et al., arXiv 2403.00745.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...models import Site, VisionLanguageModel, capture
+from ...models.families.addresses import Projection
+from ...models.replay.recording import Source, places
+from ...models.replay.replay import Replay, replaying
+from .cells import Cell, Measure, Runs
+from .recorded import Recorded, record
+
+_Key = Site | Projection
+
+
+def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure) -> Tensor:
+    """(cell, metric, sample) float64 on the CPU: first-order estimates of what each cell adds to the base run's scores.
+
+    One forward and, per metric, one backward pass for each row of the base run, over the positions that can differ.
+    Metrics must be differentiable. Cells must be total effects without severed modules. ReplayError for a model whose
+    layers cannot be replayed.
+    """
+    with torch.no_grad(), replaying(vlm) as replay:
+        recorded = record(replay, runs, cells, keep_all=True)
+        metrics = measure(recorded.base.logits).shape[-1]
+        estimates = torch.zeros(len(cells), metrics, runs.samples, dtype=torch.float64)
+        if not recorded.changed:
+            return estimates
+        for row in range(len(runs.base)):
+            samples = [row] if len(runs.base) > 1 else list(range(runs.samples))
+            effects = _effects(replay, runs, recorded, row, measure)
+            for number, cell in enumerate(cells):
+                estimates[number][:, samples] += _estimate(vlm, cell, effects, recorded.changed)
+    return estimates
+
+
+def _estimate(vlm: VisionLanguageModel, cell: Cell, effects: dict[_Key, Tensor], changed: tuple[int, ...]) -> Tensor:
+    """(metric, sample): what a cell adds to the base run's scores."""
+    live = sorted(set(cell.positions) & set(changed))
+    if not live:
+        return torch.zeros(())
+    where, total = places(changed, live, torch.device("cpu")), torch.zeros(())
+    for layer in range(cell.first, cell.last + 1):
+        key = vlm.attention_projection(layer) if cell.kind == "head" else Site(cell.kind, layer)
+        total = total + effects[key][..., cell.head or 0][..., where].sum(-1)
+    return total
+
+
+def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: Measure) -> dict[_Key, Tensor]:
+    """Difference of the runs times gradient, (metric, sample, position, head) float64; sites count as one head."""
+    base, source = recorded.base, recorded.source
+    gradients = _gradients(replay, runs, recorded, row, measure)
+    lent_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
+    effects = {}
+    for key, gradient in gradients.items():
+        is_state = isinstance(key, Site) and key.kind == "hidden"
+        lent, own = (
+            each.at(each.states[key.layer + 1] if is_state else each.outputs[key], recorded.changed)
+            for each in (source, base)
+        )
+        difference = (lent[lent_rows] - own[row : row + 1]).double()
+        heads = 1 if isinstance(key, Site) else replay.vlm.heads
+        effects[key] = (gradient.double() * difference).unflatten(-1, (heads, -1)).sum(-1).cpu()
+    return effects
+
+
+def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: Measure) -> dict[_Key, Tensor]:
+    """Per site or projection (metric, 1, position, width): gradients of the scores of one row of the base run."""
+    vlm, changed, base = replay.vlm, recorded.changed, recorded.base
+    keys = list(base.outputs)
+    sites, projections = ([key for key in keys if isinstance(key, kind)] for kind in (Site, Projection))
+    rest = tuple(sorted(set(range(runs.length)) - set(changed)))
+    span = replay.span(changed, [Source(run=recorded.full, positions=rest)])
+    values: dict[_Key, Tensor] = {}
+    with (
+        torch.enable_grad(),
+        capture(vlm, sites) as written,
+        capture(vlm, projections, inputs=True) as read,
+    ):
+        states = base.at(base.states[0], changed)[row : row + 1].clone().requires_grad_()
+        for layer in range(vlm.layers):
+            states = replay.layer(layer, states, span)
+            values[Site("hidden", layer)] = states
+        scored = [place for place in runs.scored if place in set(changed)]
+        logits = base.logits[row : row + 1].clone()
+        if scored:
+            here = [runs.scored.index(place) for place in scored]
+            computed = replay.read(states[:, places(changed, scored, states.device)])
+            logits = logits.index_copy(1, torch.tensor(here, device=logits.device), computed)
+        values |= {**written, **read}
+        scores = measure(logits)[0]
+        found = [
+            torch.autograd.grad(score, list(values.values()), retain_graph=True, materialize_grads=True)
+            for score in scores
+        ]
+    return {key: torch.stack(parts) for key, parts in zip(values, zip(*found, strict=True), strict=True)}
+
+
+def rank_agreement(first: Tensor, second: Tensor) -> float:
+    """Spearman's rank correlation of two vectors, from -1 to 1, ties at their mean rank; nan where one is constant."""
+    ranks = torch.stack([_ranks(each) for each in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1]) if len(first) > 1 else float("nan")
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts - 1) / 2)[inverse]

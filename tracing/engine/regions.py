@@ -1,0 +1,219 @@
+"""Regions of the picture, and the patches and positions that see them, found by sending a painted picture through."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import reduce
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ...models import Prompt, VisionLanguageModel, patch
+from ...models.hooks import first_input
+from ...models.prompts import Patch
+from ..errors import TraceError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of size x size patches; those at the right and lower edge are smaller where the grid does not divide."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise TraceError(
+                f"no blocks of {self.size} x {self.size} patches; pass Blocks(1) or more, such as Blocks(3)"
+            )
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the original picture, in its pixels; right and bottom are excluded."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    image: int = 0
+    """Which picture of the prompt."""
+
+    @property
+    def label(self) -> str:
+        """The row's name."""
+        return f"box {self.left}, {self.top} to {self.right}, {self.bottom}"
+
+
+def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
+    """The patches that the box touches, as the model sees the picture: resized, cropped and padded.
+
+    Painted white on black and processed like the prompt's picture, the box makes a patch at least half as bright as
+    the brightest one; the blur of resizing does not count. TraceError with the valid range if there is no such picture
+    or grid, or if the box is empty, leaves the picture, or lies where the processor cuts the picture off.
+    """
+    _check_box(prompt, box)
+    if not prompt.patches:
+        raise TraceError(
+            f"no patches for {box}: the image tokens do not form a grid; pass group names or positions, "
+            "such as those of box_positions(vlm, prompt, box)"
+        )
+    side, own = prompt.frontend.patch_size, [patch for patch in prompt.patches if patch.image == box.image]
+    light = _pooled(_pixel_light(prompt, box)[box.image][None], side)[0]
+    brightest = float(light.max())
+    if brightest == 0:
+        raise _unseen(prompt, box)
+    return tuple(patch for patch in own if light[patch.row, patch.column] >= brightest / 2)
+
+
+def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[int, ...]:
+    """The image positions whose patches the box touches, ascending, also where they do not form one grid.
+
+    Where they do, the positions of `box_patches`. Else the patches are found in each tile that the vision tower reads,
+    and the model's own packing says where their tokens are: it is run with marks in place of what the projector writes,
+    so that tiles come in its order, and tokens of padding, line ends or classes belong to no box. A tile that shows the
+    whole picture has a brightness of its own, since a small box is dimmer there than in tiles that show a part of it:
+    positions of both belong to the box. Runs the vision tower twice, and the image processor seven times. Errors as in
+    `box_patches`; TraceError also for another model's prompt and for a projector that does not write one token per
+    square of a tile, row by row. ModelError if the family row does not name the projector.
+    """
+    if prompt.patches:
+        return tuple(patch.position for patch in box_patches(prompt, box))
+    _check_box(prompt, box)
+    black = _tiles(vlm, prompt, _painted(prompt))
+    light = _light(black, _tiles(vlm, prompt, _painted(prompt, box)))
+    if float(light.max()) == 0:
+        raise _unseen(prompt, box)
+    is_whole = _show_whole_picture(vlm, prompt, box.image, black)
+    bare = _packed(vlm, prompt, torch.zeros_like)
+    marked = _packed(vlm, prompt, lambda written: _marks(light, is_whole, written, prompt.frontend.patch_size))
+    positions = prompt.groups["image"]
+    if len(marked) != len(positions):
+        raise TraceError(
+            f"{vlm.name!r} makes {len(marked)} image tokens of these pictures, and the prompt has {len(positions)}; "
+            "pass a prompt of this model"
+        )
+    is_touched = (marked != bare).any(-1).tolist()
+    return tuple(position for position, touched in zip(positions, is_touched, strict=True) if touched)
+
+
+def _check_box(prompt: Prompt, box: Box) -> None:
+    if not 0 <= box.image < len(prompt.images):
+        raise TraceError(f"no image {box.image} for {box}: this prompt has {len(prompt.images)}, counted from 0")
+    width, height = prompt.images[box.image].size
+    if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
+        raise TraceError(
+            f"{box} is empty or leaves the picture of {width} x {height} pixels; "
+            f"pass 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
+        )
+
+
+def _unseen(prompt: Prompt, box: Box) -> TraceError:
+    left, top, right, bottom = _visible(prompt, box.image)
+    return TraceError(
+        f"{box} touches no patch: it is too small for the model's resolution, or the processor cuts it off; "
+        f"the model sees the picture from left {left} to right {right} and from top {top} to bottom {bottom}"
+    )
+
+
+def _painted(prompt: Prompt, box: Box | None = None) -> list[Image.Image]:
+    """The prompt's pictures in black, and the box in white."""
+    pictures = [Image.new("RGB", image.size) for image in prompt.images]
+    if box is not None:
+        corners = (box.left, box.top, box.right - 1, box.bottom - 1)
+        ImageDraw.Draw(pictures[box.image]).rectangle(corners, fill="white")
+    return pictures
+
+
+def _light(dark: Tensor, lit: Tensor) -> Tensor:
+    """(..., row, column): the largest difference over the channels between pixels (..., channel, row, column)."""
+    return (lit - dark).abs().amax(-3)
+
+
+def _pixel_light(prompt: Prompt, box: Box) -> Tensor:
+    """(image, row, column), or with tiles after the image: where the processor's output shows the painted box."""
+    pictures = (_painted(prompt), _painted(prompt, box))
+    return _light(*(prompt.frontend.encode(prompt.text, each)["pixel_values"].double().cpu() for each in pictures))
+
+
+def _pooled(light: Tensor, side: int) -> Tensor:
+    """(tile, row, column) of squares of this side, the brightest pixel of each; what is left over at the end is cut."""
+    rows, columns = (length // side for length in light.shape[1:])
+    squares = light[:, : rows * side, : columns * side]
+    return reduce(squares, "tile (row y) (column x) -> tile row column", "max", y=side, x=side)
+
+
+def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part of the picture that reaches the model."""
+    width, height = prompt.images[image].size
+
+    def dark(length: int, strip: Callable[[int], Box]) -> int:
+        """How broad a strip along one edge may be before anything of it is seen."""
+        return bisect_left(range(1, length), True, key=lambda size: float(_pixel_light(prompt, strip(size)).max()) > 0)
+
+    left = dark(width, lambda size: Box(0, 0, size, height, image))
+    top = dark(height, lambda size: Box(0, 0, width, size, image))
+    right = width - dark(width, lambda size: Box(width - size, 0, width, height, image))
+    bottom = height - dark(height, lambda size: Box(0, height - size, width, height, image))
+    return left, top, right, bottom
+
+
+def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
+    """(tile, channel, row, column): what the vision tower reads of these pictures, put in place of the prompt's."""
+    with torch.no_grad(), first_input(vlm.vision_tower, "the vision tower") as read:
+        vlm.image_features(prompt.frontend.encode(prompt.text, pictures))
+    if read[0].ndim != 4:
+        shape = tuple(read[0].shape)
+        raise TraceError(f"the vision tower of {vlm.name!r} reads {shape}, no tiles of pixels; pass positions instead")
+    return read[0].double().cpu()
+
+
+def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, black: Tensor) -> Tensor:
+    """Booleans (tile,): whether a tile reaches from edge to edge of what any tile shows of the picture.
+
+    Two gradients over the picture tell where a tile's outermost pixels come from.
+    """
+    size, pictures, lights = prompt.images[image].size, _painted(prompt), []
+    gradient = Image.linear_gradient("L")
+    for shown in (Image.new("L", size, 255), gradient.resize(size), gradient.rotate(90).resize(size)):
+        pictures[image] = shown.convert("RGB")
+        lights.append(_light(black, _tiles(vlm, prompt, pictures)))
+    is_dark = lights[0] <= lights[0].max() / 2  # padding, or another picture
+    is_whole = ~is_dark.flatten(1).all(1)
+    for light in lights[1:]:
+        first = light.masked_fill(is_dark, torch.inf).amin((1, 2))
+        last = light.masked_fill(is_dark, -torch.inf).amax((1, 2))
+        blur = (last.max() - first.min()) / 20  # a coarse tile's outermost pixels average over a few of the picture's
+        is_whole &= (first <= first.min() + blur) & (last >= last.max() - blur)
+    return is_whole
+
+
+def _packed(vlm: VisionLanguageModel, prompt: Prompt, write: Callable[[Tensor], Tensor]) -> Tensor:
+    """(image token, hidden): the black pictures' features with this in place of what the projector writes."""
+    with torch.no_grad(), patch(vlm, {vlm.projector: write}):
+        return vlm.image_features(prompt.frontend.encode(prompt.text, _painted(prompt)))
+
+
+def _marks(light: Tensor, is_whole: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
+    """Ones at the tokens of the patches that are lit, (tile, token, hidden) as written by the projector, else zeros."""
+    squares = _squares(light, written, patch_size)
+    brightest = squares.amax((1, 2))
+    in_parts = brightest.masked_fill(is_whole, 0).max()  # a box that ends at a tile's edge only blurs into the next
+    brightest = torch.where(is_whole, brightest, in_parts)
+    is_touched = ((squares > 0) & (squares >= brightest[:, None, None] / 2)).flatten(1)
+    marks = torch.zeros_like(written)
+    marks[:, written.shape[1] - is_touched.shape[1] :] = is_touched[..., None].to(written)  # after a class token
+    return marks
+
+
+def _squares(light: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
+    """(tile, row, column): the light in the square of each token, a patch or several that the projector merged."""
+    longest = max(light.shape[1:])
+    for side in range(patch_size, longest + 1, patch_size) if patch_size and written.ndim == 3 else ():
+        squares = _pooled(light, side)
+        if len(written) == len(squares) and written.shape[1] - squares[0].numel() in (0, 1):
+            return squares
+    raise TraceError(
+        f"the projector writes {tuple(written.shape)} for tiles {tuple(light.shape)}, not one token per square of "
+        f"{patch_size} pixels or a multiple; pass positions instead of a box"
+    )

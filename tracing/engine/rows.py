@@ -1,0 +1,167 @@
+"""The rows of a map: which token positions are restored together, and what they are called."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ...models import ModelError, Prompt
+from ...models.prompts import Patch
+from ..corruptions.corruption import group_positions
+from ..errors import TraceError
+from .regions import Blocks, Box, box_patches
+
+_REGIONS = ("image_rows", "image_columns", "image_quadrants", "patches")
+_CHOICES = f"{', '.join(map(repr, _REGIONS))}, Blocks(3), Box(left, top, right, bottom) or a position"
+
+Item = str | int | Blocks | Box
+"""One or several rows: "tokens", a group's name, a name of image regions, a position, blocks of patches, or a box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Positions restored together."""
+
+    label: str
+    positions: tuple[int, ...]
+    token: str | int | None
+    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    is_group: bool
+    """The label means the same in other prompts: a named group or a region of the picture, not one text token."""
+
+
+def resolve_rows(prompt: Prompt, positions: Item | Sequence[Item] = "tokens") -> tuple[Row, ...]:
+    """The rows of a map, in the order asked.
+
+    "tokens": one row per text token and one for the whole image. A group's name or a position: one row; a group is
+    restored as a whole. "image_rows", "image_columns", "image_quadrants", "patches": one row per row, column, quarter
+    or single token of each picture's patch grid; Blocks(k): per k x k patches; Box(left, top, right, bottom): one row
+    for the patches it touches. Several may be mixed in a sequence. TraceError or ModelError, with what there is, for
+    anything else, for positions of the answer, and for regions where image tokens do not form a grid.
+    """
+    items = (positions,) if isinstance(positions, Item) else positions
+    if not isinstance(items, Sequence):
+        raise _unknown(prompt, positions)
+    rows = tuple(row for item in items for row in _rows(prompt, item))
+    if not rows:
+        raise TraceError('no positions to restore; pass positions="tokens", group names or positions')
+    return rows
+
+
+def _rows(prompt: Prompt, item: Item) -> Iterator[Row]:
+    """The rows of one item."""
+    if item == "tokens":
+        yield from _token_rows(prompt)
+    elif item == "image_quadrants":
+        yield from _quadrants(prompt)
+    elif isinstance(item, Box):
+        yield _region(prompt, item.label, box_patches(prompt, item), item.image)
+    elif isinstance(item, Blocks) or item in _REGIONS:
+        yield from _tiles(prompt, item)
+    elif isinstance(item, str | int):
+        yield _row(prompt, item)
+    else:
+        raise _unknown(prompt, item)
+
+
+def _token_rows(prompt: Prompt) -> Iterator[Row]:
+    """One row per text token and one for all image tokens, in the order of the prompt."""
+    image = prompt.groups["image"]
+    for position in range(_scored_position(prompt) + 1):
+        if position not in set(image):
+            yield _row(prompt, position)
+        elif position == image[0]:
+            yield _row(prompt, "image")
+
+
+def _row(prompt: Prompt, item: str | int) -> Row:
+    """One row for a group name or a position."""
+    members = prompt.positions((item,)) if isinstance(item, int) else _group(prompt, item)
+    if max(members) > _scored_position(prompt):
+        raise TraceError(
+            f"{item!r} reaches beyond the prompt's last token (position {_scored_position(prompt)}) into the answer, "
+            "which is never restored; ask for positions of the prompt"
+        )
+    label = item if isinstance(item, str) else prompt.tokens[members[0]]
+    return Row(label=label, positions=members, token=_edit_token(prompt, item, members), is_group=isinstance(item, str))
+
+
+def _group(prompt: Prompt, name: str) -> tuple[int, ...]:
+    """Positions of a named group, without those of a given answer."""
+    try:
+        prompt.positions(name)
+    except ModelError as error:  # it lists the groups; a trace knows more
+        raise ModelError(f'{error}; besides these, pass "tokens", {_CHOICES}') from error
+    if name == "answer":
+        raise TraceError("positions of the answer are never restored; leave out the group 'answer'")
+    return group_positions(prompt, name)
+
+
+def _edit_token(prompt: Prompt, item: str | int, members: tuple[int, ...]) -> str | int | None:
+    """What an edit calls this row: where it can, by a name that holds in other prompts too; None for several tokens."""
+    if len(members) > 1 or members[0] in prompt.groups["image"]:
+        return None
+    names = [name for name in ("last", "constraint_last") if prompt.groups.get(name) == members]
+    return names[0] if names else members[0] if isinstance(item, int) else item
+
+
+def _tiles(prompt: Prompt, item: str | Blocks) -> Iterator[Row]:
+    """The picture cut into rows, columns, blocks or single patches."""
+    for image, patches in _grids(prompt, item):
+        height, width = patches[-1].row + 1, patches[-1].column + 1
+        size = item.size if isinstance(item, Blocks) else 1
+        tall, wide = {"image_rows": (1, width), "image_columns": (height, 1)}.get(item, (size, size))
+        for top in range(0, height, tall):
+            for left in range(0, width, wide):
+                bottom, right = min(top + tall, height) - 1, min(left + wide, width) - 1
+                inside = [p for p in patches if top <= p.row <= bottom and left <= p.column <= right]
+                names = {"image_rows": f"image row {top}", "image_columns": f"image column {left}"}
+                label = names.get(item, f"patch {_range(top, bottom)}, {_range(left, right)}")
+                yield _region(prompt, label, inside, image)
+
+
+def _quadrants(prompt: Prompt) -> Iterator[Row]:
+    """The four quarters of each picture; the lower and the right ones get the odd row and column."""
+    for image, patches in _grids(prompt, "image_quadrants"):
+        middle_row, middle_column = (patches[-1].row + 1) // 2, (patches[-1].column + 1) // 2
+        for vertical, is_low in (("top", False), ("bottom", True)):
+            for horizontal, is_right in (("left", False), ("right", True)):
+                inside = [
+                    patch
+                    for patch in patches
+                    if (patch.row >= middle_row) == is_low and (patch.column >= middle_column) == is_right
+                ]
+                if inside:
+                    yield _region(prompt, f"image {vertical} {horizontal}", inside, image)
+
+
+def _grids(prompt: Prompt, item: Item) -> list[tuple[int, list[Patch]]]:
+    """Each picture's number and its patches, row by row; TraceError where there is no grid."""
+    if not prompt.patches:
+        reason = "its image tokens do not form a grid of patches" if prompt.groups["image"] else "it has no picture"
+        raise TraceError(
+            f"no {item!r} in this prompt: {reason}; pass group names or positions, such as positions='tokens'"
+        )
+    return [(image, list(patches)) for image, patches in groupby(prompt.patches, key=lambda patch: patch.image)]
+
+
+def _region(prompt: Prompt, label: str, patches: Sequence[Patch], image: int) -> Row:
+    """A row for some patches of one picture, which is named where there are several."""
+    suffix = f" of image {image}" if len(prompt.images) > 1 else ""
+    positions = tuple(patch.position for patch in patches)
+    return Row(label=label + suffix, positions=positions, token=None, is_group=True)
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _scored_position(prompt: Prompt) -> int:
+    """The position that predicts the answer's first token."""
+    return prompt.groups["last"][0]
+
+
+def _unknown(prompt: Prompt, item: object) -> TraceError:
+    return TraceError(
+        f"no rows {item!r}; this prompt has the groups {', '.join(prompt.groups)}; "
+        f'pass "tokens", some of these, {_CHOICES}'
+    )

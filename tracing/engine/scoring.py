@@ -1,0 +1,179 @@
+"""What a trace scores: probability, log probability or logit difference of an answer, or any function of logits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models import Prompt, VisionLanguageModel
+from ..errors import TraceError
+from .cells import Measure
+from .plain import next_token_probabilities
+
+METRICS = ("probability", "log_probability", "logit_difference")
+
+Metric = str | Callable[[Tensor], Tensor]
+"""A name of `METRICS`, or a function from logits (row, answer position, vocab) to scores (row,)."""
+
+_LONGEST_FOIL = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scoring:
+    """The tokens that are scored, and how."""
+
+    metrics: tuple[Metric, ...]
+    answer_ids: tuple[int, ...]
+    """The answer's first token, or all of them."""
+    foil_ids: tuple[int, ...]
+    """The tokens that a logit difference subtracts."""
+    is_predicted: bool
+    """The answer's first token is the likeliest one after the clean prompt."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the metrics are called; functions by their own name."""
+        return tuple(_name(metric) for metric in self.metrics)
+
+    @property
+    def branches(self) -> tuple[tuple[tuple[int, ...], Measure], ...]:
+        """The token sequences that follow the prompt, each with what is measured there.
+
+        The first one measures every metric and, last, the answer's probability. A foil of several tokens is predicted
+        after other tokens than the answer's and needs a second sequence, on which only its logits are summed.
+        """
+        answer = (self.answer_ids, self._measure)
+        return (answer, (self.foil_ids, self._foil_logits)) if len(self.foil_ids) > 1 else (answer,)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """(..., metric, sample): what all branches have measured (.., column, sample), put together."""
+        scores = parts[0][..., : len(self.metrics), :].clone()
+        for index, metric in enumerate(self.metrics):
+            if metric == "logit_difference" and len(parts) > 1:
+                scores[..., index, :] -= parts[1][..., 0, :]
+        return scores
+
+    def _measure(self, logits: Tensor) -> Tensor:
+        """(row, metric + 1) float64 from (row, answer position, vocab)."""
+        logits = logits.double()
+        chosen = logits[:, range(len(self.answer_ids)), list(self.answer_ids)]
+        log_probability = (chosen - logits.logsumexp(-1)).sum(-1)
+        values = {"probability": log_probability.exp(), "log_probability": log_probability}
+        if len(self.foil_ids) > 0:
+            foil = logits[:, 0, self.foil_ids[0]] if len(self.foil_ids) == 1 else 0.0
+            values["logit_difference"] = chosen.sum(-1) - foil
+        columns = [values[metric] if isinstance(metric, str) else _called(metric, logits) for metric in self.metrics]
+        return torch.stack([*columns, values["probability"]], dim=-1)
+
+    def _foil_logits(self, logits: Tensor) -> Tensor:
+        """(row, 1) float64: the sum of the foil's own logits."""
+        return logits.double()[:, range(len(self.foil_ids)), list(self.foil_ids)].sum(-1, keepdim=True)
+
+
+def _name(metric: Metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def _called(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    scores = metric(logits)
+    if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TraceError(
+            f"the metric {_name(metric)} must turn logits {tuple(logits.shape)} into one score per row, "
+            f"({len(logits)},); it returned {found}"
+        )
+    if logits.requires_grad and not scores.requires_grad:
+        raise TraceError(
+            f"the metric {_name(metric)} has no gradient, by which effects could be estimated; leave out exact_cells"
+        )
+    return scores.double()
+
+
+def choose_scoring(
+    vlm: VisionLanguageModel,
+    prompt: Prompt,
+    runs: tuple[Tensor, Tensor],
+    *,
+    answer: str | None,
+    foil: str | None,
+    whole_answer: bool,
+    metrics: Metric | Sequence[Metric],
+) -> Scoring:
+    """The scoring of a trace whose clean and corrupted embeddings (sample, token, hidden) are these.
+
+    answer: None for the model's own. foil: None for the corrupted run's answer (its likeliest token that is not the
+    answer's), if a logit difference is asked for. whole_answer: all tokens instead of the first. TraceError for an
+    unknown metric, and for a foil that no metric asks for or that is scored by the answer's tokens.
+    """
+    metrics = _checked(metrics)
+    predicted = int(next_token_probabilities(vlm, runs[0][:1])[0].argmax())
+    answer_ids = _answer_ids(vlm, prompt, predicted, answer, whole_answer)
+    foil_ids: tuple[int, ...] = ()
+    if foil is not None and "logit_difference" not in metrics:
+        raise TraceError("a foil plays no part without metrics='logit_difference'; ask for it or leave out the foil")
+    if foil is not None:
+        foil_ids = prompt.with_answer(foil).answer_ids
+        foil_ids = foil_ids if whole_answer else foil_ids[:1]
+    elif "logit_difference" in metrics:
+        foil_ids = _corrupted_answer(vlm, runs[1], answer_ids, whole_answer)
+    if foil_ids and foil_ids == answer_ids:
+        raise TraceError(
+            f"the foil {vlm.decode(list(foil_ids))!r} and the answer are scored by the same tokens; pass another foil, "
+            "or whole_answer=True if they differ in later tokens"
+        )
+    is_predicted = answer_ids[0] == predicted
+    return Scoring(metrics=metrics, answer_ids=answer_ids, foil_ids=foil_ids, is_predicted=is_predicted)
+
+
+def with_tokens(vlm: VisionLanguageModel, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
+    """Embeddings (sample, token, hidden), followed by those of all these tokens but the last."""
+    if len(ids) == 1:
+        return embeddings
+    with torch.no_grad():
+        words = vlm.model.get_input_embeddings()(torch.tensor([list(ids[:-1])], device=embeddings.device))
+    return torch.cat([embeddings, words.to(embeddings).expand(len(embeddings), -1, -1)], dim=1)
+
+
+def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
+    found = (metrics,) if isinstance(metrics, str) or callable(metrics) else tuple(metrics)
+    unknown = [metric for metric in found if not callable(metric) and metric not in METRICS]
+    if unknown or not found:
+        raise TraceError(
+            f"no metric {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(METRICS)}, or a "
+            "function from logits (row, answer position, vocab) to scores (row,)"
+        )
+    found = tuple(dict.fromkeys(found))
+    names = [_name(metric) for metric in found]
+    if len(set(names)) < len(names):
+        raise TraceError(f"several metrics of one name among {', '.join(names)}; give each function a name of its own")
+    return found
+
+
+def _answer_ids(
+    vlm: VisionLanguageModel, prompt: Prompt, predicted: int, answer: str | None, whole: bool
+) -> tuple[int, ...]:
+    """The scored tokens: all of the given answer or of the model's own, or only the first."""
+    if answer is None and not whole:
+        return (predicted,)
+    if answer is None and not (answer := vlm.answers([prompt])[0]):
+        raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
+    ids = prompt.with_answer(answer).answer_ids
+    return ids if whole else ids[:1]
+
+
+def _corrupted_answer(
+    vlm: VisionLanguageModel, corrupted: Tensor, answer_ids: tuple[int, ...], whole: bool
+) -> tuple[int, ...]:
+    """The likeliest token after the corrupted prompt that is not the answer's; if whole, what follows it greedily."""
+    probabilities = next_token_probabilities(vlm, corrupted).mean(0)
+    probabilities[answer_ids[0]] = -1.0
+    ids = (int(probabilities.argmax()),)
+    ends = vlm.model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
+    while whole and len(ids) < _LONGEST_FOIL:
+        following = int(next_token_probabilities(vlm, with_tokens(vlm, corrupted, (*ids, 0))).mean(0).argmax())
+        if following in ends:
+            break
+        ids = (*ids, following)
+    return ids

@@ -1,0 +1,198 @@
+"""Restoring what is computed before the decoder: layers of the vision tower, and the projector. One pass per cell."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...models import Prompt, VisionLanguageModel, patch
+from ..corruptions.corruption import Corrupted, embed
+from ..errors import TraceError
+from .cells import Cell, Measure, Runs
+from .measure import Measured
+from .plain import run_scores
+from .report import EngineReport
+
+_Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """Model inputs of both runs of one prompt, one for each sample, or one for all of them."""
+
+    prompt: Prompt
+    base: tuple[_Inputs, ...]
+    source: tuple[_Inputs, ...]
+
+
+def shown(prompt: Prompt, corrupted: Corrupted, *, restores: bool) -> Shown:
+    """What the vision tower sees in both runs. TraceError if the corruption is not one of pixels.
+
+    restores: the base run is the corrupted one; else the clean one.
+    """
+    if not corrupted.inputs:
+        raise TraceError(
+            f"the corruption ({corrupted.description}) leaves the pixels as they are, so 'vision' and 'projector' hold "
+            "the same states in both runs; pass SwapImage, BlankImage, BlurImage, MaskBoxes or PixelNoise, or leave "
+            "these sites out"
+        )
+    clean, damaged = (prompt.inputs,), corrupted.inputs
+    return Shown(prompt=prompt, base=damaged if restores else clean, source=clean if restores else damaged)
+
+
+def measure_runs(
+    vlm: VisionLanguageModel, runs: Runs, measure: Measure, *, accept: Callable[[Tensor, Tensor], None]
+) -> Measured:
+    """The scores of both runs and of no cells. accept: is shown both (metric, sample), and may raise."""
+    both = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
+    base, source = (run_scores(vlm, each, runs, measure) for each in both)
+    accept(base, source)
+    report = EngineReport(engine="plain", reason="the vision tower cannot be replayed", token_layers=0)
+    return Measured(scores=base.new_empty(0, *base.shape), base=base, source=source, report=report)
+
+
+def with_pictures(
+    vlm: VisionLanguageModel,
+    inputs: Shown,
+    runs: Runs,
+    cells: Sequence[Cell],
+    measure: Measure,
+    *,
+    measured: Measured,
+    bar: tqdm | None = None,
+) -> Measured:
+    """All cells' scores: those before the decoder computed here, the others (in this order) as they were measured.
+
+    Each cell takes a pass of the vision tower for each sample and one of the decoder for all of them; the latter is
+    left out where the embeddings are those of a run, whose scores are known. Memory holds the source's outputs of every
+    layer that a cell restores. TraceError where image tokens have no counterparts in the tower.
+    """
+    parts = {cell: _parts(vlm, cell) for cell in cells if is_before_decoder(cell)}
+    modules = list(dict.fromkeys(part for each in parts.values() for part in each))
+    lent = [_written(vlm, inputs.prompt, each, modules) for each in inputs.source]
+    masks = {
+        cell: {part: restored_tokens(inputs.prompt, cell, lent[0][part].shape[:-1]) for part in each}
+        for cell, each in parts.items()
+    }
+    others, scores, passes = iter(measured.scores), [], 0
+    for cell in cells:
+        if cell not in parts:
+            scores.append(next(others))
+            continue
+        embeddings = _embeddings(vlm, inputs, runs, lent, masks[cell])
+        known = _known(embeddings, runs, measured)
+        scores.append(run_scores(vlm, embeddings, runs, measure) if known is None else known)
+        passes += known is None
+        if bar is not None:
+            bar.update()
+    tokens = (measured.report.token_layers or 0) + passes * runs.samples * runs.length * vlm.layers
+    report = replace(measured.report, cells=len(cells), token_layers=tokens)
+    return replace(measured, scores=torch.stack(scores), report=report)
+
+
+def is_before_decoder(cell: Cell) -> bool:
+    """The cell restores states of the vision tower or of the projector."""
+    return cell.kind in ("vision", "projector")
+
+
+def restored_tokens(prompt: Prompt, cell: Cell, shape: Sequence[int]) -> Tensor:
+    """Booleans of this shape: the cell's image tokens in what a part writes, usually (picture, token), without width.
+
+    Tokens that the tower has beyond the patches, such as the class token, come first; they are restored where all of
+    their picture is. TraceError where the part's tokens are not the image tokens one by one, unless whole pictures are
+    restored, and where they are not sorted by picture, unless all of them are.
+    """
+    image, pictures = prompt.groups["image"], len(prompt.images)
+    if set(image) <= set(cell.positions):
+        return torch.ones(*shape, dtype=torch.bool)
+    each, left_over = divmod(len(image), pictures)
+    if left_over or len(shape) != 2 or shape[0] != pictures:
+        raise TraceError(
+            f"{cell.kind!r} states of shape {tuple(shape)} cannot be told apart by {pictures} pictures of this prompt, "
+            "so only all pictures together can be restored there; pass positions='image'"
+        )
+    chosen = torch.tensor([position in cell.positions for position in image]).view(pictures, each)
+    mask = chosen.all(dim=1, keepdim=True).expand(*shape).clone()
+    extra = shape[1] - each
+    # A tower that merges patches has at least twice as many tokens as there are image tokens.
+    is_patchwise = extra == 0 if cell.kind == "projector" else bool(prompt.patches) and 0 <= extra < each
+    if is_patchwise:
+        mask[:, extra:] |= chosen
+    elif bool(chosen.any(dim=1).ne(chosen.all(dim=1)).any()):
+        raise TraceError(
+            f"the {shape[1]} {cell.kind!r} states of a picture are not its {each} image tokens one by one, so only "
+            "whole pictures can be restored there; pass positions='image'"
+        )
+    return mask
+
+
+def _parts(vlm: VisionLanguageModel, cell: Cell) -> list[nn.Module]:
+    """The modules whose outputs the cell restores."""
+    return [vlm.projector] if cell.kind == "projector" else vlm.vision_layers[cell.first : cell.last + 1]
+
+
+def _written(
+    vlm: VisionLanguageModel, prompt: Prompt, inputs: _Inputs, modules: Sequence[nn.Module]
+) -> dict[nn.Module, Tensor]:
+    """What these modules write for these inputs. TraceError for a tower that does not see all pictures at once."""
+    found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+    def recorder(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def record(output: Tensor) -> Tensor:
+            found[module].append(output.clone())
+            return output
+
+        return record
+
+    with patch(vlm, {module: recorder(module) for module in modules}, ahead=True):
+        embed(vlm, prompt, inputs)
+    for module, outputs in found.items():
+        if len(outputs) != 1:
+            raise TraceError(
+                f"{vlm.path(module)!r} of {vlm.name!r} ran {len(outputs)} times for one prompt, not once, so its "
+                "states cannot be restored; leave out 'vision' and 'projector'"
+            )
+    return {module: outputs[0] for module, outputs in found.items()}
+
+
+def _embeddings(
+    vlm: VisionLanguageModel,
+    inputs: Shown,
+    runs: Runs,
+    lent: Sequence[Mapping[nn.Module, Tensor]],
+    masks: Mapping[nn.Module, Tensor],
+) -> Tensor:
+    """(sample, token, hidden): what the decoder reads with the source's states put in; an answer's words stay."""
+    rows = []
+    for sample in range(runs.samples):
+        base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
+        states = lent[sample % len(lent)]
+        with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
+            rows.append(embed(vlm, inputs.prompt, base))
+    changed = torch.cat(rows)
+    words = runs.base[:, changed.shape[1] :].expand(runs.samples, -1, -1)
+    return torch.cat([changed, words], dim=1)
+
+
+def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Puts in the values where the mask says so."""
+
+    def write(output: Tensor) -> Tensor:
+        if output.shape != values.shape:
+            raise TraceError(
+                f"the vision tower writes {tuple(values.shape)} for one picture and {tuple(output.shape)} for the "
+                "other, so states cannot be exchanged; give both pictures the same size (SwapImage(..., resize=True))"
+            )
+        return torch.where(mask.to(output.device).unsqueeze(-1), values.to(output), output)
+
+    return write
+
+
+def _known(embeddings: Tensor, runs: Runs, measured: Measured) -> Tensor | None:
+    """(metric, sample) scores of the run with exactly these embeddings, if it is one of both."""
+    for run, scores in ((runs.base, measured.base), (runs.source, measured.source)):
+        if torch.equal(embeddings, run.expand_as(embeddings)):
+            return scores
+    return None

@@ -1,0 +1,1 @@
+"""Wrong answers predicted from attention and probability."""

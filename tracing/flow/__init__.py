@@ -1,1 +1,0 @@
-"""Attention edges that are cut, and image tokens that are dropped: which way the answer comes."""

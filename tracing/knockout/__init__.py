@@ -1,0 +1,1 @@
+"""Attention knockout: cut attention between groups of tokens, window by window."""

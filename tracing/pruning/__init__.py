@@ -1,0 +1,1 @@
+"""Image tokens pruned from one layer on, as FastV prunes them."""

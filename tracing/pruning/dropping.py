@@ -1,0 +1,78 @@
+"""Image tokens that are gone from one decoder layer on: which of them stay, by attention, and the edges that go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models import ReplayError, VisionLanguageModel
+from ...models.replay.cuts import Cut
+from ...models.replay.observe import attending
+from ..engine.edges import EdgeCell
+from ..errors import TraceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Tokens that no other token attends to any more."""
+
+    tokens: frozenset[int]
+    """Their positions; none: the run as it is."""
+    first: int
+    """The layer from which on they are gone, up to the last one."""
+
+    def cell(self, length: int, layers: int) -> EdgeCell:
+        """The edges that are missing in a run of this length and a decoder of so many layers."""
+        rest = frozenset(range(length)) - self.tokens
+        return EdgeCell(cut=Cut(sources=self.tokens, targets=rest), first=self.first, last=layers - 1, is_dropped=True)
+
+
+def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
+    """The drop from this layer on of all image positions but those kept, booleans (image token,)."""
+    tokens = frozenset(place for place, stays in zip(image, kept.tolist(), strict=True) if not stays)
+    return Drop(tokens=tokens, first=first if tokens else 0)
+
+
+def kept_tokens(
+    vlm: VisionLanguageModel,
+    embeddings: Tensor,
+    image: Sequence[int],
+    *,
+    keep: Sequence[int | str],
+    layers: Sequence[int],
+) -> Tensor:
+    """Booleans (keep, layer, image token): which tokens stay if the best so many are kept from each of the layers on.
+
+    embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks; "all" keeps everything.
+    TraceError if tokens have to be ranked by an attention that cannot be read.
+    """
+    counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
+    kept = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
+    ranks = None
+    for row, count in enumerate(counts):
+        if count in (0, len(image)):
+            kept[row] = count > 0
+            continue
+        ranks = image_ranks(vlm, embeddings, image) if ranks is None else ranks
+        kept[row] = ranks[list(layers)] < count
+    return kept
+
+
+def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
+    """(layer, image token) int64 from 0, the most attended one: the order in which tokens stay from a layer on.
+
+    The order is that of the last token's attention, mean over heads, in the layer before, the last that still has all
+    tokens; for layer 0 in layer 0 itself. Of equals the earlier token stays. FastV, arXiv 2403.06764, as released.
+    """
+    try:
+        with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:
+            vlm.forward(inputs_embeds=embeddings, positions=[embeddings.shape[1] - 1])
+    except ReplayError as error:
+        raise TraceError(
+            f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}; pass keep=(0,), which needs no order"
+        ) from error
+    attended = torch.stack([each.weights[0, :, 0].mean(0)[list(image)] for each in seen]).cpu()
+    order = attended.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(image)).expand_as(order))
+    return torch.cat([ranks[:1], ranks[:-1]])

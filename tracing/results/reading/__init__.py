@@ -1,1 +1,0 @@
-"""What single runs have shown: emergence, contributions, failure, relevance, and their averages and drawings."""

@@ -1,0 +1,1 @@
+"""Tracing and editing together: locate where a fact is kept, then edit there."""

@@ -1,0 +1,248 @@
+"""Where traces say that facts are to be edited: a layer and a token for each request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from ..editing.requests import EditRequest
+from ..models import Prompt, VisionLanguageModel
+from ..models.errors import gist
+from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
+from ..tracing.engine.cells import KINDS
+from ..tracing.engine.rows import Item
+
+logger = logging.getLogger("multrace")
+GROUPS = ("image", "question", "constraint_last", "last")
+"""The token groups that are traced unless others are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Located:
+    """Where traces say that facts are to be edited. Made by `locate`."""
+
+    sites: tuple[EditSite, ...]
+    """The layer and token of each request."""
+    traces: tuple[CausalTrace | None, ...] = field(repr=False)
+    """Each request's own trace; None where its corruption was too weak, or where only an average was given."""
+    trace: AverageTrace | None = field(repr=False)
+    """Mean indirect effects over the requests (those with the same rows, if these differ); None where single tokens
+    cannot be lined up."""
+    notes: tuple[str, ...] = ()
+    """What was not as expected, and what was done about it."""
+
+    @property
+    def site(self) -> EditSite:
+        """The site of the first request, which is that of all of them where one was chosen for all."""
+        return self.sites[0]
+
+
+def locate(
+    vlm: VisionLanguageModel,
+    requests: Sequence[EditRequest],
+    *,
+    corruptions: Sequence[Corruption | None] | None = None,
+    traces: Sequence[CausalTrace] | AverageTrace | None = None,
+    each: bool = False,
+    groups: Sequence[Item] = GROUPS,
+    kinds: Sequence[str] = KINDS,
+    window: int = 3,
+    fraction: float = 0.25,
+    progress: bool = False,
+) -> Located:
+    """Where these facts are to be edited; the model is left as it is.
+
+    Every request's prompt is traced for the model's present answer under its own corruption (the picture of something
+    else, as a rule, since only image corruption shows where the picture arrives), or `traces` made before are used:
+    one for each request, or an average. Sites follow `EffectMap.edit_site` with this fraction: at or after the layer
+    where the picture arrives at the token. each: a site for each request from its own trace, else one for all from the
+    mean. A request whose trace shows none takes that of the mean, and a note says so, as it does of a request that has
+    no constraint span: that is edited at the token which the trace names.
+
+    kinds: of states that are traced, "hidden" and "mlp" at least. TraceError if the numbers of requests and of
+    corruptions (or traces) differ, if a trace is of another model or question, or if no trace shows a site.
+    """
+    requests = tuple(requests)
+    _check_numbers(requests, corruptions, traces)
+    if isinstance(traces, AverageTrace):
+        _check_model(vlm, traces)
+        site = traces.edit_site(fraction)
+        for request in requests:
+            if isinstance(site.token, str) and site.token not in request.prompt.groups:
+                raise TraceError(
+                    f"this average trace names the token {site.token!r}, which {request.prompt.question!r} lacks; "
+                    "give it a constraint, or trace it by itself"
+                )
+        return Located(sites=(site,) * len(requests), traces=(None,) * len(requests), trace=traces)
+    asked = [groups_of(request, groups) for request in requests]
+    failures: dict[int, TraceError] = {}
+    if traces is None:
+        settings = {"sites": kinds, "window": window}
+        own = _traced(vlm, requests, corruptions, asked, failures, settings, progress)
+    else:
+        own = list(traces)
+        for request, trace in zip(requests, own, strict=True):
+            _check_model(vlm, trace)
+            _check_question(request.prompt, trace)
+    choice = _Choice(requests, own, asked, failures, fraction)
+    sites = tuple(choice.site(index, each=each) for index in range(len(requests)))
+    for index, request in enumerate(requests):
+        if _lacks_constraint(request, groups):
+            choice.note(request, f"has no constraint span in all its prompts; edited at {sites[index].token!r}")
+    return Located(sites=sites, traces=tuple(own), trace=choice.largest, notes=tuple(choice.notes))
+
+
+class _Choice:
+    """Sites of requests from their traces."""
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        traces: Sequence[CausalTrace | None],
+        asked: Sequence[tuple[Item, ...]],
+        failures: Mapping[int, TraceError],
+        fraction: float,
+    ) -> None:
+        self.requests, self.traces, self.fraction = requests, traces, fraction
+        self.failures, self.notes = dict(failures), []
+        self.keys = [_alike(trace) if trace else asked[index] for index, trace in enumerate(traces)]
+        self.averages: dict[Any, AverageTrace] = {}
+        members: dict[Any, list[CausalTrace]] = {}
+        for key, trace in zip(self.keys, traces, strict=True):
+            if trace is not None:
+                members.setdefault(key, []).append(trace)
+        for key, group in sorted(members.items(), key=lambda pair: -len(pair[1])):
+            try:
+                self.averages[key] = average(group)
+            except TraceError as error:  # single tokens that cannot be lined up; a site of one's own needs no average
+                self.notes.append(f"no average of {len(group)} traces: {gist(error)}")
+        if not members:
+            raise next(iter(self.failures.values()))
+
+    @property
+    def largest(self) -> AverageTrace | None:
+        """The average over most requests."""
+        return next(iter(self.averages.values()), None)
+
+    def site(self, index: int, *, each: bool) -> EditSite:
+        """The site of one request; TraceError if neither its own trace nor an average shows any."""
+        trace = self.traces[index]
+        if trace is not None and (each or self.keys[index] not in self.averages):
+            try:
+                return trace.edit_site(self.fraction)
+            except TraceError as error:
+                self.failures[index] = error
+        own = [self.averages[key] for key in (self.keys[index],) if key in self.averages]
+        site = self._first([*own, *self.averages.values()], self.requests[index].prompt, index)
+        if index in self.failures:
+            reason = f"its own trace shows no site ({gist(self.failures[index])})"
+            self.note(self.requests[index], f"takes the site of the average, layer {site.layer}: {reason}")
+        return site
+
+    def note(self, request: EditRequest, text: str) -> None:
+        self.notes.append(f"{request.label!r} {text}")
+        logger.info("%s", self.notes[-1])
+
+    def _first(self, averages: Sequence[AverageTrace], prompt: Prompt, index: int) -> EditSite:
+        reason = self.failures.get(index)
+        for each in averages:
+            try:
+                site = each.edit_site(self.fraction)
+            except TraceError as error:
+                reason = reason or error
+                continue
+            if isinstance(site.token, int) or site.token in prompt.groups:
+                return site
+        raise reason or TraceError(
+            f"no average trace names a token that {prompt.question!r} has; give it a constraint, or trace other groups"
+        )
+
+
+def _traced(
+    vlm: VisionLanguageModel,
+    requests: Sequence[EditRequest],
+    corruptions: Sequence[Corruption | None],
+    asked: Sequence[tuple[Item, ...]],
+    failures: dict[int, TraceError],
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> list[CausalTrace | None]:
+    """A trace per request; None, and its error among the failures, where there is nothing to trace."""
+    found: list[CausalTrace | None] = []
+    alone = len(requests) == 1
+    for index in tqdm(range(len(requests)), desc="tracing facts", disable=alone or not progress):
+        if corruptions[index] is None:
+            found.append(None)
+            failures[index] = TraceError("no corruption is given for it")
+            continue
+        words = {"corruption": corruptions[index], "positions": asked[index], "progress": progress and alone}
+        try:
+            found.append(causal_trace(vlm, requests[index].prompt, **words, **settings))
+        except TraceError as error:
+            found.append(None)
+            failures[index] = error
+    return found
+
+
+def groups_of(request: EditRequest, groups: Sequence[Item]) -> tuple[Item, ...]:
+    """The groups that can be traced and edited: every prompt of the request has its constraint, and there is a picture.
+
+    Other names that do not exist stay, and are an error of the trace.
+    """
+    absent = {"image"} if not request.prompt.groups["image"] else set()
+    absent |= {name for name in groups if _is_constraint(name) and not _all_have(request, name)}
+    return tuple(name for name in groups if name not in absent)
+
+
+def _lacks_constraint(request: EditRequest, groups: Sequence[Item]) -> bool:
+    return any(_is_constraint(name) and not _all_have(request, name) for name in groups)
+
+
+def _is_constraint(name: Item) -> bool:
+    return isinstance(name, str) and name.startswith("constraint")
+
+
+def _all_have(request: EditRequest, name: str) -> bool:
+    prompts = (request.prompt, *request.contexts, *request.also, *request.keep)
+    return all(name in prompt.groups for prompt in prompts)
+
+
+def _alike(trace: CausalTrace) -> Any:
+    """Traces for which this is equal can be averaged."""
+    return trace.rows if trace.grouped else None
+
+
+def _check_numbers(requests: Sequence[EditRequest], corruptions: object, traces: object) -> None:
+    if corruptions is None and traces is None:
+        raise TraceError("nothing tells where to edit; pass corruptions= to trace under, or traces= made before")
+    for name, given in (("corruptions", corruptions), ("traces", traces)):
+        if given is None or isinstance(given, AverageTrace):
+            continue
+        if not requests or len(requests) != len(given):
+            raise TraceError(
+                f"{len(requests)} requests with {len(given)} {name}; "
+                f"pass at least one request, and one of the {name} for each"
+            )
+
+
+def _check_model(vlm: VisionLanguageModel, trace: CausalTrace | AverageTrace) -> None:
+    if trace.model != vlm.name or trace.layers != vlm.layers:
+        raise TraceError(
+            f"this trace is of '{trace.model}' ({trace.layers} layers), and the edit is of '{vlm.name}' "
+            f"({vlm.layers} layers); trace the model that is to be edited"
+        )
+
+
+def _check_question(prompt: Prompt, trace: CausalTrace) -> None:
+    end = prompt.groups["last"][0] + 1
+    ids = tuple(prompt.inputs["input_ids"][0, :end].tolist())
+    if trace.input_ids[:end] != ids:
+        how = " with other tokens" if trace.question == prompt.question else ""
+        raise TraceError(
+            f"this trace is of the question {trace.question!r}{how}, and the edit is of {prompt.question!r}; "
+            "trace the prompt that is to be edited"
+        )
