@@ -12,13 +12,13 @@ from .errors import EditError
 from .evaluate import evaluate, evaluate_singly, unedited, with_history, without_history
 from .exports import save_merged, to_peft, verify_export, with_adapters
 from .ledger import Ledger, load_edit
-from .measuring import Measures
+from .measuring import EvaluationSettings
 from .moments import Moments, second_moments
 from .probes import Probe, Record
 from .reports import EditReport
 from .requests import EditRequest
+from .runtime import RuntimeEdit
 from .sequences import Governor, evaluate_sequentially
-from .sidecar import Sidecar
 
 __all__ = [
     "AlphaEdit",
@@ -37,13 +37,13 @@ __all__ = [
     "Ledger",
     "Lora",
     "MEMIT",
-    "Measures",
+    "EvaluationSettings",
     "Moments",
     "MultEdit",
     "Probe",
     "ROME",
     "Record",
-    "Sidecar",
+    "RuntimeEdit",
     "WeightChange",
     "compose",
     "evaluate",

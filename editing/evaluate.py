@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..models import Prompt, VisionLanguageModel
 from .errors import EditError
-from .measuring import Asked, Measures, State, feed, generate
+from .measuring import Asked, EvaluationSettings, State, feed, generate
 from .probes import EDITED, Record, names_of
 from .questions import General, Question, general_questions, numbers, questions_of, record_questions, unedited_by_others
 from .reports import EDITED_STATUS, EditReport, ProbeRow
@@ -49,7 +49,7 @@ class Baseline:
 
     model: str
     revision: str | None
-    measures: Measures
+    measures: EvaluationSettings
     state: State
 
 
@@ -59,11 +59,11 @@ def unedited(
     *,
     general: General = (),
     batch_size: int = 32,
-    measures: Measures | None = None,
+    measures: EvaluationSettings | None = None,
     progress: bool = False,
 ) -> Baseline:
     """The answers of the model as it is to all questions of the records; a question asked twice is answered once."""
-    measures, state = measures or Measures(), State()
+    measures, state = measures or EvaluationSettings(), State()
     questions = questions_of(records, general)
     options = {"batch_size": batch_size, "progress": progress}
     # before anything is fed in, since what is fed in may be the present answer
@@ -81,7 +81,7 @@ def evaluate(
     general: General = (),
     worded: Worded | None = None,
     batch_size: int = 32,
-    measures: Measures | None = None,
+    measures: EvaluationSettings | None = None,
     progress: bool = False,
 ) -> EditReport:
     """The report on one change that is meant to make all these edits at once; the model is left as it is.
@@ -111,7 +111,7 @@ def evaluate_singly(
     baseline: Baseline | None = None,
     general: General = (),
     batch_size: int = 32,
-    measures: Measures | None = None,
+    measures: EvaluationSettings | None = None,
     progress: bool = False,
 ) -> EditReport:
     """The report on one edit at a time: each made on the unedited model, measured and undone.
@@ -168,7 +168,7 @@ def ask(
     baseline: Baseline,
     *,
     worded: Worded | None,
-    measures: Measures,
+    measures: EvaluationSettings,
     batch_size: int,
     progress: bool,
 ) -> State:
@@ -214,7 +214,7 @@ def rows_of(questions: Iterable[Question], before: State, after: State) -> tuple
 def report(
     vlm: VisionLanguageModel,
     mode: str,
-    measures: Measures,
+    measures: EvaluationSettings,
     rows: Sequence[ProbeRow],
     statuses: Mapping[str, str],
     left_out: int = 0,
@@ -237,7 +237,7 @@ def _measure_rest(
     asked: Sequence[Asked],
     questions: Sequence[Question],
     state: State,
-    measures: Measures,
+    measures: EvaluationSettings,
     **options: Any,
 ) -> None:
     """Adds the answers fed in, and the longer free answers, where they are measured."""
@@ -249,7 +249,7 @@ def _measure_rest(
         state.fluencies.update(generate(vlm, prompts, max_new_tokens=measures.fluency_tokens, **options))
 
 
-def _agreed(baseline: Baseline, measures: Measures | None) -> Measures:
+def _agreed(baseline: Baseline, measures: EvaluationSettings | None) -> EvaluationSettings:
     """What both states were or will be measured by. EditError if the baseline was measured otherwise."""
     wanted = measures or baseline.measures
     if wanted != baseline.measures:

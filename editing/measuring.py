@@ -14,7 +14,7 @@ from .metrics import RANKS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures:
+class EvaluationSettings:
     """What is measured of every question, and how. EditError for numbers out of range."""
 
     forced: bool = True

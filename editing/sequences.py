@@ -14,7 +14,7 @@ from .curves import MEANS, EditCurve, SequencePoint
 from .delta import Delta
 from .errors import EditError
 from .evaluate import Baseline, Change, Edit, ask, attempt, report, rows_of, unedited, worded_by
-from .measuring import Measures
+from .measuring import EvaluationSettings
 from .metrics import EXACT, Interval, exact_match, mean_interval
 from .probes import EFFICACY, Record, names_of
 from .questions import Question, record_questions, unedited_by_others
@@ -61,7 +61,7 @@ def evaluate_sequentially(
     baseline: Baseline | None = None,
     governor: Governor | None = None,
     batch_size: int = 32,
-    measures: Measures | None = None,
+    measures: EvaluationSettings | None = None,
     progress: bool = False,
 ) -> tuple[EditCurve, EditReport]:
     """The curve over edits made one on top of the other, and the report on all of them after the last.
@@ -180,7 +180,7 @@ def _rows(
     vlm: VisionLanguageModel,
     questions: Sequence[Question],
     baseline: Baseline,
-    measures: Measures,
+    measures: EvaluationSettings,
     **options: object,
 ) -> tuple[ProbeRow, ...]:
     state = ask(vlm, questions, baseline, worded=None, measures=measures, **options)

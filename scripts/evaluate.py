@@ -13,7 +13,7 @@ from typing import Any
 from ..data import World
 from ..editing.curves import EditCurve
 from ..editing.evaluate import Baseline, Edit, evaluate, evaluate_singly, unedited, with_history
-from ..editing.measuring import Measures
+from ..editing.measuring import EvaluationSettings
 from ..editing.moments import Moments
 from ..editing.probes import Record
 from ..editing.questions import General
@@ -118,9 +118,9 @@ class Evaluate(ModelOptions, EditorOptions):
     out: Path = option("folder for the results (default out/eval)", default=Path("out/eval"), type=Path)
 
     @property
-    def measures(self) -> Measures:
+    def measures(self) -> EvaluationSettings:
         """What is measured. EditError for numbers out of range."""
-        return Measures(
+        return EvaluationSettings(
             forced=not self.free_only,
             max_new_tokens=self.max_new_tokens,
             fluency_tokens=self.fluency_tokens,

@@ -10,7 +10,7 @@ import torch
 from ..editing import Delta
 from ..editing.exports import Change, save_merged, to_peft, verify_export, with_adapters
 from ..editing.ledger import Ledger, load_edit
-from ..editing.sidecar import Sidecar
+from ..editing.runtime import RuntimeEdit
 from ..models import Prompt, VisionLanguageModel, load
 from ..models.images import open_images
 from .errors import CommandError
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if settings.peft is not None:
         to_peft(delta, vlm, settings.peft)
         # in half precision an adapter keeps what the weights round away: it stands for the edit beside the weights
-        change = delta if torch.finfo(vlm.dtype).bits >= 32 else Sidecar(delta=delta)
+        change = delta if torch.finfo(vlm.dtype).bits >= 32 else RuntimeEdit(delta=delta)
         _compare(change, vlm, with_adapters(settings.open_model(), settings.peft), prompts, settings.peft)
     if settings.merged is not None:
         save_merged(delta, vlm, settings.merged, dtype=vlm.dtype)

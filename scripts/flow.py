@@ -40,7 +40,7 @@ Many questions: the averages in OUT as .safetensors, .png and .csv: knockout, le
   means), truncation; and OUT/report.json. Each question's own results, of contributions the means over heads, are in
   OUT/questions/ID; cam, which has no average, is drawn there. A later call with the same settings goes on from them.
   Questions that the model answers wrongly are listed, and count for contributions only, unless --all is given.
-The .safetensors are read by the classes in multrace.tracing.results: InformationFlow.load(path), AverageFlow.load, ...
+The .safetensors are read by the classes in multrace.tracing.results: AttentionKnockout.load(path), AverageKnockout.load, ...
 """
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import Prompt
-from ..tracing.knockout.average import AverageFlow, FilteredQuestion, average_flows
+from ..tracing.knockout.average import AverageKnockout, FilteredQuestion, average_knockouts
 from ..tracing.knockout.groups import parse_flow
-from ..tracing.knockout.knockout import information_flow
-from ..tracing.knockout.result import InformationFlow
+from ..tracing.knockout.knockout import attention_knockout
+from ..tracing.knockout.result import AttentionKnockout
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group, need_image, write_table
@@ -23,10 +23,10 @@ _DRAWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Knockout(Reading):
-    """Attention knockout with these settings of `information_flow`."""
+    """Attention knockout with these settings of `attention_knockout`."""
 
     name = analysis = "knockout"
-    kind = InformationFlow
+    kind = AttentionKnockout
     drawings = average_drawings = ("knockout.png", "knockout.csv")
     uses_engine = True
 
@@ -56,9 +56,9 @@ class Knockout(Reading):
                 f"the group {named[0]!r} needs --constraint (or 'constraint' in the record): words of the question"
             )
 
-    def compute(self, asked: Asked) -> InformationFlow:
+    def compute(self, asked: Asked) -> AttentionKnockout:
         """The answer's probability with each flow cut."""
-        return information_flow(
+        return attention_knockout(
             asked.vlm,
             asked.prompt,
             flows=self.flows,
@@ -72,27 +72,27 @@ class Knockout(Reading):
             progress=asked.progress,
         )
 
-    def files(self, result: InformationFlow, prompt: Prompt) -> Files:
+    def files(self, result: AttentionKnockout, prompt: Prompt) -> Files:
         """The flows overlaid, and every number."""
         return {
             "knockout.png": lambda path: result.plot(path, flows=_strongest(result)),
             "knockout.csv": lambda path: write_table(result, path),
         }
 
-    def told(self, result: InformationFlow) -> list[str]:
+    def told(self, result: AttentionKnockout) -> list[str]:
         """The strongest change of each flow, and how it was computed."""
         return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}", *_left_undrawn(result)]
 
-    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageFlow:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageKnockout:
         """Mean changes; what was left out has been left out before."""
-        return average_flows([result for _, result in found], only_right=False, filtered=filtered)
+        return average_knockouts([result for _, result in found], only_right=False, filtered=filtered)
 
-    def average_files(self, average: AverageFlow) -> Files:
+    def average_files(self, average: AverageKnockout) -> Files:
         """The flows overlaid, and every number."""
         drawing = {"knockout.png": lambda path: average.plot(path, flows=_strongest(average))}
         return super().average_files(average) | drawing
 
-    def average_told(self, average: AverageFlow) -> list[str]:
+    def average_told(self, average: AverageKnockout) -> list[str]:
         """The strongest mean change of each flow, and the questions that were left out."""
         return [*average.summary().splitlines(), *_left_undrawn(average)]
 
@@ -102,12 +102,12 @@ class Knockout(Reading):
         return [each for flow in flows for each in (flow.source, flow.target) if isinstance(each, str)]
 
 
-def _strongest(found: InformationFlow | AverageFlow) -> tuple[str, ...]:
+def _strongest(found: AttentionKnockout | AverageKnockout) -> tuple[str, ...]:
     """The flows to draw, in their order: all, or those that change the answer most."""
     peaks = found.change().nan_to_num(nan=0).abs().flatten(1).amax(1)
     return tuple(found.flows[index] for index in sorted(peaks.topk(min(_DRAWN, len(peaks))).indices.tolist()))
 
 
-def _left_undrawn(found: InformationFlow | AverageFlow) -> list[str]:
+def _left_undrawn(found: AttentionKnockout | AverageKnockout) -> list[str]:
     count = len(found.flows)
     return [f"  drawn are the {_DRAWN} strongest of {count} flows"] if count > _DRAWN else []

@@ -6,10 +6,10 @@ from typing import Any
 
 from ..models import Prompt
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.lens.average import AverageEmergence, average_emergences
+from ..tracing.lens.average import AverageLogitLens, average_lenses
 from ..tracing.lens.followed import shown
-from ..tracing.lens.lens import answer_emergence
-from ..tracing.lens.result import AnswerEmergence, state_name
+from ..tracing.lens.logit_lens import logit_lens
+from ..tracing.lens.result import LogitLens, state_name
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group
@@ -24,7 +24,7 @@ class Lens(Reading):
     """Answer emergence, read at these positions."""
 
     name = analysis = "lens"
-    kind = AnswerEmergence
+    kind = LogitLens
     drawings = ("lens.png", "lens_tokens.png")
     average_drawings = ("lens.png", "lens.csv")
 
@@ -44,9 +44,9 @@ class Lens(Reading):
             if group in ("constraint", "constraint_last") and not question.spans:
                 raise CommandError(f"--positions {group} needs --constraint, or 'constraint' in the record")
 
-    def compute(self, asked: Asked) -> AnswerEmergence:
+    def compute(self, asked: Asked) -> LogitLens:
         """Probability and rank of the right answer, or else of the model's own, after every layer."""
-        return answer_emergence(
+        return logit_lens(
             asked.vlm,
             asked.prompt,
             positions=self.positions,
@@ -55,12 +55,12 @@ class Lens(Reading):
             progress=asked.progress,
         )
 
-    def files(self, result: AnswerEmergence, prompt: Prompt) -> Files:
+    def files(self, result: LogitLens, prompt: Prompt) -> Files:
         """Curves at the first position, and the likeliest tokens at the last few of all."""
         order = sorted(range(len(result.positions)), key=result.positions.__getitem__)[-_COLUMNS:]
         return {"lens.png": result.plot, "lens_tokens.png": lambda path: result.plot_tokens(path, positions=order)}
 
-    def told(self, result: AnswerEmergence) -> list[str]:
+    def told(self, result: LogitLens) -> list[str]:
         """From where on each followed token is the likeliest."""
         lines = [f"read at {result.position_roles[0]}, with the model's final norm"]
         names = zip(result.followed.ids, result.followed.texts, result.followed.roles, strict=True)
@@ -70,11 +70,11 @@ class Lens(Reading):
             lines.append(f"  {shown(text)!r} ({'; '.join(roles)}): {when}, {last:.3g} in the end")
         return lines
 
-    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageEmergence:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageLogitLens:
         """Mean curves at the first position."""
-        return average_emergences([result for _, result in found])
+        return average_lenses([result for _, result in found])
 
-    def average_told(self, average: AverageEmergence) -> list[str]:
+    def average_told(self, average: AverageLogitLens) -> list[str]:
         """From where on each role is the likeliest token in half of the prompts."""
         lines = [f"read at {average.position_role} in {average.count} prompts, with the model's final norm"]
         for role in average.roles:

@@ -16,9 +16,9 @@ from ..tracing.attention.saliency_result import AttentionSaliency
 from ..tracing.attention.shares import attention_share
 from ..tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.pruning.average import AverageTruncation, average_truncations
-from ..tracing.pruning.pruning import truncate_image
-from ..tracing.pruning.result import Truncation
+from ..tracing.pruning.average import AveragePruning, average_prunings
+from ..tracing.pruning.pruning import prune_image_tokens
+from ..tracing.pruning.result import ImagePruning
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_image
@@ -143,7 +143,7 @@ class Truncated(_Relevance):
     """Image tokens dropped from each layer on."""
 
     name = "truncation"
-    kind = Truncation
+    kind = ImagePruning
     drawings = ("truncation.png", "truncation_overlay.png")
     average_drawings = ("truncation.png", "truncation.csv")
     uses_engine = True
@@ -155,9 +155,9 @@ class Truncated(_Relevance):
         if wrong := [each for each in self.keep if isinstance(each, int) and each < 0]:
             raise CommandError(f"--keep {wrong[0]}: keep 0 image tokens or more, or all")
 
-    def compute(self, asked: Asked) -> Truncation:
+    def compute(self, asked: Asked) -> ImagePruning:
         """Probability and free answer for each layer from which tokens are gone."""
-        return truncate_image(
+        return prune_image_tokens(
             asked.vlm,
             asked.prompt,
             keep=self.keep,
@@ -167,22 +167,22 @@ class Truncated(_Relevance):
             progress=asked.progress,
         )
 
-    def files(self, result: Truncation, prompt: Prompt) -> Files:
+    def files(self, result: ImagePruning, prompt: Prompt) -> Files:
         """Curves by layer, and which tokens stay if that is some and not all, and they form a grid."""
         counts = result.kept.sum(-1)
         is_part = bool(((counts > 0) & (counts < len(result.image_positions))).any())
         over = {"truncation_overlay.png": lambda path: result.overlay(path, prompt)}
         return {"truncation.png": result.plot, **(over if is_part and result.patches else {})}
 
-    def told(self, result: Truncation) -> list[str]:
+    def told(self, result: ImagePruning) -> list[str]:
         """The answer with and without picture, and from which layer on it stays."""
         return ["image tokens dropped", *result.summary().splitlines()[1:]]
 
-    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageTruncation:
+    def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AveragePruning:
         """Accuracies and mean probabilities."""
-        return average_truncations([result for _, result in found])
+        return average_prunings([result for _, result in found])
 
-    def average_told(self, average: AverageTruncation) -> list[str]:
+    def average_told(self, average: AveragePruning) -> list[str]:
         """Baseline, floor and cliffs."""
         return average.summary().splitlines()
 

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures what is not measured yet, and writes the tables of all that is."""
+    """EvaluationSettings what is not measured yet, and writes the tables of all that is."""
     settings = read(Results, options)
     settings.check()
     vlm = load(tiny_vlm_path())

@@ -7,7 +7,7 @@ from typing import Self
 from ..data import World
 from ..data.world import EditCase
 from ..editing.evaluate import Baseline, unedited
-from ..editing.measuring import Measures
+from ..editing.measuring import EvaluationSettings
 from ..editing.moments import Moments, second_moments
 from ..editing.probes import Record
 from ..models import Prompt, VisionLanguageModel
@@ -36,7 +36,7 @@ class Bench:
     named: Mapping[str, Prompt] = field(default_factory=dict, repr=False)
     """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
     notes: tuple[str, ...] = ()
-    measures: Measures = field(default_factory=Measures)
+    measures: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def first(self, number: int) -> Self:
         """The same with the first so many requests."""
@@ -55,7 +55,7 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
     world = World()
     cases = _cases(world, split, part, number)
     records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
-    measures = Measures(forced=False)
+    measures = EvaluationSettings(forced=False)
     facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
     found = locate(
         vlm,

@@ -9,19 +9,19 @@ from multrace.models.replay.cuts import Cut
 from multrace.tracing import Engine
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.pruning.pruning import truncate_image
-from multrace.tracing.pruning.result import Truncation
+from multrace.tracing.pruning.pruning import prune_image_tokens
+from multrace.tracing.pruning.result import ImagePruning
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"
 FAST = Engine(checks=0)
 
 
-def truncated(vlm: VisionLanguageModel, prompt: Prompt, **settings: object) -> Truncation:
-    return truncate_image(vlm, prompt, **{"engine": FAST, "progress": False, "max_new_tokens": 5, **settings})
+def truncated(vlm: VisionLanguageModel, prompt: Prompt, **settings: object) -> ImagePruning:
+    return prune_image_tokens(vlm, prompt, **{"engine": FAST, "progress": False, "max_new_tokens": 5, **settings})
 
 
-def gone(found: Truncation) -> dict[tuple[int, int], list[int]]:
+def gone(found: ImagePruning) -> dict[tuple[int, int], list[int]]:
     """By place among keeps and layers, the positions that are dropped."""
     places = torch.tensor(found.image_positions)
     return {

@@ -30,15 +30,15 @@ from multrace.tracing.attention.saliency_average import AverageSaliency, average
 from multrace.tracing.attention.saliency_result import AttentionSaliency
 from multrace.tracing.attention.shares_result import AttentionShare, AverageShare
 from multrace.tracing.failure.result import FailurePrediction
-from multrace.tracing.knockout.average import AverageFlow, average_flows
-from multrace.tracing.knockout.knockout import information_flow
-from multrace.tracing.knockout.result import InformationFlow
-from multrace.tracing.lens.average import AverageEmergence
-from multrace.tracing.lens.lens import answer_emergence
-from multrace.tracing.lens.result import AnswerEmergence
-from multrace.tracing.pruning.average import AverageTruncation
-from multrace.tracing.pruning.pruning import truncate_image
-from multrace.tracing.pruning.result import Truncation
+from multrace.tracing.knockout.average import AverageKnockout, average_knockouts
+from multrace.tracing.knockout.knockout import attention_knockout
+from multrace.tracing.knockout.result import AttentionKnockout
+from multrace.tracing.lens.average import AverageLogitLens
+from multrace.tracing.lens.logit_lens import logit_lens
+from multrace.tracing.lens.result import LogitLens
+from multrace.tracing.pruning.average import AveragePruning
+from multrace.tracing.pruning.pruning import prune_image_tokens
+from multrace.tracing.pruning.result import ImagePruning
 from PIL import Image
 
 ALL = ("--knockout", "--lens", "--contributions", "--relevance")
@@ -114,14 +114,14 @@ def same_prompt(vlm: VisionLanguageModel, folder: Path) -> Any:
 
 SETTINGS = ["--constraint", FIRST.spans["constraint"], "--answer", FIRST.gold, "--foil", "1982", "--box=12,17,47,53"]
 LOADED = {
-    "knockout": InformationFlow,
-    "lens": AnswerEmergence,
+    "knockout": AttentionKnockout,
+    "lens": LogitLens,
     "contributions": AttentionContributions,
     "image_to_constraint": AttentionContributions,
     "cam": RelevanceMap,
     "share": AttentionShare,
     "saliency": AttentionSaliency,
-    "truncation": Truncation,
+    "truncation": ImagePruning,
 }
 
 
@@ -135,19 +135,19 @@ def test_every_option_reaches_the_library(
     vlm, prompt, gold = tiny_vlm, same_prompt(tiny_vlm, folder), FIRST.gold
     engine = Engine(checks=0)
     cutting = {"flows": ["object -> question", "3 -> last"], "windows": (1, 3), "heads": (0, 2), "whole_answer": True}
-    flow_ = information_flow(
+    flow_ = attention_knockout(
         vlm, prompt, **cutting, boxes=[Box(12, 17, 47, 53)], gold=gold, engine=engine, progress=False
     )
     assert (found["knockout"].flows, found["knockout"].windows) == (flow_.flows, (1, 3))
     assert torch.equal(found["knockout"].probabilities, flow_.probabilities)
     assert (found["knockout"].is_right, found["knockout"].engine.checked_cells) == (True, 3)
-    lens = answer_emergence(vlm, prompt, positions=["last", -3], answer=gold, foil="1982", progress=False)
+    lens = logit_lens(vlm, prompt, positions=["last", -3], answer=gold, foil="1982", progress=False)
     assert (found["lens"].position_roles, found["lens"].foil) == (("last", "position -3"), "1982")
     assert torch.equal(found["lens"].ranks, lens.ranks)
     heat = llava_cam(vlm, prompt, answer=gold, samples=2, seed=4, progress=False).heat
     assert torch.allclose(found["cam"].heat, heat)
     assert found["truncation"].keep == (5, "all")
-    kept = truncate_image(vlm, prompt, keep=(5, "all"), generated=gold, engine=engine, progress=False)
+    kept = prune_image_tokens(vlm, prompt, keep=(5, "all"), generated=gold, engine=engine, progress=False)
     assert torch.equal(found["truncation"].probabilities, kept.probabilities)
     assert found["contributions"].head_contributions is not None
     assert (found["image_to_constraint"].queries, found["image_to_constraint"].sources) == ("constraint", "image")
@@ -188,7 +188,7 @@ def test_knockout_is_the_default_and_a_picture_is_not_needed_for_words(
 ):
     asked = ["flow", "--model", str(gpt2_path), "--question", "Who is it?", "--out", str(tmp_path / "out")]
     assert app([*asked, "--flows", "question -> last"]) == 0
-    assert InformationFlow.load(tmp_path / "out" / "knockout.safetensors").flows == ("question -> last",)
+    assert AttentionKnockout.load(tmp_path / "out" / "knockout.safetensors").flows == ("question -> last",)
     assert app(asked) == 2
     assert "--knockout needs a picture" in capsys.readouterr().err
 
@@ -215,15 +215,15 @@ def test_a_wrong_answer_is_told(ask: Callable[..., int], capsys: pytest.CaptureF
 def test_of_many_heads_the_strongest_are_drawn(
     ask: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    original, drawn = InformationFlow.plot, []
+    original, drawn = AttentionKnockout.plot, []
 
-    def noted(self: InformationFlow, path: Path, *, flows: tuple[str, ...]) -> Path:
+    def noted(self: AttentionKnockout, path: Path, *, flows: tuple[str, ...]) -> Path:
         drawn.extend(flows)
         return original(self, path, flows=flows)
 
-    monkeypatch.setattr(InformationFlow, "plot", noted)
+    monkeypatch.setattr(AttentionKnockout, "plot", noted)
     assert ask("--heads", "each", "--windows", "1", "--checks=0") == 0
-    found = InformationFlow.load(folder / "out" / "knockout.safetensors")
+    found = AttentionKnockout.load(folder / "out" / "knockout.safetensors")
     peaks = found.change().abs().flatten(1).amax(1)
     assert (len(found.flows), len(drawn)) == (16, 12)
     assert {found.flows[index] for index in peaks.topk(12).indices.tolist()} == set(drawn)
@@ -326,14 +326,14 @@ def test_averages_and_results_of_every_question(
     prompts = [same_prompt(tiny_vlm, folder), QUESTIONS[1].prompt(tiny_vlm)]
     options = [{"gold": each.gold, "generated": each.gold, "progress": False} for each in QUESTIONS]
     flows = [
-        information_flow(tiny_vlm, prompts[0], boxes=[Box(12, 17, 47, 53)], **options[0]),
-        information_flow(tiny_vlm, prompts[1], **options[1]),
+        attention_knockout(tiny_vlm, prompts[0], boxes=[Box(12, 17, 47, 53)], **options[0]),
+        attention_knockout(tiny_vlm, prompts[1], **options[1]),
     ]
-    average = AverageFlow.load(out / "knockout.safetensors")
-    assert torch.allclose(average.changes, average_flows(flows).changes, atol=1e-4, equal_nan=True)
+    average = AverageKnockout.load(out / "knockout.safetensors")
+    assert torch.allclose(average.changes, average_knockouts(flows).changes, atol=1e-4, equal_nan=True)
     assert average.counts["object -> question"] == 1
     assert (len(pd.read_csv(out / "knockout.csv")), average.filtered) == (average.change().numel(), ())
-    assert AverageEmergence.load(out / "lens.safetensors").count == 2
+    assert AverageLogitLens.load(out / "lens.safetensors").count == 2
     assert AverageContributions.load(out / "contributions.safetensors").groups == ("constraint", "image", "last")
     assert AverageContributions.load(out / "image_to_constraint.safetensors").queries == "constraint"
     stems = ("knockout", "lens", "contributions", "image_to_constraint")
@@ -359,7 +359,7 @@ def test_what_has_no_average_is_drawn_for_each_question(
     assert ask_records([record(0), record(1)], "--relevance", "--checks=0") == 0
     out, own = folder / "out", folder / "out" / "questions" / "q0"
     assert AverageShare.load(out / "share.safetensors").count == 2
-    assert AverageTruncation.load(out / "truncation.safetensors").baseline_accuracy == 1
+    assert AveragePruning.load(out / "truncation.safetensors").baseline_accuracy == 1
     prompts = [same_prompt(tiny_vlm, folder), QUESTIONS[1].prompt(tiny_vlm)]
     pairs = zip(prompts, QUESTIONS, strict=False)
     expected = average_saliencies([attention_saliency(tiny_vlm, prompt, answer=each.gold) for prompt, each in pairs])
@@ -399,7 +399,7 @@ def test_wrong_answers_are_left_out_and_named(
     records = [record(0), wrong, {"id": "no answer", "image": "2.png", "question": QUESTIONS[2].question}]
     assert ask_records(records, *ONE_FLOW, "--knockout", "--lens") == 0
     filtered = {"id": "q1", "question": QUESTIONS[1].question, "gold": "Nowhere", "generated": QUESTIONS[1].gold}
-    report, average = report_of(folder), AverageFlow.load(folder / "out" / "knockout.safetensors")
+    report, average = report_of(folder), AverageKnockout.load(folder / "out" / "knockout.safetensors")
     assert (report["filtered"], report["counts"]["right answer unknown"]) == ([filtered], 1)
     assert (report["done"]["knockout"], report["done"]["lens"]) == (["q0", "no answer"],) * 2
     assert [each.generated for each in average.filtered] == [QUESTIONS[1].gold]
@@ -507,7 +507,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The questions whose knockout was computed, with the cells that the engine checked."""
     original, found = Knockout.compute, []
 
-    def noted(self: Knockout, asked: Any) -> InformationFlow:
+    def noted(self: Knockout, asked: Any) -> AttentionKnockout:
         found.append((asked.question.id, asked.engine.checks))
         return original(self, asked)
 
@@ -523,7 +523,7 @@ def test_finished_questions_are_not_asked_again(
     assert ask_records([record(0)], *cut, "2") == 0
     assert ask_records([record(number) for number in range(5)], *cut, "2", "--checks=1") == 0
     assert computed == [("q0", 2), ("q1", 1), ("q2", 1), ("q3", 1), ("q4", 0)], "only three questions are checked"
-    assert AverageFlow.load(folder / "out" / "knockout.safetensors").count == 5
+    assert AverageKnockout.load(folder / "out" / "knockout.safetensors").count == 5
     computed.clear()
     two = [record(0), record(1)]
     with monkeypatch.context() as patched:
@@ -534,14 +534,14 @@ def test_finished_questions_are_not_asked_again(
     assert computed == [], "another analysis does not ask for the first one again"
     assert ask_records(two, *cut, "1") == 0
     assert [each for each, _ in computed] == ["q0", "q1"]
-    assert AverageFlow.load(folder / "out" / "knockout.safetensors").windows == (1,)
+    assert AverageKnockout.load(folder / "out" / "knockout.safetensors").windows == (1,)
     (folder / "0.png").write_bytes((folder / "2.png").read_bytes())  # another picture under the same name
     (folder / "out" / "questions" / "q1" / "knockout.safetensors").write_bytes(b"broken")
     assert ask_records(two, *cut, "1", "--all") == 0
     assert [each for each, _ in computed[2:]] == ["q0", "q1"]
     assert ask_records(two, *cut, "1", "--all", "--engine=plain") == 0
     assert [each for each, _ in computed[4:]] == ["q0", "q1"]
-    kept = InformationFlow.load(folder / "out" / "questions" / "q1" / "knockout.safetensors")
+    kept = AttentionKnockout.load(folder / "out" / "questions" / "q1" / "knockout.safetensors")
     assert kept.engine.engine == "plain"
 
 
@@ -551,7 +551,7 @@ def test_what_is_done_stays_when_a_run_is_interrupted(
 ):
     original, records = Knockout.compute, [record(0), record(1)]
 
-    def second_breaks(self: Knockout, asked: Any) -> InformationFlow:
+    def second_breaks(self: Knockout, asked: Any) -> AttentionKnockout:
         if asked.question.id == "q1":
             raise KeyboardInterrupt
         return original(self, asked)

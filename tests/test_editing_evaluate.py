@@ -14,7 +14,7 @@ from multrace.editing import EditError, EditRequest, MultEdit
 from multrace.editing.curves import EditCurve
 from multrace.editing.evaluate import Baseline, evaluate, evaluate_singly, unedited, with_history, without_history
 from multrace.editing.in_context import InContext
-from multrace.editing.measuring import Measures, State, feed
+from multrace.editing.measuring import EvaluationSettings, State, feed
 from multrace.editing.metrics import (
     EXACT,
     FLUENCY,
@@ -253,7 +253,7 @@ def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baselin
 
 
 def test_free_generation_alone_and_fluency(tiny_vlm, records):
-    measures = Measures(forced=False, fluency_tokens=4, max_new_tokens=2)
+    measures = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=2)
     bare = replace(records[0], probes=())
     report = evaluate(tiny_vlm, [bare], EDIT.edit(tiny_vlm, [bare.request]), measures=measures)
     assert set(report.rows[0].numbers) == {EXACT, VQA, FLUENCY}
@@ -266,7 +266,7 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
             measures=measures,
         )
     with pytest.raises(EditError, match="max_new_tokens=0"):
-        Measures(max_new_tokens=0)
+        EvaluationSettings(max_new_tokens=0)
 
 
 def test_an_edit_in_the_prompt_is_asked_in_its_words(tiny_vlm, records, baseline):

@@ -11,10 +11,10 @@ from multrace.scripts.flow_questions import world_questions
 from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.knockout.average import average_flows
+from multrace.tracing.knockout.average import average_knockouts
 from multrace.tracing.knockout.groups import PAPER_FLOWS, Flow, Groups, parse_flow
-from multrace.tracing.knockout.knockout import information_flow
-from multrace.tracing.knockout.result import InformationFlow
+from multrace.tracing.knockout.knockout import attention_knockout
+from multrace.tracing.knockout.result import AttentionKnockout
 
 QUESTION = "Is the animal in this photo a cat or a puppy?"
 WORDS = {"object": "the animal in this photo", "true_option": "cat", "false_option": "puppy"}
@@ -87,17 +87,17 @@ def test_half_a_flow_is_refused(text):
 def test_groups_that_are_not_there_are_refused(tiny_vlm, photo, flow, message):
     prompt = tiny_vlm.prompt(photo, QUESTION)
     with pytest.raises((TraceError, ModelError), match=message):
-        information_flow(tiny_vlm, prompt, flows=[flow], **QUIET)
+        attention_knockout(tiny_vlm, prompt, flows=[flow], **QUIET)
 
 
 def test_a_box_outside_the_picture_shows_the_valid_range(random_llava, prompt):
     with pytest.raises(TraceError, match="leaves the picture of 48 x 48 pixels; pass 0 <= left < right <= 48"):
-        information_flow(random_llava, prompt, boxes=[Box(0, 0, 90, 10)], **QUIET)
+        attention_knockout(random_llava, prompt, boxes=[Box(0, 0, 90, 10)], **QUIET)
 
 
 def test_the_answers_own_tokens_are_no_group_of_a_flow(random_llava, prompt):
     with pytest.raises(TraceError, match="reaches beyond the prompt's last token"):
-        information_flow(random_llava, prompt.with_answer("cat"), flows=["answer -> last"], **QUIET)
+        attention_knockout(random_llava, prompt.with_answer("cat"), flows=["answer -> last"], **QUIET)
 
 
 # ---- what is measured ----
@@ -114,7 +114,7 @@ def by_hand(vlm, prompt, source, target, layers, heads=()) -> float:
 
 def test_each_cell_is_what_it_says(exact_llava, photo):
     prompt = exact_llava.prompt(photo, QUESTION, constraint=WORDS)
-    flow = information_flow(exact_llava, prompt, windows=(1, 3), **QUIET)
+    flow = attention_knockout(exact_llava, prompt, windows=(1, 3), **QUIET)
     assert flow.flows[:4] == PAPER_FLOWS
     assert flow.spans.tolist()[0] == [[layer, layer] for layer in range(4)]
     assert flow.spans.tolist()[1] == [[0, 1], [0, 2], [1, 3], [2, 3]]
@@ -140,7 +140,7 @@ def test_heads_are_cut_alone_or_together(exact_llava, photo):
     prompt = exact_llava.prompt(photo, QUESTION)
     settings = {"flows": ["image -> last"], "windows": (1,), **QUIET}
     every, each, two = (
-        information_flow(exact_llava, prompt, heads=heads, **settings) for heads in (None, "each", (1, 3))
+        attention_knockout(exact_llava, prompt, heads=heads, **settings) for heads in (None, "each", (1, 3))
     )
     assert each.flows == tuple(f"image -> last, head {head}" for head in range(exact_llava.heads))
     assert each.flow_heads == ((0,), (1,), (2,), (3,))
@@ -159,8 +159,8 @@ def test_a_whole_answer_is_scored_from_every_position_that_predicts_it(exact_lla
     prompt = exact_llava.prompt(photo, QUESTION)
     answer = "a small white cat"
     settings = {"flows": ["question -> last", "last -> last"], "windows": (4,), "answer": answer, **QUIET}
-    flow = information_flow(exact_llava, prompt, whole_answer=True, **settings)
-    first = information_flow(exact_llava, prompt, **settings)
+    flow = attention_knockout(exact_llava, prompt, whole_answer=True, **settings)
+    first = attention_knockout(exact_llava, prompt, **settings)
     count = len(prompt.with_answer(answer).answer_ids)
     assert count > 2
     assert flow.scores == ("first token", "answer")
@@ -178,20 +178,20 @@ def test_an_answer_can_be_given_and_is_compared_with_the_right_one(tiny_vlm):
     record = world.question(fact).with_image(world.picture(world.entities[fact.entity], 4).image)
     prompt = tiny_vlm.prompt(record.image, record.question)
     settings = {"flows": ["image -> question"], "windows": (3,), **QUIET}
-    right = information_flow(tiny_vlm, prompt, gold=record.answer.upper(), **settings)
-    wrong = information_flow(tiny_vlm, prompt, gold="something else", **settings)
-    unknown = information_flow(tiny_vlm, prompt, **settings)
+    right = attention_knockout(tiny_vlm, prompt, gold=record.answer.upper(), **settings)
+    wrong = attention_knockout(tiny_vlm, prompt, gold="something else", **settings)
+    unknown = attention_knockout(tiny_vlm, prompt, **settings)
     assert (right.is_right, wrong.is_right, unknown.is_right) == (True, False, None)
     assert right.generated == wrong.generated == record.answer
-    mean = average_flows([right, wrong])
+    mean = average_knockouts([right, wrong])
     assert mean.count == 1
     assert [(each.gold, each.generated) for each in mean.filtered] == [("something else", record.answer)]
     assert float(right.change()[0, 0, 1]) < -30 < float(right.change()[0, 0, 6])
 
 
 def test_both_engines_say_the_same_and_the_fast_one_checks_itself(random_llava, prompt):
-    fast = information_flow(random_llava, prompt, **QUIET)
-    slow = information_flow(random_llava, prompt, engine=Engine(name="plain"), **QUIET)
+    fast = attention_knockout(random_llava, prompt, **QUIET)
+    slow = attention_knockout(random_llava, prompt, engine=Engine(name="plain"), **QUIET)
     assert torch.allclose(fast.probabilities, slow.probabilities, atol=2e-6, rtol=0)
     assert (fast.engine.engine, slow.engine.engine) == ("replay", "plain")
     assert fast.engine.checked_cells == 2
@@ -201,8 +201,8 @@ def test_both_engines_say_the_same_and_the_fast_one_checks_itself(random_llava, 
 
 
 def test_it_is_saved_and_opened_again(random_llava, prompt, tmp_path):
-    flow = information_flow(random_llava, prompt, heads=(0,), gold="cat", **QUIET)
-    again = InformationFlow.load(flow.save(tmp_path / "flow.safetensors"))
+    flow = attention_knockout(random_llava, prompt, heads=(0,), gold="cat", **QUIET)
+    again = AttentionKnockout.load(flow.save(tmp_path / "flow.safetensors"))
     assert torch.equal(again.probabilities, flow.probabilities)
     tensors = ("probabilities", "clean", "free", "spans")
     plain = dict.fromkeys(tensors)
@@ -223,17 +223,17 @@ def test_it_is_saved_and_opened_again(random_llava, prompt, tmp_path):
 )
 def test_what_does_not_fit_is_refused(random_llava, prompt, settings, message):
     with pytest.raises(TraceError, match=message):
-        information_flow(random_llava, prompt, **settings, **QUIET)
+        attention_knockout(random_llava, prompt, **settings, **QUIET)
 
 
 def test_a_prompt_without_a_picture_needs_flows(random_llama):
     prompt = random_llama.prompt(None, "Who founded Foo?")
     with pytest.raises(TraceError, match="no picture; pass flows="):
-        information_flow(random_llama, prompt, **QUIET)
+        attention_knockout(random_llama, prompt, **QUIET)
     flow = (
-        information_flow(random_llama, prompt, flows=["question -> last"], windows=(1,), **QUIET)
+        attention_knockout(random_llama, prompt, flows=["question -> last"], windows=(1,), **QUIET)
         if (prompt.groups["last"][0] not in prompt.groups["question_only"])
-        else information_flow(random_llama, prompt, flows=["0 -> last"], windows=(1,), **QUIET)
+        else attention_knockout(random_llama, prompt, flows=["0 -> last"], windows=(1,), **QUIET)
     )
     assert float(flow.change().abs().max()) > 0
 
@@ -242,13 +242,13 @@ def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
     """Image to question in the first layers, the constraint to the last token later, image to last never."""
     flows = ["image -> question", "constraint -> last", "image -> last", "question -> last", "object -> question"]
     found = [
-        information_flow(
+        attention_knockout(
             tiny_vlm, question.prompt(tiny_vlm), flows=flows, windows=(1, 4), boxes=question.boxes,
             gold=question.gold, engine=Engine(checks=0), **QUIET,
         )
         for question in world_questions(24, seed=3)
     ]  # fmt: skip
-    mean = average_flows(found)
+    mean = average_knockouts(found)
     into_question, from_constraint, direct, asked, from_object = (mean.curve(flow, 4) for flow in flows)
     assert float(into_question[:3].max()) < -50
     assert float(into_question[4:].abs().max()) < 5

@@ -12,7 +12,7 @@ from multrace.scripts.flow_degraded import degraded_questions
 from multrace.scripts.flow_questions import FlowQuestion, read_questions, world_questions
 from multrace.scripts.main import app
 from multrace.tracing import Box
-from multrace.tracing.knockout.average import AverageFlow
+from multrace.tracing.knockout.average import AverageKnockout
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gqa_flow"
@@ -125,7 +125,7 @@ def test_the_studys_own_questions_go_through_the_command(tmp_path, capsys):
     out = tmp_path / "out"
     asked = ["flow", "--records", str(file), "--images", str(tmp_path), "--limit", "4", "--out", str(out)]
     assert app([*asked, "--all", "--windows", "2", "--checks", "0"]) == 0
-    average = AverageFlow.load(out / "knockout.safetensors")
+    average = AverageKnockout.load(out / "knockout.safetensors")
     assert average.count == 3
     expected = {"image -> question", "object -> question", "other patches -> question", "true option -> last"}
     assert expected <= set(average.flows)

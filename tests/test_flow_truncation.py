@@ -16,9 +16,9 @@ from multrace.tracing.engine.edge_sweep import edge_sweep
 from multrace.tracing.engine.edges import EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
 from multrace.tracing.engine.scoring import with_tokens
-from multrace.tracing.pruning.average import average_truncations
+from multrace.tracing.pruning.average import average_prunings
 from multrace.tracing.pruning.dropping import Drop, image_ranks
-from multrace.tracing.pruning.result import Truncation
+from multrace.tracing.pruning.result import ImagePruning
 from other_families import MODELS, make
 from torch import Tensor
 
@@ -194,7 +194,7 @@ def test_attention_that_cannot_be_read_is_an_error(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_vlm: VisionLanguageModel) -> list[Truncation]:
+def asked(tiny_vlm: VisionLanguageModel) -> list[ImagePruning]:
     """Twelve questions about pictures, of all kinds of facts."""
     world, found = World(), []
     for fact in world.facts[3::66][:12]:
@@ -205,7 +205,7 @@ def asked(tiny_vlm: VisionLanguageModel) -> list[Truncation]:
 
 
 def test_the_trained_model_needs_the_picture_in_early_layers_only(tiny_vlm, asked):
-    average = average_truncations(asked)
+    average = average_prunings(asked)
     assert average.count == 12
     assert average.baseline_accuracy >= 0.9
     assert average.floor_accuracy <= 0.3  # the words alone do not say which entity is meant

@@ -7,8 +7,8 @@ from multrace.data import World
 from multrace.models import ModelError, Prompt
 from multrace.models.families.table import FAMILIES, Family
 from multrace.tracing import TraceError
-from multrace.tracing.lens.lens import answer_emergence
-from multrace.tracing.lens.result import AnswerEmergence
+from multrace.tracing.lens.logit_lens import logit_lens
+from multrace.tracing.lens.result import LogitLens
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -49,8 +49,8 @@ def oracle(vlm: VisionLanguageModel, state: Tensor, norm: bool) -> Tensor:
     return logits.double().exp() / logits.double().exp().sum()
 
 
-def read(vlm: VisionLanguageModel, prompt: Prompt, **options: object) -> AnswerEmergence:
-    return answer_emergence(vlm, prompt, progress=False, **{"answer": "tennis", **options})
+def read(vlm: VisionLanguageModel, prompt: Prompt, **options: object) -> LogitLens:
+    return logit_lens(vlm, prompt, progress=False, **{"answer": "tennis", **options})
 
 
 def test_every_number_is_the_hooked_states_by_hand(exact_vlm, photo):
@@ -165,7 +165,7 @@ def test_positions_are_groups_numbers_and_several(random_llava_llama, photo):
 def test_the_models_own_answer_is_followed_if_none_is_given(tiny_vlm):
     world = World()
     prompt = tiny_vlm.prompt(world.picture(world.taught[0], 5).image, world.question(world.facts[0]).question)
-    own = answer_emergence(tiny_vlm, prompt, progress=False)
+    own = logit_lens(tiny_vlm, prompt, progress=False)
     given = read(tiny_vlm, prompt, answer=tiny_vlm.answers([prompt])[0])
     assert own.is_own_answer and not given.is_own_answer
     assert own.answer == given.answer and torch.equal(own.probabilities, given.probabilities)

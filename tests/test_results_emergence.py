@@ -8,17 +8,17 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.tracing import TraceError
-from multrace.tracing.lens.average import QUANTITIES, AverageEmergence, average_emergences
+from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens, average_lenses
 from multrace.tracing.lens.followed import FollowedTokens
-from multrace.tracing.lens.lens import answer_emergence
-from multrace.tracing.lens.result import NORMS, AnswerEmergence
+from multrace.tracing.lens.logit_lens import logit_lens
+from multrace.tracing.lens.result import NORMS, LogitLens
 from PIL import Image
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"
 FALSE_LOWER = "false option, lower case"
 
 
-def by_hand(ranks: list[list[int]], roles: tuple[tuple[str, ...], ...], **changes: object) -> AnswerEmergence:
+def by_hand(ranks: list[list[int]], roles: tuple[tuple[str, ...], ...], **changes: object) -> LogitLens:
     """An emergence at one position with these ranks (state, followed token), alike with and without the norm."""
     values = torch.tensor(ranks)[None, None].repeat(2, 1, 1, 1)
     states, count = len(ranks), len(roles)
@@ -46,7 +46,7 @@ def by_hand(ranks: list[list[int]], roles: tuple[tuple[str, ...], ...], **change
         "top_probabilities": torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).expand(2, 1, states, 3),
         "texts": {str(index): f" w{index}$" for index in range(max(3, count))},
     }
-    return AnswerEmergence(**fields | changes)
+    return LogitLens(**fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,19 @@ def read_fact(tiny_vlm):
     """Reads a fact of the world by its number, at the constraint and the last position or as asked."""
     world = World()
 
-    def read(number: int, **options: object) -> AnswerEmergence:
+    def read(number: int, **options: object) -> LogitLens:
         fact = world.facts[number]
         record = world.question(fact)
         prompt = tiny_vlm.prompt(
             world.picture(world.entities[fact.entity], 5).image, record.question, constraint=record.constraint
         )
-        return answer_emergence(tiny_vlm, prompt, progress=False, **{"answer": record.answer, **options})
+        return logit_lens(tiny_vlm, prompt, progress=False, **{"answer": record.answer, **options})
 
     return read
 
 
 @pytest.fixture(scope="module")
-def emergence(read_fact) -> AnswerEmergence:
+def emergence(read_fact) -> LogitLens:
     """A real one with several positions, a foil and a further word."""
     return read_fact(0, positions=["last", "constraint"], foil="Sallez Kimrer", words=["red", 7], top=4)
 
@@ -109,8 +109,8 @@ def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(emergence):
 
 
 def test_saved_and_loaded_it_is_the_same(emergence, tmp_path):
-    again = AnswerEmergence.load(emergence.save(tmp_path / "deep" / "e.safetensors"))
-    for name in AnswerEmergence.__dataclass_fields__:
+    again = LogitLens.load(emergence.save(tmp_path / "deep" / "e.safetensors"))
+    for name in LogitLens.__dataclass_fields__:
         new, old = getattr(again, name), getattr(emergence, name)
         if isinstance(old, torch.Tensor):
             assert new.dtype == old.dtype and torch.equal(new, old), name
@@ -118,9 +118,9 @@ def test_saved_and_loaded_it_is_the_same(emergence, tmp_path):
             assert new == old and repr(new) == repr(old), name
     broken = replace(emergence, ranks=emergence.ranks[:, :1])
     with pytest.raises(TraceError, match="its tensors are of other shapes than its positions"):
-        AnswerEmergence.load(broken.save(tmp_path / "broken.safetensors"))
+        LogitLens.load(broken.save(tmp_path / "broken.safetensors"))
     with pytest.raises(TraceError, match="holds 'multrace answer emergence 1', not 'multrace average emergence 1'"):
-        AverageEmergence.load(tmp_path / "deep" / "e.safetensors")
+        AverageLogitLens.load(tmp_path / "deep" / "e.safetensors")
 
 
 def test_the_table_has_a_line_for_every_number(emergence):
@@ -200,7 +200,7 @@ def test_averages_are_means_over_prompts_by_role():
     one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
     two = by_hand([[1, 1000], [1, 10]], ((LOWER, CAPITALISED), ("word red",)), question="What?")
     three = by_hand([[10, 4], [2, 8]], ((CAPITALISED,), (LOWER,)))
-    average = average_emergences([one, two, three])
+    average = average_lenses([one, two, three])
     assert average.roles == (LOWER, CAPITALISED, FALSE_LOWER, "word red") and average.count == 3
     assert average.layers == (-1, 0) and average.questions == ("Who $costs$?", "What?", "Who $costs$?")
     assert average.mean(LOWER, "share").tolist() == pytest.approx([1 / 3, 2 / 3])
@@ -215,7 +215,7 @@ def test_averages_are_means_over_prompts_by_role():
 
 
 def test_the_average_of_one_is_itself_without_an_interval(emergence, tmp_path):
-    average = average_emergences([emergence])
+    average = average_lenses([emergence])
     assert average.position_role == "last"
     for norm in NORMS:
         assert torch.equal(average.mean(CAPITALISED, norm=norm), emergence.probability(CAPITALISED, norm=norm))
@@ -229,7 +229,7 @@ def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fa
     # every answer here is a name; none of them is the foil's
     found = [read_fact(number, foil="horse") for number in range(0, 360, 40)]
     names = [each for each in found if each.answer[0].isupper()]
-    average = average_emergences(names)
+    average = average_lenses(names)
     assert len(names) >= 5
     probability, foil = average.mean(CAPITALISED), average.mean(FALSE_LOWER)
     low, _ = average.interval(CAPITALISED)
@@ -245,10 +245,10 @@ def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fa
 def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
     two = by_hand([[7, 1000], [3, 10]], ((LOWER,), ("word red",)))
-    average = average_emergences([one, two])
-    again = AverageEmergence.load(average.save(tmp_path / "average.safetensors"))
+    average = average_lenses([one, two])
+    again = AverageLogitLens.load(average.save(tmp_path / "average.safetensors"))
     pd.testing.assert_frame_equal(again.to_dataframe(), average.to_dataframe())
-    for name in AverageEmergence.__dataclass_fields__:
+    for name in AverageLogitLens.__dataclass_fields__:
         new, old = getattr(again, name), getattr(average, name)
         if isinstance(old, torch.Tensor):
             assert new.dtype == old.dtype and torch.equal(new.nan_to_num(7), old.nan_to_num(7)), name
@@ -263,7 +263,7 @@ def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     assert set(frame[frame["role"] == "word red"]["n"]) == {1}
     broken = replace(average, questions=("one",))
     with pytest.raises(TraceError, match="other shapes than its prompts and roles"):
-        AverageEmergence.load(broken.save(tmp_path / "broken.safetensors"))
+        AverageLogitLens.load(broken.save(tmp_path / "broken.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -277,16 +277,16 @@ def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
 def test_what_is_not_alike_is_not_averaged(changes, message):
     one = by_hand([[1], [1]], ((LOWER,),))
     with pytest.raises(TraceError, match=message):
-        average_emergences([one, replace(one, **changes)])
+        average_lenses([one, replace(one, **changes)])
 
 
 def test_other_numbers_of_layers_no_prompts_and_unknown_names_are_refused():
     one, deeper = by_hand([[1], [1]], ((LOWER,),)), by_hand([[1], [1], [1]], ((LOWER,),))
     with pytest.raises(TraceError, match=r"differ in their number of layers \(1 and 2\)"):
-        average_emergences([one, deeper])
+        average_lenses([one, deeper])
     with pytest.raises(TraceError, match="no emergences to average"):
-        average_emergences([])
+        average_lenses([])
     with pytest.raises(TraceError, match=f"no role 'foil' in this average; it has {LOWER}"):
-        average_emergences([one]).mean("foil")
+        average_lenses([one]).mean("foil")
     with pytest.raises(TraceError, match="no quantity 'rank' in this average; it has probability, share, log_rank"):
-        average_emergences([one]).mean(LOWER, "rank")
+        average_lenses([one]).mean(LOWER, "rank")

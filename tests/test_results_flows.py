@@ -9,9 +9,9 @@ import torch
 from multrace.artefacts.drawing.curves import CYCLE, Curve, CurvePanel, LineStyle, draw_curves
 from multrace.artefacts.intervals import mean_interval
 from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.knockout.average import AverageFlow, FilteredQuestion, average_flows
+from multrace.tracing.knockout.average import AverageKnockout, FilteredQuestion, average_knockouts
 from multrace.tracing.knockout.centres import centre_of_loss, jackknife
-from multrace.tracing.knockout.result import InformationFlow, same_answer
+from multrace.tracing.knockout.result import AttentionKnockout, same_answer
 from multrace.tracing.knockout.styles import FLOW_STYLES, flow_styles
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,13 +28,13 @@ def double(values: object) -> torch.Tensor:
 
 def flow_of(
     curves: dict[str, Sequence[float]] = CURVES, *, clean: Sequence[float] = (0.8,), **changes: object
-) -> InformationFlow:
+) -> AttentionKnockout:
     """One question whose changes are these in the first window, and half of them in the second one."""
     wanted = torch.stack([double(list(curves.values())) * share for share in (1, 0.5)], 1)
     layer = torch.arange(LAYERS)
     spans = [torch.stack([(layer - reach).clamp(min=0), (layer + reach).clamp(max=LAYERS - 1)], 1) for reach in (0, 1)]
     count, scores = len(curves), ("first token", "answer")[: len(clean)]
-    made = InformationFlow(
+    made = AttentionKnockout(
         model="some-org/some-vlm",
         revision=None,
         question="What $colour$ is it?",
@@ -59,7 +59,7 @@ def flow_of(
     return replace(made, **changes)
 
 
-def scaled(share: float, **changes: object) -> InformationFlow:
+def scaled(share: float, **changes: object) -> AttentionKnockout:
     return flow_of({name: [share * value for value in values] for name, values in CURVES.items()}, **changes)
 
 
@@ -160,7 +160,7 @@ def test_a_table_has_a_line_per_value():
     ],
 )
 def test_what_was_not_computed_is_refused(ask: Callable, message: str):
-    for each in (flow_of(), average_flows([flow_of()])):
+    for each in (flow_of(), average_knockouts([flow_of()])):
         with pytest.raises(TraceError, match=message):
             ask(each)
 
@@ -169,7 +169,7 @@ def test_what_was_not_computed_is_refused(ask: Callable, message: str):
 
 
 def test_an_average_is_the_mean_of_the_changes_and_not_of_the_probabilities():
-    mean = average_flows([scaled(1, clean=(0.9,)), scaled(0.5, clean=(0.1,))])
+    mean = average_knockouts([scaled(1, clean=(0.9,)), scaled(0.5, clean=(0.1,))])
     assert mean.count == 2 and mean.clean.tolist() == [[0.9, 0.1]]
     assert mean.curve(EARLY).tolist() == pytest.approx([0.75 * value for value in CURVES[EARLY]])
     assert mean.changes.shape == (1, 2, 2, 2, 4)
@@ -179,7 +179,7 @@ def test_an_average_is_the_mean_of_the_changes_and_not_of_the_probabilities():
 def test_a_question_without_a_flow_is_left_out_of_its_mean():
     without = flow_of({LATE: [-40.0, 0.0, 0.0, 0.0]})
     other = flow_of({"object -> question": [-1.0, 0, 0, 0], EARLY: [-10.0, -10.0, 0.0, 0.0]})
-    mean = average_flows([without, flow_of(), other])
+    mean = average_knockouts([without, flow_of(), other])
     assert mean.flows == (LATE, EARLY, "object -> question")  # in the order in which they came up
     assert mean.counts == {LATE: 2, EARLY: 2, "object -> question": 1}
     assert mean.curve(LATE).tolist() == pytest.approx([-20, 0, -10, 2.5])
@@ -194,7 +194,7 @@ def test_a_question_without_a_flow_is_left_out_of_its_mean():
 
 def test_intervals_are_those_of_the_questions_own_curves():
     flows = [scaled(share) for share in (1.0, 0.8, 0.9, 1.0)]
-    mean = average_flows(flows)
+    mean = average_knockouts(flows)
     own = torch.stack([flow.change() for flow in flows])
     for corrected, comparisons in ((False, 1), (True, LAYERS)):
         for found, expected in zip(
@@ -211,12 +211,12 @@ def test_intervals_are_those_of_the_questions_own_curves():
     assert (line.low, line.high) == pytest.approx((float(low), float(high)))
     assert (line.change, line.n, line.first_layer, line.last_layer) == (pytest.approx(-5 * 0.925), 4, 0, 2)
     with pytest.raises(TraceError, match="needs at least two"):
-        average_flows(flows[:1]).interval()
-    assert average_flows(flows[:1]).to_dataframe().low.isna().all()
+        average_knockouts(flows[:1]).interval()
+    assert average_knockouts(flows[:1]).to_dataframe().low.isna().all()
 
 
 def test_a_peak_that_could_be_chance_is_not_clear():
-    mean = average_flows([flow_of({LATE: [value, 0.0, 0.0, 0.0]}) for value in (-30.0, 20.0, -25.0)])
+    mean = average_knockouts([flow_of({LATE: [value, 0.0, 0.0, 0.0]}) for value in (-30.0, 20.0, -25.0)])
     assert mean.peak(LATE).layer == 0 and not mean.peak(LATE).is_clear
     assert "not clear of zero" in mean.summary() and "centre" not in mean.summary()
 
@@ -225,15 +225,15 @@ def test_wrong_answers_are_reported_and_not_averaged():
     wrong = scaled(-3.0, question="Who?", generated="blue")
     early = FilteredQuestion(question="Where?", gold="here", generated="there")
     flows = [flow_of(), wrong, scaled(0.5, gold=None)]
-    mean = average_flows(flows, filtered=[early])
+    mean = average_knockouts(flows, filtered=[early])
     assert mean.filtered == (early, FilteredQuestion(question="Who?", gold="red", generated="blue"))
     assert mean.count == 2 and mean.right == (True, None)
-    assert torch.equal(mean.change(), average_flows([flows[0], flows[2]]).change())
+    assert torch.equal(mean.change(), average_knockouts([flows[0], flows[2]]).change())
     text = mean.summary()
     assert "mean over 2 questions, 1 of them without a known right answer" in text
     assert "left out because the model's own answer is wrong: 2 questions" in text
     assert "  'Where?': 'there', not 'here'\n  'Who?': 'blue', not 'red'" in text
-    every = average_flows(flows, only_right=False)
+    every = average_knockouts(flows, only_right=False)
     assert every.count == 3 and every.filtered == () and every.right == (True, False, None)
     assert not torch.allclose(every.change(), mean.change())
     assert "1 of them answered wrongly" in every.summary() and "is wrong: 0 questions" in every.summary()
@@ -242,12 +242,12 @@ def test_wrong_answers_are_reported_and_not_averaged():
 def test_nothing_left_to_average_says_why():
     wrong = flow_of(generated="blue")
     with pytest.raises(TraceError, match=r"is wrong to all 2 \(to 'What .* it says 'blue', not 'red'\); ask what"):
-        average_flows([wrong, wrong])
-    assert average_flows([wrong], only_right=False).count == 1
+        average_knockouts([wrong, wrong])
+    assert average_knockouts([wrong], only_right=False).count == 1
     with pytest.raises(TraceError, match="wrong to all 1"):
-        average_flows([], filtered=[FilteredQuestion(question="Q", gold="a", generated="b")])
+        average_knockouts([], filtered=[FilteredQuestion(question="Q", gold="a", generated="b")])
     with pytest.raises(TraceError, match="no information flows to average; pass at least one"):
-        average_flows([])
+        average_knockouts([])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_nothing_left_to_average_says_why():
 )
 def test_flows_that_asked_other_things_are_not_averaged(changes, message):
     with pytest.raises(TraceError, match=message):
-        average_flows([flow_of(), flow_of(**changes)])
+        average_knockouts([flow_of(), flow_of(**changes)])
 
 
 # Centres
@@ -279,7 +279,7 @@ def test_the_centre_of_mass_of_known_curves():
 
 def test_early_flows_have_early_centres_with_intervals_over_questions():
     shapes = ([-50, -10, 0, 0], [-45, -15, 0, 0], [-55, 0, -5, 0])
-    mean = average_flows([flow_of({EARLY: shape, LATE: shape[::-1]}) for shape in shapes])
+    mean = average_knockouts([flow_of({EARLY: shape, LATE: shape[::-1]}) for shape in shapes])
     early, late = mean.centre(EARLY), mean.centre(LATE, window=3)
     total = [sum(column) for column in zip(*shapes, strict=True)]
     assert early.layer == pytest.approx(sum(layer * loss for layer, loss in enumerate(total)) / sum(total))
@@ -289,10 +289,10 @@ def test_early_flows_have_early_centres_with_intervals_over_questions():
 
 
 def test_a_centre_needs_losses_and_its_interval_two_questions():
-    one = average_flows([flow_of()])
+    one = average_knockouts([flow_of()])
     assert one.centre(EARLY).layer == pytest.approx(1 / 6) and one.centre(EARLY).interval is None
-    assert average_flows([flow_of({LATE: [0.0, 5.0, 0.0, 0.0]})] * 2).centre(LATE) is None
-    far = average_flows([flow_of({LATE: [-9.0, 0.0, 0.0, 0.0]}), flow_of({LATE: [0.0, 0.0, 0.0, -9.0]})])
+    assert average_knockouts([flow_of({LATE: [0.0, 5.0, 0.0, 0.0]})] * 2).centre(LATE) is None
+    far = average_knockouts([flow_of({LATE: [-9.0, 0.0, 0.0, 0.0]}), flow_of({LATE: [0.0, 0.0, 0.0, -9.0]})])
     assert far.centre(LATE).interval == (0.0, LAYERS - 1)  # of two so different ones nothing is known
 
 
@@ -330,7 +330,7 @@ def assert_equal(again: object, before: object) -> None:
 def test_one_question_comes_back_from_its_file(tmp_path):
     full = flow_of(clean=(0.8, 0.1), revision="abc", flow_heads=((), (0, 3)), question='"蓝"\n?', answer_ids=(3, 5))
     for number, flow in enumerate((full, flow_of(gold=None, generated=None))):
-        again = InformationFlow.load(flow.save(tmp_path / "new" / f"{number}.safetensors"))
+        again = AttentionKnockout.load(flow.save(tmp_path / "new" / f"{number}.safetensors"))
         assert_equal(again, flow)
         assert again.summary() == flow.summary()
     with pytest.raises(AssertionError):
@@ -339,16 +339,16 @@ def test_one_question_comes_back_from_its_file(tmp_path):
 
 def test_an_average_comes_back_from_its_file(tmp_path):
     lacking = flow_of({LATE: [-40.0, 0.0, 0.0, 0.0]})
-    mixed = average_flows([flow_of(), lacking, flow_of(gold=None), flow_of(generated="blue")])
-    for number, mean in enumerate((mixed, average_flows([flow_of()]))):
-        again = AverageFlow.load(mean.save(tmp_path / f"{number}.safetensors"))
+    mixed = average_knockouts([flow_of(), lacking, flow_of(gold=None), flow_of(generated="blue")])
+    for number, mean in enumerate((mixed, average_knockouts([flow_of()]))):
+        again = AverageKnockout.load(mean.save(tmp_path / f"{number}.safetensors"))
         assert_equal(again, mean)
         assert again.summary() == mean.summary()
     assert mixed.filtered and mixed.changes.isnan().any()
 
 
 def test_other_and_broken_files_are_refused(tmp_path):
-    flow, mean = flow_of(), average_flows([flow_of(), flow_of(generated="blue")])
+    flow, mean = flow_of(), average_knockouts([flow_of(), flow_of(generated="blue")])
     path, mean_path = flow.save(tmp_path / "flow"), mean.save(tmp_path / "mean")
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
     save_file({"weight": torch.zeros(2)}, tmp_path / "stranger")
@@ -362,23 +362,23 @@ def test_other_and_broken_files_are_refused(tmp_path):
     }.items():
         replace(flow, **changes).save(tmp_path / name)
         with pytest.raises(TraceError, match="of other shapes than its flows") as caught:
-            InformationFlow.load(tmp_path / name)
+            AttentionKnockout.load(tmp_path / name)
         assert name in str(caught.value)
     for name, changes in {"questions": {"questions": ("a", "b")}, "clean": {"clean": mean.clean[:, :0]}}.items():
         replace(mean, **changes).save(tmp_path / name)
         with pytest.raises(TraceError, match="of other shapes than its flows"):
-            AverageFlow.load(tmp_path / name)
+            AverageKnockout.load(tmp_path / name)
     for name, message in {"cut": "not a readable", "stranger": "another program", "mean": "holds 'multrace av"}.items():
         with pytest.raises(TraceError, match=message):
-            InformationFlow.load(tmp_path / name)
+            AttentionKnockout.load(tmp_path / name)
     with pytest.raises(TraceError, match="not 'multrace average information flow 1'"):
-        AverageFlow.load(path)
+        AverageKnockout.load(path)
     raw = mean_path.read_bytes()
     assert raw.count(b"generated") == 1
     (tmp_path / "entry").write_bytes(raw.replace(b"generated", b"generatde"))
     with pytest.raises(TraceError, match="unexpected keyword argument 'generatde'"):
-        AverageFlow.load(tmp_path / "entry")
-    assert AverageFlow.load(mean_path).filtered[0].generated == "blue"
+        AverageKnockout.load(tmp_path / "entry")
+    assert AverageKnockout.load(mean_path).filtered[0].generated == "blue"
 
 
 # Figures
@@ -404,20 +404,20 @@ def test_flows_are_overlaid_with_their_names(tmp_path):
 
 
 def test_an_average_says_what_was_left_out_and_how_many_have_a_flow(tmp_path):
-    mean = average_flows([flow_of(), scaled(0.7), flow_of({LATE: CURVES[LATE]}), flow_of(generated="blue")])
+    mean = average_knockouts([flow_of(), scaled(0.7), flow_of({LATE: CURVES[LATE]}), flow_of(generated="blue")])
     text = labels(mean.plot(tmp_path / "mean.svg"))
     for label in ("Information flow over 3 questions", "image ↛ question (n = 2)", "question ↛ last"):
         assert f"<!-- {label} -->" in text, label
     assert "some-org/some-vlm; 1 left out for a wrong answer" in text and "bands: 95% intervals" in text
     assert text.count("FillBetweenPolyCollection") == 4
-    lone = labels(average_flows([flow_of()]).plot(tmp_path / "lone.svg", 1))
+    lone = labels(average_knockouts([flow_of()]).plot(tmp_path / "lone.svg", 1))
     assert "bands" not in lone and "over 1 question" in lone and "none left out" in lone
-    wrong = average_flows([flow_of(), flow_of(generated="blue")], only_right=False)
+    wrong = average_knockouts([flow_of(), flow_of(generated="blue")], only_right=False)
     assert "1 of them answered wrongly" in labels(wrong.plot(tmp_path / "wrong.svg"))
 
 
 def test_every_format_is_written_and_shows_the_data(tmp_path):
-    for make in (lambda share: scaled(share), lambda share: average_flows([scaled(share), scaled(share / 2)])):
+    for make in (lambda share: scaled(share), lambda share: average_knockouts([scaled(share), scaled(share / 2)])):
         pictures = []
         for number, share in enumerate((1.0, 0.3)):
             for suffix in ("png", "pdf"):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from multrace.artefacts.proportions import wilson_interval
 from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.pruning.average import AverageTruncation, average_truncations
+from multrace.tracing.pruning.average import AveragePruning, average_prunings
 from multrace.tracing.pruning.costs import operations_kept, tokens_kept
-from multrace.tracing.pruning.result import Truncation
+from multrace.tracing.pruning.result import ImagePruning
 from PIL import Image
 
 LAYERS = 6
@@ -22,14 +22,14 @@ def double(values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def truncation_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **changes: object) -> Truncation:
+def truncation_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **changes: object) -> ImagePruning:
     """One question about a picture of four tokens, answered rightly where that is asked; probability 0.9, else 0.1."""
     count, layers = len(right), len(right[0])
     kept = torch.zeros(count, layers, 4, dtype=torch.bool)
     for row in range(1, count):
         kept[row, :, :row] = True
     truth = double(right)
-    made = Truncation(
+    made = ImagePruning(
         model="some-org/some-vlm",
         revision=None,
         question="What $colour$ is it?",
@@ -115,16 +115,16 @@ def test_a_truncation_says_what_it_found():
 
 def test_a_truncation_comes_back_from_its_file(tmp_path):
     found = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
-    back = Truncation.load(found.save(tmp_path / "truncation.safetensors"))
+    back = ImagePruning.load(found.save(tmp_path / "truncation.safetensors"))
     assert back.summary() == found.summary() and back.engine == found.engine
     assert torch.equal(back.kept, found.kept) and torch.equal(back.probabilities, found.probabilities)
     assert (back.keep, back.layers, back.answers) == (found.keep, found.layers, found.answers)
     pd.testing.assert_frame_equal(back.to_dataframe(), found.to_dataframe())
     broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
     with pytest.raises(TraceError, match="of other shapes than its keeps, layers and scores"):
-        Truncation.load(broken)
+        ImagePruning.load(broken)
     with pytest.raises(TraceError, match="not 'multrace average truncation 1'"):
-        AverageTruncation.load(tmp_path / "truncation.safetensors")
+        AveragePruning.load(tmp_path / "truncation.safetensors")
 
 
 def test_the_table_has_a_line_per_score_keep_and_layer():
@@ -148,7 +148,7 @@ def test_pictures_show_curves_levels_and_savings(tmp_path):
         found.plot(tmp_path / "one.gif")
 
 
-def asked_about(prompt: object, kept: Callable[[torch.Tensor], torch.Tensor], **changes: object) -> Truncation:
+def asked_about(prompt: object, kept: Callable[[torch.Tensor], torch.Tensor], **changes: object) -> ImagePruning:
     """A truncation of a real prompt in which these image tokens stay."""
     image = prompt.groups["image"]
     patches = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
@@ -178,8 +178,8 @@ def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, 
 # Averages
 
 
-def average_of(curves: Sequence[Sequence[bool]], **changes: object) -> AverageTruncation:
-    return average_truncations([truncation_of((curve,), **changes) for curve in curves])
+def average_of(curves: Sequence[Sequence[bool]], **changes: object) -> AveragePruning:
+    return average_prunings([truncation_of((curve,), **changes) for curve in curves])
 
 
 def test_accuracies_are_shares_of_right_answers_with_wilsons_interval():
@@ -224,14 +224,14 @@ def test_the_cliff_is_where_dropping_hurts_no_more(lost, tolerance, cliff):
 def test_the_cliff_is_measured_from_the_baseline_not_from_one():
     curves = [(0, 0, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)]
     asked = [truncation_of((curve,), baseline_answer=RIGHT if curve[-1] else WRONG) for curve in curves]
-    assert average_truncations(asked).cliff_layer() == 2
+    assert average_prunings(asked).cliff_layer() == 2
     asked[1] = replace(asked[1], baseline_answer=RIGHT)
-    assert average_truncations(asked).cliff_layer() is None
+    assert average_prunings(asked).cliff_layer() is None
 
 
 def test_questions_without_a_right_answer_count_for_probabilities_only():
     known, unknown = truncation_of(), truncation_of(((1, 1, 1, 1, 1, 1),), gold=None)
-    mixed, none = average_truncations([known, unknown]), average_truncations([unknown, unknown])
+    mixed, none = average_prunings([known, unknown]), average_prunings([unknown, unknown])
     assert (mixed.count, mixed.graded, none.graded) == (2, 1, 0)
     assert mixed.accuracy()[0].tolist() == [0, 0, 1, 1, 1, 1]
     assert mixed.probability()[0, 0] == pytest.approx(0.5)
@@ -243,9 +243,9 @@ def test_questions_without_a_right_answer_count_for_probabilities_only():
 
 def test_unlike_truncations_are_not_averaged():
     with pytest.raises(TraceError, match="no truncations to average"):
-        average_truncations([])
+        average_prunings([])
     with pytest.raises(TraceError, match=r"differ in their keep \(\(0,\) and \(3,\)\)"):
-        average_truncations([truncation_of(), truncation_of(keep=(3,))])
+        average_prunings([truncation_of(), truncation_of(keep=(3,))])
     average = average_of([(0, 0, 1, 1, 1, 1)])
     with pytest.raises(TraceError, match="tolerance=-1 is negative"):
         average.cliff_layer(tolerance=-1)
@@ -257,7 +257,7 @@ def test_unlike_truncations_are_not_averaged():
 
 def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
     average = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1)])
-    back = AverageTruncation.load(average.save(tmp_path / "average.safetensors"))
+    back = AveragePruning.load(average.save(tmp_path / "average.safetensors"))
     assert back.summary() == average.summary()
     frame = back.to_dataframe()
     pd.testing.assert_frame_equal(frame, average.to_dataframe())
@@ -266,12 +266,12 @@ def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
     assert 0 < line.low < 0.5 < line.high < 1 and line.baseline == pytest.approx(0.8)
     broken = replace(average, floor=average.floor[:1]).save(tmp_path / "broken.safetensors")
     with pytest.raises(TraceError, match="of other shapes than its questions"):
-        AverageTruncation.load(broken)
+        AveragePruning.load(broken)
 
 
 def test_the_picture_of_an_average_marks_the_cliff(tmp_path):
     asked = [truncation_of(((0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1))), truncation_of(((0, 1, 1, 1, 1, 1), (1,) * 6))]
-    average = average_truncations(asked)
+    average = average_prunings(asked)
     text = texts(average.plot(tmp_path / "a.svg"))
     shown = ["all image tokens dropped, cliff at layer 2", "best 1 image token kept, cliff at layer 1", "accuracy"]
     for words in [*shown, "Image tokens dropped, 2 questions", "Accuracy; bands: 95% intervals"]:

@@ -32,7 +32,7 @@ class Live(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def start(self) -> None:
-        """Measures the peak from here on, beyond what is held now."""
+        """EvaluationSettings the peak from here on, beyond what is held now."""
         self.before = self.peak = self.bytes
 
     @property

@@ -28,29 +28,29 @@ from .engine.settings import Engine
 from .errors import TraceError, WeakCorruption
 from .failure.failure import failure_features, predict_failure
 from .failure.result import FailureFeatures, FailurePrediction
-from .knockout.average import AverageFlow, FilteredQuestion, average_flows
+from .knockout.average import AverageKnockout, FilteredQuestion, average_knockouts
 from .knockout.groups import Flow
-from .knockout.knockout import information_flow
-from .knockout.result import InformationFlow, same_answer
-from .lens.average import AverageEmergence, average_emergences
-from .lens.lens import answer_emergence
-from .lens.result import AnswerEmergence
-from .pruning.average import AverageTruncation, average_truncations
-from .pruning.pruning import truncate_image
-from .pruning.result import Truncation
+from .knockout.knockout import attention_knockout
+from .knockout.result import AttentionKnockout, same_answer
+from .lens.average import AverageLogitLens, average_lenses
+from .lens.logit_lens import logit_lens
+from .lens.result import LogitLens
+from .pruning.average import AveragePruning, average_prunings
+from .pruning.pruning import prune_image_tokens
+from .pruning.result import ImagePruning
 
 __all__ = [
-    "AnswerEmergence",
+    "LogitLens",
     "AttentionContributions",
     "AttentionSaliency",
     "AttentionShare",
     "AverageContributions",
-    "AverageEmergence",
-    "AverageFlow",
+    "AverageLogitLens",
+    "AverageKnockout",
     "AverageSaliency",
     "AverageShare",
     "AverageTrace",
-    "AverageTruncation",
+    "AveragePruning",
     "BlankImage",
     "Blocks",
     "BlurImage",
@@ -67,7 +67,7 @@ __all__ = [
     "FilteredQuestion",
     "Flow",
     "ImageNoise",
-    "InformationFlow",
+    "AttentionKnockout",
     "MaskBoxes",
     "MeanAblation",
     "Peak",
@@ -77,29 +77,29 @@ __all__ = [
     "SwapImage",
     "TextNoise",
     "TraceError",
-    "Truncation",
+    "ImagePruning",
     "WeakCorruption",
     "ZeroAblation",
-    "answer_emergence",
+    "logit_lens",
     "attention_contributions",
     "attention_saliency",
     "attention_share",
     "average",
     "average_contributions",
-    "average_emergences",
-    "average_flows",
+    "average_lenses",
+    "average_knockouts",
     "average_saliencies",
     "average_shares",
-    "average_truncations",
+    "average_prunings",
     "box_positions",
     "calibrate",
     "causal_trace",
     "failure_features",
-    "information_flow",
+    "attention_knockout",
     "knockout_probability",
     "llava_cam",
     "parse_corruption",
     "predict_failure",
     "same_answer",
-    "truncate_image",
+    "prune_image_tokens",
 ]

@@ -13,7 +13,7 @@ from .ways import frozen_states, run_naive, run_strong
 
 
 class Measurements:
-    """Measures rows, each in a process of its own, in which the sweep runs first.
+    """EvaluationSettings rows, each in a process of its own, in which the sweep runs first.
 
     The two usual ways need the same memory for every cell of a sort, so they are asked once, in a process each.
     """

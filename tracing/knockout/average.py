@@ -15,7 +15,7 @@ from ...artefacts.intervals import mean_interval
 from ..errors import TraceError
 from .centres import FlowCentre, centre_of_loss, jackknife
 from .maps import FlowMap, FlowPeak, draw_flows
-from .result import InformationFlow, cut_label, place_words
+from .result import AttentionKnockout, cut_label, place_words
 
 _LAYOUT = "multrace average information flow 1"
 _SHARED = ("model", "revision", "layers", "windows", "scores")
@@ -33,8 +33,8 @@ class FilteredQuestion:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AverageFlow(FlowMap):
-    """Mean changes over questions that were asked with the same cuts, and each question's own. Made by `average_flows`.
+class AverageKnockout(FlowMap):
+    """Mean changes over questions that were asked with the same cuts, and each question's own. Made by `average_knockouts`.
 
     Flows are found by their names; a question without one (no box of an object, say) is left out of that flow's mean.
     """
@@ -118,7 +118,7 @@ class AverageFlow(FlowMap):
         return save(path, _LAYOUT, replace(self, filtered=tuple(asdict(each) for each in self.filtered)))
 
     @classmethod
-    def load(cls, path: str | Path) -> "AverageFlow":
+    def load(cls, path: str | Path) -> "AverageKnockout":
         """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         stored = load(path, _LAYOUT, cls, check=_problem)
         return replace(stored, filtered=tuple(FilteredQuestion(**each) for each in stored.filtered))
@@ -190,9 +190,9 @@ class AverageFlow(FlowMap):
         return title, f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
 
 
-def average_flows(
-    flows: Sequence[InformationFlow], *, only_right: bool = True, filtered: Sequence[FilteredQuestion] = ()
-) -> AverageFlow:
+def average_knockouts(
+    flows: Sequence[AttentionKnockout], *, only_right: bool = True, filtered: Sequence[FilteredQuestion] = ()
+) -> AverageKnockout:
     """Mean changes over questions that one model was asked with the same windows and scores.
 
     only_right: questions that the model itself answers wrongly are not averaged but listed in `filtered`, as in arXiv
@@ -208,7 +208,7 @@ def average_flows(
     heads = _check_alike(flows)
     first = kept[0]
     names = tuple(dict.fromkeys(name for flow in kept for name in flow.flows))
-    return AverageFlow(
+    return AverageKnockout(
         flows=names,
         flow_heads=tuple(heads[name] for name in names),
         spans=first.spans,
@@ -233,7 +233,7 @@ def _none_left(filtered: Sequence[FilteredQuestion]) -> TraceError:
     )
 
 
-def _check_alike(flows: Sequence[InformationFlow]) -> dict[str, tuple[int, ...]]:
+def _check_alike(flows: Sequence[AttentionKnockout]) -> dict[str, tuple[int, ...]]:
     """Per flow its heads; TraceError where the results differ in what was asked."""
     for name in _SHARED:
         found = {getattr(flow, name): None for flow in flows}
@@ -253,7 +253,7 @@ def _check_alike(flows: Sequence[InformationFlow]) -> dict[str, tuple[int, ...]]
     return heads
 
 
-def _aligned(flow: InformationFlow, names: Sequence[str]) -> Tensor:
+def _aligned(flow: AttentionKnockout, names: Sequence[str]) -> Tensor:
     """(score, flow, window, layer): changes in percent, NaN for flows that this question lacks."""
     changes = torch.stack([flow.change(score) for score in flow.scores])
     absent = torch.full_like(changes[:, 0], torch.nan)
@@ -265,7 +265,7 @@ def _questions(count: int) -> str:
     return f"{count} question{'' if count == 1 else 's'}"
 
 
-def _problem(average: AverageFlow) -> str | None:
+def _problem(average: AverageKnockout) -> str | None:
     """What does not fit together in an average that was read from a file."""
     for each in average.filtered:
         FilteredQuestion(**each)  # a TypeError says what is missing

@@ -19,12 +19,12 @@ from ..engine.scoring import with_tokens
 from ..engine.settings import Engine
 from ..errors import TraceError
 from .groups import Edges, Flow, Groups, default_flows
-from .result import InformationFlow
+from .result import AttentionKnockout
 
 FIRST, WHOLE = "first token", "answer"
 
 
-def information_flow(
+def attention_knockout(
     vlm: VisionLanguageModel,
     prompt: Prompt,
     *,
@@ -38,7 +38,7 @@ def information_flow(
     generated: str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
-) -> InformationFlow:
+) -> AttentionKnockout:
     """The answer's probability with each flow cut in each window of layers, and without any cut.
 
     flows: "source -> target" with names of token groups (see `Groups.positions`) or positions, or `Flow`s; None: those
@@ -146,11 +146,11 @@ def _result(
     layers: tuple[tuple[int, ...], Tensor],
     measured: tuple[_Scoring, MeasuredEdges],
     answers: dict[str, str | None],
-) -> InformationFlow:
+) -> AttentionKnockout:
     windows, spans = layers
     scoring, found = measured
     shape = (len(named), len(windows), vlm.layers)
-    return InformationFlow(
+    return AttentionKnockout(
         model=vlm.name,
         revision=vlm.revision,
         question=prompt.question,

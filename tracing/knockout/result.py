@@ -18,8 +18,8 @@ _LAYOUT = "multrace information flow 1"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InformationFlow(FlowMap):
-    """One question's answer with attention edges cut. Made by `information_flow`; arXiv 2411.18620, section 3."""
+class AttentionKnockout(FlowMap):
+    """One question's answer with attention edges cut. Made by `attention_knockout`; arXiv 2411.18620, section 3."""
 
     question: str
     tokens: tuple[str, ...]
@@ -73,7 +73,7 @@ class InformationFlow(FlowMap):
         return save(path, _LAYOUT, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "InformationFlow":
+    def load(cls, path: str | Path) -> "AttentionKnockout":
         """The information flow that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
 
@@ -143,7 +143,7 @@ def _peak_line(peak: FlowPeak, name: int) -> str:
     return f"{peak.flow:<{name}}  window {peak.window}: {found}"
 
 
-def _problem(flow: InformationFlow) -> str | None:
+def _problem(flow: AttentionKnockout) -> str | None:
     """What does not fit together in an information flow that was read from a file."""
     shape = (len(flow.flows), len(flow.windows), flow.layers)
     fits = flow.fits_together()

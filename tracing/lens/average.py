@@ -13,7 +13,7 @@ from ...artefacts.frames import long_frame
 from ...artefacts.intervals import mean_interval
 from ..errors import TraceError
 from .lines import Curve, LinePanel, emergence_lines
-from .result import NORM_NAMES, NORMS, AnswerEmergence, state_name
+from .result import NORM_NAMES, NORMS, LogitLens, state_name
 
 _LAYOUT = "multrace average emergence 1"
 QUANTITIES = ("probability", "share", "log_rank")
@@ -22,8 +22,8 @@ _CAPTIONS = ("mean probability", "share of prompts, likeliest", "rank (geometric
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AverageEmergence:
-    """Answer emergence of several prompts at their first read position. Made by `average_emergences`."""
+class AverageLogitLens:
+    """Answer emergence of several prompts at their first read position. Made by `average_lenses`."""
 
     model: str
     revision: str | None
@@ -67,7 +67,7 @@ class AverageEmergence:
         return save(path, _LAYOUT, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "AverageEmergence":
+    def load(cls, path: str | Path) -> "AverageLogitLens":
         """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem)
 
@@ -133,7 +133,7 @@ class AverageEmergence:
         return self.roles.index(role)
 
 
-def average_emergences(emergences: Sequence[AnswerEmergence]) -> AverageEmergence:
+def average_lenses(emergences: Sequence[LogitLens]) -> AverageLogitLens:
     """Emergence by role over prompts, at the first read position of each.
 
     A token that plays two roles in a prompt counts in both; a prompt without a role (no foil) is left out of it.
@@ -143,7 +143,7 @@ def average_emergences(emergences: Sequence[AnswerEmergence]) -> AverageEmergenc
     first = emergences[0]
     names = [role for each in emergences for roles in each.followed.roles for role in roles]
     roles = tuple(sorted(dict.fromkeys(names), key=_order))
-    return AverageEmergence(
+    return AverageLogitLens(
         model=first.model,
         revision=first.revision,
         position_role=first.position_roles[0],
@@ -159,7 +159,7 @@ def _order(role: str) -> int:
     return next((place for place, side in enumerate(("answer", "false option")) if role.startswith(f"{side}, ")), 2)
 
 
-def _by_role(emergence: AnswerEmergence, values: Tensor, roles: Sequence[str]) -> Tensor:
+def _by_role(emergence: LogitLens, values: Tensor, roles: Sequence[str]) -> Tensor:
     """(norm, state, role) float64 of (norm, position, state, followed token) at the first position."""
     own = {role: index for index, members in enumerate(emergence.followed.roles) for role in members}
     first = values[:, 0].double()
@@ -167,7 +167,7 @@ def _by_role(emergence: AnswerEmergence, values: Tensor, roles: Sequence[str]) -
     return torch.stack([first[..., own[role]] if role in own else missing for role in roles], -1)
 
 
-def _check_alike(emergences: Sequence[AnswerEmergence]) -> None:
+def _check_alike(emergences: Sequence[LogitLens]) -> None:
     if not emergences:
         raise TraceError("no emergences to average; pass at least one")
     for name, of in (
@@ -183,7 +183,7 @@ def _check_alike(emergences: Sequence[AnswerEmergence]) -> None:
             )
 
 
-def _problem(average: AverageEmergence) -> str | None:
+def _problem(average: AverageLogitLens) -> str | None:
     """What does not fit together in an average that was read from a file."""
     states = average.probabilities.shape[2]
     shape = (len(NORMS), len(average.questions), states, len(average.roles))

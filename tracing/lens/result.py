@@ -22,10 +22,10 @@ NORM_NAMES = ("with the final norm", "without the final norm")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AnswerEmergence:
+class LogitLens:
     """What the output head makes of one prompt's states after the embedding and every layer.
 
-    Made by `answer_emergence`. Layers count from -1, the embedding; norm=True is comparable with the model's own
+    Made by `logit_lens`. Layers count from -1, the embedding; norm=True is comparable with the model's own
     probabilities, norm=False is what the published script computes (arXiv 2411.18620).
     """
 
@@ -96,7 +96,7 @@ class AnswerEmergence:
         return save(path, _LAYOUT, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "AnswerEmergence":
+    def load(cls, path: str | Path) -> "LogitLens":
         """The emergence that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem, nested={"followed": FollowedTokens})
 
@@ -201,7 +201,7 @@ def state_name(layer: int) -> str:
     return "embedding" if layer < 0 else f"layer {layer}"
 
 
-def _problem(emergence: AnswerEmergence) -> str | None:
+def _problem(emergence: LogitLens) -> str | None:
     """What does not fit together in an emergence that was read from a file."""
     followed, top, states = len(emergence.followed.ids), emergence.top_ids.shape[-1], emergence.probabilities.shape[2]
     leading = (len(NORMS), len(emergence.positions), states)

@@ -15,7 +15,7 @@ from ...artefacts.intervals import mean_interval
 from ...artefacts.proportions import wilson_interval
 from ..errors import TraceError
 from .plot import Levels, TruncationLine, draw_truncations
-from .result import Truncation, index_of_keep, index_of_score, keep_label, lasting_from
+from .result import ImagePruning, index_of_keep, index_of_score, keep_label, lasting_from
 
 _LAYOUT = "multrace average truncation 1"
 _SHARED = ("model", "revision", "depth", "layers", "keep", "scores")
@@ -24,8 +24,8 @@ MEASURES = ("accuracy", "probability")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AverageTruncation:
-    """Truncations of one model over questions. Made by `average_truncations`; arXiv 2406.06579."""
+class AveragePruning:
+    """Truncations of one model over questions. Made by `average_prunings`; arXiv 2406.06579."""
 
     model: str
     """Name or path of the model."""
@@ -53,9 +53,9 @@ class AverageTruncation:
     floor: Tensor
     """(score, question) float64: the same with no image token in any layer."""
     token_shares: Tensor
-    """(question, keep, layer) float64: `Truncation.tokens_kept`."""
+    """(question, keep, layer) float64: `ImagePruning.tokens_kept`."""
     operation_shares: Tensor
-    """(question, keep, layer) float64: `Truncation.operations_kept`."""
+    """(question, keep, layer) float64: `ImagePruning.operations_kept`."""
 
     @property
     def count(self) -> int:
@@ -139,7 +139,7 @@ class AverageTruncation:
         return save(path, _LAYOUT, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "AverageTruncation":
+    def load(cls, path: str | Path) -> "AveragePruning":
         """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem)
 
@@ -199,7 +199,7 @@ class AverageTruncation:
             return self.probability(score), Levels(**ends)
         if not self.graded:
             raise TraceError(
-                "no right answers are known here, so there is no accuracy; pass gold= to truncate_image, or "
+                "no right answers are known here, so there is no accuracy; pass gold= to prune_image_tokens, or "
                 "by='probability'"
             )
         return self.accuracy(), Levels(baseline=self.baseline_accuracy, floor=self.floor_accuracy)
@@ -234,7 +234,7 @@ class AverageTruncation:
         return 0 if score is None else index_of_score(score, self.scores)
 
 
-def average_truncations(truncations: Sequence[Truncation]) -> AverageTruncation:
+def average_prunings(truncations: Sequence[ImagePruning]) -> AveragePruning:
     """Accuracies and mean probabilities over questions that one model was asked with the same keeps and layers.
 
     Questions without a right answer count for probabilities only. TraceError for none, or for unlike truncations.
@@ -250,7 +250,7 @@ def average_truncations(truncations: Sequence[Truncation]) -> AverageTruncation:
     first = truncations[0]
     unknown = torch.full(first.dropped.shape, torch.nan, dtype=torch.float64)
     rights = [each.is_right for each in truncations]
-    return AverageTruncation(
+    return AveragePruning(
         questions=tuple(each.question for each in truncations),
         right=torch.stack([unknown if right is None else right.double() for right in rights]),
         baseline_right=_as_numbers([each.baseline_is_right for each in truncations]),
@@ -278,7 +278,7 @@ def _questions(count: int) -> str:
     return f"{count} question{'' if count == 1 else 's'}"
 
 
-def _problem(average: AverageTruncation) -> str | None:
+def _problem(average: AveragePruning) -> str | None:
     """What does not fit together in an average that was read from a file."""
     shape, count, scores = (len(average.keep), len(average.layers)), average.count, len(average.scores)
     fits = [min(*shape, count, scores) > 0, max(average.layers) < average.depth]

@@ -1,4 +1,4 @@
-"""Truncation: what a model still answers when image tokens are gone from one layer on, as FastV drops them."""
+"""ImagePruning: what a model still answers when image tokens are gone from one layer on, as FastV drops them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ from ..engine.settings import Engine
 from ..errors import TraceError
 from .dropping import Drop, drop_others, kept_tokens
 from .greedy import Ids, Limits, greedy_ids, own_ids
-from .result import Truncation
+from .result import ImagePruning
 
 SCORES = ("first token", "answer")
 
 
-def truncate_image(
+def prune_image_tokens(
     vlm: VisionLanguageModel,
     prompt: Prompt,
     *,
@@ -34,7 +34,7 @@ def truncate_image(
     max_new_tokens: int = 16,
     engine: Engine | None = None,
     progress: bool = True,
-) -> Truncation:
+) -> ImagePruning:
     """The answer's probability, and the model's free answer, with most image tokens gone from each of the layers on.
 
     keep: how many image tokens stay, 0 or more, or "all". They are those that the prompt's last token attends to most,
@@ -94,11 +94,11 @@ def _measured(
 
 def _result(
     vlm: VisionLanguageModel, prompt: Prompt, found: MeasuredEdges, said: Sequence[str], asked: Mapping[str, Any]
-) -> Truncation:
+) -> ImagePruning:
     """The measured scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer) in order."""
     rows, columns = len(asked["keep"]), len(asked["layers"])
     baseline, floor, *answers = said
-    return Truncation(
+    return ImagePruning(
         model=vlm.name,
         revision=vlm.revision,
         question=prompt.question,

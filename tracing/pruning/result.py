@@ -24,8 +24,8 @@ _LAYOUT = "multrace truncation 1"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Truncation(ImageReading):
-    """One question's answer with image tokens gone from some layer on. Made by `truncate_image`; arXiv 2406.06579.
+class ImagePruning(ImageReading):
+    """One question's answer with image tokens gone from some layer on. Made by `prune_image_tokens`; arXiv 2406.06579.
 
     `layers` are the first layers without them, each dropped token being gone up to the last layer.
     """
@@ -125,7 +125,7 @@ class Truncation(ImageReading):
         return save(path, _LAYOUT, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Truncation":
+    def load(cls, path: str | Path) -> "ImagePruning":
         """The truncation that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
 
@@ -239,7 +239,7 @@ def _index(kind: str, label: int | str, known: Sequence[int | str]) -> int:
     return known.index(label)
 
 
-def _problem(truncation: Truncation) -> str | None:
+def _problem(truncation: ImagePruning) -> str | None:
     """What does not fit together in a truncation that was read from a file."""
     shape, scores = (len(truncation.keep), len(truncation.layers)), len(truncation.scores)
     fits = [truncation.kept.shape == (*shape, len(truncation.image_positions)), truncation.kept.dtype == torch.bool]

@@ -10,7 +10,7 @@ from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..errors import TraceError
 from .followed import FollowedTokens
 from .following import Positions, follow, read_positions
-from .result import AnswerEmergence
+from .result import LogitLens
 
 _AT_ONCE = 64
 """Positions whose logits over the whole vocabulary are held at the same time."""
@@ -18,7 +18,7 @@ _WIDE_ROUNDING, _NARROW_ROUNDING = 1000, 4
 """Rounding steps, of the largest logit, that a product of another size may differ by: float32 or wider, narrower."""
 
 
-def answer_emergence(
+def logit_lens(
     vlm: VisionLanguageModel,
     prompt: Prompt,
     *,
@@ -28,7 +28,7 @@ def answer_emergence(
     words: str | int | Sequence[str | int] = (),
     top: int = 10,
     progress: bool = True,
-) -> AnswerEmergence:
+) -> LogitLens:
     """How likely the answer's first token is at each position after the embedding and after every decoder layer.
 
     One forward pass. Each of the layers + 1 states of the residual stream goes through the output head, with the
@@ -57,7 +57,7 @@ def answer_emergence(
     read = [_read_state(vlm, state, followed, top) for state in bar]
     probabilities, ranks, top_ids, top_probabilities = (torch.stack(each, 2).cpu() for each in zip(*read, strict=True))
     known = sorted({*followed.ids, *top_ids.flatten().tolist()})
-    return AnswerEmergence(
+    return LogitLens(
         model=vlm.name,
         revision=vlm.revision,
         question=prompt.question,

@@ -14,7 +14,7 @@ from .delta import Delta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sidecar:
+class RuntimeEdit:
     """A delta that is added to what its weights compute, by forward hooks; no weight is touched.
 
     bfloat16 has 8 significant bits, so a weight takes up no change below a few thousandths of itself. The low-rank
@@ -54,8 +54,8 @@ class Sidecar:
 
 
 def sidecar(vlm: VisionLanguageModel, delta: Delta) -> AbstractContextManager[VisionLanguageModel]:
-    """A block in which the delta is added beside the model's weights, as Sidecar(delta=delta).applied(vlm)."""
-    return Sidecar(delta=delta).applied(vlm)
+    """A block in which the delta is added beside the model's weights, as RuntimeEdit(delta=delta).applied(vlm)."""
+    return RuntimeEdit(delta=delta).applied(vlm)
 
 
 def _adding(
