@@ -74,7 +74,7 @@ def put_in(vlm: VisionLanguageModel, steps: Sequence[Mapping[str, WeightChange]]
 def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
     """Adds the change to the model's weight in place. EditError if it overflows, with part of it written."""
     weight = vlm.weight(name)
-    for run, rows in change.rows(weight, transposed=vlm.family.transposed):
+    for run, rows in change.rows(weight, transposed=vlm.stores_transposed):
         if not torch.isfinite(rows).all():
             raise EditError(f"the edited {name} overflows {weight.dtype}; load in float32 or edit with a clamp")
         weight[run] = rows

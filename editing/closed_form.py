@@ -126,7 +126,7 @@ class ClosedFormEditor(ValueSettings):
         last = self.place[0]
         find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
         try:
-            number = vlm.addresses.index(last)
+            number = vlm.layer_index(last)
             found = {layer: find(layer) for layer in range(number - self.spread + 1, number + 1) if layer >= 0}
         except ModelError as error:
             raise EditError(f"cannot edit layer {last}: {error}") from error

@@ -94,7 +94,7 @@ class Delta:
         self.check_fits(vlm)
         if not on_other_weights:
             check_fingerprints(vlm, self.fingerprints, self.model)
-        transposed = vlm.family.transposed
+        transposed = vlm.stores_transposed
         return {name: each.realised(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ class Delta:
                 weight = vlm.weight(name)
             except ModelError as error:
                 raise EditError(f"an edit of '{self.model}' does not fit '{vlm.name}': {error}") from error
-            wanted = change.shape[::-1] if vlm.family.transposed else change.shape
+            wanted = change.shape[::-1] if vlm.stores_transposed else change.shape
             if tuple(weight.shape) != wanted or not weight.is_floating_point():
                 raise EditError(
                     f"an edit of '{self.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is "

@@ -174,7 +174,7 @@ def _largest(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tuple[int, int]) -> None:
-    wanted = shape[::-1] if vlm.family.transposed else shape
+    wanted = shape[::-1] if vlm.stores_transposed else shape
     try:
         found = tuple(vlm.weight(name).shape)
     except ModelError as error:
@@ -200,7 +200,7 @@ def _config(change: LowRank, vlm: VisionLanguageModel, factors: Mapping[str, tup
         "alpha_pattern": ranks,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": vlm.family.transposed,
+        "fan_in_fan_out": vlm.stores_transposed,
         "target_modules": sorted(ranks),
         "inference_mode": True,
     }

@@ -96,7 +96,7 @@ class Lora(TrainingSettings):
             }
         return LowRankChange(
             factors=factors,
-            transposed=vlm.family.transposed,
+            transposed=vlm.stores_transposed,
             fingerprints=vlm.fingerprint(factors),
             model=vlm.name,
             revision=vlm.revision,
@@ -130,7 +130,7 @@ class Lora(TrainingSettings):
             lora_alpha=self.alpha,
             lora_dropout=0.0,
             target_modules=[projection.path for projection in projections],
-            fan_in_fan_out=vlm.family.transposed,
+            fan_in_fan_out=vlm.stores_transposed,
         )
         flags = [(parameter, parameter.requires_grad) for parameter in vlm.model.parameters()]
         devices = [vlm.device] if vlm.device.type == "cuda" else []

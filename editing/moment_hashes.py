@@ -21,9 +21,8 @@ def hash_of_weights(vlm: VisionLanguageModel, highest: int, *, progress: bool = 
     head that is not also the input embedding; the configuration without names and versions; the way of attending.
     All bytes are read, so it takes a moment for a large model (about a second per GB).
     """
-    model = vlm.model
-    later = [*vlm.addresses.layers[highest + 1 :], vlm.final_norm, model.get_output_embeddings()]
-    embedding = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    later = [*vlm.decoder_layers[highest + 1 :], vlm.final_norm, vlm.output_head]
+    embedding = {id(weight) for weight in vlm.input_embeddings.parameters()}
     unused = {
         id(tensor)
         for module in later
@@ -31,11 +30,11 @@ def hash_of_weights(vlm: VisionLanguageModel, highest: int, *, progress: bool = 
         for tensor in (*module.parameters(), *module.buffers())
         if id(tensor) not in embedding
     }
-    names = [name for name, weight in model.named_parameters() if id(weight) not in unused]
+    names = [name for name, weight in vlm.named_parameters() if id(weight) not in unused]
     whole = hashlib.sha256(_setup(vlm).encode())
     for name in tqdm(names, desc="hashing weights", unit="weight", disable=not progress, leave=False):
         whole.update(f"{name} {vlm.fingerprint([name])[name]} ".encode())
-    for name, buffer in model.named_buffers():
+    for name, buffer in vlm.named_buffers():
         if id(buffer) not in unused:
             _add(whole, name, buffer)
     return whole.hexdigest()
@@ -73,8 +72,8 @@ def hash_of_settings(**settings: str | float | Sequence[object] | None) -> str:
 
 def _setup(vlm: VisionLanguageModel) -> str:
     left_out = ("_name_or_path", "transformers_version")
-    config = {name: value for name, value in vlm.model.config.to_dict().items() if name not in left_out}
-    return json.dumps([config, vlm.model.config._attn_implementation], sort_keys=True, default=str)
+    config = {name: value for name, value in vlm.config.to_dict().items() if name not in left_out}
+    return json.dumps([config, vlm.config._attn_implementation], sort_keys=True, default=str)
 
 
 def _add(whole: "hashlib._Hash", name: str, tensor: Tensor) -> None:

@@ -229,7 +229,7 @@ class _Tally:
 
 def _layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The layers from the start, ascending, each once."""
-    wanted = sorted({vlm.addresses.index(layer) for layer in (range(vlm.layers) if layers is None else layers)})
+    wanted = sorted({vlm.layer_index(layer) for layer in (range(vlm.layers) if layers is None else layers)})
     if not wanted:
         raise EditError("second moments of no layer; pass layers=[3, 4, 5], or None for all")
     return tuple(wanted)

@@ -145,7 +145,7 @@ def _restore(weight: Tensor, saved: Tensor) -> None:
 
 
 def _matrices(vlm: VisionLanguageModel) -> list[str]:
-    return [name for name, weight in vlm.model.named_parameters() if weight.ndim > 1 and weight.is_floating_point()]
+    return [name for name, weight in vlm.named_parameters() if weight.ndim > 1 and weight.is_floating_point()]
 
 
 @torch.no_grad()

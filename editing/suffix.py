@@ -40,10 +40,10 @@ class Suffix:
         if not self.is_partial:
             return self.batch.logits(self.vlm)
         cache, states = reusable(self.batch.prefix), self.entering
-        for layer, call in zip(self.vlm.addresses.layers[self.first :], self.calls, strict=True):
+        for layer, call in zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True):
             states = main_tensor(call.on(layer, states, cache), "a decoder layer")
         states = self.batch.at(states, self.batch.label_columns)
-        return wide(self.vlm.model.get_output_embeddings()(self.vlm.final_norm(states)))
+        return wide(self.vlm.unembed(self.vlm.final_norm(states)))
 
     def of(self, rows: Tensor) -> Suffix:
         """The same for only some rows, (row,) indices in ascending order."""
@@ -95,7 +95,7 @@ def record(vlm: VisionLanguageModel, batch: TargetBatch, *, first: int) -> tuple
         calls.append(Call(arguments=arguments, keywords=dict(keywords)))
 
     with ExitStack() as stack:
-        for layer in vlm.addresses.layers[first:]:
+        for layer in vlm.decoder_layers[first:]:
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         logits = batch.logits(vlm)
     suffix = Suffix(

@@ -144,10 +144,7 @@ def prompt_end(prompt: Prompt) -> int:
 
 def end_ids(vlm: VisionLanguageModel) -> tuple[int, ...]:
     """The id that ends an answer (the first, where several do), or nothing for a model that has none."""
-    ends = vlm.model.generation_config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    end = vlm.tokenizer.eos_token_id if end is None else end
-    return () if end is None else (end,)
+    return vlm.end_ids[:1]
 
 
 def reusable(cache: Cache) -> Cache:

@@ -106,7 +106,7 @@ def search_values(
     `failure`, the others go on. The model is left as it is. EditError as target_batch.
     """
     found: list[ValueResult | None] = [None] * len(goals)
-    number = vlm.addresses.index(layer)
+    number = vlm.layer_index(layer)
     with tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False) as bar:
         for chunk in chunks(goals, settings.rows_at_once):
             mine = [goals[index] for index in chunk]

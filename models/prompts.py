@@ -77,6 +77,24 @@ class Prompt:
             pixels = pixels / 255
         return tuple(pixels.clamp(0, 1).permute(0, 2, 3, 1))
 
+    @property
+    def patch_size(self) -> int | None:
+        """Side of one vision patch in pixels of the processed picture; None for a text-only model."""
+        return self.frontend.patch_size
+
+    def inputs_with(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Model inputs of the same words, without an answer, with these pictures in place of the prompt's own."""
+        return self.frontend.encode(self.text, images)
+
+    def answer_tokens(self, answer: str) -> tuple[int, ...]:
+        """Token ids with which this answer would continue the prompt. ModelError for an empty answer."""
+        return self.frontend.answer_ids(self.text, answer)
+
+    def asked_anew(self, question: str, *, template: str | None = None) -> "Prompt":
+        """Another question about the same pictures, with the same answer; template as in `VisionLanguageModel.prompt`."""
+        images = list(self.images) or None
+        return build(self.frontend, images, question, template=template, answer=self.answer)
+
     def with_answer(self, answer: str | None) -> "Prompt":
         """The same prompt with this answer's tokens after it (teacher forcing); None: without an answer."""
         end = self.groups["last"][0] + 1

@@ -1,7 +1,7 @@
 """The model under study, as one object: weights, processor, addresses and sizes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -65,6 +65,16 @@ class VisionLanguageModel:
         return self.down_projection(0).width
 
     @property
+    def vocab(self) -> int:
+        """Number of tokens in its vocabulary."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.model.config
+
+    @property
     def heads(self) -> int:
         """Number of attention heads per decoder layer."""
         return self.model.config.get_text_config().num_attention_heads
@@ -83,6 +93,39 @@ class VisionLanguageModel:
     def has_vision(self) -> bool:
         """It takes pictures."""
         return self.family.vision is not None
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Its projections store their weights as (input, output), as GPT-2's do."""
+        return self.family.transposed
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer, most usual first; empty for a model that has none."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        return tuple(token for token in ends if token is not None)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text stack: the module that holds the decoder layers."""
+        return self.addresses.decoder
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return list(self.addresses.layers)
+
+    @property
+    def output_head(self) -> nn.Module:
+        """The module that turns normed states into logits."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def input_embeddings(self) -> nn.Module:
+        """The module that embeds token ids."""
+        return self.model.get_input_embeddings()
 
     @property
     def final_norm(self) -> nn.Module:
@@ -134,6 +177,10 @@ class VisionLanguageModel:
         """The module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
         return self.addresses.module(key)
 
+    def layer_index(self, layer: int) -> int:
+        """The layer counted from the start; negative ones count from the end. ModelError if there is no such layer."""
+        return self.addresses.index(layer)
+
     def down_projection(self, layer: int) -> Projection:
         """The linear map that writes a layer's MLP into the residual stream; negative layers count from the end."""
         return self.addresses.down_projection(layer)
@@ -149,6 +196,14 @@ class VisionLanguageModel:
             nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
         return parameters[name]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter, not a copy, of every weight; a tied one once."""
+        return self.model.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, not a copy, of every buffer."""
+        return self.model.named_buffers()
 
     def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
         """For each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
@@ -172,6 +227,44 @@ class VisionLanguageModel:
         with first_input(self.addresses.decoder, "the text stack") as entered:
             self.model(**ready, use_cache=False)
         return entered[0]
+
+    def embed(self, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the first decoder layer reads, (1, token, hidden), for these inputs (default: the prompt's own).
+
+        Ends with the prompt's last token: an answer after it cannot act on the score, since attention is causal.
+        """
+        with torch.no_grad():
+            return self.embeddings(dict(inputs or prompt.inputs))[:, : prompt.groups["last"][0] + 1]
+
+    def embed_words(self, ids: Sequence[int]) -> Tensor:
+        """The embeddings of token ids, (1, token, hidden)."""
+        with torch.no_grad():
+            return self.input_embeddings(torch.tensor([list(ids)], dtype=torch.long, device=self.device))
+
+    def extend(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
+        """Embeddings (sample, token, hidden) followed by those of all these token ids but the last.
+
+        The logits at the last len(ids) positions then predict the ids one by one (teacher forcing).
+        """
+        if len(ids) == 1:
+            return embeddings
+        words = self.embed_words(ids[:-1]).to(embeddings)
+        return torch.cat([embeddings, words.expand(len(embeddings), -1, -1)], dim=1)
+
+    def unembed(self, states: Tensor) -> Tensor:
+        """Logits (..., vocab) of states (..., hidden) that the final norm has normalised, by the output head alone."""
+        return self.output_head(states)
+
+    def next_token_probabilities(self, embeddings: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        """The distribution over the token after embeddings (sample, token, hidden): (sample, vocab) float64 on the CPU.
+
+        attention_mask: as in `forward`; None for the decoder's own causal one.
+        """
+        with torch.no_grad():
+            logits = self.forward(
+                inputs_embeds=embeddings, attention_mask=attention_mask, positions=[embeddings.shape[1] - 1]
+            )
+        return logits[:, -1].double().softmax(-1).cpu()
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -80,10 +79,10 @@ def demo(settings: Demo) -> tuple[Path, str]:
     corruptions = [SwapImage(_other_picture(world, case)) for case in cases]
     located = locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
     tokens = causal_trace(vlm, requests[0].prompt, corruption=corruptions[0])
-    untouched = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
+    untouched = vlm.fingerprint(name for name, _ in vlm.named_parameters())
     pairs = list(zip(cases, located.deltas, strict=True))
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
-    same = all(torch.equal(weight, untouched[name]) for name, weight in vlm.model.state_dict().items())
+    same = vlm.fingerprint(untouched) == untouched
     layers = _every_layer(vlm, world, cases, located) if settings.every_layer else ""
     with new_files(settings.out, names) as folder:
         report = _report(settings, folder, located, tokens, probes, same)

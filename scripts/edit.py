@@ -192,7 +192,7 @@ def _placed(
 ) -> _Made:
     """All requests edited at the place that was asked for."""
     try:
-        layer = vlm.addresses.index(place.layer)
+        layer = vlm.layer_index(place.layer)
     except ModelError as error:
         raise CommandError(f"cannot edit at --where {settings.where}: {error}") from error
     for request in requests:

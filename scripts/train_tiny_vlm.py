@@ -116,7 +116,7 @@ def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, t
     scores = {
         name: (accuracy(vlm, records, label=name), len(records)) for name, records in question_sets(world).items()
     }
-    parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
+    parameters = sum(parameter.numel() for _, parameter in vlm.named_parameters())
     card = model_card(
         seed=settings.seed,
         tower_steps=TOWER_STEPS,

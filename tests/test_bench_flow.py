@@ -26,7 +26,6 @@ from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
 from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.edge_sweep import edge_sweep
 from multrace.tracing.engine.edges import EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
@@ -64,7 +63,7 @@ def _without_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def edge_run(subject: Subject) -> EdgeRun:
-    return EdgeRun(embeddings=embed(subject.vlm, subject.prompt), scored=(subject.prompt.length - 1,))
+    return EdgeRun(embeddings=subject.vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
 
 
 @pytest.fixture(scope="module")

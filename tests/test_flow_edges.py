@@ -13,7 +13,6 @@ from multrace.models import Site
 from multrace.models.replay.cuts import Cut
 from multrace.models.replay.replay import replaying
 from multrace.tracing import Engine, knockout_probability
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import edge_sweep as sweeps
 from multrace.tracing.engine.edge_sweep import edge_sweep
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
@@ -141,7 +140,7 @@ def test_the_plain_way_is_what_eager_attention_does_with_the_mask(exact_vlm):
 
 def test_a_cut_in_all_layers_equals_masking_in_the_plain_model(exact_llava, photo):
     prompt = exact_llava.prompt(photo, QUESTION)
-    run = EdgeRun(embeddings=embed(exact_llava, prompt), scored=prompt.groups["last"])
+    run = EdgeRun(embeddings=exact_llava.embed(prompt), scored=prompt.groups["last"])
 
     def probability(source: str, target: str) -> float:
         cell = EdgeCell(cut=cut(prompt.groups[source], prompt.groups[target]), first=0, last=exact_llava.layers - 1)

@@ -8,14 +8,13 @@ from dropped_tokens import QUESTION, gone, masked_logits, truncated
 from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.pruning.greedy import Ids, Limits, verified
 from torch import Tensor
 
 
 def stepwise(vlm: VisionLanguageModel, prompt: Prompt, dropped: Sequence[int], first: int, limit: int) -> str:
     """The greedy answer, one masked pass of the whole sequence for each token."""
-    embeddings, ids = embed(vlm, prompt), []
+    embeddings, ids = vlm.embed(prompt), []
     words = vlm.model.get_input_embeddings()
     while len(ids) < limit and not (ids and ids[-1] == vlm.model.generation_config.eos_token_id):
         ids.append(int(masked_logits(vlm, embeddings, dropped, first, 1).argmax()))

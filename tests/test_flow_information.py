@@ -8,7 +8,6 @@ from multrace import Box, Engine, ModelError, TraceError
 from multrace.data import World
 from multrace.models.replay.cuts import Cut
 from multrace.scripts.flow_questions import world_questions
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
 from multrace.tracing.knockout.average import average_knockouts
@@ -104,7 +103,7 @@ def test_the_answers_own_tokens_are_no_group_of_a_flow(random_llava, prompt):
 
 
 def by_hand(vlm, prompt, source, target, layers, heads=()) -> float:
-    embeddings = embed(vlm, prompt)
+    embeddings = vlm.embed(prompt)
     run = EdgeRun(embeddings=embeddings, scored=(embeddings.shape[1] - 1,))
     cut = Cut(sources=frozenset(source), targets=frozenset(target), heads=heads)
     cell = EdgeCell(cut=cut, first=layers[0], last=layers[-1])

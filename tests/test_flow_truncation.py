@@ -10,12 +10,10 @@ from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
 from multrace.tracing import Engine
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import edge_measure as edge_measuring
 from multrace.tracing.engine.edge_sweep import edge_sweep
 from multrace.tracing.engine.edges import EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.engine.scoring import with_tokens
 from multrace.tracing.pruning.average import average_prunings
 from multrace.tracing.pruning.dropping import Drop, image_ranks
 from multrace.tracing.pruning.result import ImagePruning
@@ -45,7 +43,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
     count = len(prompt.groups["image"])
     found = truncated(random_llava, prompt, keep=("all", count, count + 9, 0), answer=ANSWER)
     ids, last = list(found.answer_ids), found.length - 1
-    embeddings = with_tokens(random_llava, embed(random_llava, prompt), ids)
+    embeddings = random_llava.extend(random_llava.embed(prompt), ids)
     with torch.no_grad():
         logits = random_llava.forward(inputs_embeds=embeddings, positions=range(last, last + len(ids)))[0].double()
     chosen = logits[range(len(ids)), ids] - logits.logsumexp(-1)
@@ -63,7 +61,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
 def test_dropping_equals_a_masked_pass_per_cell(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
     found = truncated(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
-    embeddings = with_tokens(exact_seeing, embed(exact_seeing, prompt), found.answer_ids)
+    embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     count = len(found.answer_ids)
     for (row, layer), dropped in gone(found).items():
         logits = masked_logits(exact_seeing, embeddings, dropped, layer, count)
@@ -92,7 +90,7 @@ def removed_logits(
 def test_dropping_equals_removing_the_tokens_by_hand(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
     found = truncated(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
-    embeddings = with_tokens(exact_seeing, embed(exact_seeing, prompt), found.answer_ids)
+    embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     for (row, layer), dropped in gone(found).items():
         logits = removed_logits(exact_seeing, embeddings, dropped, layer, len(found.answer_ids))
         expected = torch.tensor(probabilities(logits, found.answer_ids), dtype=torch.float64)
@@ -176,7 +174,7 @@ def test_tokens_stay_by_the_last_tokens_attention_one_layer_before(random_llava,
     for column, ranking in enumerate((0, 0, 2)):
         assert set(found.kept[0, column].nonzero().flatten().tolist()) == set(best[ranking].tolist())
     assert set(best[3].tolist()) != set(best[2].tolist())  # the layer's own attention would keep others
-    ranks = image_ranks(random_llava, embed(random_llava, prompt), prompt.groups["image"])
+    ranks = image_ranks(random_llava, random_llava.embed(prompt), prompt.groups["image"])
     assert torch.equal(ranks[1:].argsort(), attended[:-1].argsort(descending=True))
     assert torch.equal(ranks[0], ranks[1])
 

@@ -18,7 +18,6 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.attribution import estimated_changes, rank_agreement
 from multrace.tracing.engine.cells import Cell, Runs
 from multrace.tracing.engine.plain import plain_scores, run_scores
@@ -47,7 +46,7 @@ def measure(logits: Tensor) -> Tensor:
 
 
 def runs_of(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, *, restores: bool = True) -> Runs:
-    pair = corruption.corrupt(vlm, prompt).embeddings, embed(vlm, prompt)
+    pair = corruption.corrupt(vlm, prompt).embeddings, vlm.embed(prompt)
     base, source = pair if restores else pair[::-1]
     return Runs(base=base, source=source, scored=(prompt.length - 1,), frozen=prompt.groups["image"])
 

@@ -17,7 +17,6 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.cells import KINDS, Cell, Runs
 from multrace.tracing.engine.grid import window_layers
 from multrace.tracing.engine.plain import plain_scores, run_scores
@@ -70,7 +69,7 @@ def cell_scores(engine: str, vlm: VisionLanguageModel, runs: Runs, *cells: Cell)
 def noised(vlm: VisionLanguageModel, prompt: Prompt, samples: int) -> tuple[Runs, Tensor]:
     """Clean states for the corrupted run, and (sample,) the probability of token 5 in the latter."""
     base, last = TextNoise(samples=samples).corrupt(vlm, prompt).embeddings, prompt.length - 1
-    runs = Runs(base=base, source=embed(vlm, prompt), scored=(last,), frozen=prompt.groups["image"])
+    runs = Runs(base=base, source=vlm.embed(prompt), scored=(last,), frozen=prompt.groups["image"])
     return runs, run_scores(vlm, base, runs, lambda logits: logits[:, -1:].double().softmax(-1)[..., 5])[0]
 
 

@@ -10,7 +10,6 @@ from multrace.data import World
 from multrace.tracing import ImageNoise, PixelNoise, ReplaceText, TextNoise, TraceError, calibrate
 from multrace.tracing.corruptions.calibration import LADDER
 from multrace.tracing.corruptions.corpus import CONSTRAINTS
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.corruptions.noise import Noise
 from PIL import Image
 from torch import Tensor
@@ -102,7 +101,7 @@ def test_it_is_the_seeds_normal_numbers_times_scale_and_deviation(llava_llama_pa
 @pytest.mark.parametrize("noise", NOISES)
 def test_every_sample_leaves_the_other_positions_bit_equal(random_llava, photo, noise):
     prompt = ask(random_llava, photo)
-    clean = embed(random_llava, prompt)
+    clean = random_llava.embed(prompt)
     found = noise(samples=4).corrupt(random_llava, prompt)
     group = prompt.groups["constraint" if noise is TextNoise else "image"]
     assert found.embeddings.shape == (4, *clean.shape[1:])
@@ -201,7 +200,7 @@ def test_calibration_takes_the_smallest_scale_that_halves_the_answer(tiny_vlm, k
     prompt, score = known
     unscaled = noise(scale=None, samples=4, seed=3)
     found = calibrate(tiny_vlm, prompt, unscaled, score)
-    clean, step = score(embed(tiny_vlm, prompt)), LADDER.index(found.scale)
+    clean, step = score(tiny_vlm.embed(prompt)), LADDER.index(found.scale)
     assert clean > 0.9
     assert score(found.embeddings) <= clean / 2
     assert step > 0  # else there is no step less to compare with
@@ -216,7 +215,7 @@ def test_calibration_takes_the_smallest_scale_that_halves_the_answer(tiny_vlm, k
 
 def test_where_no_scale_halves_the_answer_it_takes_the_one_that_lowers_it_most(random_llava, photo):
     prompt, unscaled = ask(random_llava, photo), ImageNoise(scale=None, samples=20)
-    image, clean = list(prompt.groups["image"]), embed(random_llava, prompt)
+    image, clean = list(prompt.groups["image"]), random_llava.embed(prompt)
     deviation = replace(unscaled, scale=1).corrupt(random_llava, prompt).deviation
 
     def lowest_at_five(embeddings: Tensor) -> float:

@@ -18,7 +18,6 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine import measure as measuring
 from multrace.tracing.engine.cells import Cell, Measure, Runs
 from multrace.tracing.engine.plain import plain_scores
@@ -232,7 +231,7 @@ class Watched(tqdm):
 def test_progress_counts_cells(random_llava, photo, engine):
     prompt = ask(random_llava, photo)
     base, last = TextNoise(samples=2).corrupt(random_llava, prompt).embeddings, prompt.length - 1
-    runs = Runs(base=base, source=embed(random_llava, prompt), scored=(last,))
+    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
     cells = [
         Cell(kind="mlp", first=layer, last=layer, positions=(place,)) for place in range(last + 1) for layer in range(4)
     ]

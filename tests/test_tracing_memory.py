@@ -11,7 +11,6 @@ from multrace import VisionLanguageModel
 from multrace.models.replay import replay as replay_module
 from multrace.models.replay.attention import Kernels, Segment, merged_attention
 from multrace.tracing import ImageNoise, TextNoise
-from multrace.tracing.corruptions.corruption import embed
 from multrace.tracing.engine.cells import Cell, Runs
 from multrace.tracing.engine.settings import Engine
 from multrace.tracing.engine.sweep import sweep
@@ -87,7 +86,7 @@ def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[Cell]]
     """
     prompt = random_llava.prompt(photo, QUESTION, constraint=CONSTRAINT)
     base = ImageNoise(samples=3).corrupt(random_llava, prompt).embeddings
-    runs = Runs(base=base, source=embed(random_llava, prompt), scored=(prompt.length - 1,))
+    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(prompt.length - 1,))
     cells = [
         Cell(kind=kind, first=layer, last=min(layer + width, 4) - 1, positions=positions)
         for kind in ("hidden", "mlp", "attention")
@@ -148,7 +147,7 @@ def test_keys_of_the_prefix_are_not_copied_for_each_row(random_llava, make_photo
     last, before = prompt.groups["last"][0], prompt.groups["constraint"][0]
     assert before > 128  # a long prefix that all rows share
     base = TextNoise(samples=4).corrupt(random_llava, prompt).embeddings
-    runs = Runs(base=base, source=embed(random_llava, prompt), scored=(last,))
+    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
     cells = [
         Cell(kind=kind, head=head, first=layer, last=layer, positions=(last,))
         for kind, heads in (("mlp", [None]), ("attention", [None]), ("head", range(4)))

@@ -8,7 +8,6 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import ReplaceText, SwapImage, TextNoise, TraceError
-from multrace.tracing.engine.plain import next_token_probabilities
 from multrace.tracing.engine.scoring import METRICS
 from multrace.tracing.engine.settings import Engine
 from PIL import Image
@@ -104,7 +103,7 @@ def test_answer_and_foil_of_any_length_against_whole_calls(exact_llava, photo, o
 def test_the_foil_is_the_corrupted_runs_answer_unless_given(random_vlm, photo):
     prompt, corruption = ask(random_vlm, photo), TextNoise(samples=3)
     found = trace(random_vlm, prompt, corruption, positions="last", metrics="logit_difference")
-    probabilities = next_token_probabilities(random_vlm, corruption.corrupt(random_vlm, prompt).embeddings).mean(0)
+    probabilities = random_vlm.next_token_probabilities(corruption.corrupt(random_vlm, prompt).embeddings).mean(0)
     likeliest = probabilities.argsort(descending=True)[:2].tolist()
     likeliest.remove(found.answer_ids[0]) if found.answer_ids[0] in likeliest else likeliest.pop()
     assert found.foil_ids == tuple(likeliest)

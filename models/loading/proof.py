@@ -170,7 +170,7 @@ def _prove_norm(probe: _Probe, clean: Tensor) -> None:
         vlm.logits(probe.prompt)
     if norm not in read or not torch.equal(read[norm], written[last].to(read[norm].device)):
         raise probe.error(last, f"the final norm {vlm.path(norm)!r} does not read what this last layer writes")
-    logits = vlm.model.get_output_embeddings()(written[norm]).to(clean.dtype)
+    logits = vlm.unembed(written[norm]).to(clean.dtype)
     if not torch.equal(logits, clean.to(logits.device)):
         raise probe.error(last, f"the output head does not turn the output of {vlm.path(norm)!r} into the logits")
 

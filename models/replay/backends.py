@@ -18,7 +18,7 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
     attend: called as transformers calls its own (module, query, key, value, mask, scaling=..., dropout=..., ...), with
     boolean masks or None. ReplayError if the text model does not let its attention function be replaced.
     """
-    decoder = vlm.addresses.decoder
+    decoder = vlm.decoder
     if not getattr(decoder, "_supports_attention_backend", False):
         raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
     name, before = f"multrace_{id(attend)}", decoder.config._attn_implementation

@@ -20,7 +20,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
     block must have as many queries and keys. A query from which everything is hidden has no meaningful output.
     ReplayError if the text model does not let its attention function be replaced.
     """
-    layers = {id(part): number for number, layer in enumerate(vlm.addresses.layers) for part in layer.modules()}
+    layers = {id(part): number for number, layer in enumerate(vlm.decoder_layers) for part in layer.modules()}
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any

@@ -51,8 +51,8 @@ def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list
     recorder = _Recorder(vlm, positions)
     with attention_function(vlm, recorder.attend):
         handles = [
-            vlm.addresses.decoder.register_forward_pre_hook(recorder.begin),
-            vlm.addresses.decoder.register_forward_hook(recorder.end),
+            vlm.decoder.register_forward_pre_hook(recorder.begin),
+            vlm.decoder.register_forward_hook(recorder.end),
         ]
         try:
             yield recorder.found
@@ -66,7 +66,7 @@ class _Recorder:
 
     def __init__(self, vlm: VisionLanguageModel, queries: tuple[int, ...]) -> None:
         self.found: list[Attention] = []
-        self._layers = list(vlm.addresses.layers)
+        self._layers = vlm.decoder_layers
         self._queries = queries
         self._witness = Witness(self._layers)
 

@@ -32,7 +32,7 @@ def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
 
     ReplayError if the text model does not let its attention function be replaced, or is spread over devices.
     """
-    devices = {each.device for each in vlm.addresses.decoder.parameters()}
+    devices = {each.device for each in vlm.decoder.parameters()}
     if devices != {vlm.device} or vlm.device.type == "meta":
         raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
     replay = Replay(vlm)
@@ -48,7 +48,7 @@ class Replay:
         self.work = Work()
         self.masks = Masks(length=0, layers=())
         """What each layer's tokens may attend to in the prompt that `record` ran last."""
-        self._layers = list(vlm.addresses.layers)
+        self._layers = vlm.decoder_layers
         self._keywords: list[dict[str, Any]] = []
         self._kernels: dict[tuple[int, int, int], Kernels] = {}
         self._witness: Witness | None = None
@@ -248,7 +248,7 @@ class Replay:
     ) -> Iterator[None]:
         """A block in which one layer runs, after which its sites and projections are stored at some positions."""
         inside = {id(part) for part in self._layers[number].modules()}
-        own_sites = [each for each in sites if self.vlm.addresses.index(each.layer) == number]
+        own_sites = [each for each in sites if self.vlm.layer_index(each.layer) == number]
         own_projections = [each for each in projections if id(each.module) in inside]
         with (
             capture(self.vlm, own_sites, clone=True) as written,
@@ -260,7 +260,7 @@ class Replay:
     @property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
         """What turns the last layer's output into logits: the final norm and the output head."""
-        return self.vlm.final_norm, self.vlm.model.get_output_embeddings()
+        return self.vlm.final_norm, self.vlm.output_head
 
     def _check_logits(self, seen: _Seen, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:
         """ReplayError unless final norm and output head, and nothing else, turn the last states into the logits."""

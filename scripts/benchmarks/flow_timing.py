@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.corruptions.corruption import embed
 from ...tracing.engine.cells import Measure
 from ...tracing.engine.edge_sweep import EdgeScores, edge_sweep
 from ...tracing.engine.edges import EdgeCell, EdgeRun
@@ -105,7 +104,7 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
     before and after the measured sweeps, so that a busy machine slows all.
     """
     vlm = subject.vlm
-    run = EdgeRun(embeddings=embed(vlm, subject.prompt), scored=(subject.prompt.length - 1,))
+    run = EdgeRun(embeddings=vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
     with tqdm(total=(1 + REPEATS) * len(case.cells), desc=case.label, unit="cell", leave=False) as bar:
         forget_peak(vlm.device)
         swept, _ = _timed_sweep(subject, run, case.cells, bar)

@@ -39,7 +39,7 @@ def layer_cost(vlm: VisionLanguageModel) -> LayerCost:
         token=2.0 * sum(each.weight.numel() for each in layer.modules() if isinstance(each, nn.Linear)),
         key_values=2.0 * (mixed - written.weight.numel() - written.width * written.hidden),
         pair=4.0 * written.width,
-        read=2.0 * vlm.model.get_output_embeddings().weight.numel(),
+        read=2.0 * vlm.output_head.weight.numel(),
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel, load
 from ...tracing import Corruption, ImageNoise, TextNoise
-from ...tracing.corruptions.corruption import embed
 from ...tracing.engine.cells import Runs
 from .shapes import Shape, prompt_words
 
@@ -53,7 +52,7 @@ class Subject:
         }
         return Runs(
             base=kinds[corruption].corrupt(self.vlm, self.prompt).embeddings,
-            source=embed(self.vlm, self.prompt),
+            source=self.vlm.embed(self.prompt),
             scored=(self.prompt.length - 1,),
             frozen=self.prompt.groups["image"],
         )
@@ -76,7 +75,7 @@ def open_subject(recipe: Recipe) -> Subject:
     )
     with torch.no_grad():
         logits = vlm.logits(prompt)[0, -1].double()
-        vlm.model.get_output_embeddings().weight.mul_(confident(logits))
+        vlm.output_head.weight.mul_(confident(logits))
     return Subject(vlm=vlm, prompt=prompt, answer=int(logits.argmax()), recipe=recipe)
 
 

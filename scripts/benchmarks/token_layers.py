@@ -47,7 +47,7 @@ def counted_token_layers(vlm: VisionLanguageModel) -> Iterator[TokenLayers]:
         count.backward += _tokens(gradient)
 
     with ExitStack() as stack:
-        for layer in vlm.addresses.layers:
+        for layer in vlm.decoder_layers:
             stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(leave).remove)
         yield count

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.replay.observe import Attention, attending
-from ..corruptions.corruption import group_positions
 from ..errors import TraceError
+from ..groups import group_positions
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far two ways to weigh values may be apart, as a share of the largest; half precision is given 0.05."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture
-from ..corruptions.corruption import group_positions
 from ..errors import TraceError
+from ..groups import group_positions
 from .answering import answered, predicting_logits, read_fields
 from .cam_result import RelevanceMap
 
@@ -106,7 +106,7 @@ def _batch(inputs: Mapping[str, Tensor], copies: Sequence[Tensor]) -> dict[str, 
 def _chosen_layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Layers counted from the start, each once."""
     asked = range(vlm.layers) if layers is None else layers
-    chosen = tuple(dict.fromkeys(vlm.addresses.index(layer) for layer in asked))
+    chosen = tuple(dict.fromkeys(vlm.layer_index(layer) for layer in asked))
     if not chosen:
         raise TraceError(f"no layers to map; pass some of 0 to {vlm.layers - 1}, or layers=None for all")
     return chosen

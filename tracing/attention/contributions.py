@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import Attention
-from ..corruptions.corruption import embed
 from ..errors import TraceError
 from .attended import prompt_positions, value_bias, watch_attention, written_values
 from .contributions_result import AttentionContributions
@@ -38,7 +37,7 @@ def attention_contributions(
     does not add up to such contributions; ReplayError as `attending` raises it.
     """
     asked, given = _places(prompt, queries, sources)
-    seen, _ = watch_attention(vlm, embed(vlm, prompt), asked)
+    seen, _ = watch_attention(vlm, vlm.embed(prompt), asked)
     layers = tqdm(list(zip(seen, value_bias(vlm), strict=True)), desc="layers", unit="layer", disable=not progress)
     parts = [layer_norms(vlm, layer, attention, bias, given) for layer, (attention, bias) in enumerate(layers)]
     last = prompt.groups["last"][0]
@@ -75,8 +74,8 @@ def contribution_vectors(
     has them; negative layers count from the end.
     """
     asked, given = _places(prompt, queries, sources)
-    number = vlm.addresses.index(layer)
-    seen, _ = watch_attention(vlm, embed(vlm, prompt), asked)
+    number = vlm.layer_index(layer)
+    seen, _ = watch_attention(vlm, vlm.embed(prompt), asked)
     values = seen[number].values[0][:, list(given)]
     written = written_values(vlm, number, values, value_bias(vlm)[number])
     return seen[number].weights[0][:, :, list(given), None] * written[:, None]

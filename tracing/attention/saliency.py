@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
-from ..corruptions.corruption import group_positions
+from ..groups import group_positions
 from ..lens.following import Positions, read_positions
 from .answering import answered, predicting_logits, read_fields
 from .saliency_result import AttentionSaliency

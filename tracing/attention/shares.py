@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
-from ..corruptions.corruption import group_positions
 from ..errors import TraceError
+from ..groups import group_positions
 from ..lens.following import Positions, read_positions
 from .shares_result import AttentionShare
 

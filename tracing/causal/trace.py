@@ -9,11 +9,10 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ..corruptions.calibration import calibrate
-from ..corruptions.corruption import Corrupted, Corruption, embed
+from ..corruptions.corruption import Corrupted, Corruption
 from ..engine.cells import KINDS
 from ..engine.experiment import Experiment
 from ..engine.grid import Grid, make_grid
-from ..engine.plain import next_token_probabilities
 from ..engine.prefilter import Filtered, measure_best
 from ..engine.rows import Item, resolve_rows
 from ..engine.scoring import Metric, choose_scoring
@@ -70,7 +69,7 @@ def causal_trace(
     rows = resolve_rows(prompt, positions)
     variant = {"direction": _check_direction(direction), "effect": effect, "severed": severed}
     grid = make_grid(vlm, prompt, rows, sites=sites, window=window, effect=effect, severed=severed)
-    clean = embed(vlm, prompt)
+    clean = vlm.embed(prompt)
     corrupted = _corrupt(vlm, prompt, corruption, clean, answer)
     words = {"answer": answer, "foil": foil, "whole_answer": whole_answer, "metrics": metrics}
     scoring = choose_scoring(vlm, prompt, (clean, corrupted.embeddings), **words)
@@ -136,11 +135,11 @@ def _corrupt(
     @cache  # most corruptions are applied as they are, and then nobody asks
     def token() -> int:
         if answer is None:
-            return int(next_token_probabilities(vlm, clean)[0].argmax())
+            return int(vlm.next_token_probabilities(clean)[0].argmax())
         return prompt.with_answer(answer).answer_ids[0]
 
     def probability(embeddings: Tensor) -> float:
-        return float(next_token_probabilities(vlm, embeddings)[:, token()].mean())
+        return float(vlm.next_token_probabilities(embeddings)[:, token()].mean())
 
     return calibrate(vlm, prompt, corruption, probability)
 

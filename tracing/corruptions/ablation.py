@@ -11,8 +11,9 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
 from ..errors import TraceError
+from ..groups import group_positions
 from .corpus import word_embeddings
-from .corruption import Corrupted, embed, group_positions
+from .corruption import Corrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class MeanAblation:
 
 def _filled(vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...], value: Tensor) -> Tensor:
     """(1, token, hidden): the prompt's embeddings with one value, (hidden,) or a number, at some positions."""
-    embeddings = embed(vlm, prompt)
+    embeddings = vlm.embed(prompt)
     embeddings[:, list(positions)] = value.to(embeddings)
     return embeddings
 
@@ -74,4 +75,4 @@ def _filled(vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...]
 def _image_embeddings(vlm: VisionLanguageModel, prompt: Prompt, pictures: Sequence[Picture]) -> Tensor:
     """(image token, hidden) float64 on the CPU: every token of every picture, as the text stack gets it."""
     shown = [vlm.prompt(picture, prompt.question) for picture in open_images(pictures)]
-    return torch.cat([embed(vlm, each)[0, list(each.groups["image"])].cpu().double() for each in shown])
+    return torch.cat([vlm.embed(each)[0, list(each.groups["image"])].cpu().double() for each in shown])

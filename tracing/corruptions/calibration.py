@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
-from .corruption import Corrupted, Corruption, embed
+from .corruption import Corrupted, Corruption
 from .noise import Noise
 
 LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0)
@@ -26,7 +26,7 @@ def calibrate(
     """
     if not isinstance(corruption, Noise) or corruption.scale is not None:
         return corruption.corrupt(vlm, prompt)
-    half = _finite(score(embed(vlm, prompt)), "the clean prompt") / 2
+    half = _finite(score(vlm.embed(prompt)), "the clean prompt") / 2
     noised = corruption.draw(vlm, prompt)
     lowest, best = math.inf, None
     for scale in LADDER:

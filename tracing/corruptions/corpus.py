@@ -104,5 +104,5 @@ def word_embeddings(vlm: VisionLanguageModel, phrases: Sequence[str]) -> Tensor:
     if not ids:
         raise TraceError(f"no tokens in the phrases {texts!r}; pass phrases with words, such as 'the company shown'")
     with torch.no_grad():
-        embedded = vlm.model.get_input_embeddings()(torch.tensor([ids], device=vlm.device))
+        embedded = vlm.embed_words(ids)
     return embedded[0].cpu().double()

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
-from ..errors import TraceError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,29 +31,3 @@ class Corruption(Protocol):
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
         """The damaged prompt; neither the model nor the prompt changes."""
-
-
-def embed(vlm: VisionLanguageModel, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """(1, token, hidden): what the first decoder layer reads for these inputs (default: the prompt's own).
-
-    Ends with the prompt's last token: an answer after it cannot act on the score, since attention is causal.
-    """
-    with torch.no_grad():
-        return vlm.embeddings(dict(inputs or prompt.inputs))[:, : prompt.groups["last"][0] + 1]
-
-
-def group_positions(prompt: Prompt, group: str) -> tuple[int, ...]:
-    """Positions of a group that must hold something, and nothing of the answer. TraceError lists the groups."""
-    positions = prompt.groups.get(group, ())
-    if not positions:
-        found = ", ".join(name for name, members in prompt.groups.items() if members)
-        hints = {"image": "; pass an image to the prompt", "constraint": "; pass constraint= to the prompt"}
-        hint = hints.get(group, "; ask for one of these")
-        raise TraceError(f"no tokens in group {group!r} of this prompt; groups with tokens are {found}{hint}")
-    last = prompt.groups["last"][0]
-    if max(positions) > last:
-        raise TraceError(
-            f"group {group!r} reaches beyond the prompt's last token (position {last}) into the answer; "
-            "ask for a group of the prompt"
-        )
-    return positions

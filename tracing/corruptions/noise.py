@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
+from ..groups import group_positions
 from .corpus import CONSTRAINTS, word_embeddings
-from .corruption import Corrupted, embed, group_positions
+from .corruption import Corrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class TextNoise(Noise):
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
         """TraceError if the group is absent or empty, or if the corpus has no tokens."""
-        positions, clean = list(group_positions(prompt, self.group)), embed(vlm, prompt)
+        positions, clean = list(group_positions(prompt, self.group)), vlm.embed(prompt)
         if self.over == "prompt":
             return self._on_tokens(clean, positions, clean[0, positions], f"of their own on the {self.group} tokens")
         entries = word_embeddings(vlm, CONSTRAINTS if self.corpus is None else self.corpus)
@@ -113,7 +114,7 @@ class ImageNoise(Noise):
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
         """TraceError if the prompt has no picture."""
-        positions, clean = list(group_positions(prompt, "image")), embed(vlm, prompt)
+        positions, clean = list(group_positions(prompt, "image")), vlm.embed(prompt)
         return self._on_tokens(clean, positions, clean[0, positions], "on the image")
 
 
@@ -137,7 +138,7 @@ class PixelNoise(Noise):
                 for each in drawn
             )
             # One at a time, as the clean picture is seen: a batch of another size would round otherwise.
-            embeddings = torch.cat([embed(vlm, prompt, each) for each in noised])
+            embeddings = torch.cat([vlm.embed(prompt, each) for each in noised])
             return self._corrupted(scale, deviation, where, embeddings=embeddings, inputs=noised)
 
         return corrupted

@@ -14,7 +14,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
 from ..errors import TraceError
-from .corruption import Corrupted, embed, group_positions
+from ..groups import group_positions
+from .corruption import Corrupted
 
 Colour = str | tuple[int, int, int]
 """A name that PIL knows, or red, green and blue from 0 to 255."""
@@ -147,7 +148,7 @@ class MaskBoxes(PictureDamage):
 
 def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Image], description: str) -> Corrupted:
     """The prompt with these pictures in the place of its own. TraceError if they take other tokens."""
-    inputs = prompt.frontend.encode(prompt.text, images)
+    inputs = prompt.inputs_with(images)
     clean = prompt.inputs["input_ids"][:, : prompt.groups["last"][0] + 1]
     if not torch.equal(inputs["input_ids"], clean):
         sizes = ", ".join(f"{old.width} x {old.height}" for old in prompt.images)
@@ -157,7 +158,7 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
         raise TraceError(
             f"the other picture turns {clean.shape[1]} tokens into {inputs['input_ids'].shape[1]}; {advice}"
         )
-    return Corrupted(embeddings=embed(vlm, prompt, inputs), description=description, inputs=(MappingProxyType(inputs),))
+    return Corrupted(embeddings=vlm.embed(prompt, inputs), description=description, inputs=(MappingProxyType(inputs),))
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:

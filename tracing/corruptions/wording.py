@@ -6,7 +6,8 @@ import torch
 
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
-from .corruption import Corrupted, embed, group_positions
+from ..groups import group_positions
+from .corruption import Corrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +36,21 @@ class ReplaceText:
                 f"group {self.group!r} holds image tokens, which words cannot replace; use SwapImage instead"
             )
         ids = prompt.inputs["input_ids"].clone()
-        new = _replacement_ids(prompt, positions, self.replacement.strip())
+        new = _replacement_ids(vlm, prompt, positions, self.replacement.strip())
         new = new[:1] * len(positions) if self.repeat_first_token else new[: len(positions)]
         original = vlm.decode(ids[0, list(positions)].tolist()).strip()
         ids[0, list(positions)] = torch.tensor(new, device=ids.device)
         return Corrupted(
-            embeddings=embed(vlm, prompt, {**prompt.inputs, "input_ids": ids}),
+            embeddings=vlm.embed(prompt, {**prompt.inputs, "input_ids": ids}),
             description=f"replace {original!r} by {vlm.decode(new).strip()!r}",
         )
 
 
-def _replacement_ids(prompt: Prompt, positions: tuple[int, ...], replacement: str) -> list[int]:
+def _replacement_ids(
+    vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...], replacement: str
+) -> list[int]:
     """Tokens of the replacement, over and over, as in running text: after a blank if the original is."""
-    tokenizer, ids = prompt.frontend.tokenizer, prompt.inputs["input_ids"][0].tolist()
+    tokenizer, ids = vlm.tokenizer, prompt.inputs["input_ids"][0].tolist()
     before = ids[max(0, positions[0] - 1) : positions[0]]
     original = tokenizer.decode([*before, ids[positions[0]]])[len(tokenizer.decode(before)) :]
     start = "a " if original[:1].isspace() else "\n"

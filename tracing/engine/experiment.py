@@ -11,7 +11,7 @@ from ..corruptions.corruption import Corrupted
 from .cells import Cell, Runs
 from .measure import branch_file, measure_cells
 from .report import EngineReport
-from .scoring import Scoring, with_tokens
+from .scoring import Scoring
 from .settings import Engine
 from .vision import is_before_decoder, measure_runs, shown, with_pictures
 
@@ -43,7 +43,7 @@ class Experiment:
 
     def runs(self, vlm: VisionLanguageModel, ids: Sequence[int]) -> Runs:
         """The runs in which these tokens follow the prompt."""
-        clean, corrupted = (with_tokens(vlm, each, ids) for each in (self.clean, self.corrupted.embeddings))
+        clean, corrupted = (vlm.extend(each, ids) for each in (self.clean, self.corrupted.embeddings))
         first = self.clean.shape[1] - 1
         return Runs(
             base=corrupted if self.restores else clean,

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families.addresses import Key
-from ..corruptions.corruption import embed
 from .cells import Cell, Measure, Runs
 
 _Write = Callable[[Tensor], Tensor]
@@ -145,21 +144,6 @@ def _in_turn(functions: Sequence[_Write]) -> _Write:
     return write
 
 
-def next_token_probabilities(
-    vlm: VisionLanguageModel, embeddings: Tensor, *, attention_mask: Tensor | None = None
-) -> Tensor:
-    """(sample, vocab) float64 on the CPU: the model's distribution over the token after these embeddings.
-
-    embeddings (sample, token, hidden). attention_mask: None for the decoder's own causal one, or booleans
-    (1, 1, query token, key token), True where seen.
-    """
-    with torch.no_grad():
-        logits = vlm.forward(
-            inputs_embeds=embeddings, attention_mask=attention_mask, positions=[embeddings.shape[1] - 1]
-        )
-    return logits[:, -1].double().softmax(-1).cpu()
-
-
 def knockout_probability(
     vlm: VisionLanguageModel,
     prompt: Prompt,
@@ -174,15 +158,15 @@ def knockout_probability(
     answer_id: the scored token; None for the one that the untouched model finds likeliest. Compare with no sources.
     Attention knockout as in arXiv 2411.18620, over all layers at once.
     """
-    embeddings = embed(vlm, prompt)
+    embeddings = vlm.embed(prompt)
     if answer_id is None:
-        answer_id = int(next_token_probabilities(vlm, embeddings).argmax())
+        answer_id = int(vlm.next_token_probabilities(embeddings).argmax())
     length = embeddings.shape[1]
     sources = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
     targets = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
     cut = targets[:, None] & sources[None, :] & ~torch.eye(length, dtype=torch.bool)
     mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
-    probabilities = next_token_probabilities(vlm, embeddings, attention_mask=mask[None, None].to(vlm.device))
+    probabilities = vlm.next_token_probabilities(embeddings, attention_mask=mask[None, None].to(vlm.device))
     return float(probabilities[0, answer_id])
 
 

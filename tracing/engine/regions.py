@@ -58,7 +58,7 @@ def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
             f"no patches for {box}: the image tokens do not form a grid; pass group names or positions, "
             "such as those of box_positions(vlm, prompt, box)"
         )
-    side, own = prompt.frontend.patch_size, [patch for patch in prompt.patches if patch.image == box.image]
+    side, own = prompt.patch_size, [patch for patch in prompt.patches if patch.image == box.image]
     light = _pooled(_pixel_light(prompt, box)[box.image][None], side)[0]
     brightest = float(light.max())
     if brightest == 0:
@@ -86,7 +86,7 @@ def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[i
         raise _unseen(prompt, box)
     is_whole = _show_whole_picture(vlm, prompt, box.image, black)
     bare = _packed(vlm, prompt, torch.zeros_like)
-    marked = _packed(vlm, prompt, lambda written: _marks(light, is_whole, written, prompt.frontend.patch_size))
+    marked = _packed(vlm, prompt, lambda written: _marks(light, is_whole, written, prompt.patch_size))
     positions = prompt.groups["image"]
     if len(marked) != len(positions):
         raise TraceError(
@@ -133,7 +133,7 @@ def _light(dark: Tensor, lit: Tensor) -> Tensor:
 def _pixel_light(prompt: Prompt, box: Box) -> Tensor:
     """(image, row, column), or with tiles after the image: where the processor's output shows the painted box."""
     pictures = (_painted(prompt), _painted(prompt, box))
-    return _light(*(prompt.frontend.encode(prompt.text, each)["pixel_values"].double().cpu() for each in pictures))
+    return _light(*(prompt.inputs_with(each)["pixel_values"].double().cpu() for each in pictures))
 
 
 def _pooled(light: Tensor, side: int) -> Tensor:
@@ -161,7 +161,7 @@ def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
 def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
     """(tile, channel, row, column): what the vision tower reads of these pictures, put in place of the prompt's."""
     with torch.no_grad(), first_input(vlm.vision_tower, "the vision tower") as read:
-        vlm.image_features(prompt.frontend.encode(prompt.text, pictures))
+        vlm.image_features(prompt.inputs_with(pictures))
     if read[0].ndim != 4:
         shape = tuple(read[0].shape)
         raise TraceError(f"the vision tower of {vlm.name!r} reads {shape}, no tiles of pixels; pass positions instead")
@@ -191,7 +191,7 @@ def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, bl
 def _packed(vlm: VisionLanguageModel, prompt: Prompt, write: Callable[[Tensor], Tensor]) -> Tensor:
     """(image token, hidden): the black pictures' features with this in place of what the projector writes."""
     with torch.no_grad(), patch(vlm, {vlm.projector: write}):
-        return vlm.image_features(prompt.frontend.encode(prompt.text, _painted(prompt)))
+        return vlm.image_features(prompt.inputs_with(_painted(prompt)))
 
 
 def _marks(light: Tensor, is_whole: Tensor, written: Tensor, patch_size: int | None) -> Tensor:

@@ -6,8 +6,8 @@ from itertools import groupby
 
 from ...models import ModelError, Prompt
 from ...models.prompts import Patch
-from ..corruptions.corruption import group_positions
 from ..errors import TraceError
+from ..groups import group_positions
 from .regions import Blocks, Box, box_patches
 
 _REGIONS = ("image_rows", "image_columns", "image_quadrants", "patches")

@@ -9,7 +9,6 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
 from .cells import Measure
-from .plain import next_token_probabilities
 
 METRICS = ("probability", "log_probability", "logit_difference")
 
@@ -107,7 +106,7 @@ def choose_scoring(
     unknown metric, and for a foil that no metric asks for or that is scored by the answer's tokens.
     """
     metrics = _checked(metrics)
-    predicted = int(next_token_probabilities(vlm, runs[0][:1])[0].argmax())
+    predicted = int(vlm.next_token_probabilities(runs[0][:1])[0].argmax())
     answer_ids = _answer_ids(vlm, prompt, predicted, answer, whole_answer)
     foil_ids: tuple[int, ...] = ()
     if foil is not None and "logit_difference" not in metrics:
@@ -124,15 +123,6 @@ def choose_scoring(
         )
     is_predicted = answer_ids[0] == predicted
     return Scoring(metrics=metrics, answer_ids=answer_ids, foil_ids=foil_ids, is_predicted=is_predicted)
-
-
-def with_tokens(vlm: VisionLanguageModel, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
-    """Embeddings (sample, token, hidden), followed by those of all these tokens but the last."""
-    if len(ids) == 1:
-        return embeddings
-    with torch.no_grad():
-        words = vlm.model.get_input_embeddings()(torch.tensor([list(ids[:-1])], device=embeddings.device))
-    return torch.cat([embeddings, words.to(embeddings).expand(len(embeddings), -1, -1)], dim=1)
 
 
 def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
@@ -166,14 +156,12 @@ def _corrupted_answer(
     vlm: VisionLanguageModel, corrupted: Tensor, answer_ids: tuple[int, ...], whole: bool
 ) -> tuple[int, ...]:
     """The likeliest token after the corrupted prompt that is not the answer's; if whole, what follows it greedily."""
-    probabilities = next_token_probabilities(vlm, corrupted).mean(0)
+    probabilities = vlm.next_token_probabilities(corrupted).mean(0)
     probabilities[answer_ids[0]] = -1.0
     ids = (int(probabilities.argmax()),)
-    ends = vlm.model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
     while whole and len(ids) < _LONGEST_FOIL:
-        following = int(next_token_probabilities(vlm, with_tokens(vlm, corrupted, (*ids, 0))).mean(0).argmax())
-        if following in ends:
+        following = int(vlm.next_token_probabilities(vlm.extend(corrupted, (*ids, 0))).mean(0).argmax())
+        if following in vlm.end_ids:
             break
         ids = (*ids, following)
     return ids

@@ -48,7 +48,7 @@ class Engine:
 
     def read_rows(self, vlm: VisionLanguageModel, scored: int) -> int:
         """Rows whose logits may be held at a time: with their float64 copies they take an eighth of the memory."""
-        vocabulary = vlm.model.get_output_embeddings().weight.shape[0]
+        vocabulary = vlm.output_head.weight.shape[0]
         return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
 
 

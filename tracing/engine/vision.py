@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel, patch
-from ..corruptions.corruption import Corrupted, embed
+from ..corruptions.corruption import Corrupted
 from ..errors import TraceError
 from .cells import Cell, Measure, Runs
 from .measure import Measured
@@ -147,7 +147,7 @@ def _written(
         return record
 
     with patch(vlm, {module: recorder(module) for module in modules}, ahead=True):
-        embed(vlm, prompt, inputs)
+        vlm.embed(prompt, inputs)
     for module, outputs in found.items():
         if len(outputs) != 1:
             raise TraceError(
@@ -170,7 +170,7 @@ def _embeddings(
         base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
         states = lent[sample % len(lent)]
         with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
-            rows.append(embed(vlm, inputs.prompt, base))
+            rows.append(vlm.embed(inputs.prompt, base))
     changed = torch.cat(rows)
     words = runs.base[:, changed.shape[1] :].expand(runs.samples, -1, -1)
     return torch.cat([changed, words], dim=1)

@@ -12,8 +12,6 @@ from ...artefacts.auroc import bootstrap_counts, weighted_auroc
 from ...models import Prompt, VisionLanguageModel
 from ..attention.attended import prompt_positions, value_bias, watch_attention
 from ..attention.contributions import layer_norms
-from ..corruptions.corruption import embed
-from ..engine.scoring import with_tokens
 from ..errors import TraceError
 from .held_out import REPEATS, Readings, held_out_scores
 from .result import FailureFeatures, FailurePrediction
@@ -31,7 +29,7 @@ def failure_features(
     """
     sources, last = prompt_positions(prompt, constraint), prompt.groups["last"][0]
     ids = prompt.with_answer(answer).answer_ids if answer is not None else (0,)
-    embeddings = with_tokens(vlm, embed(vlm, prompt), ids)
+    embeddings = vlm.extend(vlm.embed(prompt), ids)
     seen, logits = watch_attention(vlm, embeddings, (last,), read=range(last, last + len(ids)))
     logarithms = logits[0].double().log_softmax(-1).cpu()
     norms = [

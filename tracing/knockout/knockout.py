@@ -9,13 +9,10 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.cuts import Cut
-from ..corruptions.corruption import embed
 from ..engine.edge_measure import MeasuredEdges, measure_edges
 from ..engine.edges import EdgeCell, EdgeRun
 from ..engine.grid import window_layers
-from ..engine.plain import next_token_probabilities
 from ..engine.regions import Box
-from ..engine.scoring import with_tokens
 from ..engine.settings import Engine
 from ..errors import TraceError
 from .groups import Edges, Flow, Groups, default_flows
@@ -57,7 +54,7 @@ def attention_knockout(
     chosen = _checked_windows(vlm, windows)
     if generated is None and (gold is not None or (whole_answer and answer is None)):
         generated = vlm.answers([prompt])[0]
-    embeddings = embed(vlm, prompt)
+    embeddings = vlm.embed(prompt)
     scored_answer = generated if answer is None and whole_answer else answer
     scoring = _scoring(vlm, prompt, embeddings, scored_answer, whole_answer)
     first = embeddings.shape[1] - 1
@@ -69,7 +66,7 @@ def attention_knockout(
     cells = [
         EdgeCell(cut=cut, first=start, last=end) for _, cut in named for start, end in spans.flatten(0, 1).tolist()
     ]
-    run = EdgeRun(embeddings=with_tokens(vlm, embeddings, scoring.ids), scored=scored)
+    run = EdgeRun(embeddings=vlm.extend(embeddings, scoring.ids), scored=scored)
     with tqdm(total=len(cells), desc="cutting", unit="cell", disable=not progress) as bar:
         found = measure_edges(vlm, run, cells, scoring.measure, engine=engine or Engine(), bar=bar)
     return _result(vlm, prompt, named, (chosen, spans), (scoring, found), {"gold": gold, "generated": generated})
@@ -93,7 +90,7 @@ def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answe
     if whole and not (answer or "").strip():
         raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
     if not (answer or "").strip():
-        return _Scoring(ids=(int(next_token_probabilities(vlm, embeddings)[0].argmax()),), names=(FIRST,))
+        return _Scoring(ids=(int(vlm.next_token_probabilities(embeddings)[0].argmax()),), names=(FIRST,))
     ids = prompt.with_answer(answer).answer_ids
     return _Scoring(ids=ids if whole else ids[:1], names=(FIRST, WHOLE) if whole else (FIRST,))
 

@@ -63,8 +63,8 @@ def _spellings(role: str, words: str) -> list[tuple[str, str]]:
 
 def _first_token(vlm: VisionLanguageModel, prompt: Prompt, word: str | int) -> int:
     if isinstance(word, str):
-        return prompt.frontend.answer_ids(prompt.text, word)[0]
-    size = vlm.model.config.get_text_config().vocab_size
+        return prompt.answer_tokens(word)[0]
+    size = vlm.vocab
     if isinstance(word, bool) or not 0 <= word < size:
         raise TraceError(f"no token {word} in {vlm.name!r}: its vocabulary has {size} (0 to {size - 1})")
     return word

@@ -94,7 +94,7 @@ def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
 
 def _head(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
     """(position, vocab) float64: logits of states (position, hidden)."""
-    return vlm.model.get_output_embeddings()(states).double()
+    return vlm.unembed(states).double()
 
 
 def _read_state(
@@ -122,7 +122,7 @@ def _read_logits(
 
 
 def _check_top(vlm: VisionLanguageModel, top: int) -> None:
-    size = vlm.model.config.get_text_config().vocab_size
+    size = vlm.vocab
     if not 1 <= top <= size:
         raise TraceError(f"cannot keep the {top} likeliest of {size} tokens; pass top from 1 to {size}")
 

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from ...models import VisionLanguageModel
 from ..engine.edge_measure import measure_edges
 from ..engine.edges import EdgeCell, EdgeRun
-from ..engine.scoring import with_tokens
 from ..engine.settings import Engine
 
 Ids = tuple[int, ...]
@@ -35,10 +34,7 @@ class Limits:
     @classmethod
     def of(cls, vlm: VisionLanguageModel, max_new_tokens: int) -> "Limits":
         """With the end-of-sequence tokens by which this model's own generation stops."""
-        found = vlm.model.generation_config.eos_token_id
-        found = vlm.tokenizer.eos_token_id if found is None else found
-        found = found if isinstance(found, list | tuple) else [found]
-        return cls(ends=tuple(token for token in found if token is not None), tokens=max_new_tokens)
+        return cls(ends=vlm.end_ids, tokens=max_new_tokens)
 
     def ended(self, ids: Sequence[int]) -> Ids:
         """These ids as a whole answer: as many as it may have, with an end if there is room for it."""
@@ -60,7 +56,7 @@ def own_ids(vlm: VisionLanguageModel, embeddings: Tensor, guess: Sequence[int], 
         last = embeddings.shape[1] - 1
         with torch.no_grad():
             logits = vlm.forward(
-                inputs_embeds=with_tokens(vlm, embeddings, ids), positions=range(last + start, last + len(ids))
+                inputs_embeds=vlm.extend(embeddings, ids), positions=range(last + start, last + len(ids))
             )
         return logits.argmax(-1)
 
@@ -85,7 +81,7 @@ def greedy_ids(
     last, engine = embeddings.shape[1] - 1, replace(engine, checks=0)
 
     def likeliest(ids: Ids, start: int, numbers: Sequence[int]) -> Tensor:
-        run = EdgeRun(embeddings=with_tokens(vlm, embeddings, ids), scored=tuple(range(last + start, last + len(ids))))
+        run = EdgeRun(embeddings=vlm.extend(embeddings, ids), scored=tuple(range(last + start, last + len(ids))))
         if bar is not None:
             bar.total += len(numbers)
         asked = cells(run.length)

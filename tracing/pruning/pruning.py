@@ -9,12 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
-from ..corruptions.corruption import embed, group_positions
 from ..engine.edge_measure import MeasuredEdges, measure_edges
 from ..engine.edges import EdgeCell, EdgeRun
-from ..engine.scoring import with_tokens
 from ..engine.settings import Engine
 from ..errors import TraceError
+from ..groups import group_positions
 from .dropping import Drop, drop_others, kept_tokens
 from .greedy import Ids, Limits, greedy_ids, own_ids
 from .result import ImagePruning
@@ -50,7 +49,7 @@ def prune_image_tokens(
     """
     image = group_positions(prompt, "image")
     keeps, chosen = _checked_keep(keep), _checked_layers(vlm, layers)
-    embeddings, limits = embed(vlm, prompt), _checked_limits(vlm, max_new_tokens)
+    embeddings, limits = vlm.embed(prompt), _checked_limits(vlm, max_new_tokens)
     kept = kept_tokens(vlm, embeddings, image, keep=keeps, layers=chosen)
     own = _own_ids(vlm, prompt, embeddings, generated, limits)
     ids = _scored_ids(prompt, answer, limits.without_end(own))
@@ -83,7 +82,7 @@ def _measured(
         return torch.stack([chosen[:, 0].exp(), chosen.sum(-1).exp()], dim=-1)
 
     last = embeddings.shape[1] - 1
-    run = EdgeRun(embeddings=with_tokens(vlm, embeddings, ids), scored=tuple(range(last, last + len(ids))))
+    run = EdgeRun(embeddings=vlm.extend(embeddings, ids), scored=tuple(range(last, last + len(ids))))
     with tqdm(total=len(distinct), desc="truncating", unit="cell", disable=not progress) as bar:
         found = measure_edges(vlm, run, cells(run.length), measure, engine=engine, bar=bar)
         if found.report.engine == "plain":  # as it has said by now
@@ -170,6 +169,4 @@ def _checked_limits(vlm: VisionLanguageModel, max_new_tokens: int) -> Limits:
 
 def _token_operations(vlm: VisionLanguageModel) -> tuple[int, ...]:
     """Per layer, floating-point operations of its matrices for one token: a product and a sum for each weight."""
-    return tuple(
-        2 * sum(each.numel() for each in layer.parameters() if each.ndim == 2) for layer in vlm.addresses.layers
-    )
+    return tuple(2 * sum(each.numel() for each in layer.parameters() if each.ndim == 2) for layer in vlm.decoder_layers)
