@@ -1,1 +1,5 @@
-"""What every result shares: files, averages, statistics and drawing."""
+"""What every result shares: files, averages, statistics and drawing. See `__init__.pyi`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,15 +1,5 @@
-"""Facts: records, the synthetic world and where the embedded model lies."""
+"""Facts as plain values: records, the synthetic world and the embedded model's folder. See `__init__.pyi`."""
 
-from pathlib import Path
+import lazy_loader
 
-from .errors import DataError
-from .gqa_flow import read_gqa_flow
-from .records import FlowRecord, VQARecord
-from .world import World
-
-__all__ = ["DataError", "FlowRecord", "VQARecord", "World", "read_gqa_flow", "tiny_vlm_path"]
-
-
-def tiny_vlm_path() -> Path:
-    """The folder of the embedded vision-language model, an ordinary Hugging Face directory."""
-    return Path(__file__).resolve().parent / "tiny_vlm"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

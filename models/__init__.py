@@ -1,30 +1,5 @@
-"""The model under study: loading, prompts, addresses and hooks."""
+"""The model under study: loading, prompts, addresses and hooks. The names are listed in `__init__.pyi`."""
 
-from .baukit_names import Trace, TraceDict
-from .errors import ModelError, ReplayError
-from .families.addresses import Projection, Site
-from .families.table import FAMILIES, Family
-from .generation import Score
-from .hooks import capture, patch
-from .loading.load import load
-from .prompts import Patch, Prompt, collate
-from .vlm import VisionLanguageModel
+import lazy_loader
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "ModelError",
-    "Patch",
-    "Projection",
-    "Prompt",
-    "ReplayError",
-    "Score",
-    "Site",
-    "Trace",
-    "TraceDict",
-    "VisionLanguageModel",
-    "capture",
-    "collate",
-    "load",
-    "patch",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

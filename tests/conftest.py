@@ -1,10 +1,8 @@
 """Models with random weights, one per family, saved to a temporary folder and opened like any other; and pictures."""
 
 import os
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
-sys.path.insert(0, os.path.dirname(__file__))  # tests are imported by their paths, which finds no neighbours
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -36,7 +36,7 @@ def swap_of(world: World, case: EditCase) -> mt.SwapImage:
 
 
 @pytest.fixture(scope="module")
-def located(tiny_vlm, world) -> tuple[mt.LocatedEdit, tuple[EditCase, ...]]:
+def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, ...]]:
     """Facts of the part for choosing, traced and edited one at a time."""
     cases = world.edit_cases("outdated", "choose")[:CASES]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
@@ -144,7 +144,7 @@ def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
     assert page.count("<mark>") == 2
-    assert mt.AverageTrace.load(tmp_path / "demo" / "trace.safetensors").count == 2
+    assert mt.tracing.AverageTrace.load(tmp_path / "demo" / "trace.safetensors").count == 2
     assert mt.Delta.load(tmp_path / "demo" / "edit_02.safetensors").requests
 
 

@@ -75,7 +75,9 @@ def read(root: Path) -> list[Source]:
         path = file.relative_to(root)
         parts = [*path.parent.parts, *([] if path.stem == "__init__" else [path.stem])]
         module = ".".join(parts if path.parts[0] == "tests" else ["multrace", *parts])
-        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(path))
+        text = file.read_text(encoding="utf-8")
+        stub = file.with_suffix(".pyi")  # what a lazy face imports when a name is first used
+        tree = ast.parse(text + stub.read_text(encoding="utf-8") if stub.is_file() else text, filename=str(path))
         sources.append(
             Source(path=path.as_posix(), module=module, is_package=path.stem == "__init__", tree=tree),
         )
@@ -211,6 +213,12 @@ BAD = [  # name, rule, files, what the complaint must say
     ("root uses scripts", floors, {"__init__.py": "from .scripts.b import c", "scripts/b.py": ""}, "the root may not"),
     ("library uses root", floors, {"__init__.py": "", "tracing/a.py": "from .. import load"}, "tracing may not use it"),
     ("hidden in a function", floors, {"models/a.py": "def f():\n  from ..data import b", "data/b.py": ""}, "models/"),
+    (
+        "root uses scripts lazily",
+        floors,
+        {"__init__.py": "", "__init__.pyi": "from .scripts.b import c", "scripts/b.py": ""},
+        "the root may not",
+    ),
     ("module is not there", floors, {"models/a.py": "from .gone import b"}, "models.gone, which does not exist"),
     ("cycle of two", cycles, {"models/a.py": "from .b import c", "models/b.py": "from . import a"}, "import cycle"),
     (

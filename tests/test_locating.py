@@ -67,7 +67,7 @@ def weights_stay(tiny_vlm: VisionLanguageModel):
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_vlm.model.state_dict().items())
 
 
-def slow_site(trace: mt.CausalTrace | mt.AverageTrace, fraction: float = 0.25) -> tuple[int, str, int]:
+def slow_site(trace: mt.CausalTrace | mt.tracing.AverageTrace, fraction: float = 0.25) -> tuple[int, str, int]:
     """(layer, token, onset): the rule in plain words."""
     hidden, mlp = trace.indirect_effect("hidden").tolist(), trace.indirect_effect("mlp").tolist()
     found = []
@@ -136,7 +136,7 @@ def test_traces_of_something_else_are_refused(tiny_vlm: VisionLanguageModel, fac
     with pytest.raises(mt.TraceError, match="this trace is of the question .*trace the prompt that is to be edited"):
         locate(tiny_vlm, facts.requests, traces=located.traces[::-1])
     for other in (replace(located.traces[0], model="another"), replace(located.trace, model="another")):
-        given = other if isinstance(other, mt.AverageTrace) else [other]
+        given = other if isinstance(other, mt.tracing.AverageTrace) else [other]
         with pytest.raises(mt.TraceError, match="this trace is of 'another'"):
             locate(tiny_vlm, facts.requests[:1], traces=given)
     with pytest.raises(mt.TraceError, match="3 requests with 2 traces"):
@@ -149,12 +149,14 @@ def test_traces_of_something_else_are_refused(tiny_vlm: VisionLanguageModel, fac
 
 
 @pytest.fixture(scope="module")
-def edited(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located) -> mt.LocatedEdit:
+def edited(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located) -> mt.workflow.LocatedEdit:
     """Three facts at three sites in one delta."""
     return locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, each=True)
 
 
-def test_facts_at_different_sites_become_one_delta(tiny_vlm: VisionLanguageModel, facts: Facts, edited: mt.LocatedEdit):
+def test_facts_at_different_sites_become_one_delta(
+    tiny_vlm: VisionLanguageModel, facts: Facts, edited: mt.workflow.LocatedEdit
+):
     (delta,) = edited.deltas
     assert sorted(delta.changes) == [tiny_vlm.down_projection(layer).name for layer in (4, 5, 6)]
     assert [request["target"] for request in delta.requests] == facts.targets
@@ -165,7 +167,7 @@ def test_facts_at_different_sites_become_one_delta(tiny_vlm: VisionLanguageModel
 
 @pytest.mark.parametrize("index", range(3))
 def test_each_fact_owns_its_part_of_the_delta(
-    tiny_vlm: VisionLanguageModel, facts: Facts, edited: mt.LocatedEdit, index: int
+    tiny_vlm: VisionLanguageModel, facts: Facts, edited: mt.workflow.LocatedEdit, index: int
 ):
     others = [number for number in range(3) if number != index]
     with edited.deltas[0].without(*others).applied(tiny_vlm):

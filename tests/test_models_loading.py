@@ -7,7 +7,8 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace import FAMILIES, Family, ModelError
+from multrace import ModelError
+from multrace.models import FAMILIES, Family
 from multrace.models.families.table import family_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, MistralConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace import FAMILIES, Family, ModelError, VisionLanguageModel
+from multrace import ModelError, VisionLanguageModel
+from multrace.models import FAMILIES, Family
 from multrace.models.loading.proof import prove_addresses
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -10,9 +10,7 @@ import pytest
 import torch
 from exact_models import CHANGED, LENGTH, largest_difference, load_exact, make_runs, mixed_cells
 from multrace import VisionLanguageModel
-from multrace.models.replay import attention
-from multrace.models.replay import recording as layouts
-from multrace.models.replay import replay as replays
+from multrace.models.replay import attention, recording as layouts, replay as replays
 from multrace.models.replay.attention import Kernels, Segment
 from multrace.models.replay.recording import Index, Masks, Span
 from multrace.tracing.engine import plan as plans

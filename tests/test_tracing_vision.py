@@ -8,8 +8,9 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace import FAMILIES, ModelError, Prompt, VisionLanguageModel
+from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.data import tiny_vlm_path
+from multrace.models import FAMILIES
 from multrace.models.loading.proof import prove_addresses
 from multrace.tracing import (
     BlankImage,

@@ -1,0 +1,54 @@
+from .attention.cam import llava_cam as llava_cam
+from .attention.cam_result import RelevanceMap as RelevanceMap
+from .attention.contributions import attention_contributions as attention_contributions
+from .attention.contributions_average import (
+    AverageContributions as AverageContributions,
+    average_contributions as average_contributions,
+)
+from .attention.contributions_result import AttentionContributions as AttentionContributions
+from .attention.saliency import attention_saliency as attention_saliency
+from .attention.saliency_average import AverageSaliency as AverageSaliency, average_saliencies as average_saliencies
+from .attention.saliency_result import AttentionSaliency as AttentionSaliency
+from .attention.shares import attention_share as attention_share
+from .attention.shares_result import (
+    AttentionShare as AttentionShare,
+    AverageShare as AverageShare,
+    average_shares as average_shares,
+)
+from .causal.average import AverageTrace as AverageTrace, average as average
+from .causal.result import CausalTrace as CausalTrace
+from .causal.sites import CausalBlock as CausalBlock, EditSite as EditSite, Peak as Peak
+from .causal.trace import causal_trace as causal_trace
+from .corruptions.ablation import MeanAblation as MeanAblation, ZeroAblation as ZeroAblation
+from .corruptions.calibration import calibrate as calibrate
+from .corruptions.corruption import Corrupted as Corrupted, Corruption as Corruption
+from .corruptions.noise import ImageNoise as ImageNoise, PixelNoise as PixelNoise, TextNoise as TextNoise
+from .corruptions.parsing import parse_corruption as parse_corruption
+from .corruptions.pictures import (
+    BlankImage as BlankImage,
+    BlurImage as BlurImage,
+    MaskBoxes as MaskBoxes,
+    SwapImage as SwapImage,
+)
+from .corruptions.wording import ReplaceText as ReplaceText
+from .engine.plain import knockout_probability as knockout_probability
+from .engine.regions import Blocks as Blocks, Box as Box, box_positions as box_positions
+from .engine.report import EngineReport as EngineReport
+from .engine.settings import Engine as Engine
+from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
+from .failure.failure import failure_features as failure_features, predict_failure as predict_failure
+from .failure.result import FailureFeatures as FailureFeatures, FailurePrediction as FailurePrediction
+from .knockout.average import (
+    AverageKnockout as AverageKnockout,
+    FilteredQuestion as FilteredQuestion,
+    average_knockouts as average_knockouts,
+)
+from .knockout.groups import Flow as Flow
+from .knockout.knockout import attention_knockout as attention_knockout
+from .knockout.result import AttentionKnockout as AttentionKnockout, same_answer as same_answer
+from .lens.average import AverageLogitLens as AverageLogitLens, average_lenses as average_lenses
+from .lens.logit_lens import logit_lens as logit_lens
+from .lens.result import LogitLens as LogitLens
+from .pruning.average import AveragePruning as AveragePruning, average_prunings as average_prunings
+from .pruning.pruning import prune_image_tokens as prune_image_tokens
+from .pruning.result import ImagePruning as ImagePruning
