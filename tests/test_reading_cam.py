@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.models import Site
 from multrace.tracing import TraceError
 from multrace.tracing.attention.cam import llava_cam
@@ -187,7 +188,7 @@ def test_a_saved_map_comes_back_whole(smoothed, tmp_path):
     assert torch.equal(again.heat, found.heat)
     assert all(getattr(again, name) == getattr(found, name) for name in found.__dataclass_fields__ if name != "heat")
     replace(found, layers=(0,)).save(tmp_path / "torn.safetensors")
-    with pytest.raises(TraceError, match="another shape than its layers"):
+    with pytest.raises(ArtefactError, match="another shape than its layers"):
         RelevanceMap.load(tmp_path / "torn.safetensors")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact_models import SIZES, assemble, close
 from multrace import ModelError, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.models import Prompt, Site, capture
 from multrace.models.families.table import Family
@@ -296,7 +297,7 @@ def test_files_hold_everything(found, tmp_path):
     few = replace(found, head_contributions=None)
     assert AttentionContributions.load(few.save(tmp_path / "few.safetensors")).head_contributions is None
     replace(found, weights=found.weights[1:]).save(path)
-    with pytest.raises(TraceError, match="tensors are of other shapes"):
+    with pytest.raises(ArtefactError, match="tensors are of other shapes"):
         AttentionContributions.load(path)
 
 
@@ -331,7 +332,7 @@ def test_drawings_say_what_they_show(found, random_llava_llama, photo, other_pho
     assert "<!-- layer 1 -->" in text_of(found.overlay(tmp_path / "e.svg", prompt, of="weight"))
     with pytest.raises(TraceError, match="of another prompt"):
         found.overlay(tmp_path / "f.png", random_llava_llama.prompt(other_photo, "What colour?"))
-    with pytest.raises(TraceError, match="no format '.gif'"):
+    with pytest.raises(ArtefactError, match="no format '.gif'"):
         found.plot(tmp_path / "f.gif")
     with pytest.raises(TraceError, match="no layers to draw"):
         found.plot_histogram(tmp_path / "f.png", layers=[])
@@ -368,7 +369,7 @@ def test_one_prompt_has_no_interval_and_unlike_ones_no_average(found, tmp_path, 
     assert bool(one.to_dataframe()["low"].isna().all())
     assert "95%" not in text_of(one.plot(tmp_path / "one.svg"))
     text_of(one.plot_histogram(tmp_path / "bars.svg", [0]))
-    with pytest.raises(TraceError, match="at least two"):
+    with pytest.raises(ArtefactError, match="at least two"):
         one.interval("constraint")
     for ask, text in (
         (lambda: average_contributions([]), "no contributions to average"),

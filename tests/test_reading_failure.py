@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact_models import close
 from multrace import ModelError, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.artefacts.auroc import auroc, bootstrap_counts, weighted_auroc
 from multrace.data import World
 from multrace.tracing import TraceError
@@ -280,7 +281,7 @@ def test_files_hold_everything(prediction, labels, tmp_path):
         (FailurePrediction, replace(prediction, areas=prediction.areas[1:])),
         (FailureFeatures, replace(features, weights=features.weights[1:])),
     ):
-        with pytest.raises(TraceError, match="tensors are of other shapes"):
+        with pytest.raises(ArtefactError, match="tensors are of other shapes"):
             result.load(broken.save(tmp_path / "broken.safetensors"))
 
 
@@ -301,7 +302,7 @@ def test_tables_summaries_and_drawings(prediction, tmp_path):
     drawn = prediction.plot(tmp_path / "roc.svg").read_text(encoding="utf-8")
     for label in ("probability of the first token", "AUROC with its 95% interval", f"{prediction.auroc('weight'):.2f}"):
         assert f"<!-- {label} -->" in drawn, label
-    with pytest.raises(TraceError, match="no format '.jpg'"):
+    with pytest.raises(ArtefactError, match="no format '.jpg'"):
         prediction.plot(tmp_path / "roc.jpg")
     with pytest.raises(TraceError, match="no score 'luck'; this prediction has contribution"):
         prediction.auroc("luck")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.models.replay.observe import attention_function
 from multrace.tracing import TraceError
@@ -168,7 +169,7 @@ def test_a_saved_saliency_comes_back_whole(found, tmp_path):
     others = [name for name in saliency.__dataclass_fields__ if name != "saliency"]
     assert all(getattr(again, name) == getattr(saliency, name) for name in others)
     replace(saliency, queries=(1,)).save(tmp_path / "torn.safetensors")
-    with pytest.raises(TraceError, match="another shape than its layers, queries and tokens"):
+    with pytest.raises(ArtefactError, match="another shape than its layers, queries and tokens"):
         AttentionSaliency.load(tmp_path / "torn.safetensors")
 
 

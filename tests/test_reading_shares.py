@@ -6,6 +6,7 @@ import multrace
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.tracing import TraceError
 from multrace.tracing.attention.shares import attention_share
 from multrace.tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
@@ -123,7 +124,7 @@ def test_averages_have_the_interval_of_student(several):
     assert line[["share", "low", "high", "n"]].tolist() == [*expected, 4]
     single = average_shares(several[:1])
     assert single.to_dataframe()["low"].isna().all()
-    with pytest.raises(TraceError, match="at least two traces"):
+    with pytest.raises(ArtefactError, match="at least two traces"):
         single.interval()
 
 
@@ -147,10 +148,10 @@ def test_saved_shares_come_back_whole(several, tmp_path):
     mean = average_shares(several)
     loaded = AverageShare.load(mean.save(tmp_path / "mean.safetensors"))
     assert torch.equal(loaded.prompt_shares, mean.prompt_shares) and loaded.parts == mean.parts
-    with pytest.raises(TraceError, match="load another file"):
+    with pytest.raises(ArtefactError, match="load another file"):
         AttentionShare.load(tmp_path / "mean.safetensors")
     replace(whole, parts={"all": (0,)}).save(tmp_path / "torn.safetensors")
-    with pytest.raises(TraceError, match="another shape than its parts"):
+    with pytest.raises(ArtefactError, match="another shape than its parts"):
         AttentionShare.load(tmp_path / "torn.safetensors")
 
 

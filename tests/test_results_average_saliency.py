@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.tracing import TraceError
 from multrace.tracing.attention.saliency_average import AverageSaliency, average_saliencies
 from multrace.tracing.attention.saliency_result import AttentionSaliency
@@ -95,7 +96,7 @@ def test_a_flow_that_only_a_later_prompt_has_is_averaged():
 def test_a_single_prompt_is_its_own_mean_without_an_interval(tmp_path: Path):
     single = average_saliencies(FOUR[:1])
     assert is_close(single.of(TO_LAST), [1e-6, 1e-2, math.nan])
-    with pytest.raises(TraceError, match="at least two traces"):
+    with pytest.raises(ArtefactError, match="at least two traces"):
         single.interval(TO_LAST)
     table = single.to_dataframe()
     assert table["low"].isna().all() and table["high"].isna().all() and set(table["n"]) == {0, 1}
@@ -141,9 +142,9 @@ def test_a_saved_average_comes_back_whole(tmp_path: Path):
         ({"prompt_flows": average.prompt_flows - 1}, "below zero"),
     ):
         broken = replace(average, **changes).save(tmp_path / "broken.safetensors")
-        with pytest.raises(TraceError, match=message):
+        with pytest.raises(ArtefactError, match=message):
             AverageSaliency.load(broken)
-    with pytest.raises(TraceError, match="load another file"):
+    with pytest.raises(ArtefactError, match="load another file"):
         AverageSaliency.load(FOUR[0].save(tmp_path / "one.safetensors"))
 
 
@@ -154,7 +155,7 @@ def test_a_plot_has_bands_a_gap_for_zeros_and_says_what_is_missing(tmp_path: Pat
         assert words in drawn, words
     plain = average_saliencies([saliency_of([1e-3, 1e-2, 1e-1])] * 2).plot(tmp_path / "plain.svg").read_text()
     assert "95% intervals" in plain and "(n = " not in plain and "is zero" not in plain
-    with pytest.raises(TraceError, match="png"):
+    with pytest.raises(ArtefactError, match="png"):
         mixed.plot(tmp_path / "mixed.txt")
 
 

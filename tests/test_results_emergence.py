@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.tracing import TraceError
 from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens, average_lenses
@@ -117,9 +118,9 @@ def test_saved_and_loaded_it_is_the_same(emergence, tmp_path):
         else:
             assert new == old and repr(new) == repr(old), name
     broken = replace(emergence, ranks=emergence.ranks[:, :1])
-    with pytest.raises(TraceError, match="its tensors are of other shapes than its positions"):
+    with pytest.raises(ArtefactError, match="its tensors are of other shapes than its positions"):
         LogitLens.load(broken.save(tmp_path / "broken.safetensors"))
-    with pytest.raises(TraceError, match="holds 'multrace answer emergence 1', not 'multrace average emergence 1'"):
+    with pytest.raises(ArtefactError, match="holds 'multrace answer emergence 1', not 'multrace average emergence 1'"):
         AverageLogitLens.load(tmp_path / "deep" / "e.safetensors")
 
 
@@ -170,7 +171,7 @@ def test_lines_are_drawn_for_every_followed_token_and_both_norms(emergence, tmp_
     assert text.count("<!-- rank -->") == 2 and "read at last (':')" in text
     assert "constraint 1" in labels(emergence.plot(tmp_path / "other.svg", position="constraint 1"))
     assert colours(emergence.plot(tmp_path / "lines.png")) > 100
-    with pytest.raises(TraceError, match="no format '.bmp'"):
+    with pytest.raises(ArtefactError, match="no format '.bmp'"):
         emergence.plot(tmp_path / "lines.bmp")
 
 
@@ -219,7 +220,7 @@ def test_the_average_of_one_is_itself_without_an_interval(emergence, tmp_path):
     assert average.position_role == "last"
     for norm in NORMS:
         assert torch.equal(average.mean(CAPITALISED, norm=norm), emergence.probability(CAPITALISED, norm=norm))
-    with pytest.raises(TraceError, match="an interval needs at least two"):
+    with pytest.raises(ArtefactError, match="an interval needs at least two"):
         average.interval(CAPITALISED)
     assert average.to_dataframe()["low"].isna().all()
     assert colours(average.plot(tmp_path / "one.png")) > 50
@@ -262,7 +263,7 @@ def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     assert line[["mean", "low", "high", "n"]].iloc[0].tolist() == wanted
     assert set(frame[frame["role"] == "word red"]["n"]) == {1}
     broken = replace(average, questions=("one",))
-    with pytest.raises(TraceError, match="other shapes than its prompts and roles"):
+    with pytest.raises(ArtefactError, match="other shapes than its prompts and roles"):
         AverageLogitLens.load(broken.save(tmp_path / "broken.safetensors"))
 
 

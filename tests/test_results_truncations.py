@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.artefacts.proportions import wilson_interval
 from multrace.tracing import EngineReport, TraceError
 from multrace.tracing.pruning.average import AveragePruning, average_prunings
@@ -121,9 +122,9 @@ def test_a_truncation_comes_back_from_its_file(tmp_path):
     assert (back.keep, back.layers, back.answers) == (found.keep, found.layers, found.answers)
     pd.testing.assert_frame_equal(back.to_dataframe(), found.to_dataframe())
     broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
-    with pytest.raises(TraceError, match="of other shapes than its keeps, layers and scores"):
+    with pytest.raises(ArtefactError, match="of other shapes than its keeps, layers and scores"):
         ImagePruning.load(broken)
-    with pytest.raises(TraceError, match="not 'multrace average truncation 1'"):
+    with pytest.raises(ArtefactError, match="not 'multrace average truncation 1'"):
         AveragePruning.load(tmp_path / "truncation.safetensors")
 
 
@@ -144,7 +145,7 @@ def test_pictures_show_curves_levels_and_savings(tmp_path):
     for words in [*shown, "every image token (baseline)", "no image token at all (floor)", "saved"]:
         assert f"<!-- {words} -->" in text, words
     assert found.plot(tmp_path / "one.png", "answer").stat().st_size > 3000
-    with pytest.raises(TraceError, match="no format '.gif'"):
+    with pytest.raises(ArtefactError, match="no format '.gif'"):
         found.plot(tmp_path / "one.gif")
 
 
@@ -265,7 +266,7 @@ def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
     assert (line.accuracy, line.baseline_accuracy, line.floor_accuracy, line.n) == (0.5, 1.0, 0.0, 2)
     assert 0 < line.low < 0.5 < line.high < 1 and line.baseline == pytest.approx(0.8)
     broken = replace(average, floor=average.floor[:1]).save(tmp_path / "broken.safetensors")
-    with pytest.raises(TraceError, match="of other shapes than its questions"):
+    with pytest.raises(ArtefactError, match="of other shapes than its questions"):
         AveragePruning.load(broken)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.artefacts.intervals import student_quantile
 from multrace.tracing import CausalTrace, SwapImage, TraceError, average, causal_trace
 
@@ -50,7 +51,7 @@ def test_an_average_of_one_trace_says_what_the_trace_says(traced):
     assert mean.edit_site() == traced.edit_site()
     assert mean.onset("last") == traced.onset("last")
     assert [block.row for block in mean.causal_blocks()] == [block.row for block in traced.causal_blocks()]
-    with pytest.raises(TraceError, match="needs at least two traces"):
+    with pytest.raises(ArtefactError, match="needs at least two traces"):
         mean.interval("mlp")
 
 

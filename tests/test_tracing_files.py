@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from multrace.tracing import AverageTrace, CausalTrace, EngineReport, TraceError, average
+from multrace.artefacts import ArtefactError
+from multrace.tracing import AverageTrace, CausalTrace, EngineReport, average
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -134,11 +135,11 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
         "shapes": "of other shapes than its rows, layers and metrics",
     }
     for name, message in cases.items():
-        with pytest.raises(TraceError) as caught:
+        with pytest.raises(ArtefactError) as caught:
             CausalTrace.load(tmp_path / name)
         assert message in str(caught.value), name
         assert name in str(caught.value)
-    with pytest.raises(TraceError, match="not 'multrace average trace 2'"):
+    with pytest.raises(ArtefactError, match="not 'multrace average trace 2'"):
         AverageTrace.load(path)
     assert CausalTrace.load(path).kinds == traced.kinds
 
@@ -161,7 +162,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(traced, tmp_path):
     before = everything_in(tmp_path)
     for write in (traced.save, traced.plot, average([traced]).save, average([traced]).plot, traced.save_rome):
         for target in (tmp_path / "file" / "out.png", tmp_path / "folder.png"):
-            with pytest.raises(TraceError, match="cannot write .* choose a folder that you may write to"):
+            with pytest.raises(ArtefactError, match="cannot write .* choose a folder that you may write to"):
                 write(target)
     assert everything_in(tmp_path) == before
 
@@ -174,7 +175,7 @@ def test_an_interrupted_write_keeps_the_old_file(traced, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(TraceError, match="No space left on device"):
+    with pytest.raises(ArtefactError, match="No space left on device"):
         replace(traced, seed=5).save(path)
     assert path.read_bytes() == old
     assert everything_in(tmp_path) == ["trace.safetensors"]

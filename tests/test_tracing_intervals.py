@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.artefacts.intervals import mean_interval, student_below, student_quantile
-from multrace.tracing import TraceError
 
 CELLS, PROMPTS, ROUNDS = 48, 12, 1500
 
@@ -79,5 +79,5 @@ def test_missing_values_are_left_out():
     assert (low[1] + high[1]) / 2 == pytest.approx(2.0)
     low, high = mean_interval(torch.tensor([[1.0], [torch.nan]]))
     assert low.isnan().all() and high.isnan().all()
-    with pytest.raises(TraceError, match="needs at least two traces"):
+    with pytest.raises(ArtefactError, match="needs at least two traces"):
         mean_interval(torch.zeros(1, 2))

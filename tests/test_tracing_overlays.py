@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.artefacts.drawing.overlay import over_patches, strongest
 from multrace.tracing import Blocks, Box, CausalTrace, TraceError
 from multrace.tracing.engine.rows import resolve_rows
@@ -91,7 +92,7 @@ def test_the_strongest_layers_are_drawn_unless_others_are_asked(random_llava, ma
 def test_rows_that_are_no_part_of_the_picture_are_refused(random_llava, photo, traced, tmp_path, positions):
     prompt = random_llava.prompt(photo, QUESTION)
     trace = trace_of(traced, prompt, positions, torch.ones(len(resolve_rows(prompt, positions)), 6))
-    with pytest.raises(TraceError, match="no row of this trace is a part of the picture"):
+    with pytest.raises(ArtefactError, match="no row of this trace is a part of the picture"):
         trace.overlay(tmp_path / "over.png", prompt)
 
 
@@ -104,7 +105,7 @@ def test_other_prompts_layers_and_formats_are_refused(random_llava, photo, trace
     for layers in ((6,), (-1,), ()):
         with pytest.raises(TraceError, match="pass some of 0 to 5"):
             trace.overlay(tmp_path / "over.png", prompt, layers=layers)
-    with pytest.raises(TraceError, match="no format '.gif'"):
+    with pytest.raises(ArtefactError, match="no format '.gif'"):
         trace.overlay(tmp_path / "over.gif", prompt)
     with pytest.raises(TraceError, match="no 'mlp' effects"):
         trace.overlay(tmp_path / "over.png", prompt, kind="mlp")

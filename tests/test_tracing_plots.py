@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.tracing import CausalTrace, TraceError, average
 from PIL import Image
 
@@ -31,7 +32,7 @@ def test_every_format_is_drawn_and_others_are_refused(traced, tmp_path):
         assert traced.plot(tmp_path / name).stat().st_size > 1000
     with Image.open(tmp_path / "trace.png") as image:
         assert image.width > 600 and len(image.getcolors(100_000)) > 50
-    with pytest.raises(TraceError, match=r"no format '.bmp'; end the name in .png, .pdf or .svg"):
+    with pytest.raises(ArtefactError, match=r"no format '.bmp'; end the name in .png, .pdf or .svg"):
         traced.plot(tmp_path / "trace.bmp")
     with pytest.raises(TraceError, match="no 'attention' effects in this trace"):
         traced.plot(tmp_path / "trace.png", kinds=["attention"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
+from multrace.artefacts import ArtefactError
 from multrace.models.replay.recording import Span
 from multrace.models.replay.replay import Replay
 from multrace.tracing import CausalTrace, ImageNoise, TextNoise, TraceError, causal_trace
@@ -151,14 +152,14 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(random_llava_llama, prom
     trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
     damage(path)
     content = path.read_bytes()
-    with pytest.raises(TraceError, match=r"cells.*is not a readable safetensors file"):
+    with pytest.raises(ArtefactError, match=r"cells.*is not a readable safetensors file"):
         trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
     assert path.read_bytes() == content
 
 
 def test_a_saved_trace_is_no_checkpoint(random_llava_llama, prompt, tmp_path):
     path = trace(random_llava_llama, prompt, SMALL).save(tmp_path / "trace.safetensors")
-    with pytest.raises(TraceError, match="holds 'multrace causal trace"):
+    with pytest.raises(ArtefactError, match="holds 'multrace causal trace"):
         trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
 
 
