@@ -1,4 +1,7 @@
-"""What a trace scores: probability, log probability or logit difference of an answer, or any function of logits."""
+"""The scores of an answer: its probability, log probability or logit difference, or any function of logits.
+
+Causal traces, attention knockouts and pruning all score through `Scoring`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +14,8 @@ from ..errors import TraceError
 from .cells import Measure
 
 METRICS = ("probability", "log_probability", "logit_difference")
+FIRST, WHOLE = "first token", "answer"
+"""Scores of knockouts and pruning: the probability of the answer's first token, and of all its tokens."""
 
 Metric = str | Callable[[Tensor], Tensor]
 """A name of `METRICS`, or a function from logits (row, answer position, vocab) to scores (row,)."""
@@ -20,24 +25,29 @@ _LONGEST_FOIL = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoring:
-    """The tokens that are scored, and how."""
+    """The tokens that are scored, and the metrics that score them."""
 
     metrics: tuple[Metric, ...]
     answer_ids: tuple[int, ...]
-    """The answer's first token, or all of them."""
-    foil_ids: tuple[int, ...]
+    """The answer's first token, or all of its tokens."""
+    foil_ids: tuple[int, ...] = ()
     """The tokens that a logit difference subtracts."""
-    is_predicted: bool
+    is_predicted: bool = True
     """The answer's first token is the likeliest one after the clean prompt."""
+
+    @classmethod
+    def of_answer(cls, ids: Sequence[int], *, whole: bool) -> "Scoring":
+        """The scoring of knockouts and pruning: the first token's probability and, if `whole`, that of all tokens."""
+        return cls(metrics=(FIRST, WHOLE) if whole else (FIRST,), answer_ids=tuple(ids))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the metrics are called; functions by their own name."""
+        """The names of the metrics; functions go by their own name."""
         return tuple(_name(metric) for metric in self.metrics)
 
     @property
     def branches(self) -> tuple[tuple[tuple[int, ...], Measure], ...]:
-        """The token sequences that follow the prompt, each with what is measured there.
+        """The token sequences that follow the prompt, each with the function that scores it.
 
         The first one measures every metric and, last, the answer's probability. A foil of several tokens is predicted
         after other tokens than the answer's and needs a second sequence, on which only its logits are summed.
@@ -46,7 +56,7 @@ class Scoring:
         return (answer, (self.foil_ids, self._foil_logits)) if len(self.foil_ids) > 1 else (answer,)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """(..., metric, sample): what all branches have measured (.., column, sample), put together."""
+        """Scores (..., metric, sample) from the columns (..., column, sample) that the branches measured."""
         scores = parts[0][..., : len(self.metrics), :].clone()
         for index, metric in enumerate(self.metrics):
             if metric == "logit_difference" and len(parts) > 1:
@@ -54,20 +64,34 @@ class Scoring:
         return scores
 
     def _measure(self, logits: Tensor) -> Tensor:
-        """(row, metric + 1) float64 from (row, answer position, vocab)."""
+        """Columns (row, metric + 1) float64 from logits (row, answer position, vocab)."""
         logits = logits.double()
         chosen = logits[:, range(len(self.answer_ids)), list(self.answer_ids)]
-        log_probability = (chosen - logits.logsumexp(-1)).sum(-1)
-        values = {"probability": log_probability.exp(), "log_probability": log_probability}
+        each = chosen - _finite(logits.logsumexp(-1))
+        log_probability = each.sum(-1)
+        probability = log_probability.exp()
+        values = {"probability": probability, "log_probability": log_probability}
+        values |= {FIRST: each[:, 0].exp(), WHOLE: probability}
         if len(self.foil_ids) > 0:
             foil = logits[:, 0, self.foil_ids[0]] if len(self.foil_ids) == 1 else 0.0
             values["logit_difference"] = chosen.sum(-1) - foil
         columns = [values[metric] if isinstance(metric, str) else _called(metric, logits) for metric in self.metrics]
-        return torch.stack([*columns, values["probability"]], dim=-1)
+        return torch.stack([*columns, probability], dim=-1)
 
     def _foil_logits(self, logits: Tensor) -> Tensor:
         """(row, 1) float64: the sum of the foil's own logits."""
-        return logits.double()[:, range(len(self.foil_ids)), list(self.foil_ids)].sum(-1, keepdim=True)
+        chosen = logits.double()[:, range(len(self.foil_ids)), list(self.foil_ids)]
+        return _finite(chosen.sum(-1, keepdim=True))
+
+
+def _finite(values: Tensor) -> Tensor:
+    """The values, if none of them is infinite or no number."""
+    if not bool(values.isfinite().all()):
+        raise TraceError(
+            "the model computes logits that are not finite, so nothing can be scored: a number overflowed or a weight "
+            "is damaged; load it with a dtype of a wider range, such as 'bfloat16', or load an intact checkpoint"
+        )
+    return values
 
 
 def _name(metric: Metric) -> str:
@@ -99,15 +123,17 @@ def choose_scoring(
     whole_answer: bool,
     metrics: Metric | Sequence[Metric],
 ) -> Scoring:
-    """The scoring of a trace whose clean and corrupted embeddings (sample, token, hidden) are these.
+    """Return the scoring of a trace with these clean and corrupted embeddings (sample, token, hidden).
 
-    answer: None for the model's own. foil: None for the corrupted run's answer (its likeliest token that is not the
-    answer's), if a logit difference is asked for. whole_answer: all tokens instead of the first. TraceError for an
-    unknown metric, and for a foil that no metric asks for or that is scored by the answer's tokens.
+    Without an answer, the model's own is scored. Without a foil, a logit difference subtracts the corrupted run's
+    answer (its likeliest token that is not the answer's). Raises `TraceError` for an unknown metric, and for a foil
+    that no metric asks for or that is scored by the same tokens as the answer.
     """
     metrics = _checked(metrics)
     predicted = int(vlm.next_token_probabilities(runs[0][:1])[0].argmax())
-    answer_ids = _answer_ids(vlm, prompt, predicted, answer, whole_answer)
+    if answer is None and whole_answer:
+        answer = vlm.answers([prompt])[0]
+    answer_ids = (predicted,) if answer is None else scored_ids(prompt, answer, whole=whole_answer)
     foil_ids: tuple[int, ...] = ()
     if foil is not None and "logit_difference" not in metrics:
         raise TraceError("a foil plays no part without metrics='logit_difference'; ask for it or leave out the foil")
@@ -140,14 +166,10 @@ def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
     return found
 
 
-def _answer_ids(
-    vlm: VisionLanguageModel, prompt: Prompt, predicted: int, answer: str | None, whole: bool
-) -> tuple[int, ...]:
-    """The scored tokens: all of the given answer or of the model's own, or only the first."""
-    if answer is None and not whole:
-        return (predicted,)
-    if answer is None and not (answer := vlm.answers([prompt])[0]):
-        raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
+def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int, ...]:
+    """Return the answer's scored tokens: the first, or all if `whole`. Raises `TraceError` for an empty answer."""
+    if answer is None or not answer.strip():
+        raise TraceError(f"the answer to {prompt.question!r} is empty; pass answer= to score another")
     ids = prompt.with_answer(answer).answer_ids
     return ids if whole else ids[:1]
 

@@ -1,7 +1,6 @@
 """Attention knockout: what the answer loses when one group of tokens no longer hears another, in a window of layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +12,11 @@ from ..engine.edge_measure import MeasuredEdges, measure_edges
 from ..engine.edges import EdgeCell, EdgeRun
 from ..engine.grid import window_layers
 from ..engine.regions import Box
+from ..engine.scoring import Scoring, scored_ids
 from ..engine.settings import Engine
 from ..errors import TraceError
 from .groups import Edges, Flow, Groups, default_flows
 from .result import AttentionKnockout
-
-FIRST, WHOLE = "first token", "answer"
 
 
 def attention_knockout(
@@ -55,10 +53,9 @@ def attention_knockout(
     if generated is None and (gold is not None or (whole_answer and answer is None)):
         generated = vlm.answers([prompt])[0]
     embeddings = vlm.embed(prompt)
-    scored_answer = generated if answer is None and whole_answer else answer
-    scoring = _scoring(vlm, prompt, embeddings, scored_answer, whole_answer)
+    scoring = _scoring(vlm, prompt, embeddings, generated if answer is None and whole_answer else answer, whole_answer)
     first = embeddings.shape[1] - 1
-    scored = tuple(range(first, first + len(scoring.ids)))
+    scored = tuple(range(first, first + len(scoring.answer_ids)))
     groups = Groups(vlm=vlm, prompt=prompt, boxes=tuple(boxes), predicting=scored)
     asked = default_flows(prompt, boxes) if flows is None else ([flows] if isinstance(flows, str | Flow) else flows)
     named = _by_head(vlm, [groups.edges(flow) for flow in asked], heads)
@@ -66,33 +63,17 @@ def attention_knockout(
     cells = [
         EdgeCell(cut=cut, first=start, last=end) for _, cut in named for start, end in spans.flatten(0, 1).tolist()
     ]
-    run = EdgeRun(embeddings=vlm.extend(embeddings, scoring.ids), scored=scored)
+    run = EdgeRun(embeddings=vlm.extend(embeddings, scoring.answer_ids), scored=scored)
     with tqdm(total=len(cells), desc="cutting", unit="cell", disable=not progress) as bar:
-        found = measure_edges(vlm, run, cells, scoring.measure, engine=engine or Engine(), bar=bar)
+        found = measure_edges(vlm, run, cells, scoring.branches[0][1], engine=engine or Engine(), bar=bar)
     return _result(vlm, prompt, named, (chosen, spans), (scoring, found), {"gold": gold, "generated": generated})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scoring:
-    """The answer's tokens, and their probabilities."""
-
-    ids: tuple[int, ...]
-    names: tuple[str, ...]
-
-    def measure(self, logits: Tensor) -> Tensor:
-        """(row, score) float64 from logits (row, answer position, vocab)."""
-        logits = logits.double()
-        chosen = logits[:, range(len(self.ids)), list(self.ids)] - logits.logsumexp(-1)
-        return torch.stack([chosen[:, 0].exp(), chosen.sum(-1).exp()][: len(self.names)], dim=-1)
-
-
-def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> _Scoring:
-    if whole and not (answer or "").strip():
-        raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to score another")
-    if not (answer or "").strip():
-        return _Scoring(ids=(int(vlm.next_token_probabilities(embeddings)[0].argmax()),), names=(FIRST,))
-    ids = prompt.with_answer(answer).answer_ids
-    return _Scoring(ids=ids if whole else ids[:1], names=(FIRST, WHOLE) if whole else (FIRST,))
+def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> Scoring:
+    """The scoring of this answer, or of the token that the model predicts if there is none."""
+    if answer is None and not whole:
+        return Scoring.of_answer([int(vlm.next_token_probabilities(embeddings)[0].argmax())], whole=False)
+    return Scoring.of_answer(scored_ids(prompt, answer, whole=whole), whole=whole)
 
 
 def _checked_windows(vlm: VisionLanguageModel, windows: Sequence[int] | None) -> tuple[int, ...]:
@@ -141,7 +122,7 @@ def _result(
     prompt: Prompt,
     named: Sequence[tuple[str, Cut]],
     layers: tuple[tuple[int, ...], Tensor],
-    measured: tuple[_Scoring, MeasuredEdges],
+    measured: tuple[Scoring, MeasuredEdges],
     answers: dict[str, str | None],
 ) -> AttentionKnockout:
     windows, spans = layers
@@ -160,10 +141,10 @@ def _result(
         spans=spans,
         layers=vlm.layers,
         scores=scoring.names,
-        answer=vlm.tokenizer.decode(list(scoring.ids)).strip(),
-        answer_ids=scoring.ids,
-        clean=found.clean,
-        probabilities=found.scores.T.reshape(-1, *shape).contiguous(),
+        answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
+        answer_ids=scoring.answer_ids,
+        clean=found.clean[:-1],
+        probabilities=found.scores[:, :-1].T.reshape(-1, *shape).contiguous(),
         free=found.free.reshape(shape),
         engine=found.report,
         **answers,

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ..engine.edge_measure import MeasuredEdges, measure_edges
 from ..engine.edges import EdgeCell, EdgeRun
+from ..engine.scoring import FIRST, WHOLE, Scoring
 from ..engine.settings import Engine
 from ..errors import TraceError
 from ..groups import group_positions
@@ -18,7 +18,7 @@ from .dropping import Drop, drop_others, kept_tokens
 from .greedy import Ids, Limits, greedy_ids, own_ids
 from .result import ImagePruning
 
-SCORES = ("first token", "answer")
+SCORES = (FIRST, WHOLE)
 
 
 def prune_image_tokens(
@@ -76,11 +76,7 @@ def _measured(
     def cells(length: int) -> list[EdgeCell]:
         return [drop.cell(length, vlm.layers) for drop in distinct]
 
-    def measure(logits: Tensor) -> Tensor:
-        logits = logits.double()
-        chosen = logits[:, range(len(ids)), list(ids)] - logits.logsumexp(-1)
-        return torch.stack([chosen[:, 0].exp(), chosen.sum(-1).exp()], dim=-1)
-
+    measure = Scoring.of_answer(ids, whole=True).branches[0][1]
     last = embeddings.shape[1] - 1
     run = EdgeRun(embeddings=vlm.extend(embeddings, ids), scored=tuple(range(last, last + len(ids))))
     with tqdm(total=len(distinct), desc="truncating", unit="cell", disable=not progress) as bar:
@@ -107,9 +103,9 @@ def _result(
         depth=vlm.layers,
         scores=SCORES,
         answer=vlm.decode(asked["answer_ids"]).strip(),
-        baseline=found.clean,
-        floor=found.scores[0],
-        probabilities=found.scores[1:].T.reshape(-1, rows, columns).contiguous(),
+        baseline=found.clean[:-1],
+        floor=found.scores[0, :-1],
+        probabilities=found.scores[1:, :-1].T.reshape(-1, rows, columns).contiguous(),
         baseline_answer=baseline,
         floor_answer=floor,
         answers=tuple(tuple(answers[row * columns : (row + 1) * columns]) for row in range(rows)),
