@@ -9,25 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from .errors import ModelError
 from .prompts import Prompt, collate
-
-_NEUTRAL = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "return_dict_in_generate": False,
-}
-"""Values that change nothing; None would not do, since `generate` fills it with the model's own setting again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +33,7 @@ class Score:
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, progress: bool
 ) -> list[str]:
-    """One greedy answer per prompt, special tokens and outer blanks removed, in the order given.
+    """Return one greedy answer per prompt in the order given, without special tokens and outer blanks.
 
     Answers that prompts carry are left out. Rows are padded on the left and masked, so a batch gives what its prompts
     give one by one, up to floating-point rounding of the logits (a tie within it may fall either way).
@@ -56,29 +41,43 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ModelError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
     settings = _greedy(model, tokenizer, max_new_tokens)
+    decoding = _with_settings(model, settings)
     answers: list[str] = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc="answering", unit="batch", disable=not progress):
         chunk = [prompt.with_answer(None) for prompt in prompts[start : start + batch_size]]
         inputs, _ = collate(chunk, tokenizer, side="left")
         with torch.no_grad():
-            ids = model.generate(**inputs, generation_config=settings)
+            ids = decoding.generate(**inputs, generation_config=settings)
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
 
 
-def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Any:
-    """The model's own generation settings (stop tokens) without sampling, penalties or a length of their own."""
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(**_NEUTRAL, max_new_tokens=max_new_tokens, max_length=None)
-    if settings.eos_token_id is None:
-        settings.eos_token_id = tokenizer.eos_token_id
-    if settings.pad_token_id is None:
-        eos = settings.eos_token_id
-        fallback = eos[0] if isinstance(eos, list) else eos
-        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
-    return settings
+def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding with nothing of the model's own generation settings but its special tokens."""
+    own = model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    first_eos = next(iter(eos), None) if isinstance(eos, list | tuple) else eos
+    padding = (own.pad_token_id, tokenizer.pad_token_id, first_eos)
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=next((token for token in padding if token is not None), None),
+    )
+
+
+def _with_settings(model: nn.Module, settings: GenerationConfig) -> nn.Module:
+    """A shallow copy of the model, sharing every module and hook, with these generation settings as its own.
+
+    `generate` fills each setting that its caller leaves open from the model's own, so passing a fresh configuration
+    alone would not keep out a `min_new_tokens` or a list of suppressed tokens.
+    """
+    shared = copy.copy(model)
+    shared.generation_config = settings
+    return shared
 
 
 def score_answer(logits: Tensor, prompt: Prompt, tokenizer: Any) -> Score:

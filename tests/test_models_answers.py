@@ -2,13 +2,17 @@
 
 import copy
 import dataclasses
+import json
 import math
+import shutil
+from pathlib import Path
 
 import multrace
 import pytest
 import torch
 from multrace import ModelError, Site, capture
 from multrace.models import collate
+from transformers import WatermarkingConfig
 
 QUESTIONS = (
     "Who?",
@@ -67,14 +71,65 @@ def test_greedy_means_the_largest_logit_each_time(random_vlm, make_photo):
     assert random_vlm.answers([prompt], max_new_tokens=5) == [expected]
 
 
-def test_sampling_settings_of_a_model_do_not_reach_its_answers(random_llama, monkeypatch):
+SETTINGS = {  # settings that a folder may bring along, each of which changes what `generate` returns
+    "sampling and penalties": {"do_sample": True, "temperature": 5.0, "top_k": 7, "repetition_penalty": 3.0},
+    "a maximum length": {"max_length": 3},
+    "a minimum length": {"min_new_tokens": 16},
+    "a minimum total length": {"min_length": 400},
+    "a time limit": {"max_time": 1e-9},
+    "stop strings": {"stop_strings": ["a", "e", "i", "o", "u", " "]},
+    "beams": {"num_beams": 4, "length_penalty": -9.0, "num_return_sequences": 4},
+    "no repeated tokens": {"no_repeat_ngram_size": 1},
+    "a forced end": {"forced_eos_token_id": 200},
+    "a forced beginning": {"forced_bos_token_id": 200},
+    "a decaying length": {"exponential_decay_length_penalty": (0, 99.0)},
+    "classifier-free guidance": {"guidance_scale": 40.0},
+    "a watermark": {"watermarking_config": WatermarkingConfig(bias=99.0)},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "contrastive search": {"penalty_alpha": 0.9, "top_k": 9},
+    "contrasted layers": {"dola_layers": "low"},
+    "a cache of fixed size": {"cache_implementation": "static", "max_cache_len": 2},
+    "results in a dictionary": {"return_dict_in_generate": True, "output_scores": True},
+}
+
+
+@pytest.mark.parametrize("case", [*SETTINGS, "suppressed tokens", "suppressed first tokens", "bad words", "a bias"])
+def test_generation_settings_of_a_model_do_not_reach_its_answers(case, random_llama, monkeypatch):
     prompt = random_llama.prompt(None, QUESTIONS[1])
     expected = random_llama.answers([prompt])
+    first = int(random_llama.logits(prompt)[0, -1].argmax())
+    changes = SETTINGS | {
+        "suppressed tokens": {"suppress_tokens": [first]},
+        "suppressed first tokens": {"begin_suppress_tokens": [first]},
+        "bad words": {"bad_words_ids": [[first]]},
+        "a bias": {"sequence_bias": [[[first], -99.0]]},
+    }
     settings = copy.deepcopy(random_llama.model.generation_config)
-    settings.update(do_sample=True, temperature=5.0, top_k=7, repetition_penalty=3.0, max_length=3)
+    settings.update(**changes[case])
+    before = settings.to_dict()
     monkeypatch.setattr(random_llama.model, "generation_config", settings)
     assert random_llama.answers([prompt]) == expected
-    assert settings.do_sample and settings.repetition_penalty == 3.0  # the model's own settings are left as they were
+    assert random_llama.model.generation_config is settings and settings.to_dict() == before  # left as they were
+
+
+@pytest.mark.parametrize("case", ["suppressed tokens", "a minimum length"])
+def test_generation_settings_do_reach_what_transformers_generates(case, random_llama, monkeypatch):
+    prompt = random_llama.prompt(None, QUESTIONS[1])
+    first = int(random_llama.logits(prompt)[0, -1].argmax())
+    expected = random_llama.model.generate(**prompt.inputs, max_new_tokens=16)
+    changes = {"suppressed tokens": {"suppress_tokens": [first]}, "a minimum length": {"min_new_tokens": 16}}
+    settings = copy.deepcopy(random_llama.model.generation_config)
+    settings.update(eos_token_id=first, **changes[case])
+    monkeypatch.setattr(random_llama.model, "generation_config", settings)
+    assert not torch.equal(random_llama.model.generate(**prompt.inputs, max_new_tokens=16), expected)
+
+
+def test_a_folder_that_asks_for_a_length_answers_the_same(llama_path, random_llama, tmp_path):
+    folder = Path(shutil.copytree(llama_path, tmp_path / "longer"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"min_new_tokens": 30}))
+    prompts = [random_llama.prompt(None, question) for question in QUESTIONS]
+    assert multrace.load(folder).answers(prompts, max_new_tokens=30) == random_llama.answers(prompts, max_new_tokens=30)
 
 
 def test_answers_leave_out_given_answers_and_padding_matters(random_vlm, make_photo):

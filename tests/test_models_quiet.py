@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from multrace import ModelError
-from multrace.models.loading.quiet import quiet_transformers
+from multrace.models.loading.quiet import is_terminal, quiet_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -82,6 +82,30 @@ def test_the_bar_shows_on_a_terminal_only(screen, llama_path):
     with redirect_stderr(screen):
         multrace.load(llama_path)
     assert ("Loading weights" in screen.getvalue()) == screen.is_terminal
+
+
+class Logger:
+    """A logger object in the place of stderr, as programs that log everything put it there: it can only be written."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [Logger(), None, closed()], ids=["no isatty", "none", "closed"])
+def test_a_stderr_that_cannot_say_whether_it_is_a_terminal(stream, llama_path, random_llama):
+    with redirect_stderr(stream):
+        vlm = multrace.load(llama_path)
+    assert not is_terminal(stream) and is_terminal(Screen(is_terminal=True))
+    assert vlm.fingerprint(["lm_head.weight"]) == random_llama.fingerprint(["lm_head.weight"])
 
 
 @pytest.fixture

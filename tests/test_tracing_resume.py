@@ -62,7 +62,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("settings", [{}, WHOLE], ids=["one sequence", "answer and foil"])
 def test_an_interrupted_trace_goes_on_to_the_same_scores(random_llava_llama, prompt, tmp_path, watch, share, settings):
-    kept = replace(SMALL, checkpoint=tmp_path / "new folder" / "cells")
+    kept = replace(SMALL, checkpoint=str(tmp_path / "new folder" / "cells"))
     calls = watch()
     whole = trace(random_llava_llama, prompt, SMALL, **settings)
     with pytest.raises(KeyboardInterrupt):

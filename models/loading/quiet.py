@@ -1,8 +1,9 @@
-"""Transformers without its chatter: what a failed load has to say is one error of ours."""
+"""Transformers without its log lines and progress bars: a load that fails reports one error of this project."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
@@ -10,10 +11,9 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers logs errors only, and draws bars only where stderr is a terminal; on exit, both as before."""
+    """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
     level, hub_had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    hides_bars = logging.is_progress_bar_enabled() and not on_terminal
+    hides_bars = logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
     try:
         logging.set_verbosity(max(level, logging.ERROR))
         if hides_bars:
@@ -25,3 +25,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # switches the hub's on as well
             if not hub_had_bars:
                 disable_progress_bars()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether text written to the stream appears on a terminal; False for a stream that cannot tell, and for None."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):  # a logger in place of a stream has no isatty; a closed one raises
+        return False

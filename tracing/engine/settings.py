@@ -1,6 +1,7 @@
 """How a trace is computed: which engine, how much memory, how many cells are checked, where progress is kept."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ class Engine:
     """Tokens that go through a decoder layer together, at most."""
     checks: int = 2
     """Cells, chosen at random, that are recomputed the plain way to check the sweep; 0 for none."""
-    checkpoint: Path | None = None
-    """File that finished cells are kept in: an interrupted trace goes on from there."""
+    checkpoint: str | PathLike[str] | None = None
+    """File that finished cells are kept in, so that an interrupted trace continues from there; read as a `Path`."""
 
     def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", Path(self.checkpoint))
         if self.name not in ENGINES:
             raise TraceError(f"no engine {self.name!r}; pass one of {', '.join(ENGINES)}")
         for name, least in (("memory", 1), ("tokens_per_call", 1), ("checks", 0)):
