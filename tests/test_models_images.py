@@ -1,0 +1,286 @@
+"""How pictures are read: every mode looks as a viewer shows it, and what is no picture is one clear ModelError."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from multrace import ModelError
+from multrace.scripts.main import app
+from PIL import Image, ImageOps, TiffImagePlugin
+
+QUESTION = "Who founded the company in this photo?"
+GREY = np.add.outer(np.arange(64), 3 * np.arange(64)).astype(np.uint8)  # 0 to 252
+
+
+def shades(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+@pytest.fixture
+def look(random_llava_llama) -> Callable[[object], np.ndarray]:
+    """The pixels, 0 to 255, of a picture as a prompt holds it."""
+
+    def pixels(image: object) -> np.ndarray:
+        (read,) = random_llava_llama.prompt(image, QUESTION).images
+        assert read.mode == "RGB"
+        return np.asarray(read, dtype=int)
+
+    return pixels
+
+
+def sixteen(mode: str) -> Image.Image:
+    return Image.frombytes(
+        mode, GREY.shape, (GREY.astype(int) * 257).astype(">u2" if mode[-1] == "B" else "<u2").tobytes()
+    )
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
+def test_sixteen_bits_look_like_eight(mode, look):
+    assert np.array_equal(look(sixteen(mode)), shades(Image.fromarray(GREY)))
+    assert np.abs(shades(sixteen(mode)) - shades(Image.fromarray(GREY))).max() > 200  # PIL alone clips them to white
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jp2"])
+def test_files_of_sixteen_bits(suffix, look, tmp_path):
+    path = tmp_path / f"grey.{suffix}"
+    sixteen("I;16").save(path)
+    assert np.array_equal(look(path), shades(Image.fromarray(GREY)))
+    with Image.open(path) as opened:
+        assert np.array_equal(look(opened), shades(Image.fromarray(GREY)))
+
+
+@pytest.mark.parametrize(("top", "error"), [(255, 0), (1023, 1), (65535, 0)])
+def test_portable_grey_maps_of_any_depth(top, error, look, tmp_path):
+    values = np.rint(GREY.astype(float) * top / 255).astype(">u2" if top > 255 else ">u1")
+    (tmp_path / "grey.pgm").write_bytes(f"P5 64 64 {top}\n".encode() + values.tobytes())
+    assert np.abs(look(tmp_path / "grey.pgm") - shades(Image.fromarray(GREY))).max() <= error
+
+
+def test_numbers_without_a_range_are_refused(random_llava_llama, tmp_path):
+    for array in (GREY.astype(np.int32), GREY.astype(np.float32) / 255):
+        image = Image.fromarray(array)
+        image.save(tmp_path / "numbers.tif")
+        for given in (image, tmp_path / "numbers.tif"):
+            with pytest.raises(ModelError, match="without a fixed range; scale them to 0 for black and 255 for white"):
+                random_llava_llama.prompt(given, QUESTION)
+
+
+def test_a_tiff_whose_white_is_zero_is_refused_in_sixteen_bits(random_llava_llama, tmp_path):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = 0
+    sixteen("I;16").save(tmp_path / "negative.tif", tiffinfo=tags)
+    with Image.open(tmp_path / "negative.tif") as opened:
+        assert (opened.mode, opened.tag_v2[262]) == ("I;16", 0)
+    with pytest.raises(ModelError, match="must have 8 or 16 bits and store black as 0; save it as PNG"):
+        random_llava_llama.prompt(tmp_path / "negative.tif", QUESTION)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "La", "RGBA", "RGBa", "RGBX", "CMYK"])
+def test_opaque_pictures_of_every_mode_keep_their_colours(mode, look, photo):
+    base = photo.convert({"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}.get(mode, "RGB"))
+    image = base.convert(mode)
+    assert np.array_equal(look(image), shades(image.convert("LA") if mode == "La" else image))
+
+
+def clear_palette() -> Image.Image:
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([0, 0, 0, 200, 30, 60])
+    image.info["transparency"] = 1
+    return image
+
+
+CLEAR = {
+    "RGBA": Image.new("RGBA", (6, 4), (200, 30, 60, 0)),
+    "RGBa": Image.new("RGBA", (6, 4), (200, 30, 60, 0)).convert("RGBa"),
+    "LA": Image.new("LA", (6, 4), (80, 0)),
+    "La": Image.new("LA", (6, 4), (80, 0)).convert("La"),
+    "PA": Image.new("RGBA", (6, 4), (200, 30, 60, 0)).convert("PA"),
+    "a colour of a palette": clear_palette(),
+}
+KEYS = {"RGB": (9, 8, 7), "L": 9, "I;16": 900, "1": 1}
+
+
+@pytest.mark.parametrize("case", CLEAR)
+def test_transparent_pixels_show_white(case, look):
+    assert (look(CLEAR[case]) == 255).all()
+
+
+@pytest.mark.parametrize("mode", KEYS)
+def test_one_transparent_colour_shows_white(mode, look, tmp_path):
+    Image.new(mode, (6, 4), KEYS[mode]).save(tmp_path / "key.png", transparency=KEYS[mode])
+    assert (look(tmp_path / "key.png") == 255).all()
+    Image.new(mode, (6, 4), 0).save(tmp_path / "other.png", transparency=KEYS[mode])
+    assert (look(tmp_path / "other.png") == 0).all()
+
+
+def test_half_transparent_black_is_grey(look):
+    assert (look(Image.new("RGBA", (6, 4), (0, 0, 0, 128))) == 127).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_the_first_frame_of_a_file_and_the_present_one_of_an_open_picture(suffix, look, tmp_path):
+    red, blue = (Image.new("RGB", (6, 4), colour) for colour in ("red", "blue"))
+    red.save(
+        tmp_path / f"frames.{suffix}",
+        save_all=True,
+        append_images=[blue],
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
+    assert np.array_equal(look(tmp_path / f"frames.{suffix}"), shades(red))
+    with Image.open(tmp_path / f"frames.{suffix}") as opened:
+        opened.seek(1)
+        assert np.array_equal(look(opened), shades(blue))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation, look, photo, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    photo.crop((0, 0, 40, 24)).save(tmp_path / "turned.png", exif=tags)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert np.array_equal(look(opened), shades(ImageOps.exif_transpose(opened)))
+    assert look(tmp_path / "turned.png").shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_damaged_exif_data_turn_nothing(suffix, look, photo, tmp_path):
+    path = tmp_path / f"exif.{suffix}"
+    photo.save(path, exif=b"Exif\0\0no such header")
+    with Image.open(path) as opened:
+        assert np.array_equal(look(path), shades(opened))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 50), (50, 3)])
+def test_pictures_of_few_pixels(size, look):
+    assert look(Image.new("RGB", size, "red")).shape == (size[1], size[0], 3)
+
+
+NO_PATHS = {
+    "a data URI": ("data:image/png;base64," + "A" * 5000, "a text of 5022 characters; decode base64 text and pass"),
+    "a short data URI": ("data:image/png;base64,AAAA", "decode base64 text"),
+    "base64 text": ("iVBORw0KGgo" * 1000, "decode base64 text"),
+    "a URL": ("https://example.org/photo.jpg", "fetch it and pass the path of the file"),
+    "a file's URL": ("file:///photo.jpg", "fetch it and pass the path"),
+    "nothing": ("", "no picture at '' (No such file"),
+    "a null character": ("photo\0.png", "no picture at 'photo\\x00.png' (embedded null byte)"),
+    "a name of bytes that are no text": ("\udcff.png", "no picture at '\\udcff.png'"),
+    "a folder": (".", "no picture at '.': it is a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_PATHS)
+def test_texts_that_are_no_path_of_a_picture(case, random_llava_llama):
+    text, found = NO_PATHS[case]
+    with pytest.raises(ModelError) as caught:
+        random_llava_llama.prompt(text, QUESTION)
+    assert found in str(caught.value)
+    assert len(str(caught.value).encode()) < 300
+
+
+class Odd:
+    """A path whose text is what it was made with."""
+
+    def __init__(self, text: object) -> None:
+        self.text = text
+
+    def __fspath__(self) -> object:
+        return self.text
+
+
+def test_paths_of_bytes(look, photo, photo_path):
+    assert np.array_equal(look(Odd(bytes(photo_path))), shades(photo))
+
+
+NO_PICTURES = {
+    "BytesIO": io.BytesIO(b"photo"),
+    "memoryview": memoryview(b"photo"),
+    "set": {"photo.png"},
+    "generator": (path for path in ["photo.png"]),
+    "Odd": Odd(3),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_pictures_of_a_wrong_type(kind, random_llava_llama):
+    with pytest.raises(ModelError, match=f"a picture cannot be of type {kind}; pass a path, a PIL image"):
+        random_llava_llama.prompt(NO_PICTURES[kind], QUESTION)
+
+
+DAMAGED = {
+    "words.png": b"no picture",
+    "empty.png": b"",
+    "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "letters.ppm": b"P6 a b 255\n",
+    "digits.ppm": b"P6 99999999999999999999 4 255\n",
+    "short.ppm": b"P6 4 4 255\nabc",
+    "colours.ppm": b"P6 4 4 0\n" + bytes(48),
+    "header.bmp": b"BM" + b"\xff" * 60,
+    "header.gif": b"GIF89a" + b"\xff" * 20,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_that_hold_no_whole_picture(name, random_llava_llama, tmp_path):
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    with pytest.raises(ModelError, match=f"cannot read picture '.*{name}': .*; is it a whole image file?"):
+        random_llava_llama.prompt(tmp_path / name, QUESTION)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tif", "ppm"])
+def test_half_a_file_is_refused(suffix, random_llava_llama, make_photo, tmp_path):
+    whole = tmp_path / f"whole.{suffix}"
+    make_photo(1, size=200).save(whole)
+    random_llava_llama.prompt(whole, QUESTION)
+    half = tmp_path / f"half.{suffix}"
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ModelError, match=f"cannot read picture '.*half.{suffix}'"):
+        random_llava_llama.prompt(half, QUESTION)
+
+
+def test_pictures_closed_before_they_were_read(random_llava_llama, look, photo, photo_path):
+    with Image.open(photo_path) as of_a_path:
+        pass
+    with photo_path.open("rb") as file:
+        of_a_file = Image.open(file)
+    emptied = photo.copy()
+    emptied.close()
+    for closed in (of_a_path, of_a_file, emptied):
+        with pytest.raises(ModelError, match="cannot read picture .*; was its file closed before it was read?"):
+            random_llava_llama.prompt(closed, QUESTION)
+    with Image.open(photo_path) as read_in_time:
+        read_in_time.load()
+    assert np.array_equal(look(read_in_time), shades(photo))
+
+
+@pytest.fixture
+def huge_path(tmp_path: Path) -> Path:
+    """A picture of 225 megapixels, which PIL does not open."""
+    Image.new("1", (15000, 15000)).save(tmp_path / "huge.png")
+    return tmp_path / "huge.png"
+
+
+def test_more_pixels_than_pil_opens(huge_path, random_llava_llama, look, monkeypatch):
+    with pytest.raises(ModelError, match=r"more pixels than PIL opens \(Image size \(225000000 pixels\) exceeds limit"):
+        random_llava_llama.prompt(huge_path, QUESTION)
+    Image.new("1", (40, 40)).save(huge_path)
+    assert look(huge_path).shape == (40, 40, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ModelError, match="raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"):
+        random_llava_llama.prompt(huge_path, QUESTION)
+
+
+def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, llava_llama_path, tmp_path, capsys):
+    lines = [
+        {"image": str(path), "question": QUESTION, "constraint": "the company"}
+        for path in (photo_path, huge_path, photo_path)
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--corrupt", "blank", "--sites", "hidden", "--groups", "last", "--even-if-weak"]
+    records = ["--model", str(llava_llama_path), "--records", str(tmp_path / "records.jsonl")]
+    assert app(["trace", *records, *options, "--out", str(tmp_path / "out")]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "2 records traced, 1 skipped" in printed and "line 2: cannot read picture" in printed
+    assert "line 1:" in printed and "line 3:" in printed
