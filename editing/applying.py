@@ -32,21 +32,23 @@ class AppliedDelta:
         """
         if not self._saved:
             raise EditError(f"this edit of '{self.vlm.name}' is already undone; apply it again for a new handle")
-        found = self.vlm.fingerprint(list(self._saved))
-        changed = [name for name in self._saved if found[name] != self.fingerprints[name]]
-        if changed:
-            raise EditError(
-                f"cannot undo this edit of '{self.vlm.name}': {', '.join(changed)} was changed after it; "
-                "undo the later change first (last in, first out)"
-            )
-        self.restore()
+        with self.vlm.lock:
+            found = self.vlm.fingerprint(list(self._saved))
+            changed = [name for name in self._saved if found[name] != self.fingerprints[name]]
+            if changed:
+                raise EditError(
+                    f"cannot undo this edit of '{self.vlm.name}': {', '.join(changed)} was changed after it; "
+                    "undo the later change first (last in, first out)"
+                )
+            self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the touched weights back whatever was written to them since; does nothing once undone."""
-        for name, value in self._saved.items():
-            self.vlm.weight(name).copy_(value)
-        self._saved = {}
+        with self.vlm.lock:
+            for name, value in self._saved.items():
+                self.vlm.weight(name).copy_(value)
+            self._saved = {}
 
 
 @torch.no_grad()
@@ -58,15 +60,16 @@ def put_in(vlm: VisionLanguageModel, steps: Sequence[Mapping[str, WeightChange]]
     """
     names = {name: None for changes in steps for name in changes}
     handle = AppliedDelta(vlm)
-    try:
-        handle.keep(names)
-        for changes in steps:
-            for name, change in changes.items():
-                write(vlm, name, change)
-        handle.fingerprints = vlm.fingerprint(names)
-    except BaseException:
-        handle.restore()
-        raise
+    with vlm.lock:
+        try:
+            handle.keep(names)
+            for changes in steps:
+                for name, change in changes.items():
+                    write(vlm, name, change)
+            handle.fingerprints = vlm.fingerprint(names)
+        except BaseException:
+            handle.restore()
+            raise
     return handle
 
 

@@ -67,10 +67,11 @@ class Delta:
         that was edited (another model, or an edit already applied to it): on_other_weights=True adds the change all
         the same. The weights are as they were when an error is raised.
         """
-        self.check_fits(vlm)
-        if not on_other_weights:
-            check_fingerprints(vlm, self.fingerprints, self.model)
-        return put_in(vlm, [self.changes])
+        with vlm.lock:
+            self.check_fits(vlm)
+            if not on_other_weights:
+                check_fingerprints(vlm, self.fingerprints, self.model)
+            return put_in(vlm, [self.changes])
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> Iterator[VisionLanguageModel]:
@@ -78,11 +79,12 @@ class Delta:
 
         Whatever else was written to the same weights inside the block is taken back with it. Errors as in apply.
         """
-        handle = self.apply(vlm, on_other_weights=on_other_weights)
-        try:
-            yield vlm
-        finally:
-            handle.restore()
+        with vlm.lock:
+            handle = self.apply(vlm, on_other_weights=on_other_weights)
+            try:
+                yield vlm
+            finally:
+                handle.restore()
 
     def realised(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
         """The share of the requested output change that applying would achieve: per parameter name, (key,) float32.
@@ -91,11 +93,12 @@ class Delta:
         what the ridge and a low precision take away. 1 where nothing was requested. The model is left as it is; call
         it while the delta is not applied. EditError as in apply, but an overflow is not looked for.
         """
-        self.check_fits(vlm)
-        if not on_other_weights:
-            check_fingerprints(vlm, self.fingerprints, self.model)
-        transposed = vlm.stores_transposed
-        return {name: each.realised(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+        with vlm.lock:
+            self.check_fits(vlm)
+            if not on_other_weights:
+                check_fingerprints(vlm, self.fingerprints, self.model)
+            transposed = vlm.stores_transposed
+            return {name: each.realised(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
         """One line per request, from the shares that `realised` (or a side-car) gives: what became of it, and how much.

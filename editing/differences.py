@@ -39,13 +39,14 @@ class TrainedChange(ABC):
         Sums are taken in float32 or wider and rounded once to the dtype of the weight. EditError, with nothing
         changed, if the model lacks a weight, if a weight is not the one that was trained, or if it would overflow.
         """
-        changed = self._changed(vlm)
-        saved = {name: vlm.weight(name).detach().clone() for name in changed}
-        try:
-            _write(vlm, changed)
-            yield vlm
-        finally:
-            _write(vlm, saved)
+        with vlm.lock:
+            changed = self._changed(vlm)
+            saved = {name: vlm.weight(name).detach().clone() for name in changed}
+            try:
+                _write(vlm, changed)
+                yield vlm
+            finally:
+                _write(vlm, saved)
 
     def _changed(self, vlm: VisionLanguageModel) -> dict[str, Tensor]:
         try:

@@ -115,7 +115,7 @@ def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLangu
         raise EditError("no adapters to open; pass at least one folder that to_peft wrote")
     names = [f"edit_{index}" for index in range(len(folders))]
     try:
-        with warnings.catch_warnings():
+        with vlm.lock, warnings.catch_warnings():
             # PEFT's talk with the newest transformers is none of the reader's business
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = PeftModel.from_pretrained(vlm.model, str(folders[0]), adapter_name=names[0])

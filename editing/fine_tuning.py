@@ -87,15 +87,16 @@ class FineTune(TrainingSettings):
         def forward(**inputs: Any) -> Any:
             return functional_call(vlm.model, {name: summed(weight, change)}, kwargs=inputs)
 
-        training = train(
-            forward,
-            batches,
-            [change],
-            settings=self,
-            pull=lambda: [self.weight_decay * (weight.detach().float() + change.detach())],
-            bound=lambda: self._bound(change),
-            progress=progress,
-        )
+        with vlm.running():
+            training = train(
+                forward,
+                batches,
+                [change],
+                settings=self,
+                pull=lambda: [self.weight_decay * (weight.detach().float() + change.detach())],
+                bound=lambda: self._bound(change),
+                progress=progress,
+            )
         return DenseChange(
             differences={name: change.detach().cpu()},
             fingerprints=vlm.fingerprint([name]),

@@ -154,17 +154,18 @@ class Ledger:
         One copy is kept of each touched weight, however many edits there are. EditError if a touched weight is not
         the base's, or as Delta.apply; the weights are then as they were.
         """
-        deltas = self._checked(vlm)
-        return put_in(vlm, [delta.changes for delta in deltas])
+        with vlm.lock:
+            return put_in(vlm, [delta.changes for delta in self._checked(vlm)])
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
         """The model with all edits in its weights; on any exit every touched weight is bit-equal to before."""
-        handle = self.apply(vlm)
-        try:
-            yield vlm
-        finally:
-            handle.restore()
+        with vlm.lock:
+            handle = self.apply(vlm)
+            try:
+                yield vlm
+            finally:
+                handle.restore()
 
     def verify(self, vlm: VisionLanguageModel, *, progress: bool = False) -> tuple[Checked, ...]:
         """What each edit in effect meets and achieves when they are put on in order; the model ends as it began.

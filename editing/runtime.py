@@ -30,10 +30,11 @@ class RuntimeEdit:
 
         EditError as Delta.applied, though nothing can overflow.
         """
-        self.delta.check_fits(vlm)
-        if not on_other_weights:
-            check_fingerprints(vlm, self.delta.fingerprints, self.delta.model)
         paths = {name.removesuffix(".weight"): change for name, change in self.delta.changes.items()}
+        with vlm.lock:
+            self.delta.check_fits(vlm)
+            if not on_other_weights:
+                check_fingerprints(vlm, self.delta.fingerprints, self.delta.model)
         with capture(vlm, paths, inputs=True) as read:
             terms = {path: _adding(vlm, path, change, read) for path, change in paths.items()}
             with patch(vlm, terms):
@@ -47,7 +48,8 @@ class RuntimeEdit:
         """
         outputs = {name: vlm.module(name.removesuffix(".weight")) for name in self.delta.changes}
         inputs = {name: change.keys.to(vlm.weight(name)) for name, change in self.delta.changes.items()}
-        before = {name: module(inputs[name]).double() for name, module in outputs.items()}
+        with vlm.running():
+            before = {name: module(inputs[name]).double() for name, module in outputs.items()}
         with self.applied(vlm, on_other_weights=on_other_weights):
             after = {name: module(inputs[name]).double() for name, module in outputs.items()}
         return {name: change.share(after[name] - before[name]) for name, change in self.delta.changes.items()}

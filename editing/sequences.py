@@ -115,7 +115,7 @@ def _standing(vlm: VisionLanguageModel) -> Iterator["_Standing"]:
 
     Of weights that deltas change, one copy is held in all, however many deltas there are.
     """
-    with ExitStack() as stack:
+    with vlm.lock, ExitStack() as stack:
         yield _Standing(vlm=vlm, stack=stack)
 
 

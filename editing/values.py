@@ -107,7 +107,8 @@ def search_values(
     """
     found: list[ValueResult | None] = [None] * len(goals)
     number = vlm.layer_index(layer)
-    with tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
+    with vlm.running(), bar:
         for chunk in chunks(goals, settings.rows_at_once):
             mine = [goals[index] for index in chunk]
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,8 +50,10 @@ class Trace:
         self._retain_grad = retain_grad
         self._edit = None if edit_output is None else _with_wanted_arguments(edit_output)
         self._handle: RemovableHandle | None = None
+        self._lock = nullcontext() if isinstance(module, nn.Module) else module.lock
 
     def __enter__(self) -> Self:
+        self._lock.__enter__()
         self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
         return self
 
@@ -65,6 +68,7 @@ class Trace:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            self._lock.__exit__(None, None, None)
 
     def _hook(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         retain_output, retain_input = self._retains

@@ -9,10 +9,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import ModelError
 from .families.addresses import Key
+from .lock import ModelLock
 
 
 class Addressed(Protocol):
     """Anything that knows its modules by site, projection, path or module: a `VisionLanguageModel`."""
+
+    lock: ModelLock
+    """Held by the thread that hooks the model."""
 
     def module(self, key: Key) -> nn.Module:
         """The module at this address."""
@@ -37,7 +41,8 @@ def capture(
 
         return record
 
-    with _placed([(module, recorder(key), str(key)) for key, module in modules.items()], inputs=inputs):
+    visits = [(module, recorder(key), str(key)) for key, module in modules.items()]
+    with vlm.lock, _placed(visits, inputs=inputs):
         yield captured
 
 
@@ -59,7 +64,7 @@ def patch(
     written tensor or another shape. Only hooks placed here are removed on exit, also after an error.
     """
     edits = [(vlm.module(key), _checked(key, function), str(key)) for key, function in functions.items()]
-    with _placed(edits, inputs=inputs, ahead=ahead):
+    with vlm.lock, _placed(edits, inputs=inputs, ahead=ahead):
         yield
 
 
@@ -68,15 +73,18 @@ class StopForward(Exception):
 
 
 @contextmanager
-def first_input(module: nn.Module, label: str) -> Iterator[list[Tensor]]:
-    """A list that gets the module's main input; the forward pass ends there, and the block with it."""
+def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[Tensor]]:
+    """A list that gets the module's main input; the forward pass ends there, and the block with it.
+
+    label: how errors call the module.
+    """
     entered: list[Tensor] = []
 
     def stop(value: Tensor) -> None:
         entered.append(value)
         raise StopForward
 
-    with _placed([(module, stop, label)], inputs=True):
+    with vlm.lock, _placed([(module, stop, label)], inputs=True):
         try:
             yield entered
         except StopForward:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -18,6 +19,7 @@ from .frontend import Frontend
 from .generation import Score, generate, score_answer
 from .hooks import first_input
 from .images import Picture
+from .lock import ModelLock, evaluating
 from .prompts import Prompt, build
 from .saving import save_directory
 
@@ -26,7 +28,10 @@ Inputs = Prompt | Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisionLanguageModel:
-    """A loaded vision-language (or text-only) model. Made by `load`."""
+    """A loaded vision-language (or text-only) model. Made by `load`.
+
+    Threads may share it: one at a time uses it, and the others wait (`lock`).
+    """
 
     model: nn.Module = field(repr=False)
     """The Hugging Face model, in eval mode, its parameters without gradients."""
@@ -38,6 +43,8 @@ class VisionLanguageModel:
     revision: str | None = None
     stored_dtype: torch.dtype | None = None
     """The dtype of its file, which `save_pretrained` writes again."""
+    lock: ModelLock = field(default_factory=ModelLock, repr=False)
+    """Held by the thread that runs the model, hooks it, or changes its weights or its attention function."""
 
     @property
     def processor(self) -> Any:
@@ -169,6 +176,12 @@ class VisionLanguageModel:
         """
         return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block in which this thread alone uses the model, in eval mode; afterwards its modules train as before."""
+        with self.lock, evaluating(self.model):
+            yield
+
     def path(self, key: Key) -> str:
         """Dotted path (as baukit takes it) of the module of a site, projection or module."""
         return self.addresses.path(key)
@@ -207,13 +220,15 @@ class VisionLanguageModel:
 
     def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
         """For each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
-        return {name: _digest(self.weight(name)) for name in names}
+        with self.lock:
+            return {name: _digest(self.weight(name)) for name in names}
 
     def image_features(self, inputs: Inputs) -> Tensor:
         """The pictures as the text stack gets them, (image token, hidden), in the order of the image positions."""
         accepted = signature(self.model.get_image_features).parameters  # pixel_values, and for tiles image_sizes
         visual = {name: value for name, value in self._ready(inputs).items() if name in accepted}
-        features = self.model.get_image_features(**visual, return_dict=True)
+        with self.running():
+            features = self.model.get_image_features(**visual, return_dict=True)
         return torch.cat(list(features.pooler_output))
 
     def embeddings(self, inputs: Inputs) -> Tensor:
@@ -224,7 +239,7 @@ class VisionLanguageModel:
         ready = self._ready(inputs)
         if not self.has_vision:
             return self.model.get_input_embeddings()(ready["input_ids"])
-        with first_input(self.addresses.decoder, "the text stack") as entered:
+        with self.running(), first_input(self, self.decoder, "the text stack") as entered:
             self.model(**ready, use_cache=False)
         return entered[0]
 
@@ -253,7 +268,8 @@ class VisionLanguageModel:
 
     def unembed(self, states: Tensor) -> Tensor:
         """Logits (..., vocab) of states (..., hidden) that the final norm has normalised, by the output head alone."""
-        return self.output_head(states)
+        with self.lock:
+            return self.output_head(states)
 
     def next_token_probabilities(self, embeddings: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """The distribution over the token after embeddings (sample, token, hidden): (sample, vocab) float64 on the CPU.
@@ -268,7 +284,8 @@ class VisionLanguageModel:
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing."""
-        return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
+        with self.running():
+            return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
 
     def forward(
         self,
@@ -291,7 +308,8 @@ class VisionLanguageModel:
         given = {name: value for name, value in arguments.items() if value is not None}
         if positions is not None:
             given["logits_to_keep"] = torch.tensor(list(positions), device=inputs_embeds.device)
-        return _wide(self.model(**_with_positions(given), use_cache=False).logits)
+        with self.running():
+            return _wide(self.model(**_with_positions(given), use_cache=False).logits)
 
     def decode(self, ids: Any) -> str:
         """The text of token ids, special tokens left out."""
@@ -305,9 +323,9 @@ class VisionLanguageModel:
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 16, progress: bool = False
     ) -> list[str]:
         """The greedy answer to each prompt, as one by one; answers that prompts carry are left out."""
-        return generate(
-            self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-        )
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with self.running():
+            return generate(self.model, self.tokenizer, prompts, **sizes, progress=progress)
 
     def score(self, image: Picture | Sequence[Picture] | None, question: str, answer: str) -> Score:
         """How probable the model finds this answer (teacher-forced, all its tokens, without end-of-sequence)."""
@@ -323,7 +341,8 @@ class VisionLanguageModel:
         dtype: of the floating-point weights in the file; None keeps the one of the file that was loaded. An existing
         directory that is not empty is refused, or replaced if `overwrite`. ModelError if it cannot be written.
         """
-        save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
+        with self.lock:
+            save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
         """What this field of the family row names, relative to the base model or to a path in it."""

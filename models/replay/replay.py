@@ -56,7 +56,7 @@ class Replay:
 
     def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
         """(row, token, hidden): what the first decoder layer reads for these embeddings; no layer runs."""
-        with first_input(self._layers[0], "decoder layer 0") as entered:
+        with first_input(self.vlm, self._layers[0], "decoder layer 0") as entered:
             self.vlm.forward(inputs_embeds=embeddings, **for_rows(len(embeddings), keywords))
         return entered[0]
 

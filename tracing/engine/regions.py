@@ -160,7 +160,7 @@ def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
 
 def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
     """(tile, channel, row, column): what the vision tower reads of these pictures, put in place of the prompt's."""
-    with torch.no_grad(), first_input(vlm.vision_tower, "the vision tower") as read:
+    with torch.no_grad(), first_input(vlm, vlm.vision_tower, "the vision tower") as read:
         vlm.image_features(prompt.inputs_with(pictures))
     if read[0].ndim != 4:
         shape = tuple(read[0].shape)
