@@ -8,20 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace import (
-    BlankImage,
-    Delta,
-    EditRequest,
-    FineTune,
-    MultEdit,
-    RuntimeEdit,
-    Site,
-    Trace,
-    TraceDict,
-    capture,
-    causal_trace,
-    patch,
-)
+from multrace import BlankImage, Delta, EditRequest, MultEdit, Site, Trace, TraceDict, capture, causal_trace, patch
+from multrace.editing import FineTune, RuntimeEdit
 from multrace.models.lock import ModelLock
 from multrace.models.replay.masking import masking
 from multrace.models.replay.replay import replaying
