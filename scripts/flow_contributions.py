@@ -11,8 +11,9 @@ from ..tracing import TraceError
 from ..tracing.attention.contributions import attention_contributions
 from ..tracing.attention.contributions_average import AverageContributions, average_contributions
 from ..tracing.attention.contributions_result import AttentionContributions
-from ..tracing.failure.failure import failure_features, predict_failure
-from ..tracing.failure.result import FailureFeatures, FailurePrediction
+from ..tracing.failure.features import FailureFeatures, failure_features
+from ..tracing.failure.prediction import predict_failure
+from ..tracing.failure.result import FailurePrediction
 from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError
 from .flow_questions import FlowQuestion

@@ -7,8 +7,8 @@ from typing import Any
 from ..models import Prompt
 from ..tracing.knockout.average import FilteredQuestion
 from ..tracing.lens.average import AverageLogitLens, average_lenses
-from ..tracing.lens.followed import shown
 from ..tracing.lens.logit_lens import logit_lens
+from ..tracing.lens.plot import token_text
 from ..tracing.lens.result import LogitLens, state_name
 from .errors import CommandError
 from .flow_questions import FlowQuestion
@@ -67,7 +67,7 @@ class Lens(Reading):
         for number, text, roles in names:
             layer, last = result.first_layer(number), float(result.probability(number)[-1])
             when = "not the likeliest in the end" if layer is None else f"the likeliest from {_state(layer)} on"
-            lines.append(f"  {shown(text)!r} ({'; '.join(roles)}): {when}, {last:.3g} in the end")
+            lines.append(f"  {token_text(text)!r} ({'; '.join(roles)}): {when}, {last:.3g} in the end")
         return lines
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageLogitLens:

@@ -8,13 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..models import Prompt
-from ..tracing.attention.cam import llava_cam
-from ..tracing.attention.cam_result import RelevanceMap
-from ..tracing.attention.saliency import attention_saliency
-from ..tracing.attention.saliency_average import AverageSaliency, average_saliencies
-from ..tracing.attention.saliency_result import AttentionSaliency
-from ..tracing.attention.shares import attention_share
-from ..tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
+from ..tracing.attention.cam import RelevanceMap, llava_cam
+from ..tracing.attention.saliency import AttentionSaliency, AverageSaliency, attention_saliency, average_saliencies
+from ..tracing.attention.shares import AttentionShare, AverageShare, attention_share, average_shares
 from ..tracing.knockout.average import FilteredQuestion
 from ..tracing.pruning.average import AveragePruning, average_prunings
 from ..tracing.pruning.pruning import prune_image_tokens

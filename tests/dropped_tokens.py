@@ -6,11 +6,9 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.models import Prompt
 from multrace.models.replay.cuts import Cut
-from multrace.tracing import Engine
+from multrace.tracing import Engine, ImagePruning, prune_image_tokens
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.pruning.pruning import prune_image_tokens
-from multrace.tracing.pruning.result import ImagePruning
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

@@ -19,26 +19,32 @@ from multrace.scripts.flow_options import Flow
 from multrace.scripts.flow_questions import FlowQuestion, world_questions
 from multrace.scripts.main import app, make_parser
 from multrace.scripts.options import ModelOptions, read
-from multrace.tracing import Box, Engine, TraceError
-from multrace.tracing.attention.cam import llava_cam
-from multrace.tracing.attention.cam_result import RelevanceMap
+from multrace.tracing import (
+    AttentionContributions,
+    AttentionSaliency,
+    AttentionShare,
+    AverageContributions,
+    AveragePruning,
+    AverageSaliency,
+    AverageShare,
+    Box,
+    Engine,
+    FailurePrediction,
+    ImagePruning,
+    LogitLens,
+    RelevanceMap,
+    TraceError,
+    attention_saliency,
+    average_saliencies,
+    llava_cam,
+    logit_lens,
+    prune_image_tokens,
+)
 from multrace.tracing.attention.contributions import attention_contributions
-from multrace.tracing.attention.contributions_average import AverageContributions
-from multrace.tracing.attention.contributions_result import AttentionContributions
-from multrace.tracing.attention.saliency import attention_saliency
-from multrace.tracing.attention.saliency_average import AverageSaliency, average_saliencies
-from multrace.tracing.attention.saliency_result import AttentionSaliency
-from multrace.tracing.attention.shares_result import AttentionShare, AverageShare
-from multrace.tracing.failure.result import FailurePrediction
 from multrace.tracing.knockout.average import AverageKnockout, average_knockouts
 from multrace.tracing.knockout.knockout import attention_knockout
 from multrace.tracing.knockout.result import AttentionKnockout
 from multrace.tracing.lens.average import AverageLogitLens
-from multrace.tracing.lens.logit_lens import logit_lens
-from multrace.tracing.lens.result import LogitLens
-from multrace.tracing.pruning.average import AveragePruning
-from multrace.tracing.pruning.pruning import prune_image_tokens
-from multrace.tracing.pruning.result import ImagePruning
 from PIL import Image
 
 ALL = ("--knockout", "--lens", "--contributions", "--relevance")

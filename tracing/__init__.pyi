@@ -1,18 +1,20 @@
-from .attention.cam import llava_cam as llava_cam
-from .attention.cam_result import RelevanceMap as RelevanceMap
+from .attention.cam import RelevanceMap as RelevanceMap, llava_cam as llava_cam
 from .attention.contributions import attention_contributions as attention_contributions
 from .attention.contributions_average import (
     AverageContributions as AverageContributions,
     average_contributions as average_contributions,
 )
 from .attention.contributions_result import AttentionContributions as AttentionContributions
-from .attention.saliency import attention_saliency as attention_saliency
-from .attention.saliency_average import AverageSaliency as AverageSaliency, average_saliencies as average_saliencies
-from .attention.saliency_result import AttentionSaliency as AttentionSaliency
-from .attention.shares import attention_share as attention_share
-from .attention.shares_result import (
+from .attention.saliency import (
+    AttentionSaliency as AttentionSaliency,
+    AverageSaliency as AverageSaliency,
+    attention_saliency as attention_saliency,
+    average_saliencies as average_saliencies,
+)
+from .attention.shares import (
     AttentionShare as AttentionShare,
     AverageShare as AverageShare,
+    attention_share as attention_share,
     average_shares as average_shares,
 )
 from .causal.average import AverageTrace as AverageTrace, average as average
@@ -36,8 +38,9 @@ from .engine.regions import Blocks as Blocks, Box as Box, box_positions as box_p
 from .engine.report import EngineReport as EngineReport
 from .engine.settings import Engine as Engine
 from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
-from .failure.failure import failure_features as failure_features, predict_failure as predict_failure
-from .failure.result import FailureFeatures as FailureFeatures, FailurePrediction as FailurePrediction
+from .failure.features import FailureFeatures as FailureFeatures, failure_features as failure_features
+from .failure.prediction import predict_failure as predict_failure
+from .failure.result import FailurePrediction as FailurePrediction
 from .knockout.average import (
     AverageKnockout as AverageKnockout,
     FilteredQuestion as FilteredQuestion,

@@ -1,20 +1,106 @@
-"""LLaVA-CAM: which image tokens a layer's features and their gradients say that the answer rests on."""
+"""LLaVA-CAM: the image tokens on which the answer rests, by a layer's features and their gradients."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...artefacts.drawing.overlay import Overlay
+from ...artefacts.files import load, save
+from ...artefacts.frames import long_frame
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..errors import TraceError
 from ..groups import group_positions
-from .answering import answered, predicting_logits, read_fields
-from .cam_result import RelevanceMap
+from .image_reading import ImageReading, draw_tiles, predicting_logits, reading_fields, with_answer
+
+_LAYOUT = "multrace relevance map 1"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RelevanceMap(ImageReading):
+    """How much the answer rests on each image token by the features of each layer. `llava_cam` returns it."""
+
+    samples: int
+    """Number of noisy copies that were averaged; 0 for the picture itself."""
+    noise: float | None
+    """Standard deviation of the noise, in units of the processed pixels; None without noise."""
+    seed: int | None
+    """Random seed of the noise; None without noise."""
+    threshold: float
+    """Normalised heat below it counts as none."""
+    heat: Tensor
+    """(layer, image token) float64, at least 0: mean over copies, in units of the model's own features and logits."""
+
+    @property
+    def normalised(self) -> Tensor:
+        """(layer, image token) float64, 0 to 1: heat divided by the layer's maximum, 0 below the threshold.
+
+        A layer of `silent_layers` is all zeros.
+        """
+        highest = self.heat.amax(1, keepdim=True)
+        shares = self.heat / highest.masked_fill(highest == 0, 1.0)
+        return shares.masked_fill(shares < self.threshold, 0.0)
+
+    @property
+    def silent_layers(self) -> tuple[int, ...]:
+        """The layers without any heat, which have no maximum to divide by."""
+        return tuple(layer for layer, heat in zip(self.layers, self.heat, strict=True) if not heat.any())
+
+    def save(self, path: str | Path) -> Path:
+        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
+        return save(path, _LAYOUT, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RelevanceMap":
+        """The map that `save` wrote. TraceError if the file is missing, corrupt or something else."""
+        return load(path, _LAYOUT, cls, check=_problem)
+
+    def plot(self, path: str | Path) -> Path:
+        """The written picture: one small map of normalised heat per layer, without the picture below it."""
+        grid = self.over_picture(self.normalised) if self.patches else self.normalised[:, None, None]
+        captions = [self._caption(layer) for layer in self.layers]
+        return draw_tiles(path, grid, captions, kind="mlp", titles=self._titles, unit="heat")
+
+    def overlay(self, path: str | Path, prompt: Prompt, layers: Sequence[int] | None = None) -> Path:
+        """The written picture: normalised heat over the prompt's picture as the model saw it.
+
+        layers: one panel each; if None, four of those with heat, spread over the depth. TraceError for another prompt,
+        for layers that were not read, and where image tokens form no grid.
+        """
+        grid = self.over_picture(self.normalised)
+        rows = self._rows_of(layers, [layer for layer in self.layers if layer not in self.silent_layers])
+        overlays = [Overlay(title=self._caption(self.layers[row]), values=grid[row]) for row in rows]
+        return self._draw_over(path, prompt, overlays, kind="mlp", titles=self._titles, unit="heat")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row per layer and image token: its place in the picture, and its heat, raw and normalised."""
+        axes = [("layer", self.layers), ("image_token", range(len(self.image_positions)))]
+        return long_frame(axes, self._image_columns() | {"heat": self.heat, "normalised": self.normalised})
+
+    def _caption(self, layer: int) -> str:
+        return f"layer {layer}" + (" (no heat)" if layer in self.silent_layers else "")
+
+    @property
+    def _titles(self) -> tuple[str, str]:
+        """Title and subtitle of pictures."""
+        smoothed = f"mean of {self.samples} noisy copies (sigma {self.noise:g})" if self.samples else "not smoothed"
+        cut = f", heat below {self.threshold:g} left out" if self.threshold else ""
+        return self.question, f"LLaVA-CAM by decoder layer for {self.answer!r}, each over its maximum; {smoothed}{cut}"
+
+
+def _problem(found: RelevanceMap) -> str | None:
+    """What does not fit together in a map that was read from a file."""
+    fits = found.heat.shape == (len(found.layers), len(found.image_positions))
+    return None if fits else "its heat is of another shape than its layers and image tokens"
+
 
 _COPIES_AT_ONCE = 4
-"""How many noisy copies share a pass, whose whole graph lies in memory."""
+"""Number of noisy copies in one pass, whose whole graph lies in memory."""
 
 
 def llava_cam(
@@ -29,60 +115,90 @@ def llava_cam(
     threshold: float = 0.0,
     progress: bool = True,
 ) -> RelevanceMap:
-    """The Grad-CAM heat of every image token in each decoder layer, for the answer as a whole.
+    """Return the Grad-CAM heat of every image token in each decoder layer, for the answer as a whole.
 
-    With z the sum of the logits of the answer's tokens (end-of-sequence not counted) and A what the layer's MLP reads,
-    the features after its norm, at the image tokens: alpha = mean over image tokens of ReLU(dz/dA), a weight for each
-    channel, and heat = ReLU(sum over channels of alpha A). LLaVA-CAM, arXiv 2406.06579, section 3. All layers come from
-    one forward and one backward pass. Several pictures share the weights and the maximum that heat is divided by.
-    In the last layer nothing that an image token's MLP reads can reach the answer, so there the heat is zero, unless
-    attention reads the same features (parallel families).
+    With z the sum of the logits of the answer's tokens (without end-of-sequence) and A the features that the MLP of a
+    layer reads at the image tokens, after its norm: alpha = mean over image tokens of ReLU(dz/dA), one weight for each
+    channel, and heat = ReLU(sum over channels of alpha A). All layers come from one forward and one backward pass.
+    Several pictures share the weights and the maximum by which heat is divided. In the last layer nothing that the MLP
+    of an image token reads can reach the answer, so its heat is zero unless attention reads the same features
+    (parallel families).
 
-    layers: all if None; negative ones count from the end. answer: None for the model's own greedy one to the clean
-    picture, which also noisy copies are made to say. samples: how many noisy copies of the processed pixels to average
-    over, 0 for the picture itself (the paper has 50, its demo none); noise: standard deviation of what is added to
-    them, in units of the processed pixels; drawn in float64 on the CPU from the seed. threshold: normalised heat below
-    it counts as none (0.5 in the published code). TraceError for a prompt without a picture or settings out of range.
+    Args:
+        vlm: The model.
+        prompt: The prompt, with a picture.
+        layers: Decoder layers to map; negative ones count from the end (default: all).
+        answer: The answer to explain; None takes the model's own greedy answer to the unchanged picture, which the
+            noisy copies are made to give as well.
+        samples: Number of noisy copies of the processed pixels to average over; 0 takes the picture itself. The paper
+            has 50, its demo none.
+        noise: Standard deviation of the noise, in units of the processed pixels.
+        seed: Random seed of the noise, which is drawn in float64 on the CPU.
+        threshold: Normalised heat below it counts as none (0.5 in the published code).
+        progress: Show a progress bar over the noisy copies.
+
+    Returns:
+        A `RelevanceMap`.
+
+    Raises:
+        TraceError: For a prompt without a picture or for settings out of range.
+
+    Source: LLaVA-CAM, arXiv 2406.06579, section 3.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.tracing import llava_cam
+        >>> from PIL import Image
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(Image.new("RGB", (64, 64), "red"), "What colour is this?")
+        >>> llava_cam(vlm, prompt, answer="red", layers=[2, 4]).layers
+        (2, 4)
     """
     group_positions(prompt, "image")
-    chosen = _chosen_layers(vlm, layers)
+    layers = _chosen_layers(vlm, layers)
     _check_settings(samples, noise, threshold)
-    told = answered(vlm, prompt, answer)
-    copies = _copies(told.inputs, samples, noise, seed)
-    heat = torch.zeros(len(chosen), len(told.groups["image"]), dtype=torch.float64)
+    answered = with_answer(vlm, prompt, answer)
+    copies = _copies(answered.inputs, samples, noise, seed)
+    heat = torch.zeros(len(layers), len(answered.groups["image"]), dtype=torch.float64)
     with tqdm(total=len(copies), desc="LLaVA-CAM", unit="copy", disable=not progress or samples == 0) as bar:
-        for group in (copies[start : start + _COPIES_AT_ONCE] for start in range(0, len(copies), _COPIES_AT_ONCE)):
-            heat += _heat(vlm, told, _batch(told.inputs, group), chosen).sum(1) / len(copies)
+        for start in range(0, len(copies), _COPIES_AT_ONCE):
+            group = copies[start : start + _COPIES_AT_ONCE]
+            heat += _heat(vlm, answered, _batch(answered.inputs, group), layers).sum(1) / len(copies)
             bar.update(len(group))
     return RelevanceMap(
-        answer=told.answer,
-        answer_ids=told.answer_ids,
-        layers=chosen,
+        answer=answered.answer,
+        answer_ids=answered.answer_ids,
+        layers=layers,
         samples=samples,
         noise=noise if samples else None,
         seed=seed if samples else None,
         threshold=threshold,
         heat=heat,
-        **read_fields(vlm, told),
+        **reading_fields(vlm, answered),
     )
 
 
-def _heat(vlm: VisionLanguageModel, told: Prompt, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
+def _heat(vlm: VisionLanguageModel, answered: Prompt, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
     """(layer, copy, image token) float64 on the CPU: the heat in each of the copies that these inputs hold."""
-    sites, image, ids = [Site("mlp", layer) for layer in layers], list(told.groups["image"]), list(told.answer_ids)
+    sites, image = [Site("mlp", layer) for layer in layers], list(answered.groups["image"])
+    ids = list(answered.answer_ids)
     with torch.no_grad():
-        embeddings = vlm.embeddings(inputs)[:, : told.length - 1]  # the answer's last token predicts nothing of it
-    with torch.enable_grad(), capture(vlm, sites, inputs=True) as features:
-        logits = predicting_logits(vlm, told, embeddings.requires_grad_(), len(ids))
+        embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts no other
+    with torch.enable_grad(), capture(vlm, sites, inputs=True) as captured:
+        logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))
         total = logits[:, range(len(ids)), ids].sum()  # copies do not see each other, so one sum serves all of them
-        found = [features[site] for site in sites]
-        gradients = torch.autograd.grad(total, found, materialize_grads=True)
-    pairs = zip(found, gradients, strict=True)
-    return torch.stack([weighted_heat(*(each.detach()[:, image].double() for each in pair)).cpu() for pair in pairs])
+        features = [captured[site] for site in sites]
+        gradients = torch.autograd.grad(total, features, materialize_grads=True)
+    pairs = zip(features, gradients, strict=True)
+    return torch.stack([weighted_heat(*(part.detach()[:, image].double() for part in pair)).cpu() for pair in pairs])
 
 
 def weighted_heat(features: Tensor, gradients: Tensor) -> Tensor:
-    """(copy, image token): Grad-CAM of features and gradients (copy, image token, channel), rectified in both steps."""
+    """Return the Grad-CAM heat (copy, image token) of features and gradients (copy, image token, channel).
+
+    Both the weights and the weighted sum are rectified.
+    """
     weights = gradients.relu().mean(1, keepdim=True)
     return (weights * features).sum(-1).relu()
 
@@ -93,8 +209,8 @@ def _copies(inputs: Mapping[str, Tensor], samples: int, noise: float, seed: int)
     if samples == 0:
         return [pixels]
     generator = torch.Generator().manual_seed(seed)
-    drawn = (torch.randn(pixels.shape, generator=generator, dtype=torch.float64) for _ in range(samples))
-    return [(pixels.cpu().double() + noise * each).to(pixels) for each in drawn]
+    draws = (torch.randn(pixels.shape, generator=generator, dtype=torch.float64) for _ in range(samples))
+    return [(pixels.cpu().double() + noise * draw).to(pixels) for draw in draws]
 
 
 def _batch(inputs: Mapping[str, Tensor], copies: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -105,8 +221,8 @@ def _batch(inputs: Mapping[str, Tensor], copies: Sequence[Tensor]) -> dict[str, 
 
 def _chosen_layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Layers counted from the start, each once."""
-    asked = range(vlm.layers) if layers is None else layers
-    chosen = tuple(dict.fromkeys(vlm.layer_index(layer) for layer in asked))
+    requested = range(vlm.layers) if layers is None else layers
+    chosen = tuple(dict.fromkeys(vlm.layer_index(layer) for layer in requested))
     if not chosen:
         raise TraceError(f"no layers to map; pass some of 0 to {vlm.layers - 1}, or layers=None for all")
     return chosen

@@ -12,9 +12,17 @@ from ...artefacts.files import load, save
 from ...artefacts.frames import long_frame
 from ...artefacts.intervals import mean_interval
 from ..errors import TraceError
-from ..failure.image_mass import index_shares, tokens_for_share
 from .contributions_plot import Chart, Line, draw_layers, draw_shares
-from .contributions_result import REDUCED, UNITS, AttentionContributions, Quantity, Reduction, name_of
+from .contributions_result import (
+    REDUCED,
+    UNITS,
+    AttentionContributions,
+    Quantity,
+    Reduction,
+    index_shares,
+    name_of,
+    tokens_for_share,
+)
 
 _LAYOUT = "multrace average contributions 1"
 _USUAL = ("constraint", "image", "last")

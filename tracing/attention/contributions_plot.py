@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...artefacts.drawing.curves import CYCLE
 from ...artefacts.drawing.figure import INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
-from ..failure.image_mass import bin_edges
 
 _WIDTH, _HEIGHT = 3.3, 2.1  # inches of a panel
 _LEFT, _GAP, _BELOW = 0.75, 0.85, 0.62  # inches for labels of an axis: left of the first panel, between, below
@@ -50,6 +49,11 @@ class HeadMap:
     unit: str
     values: Tensor
     """(head, layer)"""
+
+
+def bin_edges(count: int, bins: int) -> list[tuple[int, int]]:
+    """The first index of each bin, and the one after its last."""
+    return [(count * index // bins, count * (index + 1) // bins) for index in range(bins)]
 
 
 def draw_layers(path: str | Path, charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]) -> Path:

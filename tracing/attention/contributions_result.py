@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ...artefacts.drawing.overlay import Overlay, draw_overlays, strongest
@@ -13,8 +14,8 @@ from ...artefacts.files import load, save
 from ...artefacts.frames import long_frame
 from ...models import Prompt
 from ..errors import TraceError
-from ..failure.image_mass import index_shares, over_grid, tokens_for_share
-from .contributions_plot import Chart, HeadMap, Line, draw_layers, draw_shares
+from .contributions_plot import Chart, HeadMap, Line, bin_edges, draw_layers, draw_shares
+from .image_reading import check_prompt, over_grid
 
 _LAYOUT = "multrace attention contributions 1"
 
@@ -185,10 +186,7 @@ class AttentionContributions:
         layers: one panel each; if not given, the strongest four. TraceError for another prompt than the one that was
         read, and where image tokens form no grid.
         """
-        found = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
-        ids = tuple(prompt.inputs["input_ids"][0, : len(self.input_ids)].tolist())
-        if (found, ids) != (self.patches, self.input_ids):
-            raise TraceError(f"this is of another prompt ({self.question!r}); pass the prompt that was read")
+        check_prompt(self, prompt)
         grid = over_grid(self.image_mass(of), self.groups["image"], self.patches)
         numbers = strongest(grid) if layers is None else self._some(layers)
         overlays = [Overlay(title=f"layer {number}", values=grid[number]) for number in numbers]
@@ -259,6 +257,33 @@ class AttentionContributions:
                 frame.columns.get_loc(name) + 1, f"{name}_token", tokens.take(frame[name].to_numpy()).to_numpy()
             )
         return frame
+
+
+def index_shares(mass: Tensor, bins: int) -> Tensor:
+    """(..., bin), summing to one: the share of the mass (..., image token) in equally many tokens each, by index.
+
+    Of 576 tokens, 16 bins hold 36 each. Where tokens do not divide evenly, bins differ by one token. NaN where there
+    is no mass at all. TraceError for more bins than tokens or none.
+    """
+    count = mass.shape[-1]
+    if not 1 <= bins <= count:
+        raise TraceError(f"cannot put {count} image tokens into {bins} bins; pass a number from 1 to {count}")
+    parts = [mass[..., start:stop].sum(-1) for start, stop in bin_edges(count, bins)]
+    return torch.stack(parts, -1) / mass.sum(-1, keepdim=True)
+
+
+def tokens_for_share(mass: Tensor, share: float) -> Tensor:
+    """(...,) int64: the fewest image tokens that hold this share of the mass (..., image token); 0 without any mass.
+
+    TraceError for a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise TraceError(f"no share {share} of the picture's mass; pass one above 0 and at most 1, such as 0.8")
+    ordered = mass.double().sort(-1, descending=True).values
+    wanted = share * ordered.sum(-1, keepdim=True)
+    reached = ordered.cumsum(-1) >= wanted * (1 - 1e-12)  # all of it is reached in spite of rounding
+    first = torch.where(reached, torch.arange(1, mass.shape[-1] + 1), mass.shape[-1]).min(-1).values
+    return torch.where(wanted[..., 0] > 0, first, 0)
 
 
 def name_of(group: str | None) -> str:

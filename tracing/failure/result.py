@@ -14,7 +14,7 @@ from ...artefacts.intervals import LEVEL
 from ..errors import TraceError
 from .plot import draw_prediction
 
-_FEATURES, _PREDICTION = "multrace failure features 1", "multrace failure prediction 1"
+_LAYOUT = "multrace failure prediction 1"
 
 TITLES: Mapping[str, str] = {
     "contribution": "contribution of the constraint",
@@ -25,40 +25,6 @@ TITLES: Mapping[str, str] = {
     "all heads": "all layers and heads (L1)",
 }
 """What each score is called in drawings and summaries."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FailureFeatures:
-    """What one run shows about whether its answer will be right. Made by `failure_features`."""
-
-    model: str
-    """Name or path of the model."""
-    question: str
-    contributions: Tensor
-    """(layer,) float64: what the constraint brings to the last token, the largest of its tokens."""
-    head_contributions: Tensor
-    """(layer, head) float64: the same for each head by itself."""
-    weights: Tensor
-    """(layer,) float64: the last token's attention to the constraint, mean over heads, the largest of its tokens."""
-    head_weights: Tensor
-    """(layer, head) float64: the same for each head by itself."""
-    first_token: str
-    """The likeliest first token of an answer."""
-    first_probability: float
-    """Its probability."""
-    answer: str | None
-    """The answer that was read as a whole, if one was given."""
-    answer_probability: float | None
-    """The product of its tokens' probabilities, each after the ones before it."""
-
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _FEATURES, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FailureFeatures":
-        """What `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _FEATURES, cls, check=_features_problem)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,12 +106,12 @@ class FailurePrediction:
 
     def save(self, path: str | Path) -> Path:
         """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _PREDICTION, self)
+        return save(path, _LAYOUT, self)
 
     @classmethod
     def load(cls, path: str | Path) -> "FailurePrediction":
         """What `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _PREDICTION, cls, check=_prediction_problem)
+        return load(path, _LAYOUT, cls, check=_problem)
 
     @property
     def _counted(self) -> str:
@@ -183,14 +149,7 @@ def _ends(values: Tensor) -> tuple[float, float]:
     return tuple(torch.quantile(values, torch.tensor([outside, 1 - outside], dtype=values.dtype)).tolist())
 
 
-def _features_problem(features: FailureFeatures) -> str | None:
-    heads = features.head_contributions.shape
-    fits = len(heads) == 2 and features.head_weights.shape == heads
-    fits = fits and features.contributions.shape == features.weights.shape == heads[:1]
-    return None if fits else "its tensors are of other shapes than its layers and heads"
-
-
-def _prediction_problem(prediction: FailurePrediction) -> str | None:
+def _problem(prediction: FailurePrediction) -> str | None:
     count = len(prediction.scores)
     fits = [values.shape[1:] == prediction.is_right.shape for values in prediction.scores.values()]
     fits += [count > 0, set(prediction.scores) <= set(TITLES), prediction.areas.shape == (count,)]

@@ -1,1 +1,1 @@
-"""Logit lens: what each layer would answer."""
+"""The logit lens: which answer the output head would give after each layer."""

@@ -1,4 +1,4 @@
-"""Answer emergence averaged over prompts, by the role that a token plays in each."""
+"""The logit lens averaged over prompts, by the role that a token plays in each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from ...artefacts.files import load, save
 from ...artefacts.frames import long_frame
 from ...artefacts.intervals import mean_interval
 from ..errors import TraceError
-from .lines import Curve, LinePanel, emergence_lines
+from .plot import Curve, LinePanel, draw_lines
 from .result import NORM_NAMES, NORMS, LogitLens, state_name
 
-_LAYOUT = "multrace average emergence 1"
+_LAYOUT = "multrace average logit lens 1"
 QUANTITIES = ("probability", "share", "log_rank")
 """Probability, share of prompts in which the token is the likeliest, and log10 of its rank."""
 _CAPTIONS = ("mean probability", "share of prompts, likeliest", "rank (geometric mean)")
@@ -23,7 +23,7 @@ _CAPTIONS = ("mean probability", "share of prompts, likeliest", "rank (geometric
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AverageLogitLens:
-    """Answer emergence of several prompts at their first read position. Made by `average_lenses`."""
+    """Logit lens of several prompts at their first read position. Made by `average_lenses`."""
 
     model: str
     revision: str | None
@@ -94,8 +94,8 @@ class AverageLogitLens:
         """
         rows = {name: self._panels(norm) for name, norm in zip(NORM_NAMES, NORMS, strict=True)}
         bands = ", bands: 95% intervals of the mean" if self.count > 1 else ""
-        titles = f"Answer emergence over {self.count} prompts", f"read at {self.position_role}{bands}"
-        return emergence_lines(path, rows, layers=self.layers, titles=titles)
+        titles = f"Logit lens over {self.count} prompts", f"read at {self.position_role}{bands}"
+        return draw_lines(path, rows, layers=self.layers, titles=titles)
 
     def _panels(self, norm: bool) -> tuple[LinePanel, ...]:
         """A panel for each quantity."""
@@ -133,24 +133,24 @@ class AverageLogitLens:
         return self.roles.index(role)
 
 
-def average_lenses(emergences: Sequence[LogitLens]) -> AverageLogitLens:
-    """Emergence by role over prompts, at the first read position of each.
+def average_lenses(lenses: Sequence[LogitLens]) -> AverageLogitLens:
+    """The logit lens by role over prompts, at the first read position of each.
 
     A token that plays two roles in a prompt counts in both; a prompt without a role (no foil) is left out of it.
     TraceError for none, and where models, numbers of layers or the roles of the first positions differ.
     """
-    _check_alike(emergences)
-    first = emergences[0]
-    names = [role for each in emergences for roles in each.followed.roles for role in roles]
+    _check_alike(lenses)
+    first = lenses[0]
+    names = [role for each in lenses for roles in each.followed.roles for role in roles]
     roles = tuple(sorted(dict.fromkeys(names), key=_order))
     return AverageLogitLens(
         model=first.model,
         revision=first.revision,
         position_role=first.position_roles[0],
         roles=roles,
-        questions=tuple(each.question for each in emergences),
-        probabilities=torch.stack([_by_role(each, each.probabilities, roles) for each in emergences], 1),
-        ranks=torch.stack([_by_role(each, each.ranks, roles) for each in emergences], 1),
+        questions=tuple(each.question for each in lenses),
+        probabilities=torch.stack([_by_role(each, each.probabilities, roles) for each in lenses], 1),
+        ranks=torch.stack([_by_role(each, each.ranks, roles) for each in lenses], 1),
     )
 
 
@@ -159,27 +159,27 @@ def _order(role: str) -> int:
     return next((place for place, side in enumerate(("answer", "false option")) if role.startswith(f"{side}, ")), 2)
 
 
-def _by_role(emergence: LogitLens, values: Tensor, roles: Sequence[str]) -> Tensor:
+def _by_role(lens: LogitLens, values: Tensor, roles: Sequence[str]) -> Tensor:
     """(norm, state, role) float64 of (norm, position, state, followed token) at the first position."""
-    own = {role: index for index, members in enumerate(emergence.followed.roles) for role in members}
+    own = {role: index for index, members in enumerate(lens.followed.roles) for role in members}
     first = values[:, 0].double()
     missing = torch.full_like(first[..., 0], torch.nan)
     return torch.stack([first[..., own[role]] if role in own else missing for role in roles], -1)
 
 
-def _check_alike(emergences: Sequence[LogitLens]) -> None:
-    if not emergences:
-        raise TraceError("no emergences to average; pass at least one")
+def _check_alike(lenses: Sequence[LogitLens]) -> None:
+    if not lenses:
+        raise TraceError("no lenses to average; pass at least one")
     for name, of in (
         ("model", lambda each: each.model),
         ("revision", lambda each: each.revision),
         ("number of layers", lambda each: len(each.layers) - 1),
         ("first position", lambda each: each.position_roles[0]),
     ):
-        found = dict.fromkeys(of(each) for each in emergences)
+        found = dict.fromkeys(of(each) for each in lenses)
         if len(found) > 1:
             raise TraceError(
-                f"these emergences differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
+                f"these lenses differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
             )
 
 

@@ -1,4 +1,4 @@
-"""Answer emergence: what the output head makes of the residual stream after every layer (logit lens)."""
+"""The logit lens: what the output head makes of the residual stream after every layer."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..errors import TraceError
-from .followed import FollowedTokens
-from .following import Positions, follow, read_positions
-from .result import LogitLens
+from ..groups import Positions, named_positions
+from .result import FollowedTokens, LogitLens
 
-_AT_ONCE = 64
-"""Positions whose logits over the whole vocabulary are held at the same time."""
+_BATCH = 64
+"""Number of positions whose logits over the whole vocabulary are held at the same time."""
 _WIDE_ROUNDING, _NARROW_ROUNDING = 1000, 4
-"""Rounding steps, of the largest logit, that a product of another size may differ by: float32 or wider, narrower."""
+"""Rounding steps of the largest logit by which products of different sizes may differ: in float32 or wider, and in
+half precision."""
 
 
 def logit_lens(
@@ -29,41 +29,65 @@ def logit_lens(
     top: int = 10,
     progress: bool = True,
 ) -> LogitLens:
-    """How likely the answer's first token is at each position after the embedding and after every decoder layer.
+    """Return how likely the answer's first token is at each position after the embedding and after every layer.
 
-    One forward pass. Each of the layers + 1 states of the residual stream goes through the output head, with the
-    model's final norm before it and without. The published script (arXiv 2411.18620) leaves the norm out, so its
-    probabilities are not comparable with the model's own. The last state here is the one before the norm, while
-    transformers' `hidden_states` end with the normed one. Softmax in float64.
+    One forward pass records the layers + 1 states of the residual stream. Each of them goes through the output head
+    twice: with the model's final norm before the head, which makes the probabilities comparable with the model's own,
+    and without it, as in the published script (arXiv 2411.18620). The last state is the one before the final norm,
+    whereas the `hidden_states` of transformers end with the normed one. The softmax is computed in float64.
 
-    positions: groups, positions or both; also those of an answer that the prompt carries. answer: None for the model's
-    own greedy one, which has to be generated first. Answer and foil (the false option) are followed by the first token
-    of their lower-case and of their capitalised spelling, words by the first token that they have as continuations of
-    this prompt, or given as token ids. Some tokenizers begin a rare spelling with a lone blank, which then is the
-    followed token: look at `.followed.texts`. top: how many of the likeliest tokens are kept (the script: 50).
+    Args:
+        vlm: The model.
+        prompt: The prompt. It may carry an answer, whose positions can be read as well.
+        positions: Groups, positions or both that are read (default: the last token of the prompt).
+        answer: The answer to follow; None generates the model's own greedy answer first.
+        foil: The false option to follow beside it; None follows none.
+        words: Further words, followed by their first token as continuations of this prompt, or token ids.
+        top: Number of the likeliest tokens that are stored for each state (the published script has 50).
+        progress: Show a progress bar.
 
-    TraceError where norm and head do not give the model's own logits (it caps or scales them), where logits overflow
-    the model's dtype, and for what does not fit the prompt.
+    Returns:
+        A `LogitLens`. Answer and foil are followed as they are spelled and in the other case of their first letter
+        (lower case or capitalised). The other case is left out if its first token spells less of the word than the
+        first token of the given spelling does: a tokenizer that has "Rome" but splits "rome" into letters would
+        otherwise add the token "r", by which nobody means the answer. Some tokenizers begin a rare spelling with a
+        lone blank, which then is the token that is followed; `result.followed.texts` shows it.
+
+    Raises:
+        TraceError: If norm and head do not give the model's own logits (because it caps or scales them), if logits
+            overflow the dtype of the model, or if an argument does not fit the prompt.
+
+    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); with images arXiv 2411.18620, section 6.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from PIL import Image
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(Image.new("RGB", (64, 64), "red"), "What colour is this?")
+        >>> lens = mt.logit_lens(vlm, prompt, answer="red", progress=False)
+        >>> lens.probability("red").shape  # the embedding and eight layers
+        torch.Size([9])
     """
-    places = read_positions(prompt, positions)
+    roles = named_positions(prompt, positions)
     is_own = answer is None
     if answer is None and not (answer := vlm.answers([prompt])[0]):
         raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to follow another")
-    followed = follow(vlm, prompt, answer=answer, foil=foil, words=words)
+    followed = _follow(vlm, prompt, answer=answer, foil=foil, words=words)
     _check_top(vlm, top)
-    states, logits = _residual_stream(vlm, prompt, list(places))
+    states, logits = _residual_stream(vlm, prompt, list(roles))
     _check_head(vlm, states[-1], logits)
     bar = tqdm(states, desc="reading layers", unit="state", disable=not progress)
     read = [_read_state(vlm, state, followed, top) for state in bar]
-    probabilities, ranks, top_ids, top_probabilities = (torch.stack(each, 2).cpu() for each in zip(*read, strict=True))
-    known = sorted({*followed.ids, *top_ids.flatten().tolist()})
+    probabilities, ranks, top_ids, top_probabilities = (torch.stack(part, 2).cpu() for part in zip(*read, strict=True))
+    tokens = sorted({*followed.ids, *top_ids.flatten().tolist()})
     return LogitLens(
         model=vlm.name,
         revision=vlm.revision,
         question=prompt.question,
         tokens=prompt.tokens,
-        positions=tuple(places),
-        position_roles=tuple(places.values()),
+        positions=tuple(roles),
+        position_roles=tuple(roles.values()),
         answer=answer,
         is_own_answer=is_own,
         foil=foil,
@@ -72,18 +96,23 @@ def logit_lens(
         ranks=ranks,
         top_ids=top_ids,
         top_probabilities=top_probabilities,
-        texts={str(token): vlm.tokenizer.decode([token]) for token in known},
+        texts={str(token): vlm.tokenizer.decode([token]) for token in tokens},
     )
 
 
 def _residual_stream(vlm: VisionLanguageModel, prompt: Prompt, positions: list[int]) -> tuple[list[Tensor], Tensor]:
     """States (position, hidden) after the embedding and each layer, and the pass's own logits (position, vocab)."""
     first, *_ = sites = [Site("hidden", layer) for layer in range(vlm.layers)]
-    with torch.no_grad(), capture(vlm, sites, clone=True) as left:
-        with capture(vlm, [first], inputs=True, clone=True) as entered:
+    with torch.no_grad(), capture(vlm, sites, clone=True) as outputs:
+        with capture(vlm, [first], inputs=True, clone=True) as inputs:
             logits = vlm.logits(prompt)
-    states = [entered[first], *(left[site] for site in sites)]
+    states = [inputs[first], *(outputs[site] for site in sites)]
     return [state[0, positions] for state in states], logits[0, positions]
+
+
+def _head(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
+    """(position, vocab) float64: logits of states (position, hidden)."""
+    return vlm.unembed(states).double()
 
 
 def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
@@ -92,24 +121,19 @@ def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
         return torch.stack([_head(vlm, vlm.final_norm(states)), _head(vlm, states)])
 
 
-def _head(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
-    """(position, vocab) float64: logits of states (position, hidden)."""
-    return vlm.unembed(states).double()
-
-
 def _read_state(
     vlm: VisionLanguageModel, states: Tensor, followed: FollowedTokens, top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(norm, position, token): probabilities and ranks of followed tokens, ids and probabilities of the top ones."""
-    parts = [_read_logits(vlm, _lens(vlm, part), list(followed.ids), top) for part in states.split(_AT_ONCE)]
-    probabilities, ranks, top_ids, top_probabilities = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    parts = [_read_logits(vlm, _lens(vlm, part), list(followed.ids), top) for part in states.split(_BATCH)]
+    probabilities, ranks, top_ids, top_probabilities = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return probabilities, ranks, top_ids, top_probabilities
 
 
 def _read_logits(
     vlm: VisionLanguageModel, logits: Tensor, ids: list[int], top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_read_state`, from logits (norm, position, vocab). Ranks compare logits: softmax may round to ties."""
+    """The same for logits (norm, position, vocab). Ranks compare logits, since the softmax may round to ties."""
     if not logits.isfinite().all():
         raise TraceError(
             f"states of {vlm.name!r} overflow {vlm.dtype} at its output head; "
@@ -121,6 +145,71 @@ def _read_logits(
     return probabilities[..., ids], ranks, likeliest, probabilities.gather(-1, likeliest)
 
 
+def _follow(
+    vlm: VisionLanguageModel, prompt: Prompt, *, answer: str, foil: str | None, words: str | int | Sequence[str | int]
+) -> FollowedTokens:
+    """The first tokens of answer, foil and words as continuations of the prompt; equal tokens are merged."""
+    sides = {"answer": answer} | ({} if foil is None else {"false option": foil})
+    _check_told_apart(vlm, prompt, answer, foil)
+    items: list[tuple[str, str | int]] = [
+        item for side, text in sides.items() for item in _spellings(vlm, prompt, side, text)
+    ]
+    further = (words,) if isinstance(words, str | int) else tuple(words)
+    items += [(f"token {word}" if isinstance(word, int) else f"word {word}", word) for word in further]
+    members: dict[int, tuple[list[str], list[str]]] = {}
+    for role, word in items:
+        own_words, roles = members.setdefault(_first_token(vlm, prompt, word), ([], []))
+        own_words += [word] if isinstance(word, str) and word not in own_words else []
+        roles += [role] if role not in roles else []
+    return FollowedTokens(
+        ids=tuple(members),
+        texts=tuple(vlm.tokenizer.decode([token]) for token in members),
+        words=tuple(tuple(own_words) for own_words, _ in members.values()),
+        roles=tuple(tuple(roles) for _, roles in members.values()),
+    )
+
+
+def _spellings(vlm: VisionLanguageModel, prompt: Prompt, side: str, text: str) -> list[tuple[str, str]]:
+    """(role, spelling) in lower case and capitalised; the case that was not given only if its token spells as much."""
+    lower, capitalised = _cases(text)
+    given = capitalised if text.strip()[:1].isupper() else lower
+    length = _first_length(vlm, prompt, given)
+    named = {f"{side}, lower case": lower, f"{side}, capitalised": capitalised}
+    return [(role, word) for role, word in named.items() if word == given or _first_length(vlm, prompt, word) >= length]
+
+
+def _cases(text: str) -> tuple[str, str]:
+    """The text in lower case, and with a capital first letter and all letters after it as given."""
+    text = text.strip()
+    return text.lower(), text[:1].upper() + text[1:]
+
+
+def _first_length(vlm: VisionLanguageModel, prompt: Prompt, word: str) -> int:
+    """How many letters of a word its first token spells."""
+    return len(vlm.tokenizer.decode([_first_token(vlm, prompt, word)]).strip())
+
+
+def _first_token(vlm: VisionLanguageModel, prompt: Prompt, word: str | int) -> int:
+    if isinstance(word, str):
+        return prompt.answer_tokens(word)[0]
+    size = vlm.vocab
+    if isinstance(word, bool) or not 0 <= word < size:
+        raise TraceError(f"no token {word} in {vlm.name!r}: its vocabulary has {size} (0 to {size - 1})")
+    return word
+
+
+def _check_told_apart(vlm: VisionLanguageModel, prompt: Prompt, answer: str, foil: str | None) -> None:
+    """Raises `TraceError` if every spelling of the foil begins with a token that a spelling of the answer begins with."""
+    if foil is None:
+        return
+    tokens = [{_first_token(vlm, prompt, word) for word in _cases(text)} for text in (answer, foil)]
+    if tokens[1] <= tokens[0]:
+        raise TraceError(
+            f"the foil {foil!r} begins with the same tokens as the answer {answer!r}, so the two cannot be told apart "
+            "by their first tokens; pass another foil"
+        )
+
+
 def _check_top(vlm: VisionLanguageModel, top: int) -> None:
     size = vlm.vocab
     if not 1 <= top <= size:
@@ -128,12 +217,12 @@ def _check_top(vlm: VisionLanguageModel, top: int) -> None:
 
 
 def _check_head(vlm: VisionLanguageModel, states: Tensor, logits: Tensor) -> None:
-    """TraceError unless final norm and head turn the last states (position, hidden) into these logits."""
+    """Raises `TraceError` unless final norm and head turn the last states (position, hidden) into these logits."""
     steps = _WIDE_ROUNDING if vlm.dtype in (torch.float32, torch.float64) else _NARROW_ROUNDING
     own = logits.double()
     with torch.no_grad():
-        found = torch.cat([_head(vlm, vlm.final_norm(part)) for part in states.split(_AT_ONCE)]).to(own.device)
-    difference, largest = float((found - own).abs().max()), float(own.abs().max())
+        through_head = torch.cat([_head(vlm, vlm.final_norm(part)) for part in states.split(_BATCH)]).to(own.device)
+    difference, largest = float((through_head - own).abs().max()), float(own.abs().max())
     if not difference <= steps * torch.finfo(vlm.dtype).eps * largest:
         raise TraceError(
             f"final norm and output head of {vlm.name!r} do not give its own logits (off by {difference:.3g}, the "

@@ -1,4 +1,4 @@
-"""Answer emergence of one prompt: probabilities and ranks of tokens in every layer, saved, loaded and drawn."""
+"""The result of the logit lens for one prompt: probabilities and ranks of tokens after every layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,44 @@ from torch import Tensor
 from ...artefacts.files import load, save
 from ...artefacts.frames import long_frame
 from ..errors import TraceError
-from .followed import FollowedTokens
-from .lines import Curve, LinePanel, emergence_lines
-from .token_tables import TokenTable, token_table
+from .plot import Curve, LinePanel, TokenTable, draw_lines, draw_tokens, token_text
 
-_LAYOUT = "multrace answer emergence 1"
+
+@dataclass(frozen=True, kw_only=True)
+class FollowedTokens:
+    """Tokens, each once, with the words that begin with it and the roles that it plays."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """What each token says, blanks included."""
+    words: tuple[tuple[str, ...], ...]
+    """Per token the words of which it is the first token; empty for one that was given as an id."""
+    roles: tuple[tuple[str, ...], ...]
+    """Per token what it stands for, named alike in every prompt: "answer, lower case", "word red", ..."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """For pictures: what each token says and stands for."""
+        return tuple(
+            f"{token_text(text)} ({'; '.join(roles)})" for text, roles in zip(self.texts, self.roles, strict=True)
+        )
+
+    def index(self, word: str | int) -> int:
+        """Which token a word (as spelled when asked), a role or a token id means. TraceError lists what is followed."""
+        names = (self.ids,) if isinstance(word, int) else (self.words, self.roles)
+        for members in names:
+            for index, each in enumerate(members):
+                if word == each or (isinstance(each, tuple) and word in each):
+                    return index
+        words = [name for each in self.words for name in each]
+        roles = [name for each in self.roles for name in each]
+        raise TraceError(
+            f"{word!r} was not followed; followed are the words {', '.join(words)} as {', '.join(roles)} "
+            f"(tokens {', '.join(map(str, self.ids))}); read the model again with words=[{word!r}]"
+        )
+
+
+_LAYOUT = "multrace logit lens 1"
 NORMS = (True, False)
 """The first axis of all tensors: with the model's final norm before the output head, and without it."""
 NORM_NAMES = ("with the final norm", "without the final norm")
@@ -97,7 +130,7 @@ class LogitLens:
 
     @classmethod
     def load(cls, path: str | Path) -> "LogitLens":
-        """The emergence that `save` wrote. TraceError if the file is missing, corrupt or something else."""
+        """The lens that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem, nested={"followed": FollowedTokens})
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -131,7 +164,7 @@ class LogitLens:
         place = f"{self.position_roles[index]} ({self.tokens[self.positions[index]].strip()!r})"
         whose = "the model's own answer" if self.is_own_answer else "answer"
         subtitle = f"{whose} {self.answer!r}, read at {place}"
-        return emergence_lines(path, rows, layers=self.layers, titles=(self.question, subtitle))
+        return draw_lines(path, rows, layers=self.layers, titles=(self.question, subtitle))
 
     def plot_tokens(self, path: str | Path, *, norm: bool = True, positions: Sequence[int | str] | None = None) -> Path:
         """The written picture: the likeliest token at each read position (column) after each layer (row, last on top).
@@ -152,7 +185,7 @@ class LogitLens:
             columns=tuple((self.tokens[self.positions[each]], self.position_roles[each]) for each in chosen),
         )
         subtitle = f"likeliest token after each layer, {NORM_NAMES[norm_index]}; framed: the answer {self.answer!r}"
-        return token_table(path, table, titles=(self.question, subtitle))
+        return draw_tokens(path, table, titles=(self.question, subtitle))
 
     def _panels(self, position: int, norm: bool) -> tuple[LinePanel, LinePanel]:
         """Probabilities, and ranks beside them."""
@@ -201,14 +234,14 @@ def state_name(layer: int) -> str:
     return "embedding" if layer < 0 else f"layer {layer}"
 
 
-def _problem(emergence: LogitLens) -> str | None:
-    """What does not fit together in an emergence that was read from a file."""
-    followed, top, states = len(emergence.followed.ids), emergence.top_ids.shape[-1], emergence.probabilities.shape[2]
-    leading = (len(NORMS), len(emergence.positions), states)
-    fits = [each.shape == (*leading, followed) for each in (emergence.probabilities, emergence.ranks)]
-    fits += [each.shape == (*leading, top) for each in (emergence.top_ids, emergence.top_probabilities)]
-    fits += [len(emergence.position_roles) == len(emergence.positions), states > 1]
-    fits += [max(emergence.positions) < len(emergence.tokens)]
-    fits += [len(each) == followed for each in (emergence.followed.words, emergence.followed.roles)]
-    fits += [str(token) in emergence.texts for token in emergence.top_ids.unique().tolist()]
+def _problem(lens: LogitLens) -> str | None:
+    """What does not fit together in a lens that was read from a file."""
+    followed, top, states = len(lens.followed.ids), lens.top_ids.shape[-1], lens.probabilities.shape[2]
+    leading = (len(NORMS), len(lens.positions), states)
+    fits = [each.shape == (*leading, followed) for each in (lens.probabilities, lens.ranks)]
+    fits += [each.shape == (*leading, top) for each in (lens.top_ids, lens.top_probabilities)]
+    fits += [len(lens.position_roles) == len(lens.positions), states > 1]
+    fits += [max(lens.positions) < len(lens.tokens)]
+    fits += [len(each) == followed for each in (lens.followed.words, lens.followed.roles)]
+    fits += [str(token) in lens.texts for token in lens.top_ids.unique().tolist()]
     return None if all(fits) else "its tensors are of other shapes than its positions and followed tokens"

@@ -14,10 +14,10 @@ from ...artefacts.frames import long_frame
 from ...artefacts.intervals import mean_interval
 from ...artefacts.proportions import wilson_interval
 from ..errors import TraceError
-from .plot import Levels, TruncationLine, draw_truncations
+from .plot import Levels, PruningLine, draw_pruning
 from .result import ImagePruning, index_of_keep, index_of_score, keep_label, lasting_from
 
-_LAYOUT = "multrace average truncation 1"
+_LAYOUT = "multrace average image pruning 1"
 _SHARED = ("model", "revision", "depth", "layers", "keep", "scores")
 _ROUNDING = 1e-9
 MEASURES = ("accuracy", "probability")
@@ -25,7 +25,7 @@ MEASURES = ("accuracy", "probability")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AveragePruning:
-    """Truncations of one model over questions. Made by `average_prunings`; arXiv 2406.06579."""
+    """Prunings of one model over questions. Made by `average_prunings`; arXiv 2406.06579."""
 
     model: str
     """Name or path of the model."""
@@ -173,7 +173,7 @@ class AveragePruning:
         for row, keep in enumerate(self.keep):
             cliff = self.cliff_layer(keep, tolerance, by=by, score=score)
             lines.append(
-                TruncationLine(
+                PruningLine(
                     label=keep_label(keep),
                     values=values[row],
                     low=low[row],
@@ -187,7 +187,7 @@ class AveragePruning:
         bands = "" if high.isnan().all() else "; bands: 95% intervals"
         subtitle = f"{name_of_model(self.model)}\n{label.capitalize()}{bands}"
         titles = f"Image tokens dropped, {_questions(self.count)}", subtitle
-        return draw_truncations(path, self.layers, lines, levels=levels, titles=titles, y_label=label)
+        return draw_pruning(path, self.layers, lines, levels=levels, titles=titles, y_label=label)
 
     def _measured(self, by: str, score: str | None) -> tuple[Tensor, Levels]:
         """(keep, layer) values, with baseline and floor."""
@@ -234,32 +234,32 @@ class AveragePruning:
         return 0 if score is None else index_of_score(score, self.scores)
 
 
-def average_prunings(truncations: Sequence[ImagePruning]) -> AveragePruning:
+def average_prunings(prunings: Sequence[ImagePruning]) -> AveragePruning:
     """Accuracies and mean probabilities over questions that one model was asked with the same keeps and layers.
 
-    Questions without a right answer count for probabilities only. TraceError for none, or for unlike truncations.
+    Questions without a right answer count for probabilities only. TraceError for none, or for unlike prunings.
     """
-    if not truncations:
-        raise TraceError("no truncations to average; pass at least one")
+    if not prunings:
+        raise TraceError("no prunings to average; pass at least one")
     for name in _SHARED:
-        found = {getattr(each, name): None for each in truncations}
+        found = {getattr(each, name): None for each in prunings}
         if len(found) > 1:
             raise TraceError(
-                f"these truncations differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
+                f"these prunings differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
             )
-    first = truncations[0]
+    first = prunings[0]
     unknown = torch.full(first.dropped.shape, torch.nan, dtype=torch.float64)
-    rights = [each.is_right for each in truncations]
+    rights = [each.is_right for each in prunings]
     return AveragePruning(
-        questions=tuple(each.question for each in truncations),
+        questions=tuple(each.question for each in prunings),
         right=torch.stack([unknown if right is None else right.double() for right in rights]),
-        baseline_right=_as_numbers([each.baseline_is_right for each in truncations]),
-        floor_right=_as_numbers([each.floor_is_right for each in truncations]),
-        probabilities=torch.stack([each.probabilities for each in truncations], 1),
-        baseline=torch.stack([each.baseline for each in truncations], 1),
-        floor=torch.stack([each.floor for each in truncations], 1),
-        token_shares=torch.stack([each.tokens_kept() for each in truncations]),
-        operation_shares=torch.stack([each.operations_kept() for each in truncations]),
+        baseline_right=_as_numbers([each.baseline_is_right for each in prunings]),
+        floor_right=_as_numbers([each.floor_is_right for each in prunings]),
+        probabilities=torch.stack([each.probabilities for each in prunings], 1),
+        baseline=torch.stack([each.baseline for each in prunings], 1),
+        floor=torch.stack([each.floor for each in prunings], 1),
+        token_shares=torch.stack([each.tokens_kept() for each in prunings]),
+        operation_shares=torch.stack([each.operations_kept() for each in prunings]),
         **{name: getattr(first, name) for name in _SHARED},
     )
 

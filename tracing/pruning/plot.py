@@ -1,4 +1,4 @@
-"""Curves over the layer from which image tokens are gone, between baseline and floor, and below them what is saved."""
+"""The pictures of image token pruning: curves by the first pruned layer, and the patches that are kept."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...artefacts.drawing.curves import CYCLE, LineStyle, sample_line, write_legend
 from ...artefacts.drawing.figure import INK, check_format, new_figure, wrap, write_figure, write_titles
+from ...models import Prompt
 
 _WIDTH, _UPPER, _LOWER = 4.6, 2.5, 0.85  # inches of both panels, and their heights
 _LEFT, _BELOW, _GAP = 0.75, 0.55, 0.16  # inches for the y axis, for the x axis and between the panels
@@ -19,7 +20,7 @@ _LEGEND_HEAD, _LETTER = 0.7, 0.066  # inches of a sample in the legend with what
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TruncationLine:
+class PruningLine:
     """One number of tokens that stay."""
 
     label: str
@@ -42,10 +43,10 @@ class Levels:
     floor: float
 
 
-def draw_truncations(
+def draw_pruning(
     path: str | Path,
     layers: Sequence[int],
-    lines: Sequence[TruncationLine],
+    lines: Sequence[PruningLine],
     *,
     levels: Levels,
     titles: tuple[str, str],
@@ -85,7 +86,7 @@ def draw_truncations(
     return write_figure(path, figure)
 
 
-def _draw_line(panels: tuple[Axes, Axes], layers: Sequence[int], line: TruncationLine, style: LineStyle) -> None:
+def _draw_line(panels: tuple[Axes, Axes], layers: Sequence[int], line: PruningLine, style: LineStyle) -> None:
     """Value with band above, saving below."""
     upper, lower = panels
     if line.low is not None and line.high is not None:
@@ -139,3 +140,50 @@ def _legend(entries: Sequence[tuple[str, LineStyle]], levels: Levels) -> dict[st
         **{name: sample_line(style) for name, style in entries},
         **{label: Line2D([], [], **look) for label, look in shown},
     }
+
+
+_SIDE, _SPACE = 2.0, 0.2  # inches of a picture and between pictures
+_FADED = 0.16  # share of its contrast that a dropped patch keeps
+_PAPER = 0.93  # what it fades into
+
+
+def draw_kept(
+    path: str | Path, prompt: Prompt, kept: Tensor, captions: Sequence[str], *, titles: tuple[str, str]
+) -> Path:
+    """The written picture: one panel per caption, one line of panels per picture of the prompt.
+
+    kept (panel, image, row, column) booleans. TraceError for another format than png, pdf or svg, or a place that
+    cannot be written.
+    """
+    check_format(path)
+    pictures = prompt.seen_pictures()
+    width = max(4.5, 0.25 + (_SIDE + _SPACE) * len(kept))
+    wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
+    top = 0.55 + 0.21 * sum(text.count("\n") + 1 for text in wrapped)
+    height = top + (_SIDE + _SPACE) * len(pictures)
+    figure = new_figure(width, height)
+    write_titles(figure, wrapped, height)
+    for line, picture in enumerate(pictures):
+        lower = height - top - _SIDE - (_SIDE + _SPACE) * line
+        for index, (panel, caption) in enumerate(zip(kept, captions, strict=True)):
+            start = 0.2 + (_SIDE + _SPACE) * index
+            axes = figure.add_axes((start / width, lower / height, _SIDE / width, _SIDE / height))
+            _draw_kept(axes, picture, panel[line])
+            if line == 0:
+                axes.set_title(caption, fontsize=9.5, color=INK, loc="left")
+    return write_figure(path, figure)
+
+
+def _draw_kept(axes: Axes, picture: Tensor, kept: Tensor) -> None:
+    """One picture (row, column, channel), as it is where its patches (row, column) stay."""
+    height, width = picture.shape[:2]
+    rows, columns = kept.shape
+    place = {"extent": (0, columns, rows, 0), "aspect": columns * height / (rows * width)}
+    axes.imshow(picture.numpy(), interpolation="nearest", **place)
+    veil = picture.new_full((rows, columns, 4), _PAPER)
+    veil[..., 3] = (1 - _FADED) * (~kept).double()
+    axes.imshow(veil.numpy(), interpolation="nearest", **place)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#b8b8b8")

@@ -1,4 +1,4 @@
-"""What one answer needs of the picture at which depth: image tokens dropped from each layer on, as FastV drops them."""
+"""The result of image token pruning for one question."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,47 @@ from ...artefacts.drawing.figure import name_of_model
 from ...artefacts.files import load, save
 from ...artefacts.frames import long_frame
 from ...models import Prompt
-from ..attention.image_maps import ImageReading
+from ..attention.image_reading import ImageReading, check_prompt
 from ..engine.report import EngineReport
 from ..errors import TraceError
 from ..knockout.result import same_answer
-from .costs import operations_kept, tokens_kept
-from .kept_patches import draw_kept
-from .plot import Levels, TruncationLine, draw_truncations
+from .plot import Levels, PruningLine, draw_kept, draw_pruning
 
-_LAYOUT = "multrace truncation 1"
+
+def tokens_kept(dropped: Tensor, layers: Sequence[int], *, length: int, depth: int) -> Tensor:
+    """(..., layer) float64 in 0 to 1: share of the prompt's token-layers that are still computed.
+
+    dropped (..., layer): how many of the prompt's `length` tokens n are gone from each of the layers l on, d of them;
+    depth: the decoder's layers L. The share is (n l + (n - d) (L - l)) / (n L).
+    """
+    left = depth - torch.tensor(layers)
+    return 1 - (dropped * left).double() / (length * depth)
+
+
+def operations_kept(
+    dropped: Tensor, layers: Sequence[int], *, length: int, token_operations: Sequence[int], pair_operations: int
+) -> Tensor:
+    """(..., layer) float64 in 0 to 1: share of the decoder's floating-point operations on the prompt still done.
+
+    A layer i over m tokens takes m c_i + a m (m + 1) / 2 of them: c_i, token_operations, for each token by its
+    matrices; a, pair_operations, for each query-key pair of causal attention. m is n before the layer l, n - d from
+    there on (`tokens_kept`). Norms, the output head, the vision tower and the answer's tokens are not counted.
+    """
+    each = torch.tensor(token_operations, dtype=torch.float64)
+    rest = length - dropped.double()
+    pairs_saved = _pairs(torch.tensor(length, dtype=torch.float64)) - _pairs(rest)
+    total = length * each.sum() + len(each) * pair_operations * _pairs(torch.tensor(length, dtype=torch.float64))
+    left = torch.tensor([len(each) - layer for layer in layers])
+    after = torch.stack([each[layer:].sum() for layer in layers])
+    return 1 - (dropped * after + left * pair_operations * pairs_saved) / total
+
+
+def _pairs(tokens: Tensor) -> Tensor:
+    """Query-key pairs of so many tokens, each of which sees itself and those before it."""
+    return tokens * (tokens + 1) / 2
+
+
+_LAYOUT = "multrace image pruning 1"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,7 +158,7 @@ class ImagePruning(ImageReading):
 
     @classmethod
     def load(cls, path: str | Path) -> "ImagePruning":
-        """The truncation that `save` wrote. TraceError if the file is missing, corrupt or something else."""
+        """The pruning that `save` wrote. TraceError if the file is missing, corrupt or something else."""
         return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -151,13 +183,13 @@ class ImagePruning(ImageReading):
         """
         index, saved = self._score(score), 1 - self.operations_kept()
         lines = [
-            TruncationLine(label=keep_label(keep), values=self.probabilities[index, row], saved=saved[row])
+            PruningLine(label=keep_label(keep), values=self.probabilities[index, row], saved=saved[row])
             for row, keep in enumerate(self.keep)
         ]
         levels = Levels(baseline=float(self.baseline[index]), floor=float(self.floor[index]))
         what = "first token's probability" if self.scores[index] == "first token" else "probability"
         subtitle = f"{what.capitalize()} of the answer {self.answer.strip()!r}\n{name_of_model(self.model)}"
-        return draw_truncations(path, self.layers, lines, levels=levels, titles=(self.question, subtitle), y_label=what)
+        return draw_pruning(path, self.layers, lines, levels=levels, titles=(self.question, subtitle), y_label=what)
 
     def overlay(
         self, path: str | Path, prompt: Prompt, keep: int | None = None, layers: Sequence[int] | None = None
@@ -168,19 +200,12 @@ class ImagePruning(ImageReading):
         them. TraceError for another prompt than the one that was asked, and where image tokens form no grid.
         """
         row = self._partial() if keep is None else self._keep(keep)
-        self._check_prompt(prompt)
+        check_prompt(self, prompt)
         places = self._rows_of(layers, ())
         grid = self.over_picture(self.kept[row].double()) > 0
         captions = [f"from layer {self.layers[place]} on" for place in places]
         titles = self.question, f"Image tokens that stay: the best {self.keep[row]} of {len(self.image_positions)}"
         return draw_kept(path, prompt, grid[list(places)], captions, titles=titles)
-
-    def _check_prompt(self, prompt: Prompt) -> None:
-        """TraceError for another prompt than the one that was asked."""
-        found = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
-        ids = tuple(prompt.inputs["input_ids"][0, : self.length].tolist())
-        if (found, ids) != (self.patches, self.input_ids):
-            raise TraceError(f"this truncation is of another prompt ({self.question!r}); pass the one that was asked")
 
     def _keep(self, keep: int | str) -> int:
         return index_of_keep(keep, self.keep)
@@ -190,7 +215,7 @@ class ImagePruning(ImageReading):
         found = [row for row, count in enumerate(counts) if 0 < count < len(self.image_positions)]
         if not found:
             raise TraceError(
-                f"image tokens stay here all or none (keep={self.keep}), which shows nothing; truncate with another "
+                f"image tokens stay here all or none (keep={self.keep}), which shows nothing; prune with another "
                 f"keep, from 1 to {len(self.image_positions) - 1}"
             )
         return found[0]
@@ -233,18 +258,18 @@ def index_of_score(score: str, known: Sequence[str]) -> int:
 def _index(kind: str, label: int | str, known: Sequence[int | str]) -> int:
     if label not in known:
         raise TraceError(
-            f"no {kind} {label!r} in this truncation: it holds {', '.join(map(repr, known))}; pass one of these, or "
-            "truncate again with that one"
+            f"no {kind} {label!r} in this pruning: it holds {', '.join(map(repr, known))}; pass one of these, or "
+            "prune again with that one"
         )
     return known.index(label)
 
 
-def _problem(truncation: ImagePruning) -> str | None:
-    """What does not fit together in a truncation that was read from a file."""
-    shape, scores = (len(truncation.keep), len(truncation.layers)), len(truncation.scores)
-    fits = [truncation.kept.shape == (*shape, len(truncation.image_positions)), truncation.kept.dtype == torch.bool]
-    fits += [truncation.baseline.shape == truncation.floor.shape == (scores,)]
-    fits += [truncation.probabilities.shape == (scores, *shape)]
-    fits += [[len(row) for row in truncation.answers] == [shape[1]] * shape[0], min(*shape, scores) > 0]
-    fits += [len(truncation.token_operations) == truncation.depth, max(truncation.layers) < truncation.depth]
+def _problem(pruning: ImagePruning) -> str | None:
+    """What does not fit together in a pruning that was read from a file."""
+    shape, scores = (len(pruning.keep), len(pruning.layers)), len(pruning.scores)
+    fits = [pruning.kept.shape == (*shape, len(pruning.image_positions)), pruning.kept.dtype == torch.bool]
+    fits += [pruning.baseline.shape == pruning.floor.shape == (scores,)]
+    fits += [pruning.probabilities.shape == (scores, *shape)]
+    fits += [[len(row) for row in pruning.answers] == [shape[1]] * shape[0], min(*shape, scores) > 0]
+    fits += [len(pruning.token_operations) == pruning.depth, max(pruning.layers) < pruning.depth]
     return None if all(fits) else "its tensors are of other shapes than its keeps, layers and scores"

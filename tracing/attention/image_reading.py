@@ -1,9 +1,10 @@
-"""Values over image tokens, layer by layer: what single readings of one answer share, and how they are drawn."""
+"""What the experiments that explain one answer by its image tokens share: the answer, the result, the maps."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -21,9 +22,48 @@ from ...artefacts.drawing.figure import (
     write_figure,
     write_titles,
 )
-from ...artefacts.drawing.overlay import Overlay, draw_overlays, over_patches
-from ...models import Prompt
+from ...artefacts.drawing.overlay import Overlay, draw_overlays
+from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
+
+
+def with_answer(vlm: VisionLanguageModel, prompt: Prompt, answer: str | None) -> Prompt:
+    """Return the prompt with this answer, or with the model's own greedy answer (None).
+
+    Raises `TraceError` if the model's own answer is empty.
+    """
+    if answer is None:
+        answer = vlm.answers([prompt])[0]
+        if not answer:
+            raise TraceError(f"the model's own answer to {prompt.question!r} is empty; pass answer= to explain another")
+    return prompt.with_answer(answer)
+
+
+def predicting_logits(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, count: int) -> Tensor:
+    """Return the logits (row, answer token, vocab), float32 or wider, that predict the first `count` answer tokens.
+
+    The embeddings (row, token, hidden) must reach at least to the token that predicts the last of them.
+    """
+    last = prompt.groups["last"][0]
+    return vlm.forward(inputs_embeds=embeddings, positions=range(last, last + count))
+
+
+def reading_fields(vlm: VisionLanguageModel, prompt: Prompt) -> dict[str, Any]:
+    """Return the fields by which an `ImageReading` identifies its model and its prompt."""
+    return {
+        "model": vlm.name,
+        "revision": vlm.revision,
+        "question": prompt.question,
+        "input_ids": tuple(prompt.inputs["input_ids"][0, : prompt.groups["last"][0] + 1].tolist()),
+        "image_positions": prompt.groups["image"],
+        "patches": patch_places(prompt),
+    }
+
+
+def patch_places(prompt: Prompt) -> tuple[tuple[int, int, int, int], ...]:
+    """Return (position, row, column, image) of each image token; empty where they do not form a grid."""
+    return tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
+
 
 _ACROSS, _SIDE, _SPACE = 8, 0.98, 0.14  # square maps in a line, inches of a map and between maps
 _CAPTION, _GAP = 0.22, 0.06  # inches above a map, and between the pictures of one
@@ -52,9 +92,7 @@ class ImageReading:
 
     def over_picture(self, values: Tensor) -> Tensor:
         """(layer, image, row, column): values (layer, image token) on the grids of patches; TraceError for no grid."""
-        if not self.patches:
-            raise TraceError("the image tokens of this prompt form no grid of patches; read their values one by one")
-        return over_patches(values.T, [(position,) for position in self.image_positions], self.patches)
+        return over_grid(values, self.image_positions, self.patches)
 
     def _draw_over(
         self,
@@ -67,10 +105,7 @@ class ImageReading:
         unit: str,
     ) -> Path:
         """The written picture of these overlays. TraceError for another prompt than the one that was read."""
-        found = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
-        ids = tuple(prompt.inputs["input_ids"][0, : len(self.input_ids)].tolist())
-        if (found, ids) != (self.patches, self.input_ids):
-            raise TraceError(f"this is of another prompt ({self.question!r}); pass the prompt that was read")
+        check_prompt(self, prompt)
         return draw_overlays(path, prompt.seen_pictures(), overlays, kind=kind, titles=titles, scale=0.0, unit=unit)
 
     def _rows_of(self, layers: Sequence[int] | None, candidates: Sequence[int]) -> tuple[int, ...]:
@@ -90,6 +125,29 @@ class ImageReading:
         found = torch.tensor([places.get(position, (-1, -1, -1)) for position in self.image_positions])
         columns = dict(zip(("image", "row", "column"), found.unbind(1), strict=True))
         return {"position": torch.tensor(self.image_positions)} | columns
+
+
+def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """(..., image, row, column): values (..., position) on the patches, NaN where no position is.
+
+    patches: (position, row, column, image). TraceError where image tokens form no grid.
+    """
+    if not patches:
+        raise TraceError("the image tokens of this prompt form no grid of patches; read their values one by one")
+    sizes = [max(patch[axis] for patch in patches) + 1 for axis in (3, 1, 2)]
+    grid = torch.full((*values.shape[:-1], *sizes), torch.nan, dtype=values.dtype)
+    index = {position: number for number, position in enumerate(positions)}
+    for position, row, column, image in patches:
+        if position in index:
+            grid[..., image, row, column] = values[..., index[position]]
+    return grid
+
+
+def check_prompt(result: Any, prompt: Prompt) -> None:
+    """Raises `TraceError` for another prompt than the one that the result was read from."""
+    ids = tuple(prompt.inputs["input_ids"][0, : len(result.input_ids)].tolist())
+    if (patch_places(prompt), ids) != (result.patches, result.input_ids):
+        raise TraceError(f"this is of another prompt ({result.question!r}); pass the prompt that was read")
 
 
 def draw_tiles(

@@ -6,9 +6,7 @@ from multrace import VisionLanguageModel, load
 from multrace.data import World
 from multrace.models import ModelError, Prompt
 from multrace.models.families.table import FAMILIES, Family
-from multrace.tracing import TraceError
-from multrace.tracing.lens.logit_lens import logit_lens
-from multrace.tracing.lens.result import LogitLens
+from multrace.tracing import LogitLens, TraceError, logit_lens
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -10,9 +10,7 @@ from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.models.replay.observe import attention_function
-from multrace.tracing import TraceError
-from multrace.tracing.attention.saliency import attention_saliency
-from multrace.tracing.attention.saliency_result import AttentionSaliency
+from multrace.tracing import AttentionSaliency, TraceError, attention_saliency
 from PIL import Image
 from torch import Tensor, nn
 

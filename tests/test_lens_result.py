@@ -8,11 +8,9 @@ import pytest
 import torch
 from multrace.artefacts import ArtefactError
 from multrace.data import World
-from multrace.tracing import TraceError
+from multrace.tracing import TraceError, logit_lens
 from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens, average_lenses
-from multrace.tracing.lens.followed import FollowedTokens
-from multrace.tracing.lens.logit_lens import logit_lens
-from multrace.tracing.lens.result import NORMS, LogitLens
+from multrace.tracing.lens.result import NORMS, FollowedTokens, LogitLens
 from PIL import Image
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"

@@ -9,14 +9,12 @@ from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
-from multrace.tracing import Engine
+from multrace.tracing import Engine, ImagePruning, average_prunings
 from multrace.tracing.engine import edge_measure as edge_measuring
 from multrace.tracing.engine.edge_sweep import edge_sweep
 from multrace.tracing.engine.edges import EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.pruning.average import average_prunings
 from multrace.tracing.pruning.dropping import Drop, image_ranks
-from multrace.tracing.pruning.result import ImagePruning
 from other_families import MODELS, make
 from torch import Tensor
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
-from multrace.tracing import TraceError
-from multrace.tracing.attention.shares import attention_share
-from multrace.tracing.attention.shares_result import AttentionShare, AverageShare, average_shares
+from multrace.tracing import AttentionShare, AverageShare, TraceError, attention_share, average_shares
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

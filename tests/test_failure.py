@@ -12,12 +12,10 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.artefacts.auroc import auroc, bootstrap_counts, weighted_auroc
 from multrace.data import World
-from multrace.tracing import TraceError
+from multrace.tracing import FailureFeatures, FailurePrediction, TraceError, failure_features, predict_failure
 from multrace.tracing.attention.contributions import attention_contributions
-from multrace.tracing.failure.failure import failure_features, predict_failure
-from multrace.tracing.failure.held_out import Readings, best_window, held_out_scores
 from multrace.tracing.failure.plot import roc_curve
-from multrace.tracing.failure.result import FailureFeatures, FailurePrediction
+from multrace.tracing.failure.prediction import Readings, best_window, held_out_scores
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler

@@ -14,12 +14,16 @@ from multrace.data import World
 from multrace.models import Prompt, Site, capture
 from multrace.models.families.table import Family
 from multrace.models.replay.observe import attending
-from multrace.tracing import TraceError
-from multrace.tracing.attention.attended import value_bias, watch_attention, written_values
-from multrace.tracing.attention.contributions import attention_contributions, contribution_vectors, layer_norms
-from multrace.tracing.attention.contributions_average import AverageContributions, average_contributions
-from multrace.tracing.attention.contributions_result import AttentionContributions
-from multrace.tracing.failure.image_mass import index_shares, tokens_for_share
+from multrace.tracing import AttentionContributions, AverageContributions, TraceError, average_contributions
+from multrace.tracing.attention.contributions import (
+    attention_contributions,
+    contribution_norms,
+    contribution_vectors,
+    projected_values,
+    record_attention,
+    value_bias,
+)
+from multrace.tracing.attention.contributions_result import index_shares, tokens_for_share
 from PIL import Image
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
@@ -129,9 +133,9 @@ def test_sources_are_taken_some_at_a_time(exact_llava, photo, monkeypatch):
     parts = attention_contributions(exact_llava, prompt)
     assert close(parts.contributions, whole.contributions) and close(parts.head_contributions, whole.head_contributions)
     sizes = []
-    plain = multrace.tracing.attention.contributions.written_values
+    plain = multrace.tracing.attention.contributions.projected_values
     monkeypatch.setattr(
-        "multrace.tracing.attention.contributions.written_values",
+        "multrace.tracing.attention.contributions.projected_values",
         lambda vlm, layer, values, bias: sizes.append(values.shape[1]) or plain(vlm, layer, values, bias),
     )
     attention_contributions(exact_llava, prompt)
@@ -267,9 +271,9 @@ def test_an_output_projection_that_reads_something_else_is_refused(llava_llama_p
     projection = vlm.attention_projection(1).module
     projection.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     embeddings = torch.zeros(1, 1, vlm.hidden)
-    seen, _ = watch_attention(multrace.load(llava_llama_path, verify=False), embeddings, (0,))
+    seen, _ = record_attention(multrace.load(llava_llama_path, verify=False), embeddings, (0,))
     with pytest.raises(TraceError, match="quantised or offloaded"):
-        layer_norms(vlm, 1, seen[1], seen[1].values[0, :, 0], (0,))
+        contribution_norms(vlm, 1, seen[1], seen[1].values[0, :, 0], (0,))
 
 
 def test_grouped_queries_with_a_value_bias_add_up():
@@ -281,8 +285,8 @@ def test_grouped_queries_with_a_value_bias_add_up():
     site = Site("attention", 1)
     with with_biases(vlm), capture(vlm, [site]) as output:
         bias = value_bias(vlm)[1]
-        seen, _ = watch_attention(vlm, embeddings, (8, 3))
-        vectors = seen[1].weights[0, ..., None] * written_values(vlm, 1, seen[1].values[0], bias)[:, None]
+        seen, _ = record_attention(vlm, embeddings, (8, 3))
+        vectors = seen[1].weights[0, ..., None] * projected_values(vlm, 1, seen[1].values[0], bias)[:, None]
         projection = vlm.attention_projection(1)
         constant = projection.module.bias + projection.weight @ bias.repeat_interleave(2, 0).flatten()
     assert (vlm.heads, len(bias)) == (4, 2) and float(constant.abs().max()) > 1

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.tracing import TraceError
-from multrace.tracing.attention.saliency_average import AverageSaliency, average_saliencies
-from multrace.tracing.attention.saliency_result import AttentionSaliency
+from multrace.tracing import AttentionSaliency, AverageSaliency, TraceError, average_saliencies
 from PIL import Image
 from torch import Tensor
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from multrace.artefacts import ArtefactError
 from multrace.artefacts.proportions import wilson_interval
-from multrace.tracing import EngineReport, TraceError
-from multrace.tracing.pruning.average import AveragePruning, average_prunings
-from multrace.tracing.pruning.costs import operations_kept, tokens_kept
-from multrace.tracing.pruning.result import ImagePruning
+from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average_prunings
+from multrace.tracing.pruning.result import operations_kept, tokens_kept
 from PIL import Image
 
 LAYERS = 6

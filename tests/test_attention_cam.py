@@ -9,9 +9,7 @@ import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.models import Site
-from multrace.tracing import TraceError
-from multrace.tracing.attention.cam import llava_cam
-from multrace.tracing.attention.cam_result import RelevanceMap
+from multrace.tracing import RelevanceMap, TraceError, llava_cam
 from PIL import Image
 from torch import Tensor, nn
 
