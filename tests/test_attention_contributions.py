@@ -129,7 +129,7 @@ def test_other_ways_of_loading(llava_llama_path, random_llava_llama, photo, opti
 def test_sources_are_taken_some_at_a_time(exact_llava, photo, monkeypatch):
     prompt = prompt_of(exact_llava, photo)
     whole = attention_contributions(exact_llava, prompt)
-    monkeypatch.setattr("multrace.tracing.attention.contributions._NUMBERS_AT_ONCE", 5 * exact_llava.hidden * 4)
+    monkeypatch.setattr("multrace.tracing.attention.contributions._ENTRIES", 5 * exact_llava.hidden * 4)
     parts = attention_contributions(exact_llava, prompt)
     assert close(parts.contributions, whole.contributions) and close(parts.head_contributions, whole.head_contributions)
     sizes = []

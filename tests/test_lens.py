@@ -1,4 +1,4 @@
-"""Answer emergence: what is read equals the hooked states by hand in every family; what cannot be read is refused."""
+"""The logit lens: what is read equals the hooked states by hand in every family; what cannot be read is refused."""
 
 import pytest
 import torch
@@ -133,18 +133,32 @@ def test_spellings_are_followed_by_their_first_tokens_and_merged(random_llava_ll
     found = read(vlm, prompt, answer="tennis", foil="Rome", words=["red", "tennis", "1999"])
     first = {word: prompt.with_answer(word).answer_ids[0] for word in ("tennis", "Tennis", "rome", "Rome", "red")}
     assert len(set(found.followed.ids)) == len(found.followed.ids)
-    roles = {LOWER: "tennis", CAPITALISED: "Tennis", "word red": "red", "word tennis": "tennis"}
-    roles |= {"false option, lower case": "rome", "false option, capitalised": "Rome"}
+    roles = {LOWER: "tennis", "false option, capitalised": "Rome", "word red": "red", "word tennis": "tennis"}
     for role, word in roles.items():
         index = found.followed.index(role)
         assert found.followed.ids[index] == first[word] and word in found.followed.words[index], role
         assert found.followed.index(first[word]) == index == found.followed.index(word)
         assert found.followed.texts[index] == vlm.tokenizer.decode([first[word]])
     assert found.followed.roles[0] == (LOWER, "word tennis")
+    assert found.followed.roles[1] == ("false option, capitalised",)
     digits = read(vlm, prompt, answer="1999")
     assert digits.followed.roles == ((LOWER, CAPITALISED),) and digits.followed.words == (("1999",),)
     assert torch.equal(digits.probability(LOWER), digits.probability(CAPITALISED))
     assert read(vlm, prompt, words="red").followed.words[-1] == ("red",)  # one word, not three letters
+
+
+def test_the_other_case_is_followed_only_by_a_token_that_spells_as_much(random_llava_llama, photo):
+    vlm, prompt = random_llava_llama, ask(random_llava_llama, photo)
+
+    def spelled(word: str) -> str:
+        return vlm.tokenizer.decode([prompt.answer_tokens(word)[0]]).strip()
+
+    for given, other in (("tennis", "Tennis"), ("Rome", "rome"), ("an", "An")):  # a blank or a letter, for which
+        assert len(spelled(other)) < len(spelled(given))  # nobody would take it
+        roles = read(vlm, prompt, answer=given).followed.roles
+        assert roles == ((CAPITALISED if given[0].isupper() else LOWER,),), given
+    assert (spelled("An"), spelled("an")) == ("A", "an")
+    assert read(vlm, prompt, answer="An").followed.roles == ((LOWER,), (CAPITALISED,))
 
 
 def test_positions_are_groups_numbers_and_several(random_llava_llama, photo):

@@ -1,4 +1,4 @@
-"""Answer emergence as a result: what it says about words, files, tables, pictures and averages over prompts."""
+"""The result of the logit lens: what it says about words, files, tables, pictures and averages over prompts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ FALSE_LOWER = "false option, lower case"
 
 
 def by_hand(ranks: list[list[int]], roles: tuple[tuple[str, ...], ...], **changes: object) -> LogitLens:
-    """An emergence at one position with these ranks (state, followed token), alike with and without the norm."""
+    """A lens result at one position with these ranks (state, followed token), alike with and without the norm."""
     values = torch.tensor(ranks)[None, None].repeat(2, 1, 1, 1)
     states, count = len(ranks), len(roles)
     followed = FollowedTokens(
@@ -65,7 +65,7 @@ def read_fact(tiny_vlm):
 
 
 @pytest.fixture(scope="module")
-def emergence(read_fact) -> LogitLens:
+def lens(read_fact) -> LogitLens:
     """A real one with several positions, a foil and a further word."""
     return read_fact(0, positions=["last", "constraint"], foil="Sallez Kimrer", words=["red", 7], top=4)
 
@@ -78,76 +78,76 @@ def test_the_first_layer_is_where_it_leads_to_the_end(ranks, first):
     assert by_hand([[rank, 5] for rank in ranks], ((LOWER,), (FALSE_LOWER,))).first_layer("w0$") == first
 
 
-def test_words_roles_and_ids_name_the_same_token(emergence):
-    index = emergence.followed.index(CAPITALISED)
-    for name in (emergence.answer, CAPITALISED, emergence.followed.ids[index]):
+def test_words_roles_and_ids_name_the_same_token(lens):
+    index = lens.followed.index(CAPITALISED)
+    for name in (lens.answer, CAPITALISED, lens.followed.ids[index]):
         for position in (0, "last"):
             for norm in NORMS:
                 row = NORMS.index(norm), 0, slice(None), index
                 asked = {"position": position, "norm": norm}
-                assert torch.equal(emergence.probability(name, **asked), emergence.probabilities[row])
-                assert torch.equal(emergence.rank(name, **asked), emergence.ranks[row])
-    assert emergence.followed.roles[emergence.followed.index(7)] == ("token 7",)
+                assert torch.equal(lens.probability(name, **asked), lens.probabilities[row])
+                assert torch.equal(lens.rank(name, **asked), lens.ranks[row])
+    assert lens.followed.roles[lens.followed.index(7)] == ("token 7",)
     with pytest.raises(TraceError, match="'blue' was not followed; followed are the words .*red.*words="):
-        emergence.rank("blue")
+        lens.rank("blue")
     for position in (99, "question", -99):
         with pytest.raises(TraceError, match=f"position {position!r} was not read; pass a number from 0 to"):
-            emergence.rank("red", position=position)
+            lens.rank("red", position=position)
 
 
-def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(emergence):
+def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(lens):
     for norm in NORMS:
-        for layer in emergence.layers:
-            tokens = emergence.top(layer, position="last", norm=norm)
+        for layer in lens.layers:
+            tokens = lens.top(layer, position="last", norm=norm)
             assert len(tokens) == 4 and sorted(tokens, key=lambda each: -each[2]) == list(tokens)
-            leads = int(emergence.rank(CAPITALISED, norm=norm)[layer + 1]) == 1
-            assert leads == (tokens[0][0] == emergence.followed.ids[emergence.followed.index(CAPITALISED)])
-    assert emergence.top(emergence.layers[-1])[0][1].strip() == emergence.answer.split()[0]
+            leads = int(lens.rank(CAPITALISED, norm=norm)[layer + 1]) == 1
+            assert leads == (tokens[0][0] == lens.followed.ids[lens.followed.index(CAPITALISED)])
+    assert lens.top(lens.layers[-1])[0][1].strip() == lens.answer.split()[0]
     with pytest.raises(TraceError, match=r"no layer 8; layers were read from -1 \(the embedding\) to 7"):
-        emergence.top(8)
+        lens.top(8)
 
 
-def test_saved_and_loaded_it_is_the_same(emergence, tmp_path):
-    again = LogitLens.load(emergence.save(tmp_path / "deep" / "e.safetensors"))
+def test_saved_and_loaded_it_is_the_same(lens, tmp_path):
+    again = LogitLens.load(lens.save(tmp_path / "deep" / "e.safetensors"))
     for name in LogitLens.__dataclass_fields__:
-        new, old = getattr(again, name), getattr(emergence, name)
+        new, old = getattr(again, name), getattr(lens, name)
         if isinstance(old, torch.Tensor):
             assert new.dtype == old.dtype and torch.equal(new, old), name
         else:
             assert new == old and repr(new) == repr(old), name
-    broken = replace(emergence, ranks=emergence.ranks[:, :1])
+    broken = replace(lens, ranks=lens.ranks[:, :1])
     with pytest.raises(ArtefactError, match="its tensors are of other shapes than its positions"):
         LogitLens.load(broken.save(tmp_path / "broken.safetensors"))
-    with pytest.raises(ArtefactError, match="holds 'multrace answer emergence 1', not 'multrace average emergence 1'"):
+    with pytest.raises(ArtefactError, match="holds 'multrace logit lens 1', not 'multrace average logit lens 1'"):
         AverageLogitLens.load(tmp_path / "deep" / "e.safetensors")
 
 
-def test_the_table_has_a_line_for_every_number(emergence):
-    frame = emergence.to_dataframe()
+def test_the_table_has_a_line_for_every_number(lens):
+    frame = lens.to_dataframe()
     columns = ["norm", "position_role", "position", "token", "layer", "state", "token_id", "text", "words", "roles"]
     assert list(frame) == [*columns, "probability", "rank"]
-    assert len(frame) == emergence.probabilities.numel()
-    assert frame["probability"].tolist() == emergence.probabilities.flatten().tolist()
-    assert frame["rank"].tolist() == emergence.ranks.flatten().tolist()
+    assert len(frame) == lens.probabilities.numel()
+    assert frame["probability"].tolist() == lens.probabilities.flatten().tolist()
+    assert frame["rank"].tolist() == lens.ranks.flatten().tolist()
     is_here = ~frame["norm"] & (frame["position_role"] == "constraint 2")
     chosen = frame[is_here & frame["roles"].str.contains(CAPITALISED)]
     assert chosen["layer"].tolist() == list(range(-1, 8))
     assert chosen["state"].tolist() == ["embedding", *(f"layer {layer}" for layer in range(8))]
-    place = emergence.position_roles.index("constraint 2")
-    assert set(chosen["position"]) == {emergence.positions[place]}
-    assert set(chosen["token"]) == {emergence.tokens[emergence.positions[place]]}
-    assert set(chosen["words"]) == {emergence.answer}
-    wanted = emergence.probability(CAPITALISED, position="constraint 2", norm=False)
+    place = lens.position_roles.index("constraint 2")
+    assert set(chosen["position"]) == {lens.positions[place]}
+    assert set(chosen["token"]) == {lens.tokens[lens.positions[place]]}
+    assert set(chosen["words"]) == {lens.answer}
+    wanted = lens.probability(CAPITALISED, position="constraint 2", norm=False)
     assert chosen["probability"].tolist() == wanted.tolist()
 
 
-def test_the_table_of_likeliest_tokens_has_a_line_for_every_one(emergence):
-    frame = emergence.top_dataframe()
-    assert frame["token_id"].tolist() == emergence.top_ids.flatten().tolist()
+def test_the_table_of_likeliest_tokens_has_a_line_for_every_one(lens):
+    frame = lens.top_dataframe()
+    assert frame["token_id"].tolist() == lens.top_ids.flatten().tolist()
     chosen = frame[frame["norm"] & (frame["position_role"] == "last") & (frame["layer"] == 3)]
     assert chosen["place"].tolist() == [1, 2, 3, 4]
     rows = zip(chosen["token_id"], chosen["text"], chosen["probability"], strict=True)
-    assert tuple(rows) == emergence.top(3)
+    assert tuple(rows) == lens.top(3)
 
 
 def labels(path: Path) -> str:
@@ -162,15 +162,15 @@ def colours(path: Path) -> int:
         return len(image.convert("RGB").getcolors(1_000_000))
 
 
-def test_lines_are_drawn_for_every_followed_token_and_both_norms(emergence, tmp_path):
-    text = labels(emergence.plot(tmp_path / "lines.svg"))
-    for label in ("with the final norm", "without the final norm", "red (word red)", emergence.question, "rank"):
+def test_lines_are_drawn_for_every_followed_token_and_both_norms(lens, tmp_path):
+    text = labels(lens.plot(tmp_path / "lines.svg"))
+    for label in ("with the final norm", "without the final norm", "red (word red)", lens.question, "rank"):
         assert f"<!-- {label} -->" in text, label
     assert text.count("<!-- rank -->") == 2 and "read at last (':')" in text
-    assert "constraint 1" in labels(emergence.plot(tmp_path / "other.svg", position="constraint 1"))
-    assert colours(emergence.plot(tmp_path / "lines.png")) > 100
+    assert "constraint 1" in labels(lens.plot(tmp_path / "other.svg", position="constraint 1"))
+    assert colours(lens.plot(tmp_path / "lines.png")) > 100
     with pytest.raises(ArtefactError, match="no format '.bmp'"):
-        emergence.plot(tmp_path / "lines.bmp")
+        lens.plot(tmp_path / "lines.bmp")
 
 
 def test_dollars_underscores_and_line_breaks_are_drawn(tmp_path):
@@ -181,18 +181,18 @@ def test_dollars_underscores_and_line_breaks_are_drawn(tmp_path):
     assert "w0$" in labels(odd.plot_tokens(tmp_path / "odd_tokens.svg")) and "↵" in labels(tmp_path / "odd_tokens.svg")
 
 
-def test_the_table_of_tokens_frames_the_answer(emergence, tmp_path):
-    text = labels(emergence.plot_tokens(tmp_path / "tokens.svg"))
+def test_the_table_of_tokens_frames_the_answer(lens, tmp_path):
+    text = labels(lens.plot_tokens(tmp_path / "tokens.svg"))
     for label in ("embedding", "layer 7", "constraint 2", "last", "probability"):
         assert f"<!-- {label} -->" in text, label
     framed = text.count("stroke: #d55e00")
-    answers = {emergence.followed.ids[emergence.followed.index(role)] for role in (LOWER, CAPITALISED)}
-    assert framed == sum(token in answers for token in emergence.top_ids[0, :, :, 0].flatten().tolist()) > 0
-    only = emergence.plot_tokens(tmp_path / "only.svg", norm=False, positions=["last"])
+    answers = {lens.followed.ids[lens.followed.index(role)] for role in (CAPITALISED,)}
+    assert framed == sum(token in answers for token in lens.top_ids[0, :, :, 0].flatten().tolist()) > 0
+    only = lens.plot_tokens(tmp_path / "only.svg", norm=False, positions=["last"])
     assert "constraint 2" not in labels(only) and "without the final norm" in labels(only)
-    assert colours(emergence.plot_tokens(tmp_path / "tokens.png")) > 100
+    assert colours(lens.plot_tokens(tmp_path / "tokens.png")) > 100
     with pytest.raises(TraceError, match="cannot draw 61 positions in one table; pass positions= with 1 to 60"):
-        emergence.plot_tokens(tmp_path / "none.svg", positions=[0] * 61)
+        lens.plot_tokens(tmp_path / "none.svg", positions=[0] * 61)
 
 
 def test_averages_are_means_over_prompts_by_role():
@@ -213,11 +213,11 @@ def test_averages_are_means_over_prompts_by_role():
     assert all(end.isnan().all() for end in average.interval(FALSE_LOWER))  # one prompt has no spread
 
 
-def test_the_average_of_one_is_itself_without_an_interval(emergence, tmp_path):
-    average = average_lenses([emergence])
+def test_the_average_of_one_is_itself_without_an_interval(lens, tmp_path):
+    average = average_lenses([lens])
     assert average.position_role == "last"
     for norm in NORMS:
-        assert torch.equal(average.mean(CAPITALISED, norm=norm), emergence.probability(CAPITALISED, norm=norm))
+        assert torch.equal(average.mean(CAPITALISED, norm=norm), lens.probability(CAPITALISED, norm=norm))
     with pytest.raises(ArtefactError, match="an interval needs at least two"):
         average.interval(CAPITALISED)
     assert average.to_dataframe()["low"].isna().all()
@@ -236,7 +236,7 @@ def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fa
     assert average.mean(CAPITALISED, "share")[-1] >= 0.8 and average.mean(CAPITALISED, "share")[0] <= 0.2
     assert foil.max() < 0.05 and not average.mean(FALSE_LOWER, "share").any()
     text = labels(average.plot(tmp_path / "average.svg"))
-    for label in (LOWER, CAPITALISED, FALSE_LOWER, "share of prompts, likeliest"):
+    for label in (CAPITALISED, FALSE_LOWER, "share of prompts, likeliest"):
         assert f"<!-- {label} -->" in text, label
     assert "95% intervals" in text
 
@@ -283,7 +283,7 @@ def test_other_numbers_of_layers_no_prompts_and_unknown_names_are_refused():
     one, deeper = by_hand([[1], [1]], ((LOWER,),)), by_hand([[1], [1], [1]], ((LOWER,),))
     with pytest.raises(TraceError, match=r"differ in their number of layers \(1 and 2\)"):
         average_lenses([one, deeper])
-    with pytest.raises(TraceError, match="no emergences to average"):
+    with pytest.raises(TraceError, match="no lenses to average"):
         average_lenses([])
     with pytest.raises(TraceError, match=f"no role 'foil' in this average; it has {LOWER}"):
         average_lenses([one]).mean("foil")

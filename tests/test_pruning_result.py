@@ -1,4 +1,4 @@
-"""Results of truncation: work by the formulae, accuracies, cliffs on made-up answers, files and figures."""
+"""Results of pruning: work by the formulae, accuracies, cliffs on made-up answers, files and figures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ def double(values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def truncation_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **changes: object) -> ImagePruning:
+def pruning_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **changes: object) -> ImagePruning:
     """One question about a picture of four tokens, answered rightly where that is asked; probability 0.9, else 0.1."""
     count, layers = len(right), len(right[0])
     kept = torch.zeros(count, layers, 4, dtype=torch.bool)
@@ -65,12 +65,12 @@ def texts(path: Path) -> str:
 
 
 def test_right_answers_are_those_of_the_gold_answer():
-    found = truncation_of()
+    found = pruning_of()
     assert found.is_right.tolist() == [[False, False, True, True, True, True]]
     assert (found.baseline_is_right, found.floor_is_right) == (True, False)
-    unknown = truncation_of(gold=None)
+    unknown = pruning_of(gold=None)
     assert (unknown.is_right, unknown.baseline_is_right, unknown.floor_is_right) == (None, None, None)
-    assert truncation_of(gold=WRONG).is_right.tolist() == [[True, True, False, False, False, False]]
+    assert pruning_of(gold=WRONG).is_right.tolist() == [[True, True, False, False, False, False]]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_right_answers_are_those_of_the_gold_answer():
     [((0, 0, 1, 1, 1, 1), 2), ((1, 0, 1, 0, 1, 1), 4), ((1, 1, 1, 1, 1, 1), 0), ((1, 1, 1, 1, 1, 0), None)],
 )
 def test_the_answer_settles_where_it_changes_no_more(right, layer):
-    found = truncation_of((right,))
+    found = pruning_of((right,))
     assert found.settled_from() == layer
     words = "changes the answer even from layer 5" if layer is None else f"the answer stays from layer {layer} on"
     assert words in found.summary()
 
 
 def test_work_is_what_counting_token_by_token_gives():
-    found = truncation_of(((0,) * 6, (1,) * 6), token_operations=(1000, 2000, 3000, 4000, 5000, 6000))
+    found = pruning_of(((0,) * 6, (1,) * 6), token_operations=(1000, 2000, 3000, 4000, 5000, 6000))
     for row, dropped in enumerate((4, 3)):
         for layer in range(LAYERS):
             left = [8 if each < layer else 8 - dropped for each in range(LAYERS)]
@@ -100,21 +100,21 @@ def test_work_is_what_counting_token_by_token_gives():
     assert float(tokens_kept(nothing, (0,), length=8, depth=2)) == float(operations_kept(nothing, (0,), **work)) == 1
 
 
-def test_a_truncation_says_what_it_found():
-    text = truncation_of().summary()
+def test_a_pruning_says_what_it_found():
+    text = pruning_of().summary()
     assert "with every image token: p('red', first token) = 0.9; it says 'red', right" in text
     assert "with none in any layer: p('red', first token) = 0.1; it says 'blue', not 'Red.'" in text
     assert "all image tokens dropped: the answer stays from layer 2 on, which saves 3" in text
-    assert "p('red') = 0.8" in truncation_of().summary("answer")
-    with pytest.raises(TraceError, match="no score 'last' in this truncation: it holds 'first token', 'answer'"):
-        truncation_of().summary("last")
-    with pytest.raises(TraceError, match="no keep 7 in this truncation: it holds 0"):
-        truncation_of().settled_from(7)
+    assert "p('red') = 0.8" in pruning_of().summary("answer")
+    with pytest.raises(TraceError, match="no score 'last' in this pruning: it holds 'first token', 'answer'"):
+        pruning_of().summary("last")
+    with pytest.raises(TraceError, match="no keep 7 in this pruning: it holds 0"):
+        pruning_of().settled_from(7)
 
 
-def test_a_truncation_comes_back_from_its_file(tmp_path):
-    found = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
-    back = ImagePruning.load(found.save(tmp_path / "truncation.safetensors"))
+def test_a_pruning_comes_back_from_its_file(tmp_path):
+    found = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
+    back = ImagePruning.load(found.save(tmp_path / "pruning.safetensors"))
     assert back.summary() == found.summary() and back.engine == found.engine
     assert torch.equal(back.kept, found.kept) and torch.equal(back.probabilities, found.probabilities)
     assert (back.keep, back.layers, back.answers) == (found.keep, found.layers, found.answers)
@@ -122,22 +122,22 @@ def test_a_truncation_comes_back_from_its_file(tmp_path):
     broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
     with pytest.raises(ArtefactError, match="of other shapes than its keeps, layers and scores"):
         ImagePruning.load(broken)
-    with pytest.raises(ArtefactError, match="not 'multrace average truncation 1'"):
-        AveragePruning.load(tmp_path / "truncation.safetensors")
+    with pytest.raises(ArtefactError, match="not 'multrace average image pruning 1'"):
+        AveragePruning.load(tmp_path / "pruning.safetensors")
 
 
 def test_the_table_has_a_line_per_score_keep_and_layer():
-    frame = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6)).to_dataframe()
+    frame = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6)).to_dataframe()
     assert len(frame) == 2 * 2 * LAYERS
     line = frame[(frame.score == "answer") & (frame.keep == 0) & (frame.layer == 2)].iloc[0]
     assert (line.answer, line.is_right, line.dropped) == (RIGHT, True, 4)
     assert (line.probability, line.baseline, line.floor) == pytest.approx((0.8, 0.8, 0.05))
     assert line.tokens_kept == pytest.approx((8 * 2 + 4 * 4) / 48)
-    assert truncation_of(gold=None).to_dataframe().is_right.isna().all()
+    assert pruning_of(gold=None).to_dataframe().is_right.isna().all()
 
 
 def test_pictures_show_curves_levels_and_savings(tmp_path):
-    found = truncation_of(((0, 0, 1, 1, 1, 1), (1,) * 6))
+    found = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6))
     text = texts(found.plot(tmp_path / "one.svg"))
     shown = ["all image tokens dropped", "best 1 image token kept", "What $colour$ is it?", "first token's probability"]
     for words in [*shown, "every image token (baseline)", "no image token at all (floor)", "saved"]:
@@ -148,12 +148,12 @@ def test_pictures_show_curves_levels_and_savings(tmp_path):
 
 
 def asked_about(prompt: object, kept: Callable[[torch.Tensor], torch.Tensor], **changes: object) -> ImagePruning:
-    """A truncation of a real prompt in which these image tokens stay."""
+    """A pruning of a real prompt in which these image tokens stay."""
     image = prompt.groups["image"]
     patches = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
     stays = kept(torch.arange(len(image))).expand(1, LAYERS, -1)
     place = {"image_positions": image, "patches": patches, "input_ids": tuple(prompt.inputs["input_ids"][0].tolist())}
-    return truncation_of(kept=stays, keep=(int(stays[0, 0].sum()),), **place, **changes)
+    return pruning_of(kept=stays, keep=(int(stays[0, 0].sum()),), **place, **changes)
 
 
 def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, other_photo):
@@ -178,7 +178,7 @@ def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, 
 
 
 def average_of(curves: Sequence[Sequence[bool]], **changes: object) -> AveragePruning:
-    return average_prunings([truncation_of((curve,), **changes) for curve in curves])
+    return average_prunings([pruning_of((curve,), **changes) for curve in curves])
 
 
 def test_accuracies_are_shares_of_right_answers_with_wilsons_interval():
@@ -222,14 +222,14 @@ def test_the_cliff_is_where_dropping_hurts_no_more(lost, tolerance, cliff):
 
 def test_the_cliff_is_measured_from_the_baseline_not_from_one():
     curves = [(0, 0, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)]
-    asked = [truncation_of((curve,), baseline_answer=RIGHT if curve[-1] else WRONG) for curve in curves]
+    asked = [pruning_of((curve,), baseline_answer=RIGHT if curve[-1] else WRONG) for curve in curves]
     assert average_prunings(asked).cliff_layer() == 2
     asked[1] = replace(asked[1], baseline_answer=RIGHT)
     assert average_prunings(asked).cliff_layer() is None
 
 
 def test_questions_without_a_right_answer_count_for_probabilities_only():
-    known, unknown = truncation_of(), truncation_of(((1, 1, 1, 1, 1, 1),), gold=None)
+    known, unknown = pruning_of(), pruning_of(((1, 1, 1, 1, 1, 1),), gold=None)
     mixed, none = average_prunings([known, unknown]), average_prunings([unknown, unknown])
     assert (mixed.count, mixed.graded, none.graded) == (2, 1, 0)
     assert mixed.accuracy()[0].tolist() == [0, 0, 1, 1, 1, 1]
@@ -240,11 +240,11 @@ def test_questions_without_a_right_answer_count_for_probabilities_only():
         none.cliff_layer()
 
 
-def test_unlike_truncations_are_not_averaged():
-    with pytest.raises(TraceError, match="no truncations to average"):
+def test_unlike_prunings_are_not_averaged():
+    with pytest.raises(TraceError, match="no prunings to average"):
         average_prunings([])
     with pytest.raises(TraceError, match=r"differ in their keep \(\(0,\) and \(3,\)\)"):
-        average_prunings([truncation_of(), truncation_of(keep=(3,))])
+        average_prunings([pruning_of(), pruning_of(keep=(3,))])
     average = average_of([(0, 0, 1, 1, 1, 1)])
     with pytest.raises(TraceError, match="tolerance=-1 is negative"):
         average.cliff_layer(tolerance=-1)
@@ -269,7 +269,7 @@ def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
 
 
 def test_the_picture_of_an_average_marks_the_cliff(tmp_path):
-    asked = [truncation_of(((0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1))), truncation_of(((0, 1, 1, 1, 1, 1), (1,) * 6))]
+    asked = [pruning_of(((0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1))), pruning_of(((0, 1, 1, 1, 1, 1), (1,) * 6))]
     average = average_prunings(asked)
     text = texts(average.plot(tmp_path / "a.svg"))
     shown = ["all image tokens dropped, cliff at layer 2", "best 1 image token kept, cliff at layer 1", "accuracy"]
