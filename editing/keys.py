@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import Projection, Prompt, Site, VisionLanguageModel, capture
+from ..models.replay.padded import at_columns
 from .targets import Goal, TargetBatch, target_batch
 
 Place = Projection | Site
@@ -90,7 +91,7 @@ def split(batch: TargetBatch, inputs: Tensor, outputs: Tensor) -> list[Lookup]:
 
 def wide_at(batch: TargetBatch, states: Tensor) -> Tensor:
     """(row, key, width) in float32 or wider: states at the key columns."""
-    picked = batch.at(states, batch.key_columns)
+    picked = at_columns(states, batch.key_columns)
     return picked.to(torch.promote_types(picked.dtype, torch.float32))
 
 

@@ -1,14 +1,13 @@
 """Prompts followed by their wanted answers, as one padded batch whose unchanging part is run only once."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
 from ..models import ModelError, Prompt, VisionLanguageModel
+from ..models.replay.padded import PaddedBatch
 from .errors import EditError
 
 
@@ -27,50 +26,34 @@ class TargetBatch:
     """Prompts of many facts with their targets, padded so that the first edited token has one column in all rows.
 
     A change at that column leaves everything before it as it was, so the prefix (with the picture) is run once and kept
-    as attention keys and values. Columns are counted from the first edited token, `start`.
+    as attention keys and values. Columns are counted from the first edited token.
     """
 
-    embeddings: Tensor
-    """(row, token, hidden), pictures merged in; zeros where padded."""
-    attention_mask: Tensor
-    """(row, token), 0 where padded."""
-    position_ids: Tensor
-    """(row, token)"""
-    prefix: Cache
-    """Attention keys and values of the columns before `start`."""
-    start: int
-    """The column of the first edited token."""
+    inputs: PaddedBatch
+    """The columns from the first edited token on."""
     goals: Tensor
     """(row,), the goal that a row belongs to."""
     essence: Tensor
     """(row,), True for rows without a target."""
     key_columns: Tensor
-    """(row, key), edited tokens, counted from `start`; 0 where a goal has fewer keys."""
+    """(row, key), edited tokens; 0 where a goal has fewer keys."""
     key_mask: Tensor
     """(row, key), True for real keys."""
     label_columns: Tensor
     """(row, label), tokens that predict the target (the one that predicts the next token, in rows without a target)."""
     labels: Tensor
-    """(row, label), ids of the target's tokens and of the end of the answer where that is asked for."""
+    """(row, label), ids of the target's tokens and of the end of the answer if it is asked for."""
     label_mask: Tensor
     """(row, label), True for real labels."""
 
     def logits(self, vlm: VisionLanguageModel) -> Tensor:
         """(row, label, vocab), float32 or wider: the whole model's prediction of every label, the target fed in."""
-        logits = vlm.model(
-            inputs_embeds=self.embeddings[:, self.start :],
-            attention_mask=self.attention_mask,
-            position_ids=self.position_ids[:, self.start :],
-            past_key_values=reusable(self.prefix),
-            use_cache=True,
-        ).logits
-        return wide(self.at(logits, self.label_columns))
+        return self.inputs.logits(vlm, self.label_columns)
 
-    @staticmethod
-    def at(states: Tensor, columns: Tensor) -> Tensor:
-        """(row, column, ...) the entries of (row, token, ...) at the given columns of each row."""
-        columns = columns.to(states.device)
-        return states[torch.arange(len(columns), device=states.device)[:, None], columns]
+    def rows(self, rows: Tensor) -> "TargetBatch":
+        """The batch of only some rows, (row,) indices in ascending order."""
+        names = ("goals", "essence", "key_columns", "key_mask", "label_columns", "labels", "label_mask")
+        return replace(self, inputs=self.inputs.rows(rows), **{name: getattr(self, name)[rows] for name in names})
 
 
 @torch.no_grad()
@@ -91,17 +74,12 @@ def target_batch(
     start = max(each[0] for each in keys)
     shifts = [start - each[0] for each in keys]
     embeddings, mask = _aligned(embedded, shifts)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
     key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
     counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
     return TargetBatch(
-        embeddings=embeddings,
-        attention_mask=mask,
-        position_ids=position_ids,
-        prefix=_prefix(vlm, embeddings[:, :start], mask[:, :start], position_ids[:, :start]),
-        start=start,
+        inputs=PaddedBatch.after_prefix(vlm, embeddings, mask, start),
         goals=torch.tensor([index for index, _, _ in rows]),
         essence=torch.tensor([bare for _, _, bare in rows]),
         key_columns=key_columns,
@@ -147,18 +125,6 @@ def end_ids(vlm: VisionLanguageModel) -> tuple[int, ...]:
     return vlm.end_ids[:1]
 
 
-def reusable(cache: Cache) -> Cache:
-    """A cache that may grow without the given one growing; tensors are shared, as growing replaces them."""
-    fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]
-    return fresh
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or wider where they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _check_contexts(
     rows: Sequence[tuple[int, Prompt, bool]], keys: Sequence[tuple[int, ...]], token: str | int
 ) -> None:
@@ -192,11 +158,3 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     longest = max(1, *(len(row) for row in rows))
     numbers = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     return numbers, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
-
-
-def _prefix(vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, position_ids: Tensor) -> Cache:
-    cache = DynamicCache(config=vlm.model.config.get_text_config(decoder=True))
-    if embeddings.shape[1]:
-        inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": position_ids}
-        vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache

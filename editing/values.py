@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..models import Projection, VisionLanguageModel, patch
+from ..models.replay.padded import UpperLayers
 from .errors import EditError
 from .keys import Lookup, Place, chunks, split, watched
-from .suffix import Suffix, faithful, record
 from .targets import Goal, TargetBatch, target_batch
 
 
@@ -115,10 +115,10 @@ def search_values(
                 ends = {"end": settings.end_of_answer, "every": settings.answer_keys}
                 batch = target_batch(vlm, mine, token, **ends)
                 with watched(vlm, [(projection, place)]) as seen:
-                    suffix, logits = record(vlm, batch, first=number)
+                    upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=number)
                 lookups = split(batch, *seen(projection, place))
-                suffix = faithful(suffix, logits)
-            search = _Search(suffix, lookups, logits, place, settings)
+                upper = upper.checked(logits, batch.label_mask)
+            search = _Search(upper, batch, lookups, logits, place, settings)
             for index, result in zip(chunk, search.run(bar), strict=True):
                 found[index] = result
     return found
@@ -128,10 +128,15 @@ class _Search:
     """The search for the goals of one batch, in step with each other; a goal that is done leaves the batch."""
 
     def __init__(
-        self, suffix: Suffix, lookups: Sequence[Lookup], logits: Tensor, place: Place, settings: ValueSettings
+        self,
+        upper: UpperLayers,
+        batch: TargetBatch,
+        lookups: Sequence[Lookup],
+        logits: Tensor,
+        place: Place,
+        settings: ValueSettings,
     ) -> None:
-        batch = suffix.batch
-        self.suffix, self.lookups, self.place, self.settings = suffix, lookups, place, settings
+        self.upper, self.batch, self.lookups, self.place, self.settings = upper, batch, lookups, place, settings
         longest = batch.key_mask.shape[1]
         self.before = torch.stack([_filled(each.before, longest) for each in lookups])
         self.change = torch.zeros_like(self.before, requires_grad=True)
@@ -150,13 +155,13 @@ class _Search:
     def run(self, bar: tqdm) -> list[ValueResult]:
         """The results, one per goal in order; the bar moves by one for each that is done."""
         optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
-        kept = torch.arange(len(self.suffix.batch.goals))  # rows of the first batch that are still in this one
+        kept = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
         for step in range(self.settings.steps + 1):
             nll, essence = self._losses(kept)
             self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
             if not self.active.any() or step == self.settings.steps:
                 break
-            rows = self.active[self.suffix.batch.goals]
+            rows = self.active[self.batch.goals]
             loss = (nll + essence + self._decay())[self.active.to(nll.device)].sum()
             (self.change.grad,) = torch.autograd.grad(loss, [self.change])
             self.change.grad[~self.active.to(self.change.device)] = 0
@@ -164,15 +169,15 @@ class _Search:
             self._clamp()
             if 2 * int(rows.sum()) <= len(rows):
                 index = rows.nonzero().flatten()
-                self.suffix, kept = self.suffix.of(index), kept[index]
+                self.upper, self.batch, kept = self.upper.rows(index), self.batch.rows(index), kept[index]
         bar.update(int(self.active.sum()))
         return [self._result(goal) for goal in range(len(self.lookups))]
 
     def _losses(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Per goal the mean negative log-probability and the price of its essence, (goal,) each; 0 for goals away."""
-        batch = self.suffix.batch
-        with patch(self.suffix.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
-            logits = self.suffix.logits()
+        batch = self.batch
+        with patch(self.upper.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
+            logits = self.upper.logits()
         goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
         mask = batch.label_mask.to(logits)
         each = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .errors import ModelError
 from .families.addresses import Addresses, Key, Projection
@@ -294,6 +295,7 @@ class VisionLanguageModel:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         positions: Sequence[int] | None = None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """Logits (batch, token, vocab) of the text stack on given embeddings (batch, token, hidden), as in `logits`.
 
@@ -301,15 +303,18 @@ class VisionLanguageModel:
 
         attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row may
         look at a column; a boolean one must hold the causal triangle itself.
+
+        past_key_values: keys and values of the tokens before these, which the mask covers too; it grows by these.
         """
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        arguments |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
         given = {name: value for name, value in arguments.items() if value is not None}
         if positions is not None:
             given["logits_to_keep"] = torch.tensor(list(positions), device=inputs_embeds.device)
         with self.running():
-            return _wide(self.model(**_with_positions(given), use_cache=False).logits)
+            return _wide(self.model(**_with_positions(given)).logits)
 
     def decode(self, ids: Any) -> str:
         """The text of token ids, special tokens left out."""

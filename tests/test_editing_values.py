@@ -1,4 +1,4 @@
-"""The search for values: the replayed suffix is the whole model to float64, alone or in company, and no layer too many.
+"""The search for values: running the upper layers again is the whole model to float64, alone or in company, and no layer too many.
 
 The oracle is the plain way: every prompt by itself, whole, through `VisionLanguageModel.forward`, with the change added
 at absolute positions by `models.patch`, and Adam on one goal at a time.
@@ -15,10 +15,10 @@ import torch
 from conftest import draw_photo
 from multrace import VisionLanguageModel
 from multrace.editing.keys import Place
-from multrace.editing.suffix import Suffix, faithful, record
 from multrace.editing.targets import Goal, TargetBatch, key_positions, target_batch
 from multrace.editing.values import ValueResult, ValueSettings, search_values
 from multrace.models import Family, Prompt, Site, load, patch
+from multrace.models.replay.padded import UpperLayers
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -137,8 +137,9 @@ def outputs_at(vlm: VisionLanguageModel, goal: Goal, place: Place, token: str, s
     return torch.stack(found).mean(0)
 
 
-def recorded(vlm: VisionLanguageModel, batch: TargetBatch, layer: int = LAYER) -> Suffix:
-    return faithful(*record(vlm, batch, first=layer))
+def recorded(vlm: VisionLanguageModel, batch: TargetBatch, layer: int = LAYER) -> UpperLayers:
+    upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=layer)
+    return upper.checked(logits, batch.label_mask)
 
 
 def assert_same(one: ValueResult, other: ValueResult) -> None:
@@ -150,11 +151,11 @@ def assert_same(one: ValueResult, other: ValueResult) -> None:
 
 @pytest.mark.parametrize("token", ["last", "constraint_last"])
 @pytest.mark.parametrize("kind", ["mlp", "attention", "hidden"])
-def test_gradients_through_the_suffix_are_those_of_the_plain_path(exact_vlm, token, kind):
+def test_gradients_through_the_upper_layers_are_those_of_the_plain_path(exact_vlm, token, kind):
     vlm, goals, place = exact_vlm, goals_of(exact_vlm), places_of(exact_vlm)[kind]
     batch = target_batch(vlm, goals, token)
-    suffix = recorded(vlm, batch)
-    assert suffix.is_partial
+    upper = recorded(vlm, batch)
+    assert upper.is_partial
     count = batch.key_mask.shape[1]
     generator = torch.Generator().manual_seed(0)
     change = 0.3 * torch.randn(len(goals), count, vlm.hidden, generator=generator, dtype=torch.float64)
@@ -165,7 +166,7 @@ def test_gradients_through_the_suffix_are_those_of_the_plain_path(exact_vlm, tok
         return output.index_put((rows, batch.key_columns), change[batch.goals] * batch.key_mask[..., None], True)
 
     with patch(vlm, {place: add}):
-        found = suffix.logits().log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
+        found = upper.logits().log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
     own = [(batch.goals == goal) & ~batch.essence for goal in range(len(goals))]
     losses = [-found[mine][:, batch.label_mask[mine][0]].mean() for mine in own]
     plain = [
@@ -248,14 +249,14 @@ def _first_below(bound: float, losses: Sequence[float]) -> int:
     return next((step for step, loss in enumerate(losses) if loss <= bound), len(losses) - 1)
 
 
-def test_a_smaller_suffix_is_that_of_a_smaller_batch(exact_vlm):
+def test_some_rows_run_again_as_all_of_them_do(exact_vlm):
     batch = target_batch(exact_vlm, goals_of(exact_vlm), "last")
-    suffix = recorded(exact_vlm, batch)
+    upper = recorded(exact_vlm, batch)
     with torch.no_grad():
-        whole = suffix.logits()
+        whole = upper.logits()
         rows = torch.tensor([1, 3, 6])
-        torch.testing.assert_close(suffix.of(rows).logits(), whole[rows], **TIGHT)
-        assert torch.equal(suffix.logits(), whole)  # nor did the cache grow, or lose rows
+        torch.testing.assert_close(upper.rows(rows).logits(), whole[rows], **TIGHT)
+        assert torch.equal(upper.logits(), whole)  # nor did the cache grow, or lose rows
 
 
 def layer_calls(vlm: VisionLanguageModel, run: Callable[[], object]) -> tuple[list[int], set[int]]:
@@ -283,7 +284,7 @@ def layer_calls(vlm: VisionLanguageModel, run: Callable[[], object]) -> tuple[li
 def test_only_layers_and_tokens_from_the_edited_ones_on_run(random_vlm):
     goals = goals_of(random_vlm)[1:2]
     counted, tokens = layer_calls(random_vlm, lambda: searched(random_vlm, goals, replace(FEW, steps=5)))
-    # The prefix, one run of the rest, one check of the suffix; then a run before each step and one after the last.
+    # The prefix, one run of the rest, one check of the upper layers; then a run before each step and one after the last.
     assert counted == [2] * LAYER + [3 + 6] * (random_vlm.layers - LAYER)
     labels = len(goals[0].prompts[0].answer_ids) + 1
     assert tokens == {labels}
@@ -311,6 +312,36 @@ def test_a_model_whose_logits_are_not_norm_and_head_is_run_whole(scaled_head, ra
         _, losses = plain_search(vlm, goal, FEW)
         assert result.losses == pytest.approx(losses, rel=1e-4)
     assert recorded(random_llama, target_batch(random_llama, goals_of(random_llama), "last")).is_partial
+
+
+def test_a_model_that_changes_states_between_its_layers_is_run_whole(exact_llava):
+    vlm, goals = exact_llava, goals_of(exact_llava)
+    batch = target_batch(vlm, goals, "last")
+    assert recorded(vlm, batch).is_partial
+
+    def shift(_layer: object, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        if arguments:
+            return (arguments[0] + 0.1, *arguments[1:]), keywords
+        return arguments, keywords | {"hidden_states": keywords["hidden_states"] + 0.1}
+
+    handle = vlm.decoder_layers[-1].register_forward_pre_hook(shift, with_kwargs=True)
+    assert not recorded(vlm, batch).is_partial  # as `Replay.record` refuses such a model, by the same witness
+    for goal, result in zip(goals[:2], searched(vlm, goals, FEW), strict=False):
+        _, losses = plain_search(vlm, goal, FEW)
+        assert result.losses == pytest.approx(losses, rel=1e-9)
+    handle.remove()
+
+
+def test_recording_the_upper_layers_is_bit_equal_to_the_whole_model(random_vlm):
+    batch = target_batch(random_vlm, goals_of(random_vlm), "last")
+    upper, logits = UpperLayers.record(random_vlm, batch.inputs, batch.label_columns, first=LAYER)
+    with torch.no_grad():
+        assert torch.equal(upper.logits(), logits)
+        assert torch.equal(batch.logits(random_vlm), logits)
+        moved = replace(upper, entering=upper.entering.flip(-1))
+        assert not torch.equal(moved.logits(), logits)
+    assert upper.checked(logits, batch.label_mask).is_partial
+    assert not moved.checked(logits, batch.label_mask).is_partial
 
 
 def test_the_essence_term_holds_the_prompt_that_it_names(random_llava):

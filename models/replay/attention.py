@@ -5,7 +5,7 @@ exponentials that each set holds. So a part only has to return its output and it
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange, repeat
@@ -38,6 +38,27 @@ class Segment:
     def seeing(self, count: int) -> int:
         """How many of so many rows see any of the keys."""
         return count if self.rows is None else len(self.rows)
+
+
+def causal(keys: Tensor, values: Tensor) -> tuple[Segment]:
+    """Keys and values of the queries themselves, each of which sees those up to its own."""
+    return (Segment(keys=keys, values=values, causal=True),)
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """How attention is done in one call of one decoder layer."""
+
+    segments: Sequence[Segment] = ()
+    """Keys and values from elsewhere."""
+    own: Callable[[Tensor, Tensor], Sequence[Segment]] = causal
+    """Turns the keys and values computed in this call into segments: how its queries see them."""
+    given: tuple[Tensor, Tensor] | None = None
+    """Keys and values to use instead of the call's own."""
+    is_stopped: bool = False
+    """End the forward pass once keys and values are known."""
+    found: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    """Keys and values that the call computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

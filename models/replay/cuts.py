@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Segment
-from .jobs import Job
+from .attention import Job, Segment
 from .recording import Index, Masks, Source, Span, index_of, neighbours, simplified
 
 _SHORT = 128

@@ -1,10 +1,10 @@
-"""What each decoder layer's attention did in a forward pass: its weights at some queries, and the values they weigh.
+"""An ordinary forward pass whose attention is done by a function of ours: observed (`attending`) or cut (`masking`).
 
-The softmax of these queries is computed in the open, so that gradients go through the weights that are handed out.
-What a plain softmax over scaled products is not, it refuses (`ReplayError`) rather than guess.
+`attending` computes the softmax of its queries in the open, so that gradients go through the weights that are handed
+out. What a plain softmax over scaled products is not, it refuses (`ReplayError`) rather than guess.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,70 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ModelError, ReplayError
 from ..vlm import VisionLanguageModel
-from .backends import attention_function
 from .witness import Witness
+
+
+@contextmanager
+def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """A block in which the text model attends through this function; afterwards, also after errors, as before.
+
+    attend: called as transformers calls its own (module, query, key, value, mask, scaling=..., dropout=..., ...), with
+    boolean masks or None. ReplayError if the text model does not let its attention function be replaced.
+    """
+    decoder = vlm.decoder
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
+    name = f"multrace_{id(attend)}"
+    with vlm.running():
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
+        before, decoder.config._attn_implementation = decoder.config._attn_implementation, name
+        try:
+            yield
+        finally:
+            decoder.config._attn_implementation = before
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                interface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[None]:
+    """A block in which the text model's attention lacks edges; afterwards it attends as before.
+
+    hidden: per decoder layer booleans (head or 1, query, key), True where the query must not see the key; passes in the
+    block must have as many queries and keys. A query from which everything is hidden has no meaningful output.
+    ReplayError if the text model does not let its attention function be replaced.
+    """
+    layers = {id(part): number for number, layer in enumerate(vlm.decoder_layers) for part in layer.modules()}
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, None]:
+        cut = hidden.get(layers[id(module)])
+        if cut is not None:
+            asked = keywords.get("is_causal")
+            is_causal = getattr(module, "is_causal", True) if asked is None else asked
+            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+
+    with attention_function(vlm, attend):
+        yield
+
+
+def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
+    """A mask of (row or 1, head or 1, query, key) that also hides these keys."""
+    if mask is None:
+        mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device)[None, None]
+        mask = mask.tril() if is_causal else mask
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

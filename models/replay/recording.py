@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..errors import ReplayError
 from ..families.addresses import Projection, Site
-from .attention import Segment
-from .jobs import Job
+from .attention import Job, Segment
 
 Index = slice | Tensor
 

@@ -6,6 +6,7 @@ What it does not understand it refuses (`ReplayError`) rather than guess.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,27 @@ from ..errors import ReplayError
 from ..families.addresses import Projection, Site
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
-from .attention import Kernels, merged_attention, probe_kernels
-from .backends import attention_function
-from .jobs import Job, Work
+from .attention import Job, Kernels, merged_attention, probe_kernels
+from .observe import attention_function
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
-from .witness import Witness, for_rows, sliced
+from .witness import LayerCall, Witness, for_rows
 
 _Seen = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
 """What modules wrote, and what they read."""
+
+
+@dataclass
+class Work:
+    """What the decoder layers had to do; the counts grow with every call."""
+
+    token_layers: int = 0
+    """Tokens whose output of one decoder layer was computed."""
+    key_value_tokens: int = 0
+    """Tokens of which one layer computed keys and values only."""
+    pairs: int = 0
+    """Query-key pairs of attention in one layer, in each of its heads."""
+    read_tokens: int = 0
+    """Tokens that went through the output head."""
 
 
 @contextmanager
@@ -49,7 +63,7 @@ class Replay:
         self.masks = Masks(length=0, layers=())
         """What each layer's tokens may attend to in the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
-        self._keywords: list[dict[str, Any]] = []
+        self._calls: list[LayerCall] = []
         self._kernels: dict[tuple[int, int, int], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
@@ -89,7 +103,7 @@ class Replay:
                 logits = self.vlm.forward(inputs_embeds=embeddings, positions=read, **for_rows(rows, keywords))
         finally:
             self._witness = None
-        seen, self._keywords = witness.attended, witness.keywords
+        seen, self._calls = witness.attended, witness.calls
         self._check_logits((outputs, inputs), witness.states[-1], logits, read)
         kept_outputs = {**{site: outputs[site] for site in sites}, **{each: inputs[each] for each in projections}}
         self.masks = Masks.of([mask for _, _, mask in seen], length)
@@ -228,7 +242,7 @@ class Replay:
 
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """The layer's output, with its attention done as the job says."""
-        keywords = {name: sliced(name, value, index) for name, value in self._keywords[number].items()}
+        keywords = self._calls[number].at(index)
         self._job = job
         try:
             output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")

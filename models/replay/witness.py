@@ -1,12 +1,14 @@
-"""What one whole run of a decoder shows, and whether running its layers one by one would repeat it."""
+"""What one run of decoder layers shows, and whether calling the layers one by one would repeat it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..errors import ReplayError
 from ..hooks import main_tensor
@@ -16,44 +18,73 @@ _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "c
 """Keywords of attention functions that change nothing beyond the mask, which is captured whole."""
 
 
-class Witness:
-    """Watches one run; refuses (`ReplayError`) what a replay would lose."""
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """What a decoder layer was given beside the states that entered it."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    keywords: Mapping[str, Any]
+    """Every other argument by its name in the layer's signature, positional ones too."""
+
+    def at(self, index: Index) -> dict[str, Any]:
+        """The keywords for only some positions, alike in all rows; masks and caches are left out.
+
+        Raises `ReplayError` for rows that differ in their positions, and for an argument that cannot be cut to
+        positions.
+        """
+        return {name: _at_positions(name, value, index) for name, value in self.keywords.items()}
+
+    def rows(self, rows: Tensor, count: int) -> "LayerCall":
+        """The call for only some of its `count` rows."""
+        return LayerCall(keywords={name: _of_rows(value, rows, count) for name, value in self.keywords.items()})
+
+    def again(self, layer: nn.Module, states: Tensor, cache: Cache) -> Tensor:
+        """The layer's output for these states, with this cache to read and to extend."""
+        keywords = {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
+        return main_tensor(layer(states, **keywords), "a decoder layer")
+
+
+class Witness:
+    """Watches one run of decoder layers; raises `ReplayError` where a replay would lose something.
+
+    Layers are replayed at single positions, with one mask for all rows, or for a padded batch as a whole.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, is_padded: bool = False) -> None:
         self.states: list[Tensor] = []
-        """What enters each layer, and what leaves the last one."""
-        self.keywords: list[dict[str, Any]] = []
+        """What enters each layer, and what leaves the last one; of a padded batch only what enters the first."""
+        self.calls: list[LayerCall] = []
         """What else each layer is called with."""
         self._layers = list(layers)
+        self._is_padded = is_padded
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._everything: Tensor | None = None  # one mask for all layers that are neither masked nor causal
 
     @property
     def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Each layer's keys, values and mask. ReplayError unless every layer ran and attended exactly once."""
-        if len(self.keywords) != len(self._layers) or len(self._attended) != len(self._layers):
+        """Each layer's keys, values and mask. Raises `ReplayError` unless every layer ran and attended exactly once."""
+        if len(self.calls) != len(self._layers) or len(self._attended) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
         return [self._attended[number] for number in range(len(self._layers))]
 
     def attends(
-        self, module: nn.Module, found: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]
+        self, module: nn.Module, given: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]
     ) -> tuple[int, Tensor | None]:
-        """The number of the layer that attends and its mask, None if causal; notes keys, values and mask.
+        """The number of the layer that attends and its mask, None if causal; stores keys, values and mask.
 
-        found: the keys, values and mask that an attention function was given; keywords: what else it was given.
+        given: the keys, values and mask that an attention function received; keywords: what else it received.
         """
         number = self._number_of.get(id(module))
         if number is None or number in self._attended:
             raise ReplayError("a decoder layer attends more than once, or something else attends in between")
-        unknown = [name for name, each in keywords.items() if name not in _HARMLESS and not _is_unset(each)]
+        unknown = [name for name, value in keywords.items() if name not in _HARMLESS and not _is_unset(value)]
         if unknown:
             raise ReplayError(f"the attention of decoder layer {number} is given {', '.join(unknown)}")
-        key, value, mask = found
+        key, value, mask = given
         if value.shape[-1] != key.shape[-1]:
             raise ReplayError(f"keys and values of decoder layer {number} have different sizes")
-        asked = keywords.get("is_causal")
-        if mask is None and not (getattr(module, "is_causal", True) if asked is None else asked):
+        setting = keywords.get("is_causal")
+        if mask is None and not (getattr(module, "is_causal", True) if setting is None else setting):
             if self._everything is None:
                 self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             mask = self._everything
@@ -62,14 +93,18 @@ class Witness:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A block during which the layers run once, in order."""
+        """A block during which the layers run once, in order.
+
+        Raises `ReplayError` from the run if anything but a layer changes the states between two layers, and after it
+        if not every layer ran exactly once.
+        """
         last: list[tuple[Tensor, int | None]] = []
 
         def follow(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
             named = _named(layer, arguments, keywords)
             states = named.pop(next(iter(named)))
             if last and not _is_unchanged(*last[0], states):  # a hook on a layer would act again when it is replayed
-                raise ReplayError(f"something changes the states that enter decoder layer {len(self.keywords)}")
+                raise ReplayError(f"something changes the states that enter decoder layer {len(self.calls)}")
             last[:] = [(states, _version(states))]
             return named
 
@@ -77,11 +112,12 @@ class Witness:
             follow(layer, arguments, keywords)
 
         def before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            named = follow(layer, arguments, keywords)
-            for name, value in named.items():
-                sliced(name, value, slice(0, 1))  # refuses what it cannot slice
-            self.states.append(last[0][0])
-            self.keywords.append(named)
+            call = LayerCall(keywords=follow(layer, arguments, keywords))
+            if not self._is_padded:
+                call.at(slice(0, 1))  # refuses what cannot be cut to positions
+            if not (self._is_padded and self.states):
+                self.states.append(last[0][0])
+            self.calls.append(call)
 
         def after(_layer: nn.Module, _arguments: Any, result: Any) -> None:
             output = main_tensor(result, "a decoder layer")
@@ -93,11 +129,14 @@ class Witness:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
             yield
-        self.states.extend(states for states, _ in last)
+        if len(self.calls) != len(self._layers):
+            raise ReplayError("not every decoder layer runs and attends exactly once")
+        if not self._is_padded:
+            self.states.extend(states for states, _ in last)
 
 
-def sliced(name: str, value: Any, index: Index) -> Any:
-    """A layer's keyword for only some positions. ReplayError for a tensor whose meaning is unknown."""
+def _at_positions(name: str, value: Any, index: Index) -> Any:
+    """A layer's keyword for only some positions. Raises `ReplayError` for a tensor whose meaning is unknown."""
     if name == "attention_mask" or name.startswith("past_key_value"):
         return None  # what may be seen is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
@@ -113,8 +152,17 @@ def sliced(name: str, value: Any, index: Index) -> Any:
     raise ReplayError(f"decoder layers are given {name!r}, which cannot be cut to single positions")
 
 
+def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
+    """The part of an argument that belongs to some rows; an argument without rows comes back as it is."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim > 1 and len(value) == count and count > 1 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_of_rows(part, rows, count) for part in value)
+    return value
+
+
 def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Masks and positions of a model call, for so many rows. ReplayError if they differ from row to row."""
+    """Masks and positions of a model call, for so many rows. Raises `ReplayError` if they differ from row to row."""
     given = {name: value for name, value in keywords.items() if value is not None}
     for name, value in given.items():
         if value.ndim % 2 == 0:  # positions on three axes lead with the axis
@@ -129,7 +177,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def _version(value: Tensor) -> int | None:
-    """Counts writes in place; tensors of inference mode do not count."""
+    """The tensor's count of writes in place; tensors of inference mode have none."""
     return None if value.is_inference() else value._version
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...models import Projection, Site, VisionLanguageModel
-from ...models.replay.jobs import Work
+from ...models.replay.replay import Work
 
 _ROWS = 4096
 _REPEATS = 10

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from ...models import VisionLanguageModel
 from ...models.replay.cuts import Cut, CutSpan
-from ...models.replay.jobs import Work
 from ...models.replay.recording import Recording, Source, places
-from ...models.replay.replay import Replay, replaying
+from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
 from .cells import Measure
 from .edges import EdgeCell, EdgeChunk, EdgeRun, Lane, effective_cells, plan_edges

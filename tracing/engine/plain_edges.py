@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ...models import VisionLanguageModel
 from ...models.replay.cuts import Cut
-from ...models.replay.masking import masking
+from ...models.replay.observe import masking
 from .cells import Measure
 from .edges import EdgeCell, EdgeRun
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import VisionLanguageModel
-from ...models.replay.jobs import Work
 from ...models.replay.recording import places
-from ...models.replay.replay import Replay, replaying
+from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
 from .cells import Cell, Measure, Runs
 from .checkpoint import Checkpoint
