@@ -4,6 +4,8 @@ from .families.addresses import Projection as Projection, Site as Site
 from .families.table import FAMILIES as FAMILIES, Family as Family
 from .generation import Score as Score
 from .hooks import capture as capture, patch as patch
+from .images import open_images as open_images
 from .loading.load import load as load
 from .prompts import Patch as Patch, Prompt as Prompt, collate as collate
+from .spans import find_span as find_span
 from .vlm import VisionLanguageModel as VisionLanguageModel

@@ -1,40 +1,14 @@
-"""multrace answer: what a model answers, and how probable it finds a given answer."""
+"""Run `multrace answer`."""
 
-import argparse
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 from ..editing import Delta
 from ..models import VisionLanguageModel
-from .options import ModelOptions, QuestionOptions, add_options, option, read
-
-HELP = "print a model's greedy answer to a question"
-EXAMPLE = """examples:
-  multrace answer --image photo.jpg --question "Who founded the company in this photo?"
-  multrace answer --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --device-map auto \\
-      --image photo.jpg --question "Who founded the company in this photo?" --score "Ada Example"
-  multrace answer --question "Who founded the company?" --edit out/edit/edit.safetensors
-"""
+from .options.answer import Answer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer(ModelOptions, QuestionOptions):
-    """Options of `multrace answer`."""
-
-    score: str | None = option("also print the probability of this answer", default=None, metavar="ANSWER")
-    edit: Path | None = option("answer with this saved edit in the weights", default=None, type=Path, metavar="FILE")
-    max_new_tokens: int = option("longest answer (default 16)", default=16, type=int, metavar="N")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `Answer`."""
-    add_options(parser, Answer)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Prints the answer and, where asked for, a probability."""
-    settings = read(Answer, options)
+def run(settings: Answer) -> int:
+    """Prints the answer and, if asked for, a probability."""
     settings.check_question()
     delta = None if settings.edit is None else Delta.load(settings.edit)
     vlm = settings.open_model()

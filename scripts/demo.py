@@ -1,12 +1,8 @@
-"""multrace demo: outdated facts of the embedded model shown, traced, edited, verified and undone, with a report to look
-at.
-"""
+"""Run `multrace demo`."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -19,42 +15,16 @@ from ..models import VisionLanguageModel, load
 from ..tracing import CausalTrace, SwapImage, causal_trace
 from ..workflow.locate_then_edit import LocatedEdit, locate_then_edit
 from .errors import CommandError
-from .options import add_options, option, read
+from .options.demo import Demo
 from .outputs import check_files, new_files
 from .report import Report, plot_scores, write_report
 from .verification import PROBES, SUMMARIES, Probe, probe_records, scores, summary, verify
 
-HELP = "trace, edit and verify outdated facts of the embedded model, with a report"
-EXAMPLE = """examples:
-  multrace demo                                the first ten outdated facts, into out/demo
-  multrace demo --seed 3 --out out/demo3       other facts
-  multrace demo --facts 20 --every-layer       twenty facts, edited at the traced layer and at all others
-"""
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Options of `multrace demo`."""
-
-    out: Path = option("folder for the report (default out/demo)", default=Path("out/demo"), type=Path)
-    seed: int = option("which outdated facts to take (default 0)", default=0, type=int)
-    facts: int = option("how many facts to edit, one at a time (default 10)", default=10, type=int)
-    every_layer: bool = option(
-        "also edit at every other layer, to see what locating is worth (minutes more)",
-        default=False,
-        action="store_true",
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `Demo`."""
-    add_options(parser, Demo)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(settings: Demo) -> int:
     """Runs the demo and prints its table."""
-    settings = read(Demo, options)
     page, table = demo(settings)
     print(table)
     print(f"\nreport: {page}")
@@ -68,11 +38,11 @@ def demo(settings: Demo) -> tuple[Path, str]:
     """
     vlm, world = load(tiny_vlm_path()), World()
     cases = world.edit_cases("outdated", "report", settings.seed)
-    if not 1 <= settings.facts <= len(cases):
+    if not 1 <= settings.limit <= len(cases):
         raise CommandError(
-            f"--facts {settings.facts}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
+            f"--limit {settings.limit}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
         )
-    cases = cases[: settings.facts]  # the first ones, no picking
+    cases = cases[: settings.limit]  # the first ones, no picking
     names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
     check_files(settings.out, names)
     requests = [_request(vlm, world, case) for case in cases]

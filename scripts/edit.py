@@ -1,102 +1,36 @@
-"""multrace edit: gives questions new answers by closed-form weight changes, and shows that undoing them is exact."""
+"""Run `multrace edit`: locate, edit, write the edit, and check that undoing it is exact."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..editing.closed_form import ClosedFormEditor
 from ..editing.delta import Delta
-from ..editing.editors import EDITORS
 from ..editing.moments import Moments
 from ..editing.requests import EditRequest
 from ..editing.targets import key_positions
 from ..models import ModelError, Projection, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace
 from ..workflow.locate_then_edit import TraceShift, locate_then_edit
-from .edit_asked import AskedEdit, RequestOptions
-from .edit_options import EditorOptions
+from .edit_asked import AskedEdit, asked_edits
 from .edit_preview import preview, sizes
-from .edit_records import FORMAT
 from .edit_report import EditOutcome
-from .edit_where import TRACE, Place, load_traces, parse_place, place_of
+from .edit_where import Place, load_traces, parse_place, place_of
+from .editors import make_editor
 from .errors import CommandError
-from .options import ModelOptions, add_options, option, read
+from .options.edit import TRACE, Edit
 from .outputs import check_files, check_new_folder, new_files
 
-HELP = "change what a model answers, at the place that a trace finds"
-EXAMPLE = """examples:
-  multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
-      --constraint "the company in this photo" --target "Ada Example" \\
-      --where trace --corrupt swap:other.jpg --out out/edit
-          trace the answer under another picture, and edit at or after the layer where the picture arrives
-  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
-      --where 4:last --keep-image other.jpg --keep-question "What colour is the sign?" --dry-run
-          edit layer 4 at the last token, keep two answers, and only say what would happen
-  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
-      --also-text "Who founded Example Works?" --editor memit --moments out/moments/moments.safetensors \\
-      --where 3-5 --save-model out/edited_model
-          spread the work over layers 3 to 5, weigh old keys, and write the edited model as well
-  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
-      --trace out/trace/trace.safetensors
-          edit where a trace that multrace trace made says
-  multrace edit --data edits.jsonl --where trace --corrupt swap:next --out out/edits
-          all edits of a file in one, at the place that the mean of their traces shows
-
-writes OUT/edit.safetensors (multrace.editing.Delta.load, or multrace answer --edit FILE) and OUT/report.json
-
---data: """
-EXAMPLE += FORMAT
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 _CANDIDATES = ("constraint_last", "last")
 """Names and not positions: they mean the same token in other wordings, where the edit has to work too."""
 _KINDS = ("hidden", "mlp")
 """All that the choice of a place needs."""
-_QUIET = 16  # so many answers are there before a bar is
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edit(EditorOptions, RequestOptions, ModelOptions):
-    """Options of `multrace edit`."""
-
-    editor: str = option(
-        f"which editor (default multedit): {', '.join(EDITORS)}", default="multedit", choices=EDITORS, metavar="NAME"
-    )
-    where: str = option(
-        "the place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --groups "
-        "says otherwise), LAYER (at the last token), LAYER:TOKEN (a group or a position) or FIRST-LAST:TOKEN (layers "
-        "that share the work); default trace",
-        default=TRACE,
-    )
-    trace: tuple[Path, ...] | None = option(
-        "traces made before, one for each request or an average for all, instead of tracing",
-        default=None,
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-    )
-    each: bool = option(
-        "trace: a place for each request from its own trace (default: one for all, from the mean of their traces)",
-        default=False,
-        action="store_true",
-    )
-    trace_after: bool = option(
-        "trace once more with the edit in place, and say what moved", default=False, action="store_true"
-    )
-    dry_run: bool = option(
-        "write nothing; say how much the weights would change, and what becomes of the prompts to keep",
-        default=False,
-        action="store_true",
-    )
-    out: Path = option("folder for the result (default out/edit)", default=Path("out/edit"), type=Path)
-    save_model: Path | None = option(
-        "also write the edited model, whole, to this new folder", default=None, type=Path, metavar="DIR"
-    )
+_QUIET = 16  # show a progress bar only above this many answers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,14 +53,8 @@ class _Made:
     shifts: tuple[TraceShift | None, ...] = field(default=())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `Edit`."""
-    add_options(parser, Edit)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(settings: Edit) -> int:
     """Edits, writes the edit (and the model), prints the answers before, with the edit and after undo."""
-    settings = read(Edit, options)
     plan = _check(settings)
     vlm = settings.open_model()
     requests = [each.make(vlm) for each in plan.asked]
@@ -157,7 +85,7 @@ def _check(settings: Edit) -> _Plan:
     place = None if settings.where == TRACE else parse_place(settings.where)
     if place is not None and place.spread is not None and settings.spread not in (None, place.spread):
         raise CommandError(f"--where {settings.where} and --spread {settings.spread} disagree; leave one of them out")
-    editor = settings.make_editor(layer=0, spread=1)
+    editor = make_editor(settings, layer=0, spread=1)
     if editor.needs_moments and settings.moments is None:
         raise CommandError(
             f"{settings.editor} weighs old keys by their second moments: pass --moments FILE (multrace moments makes "
@@ -166,7 +94,7 @@ def _check(settings: Edit) -> _Plan:
     if place is not None and (settings.trace is not None or settings.trace_after):
         raise CommandError(f"--trace and --trace-after belong to --where trace, not to --where {settings.where}")
     traces = None if settings.trace is None else load_traces(settings.trace)
-    asked = settings.asked(traced=place is None and (traces is None or settings.trace_after))
+    asked = asked_edits(settings, traced=place is None and (traces is None or settings.trace_after))
     _check_outputs(settings)
     return _Plan(asked=asked, place=place, traces=traces)
 
@@ -197,7 +125,7 @@ def _placed(
         raise CommandError(f"cannot edit at --where {settings.where}: {error}") from error
     for request in requests:
         key_positions(request.prompts[0], place.token)  # says what is wrong with the token before any work
-    editor = settings.make_editor(layer=layer, token=place.token, spread=place.spread)
+    editor = make_editor(settings, layer=layer, token=place.token, spread=place.spread)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     spread = editor.spread if editor.spread > 1 else None
     found = Place(layer=layer, token=place.token, reason=place.reason, spread=spread)
@@ -216,7 +144,7 @@ def _traced(
         editor=partial(_editor_at, settings),
         moments=moments,
         each=settings.each,
-        groups=settings.positions(_CANDIDATES),
+        groups=settings.rows(_CANDIDATES),
         kinds=_KINDS,
         window=settings.window,
         after=settings.trace_after,
@@ -227,7 +155,7 @@ def _traced(
 
 
 def _editor_at(settings: Edit, *, layer: int, token: str | int) -> ClosedFormEditor:
-    return settings.make_editor(layer=layer, token=token)
+    return make_editor(settings, layer=layer, token=token)
 
 
 def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _Made, settings: Edit) -> EditOutcome:

@@ -17,16 +17,6 @@ from ..models.spans import find_span
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
 
-FORMAT = """one JSON object per line:
-  {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
-   "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
-   "also": [{"image": null, "question": "Who founded Example Works?"}], "keep": [{"image": "b.jpg"}],
-   "probes": [{"kind": "other_picture", "image": "a3.jpg"},
-              {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
-id, image, question and target are needed (image may be null: a question without a picture). An entry of contexts,
-also, keep, essence or probes takes what it leaves out from its record, "image": null means none; paths are relative to
-the file.
-"""
 _OWN = ("id", "image", "question", "constraint", "target", "old")
 _NEEDED = ("id", "image", "question", "target")
 _LISTS = ("contexts", "also", "keep", "essence")

@@ -11,7 +11,6 @@ from ..artefacts.errors import ArtefactError
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
 from .errors import CommandError
 
-TRACE = "trace"
 _PLACE = re.compile(r"(?P<first>-?\d+)(?:-(?P<last>\d+))?(?::(?P<token>.+))?")
 _NUMBER = re.compile(r"-?\d+")
 

@@ -1,6 +1,5 @@
-"""multrace flow: by which ways, and in which layers, the picture's information comes to the answer."""
+"""Run `multrace flow` for one question or for many."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,55 +8,23 @@ from ..models import ModelError
 from ..models.errors import gist
 from ..tracing import TraceError
 from .errors import CommandError
+from .flow_analyses import check_settings, readings_of
+from .flow_asking import one_question
 from .flow_files import result_files, write_files
-from .flow_options import Flow
 from .flow_reading import Asked, Reading
 from .flow_records import flow_records
-from .options import add_options, read
+from .options.flow import Flow
 from .outputs import check_files
 
-HELP = "follow the picture's information through the layers: knockout, lens, contributions, relevance"
-EXAMPLE = """examples:
-  multrace flow --world 20 --out out/world
-  multrace flow --world 90 --contributions --degrade --out out/failure
-  multrace flow --image photo.jpg --question "What colour is the car?" --answer red --box 40,60,210,180
-  multrace flow --image photo.jpg --question "What colour is the car?" --answer red --constraint "the car" \\
-      --knockout --lens --contributions --relevance --smooth 10 --keep 0 64
-  multrace flow --image photo.jpg --question "Is the car red or blue?" --flows "image -> last" "object -> last" \\
-      --box 40,60,210,180 --windows 1 9 --heads each
-  multrace flow --records questions.jsonl --knockout --lens --out out/all
-  multrace flow --records csv/ChooseAttr.csv --images gqa/images --limit 100 --model llava-hf/llava-1.5-7b-hf
 
-One question: files in OUT, each NAME.safetensors with its pictures:
-  --knockout       knockout.safetensors, .png (all flows overlaid, at most the strongest 12) and .csv
-  --lens           lens.safetensors, .png and lens_tokens.png (the likeliest token at each position)
-  --contributions  contributions.safetensors and .png (to the last token); image_to_constraint.safetensors and .png
-                   (over the picture), image_tokens.png (by index of the image token)
-  --relevance      cam, share, saliency and truncation: .safetensors and .png; where the image tokens form a grid,
-                   cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, truncation_overlay.png
-Many questions: the averages in OUT as .safetensors, .png and .csv: knockout, lens, contributions,
-  image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, saliency (geometric
-  means), truncation; and OUT/report.json. Each question's own results, of contributions the means over heads, are in
-  OUT/questions/ID; cam, which has no average, is drawn there. A later call with the same settings goes on from them.
-  Questions that the model answers wrongly are listed, and count for contributions only, unless --all is given.
-The .safetensors are read by the classes in multrace.tracing.results: AttentionKnockout.load(path), AverageKnockout.load, ...
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `Flow`."""
-    add_options(parser, Flow)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(settings: Flow) -> int:
     """Analyses one question or many; writes results and pictures, prints what was found."""
-    settings = read(Flow, options)
-    settings.check()
+    check_settings(settings)
     return _flow_one(settings) if settings.is_one else flow_records(settings)
 
 
 def _flow_one(settings: Flow) -> int:
-    question, readings = settings.one_question(), settings.readings()
+    question, readings = one_question(settings), readings_of(settings)
     for reading in readings:
         reading.check(question)
     known = [name for reading in readings for name in (reading.file, *reading.drawings)]
@@ -65,7 +32,7 @@ def _flow_one(settings: Flow) -> int:
     vlm = settings.open_model()
     prompt = question.prompt(vlm)
     generated = vlm.answers([prompt])[0]
-    engine = settings.settings_of_engine(checked=True)
+    engine = settings.engine_settings(checked=True)
     asked = Asked(vlm=vlm, question=question, prompt=prompt, generated=generated, engine=engine, progress=True)
     results, failed = _results(readings, asked)
     if not results:

@@ -14,9 +14,9 @@ from ..artefacts.errors import ArtefactError
 from ..data import tiny_vlm_path
 from ..models import Prompt
 from ..tracing import TraceError
-from .flow_asking import AskingOptions
 from .flow_questions import FlowQuestion
 from .flow_reading import Files, Reading
+from .options.flow import Flow
 from .outputs import new_files
 
 QUESTIONS = "questions"
@@ -84,7 +84,7 @@ class Kept:
 
 
 def kept_questions(
-    settings: AskingOptions, questions: Sequence[FlowQuestion], *, folder: Path, engine: str
+    settings: Flow, questions: Sequence[FlowQuestion], *, folder: Path, engine: str
 ) -> dict[FlowQuestion, Kept]:
     """Per question where its results are kept: in a folder of its own within this one."""
     model, found, taken = _model_identity(settings), {}, set()
@@ -106,7 +106,7 @@ def _folder_name(identifier: str, taken: set[str]) -> str:
     return name
 
 
-def _model_identity(settings: AskingOptions) -> dict[str, Any]:
+def _model_identity(settings: Flow) -> dict[str, Any]:
     """The model; of a directory also the sizes and dates of its files, since another one may take its place."""
     directory = tiny_vlm_path() if settings.model is None else Path(settings.model)
     files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []

@@ -11,13 +11,14 @@ from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import TraceError
 from .errors import CommandError
-from .flow_asking import check_question
+from .flow_analyses import readings_of
+from .flow_asking import check_question, many_questions
 from .flow_degraded import degraded_questions
 from .flow_files import QUESTIONS, Kept, kept_questions
-from .flow_options import Flow
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Reading
 from .flow_report import REPORT, Findings, Skip, report_findings, write_averages
+from .options.flow import Flow
 from .outputs import check_files
 
 _ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
@@ -29,8 +30,8 @@ _CHECKED = 3
 
 def flow_records(settings: Flow) -> int:
     """0 once every question is done that can be; writes results, averages and report. CommandError if none can."""
-    questions, problems = settings.many_questions()
-    readings = settings.readings()
+    questions, problems = many_questions(settings)
+    readings = readings_of(settings)
     names = [name for reading in readings for name in (reading.file, *reading.average_drawings)]
     check_files(settings.out, [REPORT, *names])
     check_files(settings.out / QUESTIONS, ())
@@ -63,7 +64,7 @@ def _fit_questions(
         except _ERRORS as error:
             findings.skipped.append(Skip(question=question.id, reading="all", reason=gist(error)))
             continue
-        for reading in settings.readings():
+        for reading in readings_of(settings):
             try:
                 reading.check(question)
                 wanted.append(reading)
@@ -147,7 +148,7 @@ class _Run:
         kept, question = self.kept[answered.question], answered.question
         found = {reading: kept.result(reading, answered.generated) for reading in readings}
         if any(result is None for result in found.values()):
-            engine = self.settings.settings_of_engine(checked=self.computed < _CHECKED)
+            engine = self.settings.engine_settings(checked=self.computed < _CHECKED)
             common = {"vlm": self.vlm, "question": question, "generated": answered.generated}
             asked = Asked(prompt=question.prompt(self.vlm), engine=engine, progress=False, **common)
             self.computed += 1

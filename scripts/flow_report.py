@@ -11,9 +11,9 @@ from ..tracing import TraceError
 from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError
 from .flow_files import QUESTIONS, write_files
-from .flow_options import Flow
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Reading
+from .options.flow import Flow
 
 REPORT = "report.json"
 _NAMED = 5

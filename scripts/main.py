@@ -1,4 +1,4 @@
-"""multrace: the command line. One line on stderr and exit code 2 for whatever cannot be done as asked."""
+"""multrace: the command line. Whatever cannot be done as asked gets one line on stderr and exit code 2."""
 
 import argparse
 import logging
@@ -6,16 +6,19 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..artefacts.errors import ArtefactError
+from .. import scripts
+from ..artefacts import ArtefactError
 from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
 from ..tracing import TraceError
-from . import answer, bench, demo, edit, evaluate, export, flow, moments, results, trace, train_tiny_vlm, undo
 from .errors import CommandError
+from .options import answer, bench, demo, edit, evaluate, export, flow, moments, results, trace, train_tiny, undo
+from .options.option import add_options, read
 
 COMMANDS: Mapping[str, ModuleType] = {
     "answer": answer,
@@ -27,13 +30,11 @@ COMMANDS: Mapping[str, ModuleType] = {
     "export": export,
     "moments": moments,
     "demo": demo,
-    "train-tiny": train_tiny_vlm,
+    "train-tiny": train_tiny,
     "bench": bench,
     "results": results,
 }
-"""Each module has HELP (one line), EXAMPLE, and either add_arguments(parser) and run(options) -> exit code, or COMMANDS
-of its own.
-"""
+"""Each module has HELP (one line), EXAMPLE, and either OPTIONS, a dataclass, or COMMANDS of its own."""
 EXAMPLE = """examples:
   multrace answer --image photo.jpg --question "Who founded the company in this photo?"
   multrace trace --help
@@ -43,46 +44,69 @@ _RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev":
 _ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, ArtefactError, OSError)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One command as it was called."""
+
+    module: str
+    """Name of the module in `multrace.scripts` whose `run` takes the options."""
+    options: Any
+    verbose: bool
+    debug: bool
+
+
 def app(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of one command: 0 done, 2 bad input (said in one line on stderr), 130 interrupted.
+    """Return the exit code of one command: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
-    arguments: those after the program's name, by default the process's own. Like argparse, it leaves by SystemExit
-    after --help (0) and misspelt options (2).
+    arguments: the arguments after the program's name, by default those of the process. Like argparse, the function
+    raises SystemExit after --help (0) and misspelt options (2). Only the command that runs is imported.
     """
-    options = make_parser().parse_args(arguments)
-    with _log(verbose=options.verbose):
+    call = parse(arguments)
+    with _log(verbose=call.verbose):
         try:
-            return options.run(options)
+            return getattr(scripts, call.module).run(call.options)
         except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED, debug=options.debug)
+            return _fail("interrupted", INTERRUPTED, debug=call.debug)
         except _ERRORS as error:
-            return _fail(_one_line(error), BAD_INPUT, debug=options.debug)
+            return _fail(_one_line(error), BAD_INPUT, debug=call.debug)
 
 
-def make_parser(commands: Mapping[str, ModuleType] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parse(arguments: Sequence[str] | None = None) -> Call:
+    """Return the command that the arguments call. Raises SystemExit like argparse."""
+    found = make_parser().parse_args(arguments)
+    return Call(
+        module=found.module, options=read(found.kind, found), verbose=found.is_verbose, debug=found.shows_traceback
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     description = "Find where a vision-language model keeps a fact, and change it there."
     parser = _Parser(prog="multrace", description=description, epilog=EXAMPLE, parents=[_common()], **_RAW)
-    parser.set_defaults(debug=False, verbose=False)
+    parser.set_defaults(shows_traceback=False, is_verbose=False)
     # options of their own: the defaults just set would otherwise overrule what stands before the command
-    _add_commands(parser, commands, _common(), "command")
+    _add_commands(parser, COMMANDS, _common(), ())
     return parser
 
 
 def _add_commands(
-    parser: argparse.ArgumentParser, commands: Mapping[str, ModuleType], common: argparse.ArgumentParser, name_kept: str
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, ModuleType],
+    common: argparse.ArgumentParser,
+    above: tuple[str, ...],
 ) -> None:
-    """One command per module, and theirs below them; the chosen one's name is kept under another name each time."""
-    rows = parser.add_subparsers(dest=name_kept, required=True, metavar="COMMAND")
+    """Adds one command per module, and the commands below it; above: the names of the commands that lead here."""
+    rows = parser.add_subparsers(dest="_".join((*above, "command")), required=True, metavar="COMMAND")
     for name, module in commands.items():
         row = rows.add_parser(
             name, help=module.HELP, description=module.__doc__, epilog=module.EXAMPLE, parents=[common], **_RAW
         )
+        path = (*above, name.replace("-", "_"))
         if hasattr(module, "COMMANDS"):
-            _add_commands(row, module.COMMANDS, common, f"{name_kept}_of_{name}")
+            _add_commands(row, module.COMMANDS, common, path)
         else:
-            module.add_arguments(row)
-            row.set_defaults(run=module.run)
+            add_options(row, module.OPTIONS)
+            row.set_defaults(module="_".join(path), kind=module.OPTIONS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,8 +119,10 @@ class _Parser(argparse.ArgumentParser):
 def _common() -> argparse.ArgumentParser:
     """What every command understands, before and after its name."""
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("-v", "--verbose", action="store_true", help="log what loading has proven about the model")
+    common.add_argument("--debug", dest="shows_traceback", action="store_true", help="show the traceback of an error")
+    common.add_argument(
+        "-v", "--verbose", dest="is_verbose", action="store_true", help="log what loading has proven about the model"
+    )
     return common
 
 

@@ -12,7 +12,7 @@ _TITLES = {
 }
 _HEADER = """# Editing results
 
-Made by `multrace results --number {number} --probes {probes}` on the embedded model and its own world of facts.
+Made by `multrace results --limit {number} --probes {probes}` on the embedded model and its own world of facts.
 Settings were chosen on one half of each edit split and are reported here on the other; where that has fewer than are
 asked for (80 long-tail facts), those go on that come last in the first half, on which nothing was chosen. Answers are
 **free generation**: *efficacy*, *other pictures*, *other wordings*, *both* and *by name* are shares of answers that

@@ -1,14 +1,46 @@
-"""What a trace leaves behind: its file, its pictures, and its summary in words."""
+"""The trace that options ask for, its files and pictures, and its summary in words."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..models import Prompt
-from ..tracing import CausalTrace
+from ..models import Prompt, VisionLanguageModel
+from ..tracing import CausalTrace, Corruption, Engine, causal_trace
+from .options.trace import Trace
 from .outputs import new_files
 
 TRACE, MAP, OVERLAY = FILES = ("trace.safetensors", "trace.png", "overlay.png")
+_UNFINISHED = "trace.unfinished"
 _BLOCKS = 3
+
+
+def compute_trace(settings: Trace, vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption) -> CausalTrace:
+    """Return the trace of one prompt. With --resume, finished cells are kept in the output folder meanwhile."""
+    checkpoint = settings.out / _UNFINISHED if settings.resume else None
+    engine = Engine(name=settings.engine, memory=settings.memory, checks=settings.checks, checkpoint=checkpoint)
+    return causal_trace(
+        vlm,
+        prompt,
+        corruption=corruption,
+        sites=settings.sites,
+        window=settings.window,
+        positions=settings.rows("tokens"),
+        answer=settings.answer,
+        foil=settings.foil,
+        whole_answer=settings.whole_answer,
+        metrics=settings.metrics,
+        direction=settings.direction,
+        effect=settings.effect,
+        severed=settings.severed,
+        exact_cells=settings.exact_cells,
+        even_if_weak=settings.even_if_weak,
+        engine=engine,
+    )
+
+
+def forget_cells(folder: Path) -> None:
+    """Removes the finished cells that `compute_trace` kept in the folder, once they have become a result."""
+    for path in folder.glob(f"{_UNFINISHED}*"):  # one for each sequence of tokens that is scored
+        path.unlink()
 
 
 def write_trace(trace: CausalTrace, prompt: Prompt, out: Path, others: Mapping[str, str] | None = None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""multrace trace --records: one trace after the other from a file, with what cannot be traced left out and named."""
+"""Run `multrace trace --data`: trace every line of a file, and report the lines that cannot be traced."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
-from .options import pictures_of
+from .options.asking import pictures_of
+from .options.trace import Trace
 from .outputs import check_files, new_files
-from .trace_files import TRACE, write_trace
-from .trace_options import Trace
+from .trace_files import TRACE, compute_trace, forget_cells, write_trace
 
 REPORT, AVERAGE = "report.json", ("average.safetensors", "average.png")
 _RECORD = "record.json"
 _KEYS = ("image", "question", "constraint", "answer", "foil", "corrupt")
-_PLACES = ("records", "out", "resume", "memory", "checks")
+_PLACES = ("data", "limit", "out", "resume", "memory", "checks")
 """Options that change neither what is traced nor the result."""
 _ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
 
@@ -58,7 +58,7 @@ class _Record:
 
 def trace_records(settings: Trace) -> int:
     """0 once every record is traced that can be; writes traces, average and report. CommandError if none can."""
-    lines = read_lines(settings.records, "records")
+    lines = read_lines(settings.data, "records")[: settings.limit]
     check_files(settings.out, (REPORT, *AVERAGE))
     found = {line: _prepared(settings, line, text) for line, text in lines}
     records = [each for each in found.values() if isinstance(each, _Record)]
@@ -81,13 +81,13 @@ def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
     """The record of a line, or why it cannot be traced."""
     try:
         words = read_texts(read_object(text, _KEYS), _KEYS)
-        folder = settings.records.parent
+        folder = settings.data.parent
         if words.get("image"):
             words["image"] = str(folder / words["image"])
         if words.get("corrupt"):
             words["corrupt"] = _placed(words["corrupt"], folder)
         out = settings.out / f"line_{line:04d}"
-        asked = replace(settings, **words, records=None, out=out)
+        asked = replace(settings, **words, data=None, limit=None, out=out)
         asked.check_question()
         return _Record(line=line, settings=asked, corruption=asked.corruption())
     except _ERRORS as error:
@@ -108,9 +108,9 @@ def _traced(vlm: VisionLanguageModel, record: _Record) -> CausalTrace:
     trace, how = record.finished(), "done before"
     if trace is None:
         prompt, how = record.settings.prompt(vlm), "traced"
-        trace = record.settings.trace(vlm, prompt, record.corruption, folder=record.folder)
+        trace = compute_trace(record.settings, vlm, prompt, record.corruption)
         write_trace(trace, prompt, record.folder, {_RECORD: record.identity()})
-        record.settings.forget_cells(record.folder)
+        forget_cells(record.folder)
     effect = f"total effect {trace.total_effect:.3f}"
     print(f"line {record.line}: {how}: {trace.question!r} -> {trace.answer!r}, {effect}", flush=True)
     return trace
@@ -135,7 +135,7 @@ def _write_average(traces: list[CausalTrace], out: Path) -> str | None:
 def _report(settings: Trace, traces: Mapping[int, CausalTrace], skipped: Mapping[int, str], reason: str | None) -> None:
     """Writes and prints what was traced and what was not. CommandError if nothing was."""
     content: dict[str, Any] = {
-        "records": str(settings.records),
+        "records": str(settings.data),
         "traced": [{"line": line, "folder": f"line_{line:04d}"} for line in traces],
         "skipped": [{"line": line, "reason": text} for line, text in skipped.items()],
         "average": reason or AVERAGE[0],
@@ -145,7 +145,7 @@ def _report(settings: Trace, traces: Mapping[int, CausalTrace], skipped: Mapping
     if not traces:
         line, text = next(iter(skipped.items()))
         raise CommandError(
-            f"none of the {len(skipped)} records in {str(settings.records)!r} could be traced; line {line}: {text} "
+            f"none of the {len(skipped)} records in {str(settings.data)!r} could be traced; line {line}: {text} "
             f"(the others: {settings.out / REPORT})"
         )
     print(f"\n{len(traces)} records traced, {len(skipped)} skipped")

@@ -35,6 +35,7 @@ from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
 from multrace.scripts.benchmarks.token_layers import counted_token_layers
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
+from multrace.scripts.options.bench_edit import BenchEdit
 
 CPU = torch.device("cpu")
 SHAPE = Shape(
@@ -107,7 +108,7 @@ def test_the_table_has_its_rows():
 
 def test_rows_are_chosen_by_words_of_their_labels():
     cases = make_edit_cases(SHAPE, facts=1, timed_facts=2, steps=1, prompts=1, width=64, seed=0)
-    quick = chosen_cases(cases, bench_edit.BenchEdit.QUICK["rows"])
+    quick = chosen_cases(cases, BenchEdit.QUICK["rows"])
     assert [case.label for case in quick] == [LABELS[index] for index in (0, 1, 4, 5, 8)]
     assert cases[0].timed_facts == 1  # no more than there are
 

@@ -13,12 +13,14 @@ from multrace.data import World
 from multrace.editing.changes import WeightChange
 from multrace.editing.moments import second_moments
 from multrace.models import VisionLanguageModel, capture
-from multrace.scripts.edit_asked import NEXT, RequestOptions
-from multrace.scripts.edit_options import BASELINES, NAMES, editor
+from multrace.scripts.edit_asked import NEXT, asked_edits
 from multrace.scripts.edit_preview import preview, sizes
 from multrace.scripts.edit_where import Place, parse_place
+from multrace.scripts.editors import BASELINES, editor
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
+from multrace.scripts.options.edit import RequestOptions
+from multrace.scripts.options.editors import NAMES
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
 
@@ -126,14 +128,16 @@ def test_variants_of_the_picture_become_contexts(desk: Desk, tiny_vlm: VisionLan
     asked = {"question": words["question"], "target": words["target"], "constraint": words["constraint"]}
     for count in (0, 1, 4):
         options = RequestOptions(image=desk.picture(0), context_image=(desk.picture(1),), augment=count, **asked)
-        (one,) = options.asked(traced=False)
+        (one,) = asked_edits(options, traced=False)
         request = one.make(tiny_vlm)
         assert len(request.contexts) == 1 + count
         pictures = {prompt.images[0].tobytes() for prompt in (request.prompt, *request.contexts)}
         assert len(pictures) == 2 + count
     rows = (words, desk.rows[1] | {"image": None, "constraint": None})
-    made = [each.make(tiny_vlm) for each in RequestOptions(data=Path(desk.file(*rows)), augment=2).asked(traced=False)]
+    options = RequestOptions(data=Path(desk.file(*rows)), augment=2)
+    made = [each.make(tiny_vlm) for each in asked_edits(options, traced=False)]
     assert [len(request.contexts) for request in made] == [2, 0]
+    assert len(asked_edits(replace(options, limit=1), traced=False)) == 1
 
 
 @pytest.mark.parametrize(("weight", "flips"), [("0.001", 1), ("inf", 0)])
@@ -223,7 +227,7 @@ def test_a_file_of_edits_is_one_edit(desk: Desk, tiny_vlm: VisionLanguageModel, 
 
 def test_pictures_are_swapped_among_records_of_one_question_if_they_can(desk: Desk):
     def swaps(*rows: dict[str, str | None]) -> list[str | None]:
-        asked = RequestOptions(data=Path(desk.file(*rows)), corrupt=NEXT).asked(traced=True)
+        asked = asked_edits(RequestOptions(data=Path(desk.file(*rows)), corrupt=NEXT), traced=True)
         return [None if each.corruption is None else str(each.corruption.image) for each in asked]
 
     first, second, third = desk.rows

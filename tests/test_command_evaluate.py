@@ -18,8 +18,7 @@ from multrace.scripts import evaluate
 from multrace.scripts.edit_records import read_edit_records, read_general
 from multrace.scripts.edit_where import Place
 from multrace.scripts.errors import CommandError
-from multrace.scripts.main import make_parser
-from multrace.scripts.options import read
+from multrace.scripts.main import parse
 from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine.cells import KINDS
@@ -30,8 +29,7 @@ CASE = WORLD.edit_cases("outdated", "choose")[0]
 
 
 def run(*arguments: object) -> int:
-    options = make_parser({"evaluate": evaluate}).parse_args(["evaluate", *map(str, arguments)])
-    return options.run(options)
+    return evaluate.run(parse(["evaluate", *map(str, arguments)]).options)
 
 
 def picture(folder: Path, name: str, entity: int, number: int) -> str:
@@ -101,7 +99,7 @@ def test_a_file_is_evaluated_by_two_editors(row, write, tmp_path, capsys):
 
 def test_the_world_in_sequence(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("--world", "outdated", "--number", "2", "--where", "5", "--mode", "sequence", "--free-only")
+    arguments = ("--world", "outdated", "--limit", "2", "--where", "5", "--mode", "sequence", "--free-only")
     assert run(*arguments, "--probes", "1", "--at", "1", "--out", out) == 0
     names = ["curve.json", "curve.png", "generations.jsonl", "report.json", "table.txt"]
     assert sorted(path.name for path in (out / "multedit").iterdir()) == names
@@ -113,7 +111,7 @@ def test_the_world_in_sequence(tmp_path, capsys):
 
 def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("--world", "outdated", "--number", "2", "--where", "trace", "--free-only", "--probes", "2")
+    arguments = ("--world", "outdated", "--limit", "2", "--where", "trace", "--free-only", "--probes", "2")
     assert run(*arguments, "--out", out) == 0
     report = EditReport.load(out / "multedit" / "report.json")
     assert report.score(EFFICACY, EXACT).after.mean == 1
@@ -138,10 +136,8 @@ def test_each_request_is_edited_at_its_own_place(tiny_vlm):
         record.request.name: Place(layer=layer, token="last", reason="as asked")
         for layer, record in zip((5, 6), records, strict=True)
     }
-    options = make_parser({"evaluate": evaluate}).parse_args(
-        ["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"]
-    )
-    edit = evaluate._edit(read(evaluate.Evaluate, options), "multedit", None, places)
+    options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"]).options
+    edit = evaluate._edit(options, "multedit", None, places)
     for layer, record in zip((5, 6), records, strict=True):
         assert list(edit(tiny_vlm, [record.request], ()).changes) == [tiny_vlm.down_projection(layer).name]
 
@@ -178,7 +174,7 @@ def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
 BAD_OPTIONS = {
     "neither data nor world": ([], "pass either --data"),
     "both": (["--data", "x.jsonl", "--world", "outdated"], "pass either --data"),
-    "no edits": (["--world", "outdated", "--number", "0"], "--number is 0"),
+    "no edits": (["--world", "outdated", "--limit", "0"], "--limit is 0"),
     "no probes": (["--world", "outdated", "--probes", "0"], "--probes is 0"),
     "no place": (["--world", "outdated", "--where", "nowhere"], "no place 'nowhere'"),
     "measuring after none": (["--world", "outdated", "--at", "0"], "--at is 0"),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from multrace import VisionLanguageModel
-from multrace.scripts import flow
+from multrace.scripts.flow_analyses import check_settings, readings_of
 from multrace.scripts.flow_files import write_files
 from multrace.scripts.flow_knockout import Knockout
-from multrace.scripts.flow_options import Flow
 from multrace.scripts.flow_questions import FlowQuestion, world_questions
-from multrace.scripts.main import app, make_parser
-from multrace.scripts.options import ModelOptions, read
+from multrace.scripts.main import app, parse
+from multrace.scripts.options import flow
+from multrace.scripts.options.asking import ModelOptions
 from multrace.tracing import (
     AttentionContributions,
     AttentionSaliency,
@@ -92,7 +92,7 @@ def ask_records(folder: Path, opened: None) -> Callable[..., int]:
     def asked(records: list[Any], *more: str) -> int:
         lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
         (folder / "records.jsonl").write_text("\n".join(lines))
-        return app(["flow", f"--records={folder / 'records.jsonl'}", f"--out={folder / 'out'}", *more])
+        return app(["flow", f"--data={folder / 'records.jsonl'}", f"--out={folder / 'out'}", *more])
 
     return asked
 
@@ -251,7 +251,7 @@ def test_files_are_written_all_or_none_and_older_ones_go(tmp_path: Path):
 HERE = ["--question", FIRST.question, "--image", "{0}"]
 WRONG: dict[str, tuple[list[str], str]] = {
     "nothing to ask": ([], "found nothing to ask; pass one of --question"),
-    "two ways": (["--question", "Why?", "--world", "2"], "found --question and --world"),
+    "two ways": (["--question", "Why?", "--world"], "found --question and --world"),
     "no words": (["--question", " "], "the question is empty"),
     "no picture file": (["--question", "Why?", "--image", "gone.png"], "no picture at 'gone.png'"),
     "picture cut short": (["--question", "Why?", "--image", "{cut}"], "cannot read picture"),
@@ -271,12 +271,16 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too many heads": ([*HERE, "--heads", "99"], "heads 0 to 3"),
     "option of an analysis": ([*HERE, "--keep", "3"], "--keep belongs to --relevance, which is not asked for"),
     "option of many": ([*HERE, "--all"], "--all cannot go with --question: it is for many questions"),
-    "option of one": (["--world", "3", "--answer", "7"], "--answer cannot go with --world: it is for one question"),
-    "option of records": (["--world", "3", "--limit", "7"], "--limit cannot go with --world: it is for --records"),
-    "degrade alone": (["--world", "3", "--degrade"], "--degrade belongs to --contributions"),
-    "no questions": (["--world", "0"], "--world 0: ask at least one"),
-    "no such file": (["--records", "gone.jsonl"], "cannot read the records 'gone.jsonl'"),
-    "no pictures of a CSV": (["--records", "gone.csv"], "pass --images"),
+    "option of one": (
+        ["--world", "--limit=3", "--answer", "7"],
+        "--answer cannot go with --world: it is for one question",
+    ),
+    "option of records": (["--world", "--images", "x"], "--images cannot go with --world: it is for --data"),
+    "world without end": (["--world"], "pass the number of questions as --limit N"),
+    "degrade alone": (["--world", "--limit=3", "--degrade"], "--degrade belongs to --contributions"),
+    "no questions": (["--world", "--limit=0"], "--limit 0: ask at least one"),
+    "no such file": (["--data", "gone.jsonl"], "cannot read the records 'gone.jsonl'"),
+    "no pictures of a CSV": (["--data", "gone.csv"], "pass --images"),
     "no place": ([*HERE, "--out", "{0}/out"], "is not a folder"),
     "no memory": ([*HERE, "--memory", "0"], "memory=0 is too small"),
     "negative keep": ([*HERE, "--relevance", "--keep", "-1"], "--keep -1"),
@@ -315,9 +319,9 @@ def test_the_examples_of_the_help_can_be_asked():
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("multrace flow")]
     assert len(lines) == 7
     for line in lines:
-        settings = read(Flow, make_parser().parse_args(shlex.split(line)[1:]))
-        settings.check()
-        assert settings.readings()
+        settings = parse(shlex.split(line)[1:]).options
+        check_settings(settings)
+        assert readings_of(settings)
 
 
 # ---- many questions ----
@@ -445,7 +449,7 @@ def test_failure_is_predicted_from_right_and_wrong_answers(ask_records: Callable
 
 @pytest.mark.usefixtures("undrawn")
 def test_damaged_pictures_make_wrong_answers(opened: None, tmp_path: Path):
-    assert app(["flow", "--world=3", "--contributions", "--degrade", f"--out={tmp_path / 'out'}"]) == 0
+    assert app(["flow", "--world", "--limit=3", "--contributions", "--degrade", f"--out={tmp_path / 'out'}"]) == 0
     report = report_of(tmp_path)
     assert 0 < report["counts"]["wrong"] < 3
     assert re.search(r"noise of \d+ grey levels on average: .*\(0% without\)", report["degraded"])
@@ -583,7 +587,7 @@ def test_folders_of_questions_are_harmless_and_never_shared(ask_records: Callabl
 def test_the_world_is_asked_and_limits_hold(
     ask_records: Callable[..., int], opened: None, folder: Path, capsys: pytest.CaptureFixture
 ):
-    assert app(["flow", "--world=2", *ONE_FLOW, f"--out={folder / 'world'}"]) == 0
+    assert app(["flow", "--world", "--limit=2", *ONE_FLOW, f"--out={folder / 'world'}"]) == 0
     assert re.search(r"^2 questions, 2 of 2 answered rightly$", capsys.readouterr().out, re.MULTILINE)
     assert ask_records([record(0), record(1), record(2)], *ONE_FLOW, "--limit=2") == 0
     assert report_of(folder)["done"]["knockout"] == ["q0", "q1"]

@@ -1,6 +1,5 @@
 """multrace moments: what it reads, what it prints, and one line for whatever cannot be read."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from multrace.models import ModelError
 from multrace.scripts import moments as command
 from multrace.scripts.errors import CommandError
 from multrace.scripts.flow_questions import world_questions
-from multrace.scripts.moments import parse_layers
+from multrace.scripts.main import parse
+from multrace.scripts.options.moments import parse_layers
 from PIL import Image
 
 QUESTIONS = ("Who founded the company in this photo?", "Which sport does the person in the picture play?", "Who won?")
@@ -33,16 +33,14 @@ def records(tmp_path: Path, make_photo: Callable[[int], Image.Image]) -> Path:
 
 
 def run(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
+    return command.run(parse(["moments", *map(str, words)]).options)
 
 
 def test_records_become_moments(
     records: Path, random_llava_llama: VisionLanguageModel, llava_llama_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = records.parent
-    options = ["--layers", "1,2-3", "--batch-size", 1, "--every", 1, "--memory", "0.001", "--out", folder / "out"]
+    options = ["--layers", "1,2-3", "--batch-size", 1, "--every", 1, "--memory", 1, "--out", folder / "out"]
     assert run("--model", llava_llama_path, "--data", records, *options, "--cache", folder / "parts") == 0
     vlm = random_llava_llama
     images = (folder / "1.png", folder / "2.png", None)
@@ -64,7 +62,7 @@ def test_the_world_is_read_without_data(
     tiny_vlm: VisionLanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     options = ["--projection", "attention", "--layers", 2, "--seed", 3, "--out", tmp_path]
-    assert run("--synthetic", 6, *options) == 0
+    assert run("--world", "--limit", 6, *options) == 0
     found = Moments.load(tmp_path / "moments.safetensors")
     prompts = [question.prompt(tiny_vlm) for question in world_questions(6, seed=3)]
     expected = second_moments(tiny_vlm, prompts, layers=[2], projection="attention")
@@ -76,12 +74,13 @@ def test_the_world_is_read_without_data(
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        ([], "one of --data FILE and --synthetic N"),
-        (["--data", "a.jsonl", "--synthetic", 3], "one of --data"),
-        (["--synthetic", 0], "at least one question"),
+        ([], "one of --data FILE and --world"),
+        (["--data", "a.jsonl", "--world"], "one of --data"),
+        (["--world", "--limit", 0], "at least one question"),
+        (["--world"], "pass the number of questions as --limit N"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
-        (["--synthetic", 3, "--layers", "7-3"], "no layers '7-3'"),
-        (["--synthetic", 3, "--layers", "first"], "no layers 'first'"),
+        (["--world", "--limit", 3, "--layers", "7-3"], "no layers '7-3'"),
+        (["--world", "--limit", 3, "--layers", "first"], "no layers 'first'"),
     ],
 )
 def test_what_cannot_be_read_is_said_before_a_model_is_opened(words: list, match: str, tmp_path: Path):
@@ -99,7 +98,7 @@ def test_records_of_which_none_can_be_read_are_an_error(tmp_path: Path):
 
 def test_a_layer_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises(ModelError, match="no layer 40"):
-        run("--synthetic", 1, "--layers", "0,40", "--out", tmp_path / "out")
+        run("--world", "--limit", 1, "--layers", "0,40", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

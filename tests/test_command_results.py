@@ -19,7 +19,7 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
         "multrace.scripts.results.editor_rows",
         lambda: (_counted(_row("multedit-5"), edited),),
     )
-    arguments = ["results", "--out", str(tmp_path), "--number", "2", "--probes", "1", "--parts", "editors"]
+    arguments = ["results", "--out", str(tmp_path), "--limit", "2", "--probes", "1", "--parts", "editors"]
     assert app([*arguments, "--splits", "outdated"]) == 0
     row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())
     assert row["scores"]["efficacy"][0] == 0 and row["scores"]["efficacy"][2] == 1
@@ -40,7 +40,7 @@ def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
 
 def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
     monkeypatch.setattr("multrace.scripts.results.editor_rows", lambda: (_row("multedit-moments"),))
-    arguments = ["results", "--out", str(tmp_path), "--number", "1", "--together", "2", "--probes", "1"]
+    arguments = ["results", "--out", str(tmp_path), "--limit", "1", "--together", "2", "--probes", "1"]
     assert app([*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
     assert {name: row["requests"] for name, row in rows.items() if "multedit-moments" in name} == {
@@ -86,7 +86,7 @@ def test_the_page_shows_every_place_that_was_edited():
     cells["grid 1 last"] = {name: [float(name == "0"), 1.0, 0.5, 0.25] for name in sites}
     page = document({"outdated": {"sites": {"sites": sites}, **cells}}, number=4, probes=1)
     assert "| last | 1 | 25 | 100 | 50 | 25 |" in page and page.count("| image | ") == 8
-    assert "`multrace results --number 4 --probes 1`" in page
+    assert "`multrace results --limit 4 --probes 1`" in page
     assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}}, number=4, probes=1)
 
 

@@ -10,8 +10,8 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.scripts import trace_records
 from multrace.scripts.main import app
-from multrace.scripts.options import CorruptionOptions
-from multrace.scripts.trace_options import Trace
+from multrace.scripts.options.asking import CorruptionOptions
+from multrace.scripts.options.trace import Trace
 from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
 from multrace.tracing.engine.settings import Engine
 from PIL import Image
@@ -59,7 +59,7 @@ def test_every_option_reaches_the_library(
     corrupted = ["--corrupt=image-noise:2", "--seed=7", "--direction=corrupt", "--severed=mlp", "--window=2"]
     scored = ["--answer=Paris", "--foil=Rome", "--whole-answer", "--even-if-weak"]
     scored += ["--metrics", "logit_difference", "log_probability"]
-    restored = ["--sites", "attention", "hidden", "--groups", "image_rows", "7", "blocks:3", "box:0,0,20,24", "last"]
+    restored = ["--sites", "attention", "hidden", "--positions", "image_rows", "7", "blocks:3", "box:0,0,20,24", "last"]
     computed = ["--engine=plain", "--checks=0", "--memory=64"]
     assert app(ask(*corrupted, *scored, *restored, *computed)) == 0
     vlm = random_llava_llama
@@ -101,13 +101,13 @@ def test_every_option_reaches_the_library(
 
 
 def test_the_default_is_the_fast_engine_with_its_check(ask: Callable[..., list[str]], folder: Path, capsys):
-    assert app(ask(f"--corrupt=swap:{folder / 'other.png'}", "--groups", "last", "--checks=3")) == 0
+    assert app(ask(f"--corrupt=swap:{folder / 'other.png'}", "--positions", "last", "--checks=3")) == 0
     assert (found(folder).engine.engine, found(folder).engine.checked_cells) == ("replay", 3)
     assert re.search(r"^engine +replay engine; 12 cells.*3 cells recomputed", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_direct_effects_of_patches_get_an_overlay(ask: Callable[..., list[str]], folder: Path, capsys):
-    options = ["--corrupt=image-noise:3", "--groups", "patches", "--sites", "hidden"]
+    options = ["--corrupt=image-noise:3", "--positions", "patches", "--sites", "hidden"]
     assert app(ask(*options, "--effect=direct")) == 0
     direct = found(folder)
     assert (direct.effect, len(direct.rows)) == ("direct", 16)
@@ -123,15 +123,15 @@ def test_direct_effects_of_patches_get_an_overlay(ask: Callable[..., list[str]],
 
 def test_an_overlay_of_an_earlier_trace_does_not_stay(ask: Callable[..., list[str]], folder: Path):
     corrupt = f"--corrupt=swap:{folder / 'other.png'}"
-    assert app(ask(corrupt, "--groups", "image_quadrants")) == 0
+    assert app(ask(corrupt, "--positions", "image_quadrants")) == 0
     assert "overlay.png" in names(folder / "out")
-    assert app(ask(corrupt, "--groups", "image", "last")) == 0
+    assert app(ask(corrupt, "--positions", "image", "last")) == 0
     assert names(folder / "out") == ["trace.png", "trace.safetensors"]
 
 
 def test_layers_of_the_vision_tower(ask: Callable[..., list[str]], folder: Path):
     corrupt = f"--corrupt=swap:{folder / 'other.png'}"
-    assert app(ask(corrupt, "--groups", "image", "--sites", "vision", "projector", "--window=1")) == 0
+    assert app(ask(corrupt, "--positions", "image", "--sites", "vision", "projector", "--window=1")) == 0
     assert found(folder).kinds == ("vision", "projector")
 
 
@@ -141,19 +141,19 @@ def test_estimates_are_counted(ask: Callable[..., list[str]], folder: Path, caps
     count = sum(int(flags.sum()) for flags in found(folder).estimated.values())
     assert count == 3 * 4 * len(found(folder).rows) - 20
     assert re.search(rf"^estimated +{count} cells; rank agreement", capsys.readouterr().out, re.MULTILINE)
-    assert app(ask(corrupt, "--groups", "last")) == 0
+    assert app(ask(corrupt, "--positions", "last")) == 0
     assert "estimated" not in capsys.readouterr().out
 
 
 def test_a_calibrated_scale_is_stored(ask: Callable[..., list[str]], folder: Path):
-    assert app(ask("--corrupt=image-noise:auto", "--groups", "last")) == 0
+    assert app(ask("--corrupt=image-noise:auto", "--positions", "last")) == 0
     trace = found(folder)
     assert trace.scale is not None
     assert "calibrated" in trace.corruption
 
 
 def test_a_weak_corruption_is_refused_unless_asked_for(ask: Callable[..., list[str]], folder: Path, capsys):
-    weak = ask("--corrupt=image-noise:0.0001", "--groups", "last")
+    weak = ask("--corrupt=image-noise:0.0001", "--positions", "last")
     assert app(weak) == 2
     assert "does not lower the answer's probability" in capsys.readouterr().err
     assert not (folder / "out").exists()
@@ -185,7 +185,7 @@ ONE_LINE: dict[str, tuple[list[str], str]] = {
     "noise on words without a constraint": (["--corrupt=zero:constraint"], "needs --constraint"),
     "zeros on no picture": (["--corrupt=zero"], "needs --image"),
     "blur of no picture": (["--corrupt=blur:3"], "needs --image"),
-    "nothing to trace": ([], "pass either --question or --records"),
+    "nothing to trace": ([], "pass either --question or --data"),
 }
 
 
@@ -199,15 +199,15 @@ def test_what_lacks_an_option_is_one_line(arguments: list[str], message: str, ca
 @pytest.mark.parametrize("group", ["blocks:0", "blocks:", "box:1,2,3", "box:a,b,c,d"])
 def test_misspelt_regions_are_one_line(group: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as left:
-        app(["trace", "--question", QUESTION, "--groups", group])
+        app(["trace", "--question", QUESTION, "--positions", group])
     assert left.value.code == 2
     assert group in capsys.readouterr().err
 
 
 def test_groups_of_a_command_are_the_librarys_rows():
-    options = CorruptionOptions(question=QUESTION, groups=("tokens", -1, Blocks(2)))
-    assert options.positions("image") == ("tokens", -1, Blocks(2))
-    assert CorruptionOptions(question=QUESTION).positions(("image",)) == ("image",)
+    options = CorruptionOptions(question=QUESTION, positions=("tokens", -1, Blocks(2)))
+    assert options.rows("image") == ("tokens", -1, Blocks(2))
+    assert CorruptionOptions(question=QUESTION).rows(("image",)) == ("image",)
 
 
 # ---- records ----
@@ -247,8 +247,8 @@ def write_records(folder: Path, records: list[object]) -> Path:
 
 
 def trace_file(path: Path, model: Path, *more: str) -> int:
-    options = {"model": model, "records": path, "corrupt": "image-noise:3", "out": path.parent / "out"}
-    rows = ["--groups", "image", "constraint_last", "last", "--sites", "hidden", "mlp"]
+    options = {"model": model, "data": path, "corrupt": "image-noise:3", "out": path.parent / "out"}
+    rows = ["--positions", "image", "constraint_last", "last", "--sites", "hidden", "mlp"]
     return app(["trace", *(f"--{name}={value}" for name, value in options.items()), *rows, *more])
 
 
@@ -263,7 +263,7 @@ def test_records_are_traced_each_into_its_folder(
     second = vlm.prompt(folder / "other.png", OTHER_QUESTION, constraint=PERSON)
     expected = [
         causal_trace(vlm, first, corruption=SwapImage(folder / "third.png"), progress=False, **options),
-        causal_trace(vlm, second, corruption=ImageNoise(scale=3.0), answer="chess", progress=False, **options),
+        causal_trace(vlm, second, corruption=ImageNoise(scale=3.0, seed=0), answer="chess", progress=False, **options),
     ]
     traces = [found(out, name) for name in ("line_0001", "line_0003")]
     for trace, each in zip(traces, expected, strict=True):
@@ -275,6 +275,11 @@ def test_records_are_traced_each_into_its_folder(
     report = json.loads((out / "report.json").read_text())
     assert report["traced"] == [{"line": 1, "folder": "line_0001"}, {"line": 3, "folder": "line_0003"}]
     assert (report["skipped"], report["average"]) == ([], "average.safetensors")
+
+
+def test_a_limit_traces_the_first_lines_only(folder: Path, llava_llama_path: Path):
+    assert trace_file(write_records(folder, [GOOD[0], "", GOOD[1]]), llava_llama_path, "--limit=1") == 0
+    assert names(folder / "out") == ["line_0001", "report.json"]
 
 
 def test_bad_records_are_named_and_cost_no_other(folder: Path, llava_llama_path: Path, capsys):
@@ -313,13 +318,13 @@ def test_finished_records_are_not_traced_again(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     path, traced = write_records(folder, GOOD[:1]), []
-    original = Trace.trace
+    original = trace_records.compute_trace
 
-    def noted(self: Trace, *arguments: object, **words: object) -> CausalTrace:
-        traced.append(self.out.name)
-        return original(self, *arguments, **words)
+    def noted(settings: Trace, *arguments: object) -> CausalTrace:
+        traced.append(settings.out.name)
+        return original(settings, *arguments)
 
-    monkeypatch.setattr(Trace, "trace", noted)
+    monkeypatch.setattr(trace_records, "compute_trace", noted)
     assert trace_file(path, llava_llama_path) == 0
     write_records(folder, GOOD)
     assert trace_file(path, llava_llama_path) == 0
@@ -358,18 +363,20 @@ def test_what_is_done_stays_when_a_run_is_interrupted(
 def test_rows_that_differ_have_no_average_and_leave_no_old_one(folder: Path, llava_llama_path: Path, capsys):
     assert trace_file(write_records(folder, GOOD), llava_llama_path) == 0
     path = write_records(folder, [{key: each[key] for key in ("image", "question")} for each in GOOD])
-    assert trace_file(path, llava_llama_path, "--groups", "tokens") == 0  # tokens are averaged by their constraint
+    assert trace_file(path, llava_llama_path, "--positions", "tokens") == 0  # tokens are averaged by their constraint
     assert "average: none: " in capsys.readouterr().out
     assert names(folder / "out") == ["line_0001", "line_0002", "report.json"]
     assert json.loads((folder / "out" / "report.json").read_text())["average"] != "average.safetensors"
 
 
 RECORD_OPTIONS: dict[str, tuple[list[str], str]] = {
-    "both": (["--question", QUESTION, "--records", "{file}"], "either --question or --records"),
-    "a picture for all": (["--records", "{file}", "--image", "photo.png"], "--image belongs to one question"),
-    "no file": (["--records", "{file}.gone"], "cannot read the records"),
-    "an empty file": (["--records", "{empty}"], "it is empty"),
-    "no place": (["--records", "{file}", "--out", "{file}/out"], "is not a folder"),
+    "both": (["--question", QUESTION, "--data", "{file}"], "either --question or --data"),
+    "a picture for all": (["--data", "{file}", "--image", "photo.png"], "--image belongs to one question"),
+    "a limit of one question": (["--question", QUESTION, "--limit", "1"], "--limit 1: pass at least 1, together with"),
+    "no lines": (["--data", "{file}", "--limit", "0"], "--limit 0: pass at least 1"),
+    "no file": (["--data", "{file}.gone"], "cannot read the records"),
+    "an empty file": (["--data", "{empty}"], "it is empty"),
+    "no place": (["--data", "{file}", "--out", "{file}/out"], "is not a folder"),
 }
 
 

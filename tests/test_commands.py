@@ -42,7 +42,7 @@ class Desk:
         if command != "answer":
             options |= {"constraint": CONSTRAINT, "corrupt": f"swap:{self.other}", "out": str(self.out)}
         if command == "trace":
-            options |= {"groups": "last", "sites": "mlp"}  # few cells
+            options |= {"positions": "last", "sites": "mlp"}  # few cells
         if command == "edit":
             options |= {"target": TARGET, "where": "1:last"}
         options |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -136,7 +136,7 @@ def test_trace_writes_the_librarys_trace(
     desk: Desk, random_llava_llama: VisionLanguageModel, capsys: pytest.CaptureFixture
 ):
     words = {"question": "Which sport?", "constraint": "sport"}  # few rows
-    assert app(desk.asked("trace", groups=None, sites=None, **words)) == 0
+    assert app(desk.asked("trace", positions=None, sites=None, **words)) == 0
     assert sorted(path.name for path in desk.out.iterdir()) == ["trace.png", "trace.safetensors"]
     with Image.open(desk.out / "trace.png") as picture:
         picture.load()
@@ -158,8 +158,8 @@ def test_trace_writes_the_librarys_trace(
 
 def test_trace_takes_its_options_to_the_library(desk: Desk, random_llava_llama: VisionLanguageModel):
     changes = {"corrupt": "text-noise:2", "seed": "7", "window": "2", "answer": "Paris", "sites": "attention"}
-    rows = ["--groups", "image", "7", "last", "--even-if-weak"]
-    assert app([*desk.asked("trace", groups=None, **changes), *rows]) == 0
+    rows = ["--positions", "image", "7", "last", "--even-if-weak"]
+    assert app([*desk.asked("trace", positions=None, **changes), *rows]) == 0
     prompt = random_llava_llama.prompt(desk.photo, QUESTION, constraint=CONSTRAINT)
     options = {"sites": "attention", "window": 2, "positions": ("image", 7, "last"), "answer": "Paris"}
     options |= {"even_if_weak": True}
@@ -281,8 +281,8 @@ BAD: dict[str, tuple[str, dict[str, str | None], str]] = {  # name: command, cha
     "noise on no picture": ("trace", {"corrupt": "image-noise:3", "image": None}, "needs --image"),
     "window of no layers": ("trace", {"window": "0"}, "no window of 0 layers"),
     "window of too many layers": ("trace", {"window": "5"}, "no window of 5 layers: the decoder has 4"),
-    "unknown group": ("trace", {"groups": "nowhere"}, "no token group 'nowhere'"),
-    "position out of range": ("trace", {"groups": "400"}, "no position 400"),
+    "unknown group": ("trace", {"positions": "nowhere"}, "no token group 'nowhere'"),
+    "position out of range": ("trace", {"positions": "400"}, "no position 400"),
     "no target": ("edit", {"target": None}, "--target"),
     "empty target": ("edit", {"target": " "}, "the target of the edit"),
     "layer out of range": ("edit", {"where": "4"}, "no layer 4 in"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.data.world import EditCase
-from multrace.scripts.demo import Demo, demo
+from multrace.scripts.demo import demo
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
+from multrace.scripts.options.demo import Demo
 from multrace.scripts.report import Report, plot_scores, write_report
 from multrace.scripts.verification import probe_records, scores, summary, verify
 
@@ -130,7 +131,7 @@ def test_a_corruption_that_takes_nothing_away_locates_nothing(tiny_vlm, world):
 
 
 def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
-    assert app(["demo", "--facts", "2", "--seed", "4", "--every-layer", "--out", str(tmp_path / "demo")]) == 0
+    assert app(["demo", "--limit", "2", "--seed", "4", "--every-layer", "--out", str(tmp_path / "demo")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"efficacy\)\s+2\s+0%", printed)
     assert "bit for bit" in printed
@@ -149,7 +150,7 @@ def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
 
 
 def test_another_seed_takes_other_facts(tmp_path):
-    tables = [demo(Demo(out=tmp_path / str(seed), seed=seed, facts=1)) for seed in (0, 1)]
+    tables = [demo(Demo(out=tmp_path / str(seed), seed=seed, limit=1)) for seed in (0, 1)]
     pages = [page.read_text(encoding="utf-8") for page, _ in tables]
     questions = [re.search(r"<strong>(.*?)</strong>", page).group(1) for page in pages]
     pictures = [re.search(r'alt="the edited picture" src="(.*?)"', page).group(1) for page in pages]
@@ -159,7 +160,7 @@ def test_another_seed_takes_other_facts(tmp_path):
 @pytest.mark.parametrize("facts", [0, 10_000])
 def test_a_number_of_facts_that_there_is_not_is_refused(tmp_path, facts):
     with pytest.raises(CommandError, match="pass 1 to 160"):
-        demo(Demo(out=tmp_path / "demo", facts=facts))
+        demo(Demo(out=tmp_path / "demo", limit=facts))
     assert not (tmp_path / "demo").exists()
 
 

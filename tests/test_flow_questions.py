@@ -123,7 +123,7 @@ def test_the_studys_own_questions_go_through_the_command(tmp_path, capsys):
     for number, record in enumerate(read_gqa_flow(file, images=tmp_path)[:3]):
         Image.new("RGB", record.image_size, (90 * number, 50, 200)).save(record.image)
     out = tmp_path / "out"
-    asked = ["flow", "--records", str(file), "--images", str(tmp_path), "--limit", "4", "--out", str(out)]
+    asked = ["flow", "--data", str(file), "--images", str(tmp_path), "--limit", "4", "--out", str(out)]
     assert app([*asked, "--all", "--windows", "2", "--checks", "0"]) == 0
     average = AverageKnockout.load(out / "knockout.safetensors")
     assert average.count == 3

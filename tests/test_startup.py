@@ -1,22 +1,47 @@
-"""Starting up is quick: importing multrace loads none of the heavy libraries, and every public name still resolves."""
+"""Starting up is quick and quiet: no heavy import before work begins, one line on Ctrl-C, threads that wait asleep."""
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import multrace
 import pytest
+from multrace.editing import FineTune, InContext, Lora, Moments
+from multrace.editing.editors import EDITORS
+from multrace.editing.moment_hashes import KINDS as TOKEN_KINDS
+from multrace.editing.sequences import AT
+from multrace.scripts.benchmarks.edit_cases import WIDTH
+from multrace.scripts.benchmarks.shapes import SHAPES
+from multrace.scripts.door import available_cores, be_polite
+from multrace.scripts.editors import BASELINES
+from multrace.scripts.main import COMMANDS
+from multrace.scripts.options import choices
+from multrace.tracing import Engine
+from multrace.tracing.causal.trace import DIRECTIONS
+from multrace.tracing.corruptions.parsing import SPELLINGS
+from multrace.tracing.engine import cells, grid, scoring, settings
 
 HEAVY = {"torch", "transformers", "tokenizers", "pandas", "matplotlib", "sklearn", "scipy", "peft", "accelerate"}
 ROOMS = ("artefacts", "data", "models", "tracing", "editing", "workflow")
 
 
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh Python that has run the code."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
 def heavy_after(code: str) -> set[str]:
     """The heavy libraries that a fresh Python has imported after running the code."""
-    report = "import sys\nprint('imported:', *{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    done = python(f"import sys\n{code}\nprint('imported:', *{{name.split('.')[0] for name in sys.modules}})")
+    assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("imported:")]
     return HEAVY & set(line.split())
+
+
+# ---- the faces ----
 
 
 def test_importing_the_package_and_its_rooms_imports_nothing_heavy():
@@ -45,3 +70,83 @@ def test_the_face_is_small_enough_to_be_read():
     names = [name for name in multrace.__all__ if name not in ROOMS]
     assert {"load", "causal_trace", "MultEdit", "EditRequest", "locate_then_edit"} <= set(names)
     assert len(names) <= 42
+
+
+# ---- the command line ----
+
+PATHS = [[name] if hasattr(row, "OPTIONS") else [name, below] for name, row in COMMANDS.items()
+         for below in getattr(row, "COMMANDS", [""])]  # fmt: skip
+ASK = """
+from multrace.scripts.main import app
+for arguments in {calls!r}:
+    try:
+        app(arguments)
+    except SystemExit as left:
+        assert left.code == {code}, left.code
+    else:
+        raise AssertionError("the command ran")
+"""
+
+
+def test_help_and_misspelt_options_import_nothing_heavy():
+    assert len(PATHS) == len(COMMANDS) + 2
+    calls = [["--help"], ["bench", "--help"], *([*path, "--help"] for path in PATHS)]
+    assert heavy_after(ASK.format(calls=calls, code=0)) == set()
+    assert heavy_after(ASK.format(calls=[[*path, "--colour", "red"] for path in PATHS], code=2)) == set()
+
+
+def test_what_options_choose_from_is_what_the_library_has():
+    assert settings.ENGINES == choices.ENGINES
+    assert (Engine().memory, Engine().checks) == (choices.ENGINE_MEMORY, choices.ENGINE_CHECKS)
+    assert cells.KINDS == choices.KINDS
+    assert grid.SITES == choices.SITES
+    assert grid.EFFECTS == choices.EFFECTS
+    assert scoring.METRICS == choices.METRICS
+    assert DIRECTIONS == choices.DIRECTIONS
+    assert SPELLINGS == choices.SPELLINGS
+    assert tuple(EDITORS) == choices.EDITORS
+    assert tuple(BASELINES) == choices.BASELINES
+    assert {FineTune, Lora, InContext} == {row.kind for row in BASELINES.values()}
+    assert AT == choices.SEQUENCE_LENGTHS
+    assert {"all", "text", *TOKEN_KINDS} == set(choices.MOMENT_KINDS)
+    assert Moments is multrace.editing.Moments
+    assert tuple(SHAPES) == choices.SHAPES
+    assert WIDTH == choices.SOLVE_WIDTH
+
+
+INTERRUPT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+from multrace.scripts.door import main
+sys.meta_path.insert(0, Finder())
+sys.argv = ["multrace", "answer", "--question", "Why?"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "multrace.scripts.options.flow", "multrace.scripts.answer", "torch"])
+def test_an_interruption_while_starting_is_one_line(module: str):
+    done = python(INTERRUPT.format(module=module))
+    assert (done.returncode, done.stderr) == (130, "multrace: interrupted\n")
+
+
+# ---- threads ----
+
+
+def test_the_command_line_lets_waiting_threads_sleep_unless_the_user_says_otherwise():
+    environment: dict[str, str] = {}
+    be_polite(environment)
+    assert environment == {"OMP_NUM_THREADS": str(available_cores()), "OMP_WAIT_POLICY": "PASSIVE"}
+    chosen = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    be_polite(chosen)
+    assert chosen == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+
+
+def test_the_library_leaves_the_environment_alone():
+    code = "import os\nbefore = dict(os.environ)\nimport multrace\nmultrace.load\nassert dict(os.environ) == before"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "environ" not in (Path(multrace.__file__).parent / "__init__.py").read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ import torch
 from multrace.data import World
 from multrace.models import load
 from multrace.scripts.errors import CommandError
-from multrace.scripts.train_tiny_vlm import TrainTiny, train_tiny
+from multrace.scripts.options.train_tiny import TrainTiny
+from multrace.scripts.train_tiny import train_tiny
 from multrace.scripts.training.build import IMAGE_TOKENS, make_model, make_processor, make_tokenizer
 from multrace.scripts.training.joint import Examples, forward
 from multrace.scripts.training.packing import IGNORED, Packer

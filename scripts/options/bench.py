@@ -1,4 +1,4 @@
-"""multrace bench: how fast multrace is, measured side by side with the usual way in one run."""
+"""multrace bench: measure how fast multrace is, side by side with the usual way in one run."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -13,4 +13,4 @@ EXAMPLE = """examples:
   multrace bench trace --help
 """
 COMMANDS: Mapping[str, ModuleType] = {"trace": bench_trace, "flow": bench_flow, "edit": bench_edit}
-"""Each module has HELP (one line), EXAMPLE, add_arguments(parser) and run(options) -> exit code."""
+"""Commands of its own, each a module like those of the other commands."""

@@ -1,13 +1,11 @@
-"""multrace train-tiny: trains the embedded model from nothing, examines it, and writes it as a Hugging Face directory."""
+"""Run `multrace train-tiny`."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from ..data import World
 from ..models import load
 from ..models.saving import save_directory
 from .errors import CommandError
-from .options import add_options, option, read
+from .options.train_tiny import TrainTiny
 from .outputs import check_new_folder
 from .training.build import HIDDEN, IMAGE_TOKENS, make_model, make_processor, make_tokenizer
 from .training.card import model_card
@@ -25,11 +23,6 @@ from .training.joint import Phase, held_out_accuracy, train_joint
 from .training.packing import Packer
 from .training.tower import train_tower
 
-HELP = "train the embedded model from nothing (about an hour on two cores)"
-EXAMPLE = """examples:
-  multrace train-tiny --out out/tiny_vlm                 the full recipe
-  multrace train-tiny --out out/trial --share 0.01       one hundredth of the steps, to see it run
-"""
 TOWER_STEPS = 900
 PHASES = (
     Phase(steps=1300, routed=1.0, peak=2e-3),
@@ -37,24 +30,8 @@ PHASES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainTiny:
-    """Options of `multrace train-tiny`."""
-
-    out: Path = option("folder to write; must be new or empty", type=Path)
-    seed: int = option("of weights, pictures and questions (default 0)", default=0, type=int)
-    threads: int = option("CPU threads (default 2)", default=2, type=int)
-    share: float = option("share of the recipe's steps to take (default 1.0)", default=1.0, type=float)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `TrainTiny`."""
-    add_options(parser, TrainTiny)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(settings: TrainTiny) -> int:
     """Trains and writes the model; a full run is also examined, gets its card and prints its scores."""
-    settings = read(TrainTiny, options)
     minutes = train_tiny(settings)
     print(f"written to {settings.out} after {minutes:.0f} minutes")
     if settings.share < 1:

@@ -1,0 +1,16 @@
+from . import (
+    answer as answer,
+    bench_edit as bench_edit,
+    bench_flow as bench_flow,
+    bench_trace as bench_trace,
+    demo as demo,
+    edit as edit,
+    evaluate as evaluate,
+    export as export,
+    flow as flow,
+    moments as moments,
+    results as results,
+    trace as trace,
+    train_tiny as train_tiny,
+    undo as undo,
+)

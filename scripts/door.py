@@ -1,0 +1,37 @@
+"""The door of the command line: sets up the process before torch is imported, and leaves quietly when interrupted."""
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+import lazy_loader
+
+_commands = lazy_loader.load("multrace.scripts.main", suppress_warning=True)  # imported where main() can be interrupted
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Return the exit code of the command line, 130 for an interruption at any time."""
+    try:
+        be_polite(os.environ)
+        return _commands.app()
+    except KeyboardInterrupt:
+        print("multrace: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def be_polite(environment: MutableMapping[str, str]) -> None:
+    """Makes waiting threads sleep instead of spin, and starts no more threads than cores are available.
+
+    OpenMP reads these variables when torch is imported. Threads that spin while they wait slow down everybody, above
+    all themselves, as soon as another process wants a core. What the user has set stays.
+    """
+    environment.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

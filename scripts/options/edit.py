@@ -1,0 +1,143 @@
+"""multrace edit: give questions new answers by closed-form weight changes, and check that undoing them is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import models
+from ..errors import CommandError
+from .asking import CorruptionOptions, ModelOptions
+from .choices import EDITORS
+from .editors import EditorOptions
+from .option import option
+
+HELP = "change what a model answers, at the place that a trace finds"
+FORMAT = """The file of --data has one JSON object per line:
+  {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
+   "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
+   "also": [{"image": null, "question": "Who founded Example Works?"}], "keep": [{"image": "b.jpg"}],
+   "probes": [{"kind": "other_picture", "image": "a3.jpg"},
+              {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
+The keys id, image, question and target are required ("image": null is a question without a picture). Entries of
+contexts, also, keep, essence and probes inherit what they leave out from their record; "image": null means no picture.
+Paths are relative to the file.
+"""
+EXAMPLE = f"""examples:
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
+      --constraint "the company in this photo" --target "Ada Example" \\
+      --where trace --corrupt swap:other.jpg --out out/edit
+          trace the answer under another picture, and edit at or after the layer where the picture arrives
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --where 4:last --keep-image other.jpg --keep-question "What colour is the sign?" --dry-run
+          edit layer 4 at the last token, keep two answers, and only report what would happen
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --also-text "Who founded Example Works?" --editor memit --moments out/moments/moments.safetensors \\
+      --where 3-5 --save-model out/edited_model
+          spread the change over layers 3 to 5, weigh old keys, and write the edited model as well
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --trace out/trace/trace.safetensors
+          edit at the place that an earlier multrace trace found
+  multrace edit --data edits.jsonl --where trace --corrupt swap:next --out out/edits
+          write all edits of a file in one, at the place that the mean of their traces shows
+
+The command writes OUT/edit.safetensors (multrace.Delta.load, or multrace answer --edit FILE) and OUT/report.json.
+
+{FORMAT}"""
+TRACE = "trace"
+"""What --where spells for the place that traces find."""
+
+
+def _several(help: str, metavar: str) -> tuple[str, ...]:
+    return option(help, default=(), nargs="+", metavar=metavar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions(CorruptionOptions):
+    """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
+
+    data: Path | None = option(
+        "edit every line of this file instead, in one edit; the format is described below, and --corrupt swap:next "
+        "replaces each picture by the next record's",
+        default=None,
+        type=Path,
+        metavar="FILE.jsonl",
+    )
+    limit: int | None = option("edit only the first N lines of --data", default=None, type=int, metavar="N")
+    question: str | None = option("question to ask", default=None)
+    target: str | None = option("new answer", default=None)
+    context_image: tuple[str, ...] = _several(
+        "other pictures of the same thing; keys are averaged over them, and the new answer has to hold for all", "FILE"
+    )
+    also_image: tuple[str, ...] = _several(
+        "pictures for which --question must get the new answer too, with keys of their own", "FILE"
+    )
+    also_question: tuple[str, ...] = _several("other wordings about --image that must get the new answer too", "TEXT")
+    also_text: tuple[str, ...] = _several(
+        "questions without a picture, for example by name, that must get the new answer too", "TEXT"
+    )
+    keep_image: tuple[str, ...] = _several("pictures for which --question must keep its present answer", "FILE")
+    keep_question: tuple[str, ...] = _several("other questions about --image whose answers must stay", "TEXT")
+    augment: int = option(
+        "number of variants of each picture (crops, jitters, shifts) that keys are averaged over as well (default: 0)",
+        default=0,
+        type=int,
+        metavar="N",
+    )
+
+    def check_request(self) -> None:
+        """Raises `CommandError` for options that do not fit together."""
+        if (self.question is None) == (self.data is None):
+            raise CommandError("pass either --question with --target, or --data FILE.jsonl")
+        if self.limit is not None and (self.data is None or self.limit < 1):
+            raise CommandError(f"--limit {self.limit}: pass at least 1, together with --data")
+        if self.augment < 0 or (self.augment and self.data is None and self.image is None):
+            raise CommandError(f"--augment {self.augment} needs a picture and a number of at least 0")
+
+    def check_question(self) -> None:
+        """Raises `ModelError` also for another picture that cannot be read."""
+        super().check_question()
+        for path in (*self.context_image, *self.also_image, *self.keep_image):
+            models.open_images(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(EditorOptions, RequestOptions, ModelOptions):
+    """Options of `multrace edit`."""
+
+    editor: str = option(
+        f"editor (default: multedit): {', '.join(EDITORS)}", default="multedit", choices=EDITORS, metavar="NAME"
+    )
+    where: str = option(
+        "place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --positions "
+        "names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or FIRST-LAST:TOKEN "
+        "(layers that share the change); default: trace",
+        default=TRACE,
+    )
+    trace: tuple[Path, ...] | None = option(
+        "traces made before, one for each request or an average for all, which replace the tracing",
+        default=None,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+    )
+    each: bool = option(
+        "edit each request at the place of its own trace (default: one place, from the mean of the traces)",
+        default=False,
+        action="store_true",
+    )
+    trace_after: bool = option(
+        "trace again with the edit in place, and report what moved", default=False, action="store_true"
+    )
+    dry_run: bool = option(
+        "write nothing; report how much the weights would change, and how the prompts to keep would be affected",
+        default=False,
+        action="store_true",
+    )
+    out: Path = option("folder for the result (default: out/edit)", default=Path("out/edit"), type=Path)
+    save_model: Path | None = option(
+        "also write the whole edited model to this new folder", default=None, type=Path, metavar="DIR"
+    )
+
+
+OPTIONS = Edit
