@@ -1,23 +1,43 @@
 """Results as long tables: one line per value, for pandas."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def long_frame(axes: Sequence[tuple[str, Sequence[Any]]], values: dict[str, Tensor]) -> pd.DataFrame:
-    """One line per entry of the values, which have these named axes in this order, the last one running fastest.
 
-    axes: the name of each axis and its labels; values: a column's name and its tensor, which may be smaller than the
-    axes where it broadcasts.
+def long_frame(
+    axes: Mapping[str, Sequence[Any]] | Sequence[tuple[str, Sequence[Any]]], values: Mapping[str, Tensor]
+) -> "pd.DataFrame":
+    """Return a table with one line per entry of the values; the last axis runs fastest.
+
+    Args:
+        axes: the name of each axis and its labels, in the order of the values' dimensions.
+        values: a column's name and its tensor, which may be smaller than the axes where it broadcasts.
     """
-    shape = tuple(len(labels) for _, labels in axes)
+    import pandas as pd
+
+    named = dict(axes)
+    shape = tuple(len(labels) for labels in named.values())
     places = np.indices(shape).reshape(len(shape), -1)
     columns = {
-        name: pd.Series(list(labels)).take(place).to_numpy() for (name, labels), place in zip(axes, places, strict=True)
+        name: pd.Series(list(labels)).take(place).to_numpy()
+        for (name, labels), place in zip(named.items(), places, strict=True)
     }
     columns |= {name: np.broadcast_to(value.numpy(), shape).ravel() for name, value in values.items()}
     return pd.DataFrame(columns)
+
+
+def stacked_frame(frames: Mapping[str, "pd.DataFrame"] | Mapping[Any, "pd.DataFrame"], column: str) -> "pd.DataFrame":
+    """Return the tables below each other, with the name of each in a first column of this name."""
+    import pandas as pd
+
+    parts = []
+    for name, frame in frames.items():
+        frame.insert(0, column, name)
+        parts.append(frame)
+    return pd.concat(parts, ignore_index=True)

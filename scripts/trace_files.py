@@ -54,7 +54,7 @@ def write_trace(trace: CausalTrace, prompt: Prompt, out: Path, others: Mapping[s
         trace.save(folder / TRACE)
         trace.plot(folder / MAP)
         if OVERLAY in names:
-            trace.overlay(folder / OVERLAY, prompt, "hidden" if "hidden" in trace.kinds else trace.kinds[0])
+            trace.overlay(prompt, folder / OVERLAY, "hidden" if "hidden" in trace.kinds else trace.kinds[0])
         for name, text in others.items():
             (folder / name).write_text(text, encoding="utf-8")
     if OVERLAY not in names:

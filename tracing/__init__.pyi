@@ -17,7 +17,8 @@ from .attention.shares import (
     attention_share as attention_share,
     average_shares as average_shares,
 )
-from .causal.average import AverageTrace as AverageTrace, average as average
+from .averages import average as average
+from .causal.average import AverageTrace as AverageTrace
 from .causal.result import CausalTrace as CausalTrace
 from .causal.sites import CausalBlock as CausalBlock, EditSite as EditSite, Peak as Peak
 from .causal.trace import causal_trace as causal_trace

@@ -12,42 +12,14 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..errors import ArtefactError
-from .figure import GREY, INK, check_format, new_figure, wrap, write_figure, write_titles
+from .figure import add_legend, dress, titled_figure, write_figure
+from .styles import CYCLE, DASH_DOT, DASHED, DOTTED, GREY, INK, LineStyle, cycled
 
-_BODY = 2.75  # inches of a panel's height at least
-_LEFT, _BELOW, _GAP = 0.72, 0.58, 0.22  # inches for the y axis, for the x axis and between panels
+__all__ = ["DASHED", "DASH_DOT", "DOTTED"]
+
+_HEIGHT, _WIDTH = 2.75, 3.5  # inches of a panel, at least
 _LEGEND_LINE, _LETTER, _HANDLE = 0.19, 0.068, 0.62  # inches: a legend's line, a letter, a line's sample
 _LONGEST_LABEL = 34  # letters in a line of the legend
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineStyle:
-    """How a curve is drawn; dashes and marker tell it apart in print without colours."""
-
-    colour: str
-    dashes: str | tuple[int, tuple[float, ...]] = "-"
-    """Matplotlib's line style."""
-    marker: str = "o"
-    """One of matplotlib's filled markers."""
-
-
-DASHED, DOTTED, DASH_DOT = (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (5, 1.4, 1.2, 1.4))
-CYCLE = (  # the colours that Okabe and Ito chose for colour-blind readers, without their yellow, which is pale on white
-    LineStyle(colour="#0072B2", marker="o"),
-    LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
-    LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
-    LineStyle(colour="#CC79A7", marker="D"),
-    LineStyle(colour="#D55E00", dashes=DASHED, marker="v"),
-    LineStyle(colour="#56B4E9", dashes=DASH_DOT, marker="P"),
-    LineStyle(colour="#222222", dashes=DOTTED, marker="X"),
-)
-
-
-def cycled(styles: Sequence[LineStyle], index: int) -> LineStyle:
-    """The style with this index; after the last one the colours come again, each time with other dashes and markers."""
-    turn, count = index // len(styles), len(styles)
-    dashes, marker = styles[(index + turn) % count].dashes, styles[(index + 2 * turn) % count].marker
-    return LineStyle(colour=styles[index % count].colour, dashes=dashes, marker=marker)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +49,48 @@ class CurvePanel:
     x_label: str = "layer"
 
 
+def curves_figure(
+    panels: Sequence[CurvePanel],
+    *,
+    titles: tuple[str, str],
+    y_label: str,
+    reference: float | None = 0.0,
+) -> Figure:
+    """Return a figure with the panels side by side over one y axis, and one legend at the right.
+
+    The y axis holds every curve, and of bands at most as much again on either side: the rest of a very wide band is cut
+    off at the edge.
+
+    Args:
+        panels: curves over the same x axis each.
+        titles: title and subtitle of the figure.
+        y_label: what the y axis shows, with its unit.
+        reference: the value that means no effect, where a line is drawn; None for no line.
+
+    Raises:
+        ArtefactError: if there is no curve.
+    """
+    curves = [curve for panel in panels for curve in panel.curves]
+    if not curves:
+        raise ArtefactError("no curves to draw; pass panels with at least one curve")
+    styles = _styles(curves)
+    names = {textwrap.fill(name, _LONGEST_LABEL): sample_line(style) for name, style in styles.items() if name}
+    legend = 0.25 + _HANDLE + _LETTER * max((len(line) for name in names for line in name.splitlines()), default=0)
+    width = max(4.4 if len(panels) == 1 else _WIDTH, 0.085 * max(len(panel.title) for panel in panels))
+    height = max(_HEIGHT, _LEGEND_LINE * sum(name.count("\n") + 1 for name in names) + 0.1)
+    figure, body = titled_figure(0.72 + width * len(panels) + legend, height + 0.75, titles)
+    every = body.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for index, (axes, panel) in enumerate(zip(every, panels, strict=True)):
+        _fill(axes, panel, styles, reference)
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        dress(axes, title=panel.title, x_label=panel.x_label, y_label=None if index else y_label)
+    every[0].set_ylim(_limits(curves, reference))
+    if names:
+        add_legend(every[-1], names)
+    return figure
+
+
 def draw_curves(
     path: str | Path,
     panels: Sequence[CurvePanel],
@@ -85,44 +99,8 @@ def draw_curves(
     y_label: str,
     reference: float | None = 0.0,
 ) -> Path:
-    """The written picture: panels side by side over one y axis, the legend at the right; suffix png, pdf or svg.
-
-    titles: title and subtitle; reference: the value of no effect, where a line is drawn, or None. The y axis holds
-    every curve, and of bands at most as much again on either side: the rest of a very wide band is cut off at the edge.
-    ArtefactError for nothing to draw, for another format or a place that cannot be written.
-    """
-    check_format(path)
-    if not any(panel.curves for panel in panels):
-        raise ArtefactError(f"no curves to draw into {str(path)!r}; pass panels with at least one")
-    return write_figure(path, _draw(panels, titles, y_label, reference))
-
-
-def _draw(panels: Sequence[CurvePanel], titles: tuple[str, str], y_label: str, reference: float | None) -> Figure:
-    styles = _styles([curve for panel in panels for curve in panel.curves])
-    names = [textwrap.fill(name, _LONGEST_LABEL) for name in styles]
-    letters = max(len(line) for name in names for line in [*name.splitlines(), ""])
-    legend = 0.25 + _HANDLE + _LETTER * letters if letters else 0.15
-    panel_width = max(4.4 if len(panels) == 1 else 3.5, 0.085 * max(len(panel.title) for panel in panels))
-    plots = panel_width * len(panels) + _GAP * (len(panels) - 1)
-    width = _LEFT + plots + legend
-    wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.098, 0.07), strict=True)]
-    above = 0.26 + 0.19 * sum(text.count("\n") + 1 for text in wrapped) + 0.24 * any(panel.title for panel in panels)
-    body = max(_BODY, _LEGEND_LINE * sum(name.count("\n") + 1 for name in names) + 0.1)
-    height = above + body + _BELOW
-    figure = new_figure(width, height)
-    write_titles(figure, wrapped, height)
-    limits = _limits([curve for panel in panels for curve in panel.curves], reference)
-    for index, panel in enumerate(panels):
-        left = _LEFT + index * (panel_width + _GAP)
-        axes = figure.add_axes((left / width, _BELOW / height, panel_width / width, body / height))
-        _fill(axes, panel, styles, reference)
-        axes.set_ylim(limits)
-        _label(axes, panel, y_label if index == 0 else None)
-    if letters:
-        samples = [sample_line(style) for style in styles.values()]
-        corner = (_LEFT + plots + 0.1) / width, (_BELOW + body) / height
-        write_legend(figure, dict(zip(names, samples, strict=True)), corner)
-    return figure
+    """Write the figure of `curves_figure` and return its path."""
+    return write_figure(path, curves_figure(panels, titles=titles, y_label=y_label, reference=reference))
 
 
 def _styles(curves: Sequence[Curve]) -> dict[str, LineStyle]:
@@ -180,24 +158,6 @@ def sample_line(style: LineStyle, **more: object) -> Line2D:
         markeredgewidth=0.6,
         **more,
     )
-
-
-def _label(axes: Axes, panel: CurvePanel, y_label: str | None) -> None:
-    """Axes in plain ink with a faint grid; the y axis has numbers in the first panel only."""
-    axes.set_title(panel.title, fontsize=9.5, color=INK, loc="left", parse_math=False)
-    axes.set_xlabel(panel.x_label, fontsize=9, color=INK, parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=2.5, labelsize=8.5, color="#a0a0a0", labelcolor=INK)
-    if y_label is None:
-        axes.tick_params(axis="y", length=0, labelleft=False)
-    else:
-        axes.set_ylabel(y_label, fontsize=9, color=INK, parse_math=False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side not in ("top", "right"))
-        spine.set_color("#a0a0a0")
 
 
 def write_legend(figure: Figure, samples: Mapping[str, Line2D], corner: tuple[float, float]) -> None:

@@ -1,35 +1,157 @@
-"""Pictures of results as files: one place for formats, fonts and colours."""
+"""Figures with a title, a subtitle and matplotlib's own layout engine, returned and, if wanted, written to a file."""
 
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import ArtefactError
-from ..files import write_atomically
+from ..files import write_atomically, write_whole
+from .styles import GREY, INK, colours_of, name_of_model
 
-INK, GREY = "#222222", "#555555"
+__all__ = ["GREY", "INK", "colours_of", "name_of_model"]
 _FORMATS = ("png", "pdf", "svg")
-_COLOURS = {
-    "hidden": "Purples",
-    "mlp": "Greens",
-    "attention": "Reds",
-    "head": "Oranges",
-    "vision": "Blues",
-    "projector": "Greys",
-}
+_TITLE, _SUBTITLE = 11, 8.5
+_LETTERS = 0.0095  # inches of a letter per point of its font
+_EDGE = {"w_pad": 0.06, "h_pad": 0.06}
 
 
-def colours_of(kind: str) -> str:
-    """The colour map of a kind of site: ROME's for hidden states, MLPs and attentions, others for the rest."""
-    return _COLOURS.get(kind.split()[0], "YlGnBu")
+class Picture(Figure):
+    """A matplotlib figure outside pyplot's global state that notebooks display."""
+
+    def _repr_png_(self) -> bytes:
+        return _content(self, "png", 100)
+
+
+def titled_figure(
+    width: float, height: float, titles: tuple[str, str], *, layout: str = "constrained"
+) -> tuple[Figure, SubFigure]:
+    """Return a figure with title and subtitle, and the part below them, in which panels are placed.
+
+    Args:
+        width: width of the figure in inches.
+        height: height in inches of what lies below title and subtitle.
+        titles: title and subtitle, which are wrapped to the width and may have line breaks of their own.
+        layout: matplotlib's layout engine; "compressed" for panels whose shape is given, such as pictures.
+    """
+    title, subtitle = (
+        wrap(text, width, _LETTERS * size) for text, size in zip(titles, (_TITLE, _SUBTITLE), strict=True)
+    )
+    lines = [text.count("\n") + 1 if text.strip() else 0 for text in (title, subtitle)]
+    figure = Picture(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout=layout)
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(**_EDGE)
+    place = {"x": 0.01, "ha": "left", "parse_math": False}
+    figure.suptitle(title, fontsize=_TITLE, weight="bold", color=INK, **place)
+    body = figure.subfigures(1, 1)
+    body.suptitle(subtitle, fontsize=_SUBTITLE, color=GREY, **place)
+    return figure, body
+
+
+def finished(figure: Figure, path: str | Path | None) -> Figure:
+    """Return the figure, which is also written if a path is given. Raises `ArtefactError` if it cannot be written."""
+    if path is not None:
+        write_whole(path, _content(figure, check_format(path), 160))
+    return figure
+
+
+def check_format(path: str | Path) -> str:
+    """Return the format that the path's suffix names (png, pdf or svg). Raises `ArtefactError` for another."""
+    suffix = Path(path).suffix
+    if suffix.lower().lstrip(".") not in _FORMATS:
+        raise ArtefactError(f"cannot draw into {str(path)!r}: no format {suffix!r}; end the name in .png, .pdf or .svg")
+    return suffix.lower().lstrip(".")
+
+
+def wrap(text: str, width: float, size: float) -> str:
+    """Return the text in lines that fit into so many inches, each letter taking `size` of them."""
+    lines = text.splitlines() or [""]
+    return "\n".join(textwrap.fill(line, max(30, int(width / size))) for line in lines)
+
+
+def add_colour_bar(colours: ScalarMappable, axes: Axes | Sequence[Axes], unit: str, height: float) -> None:
+    """Add a colour bar at the right of these axes, from their top down, beside the name of its unit.
+
+    height: height of the axes in inches; the bar is at most 1.7 inches high.
+    """
+    first = axes if isinstance(axes, Axes) else axes[0]
+    length = min(height, 1.7)
+    bar = first.figure.colorbar(
+        colours, ax=axes, shrink=length / height, anchor=(0.0, 1.0), aspect=length / 0.11, pad=0.02
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, length=2, color="#a0a0a0", labelcolor=INK)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    caption = textwrap.fill(unit, max(12, int(length / (_LETTERS * 7.5))))
+    bar.set_label(caption, fontsize=7.5, color=INK, labelpad=4, parse_math=False)
+
+
+def add_legend(axes: Axes, samples: Mapping[str, Any]) -> None:
+    """Add a legend at the right of these axes, which should be the last ones: labels with their samples."""
+    legend = axes.legend(
+        list(samples.values()),
+        list(samples),
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.0),
+        borderaxespad=0,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handlelength=2.9,
+        borderpad=0,
+        labelspacing=0.55,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def add_picture(axes: Axes, picture: Any, shape: tuple[int, int], layers: Sequence[Any] = ()) -> None:
+    """Draw a picture (row, column, channel), and images over it, with patches of the given (rows, columns) as units."""
+    height, width = picture.shape[:2]
+    rows, columns = shape
+    for image in (picture, *layers):
+        place = {"extent": (0, columns, rows, 0), "aspect": columns * height / (rows * width)}
+        axes.imshow(image, interpolation="nearest", **place)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#d0d0d0")
+
+
+def dress(axes: Axes, *, title: str = "", x_label: str = "", y_label: str | None = "") -> None:
+    """Give axes of curves or bars plain labels, small ticks, a faint grid and two borders.
+
+    y_label: None for a panel that shares the y axis of its left neighbour.
+    """
+    axes.set_title(title, fontsize=9.5, color=INK, loc="left", parse_math=False)
+    axes.set_xlabel(x_label, fontsize=9, color=INK, parse_math=False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=2.5, labelsize=8.5, color="#a0a0a0", labelcolor=INK)
+    if y_label is None:
+        axes.tick_params(axis="y", length=0, labelleft=False)
+    else:
+        axes.set_ylabel(y_label, fontsize=9, color=INK, parse_math=False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side not in ("top", "right"))
+        spine.set_color("#a0a0a0")
+
+
+def _content(figure: Figure, format_: str, dpi: int) -> bytes:
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token outside the font is drawn as a box
+        figure.savefig(content, format=format_, dpi=dpi, facecolor="white")
+    return content.getvalue()
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -37,18 +159,6 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
-
-
-def name_of_model(model: str) -> str:
-    """What pictures call a model: a hub id as it is, of a folder on this machine only its own name."""
-    path = Path(model)
-    return path.name if path.is_absolute() else model
-
-
-def wrap(text: str, width: float, size: float) -> str:
-    """The text in lines that fit into so many inches, each letter taking `size` of them."""
-    lines = text.splitlines() or [""]
-    return "\n".join(textwrap.fill(line, max(30, int(width / size))) for line in lines)
 
 
 def write_titles(figure: Figure, titles: Sequence[str], height: float) -> None:
@@ -71,16 +181,4 @@ def draw_bar(axes: Axes, colours: ScalarMappable, unit: str) -> None:
 
 def write_figure(path: str | Path, figure: Figure) -> Path:
     """The written picture; ArtefactError for a place that cannot be written."""
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token outside the font is drawn as a box
-        figure.savefig(content, format=check_format(path), dpi=160, facecolor="white")
-    return write_atomically(path, content.getvalue())
-
-
-def check_format(path: str | Path) -> str:
-    """The format that the path's suffix names: png, pdf or svg; ArtefactError for another."""
-    suffix = Path(path).suffix
-    if suffix.lower().lstrip(".") not in _FORMATS:
-        raise ArtefactError(f"cannot draw into {str(path)!r}: no format {suffix!r}; end the name in .png, .pdf or .svg")
-    return suffix.lower().lstrip(".")
+    return write_atomically(path, _content(figure, check_format(path), 160))

@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from .figure import INK, check_format, colours_of, draw_bar, new_figure, wrap, write_figure, write_titles
-
-SITE_NAMES = {"hidden": "hidden state", "mlp": "MLP"}
-"""What people call a kind of site, where that is not its own name."""
+from .figure import add_colour_bar, titled_figure
+from .styles import INK, SITE_NAMES, colours_of
 
 _ROW_HEIGHT, _LABEL_WIDTH = 0.24, 0.078  # inches per row, and per character of a row's label
 _TALLEST = 60  # inches of all rows together: every patch of a large picture still makes a file that can be opened
-_GAP = 1.15  # inches between panels, for a colour bar
+_BAR = 0.95  # inches of a colour bar with its labels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,13 +25,13 @@ class Panel:
     kind: str
     window: int
     values: Tensor
-    """(row, column); NaN is left grey."""
+    """(row, column) in the unit of the colour bar; NaN is drawn grey."""
     low: float
     """The value without effect, which is drawn white."""
     scale: float
     """Total effect; colours span a tenth of it at least, so that nothing looks like something."""
     verb: str = "restored"
-    """What was done to the layers."""
+    """What was done to the layers: "restored" or "corrupted"."""
     numbers: bool = False
     """Write the values into the cells where there is room."""
     clear: Tensor | None = None
@@ -54,51 +52,37 @@ class Panel:
 
 
 def show_numbers(panels: Sequence[Panel]) -> bool:
-    """Whether there is room for numbers in the cells of all these panels, and they are asked for."""
+    """Return whether all these panels ask for numbers in their cells and have room for them."""
     return all(panel.numbers and panel.values.shape[0] <= 12 and panel.values.shape[1] <= 16 for panel in panels)
 
 
 def heat_maps(
-    path: str | Path,
     panels: Sequence[Panel],
     *,
     rows: Sequence[str],
     stars: Sequence[bool],
     titles: tuple[str, str],
     unit: str,
-) -> Path:
-    """The written picture with the panels side by side; its suffix names the format (png, pdf or svg).
+) -> Figure:
+    """Return a figure with the panels side by side, which may have different numbers of columns.
 
-    titles: title and subtitle; unit: caption of the colour bars. TraceError for another format or a place that cannot
-    be written.
+    Args:
+        panels: one heat map each.
+        rows: label of each row, the same in all panels.
+        stars: per row, whether it belongs to the constraint.
+        titles: title and subtitle of the figure.
+        unit: caption of the colour bars.
     """
-    check_format(path)
     labels = [_label(row, star) for row, star in zip(rows, stars, strict=True)]
-    return write_figure(path, _draw(panels, labels, titles, unit))
-
-
-def _draw(panels: Sequence[Panel], labels: Sequence[str], titles: tuple[str, str], unit: str) -> Figure:
-    """The figure with all panels, which may have different numbers of columns."""
     numbers = show_numbers(panels)
     widths = [_width(panel, numbers) for panel in panels]
-    left = 0.3 + _LABEL_WIDTH * max(map(len, labels))
-    total = left + sum(widths) + _GAP * len(widths)
-    wrapped = [wrap(text, total, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
-    lines = sum(text.count("\n") + 1 for text in wrapped)
     row_height = 0.34 if numbers else min(_ROW_HEIGHT, _TALLEST / len(labels))
-    body = max(1.1, row_height * len(labels))
-    top, bottom = 0.5 + 0.21 * lines, 0.6
-    height = top + body + bottom
-    figure = new_figure(total, height)
-    write_titles(figure, wrapped, height)
-    for index, (panel, width) in enumerate(zip(panels, widths, strict=True)):
-        start = left + sum(widths[:index]) + _GAP * index
-        axes = figure.add_axes((start / total, bottom / height, width / total, body / height))
-        reach = min(body, 1.7)
-        bar = figure.add_axes(
-            ((start + width + 0.12) / total, (bottom + body - reach) / height, 0.11 / total, reach / height)
-        )
-        _fill(axes, bar, panel, unit)
+    height = max(1.1, row_height * len(labels))
+    total = 0.3 + _LABEL_WIDTH * max(map(len, labels)) + sum(widths) + _BAR * len(widths)
+    figure, body = titled_figure(total, height + 0.75, titles)
+    every = body.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for index, (axes, panel) in enumerate(zip(every, panels, strict=True)):
+        add_colour_bar(_fill(axes, panel), axes, unit, height)
         _label_axes(axes, panel, labels if index == 0 else None)
         if numbers:
             _write_numbers(axes, panel)
@@ -112,18 +96,16 @@ def _width(panel: Panel, numbers: bool) -> float:
     return max(1.0 if columns == 1 else 2.2, cell * columns)
 
 
-def _fill(axes: Axes, bar: Axes, panel: Panel, unit: str) -> None:
-    """The coloured cells, hatched where estimated, and their colour bar."""
+def _fill(axes: Axes, panel: Panel) -> QuadMesh:
+    """The coloured cells, hatched where estimated."""
     axes.set_facecolor("#e4e4e4")
-    colours = colours_of(panel.kind)
-    mesh = axes.pcolormesh(
-        panel.values.numpy(), cmap=colours, vmin=panel.low, vmax=panel.high, edgecolors="white", linewidth=0.4
-    )
+    ends = {"vmin": panel.low, "vmax": panel.high}
+    mesh = axes.pcolormesh(panel.values.numpy(), cmap=colours_of(panel.kind), edgecolors="white", linewidth=0.4, **ends)
     axes.invert_yaxis()
     for row, column in [] if panel.estimated is None else panel.estimated.nonzero().tolist():
         hatch = Rectangle((column, row), 1, 1, fill=False, hatch="//", edgecolor="#00000055", linewidth=0)
         axes.add_patch(hatch)
-    draw_bar(bar, mesh, unit)
+    return mesh
 
 
 def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:

@@ -8,10 +8,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import ArtefactError
-from .figure import INK, check_format, colours_of, draw_bar, new_figure, wrap, write_figure, write_titles
+from .figure import add_colour_bar, add_picture, titled_figure, write_figure
+from .styles import INK, colours_of
 
 _SIDE, _SPACE = 2.2, 0.2  # inches of a picture and between pictures
 _BRIGHTNESS = (0.299, 0.587, 0.114)  # how bright the eye sees red, green and blue
@@ -60,6 +62,43 @@ def strongest(grid: Tensor, count: int = 4) -> tuple[int, ...]:
     return tuple(sorted(peaks.topk(min(count, len(peaks))).indices.tolist()))
 
 
+def overlays_figure(
+    pictures: Sequence[Tensor],
+    overlays: Sequence[Overlay],
+    *,
+    kind: str,
+    titles: tuple[str, str],
+    scale: float,
+    unit: str = "indirect effect",
+) -> Figure:
+    """Return a figure with one column per overlay and one line of panels per picture.
+
+    Stronger effects are darker; patches without an effect, or with a negative one, show the bare picture.
+
+    Args:
+        pictures: (row, column, channel) in 0 to 1 each, see `Prompt.seen_pictures`.
+        overlays: values over the patches of all pictures.
+        kind: kind of site, which decides the colours.
+        titles: title and subtitle of the figure.
+        scale: the total effect; colours span a thousandth of it at least.
+        unit: caption of the colour bar.
+    """
+    largest = float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max())
+    high = max(largest, _FLOOR * abs(scale), 1e-9)
+    colours = ScalarMappable(Normalize(0, high), colours_of(kind))
+    tallest = max(picture.shape[0] / picture.shape[1] for picture in pictures)
+    width, height = max(4.5, (_SIDE + _SPACE) * len(overlays) + 1.0), (_SIDE * tallest + _SPACE) * len(pictures)
+    figure, body = titled_figure(width, height + 0.25, titles, layout="compressed")
+    every = body.subplots(len(pictures), len(overlays), squeeze=False)
+    for line, picture in enumerate(pictures):
+        for axes, overlay in zip(every[line], overlays, strict=True):
+            _draw(axes, picture, overlay.values[line], colours)
+            if line == 0:
+                axes.set_title(overlay.title, fontsize=9.5, color=INK, loc="left")
+    add_colour_bar(colours, list(every.flat), unit, height)
+    return figure
+
+
 def draw_overlays(
     path: str | Path,
     pictures: Sequence[Tensor],
@@ -70,49 +109,14 @@ def draw_overlays(
     scale: float,
     unit: str = "indirect effect",
 ) -> Path:
-    """The written picture: one panel per overlay, one line of panels per picture.
-
-    pictures: (row, column, channel) in 0 to 1, see `Prompt.seen_pictures`. Stronger effects are darker; what has none, or a negative one, shows the bare picture. scale: the total effect, of
-    which colours span a thousandth at least. unit: caption of the colour bar. ArtefactError for another format than png,
-    pdf or svg, or a place that cannot be written.
-    """
-    check_format(path)
-    largest = float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max())
-    high = max(largest, _FLOOR * abs(scale), 1e-9)
-    colours = ScalarMappable(Normalize(0, high), colours_of(kind))
-    width = max(4.5, 0.25 + (_SIDE + _SPACE) * len(overlays) + 1.2)
-    wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
-    top = 0.55 + 0.21 * sum(text.count("\n") + 1 for text in wrapped)
-    height = top + (_SIDE + _SPACE) * len(pictures)
-    figure = new_figure(width, height)
-    write_titles(figure, wrapped, height)
-    for line, picture in enumerate(pictures):
-        lower = height - top - _SIDE - (_SIDE + _SPACE) * line
-        for index, overlay in enumerate(overlays):
-            start = 0.25 + (_SIDE + _SPACE) * index
-            axes = figure.add_axes((start / width, lower / height, _SIDE / width, _SIDE / height))
-            _draw(axes, picture, overlay.values[line], colours)
-            if line == 0:
-                axes.set_title(overlay.title, fontsize=9.5, color=INK, loc="left")
-    start, lower = 0.55 + (_SIDE + _SPACE) * len(overlays), height - top - _SIDE
-    bar = figure.add_axes((start / width, (lower + 0.2) / height, 0.11 / width, (_SIDE - 0.4) / height))
-    draw_bar(bar, colours, unit)
-    return write_figure(path, figure)
+    """Write the figure of `overlays_figure` and return its path."""
+    return write_figure(path, overlays_figure(pictures, overlays, kind=kind, titles=titles, scale=scale, unit=unit))
 
 
 def _draw(axes: Axes, picture: Tensor, values: Tensor, colours: ScalarMappable) -> None:
     """One picture, nearly grey and paled, with its patches coloured as strongly as they act."""
-    height, width = picture.shape[:2]
-    rows, columns = values.shape
-    strength = colours.norm(values.nan_to_num(nan=0).clamp(min=0).numpy())
     shades = colours.to_rgba(values.nan_to_num(nan=0).numpy())
-    shades[..., 3] = 0.85 * strength
+    shades[..., 3] = 0.85 * colours.norm(values.nan_to_num(nan=0).clamp(min=0).numpy())
     grey = picture @ picture.new_tensor(_BRIGHTNESS)
     paled = 0.4 + 0.6 * (0.25 * picture + 0.75 * grey[..., None])
-    for layer in (paled.numpy(), shades):
-        place = {"extent": (0, columns, rows, 0), "aspect": columns * height / (rows * width)}
-        axes.imshow(layer, interpolation="nearest", **place)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#d0d0d0")
+    add_picture(axes, paled.numpy(), tuple(values.shape), [shades])

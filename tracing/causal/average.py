@@ -1,156 +1,149 @@
-"""Averages of traces over prompts, with intervals."""
+"""The average of causal traces over prompts, with intervals, in rows that all prompts share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.heat_map import Panel, heat_maps, show_numbers
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.frames import long_frame, stacked_frame
 from ..errors import TraceError
-from .alignment import Aligned, aligned_rows
 from .result import CausalTrace
 from .sites import EffectMap
 
-_LAYOUT = "multrace average trace 2"
-_SHARED = ("model", "revision", "layers", "window", "kinds", "metrics", "direction", "effect", "severed")
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_SHARED = ("model", "revision", "layers", "window", "kinds", "metrics", "direction", "effect", "severed", "spans")
+_TOKENS = {"last constraint token": "constraint_last", "last token": "last"}
+"""Groups of arXiv 2202.05262 that are one token, and how an edit names it."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageTrace(EffectMap):
-    """Mean indirect effects of several traces with the same rows, and each trace's own. Made by `average`."""
+    """Mean indirect effects of several traces in common rows. Made by `average`."""
 
-    clean_scores: Tensor
-    """(metric, trace) float64: score of each prompt's answer in its clean run."""
-    corrupted_scores: Tensor
-    """(metric, trace) float64: the same after corruption, mean over samples."""
-    trace_effects: Mapping[str, Tensor]
-    """Per kind (metric, trace, row, column) float64: indirect effects; NaN where a prompt has no such row."""
+    layout: ClassVar[str] = "multrace average trace 3"
+
+    count: int
+    """Number of traces."""
+    clean: Mean
+    """(metric,): score of the answer in the clean run."""
+    corrupted: Mean
+    """(metric,): its score after corruption."""
+    total: Mean
+    """(metric,): clean minus corrupted score."""
+    means: Mapping[str, Mean]
+    """Per kind (metric, row, column): indirect effects over the traces that have the row."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites that were traced, in the order asked."""
-        return tuple(self.trace_effects)
-
-    @property
-    def count(self) -> int:
-        """How many traces were averaged."""
-        return self.clean_scores.shape[1]
-
-    @property
-    def clean(self) -> Tensor:
-        """(trace,) float64: score of each prompt's answer in its clean run, in the main metric."""
-        return self.clean_scores[0]
-
-    @property
-    def corrupted(self) -> Tensor:
-        """(trace,) float64: the same after corruption, mean over samples."""
-        return self.corrupted_scores[0]
-
-    @property
-    def effects(self) -> dict[str, Tensor]:
-        """Per kind (trace, row, column) float64: indirect effects in the main metric."""
-        return {kind: effects[0] for kind, effects in self.trace_effects.items()}
+        return tuple(self.means)
 
     def total_effect_of(self, metric: str | None = None) -> float:
-        """Clean minus corrupted score in this metric (default: the main one), mean over traces."""
-        index = self._metric(metric)
-        return float((self.clean_scores[index] - self.corrupted_scores[index]).mean())
+        """Return the mean of clean minus corrupted score in this metric (default: the main one)."""
+        return float(self.total.mean[self._metric(metric)])
 
     def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """(row, column) float64: indirect effects, mean over the traces that have the row."""
-        return self._effects(kind, metric).nanmean(0)
+        """Return (row, column) float64: indirect effects, mean over the traces that have the row."""
+        return self._of(kind, metric).mean
 
     def positions_of(self, row: int) -> tuple[int, ...]:
-        """Empty: each prompt has its own positions."""
+        """Return no positions, since each prompt has its own."""
         return ()
 
     def interval(self, kind: str, metric: str | None = None, *, corrected: bool = False) -> tuple[Tensor, Tensor]:
-        """(low, high), each (row, column): 95 % interval of the mean indirect effect over prompts, by Student's t.
+        """Return (low, high), each (row, column): 95 % interval of the mean indirect effect over prompts (Student's t).
 
-        corrected: intervals that hold all cells of this kind together (Bonferroni), as one must ask for who looks at
-        the largest of them. NaN for rows that only one prompt has; TraceError for an average of one trace.
+        Args:
+            kind: a kind of site that was traced.
+            metric: one of `metrics`; the main one by default.
+            corrected: give intervals that together hold all cells of this kind (Bonferroni). Ask for these when you
+                look at the largest of them.
+
+        Returns:
+            Both ends, NaN for rows that only one prompt has.
+
+        Raises:
+            ArtefactError: for an average of one trace.
         """
-        effects = self._effects(kind, metric)
-        cells = int((~effects.isnan()).any(0).sum())
-        return mean_interval(effects, comparisons=cells if corrected else 1)
+        mean = self._of(kind, metric)
+        return mean.interval(comparisons=int((mean.count > 0).sum()) if corrected else 1)
 
     def total_interval(self, metric: str | None = None) -> tuple[float, float]:
-        """(low, high) of the 95 % interval of the mean total effect, by Student's t."""
+        """Return (low, high) of the 95 % interval of the mean total effect over prompts (Student's t)."""
         index = self._metric(metric)
-        low, high = mean_interval(self.clean_scores[index] - self.corrupted_scores[index])
-        return float(low), float(high)
+        low, high = self.total.interval()
+        return float(low[index]), float(high[index])
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageTrace":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
-
-    def plot(self, path: str | Path, kinds: Sequence[str] | None = None, metric: str | None = None) -> Path:
-        """The written picture: one heat map of mean indirect effects per kind, with its numbers where they fit.
+    def plot(
+        self, path: str | Path | None = None, kinds: Sequence[str] | None = None, metric: str | None = None
+    ) -> "Figure":
+        """Return a figure with one heat map of mean indirect effects per kind, with numbers where they fit.
 
         Numbers whose own 95 % interval holds zero are pale.
+
+        Args:
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            kinds: kinds of sites to draw; all by default.
+            metric: the metric to draw; the main one by default.
+
+        Raises:
+            TraceError: if a kind or the metric was not traced.
+            ArtefactError: if the file cannot be written.
         """
         panels = [self._panel(kind, metric) for kind in (kinds or self.kinds)]
         index, total = self._metric(metric), self.total_effect_of(metric)
-        means = f"clean {self.clean_scores[index].mean():.3f}, corrupted {self.corrupted_scores[index].mean():.3f}"
-        has_pale = self.count > 1 and show_numbers(panels)
+        scores = f"clean {self.clean.mean[index]:.3f}, corrupted {self.corrupted.mean[index]:.3f}"
+        has_pale = self.count > 1 and drawing.show_numbers(panels)
         pale = "; pale numbers: the 95% interval holds zero" if has_pale else ""
         name = "" if index == 0 else f" on {self.metrics[index]}"
-        usual = (self.direction, self.effect, self.severed) == ("restore", "total", None)
-        variant = "" if usual else f"\n{self.variant[:1].upper()}{self.variant[1:]}"
+        variant = "" if self._is_usual else f"\n{self.variant[:1].upper()}{self.variant[1:]}"
         title = f"Average indirect effect{name} over {self.count} prompts{variant}"
-        subtitle = f"{means}, total effect {total:.3f}  ({self.corruption}{pale})"
+        subtitle = f"{scores}, total effect {total:.3f}  ({self.corruption}{pale})"
         stars = ["constraint" in row for row in self.rows]
-        return heat_maps(path, panels, rows=self.rows, stars=stars, titles=(title, subtitle), unit="indirect effect")
+        figure = drawing.heat_maps(
+            panels, rows=self.rows, stars=stars, titles=(title, subtitle), unit="indirect effect"
+        )
+        return drawing.finished(figure, path)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per kind, metric, row and layer: mean effect, its 95 % interval, and n, the traces with that row.
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one line per kind, metric, row and layer.
 
-        layer is the column, the centre of a window; low and high are NaN where n is 1.
+        Columns: effect (the mean), low and high of its 95 % interval (NaN where n is 1), and n, the traces with that
+        row. layer is the column, the centre of a window.
         """
-        return pd.concat([self._frame(kind) for kind in self.kinds], ignore_index=True)
+        frames = {}
+        for kind, mean in self.means.items():
+            low, high = mean.band()
+            axes = {"metric": self.metrics, "row": self.rows, "layer": range(mean.shape[-1])}
+            frames[kind] = long_frame(axes, {"effect": mean.mean, "low": low, "high": high, "n": mean.count})
+        return stacked_frame(frames, "kind")
 
-    def _frame(self, kind: str) -> pd.DataFrame:
-        effects = self.trace_effects[kind]
-        unknown = torch.full_like(effects[:, 0], torch.nan)
-        intervals = [self.interval(kind, metric) for metric in self.metrics] if self.count > 1 else []
-        low, high = (torch.stack(side) for side in zip(*intervals, strict=True)) if intervals else (unknown, unknown)
-        values = {"effect": effects.nanmean(1), "low": low, "high": high, "n": (~effects.isnan()).sum(1)}
-        axes = [("metric", self.metrics), ("row", self.rows), ("layer", range(effects.shape[-1]))]
-        frame = long_frame(axes, values)
-        frame.insert(0, "kind", kind)
-        return frame
-
-    def _effects(self, kind: str, metric: str | None) -> Tensor:
-        """(trace, row, column): indirect effects."""
-        return self.trace_effects[self._check_kind(kind)][self._metric(metric)]
+    def _of(self, kind: str, metric: str | None) -> Mean:
+        """(row, column): indirect effects."""
+        return self.means[self._check_kind(kind)][self._metric(metric)]
 
     def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
         if self.count < 2:
             return lambda row, column: {}
-        low, high = self.interval(kind, corrected=True)
-        ends = torch.stack([low, high], -1)  # NaN where a single prompt has the row
+        ends = torch.stack(self.interval(kind, corrected=True), -1)  # NaN where a single prompt has the row
         return lambda row, column: (
             {} if ends[row, column].isnan().any() else {"interval": tuple(ends[row, column].tolist())}
         )
 
-    def _panel(self, kind: str, metric: str | None) -> Panel:
+    def _panel(self, kind: str, metric: str | None) -> "drawing.Panel":
         clear = None
         if self.count > 1:
             low, high = self.interval(kind, metric)
             clear = (low > 0) | (high < 0)
-        return Panel(
+        return drawing.Panel(
             kind=kind,
             window=self.window,
             values=self.indirect_effect(kind, metric),
@@ -162,80 +155,136 @@ class AverageTrace(EffectMap):
             estimated=self.estimated.get(kind),
         )
 
-
-def average(traces: Sequence[CausalTrace]) -> AverageTrace:
-    """Mean effects of traces of one model that asked the same: equal kinds, window, metrics and variant.
-
-    Rows that are groups must be equal. Rows that are single tokens are put into ROME's groups: first, middle and last
-    constraint token, first subsequent, further and last token, and groups such as the image under their own names; a
-    group of several tokens counts with its mean, and a prompt without a group is left out of that row. TraceError where
-    traces differ, for no traces, and for single tokens without a constraint.
-    """
-    _check_alike(traces)
-    first, rows = traces[0], aligned_rows(traces)
-    descriptions = dict.fromkeys(trace.corruption for trace in traces)
-    others = f" and {len(descriptions) - 1} more" if len(descriptions) > 1 else ""
-    return AverageTrace(
-        rows=tuple(row.label for row in rows),
-        row_tokens=tuple(row.token for row in rows),
-        spans=first.spans,
-        corruption=first.corruption + others,
-        seed=first.seed if len({trace.seed for trace in traces}) == 1 else None,
-        estimated={kind: _estimated(traces, rows, kind) for trace in traces for kind in trace.estimated},
-        clean_scores=torch.stack([trace.clean_scores for trace in traces], 1),
-        corrupted_scores=torch.stack([trace.corrupted_scores.mean(-1) for trace in traces], 1),
-        trace_effects={kind: _aligned(traces, rows, kind) for kind in first.kinds},
-        **{name: getattr(first, name) for name in _SHARED if name != "kinds"},
-    )
-
-
-def _check_alike(traces: Sequence[CausalTrace]) -> None:
-    if not traces:
-        raise TraceError("no traces to average; pass at least one")
-    for name in _SHARED:
-        found = {getattr(trace, name): None for trace in traces}
-        if len(found) > 1:
-            raise TraceError(
-                f"these traces differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
-            )
-    for kind in traces[0].kinds:
-        if not all(torch.equal(trace.spans[kind], traces[0].spans[kind]) for trace in traces):
-            raise TraceError(f"these traces differ in the layers restored for {kind!r}; average equal ones only")
-
-
-def _aligned(traces: Sequence[CausalTrace], rows: Sequence[Aligned], kind: str) -> Tensor:
-    """(metric, trace, row, column): indirect effects in common rows, NaN where a trace has none."""
-    metrics = []
-    for metric in traces[0].metrics:
-        maps = [trace.indirect_effect(kind, metric) for trace in traces]
-        metrics.append(
-            torch.stack(
-                [
-                    torch.stack([effects[list(row.indices[index])].mean(0) for row in rows])
-                    for index, effects in enumerate(maps)
-                ]
-            )
+    def _lines(self) -> tuple[str, str]:
+        ends = " [{:.3f}, {:.3f}]".format(*self.total_interval()) if self.count > 1 else ""
+        return (
+            f"AverageTrace of {self.model} over {self.count} prompts ({self.corruption})",
+            f"total effect {self.total_effect:.3f}{ends}; {self._strongest()}",
         )
-    return torch.stack(metrics)
+
+    def _problem(self) -> str | None:
+        metrics, rows = len(self.metrics), len(self.rows)
+        fits = [each.fits(metrics) for each in (self.clean, self.corrupted, self.total)]
+        fits += [len(self.row_tokens) == rows, bool(self.kinds), set(self.estimated) <= set(self.kinds)]
+        for kind, mean in self.means.items():
+            columns = len(self.spans[kind])
+            has_layers = kind in ("vision", "projector") or columns == self.layers
+            fits += [mean.fits(metrics, rows, columns), self.spans[kind].shape == (columns, 2), has_layers]
+        return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"
 
 
-def _estimated(traces: Sequence[CausalTrace], rows: Sequence[Aligned], kind: str) -> Tensor:
-    """(row, column): any value that went into the mean is an estimate."""
-    flags = [
-        torch.stack([trace.estimated[kind][list(row.indices[index])].any(0) for row in rows])
-        for index, trace in enumerate(traces)
-        if kind in trace.estimated
-    ]
-    return torch.stack(flags).any(0)
+class TraceAverager(Averager[CausalTrace, AverageTrace]):
+    """Averages traces of one model that were made with equal settings.
+
+    Rows that are groups must be equal. Rows that are single tokens are put into ROME's groups (arXiv 2202.05262):
+    first, middle and last constraint token, first subsequent, further and last token, and groups such as the image
+    under their own names. A group of several tokens counts with its mean, and a prompt without a group is left out of
+    that row.
+    """
+
+    alike = _SHARED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens: dict[str, set[str | int | None]] = {}
+        self._corruptions: dict[str, None] = {}
+        self._seeds: set[int | None] = set()
+        self._estimated: dict[str, dict[str, Tensor]] = {}
+
+    def _take(self, trace: CausalTrace) -> None:
+        groups = self._groups(trace)
+        self._corruptions[trace.corruption] = None
+        self._seeds.add(trace.seed)
+        metric = {"metric": trace.metrics}
+        self._add("clean", trace.clean_scores, metric)
+        self._add("corrupted", trace.corrupted_scores.mean(-1), metric)
+        self._add("total", trace.clean_scores - trace.corrupted_scores.mean(-1), metric)
+        for kind in trace.kinds:
+            effects = torch.stack([trace.indirect_effect(kind, name) for name in trace.metrics])
+            values = torch.stack([effects[:, list(rows)].mean(1) for rows in groups.values()], 1)
+            self._add(kind, values, {**metric, "row": tuple(groups), "column": range(values.shape[-1])})
+            if kind in trace.estimated:
+                flags, own = self._estimated.setdefault(kind, {}), trace.estimated[kind]
+                for name, rows in groups.items():
+                    flags[name] = own[list(rows)].any(0) | flags.get(name, torch.zeros_like(own[0]))
+
+    def _groups(self, trace: CausalTrace) -> dict[str, tuple[int, ...]]:
+        """The trace's own rows by the name of the common row they belong to; notes how an edit names the tokens."""
+        if trace.grouped != self.first.grouped:
+            raise TraceError("some of these traces hold groups only, others single tokens; average equal ones only")
+        if trace.grouped:
+            if trace.rows != self.first.rows:
+                raise TraceError(
+                    f"these traces differ in their rows ({self.first.rows} and {trace.rows}); average equal ones only"
+                )
+            for index, token in enumerate(trace.row_tokens):
+                self._tokens.setdefault(str(index), set()).add(token)
+            return {str(index): (index,) for index in range(len(trace.rows))}  # labels may occur twice
+        if not trace.starred:
+            raise TraceError(
+                f"traces over single tokens are averaged by their place after the constraint, and {trace.question!r} "
+                "has none; build prompts with constraint=, or trace again with group names, such as "
+                'positions=("image", "question", "last")'
+            )
+        return _token_groups(trace)
+
+    def _average(self) -> AverageTrace:
+        first, means = self.first, {kind: self._mean(kind) for kind in self.first.kinds}
+        names = self._labels(first.kinds[0], "row")
+        present = [index for index in range(len(names)) if (means[first.kinds[0]].count[0, index] > 0).any()]
+        if first.grouped:
+            present = list(range(len(names)))
+            rows = first.rows
+            tokens = [next(iter(each)) if len(each) == 1 else None for each in self._tokens.values()]
+        else:
+            rows = tuple(names[index] for index in present)
+            tokens = [_TOKENS.get(row) for row in rows]
+        descriptions = list(self._corruptions)
+        others = f" and {len(descriptions) - 1} more" if len(descriptions) > 1 else ""
+        return AverageTrace(
+            rows=rows,
+            row_tokens=tuple(tokens),
+            corruption=descriptions[0] + others,
+            seed=first.seed if len(self._seeds) == 1 else None,
+            estimated={
+                kind: torch.stack(
+                    [flags.get(names[index], torch.zeros_like(next(iter(flags.values())))) for index in present]
+                )
+                for kind, flags in self._estimated.items()
+            },
+            count=self.count,
+            clean=self._mean("clean"),
+            corrupted=self._mean("corrupted"),
+            total=self._mean("total"),
+            means={kind: mean[:, present] for kind, mean in means.items()},
+            **{name: getattr(first, name) for name in _SHARED if name != "kinds"},
+        )
 
 
-def _problem(trace: AverageTrace) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    metrics, rows, count = len(trace.metrics), len(trace.rows), trace.count
-    fits = [each.shape == (metrics, count) for each in (trace.clean_scores, trace.corrupted_scores)]
-    fits += [len(trace.row_tokens) == rows, bool(trace.kinds), set(trace.estimated) <= set(trace.kinds)]
-    for kind, effects in trace.trace_effects.items():
-        columns = len(trace.spans[kind])
-        has_layers = kind in ("vision", "projector") or columns == trace.layers
-        fits += [effects.shape == (metrics, count, rows, columns), trace.spans[kind].shape == (columns, 2), has_layers]
-    return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"
+def _token_groups(trace: CausalTrace) -> dict[str, tuple[int, ...]]:
+    """Rows of one trace by the name of their group, groups without a row included.
+
+    As in ROME, tokens before the constraint are left out, a constraint of one token is its first and its last, and the
+    first subsequent token may be the last one.
+    """
+    patches = {position for position, *_ in trace.patches}
+    single, groups = {}, {}
+    for index, (label, positions) in enumerate(zip(trace.rows, trace.row_positions, strict=True)):
+        is_token = len(positions) == 1 and positions[0] not in patches and label == trace.tokens[positions[0]]
+        if is_token:
+            single[positions[0]] = index
+        else:
+            groups[label] = (index,)
+    first, after, last = min(trace.starred), max(trace.starred) + 1, len(trace.tokens) - 1
+    places = {
+        "first constraint token": [first],
+        "middle constraint tokens": range(first + 1, after - 1),
+        "last constraint token": [after - 1],
+        "first subsequent token": [after],
+        "further tokens": range(after + 1, last),
+        "last token": [last],
+    }
+    return groups | {
+        name: tuple(single[position] for position in positions if position in single)
+        for name, positions in places.items()
+    }

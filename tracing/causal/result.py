@@ -1,32 +1,46 @@
-"""What a trace of one prompt found: scores and effects, saved, loaded, drawn and handed on."""
+"""The causal trace of one prompt: scores and effects, saved, drawn and exported."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.heat_map import Panel, heat_maps
-from ...artefacts.drawing.overlay import Overlay, draw_overlays, over_patches, strongest
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import SITE_NAMES
+from ...artefacts.frames import long_frame, stacked_frame
 from ...models import Prompt
 from ..engine.report import EngineReport
 from ..errors import TraceError
 from .rome import over_tokens, rome_kind, write_rome
-from .sites import SITE_NAMES, EffectMap
+from .sites import EffectMap
 
-_LAYOUT = "multrace causal trace 2"
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 _COLUMNS = ("kind", "row", "label", "positions", "column", "first_layer", "last_layer", "metric", "sample")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class CausalTrace(EffectMap):
-    """One prompt's causal trace. Made by `causal_trace`."""
+    """The causal trace of one prompt. Made by `causal_trace`.
+
+    Example:
+        >>> import multrace as mt
+        >>> vlm = mt.load(mt.data.tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Kimdor?", constraint="Kimdor")
+        >>> trace = mt.causal_trace(vlm, prompt, corruption=mt.TextNoise(), progress=False, even_if_weak=True)
+        >>> trace.kinds
+        ('hidden', 'mlp', 'attention')
+        >>> trace.indirect_effect("mlp").shape == (len(trace.rows), trace.layers)
+        True
+    """
+
+    layout: ClassVar[str] = "multrace causal trace 3"
 
     question: str
     tokens: tuple[str, ...]
@@ -36,7 +50,7 @@ class CausalTrace(EffectMap):
     row_positions: tuple[tuple[int, ...], ...]
     """Token positions that each row restores."""
     grouped: bool
-    """Every row is a named group or region, so that traces of other prompts have the same rows."""
+    """Whether every row is a named group or region, so that traces of other prompts have the same rows."""
     starred: tuple[int, ...]
     """Positions of the constraint."""
     patches: tuple[tuple[int, int, int, int], ...]
@@ -48,21 +62,23 @@ class CausalTrace(EffectMap):
     answer_ids: tuple[int, ...]
     """The scored tokens: the answer's first, or all of them."""
     answer: str
-    """The scored tokens' text."""
+    """Text of the scored tokens."""
     is_predicted: bool
-    """The model itself answers so: its likeliest next token after the clean prompt is the first scored one."""
+    """Whether the first scored token is the model's own likeliest next token after the clean prompt."""
     foil_ids: tuple[int, ...]
+    """Tokens of the foil; empty where no metric needs one."""
     foil: str | None
-    """What the answer is compared with in a logit difference; None where no metric asks for one."""
+    """The answer that a logit difference compares with; None where no metric needs one."""
     clean_scores: Tensor
-    """(metric,) float64: the answer's scores in the clean run."""
+    """(metric,) float64: scores of the answer in the clean run."""
     corrupted_scores: Tensor
     """(metric, sample) float64: its scores in each corrupted run."""
     samples: Mapping[str, Tensor]
     """Per kind (metric, row, column, sample) float64: its scores with the states put in; see `axes`."""
     agreement: Mapping[str, float]
-    """Per kind: rank agreement (Spearman) of estimated and exact values over the cells that have both."""
+    """Per kind: rank correlation (Spearman) of estimated and exact values over the cells that have both."""
     engine: EngineReport
+    """How the trace was computed."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -70,7 +86,7 @@ class CausalTrace(EffectMap):
         return tuple(self.samples)
 
     def axes(self, kind: str) -> dict[str, tuple[Any, ...]]:
-        """Name and labels of each axis of `samples[kind]`, in order; a column's label is its (first, last) layer."""
+        """Return name and labels of each axis of `samples[kind]`; a column's label is its (first, last) layer."""
         values = self.samples[self._check_kind(kind)]
         columns = tuple((int(first), int(last)) for first, last in self.spans[kind])
         return {
@@ -82,7 +98,7 @@ class CausalTrace(EffectMap):
 
     @property
     def clean(self) -> float:
-        """The answer's score in the clean run, in the main metric."""
+        """Score of the answer in the clean run, in the main metric."""
         return float(self.clean_scores[0])
 
     @property
@@ -96,12 +112,15 @@ class CausalTrace(EffectMap):
         return {kind: values[0].mean(-1) for kind, values in self.samples.items()}
 
     def total_effect_of(self, metric: str | None = None) -> float:
-        """Clean minus corrupted score in this metric (default: the main one), mean over samples."""
+        """Return clean minus corrupted score in this metric (default: the main one), mean over samples."""
         index = self._metric(metric)
         return float(self.clean_scores[index] - self.corrupted_scores[index].mean())
 
     def indirect_samples(self, kind: str, metric: str | None = None) -> Tensor:
-        """(row, column, sample) float64: score minus corrupted score, or clean score minus score for "corrupt"."""
+        """Return (row, column, sample) float64: the indirect effect of each cell in each corrupted run.
+
+        This is the score minus the corrupted score; with direction "corrupt" the clean score minus the score.
+        """
         index = self._metric(metric)
         scores = self.samples[self._check_kind(kind)][index]
         if self.direction == "corrupt":
@@ -109,11 +128,11 @@ class CausalTrace(EffectMap):
         return scores - self.corrupted_scores[index]
 
     def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """(row, column) float64: `indirect_samples`, mean over samples."""
+        """Return (row, column) float64: `indirect_samples`, mean over samples."""
         return self.indirect_samples(kind, metric).mean(-1)
 
     def positions_of(self, row: int) -> tuple[int, ...]:
-        """Token positions of the row with this index."""
+        """Return the token positions of the row with this index."""
         return self.row_positions[row]
 
     def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
@@ -122,25 +141,27 @@ class CausalTrace(EffectMap):
             return lambda row, column: {}
         return lambda row, column: {"spread": float(effects[row, column].std())}
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def plot(
+        self, path: str | Path | None = None, kinds: Sequence[str] | None = None, metric: str | None = None
+    ) -> "Figure":
+        """Return a figure with one heat map of scores per kind, in ROME's style (arXiv 2202.05262, figure 1).
 
-    @classmethod
-    def load(cls, path: str | Path) -> "CausalTrace":
-        """The trace that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
+        Constraint tokens are starred, and colours start at the corrupted score. With direction "corrupt" the maps show
+        the loss of score instead. Estimated cells are hatched.
 
-    def plot(self, path: str | Path, kinds: Sequence[str] | None = None, metric: str | None = None) -> Path:
-        """The written picture (format by suffix: png, pdf, svg): one heat map of scores per kind.
+        Args:
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            kinds: kinds of sites to draw; all by default.
+            metric: the metric to draw; the main one by default.
 
-        ROME's style: rows from the top, constraint tokens starred, colours from the corrupted score upwards. Corrupted
-        states put into the clean run show the loss of score instead. Estimated cells are hatched.
+        Raises:
+            TraceError: if a kind or the metric was not traced.
+            ArtefactError: if the file cannot be written.
         """
         index, is_loss = self._metric(metric), self.direction == "corrupt"
         low = float(self.corrupted_scores[index].mean())
         panels = [
-            Panel(
+            drawing.Panel(
                 kind=kind,
                 window=self.window,
                 values=self.indirect_effect(kind, metric) + (0.0 if is_loss else low),
@@ -157,74 +178,75 @@ class CausalTrace(EffectMap):
             for row, positions in zip(self.rows, self.row_positions, strict=True)
         ]
         unit = f"loss of {self._unit(index)}" if is_loss else self._unit(index)
-        return heat_maps(path, panels, rows=rows, stars=stars, titles=self._titles(index), unit=unit)
+        figure = drawing.heat_maps(panels, rows=rows, stars=stars, titles=self._titles(index), unit=unit)
+        return drawing.finished(figure, path)
 
     def overlay(
-        self, path: str | Path, prompt: Prompt, kind: str = "hidden", layers: Sequence[int] | None = None
-    ) -> Path:
-        """The written picture: indirect effects of image patches over the prompt's picture as the model saw it.
+        self,
+        prompt: Prompt,
+        path: str | Path | None = None,
+        kind: str = "hidden",
+        layers: Sequence[int] | None = None,
+    ) -> "Figure":
+        """Return a figure with the indirect effects of image patches over the picture as the model saw it.
 
-        For rows that are patches, blocks, image rows or boxes. layers: columns of the map, one panel each; if not
-        given, the strongest four. TraceError for another prompt than the traced one, and for rows that are no parts of
-        a picture.
+        Args:
+            prompt: the prompt that was traced.
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            kind: kind of site.
+            layers: columns of the map, one panel each; by default the strongest four.
+
+        Raises:
+            TraceError: for another prompt, and for layers or a kind that were not traced.
+            ArtefactError: if no row is a part of a picture (a patch, a block, an image row or a box), or if the file
+                cannot be written.
         """
-        found = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
+        patches = tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
         ids = tuple(prompt.inputs["input_ids"][0, : len(self.input_ids)].tolist())
-        if (found, ids) != (self.patches, self.input_ids):
+        if (patches, ids) != (self.patches, self.input_ids):
             raise TraceError(f"this trace is of another prompt ({self.question!r}); pass the prompt that was traced")
-        grid = over_patches(self.indirect_effect(kind), self.row_positions, self.patches)
-        columns = strongest(grid) if layers is None else tuple(layers)
+        grid = drawing.over_patches(self.indirect_effect(kind), self.row_positions, self.patches)
+        columns = drawing.strongest(grid) if layers is None else tuple(layers)
         if not columns or not all(0 <= column < len(grid) for column in columns):
             raise TraceError(f"no layers {columns} of {kind!r} in this trace; pass some of 0 to {len(grid) - 1}")
-        overlays = []
-        for column in columns:
-            first, last = self.spans[kind][column].tolist()
-            title = f"{SITE_NAMES.get(kind, kind)}, " + (
-                f"layer {first}" if first == last else f"layers {first} to {last}"
-            )
-            title += (
-                " (estimates among them)" if kind in self.estimated and self.estimated[kind][:, column].any() else ""
-            )
-            overlays.append(Overlay(title=title, values=grid[column]))
-        return draw_overlays(
-            path, prompt.seen_pictures(), overlays, kind=kind, titles=self._titles(0), scale=self.total_effect
+        overlays = [drawing.Overlay(title=self._column_title(kind, column), values=grid[column]) for column in columns]
+        figure = drawing.overlays_figure(
+            prompt.seen_pictures(), overlays, kind=kind, titles=self._titles(0), scale=self.total_effect
         )
+        return drawing.finished(figure, path)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per kind, metric, row, column and sample, with its score and effects.
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one line per kind, metric, row, column and sample, with its score and effects.
 
         row is the index of `label`; column is the centre of layers first_layer to last_layer; normalised_effect is NaN
         where the total effect is not positive.
         """
-        return pd.concat([self._frame(kind) for kind in self.kinds], ignore_index=True)
+        return stacked_frame({kind: self._frame(kind) for kind in self.kinds}, "kind")
 
-    def _frame(self, kind: str) -> pd.DataFrame:
+    def _frame(self, kind: str) -> "pd.DataFrame":
         labels = self.axes(kind)
-        axes = [(name, range(len(labels[name])) if name in ("row", "column") else labels[name]) for name in labels]
+        axes = {name: range(len(labels[name])) if name in ("row", "column") else labels[name] for name in labels}
         effects = torch.stack([self.indirect_samples(kind, metric) for metric in self.metrics])
         totals = torch.tensor([self.total_effect_of(metric) for metric in self.metrics], dtype=torch.float64)
         totals = torch.where(totals > 0, totals, torch.nan).view(-1, 1, 1, 1)
         estimated = self.estimated.get(kind, torch.zeros(effects.shape[1:3], dtype=torch.bool))
         values = {"score": self.samples[kind], "indirect_effect": effects, "normalised_effect": effects / totals}
         frame = long_frame(axes, values | {"estimated": estimated[..., None]})
-        layers = self.spans[kind][torch.from_numpy(frame["column"].to_numpy().copy())].numpy()
-        frame = frame.assign(
-            kind=kind,
-            label=pd.Series(self.rows)[frame["row"]].to_numpy(),
-            positions=pd.Series(self.row_positions)[frame["row"]].to_numpy(),
-            first_layer=layers[:, 0],
-            last_layer=layers[:, 1],
-        )
-        return frame[[*_COLUMNS, *values, "estimated"]]
+        rows, columns = frame["row"].to_numpy(), torch.from_numpy(frame["column"].to_numpy().copy())
+        layers = self.spans[kind][columns].numpy()
+        frame["label"] = [self.rows[row] for row in rows]
+        frame["positions"] = [self.row_positions[row] for row in rows]
+        frame["first_layer"], frame["last_layer"] = layers[:, 0], layers[:, 1]
+        return frame[[*_COLUMNS[1:], *values, "estimated"]]
 
     def to_rome(self, kind: str = "hidden") -> dict[str, Any]:
-        """The dictionary that ROME's own `calculate_hidden_flow` gives, with numpy arrays.
+        """Return the dictionary that ROME's own `calculate_hidden_flow` gives, with numpy arrays.
 
         scores (token, layer): mean probability with the states restored, NaN for tokens without a row of their own;
-        low_score and high_score: corrupted and clean; subject_range: first and past the last constraint token;
-        correct_prediction: the model itself answers so; kind: None, "mlp" or "attn". TraceError for other kinds,
-        without the probability among the metrics, for groups only, and for anything but total effects of restored
-        states.
+        low_score and high_score: corrupted and clean; subject_range: first constraint token, and the one past its last;
+        correct_prediction: whether the model itself answers so; kind: None, "mlp" or "attn". Raises `TraceError` for
+        other kinds, without the probability among the metrics, for groups only, and for anything but total effects of
+        restored states.
         """
         if (self.direction, self.effect) != ("restore", "total"):
             raise TraceError(f"ROME's layout holds total effects of restored states, not {self.variant}")
@@ -244,7 +266,7 @@ class CausalTrace(EffectMap):
         }
 
     def save_rome(self, path: str | Path, kind: str = "hidden") -> Path:
-        """The written npz file with what `to_rome` gives, as ROME keeps its cases; nothing in it is pickled."""
+        """Write what `to_rome` gives as an npz file, as ROME keeps its cases, and return the path."""
         return write_rome(path, self.to_rome(kind))
 
     def _unit(self, metric: int) -> str:
@@ -254,23 +276,35 @@ class CausalTrace(EffectMap):
         units = {"probability": f"p({self.answer})", "log_probability": f"log p({self.answer})"}
         return (units | {"logit_difference": foil}).get(name, name)
 
+    def _column_title(self, kind: str, column: int) -> str:
+        """The layers of a column, and whether estimates are among its cells."""
+        first, last = self.spans[kind][column].tolist()
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        has_estimates = kind in self.estimated and bool(self.estimated[kind][:, column].any())
+        return f"{SITE_NAMES.get(kind, kind)}, {layers}" + (" (estimates among them)" if has_estimates else "")
+
     def _titles(self, metric: int) -> tuple[str, str]:
-        """Title and subtitle of pictures; what is not a usual trace says so in the title."""
-        usual = (self.direction, self.effect, self.severed) == ("restore", "total", None)
-        title = self.question if usual else f"{self.question}\n{self.variant[:1].upper()}{self.variant[1:]}"
+        """Title and subtitle of figures; settings other than the default ones stand in the title."""
+        title = self.question if self._is_usual else f"{self.question}\n{self.variant[:1].upper()}{self.variant[1:]}"
         clean, corrupted = self.clean_scores[metric], self.corrupted_scores[metric].mean()
         return title, f"clean {clean:.3f}, corrupted {corrupted:.3f}  ({self.corruption})"
 
+    def _lines(self) -> tuple[str, str]:
+        clean = f"clean {self.clean:.3f}, corrupted {float(self.corrupted.mean()):.3f}"
+        return (
+            f"CausalTrace of {self.model}: {self.question!r} -> {self.answer!r} ({self.corruption})",
+            f"total effect {self.total_effect:.3f} ({clean}); {self._strongest()}",
+        )
 
-def _problem(trace: CausalTrace) -> str | None:
-    """What does not fit together in a trace that was read from a file."""
-    metrics, rows, samples = len(trace.metrics), len(trace.rows), trace.corrupted_scores.shape[-1]
-    fits = [trace.clean_scores.shape == (metrics,), trace.corrupted_scores.shape == (metrics, samples)]
-    fits += [len(trace.row_tokens) == rows, len(trace.row_positions) == rows, bool(trace.kinds)]
-    fits += [len(trace.tokens) == len(trace.input_ids), set(trace.estimated) <= set(trace.kinds)]
-    for kind, values in trace.samples.items():
-        columns = len(trace.spans[kind])
-        has_layers = kind in ("vision", "projector") or columns == trace.layers
-        fits += [values.shape == (metrics, rows, columns, samples), trace.spans[kind].shape == (columns, 2), has_layers]
-        fits += [trace.estimated[kind].shape == (rows, columns)] if kind in trace.estimated else []
-    return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"
+    def _problem(self) -> str | None:
+        metrics, rows, samples = len(self.metrics), len(self.rows), self.corrupted_scores.shape[-1]
+        fits = [self.clean_scores.shape == (metrics,), self.corrupted_scores.shape == (metrics, samples)]
+        fits += [len(self.row_tokens) == rows, len(self.row_positions) == rows, bool(self.kinds)]
+        fits += [len(self.tokens) == len(self.input_ids), set(self.estimated) <= set(self.kinds)]
+        for kind, values in self.samples.items():
+            columns = len(self.spans[kind])
+            has_layers = kind in ("vision", "projector") or columns == self.layers
+            fits += [values.shape == (metrics, rows, columns, samples)]
+            fits += [self.spans[kind].shape == (columns, 2), has_layers]
+            fits += [self.estimated[kind].shape == (rows, columns)] if kind in self.estimated else []
+        return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artefacts.files import write_atomically
+from ...artefacts.files import write_whole
 from ..errors import TraceError
 
 _KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "attn"}
@@ -37,4 +37,4 @@ def write_rome(path: str | Path, result: Mapping[str, Any]) -> Path:
     """The written npz file, without pickled objects: None becomes the empty text, as ROME's own files have it."""
     content = io.BytesIO()
     np.savez(content, **{name: np.asarray("" if value is None else value) for name, value in result.items()})
-    return write_atomically(path, content.getvalue())
+    return write_whole(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""What a map of indirect effects says: its best cell, its causal blocks, and where an edit belongs."""
+"""What a map of indirect effects says: its largest cell, its causal blocks, and where an edit belongs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...artefacts.drawing.heat_map import SITE_NAMES
+from ...artefacts.drawing.styles import SITE_NAMES
+from ...artefacts.results import Result
 from ..errors import TraceError
 
 
@@ -28,7 +29,7 @@ class CausalBlock:
     positions: tuple[int, ...]
     """The row's token positions; empty in an average, where they differ from prompt to prompt."""
     token: str | int | None
-    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     first: int
     last: int
     """First and last column, both included: the centres, where layers were restored in windows."""
@@ -56,9 +57,9 @@ class EditSite:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EffectMap:
-    """Indirect effects over (row, column) for some kinds of sites; the part that single traces and averages share.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class EffectMap(Result):
+    """Indirect effects over (row, column) for some kinds of sites: what the trace of one prompt and an average share.
 
     A column is a decoder layer; for "vision" it is a layer of the vision tower, and "projector" has one column.
     """
@@ -69,7 +70,7 @@ class EffectMap:
     rows: tuple[str, ...]
     """Label of each row: a token, or the name of a token group."""
     row_tokens: tuple[str | int | None, ...]
-    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     layers: int
     """How many layers the decoder has."""
     window: int
@@ -96,19 +97,27 @@ class EffectMap:
         raise NotImplementedError
 
     def total_effect_of(self, metric: str | None = None) -> float:
-        """Clean minus corrupted score in this metric (default: the main one)."""
+        """Return clean minus corrupted score in this metric (default: the main one)."""
         raise NotImplementedError
 
     def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """(row, column) float64: what the states change of the total effect. TraceError if this was not traced."""
+        """Return (row, column) float64: the part of the total effect that each cell brings back.
+
+        Args:
+            kind: a kind of site that was traced, such as "hidden" or "mlp".
+            metric: one of `metrics`; the main one by default.
+
+        Raises:
+            TraceError: if this kind or metric was not traced.
+        """
         raise NotImplementedError
 
     def positions_of(self, row: int) -> tuple[int, ...]:
-        """Token positions of the row with this index; empty where they differ from prompt to prompt."""
+        """Return the token positions of the row with this index; none where they differ from prompt to prompt."""
         raise NotImplementedError
 
     def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
-        """For a row and a column, what a block says about how certain its effect is."""
+        """A function from row and column to what a block says about the certainty of its effect."""
         raise NotImplementedError
 
     @property
@@ -117,20 +126,27 @@ class EffectMap:
         return self.total_effect_of()
 
     def normalised_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """(row, column) float64: indirect effect as a share of the total effect. TraceError if that is not positive."""
+        """Return (row, column) float64: each indirect effect as a share of the total effect.
+
+        Raises `TraceError` if the total effect is not positive.
+        """
         return self.indirect_effect(kind, metric) / self._positive_total(metric)
 
     def best(self, kind: str = "mlp") -> Peak:
-        """The cell with the largest indirect effect."""
+        """Return the cell with the largest indirect effect."""
         effects = _present(self.indirect_effect(kind))
         row, column = divmod(int(effects.argmax()), effects.shape[1])
         return Peak(self.rows[row], column, float(effects[row, column]))
 
     def causal_blocks(self, kind: str = "mlp", fraction: float = 0.5) -> tuple[CausalBlock, ...]:
-        """Runs of neighbouring columns with at least `fraction` of the map's largest effect, strongest first.
+        """Return runs of neighbouring columns with large effects, the strongest first; none if no effect is positive.
 
-        0 < fraction <= 1. Empty where no effect is positive. One prompt gives the spread over its noise samples, and
-        never a significance; an average gives an interval over prompts.
+        Args:
+            kind: a kind of site that was traced.
+            fraction: share of the map's largest effect that every column of a block reaches, above 0 and at most 1.
+
+        A trace of one prompt gives the spread of an effect over its noise samples, which is no significance; an average
+        gives an interval over prompts.
         """
         _check_fraction(fraction)
         effects = _present(self.indirect_effect(kind))
@@ -157,9 +173,14 @@ class EffectMap:
         return tuple(sorted(blocks, key=lambda block: -block.effect))
 
     def onset(self, row: str | int, fraction: float = 0.25) -> int | None:
-        """First layer at which restoring the row's hidden state gives back `fraction` of the total effect, or None.
+        """Return the first layer at which a row's hidden state gives back a share of the total effect, or None.
 
-        row: a label or an index. TraceError if hidden states were not traced or the corruption lowers nothing.
+        Args:
+            row: label or index of the row, or the group name of its token.
+            fraction: share of the total effect, above 0 and at most 1.
+
+        Raises:
+            TraceError: if hidden states were not traced or the corruption lowers nothing.
         """
         _check_fraction(fraction)
         effects = self.indirect_effect("hidden")[self._row_index(row)]
@@ -167,16 +188,22 @@ class EffectMap:
         return reached[0] if reached else None
 
     def edit_site(self, fraction: float = 0.25) -> EditSite:
-        """Where this trace says that an edit belongs: the strongest MLP cell at or after the onset of its token.
+        """Return where an edit belongs: the strongest MLP cell at or after the onset of its token.
 
-        Candidates are rows of a single text token. The onset of a token is the first layer at which restoring its
-        hidden state gives back `fraction` of the total effect: before it, the token does not yet carry what the
-        corruption destroyed, so a key taken there knows the wording and not the picture, and an edit would fire for
-        every picture. For facts about pictures use it on a trace under image corruption; a trace of corrupted words
-        cannot tell. TraceError if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, if no
-        candidate ever carries the information, or for direct effects, severed runs and corrupted states put in.
+        Candidates are the rows of a single text token. The onset of a token is the first layer at which restoring its
+        hidden state gives back a share of the total effect. Before it, the token does not yet carry what the corruption
+        destroyed: a key taken there depends on the wording and not on the picture, so that an edit would change the
+        answer for every picture. For facts about pictures, trace under image corruption; a trace of corrupted words
+        cannot tell.
+
+        Args:
+            fraction: share of the total effect that defines the onset, above 0 and at most 1.
+
+        Raises:
+            TraceError: if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, if no candidate
+                ever carries the information, or for direct effects, severed runs and corrupted states put in.
         """
-        if (self.direction, self.effect, self.severed) != ("restore", "total", None):
+        if not self._is_usual:
             raise TraceError(
                 f"an edit site needs total effects of restoring clean states, this trace holds {self.variant}; "
                 'trace with direction="restore", effect="total" and severed=None'
@@ -202,10 +229,21 @@ class EffectMap:
 
     @property
     def variant(self) -> str:
-        """What was put where, in words; "total effects of restored states" for a usual trace."""
+        """The kind of effect in words; "total effects of restored states" for the default settings."""
         states = {"restore": "restored states", "corrupt": "corrupted states put into the clean run"}[self.direction]
         severed = f", later {SITE_NAMES.get(self.severed, self.severed)} outputs severed" if self.severed else ""
         return f"{self.effect} effects of {states}{severed}"
+
+    @property
+    def _is_usual(self) -> bool:
+        """Total effects of restored states, without severed modules."""
+        return (self.direction, self.effect, self.severed) == ("restore", "total", None)
+
+    def _strongest(self) -> str:
+        """The largest cell of each kind, in words."""
+        peaks = {kind: self.best(kind) for kind in self.kinds}
+        cells = [f"{kind} {peak.effect:.3f} ({peak.row.strip()!r}, layer {peak.layer})" for kind, peak in peaks.items()]
+        return f"largest: {', '.join(cells)}"
 
     def _positive_total(self, metric: str | None = None) -> float:
         """The total effect, which must be above zero to speak of shares of it."""
@@ -227,11 +265,13 @@ class EffectMap:
         return 0 if metric is None else self.metrics.index(metric)
 
     def _row_index(self, row: str | int) -> int:
-        """Index of the row; a label must be there, and only once."""
+        """Index of the row with this index, label or token name; a name must be there, and only once."""
         if isinstance(row, int) and -len(self.rows) <= row < len(self.rows):
             return row
         if isinstance(row, str) and self.rows.count(row) == 1:
             return self.rows.index(row)
+        if isinstance(row, str) and row not in self.rows and self.row_tokens.count(row) == 1:
+            return self.row_tokens.index(row)
         found = (
             "several rows have that label" if row in self.rows else f"the rows are {', '.join(map(repr, self.rows))}"
         )

@@ -1,0 +1,202 @@
+"""Averages over prompts: results are added one by one, so that an average never holds more than sums over named axes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import ArtefactError
+from .results import Result
+from .statistics import student_interval, wilson_interval
+
+Single = TypeVar("Single", bound=Result)
+Average = TypeVar("Average", bound=Result)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mean:
+    """The mean of a quantity over prompts, with its spread, entry by entry. A result may have it as a field."""
+
+    mean: Tensor
+    """Mean over the prompts that have the entry, float64; NaN where none has."""
+    deviation: Tensor
+    """Standard deviation over them (with n - 1), float64; 0 for a single one, NaN for none."""
+    count: Tensor
+    """How many prompts have the entry, int64."""
+
+    def interval(self, *, comparisons: int = 1) -> tuple[Tensor, Tensor]:
+        """Return (low, high) of the 95 % interval of the mean by Student's t; NaN where fewer than two have the entry.
+
+        comparisons: number of intervals that hold all means together with 95 % (Bonferroni). Raises `ArtefactError`
+        if no entry is of two prompts.
+        """
+        if int(self.count.max()) < 2:
+            raise ArtefactError("an interval needs at least two results, here is one; average more prompts")
+        return student_interval(self.mean, self.deviation, self.count, comparisons=comparisons)
+
+    def band(self) -> tuple[Tensor, Tensor]:
+        """Return `interval`, or NaN for both ends everywhere if no entry is of two prompts."""
+        unknown = torch.full_like(self.mean, torch.nan)
+        return self.interval() if int(self.count.max()) > 1 else (unknown, unknown)
+
+    def wilson(self) -> tuple[Tensor, Tensor]:
+        """Return (low, high) of Wilson's 95 % interval, for means of zeros and ones."""
+        return wilson_interval(self.mean, self.count)
+
+    def __getitem__(self, index: Any) -> "Mean":
+        """The same for some of the entries."""
+        return Mean(mean=self.mean[index], deviation=self.deviation[index], count=self.count[index])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Sizes of the axes."""
+        return self.mean.shape
+
+    def fits(self, *shape: int) -> bool:
+        """Whether all three tensors have this shape, for the checks of loaded results."""
+        return all(each.shape == shape for each in (self.mean, self.deviation, self.count))
+
+
+class RunningMean:
+    """Takes in values one by one and gives their `Mean` (Welford's algorithm); NaN entries are left out.
+
+    Values have named axes. Labels that come up later, such as a flow that only some prompts have, are appended, and
+    values that lack a label count as NaN there.
+    """
+
+    def __init__(self) -> None:
+        self.axes: dict[str, tuple[Any, ...]] = {}
+        self._count = torch.zeros((), dtype=torch.int64)
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor, axes: Mapping[str, Sequence[Any]]) -> None:
+        """Take in values with these axes: the name of each dimension and its labels, in order."""
+        named = {name: tuple(labels) for name, labels in axes.items()}
+        if not self.axes:
+            self.axes = dict.fromkeys(named, ())
+            self._count, self._mean, self._squares = (
+                each.new_zeros((0,) * len(named)) for each in (self._count, self._mean, self._squares)
+            )
+        grown = {name: tuple(dict.fromkeys((*self.axes[name], *labels))) for name, labels in named.items()}
+        if grown != self.axes:
+            kept = [range(len(self.axes[name])) for name in grown]
+            sizes = [len(labels) for labels in grown.values()]
+            self._count, self._mean, self._squares = (
+                _spread(each, sizes, kept, 0) for each in (self._count, self._mean, self._squares)
+            )
+            self.axes = grown
+        places = [[grown[name].index(label) for label in labels] for name, labels in named.items()]
+        values = _spread(values.double(), list(self._mean.shape), places, torch.nan)
+        is_there = ~values.isnan()
+        self._count = self._count + is_there
+        change = torch.where(is_there, values - self._mean, 0.0)
+        self._mean = self._mean + change / self._count.clamp(min=1)
+        self._squares = self._squares + torch.where(is_there, change * (values - self._mean), 0.0)
+
+    @property
+    def value(self) -> Mean:
+        """The mean of what was taken in so far."""
+        is_empty = self._count == 0
+        deviation = (self._squares.clamp(min=0) / (self._count - 1).clamp(min=1)).sqrt()
+        return Mean(
+            mean=self._mean.masked_fill(is_empty, torch.nan),
+            deviation=deviation.masked_fill(is_empty, torch.nan),
+            count=self._count.clone(),
+        )
+
+
+class Averager(ABC, Generic[Single, Average]):
+    """Averages results of one experiment, which are added one by one.
+
+    A subclass names the fields that must be equal in `alike`, takes the quantities of a result into running means in
+    `_take`, and makes the average of them in `_average`.
+    """
+
+    alike: ClassVar[tuple[str, ...]]
+    """Fields or properties that all results must share."""
+
+    def __init__(self) -> None:
+        self.first: Single | None = None
+        self.count = 0
+        """Results that were averaged."""
+        self._means: dict[str, RunningMean] = {}
+
+    def add(self, result: Single) -> None:
+        """Take in a result. Raises `ArtefactError` if it differs from the first one in what must be equal."""
+        if self.first is None:
+            self.first = result
+        check_alike(self.first, result, self.alike)
+        self._take(result)
+        self.count += 1
+
+    def average(self) -> Average:
+        """Return the average of the results so far. Raises `ArtefactError` if there are none."""
+        if not self.count:
+            raise ArtefactError("no results to average; pass at least one")
+        return self._average()
+
+    @abstractmethod
+    def _take(self, result: Single) -> None:
+        """Add the quantities of a result to the running means."""
+
+    @abstractmethod
+    def _average(self) -> Average:
+        """The average from the running means."""
+
+    def _add(self, name: str, values: Tensor | float, axes: Mapping[str, Sequence[Any]] | None = None) -> None:
+        """Add values with these axes (none for a single number) to the running mean of this name."""
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if not axes:
+            values, axes = values.reshape(1), {"": ("",)}
+        self._means.setdefault(name, RunningMean()).add(values, axes)
+
+    def _mean(self, name: str) -> Mean:
+        """The running mean of this name."""
+        running = self._means[name]
+        return running.value[0] if list(running.axes) == [""] else running.value
+
+    def _labels(self, name: str, axis: str) -> tuple[Any, ...]:
+        """The labels that an axis of the running mean of this name has by now."""
+        return self._means[name].axes[axis]
+
+
+def check_alike(first: Any, other: Any, names: Sequence[str]) -> None:
+    """Raise `ArtefactError` if two results are of different types or differ in one of these attributes."""
+    if type(first) is not type(other):
+        raise ArtefactError(
+            f"cannot average {type(first).__name__} and {type(other).__name__} together; pass results of one kind"
+        )
+    for name in names:
+        values = getattr(first, name), getattr(other, name)
+        if not _equal(*values):
+            said = "" if isinstance(values[0], Tensor | Mapping) else f" ({values[0]} and {values[1]})"
+            raise ArtefactError(f"these results differ in their {name}{said}; average equal ones only")
+
+
+def averaged(averager: Averager[Single, Average], results: Iterable[Single]) -> Average:
+    """Return the average of results, each of which may be forgotten once it was taken in."""
+    for result in results:
+        averager.add(result)
+    return averager.average()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal, tensors and mappings of tensors included."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return list(one) == list(other) and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def _spread(values: Tensor, sizes: Sequence[int], places: Sequence[Sequence[int]], fill: float) -> Tensor:
+    """The values at these places, per axis, of a larger tensor that is filled up."""
+    if list(values.shape) == list(sizes) and all(list(each) == list(range(len(each))) for each in places):
+        return values
+    spread = values.new_full(list(sizes), fill)
+    if all(len(each) for each in places):
+        spread[tuple(torch.meshgrid(*(torch.tensor(list(each)) for each in places), indexing="ij"))] = values
+    return spread

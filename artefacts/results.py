@@ -1,0 +1,89 @@
+"""The base of every result: saved, loaded and checked by its fields, printed in two lines, shown as a picture."""
+
+import base64
+import html
+import io
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor
+
+from .fields import load_fields, save_fields
+from .frames import long_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_WIDTH = 140
+"""Characters of a line on the screen."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Result(ABC):
+    """What an experiment or an average found.
+
+    A subclass is a frozen dataclass with `repr=False`. Its fields are tensors, plain values (text, numbers, booleans,
+    None), other dataclasses, and tuples or mappings (with text as keys) of these; the type hints of the fields say
+    what a file must hold. A subclass sets `layout`, and gives `_lines`, `_axes` and `_columns`, `plot` and `_problem`.
+    """
+
+    layout: ClassVar[str]
+    """Name and version of the file layout, such as "multrace causal trace 2"."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as a safetensors file and return the path; equal results give equal bytes.
+
+        Raises `ArtefactError` if the file cannot be written.
+        """
+        return save_fields(path, self.layout, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Return the result that `save` wrote.
+
+        Raises `ArtefactError` if the file is missing, damaged, of another kind or version, or if its fields have other
+        types than this class or do not fit together.
+        """
+        return load_fields(path, cls.layout, cls, check=lambda result: result._problem())
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a long table: one line per entry of the result's named axes, one column per quantity."""
+        return long_frame(self._axes(), self._columns())
+
+    @abstractmethod
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return the result as a figure, which is also written to the path if one is given (png, pdf or svg)."""
+
+    @abstractmethod
+    def _lines(self) -> tuple[str, str]:
+        """What was done to which model and question, and the numbers to look at first."""
+
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
+        """Name and labels of each axis of `_columns`, in order."""
+        raise NotImplementedError
+
+    def _columns(self) -> Mapping[str, Tensor]:
+        """Quantities over `_axes`, smaller where they broadcast."""
+        raise NotImplementedError
+
+    def _problem(self) -> str | None:
+        """What does not fit together in a result that was read from a file."""
+        return None
+
+    def __repr__(self) -> str:
+        first, second = (textwrap.shorten(" ".join(line.split()), _WIDTH, placeholder=" ...") for line in self._lines())
+        return f"{first}\n{second}"
+
+    def _repr_html_(self) -> str:
+        """The two lines and the picture, for notebooks."""
+        content = io.BytesIO()
+        self.plot().savefig(content, format="png", dpi=100)
+        picture = base64.b64encode(content.getvalue()).decode()
+        first, second = (html.escape(line) for line in repr(self).split("\n"))
+        image = f'<img alt="{first}" style="max-width:100%" src="data:image/png;base64,{picture}"/>'
+        return f"<div><b>{first}</b><br/>{second}<br/>{image}</div>"

@@ -1,0 +1,90 @@
+"""Intervals of means and of proportions, and how well a score separates two classes."""
+
+import numpy as np
+import scipy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import ArtefactError
+
+LEVEL = 0.95
+"""Confidence level of every interval."""
+DRAWS = 2000
+"""Number of bootstrap samples of an interval."""
+
+
+def student_interval(mean: Tensor, deviation: Tensor, count: Tensor, *, comparisons: int = 1) -> tuple[Tensor, Tensor]:
+    """Return (low, high) of the 95 % interval of a mean by Student's t; NaN where fewer than two values were seen.
+
+    Args:
+        mean: mean of the values, of any shape.
+        deviation: their standard deviation (with n - 1 in the denominator), of the same shape.
+        count: how many values were seen, of the same shape.
+        comparisons: number of intervals that together hold all means with 95 % (Bonferroni). Pass the number of cells
+            before you look at the largest of them, which was chosen for being the largest.
+    """
+    degrees = (count - 1).clamp(min=1).numpy()
+    quantile = torch.as_tensor(scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, degrees), dtype=mean.dtype)
+    half = quantile * deviation / count.clamp(min=1).to(mean.dtype).sqrt()
+    half = half.masked_fill(count < 2, torch.nan)
+    return mean - half, mean + half
+
+
+def mean_interval(values: Tensor, *, comparisons: int = 1) -> tuple[Tensor, Tensor]:
+    """Return (low, high) of the 95 % interval of the mean over the first axis by Student's t; NaN values are left out.
+
+    See `student_interval` for `comparisons`. Raises `ArtefactError` for fewer than two values along the axis.
+    """
+    if len(values) < 2:
+        raise ArtefactError(f"an interval needs at least two results, here is {len(values)}; average more prompts")
+    count = (~values.isnan()).sum(0)
+    mean = values.nanmean(0)
+    deviation = ((values - mean) ** 2).nansum(0).div((count - 1).clamp(min=1)).sqrt()
+    return student_interval(mean, deviation, count, comparisons=comparisons)
+
+
+def wilson_interval(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (low, high), each in 0 to 1: Wilson's 95 % score interval of shares among so many; NaN for none.
+
+    Of 10 right answers out of 10 it says 0.72 to 1, where an interval by the spread would have no width at all.
+    """
+    shares, counts = torch.broadcast_tensors(shares.double(), counts)
+    ends = torch.full((*shares.shape, 2), torch.nan, dtype=torch.float64)
+    for place in (counts > 0).nonzero().tolist():
+        count = int(counts[tuple(place)])
+        hits = round(float(shares[tuple(place)]) * count)
+        interval = scipy.stats.binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
+        ends[tuple(place)] = torch.tensor([interval.low, interval.high], dtype=torch.float64)
+    return ends[..., 0], ends[..., 1]
+
+
+def auroc(scores: NDArray, is_right: NDArray) -> float:
+    """Return the share of pairs of a right and a wrong answer of which the right one scores higher; ties count half.
+
+    scores (record,); is_right (record,) booleans with at least one of each.
+    """
+    return float(weighted_auroc(scores, is_right, np.ones((1, len(scores))))[0])
+
+
+def weighted_auroc(scores: NDArray, is_right: NDArray, counts: NDArray) -> NDArray:
+    """Return (draw,) the `auroc` of samples that hold each record so many times; counts (draw, record)."""
+    _, place = np.unique(scores, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(place.max() + 1))
+    right, wrong = (
+        np.add.reduceat((counts * members)[:, order], starts, axis=1, dtype=np.float64)
+        for members in (is_right, ~is_right)
+    )
+    below = wrong.cumsum(1) - wrong
+    return (right * (below + wrong / 2)).sum(1) / (right.sum(1) * wrong.sum(1))
+
+
+def bootstrap_counts(is_right: NDArray, *, seed: int, draws: int = DRAWS) -> NDArray:
+    """Return (draw, record): how often each record is drawn; every draw has as many right answers as the data."""
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((draws, len(is_right)), dtype=np.int64)
+    for members in (is_right, ~is_right):
+        size = int(members.sum())
+        counts[:, members] = generator.multinomial(size, np.full(size, 1 / size), size=draws)
+    return counts

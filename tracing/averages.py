@@ -1,0 +1,49 @@
+"""One average for the results of all experiments."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from ..artefacts.averages import averaged
+from ..artefacts.errors import ArtefactError
+from ..artefacts.results import Result
+from .causal.average import TraceAverager
+from .causal.result import CausalTrace
+
+
+def average(results: Iterable[Result], **options: Any) -> Any:
+    """Return the average over prompts of results of one experiment that were made with equal settings.
+
+    Results are taken in one by one and are not kept, so that a generator that loads them from files needs the memory
+    of one.
+
+    Args:
+        results: results of one kind, such as `CausalTrace` or `AttentionKnockout`.
+        options: settings of this kind's average: `only_right` and `filtered` of an `AttentionKnockout` (see
+            `KnockoutAverager`).
+
+    Returns:
+        The average, such as an `AverageTrace`, with means, 95 % intervals over prompts, `plot` and `to_dataframe`.
+
+    Raises:
+        ArtefactError: for no results, for results of different kinds, and for results that differ in what was asked.
+        TraceError: for results that have nothing in common to average.
+
+    Example:
+        >>> import multrace as mt
+        >>> vlm = mt.load(mt.data.tiny_vlm_path())
+        >>> prompts = [vlm.prompt(None, f"Who founded {name}?", constraint=name) for name in ("Kimdor", "Lovmis")]
+        >>> settings = {"corruption": mt.TextNoise(), "progress": False, "even_if_weak": True}
+        >>> mean = mt.average(mt.causal_trace(vlm, prompt, **settings) for prompt in prompts)
+        >>> mean.count
+        2
+    """
+    remaining = iter(results)
+    first = next(remaining, None)
+    if first is None:
+        raise ArtefactError("no results to average; pass at least one")
+    averagers = {CausalTrace: TraceAverager}
+    if type(first) not in averagers:
+        kinds = ", ".join(kind.__name__ for kind in averagers)
+        raise ArtefactError(f"a {type(first).__name__} has no average over prompts; pass results of one kind: {kinds}")
+    return averaged(averagers[type(first)](**options), chain([first], remaining))
