@@ -110,7 +110,9 @@ def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> A
         return float(value)
     if hint is Any or (hint is None and value is None) or (isinstance(hint, type) and type(value) is hint):
         return value
-    raise TypeError(f"{name} is {value!r}, not of type {getattr(hint, '__name__', hint)}")
+    raise TypeError(
+        f"{name} is {value!r}, not of type {hint.__name__ if isinstance(hint, type) and not options else hint}"
+    )
 
 
 def _one_of(options: Sequence[Any], value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,7 +1,6 @@
 """Intervals of means and of proportions, and how well a score separates two classes."""
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,8 +23,10 @@ def student_interval(mean: Tensor, deviation: Tensor, count: Tensor, *, comparis
         comparisons: number of intervals that together hold all means with 95 % (Bonferroni). Pass the number of cells
             before you look at the largest of them, which was chosen for being the largest.
     """
+    from scipy.stats import t as student
+
     degrees = (count - 1).clamp(min=1).numpy()
-    quantile = torch.as_tensor(scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, degrees), dtype=mean.dtype)
+    quantile = torch.as_tensor(student.ppf(1 - (1 - LEVEL) / 2 / comparisons, degrees), dtype=mean.dtype)
     half = quantile * deviation / count.clamp(min=1).to(mean.dtype).sqrt()
     half = half.masked_fill(count < 2, torch.nan)
     return mean - half, mean + half
@@ -49,12 +50,14 @@ def wilson_interval(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
     Of 10 right answers out of 10 it says 0.72 to 1, where an interval by the spread would have no width at all.
     """
+    from scipy.stats import binomtest
+
     shares, counts = torch.broadcast_tensors(shares.double(), counts)
     ends = torch.full((*shares.shape, 2), torch.nan, dtype=torch.float64)
     for place in (counts > 0).nonzero().tolist():
         count = int(counts[tuple(place)])
         hits = round(float(shares[tuple(place)]) * count)
-        interval = scipy.stats.binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
+        interval = binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
         ends[tuple(place)] = torch.tensor([interval.low, interval.high], dtype=torch.float64)
     return ends[..., 0], ends[..., 1]
 

@@ -1,29 +1,16 @@
 """Files of results that are neither weights nor tensors: JSON and pictures, written whole or not at all."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+from ..artefacts import files
 from .errors import EditError
 
 
 def write_whole(path: str | Path, content: bytes) -> Path:
-    """The path, which now holds the content; a failure leaves what was there. EditError where it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EditError(
-            f"cannot write the result to '{path}': {error}; pass a file name in a folder that you may write to"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write the content and return the path; a failure leaves what was there. Raises `EditError` if it cannot be."""
+    return files.write_whole(path, content, error=EditError)
 
 
 def read_report(path: str | Path, wanted: str) -> dict[str, Any]:

@@ -314,7 +314,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what
     "two numbers of layers": ({"where": "4-5", "spread": "3"}, "--where 4-5 and --spread 3 disagree"),
     "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
     "no moments": ({"editor": "rome"}, "pass --moments FILE"),
-    "moments of nothing": ({"moments": "{folder}/0.png"}, "cannot read '"),
+    "moments of nothing": ({"moments": "{folder}/0.png"}, "is not a readable safetensors file"),
     "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
     "trace at a place": ({"trace": "{folder}/0.png"}, "belong to --where trace"),
     "no trace": ({"where": "trace", "trace": "{folder}/0.png"}, "{folder}/0.png"),

@@ -1,6 +1,7 @@
 """Traces on disk: what is saved comes back bit for bit, what cannot be written leaves nothing behind."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,24 @@ def assert_equal(again: object, before: object) -> None:
     assert type(again) is type(before)
     for name in before.__dataclass_fields__:
         new, old = getattr(again, name), getattr(before, name)
+        if is_dataclass(old):
+            assert_equal(new, old)
+            continue
+        if isinstance(old, dict) and any(is_dataclass(each) for each in old.values()):
+            assert list(new) == list(old), name
+            for key, value in old.items():
+                assert_equal(new[key], value)
+            continue
+        if is_dataclass(old):
+            assert_equal(new, old)
+            continue
         if isinstance(old, torch.Tensor):
             new, old = {"": new}, {"": old}
-        if isinstance(old, dict) and any(isinstance(each, torch.Tensor) for each in old.values()):
+        if isinstance(old, dict) and any(is_dataclass(each) for each in old.values()):
+            assert list(new) == list(old), name
+            for key, value in old.items():
+                assert_equal(new[key], value)
+        elif isinstance(old, dict) and any(isinstance(each, torch.Tensor) for each in old.values()):
             assert list(new) == list(old), name
             for key, value in old.items():
                 assert new[key].dtype == value.dtype and torch.equal(new[key].nan_to_num(7), value.nan_to_num(7)), name
@@ -88,27 +104,30 @@ def test_an_average_comes_back_from_its_file(traced, full, shift_trace, tmp_path
         assert again.causal_blocks("mlp") == mean.causal_blocks("mlp")
 
 
-def rewritten(path: Path, name: str, *, drop: str = "", **changes: str) -> None:
+def rewritten(path: Path, name: str, *, drop: str = "", add: Mapping[str, torch.Tensor] = {}, **changes: str) -> None:
     """A copy of the file beside it, without one entry and with other metadata."""
     with safe_open(path, "pt") as file:
         header = {key: value for key, value in (file.metadata() | changes).items() if key != drop}
         tensors = {key: file.get_tensor(key) for key in file.keys() if key != drop}
-    save_file(tensors, path.with_name(name), header)
+    save_file(tensors | dict(add), path.with_name(name), header)
 
 
 def test_files_that_are_no_trace_are_refused(traced, tmp_path):
     path = traced.save(tmp_path / "trace.safetensors")
     whole = path.read_bytes()
     save_file({"weight": torch.zeros(2)}, tmp_path / "stranger")
-    save_file({"clean": torch.zeros(())}, tmp_path / "hollow", {"layout": "multrace causal trace 2"})
+    save_file({"clean": torch.zeros(())}, tmp_path / "hollow", {"layout": "multrace causal trace 3"})
     save_file({"clean": torch.zeros(())}, tmp_path / "old", {"layout": "multrace causal trace 1"})
     rewritten(path, "header", rows="[oops")
-    rewritten(path, "no_field", drop="direction")
+    rewritten(path, "no_field", drop="question")
     rewritten(path, "no_tensor", drop="samples.mlp")
     rewritten(path, "too_much", surprise="1")
+    rewritten(path, "more_tensors", add={"surprise": torch.zeros(1)})
     rewritten(path, "wrong_type", rows="5")
     rewritten(path, "bad_engine", engine='{"engin": "plain"}')
-    rewritten(path, "mappings", mappings='["samples"]')
+    rewritten(path, "mapping", samples='["hidden", "mlp"]')
+    rewritten(path, "number", layers='"6"')
+    rewritten(path, "tuple", row_positions="[[0, 1], [2, 3, 4], [3], [5.5]]")
     rewritten(path, "fewer_rows", rows='["image", "question"]')
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text").write_text("not a trace")
@@ -118,20 +137,23 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
     cases = {
         "nowhere": "no file",
         "stranger": "holds 'something of another program'",
-        "hollow": "is not a whole trace",
-        "old": "it is of another version of multrace, so trace again and save anew",
+        "hollow": "holds no whole CausalTrace (KeyError: 'model')",
+        "old": "it is of another version of multrace, so make it again",
         "header": "the header of",
-        "no_field": "is not a whole trace (KeyError: 'direction')",
-        "no_tensor": "is not a whole trace (KeyError: 'samples.mlp')",
-        "too_much": "unexpected keyword argument 'surprise'",
-        "wrong_type": "is not a whole trace (TypeError",
-        "bad_engine": "unexpected keyword argument 'engin'",
-        "mappings": "is not a whole trace",
+        "no_field": "holds no whole CausalTrace (KeyError: 'question')",
+        "no_tensor": "holds no whole CausalTrace (KeyError: 'samples.mlp')",
+        "too_much": "unknown field surprise",
+        "more_tensors": "unexpected tensors surprise",
+        "wrong_type": "rows is 5, not of type tuple[str, ...]",
+        "bad_engine": "KeyError: 'engine.engine'",
+        "mapping": "samples is ['hidden', 'mlp'], not of type",
+        "number": "layers is '6', not of type int",
+        "tuple": "row_positions.3.0 is 5.5, not of type int",
         "fewer_rows": "of other shapes than its rows",
         "cut": "is not a readable safetensors file",
         "text": "is not a readable safetensors file",
         "empty": "is not a readable safetensors file",
-        "mean": "holds 'multrace average trace 2', not 'multrace causal trace 2'",
+        "mean": "holds 'multrace average trace 3', not 'multrace causal trace 3'",
         "shapes": "of other shapes than its rows, layers and metrics",
     }
     for name, message in cases.items():
@@ -139,7 +161,7 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
             CausalTrace.load(tmp_path / name)
         assert message in str(caught.value), name
         assert name in str(caught.value)
-    with pytest.raises(ArtefactError, match="not 'multrace average trace 2'"):
+    with pytest.raises(ArtefactError, match="not 'multrace average trace 3'"):
         AverageTrace.load(path)
     assert CausalTrace.load(path).kinds == traced.kinds
 

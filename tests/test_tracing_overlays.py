@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.artefacts.drawing.overlay import over_patches, strongest
+from multrace.artefacts.drawing import over_patches, strongest
 from multrace.tracing import Blocks, Box, CausalTrace, TraceError
 from multrace.tracing.engine.rows import resolve_rows
+from pictures import labels, pixels
 from PIL import Image
 
 QUESTION = "Who founded the company in this photo?"
@@ -58,9 +59,9 @@ def test_strong_patches_are_coloured_and_the_rest_is_the_picture(random_llava, t
     prompt = random_llava.prompt(Image.new("RGB", (48, 48), "white"), QUESTION)
 
     def coloured(effects: torch.Tensor) -> int:
-        path = trace_of(traced, prompt, "patches", effects).overlay(tmp_path / "over.png", prompt, layers=[1])
-        with Image.open(path) as image:
-            picture = np.asarray(image.convert("RGB"), dtype=int)[:, : int(image.width * 0.55)]
+        figure = trace_of(traced, prompt, "patches", effects).overlay(prompt, layers=[1])
+        image, edge = pixels(figure), figure.axes[0].get_position().x1
+        picture = np.asarray(image, dtype=int)[:, : int(image.width * edge)]  # the colour bar is beyond it
         return int(((picture[..., 2] - picture[..., 1]) > 60).sum())  # purple
 
     nothing, one = torch.zeros(16, 6), torch.zeros(16, 6)
@@ -75,16 +76,14 @@ def test_the_strongest_layers_are_drawn_unless_others_are_asked(random_llava, ma
     prompt = random_llava.prompt([make_photo(1), make_photo(2)], QUESTION)
     effects = torch.linspace(0, 1, 6).expand(8, 6)
     trace = replace(trace_of(traced, prompt, Blocks(2), effects), effect="direct")
-    text = trace.overlay(tmp_path / "best.svg", prompt).read_text()
+    text = labels(trace.overlay(prompt))
     assert all(f"<!-- hidden state, layer {layer} -->" in text for layer in (2, 3, 4, 5))
     assert "<!-- hidden state, layer 1 -->" not in text and "Direct effects of restored states" in text
     wide = replace(trace, spans={"hidden": torch.tensor([[0, 2]] * 6)})
-    text = wide.overlay(tmp_path / "asked.svg", prompt, layers=(1,)).read_text()
+    text = labels(wide.overlay(prompt, layers=(1,)))
     assert "<!-- hidden state, layers 0 to 2 -->" in text and "layer 5" not in text
     flags = torch.zeros(8, 6, dtype=torch.bool).index_fill(1, torch.tensor(3), True)
-    text = (
-        replace(trace, estimated={"hidden": flags}).overlay(tmp_path / "guess.svg", prompt, layers=(3, 4)).read_text()
-    )
+    text = labels(replace(trace, estimated={"hidden": flags}).overlay(prompt, layers=(3, 4)))
     assert text.count("(estimates among them)") == 1 and "layer 3 (estimates" in text
 
 
@@ -93,7 +92,7 @@ def test_rows_that_are_no_part_of_the_picture_are_refused(random_llava, photo, t
     prompt = random_llava.prompt(photo, QUESTION)
     trace = trace_of(traced, prompt, positions, torch.ones(len(resolve_rows(prompt, positions)), 6))
     with pytest.raises(ArtefactError, match="no row of this trace is a part of the picture"):
-        trace.overlay(tmp_path / "over.png", prompt)
+        trace.overlay(prompt, tmp_path / "over.png")
 
 
 def test_other_prompts_layers_and_formats_are_refused(random_llava, photo, traced, tmp_path):
@@ -101,13 +100,14 @@ def test_other_prompts_layers_and_formats_are_refused(random_llava, photo, trace
     trace = trace_of(traced, prompt, "patches", torch.ones(16, 6))
     for other in (random_llava.prompt(photo, "What colour is the emblem?"), random_llava.prompt(None, QUESTION)):
         with pytest.raises(TraceError, match="this trace is of another prompt"):
-            trace.overlay(tmp_path / "over.png", other)
+            trace.overlay(other, tmp_path / "over.png")
     for layers in ((6,), (-1,), ()):
         with pytest.raises(TraceError, match="pass some of 0 to 5"):
-            trace.overlay(tmp_path / "over.png", prompt, layers=layers)
+            trace.overlay(prompt, tmp_path / "over.png", layers=layers)
     with pytest.raises(ArtefactError, match="no format '.gif'"):
-        trace.overlay(tmp_path / "over.gif", prompt)
+        trace.overlay(prompt, tmp_path / "over.gif")
     with pytest.raises(TraceError, match="no 'mlp' effects"):
-        trace.overlay(tmp_path / "over.png", prompt, kind="mlp")
+        trace.overlay(prompt, tmp_path / "over.png", kind="mlp")
     assert list(tmp_path.iterdir()) == []
-    assert trace.overlay(tmp_path / "over.png", random_llava.prompt(photo, QUESTION, answer="Ada")).is_file()
+    trace.overlay(random_llava.prompt(photo, QUESTION, answer="Ada"), tmp_path / "over.png")
+    assert (tmp_path / "over.png").is_file()

@@ -3,33 +3,30 @@
 import re
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from multrace.artefacts import ArtefactError
 from multrace.tracing import CausalTrace, TraceError, average
+from pictures import labels, pixels
 from PIL import Image
 
 
-def labels(path: Path) -> str:
-    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
-    return path.read_text(encoding="utf-8")
-
-
 def test_a_trace_is_drawn_with_constraint_rows_starred(traced, tmp_path):
-    text = labels(traced.plot(tmp_path / "trace.svg"))
+    text = labels(traced.plot())
     for label in ("image (2 tokens)", "constraint_last*", "last", "Who $costs$?", "p(Ada)", "hidden state", "MLP"):
         assert f"<!-- {label} -->" in text, label
     assert "<!-- last* -->" not in text
     assert "<!-- attention -->" not in text
-    only = labels(traced.plot(tmp_path / "only.svg", kinds=["mlp"]))
+    only = labels(traced.plot(kinds=["mlp"]))
     assert "<!-- MLP -->" in only and "<!-- hidden state -->" not in only
 
 
 def test_every_format_is_drawn_and_others_are_refused(traced, tmp_path):
     for name in ("trace.png", "trace.pdf", "trace.svg", "TRACE.PNG"):
-        assert traced.plot(tmp_path / name).stat().st_size > 1000
+        assert isinstance(traced.plot(tmp_path / name), Figure)
+        assert (tmp_path / name).stat().st_size > 1000
     with Image.open(tmp_path / "trace.png") as image:
         assert image.width > 600 and len(image.getcolors(100_000)) > 50
     with pytest.raises(ArtefactError, match=r"no format '.bmp'; end the name in .png, .pdf or .svg"):
@@ -40,8 +37,8 @@ def test_every_format_is_drawn_and_others_are_refused(traced, tmp_path):
 
 def test_the_strongest_cell_is_the_darkest(traced, tmp_path):
     def darkest(trace: CausalTrace) -> tuple[float, float]:
-        with Image.open(trace.plot(tmp_path / "one.png", kinds=["mlp"])) as image:
-            grey = image.convert("RGB").crop((0, 150, int(image.width * 0.8), image.height))
+        image = pixels(trace.plot(kinds=["mlp"]))
+        grey = image.crop((0, 150, int(image.width * 0.8), image.height))
         greens = [
             (x / grey.width, y / grey.height)
             for x in range(0, grey.width, 4)
@@ -59,22 +56,22 @@ def test_the_strongest_cell_is_the_darkest(traced, tmp_path):
 
 def test_an_average_is_drawn_with_its_numbers(traced, tmp_path):
     other = replace(traced, samples={kind: values * 0.9 for kind, values in traced.samples.items()})
-    text = labels(average([traced, other]).plot(tmp_path / "mean.svg"))
+    text = labels(average([traced, other]).plot())
     for label in ("constraint_last*", "indirect effect", "Average indirect effect over 2 prompts", ".47"):
         assert f"<!-- {label} -->" in text, label
 
 
 def test_tokens_that_no_font_knows_are_drawn_as_boxes(traced, tmp_path):
     odd = replace(traced, rows=("\U0001f9ff", "\n", " ", "$x$"), question="蓝 \ue000?")
-    text = labels(odd.plot(tmp_path / "odd.svg"))
+    text = labels(odd.plot())
     for label in ("↵", "␣*", "$x$"):
         assert label in text, label
 
 
 def test_windows_variants_and_directions_are_said(traced, tmp_path):
-    usual = labels(traced.plot(tmp_path / "usual.svg"))
+    usual = labels(traced.plot())
     assert "<!-- single restored layer -->" in usual and "effects" not in usual and "interval" not in usual
-    wide = labels(replace(traced, window=3).plot(tmp_path / "wide.svg"))
+    wide = labels(replace(traced, window=3).plot())
     assert wide.count("<!-- centre of interval of 3 restored layers -->") == 1  # hidden states stay single
     assert wide.count("<!-- single restored layer -->") == 1
     for change, words in (
@@ -82,11 +79,11 @@ def test_windows_variants_and_directions_are_said(traced, tmp_path):
         ({"severed": "mlp"}, "Total effects of restored states, later MLP outputs severed"),
         ({"direction": "corrupt"}, "Total effects of corrupted states put into the clean run"),
     ):
-        text = labels(replace(traced, **change).plot(tmp_path / "variant.svg"))
+        text = labels(replace(traced, **change).plot())
         assert f"<!-- {words} -->" in text, words
-        mean = labels(average([replace(traced, **change)] * 2).plot(tmp_path / "mean.svg"))
+        mean = labels(average([replace(traced, **change)] * 2).plot())
         assert f"<!-- {words} -->" in mean, words
-    corrupt = labels(replace(traced, direction="corrupt").plot(tmp_path / "corrupt.svg"))
+    corrupt = labels(replace(traced, direction="corrupt").plot())
     assert "<!-- loss of p(Ada) -->" in corrupt and "<!-- single corrupted layer -->" in corrupt
 
 
@@ -99,10 +96,10 @@ def test_metrics_have_their_own_captions(traced, tmp_path):
         corrupted_scores=torch.tensor([[-3.0, -2.0], [-1.0, 0.0]], dtype=torch.float64),
         samples={kind: torch.cat([values - 3, values]) for kind, values in traced.samples.items()},
     )
-    assert "<!-- log p(Ada) -->" in labels(two.plot(tmp_path / "log.svg"))
-    text = labels(two.plot(tmp_path / "logit.svg", metric="logit_difference"))
+    assert "<!-- log p(Ada) -->" in labels(two.plot())
+    text = labels(two.plot(metric="logit_difference"))
     assert "<!-- logit of Ada minus Bob -->" in text and "corrupted -0.500" in text
-    assert "on logit_difference" in labels(average([two]).plot(tmp_path / "mean.svg", metric="logit_difference"))
+    assert "on logit_difference" in labels(average([two]).plot(metric="logit_difference"))
     with pytest.raises(TraceError, match="no metric 'probability' in this trace"):
         two.plot(tmp_path / "none.svg", metric="probability")
 
@@ -110,8 +107,8 @@ def test_metrics_have_their_own_captions(traced, tmp_path):
 def test_estimates_are_hatched(traced, tmp_path):
     flags = torch.zeros(4, 6, dtype=torch.bool)
     flags[1, 2:5] = True
-    exact = labels(traced.plot(tmp_path / "exact.svg"))
-    guessed = labels(replace(traced, estimated={"mlp": flags}).plot(tmp_path / "guessed.svg"))
+    exact = labels(traced.plot())
+    guessed = labels(replace(traced, estimated={"mlp": flags}).plot())
     assert "<!-- MLP (hatched: estimated) -->" in guessed and "<!-- hidden state -->" in guessed
     assert "hatched" not in exact
     assert len(re.findall(r"fill: url\(#h", guessed)) == 3 and "url(#h" not in exact
@@ -124,16 +121,16 @@ def test_kinds_of_other_widths_and_colours_are_drawn_together(traced, tmp_path):
         "hidden": traced.samples["hidden"],
     }
     spans = {"projector": torch.zeros(1, 2).long(), "head 3": traced.spans["mlp"], "hidden": traced.spans["hidden"]}
-    path = replace(traced, samples=samples, spans=spans).plot(tmp_path / "kinds.svg")
+    text = labels(replace(traced, samples=samples, spans=spans).plot())
     for label in ("projector", "head 3", "hidden state"):
-        assert f"<!-- {label} -->" in labels(path), label
+        assert f"<!-- {label} -->" in text, label
 
 
 def test_numbers_and_their_legend_come_together(traced, tmp_path):
     few = average([traced, traced])
-    many = replace(few, rows=few.rows * 4, trace_effects={"mlp": few.trace_effects["mlp"].repeat(1, 1, 4, 1)})
-    assert "pale numbers" in labels(few.plot(tmp_path / "few.svg"))
-    assert "pale numbers" not in labels(many.plot(tmp_path / "many.svg"))
+    many = replace(few, rows=few.rows * 4, means={"mlp": few.means["mlp"][:, list(range(4)) * 4]})
+    assert "pale numbers" in labels(few.plot())
+    assert "pale numbers" not in labels(many.plot())
 
 
 def test_every_patch_of_a_large_picture_can_be_drawn(traced, tmp_path):
@@ -144,8 +141,7 @@ def test_every_patch_of_a_large_picture_can_be_drawn(traced, tmp_path):
         row_positions=traced.row_positions * repeats,
         samples={"mlp": traced.samples["mlp"].repeat(1, repeats, 1, 1)},
     )
-    with Image.open(tall.plot(tmp_path / "tall.png")) as image:
-        assert image.height < 10_000  # at full height 27_000
+    assert pixels(tall.plot()).height < 10_100  # at full height 27_000
 
 
 def test_what_was_not_traced_is_grey(traced, tmp_path):
@@ -153,8 +149,8 @@ def test_what_was_not_traced_is_grey(traced, tmp_path):
     holes["mlp"][:, 1] = torch.nan
 
     def grey_pixels(trace: CausalTrace) -> int:
-        with Image.open(trace.plot(tmp_path / "holes.png", kinds=["mlp"])) as image:
-            return sum(count for count, colour in image.convert("RGB").getcolors(100_000) if colour == (228,) * 3)
+        colours = pixels(trace.plot(kinds=["mlp"])).getcolors(100_000)
+        return sum(count for count, colour in colours if colour == (228,) * 3)
 
     assert grey_pixels(replace(traced, samples=holes)) > 5_000
     assert grey_pixels(traced) < 500

@@ -27,26 +27,29 @@ _EDGE = {"w_pad": 0.06, "h_pad": 0.06}
 class Picture(Figure):
     """A matplotlib figure outside pyplot's global state that notebooks display."""
 
+    def savefig(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the figure as matplotlib does, but draw tokens that the font lacks as boxes without a warning."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            super().savefig(*arguments, **{"facecolor": "white", **keywords})
+
     def _repr_png_(self) -> bytes:
         return _content(self, "png", 100)
 
 
-def titled_figure(
-    width: float, height: float, titles: tuple[str, str], *, layout: str = "constrained"
-) -> tuple[Figure, SubFigure]:
+def titled_figure(width: float, height: float, titles: tuple[str, str]) -> tuple[Figure, SubFigure]:
     """Return a figure with title and subtitle, and the part below them, in which panels are placed.
 
     Args:
         width: width of the figure in inches.
         height: height in inches of what lies below title and subtitle.
         titles: title and subtitle, which are wrapped to the width and may have line breaks of their own.
-        layout: matplotlib's layout engine; "compressed" for panels whose shape is given, such as pictures.
     """
     title, subtitle = (
         wrap(text, width, _LETTERS * size) for text, size in zip(titles, (_TITLE, _SUBTITLE), strict=True)
     )
     lines = [text.count("\n") + 1 if text.strip() else 0 for text in (title, subtitle)]
-    figure = Picture(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout=layout)
+    figure = Picture(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(**_EDGE)
     place = {"x": 0.01, "ha": "left", "parse_math": False}
@@ -91,7 +94,7 @@ def add_colour_bar(colours: ScalarMappable, axes: Axes | Sequence[Axes], unit: s
     bar.ax.tick_params(labelsize=7, length=2, color="#a0a0a0", labelcolor=INK)
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    caption = textwrap.fill(unit, max(12, int(length / (_LETTERS * 7.5))))
+    caption = textwrap.fill(unit, max(24, int(length / (_LETTERS * 7.5))))
     bar.set_label(caption, fontsize=7.5, color=INK, labelpad=4, parse_math=False)
 
 
@@ -148,15 +151,13 @@ def dress(axes: Axes, *, title: str = "", x_label: str = "", y_label: str | None
 
 def _content(figure: Figure, format_: str, dpi: int) -> bytes:
     content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token outside the font is drawn as a box
-        figure.savefig(content, format=format_, dpi=dpi, facecolor="white")
+    figure.savefig(content, format=format_, dpi=dpi, facecolor="white")
     return content.getvalue()
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches, without any of matplotlib's global state."""
-    figure = Figure(figsize=(width, height))
+    figure = Picture(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 

@@ -87,8 +87,8 @@ def overlays_figure(
     high = max(largest, _FLOOR * abs(scale), 1e-9)
     colours = ScalarMappable(Normalize(0, high), colours_of(kind))
     tallest = max(picture.shape[0] / picture.shape[1] for picture in pictures)
-    width, height = max(4.5, (_SIDE + _SPACE) * len(overlays) + 1.0), (_SIDE * tallest + _SPACE) * len(pictures)
-    figure, body = titled_figure(width, height + 0.25, titles, layout="compressed")
+    width, height = max(3.4, (_SIDE + _SPACE) * len(overlays) + 0.8), (_SIDE * tallest + _SPACE) * len(pictures)
+    figure, body = titled_figure(width, height + 0.25, titles)
     every = body.subplots(len(pictures), len(overlays), squeeze=False)
     for line, picture in enumerate(pictures):
         for axes, overlay in zip(every[line], overlays, strict=True):

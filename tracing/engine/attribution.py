@@ -104,12 +104,9 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
 
 
 def rank_agreement(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, from -1 to 1, ties at their mean rank; nan where one is constant."""
-    ranks = torch.stack([_ranks(each) for each in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1]) if len(first) > 1 else float("nan")
+    """Return Spearman's rank correlation of two vectors, from -1 to 1; NaN where one is constant."""
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    if len(first) < 2 or any(len(each.unique()) < 2 for each in (first, second)):
+        return float("nan")
+    return float(spearmanr(first.double().numpy(), second.double().numpy()).statistic)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...artefacts.files import load, save
+from ...artefacts.fields import load_fields, save_fields
 from ..errors import TraceError
 from .cells import Cell
 from .plan import Chunk
@@ -52,7 +52,7 @@ class Checkpoint:
         self._finished = torch.zeros(len(chunks), dtype=torch.bool)
         if self._path is None or not self._path.exists():
             return
-        kept = load(self._path, _LAYOUT, _Kept, check=lambda found: None)
+        kept = load_fields(self._path, _LAYOUT, _Kept)
         if kept.identity != self._identity:
             raise TraceError(
                 f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
@@ -87,5 +87,5 @@ class Checkpoint:
         if self._path is None or self._scores is None:
             return
         kept = _Kept(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
-        save(self._path, _LAYOUT, kept)
+        save_fields(self._path, _LAYOUT, kept)
         self._written = time.monotonic()
