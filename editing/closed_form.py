@@ -187,7 +187,8 @@ class ClosedFormEditor(ValueSettings):
         requests = tuple(requests)
         if not requests:
             raise EditError("no requests to edit; pass at least one EditRequest")
-        return _Work(self, vlm, requests, progress=progress).run(moments, metrics, earlier)
+        with vlm.gradients():
+            return _Work(self, vlm, requests, progress=progress).run(moments, metrics, earlier)
 
     def as_text(self) -> dict[str, str]:
         """The settings as text, for the header of a saved edit."""

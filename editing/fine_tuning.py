@@ -81,13 +81,13 @@ class FineTune(TrainingSettings):
         requests = tuple(requests)
         name = self._name(vlm)
         weight = vlm.weight(name)
-        batches = answer_batches(vlm, requests, self)
-        change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
 
         def forward(**inputs: Any) -> Any:
             return functional_call(vlm.model, {name: summed(weight, change)}, kwargs=inputs)
 
-        with vlm.running():
+        with vlm.gradients():
+            batches = answer_batches(vlm, requests, self)
+            change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
             training = train(
                 forward,
                 batches,

@@ -85,8 +85,8 @@ class Lora(TrainingSettings):
         """
         requests = tuple(requests)
         projections = self._projections(vlm)
-        batches = answer_batches(vlm, requests, self)
-        with vlm.running(), self._adapted(vlm, projections) as adapters:
+        with vlm.gradients(), self._adapted(vlm, projections) as adapters:
+            batches = answer_batches(vlm, requests, self)
             parameters = [
                 factor.weight for adapter in adapters for factor in (adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER])
             ]

@@ -108,7 +108,7 @@ def search_values(
     found: list[ValueResult | None] = [None] * len(goals)
     number = vlm.layer_index(layer)
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
-    with vlm.running(), bar:
+    with vlm.gradients(), bar:
         for chunk in chunks(goals, settings.rows_at_once):
             mine = [goals[index] for index in chunk]
             with torch.no_grad():

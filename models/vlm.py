@@ -183,6 +183,22 @@ class VisionLanguageModel:
         with self.lock, evaluating(self.model):
             yield
 
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """A block in which its outputs can be differentiated, also inside `torch.inference_mode()` or `no_grad()`.
+
+        What is to be differentiated has to be computed in the block, too. Runs as in `running`. Raises `ModelError` if
+        the attention implementation has no gradients on this device.
+        """
+        attention = getattr(self.decoder.config, "_attn_implementation", None)
+        if attention == "flex_attention" and self.device.type == "cpu":
+            raise ModelError(
+                f"{self.name!r} attends through {attention!r}, which has no gradients on a CPU; "
+                "load it with attention='sdpa' or attention='eager'"
+            )
+        with self.running(), torch.inference_mode(False), torch.enable_grad():
+            yield
+
     def path(self, key: Key) -> str:
         """Dotted path (as baukit takes it) of the module of a site, projection or module."""
         return self.addresses.path(key)

@@ -21,6 +21,7 @@ from .sources import Source
 logger = logging.getLogger("multrace")
 
 
+@torch.inference_mode(False)  # or its weights could never be differentiated through
 def load(
     path_or_id: str | PathLike[str],
     *,

@@ -183,9 +183,9 @@ def _heat(vlm: VisionLanguageModel, answered: Prompt, inputs: Mapping[str, Tenso
     """(layer, copy, image token) float64 on the CPU: the heat in each of the copies that these inputs hold."""
     sites, image = [Site("mlp", layer) for layer in layers], list(answered.groups["image"])
     ids = list(answered.answer_ids)
-    with torch.no_grad():
-        embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts no other
-    with torch.enable_grad(), capture(vlm, sites, inputs=True) as captured:
+    with vlm.gradients(), capture(vlm, sites, inputs=True) as captured:
+        with torch.no_grad():
+            embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts no other
         logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))
         total = logits[:, range(len(ids)), ids].sum()  # copies do not see each other, so one sum serves all of them
         features = [captured[site] for site in sites]

@@ -351,9 +351,9 @@ def attention_saliency(
     groups = text_parts(answered, last) | {"last": (last,)}
     rows = tuple(sorted(named_positions(prompt.with_answer(None), queries)))
     ids = answered.answer_ids if whole_answer else answered.answer_ids[:1]
-    with torch.no_grad():
-        embeddings = vlm.embeddings(answered)[:, : last + len(ids)]
-    with torch.enable_grad(), attending(vlm, rows) as attention:
+    with attending(vlm, rows) as attention, vlm.gradients():
+        with torch.no_grad():
+            embeddings = vlm.embeddings(answered)[:, : last + len(ids)]
         logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))[0].double()
         loss = -logits.log_softmax(-1)[range(len(ids)), list(ids)].sum()
         weights = [layer.weights for layer in attention]

@@ -27,7 +27,7 @@ def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell
     Metrics must be differentiable. Cells must be total effects without severed modules. ReplayError for a model whose
     layers cannot be replayed.
     """
-    with torch.no_grad(), replaying(vlm) as replay:
+    with replaying(vlm) as replay, vlm.gradients(), torch.no_grad():
         recorded = record(replay, runs, cells, keep_all=True)
         metrics = measure(recorded.base.logits).shape[-1]
         estimates = torch.zeros(len(cells), metrics, runs.samples, dtype=torch.float64)
