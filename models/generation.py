@@ -65,7 +65,7 @@ def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Generation
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=eos,
-        pad_token_id=next((token for token in padding if token is not None), None),
+        pad_token_id=next((token for token in padding if token is not None and token >= 0), None),
     )
 
 

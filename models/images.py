@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import ModelError, gist, reason
+from .errors import ModelError, gist, quoted, reason
 
 Picture = str | PathLike[str] | Image.Image
 
-_QUOTED = 80
-"""Characters of a text that an error quotes; base64 text can have millions."""
 _LONGEST_NAME = 255
 """Characters that a file name has at most."""
 _BRIGHTEST = 2**16 - 1
@@ -87,16 +85,15 @@ def _existing(text: str) -> Path:
 
 
 def _not_a_path(text: str, error: Exception) -> str:
-    quoted = repr(text if len(text) <= _QUOTED else f"{text[:_QUOTED]}...")
     if text.startswith("data:") or len(text) > _LONGEST_NAME:
         return (
-            f"a picture cannot be {quoted}, a text of {len(text)} characters; decode base64 text and pass "
+            f"a picture cannot be {quoted(text)}, a text of {len(text)} characters; decode base64 text and pass "
             "Image.open(io.BytesIO(base64.b64decode(text)))"
         )
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        return f"a picture cannot be the URL {quoted}; fetch it and pass the path of the file"
+        return f"a picture cannot be the URL {quoted(text)}; fetch it and pass the path of the file"
     found = getattr(error, "strerror", None) or gist(error)
-    return f"no picture at {quoted} ({found}); pass the path of an image file"
+    return f"no picture at {quoted(text)} ({found}); pass the path of an image file"
 
 
 def _wrong_type(image: object) -> ModelError:

@@ -278,8 +278,8 @@ def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, l
         for path in (photo_path, huge_path, photo_path)
     ]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = ["--corrupt", "blank", "--sites", "hidden", "--groups", "last", "--even-if-weak"]
-    records = ["--model", str(llava_llama_path), "--records", str(tmp_path / "records.jsonl")]
+    options = ["--corrupt", "blank", "--sites", "hidden", "--positions", "last", "--even-if-weak"]
+    records = ["--model", str(llava_llama_path), "--data", str(tmp_path / "records.jsonl")]
     assert app(["trace", *records, *options, "--out", str(tmp_path / "out")]) == 0
     printed = "".join(capsys.readouterr())
     assert "2 records traced, 1 skipped" in printed and "line 2: cannot read picture" in printed

@@ -1,22 +1,24 @@
 """Opening a model from a directory or the hub, and proving its addresses before anybody trusts them."""
 
 import logging
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ..errors import ModelError
+from ..errors import ModelError, gist, reason
 from ..families.addresses import Addresses
 from ..families.table import FAMILIES, Family, family_of
 from ..frontend import Frontend
 from ..vlm import VisionLanguageModel
 from .devices import check_device_map, check_in_memory
+from .processors import complete_processor, find_image_token
 from .proof import prove_addresses
-from .sources import Source
+from .sources import Source, out_of_memory
 
 logger = logging.getLogger("multrace")
 
@@ -34,21 +36,46 @@ def load(
     verify: bool = True,
     families: Sequence[Family] = FAMILIES,
 ) -> VisionLanguageModel:
-    """The model at a directory or hub id, in eval mode and without gradients, its addresses proven.
+    """Return the model at a directory or hub id, in eval mode and without gradients, its addresses proven.
 
-    dtype: "auto" takes the file's on an accelerator (device_map given, not "cpu") and float32 for half-precision
-    files on the CPU. quantization: a transformers quantization config. attention: "sdpa" or "eager". verify=False
-    skips the proof. families: the rows to choose from; add one with (*FAMILIES, Family(...)). Looks on this machine
-    first and asks the hub only for an id that is not here. Safetensors only; code shipped with a model runs only with
-    trust_remote_code=True. Logs one line (logger "multrace"); transformers' warnings are held back, and its bars too
-    where stderr is no terminal. ModelError says what is missing or broken, and names the site that fails its proof.
+    Looks on this machine first and asks the hub only for an id that is not here. Opens safetensors only. Logs one line
+    (logger "multrace"); transformers' warnings are held back, and its progress bars too where stderr is no terminal.
+
+    Args:
+        path_or_id: a directory in Hugging Face's layout, or a hub id such as "org/model".
+        dtype: a torch dtype or its name. The default "auto" takes the file's on an accelerator (a device_map other
+            than the CPU), and float32 for half-precision files on the CPU, where half precision is slow and coarse.
+        device_map: where the weights go, as in transformers: a device, "auto", or module path -> device. The default
+            None is the CPU.
+        revision: a branch, tag or commit of the hub; None for its newest.
+        trust_remote_code: run Python code that comes with the model. The default False refuses such models.
+        quantization: a transformers quantization config (`BitsAndBytesConfig(...)`); None for the file's own.
+        attention: "sdpa", "eager", or another implementation that transformers has here; None for the model's own.
+        verify: prove that every module is where the family row says, and that every weight is finite (default). Takes
+            seven forward passes and one pass over the weights. False skips it, for a model that was proven before.
+        families: the rows to choose from; add one with (*FAMILIES, Family(...)).
+
+    Returns:
+        The model, ready for `prompt`, `answer`, tracing and editing.
+
+    Raises:
+        ModelError: what is missing or broken, with its file, or the site that fails its proof.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> vlm.layers, vlm.hidden, vlm.dtype, vlm.stored_dtype
+        (8, 128, torch.float32, torch.float16)
     """
-    name = str(path_or_id)
+    name = fspath(path_or_id) if isinstance(path_or_id, PathLike) else str(path_or_id)
     source = Source(name, revision=revision, trust_remote_code=trust_remote_code)
     check_device_map(device_map, name)
     config = source.open("configuration", AutoConfig.from_pretrained)
     family = family_of(config, families)
     source.check_weights()
+    source.check_configuration(config, family, attention)
+    source.check_special_tokens(config)
     processor = source.processor(family)
     stored = source.stored_dtype(config)
     options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
@@ -56,8 +83,10 @@ def load(
     options |= {option: value for option, value in given.items() if value is not None}
     model = source.model(family, options)
     check_in_memory(model, device_map, name)
-    vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
-    proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
+    with _first_use(name):
+        vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
+        complete_processor(vlm)
+        proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
     logger.info(
         "%s: %s, %d layers, hidden %d, mlp %d, %d heads, %s on %s; %s",
         *(name, family.name, vlm.layers, vlm.hidden, vlm.mlp, vlm.heads, str(vlm.dtype), vlm.device, proof),
@@ -71,19 +100,20 @@ def _assemble(
     model.eval()
     model.requires_grad_(False)
     vision = family.vision is not None
+    tokenizer = processor.tokenizer if vision else processor
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {name!r} gives no character offsets; save it once as a fast tokenizer (tokenizer.json)"
+        )
     frontend = Frontend(
         processor=processor,
-        tokenizer=processor.tokenizer if vision else processor,
-        image_token_id=model.config.image_token_id if vision else None,
+        tokenizer=tokenizer,
+        image_token_id=find_image_token(processor, model.config, name) if vision else None,
         patch_size=getattr(model.config.vision_config, "patch_size", None) if vision else None,
         dropped_inputs=family.dropped_inputs,
         device=model.device,
         dtype=model.dtype,
     )
-    if not frontend.tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {name!r} gives no character offsets; save it once as a fast tokenizer (tokenizer.json)"
-        )
     return VisionLanguageModel(
         model=model,
         frontend=frontend,
@@ -93,6 +123,25 @@ def _assemble(
         revision=revision,
         stored_dtype=stored or model.dtype,
     )
+
+
+@contextmanager
+def _first_use(name: str) -> Iterator[None]:
+    """A block in which an opened model is used for the first time; what libraries raise there is a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # files that were each opened, and do not fit together, fail anywhere in the libraries
+        if out_of_memory(error):
+            raise ModelError(
+                f"one question to {name!r} does not fit into memory ({gist(error)}); pass a smaller dtype or "
+                "another device_map"
+            ) from error
+        raise ModelError(
+            f"{name!r} was opened, and cannot be asked a question: {reason(error)}; its configuration, processor and "
+            "weights do not fit together, so fetch them again from one place"
+        ) from error
 
 
 def _compute_dtype(
@@ -107,7 +156,7 @@ def _compute_dtype(
 
 
 def _torch_dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ModelError(f"cannot open {name!r} in dtype {dtype!r}; pass 'auto', 'float32', 'bfloat16' or 'float16'")
-    return found
+    return named

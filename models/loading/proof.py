@@ -1,12 +1,12 @@
 """The proof of the addresses, run at loading: a family row is trusted only when this model behaves as the row says."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import ModelError
@@ -14,8 +14,11 @@ from ..families.addresses import Projection, Site
 from ..hooks import capture, patch
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
+from .processors import count_image_tokens, image_token_error, probe_prompt
 
-_QUESTION = "Which of these words is the one that comes last?"
+_HALF = (torch.float16, torch.bfloat16)
+_SMALLEST = 2
+"""Bytes of the narrowest dtype that a model computes in."""
 
 
 def prove_addresses(vlm: VisionLanguageModel) -> str:
@@ -29,7 +32,12 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     Not proven: other layers' real patches, other lengths, quantised weights' orientation.
     """
     with torch.no_grad():
-        prompt = vlm.prompt(_picture() if vlm.has_vision else None, _QUESTION, template="raw")
+        prompt = probe_prompt(vlm)
+        _prove_weights(vlm)
+        if vlm.has_vision:
+            positions, features = count_image_tokens(vlm, prompt)
+            if positions != features:
+                raise image_token_error(vlm, positions, features)
         position = prompt.groups["question_only"][len(prompt.groups["question_only"]) // 2]
         probe = _Probe(vlm=vlm, prompt=prompt, position=position)
         clean, states = _prove_identity(probe)
@@ -107,10 +115,12 @@ class _Probe:
 
 def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
     """The clean logits and states. Patches that change nothing must leave the logits bit-equal."""
-    clean = probe.vlm.logits(probe.prompt)
+    vlm = probe.vlm
+    clean = vlm.logits(probe.prompt)
     if not clean.isfinite().all():
+        advice = "pass dtype='float32'" if vlm.dtype in _HALF else "its weights are damaged, so fetch it again"
         raise ModelError(
-            f"{probe.vlm.name!r} gives logits that are not finite in {probe.vlm.dtype}; pass dtype='float32'"
+            f"{vlm.name!r} gives logits that are not finite in {vlm.dtype}, and its weights are all finite; {advice}"
         )
     patched, states = probe.run()
     if not torch.equal(patched, clean):
@@ -118,6 +128,24 @@ def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
             f"patches that change nothing change the logits of {probe.vlm.name!r}; its modules are not plain"
         )
     return clean, states
+
+
+def _prove_weights(vlm: VisionLanguageModel) -> None:
+    """Every weight is finite. One pass over them without a copy; a weight that the probe does not use counts too."""
+    for name, weight in vlm.named_parameters():
+        if not weight.is_floating_point() or weight.itemsize < _SMALLEST or not weight.numel():
+            continue  # quantised weights are packed, and have no infinities
+        low, high = (float(value) for value in torch.aminmax(weight))  # nan if any value is
+        if math.isfinite(low) and math.isfinite(high):
+            continue
+        if not math.isnan(low) and vlm.dtype == torch.float16 != vlm.stored_dtype:
+            raise ModelError(
+                f"the weight {name!r} of {vlm.name!r} is infinite in float16, because it is too large for that or damaged; "
+                "pass dtype='bfloat16' or 'float32', which tells the two apart"
+            )
+        raise ModelError(
+            f"the weight {name!r} of {vlm.name!r} holds values that are not finite in its file; fetch the model again"
+        )
 
 
 def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
@@ -219,7 +247,7 @@ def _prove_images(probe: _Probe) -> str:
     features = vlm.image_features(prompt).to(embeddings.device)
     if not image or not torch.equal(embeddings[0, image], features):
         raise probe.error("image", f"{len(image)} image positions do not hold the {len(features)} image features")
-    other = vlm.embeddings(vlm.prompt(_picture(inverted=True), _QUESTION, template="raw"))
+    other = vlm.embeddings(probe_prompt(vlm, inverted=True))
     words = [position for position in range(prompt.length) if position not in prompt.groups["image"]]
     if torch.equal(other[0, image], embeddings[0, image]):
         raise probe.error("image", "another picture gives the same image features")
@@ -272,12 +300,3 @@ def _state(probe: _Probe, states: States, site: Site) -> _Seen:
 def _close(found: Tensor, expected: Tensor, scale: Tensor, *, eps: float | None = None) -> bool:
     """Equal up to a few roundings of terms of this size."""
     return bool((found - expected).norm() <= 8 * (eps or torch.finfo(expected.dtype).eps) * scale)
-
-
-def _picture(*, inverted: bool = False) -> Image.Image:
-    """A gradient with corners of different colours, or its negative."""
-    size = 64
-    pixels = [(4 * column, 4 * row, 255 - 2 * (row + column)) for row in range(size) for column in range(size)]
-    image = Image.new("RGB", (size, size))
-    image.putdata([tuple(255 - value for value in pixel) if inverted else pixel for pixel in pixels])
-    return image

@@ -1,14 +1,22 @@
 """Where a model's parts come from: a directory, the local cache, or the hub; safetensors only."""
 
+import copy
 import json
 import logging
+import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,13 +25,22 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
+from transformers.utils import logging as transformers_logging
 
-from ..errors import ModelError, gist
+from ..errors import ModelError, gist, quoted, reason
 from ..families.table import Family
-from .quiet import quiet_transformers
 
 logger = logging.getLogger("multrace")
 
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_FILES = {
+    "configuration": ("config.json",),
+    "tokenizer": _TOKENIZER_FILES,
+    "processor": ("processor_config.json", "preprocessor_config.json", *_TOKENIZER_FILES),
+    "safetensors weights": ("generation_config.json",),
+}
+"""The JSON files that a part is read from, so that an error can name the one that is broken."""
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEXT_STEPS = {
     "configuration": "pass a folder with a whole config.json",
     "tokenizer": "put one there with tokenizer.save_pretrained(folder)",
@@ -32,23 +49,61 @@ _NEXT_STEPS = {
 }
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What a safetensors header calls the dtypes that a model computes in; packed (quantised) ones are none of them."""
+_TOO_LARGE = 2
+"""A configuration that describes this many times the weights of the files is damaged, not a model that lacks some."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
+    level, hub_had_bars = transformers_logging.get_verbosity(), not are_progress_bars_disabled()
+    hides_bars = transformers_logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
+    try:
+        transformers_logging.set_verbosity(max(level, logging.ERROR))
+        if hides_bars:
+            transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if hides_bars:
+            transformers_logging.enable_progress_bar()  # switches the hub's on as well
+            if not hub_had_bars:
+                disable_progress_bars()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether text written to the stream appears on a terminal; False for a stream that cannot tell, and for None."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):  # a logger in place of a stream has no isatty; a closed one raises
+        return False
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the error says that memory ran out, on this machine or on an accelerator."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 class Source:
-    """Where a model comes from: a directory, the local cache, or the hub; every part is opened with the same care."""
+    """Where a model comes from: a directory, the local cache, or the hub; every part is opened with the same care.
+
+    The files of a model are written by others, and the libraries that read them fail on damage in any way. Whatever
+    they raise leaves this class as a `ModelError` that names the part, with the library's error as its cause.
+    """
 
     def __init__(self, name: str, *, revision: str | None, trust_remote_code: bool) -> None:
         self.name = name
-        self.folder = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
+        folder = os.path.expanduser(name)
+        self.folder = Path(folder) if os.path.isdir(folder) else None
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name
-        if self.folder is None and (looks_like_path or Path(name).exists()):
+        if self.folder is None and (looks_like_path or os.path.exists(name)):
             raise ModelError(
                 f"no model directory at {name!r}; pass a folder with a config.json, or a hub id such as 'org/model'"
             )
         self.options = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:
-        """opener(...) from this machine, else from the hub. ModelError says which part is not there."""
+        """Return opener(...) from this machine, else from the hub. ModelError says which part is not there."""
         with quiet_transformers():
             return self._open(part, opener, options)
 
@@ -67,23 +122,64 @@ class Source:
             _check_file(path)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            listed = set(json.loads(index.read_text())["weight_map"].values())
+            listed = _listed_files(index)
             if missing := sorted(listed - {path.name for path in files}):
                 raise ModelError(f"{self.name!r} lacks the weight files {', '.join(missing)} that its index lists")
 
+    def check_special_tokens(self, config: PretrainedConfig) -> None:
+        """ModelError if the folder's generation settings are damaged, or call something a token that is no token id."""
+        path = self.folder / "generation_config.json" if self.folder else None
+        if path is None or not path.is_file():
+            return
+        settings, vocab = _json_object(path), config.get_text_config().vocab_size
+        for field in _SPECIAL_TOKENS:
+            value = settings.get(field)
+            ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+            if not all(isinstance(token, int) and not isinstance(token, bool) and token < vocab for token in ids):
+                raise ModelError(
+                    f"the file {str(path)!r} has {field}={quoted(value)}, which is no id of {vocab} tokens; mend that "
+                    "field, or fetch the file again"
+                )
+
+    def check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
+        """ModelError if no model of the files' size can be made of the configuration, or none with this attention.
+
+        Makes the model without values, which costs a tenth of a second for seven billion weights.
+        """
+        if self.options["trust_remote_code"]:
+            return  # only from_pretrained knows where such a model's code is
+        try:
+            self._check_depth(config)
+            empty = _without_values(config, family, attention)
+        except ModelError:
+            raise
+        except Exception as error:
+            if attention is not None and _can_be_made(config, family):
+                raise ModelError(
+                    f"cannot open {self.name!r} with attention={attention!r}: {reason(error)}; pass 'sdpa' or 'eager'"
+                ) from error
+            raise self._refusal("configuration", error) from error
+        described, stored = (
+            sum(weight.numel() for weight in empty.parameters()),
+            sum(size for _, size in self._headers.values()),
+        )
+        is_quantised = getattr(config, "quantization_config", None) is not None
+        if self.folder is not None and not is_quantised and described > _TOO_LARGE * stored:
+            raise ModelError(
+                f"the config.json of {self.name!r} describes a model of {described:,} weights, and its files hold "
+                f"{stored:,}; a size is missing or wrong there, so fetch the model again"
+            )
+
     def stored_dtype(self, config: PretrainedConfig) -> torch.dtype | None:
-        """The dtype of most tensors in the files, else the one that the configuration names, else None."""
+        """Return the dtype of most tensors in the files, else the one that the configuration names, else None."""
         if self.folder is None:
             written = config.dtype or config.get_text_config().dtype
             return getattr(torch, written.removeprefix("torch.")) if isinstance(written, str) else written
-        counts: Counter[str] = Counter()
-        for path in self.folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as opened:
-                counts.update(opened.get_slice(name).get_dtype() for name in opened.keys())
+        counts = Counter(code for code, _ in self._headers.values())
         return next((_DTYPES[code] for code, _ in counts.most_common() if code in _DTYPES), None)
 
     def processor(self, family: Family) -> Any:
-        """The processor (a tokenizer for a text-only family). ModelError if the directory has none."""
+        """Return the processor (a tokenizer for a text-only family). ModelError if the directory has none."""
         if family.vision is None:
             return self.open("tokenizer", AutoTokenizer.from_pretrained)
         processor = self.open("processor", AutoProcessor.from_pretrained)
@@ -95,15 +191,11 @@ class Source:
         return processor
 
     def model(self, family: Family, options: dict[str, Any]) -> nn.Module:
-        """The weights, every one of them from the file. ModelError lists those that the file lacks."""
-        kind = AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
+        """Return the model with every weight from the file. ModelError lists those that the file lacks."""
         reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported here, not guessed around
-        try:
-            model, report = self.open(
-                "safetensors weights", kind.from_pretrained, use_safetensors=True, **reporting, **options
-            )
-        except SafetensorError as error:
-            raise ModelError(f"the weights of {self.name!r} are not whole: {error}; fetch them again") from error
+        model, report = self.open(
+            "safetensors weights", _kind(family).from_pretrained, use_safetensors=True, **reporting, **options
+        )
         if lacking := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
             raise ModelError(
                 f"the weights of {self.name!r} do not fit its configuration: {len(lacking)} are missing or of another "
@@ -120,9 +212,9 @@ class Source:
         where = str(self.folder) if self.folder else self.name
         try:
             return opener(where, local_files_only=True, **self.options, **options)
-        except (OSError, ValueError) as error:
-            if self.folder is not None:
-                raise ModelError(f"no usable {part} in {self.name!r}: {gist(error)}; {_NEXT_STEPS[part]}") from error
+        except Exception as error:
+            if self.folder is not None or not isinstance(error, OSError | ValueError):
+                raise self._refusal(part, error) from error
             if constants.HF_HUB_OFFLINE:
                 raise ModelError(
                     f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub is "
@@ -130,11 +222,72 @@ class Source:
                 ) from error
         try:
             return opener(where, **self.options, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError):
+                raise self._refusal(part, error) from error
             raise ModelError(
                 f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub says: "
                 f"{gist(error)}"
             ) from error
+
+    def _refusal(self, part: str, error: Exception) -> ModelError:
+        """What to tell of a part that is there and cannot be opened."""
+        if out_of_memory(error):
+            return ModelError(
+                f"{self.name!r} does not fit into memory ({gist(error)}); pass a smaller dtype, another device_map or "
+                "quantization="
+            )
+        files = self._suspects(part)
+        read = f" (read from {', '.join(files)})" if files else ""
+        return ModelError(f"no usable {part} in {self.name!r}: {reason(error)}{read}; {_NEXT_STEPS[part]}")
+
+    def _suspects(self, part: str) -> list[str]:
+        """The files of a part that the folder has; the broken one alone where it can be told."""
+        if self.folder is None:
+            return []
+        files = [name for name in _FILES[part] if (self.folder / name).is_file()]
+        broken = [name for name in files if _is_broken(self.folder / name)]
+        return broken or files
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[str, int]]:
+        """For each tensor in the folder's files, what the header calls its dtype, and its number of values."""
+        headers: dict[str, tuple[str, int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    headers[name] = (part.get_dtype(), torch.Size(part.get_shape()).numel())
+        return headers
+
+    def _check_depth(self, config: PretrainedConfig) -> None:
+        """ModelError if the configuration has more layers than the folder has tensors; making them could take hours."""
+        parts = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
+        layers = max(int(getattr(part, "num_hidden_layers", None) or 0) for part in parts)
+        if self.folder is not None and layers > len(self._headers):
+            raise ModelError(
+                f"the config.json of {self.name!r} names {layers} layers (num_hidden_layers), and its files hold "
+                f"{len(self._headers)} tensors; fetch the model again"
+            )
+
+
+def _kind(family: Family) -> Any:
+    return AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
+
+
+def _without_values(config: PretrainedConfig, family: Family, attention: str | None) -> nn.Module:
+    """A model of this configuration on torch's meta device."""
+    options = {} if attention is None else {"attn_implementation": attention}
+    with quiet_transformers(), torch.device("meta"):
+        return _kind(family).from_config(copy.deepcopy(config), **options)  # which it changes
+
+
+def _can_be_made(config: PretrainedConfig, family: Family) -> bool:
+    try:
+        _without_values(config, family, None)
+    except Exception:  # the caller reports the error that it has met itself
+        return False
+    return True
 
 
 def _check_file(path: Path) -> None:
@@ -145,3 +298,33 @@ def _check_file(path: Path) -> None:
         raise ModelError(
             f"the weight file {str(path)!r} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+
+
+def _listed_files(index: Path) -> set[str]:
+    """The weight files that an index lists."""
+    listed = _json_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ModelError(f"the file {str(index)!r} has no weight_map from tensors to files; fetch it again")
+    return set(listed.values())
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ModelError(f"the file {str(path)!r} is not whole JSON ({gist(error)}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"the file {str(path)!r} holds a JSON {type(content).__name__}, not an object; fetch it again")
+    return content
+
+
+def _is_broken(path: Path) -> bool:
+    """The file is no JSON object, or no tokenizer where it should be one."""
+    try:
+        if path.name == "tokenizer.json":
+            Tokenizer.from_file(str(path))
+        else:
+            _json_object(path)
+    except Exception:  # tokenizers raises Exception itself
+        return True
+    return False

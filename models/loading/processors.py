@@ -1,0 +1,89 @@
+"""A processor and the model beside it: one image token that both know, and as many of them as image features."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PretrainedConfig
+
+from ..errors import ModelError, quoted
+from ..prompts import Prompt
+from ..vlm import VisionLanguageModel
+
+_MOST_EXTRA_TOKENS = 64
+"""More tokens per picture that are no patch (class token, registers) than any vision tower has."""
+
+
+def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
+    """Return the id that stands for one image position. ModelError if processor and configuration have different ones."""
+    image_token, written = config.image_token_id, getattr(processor, "image_token_id", config.image_token_id)
+    known = 0 <= image_token < len(processor.tokenizer) and processor.tokenizer.convert_ids_to_tokens(image_token)
+    if not known or image_token != written:
+        raise ModelError(
+            f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "
+            f"{quoted(getattr(processor, 'image_token', None))}, token {written}; mend image_token_id there, or fetch both again"
+        )
+    return image_token
+
+
+def complete_processor(vlm: VisionLanguageModel) -> None:
+    """Fill in what a processor of LLaVA's kind must know of the vision tower, if its folder does not say it.
+
+    These processors write one token per patch. Published checkpoints older than these fields have a processor without `patch_size`. It is the vision
+    configuration's; the tower's own features tell how many tokens are no patch (`num_additional_image_tokens`).
+    ModelError if the configuration does not say it either.
+    """
+    processor = vlm.processor
+    extra = getattr(processor, "num_additional_image_tokens", 0)
+    if not isinstance(extra, int) or not 0 <= extra <= _MOST_EXTRA_TOKENS:
+        raise ModelError(
+            f"the processor_config.json of {vlm.name!r} has num_additional_image_tokens={quoted(extra)}; write there how many "
+            "tokens of a picture are no patch, such as 1 for CLIP's class token"
+        )
+    if not vlm.has_vision or getattr(processor, "patch_size", 0) is not None:
+        return
+    if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
+        raise ModelError(
+            f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json; "
+            "write the side of a vision patch in pixels into one of them"
+        )
+    processor.patch_size = vlm.frontend.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = getattr(vlm.config, "vision_feature_select_strategy", None)
+    positions, features = count_image_tokens(vlm, probe_prompt(vlm))
+    processor.num_additional_image_tokens += features - positions
+    if processor.num_additional_image_tokens not in (0, 1):
+        raise image_token_error(vlm, positions, features)
+
+
+def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:
+    """Return how many image positions the processor makes, and how many features the model has for them."""
+    with torch.no_grad():
+        return len(prompt.groups["image"]), len(vlm.image_features(prompt))
+
+
+def image_token_error(vlm: VisionLanguageModel, positions: int, features: int) -> ModelError:
+    """What to tell where the two numbers differ."""
+    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    settings = ", ".join(
+        f"{name} {quoted(getattr(vlm.processor, name))}" for name in names if hasattr(vlm.processor, name)
+    )
+    return ModelError(
+        f"the processor of {vlm.name!r} writes {positions} tokens for a picture of which the model makes {features}; "
+        f"mend its processor_config.json{f' ({settings})' if settings else ''}, or the vision_config of its config.json"
+    )
+
+
+def probe_prompt(vlm: VisionLanguageModel, *, inverted: bool = False) -> Prompt:
+    """Return the question on which a model is proven; one that sees is shown a gradient, or its negative."""
+    picture = _gradient(inverted=inverted) if vlm.has_vision else None
+    return vlm.prompt(picture, "Which of these words is the one that comes last?", template="raw")
+
+
+def _gradient(*, inverted: bool) -> Image.Image:
+    """A gradient with corners of different colours, or its negative."""
+    size = 64
+    pixels = [(4 * column, 4 * row, 255 - 2 * (row + column)) for row in range(size) for column in range(size)]
+    image = Image.new("RGB", (size, size))
+    image.putdata([tuple(255 - value for value in pixel) if inverted else pixel for pixel in pixels])
+    return image

@@ -1,0 +1,272 @@
+"""Model folders with one damaged or older file: what can be derived is, and the rest is one ModelError naming the file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import multrace
+import pytest
+import torch
+from multrace import ModelError
+from safetensors.torch import load_file, save_file
+
+QUESTION = "Who founded the company in this photo?"
+Edit = Callable[[dict], object]
+
+
+@pytest.fixture
+def damaged(llava_llama_path, tmp_path) -> Callable[[str, Edit], Path]:
+    """Copies the model, and changes the JSON object of one of its files."""
+
+    def make(name: str, edit: Edit) -> Path:
+        folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+        content = json.loads((folder / name).read_text())
+        edit(content)
+        (folder / name).write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+def refusal(folder: Path, **options: object) -> str:
+    with pytest.raises(ModelError) as caught:
+        multrace.load(folder, **options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
+    return str(caught.value)
+
+
+def without(*names: str) -> Edit:
+    def remove(content: dict) -> None:
+        for name in names:
+            del content[name]
+
+    return remove
+
+
+OLDER = [
+    ("patch_size",),
+    ("patch_size", "num_additional_image_tokens"),
+    ("patch_size", "vision_feature_select_strategy"),
+    ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"),
+]
+
+
+@pytest.mark.parametrize("names", OLDER, ids=" ".join)
+def test_a_processor_older_than_its_fields_is_completed(names, damaged, random_llava_llama, photo, tmp_path):
+    vlm = multrace.load(damaged("processor_config.json", without(*names)))
+    prompt, expected = (model.prompt(photo, QUESTION) for model in (vlm, random_llava_llama))
+    assert prompt.tokens == expected.tokens and len(prompt.groups["image"]) == 16
+    assert torch.equal(vlm.logits(prompt), random_llava_llama.logits(expected))
+    vlm.save_pretrained(tmp_path / "whole")
+    written = json.loads((tmp_path / "whole" / "processor_config.json").read_text())
+    assert (written["patch_size"], written["num_additional_image_tokens"]) == (8, 1)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_class_token_is_counted_as_the_model_selects_features(strategy, llava_llama_path, damaged, photo):
+    folder = damaged(
+        "processor_config.json", without("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    )
+    config = json.loads((folder / "config.json").read_text()) | {"vision_feature_select_strategy": strategy}
+    (folder / "config.json").write_text(json.dumps(config))
+    vlm = multrace.load(folder)
+    assert len(vlm.prompt(photo, QUESTION).groups["image"]) == {"default": 16, "full": 17}[strategy]
+    assert vlm.processor.num_additional_image_tokens == 1
+
+
+def no_patch_size_anywhere(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["patch_size"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+PROCESSORS = {
+    "one token too many": ({"num_additional_image_tokens": 2}, "writes 17 tokens for a picture of which the model makes 16"),
+    "one too few": ({"num_additional_image_tokens": 0}, "writes 15 tokens for a picture of which the model makes 16"),
+    "other patches": ({"patch_size": 16}, "writes 4 tokens for a picture of which the model makes 16"),
+    "another selection": ({"vision_feature_select_strategy": "full"}, "writes 17 tokens"),
+    "no number": ({"num_additional_image_tokens": "1"}, "num_additional_image_tokens='1'"),
+    "a number beyond all memory": ({"num_additional_image_tokens": 2**31}, "num_additional_image_tokens=2147483648"),
+    "words for a size": ({"patch_size": "eight"}, "cannot be asked a question: TypeError"),
+    "no patches": ({"patch_size": 0}, "cannot be asked a question: ZeroDivisionError"),
+    "another kind of processor": ({"processor_class": "NoSuchProcessor"}, "has no processor, only a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_a_processor_that_does_not_fit_its_model(case, damaged):
+    changes, found = PROCESSORS[case]
+    message = refusal(damaged("processor_config.json", lambda content: content.update(changes)))
+    assert found in message
+    assert "processor" in message
+
+
+def test_the_error_names_the_fields_of_the_processor(damaged):
+    message = refusal(damaged("processor_config.json", lambda content: content.update(num_additional_image_tokens=2)))
+    assert "mend its processor_config.json (patch_size 8, num_additional_image_tokens 2, vision_feature" in message
+
+
+CONFIGURATIONS = {
+    "an unknown activation": ({"hidden_act": "nosuch"}, "KeyError: "),
+    "a number for words": ({"hidden_act": 3}, "Field 'hidden_act' expected str, got int"),
+    "words for a number": ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
+    "no heads": ({"num_attention_heads": 0}, "config.json"),
+    "a negative size": ({"intermediate_size": -64}, "config.json"),
+    "more layers than memory holds": ({"num_hidden_layers": 2**31}, "names 2147483648 layers (num_hidden_layers)"),
+    "more tokens than memory holds": ({"vocab_size": 2**31}, "describes a model of"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_configuration_of_which_no_model_can_be_made(case, damaged):
+    changes, found = CONFIGURATIONS[case]
+    message = refusal(damaged("config.json", lambda content: content["text_config"].update(changes)))
+    assert found in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"config"', "{}", "[" * 100_000, "\ufffe"])
+def test_a_configuration_that_is_no_object(content, llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+    (folder / "config.json").write_text(content)
+    assert "no usable configuration in" in refusal(folder)
+
+
+def test_sizes_that_were_lost_are_not_made_up(damaged):
+    # Without its text_config, a LLaVA is one of seven billion weights: refused before any memory is taken.
+    message = refusal(damaged("config.json", without("text_config")))
+    assert "config.json" in message and "its files hold" in message
+
+
+def test_another_image_token_than_the_processor_writes(damaged):
+    for image_token in (5, 399, 400, -1):
+        folder = damaged("config.json", lambda content, token=image_token: content.update(image_token_index=token))
+        message = refusal(folder)
+        assert (
+            f"says that token {image_token} stands for a picture, and its processor writes '<image>', token 3"
+            in message
+        )
+        shutil.rmtree(folder)
+
+
+TOKENIZERS = {
+    "no model": lambda content: content.update(model=None),
+    "another model": lambda content: content["model"].update(type="NoSuchModel"),
+    "words for ids": lambda content: content["model"].update(vocab={"a": "b"}),
+    "no such normalizer": lambda content: content.update(normalizer={"type": "NoSuchNormalizer"}),
+    "merges of unknown tokens": lambda content: content["model"].update(merges=[["\u4e00", "\u4e01"]]),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_of_wrong_content(case, damaged):
+    message = refusal(damaged("tokenizer.json", TOKENIZERS[case]))
+    assert "no usable processor in" in message and "(read from tokenizer.json)" in message
+    assert message.endswith("; put one there with processor.save_pretrained(folder)")
+
+
+SPECIAL_TOKENS = {
+    "words": "one",
+    "a fraction": 1.5,
+    "a truth": True,
+    "beyond the vocabulary": 2**63,
+    "a list of words": ["one"],
+}
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("case", SPECIAL_TOKENS)
+def test_generation_settings_of_wrong_types(case, field, damaged):
+    message = refusal(damaged("generation_config.json", lambda content: content.update({field: SPECIAL_TOKENS[case]})))
+    assert "generation_config.json" in message and field in message
+
+
+def test_a_padding_token_that_is_none(damaged, random_llava_llama, photo, other_photo):
+    vlm = multrace.load(damaged("generation_config.json", lambda content: content.update(pad_token_id=-1)))
+    prompts = [vlm.prompt(photo, QUESTION), vlm.prompt(other_photo, "Who?")]
+    assert vlm.answers(prompts) == random_llava_llama.answers(prompts)
+
+
+def test_generation_settings_that_are_no_object(llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+    for content, found in {"{": "is not whole JSON", "[1]": "holds a JSON list, not an object"}.items():
+        (folder / "generation_config.json").write_text(content)
+        assert f"the file '{folder / 'generation_config.json'}' {found}" in refusal(folder)
+
+
+INDICES = {
+    "cut": ('{"weight_map": {"a', "is not whole JSON"),
+    "a list": ("[]", "holds a JSON list"),
+    "no map": ("{}", "has no weight_map from tensors to files"),
+    "a map of lists": ('{"weight_map": {"a": ["b"]}}', "has no weight_map from tensors to files"),
+    "nested without end": ("[" * 100_000, "is not whole JSON"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_a_damaged_index_of_weights(case, llava_llama_path, tmp_path):
+    content, found = INDICES[case]
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+    (folder / "model.safetensors.index.json").write_text(content)
+    message = refusal(folder)
+    assert f"the file '{folder / 'model.safetensors.index.json'}' {found}" in message
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "nosuch", 3])
+def test_attention_that_is_not_here(attention, llava_llama_path):
+    message = refusal(llava_llama_path, attention=attention)
+    assert f"cannot open {str(llava_llama_path)!r} with attention={attention!r}: " in message
+    assert message.endswith("; pass 'sdpa' or 'eager'")
+
+
+def test_a_broken_configuration_is_not_blamed_on_attention(damaged):
+    folder = damaged("config.json", lambda content: content["text_config"].update(hidden_act="nosuch"))
+    assert "no usable configuration in" in refusal(folder, attention="eager")
+
+
+def rewrite(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(name))
+    save_file(tensors | {key: change(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_last(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight[-1, -1] = value
+        return weight
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["layers.3.mlp.down_proj.weight", "embed_tokens.weight"])
+def test_weights_that_are_not_finite(name, value, dtype, llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+    rewrite(folder, name, with_last(value))
+    message = refusal(folder, dtype=dtype)
+    assert f"{name}' of " in message
+    if dtype == "float16" and value == value:  # an infinity may come from rounding to float16
+        assert message.endswith("pass dtype='bfloat16' or 'float32', which tells the two apart")
+    else:
+        assert message.endswith("holds values that are not finite in its file; fetch the model again")
+    assert multrace.load(folder, dtype=dtype, verify=False).layers == 4
+
+
+def test_weights_that_overflow_only_in_the_dtype_asked_for(llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "large"))
+    rewrite(folder, "embed_tokens.weight", with_last(1e5))  # the last token's, which the probe does not use
+    message = refusal(folder, dtype="float16")
+    assert "is infinite in float16, because it is too large for that or damaged; pass dtype='bfloat16' or" in message
+    for dtype in ("bfloat16", "float32"):
+        assert multrace.load(folder, dtype=dtype).layers == 4
+
+
+def test_finite_weights_whose_logits_are_not(llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "large"))
+    rewrite(folder, "lm_head.weight", lambda weight: weight * 0 + 3e4)
+    assert "and its weights are all finite; pass dtype='float32'" in refusal(folder, dtype="float16")
+    rewrite(folder, "lm_head.weight", lambda weight: weight * 0 + 3e38)
+    message = refusal(folder)
+    assert "and its weights are all finite; its weights are damaged" in message
