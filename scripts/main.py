@@ -152,3 +152,7 @@ def _fail(message: str, code: int, *, debug: bool) -> int:
 def _one_line(error: Exception) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if line) or type(error).__name__
+
+
+if __name__ == "__main__":  # `python -m multrace.scripts.main`, where the console script is not installed
+    sys.exit(app())
