@@ -6,65 +6,110 @@ from typing import Any
 from .results_editors import AT, COLUMNS, editor_rows
 from .results_locating import by_onset, comparisons
 
-_TITLES = {
-    "outdated": "Outdated facts: the model gives last year's answer, the target is this year's",
-    "long_tail": "Long-tail facts: of entities that training never showed",
+_TITLES = {"outdated": "Outdated facts", "long_tail": "Long-tail facts"}
+_ABOUT = {
+    "outdated": "The model gives last year's answer; the target is this year's.",
+    "long_tail": "Facts about entities that training never showed.",
+}
+LABELS = {
+    "multedit-trace": "MultEdit, traced",
+    "multedit-moments": "… with moments",
+    "multedit-named": "… told by name",
+    "multedit-bare": "… one picture",
+    "multedit-5": "MultEdit, 5",
+    "multedit-attention": "… attention",
+    "multedit-early": "control: layer 0",
+    "multedit-published-place": "control: layer 2",
+    "multedit-paper": "MultEdit.paper()",
+    "rome": "ROME, 5",
+    "memit": "MEMIT, 4-6",
+    "emmet": "EMMET, 5",
+    "alphaedit": "AlphaEdit, 4-6",
+    "ft": "FineTune",
+    "ft-l": "… bounded",
+    "lora": "LoRA",
+    "in-context": "InContext",
+}
+"""Short names of the rows; the page explains each."""
+_CHANGES = ("efficacy", "other pictures", "other wordings", "both", "by name")
+_CURVES = {
+    "efficacy": "Efficacy after so many edits",
+    "generality": "Generality after so many edits",
+    "locality": "Locality after so many edits",
+    "retained": "Share of earlier edits that are retained (*: the first edit is lost)",
+    "growth": "Growth of the weight's norm, in percent",
 }
 _HEADER = """# Editing results
 
 Made by `multrace results --limit {number} --probes {probes}` on the embedded model and its own world of facts.
-Settings were chosen on one half of each edit split and are reported here on the other; where that has fewer than are
-asked for (80 long-tail facts), those go on that come last in the first half, on which nothing was chosen. Answers are
-**free generation**: *efficacy*, *other pictures*, *other wordings*, *both* and *by name* are shares of answers that
-equal the target letter by letter; *other entities* (same question, pictures of other things), *other relations* (other
-questions, same picture) and *unrelated* are shares of answers that are what the unedited model says. In brackets: 95 %
-bootstrap intervals over requests. Every edit is shown one picture and three more of the same entity (`contexts`), none
-of which is asked about. Where many edits are in the model at once, questions that should stay for one of them and that
-another one edits are left out. The *locality* of sequences is the share over all questions that should stay, the
-edited one asked without any picture among them.
+Settings were chosen on one half of each edit split and are reported on the other. Where that half has fewer facts
+than needed (80 long-tail facts), the last ones of the first half follow, on which nothing was chosen.
+
+## How to read the tables
+
+All answers are **generated freely**, and all numbers are percentages, with 95 % bootstrap intervals over requests in
+brackets.
+
+- *efficacy*, *other pictures*, *other wordings*, *both* and *by name*: answers that equal the target letter by
+  letter, to the edited question, with other pictures of the entity, in other words, with both changed, and without a
+  picture but with the entity's name.
+- *other entities* (same question, pictures of other things), *other relations* (other questions, same picture) and
+  *unrelated*: answers that equal those of the unedited model. *Locality* of sequences is the share over all of these,
+  and over the edited question asked without any picture.
+- Each edit is given one picture and three more of the same entity (`contexts`); none of them is asked about.
+- Where many edits are in the model at once, questions that should stay for one edit and that another one changes are
+  left out.
+
+| row | editor |
+|---|---|
+{legend}
 """
 
 
 def document(rows: Mapping[str, Mapping[str, Any]], *, number: int, probes: int) -> str:
-    """The whole page, of whatever is measured, with so many requests and probes of each kind."""
-    parts = [_HEADER.format(number=number, probes=probes)]
-    for split, found in rows.items():
-        for way, title in (
-            ("single", "one edit at a time"),
-            ("batch", "all edits in one solve"),
-            ("whole", "all edits in one solve"),
-        ):
-            lines = list(_editors(found, way))
-            if len(lines) > 2:
-                number = max(row["requests"] for name, row in found.items() if name.startswith(f"{way} "))
-                parts += [f"## {_TITLES[split]}\n\n{number} requests, {title}.\n", "\n".join(lines) + "\n"]
-        curves = list(_curves(found))
-        if curves:
-            parts += [
-                f"## {_TITLES[split]}\n\nIn sequence, each edit on top of the earlier ones.\n",
-                "\n".join(curves) + "\n",
-            ]
-        parts += _locating(found)
+    """Return the whole page, with whatever is measured for this many requests and probes of each kind."""
+    legend = "\n".join(f"| {LABELS[row.name]} | {row.text} |" for row in editor_rows())
+    parts = [_HEADER.format(number=number, probes=probes, legend=legend)]
+    for split, results in rows.items():
+        parts += _split(split, results)
     return "\n".join(parts)
 
 
-def _editors(found: Mapping[str, Any], way: str) -> Iterator[str]:
-    columns = list(COLUMNS)
-    yield "| editor | " + " | ".join(columns) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
-    first = True
-    for row in editor_rows():
-        measured = found.get(f"{way} {row.name}")
-        if measured is None:
-            continue
-        scores = measured["scores"]
-        if first:
-            before = [f"{100 * scores[column][0]:.0f}" if column in scores else "" for column in columns]
-            yield "| *unedited* | " + " | ".join(before) + " |"
-            first = False
-        cells = [_cell(scores[column]) if column in scores else "" for column in columns]
-        failed = sum(status.startswith("failed") for status in measured["statuses"].values())
-        yield f"| {row.text}{f' ({failed} failed)' if failed else ''} | " + " | ".join(cells) + " |"
+def _split(split: str, results: Mapping[str, Any]) -> Iterator[str]:
+    """The part of the page about one split, each heading once."""
+    yield f"## {_TITLES[split]}\n\n{_ABOUT[split]}\n"
+    for way, title in (
+        ("single", "one edit at a time"),
+        ("batch", "all edits in one solve"),
+        ("whole", "all edits in one solve"),
+    ):
+        tables = list(_editors(results, way))
+        if tables:
+            number = max(row["requests"] for name, row in results.items() if name.startswith(f"{way} "))
+            yield f"### {_TITLES[split]}: {number} requests, {title}\n"
+            yield from tables
+    curves = list(_curves(results))
+    if curves:
+        yield f"### {_TITLES[split]}: in sequence, each edit on top of the earlier ones\n"
+        yield from curves
+    yield from _locating(results, _TITLES[split])
+
+
+def _editors(results: Mapping[str, Any], way: str) -> Iterator[str]:
+    """Two tables: what should change, and what should stay."""
+    measured = [(row, results[f"{way} {row.name}"]) for row in editor_rows() if f"{way} {row.name}" in results]
+    if not measured:
+        return
+    shown = [column for column in COLUMNS if any(column in result["scores"] for _, result in measured)]
+    for columns in ([each for each in shown if each in _CHANGES], [each for each in shown if each not in _CHANGES]):
+        lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        before = measured[0][1]["scores"]
+        lines.append("| *unedited* | " + " | ".join(f"{100 * before[column][0]:.0f}" for column in columns) + " |")
+        for row, result in measured:
+            cells = [_cell(result["scores"][column]) if column in result["scores"] else "" for column in columns]
+            failed = sum(status.startswith("failed") for status in result["statuses"].values())
+            lines.append(f"| {LABELS[row.name]}{f' ({failed} failed)' if failed else ''} | " + " | ".join(cells) + " |")
+        yield "\n".join(lines) + "\n"
 
 
 def _cell(score: Sequence[float]) -> str:
@@ -72,24 +117,34 @@ def _cell(score: Sequence[float]) -> str:
     return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
 
 
-def _curves(found: Mapping[str, Any]) -> Iterator[str]:
-    rows = [(row, found[f"sequence {row.name}"]) for row in editor_rows() if f"sequence {row.name}" in found]
+def _curves(results: Mapping[str, Any]) -> Iterator[str]:
+    """One table per measure: editors by number of edits."""
+    rows = [(row, results[f"sequence {row.name}"]) for row in editor_rows() if f"sequence {row.name}" in results]
     if not rows:
         return
-    yield "| editor | edits | efficacy | generality | locality | of earlier edits kept | first kept | norm growth |"
-    yield "|---" * 8 + "|"
-    for row, measured in rows:
-        for point in measured["curve"]:
-            if point["edits"] not in (*AT, measured["curve"][-1]["edits"]):
-                continue
-            shares = " | ".join(
-                f"{100 * point[name]:.0f}" for name in ("efficacy", "generality", "locality", "retained")
-            )
-            first = {None: "-", 0.0: "no", 1.0: "yes"}[point["first_retained"]]
-            yield f"| {row.text} | {point['edits']:.0f} | {shares} | {first} | {100 * point['growth']:.1f} % |"
+    last = {result["curve"][-1]["edits"] for _, result in rows}
+    counts = sorted({point["edits"] for _, result in rows for point in result["curve"]} & {*AT, *last})
+    for measure, title in _CURVES.items():
+        lines = [
+            f"{title}:\n",
+            "| row | " + " | ".join(f"{count:.0f}" for count in counts) + " |",
+            "|---" * (len(counts) + 1) + "|",
+        ]
+        for row, result in rows:
+            points = {point["edits"]: point for point in result["curve"]}
+            cells = [_point(points[count], measure) if count in points else "" for count in counts]
+            lines.append(f"| {LABELS[row.name]} | " + " | ".join(cells) + " |")
+        yield "\n".join(lines) + "\n"
 
 
-def _locating(found: Mapping[str, Any]) -> list[str]:
+def _point(point: Mapping[str, Any], measure: str) -> str:
+    if measure == "growth":
+        return f"{100 * point[measure]:.1f}"
+    is_lost = measure == "retained" and point["first_retained"] == 0
+    return f"{100 * point[measure]:.0f}{'*' if is_lost else ''}"
+
+
+def _locating(found: Mapping[str, Any], title: str) -> list[str]:
     """Paired tests and the onset table, where the whole grid is measured."""
     grid = {}
     for name, cells in found.items():
@@ -99,7 +154,7 @@ def _locating(found: Mapping[str, Any]) -> list[str]:
     if len(grid) < 16 or "sites" not in found:
         return []
     sites = found["sites"]["sites"]
-    lines = ["## Does locating help?\n"]
+    lines = [f"### {title}: does locating help?\n"]
     lines.append(
         "Each request edited at each layer and token with converged values, and scored by the mean of efficacy, "
         "generality (pictures and wordings) and locality. The trace is of the request's own question under the picture "

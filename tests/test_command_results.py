@@ -7,7 +7,7 @@ from multrace.data import World
 from multrace.scripts.main import app
 from multrace.scripts.results_editors import EditorRow, editor_rows
 from multrace.scripts.results_locating import by_onset, comparisons, paired
-from multrace.scripts.results_tables import document
+from multrace.scripts.results_tables import LABELS, document
 from multrace.scripts.results_world import _cases
 
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]
@@ -23,7 +23,7 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
     assert app([*arguments, "--splits", "outdated"]) == 0
     row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())
     assert row["scores"]["efficacy"][0] == 0 and row["scores"]["efficacy"][2] == 1
-    assert "| MultEdit at layer 5, last token | 100 [100, 100] |" in (tmp_path / "results.md").read_text()
+    assert f"| {LABELS['multedit-5']} | 100 [100, 100] |" in (tmp_path / "results.md").read_text()
     made = len(edited)
     assert made == 2
     assert app([*arguments, "--splits", "outdated"]) == 0
@@ -49,7 +49,16 @@ def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
         "outdated sequence multedit-moments": 2,
     }
     text = (tmp_path / "results.md").read_text()
-    assert "2 requests, all edits in one solve" in text and f"| {_row('multedit-moments').text} | 2 | 100 |" in text
+    assert "2 requests, all edits in one solve" in text
+    assert (
+        f"Efficacy after so many edits:\n\n| row | 1 | 2 |\n|---|---|---|\n| {LABELS['multedit-moments']} | 100 | 100 |"
+        in text
+    )
+
+
+def test_every_row_has_a_short_name_of_its_own():
+    assert set(LABELS) == {row.name for row in editor_rows()}
+    assert len(set(LABELS.values())) == len(LABELS)
 
 
 def _row(name: str) -> EditorRow:
