@@ -3,6 +3,7 @@
 #   make demo     a wrong answer, where it comes from, the edit, the proof      -> out/demo/report.html
 #   make test     the test suite without the checks marked slow
 #   make slow     the checks marked slow
+#   make reference  docs/reference.md, from the docstrings
 #   make lint     style, likely bugs, import order
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
 #   make bench    how fast tracing, knockout and editing are, against the usual ways; BENCH_ARGS= for the whole tables
@@ -33,7 +34,7 @@ PYTEST_ARGS ?=
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
-.PHONY: help demo test slow lint bench results venv
+.PHONY: help demo test slow lint reference bench results venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -48,6 +49,9 @@ test: $(READY)
 slow: $(READY)
 	@code=0; $(PYTEST) -m slow $(PYTEST_ARGS) || code=$$?; \
 	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; else exit $$code; fi
+
+reference: $(READY)
+	$(BIN)/python -m multrace.scripts.reference
 
 lint: $(READY)
 	$(BIN)/ruff check .
