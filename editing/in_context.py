@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from ..models import Prompt, VisionLanguageModel
-from ..models.prompts import build
-from ..models.templates import frame
 from .errors import EditError
 from .requests import EditRequest
 
@@ -59,15 +57,12 @@ class ContextChange:
         return tuple(reversed(ranked[: self.told]))
 
     def worded(self, prompt: Prompt) -> Prompt:
-        """The same pictures, template and answer, with the facts told before the question.
+        """Return the same pictures, template and answer, with the facts stated before the question.
 
-        Its question is all of that text, and it has no constraint groups. EditError for a prompt whose template cannot
-        be told from its text.
+        The question of the new prompt is all of that text, and the new prompt has no constraint groups.
         """
         facts = [_filled(self.fact_wording, fact.question, fact.target) for fact in self.nearest(prompt.question)]
-        question = "\n".join([*facts, _filled(self.question_wording, prompt.question)])
-        images = list(prompt.images) or None
-        return build(prompt.frontend, images, question, template=_template(prompt), answer=prompt.answer)
+        return prompt.asked_anew("\n".join([*facts, _filled(self.question_wording, prompt.question)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +128,3 @@ def _filled(wording: str, question: str, target: str = "") -> str:
     """The wording with its holes filled at once, so that braces in a question stay what they are."""
     values = {"{question}": question, "{target}": target}
     return re.sub(r"\{question\}|\{target\}", lambda hole: values[hole.group()], wording)
-
-
-def _template(prompt: Prompt) -> str | None:
-    """The template by which the prompt was made: the model's own, "raw", or one read off its text."""
-    frontend = prompt.frontend
-    before, _, after = prompt.text.rpartition(prompt.question)
-    token, count = frontend.image_token, len(prompt.images)
-    shown = before.replace("\n".join([token] * count), "{image}", 1) if token and count else before
-    templates = (None, "raw", f"{shown}{{question}}{after}")
-    for template in templates:
-        if template is not None and template != "raw" and count and "{image}" not in template:
-            continue
-        start, end = frame(frontend.processor, images=count, image_token=token, template=template)
-        if start + prompt.question + end == prompt.text:
-            return template
-    raise EditError(
-        f"cannot tell how the prompt of {prompt.question!r} was made from its text {prompt.text!r}; "
-        "make it with the model's own template"
-    )

@@ -1,20 +1,23 @@
 """What turns words and pictures into tensors: the processor, and how words align with positions."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import ModelError, gist
 from .texts import check_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frontend:
-    """Processor and tokenizer of a model, with what `Prompt` must know about it."""
+    """Processor and tokenizer of a model, with everything that making a `Prompt` needs."""
 
     processor: Any
     """The processor, or the tokenizer again for a text-only model."""
@@ -26,38 +29,108 @@ class Frontend:
     dropped_inputs: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    limit: int | None = None
+    """Number of positions that the model has, as `position_limit` reads it; None if it has no limit."""
 
-    @property
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        """Itself: a copied prompt belongs to the same model."""
+        return self
+
+    @cached_property
     def image_token(self) -> str | None:
         """The text of one image position."""
         return None if self.image_token_id is None else self.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts that the tokenizer reads as one special token each, the image token among them, longest first.
+
+        Left out are single characters and plain words: some tokenizers pad with "!", which questions may well hold.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | {self.image_token or ""}
+        return tuple(sorted((text for text in special if _is_markup(text)), key=len, reverse=True))
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """A sha256 (hex) of the vocabulary: tokenizers that share it mean the same tokens by the same ids."""
+        return _digest({} if self.tokenizer is None else self.tokenizer.get_vocab())
+
+    @cached_property
+    def picture_digest(self) -> str:
+        """A sha256 (hex) of what decides which tensors and image tokens a picture becomes."""
+        described = self.processor.to_dict() if self.image_token_id is not None else {}
+        settings = {name: value for name, value in described.items() if name not in ("tokenizer", "chat_template")}
+        return _digest([self.image_token_id, self.patch_size, settings])
+
+    def accepts(self, other: "Frontend", *, has_pictures: bool) -> bool:
+        """Whether inputs that the other made mean the same here.
+
+        True for the same object, and for two with equal vocabularies and, if there are pictures, equal image
+        processors: a model that is opened twice takes prompts of either copy.
+        """
+        if other is self:
+            return True
+        if has_pictures and other.picture_digest != self.picture_digest:
+            return False
+        return other.tokenizer is self.tokenizer or other.vocabulary_digest == self.vocabulary_digest
+
+    def check_words(self, text: Any, what: str) -> str:
+        """Return the text. ModelError, which calls it `what`, if it is no text, or holds a special token.
+
+        A tokenizer would read "</s>" in a question as the end of the sequence, not as four characters.
+        """
+        special = next((token for token in self.special_tokens if token in check_text(text, what)), None)
+        if special is None:
+            return text
+        is_image = special == self.image_token
+        name = "image token" if is_image else "special token"
+        remedy = "pass pictures as image=" if is_image else "write it in other words"
+        raise ModelError(f"the {what} {text!r} holds the {name} {special!r}, which is not read as text; {remedy}")
+
+    def check_length(self, tokens: int) -> None:
+        """ModelError for more tokens than the model has positions."""
+        if self.limit is not None and tokens > self.limit:
+            raise ModelError(
+                f"the prompt has {tokens} tokens, its answer included, and the model has {self.limit} positions; "
+                "shorten the text or pass fewer pictures"
+            )
+
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and character offsets of the text, with one token per picture, as the processor sees it."""
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=self._adds_special(text))
-        return encoded["input_ids"], encoded["offset_mapping"]
+        special = self._adds_special(text)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        end = len(encoded["input_ids"]) - special * self._appended
+        return encoded["input_ids"][:end], encoded["offset_mapping"][:end]
 
     def encode(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Model inputs of the text (batch one): input_ids and attention_mask (1, token), and the pictures' tensors."""
+        """Model inputs of the text (batch one): input_ids and attention_mask (1, token), and the pictures' tensors.
+
+        What a tokenizer appends to a text, such as an end-of-sequence token, is left out: an answer follows.
+        ModelError if the processor fails.
+        """
         special = self._adds_special(text)
         if self.image_token_id is None:
             encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=special)
         else:
-            pictures = list(images) or None
-            encoded = self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
-        return {
-            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
-            for name, value in encoded.items()
-            if name not in self.dropped_inputs
-        }
+            encoded = self._processed(text, images, special)
+        encoded = {name: value for name, value in encoded.items() if name not in self.dropped_inputs}
+        length = encoded["input_ids"].shape[1]
+        end = length - special * self._appended
+        return to_device(
+            {name: value[:, :end] if value.shape == (1, length) else value for name, value in encoded.items()},
+            self.device,
+            self.dtype,
+        )
 
     def answer_ids(self, text: str, answer: str) -> tuple[int, ...]:
         """Tokens that continue the text with the answer, end-of-sequence not included.
 
         Text, blank and answer are tokenised together, so that the answer gets the tokens it has in running text;
-        apart if the answer's first letters would melt into the text's last token. ModelError for an empty answer.
+        apart if the answer's first letters would melt into the text's last token. ModelError for an empty answer, and
+        for one that holds a special token.
         """
-        answer = check_text(answer, "answer").strip()
+        answer = self.check_words(answer, "answer").strip()
         if not answer:
             raise ModelError("the answer is empty; pass the words that the model should say")
         continuation = answer if not text or text[-1].isspace() else f" {answer}"
@@ -70,6 +143,47 @@ class Frontend:
     def _adds_special(self, text: str) -> bool:
         """A chat template may already have written the beginning-of-sequence token."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    @cached_property
+    def _appended(self) -> int:
+        """How many special tokens the tokenizer puts after a text."""
+        mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        return next((count for count, is_special in enumerate(reversed(mask)) if not is_special), 0)
+
+    def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> Mapping[str, Tensor]:
+        pictures = list(images) or None
+        try:
+            return self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
+        except Exception as error:  # a processor may be a program of somebody else's: it can fail in any way
+            raise ModelError(
+                f"the processor cannot turn {len(images)} pictures and the text {text!r} into model inputs: "
+                f"{type(error).__name__}: {gist(error)}"
+            ) from error
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors on this device, those of floating-point numbers in this dtype."""
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in tensors.items()
+    }
+
+
+def position_limit(config: Any) -> int | None:
+    """Return how many positions a model with this Hugging Face configuration has; None if it states no limit.
+
+    Rotary positions that are stretched by a factor reach as far as the factor says; dynamic ones have no limit.
+    """
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated < 1:
+        return None
+    ropes = getattr(text, "rope_parameters", None) or {}
+    ropes = list(ropes.values()) if ropes and all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes):
+        return None
+    original = ((rope.get("original_max_position_embeddings") or stated, rope.get("factor") or 1) for rope in ropes)
+    return max(stated, *(int(length * factor) for length, factor in original))
 
 
 def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None) -> tuple[int | None, ...]:
@@ -104,3 +218,12 @@ def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None)
     if len(pieces) == 1 and len(long) != len(short):
         raise ModelError("the processor's tokens are not the tokenizer's; this processor adds tokens to a prompt")
     return tuple(aligned)
+
+
+def _is_markup(text: str) -> bool:
+    """Whether a special token's text stands out from words, as "</s>" and "[SEP]" do."""
+    return len(text.strip()) > 1 and not text.strip().isalnum()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

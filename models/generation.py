@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from .errors import ModelError
+from .frontend import Frontend, to_device
 from .prompts import Prompt, collate
 
 
@@ -31,27 +32,42 @@ class Score:
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, progress: bool
+    model: nn.Module,
+    frontend: Frontend,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
 ) -> list[str]:
     """Return one greedy answer per prompt in the order given, without special tokens and outer blanks.
 
     Answers that prompts carry are left out. Rows are padded on the left and masked, so a batch gives what its prompts
     give one by one, up to floating-point rounding of the logits (a tie within it may fall either way).
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ModelError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
-    settings = _greedy(model, tokenizer, max_new_tokens)
+    bare = [prompt.with_answer(None) for prompt in prompts]
+    _check_room(bare, frontend.limit, max_new_tokens)
+    tokenizer, settings = frontend.tokenizer, _greedy(model, frontend.tokenizer, max_new_tokens)
     decoding = _with_settings(model, settings)
     answers: list[str] = []
-    starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="answering", unit="batch", disable=not progress):
-        chunk = [prompt.with_answer(None) for prompt in prompts[start : start + batch_size]]
-        inputs, _ = collate(chunk, tokenizer, side="left")
+    for start in tqdm(range(0, len(bare), batch_size), desc="answering", unit="batch", disable=not progress):
+        inputs, _ = collate(bare[start : start + batch_size], tokenizer, side="left")
+        inputs = to_device(inputs, model.device, model.dtype)
         with torch.no_grad():
             ids = decoding.generate(**inputs, generation_config=settings)
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
+
+
+def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int) -> None:
+    """ModelError if an answer could need more positions than the model has; the last token of an answer needs none."""
+    longest = max((prompt.length for prompt in prompts), default=0)
+    if limit is not None and longest + max_new_tokens - 1 > limit:
+        raise ModelError(
+            f"a prompt of {longest} tokens with max_new_tokens={max_new_tokens} does not fit into the model's {limit} "
+            f"positions; pass max_new_tokens={limit - longest + 1} or less, or a shorter prompt"
+        )
 
 
 def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
@@ -81,7 +97,7 @@ def _with_settings(model: nn.Module, settings: GenerationConfig) -> nn.Module:
 
 
 def score_answer(logits: Tensor, prompt: Prompt, tokenizer: Any) -> Score:
-    """The score of the prompt's own answer (not empty) from its logits (1, token, vocab), in float64."""
+    """Return the score of the prompt's own answer (not empty) from its logits (1, token, vocab), in float64."""
     first = prompt.groups["answer"][0]
     predicting = logits[0, first - 1 : first - 1 + len(prompt.answer_ids)].double().log_softmax(dim=-1)
     chosen = predicting[torch.arange(len(prompt.answer_ids)), list(prompt.answer_ids)]

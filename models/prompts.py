@@ -1,9 +1,9 @@
 """A question about pictures as a model sees it: tensors, and names for every group of positions."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from PIL import Image
@@ -12,9 +12,10 @@ from torch import Tensor
 from .errors import ModelError
 from .frontend import Frontend, align
 from .images import Picture, open_images
-from .spans import covering, find_span
+from .spans import Span, covering, find_spans
 from .templates import frame
-from .texts import check_text
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +31,48 @@ class Patch:
     """Which picture of the prompt."""
 
 
+class ReadOnly(Mapping[str, _Value]):
+    """A mapping that cannot be changed, but can be copied and pickled, unlike `types.MappingProxyType`."""
+
+    def __init__(self, items: Mapping[str, _Value]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: str) -> _Value:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __or__(self, other: Mapping[str, _Value]) -> dict[str, _Value]:
+        return {**self._items, **other}
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+class PromptInputs(ReadOnly[Tensor]):
+    """The tensors of a prompt, which remember by which frontend they were made, so that no other model takes them."""
+
+    def __init__(self, items: Mapping[str, Tensor], frontend: Frontend) -> None:
+        super().__init__(items)
+        self.frontend = frontend
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """Model inputs of one question (batch one) and the named groups of its positions."""
+    """Model inputs of one question (batch one) and the named groups of its positions. Made by `vlm.prompt`.
+
+    A prompt can be copied and pickled; it belongs to the model that made it and to models with an equal vocabulary
+    and image processor.
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     text: str
-    """What the model is told, with one image token per picture, without the answer."""
+    """What the model is given, with one image token per picture, without the answer."""
     inputs: Mapping[str, Tensor]
     """input_ids and attention_mask (1, token), pixel_values (image, channel, row, column) if there are pictures."""
     tokens: tuple[str, ...]
@@ -52,20 +87,38 @@ class Prompt:
     """
     patches: tuple[Patch, ...]
     """Image positions with their row and column; empty where a picture's tokens do not form its patch grid."""
+    template: str | None = None
+    """The template that the prompt was made with, as `vlm.prompt` takes it; None for the model's own."""
     answer: str | None = None
     answer_ids: tuple[int, ...] = ()
     """Tokens of the answer, end-of-sequence not included."""
     frontend: Frontend = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", PromptInputs(self.inputs, self.frontend))
+        object.__setattr__(self, "groups", ReadOnly(self.groups))
+
+    def __repr__(self) -> str:
+        pictures = f", {len(self.images)} picture{'s' if len(self.images) > 1 else ''}" if self.images else ""
+        answer = "" if self.answer is None else f", answer {_shown(self.answer, 40)}"
+        groups = ", ".join(f"{name} {len(positions)}" for name, positions in self.groups.items() if positions)
+        size = f"{self.length} tokens{pictures}{answer}"
+        return f"Prompt({_shown(self.question, 100 - len(size))}: {size};\n       {_cut(groups, 110)})"
 
     @property
     def length(self) -> int:
         """Number of positions, the answer's included."""
         return self.inputs["input_ids"].shape[1]
 
-    def seen_pictures(self) -> tuple[Tensor, ...]:
-        """Each picture as the model sees it, resized and cropped: (row, column, channel) in 0 to 1.
+    @property
+    def patch_size(self) -> int | None:
+        """Side of one vision patch in pixels of the processed picture; None for a text-only model."""
+        return self.frontend.patch_size
 
-        Undoes the image processor's own scaling of colours.
+    def seen_pictures(self) -> tuple[Tensor, ...]:
+        """Return each picture as the model sees it, resized and cropped: (row, column, channel) in 0 to 1.
+
+        The image processor's own scaling of colours is undone.
         """
         pixels, processor = self.inputs["pixel_values"].double().cpu(), self.frontend.processor.image_processor
         if processor.do_normalize:
@@ -77,49 +130,49 @@ class Prompt:
             pixels = pixels / 255
         return tuple(pixels.clamp(0, 1).permute(0, 2, 3, 1))
 
-    @property
-    def patch_size(self) -> int | None:
-        """Side of one vision patch in pixels of the processed picture; None for a text-only model."""
-        return self.frontend.patch_size
-
     def inputs_with(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Model inputs of the same words, without an answer, with these pictures in place of the prompt's own."""
+        """Return model inputs of the same words, without an answer, with these pictures in place of its own."""
         return self.frontend.encode(self.text, images)
 
     def answer_tokens(self, answer: str) -> tuple[int, ...]:
-        """Token ids with which this answer would continue the prompt. ModelError for an empty answer."""
+        """Return the token ids with which this answer would continue the prompt. ModelError for an empty answer."""
         return self.frontend.answer_ids(self.text, answer)
 
-    def asked_anew(self, question: str, *, template: str | None = None) -> "Prompt":
-        """Another question about the same pictures, with the same answer; template as in `VisionLanguageModel.prompt`."""
+    def asked_anew(self, question: str) -> "Prompt":
+        """Return a prompt of another question with the same pictures, template and answer, without constraints."""
         images = list(self.images) or None
-        return build(self.frontend, images, question, template=template, answer=self.answer)
+        return build(self.frontend, images, question, template=self.template, answer=self.answer)
 
     def with_answer(self, answer: str | None) -> "Prompt":
-        """The same prompt with this answer's tokens after it (teacher forcing); None: without an answer."""
+        """Return the same prompt followed by this answer's tokens (teacher forcing); None: without an answer.
+
+        Raises:
+            ModelError: The answer is empty, holds a special token, or does not fit into the model's positions.
+        """
         end = self.groups["last"][0] + 1
-        ids = self.frontend.answer_ids(self.text, answer) if answer is not None else ()
+        ids = self.answer_tokens(answer) if answer is not None else ()
+        self.frontend.check_length(end + len(ids))
         inputs = {name: value[:, :end] if self._is_per_token(value) else value for name, value in self.inputs.items()}
         added = torch.tensor([ids], dtype=torch.long, device=inputs["input_ids"].device)
         for name, value in inputs.items():
             if value.shape == (1, end):
                 fill = added if name == "input_ids" else torch.full_like(added, int(name == "attention_mask"))
                 inputs[name] = torch.cat([value, fill.to(value.dtype)], dim=1)
-        groups = dict(self.groups) | {"answer": tuple(range(end, end + len(ids)))}
         return replace(
             self,
-            inputs=MappingProxyType(inputs),
+            inputs=inputs,
             tokens=self.tokens[:end] + tuple(self.frontend.tokenizer.decode([token]) for token in ids),
-            groups=MappingProxyType(groups),
+            groups={**self.groups, "answer": tuple(range(end, end + len(ids)))},
             answer=answer,
             answer_ids=ids,
         )
 
     def with_images(self, images: Picture | Sequence[Picture]) -> "Prompt":
-        """The same words about other pictures, as many as before; an answer is kept.
+        """Return the same words about other pictures, as many as before; an answer is kept.
 
-        ModelError for another number of pictures, for one that cannot be read, or if the processor gives them another
-        number of tokens than the present ones.
+        Raises:
+            ModelError: There is another number of pictures, one cannot be read, or the processor gives them another
+                number of tokens than the present ones.
         """
         opened = open_images(images)
         if len(opened) != len(self.images):
@@ -130,25 +183,29 @@ class Prompt:
         bare = self.with_answer(None)
         inputs = self.frontend.encode(self.text, opened)
         if not torch.equal(inputs["input_ids"], bare.inputs["input_ids"]):
-            found = inputs["input_ids"].shape[1]
+            length = inputs["input_ids"].shape[1]
             raise ModelError(
-                f"the prompt has {found} positions with these pictures and {bare.length} with its own; "
+                f"the prompt has {length} positions with these pictures and {bare.length} with its own; "
                 "pass pictures of the same sizes, or make a new prompt"
             )
         patches = _patches(self.groups["image"], inputs.get("pixel_values"), self.frontend.patch_size)
-        return replace(bare, images=opened, inputs=MappingProxyType(inputs), patches=patches).with_answer(self.answer)
+        return replace(bare, images=opened, inputs=inputs, patches=patches).with_answer(self.answer)
 
-    def positions(self, group: str | int | Sequence[int]) -> tuple[int, ...]:
-        """Positions of a group, of one index (negative counts from the end) or of several; ModelError if absent."""
+    def positions(self, group: str | SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
+        """Return the positions of a group, of one index (negative counts from the end) or of several.
+
+        Raises:
+            ModelError: The prompt has no such group or position; the message lists those that it has.
+        """
         if isinstance(group, str):
             if group not in self.groups:
                 raise ModelError(f"no token group {group!r}; this prompt has {', '.join(self.groups)}")
             return self.groups[group]
-        asked = (group,) if isinstance(group, int) else tuple(group)
-        for position in asked:
+        indices = tuple(operator.index(each) for each in ((group,) if _is_index(group) else group))
+        for position in indices:
             if not -self.length <= position < self.length:
                 raise ModelError(f"no position {position}; this prompt has {self.length} (0 to {self.length - 1})")
-        return tuple(position % self.length for position in asked)
+        return tuple(position % self.length for position in indices)
 
     def _is_per_token(self, value: Tensor) -> bool:
         return value.shape == (1, self.length)
@@ -159,23 +216,22 @@ def build(
     image: Picture | Sequence[Picture] | None,
     question: str,
     *,
-    constraint: str | Mapping[str, str] | None = None,
+    constraint: Span | Mapping[str, Span] | None = None,
     answer: str | None = None,
     template: str | None = None,
 ) -> Prompt:
-    """The prompt for this question; see `VisionLanguageModel.prompt`."""
-    question = check_text(question, "question").strip()
+    """Return the prompt for this question; see `VisionLanguageModel.prompt`."""
+    question = frontend.check_words(question, "question").strip()
     if not question:
         raise ModelError("the question is empty; pass what the model should answer")
-    if frontend.image_token and frontend.image_token in question:
-        raise ModelError(f"the question {question!r} holds the image token; pass pictures as image=")
     images = open_images(image)
     before, after = frame(frontend.processor, images=len(images), image_token=frontend.image_token, template=template)
-    spans = {name: find_span(question, words) for name, words in _named(constraint).items()}
+    spans = {name: find_spans(question, words) for name, words in _named(constraint).items()}
     text = before + question + after
     inputs = frontend.encode(text, images)
     short, offsets = frontend.tokenize(text)
     ids = inputs["input_ids"][0].tolist()
+    frontend.check_length(len(ids))
     aligned = align(short, ids, frontend.image_token_id)
     layout = _Layout(
         offsets=offsets, aligned=aligned, before=before, question=question, image_token=frontend.image_token
@@ -185,10 +241,11 @@ def build(
         images=images,
         question=question,
         text=text,
-        inputs=MappingProxyType(inputs),
+        inputs=inputs,
         tokens=tuple(frontend.tokenizer.decode([token]) for token in ids),
-        groups=MappingProxyType(_groups(layout, spans, image_positions, len(ids))),
+        groups=_groups(layout, spans, image_positions, len(ids)),
         patches=_patches(image_positions, inputs.get("pixel_values"), frontend.patch_size),
+        template=template,
         frontend=frontend,
     )
     return prompt if answer is None else prompt.with_answer(answer)
@@ -207,8 +264,8 @@ class _Layout:
     def positions(self, start: int, end: int) -> tuple[int, ...]:
         """Positions of the text tokens that hold a character of the question's [start, end); negative: before it."""
         shift = len(self.before)
-        found = (self.aligned[index] for index in covering(self.offsets, start + shift, end + shift))
-        return tuple(position for position in found if position is not None)
+        positions = (self.aligned[index] for index in covering(self.offsets, start + shift, end + shift))
+        return tuple(position for position in positions if position is not None)
 
     def after_image(self) -> int:
         """Where the last picture before the question ends, relative to the question's start; 0 without one."""
@@ -217,12 +274,12 @@ class _Layout:
         return self.before.rindex(self.image_token) + len(self.image_token) - len(self.before)
 
 
-def _named(constraint: str | Mapping[str, str] | None) -> dict[str, str]:
+def _named(constraint: Span | Mapping[str, Span] | None) -> dict[str, Span]:
     """Spans by group name; the span called "constraint", else the first one, is the constraint itself."""
     if constraint is None:
         return {}
     if not isinstance(constraint, Mapping):
-        return {"constraint": check_text(constraint, "constraint")}
+        return {"constraint": constraint}
     if not constraint:
         raise ModelError("the mapping of constraints is empty; pass constraint=None or name -> words of the question")
     main = constraint.get("constraint", next(iter(constraint.values())))
@@ -231,14 +288,15 @@ def _named(constraint: str | Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _groups(
-    layout: _Layout, spans: Mapping[str, tuple[int, int]], image: tuple[int, ...], length: int
+    layout: _Layout, spans: Mapping[str, Sequence[tuple[int, int]]], image: tuple[int, ...], length: int
 ) -> dict[str, tuple[int, ...]]:
     groups = {
         "image": image,
         "question": layout.positions(layout.after_image(), len(layout.question)),
         "question_only": layout.positions(0, len(layout.question)),
     }
-    groups |= {name: layout.positions(*span) for name, span in spans.items()}
+    for name, places in spans.items():
+        groups[name] = tuple(dict.fromkeys(position for place in places for position in layout.positions(*place)))
     if "constraint" in groups:
         groups["constraint_last"] = groups["constraint"][-1:]
     return groups | {"last": (length - 1,), "answer": (), "all": tuple(range(length))}
@@ -262,15 +320,26 @@ def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | No
 
 
 def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """One batch of inputs, padded on the given side, and by how much each prompt's positions moved.
+    """Return one batch of inputs, padded on the given side, and by how much each prompt's positions moved.
 
-    input_ids and attention_mask (prompt, token); pictures are stacked in the order of the prompts. ModelError if
-    there is no prompt, or if pictures have different sizes after the processor.
+    Args:
+        prompts: At least one prompt, all made by the same model.
+        tokenizer: The tokenizer of that model, whose padding token fills the rows.
+        side: "left", as generation needs it, or "right".
+
+    Returns:
+        The batch: input_ids and attention_mask (prompt, token), and pictures stacked in the order of the prompts. The
+        offsets: position p of prompt i is column p + offsets[i] of row i.
+
+    Raises:
+        ModelError: There is no prompt, the side is unknown, a prompt was made with another vocabulary, or pictures
+            have different sizes after the processor.
     """
     if not prompts:
         raise ModelError("no prompts to put into a batch; pass at least one")
     if side not in ("left", "right"):
         raise ModelError(f"no padding side {side!r}; pass 'left' or 'right'")
+    _check_vocabulary(prompts, tokenizer)
     longest = max(prompt.length for prompt in prompts)
     offsets = tuple(longest - prompt.length if side == "left" else 0 for prompt in prompts)
     fills = {
@@ -290,6 +359,36 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
     return batch, offsets
 
 
+def _check_vocabulary(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """ModelError unless the ids of all prompts mean the tokens of this tokenizer."""
+    vocabulary = None
+    for tokens in {id(prompt.frontend.tokenizer): prompt.frontend.tokenizer for prompt in prompts}.values():
+        if tokens is not tokenizer:
+            vocabulary = vocabulary or tokenizer.get_vocab()
+            if tokens.get_vocab() != vocabulary:
+                raise ModelError(
+                    f"a prompt was made with the tokenizer of {tokens.name_or_path!r}, not with that of "
+                    f"{tokenizer.name_or_path!r}; make all prompts of a batch with the model that runs them"
+                )
+
+
 def _padded(value: Tensor, length: int, side: str, fill: int) -> Tensor:
     missing = length - value.shape[1]
     return torch.nn.functional.pad(value, (missing, 0) if side == "left" else (0, missing), value=fill)
+
+
+def _is_index(value: Any) -> bool:
+    """Whether this is one whole number; numpy's and torch's are as well."""
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _shown(text: str, width: int) -> str:
+    return repr(_cut(text, width))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -1,35 +1,73 @@
-"""Finding a phrase in a question and the tokens that hold it, by character offsets."""
+"""Finding a phrase in a question, however it is written, and the tokens that hold it, by character offsets."""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Literal
 
 from .errors import ModelError
-from .texts import check_text
+from .texts import check_text, whole_number
+
+Span = str | tuple[str, int | Literal["all"]]
+"""Words of a question; with the number of their occurrence, from 0, or "all", where the question says them again."""
+
+_LOOKALIKES = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+)
+"""Quotation marks, apostrophes and dashes that keyboards and typesetters use for one another."""
 
 
-def find_span(question: str, span: str) -> tuple[int, int]:
-    """Start and end (exclusive) of the first place where the question says the span.
+def find_spans(question: str, span: Span) -> tuple[tuple[int, int], ...]:
+    """Return (start, end) of each place in the question that the span names, in characters, the end exclusive.
 
-    Whole words and the same case are preferred, in this order: same case and whole words, any case and whole words,
-    same case inside a word, any case inside a word. Runs of blanks match each other. ModelError shows the question
-    and the nearest words if the span is not there.
+    Whole words come before parts of words, and within each the same characters come first, then characters that look
+    alike (composed and decomposed accents, kinds of blanks, quotation marks and dashes, invisible characters,
+    compatibility forms such as ligatures), then the same letters in any case. Runs of blanks match each other. Only the
+    best of these ways counts: "Apple" is found in "Is the apple by Apple?" once.
+
+    Args:
+        question: The text to search.
+        span: The words; or (words, number) for one of several occurrences, counted from 0 or, if negative, from the
+            last; or (words, "all") for all of them.
+
+    Raises:
+        ModelError: The question does not say the words (the message shows the nearest ones), or says them more than
+            once and the span does not choose.
     """
-    words = check_text(span, "constraint").split()
-    if not words:
-        raise ModelError("the constraint is empty; pass the words of the question that name its subject")
-    pattern = r"\s+".join(re.escape(word) for word in words)
-    for form in (rf"(?<!\w){pattern}(?!\w)", pattern):
-        for flags in (0, re.IGNORECASE):
-            if match := re.search(form, question, flags):
-                return match.span()
-    raise ModelError(
-        f"{span!r} is not in the question {question!r}; the nearest words are {nearest_words(question, span)!r}"
-    )
+    words, choice = _chosen(span)
+    matches = _occurrences(question, words)
+    if not matches:
+        raise ModelError(_absent(question, words))
+    if choice == "all":
+        return matches
+    if choice is None and len(matches) > 1:
+        places = ", ".join(f"{start} to {end}" for start, end in matches)
+        raise ModelError(
+            f"the question {question!r} says {words!r} {len(matches)} times (characters {places}); pass more of the "
+            f"words around one of them, or constraint=({words!r}, number) with a number from 0 to {len(matches) - 1}, "
+            f'or ({words!r}, "all")'
+        )
+    number = choice or 0
+    if not -len(matches) <= number < len(matches):
+        raise ModelError(
+            f"the question {question!r} says {words!r} {len(matches)} times, so there is no occurrence {number}; pass "
+            f"a number from 0 to {len(matches) - 1}"
+        )
+    return (matches[number],)
+
+
+def find_span(question: str, span: Span) -> tuple[int, int]:
+    """Return (start, end) of the one place that the span names; with "all", from the first place to the last's end."""
+    spans = find_spans(question, span)
+    return spans[0][0], spans[-1][1]
 
 
 def nearest_words(question: str, span: str) -> str:
-    """The run of the question's words that is most like the span (difflib ratio, case ignored)."""
+    """Return the run of the question's words that is most like the span (difflib ratio, case ignored)."""
     words = list(re.finditer(r"\S+", question))
     length = len(span.split())
     runs = [
@@ -41,9 +79,118 @@ def nearest_words(question: str, span: str) -> str:
 
 
 def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    """Indices of the tokens that hold at least one character of [start, end).
+    """Return indices of the tokens that hold at least one character of [start, end).
 
     A token that only holds the blank before the span is not among them; one that holds the blank and the first word is.
     Special tokens that a tokenizer adds have empty offsets and are never among them.
     """
     return tuple(index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last)
+
+
+def _chosen(span: Span) -> tuple[str, int | Literal["all"] | None]:
+    """The words of a span, and which occurrence is meant; None for the only one."""
+    words, choice = span if isinstance(span, tuple | list) and len(span) == 2 else (span, None)
+    if not check_text(words, "constraint").strip():
+        raise ModelError("the constraint is empty; pass the words of the question that name its subject")
+    if choice is None or choice == "all":
+        return words, choice
+    return words, whole_number(choice, "the number of the occurrence")
+
+
+def _occurrences(question: str, words: str) -> tuple[tuple[int, int], ...]:
+    """Every place that says the words, by the best way in which there is one."""
+    for whole in (True, False):
+        for fold in (_same, _lookalike, _caseless):
+            wanted = _folded(words, fold).text.strip()
+            if places := tuple(_matches(_folded(question, fold), wanted, whole)):
+                return places
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folded:
+    """A text in which spellings that count as equal are equal, and where its characters come from."""
+
+    text: str
+    places: tuple[tuple[int, int], ...]
+    """For each character, (start, end) of the cluster in the original that it comes from."""
+
+    def is_cut(self, at: int) -> bool:
+        """Whether the border before this character is inside a cluster, as between a letter and its accent."""
+        return 0 < at < len(self.places) and self.places[at - 1] == self.places[at]
+
+    def is_word(self, at: int) -> bool:
+        """Whether there is a character here that belongs to a word; a combining mark does."""
+        if not 0 <= at < len(self.text):
+            return False
+        character = self.text[at]
+        return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+
+
+def _matches(text: _Folded, wanted: str, whole: bool) -> Iterator[tuple[int, int]]:
+    """Places, none overlapping, that say the wanted text and cut no cluster and, if whole, no word."""
+    start = text.text.find(wanted) if wanted else -1
+    while start >= 0:
+        end = start + len(wanted)
+        inside = text.is_cut(start) or text.is_cut(end) or whole and (text.is_word(start - 1) or text.is_word(end))
+        if not inside:
+            yield text.places[start][0], text.places[end - 1][1]
+        start = text.text.find(wanted, start + 1 if inside else end)
+
+
+def _folded(text: str, fold: Callable[[str], str]) -> _Folded:
+    """The text with each cluster folded, and one blank for each run of blanks."""
+    characters: list[str] = []
+    places: list[tuple[int, int]] = []
+    for start, end in _clusters(text):
+        cluster = fold(text[start:end])
+        if cluster.isspace():
+            if characters and characters[-1] == " ":
+                places[-1] = (places[-1][0], end)
+                continue
+            cluster = " "
+        characters += cluster
+        places += [(start, end)] * len(cluster)
+    return _Folded(text="".join(characters), places=tuple(places))
+
+
+def _clusters(text: str) -> Iterator[tuple[int, int]]:
+    """Each character with the combining marks after it: normal forms never move anything across these borders."""
+    start = 0
+    for at in range(1, len(text) + 1):
+        if at == len(text) or not unicodedata.combining(unicodedata.normalize("NFD", text[at])[0]):
+            yield start, at
+            start = at
+
+
+def _same(cluster: str) -> str:
+    return cluster
+
+
+def _lookalike(cluster: str) -> str:
+    plain = unicodedata.normalize("NFKD", cluster.translate(_LOOKALIKES)).translate(_LOOKALIKES)
+    return "".join(character for character in plain if not _is_invisible(character))
+
+
+def _caseless(cluster: str) -> str:
+    """Letters without case; the Turkish dotted capital and dotless small i count as i, whose pair they are there."""
+    folded = _lookalike(_lookalike(cluster).casefold())
+    return folded.replace("i\u0307", "i").replace("\u0131", "i")
+
+
+def _is_invisible(character: str) -> bool:
+    """Zero-width characters, soft hyphens, direction marks and variation selectors."""
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
+
+
+def _absent(question: str, words: str) -> str:
+    """The message for words that the question does not say; it names characters that only look alike."""
+    nearest = nearest_words(question, words)
+    message = f"{words!r} is not in the question {question!r}; the nearest words are {nearest!r}"
+    composed = (unicodedata.normalize("NFC", text.strip().lower()) for text in (nearest, words))
+    pairs = list(zip(*composed, strict=False))
+    apart = [pair for pair in pairs if pair[0] != pair[1]]
+    if not apart or 2 * len(apart) > len(pairs) or all(character.isascii() for character in apart[0]):
+        return message
+    own, other = (f"{character!r} ({unicodedata.name(character, 'unnamed')})" for character in apart[0])
+    return f"{message}, with {own} where the constraint has {other}"

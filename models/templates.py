@@ -9,12 +9,20 @@ _MARK = "\ue000"  # a private-use character: no template and no question contain
 
 
 def frame(processor: Any, *, images: int, image_token: str | None, template: str | None = None) -> tuple[str, str]:
-    """What stands before and after the question; the first part holds one image token per picture.
+    """Return what stands before and after the question; together they hold one image token per picture.
 
-    template: None for the model's own (the processor's chat template; "USER: <image>\\n{question} ASSISTANT:" where
-    it has none; the bare question for a text model without one), "raw" for the image tokens and the question alone,
-    or a text with {question} and, for pictures, {image}. ModelError if the template cannot be rendered
-    or does not show the question exactly once.
+    Args:
+        processor: The processor, or the tokenizer of a text-only model.
+        images: Number of pictures.
+        image_token: The text of one image position; None for a text-only model.
+        template: None for the model's own (the processor's chat template; "USER: <image>\\n{question} ASSISTANT:" where
+            it has none; the bare question for a text-only model without one), "raw" for the image tokens and the
+            question alone, or a text with {question} once and {image} once for all pictures or once for each. Without
+            pictures, {image} stands for nothing.
+
+    Raises:
+        ModelError: The template cannot be rendered, or shows the question or the pictures more or less often than it
+            should.
     """
     if images and image_token is None:
         raise ModelError("this is a text-only model; pass image=None")
@@ -32,6 +40,11 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
     check_text(rendered, "template")
     if rendered.count(_MARK) != 1:
         raise ModelError(f"the template shows the question {rendered.count(_MARK)} times; it must show it exactly once")
+    if image_token and template is not None and rendered.count(image_token) != images:
+        raise ModelError(
+            f"the template {template!r} shows {rendered.count(image_token)} pictures and the prompt has {images}; "
+            f"write {{image}} in place of {image_token!r}"
+        )
     before, after = rendered.split(_MARK)
     return before, after
 
@@ -39,9 +52,18 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
 def _custom(template: str, image_tokens: list[str]) -> str:
     if "{question}" not in check_text(template, "template"):
         raise ModelError(f"the template {template!r} has no {{question}}; write where the question goes")
-    if image_tokens and "{image}" not in template:
+    shown, given = template.count("{image}"), len(image_tokens)
+    if given and not shown:
         raise ModelError(f"the template {template!r} has no {{image}}; write where the picture goes")
-    return template.replace("{image}", "\n".join(image_tokens)).replace("{question}", _MARK)
+    if given and shown not in (1, given):
+        raise ModelError(
+            f"the template {template!r} has {{image}} {shown} times and the prompt has {given} "
+            f"picture{'s' if given > 1 else ''}; write it once for all pictures, or once for each"
+        )
+    parts = image_tokens if shown == given else ["\n".join(image_tokens)] * shown
+    for part in parts:
+        template = template.replace("{image}", part, 1)
+    return template.replace("{question}", _MARK)
 
 
 def _chat(processor: Any, images: int, *, has_vision: bool) -> str:

@@ -1,12 +1,13 @@
-"""Words from the caller, checked before a tokenizer sees them."""
+"""Checks of texts and numbers that a caller passes, made before a tokenizer or a tensor sees them."""
 
+import operator
 from typing import Any
 
 from .errors import ModelError
 
 
 def check_text(text: Any, what: str) -> str:
-    """The text itself. ModelError, which calls it `what`, if it is no string or cannot be written as UTF-8."""
+    """Return the text. ModelError, which calls it `what`, if it is no string or cannot be written as UTF-8."""
     if not isinstance(text, str):
         raise ModelError(f"the {what} is of type {type(text).__name__}, not a string; pass its words as a string")
     try:
@@ -17,3 +18,14 @@ def check_text(text: Any, what: str) -> str:
             f"{text[error.start]!r}; decode its bytes with the encoding they were written in"
         ) from error
     return text
+
+
+def whole_number(value: Any, what: str, *, least: int | None = None) -> int:
+    """Return the value as an `int`; integers of numpy and torch are accepted. ModelError, which calls it `what`."""
+    try:
+        number = operator.index(value)
+    except (TypeError, RuntimeError) as error:  # torch raises RuntimeError for a tensor of several numbers
+        raise ModelError(f"{what} is {value!r}, of type {type(value).__name__}; pass a whole number") from error
+    if least is not None and number < least:
+        raise ModelError(f"{what} is {number}; it must be at least {least}")
+    return number

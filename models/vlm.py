@@ -16,13 +16,15 @@ from transformers import Cache
 from .errors import ModelError
 from .families.addresses import Addresses, Key, Projection
 from .families.table import Family
-from .frontend import Frontend
+from .frontend import Frontend, to_device
 from .generation import Score, generate, score_answer
 from .hooks import first_input
 from .images import Picture
 from .lock import ModelLock, evaluating
-from .prompts import Prompt, build
+from .prompts import Prompt, PromptInputs, build
 from .saving import save_directory
+from .spans import Span
+from .texts import whole_number
 
 Inputs = Prompt | Mapping[str, Tensor]
 
@@ -46,6 +48,14 @@ class VisionLanguageModel:
     """The dtype of its file, which `save_pretrained` writes again."""
     lock: ModelLock = field(default_factory=ModelLock, repr=False)
     """Held by the thread that runs the model, hooks it, or changes its weights or its attention function."""
+
+    def __repr__(self) -> str:
+        revision = "" if self.revision is None else f" at {self.revision}"
+        sizes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, vocab {self.vocab}"
+        return (
+            f"VisionLanguageModel({self.name!r}{revision},\n"
+            f"    {self.family.name}: {sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
 
     @property
     def processor(self) -> Any:
@@ -163,19 +173,45 @@ class VisionLanguageModel:
         image: Picture | Sequence[Picture] | None,
         question: str,
         *,
-        constraint: str | Mapping[str, str] | None = None,
+        constraint: Span | Mapping[str, Span] | None = None,
         answer: str | None = None,
         template: str | None = None,
     ) -> Prompt:
-        """The model inputs of one question, and names for its token groups.
+        """Return the model inputs of one question, with names for its token groups.
 
-        image: a path, a PIL image, several of them, or None. constraint: words of the question (found without regard
-        to case), or name -> words for several; the one called "constraint", else the first, is the constraint itself.
-        answer: continues the prompt (teacher forcing). template: None for the model's own, "raw", or a text with
-        {image} and {question}. ModelError for an empty question, an unreadable picture, or words that the question
-        does not say.
+        Args:
+            image: A path, a PIL image, a sequence of them, or None for a question without a picture.
+            question: The question. Text that the tokenizer would read as a special token, such as "</s>" or the image
+                token, is refused.
+            constraint: Words of the question, or name -> words for several; the one called "constraint", else the
+                first, is the constraint itself. Case, the form of accents and quotation marks need not agree. Where the
+                question says the words more than once, pass (words, number) with the number of the occurrence from 0,
+                or (words, "all").
+            answer: Text that follows the prompt (teacher forcing); None for no answer.
+            template: None for the model's own, "raw" for the question alone, or a text with {question} once and {image}
+                once for all pictures or once for each.
+
+        Returns:
+            The prompt: tensors (batch one), tokens, token groups and image patches.
+
+        Raises:
+            ModelError: The question or the answer is empty or holds a special token, a picture cannot be read, the
+                question does not say the constraint or says it more than once, the template does not fit, or there are
+                more tokens than the model has positions.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "Who founded Draivo?", constraint="Draivo")
+            >>> [prompt.tokens[position] for position in prompt.positions("constraint")]
+            [' Draivo']
         """
         return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
+
+    def check_words(self, text: str, what: str) -> str:
+        """Return the text. ModelError, which calls it `what`, if it is no string or holds a special token."""
+        return self.frontend.check_words(text, what)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -241,7 +277,14 @@ class VisionLanguageModel:
             return {name: _digest(self.weight(name)) for name in names}
 
     def image_features(self, inputs: Inputs) -> Tensor:
-        """The pictures as the text stack gets them, (image token, hidden), in the order of the image positions."""
+        """Return the pictures as the text stack gets them, (image token, hidden), in the order of the image positions.
+
+        Args:
+            inputs: A prompt with pictures, or model inputs by name.
+
+        Raises:
+            ModelError: The prompt belongs to another model.
+        """
         accepted = signature(self.model.get_image_features).parameters  # pixel_values, and for tiles image_sizes
         visual = {name: value for name, value in self._ready(inputs).items() if name in accepted}
         with self.running():
@@ -249,9 +292,15 @@ class VisionLanguageModel:
         return torch.cat(list(features.pooler_output))
 
     def embeddings(self, inputs: Inputs) -> Tensor:
-        """What the text stack is given, (batch, token, hidden): word embeddings with image features in their place.
+        """Return what the text stack reads, (batch, token, hidden): word embeddings, image features in their place.
 
-        Runs the vision tower but no decoder layer.
+        The vision tower runs, but no decoder layer does.
+
+        Args:
+            inputs: A prompt, or model inputs by name: input_ids and attention_mask (batch, token), pictures.
+
+        Raises:
+            ModelError: The prompt belongs to another model, or is longer than the model has positions.
         """
         ready = self._ready(inputs)
         if not self.has_vision:
@@ -261,20 +310,36 @@ class VisionLanguageModel:
         return entered[0]
 
     def embed(self, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What the first decoder layer reads, (1, token, hidden), for these inputs (default: the prompt's own).
+        """Return what the first decoder layer reads, (1, token, hidden), without gradients.
 
-        Ends with the prompt's last token: an answer after it cannot act on the score, since attention is causal.
+        It ends with the prompt's last token: an answer after it cannot act on the score, since attention is causal.
+
+        Args:
+            prompt: The prompt.
+            inputs: Other inputs of the same length, such as the same words with another picture; default: its own.
+
+        Raises:
+            ModelError: The prompt belongs to another model, or is longer than the model has positions.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "Who founded Draivo?")
+            >>> vlm.embed(prompt).shape == (1, prompt.length, vlm.hidden)
+            True
         """
+        self._check_origin(prompt)
         with torch.no_grad():
             return self.embeddings(dict(inputs or prompt.inputs))[:, : prompt.groups["last"][0] + 1]
 
     def embed_words(self, ids: Sequence[int]) -> Tensor:
-        """The embeddings of token ids, (1, token, hidden)."""
+        """Return the embeddings of token ids, (1, token, hidden), without gradients."""
         with torch.no_grad():
             return self.input_embeddings(torch.tensor([list(ids)], dtype=torch.long, device=self.device))
 
     def extend(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
-        """Embeddings (sample, token, hidden) followed by those of all these token ids but the last.
+        """Return embeddings (sample, token, hidden) followed by those of all these token ids but the last.
 
         The logits at the last len(ids) positions then predict the ids one by one (teacher forcing).
         """
@@ -284,14 +349,16 @@ class VisionLanguageModel:
         return torch.cat([embeddings, words.expand(len(embeddings), -1, -1)], dim=1)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Logits (..., vocab) of states (..., hidden) that the final norm has normalised, by the output head alone."""
+        """Return logits (..., vocab) of states (..., hidden) after the final norm, by the output head alone."""
         with self.lock:
             return self.output_head(states)
 
     def next_token_probabilities(self, embeddings: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-        """The distribution over the token after embeddings (sample, token, hidden): (sample, vocab) float64 on the CPU.
+        """Return the distribution over the next token, (sample, vocab), in float64 on the CPU.
 
-        attention_mask: as in `forward`; None for the decoder's own causal one.
+        Args:
+            embeddings: What the first decoder layer reads, (sample, token, hidden).
+            attention_mask: As `forward` takes it; None for the decoder's own causal one.
         """
         with torch.no_grad():
             logits = self.forward(
@@ -300,7 +367,22 @@ class VisionLanguageModel:
         return logits[:, -1].double().softmax(-1).cpu()
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """Logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing."""
+        """Return logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing.
+
+        Args:
+            inputs: A prompt, or model inputs by name such as `collate` makes them.
+
+        Raises:
+            ModelError: The prompt belongs to another model, or is longer than the model has positions.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "Who founded Draivo?")
+            >>> vlm.logits(prompt).shape == (1, prompt.length, vlm.vocab)
+            True
+        """
         with self.running():
             return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
 
@@ -313,15 +395,21 @@ class VisionLanguageModel:
         positions: Sequence[int] | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Logits (batch, token, vocab) of the text stack on given embeddings (batch, token, hidden), as in `logits`.
+        """Return logits (batch, token, vocab) of the text stack for given embeddings, as `logits` does for a prompt.
 
-        positions: only these tokens' logits, in this order, which saves the output head for all others.
+        Args:
+            inputs_embeds: What the text stack reads, (batch, token, hidden), as `embed` and `extend` make it.
+            attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row
+                may look at a column; a boolean one must hold the causal triangle itself. None: nothing is padded.
+            position_ids: (batch, token); None: tokens are counted from 0, padding left out.
+            positions: Only these tokens' logits, in this order, which saves the output head for all others.
+            past_key_values: Keys and values of the tokens before these, which the mask covers too; it grows by these.
 
-        attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row may
-        look at a column; a boolean one must hold the causal triangle itself.
-
-        past_key_values: keys and values of the tokens before these, which the mask covers too; it grows by these.
+        Raises:
+            ModelError: There are more tokens than the model has positions.
         """
+        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self._check_length(before + inputs_embeds.shape[1], attention_mask)
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -333,23 +421,80 @@ class VisionLanguageModel:
             return _wide(self.model(**_with_positions(given)).logits)
 
     def decode(self, ids: Any) -> str:
-        """The text of token ids, special tokens left out."""
+        """Return the text of token ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(self, image: Picture | Sequence[Picture] | None, question: str, *, max_new_tokens: int = 16) -> str:
-        """The model's greedy answer, outer blanks removed."""
+        """Return the model's greedy answer to one question, outer blanks removed.
+
+        Args:
+            image: The picture or pictures, as `prompt` takes them, or None.
+            question: The question.
+            max_new_tokens: Length of the answer at most, in tokens.
+
+        Raises:
+            ModelError: As for `prompt` and `answers`.
+        """
         return self.answers([self.prompt(image, question)], max_new_tokens=max_new_tokens)[0]
 
     def answers(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 16, progress: bool = False
     ) -> list[str]:
-        """The greedy answer to each prompt, as one by one; answers that prompts carry are left out."""
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        """Return the greedy answer to each prompt, in their order; answers that prompts carry are left out.
+
+        Of the generation settings in the model's folder only the special tokens are used: no sampling, beams,
+        penalties, forbidden or forced tokens, or lengths. Rows of a batch are padded on the left and masked, so that a
+        batch gives what its prompts give one by one, up to rounding.
+
+        Args:
+            prompts: Prompts of this model, with and without pictures.
+            max_new_tokens: Length of an answer at most, in tokens.
+            batch_size: Prompts that are answered together.
+            progress: Show a progress bar.
+
+        Returns:
+            One text per prompt, without special tokens and outer blanks.
+
+        Raises:
+            ModelError: A prompt belongs to another model, a number is below 1, a prompt with its answer is longer than
+                the model has positions, or pictures of a batch have different sizes after the processor.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import World, tiny_vlm_path
+            >>> vlm, world = mt.load(tiny_vlm_path()), World()
+            >>> photo = world.picture(world.entities[0], 0).image
+            >>> prompts = [vlm.prompt(photo, "Who founded the company in this photo?")]
+            >>> len(vlm.answers(prompts, max_new_tokens=4))
+            1
+        """
+        for prompt in prompts:
+            self._check_origin(prompt)
+        sizes = {
+            "max_new_tokens": whole_number(max_new_tokens, "max_new_tokens", least=1),
+            "batch_size": whole_number(batch_size, "batch_size", least=1),
+        }
         with self.running():
-            return generate(self.model, self.tokenizer, prompts, **sizes, progress=progress)
+            return generate(self.model, self.frontend, prompts, **sizes, progress=progress)
 
     def score(self, image: Picture | Sequence[Picture] | None, question: str, answer: str) -> Score:
-        """How probable the model finds this answer (teacher-forced, all its tokens, without end-of-sequence)."""
+        """Return how probable the model finds an answer: teacher-forced, all its tokens, without end-of-sequence.
+
+        Args:
+            image: The picture or pictures, as `prompt` takes them, or None.
+            question: The question.
+            answer: The answer, in words.
+
+        Raises:
+            ModelError: As for `prompt`.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> score = mt.load(tiny_vlm_path()).score(None, "Who founded Draivo?", "Raner")
+            >>> len(score.tokens) == len(score.token_log_probabilities)
+            True
+        """
         prompt = self.prompt(image, question, answer=answer)
         with torch.no_grad():
             return score_answer(self.logits(prompt), prompt, self.tokenizer)
@@ -357,10 +502,15 @@ class VisionLanguageModel:
     def save_pretrained(
         self, directory: str | PathLike[str], *, dtype: torch.dtype | None = None, overwrite: bool = False
     ) -> None:
-        """Model and processor as an ordinary Hugging Face directory (safetensors), there whole or not at all.
+        """Write model and processor as an ordinary Hugging Face directory (safetensors), whole or not at all.
 
-        dtype: of the floating-point weights in the file; None keeps the one of the file that was loaded. An existing
-        directory that is not empty is refused, or replaced if `overwrite`. ModelError if it cannot be written.
+        Args:
+            directory: The folder to make.
+            dtype: Type of the floating-point weights in the file; None for that of the file that was loaded.
+            overwrite: Replace a folder that is not empty; by default it is refused.
+
+        Raises:
+            ModelError: The folder is not empty, or cannot be written.
         """
         with self.lock:
             save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
@@ -378,12 +528,31 @@ class VisionLanguageModel:
         return self.module(f"{self.model.base_model_prefix}.{above}{leaf}")
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
-        tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs
-        moved = {
-            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
-            for name, value in tensors.items()
-        }
-        return _with_positions(moved)
+        """Tensors that the model takes as they are. ModelError for those of another model, or for too many tokens."""
+        self._check_origin(inputs)
+        ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
+        if "input_ids" in ready:
+            self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
+        return _with_positions(ready)
+
+    def _check_origin(self, inputs: Inputs) -> None:
+        """ModelError for a prompt, or the inputs of one, whose tokens or pictures mean something else to this model."""
+        if not isinstance(inputs, Prompt | PromptInputs):
+            return
+        has_pictures = bool(inputs.images) if isinstance(inputs, Prompt) else "pixel_values" in inputs
+        if not self.frontend.accepts(inputs.frontend, has_pictures=has_pictures):
+            question = f" {inputs.question!r}" if isinstance(inputs, Prompt) else ""
+            raise ModelError(
+                f"the prompt{question} was made by a model with another vocabulary or image processor "
+                f"({inputs.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's prompt(...)"
+            )
+
+    def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
+        """ModelError for more tokens in a row, padding left out, than the model has positions."""
+        limit = self.frontend.limit
+        if limit is not None and width > limit:
+            padded = attention_mask is not None and attention_mask.ndim == 2
+            self.frontend.check_length(int(attention_mask.sum(-1).max()) if padded else width)
 
     def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Only sdpa understands booleans; the eager path would add True as 1."""

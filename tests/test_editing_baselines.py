@@ -290,10 +290,3 @@ def test_the_facts_with_most_words_in_common_are_told(random_llama):
     assert told("What is the DOG called?", 1) == ["Rex"]
     assert told("Who leads the choir?", 1) == ["Ann"]  # as near as another, and asked for earlier
     assert len(told("anything", 9)) == 4
-
-
-def test_a_prompt_of_a_template_unknown_is_refused(random_llava_llama, photo):
-    prompt = random_llava_llama.prompt(photo, "Who is this?")
-    change = InContext().edit(random_llava_llama, [EditRequest(prompt=prompt, target="Bob")])
-    with pytest.raises(EditError, match="cannot tell how the prompt of 'Who is this\\?' was made"):
-        change.worded(replace(prompt, text="who knows"))

@@ -1,11 +1,23 @@
 """Prompts: templates, token groups, constraints, answers and batches."""
 
+import copy
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import multrace
+import numpy as np
 import pytest
 import torch
 from multrace import ModelError
 from multrace.models import collate
-from multrace.models.frontend import align
+from multrace.models.frontend import align, position_limit
 from multrace.models.spans import nearest_words
+from random_models import make_tokenizer, save, text_sizes
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 QUESTION = "Who founded the company in this photo?"
 SPAN = "the company in this photo"
@@ -65,6 +77,331 @@ def test_templates_of_the_caller(random_llava_llama, photo):
         random_llava_llama.prompt(photo, QUESTION, template="USER: {question}")
     with pytest.raises(ModelError, match="2 times"):
         random_llava_llama.prompt(photo, QUESTION, template="{image} {question} {question}")
+
+
+def test_a_template_shows_each_picture_once(random_llava, photo, other_photo):
+    both = [photo, other_photo]
+    one_place = random_llava.prompt(both, QUESTION, template="{image} {question}")
+    two_places = random_llava.prompt(both, QUESTION, template="First: {image} Second: {image} {question}")
+    assert one_place.text == f"<image>\n<image> {QUESTION}"
+    assert two_places.text == f"First: <image> Second: <image> {QUESTION}"
+    assert [patch.image for patch in two_places.patches] == [0] * 16 + [1] * 16
+    assert random_llava.prompt(None, QUESTION, template="{image}{image}{question}").text == QUESTION
+    refused = {
+        "{image}{image} {question}": (photo, "has {image} 2 times and the prompt has 1 picture;"),
+        "{image}{image}{image} {question}": (both, "has {image} 3 times and the prompt has 2 pictures;"),
+        "{image} <image> {question}": (photo, "shows 2 pictures and the prompt has 1; write {image} in place of"),
+        "<image> {question}": (None, "shows 1 pictures and the prompt has 0"),
+        "<image>{question}": (photo, "has no {image}"),
+    }
+    for template, (pictures, message) in refused.items():
+        with pytest.raises(ModelError) as error:
+            random_llava.prompt(pictures, QUESTION, template=template)
+        assert message in str(error.value)
+
+
+def test_a_chat_template_that_shows_a_picture_twice(random_llava_phi, photo, monkeypatch):
+    doubled = "{{ '<image> <image> ' + messages[0]['content'][-1]['text'] }}"
+    monkeypatch.setattr(random_llava_phi.processor, "chat_template", doubled)
+    with pytest.raises(ModelError, match="processor cannot turn 1 pictures and the text '<image> <image> Who"):
+        random_llava_phi.prompt(photo, QUESTION)
+
+
+def test_a_prompt_remembers_its_template(random_llava, photo):
+    for template in (None, "raw", "{question} {image} Answer:"):
+        prompt = random_llava.prompt(photo, QUESTION, template=template, answer="Ada")
+        again = prompt.asked_anew("Who?")
+        assert prompt.template == again.template == template
+        assert again.text == random_llava.prompt(photo, "Who?", template=template).text
+        assert again.answer == "Ada"
+
+
+def test_a_prompt_prints_in_two_lines(random_llava, photo):
+    prompt = random_llava.prompt(photo, QUESTION, constraint=SPAN, answer="Ada")
+    assert repr(prompt).splitlines() == [
+        f"Prompt('{QUESTION}': {prompt.length} tokens, 1 picture, answer 'Ada';",
+        f"       image 16, question {len(prompt.positions('question'))}, "
+        f"question_only {len(prompt.positions('question_only'))}, constraint {len(prompt.positions('constraint'))}, "
+        f"constraint_last 1, last 1, answer {len(prompt.answer_ids)}, "
+        f"all {len(prompt.positions('all'))})",
+    ]
+    spans = {name * 30: ("founded", 0) for name in "abc"}
+    long = repr(random_llava.prompt([photo] * 3, QUESTION * 9, constraint=spans))
+    assert len(long.splitlines()) == 2 and max(map(len, long.splitlines())) <= 120
+    assert len(repr(random_llava).splitlines()) == 2
+
+
+# Prompts are copied, sent to other processes, and given to other models.
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda prompt: pickle.loads(pickle.dumps(prompt)),
+    "replace": dataclasses.replace,
+    "a list of them": lambda prompt: copy.deepcopy([prompt])[0],
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_a_copied_prompt_is_the_same_prompt(case, random_llava, photo, other_photo):
+    prompt = random_llava.prompt(photo, QUESTION, constraint={"visual": SPAN, "verb": "founded"}, answer="Ada")
+    copied = COPIES[case](prompt)
+    for name in ("question", "text", "tokens", "groups", "patches", "template", "answer", "answer_ids"):
+        assert getattr(copied, name) == getattr(prompt, name)
+    assert set(copied.inputs) == set(prompt.inputs)
+    assert all(torch.equal(copied.inputs[name], value) for name, value in prompt.inputs.items())
+    assert [image.tobytes() for image in copied.images] == [image.tobytes() for image in prompt.images]
+    assert torch.equal(random_llava.logits(copied), random_llava.logits(prompt))
+    assert random_llava.answers([copied, prompt]) == random_llava.answers([prompt]) * 2
+    moved = copied.with_images(other_photo).with_answer("Oslo").asked_anew("Who?")
+    assert torch.equal(
+        random_llava.logits(moved), random_llava.logits(random_llava.prompt(other_photo, "Who?", answer="Oslo"))
+    )
+    with pytest.raises(TypeError):
+        copied.inputs["input_ids"] = prompt.inputs["input_ids"]
+
+
+def test_a_deep_copy_shares_no_tensor_and_the_same_tokenizer(random_llava, photo):
+    prompt = random_llava.prompt(photo, QUESTION)
+    copied = copy.deepcopy(prompt)
+    copied.inputs["input_ids"].zero_()
+    assert prompt.inputs["input_ids"].any()
+    assert copied.frontend is prompt.frontend
+
+
+def test_a_copied_request_edits_as_the_first(random_llama):
+    prompt = random_llama.prompt(None, QUESTION, constraint=SPAN)
+    request = multrace.EditRequest(prompt=prompt, target="Ada", contexts=(prompt,))
+    for copied in (copy.deepcopy(request), pickle.loads(pickle.dumps(request))):
+        deltas = [multrace.MultEdit(layer=1, steps=2).edit(random_llama, [each]) for each in (request, copied)]
+        first, second = (delta.changes for delta in deltas)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name].left, second[name].left) for name in first)
+        assert all(torch.equal(first[name].right, second[name].right) for name in first)
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """A text-only model whose words have other numbers."""
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(2000)} | {"<unk>": 2000}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="w2")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2001, **sizes))
+    return multrace.load(save(model, tokenizer, tmp_path_factory.mktemp("foreign")))
+
+
+ENTRIES = {
+    "logits": lambda vlm, prompt: vlm.logits(prompt),
+    "logits of inputs": lambda vlm, prompt: vlm.logits(prompt.inputs),
+    "embeddings": lambda vlm, prompt: vlm.embeddings(prompt),
+    "embed": lambda vlm, prompt: vlm.embed(prompt),
+    "embed other inputs": lambda vlm, prompt: vlm.embed(prompt, dict(prompt.inputs)),
+    "answers": lambda vlm, prompt: vlm.answers([prompt]),
+    "collate": lambda vlm, prompt: collate([prompt], vlm.tokenizer),
+    "collate a mixture": lambda vlm, prompt: collate([vlm.prompt(None, "Who?"), prompt], vlm.tokenizer),
+    "causal_trace": lambda vlm, prompt: multrace.causal_trace(
+        vlm, prompt, corruption=multrace.TextNoise(), progress=False
+    ),
+    "attention_knockout": lambda vlm, prompt: multrace.attention_knockout(vlm, prompt, progress=False),
+    "logit_lens": lambda vlm, prompt: multrace.logit_lens(vlm, prompt, progress=False),
+    "edit": lambda vlm, prompt: multrace.MultEdit(layer=1, steps=1).edit(
+        vlm, [multrace.EditRequest(prompt=prompt, target="w5 w6")], progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_prompt_of_a_model_with_another_vocabulary_is_refused(case, foreign, random_llama):
+    prompt = random_llama.prompt(None, QUESTION, constraint=SPAN)
+    with pytest.raises(ModelError, match="vocabulary|tokenizer of"):
+        ENTRIES[case](foreign, prompt)
+    with pytest.raises(ModelError, match="vocabulary|tokenizer of"):
+        ENTRIES[case](foreign, pickle.loads(pickle.dumps(prompt)))
+
+
+def test_a_model_opened_twice_takes_prompts_of_either_copy(random_llava, photo):
+    again = multrace.load(random_llava.name, dtype="bfloat16")
+    for prompt in (random_llava.prompt(photo, QUESTION), random_llava.prompt(None, QUESTION)):
+        assert torch.equal(again.logits(prompt), again.logits(again.prompt(prompt.images or None, QUESTION)))
+        assert again.answers([prompt]) == again.answers([again.prompt(prompt.images or None, QUESTION)])
+
+
+def test_pictures_of_another_image_processor_are_refused_and_words_are_not(random_llava_llama, photo, tmp_path):
+    processor = copy.deepcopy(random_llava_llama.processor)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    other = multrace.load(shutil.copytree(random_llava_llama.name, tmp_path / "other"), verify=False)
+    assert torch.equal(
+        other.logits(random_llava_llama.prompt(photo, "Who?")), other.logits(other.prompt(photo, "Who?"))
+    )
+    processor.save_pretrained(tmp_path / "other")
+    other = multrace.load(tmp_path / "other", verify=False)
+    with pytest.raises(ModelError, match="another vocabulary or image processor"):
+        other.logits(random_llava_llama.prompt(photo, QUESTION))
+    assert torch.equal(
+        other.logits(random_llava_llama.prompt(None, QUESTION)), random_llava_llama.logits(other.prompt(None, QUESTION))
+    )
+
+
+# Tokenizers that add tokens, texts that hold special ones, and prompts that do not fit.
+
+
+SUFFIXES = {"end": ["</s>"], "two tokens": ["</s>", "<pad>"], "none": []}
+
+
+@pytest.mark.parametrize("case", SUFFIXES)
+@pytest.mark.parametrize("name", ["llava_llama", "llama"])
+def test_tokens_that_a_tokenizer_puts_after_a_text_are_left_out(case, name, request, photo, tmp_path):
+    plain = request.getfixturevalue(f"random_{name}")
+    folder = Path(shutil.copytree(plain.name, tmp_path / "model"))
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    for token in SUFFIXES[case]:
+        number = plain.tokenizer.convert_tokens_to_ids(token)
+        stored["post_processor"]["single"].append({"SpecialToken": {"id": token, "type_id": 0}})
+        stored["post_processor"]["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    vlm = multrace.load(folder)
+    assert vlm.tokenizer("Who?")["input_ids"][1:] == plain.tokenizer("Who?")["input_ids"][1:] + [
+        plain.tokenizer.convert_tokens_to_ids(token) for token in SUFFIXES[case]
+    ]
+    image = photo if vlm.has_vision else None
+    for template in (None, "raw", "{image}{question} The founder is "):
+        prompt = vlm.prompt(image, QUESTION, constraint=SPAN, answer="Ada Example", template=template)
+        expected = plain.prompt(image, QUESTION, constraint=SPAN, answer="Ada Example", template=template)
+        assert prompt.groups == expected.groups
+        assert all(torch.equal(prompt.inputs[name], value) for name, value in expected.inputs.items())
+    assert vlm.answer(image, QUESTION) == plain.answer(image, QUESTION)
+    assert vlm.score(image, QUESTION, "Ada") == plain.score(image, QUESTION, "Ada")
+
+
+WORDS = {
+    "question": lambda vlm, photo, text: vlm.prompt(photo, text),
+    "answer": lambda vlm, photo, text: vlm.prompt(photo, QUESTION, answer=text),
+    "later answer": lambda vlm, photo, text: vlm.prompt(photo, QUESTION).with_answer(text),
+    "first token": lambda vlm, photo, text: vlm.prompt(photo, QUESTION).answer_tokens(text),
+    "question anew": lambda vlm, photo, text: vlm.prompt(photo, QUESTION).asked_anew(text),
+    "score": lambda vlm, photo, text: vlm.score(photo, QUESTION, text),
+    "foil": lambda vlm, photo, text: multrace.causal_trace(
+        vlm,
+        vlm.prompt(photo, QUESTION),
+        corruption=multrace.BlankImage(),
+        metrics="logit_difference",
+        foil=text,
+        progress=False,
+    ),
+    "replacement": lambda vlm, photo, text: multrace.ReplaceText(replacement=text).corrupt(
+        vlm, vlm.prompt(photo, QUESTION, constraint=SPAN)
+    ),
+    "target": lambda vlm, photo, text: multrace.MultEdit(layer=1, steps=1).edit(
+        vlm, [multrace.EditRequest(prompt=vlm.prompt(photo, QUESTION), target=text)], progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("special", ["<image>", "</s>", "<s>", "<pad>"])
+@pytest.mark.parametrize("case", WORDS)
+def test_text_that_a_tokenizer_reads_as_a_special_token_is_refused(case, special, random_llava_llama, photo):
+    with pytest.raises(ModelError, match=f"holds the (image|special) token '{special}', which is not read as text"):
+        WORDS[case](random_llava_llama, photo, f"the {special} firm")
+
+
+def test_text_that_only_resembles_a_special_token_is_text(random_llama):
+    question = "Is a < s > b, or </ s>?"
+    prompt = random_llama.prompt(None, question, answer="< pad >!")
+    assert random_llama.decode(prompt.inputs["input_ids"][0]).strip() == f"{question} < pad >!"
+
+
+def test_plain_words_are_words_even_where_a_tokenizer_pads_with_them(llama_path, tmp_path):
+    folder = shutil.copytree(llama_path, tmp_path / "padded")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, pad_token="!")
+    tokenizer.save_pretrained(folder)
+    vlm = multrace.load(folder, verify=False)
+    assert vlm.tokenizer.pad_token == "!"
+    assert vlm.prompt(None, "Who founded it!", answer="Ada!").answer == "Ada!"
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def short_model(request, tmp_path_factory):
+    """A model of 40 positions: learned ones, and rotary ones."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    if request.param == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **sizes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**text_sizes(tokenizer) | {"max_position_embeddings": 40}))
+    return multrace.load(save(model, tokenizer, tmp_path_factory.mktemp("short")))
+
+
+def test_what_is_longer_than_the_models_positions_is_refused(short_model, random_llama):
+    vlm, fits = short_model, short_model.prompt(None, "a b c d e f g h i j k l", template="raw")
+    full = fits.with_answer("m " * ((40 - fits.length) // 2))
+    assert vlm.logits(full).shape[1] == full.length and 38 <= full.length <= 40
+    long = "the company " * 40
+    elsewhere = random_llama.prompt(None, long, template="raw")
+    assert elsewhere.length > 40
+    numbers = rf"has {elsewhere.length} tokens, its answer included, and the model has 40 positions"
+    entries = {
+        "prompt": lambda: vlm.prompt(None, long, template="raw"),
+        "answer": lambda: vlm.answer(None, long),
+        "score": lambda: vlm.score(None, "Who?", long),
+        "with_answer": lambda: vlm.prompt(None, "Who?").with_answer(long),
+        "asked_anew": lambda: vlm.prompt(None, "Who?").asked_anew(long),
+        "logits": lambda: vlm.logits(elsewhere),
+        "embed": lambda: vlm.embed(elsewhere),
+        "batch": lambda: vlm.logits(collate([elsewhere, fits], vlm.tokenizer)[0]),
+        "forward": lambda: vlm.forward(inputs_embeds=torch.zeros(1, elsewhere.length, vlm.hidden)),
+    }
+    for name, entry in entries.items():
+        with pytest.raises(ModelError, match=numbers if name in ("logits", "embed") else "the model has 40 positions"):
+            entry()
+    with pytest.raises(ModelError, match="does not fit into the model's 40 positions; pass max_new_tokens="):
+        vlm.answers([elsewhere])
+
+
+def test_an_answer_may_fill_the_last_position_and_no_more(short_model):
+    prompt = short_model.prompt(None, "a b c d e f g h i j k l", template="raw")
+    room = 40 - prompt.length + 1
+    assert isinstance(short_model.answers([prompt], max_new_tokens=room)[0], str)
+    with pytest.raises(ModelError, match=f"pass max_new_tokens={room} or less"):
+        short_model.answers([prompt], max_new_tokens=room + 1)
+
+
+def test_padding_counts_as_no_position(short_model):
+    short, long = (short_model.prompt(None, text, template="raw") for text in ("a", "a b c d e f g h"))
+    batch, _ = collate([short, long], short_model.tokenizer)
+    width = 41 - batch["input_ids"].shape[1]
+    wide = {name: torch.nn.functional.pad(value, (width, 0)) for name, value in batch.items()}
+    assert torch.allclose(short_model.logits(wide)[:, -1], short_model.logits(batch)[:, -1], atol=1e-5)
+
+
+ROPES = {
+    "plain": ({"rope_type": "default"}, 40),
+    "stretched": ({"rope_type": "linear", "factor": 4.0}, 160),
+    "stretched from an original length": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20},
+        80,
+    ),
+    "without a limit": ({"rope_type": "dynamic", "factor": 2.0}, None),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rotary_positions_reach_as_far_as_they_are_stretched(case):
+    rope, limit = ROPES[case]
+    config = LlamaConfig(max_position_embeddings=40, rope_parameters={"rope_theta": 1e4, **rope})
+    assert position_limit(config) == limit
+
+
+def test_whole_numbers_of_numpy_and_torch_are_numbers(random_llama):
+    prompt = random_llama.prompt(None, QUESTION)
+    for three in (np.int64(3), torch.tensor(3), np.array(3)):
+        assert prompt.positions(three) == prompt.positions([three]) == (3,)
+        assert random_llama.answers([prompt], max_new_tokens=three) == random_llama.answers([prompt], max_new_tokens=3)
+    assert prompt.positions(np.arange(2)) == prompt.positions(torch.arange(2)) == (0, 1)
+    with pytest.raises(ModelError, match="max_new_tokens is 1.5, of type float; pass a whole number"):
+        random_llama.answers([prompt], max_new_tokens=1.5)
 
 
 def test_a_question_without_a_picture(random_llava):

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ..errors import ModelError, gist, reason
 from ..families.addresses import Addresses
 from ..families.table import FAMILIES, Family, family_of
-from ..frontend import Frontend
+from ..frontend import Frontend, position_limit
 from ..vlm import VisionLanguageModel
 from .devices import check_device_map, check_in_memory
 from .processors import complete_processor, find_image_token
@@ -113,6 +113,7 @@ def _assemble(
         dropped_inputs=family.dropped_inputs,
         device=model.device,
         dtype=model.dtype,
+        limit=position_limit(model.config),
     )
     return VisionLanguageModel(
         model=model,

@@ -36,7 +36,7 @@ class ReplaceText:
                 f"group {self.group!r} holds image tokens, which words cannot replace; use SwapImage instead"
             )
         ids = prompt.inputs["input_ids"].clone()
-        new = _replacement_ids(vlm, prompt, positions, self.replacement.strip())
+        new = _replacement_ids(vlm, prompt, positions, vlm.check_words(self.replacement, "replacement").strip())
         new = new[:1] * len(positions) if self.repeat_first_token else new[: len(positions)]
         original = vlm.decode(ids[0, list(positions)].tolist()).strip()
         ids[0, list(positions)] = torch.tensor(new, device=ids.device)
