@@ -64,37 +64,50 @@ class RunningMean:
     """Takes in values one by one and gives their `Mean` (Welford's algorithm); NaN entries are left out.
 
     Values have named axes. Labels that come up later, such as a flow that only some prompts have, are appended, and
-    values that lack a label count as NaN there.
+    values that lack a label count as NaN there. With `joint`, the covariances along the last axis are kept as well.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, joint: bool = False) -> None:
         self.axes: dict[str, tuple[Any, ...]] = {}
+        self._products = torch.zeros((), dtype=torch.float64) if joint else None
         self._count = torch.zeros((), dtype=torch.int64)
         self._mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor, axes: Mapping[str, Sequence[Any]]) -> None:
         """Take in values with these axes: the name of each dimension and its labels, in order."""
         named = {name: tuple(labels) for name, labels in axes.items()}
-        if not self.axes:
-            self.axes = dict.fromkeys(named, ())
-            self._count, self._mean, self._squares = (
-                each.new_zeros((0,) * len(named)) for each in (self._count, self._mean, self._squares)
-            )
-        grown = {name: tuple(dict.fromkeys((*self.axes[name], *labels))) for name, labels in named.items()}
-        if grown != self.axes:
-            kept = [range(len(self.axes[name])) for name in grown]
-            sizes = [len(labels) for labels in grown.values()]
-            self._count, self._mean, self._squares = (
-                _spread(each, sizes, kept, 0) for each in (self._count, self._mean, self._squares)
-            )
-            self.axes = grown
-        places = [[grown[name].index(label) for label in labels] for name, labels in named.items()]
+        self._grow(named)
+        places = [[self.axes[name].index(label) for label in labels] for name, labels in named.items()]
         values = _spread(values.double(), list(self._mean.shape), places, torch.nan)
         is_there = ~values.isnan()
         self._count = self._count + is_there
         change = torch.where(is_there, values - self._mean, 0.0)
         self._mean = self._mean + change / self._count.clamp(min=1)
-        self._squares = self._squares + torch.where(is_there, change * (values - self._mean), 0.0)
+        rest = torch.where(is_there, values - self._mean, 0.0)
+        self._squares = self._squares + change * rest
+        if self._products is not None:
+            self._products = self._products + change[..., :, None] * rest[..., None, :]
+
+    def _grow(self, named: Mapping[str, tuple[Any, ...]]) -> None:
+        """Make room for labels that were not there before."""
+        known = {name: self.axes.get(name, ()) for name in named}
+        grown = {name: tuple(dict.fromkeys((*known[name], *labels))) for name, labels in named.items()}
+        if grown == self.axes:
+            return
+        kept, sizes = [range(len(each)) for each in known.values()], [len(each) for each in grown.values()]
+        self._count, self._mean, self._squares = (
+            _spread(each, sizes, kept, 0) for each in (self._count, self._mean, self._squares)
+        )
+        if self._products is not None:
+            self._products = _spread(self._products, [*sizes, sizes[-1]], [*kept, kept[-1]], 0)
+        self.axes = grown
+
+    @property
+    def covariance(self) -> Tensor:
+        """(..., last axis, last axis) float64: covariances (with n - 1) between the entries along the last axis."""
+        if self._products is None:
+            raise ArtefactError("no covariances were kept; make the running mean with joint=True")
+        return self._products / (self._count - 1).clamp(min=1)[..., None]
 
     @property
     def value(self) -> Mean:
@@ -146,12 +159,19 @@ class Averager(ABC, Generic[Single, Average]):
     def _average(self) -> Average:
         """The average from the running means."""
 
-    def _add(self, name: str, values: Tensor | float, axes: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def _add(
+        self,
+        name: str,
+        values: Tensor | float,
+        axes: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        joint: bool = False,
+    ) -> None:
         """Add values with these axes (none for a single number) to the running mean of this name."""
         values = torch.as_tensor(values, dtype=torch.float64)
         if not axes:
             values, axes = values.reshape(1), {"": ("",)}
-        self._means.setdefault(name, RunningMean()).add(values, axes)
+        self._means.setdefault(name, RunningMean(joint=joint)).add(values, axes)
 
     def _mean(self, name: str) -> Mean:
         """The running mean of this name."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import Prompt
-from ..tracing.knockout.average import AverageKnockout, FilteredQuestion, average_knockouts
+from ..tracing import average
+from ..tracing.knockout.average import AverageKnockout, FilteredQuestion
 from ..tracing.knockout.groups import parse_flow
 from ..tracing.knockout.knockout import attention_knockout
 from ..tracing.knockout.result import AttentionKnockout
@@ -85,7 +86,7 @@ class Knockout(Reading):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageKnockout:
         """Mean changes; what was left out has been left out before."""
-        return average_knockouts([result for _, result in found], only_right=False, filtered=filtered)
+        return average((result for _, result in found), only_right=False, filtered=filtered)
 
     def average_files(self, average: AverageKnockout) -> Files:
         """The flows overlaid, and every number."""

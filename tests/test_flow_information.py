@@ -8,9 +8,9 @@ from multrace import Box, Engine, ModelError, TraceError
 from multrace.data import World
 from multrace.models.replay.cuts import Cut
 from multrace.scripts.flow_questions import world_questions
+from multrace.tracing import average
 from multrace.tracing.engine.edges import EdgeCell, EdgeRun
 from multrace.tracing.engine.plain_edges import plain_edges
-from multrace.tracing.knockout.average import average_knockouts
 from multrace.tracing.knockout.groups import PAPER_FLOWS, Flow, Groups, parse_flow
 from multrace.tracing.knockout.knockout import attention_knockout
 from multrace.tracing.knockout.result import AttentionKnockout
@@ -182,7 +182,7 @@ def test_an_answer_can_be_given_and_is_compared_with_the_right_one(tiny_vlm):
     unknown = attention_knockout(tiny_vlm, prompt, **settings)
     assert (right.is_right, wrong.is_right, unknown.is_right) == (True, False, None)
     assert right.generated == wrong.generated == record.answer
-    mean = average_knockouts([right, wrong])
+    mean = average([right, wrong])
     assert mean.count == 1
     assert [(each.gold, each.generated) for each in mean.filtered] == [("something else", record.answer)]
     assert float(right.change()[0, 0, 1]) < -30 < float(right.change()[0, 0, 6])
@@ -247,7 +247,7 @@ def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
         )
         for question in world_questions(24, seed=3)
     ]  # fmt: skip
-    mean = average_knockouts(found)
+    mean = average(found)
     into_question, from_constraint, direct, asked, from_object = (mean.curve(flow, 4) for flow in flows)
     assert float(into_question[:3].max()) < -50
     assert float(into_question[4:].abs().max()) < 5

@@ -45,7 +45,6 @@ from .failure.result import FailurePrediction as FailurePrediction
 from .knockout.average import (
     AverageKnockout as AverageKnockout,
     FilteredQuestion as FilteredQuestion,
-    average_knockouts as average_knockouts,
 )
 from .knockout.groups import Flow as Flow
 from .knockout.knockout import attention_knockout as attention_knockout

@@ -9,6 +9,8 @@ from ..artefacts.errors import ArtefactError
 from ..artefacts.results import Result
 from .causal.average import TraceAverager
 from .causal.result import CausalTrace
+from .knockout.average import KnockoutAverager
+from .knockout.result import AttentionKnockout
 
 
 def average(results: Iterable[Result], **options: Any) -> Any:
@@ -42,7 +44,7 @@ def average(results: Iterable[Result], **options: Any) -> Any:
     first = next(remaining, None)
     if first is None:
         raise ArtefactError("no results to average; pass at least one")
-    averagers = {CausalTrace: TraceAverager}
+    averagers = {CausalTrace: TraceAverager, AttentionKnockout: KnockoutAverager}
     if type(first) not in averagers:
         kinds = ", ".join(kind.__name__ for kind in averagers)
         raise ArtefactError(f"a {type(first).__name__} has no average over prompts; pass results of one kind: {kinds}")

@@ -1,82 +1,105 @@
-"""Averages of attention knockout over questions, with intervals, and with the questions that were left out."""
+"""The average of attention knockout over questions, with intervals, and with the questions that were left out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.figure import name_of_model
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.statistics import student_interval
 from ..errors import TraceError
-from .centres import FlowCentre, centre_of_loss, jackknife
-from .maps import FlowMap, FlowPeak, draw_flows
-from .result import AttentionKnockout, cut_label, place_words
+from .result import AttentionKnockout, FlowMap, FlowPeak, cut_label, place_words
 
-_LAYOUT = "multrace average information flow 1"
-_SHARED = ("model", "revision", "layers", "windows", "scores")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHARED = ("model", "revision", "layers", "windows", "scores", "spans")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowCentre:
+    """The centre of mass over layers of what a mean curve loses."""
+
+    flow: str
+    window: int
+    layer: float
+    """Between 0 and the last layer."""
+    interval: tuple[float, float] | None
+    """95 % interval over questions; None for fewer than two."""
+    count: int
+    """Number of questions that have this flow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilteredQuestion:
-    """A question that is not averaged, because the model's own answer to it is wrong."""
+    """A question that is not averaged because the model's own answer to it is wrong."""
 
     question: str
     gold: str
     """The right answer."""
     generated: str
-    """The model's own."""
+    """The model's own answer."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageKnockout(FlowMap):
-    """Mean changes over questions that were asked with the same cuts, and each question's own. Made by `average_knockouts`.
+    """Mean changes over questions that were asked with the same cuts. Made by `average`.
 
     Flows are found by their names; a question without one (no box of an object, say) is left out of that flow's mean.
     """
 
-    questions: tuple[str, ...]
-    """The questions that are averaged."""
-    answers: tuple[str, ...]
-    """Per question the answer that was scored."""
-    right: tuple[bool | None, ...]
-    """Per question whether the model's own answer is the right one; None where that is not known."""
-    clean: Tensor
-    """(score, question) float64: each answer's probability without any cut."""
-    changes: Tensor
-    """(score, question, flow, window, layer) float64: change in percent; NaN where a question has no such flow."""
+    layout: ClassVar[str] = "multrace average attention knockout 2"
+
+    count: int
+    """Number of questions that were averaged."""
+    wrong: int
+    """How many of them the model itself answers wrongly."""
+    ungraded: int
+    """How many of them have no known right answer."""
+    clean: Mean
+    """(score,): probability of the answer without any cut."""
+    changes: Mean
+    """(score, flow, window, layer): change in percent of the uncut probability."""
+    covariance: Tensor
+    """(score, flow, window, layer, layer) float64: covariance of the changes in two layers over questions."""
     filtered: tuple[FilteredQuestion, ...]
     """The questions that were left out for a wrong answer."""
 
     @property
-    def count(self) -> int:
-        """How many questions were averaged."""
-        return len(self.questions)
-
-    @property
     def counts(self) -> dict[str, int]:
-        """How many of them each flow's mean is over."""
-        has_flow = (~self.changes.isnan()).flatten(3).any(-1).any(0)  # (question, flow)
-        return dict(zip(self.flows, has_flow.sum(0).tolist(), strict=True))
+        """How many questions the mean of each flow is over."""
+        most = self.changes.count.amax(0).flatten(1).amax(1)
+        return dict(zip(self.flows, most.tolist(), strict=True))
 
     def change(self, score: str | None = None) -> Tensor:
-        """(flow, window, layer) float64: change in percent, mean over the questions that have the flow."""
-        return self.changes[self._score(score)].nanmean(0)
+        """Return (flow, window, layer) float64: change in percent, mean over the questions that have the flow."""
+        return self.changes.mean[self._score(score)]
 
     def interval(self, score: str | None = None, *, corrected: bool = False) -> tuple[Tensor, Tensor]:
-        """(low, high), each (flow, window, layer): 95 % interval of the mean change over questions, by Student's t.
+        """Return (low, high), each (flow, window, layer): 95 % interval of the mean change (Student's t).
 
-        corrected: intervals that hold all layers of a curve together (Bonferroni), as one must ask for who looks at
-        its largest change. NaN for a flow of a single question; TraceError for an average of one question.
+        Args:
+            score: one of `scores`; the first one by default.
+            corrected: give intervals that together hold all layers of a curve (Bonferroni). Ask for these when you look
+                at the largest change of a curve.
+
+        Returns:
+            Both ends, NaN for a flow that only one question has.
+
+        Raises:
+            ArtefactError: for an average of one question.
         """
-        return mean_interval(self.changes[self._score(score)], comparisons=self.layers if corrected else 1)
+        return self.changes[self._score(score)].interval(comparisons=self.layers if corrected else 1)
 
     def peak(self, flow: str, window: int | None = None, score: str | None = None) -> FlowPeak:
-        """The layer with the strongest mean change, up or down (default: first window), with its corrected interval."""
+        """Return the layer with the strongest mean change, up or down, with its corrected interval.
+
+        The default is the first window and the first score.
+        """
         count, interval = self.counts[self.flows[self._flow(flow)]], None
         peak = self._peak(flow, window, score, count=count)
         if count > 1:
@@ -86,85 +109,70 @@ class AverageKnockout(FlowMap):
         return replace(peak, interval=interval)
 
     def centre(self, flow: str, window: int | None = None, score: str | None = None) -> FlowCentre | None:
-        """How early or late in the model the flow matters: the centre of mass of what its mean curve loses.
+        """Return how early or late in the model a flow matters: the centre of mass of what its mean curve loses.
 
-        The interval comes from leaving out each question in turn (jackknife). None where the mean nowhere falls below
-        zero. Meaningful only for a flow whose peak is clearly below zero: noise has its centre in the middle.
+        The interval is Student's, of the centre's first-order change with the mean curve (infinitesimal jackknife).
+        None where the mean nowhere falls below zero. The centre means something only for a flow whose peak is clearly
+        below zero: noise has its centre in the middle.
         """
-        curves = self._own_curves(flow, window, score)
-        value, interval = jackknife(curves, centre_of_loss)
-        index = self._window(window)
-        place = {"flow": flow, "window": self.windows[index], "count": len(curves)}
-        if interval is not None:
-            interval = (max(interval[0], 0.0), min(interval[1], self.layers - 1.0))  # no centre lies outside the model
-        return None if value is None else FlowCentre(layer=value, interval=interval, **place)
+        place = self._score(score), self._flow(flow), self._window(window)
+        layer, slope = centre_of_loss(self.changes.mean[place])
+        if layer.isnan():
+            return None
+        count, interval = self.changes.count[place].min(), None
+        if int(count) > 1:
+            deviation = (slope @ self.covariance[place] @ slope).clamp(min=0).sqrt()
+            low, high = (float(end) for end in student_interval(layer, deviation, count))
+            interval = (max(low, 0.0), min(high, self.layers - 1.0))  # no centre lies outside the model
+        return FlowCentre(
+            flow=flow, window=self.windows[place[2]], layer=float(layer), interval=interval, count=int(count)
+        )
 
     def summary(self, score: str | None = None) -> str:
-        """Lines for people: per flow and window the strongest change, where it is and where its centre lies.
+        """Return lines of text: per flow and window the strongest change, where it is and where its centre lies.
 
-        Then which questions were left out, with the wrong answers.
+        Then follow the questions that were left out, with the wrong answers.
         """
-        wrong, unknown = self.right.count(False), self.right.count(None)
-        notes = [f"{wrong} of them answered wrongly"] if wrong else []
-        notes += [f"{unknown} of them without a known right answer"] if unknown else []
-        lines = [f"information flow in {self.model}, mean over {', '.join([_questions(self.count), *notes])}"]
+        notes = [f"{self.wrong} of them answered wrongly"] if self.wrong else []
+        notes += [f"{self.ungraded} of them without a known right answer"] if self.ungraded else []
+        lines = [f"attention knockout in {self.model}, mean over {', '.join([_questions(self.count), *notes])}"]
         lines += [f"  {self._line(flow, window, score)}" for flow in self.flows for window in self.windows]
         lines += [f"left out because the model's own answer is wrong: {_questions(len(self.filtered))}"]
         lines += [f"  {each.question!r}: {each.generated!r}, not {each.gold!r}" for each in self.filtered]
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, replace(self, filtered=tuple(asdict(each) for each in self.filtered)))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageKnockout":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        stored = load(path, _LAYOUT, cls, check=_problem)
-        return replace(stored, filtered=tuple(FilteredQuestion(**each) for each in stored.filtered))
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per score, flow, window and layer, the window's centre.
-
-        Columns: the mean change (percent), low and high of its 95 % interval (NaN where n is 1), n, the questions that
-        have the flow, and first_layer and last_layer of the cut.
-        """
-        axes = [("score", self.scores), ("flow", self.flows), ("window", self.windows), ("layer", range(self.layers))]
-        values, low, high = (torch.stack(each) for each in zip(*map(self._with_ends, self.scores), strict=True))
-        counts = (~self.changes.isnan()).sum(1)
-        return long_frame(axes, {"change": values, "low": low, "high": high, "n": counts, **self._span_columns()})
-
     def plot(
         self,
-        path: str | Path,
+        path: str | Path | None = None,
         window: int | None = None,
         score: str | None = None,
         *,
         flows: Sequence[str] | None = None,
-    ) -> Path:
-        """The written picture (png, pdf or svg by suffix): mean change by layer, a line per flow, 95 % bands.
+    ) -> "Figure":
+        """Return a figure with a line per flow: mean change by layer with its 95 % band, in a panel per window.
 
-        All flows or these; a panel per window or only one. The legend says how many questions have a flow where that
-        differs. TraceError for a flow, window or score that was not computed.
+        The legend says how many questions have a flow where that differs from flow to flow.
+
+        Args:
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            window: the only window to draw; all by default.
+            score: one of `scores`; the first one by default.
+            flows: the flows to draw; all by default.
+
+        Raises:
+            TraceError: for a flow, window or score that was not computed.
+            ArtefactError: if the file cannot be written.
         """
-        windows = self.windows if window is None else (self.windows[self._window(window)],)
-        values, curves = torch.stack(self._with_ends(score)), []
-        for flow in self.flows if flows is None else flows:
-            index, count = self._flow(flow), self.counts[flow]
-            label = cut_label(flow) + ("" if count == self.count else f" (n = {count})")
-            curves.append((flow, label, values[:, index]))
-        return draw_flows(path, self, windows=windows, curves=curves, titles=self._titles(score))
+        changes = self.changes[self._score(score)]
+        counts = {flow: "" if count == self.count else f" (n = {count})" for flow, count in self.counts.items()}
+        labels = {flow: cut_label(flow) + counts[flow] for flow in self.flows}
+        values = torch.stack([changes.mean, *changes.band()])
+        return self._figure(path, window, flows, values, labels, self._titles(score))
 
-    def _own_curves(self, flow: str, window: int | None, score: str | None) -> Tensor:
-        """(question, layer): the curves of the questions that have the flow."""
-        curves = self.changes[self._score(score), :, self._flow(flow), self._window(window)]
-        return curves[~curves.isnan().any(-1)]
-
-    def _with_ends(self, score: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean changes and both ends of their intervals, which are NaN for a single question."""
-        values = self.change(score)
-        unknown = torch.full_like(values, torch.nan)
-        return (values, *(self.interval(score) if self.count > 1 else (unknown, unknown)))
+    def _columns(self) -> dict[str, Tensor]:
+        low, high = self.changes.band()
+        values = {"change": self.changes.mean, "low": low, "high": high, "n": self.changes.count}
+        return values | self._span_columns()
 
     def _line(self, flow: str, window: int, score: str | None) -> str:
         """One line on a flow and window."""
@@ -179,98 +187,103 @@ class AverageKnockout(FlowMap):
         return f"{flow:<{max(map(len, self.flows))}}  window {window}: {found}, {_questions(peak.count)}"
 
     def _titles(self, score: str | None) -> tuple[str, str]:
-        """Title and subtitle of pictures."""
-        index = self._score(score)
-        name = f" ({self.scores[index]})" if len(self.scores) > 1 else ""
-        clean = f"mean probability without a cut {float(self.clean[index].mean()):.3g}{name}"
+        """Title and subtitle of figures."""
+        probability = float(self.clean.mean[self._score(score)])
+        clean = f"mean probability without a cut {probability:.3g}{self._named(score)}"
         bands = "; bands: 95% intervals" if self.count > 1 else ""
-        wrong = f"; {self.right.count(False)} of them answered wrongly" if False in self.right else ""
+        wrong = f"; {self.wrong} of them answered wrongly" if self.wrong else ""
         left_out = f"{len(self.filtered)} left out for a wrong answer" if self.filtered else "none left out"
-        title = f"Information flow over {_questions(self.count)}"
+        title = f"Attention knockout over {_questions(self.count)}"
         return title, f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
 
+    def _lines(self) -> tuple[str, str]:
+        peaks = sorted((self.peak(flow) for flow in self.flows), key=lambda peak: -abs(peak.change))
+        said = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
+        left_out = f", {len(self.filtered)} left out for a wrong answer" if self.filtered else ""
+        return (
+            f"AverageKnockout of {self.model} over {_questions(self.count)}{left_out}",
+            f"mean p = {float(self.clean.mean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(said)}",
+        )
 
-def average_knockouts(
-    flows: Sequence[AttentionKnockout], *, only_right: bool = True, filtered: Sequence[FilteredQuestion] = ()
-) -> AverageKnockout:
-    """Mean changes over questions that one model was asked with the same windows and scores.
+    def _problem(self) -> str | None:
+        shape = (len(self.scores), len(self.flows), len(self.windows), self.layers)
+        fits = [*self._fits(), self.clean.fits(len(self.scores)), self.changes.fits(*shape), self.count > 0]
+        fits += [self.covariance.shape == (*shape, self.layers)]
+        return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and scores"
 
-    only_right: questions that the model itself answers wrongly are not averaged but listed in `filtered`, as in arXiv
-    2411.18620, section 3; those whose right answer is not known are averaged. filtered: questions that were left out
-    before any flow was computed. TraceError where no question is left or the results differ in what was cut.
+
+class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
+    """Averages attention knockout over questions that one model was asked with the same windows and scores.
+
+    Args:
+        only_right: leave out the questions that the model itself answers wrongly, and list them in `filtered`, as in
+            arXiv 2411.18620, section 3. Those whose right answer is not known are averaged.
+        filtered: questions that were left out before any knockout was computed.
     """
-    wrong = [flow for flow in flows if only_right and flow.is_right is False]
-    left_out = [FilteredQuestion(question=each.question, gold=each.gold, generated=each.generated) for each in wrong]
-    left_out = (*filtered, *left_out)
-    kept = [flow for flow in flows if not (only_right and flow.is_right is False)]
-    if not kept:
-        raise _none_left(left_out)
-    heads = _check_alike(flows)
-    first = kept[0]
-    names = tuple(dict.fromkeys(name for flow in kept for name in flow.flows))
-    return AverageKnockout(
-        flows=names,
-        flow_heads=tuple(heads[name] for name in names),
-        spans=first.spans,
-        questions=tuple(flow.question for flow in kept),
-        answers=tuple(flow.answer for flow in kept),
-        right=tuple(flow.is_right for flow in kept),
-        clean=torch.stack([flow.clean for flow in kept], 1),
-        changes=torch.stack([_aligned(flow, names) for flow in kept], 1),
-        filtered=left_out,
-        **{name: getattr(first, name) for name in _SHARED},
-    )
+
+    alike = _SHARED
+
+    def __init__(self, *, only_right: bool = True, filtered: Sequence[FilteredQuestion] = ()) -> None:
+        super().__init__()
+        self._only_right, self._filtered = only_right, list(filtered)
+        self._heads: dict[str, tuple[int, ...]] = {}
+        self._wrong = self._ungraded = 0
+
+    def add(self, result: AttentionKnockout) -> None:
+        """Take in a result, or list its question if the answer is wrong."""
+        if self._only_right and result.is_right is False:
+            question = FilteredQuestion(question=result.question, gold=result.gold, generated=result.generated)
+            self._filtered.append(question)
+        else:
+            super().add(result)
+
+    def average(self) -> AverageKnockout:
+        """Return the average so far. Raises `TraceError` if all questions were left out."""
+        if self.count or not self._filtered:
+            return super().average()
+        first = self._filtered[0]
+        raise TraceError(
+            f"no question is left to average: the model's own answer is wrong to all {len(self._filtered)} (to "
+            f"{first.question!r} it says {first.generated!r}, not {first.gold!r}); ask what the model knows, or pass "
+            "only_right=False"
+        )
+
+    def _take(self, result: AttentionKnockout) -> None:
+        for name, own in zip(result.flows, result.flow_heads, strict=True):
+            if self._heads.setdefault(name, own) != own:
+                heads = " and ".join(str(each or "all") for each in (self._heads[name], own))
+                raise TraceError(f"these results cut {name!r} in heads {heads}; average equal ones only")
+        self._wrong += result.is_right is False
+        self._ungraded += result.is_right is None
+        self._add("clean", result.clean, {"score": result.scores})
+        changes = torch.stack([result.change(score) for score in result.scores])
+        self._add("changes", changes, result._axes(), joint=True)
+
+    def _average(self) -> AverageKnockout:
+        flows = self._labels("changes", "flow")
+        return AverageKnockout(
+            flows=flows,
+            flow_heads=tuple(self._heads[name] for name in flows),
+            count=self.count,
+            wrong=self._wrong,
+            ungraded=self._ungraded,
+            clean=self._mean("clean"),
+            changes=self._mean("changes"),
+            covariance=self._means["changes"].covariance,
+            filtered=tuple(self._filtered),
+            **{name: getattr(self.first, name) for name in _SHARED},
+        )
 
 
-def _none_left(filtered: Sequence[FilteredQuestion]) -> TraceError:
-    if not filtered:
-        return TraceError("no information flows to average; pass at least one")
-    first = filtered[0]
-    return TraceError(
-        f"no question is left to average: the model's own answer is wrong to all {len(filtered)} (to "
-        f"{first.question!r} it says {first.generated!r}, not {first.gold!r}); ask what the model knows, or pass the "
-        "flows with only_right=False"
-    )
+def centre_of_loss(curve: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean layer of a curve (layer,), weighted by how far it lies below zero, and its derivative (layer,).
 
-
-def _check_alike(flows: Sequence[AttentionKnockout]) -> dict[str, tuple[int, ...]]:
-    """Per flow its heads; TraceError where the results differ in what was asked."""
-    for name in _SHARED:
-        found = {getattr(flow, name): None for flow in flows}
-        if len(found) > 1:
-            raise TraceError(
-                f"these information flows differ in their {name} ({' and '.join(map(str, found))}); average equal ones "
-                "only"
-            )
-    if not all(torch.equal(flow.spans, flows[0].spans) for flow in flows):
-        raise TraceError("these information flows differ in the layers that a window cuts; average equal ones only")
-    heads = {}
-    for flow in flows:
-        for name, own in zip(flow.flows, flow.flow_heads, strict=True):
-            if heads.setdefault(name, own) != own:
-                found = " and ".join(str(each or "all") for each in (heads[name], own))
-                raise TraceError(f"these information flows cut {name!r} in heads {found}; average equal ones only")
-    return heads
-
-
-def _aligned(flow: AttentionKnockout, names: Sequence[str]) -> Tensor:
-    """(score, flow, window, layer): changes in percent, NaN for flows that this question lacks."""
-    changes = torch.stack([flow.change(score) for score in flow.scores])
-    absent = torch.full_like(changes[:, 0], torch.nan)
-    own = {name: changes[:, index] for index, name in enumerate(flow.flows)}
-    return torch.stack([own.get(name, absent) for name in names], 1)
+    The centre is NaN for a curve that is nowhere below zero.
+    """
+    loss, layers = (-curve).clamp(min=0), torch.arange(len(curve), dtype=curve.dtype)
+    centre = (loss * layers).sum() / loss.sum()
+    return centre, torch.where(loss > 0, (centre - layers) / loss.sum(), 0.0)
 
 
 def _questions(count: int) -> str:
     return f"{count} question{'' if count == 1 else 's'}"
-
-
-def _problem(average: AverageKnockout) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    for each in average.filtered:
-        FilteredQuestion(**each)  # a TypeError says what is missing
-    count, scores = average.count, len(average.scores)
-    fits = average.fits_together()
-    fits += [average.clean.shape == (scores, count), len(average.answers) == len(average.right) == count > 0]
-    fits += [average.changes.shape == (scores, count, len(average.flows), len(average.windows), average.layers)]
-    return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and questions"

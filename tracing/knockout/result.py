@@ -1,36 +1,173 @@
-"""What attention knockout found for one question: the answer's probability without each flow, layer by layer."""
+"""Attention knockout of one question: the answer's probability with each flow cut, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.figure import name_of_model
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.results import Result
 from ..engine.report import EngineReport
-from .maps import FlowMap, FlowPeak, draw_flows
+from ..errors import TraceError
+from .styles import flow_styles
 
-_LAYOUT = "multrace information flow 1"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
+class FlowPeak:
+    """Where cutting a flow changes the answer's probability most."""
+
+    flow: str
+    window: int
+    layer: int
+    """The centre of the window."""
+    first_layer: int
+    last_layer: int
+    """First and last layer, both included, in which the edges are cut there."""
+    change: float
+    """In percent of the uncut probability; the mean over questions in an average."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the mean, corrected for choosing among all layers; None for fewer than two questions."""
+    count: int = 1
+    """Questions that have this flow."""
+
+    @property
+    def is_clear(self) -> bool:
+        """The interval leaves out zero; without one, the change is not zero."""
+        if self.interval is None:
+            return self.change != 0
+        low, high = self.interval
+        return low > 0 or high < 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FlowMap(Result):
+    """Changes of an answer's probability over (flow, window, layer): what one question and an average share.
+
+    A flow is a set of attention edges, from all of its sources to all of its targets.
+    """
+
+    model: str
+    """Name or path of the model."""
+    revision: str | None
+    flows: tuple[str, ...]
+    """Names such as "image -> last"."""
+    flow_heads: tuple[tuple[int, ...], ...]
+    """Per flow the heads in which its edges are cut; empty for all heads."""
+    windows: tuple[int, ...]
+    """How many neighbouring layers are cut together."""
+    spans: Tensor
+    """(window, layer, 2) int64: first and last layer, both included, cut for the window centred at that layer."""
+    layers: int
+    """How many layers the decoder has."""
+    scores: tuple[str, ...]
+    """What was scored: "first token" of the answer, and "answer", all of its tokens; the first is the main one."""
+
+    def change(self, score: str | None = None) -> Tensor:
+        """Return (flow, window, layer) float64: change of the answer's probability in percent of the uncut one.
+
+        score: one of `scores`; the first one by default. Raises `TraceError` for a score that was not computed.
+        """
+        raise NotImplementedError
+
+    def curve(self, flow: str, window: int | None = None, score: str | None = None) -> Tensor:
+        """Return (layer,) float64: `change` of one flow, by default in the first window and the first score."""
+        return self.change(score)[self._flow(flow), self._window(window)]
+
+    def _peak(self, flow: str, window: int | None, score: str | None, **certainty: Any) -> FlowPeak:
+        """The layer with the largest change, up or down, the first one of equals."""
+        curve, index = self.curve(flow, window, score), self._window(window)
+        layer = int(curve.abs().nan_to_num(nan=-1.0).argmax())
+        first, last = self.spans[index, layer].tolist()
+        place = {"layer": layer, "first_layer": first, "last_layer": last}
+        return FlowPeak(flow=flow, window=self.windows[index], change=float(curve[layer]), **place, **certainty)
+
+    def _flow(self, flow: str) -> int:
+        return _index("flow", self.flows, flow)
+
+    def _window(self, window: int | None) -> int:
+        return 0 if window is None else _index("window", self.windows, window)
+
+    def _score(self, score: str | None) -> int:
+        return 0 if score is None else _index("score", self.scores, score)
+
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"score": self.scores, "flow": self.flows, "window": self.windows, "layer": range(self.layers)}
+
+    def _span_columns(self) -> dict[str, Tensor]:
+        """The layers that are cut, as columns of a table over (window, layer)."""
+        return {"first_layer": self.spans[..., 0], "last_layer": self.spans[..., 1]}
+
+    def _named(self, score: str | None) -> str:
+        """A score in brackets where there are several."""
+        return f" ({self.scores[self._score(score)]})" if len(self.scores) > 1 else ""
+
+    def _figure(
+        self,
+        path: str | Path | None,
+        window: int | None,
+        flows: Sequence[str] | None,
+        values: Tensor,
+        labels: Mapping[str, str],
+        titles: tuple[str, str],
+    ) -> "Figure":
+        """The figure of values (3, flow, window, layer), which are changes and both ends of their bands."""
+        styles = dict(zip(self.flows, flow_styles(self.flows), strict=True))
+        layers, panels = torch.arange(self.layers), []
+        for each in self.windows if window is None else (self.windows[self._window(window)],):
+            curves = []
+            for flow in self.flows if flows is None else flows:
+                y, low, high = values[:, self._flow(flow), self._window(each)]
+                curve = drawing.Curve(label=labels[flow], x=layers, y=y, low=low, high=high, style=styles[flow])
+                curves.append(curve)
+            title = "cut in a single layer" if each == 1 else f"cut in windows of {each} layers"
+            x_label = "layer" if each == 1 else "layer (centre of the window)"
+            panels.append(drawing.CurvePanel(curves=curves, title=title, x_label=x_label))
+        figure = drawing.curves_figure(panels, titles=titles, y_label="change in answer probability (%)")
+        return drawing.finished(figure, path)
+
+    def _fits(self) -> list[bool]:
+        """What must hold for the shared fields."""
+        spans = self.spans
+        return [
+            min(len(self.flows), len(self.windows), len(self.scores)) > 0,
+            len(self.flow_heads) == len(self.flows),
+            spans.shape == (len(self.windows), self.layers, 2) and spans.dtype == torch.int64,
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttentionKnockout(FlowMap):
-    """One question's answer with attention edges cut. Made by `attention_knockout`; arXiv 2411.18620, section 3."""
+    """One question's answer with attention edges cut (arXiv 2411.18620, section 3). Made by `attention_knockout`.
+
+    Example:
+        >>> import multrace as mt
+        >>> vlm = mt.load(mt.data.tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Kimdor?")
+        >>> result = mt.attention_knockout(vlm, prompt, flows=["question -> last"], windows=[1], progress=False)
+        >>> result.curve("question -> last").shape == (vlm.layers,)
+        True
+    """
+
+    layout: ClassVar[str] = "multrace attention knockout 2"
 
     question: str
     tokens: tuple[str, ...]
     """The prompt's tokens, one readable string per position."""
     flow_sources: tuple[tuple[int, ...], ...]
-    """Per flow the positions that are no longer attended to."""
+    """Per flow the positions to which attention is cut."""
     flow_targets: tuple[tuple[int, ...], ...]
-    """Per flow the positions that no longer attend to them."""
+    """Per flow the positions whose attention to them is cut."""
     answer: str
-    """The scored tokens' text."""
+    """Text of the scored tokens."""
     answer_ids: tuple[int, ...]
+    """The scored tokens."""
     gold: str | None
     """The right answer, if it is known."""
     generated: str | None
@@ -40,18 +177,20 @@ class AttentionKnockout(FlowMap):
     probabilities: Tensor
     """(score, flow, window, layer) float64: its probability with the edges cut."""
     free: Tensor
-    """(flow, window, layer) bool: known without computing, as nothing that is cut could act."""
+    """(flow, window, layer) bool: True where nothing that is cut could act, so that nothing had to be computed."""
     engine: EngineReport
+    """How the probabilities were computed."""
 
     @property
     def is_right(self) -> bool | None:
-        """The model itself answers with the right answer (`same_answer`); None where either is not known."""
+        """Whether the model's own answer is the right one (`same_answer`); None where either is not known."""
         return None if self.gold is None or self.generated is None else same_answer(self.generated, self.gold)
 
     def change(self, score: str | None = None) -> Tensor:
-        """(flow, window, layer) float64: (p_cut - p_clean) / p_clean, in percent; -100 to infinity.
+        """Return (flow, window, layer) float64: (p_cut - p_clean) / p_clean in percent, from -100 upwards.
 
-        NaN where p_clean is 0, as nothing can be said then. TraceError for a score that was not computed.
+        score: one of `scores`; the first one by default. NaN where p_clean is 0, since no change can be given then.
+        Raises `TraceError` for a score that was not computed.
         """
         index = self._score(score)
         clean = self.clean[index]
@@ -59,95 +198,100 @@ class AttentionKnockout(FlowMap):
         return torch.where(clean > 0, (ratio - 1) * 100, torch.nan)
 
     def strongest(self, flow: str, window: int | None = None, score: str | None = None) -> FlowPeak:
-        """The layer at which cutting this flow changes the answer most, up or down (default: first window)."""
+        """Return the layer at which cutting this flow changes the answer most, up or down (default: first window)."""
         return self._peak(flow, window, score)
 
     def summary(self, score: str | None = None) -> str:
-        """Lines for people: the answer, then per flow and window the strongest change and where it is."""
+        """Return lines of text: the answer, then per flow and window the strongest change and where it is."""
         peaks = [self.strongest(flow, window, score) for flow in self.flows for window in self.windows]
         name = max(map(len, self.flows))
         return "\n".join([self.question, self._answers(score), *(f"  {_peak_line(peak, name)}" for peak in peaks)])
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "AttentionKnockout":
-        """The information flow that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem, nested={"engine": EngineReport})
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per score, flow, window and layer, the window's centre.
-
-        Columns: probability and change (percent) with the cut, first_layer and last_layer of it, and free.
-        """
-        axes = [("score", self.scores), ("flow", self.flows), ("window", self.windows), ("layer", range(self.layers))]
-        changes = torch.stack([self.change(score) for score in self.scores])
-        values = {"probability": self.probabilities, "change": changes, **self._span_columns(), "free": self.free}
-        return long_frame(axes, values)
-
     def plot(
         self,
-        path: str | Path,
+        path: str | Path | None = None,
         window: int | None = None,
         score: str | None = None,
         *,
         flows: Sequence[str] | None = None,
-    ) -> Path:
-        """The written picture (png, pdf or svg by suffix): all flows or these overlaid, a panel per window or only one.
+    ) -> "Figure":
+        """Return a figure with a line per flow: change of the answer's probability by layer, in a panel per window.
 
-        TraceError for a flow, window or score that was not computed.
+        Args:
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            window: the only window to draw; all by default.
+            score: one of `scores`; the first one by default.
+            flows: the flows to draw; all by default.
+
+        Raises:
+            TraceError: for a flow, window or score that was not computed.
+            ArtefactError: if the file cannot be written.
         """
         changes = self.change(score)
-        windows = self.windows if window is None else (self.windows[self._window(window)],)
-        curves = []
-        for flow in self.flows if flows is None else flows:
-            values = changes[self._flow(flow)]
-            curves.append((flow, cut_label(flow), torch.stack([values, *[torch.full_like(values, torch.nan)] * 2])))
-        titles = (self.question, f"{self._answers(score)}\n{name_of_model(self.model)}")
-        return draw_flows(path, self, windows=windows, curves=curves, titles=titles)
+        values = torch.stack([changes, *[torch.full_like(changes, torch.nan)] * 2])
+        labels = {flow: cut_label(flow) for flow in self.flows}
+        titles = self.question, f"{self._answers(score)}\n{name_of_model(self.model)}"
+        return self._figure(path, window, flows, values, labels, titles)
+
+    def _columns(self) -> dict[str, Tensor]:
+        changes = torch.stack([self.change(score) for score in self.scores])
+        return {"probability": self.probabilities, "change": changes, **self._span_columns(), "free": self.free}
 
     def _answers(self, score: str | None) -> str:
-        """The scored answer with its probability, and how it fares against the right one."""
-        index = self._score(score)
-        name = f" ({self.scores[index]})" if len(self.scores) > 1 else ""
-        parts = [f"p({self.answer.strip()}) = {float(self.clean[index]):.3g} without a cut{name}"]
+        """The scored answer with its probability, and how it compares with the right one."""
+        clean = float(self.clean[self._score(score)])
+        parts = [f"p({self.answer.strip()}) = {clean:.3g} without a cut{self._named(score)}"]
         if self.is_right is not None:
             parts.append("the model is right" if self.is_right else f"the model says {self.generated!r}")
         if self.gold is not None and not self.is_right:
             parts.append(f"the right answer is {self.gold!r}")
         return ", ".join(parts)
 
+    def _lines(self) -> tuple[str, str]:
+        peaks = sorted((self.strongest(flow) for flow in self.flows), key=lambda peak: -abs(peak.change))
+        said = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
+        return (
+            f"AttentionKnockout of {self.model}: {self.question!r} -> {self.answer.strip()!r}",
+            f"p = {float(self.clean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(said)}",
+        )
+
+    def _problem(self) -> str | None:
+        shape, scores = (len(self.flows), len(self.windows), self.layers), len(self.scores)
+        fits = self._fits()
+        fits += [self.clean.shape == (scores,), self.probabilities.shape == (scores, *shape)]
+        fits += [self.free.shape == shape and self.free.dtype == torch.bool]
+        fits += [len(self.flow_sources) == len(self.flow_targets) == len(self.flows)]
+        return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and scores"
+
 
 def same_answer(a: str, b: str) -> bool:
-    """The two are equal but for case, blanks around them and a final full stop."""
+    """Return whether two answers are equal except for case, blanks around them and a final full stop."""
     plain = [text.strip().lower().removesuffix(".").rstrip() for text in (a, b)]
     return plain[0] == plain[1]
 
 
 def cut_label(flow: str) -> str:
-    """A flow's name in a figure, with the crossed arrow of the paper."""
+    """Return a flow's name in a figure, with the crossed arrow of the paper."""
     return flow.replace("->", "\N{RIGHTWARDS ARROW WITH STROKE}")
 
 
 def place_words(peak: FlowPeak) -> str:
-    """Where a flow is cut, in words."""
+    """Return where a flow is cut, in words."""
     single = peak.first_layer == peak.last_layer
     return f"layer {peak.layer}" + ("" if single else f" (cut in {peak.first_layer} to {peak.last_layer})")
 
 
 def _peak_line(peak: FlowPeak, name: int) -> str:
-    """One line on a flow's strongest change; the names are filled up to so many letters."""
+    """One line on a flow's strongest change, with the name filled up to so many letters."""
     found = f"{peak.change:+.1f} % at {place_words(peak)}" if peak.change else "changes nothing at any layer"
     return f"{peak.flow:<{name}}  window {peak.window}: {found}"
 
 
-def _problem(flow: AttentionKnockout) -> str | None:
-    """What does not fit together in an information flow that was read from a file."""
-    shape = (len(flow.flows), len(flow.windows), flow.layers)
-    fits = flow.fits_together()
-    fits += [flow.clean.shape == (len(flow.scores),), flow.probabilities.shape == (len(flow.scores), *shape)]
-    fits += [flow.free.shape == shape and flow.free.dtype == torch.bool]
-    fits += [len(flow.flow_sources) == len(flow.flow_targets) == len(flow.flows)]
-    return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and scores"
+def _index(kind: str, labels: Sequence[Any], label: Any) -> int:
+    """Where the label stands."""
+    if label not in labels:
+        raise TraceError(
+            f"no {kind} {label!r} in this attention knockout: it holds {', '.join(map(repr, labels))}; "
+            "pass one of these, or compute it again with that one"
+        )
+    return labels.index(label)

@@ -1,8 +1,8 @@
-"""One look per flow, the same in every figure, that colour-blind readers and grey prints can tell apart."""
+"""Line styles of flows: the same flow looks the same in every figure, also to colour-blind readers and in grey print."""
 
 from collections.abc import Sequence
 
-from ...artefacts.drawing.curves import DASH_DOT, DASHED, DOTTED, LineStyle, cycled
+from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle, cycled
 
 FLOW_STYLES = {
     "question -> last": LineStyle(colour="#0072B2", marker="o"),
@@ -29,7 +29,7 @@ _OTHERS = (  # from Tol's muted scheme and Okabe and Ito's, dark ones and light 
 
 
 def flow_styles(flows: Sequence[str]) -> tuple[LineStyle, ...]:
-    """A style per flow: the fixed one of `FLOW_STYLES`, or for other names the next one of a cycle."""
+    """Return a style per flow: the fixed one of `FLOW_STYLES`, or for other names the next one of a cycle."""
     others = [flow for flow in flows if flow not in FLOW_STYLES]
     cycle = {flow: cycled(_OTHERS, index) for index, flow in enumerate(others)}
     return tuple((FLOW_STYLES | cycle)[flow] for flow in flows)
