@@ -1,4 +1,4 @@
-"""Prompts followed by their wanted answers, as one padded batch whose unchanging part is run only once."""
+"""Prompts followed by their target answers, as one padded batch whose unchanging part is run only once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,19 +13,19 @@ from .errors import EditError
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What shares its keys and its values: one fact in several contexts."""
+    """One fact in several contexts, which share their keys and values."""
 
     prompts: tuple[Prompt, ...]
-    """Each carries the target as its answer; keys and losses are averaged over them."""
+    """The contexts; each carries the target as its answer, and keys and losses are averaged over them."""
     essence: tuple[Prompt, ...] = ()
-    """Prompts whose next token should stay as it was; they get the first key's change and no target."""
+    """Prompts whose next token should stay as it is; they get the first key's change and no target."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetBatch:
-    """Prompts of many facts with their targets, padded so that the first edited token has one column in all rows.
+    """Prompts of many facts with their targets, padded so that the first edited token has the same column in all rows.
 
-    A change at that column leaves everything before it as it was, so the prefix (with the picture) is run once and kept
+    A change at that column leaves everything before it as it is, so the prefix (with the picture) is run once and kept
     as attention keys and values. Columns are counted from the first edited token.
     """
 
@@ -47,7 +47,7 @@ class TargetBatch:
     """(row, label), True for real labels."""
 
     def logits(self, vlm: VisionLanguageModel) -> Tensor:
-        """(row, label, vocab), float32 or wider: the whole model's prediction of every label, the target fed in."""
+        """The whole model's prediction of every label, (row, label, vocab), float32 or wider, with the target fed in."""
         return self.inputs.logits(vlm, self.label_columns)
 
     def rows(self, rows: Tensor) -> "TargetBatch":
@@ -60,10 +60,17 @@ class TargetBatch:
 def target_batch(
     vlm: VisionLanguageModel, goals: Sequence[Goal], token: str | int, *, end: bool = True, every: bool = True
 ) -> TargetBatch:
-    """The batch for these goals, to be edited at the token.
+    """Return the batch for these goals, to be edited at the token.
 
-    end adds the end-of-sequence token to what has to be predicted; every as in key_positions. EditError as
-    key_positions, and if the target of a goal has another number of tokens in another context.
+    Args:
+        vlm: The model.
+        goals: The goals, whose prompts carry their targets as answers.
+        token: The token that is edited, as in `key_positions`.
+        end: Whether the end-of-sequence token has to be predicted, too (default True).
+        every: As in `key_positions`.
+
+    Raises:
+        EditError: As `key_positions`, and if the target of a goal has different numbers of tokens in its contexts.
     """
     rows = [(index, prompt, False) for index, goal in enumerate(goals) for prompt in goal.prompts]
     rows += [(index, prompt.with_answer(None), True) for index, goal in enumerate(goals) for prompt in goal.essence]
@@ -91,13 +98,19 @@ def target_batch(
 
 
 def key_positions(prompt: Prompt, token: str | int, *, end: bool = True, every: bool = True) -> tuple[int, ...]:
-    """The positions to edit in a prompt that carries its target as answer, for the token asked for.
+    """Return the positions to edit in a prompt that carries its target as answer.
 
-    token is the name of a token group (its last position counts) or a position in the prompt, negative from its end.
-    At the prompt's last token there is one position per answer position: that one and the target tokens that predict
-    the next (with `end` the last one too, which predicts that the answer is over), since the later tokens of an answer
-    are produced where the first key is never met. Anywhere else, or without `every`, it is one position. EditError
-    for a token that the prompt lacks.
+    At the prompt's last token there is one position per answer position, since the later tokens of an answer are
+    produced where the first key never occurs. Anywhere else there is one position.
+
+    Args:
+        prompt: The prompt, with its target as answer.
+        token: The name of a token group (its last position counts) or a position in the prompt, negative from its end.
+        end: Whether the last target token counts as well, which predicts that the answer is over (default True).
+        every: Whether the answer's positions are edited at all (default True); False leaves one position.
+
+    Raises:
+        EditError: For a token that the prompt lacks.
     """
     length = prompt_end(prompt)
     try:
@@ -121,7 +134,7 @@ def prompt_end(prompt: Prompt) -> int:
 
 
 def end_ids(vlm: VisionLanguageModel) -> tuple[int, ...]:
-    """The id that ends an answer (the first, where several do), or nothing for a model that has none."""
+    """The id that ends an answer (the first of several), or nothing for a model without one."""
     return vlm.end_ids[:1]
 
 
@@ -143,7 +156,7 @@ def _check_contexts(
 
 
 def _aligned(embedded: Sequence[Tensor], shifts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows moved to the right by their shifts, (row, token, hidden), and their mask (row, token)."""
+    """The rows moved to the right by their shifts, (row, token, hidden), and their mask (row, token)."""
     width = max(shift + len(row) for shift, row in zip(shifts, embedded, strict=True))
     embeddings = embedded[0].new_zeros(len(embedded), width, embedded[0].shape[-1])
     mask = torch.zeros(len(embedded), width, dtype=torch.long, device=embeddings.device)
@@ -154,7 +167,7 @@ def _aligned(embedded: Sequence[Tensor], shifts: Sequence[int]) -> tuple[Tensor,
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Numbers (row, longest) with zeros after a row's own, and the mask that is True for these."""
+    """The numbers with zeros after those of each row, (row, longest), and the mask that is True for real ones."""
     longest = max(1, *(len(row) for row in rows))
     numbers = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     return numbers, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]

@@ -1,4 +1,4 @@
-"""The gradient search for outputs that make a layer say new facts, many facts at once."""
+"""Search by gradients for the outputs with which a layer states new facts, many facts at once."""
 
 from __future__ import annotations
 
@@ -19,28 +19,32 @@ from .targets import Goal, TargetBatch, target_batch
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSettings:
-    """How the wanted output is searched for. EditError for a setting out of range."""
+    """Settings of the value search. Raises `EditError` for a setting out of range.
+
+    In the code of ROME (arXiv 2202.05262) they are v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor.
+    """
 
     learning_rate: float = 0.3
-    """Step of Adam."""
+    """Learning rate of Adam."""
     steps: int = 200
-    """At most so many; 0 asks for no change."""
+    """Maximum number of steps; 0 leaves every output as it is."""
     stop_loss: float = 0.005
-    """Enough when the mean negative log-probability per target token, with the essence's price, is at most this."""
+    """The search for a goal ends when its loss is at most this: the mean negative log-probability per target token in
+    nats, with the penalty on the essence."""
     weight_decay: float = 1e-3
-    """Price of |change|^2 / |current output|^2."""
+    """Weight of the penalty |change|^2 / |current output|^2."""
     squared_decay: bool = True
-    """False: the price is of |change| / |current output|^2, as ROME, MEMIT and MultEdit were published."""
+    """Whether |change| is squared in the penalty; it is not in the published ROME, MEMIT and MultEdit."""
     clamp: float | None = 10.0
-    """Longest change allowed at a key, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None: any."""
+    """Largest norm of a key's change, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None for any."""
     essence_weight: float = 0.0625
-    """Price of KL(edited || unedited) of the next token of a request's essence prompts, in nats."""
+    """Weight of the penalty KL(edited || unedited), in nats, on the next token of a request's essence prompts."""
     end_of_answer: bool = True
-    """Also ask for the end-of-sequence token after the target, in models that have one: the answer stops there."""
+    """Whether the end-of-sequence token after the target is asked for as well, in models that have one."""
     answer_keys: bool = True
-    """At the prompt's last token: a key for each answer position; False leaves the first alone, which spells one."""
+    """Whether an edit at the prompt's last token has a key at each answer position instead of at the first alone."""
     rows_at_once: int = 64
-    """Prompts that are searched together; fewer need less memory."""
+    """Number of prompts that are searched together; fewer need less memory."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -51,25 +55,25 @@ class ValueSettings:
             "clamp above 0, or None": self.clamp is None or self.clamp > 0,
             "rows_at_once of at least 1": self.rows_at_once >= 1,
         }
-        for wanted, holds in ranges.items():
+        for requirement, holds in ranges.items():
             if not holds:
-                name = wanted.split()[0]
-                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)}; pass {wanted}")
+                name = requirement.split()[0]
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)}; pass {requirement}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValueResult(Lookup):
-    """The change of output found for one goal, and how well it works if it is met in full."""
+    """The change of output found for one goal, and how well it works if an edit realises it in full."""
 
     change: Tensor
-    """(key, hidden) float32, to be added to the output; from the step with the lowest loss."""
+    """(key, hidden) float32, the change to add to the output, from the step with the lowest loss."""
     losses: tuple[float, ...]
-    """Mean negative log-probability in nats per label and context (and the essence's price), before each step and
-    after the last."""
+    """Mean negative log-probability in nats per label and context, with the penalty on the essence, before each step
+    and after the last."""
     probability: float
-    """Of the whole target (with its end, where asked for) given the change; geometric mean over contexts, 0 to 1."""
+    """Probability of the whole target (with its end, if asked for) given the change: geometric mean over contexts."""
     failure: str = ""
-    """Why there is no usable change, or nothing."""
+    """Why there is no usable change; empty if there is one."""
 
     @property
     def values(self) -> Tensor:
@@ -78,12 +82,12 @@ class ValueResult(Lookup):
 
     @property
     def steps(self) -> int:
-        """How many steps were taken."""
+        """The number of steps taken."""
         return len(self.losses) - 1
 
     @property
     def loss(self) -> float:
-        """The lowest loss, which belongs to the change."""
+        """The lowest loss, which is the loss of `change`."""
         return min(self.losses)
 
 
@@ -98,34 +102,63 @@ def search_values(
     settings: ValueSettings,
     progress: bool = False,
 ) -> list[ValueResult]:
-    """For each goal the change of the place's output at the token after which the target is the answer.
+    """Return for each goal the change of output with which the model answers with the goal's target.
 
-    One change per key is added in all contexts of a goal; the loss is the mean over contexts of the mean negative
-    log-probability of all target tokens, plus the essence term and weight decay (ROME, arXiv 2202.05262, Eq. 4). Goals
-    do not touch each other: a batch gives what they give one by one. A goal whose loss stops being finite gets a
-    `failure`, the others go on. The model is left as it is. EditError as target_batch.
+    The same change per key is added in all contexts of a goal. The loss is the mean over contexts of the mean negative
+    log-probability of all target tokens, plus the penalties on the essence and on the change. Goals do not influence
+    each other: a batch gives what they give one by one. A goal whose loss stops being finite gets a `failure`, and the
+    others go on. The model is left as it is; other threads wait for it.
+
+    Args:
+        vlm: The model.
+        goals: What to search for: prompts that carry their target as answer.
+        projection: The projection whose inputs are the keys.
+        place: The projection or site to whose output the change is added.
+        layer: The layer that holds both; layers below it are not run again.
+        token: The token that is edited, as in `key_positions`.
+        settings: The settings of the search.
+        progress: Whether to show a progress bar (default False).
+
+    Returns:
+        One `ValueResult` per goal, in order.
+
+    Raises:
+        EditError: For a token that a prompt lacks, or contexts of a goal that disagree on the number of target tokens.
+        ModelError: If the model's attention has no gradients on this device.
+
+    Source: ROME, arXiv 2202.05262, equation 4.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> goal = Goal(prompts=(vlm.prompt(None, "What colour is this?", answer="Pruro"),))
+        >>> projection = vlm.down_projection(4)
+        >>> options = {"projection": projection, "place": projection, "layer": 4, "token": "last"}
+        >>> (result,) = search_values(vlm, [goal], **options, settings=ValueSettings(steps=5))
+        >>> result.loss < result.losses[0]
+        True
     """
-    found: list[ValueResult | None] = [None] * len(goals)
+    results: list[ValueResult | None] = [None] * len(goals)
     number = vlm.layer_index(layer)
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
     with vlm.gradients(), bar:
         for chunk in chunks(goals, settings.rows_at_once):
-            mine = [goals[index] for index in chunk]
             with torch.no_grad():
-                ends = {"end": settings.end_of_answer, "every": settings.answer_keys}
-                batch = target_batch(vlm, mine, token, **ends)
-                with watched(vlm, [(projection, place)]) as seen:
+                options = {"end": settings.end_of_answer, "every": settings.answer_keys}
+                batch = target_batch(vlm, [goals[index] for index in chunk], token, **options)
+                with watched(vlm, [(projection, place)]) as captured:
                     upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=number)
-                lookups = split(batch, *seen(projection, place))
+                lookups = split(batch, *captured(projection, place))
                 upper = upper.checked(logits, batch.label_mask)
             search = _Search(upper, batch, lookups, logits, place, settings)
             for index, result in zip(chunk, search.run(bar), strict=True):
-                found[index] = result
-    return found
+                results[index] = result
+    return results
 
 
 class _Search:
-    """The search for the goals of one batch, in step with each other; a goal that is done leaves the batch."""
+    """The search for the goals of one batch, all in step; the rows of goals that are done leave the batch."""
 
     def __init__(
         self,
@@ -153,11 +186,11 @@ class _Search:
 
     @torch.enable_grad()
     def run(self, bar: tqdm) -> list[ValueResult]:
-        """The results, one per goal in order; the bar moves by one for each that is done."""
+        """The results, one per goal in order; the bar advances by one for each goal that is done."""
         optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
-        kept = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
+        remaining = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
         for step in range(self.settings.steps + 1):
-            nll, essence = self._losses(kept)
+            nll, essence = self._losses(remaining)
             self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
             if not self.active.any() or step == self.settings.steps:
                 break
@@ -169,35 +202,35 @@ class _Search:
             self._clamp()
             if 2 * int(rows.sum()) <= len(rows):
                 index = rows.nonzero().flatten()
-                self.upper, self.batch, kept = self.upper.rows(index), self.batch.rows(index), kept[index]
+                self.upper, self.batch, remaining = self.upper.rows(index), self.batch.rows(index), remaining[index]
         bar.update(int(self.active.sum()))
         return [self._result(goal) for goal in range(len(self.lookups))]
 
-    def _losses(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Per goal the mean negative log-probability and the price of its essence, (goal,) each; 0 for goals away."""
+    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean negative log-probability and penalty on the essence, (goal,) each; 0 for goals that left the batch."""
         batch = self.batch
         with patch(self.upper.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
             logits = self.upper.logits()
         goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
         mask = batch.label_mask.to(logits)
-        each = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
-        per_row = (each.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        losses = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
+        per_row = (losses.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
         if not bool(bare.any()):
             return nll, torch.zeros_like(nll)
         now = logits[bare, 0].log_softmax(-1)
-        was = self.essence[self.essence_of[kept][batch.essence].to(logits.device)]
-        apart = (now.exp() * (now - was)).sum(-1)
-        return nll, self.settings.essence_weight * _mean_per_goal(apart, goals[bare], len(self.lookups))
+        was = self.essence[self.essence_of[remaining][batch.essence].to(logits.device)]
+        divergence = (now.exp() * (now - was)).sum(-1)
+        return nll, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
 
     def _decay(self) -> Tensor:
         squared = self.change.square().sum((1, 2))
-        root = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # has a gradient at no change, too
+        root = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # differentiable at zero, too
         return self.settings.weight_decay * (squared if self.settings.squared_decay else root) / self.scale
 
     @torch.no_grad()
     def _note(self, losses: Tensor, nll: Tensor, step: int, bar: tqdm) -> None:
-        """Writes down where each goal stands, and which of them are done."""
+        """Record the loss of each goal, its best change so far, and whether it is done."""
         for goal in self.active.nonzero().flatten().tolist():
             loss = losses[goal].item()
             if not torch.isfinite(losses[goal]):
@@ -216,7 +249,7 @@ class _Search:
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Shortens the change at each key to at most `clamp` times the norm of the current output there."""
+        """Shorten the change at each key to at most `clamp` times the norm of the current output there."""
         if self.settings.clamp is not None:
             allowed = self.settings.clamp * self.before.norm(dim=-1, keepdim=True)
             length = self.change.norm(dim=-1, keepdim=True)
@@ -236,20 +269,20 @@ class _Search:
 
 
 def _added(output: Tensor, change: Tensor, batch: TargetBatch) -> Tensor:
-    """A copy of a place's output (row, column, hidden) with each goal's change at its key columns."""
+    """A copy of a place's output (row, column, hidden) with each goal's change added at its key columns."""
     device = output.device
     rows = torch.arange(len(output), device=device)[:, None]
-    wanted = change.to(device)[batch.goals.to(device)][:, : batch.key_columns.shape[1]]
-    wanted = wanted * batch.key_mask.to(wanted)[..., None]
-    return output.index_put((rows, batch.key_columns.to(device)), wanted.to(output.dtype), accumulate=True)
+    changes = change.to(device)[batch.goals.to(device)][:, : batch.key_columns.shape[1]]
+    changes = changes * batch.key_mask.to(changes)[..., None]
+    return output.index_put((rows, batch.key_columns.to(device)), changes.to(output.dtype), accumulate=True)
 
 
 def _mean_per_goal(values: Tensor, goals: Tensor, count: int) -> Tensor:
-    """(goal,) the mean over a goal's rows; 0 for goals that have none."""
+    """The mean over each goal's rows, (goal,); 0 for goals without rows."""
     sums = values.new_zeros(count).index_add(0, goals, values)
     return sums / torch.bincount(goals, minlength=count).clamp(min=1).to(sums)
 
 
 def _filled(values: Tensor, length: int) -> Tensor:
-    """(length, hidden): the values with zeros after them."""
+    """The values with zeros after them, (length, hidden)."""
     return torch.cat([values, values.new_zeros(length - len(values), values.shape[1])])

@@ -1,4 +1,4 @@
-"""`Trace` and `TraceDict`: baukit's names and meaning, for code written against it."""
+"""`Trace` and `TraceDict` under baukit's names and with its meaning, for code that was written against it."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -15,16 +15,39 @@ from .hooks import Addressed, StopForward, main_keyword
 
 
 class Trace:
-    """One module's input and output, recorded or edited while the block runs; `.output` and `.input` stay afterwards.
+    """Record or edit one module's output while the block runs; `.output` and `.input` stay afterwards.
 
-    module: a `VisionLanguageModel` (layer: a site, path, projection or module) or any nn.Module (layer: a dotted
-    path, or None for the module itself). retain_output / retain_input keep what the module gave / got, whole: a tuple
-    stays a tuple, a single positional input comes bare, and where there is none the keyword that carries the states
-    is kept (baukit keeps nothing there). clone and detach apply to what is kept; retain_grad makes the kept output a
-    node that gets `.grad`. edit_output(output[, layer[, inputs]]) returns what the module gives instead. stop ends
-    the forward pass here. Differences from baukit: the lookup is done on construction but the hook is placed on
-    entry, so that nothing leaks, and leaving a stop=True block in which the stop never fired is fine. Modelled on
-    davidbau/baukit, nethook.py.
+    What is kept is kept whole: a tuple stays a tuple, a single positional input comes bare, and without positional
+    inputs the keyword argument that holds the states is kept (baukit keeps nothing there). Other differences from
+    baukit: the module is looked up on construction but hooked on entry, so that nothing leaks, and a stop=True block
+    may end without the module having run. On a `VisionLanguageModel` other threads wait until the block ends.
+
+    Args:
+        module: A `VisionLanguageModel` or any `nn.Module`.
+        layer: For a `VisionLanguageModel` a site, projection, dotted path or module; for an `nn.Module` a dotted path
+            or module, or None for the module itself (default).
+        retain_output: Whether to keep what the module writes in `.output` (default True).
+        retain_input: Whether to keep what the module reads in `.input` (default False).
+        clone: Whether what is kept is a copy (default False).
+        detach: Whether what is kept is detached from the autograd graph (default False).
+        retain_grad: Whether the kept output receives `.grad` in a backward pass (default False).
+        edit_output: A function of (output), (output, layer) or (output, layer, inputs) whose result the module gives
+            instead of its output (default None).
+        stop: Whether to end the forward pass after this module (default False).
+
+    Raises:
+        ModelError: If there is no such module, or no layer is given for a `VisionLanguageModel`.
+
+    Source: davidbau/baukit, nethook.py.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> with mt.Trace(vlm, mt.Site("mlp", 3)) as trace:
+        ...     logits = vlm.logits(vlm.prompt(None, "What colour is this?"))
+        >>> trace.output.shape[-1] == vlm.hidden
+        True
     """
 
     def __init__(
@@ -48,7 +71,7 @@ class Trace:
         self._retains = (retain_output, retain_input)
         self._copy = {"clone": clone, "detach": detach}
         self._retain_grad = retain_grad
-        self._edit = None if edit_output is None else _with_wanted_arguments(edit_output)
+        self._edit = None if edit_output is None else _with_accepted_arguments(edit_output)
         self._handle: RemovableHandle | None = None
         self._lock = nullcontext() if isinstance(module, nn.Module) else module.lock
 
@@ -64,7 +87,7 @@ class Trace:
         return self.stop and isinstance(error, StopForward)
 
     def close(self) -> None:
-        """Removes the hook, if it is there; what was recorded stays."""
+        """Remove the hook, if it is there; what was recorded stays."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -82,27 +105,46 @@ class Trace:
         if retain_output:
             self.output = _copied(output, **self._copy, retain_grad=self._retain_grad)
             if self._retain_grad:
-                output = _copied(
-                    self.output, clone=True
-                )  # a copy goes on, so that in-place code cannot touch the kept node
+                # A copy goes on, so that in-place code cannot touch the kept node.
+                output = _copied(self.output, clone=True)
         if self.stop:
             raise StopForward
         return output
 
 
 class TraceDict(dict[Any, Trace]):
-    """Several `Trace`s on one model, by layer; with stop=True the pass ends at the last layer listed.
+    """Several `Trace`s on one model, in a dict by layer.
 
     All layers are looked up before any hook is placed, and every hook is removed on exit, also after an error.
+
+    Args:
+        module: A `VisionLanguageModel` or any `nn.Module`, as in `Trace`.
+        layers: The layers to trace, as in `Trace`; a repeated one counts once.
+        stop: Whether to end the forward pass after the last layer listed (default False).
+        **settings: Passed on to every `Trace`.
+
+    Raises:
+        ModelError: If there is no such module.
+
+    Source: davidbau/baukit, nethook.py.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> with mt.TraceDict(vlm, [mt.Site("hidden", 1), mt.Site("hidden", 2)], stop=True) as traces:
+        ...     logits = vlm.logits(vlm.prompt(None, "What colour is this?"))
+        >>> [str(site) for site in traces]
+        ['hidden 1', 'hidden 2']
     """
 
     def __init__(
         self, module: Addressed | nn.Module, layers: Iterable[Key], *, stop: bool = False, **settings: Any
     ) -> None:
-        wanted = list(dict.fromkeys(layers))
+        unique = list(dict.fromkeys(layers))
         super().__init__(
-            (layer, Trace(module, layer, stop=stop and index == len(wanted) - 1, **settings))
-            for index, layer in enumerate(wanted)
+            (layer, Trace(module, layer, stop=stop and index == len(unique) - 1, **settings))
+            for index, layer in enumerate(unique)
         )
         self.stop = stop
 
@@ -122,7 +164,7 @@ class TraceDict(dict[Any, Trace]):
         return self.stop and isinstance(error, StopForward)
 
     def close(self) -> None:
-        """Removes all hooks placed here; what was recorded stays."""
+        """Remove all hooks placed here; what was recorded stays."""
         for trace in self.values():
             trace.close()
 
@@ -146,8 +188,8 @@ def _resolve(module: Addressed | nn.Module, layer: Key | None) -> nn.Module:
         raise ModelError(f"no module {str(layer)!r} in {type(module).__name__}: {error}") from error
 
 
-def _with_wanted_arguments(edit: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
-    """The edit as a function of (output, layer, inputs), given only those it takes."""
+def _with_accepted_arguments(edit: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+    """The edit as a function of (output, layer, inputs) that passes on only the arguments it accepts."""
     parameters = list(inspect.signature(edit).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return edit
@@ -165,7 +207,7 @@ def _with_wanted_arguments(edit: Callable[..., Any]) -> Callable[[Any, Any, Any]
 
 
 def _copied(value: Any, *, clone: bool = False, detach: bool = False, retain_grad: bool = False) -> Any:
-    """The value with every tensor in it (tuples, lists, dicts) detached, cloned or made to keep its gradient."""
+    """The value with every tensor in its tuples, lists and dicts detached, cloned or made to keep its gradient."""
     if isinstance(value, Tensor):
         if detach and not retain_grad:
             value = value.detach()
@@ -177,8 +219,8 @@ def _copied(value: Any, *, clone: bool = False, detach: bool = False, retain_gra
         return value
     if isinstance(value, dict):
         return type(value)(
-            **{name: _copied(each, clone=clone, detach=detach, retain_grad=retain_grad) for name, each in value.items()}
+            **{name: _copied(part, clone=clone, detach=detach, retain_grad=retain_grad) for name, part in value.items()}
         )
     if isinstance(value, (tuple, list)):
-        return type(value)([_copied(each, clone=clone, detach=detach, retain_grad=retain_grad) for each in value])
+        return type(value)([_copied(part, clone=clone, detach=detach, retain_grad=retain_grad) for part in value])
     return value

@@ -1,4 +1,8 @@
-"""Reading and replacing what modules compute, for the length of a `with`: tensor or tuple, positional or keyword."""
+"""Read and replace what modules compute for the length of a `with` block.
+
+A module may pass on a tensor or a tuple, and take its states as a positional or as a keyword argument; hooks keep
+whatever stands around the tensor.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +17,48 @@ from .lock import ModelLock
 
 
 class Addressed(Protocol):
-    """Anything that knows its modules by site, projection, path or module: a `VisionLanguageModel`."""
+    """What `capture` and `patch` need of a model; `VisionLanguageModel` has it."""
 
     lock: ModelLock
     """Held by the thread that hooks the model."""
 
     def module(self, key: Key) -> nn.Module:
-        """The module at this address."""
+        """The module of a site, projection or dotted path, or the module itself."""
 
 
 @contextmanager
 def capture(
     vlm: Addressed, keys: Iterable[Key], *, inputs: bool = False, clone: bool = False
 ) -> Iterator[dict[Key, Tensor]]:
-    """A dict that fills, at every forward pass, with each module's output (or input) under the key it was asked by.
+    """Yield a dict that fills with each module's output (or input) at every forward pass inside the block.
 
-    Values are (batch, token, width), as computed: still in the autograd graph, and not copied unless `clone`.
-    A later pass overwrites an earlier one. All keys are resolved before any hook is placed (ModelError); only hooks
-    placed here are removed on exit. A `patch` entered before this one is seen, one entered after it is not.
+    A later pass overwrites an earlier one. A `patch` that was entered before this block is seen, one entered after it
+    is not. Other threads wait until the block ends. On exit exactly the hooks placed here are removed.
+
+    Args:
+        vlm: The model.
+        keys: Sites, projections, dotted module paths or modules; the dict has the same keys.
+        inputs: Whether to take what the modules read instead of what they write (default False).
+        clone: Whether to copy the tensors, which later code may otherwise write into (default False).
+
+    Yields:
+        The dict from key to tensor (batch, token, width), in the model's dtype and still in the autograd graph.
+
+    Raises:
+        ModelError: Before any hook is placed, for a key that names no module; from the forward pass, for a module
+            whose first output (or input) is no tensor.
+
+    Source: the hooks of baukit (davidbau/baukit, nethook.py).
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "What colour is this?")
+        >>> with mt.capture(vlm, [mt.Site("mlp", 3), vlm.down_projection(3)]) as states:
+        ...     logits = vlm.logits(prompt)
+        >>> states[mt.Site("mlp", 3)].shape == (1, prompt.length, vlm.hidden)
+        True
     """
     modules = {key: vlm.module(key) for key in keys}
     captured: dict[Key, Tensor] = {}
@@ -54,14 +82,38 @@ def patch(
     inputs: bool = False,
     ahead: bool = False,
 ) -> Iterator[None]:
-    """A block in which each module's output (or input) is replaced by function(output).
+    """Replace each module's output (or input) by a function of it while the block lasts.
 
-    ahead: before all hooks that are there already. Layers of a vision tower need it: transformers collects their
-    outputs by hooks of its own, and the projector reads what those have seen.
+    What stands around the tensor (a tuple, other arguments) is kept. Other threads wait until the block ends. On exit,
+    also after an error, exactly the hooks placed here are removed.
 
-    A function gets the tensor (batch, token, width), must not write into it, and returns one of the same shape; what
-    stood around the tensor (a tuple, keywords) is kept. ModelError for an unknown key (before any hook is placed), a
-    written tensor or another shape. Only hooks placed here are removed on exit, also after an error.
+    Args:
+        vlm: The model.
+        functions: From a site, projection, dotted module path or module to the function that replaces its tensor. A
+            function receives (batch, token, width), must not write into it, and returns a tensor of the same shape.
+        inputs: Whether to replace what the modules read instead of what they write (default False).
+        ahead: Whether to act before all hooks that are there already (default False). The layers of a vision tower
+            need it: transformers collects their outputs by hooks of its own, from which the projector reads.
+
+    Yields:
+        None.
+
+    Raises:
+        ModelError: Before any hook is placed, for a key that names no module; from the forward pass, for a function
+            that writes into its argument or returns anything but a tensor of the same shape.
+
+    Source: activation patching, as in ROME (arXiv 2202.05262, section 2.1).
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "What colour is this?")
+        >>> clean = vlm.logits(prompt)
+        >>> with mt.patch(vlm, {mt.Site("mlp", 3): lambda output: 0 * output}):
+        ...     patched = vlm.logits(prompt)
+        >>> bool((patched != clean).any()), bool((vlm.logits(prompt) == clean).all())
+        (True, True)
     """
     edits = [(vlm.module(key), _checked(key, function), str(key)) for key, function in functions.items()]
     with vlm.lock, _placed(edits, inputs=inputs, ahead=ahead):
@@ -69,14 +121,14 @@ def patch(
 
 
 class StopForward(Exception):
-    """Ends a forward pass on purpose; the block that placed the hook swallows it."""
+    """Ends a forward pass on purpose. The block that placed the hook catches it."""
 
 
 @contextmanager
 def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[Tensor]]:
-    """A list that gets the module's main input; the forward pass ends there, and the block with it.
+    """Yield a list that receives the module's main input; the forward pass, and with it the block, ends there.
 
-    label: how errors call the module.
+    label: the module's name in error messages.
     """
     entered: list[Tensor] = []
 
@@ -92,7 +144,7 @@ def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[
 
 
 def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, refusing results that are no replacement and writes that would reach back into cached states."""
+    """The function, with an error for results that are no replacement and for writes into its argument."""
 
     def replace(value: Tensor) -> Tensor:
         version = None if value.is_inference() else value._version
@@ -100,9 +152,9 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
         if version is not None and value._version != version:
             raise ModelError(f"the patch at {key!s} wrote into the tensor it was given; let it work on a clone")
         if not isinstance(result, Tensor) or result.shape != value.shape:
-            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            returned = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ModelError(
-                f"the patch at {key!s} must return a tensor of shape {tuple(value.shape)}; it returned {found}"
+                f"the patch at {key!s} must return a tensor of shape {tuple(value.shape)}; it returned {returned}"
             )
         return result
 
@@ -113,7 +165,7 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
 def _placed(
     visits: list[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
 ) -> Iterator[None]:
-    """A block in which each visitor sees its module's main tensor and may return another in its place."""
+    """Let each visitor see its module's main tensor while the block lasts, and return another in its place."""
     handles: list[RemovableHandle] = []
     try:
         for module, visit, label in visits:
@@ -149,7 +201,10 @@ def _input_hook(visit: Callable[[Tensor], Tensor | None], label: str) -> Callabl
 
 
 def main_keyword(keywords: Mapping[str, Any], label: str) -> str:
-    """The name of the keyword that carries the states: `hidden_states`, `inputs_embeds`, else the first tensor."""
+    """The name of the keyword argument that holds the states: `hidden_states`, `inputs_embeds`, else the first tensor.
+
+    Raises `ModelError` if no argument is a tensor.
+    """
     tensors = [name for name, value in keywords.items() if isinstance(value, Tensor)]
     for name in ("hidden_states", "inputs_embeds", *tensors):
         if name in tensors:
@@ -158,7 +213,10 @@ def main_keyword(keywords: Mapping[str, Any], label: str) -> str:
 
 
 def main_tensor(value: Any, label: str) -> Tensor:
-    """The tensor itself, or the first entry of a tuple, list or Hugging Face output; ModelError if it is no tensor."""
+    """The tensor itself, or the first entry of a tuple, list or Hugging Face output.
+
+    Raises `ModelError` if that is no tensor.
+    """
     first = value
     if isinstance(value, Mapping):
         first = next(iter(value.values()), None)
@@ -172,7 +230,7 @@ def main_tensor(value: Any, label: str) -> Tensor:
 
 
 def replace_main(value: Any, tensor: Tensor) -> Any:
-    """The value with its main tensor replaced; a new container of the same kind, the given one is left as it was."""
+    """The value with its main tensor replaced, in a new container of the same kind; the given one is left as it is."""
     if isinstance(value, Mapping):
         return type(value)(**{**value, next(iter(value)): tensor})
     if isinstance(value, tuple) and hasattr(value, "_replace"):

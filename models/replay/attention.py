@@ -1,7 +1,8 @@
-"""Attention over keys that come from several places, merged by their log-sum-exp: no row gets a copy of shared keys.
+"""Attention over keys from several places, merged by log-sum-exp, so that no row needs a copy of shared keys.
 
-Softmax over the union of disjoint key sets is the average of the softmaxes over each, weighted by the share of the
-exponentials that each set holds. So a part only has to return its output and its log-sum-exp.
+The softmax over a union of disjoint key sets is the average of the softmaxes over the sets, weighted by the share of
+the exponentials in each set. So a part only has to return its output and its log-sum-exp (as in FlashAttention,
+arXiv 2205.14135).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,23 +21,23 @@ _SCORES_AT_ONCE = 2**25
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """Keys and values of some positions, shared by rows: the rows fall into as many equal blocks as there are sets."""
+    """Keys and values of some positions, shared by rows; the rows form as many equal blocks as there are sets."""
 
     keys: Tensor
     """(set, key-value head, key, size)"""
     values: Tensor
     """(set, key-value head, key, size)"""
     visible: Tensor | None = None
-    """Booleans (query,) or (query, key), True where seen; None: everything is seen."""
+    """Booleans (query,) or (query, key), True where seen; None if everything is seen."""
     causal: bool = False
-    """Query i sees keys 0 to i; for square own keys."""
+    """Whether query i sees keys 0 to i only; for as many keys as queries."""
     hidden: Tensor | None = None
-    """Booleans (row, head or 1, query), True where this row sees none of the keys there; None: nowhere."""
+    """Booleans (row, head or 1, query), True where the row sees none of the keys there; None if nowhere."""
     rows: tuple[int, ...] | None = None
-    """The rows that see any of the keys at all, in ascending order; None: all of them."""
+    """The rows that see any of the keys at all, in ascending order; None for all rows."""
 
     def seeing(self, count: int) -> int:
-        """How many of so many rows see any of the keys."""
+        """The number of rows, out of `count`, that see any of the keys."""
         return count if self.rows is None else len(self.rows)
 
 
@@ -57,33 +58,33 @@ class Job:
     """Keys and values to use instead of the call's own."""
     is_stopped: bool = False
     """End the forward pass once keys and values are known."""
-    found: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    """Keys and values that the call computed."""
+    computed: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    """Keys and values that the call computed: (row, key-value head, position, size) each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The fastest kernels that passed a self-test on this device and dtype."""
+    """The fastest kernels that passed a self-test on this device and in this dtype."""
 
     plain: Kernel
-    """For parts without a mask, and causal ones."""
+    """The one for parts without a mask and for causal parts."""
     masked: Kernel
-    """For parts in which single keys are hidden from single queries."""
+    """The one for parts in which single keys are hidden from single queries."""
     name: str
-    """Names of both, for reports."""
+    """The names of both, for reports."""
 
 
 def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
-    """(row, head, query, size): attention of the queries (row, head, query, size) over all segments together.
+    """Attention of queries (row, head, query, size) over all segments together, in the shape of the queries.
 
-    Grouped-query heads are folded into the query axis. Merged in float32 or wider. With gradients the portable kernel
-    is taken, since fused ones give none through the log-sum-exp.
+    Grouped-query heads are folded into the query axis. Parts are merged in float32 or wider. With gradients the
+    portable kernel is used, since fused kernels give no gradient through the log-sum-exp.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     parts = [_part_of_rows(query, segment, scale, kernels) for segment in segments if segment.keys.shape[2]]
     if len(parts) == 1:
         return parts[0][0].to(query.dtype)
-    sums = torch.stack([each.to(wide) for _, each in parts])
+    sums = torch.stack([total.to(wide) for _, total in parts])
     shares = (sums - sums.logsumexp(0)).exp()
     merged = parts[0][0].to(wide) * shares[0].unsqueeze(-1)
     for share, (output, _) in zip(shares[1:], parts[1:], strict=True):
@@ -92,7 +93,7 @@ def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float
 
 
 def _part_of_rows(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """As `_part`, with what single rows do not see left out; rows that see nothing of a segment are not computed."""
+    """Output and log-sum-exp of one segment; rows that see nothing of it are not computed."""
     if segment.rows is None:
         output, total = _part(query, segment, scale, kernels)
         return output, total if segment.hidden is None else total.masked_fill(segment.hidden, -torch.inf)
@@ -111,7 +112,7 @@ def _part_of_rows(query: Tensor, segment: Segment, scale: float, kernels: Kernel
 
 
 def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of one segment, for queries that see none of it zero and minus infinity."""
+    """Output and log-sum-exp of one segment; zero and minus infinity for queries that see none of it."""
     visible, dead = segment.visible, None
     if visible is not None and visible.ndim == 1:
         visible, dead = None, ~visible
@@ -120,8 +121,8 @@ def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tu
         visible = visible | dead[:, None]  # a kernel has no answer for a row that sees nothing
     if segment.keys.shape[2] == 1 and visible is None and dead is None and len(segment.keys) == len(query):
         return _single(query, segment, scale)
-    given = (query, segment.keys, segment.values)
-    with_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    tensors = (query, segment.keys, segment.values)
+    with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     kernel = portable if with_gradient else kernels.plain if visible is None else kernels.masked
     rows, heads, length = query.shape[:3]
     if segment.keys.shape[0] == rows:
@@ -139,21 +140,21 @@ def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tu
 
 
 def _single(query: Tensor, segment: Segment, scale: float) -> tuple[Tensor, Tensor]:
-    """One key for each row, the query's own as a rule: all of the attention goes to it."""
+    """Output and log-sum-exp for one key per row, usually the query's own: all attention goes to it."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys, values = (_for_heads(each, query.shape[1]) for each in (segment.keys, segment.values))
+    keys, values = (_for_heads(part, query.shape[1]) for part in (segment.keys, segment.values))
     return values.expand_as(query), (query.to(wide) * keys.to(wide)).sum(-1) * scale
 
 
 def _fold(query: Tensor, sets: int, key_heads: int) -> Tensor:
-    """(set, key-value head, everything else, size): rows and query heads that read the same keys become queries."""
-    if sets == 1 and key_heads == query.shape[1]:  # the usual case, for which a pattern would take longer to read
+    """Rows and query heads that read the same keys as further queries: (set, key-value head, query, size)."""
+    if sets == 1 and key_heads == query.shape[1]:  # the usual case, without the cost of parsing a pattern
         return query.transpose(0, 1).flatten(1, 2).unsqueeze(0)
     return rearrange(query, "(g c) (k h) q d -> g k (c h q) d", g=sets, k=key_heads)
 
 
 def _unfold(value: Tensor, rows: int, heads: int, length: int) -> Tensor:
-    """What `_fold` folded, back in (row, head, query, size)."""
+    """The inverse of `_fold`: (row, head, query, size)."""
     sets, key_heads = value.shape[:2]
     if sets == 1 and key_heads == heads:
         return value[0].unflatten(1, (rows, length)).transpose(0, 1)
@@ -165,7 +166,7 @@ def portable(
 ) -> tuple[Tensor, Tensor]:
     """Matrix products and a log-sum-exp in float32 or wider, on any device, with gradients."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys, values = (_for_heads(each, query.shape[1]).to(wide) for each in (keys, values))
+    keys, values = (_for_heads(part, query.shape[1]).to(wide) for part in (keys, values))
     if causal:
         mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
     step = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * keys.shape[2]))
@@ -187,14 +188,14 @@ def _portable_block(
 
 
 def _for_heads(value: Tensor, heads: int) -> Tensor:
-    """Keys or values, one set for each query head."""
+    """Keys or values repeated to one set for each query head."""
     return value if value.shape[1] == heads else repeat(value, "b k n d -> b (k h) n d", h=heads // value.shape[1])
 
 
 def _flash_on_cpu(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's fused kernel; it takes fewer key-value heads than query heads, and additive masks only."""
+    """The CPU's fused kernel; it accepts fewer key-value heads than query heads, and additive masks only."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, keys, values, 0.0, causal, attn_mask=_additive(mask, query.dtype), scale=scale)
 
@@ -205,7 +206,7 @@ def _flash_on_cuda(
     """CUDA's flash kernel for half precision; it has no masks."""
     if mask is not None:
         raise ValueError("this kernel takes no mask")
-    keys, values = (_for_heads(each, query.shape[1]) for each in (keys, values))
+    keys, values = (_for_heads(part, query.shape[1]) for part in (keys, values))
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     output, total, *_ = attend(query, keys, values, 0.0, causal, False, scale=scale)
     return output, total[:, :, : query.shape[2]]
@@ -215,7 +216,7 @@ def _efficient_on_cuda(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """CUDA's memory-efficient kernel; its log-sum-exp is padded on the query axis, and masks are aligned to 16 keys."""
-    keys, values = (_for_heads(each, query.shape[1]) for each in (keys, values))
+    keys, values = (_for_heads(part, query.shape[1]) for part in (keys, values))
     bias = _additive(mask, query.dtype)
     if bias is not None:
         padded = torch.nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[:, : bias.shape[-1]]
@@ -235,11 +236,11 @@ _FUSED: dict[str, tuple[tuple[str, Kernel], ...]] = {
     "cpu": (("flash", _flash_on_cpu),),
     "cuda": (("flash", _flash_on_cuda), ("efficient", _efficient_on_cuda)),
 }
-"""Candidates by device type, the fastest first; what fails its self-test is passed over."""
+"""Candidates by device type, the fastest first; one that fails its self-test is passed over."""
 
 
 def probe_kernels(*, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> Kernels:
-    """The fused kernels that compute what the portable one does here, else the portable one itself."""
+    """The fused kernels that agree with the portable one here, or else the portable one itself."""
     chosen = []
     for masked in (False, True):
         passing = [
@@ -253,7 +254,7 @@ def probe_kernels(*, device: torch.device, dtype: torch.dtype, heads: int, key_h
 
 
 def _agrees(kernel: Kernel, masked: bool, *, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
-    """The kernel gives the portable one's outputs and sums on random numbers of this shape."""
+    """Whether the kernel gives the portable one's outputs and sums on random numbers of this shape."""
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 3e-2)
     generator = torch.Generator().manual_seed(0)
     for rows, queries, keys, causal in ((3, 7, 7, not masked), (1, 37, 45, False)):
@@ -267,10 +268,10 @@ def _agrees(kernel: Kernel, masked: bool, *, device: torch.device, dtype: torch.
             mask = mask.to(device)
         arguments = (query, key, value, shape["size"] ** -0.5, causal, mask)
         try:
-            found = kernel(*arguments)
+            results = kernel(*arguments)
         except (RuntimeError, NotImplementedError, ValueError):  # this build or device lacks the kernel
             return False
-        for value, expected in zip(found, portable(*arguments), strict=True):
-            if not torch.allclose(value.double(), expected.double(), rtol=0, atol=tolerance):
+        for result, expected in zip(results, portable(*arguments), strict=True):
+            if not torch.allclose(result.double(), expected.double(), rtol=0, atol=tolerance):
                 return False
     return True

@@ -1,4 +1,4 @@
-"""Attention edges that rows of a replay lack: keys of a cut group are a part of their own, which those rows skip."""
+"""Leave attention edges out of a replay, row by row: keys of a cut group form a part that those rows skip."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,25 +16,25 @@ _SHORT = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Attention edges that do not exist: no target attends to a source."""
+    """Attention edges that are left out: no target attends to any source."""
 
     sources: frozenset[int]
     targets: frozenset[int]
     heads: tuple[int, ...] = ()
-    """Query heads that lack the edges; empty: all of them."""
+    """Query heads that lack the edges; empty for all heads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Positions that each cut holds all of or none of."""
+    """Positions that are sources of the same cuts."""
 
     positions: tuple[int, ...]
     hidden: Tensor
-    """Booleans (cut + 1, head or 1, query): who sees none of them; entry 0 is for rows without a cut."""
+    """Booleans (cut + 1, head or 1, query), True where the query sees none of them; entry 0: rows without a cut."""
     concerned: tuple[bool, ...]
-    """Per entry: some query sees none of them in some head."""
+    """Per entry, whether some query sees none of them in some head."""
     blind: tuple[bool, ...]
-    """Per entry: no query sees any of them in any head."""
+    """Per entry, whether no query sees any of them in any head."""
 
     def seen_by(self, rows: Sequence[int]) -> tuple[Tensor | None, tuple[int, ...] | None]:
         """`hidden` and `rows` of a segment, for rows with these entries."""
@@ -48,7 +48,7 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CutSpan:
-    """Positions that a replay computes for several rows, each with or without one of some cuts."""
+    """Positions that a replay computes for several rows, each of which lacks the edges of at most one cut."""
 
     positions: tuple[int, ...]
     sources: tuple[Source, ...]
@@ -56,42 +56,41 @@ class CutSpan:
     masks: Masks
     cuts: tuple[Cut, ...]
     heads: int
-    """Query heads of the model."""
+    """Number of query heads of the model."""
     device: torch.device
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def rows(self, cuts: Sequence[Cut | None]) -> "CutRows":
-        """The span for a call whose rows lack these edges."""
+        """The span for a call with these cuts, one per row; None for a row without one."""
         if "numbers" not in self._cache:
             self._cache["numbers"] = {None: 0} | {cut: number for number, cut in enumerate(self.cuts, 1)}
         return CutRows(span=self, entries=tuple(map(self._cache["numbers"].__getitem__, cuts)))
 
     def job(self, layer: int, read: Sequence[int] | None, entries: Sequence[int]) -> Job:
-        """How a call attends whose rows have these entries (0: no cut, else the cut's number from 1)."""
+        """How a call attends, given one entry per row: 0 for no cut, or the number of its cut from 1."""
         queries = self.positions if read is None else tuple(read)
         parts, owned = self._parted(queries)
         segments = []
         for part, span in parts:
             hidden, rows = part.seen_by(entries)
             if rows != ():
-                segments += [replace(each, hidden=hidden, rows=rows) for each in span.segments(layer)]
+                segments += [replace(segment, hidden=hidden, rows=rows) for segment in span.segments(layer)]
 
         def own(keys: Tensor, values: Tensor) -> list[Segment]:
-            found = []
+            segments = []
             for part, where in owned:
                 hidden, rows = part.seen_by(entries)
                 if rows != ():
                     visible, causal = self._own_visible(layer, queries, part)
-                    each = (keys, values) if where is None else (keys[:, :, where], values[:, :, where])
-                    found.append(
-                        Segment(keys=each[0], values=each[1], visible=visible, causal=causal, hidden=hidden, rows=rows)
-                    )
-            return found
+                    mine = {"keys": keys, "values": values}
+                    mine = mine if where is None else {name: value[:, :, where] for name, value in mine.items()}
+                    segments.append(Segment(**mine, visible=visible, causal=causal, hidden=hidden, rows=rows))
+            return segments
 
         return Job(segments=segments, own=own)
 
     def _parted(self, queries: tuple[int, ...]) -> tuple[list[tuple[_Part, Span]], list[tuple[_Part, Index | None]]]:
-        """The other positions, each part with its recording, and the computed ones with their places."""
+        """Parts of all other positions, with spans over their recordings, and of the computed ones, with their places."""
         if queries not in self._cache:
             others = []
             for source in self.sources:
@@ -105,7 +104,7 @@ class CutSpan:
             own = [
                 (
                     self._part(group, queries),
-                    None if len(groups) == 1 else index_of([place[each] for each in group], self.device),
+                    None if len(groups) == 1 else index_of([place[position] for position in group], self.device),
                 )
                 for group in groups
             ]
@@ -137,7 +136,7 @@ class CutSpan:
         """(visible, causal): which of a part's keys, computed in the same call, the queries see."""
         key = queries, part.positions, id(self.masks.layers[layer])
         if key not in self._cache:
-            indices = (torch.tensor(each, device=self.device) for each in (queries, part.positions))
+            indices = (torch.tensor(positions, device=self.device) for positions in (queries, part.positions))
             seen = self.masks.block(layer, *indices)
             is_causal = queries == part.positions and torch.equal(seen, torch.ones_like(seen).tril())
             self._cache[key] = (None, True) if is_causal else (simplified(seen), False)
@@ -163,12 +162,12 @@ class CutRows:
         return index_of(self.span.positions, self.span.device)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends; read: with only these of the computed positions as queries."""
+        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
         return self.span.job(layer, read, self.entries)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, ...]]:
-    """Ascending positions as runs without gaps, the short ones together."""
+    """Ascending positions as runs without gaps, all short ones as one."""
     runs = neighbours(positions)
     short = sorted(place for run in runs if len(run) <= _SHORT for place in run)
     return [*(run for run in runs if len(run) > _SHORT), *([tuple(short)] if short else [])]

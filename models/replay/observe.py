@@ -1,7 +1,7 @@
-"""An ordinary forward pass whose attention is done by a function of ours: observed (`attending`) or cut (`masking`).
+"""Ordinary forward passes with an attention function of ours, which reads attention (`attending`) or cuts it (`masking`).
 
-`attending` computes the softmax of its queries in the open, so that gradients go through the weights that are handed
-out. What a plain softmax over scaled products is not, it refuses (`ReplayError`) rather than guess.
+`attending` computes the softmax of its queries itself, so that gradients go through the weights that it hands out.
+Attention that is not a plain softmax over scaled products raises `ReplayError`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +23,17 @@ from .witness import Witness
 
 @contextmanager
 def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
-    """A block in which the text model attends through this function; afterwards, also after errors, as before.
+    """Let the text model attend through this function until the block ends, and then, also after errors, as before.
 
-    attend: called as transformers calls its own (module, query, key, value, mask, scaling=..., dropout=..., ...), with
-    boolean masks or None. ReplayError if the text model does not let its attention function be replaced.
+    Other threads wait until the block ends.
+
+    Args:
+        vlm: The model.
+        attend: Called as transformers calls its own functions (module, query, key, value, mask, scaling=...,
+            dropout=..., ...), with boolean masks or None; returns (row, query, head, size) and weights or None.
+
+    Raises:
+        ReplayError: If the text model does not let its attention function be replaced.
     """
     decoder = vlm.decoder
     if not getattr(decoder, "_supports_attention_backend", False):
@@ -46,11 +53,35 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
 
 @contextmanager
 def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[None]:
-    """A block in which the text model's attention lacks edges; afterwards it attends as before.
+    """Hide keys from queries in single layers of the text model until the block ends.
 
-    hidden: per decoder layer booleans (head or 1, query, key), True where the query must not see the key; passes in the
-    block must have as many queries and keys. A query from which everything is hidden has no meaningful output.
-    ReplayError if the text model does not let its attention function be replaced.
+    The text model attends through transformers' sdpa function meanwhile, whatever its own is. Other threads wait until
+    the block ends.
+
+    Args:
+        vlm: The model.
+        hidden: From a decoder layer to booleans (head or 1, query, key), True where the query must not see the key.
+            Passes in the block need as many queries and keys. A query from which everything is hidden has no
+            meaningful output.
+
+    Raises:
+        ReplayError: If the text model does not let its attention function be replaced.
+
+    Source: attention knockout, arXiv 2304.14767, section 4.1.
+
+    Example:
+        >>> import multrace as mt
+        >>> import torch
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "What colour is this?")
+        >>> clean = vlm.logits(prompt)
+        >>> hidden = torch.zeros(1, prompt.length, prompt.length, dtype=torch.bool)
+        >>> hidden[:, -1, 0] = True  # the last token must not see the first
+        >>> with masking(vlm, {4: hidden}):
+        ...     masked = vlm.logits(prompt)
+        >>> bool((masked != clean)[0, -1].any()), bool((masked != clean)[0, :-1].any())
+        (True, False)
     """
     layers = {id(part): number for number, layer in enumerate(vlm.decoder_layers) for part in layer.modules()}
 
@@ -59,8 +90,8 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
     ) -> tuple[Tensor, None]:
         cut = hidden.get(layers[id(module)])
         if cut is not None:
-            asked = keywords.get("is_causal")
-            is_causal = getattr(module, "is_causal", True) if asked is None else asked
+            setting = keywords.get("is_causal")
+            is_causal = getattr(module, "is_causal", True) if setting is None else setting
             attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
 
@@ -69,7 +100,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
 
 
 def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
-    """A mask of (row or 1, head or 1, query, key) that also hides these keys."""
+    """The mask (row or 1, head or 1, query, key) that hides these keys, too."""
     if mask is None:
         mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device)[None, None]
         mask = mask.tril() if is_causal else mask
@@ -92,16 +123,37 @@ class Attention:
 
 @contextmanager
 def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list[Attention]]:
-    """A list that fills at the next forward pass with one Attention per decoder layer, in order.
+    """Yield a list that fills at the next forward pass with one `Attention` per decoder layer, in order.
 
-    queries: positions of the pass's tokens, in the order in which the weights will have them; negative ones count from
-    its end. The pass computes what it would without the block, up to rounding. With gradients enabled its output can
-    be differentiated by the weights of any layer, whether or not parameters have gradients. A later pass writes the
-    list anew.
+    The pass computes what it would without the block, up to rounding. With gradients enabled its output can be
+    differentiated by the weights of any layer, whether or not parameters have gradients. A later pass fills the list
+    anew. Other threads wait until the block ends.
 
-    ModelError for no queries or one asked for twice, and from the pass for one that it does not have. ReplayError from
-    the pass for attention that is not a softmax over scaled products (capped scores, sinks, position biases), for
-    cached keys, and for queries that see nothing (padding).
+    Args:
+        vlm: The model.
+        queries: Positions of the pass's tokens, in the order that the weights will have; negative ones count from
+            the end.
+
+    Yields:
+        The list of `Attention`, empty before the first pass.
+
+    Raises:
+        ModelError: For no queries or a repeated one, and from the pass for a query that it does not have.
+        ReplayError: From the pass, for attention that is not a softmax over scaled products (capped scores, sinks,
+            position biases), for cached keys, and for queries that see nothing (padding).
+
+    Example:
+        >>> import multrace as mt
+        >>> import torch
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "What colour is this?")
+        >>> with attending(vlm, [-1]) as attention:
+        ...     logits = vlm.logits(prompt)
+        >>> len(attention) == vlm.layers, attention[0].weights.shape == (1, vlm.heads, 1, prompt.length)
+        (True, True)
+        >>> torch.allclose(attention[0].weights.sum(-1), torch.ones(1, vlm.heads, 1))
+        True
     """
     positions = tuple(queries)
     if not positions or len(set(positions)) < len(positions):
@@ -113,30 +165,30 @@ def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list
             vlm.decoder.register_forward_hook(recorder.end),
         ]
         try:
-            yield recorder.found
+            yield recorder.attentions
         finally:
             for handle in handles:
                 handle.remove()
 
 
 class _Recorder:
-    """An attention function that keeps what it computes at some queries."""
+    """An attention function that records what it computes at some queries."""
 
     def __init__(self, vlm: VisionLanguageModel, queries: tuple[int, ...]) -> None:
-        self.found: list[Attention] = []
+        self.attentions: list[Attention] = []
         self._layers = vlm.decoder_layers
         self._queries = queries
         self._witness = Witness(self._layers)
 
     def begin(self, _decoder: nn.Module, _arguments: Any) -> None:
-        """Forgets what an earlier pass left."""
-        self.found.clear()
+        """Forget what an earlier pass left."""
+        self.attentions.clear()
         self._witness = Witness(self._layers)
 
     def end(self, _decoder: nn.Module, _arguments: Any, _output: Any) -> None:
-        """Checks that the pass is in the list as a whole."""
-        self._witness = Witness(self._layers)  # it holds on to keys
-        if len(self.found) != len(self._layers):
+        """Check that the list holds the whole pass."""
+        self._witness = Witness(self._layers)  # the old one holds on to keys
+        if len(self.attentions) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
 
     def attend(
@@ -150,17 +202,17 @@ class _Recorder:
         dropout: float = 0.0,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """(row, query, head, size) and no weights; the text model calls it in each of its layers."""
+        """The attention function that the text model calls in each layer: (row, query, head, size) and no weights."""
         number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
-        if number != len(self.found):
+        if number != len(self.attentions):
             raise ReplayError(f"decoder layer {number} attends out of turn")
         if dropout:
-            raise ReplayError(f"decoder layer {number} drops attention weights at random; call model.eval() first")
+            raise ReplayError(f"decoder layer {number} drops attention weights at random; put the model in eval mode")
         where = self._places(query.shape[2], key)
         weights = _weights(query[:, :, where], key, _hidden(mask, where, key), scaling)
         if torch.is_grad_enabled() and not weights.requires_grad:
             weights.requires_grad_()
-        self.found.append(Attention(weights=weights, values=value))
+        self.attentions.append(Attention(weights=weights, values=value))
         rows = _weighed(weights, value)
         if len(where) == query.shape[2]:
             return rows[:, where.argsort()], None
@@ -168,19 +220,19 @@ class _Recorder:
         return output.index_copy(1, where, rows), None
 
     def _places(self, length: int, key: Tensor) -> Tensor:
-        """The queries as an index from the start."""
+        """The queries as positions from the start."""
         if key.shape[2] != length:
             raise ReplayError(f"the pass attends to {key.shape[2]} keys from {length} tokens; run it without a cache")
-        unknown = [each for each in self._queries if not -length <= each < length]
-        where = torch.tensor([each % length for each in self._queries], device=key.device)
+        unknown = [query for query in self._queries if not -length <= query < length]
+        where = torch.tensor([query % length for query in self._queries], device=key.device)
         if unknown or len(where.unique()) < len(where):
-            asked = f"no query {unknown[0]}" if unknown else f"a query twice among {self._queries}"
-            raise ModelError(f"{asked} in a pass over {length} tokens; pass some of 0 to {length - 1}, each once")
+            problem = f"no query {unknown[0]}" if unknown else f"a query twice among {self._queries}"
+            raise ModelError(f"{problem} in a pass over {length} tokens; pass some of 0 to {length - 1}, each once")
         return where
 
 
 def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
-    """What is added to the scores of these queries, in a shape that broadcasts to (row, head, query, key)."""
+    """The term added to the scores of these queries, in a shape that broadcasts to (row, head, query, key)."""
     dtype, length = _wide(key.dtype), key.shape[2]
     if mask is None:
         mask = where[:, None] >= torch.arange(length, device=key.device)
@@ -188,13 +240,13 @@ def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
         mask = mask[:, :, where] if mask.shape[2] > 1 else mask
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    if bool((mask <= torch.finfo(mask.dtype).min / 2).all(-1).any()):  # what attention gives there is up to the kernel
+    if bool((mask <= torch.finfo(mask.dtype).min / 2).all(-1).any()):  # attention there depends on the kernel
         raise ReplayError("a query that is asked for may attend to nothing at all; leave out padding")
     return mask.to(dtype)
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) -> Tensor:
-    """(row, head, query, key): the softmax of the scaled products, float32 or wider."""
+    """The softmax of the scaled products, (row, head, query, key), float32 or wider."""
     wide = _wide(query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = rearrange(query.to(wide), "b (k g) q d -> b k g q d", k=key.shape[1])
@@ -203,7 +255,7 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) 
 
 
 def _weighed(weights: Tensor, value: Tensor) -> Tensor:
-    """(row, query, head, size): the values as each query weighs them, in their own dtype."""
+    """The values as each query weighs them, (row, query, head, size), in their own dtype."""
     grouped = rearrange(weights, "b (k g) q n -> b k g q n", k=value.shape[1])
     weighed = grouped @ rearrange(value.to(weights.dtype), "b k n d -> b k 1 n d")
     return rearrange(weighed, "b k g q d -> b q (k g) d").to(value.dtype)

@@ -1,4 +1,4 @@
-"""Rows of different lengths as one batch: what comes before a change is run once, the layers above it again and again.
+"""Batches of rows of different lengths: what precedes a change is run once, the layers above it again and again.
 
 `Replay` cannot do this exactly: its rows share one mask and one set of positions, where padded rows have their own, and
 its merged attention rounds otherwise than the model's. Here the layers attend through the model's own attention
@@ -36,7 +36,10 @@ class PaddedBatch:
     @classmethod
     @torch.no_grad()
     def after_prefix(cls, vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, start: int) -> "PaddedBatch":
-        """The batch of embeddings (row, token, hidden) with a mask (row, token), its columns before `start` run."""
+        """Run the columns before `start` and return the batch of the others.
+
+        embeddings: (row, token, hidden), zeros where padded; mask: (row, token), 0 where padded.
+        """
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         prefix = DynamicCache(config=vlm.config.get_text_config(decoder=True))
         if start:
@@ -52,7 +55,7 @@ class PaddedBatch:
         )
 
     def logits(self, vlm: VisionLanguageModel, columns: Tensor) -> Tensor:
-        """(row, label, vocab), float32 or wider: the whole model's logits at columns (row, label) of each row."""
+        """The whole model's logits at columns (row, label) of each row, (row, label, vocab), float32 or wider."""
         logits = vlm.forward(
             inputs_embeds=self.embeddings,
             attention_mask=self.attention_mask,
@@ -78,7 +81,7 @@ class UpperLayers:
     vlm: VisionLanguageModel
     batch: PaddedBatch
     columns: Tensor
-    """(row, label), whose logits are asked for."""
+    """(row, label), the columns whose logits are asked for."""
     first: int
     """The first layer that is run again, from 0."""
     entering: Tensor | None = None
@@ -96,10 +99,16 @@ class UpperLayers:
     def record(
         cls, vlm: VisionLanguageModel, batch: PaddedBatch, columns: Tensor, *, first: int
     ) -> tuple["UpperLayers", Tensor]:
-        """The layers from `first` on as this batch calls them, and the model's own logits (row, label, vocab).
+        """Run the model and return its layers from `first` on, and its own logits (row, label, vocab).
 
-        Hooks around this call see every layer's states at the columns of the batch. Call `checked` before the layers
-        are trusted.
+        Hooks around this call see every layer's states at the columns of the batch. Do not trust the layers before
+        they are `checked`.
+
+        Args:
+            vlm: The model.
+            batch: The batch to run.
+            columns: (row, label), the columns whose logits are asked for.
+            first: The first layer that will be run again, from 0.
         """
         upper = cls(vlm=vlm, batch=batch, columns=columns, first=first)
         witness = Witness(vlm.decoder_layers[first:], is_padded=True)
@@ -112,7 +121,7 @@ class UpperLayers:
 
     @torch.no_grad()
     def checked(self, logits: Tensor, mask: Tensor) -> "UpperLayers":
-        """These layers if they give these logits where the mask (row, label) is True; else set to run the whole model.
+        """These layers if they reproduce the logits where the mask (row, label) is True, or else the whole model.
 
         Layers that pass forget the keys and values of the layers below, which nothing reads any more.
         """
@@ -129,7 +138,7 @@ class UpperLayers:
         return replace(self, batch=replace(self.batch, prefix=prefix))
 
     def logits(self) -> Tensor:
-        """(row, label, vocab), float32 or wider, under whatever patches are on the upper layers."""
+        """Logits (row, label, vocab), float32 or wider, under all patches that are on the upper layers."""
         if self.entering is None:
             return self.batch.logits(self.vlm, self.columns)
         cache, states = _growing(self.batch.prefix), self.entering
@@ -139,7 +148,7 @@ class UpperLayers:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def rows(self, rows: Tensor) -> "UpperLayers":
-        """The same for only some rows, (row,) indices in ascending order."""
+        """The layers for only some rows, (row,) indices in ascending order."""
         smaller = replace(self, batch=self.batch.rows(rows), columns=self.columns[rows.to(self.columns.device)])
         if self.entering is None:
             return smaller
@@ -149,13 +158,13 @@ class UpperLayers:
 
 
 def at_columns(states: Tensor, columns: Tensor) -> Tensor:
-    """(row, column, ...): the entries of (row, token, ...) at columns (row, column) of each row."""
+    """The entries (row, column, ...) of states (row, token, ...) at columns (row, column) of each row."""
     columns = columns.to(states.device)
     return states[torch.arange(len(columns), device=states.device)[:, None], columns]
 
 
 def _growing(cache: Cache) -> Cache:
-    """A cache that may grow without the given one growing; tensors are shared, as growing replaces them."""
+    """A copy that may grow without the given cache growing; tensors are shared, since growing replaces them."""
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) for layer in cache.layers]
     return fresh

@@ -1,4 +1,4 @@
-"""Which positions a replay computes, where the keys of all others come from, and what may see what."""
+"""What was recorded, which positions a replay computes, where the keys of all others come from, and what sees what."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from .attention import Job, Segment
 Index = slice | Tensor
 
 _RUNS_APART = 4
-"""Runs of neighbouring positions that are attended to as slices; more of them are copied together instead."""
+"""At most so many runs of neighbouring positions are attended to as slices; more are copied together instead."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recording:
-    """A run of the decoder: keys and values at some positions, and states and outputs at those that were kept."""
+    """A run of the decoder: keys and values at its positions, states and outputs at those that were kept."""
 
     positions: tuple[int, ...]
     """Positions that keys and values are stored for, ascending."""
@@ -30,16 +30,16 @@ class Recording:
     kept: tuple[int, ...]
     """Positions that states and outputs are stored for, ascending."""
     states: tuple[Tensor, ...]
-    """Per layer (row, kept position, hidden) what enters it, and last what leaves the decoder's last layer."""
+    """Per layer (row, kept position, hidden): what enters it; the last entry is what leaves the last layer."""
     outputs: Mapping[Site | Projection, Tensor]
-    """(row, kept position, width): what recorded sites wrote, and what recorded projections read."""
+    """(row, kept position, width): what recorded sites wrote and what recorded projections read."""
     read: tuple[int, ...]
     """Positions whose logits are stored."""
     logits: Tensor
     """(row, read position, vocab)"""
 
     def at(self, stored: Tensor, positions: Sequence[int]) -> Tensor:
-        """(row, position, width): states or outputs of this recording at some of the kept positions."""
+        """States or outputs of this recording at some of the kept positions, (row, position, width)."""
         return stored[:, places(self.kept, positions, stored.device)]
 
 
@@ -52,13 +52,16 @@ class Masks:
     """Per layer booleans (query, key), True where seen; None for plain causal attention."""
 
     @classmethod
-    def of(cls, found: Sequence[Tensor | None], length: int) -> "Masks":
-        """From the masks that a model gave to its attention function. ReplayError for what is no plain mask."""
-        unique = {id(mask): None if mask is None else _boolean(mask, length) for mask in found}
-        return cls(length=length, layers=tuple(unique[id(mask)] for mask in found))
+    def of(cls, masks: Sequence[Tensor | None], length: int) -> "Masks":
+        """The masks that a model gave to its attention function, one per layer.
+
+        Raises `ReplayError` for one that differs between rows or heads, or that adds anything to scores.
+        """
+        unique = {id(mask): None if mask is None else _boolean(mask, length) for mask in masks}
+        return cls(length=length, layers=tuple(unique[id(mask)] for mask in masks))
 
     def reach(self, positions: Collection[int], first: int = 0) -> tuple[int, ...]:
-        """Positions whose states can differ once states at these do, in the layers from `first` on; ascending.
+        """The positions, ascending, whose states can change in the layers from `first` on if states at these change.
 
         A position is reached if it sees a reached one in any of those layers.
         """
@@ -89,7 +92,7 @@ class Source:
 
 
 class Queries(Protocol):
-    """The positions that a call computes, and how they attend: a `Span`, or one whose rows lack some edges."""
+    """The positions that a call computes and how they attend: a `Span`, or one whose rows lack some edges."""
 
     positions: tuple[int, ...]
 
@@ -98,12 +101,12 @@ class Queries(Protocol):
         """The positions as an index into all of them."""
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends; read: with only these of the computed positions as queries."""
+        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
-    """The positions that a replay computes, and the recordings that hold the others."""
+    """The positions that a replay computes and the recordings that hold the others."""
 
     positions: tuple[int, ...]
     sources: tuple[Source, ...]
@@ -119,7 +122,7 @@ class Span:
         return index_of(self.positions, self.device)
 
     def segments(self, layer: int) -> list[Segment]:
-        """The sources' keys and values at a layer, with what the computed positions see of them."""
+        """The sources' keys and values at a layer, and what the computed positions see of them."""
         segments = []
         for source, where, seen in self._layout(layer)[0]:
             keys, values = source.run.keys[layer][:, :, where], source.run.values[layer][:, :, where]
@@ -133,11 +136,11 @@ class Span:
     def seen_from(self, layer: int, chosen: Sequence[int]) -> tuple[list[Segment], tuple[Tensor | None, bool]]:
         """Segments and own visibility for only some of the computed positions as queries."""
         part = Span(positions=tuple(chosen), sources=self.sources, masks=self.masks, device=self.device)
-        queries, keys = (torch.tensor(each, device=self.device) for each in (part.positions, self.positions))
+        queries, keys = (torch.tensor(positions, device=self.device) for positions in (part.positions, self.positions))
         return part.segments(layer), (simplified(self.masks.block(layer, queries, keys)), False)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends; read: with only these of the computed positions as queries."""
+        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
         segments, own = (self.segments(layer), self.own(layer)) if read is None else self.seen_from(layer, read)
         visible, is_causal = own
 
@@ -157,7 +160,7 @@ class Span:
         return self._cache[key]
 
     def _part(self, layer: int, queries: Tensor, source: Source) -> tuple[Source, Index, Tensor | None] | None:
-        """The source's positions that anything sees, where they lie in its recording, and who sees them."""
+        """The source, the places in its recording that any query sees, and which queries see them; None for none."""
         if not source.positions:
             return None
         keys = torch.tensor(source.positions, device=self.device)
@@ -165,8 +168,8 @@ class Span:
         used = seen.any(0).nonzero().flatten().tolist()
         if not used:
             return None
-        wanted = source.positions[used[0] : used[-1] + 1]  # a window slides: what nobody sees any more is left out
-        where = places(source.run.positions, wanted, self.device)
+        seen_positions = source.positions[used[0] : used[-1] + 1]  # behind a sliding window nobody sees anything
+        where = places(source.run.positions, seen_positions, self.device)
         return source, where, simplified(seen[:, used[0] : used[-1] + 1])
 
 
@@ -178,13 +181,13 @@ def index_of(numbers: Sequence[int], device: torch.device) -> Index:
 
 
 def places(within: Sequence[int], wanted: Sequence[int], device: torch.device) -> Index:
-    """Where the wanted positions stand among others, as an index; all ascending."""
+    """The places of the wanted positions among others, as an index; all ascending."""
     number = {position: index for index, position in enumerate(within)}
     return index_of([number[position] for position in wanted], device)
 
 
 def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
-    """Ascending positions as runs without gaps; as one where there are too many runs to attend to one by one."""
+    """Ascending positions as runs without gaps, or as one run if there are too many to attend to one by one."""
     if not positions:
         return []
     starts = [index for index, place in enumerate(positions) if not index or positions[index - 1] != place - 1]
@@ -194,7 +197,7 @@ def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def simplified(seen: Tensor) -> Tensor | None:
-    """Booleans (query, key) as None where everything is seen, (query,) where all keys are alike, else as they are."""
+    """Booleans (query, key) as None if everything is seen, as (query,) if all keys are alike, or else unchanged."""
     if bool(seen.all()):
         return None
     if torch.equal(seen, seen[:, :1].expand_as(seen)):

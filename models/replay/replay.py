@@ -1,7 +1,7 @@
-"""Running a model's own decoder layers again from any layer on, only where states can have changed.
+"""Run a model's own decoder layers again from any layer on, only where states can have changed.
 
 Keys and values of all other positions come from runs that were recorded before; only the attention function is ours.
-What it does not understand it refuses (`ReplayError`) rather than guess.
+A model that this would not reproduce raises `ReplayError`.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ from .observe import attention_function
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
 from .witness import LayerCall, Witness, for_rows
 
-_Seen = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
+_Captured = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
 """What modules wrote, and what they read."""
 
 
 @dataclass
 class Work:
-    """What the decoder layers had to do; the counts grow with every call."""
+    """How much the decoder layers computed; the counts grow with every call."""
 
     token_layers: int = 0
     """Tokens whose output of one decoder layer was computed."""
@@ -42,9 +42,36 @@ class Work:
 
 @contextmanager
 def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
-    """A `Replay` of this model; while the block lasts its text model attends through it, afterwards as before.
+    """Yield a `Replay` of this model; its text model attends through it until the block ends, and then as before.
 
-    ReplayError if the text model does not let its attention function be replaced, or is spread over devices.
+    Other threads wait until the block ends.
+
+    Args:
+        vlm: The model.
+
+    Yields:
+        The `Replay`, with nothing recorded yet.
+
+    Raises:
+        ReplayError: If the text model does not let its attention function be replaced, or is spread over devices.
+
+    Example:
+        >>> import multrace as mt
+        >>> import torch
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.models.replay.recording import Source
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> embeddings = vlm.embed(vlm.prompt(None, "What colour is this?"))
+        >>> last = embeddings.shape[1] - 1
+        >>> with torch.no_grad(), replaying(vlm) as replay:
+        ...     run = replay.record(embeddings, kept=[last], read=[last])
+        ...     span = replay.span([last], [Source(run=run, positions=run.positions[:-1])])
+        ...     states = run.states[6]  # what enters layer 6 at the last position
+        ...     for layer in (6, 7):
+        ...         states = replay.layer(layer, states, span)
+        ...     logits = replay.read(states)
+        >>> torch.allclose(logits, run.logits, atol=1e-4)
+        True
     """
     devices = {each.device for each in vlm.decoder.parameters()}
     if devices != {vlm.device} or vlm.device.type == "meta":
@@ -55,7 +82,7 @@ def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
 
 
 class Replay:
-    """Decoder layers that run one at a time on some positions. Made by `replaying`; follows one prompt at a time."""
+    """Runs decoder layers one at a time on some positions. Made by `replaying`; follows one prompt at a time."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
@@ -69,7 +96,7 @@ class Replay:
         self._job: Job | None = None
 
     def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
-        """(row, token, hidden): what the first decoder layer reads for these embeddings; no layer runs."""
+        """What the first decoder layer reads for these embeddings, (row, token, hidden); no layer runs."""
         with first_input(self.vlm, self._layers[0], "decoder layer 0") as entered:
             self.vlm.forward(inputs_embeds=embeddings, **for_rows(len(embeddings), keywords))
         return entered[0]
@@ -84,11 +111,22 @@ class Replay:
         projections: Collection[Projection] = (),
         **keywords: Tensor,
     ) -> Recording:
-        """A whole run of the model on embeddings (row, token, hidden), which also fixes masks and positions.
+        """Run the whole model once and return the recording; its masks and positions hold for later calls.
 
-        kept: positions at which hidden states, outputs of sites and inputs of projections are stored; keys and values
-        are stored everywhere. read: positions whose logits are stored. keywords: attention_mask and position_ids as
-        `VisionLanguageModel.forward` takes them. ReplayError for anything that a replay would not reproduce.
+        Args:
+            embeddings: (row, token, hidden), what the text stack is given.
+            kept: Positions at which hidden states, outputs of sites and inputs of projections are stored; keys and
+                values are stored everywhere.
+            read: Positions whose logits are stored.
+            sites: Sites whose outputs are stored.
+            projections: Projections whose inputs are stored.
+            **keywords: attention_mask and position_ids as in `VisionLanguageModel.forward`, alike in all rows.
+
+        Returns:
+            The `Recording`.
+
+        Raises:
+            ReplayError: For anything that a replay would not reproduce.
         """
         rows, length = embeddings.shape[:2]
         where = index_of(kept, embeddings.device)
@@ -103,20 +141,22 @@ class Replay:
                 logits = self.vlm.forward(inputs_embeds=embeddings, positions=read, **for_rows(rows, keywords))
         finally:
             self._witness = None
-        seen, self._calls = witness.attended, witness.calls
+        attended, self._calls = witness.attended, witness.calls
         self._check_logits((outputs, inputs), witness.states[-1], logits, read)
-        kept_outputs = {**{site: outputs[site] for site in sites}, **{each: inputs[each] for each in projections}}
-        self.masks = Masks.of([mask for _, _, mask in seen], length)
-        self.work.token_layers += rows * length * len(seen)
-        self.work.pairs += rows * len(seen) * length * (length + 1) // 2
+        stored = {site: outputs[site] for site in sites} | {
+            projection: inputs[projection] for projection in projections
+        }
+        self.masks = Masks.of([mask for _, _, mask in attended], length)
+        self.work.token_layers += rows * length * len(attended)
+        self.work.pairs += rows * len(attended) * length * (length + 1) // 2
         self.work.read_tokens += rows * len(read)
         return Recording(
             positions=tuple(range(length)),
-            keys=tuple(key for key, _, _ in seen),
-            values=tuple(value for _, value, _ in seen),
+            keys=tuple(key for key, _, _ in attended),
+            values=tuple(value for _, value, _ in attended),
             kept=tuple(kept),
-            states=tuple(each[:, where] for each in witness.states),
-            outputs={key: value[:, where] for key, value in kept_outputs.items()},
+            states=tuple(states[:, where] for states in witness.states),
+            outputs={key: value[:, where] for key, value in stored.items()},
             read=tuple(read),
             logits=logits,
         )
@@ -131,23 +171,30 @@ class Replay:
         sites: Collection[Site] = (),
         projections: Collection[Projection] = (),
     ) -> Recording:
-        """A run that equals `base` but at `positions`, from what enters the first layer there (row, position, hidden).
+        """Run some positions through all layers and return a recording that equals `base` everywhere else.
 
-        Only these positions are computed; they must be all that can differ (`Masks.reach`). Keys and values are stored
-        at all of them; states, outputs of sites and inputs of projections at those `kept` (by default all, too); logits
-        wherever `base` has read.
+        Args:
+            base: The run that holds the keys and values of all other positions.
+            entering: (row, position, hidden), what enters the first layer at the computed positions.
+            positions: The positions to compute; they must be all that can differ (`Masks.reach`).
+            kept: Those of them at which states, outputs of sites and inputs of projections are stored (default: all).
+            sites: Sites whose outputs are stored.
+            projections: Projections whose inputs are stored.
+
+        Returns:
+            The `Recording`: keys and values at the computed positions, logits wherever `base` has them.
         """
         rest = sorted(set(base.positions) - set(positions))
         span = self.span(positions, [Source(run=base, positions=tuple(rest))])
         kept = span.positions if kept is None else tuple(kept)
         where, written = places(span.positions, kept, entering.device), {}
-        states, stored, found = entering, [entering[:, where].clone()], []
+        states, stored, attended = entering, [entering[:, where].clone()], []
         for number in range(len(self._layers)):
             job = span.job(number)
             with self._storing(number, sites, projections, where, written):
                 states = self._call(number, states, span.index, job)
             stored.append(states[:, where].clone())  # not a view, which would keep the rest in memory
-            found.append(job.found)
+            attended.append(job.computed)
         changed = [position for position in base.read if position in set(positions)]
         logits = base.logits.expand(len(entering), -1, -1).clone()
         if changed:
@@ -155,8 +202,8 @@ class Replay:
             logits[:, places(base.read, changed, states.device)] = self.read(states[:, within])
         return Recording(
             positions=span.positions,
-            keys=tuple(key for key, _ in found),
-            values=tuple(value for _, value in found),
+            keys=tuple(key for key, _ in attended),
+            values=tuple(value for _, value in attended),
             kept=kept,
             states=tuple(stored),
             outputs=written,
@@ -165,22 +212,22 @@ class Replay:
         )
 
     def span(self, positions: Sequence[int], sources: Sequence[Source]) -> Span:
-        """The positions to compute (ascending), and the recordings that hold the keys of all others they see."""
+        """The span that computes these positions (ascending), with the recordings that hold the keys of the others."""
         return Span(positions=tuple(positions), sources=tuple(sources), masks=self.masks, device=self.vlm.device)
 
     def layer(self, number: int, states: Tensor, span: Queries) -> Tensor:
-        """(row, position, hidden): a decoder layer's output for states (row, position, hidden) at the span's positions.
+        """The output of a decoder layer, (row, position, hidden), for states of that shape at the span's positions.
 
-        Rows fall into as many equal blocks as a source has rows, in its order.
+        Rows form as many equal blocks as a source has rows, in its order.
         """
         return self._call(number, states, span.index, span.job(number))
 
     def last_layer(self, states: Tensor, span: Queries, read: Sequence[int]) -> Tensor:
-        """(row, read position, hidden): the last layer's output at only some of the span's positions.
+        """The last layer's output at only some of the span's positions, (row, read position, hidden).
 
-        For the others the layer computes keys and values and is stopped there, unless its weights are moved about
-        while it runs (offloading), where stopping would leave them in the wrong place. Whatever patches the layer's
-        modules is to expect the read positions only.
+        For the others the layer computes keys and values and is stopped there, unless its weights are moved while it
+        runs (offloading), where stopping would leave them in the wrong place. Patches on modules of the layer see the
+        read positions only.
         """
         number = len(self._layers) - 1
         if len(read) == len(span.positions):
@@ -193,11 +240,11 @@ class Replay:
         except StopForward:
             self.work.key_value_tokens += states.shape[0] * states.shape[1]
         job = span.job(number, read)
-        job.given = collect.found
+        job.given = collect.computed
         return self._call(number, states[:, where], index_of(read, states.device), job)
 
     def read(self, states: Tensor) -> Tensor:
-        """(row, position, vocab): logits, float32 or wider, from the last layer's output (row, position, hidden)."""
+        """Logits (row, position, vocab), float32 or wider, of the last layer's output (row, position, hidden)."""
         self.work.read_tokens += states.shape[0] * states.shape[1]
         norm, head = self._ends
         return _wide(head(norm(states)))
@@ -213,27 +260,27 @@ class Replay:
         dropout: float = 0.0,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """(row, query, head, size) and no weights; the text model calls it in each of its layers."""
+        """The attention function that the text model calls in each layer: (row, query, head, size) and no weights."""
         job = self._job
         if job is None:
             if self._witness is not None:
                 self._witness.attends(module, (key, value, attention_mask), keywords)
-                self._kernels_for(query, key)  # probed once, while recording, and not in the first replayed layer
+                self._kernels_for(query, key)  # probed once, while recording, not in the first replayed layer
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
             )
-        job.found = key, value
+        job.computed = key, value
         if job.is_stopped:
             raise StopForward
-        key, value = job.given or job.found
+        key, value = job.given or job.computed
         segments = [*job.segments, *job.own(key, value)]
-        self.work.pairs += query.shape[2] * sum(each.keys.shape[2] * each.seeing(len(query)) for each in segments)
+        self.work.pairs += query.shape[2] * sum(part.keys.shape[2] * part.seeing(len(query)) for part in segments)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = merged_attention(query, segments, scale=scale, kernels=self._kernels_for(query, key))
         return output.transpose(1, 2).contiguous(), None
 
     def _kernels_for(self, query: Tensor, key: Tensor) -> Kernels:
-        """What passed the self-test for tensors like these."""
+        """The kernels that passed the self-test for tensors of these shapes."""
         shape = query.shape[1], key.shape[1], query.shape[3]
         if shape not in self._kernels:
             sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
@@ -260,26 +307,26 @@ class Replay:
         where: Index,
         stored: dict[Site | Projection, Tensor],
     ) -> Iterator[None]:
-        """A block in which one layer runs, after which its sites and projections are stored at some positions."""
+        """Store what one layer's sites and projections do in the block, at some positions."""
         inside = {id(part) for part in self._layers[number].modules()}
-        own_sites = [each for each in sites if self.vlm.layer_index(each.layer) == number]
-        own_projections = [each for each in projections if id(each.module) in inside]
+        own_sites = [site for site in sites if self.vlm.layer_index(site.layer) == number]
+        own_projections = [projection for projection in projections if id(projection.module) in inside]
         with (
             capture(self.vlm, own_sites, clone=True) as written,
-            capture(self.vlm, own_projections, inputs=True, clone=True) as given,
+            capture(self.vlm, own_projections, inputs=True, clone=True) as read,
         ):
             yield
-        stored.update({key: value[:, where].clone() for key, value in {**written, **given}.items()})
+        stored.update({key: value[:, where].clone() for key, value in {**written, **read}.items()})
 
     @property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
-        """What turns the last layer's output into logits: the final norm and the output head."""
+        """The modules that turn the last layer's output into logits: the final norm and the output head."""
         return self.vlm.final_norm, self.vlm.output_head
 
-    def _check_logits(self, seen: _Seen, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:
-        """ReplayError unless final norm and output head, and nothing else, turn the last states into the logits."""
+    def _check_logits(self, captured: _Captured, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:
+        """Raise `ReplayError` unless final norm and output head alone turn the last states into the logits."""
         norm, head = self._ends
-        outputs, inputs = seen
+        outputs, inputs = captured
         if norm in outputs and head in outputs:
             links = (states, inputs[norm]), (outputs[norm][:, list(read)], inputs[head]), (_wide(outputs[head]), logits)
             if all(torch.equal(before.to(after.device), after) for before, after in links):
