@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: floors, cycles, hidden imports, family ladders, unsafe files, paths.
+"""The rules of the house, read off the source: floors, cycles, imports, families, reaching through, unsafe files, paths.
 
 Every rule is a function from a tree of sources to complaints. The project must have none, and a small bad tree, one per
 rule, must get the complaint that it deserves; without that, a rule that sees nothing would pass too.
@@ -28,6 +28,14 @@ FLOORS = {  # a room and the other rooms it may import; "" is the root of the pa
     "tests": LIBRARY | {"", "scripts"},
 }
 LONGEST_FUNCTION = 60
+INSIDE = {"addresses", "frontend"}  # what only the room of models reaches for, on any object
+INSIDE_VLM = {"model", "family"}  # the same on a loaded model, whose face is `VisionLanguageModel`
+REACHING = {  # files that need the Hugging Face module itself, and why
+    "editing/exports.py": "PEFT wraps the module",
+    "editing/lora.py": "PEFT puts its layers into the module",
+    "editing/fine_tuning.py": "torch.func.functional_call runs a module with other weights",
+    "scripts/benchmarks/flow_published.py": "compares with the plain `generate` of transformers",
+}
 HEAVY = {"matplotlib", "pandas", "peft", "scipy", "sklearn"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""
 FAMILY = re.compile(r"\b(family|model_type)(\.name)?$")
@@ -149,6 +157,24 @@ def family_ladders(sources: list[Source]) -> list[str]:
     return complaints
 
 
+def no_reach_through(sources: list[Source]) -> list[str]:
+    """Outside the room of models, attributes of a model or a prompt that lead past its face."""
+    complaints = []
+    for source in sources:
+        if source.room not in (LIBRARY | {"", "scripts"}) - {"models"} or source.path in REACHING:
+            continue
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.Attribute):
+                continue
+            is_vlm = ast.unparse(node.value).split(".")[-1] == "vlm"
+            if node.attr in INSIDE or node.attr in INSIDE_VLM and is_vlm:
+                complaints.append(
+                    f"{source.path}:{node.lineno} reaches through {ast.unparse(node)}; use the face of "
+                    "VisionLanguageModel or Prompt, or give it what is missing"
+                )
+    return complaints
+
+
 def pickles(sources: list[Source]) -> list[str]:
     complaints = []
     for source in sources:
@@ -213,8 +239,9 @@ def _texts(root: Path) -> list[str]:
 
 
 RULES = {
-    rule.__name__: rule for rule in (floors, cycles, hidden_imports, family_ladders, pickles, long_functions)
-}  # fmt: skip
+    rule.__name__: rule
+    for rule in (floors, cycles, hidden_imports, family_ladders, no_reach_through, pickles, long_functions)
+}
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -260,6 +287,16 @@ BAD = [  # name, rule, files, what the complaint must say
     ("family in a list", family_ladders, {"models/a.py": "x = 1 if family in ('gpt2', 'phi') else 2"}, "models/a.py:1"),
     ("model type", family_ladders, {"editing/a.py": "x = model.config.model_type == 'llava'"}, "editing/a.py:1"),
     ("match", family_ladders, {"__init__.py": "match family.name:\n  case 'gpt2':\n    pass"}, "__init__.py:1"),
+    ("the module", no_reach_through, {"tracing/a.py": "x = 1\nvlm.model(**inputs)"}, "tracing/a.py:2 reaches through"),
+    ("the module of a part", no_reach_through, {"editing/a.py": "self.vlm.model.eval()"}, "through self.vlm.model;"),
+    ("the family", no_reach_through, {"workflow/a.py": "x = vlm.family.parallel"}, "workflow/a.py:1"),
+    ("the addresses", no_reach_through, {"scripts/a.py": "f(loaded.addresses.layers)"}, "scripts/a.py:1"),
+    (
+        "the frontend of a prompt",
+        no_reach_through,
+        {"editing/a.py": "prompt.frontend.encode(text, ())"},
+        "editing/a.py:1",
+    ),
     ("pickle", pickles, {"data/a.py": "import pickle"}, "data/a.py:1"),
     ("pickle by name", pickles, {"data/a.py": "from pickle import load"}, "data/a.py:1"),
     ("torch.load", pickles, {"models/a.py": "torch.load(path, weights_only=True)"}, "models/a.py:1"),
@@ -291,6 +328,9 @@ GOOD = {
     "data/__init__.py": "if record.family == other.family: pass\n",
     "scripts/main.py": "import multrace\nfrom ..tracing.trace import trace\nmodel.eval()\na = family_name == 'x'\n",
     "tests/test_a.py": "import multrace.scripts.main\nfrom multrace.models import load\n",
+    "models/prompts.py": "x = vlm.model, vlm.family, vlm.addresses, prompt.frontend\n",
+    "workflow/locate.py": "x = trace.model, vlm.config, args.family\n",
+    "editing/lora.py": "LoraModel(vlm.model)\n",
     "long.py": "def f():\n" + "  x = 1\n" * (LONGEST_FUNCTION - 1),
 }
 
