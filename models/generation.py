@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .errors import ModelError
 from .frontend import Frontend, to_device
@@ -43,7 +43,8 @@ def generate(
     """Return one greedy answer per prompt in the order given, without special tokens and outer blanks.
 
     Answers that prompts carry are left out. Rows are padded on the left and masked, so a batch gives what its prompts
-    give one by one, up to floating-point rounding of the logits (a tie within it may fall either way).
+    give one by one, up to floating-point rounding of the logits (a tie within it may fall either way). Raises
+    `ModelError` if the model computes logits that are not finite.
     """
     bare = [prompt.with_answer(None) for prompt in prompts]
     _check_room(bare, frontend.limit, max_new_tokens)
@@ -54,7 +55,9 @@ def generate(
         inputs, _ = collate(bare[start : start + batch_size], tokenizer, side="left")
         inputs = to_device(inputs, model.device, model.dtype)
         with torch.no_grad():
-            ids = decoding.generate(**inputs, generation_config=settings)
+            ids = decoding.generate(
+                **inputs, generation_config=settings, logits_processor=LogitsProcessorList([_FiniteLogits(model.dtype)])
+            )
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
@@ -96,10 +99,38 @@ def _with_settings(model: nn.Module, settings: GenerationConfig) -> nn.Module:
     return shared
 
 
-def score_answer(logits: Tensor, prompt: Prompt, tokenizer: Any) -> Score:
-    """Return the score of the prompt's own answer (not empty) from its logits (1, token, vocab), in float64."""
+class _FiniteLogits(LogitsProcessor):
+    """Pass every step's logits on; `ModelError` where one of them has no greatest value."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return _finite(scores, self.dtype)
+
+
+def _finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits (..., vocab) themselves; minus infinity is an impossible token, and allowed beside finite ones.
+
+    dtype: what the model computes in, on which the advice depends.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        advice = (
+            "a number overflowed there, or a weight is not finite; load the model with dtype='float32'"
+            if dtype in (torch.float16, torch.bfloat16)
+            else "a weight is not finite; undo the last change to the weights, or load the model again"
+        )
+        raise ModelError(f"the model computes logits that are not finite in {dtype}, so it has no answer: {advice}")
+    return logits
+
+
+def score_answer(logits: Tensor, prompt: Prompt, tokenizer: Any, *, dtype: torch.dtype) -> Score:
+    """Return the score of the prompt's own answer (not empty) from its logits (1, token, vocab), in float64.
+
+    dtype: what the model computes in. Raises `ModelError` for logits that are not finite.
+    """
     first = prompt.groups["answer"][0]
-    predicting = logits[0, first - 1 : first - 1 + len(prompt.answer_ids)].double().log_softmax(dim=-1)
+    predicting = _finite(logits[0, first - 1 : first - 1 + len(prompt.answer_ids)], dtype).double().log_softmax(dim=-1)
     chosen = predicting[torch.arange(len(prompt.answer_ids)), list(prompt.answer_ids)]
     return Score(
         log_probability=float(chosen.sum()),

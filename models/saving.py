@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .errors import ModelError, gist
+from .quiet import quiet_transformers
 
 
 def save_directory(
     model: nn.Module, processor: Any, directory: str | PathLike[str], *, dtype: torch.dtype | None, overwrite: bool
 ) -> None:
-    """Writes model and processor to a sibling folder and renames it into place. ModelError if that cannot be done."""
+    """Write model and processor to a sibling folder and rename it into place.
+
+    Args:
+        model: the Hugging Face model.
+        processor: its processor or tokenizer.
+        directory: where to; missing folders above it are made. Its files get the permissions of the umask.
+        dtype: of the floating-point weights in the file; None for the model's own.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ModelError: if the place is in use or cannot be written, or the disk is full. What was there before stays.
+    """
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ModelError(f"cannot save a model to {str(target)!r}: it is a file; pass a folder")
@@ -29,30 +42,27 @@ def save_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         fresh = work / "new"
-        _write(model, processor, fresh, dtype=dtype)
-        if target.exists():
-            target.rename(work / "old")
-        try:
-            fresh.rename(target)
-        except OSError:
-            if (work / "old").exists():
-                (work / "old").rename(target)
-            raise
-    except OSError as error:
-        raise ModelError(f"cannot save a model to {str(target)!r}: {error}") from error
+        with quiet_transformers():
+            _write(model, processor, fresh, dtype=dtype)
+        _open_to_others(fresh)
+        _replace(target, fresh, old=work / "old")
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
+        raise ModelError(
+            f"cannot save a model to {str(target)!r}: {gist(error)}; pass a folder on a disk with room for it"
+        ) from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(model: nn.Module, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
-    kept = str(model.config.dtype).removeprefix("torch.")
+    own_name = str(model.config.dtype).removeprefix("torch.")
     written = dtype or model.dtype
     state = _cast(model.state_dict(), written)
     try:
         model.save_pretrained(folder, state_dict=state)
     finally:
-        model.config.dtype = kept  # transformers writes the dtype into the live configuration
+        model.config.dtype = own_name  # transformers writes the dtype into the live configuration
     processor.save_pretrained(folder)
     if written != model.dtype:
         _name_dtype(folder / "config.json", str(written).removeprefix("torch."))
@@ -68,9 +78,28 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _name_dtype(path: Path, dtype: str) -> None:
-    """Says in the configuration which dtype the file holds; transformers wrote the one the model computed in."""
+    """Write into the configuration which dtype the file holds; transformers wrote the one the model computed in."""
     config = json.loads(path.read_text())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "dtype" in part or part is config:
             part["dtype"] = dtype
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give each weight file the permissions of the configuration; safetensors makes files for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _replace(target: Path, fresh: Path, *, old: Path) -> None:
+    """Put the fresh folder into the target's place; the target comes back if that fails."""
+    if target.exists():
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise

@@ -497,7 +497,7 @@ class VisionLanguageModel:
         """
         prompt = self.prompt(image, question, answer=answer)
         with torch.no_grad():
-            return score_answer(self.logits(prompt), prompt, self.tokenizer)
+            return score_answer(self.logits(prompt), prompt, self.tokenizer, dtype=self.dtype)
 
     def save_pretrained(
         self, directory: str | PathLike[str], *, dtype: torch.dtype | None = None, overwrite: bool = False

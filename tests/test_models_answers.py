@@ -216,3 +216,34 @@ def test_a_boolean_mask_of_four_dimensions(attention, request, make_photo):
         assert not torch.allclose(
             vlm.forward(inputs_embeds=embeddings, attention_mask=cut)[:, -1], clean[:, -1], atol=1e-3
         )
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [("float16", "dtype='float32'"), ("float32", "undo the last change")])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_logits_that_are_not_finite_are_no_answer(value, dtype, advice, llama_path):
+    vlm = multrace.load(llama_path, dtype=dtype)
+    prompts = [vlm.prompt(None, question) for question in QUESTIONS[:2]]
+    answers, score = vlm.answers(prompts), vlm.score(None, QUESTIONS[0], "Ada")
+    token = prompts[0].inputs["input_ids"][0, -1]
+    row = vlm.weight("model.embed_tokens.weight")[token]
+    own = row.clone()
+    row[0] = value
+    for ask in (lambda: vlm.answers(prompts), lambda: vlm.score(None, QUESTIONS[0], "Ada")):
+        with pytest.raises(
+            ModelError, match=f"logits that are not finite in torch.{dtype}, so it has no answer.*{advice}"
+        ):
+            ask()
+    row.copy_(own)
+    assert (vlm.answers(prompts), vlm.score(None, QUESTIONS[0], "Ada")) == (answers, score)
+
+
+def test_an_impossible_token_is_no_overflow(llama_path):
+    vlm = multrace.load(llama_path)
+    prompt = vlm.prompt(None, QUESTIONS[0])
+    (expected,) = vlm.answers([prompt])
+
+    def bar(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([0]), -math.inf)
+
+    with vlm.output_head.register_forward_hook(bar):
+        assert vlm.answers([prompt]) == [expected]

@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
+import stat
 
 import multrace
 import pytest
 import torch
 from multrace import ModelError
 from multrace.models import saving
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 QUESTION = "Who founded the company in this photo?"
@@ -128,3 +131,44 @@ def test_a_failed_rename_puts_the_old_folder_back(random_llama, tmp_path, monkey
         random_llama.save_pretrained(target, overwrite=True)
     assert (target / "old.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 50 kB, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_model(random_llama, tmp_path, full_disk):
+    with pytest.raises(SafetensorError):  # what the library raises by itself is no OSError
+        save_file({"weight": torch.zeros(100_000)}, tmp_path / "weights.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old.txt").write_text("old")
+    with pytest.raises(ModelError, match="cannot save a model to .*; pass a folder on a disk with room for it"):
+        random_llama.save_pretrained(tmp_path / "model", overwrite=True)
+    assert os.listdir(tmp_path / "model") == ["old.txt"]
+    assert {name for name in os.listdir(tmp_path) if name.startswith(".model")} == set()
+
+
+@pytest.mark.parametrize(
+    ("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
+)
+def test_written_files_have_the_permissions_of_the_umask(mask, file, folder, random_llama, tmp_path):
+    before = os.umask(mask)
+    try:
+        random_llama.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {file} and "model.safetensors" in modes
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == folder
+
+
+def test_saving_draws_no_bar_where_there_is_no_terminal(random_llama, tmp_path, capsys):
+    random_llama.save_pretrained(tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    random_llama.model.save_pretrained(tmp_path / "loud")
+    assert "Writing model shards" in capsys.readouterr().err

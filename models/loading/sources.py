@@ -4,17 +4,13 @@ import copy
 import json
 import logging
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -25,10 +21,10 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
-from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError, gist, quoted, reason
 from ..families.table import Family
+from ..quiet import quiet_transformers
 
 logger = logging.getLogger("multrace")
 
@@ -51,32 +47,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 """What a safetensors header calls the dtypes that a model computes in; packed (quantised) ones are none of them."""
 _TOO_LARGE = 2
 """A configuration that describes this many times the weights of the files is damaged, not a model that lacks some."""
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
-    level, hub_had_bars = transformers_logging.get_verbosity(), not are_progress_bars_disabled()
-    hides_bars = transformers_logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
-    try:
-        transformers_logging.set_verbosity(max(level, logging.ERROR))
-        if hides_bars:
-            transformers_logging.disable_progress_bar()
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if hides_bars:
-            transformers_logging.enable_progress_bar()  # switches the hub's on as well
-            if not hub_had_bars:
-                disable_progress_bars()
-
-
-def is_terminal(stream: Any) -> bool:
-    """Whether text written to the stream appears on a terminal; False for a stream that cannot tell, and for None."""
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError, OSError):  # a logger in place of a stream has no isatty; a closed one raises
-        return False
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel
-from ...models.loading.sources import quiet_transformers
+from ...models.quiet import quiet_transformers
 from ...tracing.engine.cells import Measure
 from ...tracing.engine.edges import EdgeCell
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ...models.loading.sources import quiet_transformers
+from ...models.quiet import quiet_transformers
 
 PATCH = 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")

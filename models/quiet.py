@@ -1,0 +1,35 @@
+"""Transformers without its log lines and progress bars: what fails is one error of this project."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
+    level, hub_had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    hides_bars = logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
+    try:
+        logging.set_verbosity(max(level, logging.ERROR))
+        if hides_bars:
+            logging.disable_progress_bar()
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if hides_bars:
+            logging.enable_progress_bar()  # switches the hub's on as well
+            if not hub_had_bars:
+                disable_progress_bars()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether text written to the stream appears on a terminal; False for a stream that cannot tell, and for None."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):  # a logger in place of a stream has no isatty; a closed one raises
+        return False
