@@ -86,10 +86,11 @@ PROCESSORS = {
     "one too few": ({"num_additional_image_tokens": 0}, "writes 15 tokens for a picture of which the model makes 16"),
     "other patches": ({"patch_size": 16}, "writes 4 tokens for a picture of which the model makes 16"),
     "another selection": ({"vision_feature_select_strategy": "full"}, "writes 17 tokens"),
-    "no number": ({"num_additional_image_tokens": "1"}, "num_additional_image_tokens='1'"),
+    "no number": ({"num_additional_image_tokens": "1"}, "has num_additional_image_tokens='1', which no model has"),
     "a number beyond all memory": ({"num_additional_image_tokens": 2**31}, "num_additional_image_tokens=2147483648"),
-    "words for a size": ({"patch_size": "eight"}, "cannot be asked a question: TypeError"),
-    "no patches": ({"patch_size": 0}, "cannot be asked a question: ZeroDivisionError"),
+    "words for a size": ({"patch_size": "eight"}, "has patch_size='eight', which no model has"),
+    "no patches": ({"patch_size": 0}, "has patch_size=0, which"),
+    "another way to select": ({"vision_feature_select_strategy": ["full"]}, "has vision_feature_select_strategy=['full']"),
     "another kind of processor": ({"processor_class": "NoSuchProcessor"}, "has no processor, only a"),
 }  # fmt: skip
 

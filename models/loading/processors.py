@@ -34,12 +34,7 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
     ModelError if the configuration does not say it either.
     """
     processor = vlm.processor
-    extra = getattr(processor, "num_additional_image_tokens", 0)
-    if not isinstance(extra, int) or not 0 <= extra <= _MOST_EXTRA_TOKENS:
-        raise ModelError(
-            f"the processor_config.json of {vlm.name!r} has num_additional_image_tokens={quoted(extra)}; write there how many "
-            "tokens of a picture are no patch, such as 1 for CLIP's class token"
-        )
+    _check_fields(processor, vlm.name)
     if not vlm.has_vision or getattr(processor, "patch_size", 0) is not None:
         return
     if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
@@ -54,6 +49,22 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
     processor.num_additional_image_tokens += features - positions
     if processor.num_additional_image_tokens not in (0, 1):
         raise image_token_error(vlm, positions, features)
+
+
+def _check_fields(processor: Any, name: str) -> None:
+    """ModelError if the processor has one of LLaVA's fields with a value that no model has."""
+    valid = {
+        "patch_size": lambda value: value is None or isinstance(value, int) and value > 0,
+        "num_additional_image_tokens": lambda value: isinstance(value, int) and 0 <= value <= _MOST_EXTRA_TOKENS,
+        "vision_feature_select_strategy": lambda value: value in (None, "default", "full"),
+    }
+    for field, is_valid in valid.items():
+        value = getattr(processor, field, None)
+        if hasattr(processor, field) and not is_valid(value):
+            raise ModelError(
+                f"the processor_config.json of {name!r} has {field}={quoted(value)}, which no model has; mend that field, or "
+                "fetch the file again"
+            )
 
 
 def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:
