@@ -236,8 +236,12 @@ def test_cached_keys_layers_that_do_not_attend_and_dropout_are_refused(llama_pat
     for layer in vlm.addresses.layers:
         layer.self_attn.attention_dropout = 0.5
     vlm.model.train()
-    with attending(vlm, [-1]), pytest.raises(ReplayError, match="drops attention weights at random"):
-        vlm.logits(prompt)
+    with attending(vlm, [-1]) as seen:
+        vlm.logits(prompt)  # runs in eval mode all the same
+        assert len(seen) == vlm.layers
+        vlm.model.train()
+        with pytest.raises(ReplayError, match="drops attention weights at random"):
+            vlm.model(**prompt.inputs)  # a call past the model's face, in train mode
     vlm.model.eval()
     vlm.addresses.layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with attending(vlm, [-1]), pytest.raises(ReplayError, match="attends out of turn"):
