@@ -7,8 +7,8 @@ from multrace import VisionLanguageModel
 from multrace.models import Prompt
 from multrace.models.replay.cuts import Cut
 from multrace.tracing import Engine, ImagePruning, prune_image_tokens
-from multrace.tracing.engine.edges import EdgeCell, EdgeRun
-from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.engine.cells import EdgeCell, Runs
+from multrace.tracing.engine.plain import plain_scores
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"
@@ -36,5 +36,5 @@ def masked_logits(
     length = embeddings.shape[1]
     rest = frozenset(range(length)) - set(dropped)
     cell = EdgeCell(cut=Cut(sources=frozenset(dropped), targets=rest), first=first, last=vlm.layers - 1)
-    run = EdgeRun(embeddings=embeddings, scored=tuple(range(length - count, length)))
-    return plain_edges(vlm, run, [cell], lambda logits: logits.flatten(1))[0].reshape(count, -1)
+    run = Runs.of_one(embeddings, scored=range(length - count, length))
+    return plain_scores(vlm, run, [cell], lambda logits: logits.flatten(1))[0].reshape(count, -1)

@@ -11,7 +11,7 @@ from multrace.models.families.table import Family
 from multrace.models.frontend import Frontend
 from multrace.models.replay.recording import Recording, Source, Span
 from multrace.models.replay.replay import Replay
-from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.cells import Runs, StateCell
 from multrace.tracing.engine.plain import plain_scores
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def make_runs(vlm: VisionLanguageModel, *, restores: bool = True, samples: int =
     return Runs(base=base, source=source, scored=(LENGTH - 2, LENGTH - 1), frozen=FROZEN, keywords=keywords)
 
 
-def mixed_cells(vlm: VisionLanguageModel) -> list[Cell]:
+def mixed_cells(vlm: VisionLanguageModel) -> list[StateCell]:
     """Every kind of site, windows, groups, severed and direct ones, in every layer."""
     cells = []
     rows = ((2,), (5,), (LENGTH - 1,), (LENGTH - 4,), (3, 6), (2, 3, 4), CHANGED, (4, LENGTH - 2, LENGTH - 1))
@@ -90,14 +90,14 @@ def mixed_cells(vlm: VisionLanguageModel) -> list[Cell]:
             span = {"first": first, "positions": positions}
             wide = min(vlm.layers - 1, first + 2)
             cells += [
-                Cell(kind="hidden", last=first, **span),
-                Cell(kind="mlp", last=wide, **span),
-                Cell(kind="attention", last=wide, **span),
-                Cell(kind="head", last=first, head=vlm.heads - 1, **span),
-                Cell(kind="hidden", last=first, severed="mlp", **span),
-                Cell(kind="mlp", last=first, severed="attention", **span),
-                Cell(kind="attention", last=first, is_direct=True, **span),
-                Cell(kind="hidden", last=wide, is_direct=True, **span),
+                StateCell(kind="hidden", last=first, **span),
+                StateCell(kind="mlp", last=wide, **span),
+                StateCell(kind="attention", last=wide, **span),
+                StateCell(kind="head", last=first, head=vlm.heads - 1, **span),
+                StateCell(kind="hidden", last=first, severed="mlp", **span),
+                StateCell(kind="mlp", last=first, severed="attention", **span),
+                StateCell(kind="attention", last=first, is_direct=True, **span),
+                StateCell(kind="hidden", last=wide, is_direct=True, **span),
             ]
     return cells
 
@@ -108,7 +108,7 @@ def measure(logits: Tensor) -> Tensor:
     return torch.stack([probability, (logits[:, 0, 5] - logits[:, 0, 9]).double()], dim=-1)
 
 
-def largest_difference(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell]) -> tuple[float, float]:
+def largest_difference(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell]) -> tuple[float, float]:
     """How far sweep and plain way are apart at most (nan if either is), and the share of cells that move a score."""
     found, slow = sweep(vlm, runs, cells, measure), plain_scores(vlm, runs, cells, measure)
     moves = (slow - found.base).abs().amax((1, 2)) > 1e-7

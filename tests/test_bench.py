@@ -22,7 +22,7 @@ from multrace.scripts.benchmarks.timing import Row, measure_row
 from multrace.scripts.benchmarks.ways import frozen_states, run_naive, run_strong, run_sweep
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.tracing.engine.cells import Cell
+from multrace.tracing.engine.cells import StateCell
 
 CPU = torch.device("cpu")
 SHAPE = Shape(
@@ -139,7 +139,7 @@ def test_all_three_ways_agree_on_every_sort_of_cell(subject: Subject):
 
 def test_the_naive_way_changes_nothing_where_it_restores_nothing(subject: Subject):
     runs = subject.runs("text")
-    cell = Cell(kind="hidden", first=1, last=1, positions=())
+    cell = StateCell(kind="hidden", first=1, last=1, positions=())
     found = run_naive(subject, runs, [cell], {})
     torch.testing.assert_close(found[0, 0], scores(subject, runs.base), rtol=0, atol=1e-5)
     everything = replace(cell, positions=tuple(range(SHAPE.tokens)))

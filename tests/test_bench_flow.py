@@ -26,9 +26,9 @@ from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
 from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.tracing.engine.edge_sweep import edge_sweep
-from multrace.tracing.engine.edges import EdgeRun
-from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.engine.cells import Runs
+from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine.sweep import sweep
 
 SHAPE = Shape(
     layers=4, width=32, mlp=48, heads=2, vision_layers=2, vision_width=16, vision_heads=2, vocabulary=120, image=56
@@ -62,8 +62,8 @@ def _without_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def edge_run(subject: Subject) -> EdgeRun:
-    return EdgeRun(embeddings=subject.vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
+def edge_run(subject: Subject) -> Runs:
+    return Runs.of_one(subject.vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +140,16 @@ def test_rows_are_chosen_by_words_of_their_labels():
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_all_three_ways_agree(label: str, subject: Subject, edge_run: EdgeRun):
+def test_all_three_ways_agree(label: str, subject: Subject, edge_run: Runs):
     cells, measure = CASES[label].cells, probabilities(subject)
-    swept = edge_sweep(subject.vlm, edge_run, cells, measure)
-    plain = plain_edges(subject.vlm, edge_run, cells, measure)
+    swept = sweep(subject.vlm, edge_run, cells, measure)
+    plain = plain_scores(subject.vlm, edge_run, cells, measure)[..., 0]
     published = published_scores(subject.vlm, subject.prompt, cells, measure)
     torch.testing.assert_close(published, plain, rtol=0, atol=1e-4)
-    torch.testing.assert_close(swept.scores, plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(swept.scores[..., 0], plain, rtol=0, atol=1e-4)
     torch.testing.assert_close(published[:, 0], plain[:, 0], rtol=0, atol=5e-6)
-    torch.testing.assert_close(swept.scores[:, 0], plain[:, 0], rtol=0, atol=5e-6)
-    assert float((plain - swept.clean)[:, 0].abs().max()) > 1e-3  # and cutting does something
+    torch.testing.assert_close(swept.scores[:, 0, 0], plain[:, 0], rtol=0, atol=5e-6)
+    assert float((plain - swept.base[:, 0])[:, 0].abs().max()) > 1e-3  # and cutting does something
 
 
 def test_every_cell_of_the_published_way_starts_from_the_whole_model(subject: Subject):
@@ -161,31 +161,31 @@ def test_every_cell_of_the_published_way_starts_from_the_whole_model(subject: Su
     assert len(seen) == len(cells)
 
 
-def test_no_hook_is_left_behind(subject: Subject, edge_run: EdgeRun):
+def test_no_hook_is_left_behind(subject: Subject, edge_run: Runs):
     vlm = subject.vlm
-    before = vlm.forward(inputs_embeds=edge_run.embeddings, positions=edge_run.scored)
+    before = vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored)
     published_scores(vlm, subject.prompt, CASES["image -> question"].cells[:1], subject.measure)
     truncated_logits(vlm, edge_run, 1, [0, 47])
-    assert torch.equal(vlm.forward(inputs_embeds=edge_run.embeddings, positions=edge_run.scored), before)
+    assert torch.equal(vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored), before)
 
 
 # ---- a truncated prefill ----
 
 
-def test_a_truncated_prefill_gives_what_the_cut_gives(subject: Subject, edge_run: EdgeRun):
+def test_a_truncated_prefill_gives_what_the_cut_gives(subject: Subject, edge_run: Runs):
     text = sorted({*range(48)} - IMAGE)
-    scores = edge_sweep(subject.vlm, edge_run, CASES[DROPPED].cells, subject.measure).scores
+    scores = sweep(subject.vlm, edge_run, CASES[DROPPED].cells, subject.measure).scores[..., 0]
     found = [subject.measure(truncated_logits(subject.vlm, edge_run, layer, text))[0] for layer in range(4)]
     torch.testing.assert_close(torch.stack(found), scores, rtol=0, atol=5e-6)
     assert float((scores[0] - scores[3]).abs()) > 1e-3  # from which layer on makes a difference
 
 
-def test_a_truncated_prefill_of_all_tokens_is_a_prefill(subject: Subject, edge_run: EdgeRun):
-    whole = subject.vlm.forward(inputs_embeds=edge_run.embeddings, positions=edge_run.scored)
+def test_a_truncated_prefill_of_all_tokens_is_a_prefill(subject: Subject, edge_run: Runs):
+    whole = subject.vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored)
     torch.testing.assert_close(truncated_logits(subject.vlm, edge_run, 2, range(48)), whole)
 
 
-def test_a_truncated_prefill_computes_less(subject: Subject, edge_run: EdgeRun):
+def test_a_truncated_prefill_computes_less(subject: Subject, edge_run: Runs):
     lengths = []
     hooks = [
         layer.register_forward_hook(lambda _module, _given, output: lengths.append(output.shape[1]))

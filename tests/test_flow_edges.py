@@ -13,10 +13,11 @@ from multrace.models import Site
 from multrace.models.replay.cuts import Cut
 from multrace.models.replay.replay import replaying
 from multrace.tracing import Engine, knockout_probability
-from multrace.tracing.engine import edge_sweep as sweeps
-from multrace.tracing.engine.edge_sweep import edge_sweep
-from multrace.tracing.engine.edges import EdgeCell, EdgeRun
-from multrace.tracing.engine.plain_edges import hidden_edges, plain_edges
+from multrace.tracing.engine import edges, sweep as sweeps
+from multrace.tracing.engine.cells import EdgeCell, Runs
+from multrace.tracing.engine.plain import hidden_edges, plain_scores
+from multrace.tracing.engine.plan import Chunk
+from multrace.tracing.engine.sweep import sweep
 from other_families import MODELS, make
 from torch import Tensor
 
@@ -50,8 +51,8 @@ def make_cells(vlm: VisionLanguageModel) -> list[EdgeCell]:
     return [EdgeCell(cut=each, first=first, last=last) for each in CUTS.values() for first, last in windows]
 
 
-def make_run(vlm: VisionLanguageModel, **keywords: Tensor) -> EdgeRun:
-    return EdgeRun(embeddings=make_runs(vlm).source, scored=SCORED, keywords=keywords)
+def make_run(vlm: VisionLanguageModel, **keywords: Tensor) -> Runs:
+    return Runs.of_one(make_runs(vlm).source, scored=SCORED, **keywords)
 
 
 def measure(logits: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ def measure(logits: Tensor) -> Tensor:
 def distance(vlm: VisionLanguageModel, cells: Sequence[EdgeCell], **keywords: Tensor) -> tuple[float, float]:
     """How far sweep and plain way are apart at most, and the share of cells that move a score."""
     run = make_run(vlm, **keywords)
-    found, slow = edge_sweep(vlm, run, cells, measure), plain_edges(vlm, run, cells, measure)
-    moved = (slow - found.clean).abs().amax(1) > 1e-7
+    found, slow = sweep(vlm, run, cells, measure), plain_scores(vlm, run, cells, measure)
+    moved = (slow - found.base).abs().amax((1, 2)) > 1e-7
     assert not bool(moved[found.free].any())
     return float((found.scores - slow).abs().max()), float(moved.double().mean())
 
@@ -110,7 +111,7 @@ def test_other_masks_are_kept(exact_llava, mask):
 # ---- oracles from outside ----
 
 
-def eager(vlm: VisionLanguageModel, run: EdgeRun, cell: EdgeCell) -> Tensor:
+def eager(vlm: VisionLanguageModel, run: Runs, cell: EdgeCell) -> Tensor:
     """(metric,): the model's own eager attention, given another additive mask in the window's layers by hand."""
     later = torch.ones(run.length, run.length, dtype=torch.bool).triu(1)
     hidden = hidden_edges(cell.cut, run.length, vlm.heads) | later
@@ -126,25 +127,25 @@ def eager(vlm: VisionLanguageModel, run: EdgeRun, cell: EdgeCell) -> Tensor:
                 lambda _module, given, words: (given, {**words, "attention_mask": mask}), with_kwargs=True
             )
             stack.callback(hook.remove)
-        return measure(vlm.forward(inputs_embeds=run.embeddings, positions=run.scored))[0]
+        return measure(vlm.forward(inputs_embeds=run.base, positions=run.scored))[0]
 
 
 @torch.no_grad()
 def test_the_plain_way_is_what_eager_attention_does_with_the_mask(exact_vlm):
     run, cells = make_run(exact_vlm), sample(exact_vlm, 25)
-    found = plain_edges(exact_vlm, run, cells, measure)
+    found = plain_scores(exact_vlm, run, cells, measure)[..., 0]
     expected = torch.stack([eager(exact_vlm, run, cell) for cell in cells])
     assert (found - expected).abs().max() <= 1e-6  # eager attention takes its softmax in float32
-    assert (found - measure(exact_vlm.forward(inputs_embeds=run.embeddings, positions=run.scored))).abs().max() > 1e-3
+    assert (found - measure(exact_vlm.forward(inputs_embeds=run.base, positions=run.scored))).abs().max() > 1e-3
 
 
 def test_a_cut_in_all_layers_equals_masking_in_the_plain_model(exact_llava, photo):
     prompt = exact_llava.prompt(photo, QUESTION)
-    run = EdgeRun(embeddings=exact_llava.embed(prompt), scored=prompt.groups["last"])
+    run = Runs.of_one(exact_llava.embed(prompt), scored=prompt.groups["last"])
 
     def probability(source: str, target: str) -> float:
         cell = EdgeCell(cut=cut(prompt.groups[source], prompt.groups[target]), first=0, last=exact_llava.layers - 1)
-        return float(edge_sweep(exact_llava, run, [cell], lambda logits: logits[:, -1].softmax(-1)[:, 7:8]).scores)
+        return float(sweep(exact_llava, run, [cell], lambda logits: logits[:, -1].softmax(-1)[:, 7:8]).scores)
 
     for source, target in (("image", "last"), ("image", "question"), ("question", "last")):
         masked = knockout_probability(exact_llava, prompt, source, target, answer_id=7)
@@ -155,14 +156,14 @@ def test_a_cut_in_all_layers_equals_masking_in_the_plain_model(exact_llava, phot
 def test_cutting_nothing_changes_nothing_bit_for_bit(random_vlm):
     run = make_run(random_vlm)
     with torch.no_grad():
-        clean = measure(random_vlm.forward(inputs_embeds=run.embeddings, positions=run.scored))[0]
+        clean = measure(random_vlm.forward(inputs_embeds=run.base, positions=run.scored))[0]
     nothing = [EdgeCell(cut=CUTS[name], first=1, last=2) for name in ("nothing", "to nothing", "later to earlier")]
-    found = edge_sweep(random_vlm, run, nothing, measure)
-    assert all(torch.equal(each, clean) for each in found.scores)
+    found = sweep(random_vlm, run, nothing, measure)
+    assert all(torch.equal(each[:, 0], clean) for each in found.scores)
     assert found.free.all()
     assert found.work.token_layers == 0
-    something = edge_sweep(random_vlm, run, [EdgeCell(cut=CUTS["image to last"], first=1, last=2)], measure)
-    assert not torch.equal(something.scores[0], clean)
+    something = sweep(random_vlm, run, [EdgeCell(cut=CUTS["image to last"], first=1, last=2)], measure)
+    assert not torch.equal(something.scores[0, :, 0], clean)
 
 
 # ---- what it costs ----
@@ -174,7 +175,7 @@ def test_a_cell_computes_only_what_can_change(random_llava):
 
     def tokens(which: Cut, *windows: tuple[int, int]) -> int:
         cells = [EdgeCell(cut=which, first=first, last=last) for first, last in windows]
-        return edge_sweep(random_llava, run, cells, lambda logits: logits[:, -1, 7:8]).work.token_layers
+        return sweep(random_llava, run, cells, lambda logits: logits[:, -1, 7:8]).work.token_layers
 
     last, asked = cut(IMAGE, LAST), cut(IMAGE, ASKED)
     assert [tokens(last, (first, layers - 1)) for first in range(layers)] == [layers - first for first in range(layers)]
@@ -190,13 +191,13 @@ def test_dropped_tokens_are_not_computed_any_more(exact_llava):
     gone = IMAGE[::2]
     kept = [place for place in range(LENGTH) if place not in gone]
     cells = [EdgeCell(cut=cut(gone, kept), first=layer, last=end) for layer in range(end + 1)]
-    whole = edge_sweep(exact_llava, run, cells, measure_last)
-    found = edge_sweep(exact_llava, run, [replace(cell, is_dropped=True) for cell in cells], measure_last)
-    assert (found.scores - plain_edges(exact_llava, run, cells, measure_last)).abs().max() <= 1e-12
-    assert (found.scores - found.clean).abs().min() > 1e-7
+    whole = sweep(exact_llava, run, cells, measure_last)
+    found = sweep(exact_llava, run, [replace(cell, is_dropped=True) for cell in cells], measure_last)
+    assert (found.scores - plain_scores(exact_llava, run, cells, measure_last)).abs().max() <= 1e-12
+    assert (found.scores - found.base).abs().min() > 1e-7
     assert found.work.token_layers < whole.work.token_layers
     after = LENGTH - 1 - IMAGE[0] - 1  # all after the first one but the other one
-    alone = edge_sweep(exact_llava, run, [replace(cells[0], is_dropped=True)], measure_last)
+    alone = sweep(exact_llava, run, [replace(cells[0], is_dropped=True)], measure_last)
     assert alone.work.token_layers == end * after + 1
 
 
@@ -206,24 +207,24 @@ def measure_last(logits: Tensor) -> Tensor:
 
 def test_work_in_small_pieces_gives_the_same(exact_llava):
     run, cells = make_run(exact_llava), sample(exact_llava)
-    whole = edge_sweep(exact_llava, run, cells, measure).scores
+    whole = sweep(exact_llava, run, cells, measure).scores
     for settings in (Engine(tokens_per_call=1), Engine(memory=1, tokens_per_call=7)):
-        assert (edge_sweep(exact_llava, run, cells, measure, settings=settings).scores - whole).abs().max() <= 1e-12
+        assert (sweep(exact_llava, run, cells, measure, settings=settings).scores - whole).abs().max() <= 1e-12
 
 
 def test_where_memory_runs_out_batches_are_halved(exact_llava, monkeypatch):
     run, cells = make_run(exact_llava), sample(exact_llava)
-    expected = edge_sweep(exact_llava, run, cells, measure)
-    whole = sweeps._EdgeSweep._run
+    expected = sweep(exact_llava, run, cells, measure)
+    whole = sweeps._Sweep._run
 
-    def limited(self: sweeps._EdgeSweep, chunk: sweeps.EdgeChunk, tokens: int) -> None:
+    def limited(self: sweeps._Sweep, chunk: Chunk, scores: Tensor, tokens: int) -> None:
         if len(chunk.lanes) > 3:
             raise torch.OutOfMemoryError("no room")
-        whole(self, chunk, tokens)
+        whole(self, chunk, scores, tokens)
 
-    monkeypatch.setattr(sweeps._EdgeSweep, "_run", limited)
-    found = edge_sweep(exact_llava, run, cells, measure)
-    assert found.halvings > 0 == expected.halvings
+    monkeypatch.setattr(sweeps._Sweep, "_run", limited)
+    found = sweep(exact_llava, run, cells, measure)
+    assert found.report.halvings > 0 == expected.report.halvings
     assert (found.scores - expected.scores).abs().max() <= 1e-12
 
 
@@ -231,9 +232,9 @@ def test_memory_that_runs_out_for_one_cell_is_an_error(random_llava, monkeypatch
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(sweeps._EdgeSweep, "_run", never)
+    monkeypatch.setattr(sweeps._Sweep, "_run", never)
     with pytest.raises(TraceError, match="memory ran out for a single cell"):
-        edge_sweep(random_llava, make_run(random_llava), sample(random_llava, 5), measure)
+        sweep(random_llava, make_run(random_llava), sample(random_llava, 5), measure)
 
 
 # ---- what is noticed ----
@@ -242,13 +243,13 @@ def test_memory_that_runs_out_for_one_cell_is_an_error(random_llava, monkeypatch
 def test_a_token_that_would_see_nothing_is_refused(random_llava):
     first = EdgeCell(cut=cut((0,), (0, 3)), first=0, last=0)
     with pytest.raises(TraceError, match="some token would see nothing at all"):
-        edge_sweep(random_llava, make_run(random_llava), [first], measure)
+        sweep(random_llava, make_run(random_llava), [first], measure)
 
 
 def heads_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    span = sweeps.CutSpan.rows
+    span = edges.CutSpan.rows
     monkeypatch.setattr(
-        sweeps.CutSpan,
+        edges.CutSpan,
         "rows",
         lambda self, cuts: span(
             replace(self, cuts=tuple(replace(each, heads=()) for each in self.cuts), _cache={}),
@@ -258,22 +259,22 @@ def heads_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "_cut_at", lambda lane, layer: lane.cell.cut)
+    monkeypatch.setattr(edges, "_cut_at", lambda lane, cell, layer: lane.cut)
 
 
 def window_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "_cut_at", lambda lane, layer: lane.cell.cut if layer == lane.cell.first else None)
+    monkeypatch.setattr(edges, "_cut_at", lambda lane, cell, layer: lane.cut if layer == cell.first else None)
 
 
 def own_keys_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sweeps.CutSpan.job
+    whole = edges.CutSpan.job
 
     def job(self, layer, read, entries):
         found, uncut = whole(self, layer, read, entries), whole(self, layer, read, [0] * len(entries))
         found.own = uncut.own
         return found
 
-    monkeypatch.setattr(sweeps.CutSpan, "job", job)
+    monkeypatch.setattr(edges.CutSpan, "job", job)
 
 
 @pytest.mark.parametrize("mutation", [heads_ignored, window_never_ends, window_ends_at_once, own_keys_never_hidden])
@@ -286,5 +287,5 @@ def test_the_model_attends_as_before_afterwards(random_llava):
     before = random_llava.addresses.decoder.config._attn_implementation
     with pytest.raises(ZeroDivisionError), replaying(random_llava):
         raise ZeroDivisionError
-    plain_edges(random_llava, make_run(random_llava), sample(random_llava, 1), measure)
+    plain_scores(random_llava, make_run(random_llava), sample(random_llava, 1), measure)
     assert random_llava.addresses.decoder.config._attn_implementation == before

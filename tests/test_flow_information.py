@@ -9,8 +9,8 @@ from multrace.data import World
 from multrace.models.replay.cuts import Cut
 from multrace.scripts.flow_questions import world_questions
 from multrace.tracing import average
-from multrace.tracing.engine.edges import EdgeCell, EdgeRun
-from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.engine.cells import EdgeCell, Runs
+from multrace.tracing.engine.plain import plain_scores
 from multrace.tracing.knockout.groups import PAPER_FLOWS, Flow, Groups, parse_flow
 from multrace.tracing.knockout.knockout import attention_knockout
 from multrace.tracing.knockout.result import AttentionKnockout
@@ -104,11 +104,11 @@ def test_the_answers_own_tokens_are_no_group_of_a_flow(random_llava, prompt):
 
 def by_hand(vlm, prompt, source, target, layers, heads=()) -> float:
     embeddings = vlm.embed(prompt)
-    run = EdgeRun(embeddings=embeddings, scored=(embeddings.shape[1] - 1,))
+    run = Runs.of_one(embeddings, scored=(embeddings.shape[1] - 1,))
     cut = Cut(sources=frozenset(source), targets=frozenset(target), heads=heads)
     cell = EdgeCell(cut=cut, first=layers[0], last=layers[-1])
     token = int(vlm.logits(prompt)[0, embeddings.shape[1] - 1].argmax())
-    return float(plain_edges(vlm, run, [cell], lambda logits: logits[:, -1].double().softmax(-1)[:, token, None]))
+    return float(plain_scores(vlm, run, [cell], lambda logits: logits[:, -1].double().softmax(-1)[:, token, None]))
 
 
 def test_each_cell_is_what_it_says(exact_llava, photo):

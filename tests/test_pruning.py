@@ -10,10 +10,10 @@ from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
 from multrace.tracing import Engine, ImagePruning, average_prunings
-from multrace.tracing.engine import edge_measure as edge_measuring
-from multrace.tracing.engine.edge_sweep import edge_sweep
-from multrace.tracing.engine.edges import EdgeRun
-from multrace.tracing.engine.plain_edges import plain_edges
+from multrace.tracing.engine import measure as measuring
+from multrace.tracing.engine.cells import Runs
+from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine.sweep import sweep
 from multrace.tracing.pruning.dropping import Drop, image_ranks
 from other_families import MODELS, make
 from torch import Tensor
@@ -100,16 +100,16 @@ def test_dropping_equals_removing_the_tokens_by_hand(exact_seeing, photo):
 @pytest.mark.parametrize("name", MODELS)
 def test_dropping_is_exact_on_families_without_a_row(name, monkeypatch):
     vlm = make(name, monkeypatch)
-    run = EdgeRun(embeddings=make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
+    run = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
     drops = [Drop(tokens=frozenset(places), first=first) for places in (FROZEN, FROZEN[1:]) for first in (0, 1, 3)]
     cells = [drop.cell(LENGTH, vlm.layers) for drop in drops]
 
     def measure(logits: Tensor) -> Tensor:
         return logits.double().softmax(-1)[:, :, 7]
 
-    fast = edge_sweep(vlm, run, cells, measure)
-    assert (fast.scores - plain_edges(vlm, run, cells, measure)).abs().max() <= 1e-12
-    assert (fast.scores - fast.clean).abs().max() > 1e-7
+    fast = sweep(vlm, run, cells, measure)
+    assert (fast.scores - plain_scores(vlm, run, cells, measure)).abs().max() <= 1e-12
+    assert (fast.scores - fast.base).abs().max() > 1e-7
 
 
 def test_the_plain_engine_gives_the_same(random_llava, photo):
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_be_replayed_is_warned_of_once(random_llava_llama, p
 
     prompt = random_llava_llama.prompt(photo, QUESTION)
     expected = truncated(random_llava_llama, prompt, layers=(1, 2))
-    monkeypatch.setattr(edge_measuring, "edge_sweep", refuse)
+    monkeypatch.setattr(measuring, "sweep", refuse)
     with pytest.warns(UserWarning, match="slow: it is too odd") as seen:
         found = truncated(random_llava_llama, prompt, layers=(1, 2))
     assert len(seen) == 1
@@ -147,7 +147,8 @@ def test_the_engine_computes_the_truncated_part_only(random_llava, photo):
     truncated_part = whole - length * torch.arange(layers)
     added = (scored - 1 - before) * left  # the answer's tokens come on top; those before the picture are not new
     unread = length - len(found.image_positions) - before - 1  # in the last layer, all but what is scored
-    assert found.engine.token_layers == round(float((truncated_part + added - unread).sum()))
+    recording = (length + scored - 1) * layers
+    assert found.engine.token_layers == recording + round(float((truncated_part + added - unread).sum()))
 
 
 # ---- which tokens stay ----

@@ -3,7 +3,7 @@
 Each named mutation breaks the real code in one way; without it, the same comparison holds.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from multrace.models.replay import attention, recording as layouts, replay as re
 from multrace.models.replay.attention import Kernels, Segment
 from multrace.models.replay.recording import Index, Masks, Span
 from multrace.tracing.engine import plan as plans
-from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.cells import Runs, StateCell
 from multrace.tracing.engine.plan import Lane
 from torch import Tensor
 
@@ -74,9 +74,9 @@ def keys_one_early(monkeypatch: pytest.MonkeyPatch) -> None:
 def joins_late(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plans._lanes
 
-    def lanes(families: Sequence, cells: Sequence[Cell]) -> tuple[Lane, ...]:
+    def lanes(members: Sequence, cells: Sequence[StateCell], starts: Mapping[int, int]) -> tuple[Lane, ...]:
         end = max(cell.last for cell in cells)
-        return tuple(replace(lane, join=min(lane.join + 1, end)) for lane in whole(families, cells))
+        return tuple(replace(lane, join=min(lane.join + 1, end)) for lane in whole(members, cells, starts))
 
     monkeypatch.setattr(plans, "_lanes", lanes)
 
@@ -84,8 +84,8 @@ def joins_late(monkeypatch: pytest.MonkeyPatch) -> None:
 def joins_early(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plans._lanes
 
-    def lanes(families: Sequence, cells: Sequence[Cell]) -> tuple[Lane, ...]:
-        return tuple(replace(lane, join=max(lane.join - 1, 0)) for lane in whole(families, cells))
+    def lanes(members: Sequence, cells: Sequence[StateCell], starts: Mapping[int, int]) -> tuple[Lane, ...]:
+        return tuple(replace(lane, join=max(lane.join - 1, 0)) for lane in whole(members, cells, starts))
 
     monkeypatch.setattr(plans, "_lanes", lanes)
 
@@ -150,10 +150,10 @@ MUTATIONS: dict[str, tuple[Mutation, tuple[str, ...]]] = {
 }
 
 
-def make_cells(vlm: VisionLanguageModel) -> list[Cell]:
+def make_cells(vlm: VisionLanguageModel) -> list[StateCell]:
     """Cells whose ways through the engine differ: merged, scattered, direct, windowed."""
     cells = [cell for cell in mixed_cells(vlm) if cell.positions in ((5,), (2, 3, 4), (3, 6), CHANGED)]
-    whole = [Cell(kind="hidden", first=layer, last=layer, positions=BLOCKS) for layer in range(vlm.layers)]
+    whole = [StateCell(kind="hidden", first=layer, last=layer, positions=BLOCKS) for layer in range(vlm.layers)]
     return cells + whole
 
 

@@ -19,7 +19,7 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.engine.attribution import estimated_changes, rank_agreement
-from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.cells import Runs, StateCell
 from multrace.tracing.engine.plain import plain_scores, run_scores
 from multrace.tracing.engine.settings import Engine
 from PIL import Image
@@ -51,13 +51,13 @@ def runs_of(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, *,
     return Runs(base=base, source=source, scored=(prompt.length - 1,), frozen=prompt.groups["image"])
 
 
-def single_cells(vlm: VisionLanguageModel, prompt: Prompt) -> list[Cell]:
+def single_cells(vlm: VisionLanguageModel, prompt: Prompt) -> list[StateCell]:
     """One layer each, at single tokens and groups, of every kind."""
     groups = prompt.groups
     rows = [groups["constraint"][:1], groups["constraint"], groups["question"][-1:], groups["last"]]
     rows += [groups["image"], groups["image"][5:6]] if groups["image"] else []
     return [
-        Cell(kind=kind, head=head, first=layer, last=layer, positions=positions)
+        StateCell(kind=kind, head=head, first=layer, last=layer, positions=positions)
         for kind, head in KINDS.items()
         for positions in rows
         for layer in range(vlm.layers)
@@ -108,7 +108,7 @@ def test_estimates_are_directional_derivatives(exact_llava, photo):
     runs = runs_of(exact_llava, prompt, TextNoise(samples=1))
     positions, step = prompt.groups["constraint"], 1e-5
     for layer in range(exact_llava.layers - 1):
-        cell = Cell(kind="hidden", first=layer, last=layer, positions=positions)
+        cell = StateCell(kind="hidden", first=layer, last=layer, positions=positions)
         estimated = estimated_changes(exact_llava, runs, [cell], measure)[0, :, 0]
         differences = []
         for sign in (1, -1):

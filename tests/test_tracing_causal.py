@@ -17,9 +17,9 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.cells import KINDS, Cell, Runs
-from multrace.tracing.engine.grid import window_layers
+from multrace.tracing.engine.cells import KINDS, Runs, StateCell
 from multrace.tracing.engine.plain import plain_scores, run_scores
+from multrace.tracing.engine.rows import window_layers
 from multrace.tracing.engine.settings import Engine
 from multrace.tracing.engine.sweep import sweep
 from PIL import Image
@@ -55,7 +55,7 @@ def alike(engine: str, found: Tensor, expected: Tensor | float) -> bool:
     return torch.allclose(found, expected, rtol=0, atol={"plain": 0.0, "replay": 1e-12}[engine])
 
 
-def cell_scores(engine: str, vlm: VisionLanguageModel, runs: Runs, *cells: Cell) -> Tensor:
+def cell_scores(engine: str, vlm: VisionLanguageModel, runs: Runs, *cells: StateCell) -> Tensor:
     """(cell, sample): the probability of token 5."""
 
     def measure(logits: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def test_restoring_every_hidden_state_at_any_layer_gives_the_clean_score(exact_v
 @pytest.mark.parametrize("samples", [1, 4])
 def test_restoring_nothing_gives_the_corrupted_score(exact_vlm, photo, samples, engine):
     runs, expected = noised(exact_vlm, ask(exact_vlm, photo), samples)
-    nothing = [Cell(kind=kind, first=0, last=exact_vlm.layers - 1, positions=()) for kind in KINDS]
-    last = Cell(kind="hidden", first=0, last=0, positions=(runs.length - 1,))
+    nothing = [StateCell(kind=kind, first=0, last=exact_vlm.layers - 1, positions=()) for kind in KINDS]
+    last = StateCell(kind="hidden", first=0, last=0, positions=(runs.length - 1,))
     *found, control = cell_scores(engine, exact_vlm, runs, *nothing, last)
     assert all(alike(engine, each, expected) for each in found)
     assert (control - expected).abs().min() > 1e-9
@@ -94,7 +94,7 @@ def test_restoring_nothing_gives_the_corrupted_score(exact_vlm, photo, samples, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patching_with_the_corrupted_states_has_no_effect(exact_vlm, photo, kind, engine):
     runs, expected = noised(exact_vlm, ask(exact_vlm, photo), 2)
-    everywhere = Cell(kind=kind, first=0, last=exact_vlm.layers - 1, positions=tuple(range(runs.length)))
+    everywhere = StateCell(kind=kind, first=0, last=exact_vlm.layers - 1, positions=tuple(range(runs.length)))
     (clean,) = cell_scores(engine, exact_vlm, runs, everywhere)
     (same,) = cell_scores(engine, exact_vlm, replace(runs, source=runs.base), everywhere)
     assert alike(engine, same, expected)
@@ -291,7 +291,7 @@ def test_no_hook_stays_after_an_error_inside_a_cell(random_llava, photo, hooks, 
             raise RuntimeError("a metric that fails")
         return logits[:, -1, :1].double()
 
-    to_the_end = Cell(kind="mlp", first=1, last=random_llava.layers - 1, positions=(runs.length - 1,))
+    to_the_end = StateCell(kind="mlp", first=1, last=random_llava.layers - 1, positions=(runs.length - 1,))
     with pytest.raises(RuntimeError, match="a metric that fails"):
         if engine == "plain":
             plain_scores(random_llava, runs, [to_the_end], measure)

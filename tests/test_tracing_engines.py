@@ -19,10 +19,10 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.engine import measure as measuring
-from multrace.tracing.engine.cells import Cell, Measure, Runs
+from multrace.tracing.engine.cells import CellScores, Measure, Runs, StateCell
 from multrace.tracing.engine.plain import plain_scores
 from multrace.tracing.engine.settings import Engine
-from multrace.tracing.engine.sweep import Swept, sweep
+from multrace.tracing.engine.sweep import sweep
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -177,10 +177,10 @@ def test_where_all_cells_are_free_nothing_is_checked(random_llava, photo):
     assert (found.engine.checked_cells, found.engine.largest_difference) == (0, None)
 
 
-def wrong_by(error: Callable[[Tensor], Tensor]) -> Callable[..., Swept]:
+def wrong_by(error: Callable[[Tensor], Tensor]) -> Callable[..., CellScores]:
     """The sweep, with its scores falsified."""
 
-    def falsified(*arguments: object, **settings: object) -> Swept:
+    def falsified(*arguments: object, **settings: object) -> CellScores:
         found = sweep(*arguments, **settings)
         return replace(found, scores=error(found.scores))
 
@@ -233,13 +233,15 @@ def test_progress_counts_cells(random_llava, photo, engine):
     base, last = TextNoise(samples=2).corrupt(random_llava, prompt).embeddings, prompt.length - 1
     runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
     cells = [
-        Cell(kind="mlp", first=layer, last=layer, positions=(place,)) for place in range(last + 1) for layer in range(4)
+        StateCell(kind="mlp", first=layer, last=layer, positions=(place,))
+        for place in range(last + 1)
+        for layer in range(4)
     ]
 
     def measure(logits: Tensor) -> Tensor:
         return logits[:, 0, :1].double()
 
-    answer: Callable[[VisionLanguageModel, Runs, list[Cell], Measure], object]
+    answer: Callable[[VisionLanguageModel, Runs, list[StateCell], Measure], object]
     answer = {"plain": plain_scores, "replay": sweep}[engine]
     with Watched(total=len(cells)) as bar:
         answer(random_llava, runs, cells, measure, bar=bar)

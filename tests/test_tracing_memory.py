@@ -11,7 +11,7 @@ from multrace import VisionLanguageModel
 from multrace.models.replay import replay as replay_module
 from multrace.models.replay.attention import Kernels, Segment, merged_attention
 from multrace.tracing import ImageNoise, TextNoise
-from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.cells import Runs, StateCell
 from multrace.tracing.engine.settings import Engine
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor
@@ -67,7 +67,7 @@ def measure(logits: Tensor) -> Tensor:
     return logits[:, -1, 5:6].double()
 
 
-def peak(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], settings: Engine) -> int:
+def peak(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell], settings: Engine) -> int:
     """Bytes that the cells take, beside what the two recorded runs hold."""
     with Live() as live:
         sweep(vlm, runs, cells, measure, settings=settings, accept=lambda base, source: live.start())
@@ -79,7 +79,7 @@ def budget(memory: int) -> Engine:
 
 
 @pytest.fixture
-def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[Cell]]:
+def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[StateCell]]:
     """Some patches, every layer and kind under image noise: cells that each compute most of the prompt.
 
     One cell, with all of its samples, always runs together; it must fit into the smallest budget, and it does.
@@ -88,7 +88,7 @@ def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[Cell]]
     base = ImageNoise(samples=3).corrupt(random_llava, prompt).embeddings
     runs = Runs(base=base, source=random_llava.embed(prompt), scored=(prompt.length - 1,))
     cells = [
-        Cell(kind=kind, first=layer, last=min(layer + width, 4) - 1, positions=positions)
+        StateCell(kind=kind, first=layer, last=min(layer + width, 4) - 1, positions=positions)
         for kind in ("hidden", "mlp", "attention")
         for positions in [(4,), (5,), (9,), (4, 5, 8), (4, 9), (4, 6, 7), (4, 19), (4, 12, 13)]
         for layer in range(4)
@@ -149,7 +149,7 @@ def test_keys_of_the_prefix_are_not_copied_for_each_row(random_llava, make_photo
     base = TextNoise(samples=4).corrupt(random_llava, prompt).embeddings
     runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
     cells = [
-        Cell(kind=kind, head=head, first=layer, last=layer, positions=(last,))
+        StateCell(kind=kind, head=head, first=layer, last=layer, positions=(last,))
         for kind, heads in (("mlp", [None]), ("attention", [None]), ("head", range(4)))
         for head in heads
         for layer in range(3)

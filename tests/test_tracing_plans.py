@@ -3,7 +3,7 @@
 import pytest
 import torch
 from multrace.models.replay.recording import Masks
-from multrace.tracing.engine.cells import Cell
+from multrace.tracing.engine.cells import StateCell
 from multrace.tracing.engine.plan import Chunk, Plan, effect_of, halved, make_plan
 
 LENGTH, LAYERS = 12, 4
@@ -24,8 +24,8 @@ def block(start: int, stop: int) -> Masks:
     return Masks(length=LENGTH, layers=(seen,) * LAYERS)
 
 
-def cell(*positions: int, kind: str = "mlp", first: int = 0, last: int | None = None, **more: object) -> Cell:
-    return Cell(kind=kind, first=first, last=first if last is None else last, positions=positions, **more)
+def cell(*positions: int, kind: str = "mlp", first: int = 0, last: int | None = None, **more: object) -> StateCell:
+    return StateCell(kind=kind, first=first, last=first if last is None else last, positions=positions, **more)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_direct_effects_leave_the_other_frozen_positions_alone():
     assert effect.computed == (5, 9, 10, 11)
 
 
-def plan(cells: list[Cell], lane_tokens: int = 1000, scored: tuple[int, ...] = (11,)) -> Plan:
+def plan(cells: list[StateCell], lane_tokens: int = 1000, scored: tuple[int, ...] = (11,)) -> Plan:
     return make_plan(cells, masks=CAUSAL, changed=CHANGED, scored=scored, lane_tokens=lane_tokens)
 
 
@@ -87,7 +87,7 @@ def test_a_plan_keeps_its_limit_and_lanes_join_in_order():
         assert sorted([*planned, *found.free]) == list(range(len(cells)))
 
 
-def check_leaders(chunk: Chunk, cells: list[Cell]) -> None:
+def check_leaders(chunk: Chunk, cells: list[StateCell]) -> None:
     """Who leaves another lane's way shared it so far, and leaves it where its own window ends."""
     for slot, lane in enumerate(chunk.lanes):
         own = cells[lane.cell]

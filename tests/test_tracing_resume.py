@@ -10,7 +10,15 @@ from multrace import Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.models.replay.recording import Span
 from multrace.models.replay.replay import Replay
-from multrace.tracing import CausalTrace, ImageNoise, TextNoise, TraceError, causal_trace
+from multrace.tracing import (
+    AttentionKnockout,
+    CausalTrace,
+    ImageNoise,
+    TextNoise,
+    TraceError,
+    attention_knockout,
+    causal_trace,
+)
 from multrace.tracing.engine import plain as plain_way
 from multrace.tracing.engine.settings import Engine
 from torch import Tensor
@@ -99,6 +107,56 @@ def test_the_plain_way_goes_on_too(random_llava_llama, prompt, tmp_path, monkeyp
     resumed = trace(random_llava_llama, prompt, kept)
     assert alike(resumed, whole)
     assert len(calls) == 7 + whole.engine.cells - 6  # the six that were finished are not computed again
+
+
+FLOWS = ("image -> last", "question -> last", "image -> question", "last -> last", "constraint -> question")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+def test_an_interrupted_knockout_goes_on_to_the_same_scores(random_llava_llama, prompt, tmp_path, watch, share):
+    kept = replace(SMALL, checkpoint=tmp_path / "cells")
+
+    def cut(engine: Engine) -> AttentionKnockout:
+        return attention_knockout(random_llava_llama, prompt, flows=FLOWS, windows=2, engine=engine, progress=False)
+
+    calls = watch()
+    whole = cut(SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        watch(int(share * len(calls)))
+        cut(kept)
+    assert kept.checkpoint.exists()
+    rest = watch()
+    found = cut(kept)
+    assert torch.equal(found.probabilities, whole.probabilities)
+    assert len(rest) <= len(calls) * (1.4 - share)
+    assert (found.engine.token_layers < whole.engine.token_layers) == (share > 0)
+    nothing = watch()
+    assert torch.equal(cut(kept).probabilities, whole.probabilities)
+    assert nothing == []  # all cells were there
+    with pytest.raises(TraceError, match="holds cells of another trace"):
+        trace(random_llava_llama, prompt, kept)
+
+
+def test_a_plain_knockout_goes_on_too(random_llava_llama, prompt, tmp_path, monkeypatch):
+    kept = Engine(name="plain", checkpoint=tmp_path / "cells")
+    run, calls = plain_way.run_scores, []
+
+    def cut() -> AttentionKnockout:
+        return attention_knockout(random_llava_llama, prompt, flows=FLOWS, windows=2, engine=kept, progress=False)
+
+    def stopping(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(plain_way, "run_scores", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cut()
+    found = cut()
+    assert len(calls) == 7 + found.engine.cells - 6  # the six that were finished are not computed again
+    kept.checkpoint.unlink()
+    assert torch.equal(cut().probabilities, found.probabilities)
 
 
 def test_without_a_checkpoint_nothing_is_kept(random_llava_llama, prompt, watch, tmp_path, monkeypatch):

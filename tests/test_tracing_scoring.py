@@ -7,7 +7,14 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
-from multrace.tracing import ReplaceText, SwapImage, TextNoise, TraceError
+from multrace.tracing import (
+    ReplaceText,
+    SwapImage,
+    TextNoise,
+    TraceError,
+    attention_knockout,
+    prune_image_tokens,
+)
 from multrace.tracing.engine.scoring import METRICS
 from multrace.tracing.engine.settings import Engine
 from PIL import Image
@@ -262,3 +269,37 @@ def test_words_that_are_replaced_are_scored_like_any_other_corruption(random_vlm
     )
     assert found.corrupted_scores.shape == (3, 1)
     assert found.total_effect_of("logit_difference") != found.total_effect_of("probability") != 0
+
+
+# What ends a foil, and what cannot be scored.
+
+
+def test_a_foil_ends_where_the_tokenizer_says_if_the_generation_settings_do_not(tiny_vlm, world_case, monkeypatch):
+    prompt, other, (_, foil) = world_case
+    settings = {"whole_answer": True, "metrics": "logit_difference", "positions": "last"}
+    before = trace(tiny_vlm, prompt, SwapImage(other), **settings)
+    monkeypatch.setattr(tiny_vlm.model.generation_config, "eos_token_id", None)
+    found = trace(tiny_vlm, prompt, SwapImage(other), **settings)
+    assert found.foil == before.foil == foil
+    assert found.foil_ids == before.foil_ids
+    monkeypatch.setattr(type(tiny_vlm), "end_ids", ())  # without any rule it runs on
+    assert len(trace(tiny_vlm, prompt, SwapImage(other), **settings).foil_ids) > len(before.foil_ids)
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error_and_no_map(
+    random_llava, photo, other_photo, engine, damage, monkeypatch
+):
+    prompt = ask(random_llava, photo)
+    assert trace(random_llava, prompt, SwapImage(other_photo), engine=engine).samples["mlp"].isfinite().all()
+    weight = random_llava.output_head.weight
+    damaged = weight.detach().clone()
+    damaged[3, 0] = damage  # in the row of one token, which is not the answer's
+    monkeypatch.setattr(weight, "data", damaged)
+    for metrics in ("probability", "logit_difference"):
+        with pytest.raises(TraceError, match="logits that are not finite, so nothing can be scored"):
+            trace(random_llava, prompt, SwapImage(other_photo), metrics=metrics, engine=engine)
+    with pytest.raises(TraceError, match="logits that are not finite"):
+        attention_knockout(random_llava, prompt, flows="image -> last", engine=engine, progress=False)
+    with pytest.raises(TraceError, match="logits that are not finite"):
+        prune_image_tokens(random_llava, prompt, answer="Ada Example", engine=engine, progress=False)

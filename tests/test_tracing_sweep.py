@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
-from multrace.tracing.engine.cells import Cell, Runs
+from multrace.tracing.engine.cells import Runs, StateCell
 from multrace.tracing.engine.plain import plain_scores, run_scores
 from multrace.tracing.engine.settings import Engine
 from multrace.tracing.engine.sweep import sweep
@@ -89,7 +89,7 @@ def rows_of(case: Case) -> list[tuple[int, ...]]:
     return rows
 
 
-def every_cell(case: Case, widest: int = 3) -> Iterator[Cell]:
+def every_cell(case: Case, widest: int = 3) -> Iterator[StateCell]:
     """Every kind, window, variant and row."""
     for positions in rows_of(case):
         for first in range(case.vlm.layers):
@@ -98,12 +98,12 @@ def every_cell(case: Case, widest: int = 3) -> Iterator[Cell]:
                 for kind in ("hidden", "mlp", "attention"):
                     for severed in (None, "mlp", "attention"):
                         for is_direct in (False, True):
-                            yield Cell(kind=kind, severed=severed, is_direct=is_direct, **span)
+                            yield StateCell(kind=kind, severed=severed, is_direct=is_direct, **span)
                 for head in (0, case.vlm.heads - 1):
-                    yield Cell(kind="head", head=head, **span)
+                    yield StateCell(kind="head", head=head, **span)
 
 
-def some_cells(case: Case, count: int, seed: int = 0) -> list[Cell]:
+def some_cells(case: Case, count: int, seed: int = 0) -> list[StateCell]:
     cells = list(every_cell(case))
     return random.Random(seed).sample(cells, count)
 
@@ -169,8 +169,8 @@ def test_putting_in_everything_gives_the_source_run_and_nothing_the_base_run(exa
     runs = exact.runs("constraint", samples=3)
     everywhere, nowhere = tuple(range(runs.length)), ()
     last = exact.vlm.layers - 1
-    cells = [Cell(kind="hidden", first=layer, last=layer, positions=everywhere) for layer in range(last + 1)]
-    cells += [Cell(kind=kind, first=0, last=last, positions=nowhere) for kind in ("hidden", "mlp", "attention")]
+    cells = [StateCell(kind="hidden", first=layer, last=layer, positions=everywhere) for layer in range(last + 1)]
+    cells += [StateCell(kind=kind, first=0, last=last, positions=nowhere) for kind in ("hidden", "mlp", "attention")]
     found = sweep(exact.vlm, runs, cells, exact.measure)
     clean = run_scores(exact.vlm, runs.source.expand(3, -1, -1), runs, exact.measure)
     corrupted = run_scores(exact.vlm, runs.base, runs, exact.measure)
@@ -183,8 +183,8 @@ def test_putting_in_everything_gives_the_source_run_and_nothing_the_base_run(exa
 def test_each_head_is_a_part_of_the_attention_of_its_own(exact_llava):
     runs, vlm = exact_llava.runs("constraint", samples=2), exact_llava.vlm
     positions = exact_llava.prompt.groups["last"]
-    whole = sweep(vlm, runs, [Cell(kind="attention", first=3, last=3, positions=positions)], exact_llava.measure)
-    heads = [Cell(kind="head", head=head, first=3, last=3, positions=positions) for head in range(vlm.heads)]
+    whole = sweep(vlm, runs, [StateCell(kind="attention", first=3, last=3, positions=positions)], exact_llava.measure)
+    heads = [StateCell(kind="head", head=head, first=3, last=3, positions=positions) for head in range(vlm.heads)]
     alone = sweep(vlm, runs, heads, exact_llava.measure).scores
     # The last layer acts through the residual stream only, so single heads do not add up; none alone is the whole.
     assert ((alone - whole.scores).abs().amax((1, 2)) > 1e-6).all()
@@ -194,7 +194,7 @@ def test_each_head_is_a_part_of_the_attention_of_its_own(exact_llava):
 def test_words_behind_the_picture_cannot_change_what_the_picture_is(exact_llava):
     runs = exact_llava.runs("constraint", samples=2)
     image = exact_llava.prompt.groups["image"]
-    cells = [Cell(kind="mlp", first=layer, last=layer, positions=image) for layer in range(exact_llava.vlm.layers)]
+    cells = [StateCell(kind="mlp", first=layer, last=layer, positions=image) for layer in range(exact_llava.vlm.layers)]
     found = sweep(exact_llava.vlm, runs, cells, exact_llava.measure)
     assert bool(found.free.all())
     assert found.work.token_layers == 0
@@ -211,7 +211,7 @@ def test_the_cost_of_text_cells_is_what_the_law_says(exact_llava):
     first, layers = exact_llava.prompt.groups["constraint"][0], exact_llava.vlm.layers
     tokens = range(first, runs.length)
     cells = [
-        Cell(kind="hidden", first=layer, last=layer, positions=(position,))
+        StateCell(kind="hidden", first=layer, last=layer, positions=(position,))
         for position in tokens
         for layer in range(layers)
     ]
@@ -229,7 +229,7 @@ def test_the_cost_of_text_cells_is_what_the_law_says(exact_llava):
 
 def test_windows_that_begin_alike_share_their_beginning(exact_llava):
     runs, positions = exact_llava.runs("constraint", samples=2), exact_llava.prompt.groups["constraint"][1:2]
-    cells = [Cell(kind="mlp", first=0, last=last, positions=positions) for last in range(exact_llava.vlm.layers)]
+    cells = [StateCell(kind="mlp", first=0, last=last, positions=positions) for last in range(exact_llava.vlm.layers)]
     together = sweep(exact_llava.vlm, runs, cells, exact_llava.measure)
     apart = [sweep(exact_llava.vlm, runs, [cell], exact_llava.measure) for cell in cells]
     assert together.work.token_layers < sum(each.work.token_layers for each in apart)

@@ -28,7 +28,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.cells import Cell
+from multrace.tracing.engine.cells import StateCell
 from multrace.tracing.engine.settings import Engine
 from multrace.tracing.engine.vision import restored_tokens
 from multrace.tracing.errors import WeakCorruption
@@ -343,8 +343,8 @@ def test_without_a_grid_only_whole_pictures_are_restored_in_the_tower(random_lla
     assert trace(random_llava, prompt, SwapImage(other_photo), positions=one, sites="projector").total_effect != 0
 
 
-def cell(positions: Sequence[int], kind: str = "vision") -> Cell:
-    return Cell(kind=kind, first=0, last=0, positions=tuple(positions))
+def cell(positions: Sequence[int], kind: str = "vision") -> StateCell:
+    return StateCell(kind=kind, first=0, last=0, positions=tuple(positions))
 
 
 def test_tokens_of_towers_of_every_shape(random_llava, photo, other_photo):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from multrace.data import World
 from multrace.tracing import BlankImage, ImageNoise, SwapImage, TextNoise, TraceError
 from multrace.tracing.corruptions.calibration import LADDER
 from multrace.tracing.engine.scoring import METRICS
@@ -31,8 +32,10 @@ def test_a_corruption_that_does_not_lower_the_answer_is_reported_instead_of_trac
         trace(random_llava, prompt, weak, even_if_weak=False, **settings)
     clean, corrupted = map(float, re.findall(r"([\d.e-]+) (?:clean|corrupted)", str(caught.value)))
     with torch.no_grad():
-        expected = float(random_llava.logits(prompt)[0, -1].double().softmax(-1).max())
-    assert clean == pytest.approx(expected, rel=1e-2)
+        logits = random_llava.logits(prompt)[0, -1].double()
+    best, second = logits.topk(2).values
+    expected = {"probability": logits.softmax(-1).max(), "log_probability": logits.log_softmax(-1).max()}
+    assert clean == pytest.approx(float((expected | {"logit_difference": best - second})[metric]), rel=1e-2)
     assert corrupted == pytest.approx(clean, rel=1e-2)
     assert isinstance(caught.value, TraceError) and "even_if_weak=True" in str(caught.value)
     anyway = trace(random_llava, prompt, weak, **settings)
@@ -53,6 +56,29 @@ def test_nothing_is_computed_or_written_for_a_weak_corruption(random_llava, phot
         trace(random_llava, ask(random_llava, photo), SwapImage(photo), even_if_weak=False, **settings)
     assert len(seen) == 2  # both runs
     assert not list(tmp_path.iterdir())
+
+
+def test_scoring_another_answer_than_the_models_is_said_and_its_logit_difference_can_be_traced(tiny_vlm):
+    world = World()
+    fact = world.facts[0]
+    entity, question = world.entities[fact.entity], world.question(fact)
+    other = next(peer for peer in world.of_kind(entity.kind) if peer.facts[fact.key] != entity.facts[fact.key])
+    pictures = [world.picture(each, 1).image for each in (entity, other)]
+    prompt = tiny_vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+    own, wrong = tiny_vlm.answers([prompt])[0], other.facts[fact.key]
+    assert own != wrong
+    settings = {"answer": wrong, "whole_answer": True, "even_if_weak": False}
+    swap = SwapImage(pictures[1])  # which makes the model give just this answer
+    with pytest.raises(WeakCorruption, match="does not lower the answer's probability") as caught:
+        trace(tiny_vlm, prompt, swap, **settings)
+    message = str(caught.value)
+    assert f"the model answers {own!r}, and you score {wrong!r}" in message
+    assert f"answer={own!r}, foil={wrong!r} and metrics='logit_difference' (--answer, --foil, --metrics)" in message
+    advised = settings | {"answer": own, "foil": wrong, "metrics": "logit_difference"}
+    found = trace(tiny_vlm, prompt, swap, **advised)
+    assert found.clean > 1 and found.total_effect > 1
+    with pytest.raises(WeakCorruption, match=re.escape(f"the logit difference of {own!r} and {wrong!r}")):
+        trace(tiny_vlm, prompt, SwapImage(pictures[0]), **advised)
 
 
 @pytest.mark.parametrize("noise", [TextNoise, ImageNoise])

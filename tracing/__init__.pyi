@@ -34,7 +34,6 @@ from .corruptions.pictures import (
     SwapImage as SwapImage,
 )
 from .corruptions.wording import ReplaceText as ReplaceText
-from .engine.plain import knockout_probability as knockout_probability
 from .engine.regions import Blocks as Blocks, Box as Box, box_positions as box_positions
 from .engine.report import EngineReport as EngineReport
 from .engine.settings import Engine as Engine
@@ -47,7 +46,7 @@ from .knockout.average import (
     FilteredQuestion as FilteredQuestion,
 )
 from .knockout.groups import Flow as Flow
-from .knockout.knockout import attention_knockout as attention_knockout
+from .knockout.knockout import attention_knockout as attention_knockout, knockout_probability as knockout_probability
 from .knockout.result import AttentionKnockout as AttentionKnockout, same_answer as same_answer
 from .lens.average import AverageLogitLens as AverageLogitLens, average_lenses as average_lenses
 from .lens.logit_lens import logit_lens as logit_lens

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ...tracing.engine.cells import Cell
-from ...tracing.engine.grid import window_layers
+from ...tracing.engine.cells import StateCell
+from ...tracing.engine.rows import window_layers
 from ..errors import CommandError
 from .shapes import Shape
 
@@ -39,7 +39,7 @@ class Case:
     label: str
     corruption: str
     """Which part is destroyed: "text" or "image"."""
-    cells: tuple[Cell, ...]
+    cells: tuple[StateCell, ...]
 
 
 def make_cases(shape: Shape) -> tuple[Case, ...]:
@@ -97,11 +97,11 @@ def _image_cases(shape: Shape) -> Iterator[Case]:
 
 def _cells(
     rows: _Rows, kind: str, window: int, centres: range, layers: int, *, is_direct: bool = False
-) -> tuple[Cell, ...]:
+) -> tuple[StateCell, ...]:
     """One cell per row and window centre."""
     windows = [window_layers(centre, window, layers) for centre in centres]
     return tuple(
-        Cell(kind=kind, first=span[0], last=span[-1], positions=positions, is_direct=is_direct)
+        StateCell(kind=kind, first=span[0], last=span[-1], positions=positions, is_direct=is_direct)
         for positions in rows
         for span in windows
     )

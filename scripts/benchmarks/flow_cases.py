@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...models.replay.cuts import Cut
-from ...tracing.engine.edges import EdgeCell
-from ...tracing.engine.grid import window_layers
+from ...tracing.engine.cells import EdgeCell
+from ...tracing.engine.rows import window_layers
 from .shapes import Shape
 
 DROPPED = "image tokens dropped from each layer on, K = 0"

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel
 from ...models.quiet import quiet_transformers
-from ...tracing.engine.cells import Measure
-from ...tracing.engine.edges import EdgeCell
+from ...tracing.engine.cells import EdgeCell, Measure
 
 _Pairs = Sequence[tuple[int, int]]
 
 
 def published_scores(vlm: VisionLanguageModel, prompt: Prompt, cells: Sequence[EdgeCell], measure: Measure) -> Tensor:
-    """(cell, metric) float64 on the CPU: what `plain_edges` gives where only the last token is scored."""
+    """(cell, metric) float64 on the CPU: what `plain_scores` gives where only the last token is scored."""
     return torch.stack([_score(vlm, prompt, cell, measure) for cell in cells])
 
 

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.engine.cells import Measure
-from ...tracing.engine.edge_sweep import EdgeScores, edge_sweep
-from ...tracing.engine.edges import EdgeCell, EdgeRun
-from ...tracing.engine.plain_edges import plain_edges
+from ...tracing.engine.cells import CellScores, EdgeCell, Measure, Runs
+from ...tracing.engine.plain import plain_scores
 from ...tracing.engine.settings import Engine
+from ...tracing.engine.sweep import sweep
 from .flow_cases import FlowCase
 from .flow_published import published_scores
 from .flow_truncation import Saving, measure_saving
@@ -104,7 +103,7 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
     before and after the measured sweeps, so that a busy machine slows all.
     """
     vlm = subject.vlm
-    run = EdgeRun(embeddings=vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
+    run = Runs.of_one(vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
     with tqdm(total=(1 + REPEATS) * len(case.cells), desc=case.label, unit="cell", leave=False) as bar:
         forget_peak(vlm.device)
         swept, _ = _timed_sweep(subject, run, case.cells, bar)
@@ -118,8 +117,9 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
         late = ways.answer([case.cells[index] for index in chosen])
     recordings, seconds = zip(*clocked, strict=True)
     measure = probabilities(subject)
-    noise = early.strong[:1] - plain_edges(vlm, run, [case.cells[chosen[0]]], measure, copies=2)
-    found = swept.scores[chosen]
+    twice = replace(run, base=run.base.expand(2, -1, -1))
+    noise = early.strong[:1] - plain_scores(vlm, twice, [case.cells[chosen[0]]], measure)[..., 0]
+    found = swept.scores[chosen, :, 0]
     strong, published = (
         torch.stack([found - getattr(each, name) for each in (early, late)]) for name in ("strong", "published")
     )
@@ -133,9 +133,11 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
         max_relative_diff=largest(torch.stack([strong, published])[..., 1]),
         plain_noise=largest(noise[..., 0]),
         plain_relative_noise=largest(noise[..., 1]),
-        largest_effect=largest((swept.scores - swept.clean)[:, 0]),
+        largest_effect=largest((swept.scores - swept.base)[:, 0]),
         peak_mb=peak,
-        saving=None if case.middle is None else measure_saving(subject, run, case.middle, swept.scores[case.middle]),
+        saving=None
+        if case.middle is None
+        else measure_saving(subject, run, case.middle, swept.scores[case.middle, :, 0]),
     )
 
 
@@ -174,14 +176,14 @@ class _Answers:
 class _UsualWays:
     """Answers cells one by one, by each way in turn."""
 
-    def __init__(self, subject: Subject, run: EdgeRun, bar: tqdm) -> None:
+    def __init__(self, subject: Subject, run: Runs, bar: tqdm) -> None:
         self._subject, self._run, self._bar = subject, run, bar
 
     def answer(self, cells: Sequence[EdgeCell]) -> _Answers:
         """Scores and seconds of both ways."""
         vlm, measure = self._subject.vlm, probabilities(self._subject)
         ways: dict[str, Callable[[list[EdgeCell]], Tensor]] = {
-            "strong": lambda asked: plain_edges(vlm, self._run, asked, measure),
+            "strong": lambda asked: plain_scores(vlm, self._run, asked, measure)[..., 0],
             "published": lambda asked: published_scores(vlm, self._subject.prompt, asked, measure),
         }
         scores: dict[str, list[Tensor]] = {name: [] for name in ways}
@@ -199,20 +201,20 @@ class _UsualWays:
 
 
 def _timed_sweep(
-    subject: Subject, run: EdgeRun, cells: Sequence[EdgeCell], bar: tqdm
-) -> tuple[EdgeScores, tuple[float, float]]:
+    subject: Subject, run: Runs, cells: Sequence[EdgeCell], bar: tqdm
+) -> tuple[CellScores, tuple[float, float]]:
     """A sweep without the check of its own that results end with, and the seconds of its recording and its cells."""
     clock = Clock(subject.vlm.device)
     settings = Engine(checks=0)
     measure = probabilities(subject)
-    swept = edge_sweep(subject.vlm, run, cells, measure, settings=settings, recorded=lambda _: clock.update(), bar=bar)
+    swept = sweep(subject.vlm, run, cells, measure, settings=settings, accept=lambda *_: clock.update(), bar=bar)
     clock.update()
     recording, seconds = clock.durations()
     return swept, (recording, seconds)
 
 
 def _costs(
-    subject: Subject, swept: EdgeScores, clocked: tuple[float, float], usual: tuple[_Answers, _Answers]
+    subject: Subject, swept: CellScores, clocked: tuple[float, float], usual: tuple[_Answers, _Answers]
 ) -> dict[str, float]:
     """The row's fields about seconds and work. clocked: seconds of recording and cells."""
     vlm, (recording, seconds) = subject.vlm, clocked

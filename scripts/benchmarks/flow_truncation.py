@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models import Site, VisionLanguageModel
-from ...tracing.engine.edges import EdgeRun
+from ...tracing.engine.cells import Runs
 from .rates import now
 from .subjects import Subject
 
@@ -35,7 +35,7 @@ class Saving:
     """How far its score is from the cell that only cuts the edges, in probability."""
 
 
-def measure_saving(subject: Subject, run: EdgeRun, layer: int, expected: Tensor) -> Saving:
+def measure_saving(subject: Subject, run: Runs, layer: int, expected: Tensor) -> Saving:
     """The saving from this layer on, both passes in turns, after one of each. expected: (metric,), the cell's, the
     probability first.
     """
@@ -46,7 +46,7 @@ def measure_saving(subject: Subject, run: EdgeRun, layer: int, expected: Tensor)
     with torch.no_grad():
         for _ in range(_REPEATS + 1):
             started = now(vlm.device)
-            vlm.forward(inputs_embeds=run.embeddings, positions=run.scored)
+            vlm.forward(inputs_embeds=run.base, positions=run.scored)
             between = now(vlm.device)
             found = truncated_logits(vlm, run, layer, text)
             seconds["full"].append(between - started)
@@ -63,11 +63,11 @@ def measure_saving(subject: Subject, run: EdgeRun, layer: int, expected: Tensor)
     )
 
 
-def truncated_logits(vlm: VisionLanguageModel, run: EdgeRun, layer: int, text: Sequence[int]) -> Tensor:
+def truncated_logits(vlm: VisionLanguageModel, run: Runs, layer: int, text: Sequence[int]) -> Tensor:
     """(1, scored position, vocab): all tokens below the layer, from it on only those of the text (ascending)."""
     places = [list(text).index(place) for place in run.scored]
     with _text_only(vlm, layer, torch.tensor(list(text), device=vlm.device)):
-        return vlm.forward(inputs_embeds=run.embeddings, positions=places)
+        return vlm.forward(inputs_embeds=run.base, positions=places)
 
 
 @contextmanager

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
-from ...tracing.engine.cells import Cell, Measure, Runs
+from ...tracing.engine.cells import Measure, Runs, StateCell
 
 
 def naive_scores(
     vlm: VisionLanguageModel,
     prompt: Prompt,
     runs: Runs,
-    cells: Sequence[Cell],
+    cells: Sequence[StateCell],
     measure: Measure,
     *,
     states: Mapping[Site, Tensor],
@@ -50,7 +50,7 @@ def base_states(vlm: VisionLanguageModel, runs: Runs) -> dict[Site, Tensor]:
 
 
 def _edits(
-    vlm: VisionLanguageModel, runs: Runs, cell: Cell, states: Mapping[Site, Tensor]
+    vlm: VisionLanguageModel, runs: Runs, cell: StateCell, states: Mapping[Site, Tensor]
 ) -> dict[Site, Callable[[Tensor], Tensor]]:
     """What each hook does: clean states at the cell's positions, base states at the frozen ones of a direct effect."""
     restored = {Site(cell.kind, layer): list(cell.positions) for layer in range(cell.first, cell.last + 1)}

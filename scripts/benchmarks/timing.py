@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.engine.cells import Cell, Runs
+from ...tracing.engine.cells import Runs, StateCell
 from .cases import Case
 from .peaks import forget_peak, peak_mb
 from .rates import counted_flops, matrix_rate, now
@@ -164,7 +164,7 @@ class _Usual:
     naive_peak: float | None
 
 
-def _usual_ways(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> _Usual:
+def _usual_ways(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm) -> _Usual:
     device, early = subject.vlm.device, (len(cells) + 1) // 2
     naive, seconds, naive_peak = _timed_naive(subject, runs, cells[:early], bar)
     strong, strong_seconds, strong_peak = _timed_strong(subject, runs, cells, bar)
@@ -182,7 +182,7 @@ def _usual_ways(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> _
     )
 
 
-def _timed_strong(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> tuple[Tensor, float, float]:
+def _timed_strong(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm) -> tuple[Tensor, float, float]:
     """Scores, seconds per cell, and the peak. The first cell's seconds hold the recording, so they do not count."""
     device = subject.vlm.device
     forget_peak(device)
@@ -191,7 +191,9 @@ def _timed_strong(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) ->
     return scores[: len(cells)], median(clock.durations()[1:]), peak_mb(device)
 
 
-def _timed_naive(subject: Subject, runs: Runs, cells: list[Cell], bar: tqdm) -> tuple[list[Tensor], list[float], float]:
+def _timed_naive(
+    subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm
+) -> tuple[list[Tensor], list[float], float]:
     """Scores (metric, sample) and seconds of each cell, and the peak."""
     device = subject.vlm.device
     forget_peak(device)

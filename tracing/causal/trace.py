@@ -1,28 +1,31 @@
-"""Causal tracing: destroy the constraint or the picture, restore clean states, see which bring the answer back."""
+"""Causal tracing: corrupt the words or the picture, restore clean states, and see which bring the answer back."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Prompt, VisionLanguageModel
+from ...models import Prompt, ReplayError, VisionLanguageModel
 from ..corruptions.calibration import calibrate
 from ..corruptions.corruption import Corrupted, Corruption
-from ..engine.cells import KINDS
-from ..engine.experiment import Experiment
-from ..engine.grid import Grid, make_grid
-from ..engine.prefilter import Filtered, measure_best
-from ..engine.rows import Item, resolve_rows
-from ..engine.scoring import Metric, choose_scoring
+from ..engine.attribution import check_estimable, estimated_changes, rank_agreement
+from ..engine.cells import KINDS, CellScores, Runs
+from ..engine.measure import measure
+from ..engine.rows import Grid, Item, make_grid, resolve_rows
+from ..engine.scoring import Metric, Scoring, choose_scoring
 from ..engine.settings import Engine
+from ..engine.vision import Shown, is_before_decoder, shown
 from ..errors import TraceError, WeakCorruption
 from .result import CausalTrace
 
 DIRECTIONS = ("restore", "corrupt")
 _LEAST_DROP = 0.01
-"""Share of the answer's probability that a corruption must take away to be worth tracing."""
+"""Share of the score that a corruption must take away to be worth tracing."""
 
 
 def causal_trace(
@@ -45,86 +48,146 @@ def causal_trace(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> CausalTrace:
-    """How much of the answer comes back for each (site kind, row, layer) that is restored in the corrupted run.
+    """Return how much of the answer comes back for each state that is restored in the corrupted run.
 
-    A cell restores the clean output of one decoder layer ("hidden"), or of `window` neighbouring MLPs or attentions
-    around a layer l, at the positions of one row: layers max(0, l - window // 2) up to but excluding
-    min(layers, l + ceil(window / 2)), so cut off at both ends (ROME's convention, arXiv 2202.05262). sites: kinds of
-    them; "heads" for each attention head on its own; "vision" for layers of the vision tower and "projector" for what
-    follows it (both need a corruption of pixels). positions: the rows, see `resolve_rows`; "tokens" gives one for each
-    text token and one for the whole image.
-    answer: the scored one; None for the model's own. Scored is its first token, or with whole_answer all of them, each
-    after the ones before it; metrics: any of `METRICS`, or functions; a logit difference subtracts the foil, by default
-    the corrupted run's answer. Positions of a given answer are never restored.
-    direction: "restore" puts clean states into the corrupted run, "corrupt" corrupted states into the clean one.
-    effect: "direct" freezes all other image tokens at the states of the run that is changed, so only the way from a
-    patch to the text counts, not from patch to patch. severed: "mlp" or "attention" freezes those of later layers at
-    the restored positions (arXiv 2202.05262, section 2.2).
-    exact_cells: compute only so many cells, those with the largest effects by one backward pass (attribution
-    patching); the others are estimates and marked as such.
-    engine: settings; by default the exact fast sweep where the model allows it, else one forward pass per cell, with
-    one warning. TraceError or ModelError for what does not fit the model or the prompt; WeakCorruption if the damage
-    does not lower the answer's probability, unless even_if_weak.
+    The result has one map per kind of site, with a row for each group of positions and a column for each layer. A cell
+    restores the clean output of one decoder layer ("hidden"), or of `window` neighbouring MLPs or attentions around a
+    layer l: the layers max(0, l - window // 2) up to but excluding min(layers, l + ceil(window / 2)). This is causal
+    tracing as in ROME (Meng et al., arXiv 2202.05262, section 2) for questions about pictures as in Basu et al., arXiv
+    2406.04236.
+
+    Args:
+        vlm: The model.
+        prompt: The question, with its constraint if the corruption or the rows need one.
+        corruption: The damage, such as `SwapImage` or `TextNoise`. Noise without a scale is calibrated.
+        sites: Kinds of sites: "hidden", "mlp", "attention"; "heads" for each attention head on its own; "vision" for
+            layers of the vision tower and "projector" for what follows it (both need a corruption of pixels).
+        window: Number of neighbouring layers that are restored together (default 3); hidden states need one only.
+        positions: The rows, as in `resolve_rows`: "tokens" (default) gives one for each text token and one for the
+            whole image. Positions of a given answer are never restored.
+        answer: The answer that is scored; by default the model's own.
+        foil: The answer that a logit difference subtracts; by default the corrupted run's.
+        whole_answer: Score all tokens of the answer, each after the ones before it, instead of the first.
+        metrics: Any of "probability", "log_probability" and "logit_difference", or functions from logits (row, answer
+            position, vocab) to scores (row,); the first is the main one.
+        direction: "restore" puts clean states into the corrupted run, "corrupt" corrupted states into the clean one.
+        effect: "direct" freezes all other image tokens at the states of the run that is changed, so that only the way
+            from a patch to the text counts, and not from patch to patch; "total" (default) freezes nothing.
+        severed: "mlp" or "attention" freezes those of later layers at the restored positions (arXiv 2202.05262,
+            section 2.2).
+        exact_cells: Compute only so many cells, those with the largest effects by one backward pass (attribution
+            patching, arXiv 2403.00745); the others are estimates and marked as such. By default all are exact.
+        even_if_weak: Trace also a corruption that does not lower the main metric.
+        engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
+        progress: Show a progress bar over cells.
+
+    Returns:
+        The scores of all cells and of both runs, with the settings.
+
+    Raises:
+        WeakCorruption: The corruption does not lower the main metric.
+        TraceError: A setting does not exist or does not fit the model or the prompt, or a score is not finite.
+        ModelError: The prompt has no such group or position.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import World, tiny_vlm_path
+        >>> vlm, world = mt.load(tiny_vlm_path()), World()
+        >>> fact, other = world.facts[0], world.entities[1]
+        >>> question = world.question(fact)
+        >>> picture = world.picture(world.entities[fact.entity], 0).image
+        >>> prompt = vlm.prompt(picture, question.question, constraint=question.constraint)
+        >>> swap = mt.SwapImage(world.picture(other, 0).image)
+        >>> trace = mt.causal_trace(vlm, prompt, corruption=swap, positions=("image", "last"), progress=False)
+        >>> trace.samples["mlp"].shape  # metric, row, layer, sample
+        torch.Size([1, 2, 8, 1])
     """
     rows = resolve_rows(prompt, positions)
-    variant = {"direction": _check_direction(direction), "effect": effect, "severed": severed}
+    if direction not in DIRECTIONS:
+        raise TraceError(f"no direction {direction!r}; pass direction='restore' or 'corrupt'")
     grid = make_grid(vlm, prompt, rows, sites=sites, window=window, effect=effect, severed=severed)
     clean = vlm.embed(prompt)
     corrupted = _corrupt(vlm, prompt, corruption, clean, answer)
-    words = {"answer": answer, "foil": foil, "whole_answer": whole_answer, "metrics": metrics}
-    scoring = choose_scoring(vlm, prompt, (clean, corrupted.embeddings), **words)
-    restores = direction == "restore"
-    experiment = Experiment(prompt=prompt, clean=clean, corrupted=corrupted, scoring=scoring, restores=restores)
-    accept = None if even_if_weak else _refuse_weak(corrupted)
-    with tqdm(total=len(grid.cells) * len(scoring.branches), desc="tracing", unit="cell", disable=not progress) as bar:
-        measured = measure_best(experiment, vlm, grid, exact_cells, engine=engine or Engine(), accept=accept, bar=bar)
-    return _result(vlm, experiment, grid, measured, {"window": window, **variant})
-
-
-def _result(
-    vlm: VisionLanguageModel, experiment: Experiment, grid: Grid, measured: Filtered, settings: Mapping[str, Any]
-) -> CausalTrace:
-    """The trace of what was measured."""
-    prompt, corrupted, scoring, rows = experiment.prompt, experiment.corrupted, experiment.scoring, grid.rows
-    length = experiment.clean.shape[1]
-    return CausalTrace(
-        model=vlm.name,
-        revision=vlm.revision,
-        question=prompt.question,
-        tokens=prompt.tokens[:length],
-        input_ids=tuple(prompt.inputs["input_ids"][0, :length].tolist()),
-        rows=tuple(row.label for row in rows),
-        row_tokens=tuple(row.token for row in rows),
-        row_positions=tuple(row.positions for row in rows),
-        grouped=all(row.is_group for row in rows),
-        starred=tuple(prompt.groups.get("constraint", ())),
-        patches=tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches),
-        layers=vlm.layers,
-        spans=grid.spans,
-        corruption=corrupted.description,
-        seed=corrupted.seed,
-        scale=corrupted.scale,
-        deviation=corrupted.deviation,
-        answer_ids=scoring.answer_ids,
-        answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
-        is_predicted=scoring.is_predicted,
-        foil_ids=scoring.foil_ids,
-        foil=vlm.tokenizer.decode(list(scoring.foil_ids)).strip() if scoring.foil_ids else None,
-        metrics=scoring.names,
-        clean_scores=measured.found.clean.mean(-1),  # samples differ in rounding only
-        corrupted_scores=measured.found.corrupted,
-        samples=grid.maps(measured.found.scores),
-        estimated=measured.estimated,
-        agreement=measured.agreement,
-        engine=measured.found.report,
-        **settings,
+    scored = {"answer": answer, "foil": foil, "whole_answer": whole_answer, "metrics": metrics}
+    scoring = choose_scoring(vlm, prompt, (clean, corrupted.embeddings), **scored)
+    question = _Question(
+        vlm=vlm, prompt=prompt, clean=clean, corrupted=corrupted, scoring=scoring, restores=direction == "restore"
     )
+    settings = {"engine": engine or Engine(), "accept": None if even_if_weak else question.refuse_weak}
+    chosen = None if exact_cells is None or exact_cells >= len(grid.cells) else _best(question, grid, exact_cells)
+    total = (len(grid.cells) if chosen is None else exact_cells) * len(scoring.branches)
+    with tqdm(total=total, desc="tracing", unit="cell", disable=not progress) as bar:
+        cells = grid.cells if chosen is None else [grid.cells[number] for number in chosen.exact]
+        if any(map(is_before_decoder, cells)):
+            settings["pictures"] = question.pictures
+        found = measure(vlm, question.runs, cells, scoring, bar=bar, **settings)
+    variant = {"window": window, "direction": direction, "effect": effect, "severed": severed}
+    return _result(question, grid, found, chosen, variant)
 
 
-def _check_direction(direction: str) -> str:
-    if direction not in DIRECTIONS:
-        raise TraceError(f"no direction {direction!r}; pass direction='restore' or 'corrupt'")
-    return direction
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Question:
+    """One prompt, clean and corrupted, and what is scored there."""
+
+    vlm: VisionLanguageModel
+    prompt: Prompt
+    clean: Tensor
+    """Embeddings (1, token, hidden) up to and including the prompt's last token."""
+    corrupted: Corrupted
+    scoring: Scoring
+    restores: bool
+    """Clean states go into the corrupted run; else corrupted states into the clean one."""
+
+    @property
+    def runs(self) -> Runs:
+        """The run that is changed, and the one that lends its states."""
+        base, source = self.ordered(self.clean, self.corrupted.embeddings)
+        return Runs(base=base, source=source, scored=(base.shape[1] - 1,), frozen=self.prompt.groups["image"])
+
+    @property
+    def pictures(self) -> Shown:
+        """The pictures of both runs. Raises `TraceError` if the corruption leaves them as they are."""
+        return shown(self.prompt, self.corrupted, restores=self.restores)
+
+    def ordered(self, clean: Any, corrupted: Any) -> tuple[Any, Any]:
+        """Base and source of clean and corrupted, and the other way round."""
+        return (corrupted, clean) if self.restores else (clean, corrupted)
+
+    def refuse_weak(self, base: Tensor, source: Tensor) -> None:
+        """Raises `WeakCorruption` if the main metric of scores (metric, sample) is no lower in the corrupted run."""
+        clean, damaged = (float(each[0].mean()) for each in self.ordered(base, source))
+        if _is_weak(self.scoring.metrics[0], clean, damaged):
+            raise WeakCorruption(
+                f"the corruption ({self.corrupted.description}) does not lower {self._score_in_words()}: {clean:.3g} "
+                f"clean, {damaged:.3g} corrupted; {self._advice()}, or trace it anyway with even_if_weak=True "
+                "(--even-if-weak)"
+            )
+
+    def _score_in_words(self) -> str:
+        metric, answer = self.scoring.metrics[0], self.vlm.decode(list(self.scoring.answer_ids)).strip()
+        if metric == "logit_difference":
+            return f"the logit difference of {answer!r} and {self.vlm.decode(list(self.scoring.foil_ids)).strip()!r}"
+        if metric in ("probability", "log_probability"):
+            return f"the answer's {metric.replace('_', ' ')}"
+        return f"the score {self.scoring.names[0]!r}"
+
+    def _advice(self) -> str:
+        if self.scoring.is_predicted:
+            return "use a stronger or another corruption"
+        own, scored = self.vlm.answers([self.prompt])[0], self.vlm.decode(list(self.scoring.answer_ids)).strip()
+        return (
+            f"the model answers {own!r}, and you score {scored!r}: score the logit difference of both with "
+            f"answer={own!r}, foil={scored!r} and metrics='logit_difference' (--answer, --foil, --metrics)"
+        )
+
+
+def _is_weak(metric: Metric, clean: float, damaged: float) -> bool:
+    """Whether the corruption takes away less than a hundredth: of a probability, of odds, or of a score's size."""
+    if metric == "probability":
+        return damaged > (1 - _LEAST_DROP) * clean
+    if metric in ("log_probability", "logit_difference"):
+        return damaged > clean + math.log(1 - _LEAST_DROP)
+    return abs(damaged - clean) <= _LEAST_DROP * abs(clean)
 
 
 def _corrupt(
@@ -144,14 +207,95 @@ def _corrupt(
     return calibrate(vlm, prompt, corruption, probability)
 
 
-def _refuse_weak(corrupted: Corrupted) -> Callable[[float, float], None]:
-    """What looks at the answer's probability in both runs before anything is traced."""
+# ---- estimates for all cells, exact scores for the best of them ----
 
-    def accept(clean: float, damaged: float) -> None:
-        if damaged > (1 - _LEAST_DROP) * clean:
-            raise WeakCorruption(
-                f"the corruption ({corrupted.description}) does not lower the answer's probability: {clean:.3g} clean, "
-                f"{damaged:.3g} corrupted; use a stronger or another one, or pass even_if_weak=True to trace it anyway"
-            )
 
-    return accept
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Best:
+    """The cells of a grid that are worth computing, and estimates for all."""
+
+    exact: tuple[int, ...]
+    """Numbers of the cells with the largest estimated effects, ascending."""
+    changes: Tensor
+    """(cell, metric, sample): estimated effects of all cells."""
+
+
+def _best(question: _Question, grid: Grid, count: int) -> _Best:
+    """The `count` cells with the largest effects by one backward pass.
+
+    Raises `TraceError` for cells that cannot be estimated (direct effects, severed modules, those before the decoder).
+    """
+    if count < 1:
+        raise TraceError(f"exact_cells={count}: pass at least 1, or None for all")
+    check_estimable(grid.cells)
+    vlm, scoring = question.vlm, question.scoring
+    try:
+        changes = scoring.joined(
+            [
+                estimated_changes(vlm, question.runs.along(vlm, ids), grid.cells, score)
+                for ids, score in scoring.branches
+            ]
+        )
+    except ReplayError as error:
+        raise TraceError(f"{vlm.name!r} cannot be replayed, so nothing can be estimated: {error}") from error
+    chosen = changes[:, 0].mean(-1).abs().argsort(descending=True, stable=True)[:count].sort().values
+    return _Best(exact=tuple(chosen.tolist()), changes=changes)
+
+
+def _filled(grid: Grid, found: CellScores, best: _Best) -> tuple[Tensor, dict[str, Any]]:
+    """Scores (cell, metric, sample) with estimates where nothing was computed, and what the result says about them."""
+    scores = found.base + best.changes
+    scores[list(best.exact)] = found.scores
+    is_exact = torch.zeros(len(grid.cells), dtype=torch.bool).index_fill(0, torch.tensor(best.exact), True)
+    estimates, exact = best.changes[:, 0].mean(-1), (scores - found.base)[:, 0].mean(-1)
+    maps = [grid.maps(each.unsqueeze(-1)) for each in (estimates, exact, is_exact)]
+    agreement = {}
+    for kind in grid.spans:
+        first, second, known = (each[kind].flatten() for each in maps)
+        if int(known.sum()) > 1:
+            agreement[kind] = rank_agreement(first[known], second[known])
+    estimated = {kind: ~each[..., 0] for kind, each in maps[2].items()}
+    return scores, {"estimated": estimated, "agreement": agreement}
+
+
+def _result(
+    question: _Question, grid: Grid, found: CellScores, best: _Best | None, variant: Mapping[str, Any]
+) -> CausalTrace:
+    """The trace with these scores."""
+    vlm, prompt, corrupted, scoring = question.vlm, question.prompt, question.corrupted, question.scoring
+    scores, estimates = found.scores, {"estimated": {}, "agreement": {}}
+    if best is not None:
+        scores, estimates = _filled(grid, found, best)
+    clean, damaged = question.ordered(found.base, found.source)
+    length = question.clean.shape[1]
+    return CausalTrace(
+        model=vlm.name,
+        revision=vlm.revision,
+        question=prompt.question,
+        tokens=prompt.tokens[:length],
+        input_ids=tuple(prompt.inputs["input_ids"][0, :length].tolist()),
+        rows=tuple(row.label for row in grid.rows),
+        row_tokens=tuple(row.token for row in grid.rows),
+        row_positions=tuple(row.positions for row in grid.rows),
+        grouped=all(row.is_group for row in grid.rows),
+        starred=tuple(prompt.groups.get("constraint", ())),
+        patches=tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches),
+        layers=vlm.layers,
+        spans=grid.spans,
+        corruption=corrupted.description,
+        seed=corrupted.seed,
+        scale=corrupted.scale,
+        deviation=corrupted.deviation,
+        answer_ids=scoring.answer_ids,
+        answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
+        is_predicted=scoring.is_predicted,
+        foil_ids=scoring.foil_ids,
+        foil=vlm.tokenizer.decode(list(scoring.foil_ids)).strip() if scoring.foil_ids else None,
+        metrics=scoring.names,
+        clean_scores=clean.mean(-1),  # samples differ in rounding only
+        corrupted_scores=damaged,
+        samples=grid.maps(scores),
+        engine=found.report,
+        **estimates,
+        **variant,
+    )

@@ -14,13 +14,14 @@ from ...models import Site, VisionLanguageModel, capture
 from ...models.families.addresses import Projection
 from ...models.replay.recording import Source, places
 from ...models.replay.replay import Replay, replaying
-from .cells import Cell, Measure, Runs
-from .recorded import Recorded, record
+from ..errors import TraceError
+from .cells import KINDS, Measure, Runs, StateCell
+from .states import Recorded, record
 
 _Key = Site | Projection
 
 
-def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure) -> Tensor:
+def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell], measure: Measure) -> Tensor:
     """(cell, metric, sample) float64 on the CPU: first-order estimates of what each cell adds to the base run's scores.
 
     One forward and, per metric, one backward pass for each row of the base run, over the positions that can differ.
@@ -41,7 +42,17 @@ def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell
     return estimates
 
 
-def _estimate(vlm: VisionLanguageModel, cell: Cell, effects: dict[_Key, Tensor], changed: tuple[int, ...]) -> Tensor:
+def check_estimable(cells: Sequence[StateCell]) -> None:
+    """Raises `TraceError` unless all cells are total effects on states of the decoder without severed modules."""
+    for cell in cells:
+        if cell.is_direct or cell.severed or cell.kind not in (*KINDS, "head"):
+            what = "direct effects" if cell.is_direct else "severed modules" if cell.severed else f"{cell.kind!r} cells"
+            raise TraceError(f"{what} cannot be estimated by one backward pass; leave out exact_cells")
+
+
+def _estimate(
+    vlm: VisionLanguageModel, cell: StateCell, effects: dict[_Key, Tensor], changed: tuple[int, ...]
+) -> Tensor:
     """(metric, sample): what a cell adds to the base run's scores."""
     live = sorted(set(cell.positions) & set(changed))
     if not live:

@@ -1,8 +1,9 @@
-"""Who answers the cells of a trace: the fast sweep where the model allows it, else one forward pass per cell."""
+"""The scores of cells by the engine that was asked for: the fast sweep if the model allows it, else the plain way."""
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,152 +12,217 @@ from tqdm import tqdm
 
 from ...models import ReplayError, VisionLanguageModel
 from ..errors import TraceError
-from .cells import Cell, Measure, Runs
-from .checkpoint import Checkpoint
-from .plain import plain_scores, run_scores
+from .cells import Cell, CellScores, Measure, Runs
+from .plain import each_plain, plain_scores, run_scores
 from .plan import single
 from .report import EngineReport
-from .settings import Engine
+from .scoring import Scoring
+from .settings import Checkpoint, Engine
 from .sweep import sweep
+from .vision import Shown, is_before_decoder, with_pictures
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 """Differences in probability that rounding explains at any rate; half precision rounds a thousand times more."""
+_PACKAGE = __name__.partition(".")[0]
+
+Accept = Callable[[Tensor, Tensor], None]
+"""A look at the scores (metric, sample) of base and source before any cell is computed; may raise."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
-    """Scores of the cells and of both runs."""
-
-    scores: Tensor
-    """(cell, metric, sample) float64 on the CPU."""
-    base: Tensor
-    """(metric, sample): scores of the run that is changed."""
-    source: Tensor
-    """(metric, sample): scores of the run that lends its states."""
-    report: EngineReport
-
-
-def measure_cells(
+def measure(
     vlm: VisionLanguageModel,
     runs: Runs,
     cells: Sequence[Cell],
-    measure: Measure,
+    scoring: Scoring,
     *,
     engine: Engine,
-    accept: Callable[[Tensor, Tensor], None],
+    accept: Accept | None = None,
+    pictures: Shown | None = None,
     bar: tqdm | None = None,
-) -> Measured:
-    """The cells' scores by the engine that was asked for, checked if it is the fast one.
+) -> CellScores:
+    """Return the scores of all cells in all metrics, and what they cost.
 
-    accept: is shown the scores of base and source (metric, sample) before any cell is computed, and may raise. A model
-    that cannot be replayed gets one warning and the plain way, or a TraceError if engine.name is "replay".
+    Args:
+        vlm: The model.
+        runs: The runs of the prompt, without an answer.
+        cells: State cells or edge cells.
+        scoring: Metrics and tokens. A foil of several tokens takes a second pass over all cells.
+        engine: The engine and its settings.
+        accept: Is called with the scores (metric, sample) of base and source first.
+        pictures: Model inputs of both runs, for cells before the decoder.
+        bar: Counts cells, once for each sequence of tokens.
+
+    Raises:
+        TraceError: The model cannot be replayed and `engine.name` is "replay"; its attention cannot be cut; memory
+            runs out; or a score is not finite. A model that cannot be replayed otherwise gets one warning.
     """
-    reason = "asked for" if engine.name == "plain" else None
-    if reason is None:
+    before = [is_before_decoder(cell) for cell in cells]
+    others = [cell for cell, is_before in zip(cells, before, strict=True) if not is_before]
+    parts: list[CellScores] = []
+
+    def look(base: Tensor, source: Tensor) -> None:
+        columns = [[base, source], *(_both(vlm, runs.along(vlm, ids), score) for ids, score in scoring.branches[1:])]
+        accept(*(scoring.joined(each) for each in zip(*columns, strict=True)))
+
+    for number, (ids, score) in enumerate(scoring.branches):
+        settings = replace(engine, checkpoint=_branch_file(engine.checkpoint, number))
+        if parts and parts[0].report.engine == "plain":  # for a reason that one warning has told
+            settings = replace(settings, name="plain")
+        along = runs.along(vlm, ids)
+        judge = look if accept is not None and not parts else None
+        part = measure_once(vlm, along, others, score, engine=settings, accept=judge, bar=bar)
+        if any(before):
+            part = with_pictures(vlm, pictures, along, cells, score, measured=part, bar=bar)
+        parts.append(part)
+    scores, base, source = (
+        scoring.joined([getattr(part, name) for part in parts]) for name in ("scores", "base", "source")
+    )
+    report = _together([part.report for part in parts])
+    return CellScores(scores=scores, base=base, source=source, free=parts[0].free, report=report)
+
+
+def measure_once(
+    vlm: VisionLanguageModel,
+    runs: Runs,
+    cells: Sequence[Cell],
+    score: Measure,
+    *,
+    engine: Engine,
+    accept: Accept | None = None,
+    bar: tqdm | None = None,
+) -> CellScores:
+    """Return what one function scores on one sequence of tokens, by the engine that was asked for.
+
+    A few cells of a sweep are computed a second time the plain way. The arguments are those of `measure`.
+    """
+    reason = "asked for" if cells else "the vision tower cannot be replayed"
+    if cells and engine.name != "plain":
         try:
-            return _swept(vlm, runs, cells, measure, engine, accept, bar)
+            found = sweep(vlm, runs, cells, score, settings=engine, accept=accept, bar=bar)
+            return replace(found, report=replace(found.report, **_checked(vlm, runs, cells, score, (engine, found))))
         except ReplayError as error:
+            _both(vlm, runs, score)  # logits that are not finite are an error of their own
             if engine.name == "replay":
                 raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
             reason = str(error)
-            warnings.warn(f"tracing one forward pass per cell, which is slow: {reason}", stacklevel=5)
-    base, source = (
-        run_scores(vlm, each.expand(runs.samples, -1, -1).contiguous(), runs, measure)
-        for each in (runs.base, runs.source)
-    )
-    accept(base, source)
-    checkpoint = Checkpoint(engine.checkpoint)
-    checkpoint.open(cells, [single(number) for number in range(len(cells))], torch.stack([base, source]))
-    scores = torch.full((len(cells), *base.shape), torch.nan, dtype=torch.float64)
-    with checkpoint.writing(scores):
-        scores = plain_scores(vlm, runs, cells, measure, progress=_Finished(checkpoint, scores), bar=bar)
-    tokens = len(cells) * runs.samples * runs.length * vlm.layers
-    report = EngineReport(engine="plain", reason=reason, cells=len(cells), token_layers=tokens)
-    return Measured(scores=scores, base=base, source=source, report=report)
+            _warn(f"tracing one forward pass per cell, which is slow: {reason}")
+    return _plainly(vlm, runs, cells, score, (engine, reason), accept, bar)
 
 
-@dataclass(frozen=True)
-class _Finished:
-    """Cells of the plain way in a checkpoint, each a batch of its own."""
-
-    checkpoint: Checkpoint
-    scores: Tensor
-
-    def known(self, number: int) -> Tensor | None:
-        """(metric, sample): what an earlier run has found for this cell."""
-        return self.scores[number] if self.checkpoint.restore(number, single(number), self.scores) else None
-
-    def add(self, number: int, scores: Tensor) -> None:
-        """Keeps a cell's scores (metric, sample)."""
-        self.scores[number] = scores
-        self.checkpoint.finish(number)
-
-
-def _swept(
+def _plainly(
     vlm: VisionLanguageModel,
     runs: Runs,
     cells: Sequence[Cell],
-    measure: Measure,
-    engine: Engine,
-    accept: Callable[[Tensor, Tensor], None],
+    score: Measure,
+    settings: tuple[Engine, str],
+    accept: Accept | None,
     bar: tqdm | None,
-) -> Measured:
-    """By the fast sweep, with some cells computed again the plain way."""
-    found = sweep(vlm, runs, cells, measure, settings=engine, accept=accept, bar=bar)
-    report = EngineReport(
-        engine="replay",
-        cells=len(cells),
-        free_cells=int(found.free.sum()),
-        token_layers=found.recording.token_layers + found.work.token_layers,
-        halvings=found.halvings,
-    )
-    computed = (~found.free).nonzero().flatten()
-    if engine.checks and len(computed):
-        order = torch.randperm(len(computed), generator=torch.Generator().manual_seed(0))
-        chosen = computed[order[: engine.checks]].tolist()
-        report = replace(report, **_checked(vlm, runs, [cells[each] for each in chosen], measure, found.scores[chosen]))
-    return Measured(scores=found.scores, base=found.base, source=found.source, report=report)
+) -> CellScores:
+    """The scores by one forward pass per cell. settings: the engine, and the reason why it is not the fast one."""
+    engine, reason = settings
+    base, source = _both(vlm, runs, score)
+    if accept is not None:
+        accept(base, source)
+    chunks = [single(number) for number in range(len(cells))]
+    checkpoint = Checkpoint(engine.checkpoint if cells else None)
+    checkpoint.open(cells, chunks, torch.stack([base, source]))
+    scores = torch.full((len(cells), *base.shape), torch.nan, dtype=torch.float64)
+    with checkpoint.writing(scores):
+        known = {number for number, chunk in enumerate(chunks) if checkpoint.restore(number, chunk, scores)}
+        if bar is not None:
+            bar.update(len(known))
+        try:
+            for number, found in each_plain(vlm, runs, cells, score, known=known):
+                scores[number] = found
+                checkpoint.finish(number)
+                if bar is not None:
+                    bar.update()
+        except ReplayError as error:
+            raise TraceError(f"the attention of {vlm.name!r} cannot be cut: {error}") from error
+    tokens = len(cells) * runs.samples * runs.length * vlm.layers
+    report = EngineReport(engine="plain", reason=reason, cells=len(cells), token_layers=tokens)
+    free = torch.zeros(len(cells), dtype=torch.bool)
+    return CellScores(scores=scores, base=base, source=source, free=free, report=report)
+
+
+def _both(vlm: VisionLanguageModel, runs: Runs, score: Measure) -> list[Tensor]:
+    """Scores (metric, sample) of base and source."""
+    base = run_scores(vlm, runs.base.expand(runs.samples, -1, -1).contiguous(), runs, score)
+    if runs.source is runs.base:
+        return [base, base]
+    return [base, run_scores(vlm, runs.source.expand(runs.samples, -1, -1).contiguous(), runs, score)]
+
+
+# ---- the check of the fast engine ----
 
 
 def _checked(
-    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, scores: Tensor
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], score: Measure, done: tuple[Engine, CellScores]
 ) -> dict[str, int | float]:
-    """How far the sweep's scores are from the plain way's, and the plain way's from its own in another batch.
+    """How far a few of the sweep's scores are from the plain way's, and the plain way's from its own in another batch.
 
     One warning if they are further apart than rounding explains.
     """
-    plain = plain_scores(vlm, runs, cells, measure)
-    again = replace(runs, base=runs.base[:1].expand(2, -1, -1)) if runs.samples == 1 else _first_sample(runs)
-    other = plain_scores(vlm, again, cells, measure)
-    difference, noise = _furthest(scores, plain), _furthest(plain[..., :1], other[..., :1])
-    size = plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max()
-    checked = {"checked_cells": len(cells), "largest_difference": difference, "plain_noise": noise}
-    warn_if_far(checked, vlm.dtype, size=float(size), stacklevel=8)
-    return checked
-
-
-def warn_if_far(checked: Mapping[str, int | float], dtype: torch.dtype, *, size: float, stacklevel: int) -> None:
-    """One warning if the engines are further apart than rounding explains, for scores as large as `size`."""
-    difference, noise = checked["largest_difference"], checked["plain_noise"]
-    if difference > max(_TOLERANCE.get(dtype, 3e-2), 5 * noise) * max(1.0, size):
-        warnings.warn(
-            f"the fast engine is {difference:.1e} away from the plain way on {checked['checked_cells']} checked cells, "
-            f"whose own noise is {noise:.1e}; trace again with Engine(name='plain') and report this model",
-            stacklevel=stacklevel,
+    engine, found = done
+    computed = (~found.free).nonzero().flatten()
+    order = torch.randperm(len(computed), generator=torch.Generator().manual_seed(0))
+    chosen = computed[order[: engine.checks]].tolist()
+    if not chosen:
+        return {}
+    again = [cells[number] for number in chosen]
+    plain, other = (plain_scores(vlm, each, again, score) for each in (runs, _in_another_batch(runs)))
+    difference, noise = _furthest(found.scores[chosen], plain), _furthest(plain[..., :1], other[..., :1])
+    size = float(plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max())
+    if difference > max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, size):
+        _warn(
+            f"the fast engine is {difference:.1e} away from the plain way on {len(chosen)} checked cells, "
+            f"whose own noise is {noise:.1e}; trace again with Engine(name='plain') and report this model"
         )
+    return {"checked_cells": len(chosen), "largest_difference": difference, "plain_noise": noise}
+
+
+def _in_another_batch(runs: Runs) -> Runs:
+    """The same runs with another number of samples, of which the first is the same."""
+    if runs.samples == 1:
+        return replace(runs, base=runs.base[:1].expand(2, -1, -1))
+    return replace(runs, base=runs.base[:1], source=runs.source[:1])
 
 
 def _furthest(first: Tensor, second: Tensor) -> float:
-    """Largest difference in the main metric; one without bounds, or that is no number, is none where both have it."""
-    first, second = first[:, 0], second[:, 0]
+    """Largest difference in the first and the last metric, which is a probability in every trace.
+
+    A score without bounds, or that is no number, makes no difference where both have it.
+    """
+    first, second = first[:, [0, -1]], second[:, [0, -1]]
     alike = (first == second) | (first.isnan() & second.isnan())
     return float((first - second).abs().nan_to_num(torch.inf, torch.inf).masked_fill(alike, 0.0).max())
 
 
-def _first_sample(runs: Runs) -> Runs:
-    return replace(runs, base=runs.base[:1], source=runs.source[:1])
+def _warn(message: str) -> None:
+    """A warning at the line outside of this package that the call came from."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
-def branch_file(checkpoint: Path | None, branch: int) -> Path | None:
+# ---- several sequences of tokens ----
+
+
+def _branch_file(checkpoint: Path | None, branch: int) -> Path | None:
     """The checkpoint of one of several token sequences."""
     return checkpoint if checkpoint is None or not branch else checkpoint.with_name(f"{checkpoint.name}.{branch}")
+
+
+def _together(reports: Sequence[EngineReport]) -> EngineReport:
+    """One report of all sequences: the sums of the counts, and the worst differences."""
+    first = reports[0]
+    counts: Mapping[str, int] = {
+        name: sum(getattr(each, name) or 0 for each in reports)
+        for name in ("cells", "free_cells", "token_layers", "halvings", "checked_cells")
+    }
+    worst = {
+        name: max((value for each in reports if (value := getattr(each, name)) is not None), default=None)
+        for name in ("largest_difference", "plain_noise")
+    }
+    return replace(first, **counts, **worst)

@@ -1,47 +1,94 @@
-"""The plain way to trace: one forward pass of the whole decoder for each cell, with hooks that put states in.
+"""The plain way to answer cells: one forward pass of the whole decoder for each of them, with hooks or masks.
 
-Slow and obvious on purpose: the oracle of the tests, and the way for models that cannot be replayed. The vision tower
-runs once; everything after it starts from the merged embeddings.
+Slow and obvious on purpose: it is the oracle of the tests, and the way for models that cannot be replayed. The vision
+tower runs once; everything after it starts from the merged embeddings.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Prompt, Site, VisionLanguageModel, capture, patch
+from ...models import Site, VisionLanguageModel, capture, patch
 from ...models.families.addresses import Key
-from .cells import Cell, Measure, Runs
+from ...models.replay.cuts import Cut
+from ...models.replay.observe import masking
+from .cells import Cell, EdgeCell, Measure, Runs, StateCell, all_edges
 
 _Write = Callable[[Tensor], Tensor]
 
 
-class PlainProgress(Protocol):
-    """What is kept of the cells that are finished."""
-
-    def known(self, number: int) -> Tensor | None:
-        """(metric, sample): the scores of a cell that was finished earlier."""
-
-    def add(self, number: int, scores: Tensor) -> None:
-        """Takes a cell's scores (metric, sample)."""
-
-
 def plain_scores(
-    vlm: VisionLanguageModel,
-    runs: Runs,
-    cells: Sequence[Cell],
-    measure: Measure,
-    *,
-    progress: PlainProgress | None = None,
-    bar: tqdm | None = None,
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, *, bar: tqdm | None = None
 ) -> Tensor:
-    """(cell, metric, sample) float64 on the CPU: scores of the base run with each cell's states of the source put in.
+    """Return the scores (cell, metric, sample), float64 on the CPU, of the base run with each cell's change."""
+    scores = []
+    for _, found in each_plain(vlm, runs, cells, measure):
+        scores.append(found)
+        if bar is not None:
+            bar.update()
+    return torch.stack(scores)
 
-    progress: knows cells that were finished earlier, and is shown each new one. Memory holds every layer's outputs of
-    the kinds that the cells name, (sample, token, width) each.
+
+def each_plain(
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, *, known: Collection[int] = ()
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and the scores (metric, sample) of one cell after the other, but for those that are known.
+
+    For state cells, memory holds every layer's outputs of the kinds that they name, (sample, token, width) each.
+    Raises `ReplayError` if edges are to be cut in a model that does not let its attention be masked.
     """
+    changing = _masked(vlm, runs) if all_edges(cells) else _put_in(vlm, runs, cells)
+    base = runs.base.expand(runs.samples, -1, -1).contiguous()
+    for number, cell in enumerate(cells):
+        if number not in known:
+            with changing(cell):
+                found = run_scores(vlm, base, runs, measure)
+            yield number, found
+
+
+def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
+    """(metric, sample) float64 on the CPU: the scores of embeddings (sample, token, hidden), nothing changed."""
+    with torch.no_grad():
+        logits = vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
+        return measure(logits).double().T.cpu()
+
+
+# ---- edge cells ----
+
+
+def _masked(vlm: VisionLanguageModel, runs: Runs) -> Callable[[EdgeCell], AbstractContextManager]:
+    """A function that gives the block in which a cell's edges are masked."""
+
+    def changing(cell: EdgeCell) -> AbstractContextManager:
+        mask = hidden_edges(cell.cut, runs.length, vlm.heads)
+        return masking(vlm, dict.fromkeys(range(cell.first, cell.last + 1), mask))
+
+    return changing
+
+
+def hidden_edges(cut: Cut, length: int, heads: int) -> Tensor:
+    """Booleans (head or 1, query, key): the edges that are cut."""
+    sources, targets = (
+        torch.zeros(length, dtype=torch.bool).index_fill(0, torch.tensor(sorted(each), dtype=torch.long), True)
+        for each in (cut.sources, cut.targets)
+    )
+    edges = targets[:, None] & sources[None, :]
+    if not cut.heads:
+        return edges[None]
+    chosen = torch.zeros(heads, 1, 1, dtype=torch.bool).index_fill(0, torch.tensor(cut.heads), True)
+    return chosen & edges
+
+
+# ---- state cells ----
+
+
+def _put_in(
+    vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell]
+) -> Callable[[StateCell], AbstractContextManager]:
+    """A function that gives the block in which a cell's states of the source are put in, and others are frozen."""
     base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
     keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
     lent = _states(vlm, source, keys, runs)
@@ -49,27 +96,15 @@ def plain_scores(
     if any(cell.is_direct for cell in cells):
         frozen_keys["hidden"] = _keys(vlm, "hidden")
     own = _states(vlm, base, frozen_keys, runs)
-    scores = []
-    for number, cell in enumerate(cells):
-        found = progress.known(number) if progress is not None else None
-        if found is None:
-            functions = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
-            with patch(vlm, {key: _in_turn(each) for key, each in functions[0].items()}, inputs=cell.kind == "head"):
-                with patch(vlm, {key: _in_turn(each) for key, each in functions[1].items()}):
-                    found = run_scores(vlm, base, runs, measure)
-            if progress is not None:
-                progress.add(number, found)
-        scores.append(found)
-        if bar is not None:
-            bar.update()
-    return torch.stack(scores)
 
+    def changing(cell: StateCell) -> AbstractContextManager:
+        put, frozen = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
+        stack = ExitStack()
+        stack.enter_context(patch(vlm, _in_turn(put), inputs=cell.kind == "head"))
+        stack.enter_context(patch(vlm, _in_turn(frozen)))
+        return stack
 
-def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
-    """(metric, sample) float64 on the CPU: the scores of embeddings (sample, token, hidden), nothing put in."""
-    with torch.no_grad():
-        logits = vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
-        return measure(logits).T.cpu()
+    return changing
 
 
 def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
@@ -101,7 +136,7 @@ def _states(
 
 def _writes(
     vlm: VisionLanguageModel,
-    cell: Cell,
+    cell: StateCell,
     runs: Runs,
     lent: tuple[list[Key], dict[Key, Tensor]],
     own: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
@@ -135,42 +170,15 @@ def _write(values: Tensor, positions: list[int], columns: slice) -> _Write:
     return write
 
 
-def _in_turn(functions: Sequence[_Write]) -> _Write:
-    def write(output: Tensor) -> Tensor:
-        for function in functions:
-            output = function(output)
-        return output
+def _in_turn(writes: Mapping[Key, Sequence[_Write]]) -> dict[Key, _Write]:
+    """One patch for each module that does all of its own."""
 
-    return write
+    def all_of(functions: Sequence[_Write]) -> _Write:
+        def write(output: Tensor) -> Tensor:
+            for function in functions:
+                output = function(output)
+            return output
 
+        return write
 
-def knockout_probability(
-    vlm: VisionLanguageModel,
-    prompt: Prompt,
-    sources: str | int | Iterable[int],
-    targets: str | int | Iterable[int],
-    *,
-    answer_id: int | None = None,
-) -> float:
-    """The answer's probability when no target token may attend to a source token, in any layer.
-
-    sources, targets: group names or positions; a token always sees itself, so overlapping groups are fine.
-    answer_id: the scored token; None for the one that the untouched model finds likeliest. Compare with no sources.
-    Attention knockout as in arXiv 2411.18620, over all layers at once.
-    """
-    embeddings = vlm.embed(prompt)
-    if answer_id is None:
-        answer_id = int(vlm.next_token_probabilities(embeddings).argmax())
-    length = embeddings.shape[1]
-    sources = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
-    targets = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
-    cut = targets[:, None] & sources[None, :] & ~torch.eye(length, dtype=torch.bool)
-    mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
-    probabilities = vlm.next_token_probabilities(embeddings, attention_mask=mask[None, None].to(vlm.device))
-    return float(probabilities[0, answer_id])
-
-
-def _indices(prompt: Prompt, group: str | int | Iterable[int], length: int) -> Tensor:
-    """Positions of the group among the prompt's first `length`; those of an answer after it play no part."""
-    group = group if isinstance(group, (str, int)) else tuple(group)
-    return torch.tensor([position for position in prompt.positions(group) if position < length], dtype=torch.long)
+    return {key: all_of(functions) for key, functions in writes.items()}

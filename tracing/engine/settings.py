@@ -1,15 +1,26 @@
-"""How a trace is computed: which engine, how much memory, how many cells are checked, where progress is kept."""
+"""How a trace is computed: by which engine, in how much memory, with how many checks, and where progress is kept."""
 
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ...artefacts.fields import load_fields, save_fields
 from ...models import VisionLanguageModel
 from ..errors import TraceError
+from .cells import Cell
+from .plan import Chunk
 
 ENGINES = ("auto", "replay", "plain")
+
+_LAYOUT = "multrace sweep 2"
+_SECONDS_BETWEEN_WRITES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +70,76 @@ def is_out_of_memory(error: Exception) -> bool:
     """Torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with a telling text."""
     texts = ("not enough memory", "can't allocate memory")  # of Windows, and of other systems
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Finished:
+    """What the file holds."""
+
+    identity: str
+    """Of the sweep: its cells, batches and runs."""
+    finished: Tensor
+    """(chunk,) uint8: 1 where all of its cells have their scores."""
+    scores: Tensor
+    """(cell, metric, sample) float64."""
+
+
+class Checkpoint:
+    """The file of one sweep; without a path, nothing is kept."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._identity = ""
+        self._scores: Tensor | None = None
+        self._finished = torch.zeros(0, dtype=torch.bool)
+        self._earlier: Tensor | None = None
+        self._written = time.monotonic()
+
+    def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
+        """Reads what an earlier sweep of the same cells, batches and runs (their scores) has finished.
+
+        TraceError if the file belongs to another sweep or is damaged.
+        """
+        lanes = [(chunk.computed, chunk.merged, [lane.cell for lane in chunk.lanes]) for chunk in chunks]
+        text = repr(([cell.identity for cell in cells], lanes)).encode() + runs.double().contiguous().numpy().tobytes()
+        self._identity = hashlib.sha256(text).hexdigest()
+        self._finished = torch.zeros(len(chunks), dtype=torch.bool)
+        if self._path is None or not self._path.exists():
+            return
+        found = load_fields(self._path, _LAYOUT, _Finished)
+        if found.identity != self._identity:
+            raise TraceError(
+                f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
+                "memory setting); trace with the same settings to go on, or name another file"
+            )
+        self._finished, self._earlier = found.finished.bool(), found.scores
+
+    @contextmanager
+    def writing(self, scores: Tensor) -> Iterator[None]:
+        """A block during which scores (cell, metric, sample) fill up; what is finished is written, come what may."""
+        self._scores = scores
+        try:
+            yield
+        finally:
+            self._write()
+
+    def restore(self, number: int, chunk: Chunk, scores: Tensor) -> bool:
+        """Whether the chunk was finished earlier; its scores are then filled in."""
+        if not self._finished[number] or self._earlier is None:
+            return False
+        cells = [lane.cell for lane in chunk.lanes]
+        scores[cells] = self._earlier[cells]
+        return True
+
+    def finish(self, number: int) -> None:
+        """Notes a chunk as finished, and writes the file from time to time."""
+        self._finished[number] = True
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._path is None or self._scores is None:
+            return
+        finished = _Finished(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
+        save_fields(self._path, _LAYOUT, finished)
+        self._written = time.monotonic()

@@ -1,12 +1,10 @@
 """The exact fast sweep: each cell computes only the layers and positions that it can change.
 
-A cell starts at the output of its first layer, which the base run already holds but for the positions that are put in;
-keys and values of all positions that it cannot change come from the two recorded runs, shared by all cells.
+A cell starts at the output of its first layer, which the base run already holds but for the positions that the cell
+acts on; keys and values of all positions that it cannot change come from the recorded runs, which all cells share.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -17,33 +15,12 @@ from ...models import VisionLanguageModel
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
-from .cells import Cell, Measure, Runs
-from .checkpoint import Checkpoint
-from .plan import Chunk, Lane, halved, make_plan
-from .recorded import Recorded, record
-from .settings import Engine, is_out_of_memory
-from .starts import Starts, site
-from .writes import Writes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Swept:
-    """What a sweep found, and what it cost."""
-
-    scores: Tensor
-    """(cell, metric, sample) float64 on the CPU."""
-    base: Tensor
-    """(metric, sample): scores of the base run."""
-    source: Tensor
-    """(metric, sample): scores of the source run."""
-    free: Tensor
-    """(cell,) booleans: answered without computing anything."""
-    recording: Work
-    """What recording the two runs has cost; all maps of a trace share it."""
-    work: Work
-    """What the cells have cost beyond that."""
-    halvings: int
-    """How often a batch was halved because memory ran out."""
+from .cells import Cell, CellScores, Measure, Runs, all_edges
+from .edges import Edges, record_once
+from .plan import Chunk, halved, make_plan
+from .report import EngineReport
+from .settings import Checkpoint, Engine, is_out_of_memory
+from .states import Recorded, States, record
 
 
 def sweep(
@@ -55,29 +32,41 @@ def sweep(
     settings: Engine | None = None,
     accept: Callable[[Tensor, Tensor], None] | None = None,
     bar: tqdm | None = None,
-) -> Swept:
-    """The scores of every cell, equal to `plain_scores` but for rounding.
+) -> CellScores:
+    """Return the scores of all cells, equal to those of `plain_scores` but for rounding.
 
-    accept: is shown the scores (metric, sample) of base and source before any cell is computed, and may raise.
-    Finished cells are kept in the settings' checkpoint, which is read first and written on the way, also when
-    interrupted. ReplayError for a model whose layers cannot be replayed; TraceError if memory runs out for one cell.
+    Finished cells are kept in the settings' checkpoint, which is read first and written on the way, also when the sweep
+    is interrupted.
+
+    Args:
+        vlm: The model.
+        runs: The two runs; for edge cells, `Runs.of_one`.
+        cells: Cells of one kind.
+        measure: Scores of logits.
+        settings: Memory, batch size and checkpoint.
+        accept: Is called with the scores (metric, sample) of base and source before any cell is computed; may raise.
+        bar: Counts cells.
+
+    Raises:
+        ReplayError: The model's layers cannot be replayed.
+        TraceError: Memory runs out for one cell, or an edge cell leaves a token that would see nothing.
     """
     settings = settings or Engine()
     with torch.no_grad(), replaying(vlm) as replay:
         try:
-            recorded = record(replay, runs, cells)
+            recorded = (record_once if all_edges(cells) else record)(replay, runs, cells)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise TraceError(
-                f"memory ran out while recording the two runs ({runs.length} tokens, {runs.samples} samples); trace "
+                f"memory ran out while recording the runs ({runs.length} tokens, {runs.samples} samples); trace "
                 "with fewer samples, or on a device with more memory"
             ) from error
-        swept = _Sweep(replay, runs, cells, measure, settings, recorded)
-        base, source = (swept.score(each.logits) for each in (recorded.base, recorded.source))
+        running = _Sweep(replay, runs, cells, measure, settings, recorded)
+        base, source = (running.score(each.logits) for each in (recorded.base, recorded.source))
         if accept is not None:
             accept(base, source)
-        return swept.run(base, source, Checkpoint(settings.checkpoint), bar)
+        return running.run(base, source, bar)
 
 
 class _Sweep:
@@ -94,9 +83,9 @@ class _Sweep:
     ) -> None:
         self.replay, self.runs, self.cells, self.measure, self.settings = replay, runs, cells, measure, settings
         self.recorded, self.vlm, self.halvings = recorded, replay.vlm, 0
-        self.starts = Starts(replay, runs, cells, recorded, settings)
+        self.acts = (Edges if all_edges(cells) else States)(replay, runs, cells, recorded, settings)
 
-    def run(self, base: Tensor, source: Tensor, checkpoint: Checkpoint, bar: tqdm | None) -> Swept:
+    def run(self, base: Tensor, source: Tensor, bar: tqdm | None) -> CellScores:
         """Plans, answers what is free, and then chunk after chunk."""
         plan = make_plan(
             self.cells,
@@ -112,10 +101,11 @@ class _Sweep:
         for number, merged in plan.free.items():
             scores[number] = self.score(self._spliced(None, merged, ())) if merged else base
             free[number] = True
-        self.starts.share(plan)
+        self.acts.prepare(plan)
+        checkpoint = Checkpoint(self.settings.checkpoint)
         checkpoint.open(self.cells, plan.chunks, torch.stack([base, source]))
         if bar is not None:
-            bar.update(len(plan.free))
+            bar.update(len(plan.free) + len(plan.copies))
         with checkpoint.writing(scores):
             for number, chunk in enumerate(plan.chunks):
                 if not checkpoint.restore(number, chunk, scores):
@@ -123,14 +113,18 @@ class _Sweep:
                     checkpoint.finish(number)
                 if bar is not None:
                     bar.update(len(chunk.lanes))
-        return Swept(
-            scores=scores,
-            base=base,
-            source=source,
-            free=free,
-            recording=recording,
-            work=self.replay.work,
+        for number, same in plan.copies.items():
+            scores[number] = scores[same]
+        work = self.replay.work
+        report = EngineReport(
+            engine="replay",
+            cells=len(self.cells),
+            free_cells=len(plan.free),
+            token_layers=recording.token_layers + work.token_layers,
             halvings=self.halvings,
+        )
+        return CellScores(
+            scores=scores, base=base, source=source, free=free, report=report, recording=recording, work=work
         )
 
     def _answer(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
@@ -156,75 +150,58 @@ class _Sweep:
     def _run(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
         """Takes all lanes of a chunk through the layers, each from the layer after which it joins."""
         samples, length, end = self.runs.samples, len(chunk.computed), self.vlm.layers - 1
-        span = self.recorded.span(self.replay, chunk.computed, chunk.merged)
         read = tuple(place for place in self.runs.scored if place in set(chunk.computed))
         states = self.recorded.base.states[0].new_empty(samples, len(chunk.lanes), length, self.vlm.hidden)
-        step, count = max(1, tokens // (samples * length)), 0
+        step, count, active = max(1, tokens // (samples * length)), 0, 0
         for layer in range(chunk.lanes[0].join, end + 1):
-            for start in range(0, count, step):
-                lanes = chunk.lanes[start : min(count, start + step)]
-                rows = rearrange(states[:, start : start + len(lanes)], "s c t d -> (s c) t d")
-                with self._putting(layer, lanes, read if layer == end else chunk.computed):
-                    if layer == end:
-                        self._finish(chunk, lanes, self.replay.last_layer(rows, span, read), read, scores)
-                    else:
-                        output = self.replay.layer(layer, rows, span)
-                        states[:, start : start + len(lanes)] = rearrange(output, "(s c) t d -> s c t d", s=samples)
-            joining = [lane for lane in chunk.lanes[count:] if lane.join == layer]
-            self._join(layer, chunk, joining, states[:, count : count + len(joining)], states)
-            if layer == end:
-                self._finish_joined(chunk, joining, states[:, count:], read, scores)
-            count += len(joining)
+            active = count
+            for start in range(0, active, step):
+                self._layer(layer, chunk, slice(start, min(active, start + step)), states, read)
+            while count < len(chunk.lanes) and chunk.lanes[count].join == layer:
+                count += 1
+            self._join(layer, chunk, range(active, count), states)
+        here, batches = places(chunk.computed, read, states.device), self.acts.scored_together(chunk, active, step)
+        for slots in batches:
+            last = rearrange(states[:, slots][:, :, here], "s c t d -> (s c) t d")
+            self._finish(chunk, slots, last, read, scores)
+        for slot in set(range(len(chunk.lanes))).difference(*batches):
+            lane = chunk.lanes[slot]
+            scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
 
-    def _join(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], target: Tensor, states: Tensor) -> None:
+    def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
+        """Runs a layer on some lanes of states (sample, lane, position, hidden); the last one at what is read only."""
+        is_last = layer == self.vlm.layers - 1
+        rows = rearrange(states[:, part], "s c t d -> (s c) t d")
+        with self.acts.acting(layer, chunk, chunk.lanes[part], read if is_last else chunk.computed) as span:
+            output = self.replay.last_layer(rows, span, read) if is_last else self.replay.layer(layer, rows, span)
+        here = places(chunk.computed, read, states.device) if is_last else slice(None)
+        states[:, part, here] = rearrange(output, "(s c) t d -> s c t d", s=self.runs.samples)
+
+    def _join(self, layer: int, chunk: Chunk, slots: range, states: Tensor) -> None:
         """Fills in the states (sample, lane, position, hidden) with which lanes start: this layer's output."""
-        starting = [slot for slot, lane in enumerate(lanes) if lane.leader is None]
+        starting = [slot for slot in slots if chunk.lanes[slot].leader is None]
         if starting:
             base = self.recorded.base
-            target[:, starting] = base.at(base.states[layer + 1], chunk.computed).unsqueeze(1)
-        for put, values in self.starts.fill(chunk, {slot: lanes[slot] for slot in starting}):
-            for slot, (here, there) in put.items():
-                target[:, slot, here] = values[:, there]
-        for slot, lane in enumerate(lanes):
-            if lane.leader is not None:
-                target[:, slot] = states[:, lane.leader]
-
-    def _putting(self, layer: int, lanes: Sequence[Lane], here: tuple[int, ...]) -> AbstractContextManager[None]:
-        """A block in which the layer's modules write what these lanes put in and freeze at the positions computed."""
-        writes = Writes(samples=self.runs.samples, here=here)
-        for row, lane in enumerate(lanes):
-            cell = self.cells[lane.cell]
-            if cell.first < layer <= cell.last:
-                writes.add(*site(self.vlm, cell.kind, layer, cell.head), row, lane.live, self.recorded.source)
-            elif cell.severed and layer > cell.last:
-                writes.add(*site(self.vlm, cell.severed, layer, None), row, lane.live, self.recorded.base)
-        return writes.placed(self.vlm)
+            states[:, starting] = base.at(base.states[layer + 1], chunk.computed).unsqueeze(1)
+            self.acts.start(layer, chunk, starting, states)
+        for slot in slots:
+            leader = chunk.lanes[slot].leader
+            if leader is not None:
+                states[:, slot] = states[:, leader]
 
     def _finish(
-        self, chunk: Chunk, lanes: Sequence[Lane], states: Tensor, read: tuple[int, ...], scores: Tensor
+        self, chunk: Chunk, slots: Sequence[int], states: Tensor, read: tuple[int, ...], scores: Tensor
     ) -> None:
-        """Scores lanes whose last states (row, read position, hidden) are known."""
+        """Scores the lanes of these slots, whose last states (row, read position, hidden) are known."""
         step = self.settings.read_rows(self.vlm, len(self.runs.scored))
-        owners = torch.arange(len(states), device=states.device) // len(lanes)
+        owners = torch.arange(len(states), device=states.device) // len(slots)
         parts = []
         for start in range(0, len(states), step):
             logits = self.replay.read(states[start : start + step])
             spliced = self._spliced((read, logits), chunk.merged, owners[start : start + step])
             parts.append(self.measure(spliced).double().cpu())
-        scores[[lane.cell for lane in lanes]] = rearrange(torch.cat(parts), "(s c) m -> c m s", c=len(lanes))
-
-    def _finish_joined(
-        self, chunk: Chunk, lanes: Sequence[Lane], states: Tensor, read: tuple[int, ...], scores: Tensor
-    ) -> None:
-        """Scores lanes that join after the last layer, (sample, lane, position, hidden) holding their result."""
-        slots = [slot for slot, lane in enumerate(lanes) if lane.leader is None]
-        if slots:
-            last = states[:, slots][:, :, places(chunk.computed, read, states.device)]
-            rows = rearrange(last, "s c t d -> (s c) t d")
-            self._finish(chunk, [lanes[slot] for slot in slots], rows, read, scores)
-        for lane in lanes:
-            if lane.leader is not None:
-                scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
+        numbers = [chunk.lanes[slot].cell for slot in slots]
+        scores[numbers] = rearrange(torch.cat(parts), "(s c) m -> c m s", c=len(slots))
 
     def _spliced(
         self, computed: tuple[tuple[int, ...], Tensor] | None, merged: Sequence[int], owners: Tensor | Sequence[int]

@@ -10,10 +10,8 @@ from tqdm import tqdm
 from ...models import Prompt, VisionLanguageModel, patch
 from ..corruptions.corruption import Corrupted
 from ..errors import TraceError
-from .cells import Cell, Measure, Runs
-from .measure import Measured
+from .cells import Cell, CellScores, Measure, Runs, StateCell
 from .plain import run_scores
-from .report import EngineReport
 
 _Inputs = Mapping[str, Tensor]
 
@@ -42,17 +40,6 @@ def shown(prompt: Prompt, corrupted: Corrupted, *, restores: bool) -> Shown:
     return Shown(prompt=prompt, base=damaged if restores else clean, source=clean if restores else damaged)
 
 
-def measure_runs(
-    vlm: VisionLanguageModel, runs: Runs, measure: Measure, *, accept: Callable[[Tensor, Tensor], None]
-) -> Measured:
-    """The scores of both runs and of no cells. accept: is shown both (metric, sample), and may raise."""
-    both = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
-    base, source = (run_scores(vlm, each, runs, measure) for each in both)
-    accept(base, source)
-    report = EngineReport(engine="plain", reason="the vision tower cannot be replayed", token_layers=0)
-    return Measured(scores=base.new_empty(0, *base.shape), base=base, source=source, report=report)
-
-
 def with_pictures(
     vlm: VisionLanguageModel,
     inputs: Shown,
@@ -60,9 +47,9 @@ def with_pictures(
     cells: Sequence[Cell],
     measure: Measure,
     *,
-    measured: Measured,
+    measured: CellScores,
     bar: tqdm | None = None,
-) -> Measured:
+) -> CellScores:
     """All cells' scores: those before the decoder computed here, the others (in this order) as they were measured.
 
     Each cell takes a pass of the vision tower for each sample and one of the decoder for all of them; the latter is
@@ -89,15 +76,17 @@ def with_pictures(
             bar.update()
     tokens = (measured.report.token_layers or 0) + passes * runs.samples * runs.length * vlm.layers
     report = replace(measured.report, cells=len(cells), token_layers=tokens)
-    return replace(measured, scores=torch.stack(scores), report=report)
+    free = torch.zeros(len(cells), dtype=torch.bool)
+    free[[number for number, cell in enumerate(cells) if cell not in parts]] = measured.free
+    return replace(measured, scores=torch.stack(scores), free=free, report=report)
 
 
 def is_before_decoder(cell: Cell) -> bool:
     """The cell restores states of the vision tower or of the projector."""
-    return cell.kind in ("vision", "projector")
+    return isinstance(cell, StateCell) and cell.kind in ("vision", "projector")
 
 
-def restored_tokens(prompt: Prompt, cell: Cell, shape: Sequence[int]) -> Tensor:
+def restored_tokens(prompt: Prompt, cell: StateCell, shape: Sequence[int]) -> Tensor:
     """Booleans of this shape: the cell's image tokens in what a part writes, usually (picture, token), without width.
 
     Tokens that the tower has beyond the patches, such as the class token, come first; they are restored where all of
@@ -128,7 +117,7 @@ def restored_tokens(prompt: Prompt, cell: Cell, shape: Sequence[int]) -> Tensor:
     return mask
 
 
-def _parts(vlm: VisionLanguageModel, cell: Cell) -> list[nn.Module]:
+def _parts(vlm: VisionLanguageModel, cell: StateCell) -> list[nn.Module]:
     """The modules whose outputs the cell restores."""
     return [vlm.projector] if cell.kind == "projector" else vlm.vision_layers[cell.first : cell.last + 1]
 
@@ -190,7 +179,7 @@ def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
     return write
 
 
-def _known(embeddings: Tensor, runs: Runs, measured: Measured) -> Tensor | None:
+def _known(embeddings: Tensor, runs: Runs, measured: CellScores) -> Tensor | None:
     """(metric, sample) scores of the run with exactly these embeddings, if it is one of both."""
     for run, scores in ((runs.base, measured.base), (runs.source, measured.source)):
         if torch.equal(embeddings, run.expand_as(embeddings)):

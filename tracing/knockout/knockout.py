@@ -1,6 +1,6 @@
 """Attention knockout: what the answer loses when one group of tokens no longer hears another, in a window of layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.cuts import Cut
-from ..engine.edge_measure import MeasuredEdges, measure_edges
-from ..engine.edges import EdgeCell, EdgeRun
-from ..engine.grid import window_layers
+from ..engine.cells import CellScores, EdgeCell, Runs
+from ..engine.measure import measure
 from ..engine.regions import Box
+from ..engine.rows import window_layers
 from ..engine.scoring import Scoring, scored_ids
 from ..engine.settings import Engine
 from ..errors import TraceError
@@ -63,9 +63,9 @@ def attention_knockout(
     cells = [
         EdgeCell(cut=cut, first=start, last=end) for _, cut in named for start, end in spans.flatten(0, 1).tolist()
     ]
-    run = EdgeRun(embeddings=vlm.extend(embeddings, scoring.answer_ids), scored=scored)
+    runs = Runs.of_one(embeddings, scored=(first,))
     with tqdm(total=len(cells), desc="cutting", unit="cell", disable=not progress) as bar:
-        found = measure_edges(vlm, run, cells, scoring.branches[0][1], engine=engine or Engine(), bar=bar)
+        found = measure(vlm, runs, cells, scoring, engine=engine or Engine(), bar=bar)
     return _result(vlm, prompt, named, (chosen, spans), (scoring, found), {"gold": gold, "generated": generated})
 
 
@@ -122,7 +122,7 @@ def _result(
     prompt: Prompt,
     named: Sequence[tuple[str, Cut]],
     layers: tuple[tuple[int, ...], Tensor],
-    measured: tuple[Scoring, MeasuredEdges],
+    measured: tuple[Scoring, CellScores],
     answers: dict[str, str | None],
 ) -> AttentionKnockout:
     windows, spans = layers
@@ -143,9 +143,41 @@ def _result(
         scores=scoring.names,
         answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
         answer_ids=scoring.answer_ids,
-        clean=found.clean[:-1],
-        probabilities=found.scores[:, :-1].T.reshape(-1, *shape).contiguous(),
+        clean=found.base[:, 0],
+        probabilities=found.scores[..., 0].T.reshape(-1, *shape).contiguous(),
         free=found.free.reshape(shape),
         engine=found.report,
         **answers,
     )
+
+
+def knockout_probability(
+    vlm: VisionLanguageModel,
+    prompt: Prompt,
+    sources: str | int | Iterable[int],
+    targets: str | int | Iterable[int],
+    *,
+    answer_id: int | None = None,
+) -> float:
+    """The answer's probability when no target token may attend to a source token, in any layer.
+
+    sources, targets: group names or positions; a token always sees itself, so overlapping groups are fine.
+    answer_id: the scored token; None for the one that the untouched model finds likeliest. Compare with no sources.
+    Attention knockout as in arXiv 2411.18620, over all layers at once.
+    """
+    embeddings = vlm.embed(prompt)
+    if answer_id is None:
+        answer_id = int(vlm.next_token_probabilities(embeddings).argmax())
+    length = embeddings.shape[1]
+    sources = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
+    targets = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
+    cut = targets[:, None] & sources[None, :] & ~torch.eye(length, dtype=torch.bool)
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
+    probabilities = vlm.next_token_probabilities(embeddings, attention_mask=mask[None, None].to(vlm.device))
+    return float(probabilities[0, answer_id])
+
+
+def _indices(prompt: Prompt, group: str | int | Iterable[int], length: int) -> Tensor:
+    """Positions of the group among the prompt's first `length`; those of an answer after it play no part."""
+    group = group if isinstance(group, (str, int)) else tuple(group)
+    return torch.tensor([position for position in prompt.positions(group) if position < length], dtype=torch.long)

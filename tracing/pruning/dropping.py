@@ -9,7 +9,7 @@ from torch import Tensor
 from ...models import ReplayError, VisionLanguageModel
 from ...models.replay.cuts import Cut
 from ...models.replay.observe import attending
-from ..engine.edges import EdgeCell
+from ..engine.cells import EdgeCell
 from ..errors import TraceError
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import VisionLanguageModel
-from ..engine.edge_measure import measure_edges
-from ..engine.edges import EdgeCell, EdgeRun
+from ..engine.cells import EdgeCell, Runs
+from ..engine.measure import measure_once
 from ..engine.settings import Engine
 
 Ids = tuple[int, ...]
@@ -78,15 +78,15 @@ def greedy_ids(
     The likeliest token each time, up to and including an end-of-sequence token or as many as an answer may have.
     guess: a likely answer; a wrong one costs time only. The engine's checks are left out: ids have no distance.
     """
-    last, engine = embeddings.shape[1] - 1, replace(engine, checks=0)
+    last, engine = embeddings.shape[1] - 1, replace(engine, checks=0, checkpoint=None)
 
     def likeliest(ids: Ids, start: int, numbers: Sequence[int]) -> Tensor:
-        run = EdgeRun(embeddings=vlm.extend(embeddings, ids), scored=tuple(range(last + start, last + len(ids))))
+        runs = Runs.of_one(vlm.extend(embeddings, ids), scored=range(last + start, last + len(ids)))
         if bar is not None:
             bar.total += len(numbers)
-        asked = cells(run.length)
-        found = measure_edges(vlm, run, [asked[each] for each in numbers], _argmax, engine=engine, bar=bar)
-        return found.scores.long()
+        asked = cells(runs.length)
+        found = measure_once(vlm, runs, [asked[each] for each in numbers], _argmax, engine=engine, bar=bar)
+        return found.scores[..., 0].long()
 
     return verified(likeliest, len(cells(last + 1)), limits.ended(guess), limits)
 

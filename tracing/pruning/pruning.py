@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
-from ..engine.edge_measure import MeasuredEdges, measure_edges
-from ..engine.edges import EdgeCell, EdgeRun
+from ..engine.cells import CellScores, EdgeCell, Runs
+from ..engine.measure import measure
 from ..engine.scoring import FIRST, WHOLE, Scoring
 from ..engine.settings import Engine
 from ..errors import TraceError
@@ -67,7 +67,7 @@ def _measured(
     answer: tuple[Ids, Ids, Limits],
     engine: Engine,
     progress: bool,
-) -> tuple[MeasuredEdges, list[Ids]]:
+) -> tuple[CellScores, list[Ids]]:
     """Scores (drop, score) of the answer's tokens, and what the model says, guessed to be its own; equal drops once."""
     ids, own, limits = answer
     distinct = tuple(dict.fromkeys(drops))
@@ -76,11 +76,10 @@ def _measured(
     def cells(length: int) -> list[EdgeCell]:
         return [drop.cell(length, vlm.layers) for drop in distinct]
 
-    measure = Scoring.of_answer(ids, whole=True).branches[0][1]
-    last = embeddings.shape[1] - 1
-    run = EdgeRun(embeddings=vlm.extend(embeddings, ids), scored=tuple(range(last, last + len(ids))))
+    scoring, last = Scoring.of_answer(ids, whole=True), embeddings.shape[1] - 1
+    runs = Runs.of_one(embeddings, scored=(last,))
     with tqdm(total=len(distinct), desc="truncating", unit="cell", disable=not progress) as bar:
-        found = measure_edges(vlm, run, cells(run.length), measure, engine=engine, bar=bar)
+        found = measure(vlm, runs, cells(last + len(ids)), scoring, engine=engine, bar=bar)
         if found.report.engine == "plain":  # as it has said by now
             engine = replace(engine, name="plain")
         said = greedy_ids(vlm, embeddings, cells, guess=limits.without_end(own), limits=limits, engine=engine, bar=bar)
@@ -88,7 +87,7 @@ def _measured(
 
 
 def _result(
-    vlm: VisionLanguageModel, prompt: Prompt, found: MeasuredEdges, said: Sequence[str], asked: Mapping[str, Any]
+    vlm: VisionLanguageModel, prompt: Prompt, found: CellScores, said: Sequence[str], asked: Mapping[str, Any]
 ) -> ImagePruning:
     """The measured scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer) in order."""
     rows, columns = len(asked["keep"]), len(asked["layers"])
@@ -103,9 +102,9 @@ def _result(
         depth=vlm.layers,
         scores=SCORES,
         answer=vlm.decode(asked["answer_ids"]).strip(),
-        baseline=found.clean[:-1],
-        floor=found.scores[0, :-1],
-        probabilities=found.scores[1:, :-1].T.reshape(-1, rows, columns).contiguous(),
+        baseline=found.base[:, 0],
+        floor=found.scores[0, :, 0],
+        probabilities=found.scores[1:, :, 0].T.reshape(-1, rows, columns).contiguous(),
         baseline_answer=baseline,
         floor_answer=floor,
         answers=tuple(tuple(answers[row * columns : (row + 1) * columns]) for row in range(rows)),

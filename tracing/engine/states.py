@@ -1,0 +1,252 @@
+"""What state cells do in a sweep: the two runs are recorded, and states of the source are put into the base run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...models import Site, VisionLanguageModel, patch
+from ...models.families.addresses import Projection
+from ...models.replay.recording import Queries, Recording, Source, Span, neighbours, places
+from ...models.replay.replay import Replay
+from .cells import Runs, StateCell
+from .plan import Chunk, Lane, Plan, touched
+from .settings import Engine
+
+Target = Site | Projection
+
+_Start = tuple[int, str, int | None]
+"""A first layer, the kind of cell and the head."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recorded:
+    """The recorded runs that all cells of a sweep share."""
+
+    full: Recording
+    """The run that holds keys and values of all positions: the base or the source."""
+    base: Recording
+    source: Recording
+    changed: tuple[int, ...]
+    """Positions at which the two runs can differ, ascending."""
+
+    def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
+        """Positions to compute, with the runs that hold the keys of all others: the source's for merged ones."""
+        by_run = {self.source: set(merged)}
+        by_run[self.base] = set(self.changed) - set(computed) - set(merged)
+        rest = set(self.full.positions) - set(computed).union(*by_run.values())
+        by_run[self.full] = by_run.get(self.full, set()) | rest
+        sources = [Source(run=run, positions=part) for run, held in by_run.items() for part in neighbours(sorted(held))]
+        return replay.span(computed, sources)
+
+
+def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
+    """Both runs, with the outputs that these cells put in or freeze; the one with fewer rows is recorded whole.
+
+    States and outputs of the other are kept where some cell needs them, or wherever they can differ.
+    """
+    first, second = sorted((runs.base, runs.source), key=len)
+    entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
+    differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
+    sites, projections = _needed(replay, cells)
+    settings = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
+    # Which positions can differ depends on masks that only a run shows; with causal ones, those from the first on.
+    kept = tuple(range(min(differs, default=runs.length), runs.length))
+    full = replay.record(first, kept=kept, **settings)
+    changed = replay.masks.reach(differs)
+    if not set(changed) <= set(kept):
+        full = replay.record(first, kept=changed, **settings)
+    other = full
+    if changed:
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen)
+        other = replay.record_after(
+            full,
+            other_entering[:, list(changed)],
+            changed,
+            kept=changed if keep_all else needed,
+            sites=sites,
+            projections=projections,
+        )
+    base, source = (full, other) if first is runs.base else (other, full)
+    return Recorded(full=full, base=base, source=source, changed=changed)
+
+
+def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
+    """The sites whose outputs, and the projections whose inputs, some cell puts in or freezes."""
+    vlm = replay.vlm
+    spans: dict[str, set[int]] = {}
+    for cell in cells:
+        spans.setdefault(cell.kind, set()).update(range(cell.first, cell.last + 1))
+        if cell.severed:
+            spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
+    projections = [vlm.attention_projection(layer) for layer in sorted(spans.pop("head", ()))]
+    spans.pop("hidden", None)  # states that enter layers are always kept
+    return [Site(kind, layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
+
+
+class States:
+    """State cells in a sweep: what their lanes start with, and what is put into the layers that they run through."""
+
+    def __init__(
+        self, replay: Replay, runs: Runs, cells: Sequence[StateCell], recorded: Recorded, settings: Engine
+    ) -> None:
+        self._replay, self._vlm, self._cells, self._settings = replay, replay.vlm, cells, settings
+        self._samples, self._recorded = runs.samples, recorded
+        self._shared: dict[_Start, tuple[int, ...]] = {}
+        self._kept: dict[_Start, Tensor] = {}
+        self._span: tuple[tuple, Span] | None = None
+
+    def prepare(self, plan: Plan) -> None:
+        """Decides whether each first layer is computed once for the whole sweep, or once for each chunk."""
+        wanted: dict[_Start, set[int]] = {}
+        for chunk in plan.chunks:
+            for lane in chunk.lanes:
+                if lane.leader is None and self._cells[lane.cell].kind != "hidden":
+                    wanted.setdefault(self._start(lane), set()).update(_put(lane, chunk))
+        if self._settings.may_share(self._vlm, self._samples * sum(map(len, wanted.values()))):
+            self._shared = {start: tuple(sorted(each)) for start, each in wanted.items()}
+
+    @contextmanager
+    def acting(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], here: tuple[int, ...]) -> Iterator[Queries]:
+        """A block in which the layer's modules write what these lanes put in and freeze, and the span to compute."""
+        writes = Writes(samples=self._samples, here=here)
+        for row, lane in enumerate(lanes):
+            cell = self._cells[lane.cell]
+            if cell.first < layer <= cell.last:
+                writes.add(*_site(self._vlm, cell.kind, layer, cell.head), row, lane.live, self._recorded.source)
+            elif cell.severed and layer > cell.last:
+                writes.add(*_site(self._vlm, cell.severed, layer, None), row, lane.live, self._recorded.base)
+        with writes.placed(self._vlm):
+            yield self._span_of(chunk)
+
+    def start(self, layer: int, chunk: Chunk, slots: Sequence[int], states: Tensor) -> None:
+        """Puts in the states with which the lanes of these slots start, in states (sample, lane, position, hidden)."""
+        members: dict[_Start, dict[int, list[int]]] = {}
+        for slot in slots:
+            lane = chunk.lanes[slot]
+            if put := _put(lane, chunk):
+                members.setdefault(self._start(lane), {})[slot] = put
+        for start, each in members.items():
+            wanted = self._shared.get(start) or tuple(sorted({place for put in each.values() for place in put}))
+            values = self._values(start, wanted)
+            for slot, put in each.items():
+                here, there = (places(within, put, values.device) for within in (chunk.computed, wanted))
+                states[:, slot, here] = values[:, there]
+
+    def scored_together(self, chunk: Chunk, active: int, step: int) -> list[list[int]]:
+        """Slots whose logits are computed together: those of a call of the last layer, and those that start after it.
+
+        Lanes that copy another one's last states get its scores.
+        """
+        parts = [list(range(start, min(active, start + step))) for start in range(0, active, step)]
+        late = [slot for slot in range(active, len(chunk.lanes)) if chunk.lanes[slot].leader is None]
+        return [*parts, late] if late else parts
+
+    def _span_of(self, chunk: Chunk) -> Span:
+        key = chunk.computed, chunk.merged
+        if self._span is None or self._span[0] != key:
+            self._span = key, self._recorded.span(self._replay, chunk.computed, chunk.merged)
+        return self._span[1]
+
+    def _values(self, start: _Start, wanted: tuple[int, ...]) -> Tensor:
+        """(sample or 1, position, hidden): a layer's output at some positions if states are put in at all of them.
+
+        What is put in at one position does not touch this layer's output at another one, so it is right for every
+        cell that starts here, whichever of these positions it puts in.
+        """
+        layer, kind, head = start
+        base, source = self._recorded.base, self._recorded.source
+        if kind == "hidden":
+            return source.at(source.states[layer + 1], wanted)
+        if start in self._kept:
+            return self._kept[start]
+        step, outputs = max(1, self._settings.call_tokens(self._vlm) // self._samples), []
+        for first in range(0, len(wanted), step):
+            block = wanted[first : first + step]
+            writes = Writes(samples=self._samples, here=block)
+            writes.add(*_site(self._vlm, kind, layer, head), 0, block, source)
+            states = base.at(base.states[layer], block).expand(self._samples, -1, -1)
+            with writes.placed(self._vlm):
+                outputs.append(self._replay.layer(layer, states, self._recorded.span(self._replay, block, ())))
+        values = torch.cat(outputs, dim=1)
+        if start in self._shared:
+            self._kept[start] = values
+        return values
+
+    def _start(self, lane: Lane) -> _Start:
+        cell = self._cells[lane.cell]
+        return cell.first, cell.kind, cell.head
+
+
+def _put(lane: Lane, chunk: Chunk) -> list[int]:
+    """Positions at which a lane's states are put in, rather than left to the source run."""
+    merged = set(chunk.merged)
+    return [place for place in lane.live if place not in merged]
+
+
+def _site(vlm: VisionLanguageModel, kind: str, layer: int, head: int | None) -> tuple[Target, slice]:
+    """The module in which a kind of cell writes in a layer, and the columns there."""
+    if kind != "head":
+        return Site(kind, layer), slice(None)
+    projection = vlm.attention_projection(layer)
+    size = projection.width // vlm.heads
+    return projection, slice(head * size, (head + 1) * size)
+
+
+@dataclass(kw_only=True, eq=False)
+class Writes:
+    """What a call of one layer, on rows in sample-major order, gets written into its modules."""
+
+    samples: int
+    here: tuple[int, ...]
+    """Positions that the call computes, ascending."""
+    _entries: dict[tuple[Target, int, int], list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
+
+    def add(self, target: Target, columns: slice, lane: int, positions: Sequence[int], run: Recording) -> None:
+        """One lane gets what the run holds for the target at these positions, as far as they are computed here."""
+        here = set(self.here)
+        positions = [place for place in positions if place in here]
+        if not positions:
+            return
+        is_state = isinstance(target, Site) and target.kind == "hidden"
+        stored = run.states[target.layer + 1] if is_state else run.outputs[target]
+        values = run.at(stored, positions)[..., columns]
+        start, stop, _ = columns.indices(stored.shape[-1])
+        where = torch.tensor(_numbers(self.here, positions), device=stored.device)
+        self._entries.setdefault((target, start, stop), []).append((lane, where, values))
+
+    @contextmanager
+    def placed(self, vlm: VisionLanguageModel) -> Iterator[None]:
+        """A block in which they are written: sites' outputs, projections' inputs."""
+        outputs: dict[Target, list[tuple[int, int]]] = {}
+        inputs: dict[Target, list[tuple[int, int]]] = {}
+        for target, start, stop in self._entries:
+            (outputs if isinstance(target, Site) else inputs).setdefault(target, []).append((start, stop))
+        with patch(vlm, {target: self._function(target, each) for target, each in outputs.items()}):
+            with patch(vlm, {target: self._function(target, each) for target, each in inputs.items()}, inputs=True):
+                yield
+
+    def _function(self, target: Target, columns: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+        gathered = []
+        for start, stop in columns:
+            entries = self._entries[target, start, stop]
+            lanes = torch.cat([torch.full_like(where, lane) for lane, where, _ in entries])
+            where = torch.cat([where for _, where, _ in entries])
+            values = torch.cat([values.expand(self.samples, -1, -1) for _, _, values in entries], dim=1)
+            gathered.append((slice(start, stop), lanes, where, values))
+
+        def write(output: Tensor) -> Tensor:
+            changed = rearrange(output, "(s c) t w -> s c t w", s=self.samples).clone()
+            for part, lanes, where, values in gathered:
+                changed[:, lanes, where, part] = values
+            return rearrange(changed, "s c t w -> (s c) t w")
+
+        return write
+
+
+def _numbers(within: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    number = {place: index for index, place in enumerate(within)}
+    return [number[place] for place in wanted]
