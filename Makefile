@@ -47,8 +47,10 @@ test: $(READY)
 
 # pytest leaves with 5 where no test is chosen; that is not a pass, and it is not a failure either
 slow: $(READY)
-	@code=0; $(PYTEST) -m slow $(PYTEST_ARGS) || code=$$?; \
-	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; else exit $$code; fi
+	@code=0; $(PYTEST) -m "slow and not alone" $(PYTEST_ARGS) || code=$$?; \
+	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; elif [ $$code -ne 0 ]; then exit $$code; fi
+	@code=0; $(BIN)/pytest -n 0 -m alone $(PYTEST_ARGS) || code=$$?; \
+	if [ $$code -eq 5 ]; then echo "no test is marked alone"; else exit $$code; fi
 
 reference: $(READY)
 	$(BIN)/python -m multrace.scripts.reference

@@ -43,7 +43,7 @@ def copy_of_the_project(folder: Path) -> Path:
     for name in SHIPPED:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder)
-    for file in ROOT.glob("*.py*"):
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*.pyi")):
         shutil.copy(file, folder)
     for room in ROOMS:
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -95,7 +95,11 @@ def missing_from_wheel(root: Path, scratch: Path) -> list[str]:
     (wheel,) = scratch.glob("multrace-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {file.filename for file in archive.infolist() if file.file_size or file.filename.endswith(".py")}
-    wanted = [*root.glob("*.py*"), *(file for room in ROOMS for file in (root / room).rglob("*") if file.is_file())]
+    wanted = [
+        *root.glob("*.py"),
+        *root.glob("*.pyi"),
+        *(file for room in ROOMS for file in (root / room).rglob("*") if file.is_file()),
+    ]
     return sorted({f"multrace/{file.relative_to(root).as_posix()}" for file in wanted} - packed)
 
 
