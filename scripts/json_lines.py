@@ -40,7 +40,7 @@ def read_object(line: bytes, known: Sequence[str]) -> dict[str, Any]:
 
 
 def read_texts(found: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
-    """What the object says under these names, a question among them. CommandError for what is no string, or for none."""
+    """Return the texts under these names, a question among them. CommandError for other values, or for no question."""
     words = {key: found[key] for key in names if found.get(key) is not None}
     if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
         raise CommandError(f"{wrong[0]!r} is of type {type(words[wrong[0]]).__name__}; write a string")

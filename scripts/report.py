@@ -1,4 +1,4 @@
-"""The demo's report: one self-contained HTML page (pictures inside, user text escaped), and a bar chart of its table."""
+"""The report of the demo: a self-contained HTML page (pictures inside, user text escaped), and a bar chart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from .verification import PROBES, Probe, Score
@@ -56,7 +54,10 @@ def write_report(report: Report, path: Path) -> Path:
 
 
 def plot_scores(scores: Sequence[Score], path: Path) -> Path:
-    """The written PNG: for every kind of probe, the shares of right answers unedited, edited and undone."""
+    """Return the written PNG: for every kind of probe, the shares of right answers unedited, edited and undone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 0.62 * len(scores) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

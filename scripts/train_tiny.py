@@ -43,7 +43,7 @@ def run(settings: TrainTiny) -> int:
 
 
 def train_tiny(settings: TrainTiny) -> float:
-    """The minutes it took; the trained model is written to `settings.out` in float16. CommandError if that is in use."""
+    """Train, write the model to `settings.out` in float16, and return the minutes. CommandError if that is in use."""
     if not 0 < settings.share <= 1 or settings.threads < 1:
         raise CommandError(
             f"share {settings.share} and threads {settings.threads}: "
@@ -88,7 +88,7 @@ def _steps(steps: int, share: float) -> int:
 
 
 def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, tuple[float, int]]:
-    """Set of questions -> (share right, number), by loading and free generation; the card is written beside the model."""
+    """Return set of questions -> (share right, number), from the loaded model; writes the card beside the model."""
     vlm = load(settings.out)
     scores = {
         name: (accuracy(vlm, records, label=name), len(records)) for name, records in question_sets(world).items()
