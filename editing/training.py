@@ -170,6 +170,8 @@ def train(
 def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Prompt]], ending: tuple[int, ...]) -> AnswerBatch:
     prompts = [prompt for _, prompt in rows]
     try:
+        for prompt in prompts:
+            vlm.check_prompt(prompt)
         inputs, _ = collate(prompts, vlm.tokenizer, side="right")
     except ModelError as error:
         raise EditError(f"cannot train on these requests together: {error}") from error

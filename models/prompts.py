@@ -54,7 +54,7 @@ class ReadOnly(Mapping[str, _Value]):
 
 
 class PromptInputs(ReadOnly[Tensor]):
-    """The tensors of a prompt, which remember by which frontend they were made, so that no other model takes them."""
+    """The tensors of a prompt or a batch of them, with the frontend that made them, so that no other model takes them."""
 
     def __init__(self, items: Mapping[str, Tensor], frontend: Frontend) -> None:
         super().__init__(items)
@@ -319,7 +319,7 @@ def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | No
     )
 
 
-def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[dict[str, Tensor], tuple[int, ...]]:
+def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[PromptInputs, tuple[int, ...]]:
     """Return one batch of inputs, padded on the given side, and by how much each prompt's positions moved.
 
     Args:
@@ -332,14 +332,14 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
         offsets: position p of prompt i is column p + offsets[i] of row i.
 
     Raises:
-        ModelError: There is no prompt, the side is unknown, a prompt was made with another vocabulary, or pictures
-            have different sizes after the processor.
+        ModelError: There is no prompt, the side is unknown, a prompt was made with another vocabulary or image
+            processor than the rest, or pictures have different sizes after the processor.
     """
     if not prompts:
         raise ModelError("no prompts to put into a batch; pass at least one")
     if side not in ("left", "right"):
         raise ModelError(f"no padding side {side!r}; pass 'left' or 'right'")
-    _check_vocabulary(prompts, tokenizer)
+    _check_alike(prompts, tokenizer)
     longest = max(prompt.length for prompt in prompts)
     offsets = tuple(longest - prompt.length if side == "left" else 0 for prompt in prompts)
     fills = {
@@ -356,20 +356,19 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
             sizes = ", ".join(str(tuple(value.shape[1:])) for value in values)
             raise ModelError(f"{name} of these prompts do not fit into one batch: {sizes}; use batch_size=1")
         batch[name] = torch.cat(values)
-    return batch, offsets
+    return PromptInputs(batch, prompts[0].frontend), offsets
 
 
-def _check_vocabulary(prompts: Sequence[Prompt], tokenizer: Any) -> None:
-    """ModelError unless the ids of all prompts mean the tokens of this tokenizer."""
-    vocabulary = None
-    for tokens in {id(prompt.frontend.tokenizer): prompt.frontend.tokenizer for prompt in prompts}.values():
-        if tokens is not tokenizer:
-            vocabulary = vocabulary or tokenizer.get_vocab()
-            if tokens.get_vocab() != vocabulary:
-                raise ModelError(
-                    f"a prompt was made with the tokenizer of {tokens.name_or_path!r}, not with that of "
-                    f"{tokenizer.name_or_path!r}; make all prompts of a batch with the model that runs them"
-                )
+def _check_alike(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """ModelError unless ids and pictures of all prompts mean the same, and the ids are tokens of this tokenizer."""
+    first = prompts[0].frontend
+    has_pictures = any(prompt.images for prompt in prompts)
+    alike = all(first.accepts(prompt.frontend, has_pictures=has_pictures) for prompt in prompts)
+    if not alike or first.tokenizer is not tokenizer and first.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"not all of these prompts were made with the tokenizer of {tokenizer.name_or_path!r} and one image "
+            "processor; make all prompts of a batch with the model that runs them"
+        )
 
 
 def _padded(value: Tensor, length: int, side: str, fill: int) -> Tensor:

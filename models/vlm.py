@@ -209,6 +209,22 @@ class VisionLanguageModel:
         """
         return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
 
+    def check_prompt(self, prompt: Inputs) -> None:
+        """Raise ModelError for a prompt, or inputs of prompts, whose ids or pictures mean something else to this model.
+
+        A model takes the prompts of every model with an equal vocabulary and, for prompts with pictures, an equal image
+        processor. Tensors in a plain mapping do not say where they are from.
+        """
+        if not isinstance(prompt, Prompt | PromptInputs):
+            return
+        has_pictures = bool(prompt.images) if isinstance(prompt, Prompt) else "pixel_values" in prompt
+        if not self.frontend.accepts(prompt.frontend, has_pictures=has_pictures):
+            question = f" {prompt.question!r}" if isinstance(prompt, Prompt) else ""
+            raise ModelError(
+                f"the prompt{question} was made by a model with another vocabulary or image processor "
+                f"({prompt.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's prompt(...)"
+            )
+
     def check_words(self, text: str, what: str) -> str:
         """Return the text. ModelError, which calls it `what`, if it is no string or holds a special token."""
         return self.frontend.check_words(text, what)
@@ -329,7 +345,7 @@ class VisionLanguageModel:
             >>> vlm.embed(prompt).shape == (1, prompt.length, vlm.hidden)
             True
         """
-        self._check_origin(prompt)
+        self.check_prompt(prompt)
         with torch.no_grad():
             return self.embeddings(dict(inputs or prompt.inputs))[:, : prompt.groups["last"][0] + 1]
 
@@ -469,7 +485,7 @@ class VisionLanguageModel:
             1
         """
         for prompt in prompts:
-            self._check_origin(prompt)
+            self.check_prompt(prompt)
         sizes = {
             "max_new_tokens": whole_number(max_new_tokens, "max_new_tokens", least=1),
             "batch_size": whole_number(batch_size, "batch_size", least=1),
@@ -529,23 +545,11 @@ class VisionLanguageModel:
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
         """Tensors that the model takes as they are. ModelError for those of another model, or for too many tokens."""
-        self._check_origin(inputs)
+        self.check_prompt(inputs)
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
             self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
         return _with_positions(ready)
-
-    def _check_origin(self, inputs: Inputs) -> None:
-        """ModelError for a prompt, or the inputs of one, whose tokens or pictures mean something else to this model."""
-        if not isinstance(inputs, Prompt | PromptInputs):
-            return
-        has_pictures = bool(inputs.images) if isinstance(inputs, Prompt) else "pixel_values" in inputs
-        if not self.frontend.accepts(inputs.frontend, has_pictures=has_pictures):
-            question = f" {inputs.question!r}" if isinstance(inputs, Prompt) else ""
-            raise ModelError(
-                f"the prompt{question} was made by a model with another vocabulary or image processor "
-                f"({inputs.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's prompt(...)"
-            )
 
     def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
         """ModelError for more tokens in a row, padding left out, than the model has positions."""

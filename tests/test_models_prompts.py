@@ -11,7 +11,7 @@ import multrace
 import numpy as np
 import pytest
 import torch
-from multrace import ModelError
+from multrace import ModelError, editing, tracing
 from multrace.models import collate
 from multrace.models.frontend import align, position_limit
 from multrace.models.spans import nearest_words
@@ -215,9 +215,9 @@ ENTRIES = {
 @pytest.mark.parametrize("case", ENTRIES)
 def test_a_prompt_of_a_model_with_another_vocabulary_is_refused(case, foreign, random_llama):
     prompt = random_llama.prompt(None, QUESTION, constraint=SPAN)
-    with pytest.raises(ModelError, match="vocabulary|tokenizer of"):
+    with pytest.raises(ModelError, match="another vocabulary|not all of these prompts"):
         ENTRIES[case](foreign, prompt)
-    with pytest.raises(ModelError, match="vocabulary|tokenizer of"):
+    with pytest.raises(ModelError, match="another vocabulary|not all of these prompts"):
         ENTRIES[case](foreign, pickle.loads(pickle.dumps(prompt)))
 
 
@@ -228,20 +228,55 @@ def test_a_model_opened_twice_takes_prompts_of_either_copy(random_llava, photo):
         assert again.answers([prompt]) == again.answers([again.prompt(prompt.images or None, QUESTION)])
 
 
-def test_pictures_of_another_image_processor_are_refused_and_words_are_not(random_llava_llama, photo, tmp_path):
+@pytest.fixture(scope="session")
+def recoloured(random_llava_llama, tmp_path_factory):
+    """The same model and words, but its processor scales colours in another way."""
+    folder = Path(shutil.copytree(random_llava_llama.name, tmp_path_factory.mktemp("recoloured") / "model"))
     processor = copy.deepcopy(random_llava_llama.processor)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    other = multrace.load(shutil.copytree(random_llava_llama.name, tmp_path / "other"), verify=False)
-    assert torch.equal(
-        other.logits(random_llava_llama.prompt(photo, "Who?")), other.logits(other.prompt(photo, "Who?"))
-    )
-    processor.save_pretrained(tmp_path / "other")
-    other = multrace.load(tmp_path / "other", verify=False)
-    with pytest.raises(ModelError, match="another vocabulary or image processor"):
-        other.logits(random_llava_llama.prompt(photo, QUESTION))
-    assert torch.equal(
-        other.logits(random_llava_llama.prompt(None, QUESTION)), random_llava_llama.logits(other.prompt(None, QUESTION))
-    )
+    processor.save_pretrained(folder)
+    return multrace.load(folder, verify=False)
+
+
+def with_edit(editor):
+    return lambda vlm, prompt: editor.edit(vlm, [multrace.EditRequest(prompt=prompt, target="Ada")], progress=False)
+
+
+SEEING = {
+    "logits": lambda vlm, prompt: vlm.logits(prompt),
+    "logits of a batch": lambda vlm, prompt: vlm.logits(collate([prompt, prompt], vlm.tokenizer)[0]),
+    "image_features": lambda vlm, prompt: vlm.image_features(prompt),
+    "answers": lambda vlm, prompt: vlm.answers([prompt]),
+    "answers of a mixture": lambda vlm, prompt: vlm.answers([vlm.prompt(prompt.images, "Who?"), prompt]),
+    "causal_trace": lambda vlm, prompt: multrace.causal_trace(
+        vlm, prompt, corruption=multrace.BlankImage(), progress=False
+    ),
+    "pixel noise": lambda vlm, prompt: multrace.causal_trace(
+        vlm, prompt, corruption=multrace.ImageNoise(), progress=False
+    ),
+    "attention_knockout": lambda vlm, prompt: multrace.attention_knockout(vlm, prompt, progress=False),
+    "logit_lens": lambda vlm, prompt: multrace.logit_lens(vlm, prompt, progress=False),
+    "prune_image_tokens": lambda vlm, prompt: multrace.prune_image_tokens(vlm, prompt, progress=False),
+    "llava_cam": lambda vlm, prompt: tracing.llava_cam(vlm, prompt, progress=False),
+    "attention_saliency": lambda vlm, prompt: tracing.attention_saliency(vlm, prompt),
+    "attention_share": lambda vlm, prompt: tracing.attention_share(vlm, prompt),
+    "failure_features": lambda vlm, prompt: tracing.failure_features(vlm, prompt),
+    "MultEdit": with_edit(multrace.MultEdit(layer=1, steps=1)),
+    "FineTune": with_edit(editing.FineTune(layer=1, steps=1)),
+    "second_moments": lambda vlm, prompt: editing.second_moments(vlm, [prompt], layers=[1], progress=False),
+}
+
+
+@pytest.mark.parametrize("case", SEEING)
+def test_pictures_of_another_image_processor_are_refused(case, recoloured, random_llava_llama, photo):
+    prompt = random_llava_llama.prompt(photo, QUESTION, constraint=SPAN)
+    with pytest.raises((ModelError, editing.EditError), match="image processor"):
+        SEEING[case](recoloured, prompt)
+
+
+def test_words_without_a_picture_need_the_same_vocabulary_only(recoloured, random_llava_llama):
+    words = random_llava_llama.prompt(None, QUESTION)
+    assert torch.equal(recoloured.logits(words), random_llava_llama.logits(recoloured.prompt(None, QUESTION)))
 
 
 # Tokenizers that add tokens, texts that hold special ones, and prompts that do not fit.
