@@ -90,7 +90,7 @@ class WeightChange:
             run = slice(start, start + step)
             yield run, torch.addmm(weight.detach()[run].double(), across[run], along).to(weight.dtype)
 
-    def realised(self, weight: Tensor, *, transposed: bool) -> Tensor:
+    def retained(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """(rank,) float32 on the CPU, the share of each residual that rounding and the ridge leave; 1 where it is 0."""
         keys = self.keys.to(weight.device, torch.float64)
         moved = keys.new_zeros(self.rank, self.shape[0])
@@ -118,7 +118,7 @@ class WeightChange:
         """The change that meets new residuals (kept rows, hidden) at the kept rows alone: (rank,) boolean.
 
         The solver's X in (K right^T + diag(1/weights)) X = R, left = X^T, needs nothing but what is stored: a row of
-        right is its key (or direction) through the solver's metric, whatever other keys there are. Solved in float64.
+        right is its key (or direction) through the solver's cost, whatever other keys there are. Solved in float64.
         EditError if the stored factors do not solve these equations themselves.
         """
         gram = self.keys.double() @ self.right.double().T + torch.diag(1 / self.weights.double())

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..models import ModelError, Projection, Prompt, Site, VisionLanguageModel
 from .changes import WeightChange
-from .constraints import Rows, check_contradictions, reduced
+from .cost import Cost, build_cost, null_space
 from .delta import Delta
 from .errors import EditError
 from .keys import Lookup, lookups
-from .metric import Metric, metric, null_space
 from .moments import Moments
+from .problem import Rows, check_contradictions
 from .requests import EditRequest, key_of
-from .solve import solve
+from .solve import reduced, solve
 from .targets import Goal
 from .values import ValueResult, ValueSettings, search_values
 
@@ -61,8 +61,8 @@ class ClosedFormEditor(ValueSettings):
     """Which weight is changed: the down projection of the MLP, or the output projection of attention."""
     weight: float = 1.0
     """Of each key in the least-squares problem, inf for exact."""
-    keep_weight: float = float("inf")
-    """Of the keys of the requests' `keep` prompts, inf for exact: how firmly their outputs stay."""
+    preserve_weight: float = float("inf")
+    """Of the keys of the requests' `preserve_prompts` prompts, inf for exact: how firmly their outputs stay."""
     earlier_weight: float | None = None
     """Of the keys of edits made before, in a sequence; None leaves them out."""
     ridge_fraction: float = 0.02
@@ -97,7 +97,7 @@ class ClosedFormEditor(ValueSettings):
                 f"{name} got spread={self.spread} and projection={self.projection!r}; "
                 "pass a spread of at least 1, and 'mlp' or 'attention'"
             )
-        for field in ("weight", "keep_weight", "earlier_weight", "null_threshold"):
+        for field in ("weight", "preserve_weight", "earlier_weight", "null_threshold"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise EditError(f"{name} got {field}={value}; pass a number above 0")
@@ -114,7 +114,7 @@ class ClosedFormEditor(ValueSettings):
 
     @property
     def has_fixed_cost(self) -> bool:
-        """Whether `metrics` saves work that would otherwise be done anew in each edit."""
+        """Whether `costs` saves work that would otherwise be done anew in each edit."""
         return self.needs_moments and not (self.moment_weight and self._ridge_is_relative)
 
     @property
@@ -134,7 +134,7 @@ class ClosedFormEditor(ValueSettings):
             raise EditError(f"{self.spread} layers up to layer {number} do not exist; pass a smaller spread")
         return found
 
-    def metrics(self, vlm: VisionLanguageModel, moments: Moments | None) -> dict[str, Metric]:
+    def costs(self, vlm: VisionLanguageModel, moments: Moments | None) -> dict[str, Cost]:
         """What a change of each weight costs, by parameter name, apart from a ridge that edits take from their keys.
 
         Factorises each second moment once: make them once and pass them to every `edit`. EditError without the moments
@@ -143,15 +143,15 @@ class ClosedFormEditor(ValueSettings):
         if self.moment_weight and self._ridge_is_relative:
             raise EditError(
                 f"{type(self).__name__} adds a ridge from the keys of each edit (ridge_fraction={self.ridge_fraction}) "
-                "to its second moment, so that no metric can be made before; pass an absolute ridge="
+                "to its second moment, so that no cost can be made before; pass an absolute ridge="
             )
-        return {each.name: self.metric(layer, each, moments) for layer, each in self.projections(vlm).items()}
+        return {each.name: self.cost(layer, each, moments) for layer, each in self.projections(vlm).items()}
 
-    def metric(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Metric:
-        """The metric of one layer; ridge stands in for a relative one."""
+    def cost(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Cost:
+        """The cost of one layer; ridge stands in for a relative one."""
         ridge = (self.ridge or 0.0) if ridge is None else ridge
         if not self.needs_moments:
-            return metric(projection.width, ridge=ridge)
+            return build_cost(projection.width, ridge=ridge)
         if moments is None:
             raise EditError(
                 f"{type(self).__name__} weighs old keys by their second moment, and none is given; "
@@ -162,7 +162,7 @@ class ClosedFormEditor(ValueSettings):
         if self.null_threshold is not None:
             protected = null_space(matrix, self.null_threshold * matrix.diagonal().mean().item())
         kept = {"moment": matrix, "moment_weight": self.moment_weight} if self.moment_weight else {}
-        return metric(projection.width, ridge=ridge, protected=protected, refined=self.refined, **kept)
+        return build_cost(projection.width, ridge=ridge, protected=protected, refined=self.refined, **kept)
 
     def edit(
         self,
@@ -170,13 +170,13 @@ class ClosedFormEditor(ValueSettings):
         requests: Sequence[EditRequest],
         *,
         moments: Moments | None = None,
-        metrics: Mapping[str, Metric] | None = None,
+        costs: Mapping[str, Cost] | None = None,
         earlier: Sequence[Delta] = (),
-        progress: bool = False,
+        progress: bool = True,
     ) -> Delta:
         """The change after which each request's prompts are answered with its target; Delta.applied puts it in.
 
-        moments: second moments of keys, for editors that weigh old keys by them; metrics: what `metrics` made of them,
+        moments: second moments of keys, for editors that weigh old keys by them; costs: what `costs` made of them,
         in their place. earlier: edits that are in the model now, whose keys are kept by `earlier_weight`. progress
         shows bars. Delta.requests says of each request what became of it: "edited", "nothing to do" where the model
         gives the target already, "failed: ..." where the search left the finite numbers; others go on. A target that
@@ -188,7 +188,7 @@ class ClosedFormEditor(ValueSettings):
         if not requests:
             raise EditError("no requests to edit; pass at least one EditRequest")
         with vlm.gradients():
-            return _Work(self, vlm, requests, progress=progress).run(moments, metrics, earlier)
+            return _Work(self, vlm, requests, progress=progress).run(moments, costs, earlier)
 
     def as_text(self) -> dict[str, str]:
         """The settings as text, for the header of a saved edit."""
@@ -223,9 +223,9 @@ class _Work:
         """Where the wanted value is put: the output of the one projection, or of the last of several layers."""
         return self.projections[self.last] if len(self.projections) == 1 else Site("hidden", self.last)
 
-    def run(self, moments: Moments | None, metrics: Mapping[str, Metric] | None, earlier: Sequence[Delta]) -> Delta:
-        if self.editor.needs_moments and moments is None and metrics is None:
-            self.editor.metric(self.last, self.projections[self.last], None)  # says what is missing, before any work
+    def run(self, moments: Moments | None, costs: Mapping[str, Cost] | None, earlier: Sequence[Delta]) -> Delta:
+        if self.editor.needs_moments and moments is None and costs is None:
+            self.editor.cost(self.last, self.projections[self.last], None)  # says what is missing, before any work
         fingerprints = self.vlm.fingerprint([each.name for each in self.projections.values()])
         self._choose()
         self._search()
@@ -233,7 +233,7 @@ class _Work:
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
-                change = self._change(layer, kept, moments, metrics, earlier)
+                change = self._change(layer, kept, moments, costs, earlier)
                 changes[projection.name] = change
                 if layer < self.last and change.rank:
                     stack.enter_context(self._delta({projection.name: change}).applied(self.vlm))
@@ -279,7 +279,7 @@ class _Work:
         """The prompts whose answers stay, each once, with the answers the model gives now."""
         prompts: dict[str, Prompt] = {}
         for owner in dict.fromkeys(self.owners):
-            prompts |= {key_of(prompt): prompt for prompt in self.requests[owner].keep}
+            prompts |= {key_of(prompt): prompt for prompt in self.requests[owner].preserve_prompts}
         asked = list(prompts.values())
         answers = self.vlm.answers(asked, batch_size=self.editor.rows_at_once, progress=self.progress) if asked else []
         return [
@@ -299,7 +299,7 @@ class _Work:
         layer: int,
         kept: Sequence[tuple[str, Goal]],
         moments: Moments | None,
-        metrics: Mapping[str, Metric] | None,
+        costs: Mapping[str, Cost] | None,
         earlier: Sequence[Delta],
     ) -> WeightChange:
         """The change of one layer's weight, given the model as it is with the layers below changed."""
@@ -314,28 +314,28 @@ class _Work:
         preserved = [(name, each.keys) for (name, _), each in zip(kept, self._kept_lookups(kept, layer), strict=True)]
         kind = {"weight": editor.weight, "two_keys": editor.two_keys}
         rows = Rows.of([self.requests[owner].label for owner in self.owners], found, residuals, **kind)
-        rows.add(preserved, editor.keep_weight)
+        rows.add(preserved, editor.preserve_weight)
         if editor.earlier_weight is not None:
             before = [delta.changes[projection.name] for delta in earlier if projection.name in delta.changes]
             rows.add([("an earlier edit", each.keys) for each in before if each.rank], editor.earlier_weight)
-        cost = self._cost(layer, rows, moments, metrics)
-        constraints = rows.constraints()
-        solution = solve(cost, constraints)
+        cost = self._cost(layer, rows, moments, costs)
+        problem = rows.problem()
+        solution = solve(cost, problem)
         self.relaxed |= set(solution.relaxed)
         owners = [owner for owner, each in zip(self.owners, found, strict=True) for _ in each.keys]
-        change = reduced(solution, constraints, len(owners), owners)
+        change = reduced(solution, problem, len(owners), owners)
         self._check_shares(change, preserved)
         return change
 
     def _kept_lookups(self, kept: Sequence[tuple[str, Goal]], layer: int) -> list[Lookup]:
         return self._lookups([goal for _, goal in kept], layer) if kept else []
 
-    def _cost(self, layer: int, rows: Rows, moments: Moments | None, metrics: Mapping[str, Metric] | None) -> Metric:
+    def _cost(self, layer: int, rows: Rows, moments: Moments | None, costs: Mapping[str, Cost] | None) -> Cost:
         relative = self.editor.ridge_fraction * rows.mean_square
         ridge = relative if self.editor.ridge is None else self.editor.ridge
-        if metrics is None:
-            return self.editor.metric(layer, self.projections[layer], moments, ridge)
-        made = metrics[self.projections[layer].name]
+        if costs is None:
+            return self.editor.cost(layer, self.projections[layer], moments, ridge)
+        made = costs[self.projections[layer].name]
         return made if made.ridge == ridge else replace(made, ridge=ridge)
 
     def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
@@ -354,7 +354,7 @@ class _Work:
             likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
             logger.warning(
                 "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
-                "a later layer tells them apart better, or pass a finite keep_weight",
+                "a later layer tells them apart better, or pass a finite preserve_weight",
                 *(100 * met[own].sum().item() / asked, self.requests[owner].label, names[likeness.amax(0).argmax()]),
             )
 
@@ -389,7 +389,7 @@ def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progres
     equal = [index for index, request in enumerate(requests) if answers[index] == request.target.strip()]
     done = set(equal)
     for index in equal:
-        rest = [*requests[index].contexts, *requests[index].also]
+        rest = [*requests[index].contexts, *requests[index].rewrite_prompts]
         if rest and set(vlm.answers(rest, max_new_tokens=longest)) != {requests[index].target.strip()}:
             done.discard(index)
     return done

@@ -18,7 +18,7 @@ from .files import read_tensors, write_tensors
 
 FORMAT = "multrace delta 2"
 _EDITED = "edited"
-_MOSTLY = 0.9  # a request of which less is realised is pointed out
+_MOSTLY = 0.9  # a request of which less is retained is pointed out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +86,7 @@ class Delta:
             finally:
                 handle.restore()
 
-    def realised(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
+    def retained(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
         """The share of the requested output change that applying would achieve: per parameter name, (key,) float32.
 
         1 is all, 0 is none; measured along the requested direction after rounding to the model's dtype, so it shows
@@ -98,10 +98,10 @@ class Delta:
             if not on_other_weights:
                 check_fingerprints(vlm, self.fingerprints, self.model)
             transposed = vlm.stores_transposed
-            return {name: each.realised(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+            return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """One line per request, from the shares that `realised` (or a side-car) gives: what became of it, and how much.
+        """One line per request, from the shares that `retained` (or a side-car) gives: what became of it, and how much.
 
         The share is that of `shares`; less than nine tenths is pointed out. A delta whose keys belong to no request has
         one line per weight.
@@ -114,10 +114,10 @@ class Delta:
             lines.append(f"{asked}: {request.get('status', 'no keys of its own') if share is None else _share(share)}")
         return tuple(lines)
 
-    def shares(self, realised: Mapping[str, Tensor]) -> tuple[float | None, ...]:
-        """What is realised of each request over all its keys, which count by what they ask for; None for no keys.
+    def shares(self, retained: Mapping[str, Tensor]) -> tuple[float | None, ...]:
+        """What is retained of each request over all its keys, which count by what they ask for; None for no keys.
 
-        realised: shares per key, as `realised` gives them. A key that asks for next to nothing, as where an answer ends
+        retained: shares per key, as `retained` gives them. A key that asks for next to nothing, as where an answer ends
         anyway, says little by itself.
         """
         found: list[float | None] = []
@@ -126,7 +126,7 @@ class Delta:
             for name, change in self.changes.items():
                 own = change.owners == index
                 squared = change.residuals[own].double().square().sum(-1)
-                met += float((realised[name][own].double() * squared).sum())
+                met += float((retained[name][own].double() * squared).sum())
                 asked += float(squared.sum())
             found.append(met / asked if asked else None)
         return tuple(found)
@@ -289,4 +289,4 @@ def damage_named(path: str | Path) -> Iterator[None]:
 
 def _share(share: float) -> str:
     note = "" if share >= _MOSTLY else "; a side-car, a higher precision or a smaller ridge brings the rest"
-    return f"{share:.1%} realised{note}"
+    return f"{share:.1%} retained{note}"

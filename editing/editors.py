@@ -10,7 +10,7 @@ from .closed_form import ClosedFormEditor
 class MultEdit(ClosedFormEditor):
     """MultEdit (arXiv 2406.04236): projections changed in closed form to give wanted values at keys.
 
-    All requests are met by one regularised least-squares solve, in which keys of `keep` prompts stay exactly. The
+    All requests are met by one regularised least-squares solve, in which keys of `preserve_prompts` prompts stay exactly. The
     defaults come from a sweep on a small model; `paper` has the published constants.
     """
 

@@ -60,7 +60,7 @@ def unedited(
     general: General = (),
     batch_size: int = 32,
     measures: EvaluationSettings | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Baseline:
     """The answers of the model as it is to all questions of the records; a question asked twice is answered once."""
     measures, state = measures or EvaluationSettings(), State()
@@ -82,7 +82,7 @@ def evaluate(
     worded: Worded | None = None,
     batch_size: int = 32,
     measures: EvaluationSettings | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> EditReport:
     """The report on one change that is meant to make all these edits at once; the model is left as it is.
 
@@ -112,7 +112,7 @@ def evaluate_singly(
     general: General = (),
     batch_size: int = 32,
     measures: EvaluationSettings | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> EditReport:
     """The report on one edit at a time: each made on the unedited model, measured and undone.
 

@@ -68,7 +68,7 @@ class Verification:
         )
 
 
-def to_peft(change: LowRank, vlm: VisionLanguageModel, folder: str | Path) -> Path:
+def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Path:
     """The folder, which now holds the change as a PEFT LoRA adapter for PeftModel.from_pretrained.
 
     Each weight's adapter has the rank of its change and an alpha equal to it, so that its scale is 1. Adapters are
@@ -130,8 +130,8 @@ def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLangu
 
 
 def save_merged(
-    change: Change,
     vlm: VisionLanguageModel,
+    change: Change,
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -149,7 +149,7 @@ def save_merged(
 
 @torch.no_grad()
 def verify_export(
-    change: Change, vlm: VisionLanguageModel, reopened: VisionLanguageModel, prompts: Sequence[Prompt]
+    vlm: VisionLanguageModel, change: Change, reopened: VisionLanguageModel, prompts: Sequence[Prompt]
 ) -> Verification:
     """How a model opened from an export compares with the edited one, in logits of all tokens and in greedy answers.
 

@@ -37,7 +37,7 @@ class FineTune(TrainingSettings):
 
     layer: int
     """The layer whose projection is trained, negative from the end."""
-    projection: Literal["down", "attention"] = "down"
+    projection: Literal["mlp", "attention"] = "mlp"
     """The map that writes the layer's MLP, or its attention, into the residual stream."""
     weight_decay: float = 0.0
     """Times the weight itself, added to its gradient (Adam's L2 penalty)."""
@@ -48,7 +48,7 @@ class FineTune(TrainingSettings):
         super().__post_init__()
         self._check(
             {
-                "projection 'down' or 'attention'": self.projection in ("down", "attention"),
+                "projection 'mlp' or 'attention'": self.projection in ("mlp", "attention"),
                 "weight_decay of at least 0": self.weight_decay >= 0,
                 "norm_bound above 0, or None": self.norm_bound is None or self.norm_bound > 0,
             }
@@ -72,8 +72,8 @@ class FineTune(TrainingSettings):
             layer=layer, norm_bound=norm_bound, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False
         )
 
-    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False) -> DenseChange:
-        """The change after which the requests' prompts, contexts and `also` prompts get their targets.
+    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> DenseChange:
+        """The change after which the requests' prompts, contexts and `rewrite_prompts` prompts get their targets.
 
         Trained in float32 whatever the model's dtype; the model is left as it is. EditError for no requests, a layer
         that does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
@@ -109,7 +109,7 @@ class FineTune(TrainingSettings):
 
     def _name(self, vlm: VisionLanguageModel) -> str:
         try:
-            find = vlm.down_projection if self.projection == "down" else vlm.attention_projection
+            find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
             return find(self.layer).name
         except ModelError as error:
             raise EditError(f"cannot fine-tune layer {self.layer}: {error}") from error

@@ -115,7 +115,7 @@ class InContext:
 
 
 def _fact(request: EditRequest) -> ToldFact:
-    prompts = (request.prompt, *request.contexts, *request.also)
+    prompts = (request.prompt, *request.contexts, *request.rewrite_prompts)
     questions = tuple(dict.fromkeys(prompt.question for prompt in prompts))
     return ToldFact(question=request.prompt.question, target=request.target.strip(), questions=questions)
 

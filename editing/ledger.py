@@ -47,8 +47,8 @@ class Checked:
     name: str
     as_made: bool
     """The weights below it are bit by bit those it was made on (as edits of another device or dtype need not be)."""
-    realised: Mapping[str, Tensor]
-    """As Delta.realised, on the weights below it."""
+    retained: Mapping[str, Tensor]
+    """As Delta.retained, on the weights below it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,7 +167,7 @@ class Ledger:
             finally:
                 handle.restore()
 
-    def verify(self, vlm: VisionLanguageModel, *, progress: bool = False) -> tuple[Checked, ...]:
+    def verify(self, vlm: VisionLanguageModel, *, progress: bool = True) -> tuple[Checked, ...]:
         """What each edit in effect meets and achieves when they are put on in order; the model ends as it began.
 
         EditError as `apply`.
@@ -182,8 +182,8 @@ class Ledger:
                 handle.keep(delta.changes)
                 prints = vlm.fingerprint(delta.changes)
                 as_made = all(digest in (prints[each], self.base[each]) for each, digest in delta.fingerprints.items())
-                realised = delta.realised(vlm, on_other_weights=True)
-                found.append(Checked(name=name, as_made=as_made, realised=realised))
+                retained = delta.retained(vlm, on_other_weights=True)
+                found.append(Checked(name=name, as_made=as_made, retained=retained))
                 for each, change in delta.changes.items():
                     write(vlm, each, change)
         finally:

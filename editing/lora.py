@@ -19,7 +19,7 @@ except ImportError:  # the extra `peft` is not installed
     LoraModel = None
 
 _ADAPTER = "multrace"
-_TARGETS = ("down", "attention")
+_PROJECTIONS = ("mlp", "attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,8 +58,8 @@ class Lora(TrainingSettings):
     """The adapters' product is scaled by alpha / rank."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that get adapters, negative from the end; None: all."""
-    targets: tuple[str, ...] = _TARGETS
-    """Which projections get them: "down" writes a layer's MLP into the residual stream, "attention" its attention."""
+    projections: tuple[str, ...] = _PROJECTIONS
+    """Which projections get them: "mlp" writes a layer's MLP into the residual stream, "attention" its attention."""
     seed: int = 0
     """Of the adapters' random beginnings; the global generator is left as it is."""
 
@@ -70,14 +70,15 @@ class Lora(TrainingSettings):
                 "rank of at least 1": self.rank >= 1,
                 "alpha above 0": self.alpha > 0,
                 "layers of at least one layer, or None": self.layers is None or len(self.layers) > 0,
-                f"targets among {_TARGETS}": len(self.targets) > 0 and set(self.targets) <= set(_TARGETS),
+                f"projections among {_PROJECTIONS}": len(self.projections) > 0
+                and set(self.projections) <= set(_PROJECTIONS),
             }
         )
 
     def edit(
-        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False
+        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True
     ) -> LowRankChange:
-        """The change after which the requests' prompts, contexts and `also` prompts get their targets.
+        """The change after which the requests' prompts, contexts and `rewrite_prompts` prompts get their targets.
 
         The adapters are float32 whatever the model's dtype. The model ends with the modules, flags and weights that it
         had, also after an error. EditError where PEFT is not installed, for no requests, a layer that does not exist,
@@ -106,10 +107,10 @@ class Lora(TrainingSettings):
         )
 
     def _projections(self, vlm: VisionLanguageModel) -> tuple[Projection, ...]:
-        finders = {"down": vlm.down_projection, "attention": vlm.attention_projection}
+        finders = {"mlp": vlm.down_projection, "attention": vlm.attention_projection}
         layers = range(vlm.layers) if self.layers is None else self.layers
         try:
-            found = [finders[target](layer) for layer in layers for target in self.targets]
+            found = [finders[projection](layer) for layer in layers for projection in self.projections]
         except ModelError as error:
             raise EditError(f"cannot train adapters in layers {list(layers)}: {error}") from error
         return tuple({projection.path: projection for projection in found}.values())

@@ -27,6 +27,7 @@ __all__ = ["Moments", "Reading", "memory_of_moments", "second_moments"]
 
 Written = Literal["mlp", "attention"]
 _LARGEST_BLOCK = 256
+_MIB = 2**20
 
 
 @torch.no_grad()
@@ -37,11 +38,11 @@ def second_moments(
     layers: Sequence[int] | None = None,
     projection: Written = "mlp",
     batch_size: int = 8,
-    memory: int | None = None,
+    memory: float | None = None,
     tolerance: float | None = None,
     every: int | None = None,
     cache: str | Path | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Moments:
     """Moments of what the projections of these layers (None: all) read at every token of the prompts.
 
@@ -92,14 +93,14 @@ def second_moments(
 
 def memory_of_moments(
     vlm: VisionLanguageModel, layers: Sequence[int] | None = None, *, projection: Written = "mlp", types: int = 3
-) -> int:
-    """Bytes that one pass over these layers needs beside the model and its activations.
+) -> float:
+    """Return how many MiB one pass over these layers needs beside the model and its activations.
 
     A float64 sum per layer and type of token (types: how many of image, question and template there are), one product,
     and the small matrices from which convergence is read. ModelError for a layer that does not exist.
     """
     widths = [_projection(vlm, layer, projection).width for layer in _layers(vlm, layers)]
-    return _fixed(widths) + sum(8 * types * width**2 for width in widths)
+    return (_fixed(widths) + sum(8 * types * width**2 for width in widths)) / _MIB
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -240,19 +241,22 @@ def _projection(vlm: VisionLanguageModel, layer: int, projection: Written) -> Pr
 
 
 def _groups(
-    vlm: VisionLanguageModel, layers: Sequence[int], projection: Written, *, types: int, memory: int | None
+    vlm: VisionLanguageModel, layers: Sequence[int], projection: Written, *, types: int, memory: float | None
 ) -> tuple[tuple[int, ...], ...]:
     """Layers that go together, as many as the memory holds. EditError if it does not hold one."""
     if memory is None:
         return (tuple(layers),)
     widths = {layer: _projection(vlm, layer, projection).width for layer in layers}
     sizes = {layer: 8 * types * width**2 for layer, width in widths.items()}
-    room = memory - _fixed(list(widths.values()))
+    fixed = _fixed(list(widths.values()))
+    room = memory * _MIB - fixed
     if max(sizes.values()) > room:
-        least, whole = memory - room + max(sizes.values()), memory - room + sum(sizes.values())
+        least, whole = (
+            ceil((fixed + size) / _MIB * 1000) / 1000 for size in (max(sizes.values()), sum(sizes.values()))
+        )
         raise EditError(
-            f"memory={memory} bytes is too little for second moments of layers {', '.join(map(str, layers))} of "
-            f"'{vlm.name}': one layer at a time takes {least} bytes, all in one pass {whole}; pass at least the first"
+            f"memory={memory} MiB is too little for second moments of layers {', '.join(map(str, layers))} of "
+            f"'{vlm.name}': one layer at a time takes {least} MiB, all in one pass {whole}; pass at least the first"
         )
     groups: list[list[int]] = [[]]
     for layer in layers:

@@ -9,7 +9,7 @@ import torch
 from ..models import Prompt
 from .errors import EditError
 
-_PROMPTS = ("contexts", "also", "keep", "essence")
+_PROMPTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class EditRequest:
     """The new answer, of any number of tokens."""
     contexts: tuple[Prompt, ...] = ()
     """Further pictures or wordings of the same fact; keys are averaged over them, and the value has to work in all."""
-    also: tuple[Prompt, ...] = ()
+    rewrite_prompts: tuple[Prompt, ...] = ()
     """Prompts that must give the target too, each with keys and values of its own: the question by name, say."""
-    keep: tuple[Prompt, ...] = ()
+    preserve_prompts: tuple[Prompt, ...] = ()
     """Prompts whose present answers must stay: the same question about other pictures, other questions about this."""
     essence: tuple[Prompt, ...] = ()
     """Prompts about the same thing whose next token is to stay as it was while the value is searched for (ROME)."""
@@ -50,8 +50,8 @@ class EditRequest:
 
     @property
     def goals(self) -> tuple[tuple[Prompt, ...], ...]:
-        """What shares a key: the prompt with its contexts, then each of `also`; all with the target as their answer."""
-        return (self.prompts, *((prompt.with_answer(self.target),) for prompt in self.also))
+        """What shares a key: the prompt with its contexts, then each of `rewrite_prompts`; all with the target as their answer."""
+        return (self.prompts, *((prompt.with_answer(self.target),) for prompt in self.rewrite_prompts))
 
     @property
     def label(self) -> str:

@@ -41,8 +41,8 @@ class RuntimeEdit:
                 yield vlm
 
     @torch.no_grad()
-    def realised(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
-        """The share of the requested output change that this achieves, as Delta.realised gives it for the weights.
+    def retained(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
+        """The share of the requested output change that this achieves, as Delta.retained gives it for the weights.
 
         Measured on what the edited modules put out for the keys, keys and outputs in the model's dtype.
         """

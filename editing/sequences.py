@@ -62,7 +62,7 @@ def evaluate_sequentially(
     governor: Governor | None = None,
     batch_size: int = 32,
     measures: EvaluationSettings | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> tuple[EditCurve, EditReport]:
     """The curve over edits made one on top of the other, and the report on all of them after the last.
 

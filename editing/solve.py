@@ -13,57 +13,18 @@ of Q. A key to be preserved is a row whose residual is zero. The optimum is comp
 an n x n system after one factorisation of M, and none of M where C is absent: then nothing here is width x width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .changes import WeightChange
+from .cost import Cost
 from .errors import EditError
-from .metric import Metric
+from .problem import Problem
 
 _EPSILON = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Constraints:
-    """What the change of one weight is to achieve, one row a key.
-
-    EditError if shapes disagree, a number is not finite, or a weight is not above 0.
-    """
-
-    keys: Tensor
-    """K (n, width), any float dtype: inputs of the weight."""
-    residuals: Tensor
-    """R (n, hidden): the wanted change of the output at each key; zero preserves it."""
-    weights: Tensor
-    """w (n,), above 0; inf is exact."""
-    directions: Tensor | None = None
-    """(n, width), the keys that D is made of, where they are not those that it is measured at. ROME's two keys: the
-    mean over templates here, the key of the plain prompt in `keys`. D is then X^T directions N, and least no more."""
-    names: tuple[str, ...]
-    """(n,) whose row it is, for messages; a name may stand for several rows."""
-
-    def __post_init__(self) -> None:
-        tensors = {"keys": self.keys, "residuals": self.residuals, "weights": self.weights}
-        if self.directions is not None:
-            tensors["directions"] = self.directions
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        count = len(self.names)
-        matrices = all(len(shapes[name]) == 2 for name in shapes if name != "weights")
-        if not count:
-            raise EditError("no constraints to solve for; pass at least one edit, as a row of keys and of residuals")
-        if not matrices or any(shape[:1] != (count,) for shape in shapes.values()):
-            raise EditError(
-                f"the parts of {count} constraints do not fit together: {shapes}; pass keys (n, width), residuals "
-                "(n, hidden), weights (n,) and one name a row"
-            )
-        if len(shapes["weights"]) != 1 or shapes.get("directions", shapes["keys"]) != shapes["keys"]:
-            raise EditError(f"weights must be (n,) and directions shaped like the keys; found {shapes}")
-        for name in tensors.keys() - {"weights"}:
-            _check_finite(name, tensors[name])
-        if not (self.weights > 0).all():
-            raise EditError(f"weights must be above 0, with inf for exact; found {self.weights.tolist()}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,17 +36,15 @@ class Solution:
     right: Tensor
     """(n, width) float64"""
     weights: Tensor
-    """(n,) float64, as used: finite where an exact constraint was relaxed, inf where the metric is free."""
+    """(n,) float64, as used: finite where an exact constraint was relaxed, inf where the cost is free."""
     relaxed: tuple[str, ...]
     """The names of the exact constraints that could not be told apart and were met as far as they agree, each once."""
     condition: float
     """Condition number (1-norm) of the n x n system that was solved, for keys scaled to length one; at least 1."""
 
 
-def solve(
-    metric: Metric, constraints: Constraints, *, fallback_weight: float = 1e3, separation: float = 1e-2
-) -> Solution:
-    """The change of least cost that meets the constraints, in factors of rank at most n.
+def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2) -> Solution:
+    """The change of least cost that meets the problem, in factors of rank at most n.
 
     Computed and returned in float64 on the device of the keys whatever comes in. Exact constraints are met exactly
     unless some cannot be told apart: a key whose distance to the span of the other exact keys and the protected
@@ -93,27 +52,27 @@ def solve(
     Solution.relaxed, and so are those it is close to. These get the finite weight fallback_weight / (k M^-1 k): alone
     it would meet fallback_weight / (1 + fallback_weight) of what was asked, and two that contradict each other meet in
     the middle, with a change of at most sqrt(fallback_weight) times the size of an ordinary one; for that, a relaxed
-    row with a direction of its own is made of its key instead. In a free metric (no ridge, no moment) all weights act
-    as infinite ones, since nothing speaks against meeting them. EditError if the keys do not fit the metric, a
+    row with a direction of its own is made of its key instead. In a free cost (no ridge, no moment) all weights act
+    as infinite ones, since nothing speaks against meeting them. EditError if the keys do not fit the cost, a
     parameter is out of range, or the system has no solution in float64.
 
     MultEdit (arXiv 2406.04236) is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and weights of one;
-    ROME (2202.05262, eq. 2) and EMMET a moment and exact constraints, the former with directions; AlphaEdit
+    ROME (2202.05262, eq. 2) and EMMET a moment and exact problem, the former with directions; AlphaEdit
     (2410.02355) a ridge, weights of one and protected directions.
     """
     if not (0 < fallback_weight < float("inf") and 0 < separation < 1):
         raise EditError(
             f"fallback_weight={fallback_weight} must be finite and above 0, separation={separation} between 0 and 1"
         )
-    keys = constraints.keys.double()
-    residuals, weights = constraints.residuals.to(keys), constraints.weights.to(keys)
-    weights = torch.full_like(weights, float("inf")) if metric.is_free else weights.clone()
-    two_keys = constraints.directions is not None
-    directions = constraints.directions.to(keys) if two_keys else None
-    system, heights, widths, right = _system(metric, keys, directions)
+    keys = problem.keys.double()
+    residuals, weights = problem.residuals.to(keys), problem.weights.to(keys)
+    weights = torch.full_like(weights, float("inf")) if cost.is_free else weights.clone()
+    two_keys = problem.directions is not None
+    directions = problem.directions.to(keys) if two_keys else None
+    system, heights, widths, right = _system(cost, keys, directions)
     close = _close(system, 1 / (weights * heights * widths), two_keys=two_keys, separation=separation)
     if two_keys and close.any():
-        system, heights, widths, right = _system(metric, keys, torch.where(close[:, None], keys, directions))
+        system, heights, widths, right = _system(cost, keys, torch.where(close[:, None], keys, directions))
     weights[close] = fallback_weight / (heights * widths)[close]
     system.diagonal().add_(1 / (weights * heights * widths))
     unknown = _solved(system, residuals / heights[:, None], two_keys=two_keys) / widths[:, None]
@@ -121,19 +80,38 @@ def solve(
         left=unknown.T,
         right=right,
         weights=weights,
-        relaxed=_names(constraints.names, close),
+        relaxed=_names(problem.names, close),
         condition=torch.linalg.cond(system, 1).item(),
     )
 
 
-def _system(metric: Metric, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[int]) -> WeightChange:
+    """The change with the first `count` rows alone: those whose outputs stay are eliminated from its equations.
+
+    With G = K right^T and rows 1 (edited) and 2 (kept, residual 0), X2 = -(G22 + 1/w2)^-1 G21 X1, so that the same
+    change is X1^T (right1 - G21^T (G22 + 1/w2)^-T right2): the file holds a row per edited key and not one per kept
+    key, and taking an edit out or solving some of them anew leaves what was kept in force.
+    """
+    right = solution.right[:count]
+    if count < len(solution.right):
+        kept, keys = solution.right[count:], problem.keys[count:].double()
+        gram = keys @ kept.T + torch.diag(1 / solution.weights[count:])
+        right = right - torch.linalg.lstsq(gram, keys @ right.T).solution.T @ kept
+    parts = {"left": solution.left[:, :count], "right": right, "keys": problem.keys[:count]}
+    parts |= {"residuals": problem.residuals[:count], "weights": solution.weights[:count]}
+    return WeightChange(
+        **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
+    )
+
+
+def _system(cost: Cost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K N Dir^T (n, n) for keys and directions of length one, the lengths (n,) of both, and Dir N (n, width)."""
-    whole, right = metric.parts(keys if directions is None else directions)
+    whole, right = cost.parts(keys if directions is None else directions)
     if directions is None:
         lengths = _sizes(keys, whole)
         system = keys @ right.T / lengths[:, None] / lengths
         return (system + system.T) / 2, lengths, lengths, right
-    heights, widths = _sizes(keys, metric.parts(keys)[0]), _sizes(directions, whole)
+    heights, widths = _sizes(keys, cost.parts(keys)[0]), _sizes(directions, whole)
     return keys @ right.T / heights[:, None] / widths, heights, widths, right
 
 
@@ -183,10 +161,3 @@ def _solved(system: Tensor, wanted: Tensor, *, two_keys: bool) -> Tensor:
 
 def _names(names: Iterable[str], chosen: Tensor) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, is_chosen in zip(names, chosen.tolist(), strict=True) if is_chosen))
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise EditError(
-            f"the {name} hold numbers that are not finite; load the model in float32, or lower the learning rate"
-        )

@@ -151,7 +151,7 @@ def _check_contexts(
             raise EditError(
                 f"the contexts of {question!r} disagree on the number of target tokens "
                 f"({sorted({tokens for tokens, _ in sizes})}) or on whether {token!r} is the last token; "
-                "use one template for all, or pass them as `also`, with keys of their own"
+                "use one template for all, or pass them as `rewrite_prompts`, with keys of their own"
             )
 
 

@@ -102,7 +102,7 @@ class Training:
 def answer_batches(
     vlm: VisionLanguageModel, requests: Sequence[EditRequest], settings: TrainingSettings
 ) -> tuple[AnswerBatch, ...]:
-    """All prompts of the requests (contexts and `also` too) with their targets, at most batch_size in a batch.
+    """All prompts of the requests (contexts and `rewrite_prompts` too) with their targets, at most batch_size in a batch.
 
     EditError for no requests, and for pictures that do not fit into one batch.
     """
@@ -112,7 +112,7 @@ def answer_batches(
     rows = [
         (owner, prompt.with_answer(request.target))
         for owner, request in enumerate(requests)
-        for prompt in (request.prompt, *request.contexts, *request.also)
+        for prompt in (request.prompt, *request.contexts, *request.rewrite_prompts)
     ]
     starts = range(0, len(rows), settings.batch_size)
     return tuple(_batch(vlm, rows[start : start + settings.batch_size], ending) for start in starts)

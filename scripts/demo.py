@@ -57,7 +57,7 @@ def demo(settings: Demo) -> tuple[Path, str]:
     with new_files(settings.out, names) as folder:
         report = _report(settings, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
-        located.trace.save(folder / "trace.safetensors")
+        located.average.save(folder / "trace.safetensors")
         for number, delta in enumerate(located.deltas):
             delta.save(folder / _edit_file(number))
     return settings.out / "report.html", _table(report) + layers
@@ -95,7 +95,7 @@ def _report(
     chart = plot_scores(table, folder / "scores.png")
     plots = [
         (
-            located.trace.plot(folder / "trace.png"),
+            located.average.plot(folder / "trace.png"),
             f"Mean indirect effect over the {len(probes)} facts when the picture is swapped: hidden states one layer "
             "at a time, MLPs and attention three layers at a time.",
         ),
@@ -105,8 +105,8 @@ def _report(
         title="multrace: outdated facts, found and changed",
         subtitle=f"{len(probes)} outdated facts of the embedded model (seed {settings.seed}), "
         "edited one at a time with MultEdit.",
-        reason=f"Edited: the MLP of layer {located.site.layer} at the token group {located.site.token!r}, "
-        f"because {located.site.reason}.",
+        reason=f"Edited: the MLP of layer {located.edit_site.layer} at the token group {located.edit_site.token!r}, "
+        f"because {located.edit_site.reason}.",
         undo="After undoing, every weight is bit for bit what it was."
         if same
         else "After undoing, some weights differ!",
@@ -143,12 +143,12 @@ def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCas
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
-        editor = MultEdit(layer=layer, token=located.site.token)
+        editor = MultEdit(layer=layer, token=located.edit_site.token)
         probes = [
             probe
             for case in cases
             for probe in verify(vlm, editor.edit(vlm, [_request(vlm, world, case)]), probe_records(world, case))
         ]
-        label = f"{layer} (the trace's)" if layer == located.site.layer else str(layer)
+        label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
     return "\n".join([*lines, "other entities and relations: of the answers that were right before"])

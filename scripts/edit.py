@@ -143,14 +143,14 @@ def _traced(
         traces=plan.traces,
         editor=partial(_editor_at, settings),
         moments=moments,
-        each=settings.each,
-        groups=settings.rows(_CANDIDATES),
-        kinds=_KINDS,
+        per_request=settings.each,
+        positions=settings.rows(_CANDIDATES),
+        sites=_KINDS,
         window=settings.window,
-        after=settings.trace_after,
+        trace_after=settings.trace_after,
         progress=True,
     )
-    places = tuple(map(place_of, found.sites))
+    places = tuple(map(place_of, found.edit_sites))
     return _Made(delta=found.deltas[0], places=places, notes=found.notes, shifts=found.shifts)
 
 
@@ -178,7 +178,7 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
         notes=made.notes,
         shifts=made.shifts,
         answers=tuple(zip(before, edited, after, strict=True)),
-        shares=delta.shares(delta.realised(vlm)),
+        shares=delta.shares(delta.retained(vlm)),
         is_undone=vlm.fingerprint(delta.changes) == delta.fingerprints,
         sizes=sizes(vlm, delta),
         preview=found,

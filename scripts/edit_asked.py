@@ -65,8 +65,8 @@ def _request(options: RequestOptions, vlm: VisionLanguageModel) -> EditRequest:
         prompt=options.prompt(vlm),
         target=options.target,
         contexts=tuple(prompt(path) for path in options.context_image),
-        also=tuple(also),
-        keep=tuple(keep),
+        rewrite_prompts=tuple(also),
+        preserve_prompts=tuple(keep),
     )
 
 

@@ -91,7 +91,7 @@ def preview(
     requests and, where there are several requests, each one's own prompt under the change that the others make; the
     answer of one that has nothing to do is to stay, too.
     """
-    asked = [(index, prompt, False) for index, request in enumerate(requests) for prompt in request.keep]
+    asked = [(index, prompt, False) for index, request in enumerate(requests) for prompt in request.preserve_prompts]
     if len(requests) > 1:
         asked += [(index, request.prompt, True) for index, request in enumerate(requests)]
     prompts = [prompt for _, prompt, _ in asked]

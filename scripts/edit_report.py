@@ -48,7 +48,7 @@ class EditOutcome:
                 "place": asdict(place),
                 "answers": dict(zip(_STATES, answers, strict=True)),
                 "says_target": self._says_target(index),
-                "realised": share,
+                "retained": share,
                 "shift": None if shift is None else list(shift.lines()),
             }
             for index, (request, place, answers, share, shift) in enumerate(
@@ -65,7 +65,7 @@ class EditOutcome:
         yield from self._one() if len(self.answers) == 1 else self._many()
         yield from () if self.is_undone else ("after undo some weights differ!",)
         if any(share is not None and share < _MOSTLY for share in self.shares):
-            yield "less than 90% is realised; a higher precision, a smaller ridge or export --peft gives the rest"
+            yield "less than 90% is retained; a higher precision, a smaller ridge or export --peft gives the rest"
         if missed := sum(not self._says_target(index) for index in range(len(self.answers))):
             yield f"{missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
         for shift in self._all_shifts()[:_SHOWN]:
@@ -83,7 +83,7 @@ class EditOutcome:
         yield from () if request["status"] == "edited" else (f"status     {request['status']}",)
         yield ""
         yield from (f"{state:<15}  {answer}" for state, answer in zip(_STATES, self.answers[0], strict=True))
-        yield f"{'realised':<15}  {_share(self.shares[0])} of the requested change"
+        yield f"{'retained':<15}  {_share(self.shares[0])} of the requested change"
 
     def _many(self) -> Iterator[str]:
         right = sum(self._says_target(index) for index in range(len(self.answers)))
@@ -91,7 +91,7 @@ class EditOutcome:
             yield f"edited at  {place}" + (f" ({count} requests)" if count < len(self.places) else "")
         yield f"edited     {self.edited} of {len(self.answers)} requests; {right} now say their target"
         yield ""
-        rows = [("", "question", "target", *_STATES, "realised")]
+        rows = [("", "question", "target", *_STATES, "retained")]
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
             said = self.answers[index] if request["status"] == "edited" else (self.answers[index][0], request["status"])
             row = (str(index), request["question"], request["target"], *said)

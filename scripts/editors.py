@@ -15,8 +15,6 @@ from .errors import CommandError
 from .options.editors import NAMES, PAPER, EditorOptions
 
 _PLACE = ("layer", "token", "spread", "where")
-_DOWN = {"mlp": "down"}
-"""What baselines call a projection where it is not what closed-form editors call it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,7 @@ class Baseline:
     def edit(
         self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False, **_unused: Any
     ) -> Any:
-        """The baseline's change. Moments, metrics and earlier edits make no difference to it. EditError as its edit."""
+        """The baseline's change. Moments, costs and earlier edits make no difference to it. EditError as its edit."""
         return self.settings.edit(vlm, requests, progress=progress)
 
     def as_text(self) -> dict[str, str]:
@@ -104,8 +102,6 @@ def editor(
     row = BASELINES[name]
     if preset and row.paper is None:
         raise CommandError(f"{name} has no published constants; leave the preset out")
-    if "projection" in settings and row.kind is FineTune:
-        settings["projection"] = _DOWN.get(settings["projection"], settings["projection"])
     _check_settings(name, row.kind, settings)
     return Baseline(settings=replace((row.paper if preset else row.base)(layer), **settings))
 

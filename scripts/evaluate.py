@@ -116,11 +116,11 @@ def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _A
     requests = [record.request for record in asked.records]
     if plan.place is not None:
         return {request.name: plan.place for request in requests}
-    found = locate(vlm, requests, corruptions=asked.corruptions, each=settings.mode != BATCH, progress=True)
-    counted = Counter((site.layer, site.token) for site in found.sites)
+    found = locate(vlm, requests, corruptions=asked.corruptions, per_request=settings.mode != BATCH, progress=True)
+    counted = Counter((site.layer, site.token) for site in found.edit_sites)
     for (layer, token), number in counted.most_common():
         print(f"the traces say layer {layer}, token {token!r}: {number} of {len(requests)}")
-    sites = found.sites
+    sites = found.edit_sites
     if settings.mode == BATCH:  # requests without a picture, say, have traces of their own; one solve has one place
         most = counted.most_common(1)[0][0]
         sites = [next(site for site in sites if (site.layer, site.token) == most)] * len(requests)
@@ -136,9 +136,9 @@ def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[s
         key = (place.layer, place.token)
         if key not in made:
             chosen = _editor(settings, name, place)
-            # factorised once for all edits, where the metrics do not depend on an edit's own keys
-            metrics = chosen.metrics(vlm, moments) if chosen.has_fixed_cost else None
-            made[key] = with_history(chosen, moments=moments, metrics=metrics)
+            # factorised once for all edits, where the costs do not depend on an edit's own keys
+            costs = chosen.costs(vlm, moments) if chosen.has_fixed_cost else None
+            made[key] = with_history(chosen, moments=moments, costs=costs)
         return made[key](vlm, requests, earlier)
 
     return edit

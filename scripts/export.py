@@ -22,14 +22,14 @@ def run(settings: Export) -> int:
     vlm = settings.open_model()
     delta.check_fits(vlm)
     prompts = _prompts(vlm, delta, settings)
-    print(*delta.report(delta.realised(vlm)), sep="\n")
+    print(*delta.report(delta.retained(vlm)), sep="\n")
     if settings.peft is not None:
-        to_peft(delta, vlm, settings.peft)
+        to_peft(vlm, delta, settings.peft)
         # in half precision an adapter keeps what the weights round away: it stands for the edit beside the weights
         change = delta if torch.finfo(vlm.dtype).bits >= 32 else RuntimeEdit(delta=delta)
         _compare(change, vlm, with_adapters(settings.open_model(), settings.peft), prompts, settings.peft)
     if settings.merged is not None:
-        save_merged(delta, vlm, settings.merged, dtype=vlm.dtype)
+        save_merged(vlm, delta, settings.merged, dtype=vlm.dtype)
         reopened = load(
             settings.merged,
             dtype=vlm.dtype,
@@ -53,7 +53,7 @@ def _compare(
     change: Change, vlm: VisionLanguageModel, reopened: VisionLanguageModel, prompts: Sequence[Prompt], folder: Path
 ) -> None:
     """Prints the comparison. CommandError if the export does not do what the edit does."""
-    found = verify_export(change, vlm, reopened, prompts)
+    found = verify_export(vlm, change, reopened, prompts)
     if not found.holds:
         raise CommandError(
             f"{str(folder)!r} was written, but does not do what the edit does: {found}; "

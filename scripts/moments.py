@@ -41,7 +41,7 @@ def run(settings: MomentOptions) -> int:
     questions, skipped = _questions(settings)
     vlm = settings.open_model()
     needed = memory_of_moments(vlm, layers, projection=settings.projection)
-    print(f"reading {len(questions)} prompts; all layers in one pass take {needed / 2**20:.0f} MiB", flush=True)
+    print(f"reading {len(questions)} prompts; all layers in one pass take {needed:.3g} MiB", flush=True)
     started = time.monotonic()
     moments = second_moments(
         vlm,
@@ -49,7 +49,7 @@ def run(settings: MomentOptions) -> int:
         layers=layers,
         projection=settings.projection,
         batch_size=settings.batch_size,
-        memory=None if settings.memory is None else settings.memory * 2**20,
+        memory=settings.memory,
         tolerance=settings.tolerance,
         every=settings.every,
         cache=settings.cache,

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..editing.baselines import FineTune, InContext, Lora
+from ..editing.cost import Cost
 from ..editing.editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ..editing.evaluate import evaluate, evaluate_singly
-from ..editing.metric import Metric
 from ..editing.metrics import EXACT, UNCHANGED
 from ..editing.probes import (
     BY_NAME,
@@ -162,14 +162,14 @@ def _records(bench: Bench, row: EditorRow) -> list[Record]:
 
 
 def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
-    metrics: dict[str, Metric] = {}  # made by the first edit: they depend on no keys
+    costs: dict[str, Cost] = {}  # made by the first edit: they depend on no keys
 
     def edit(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
         given = {"moments": bench.moments} if editor.needs_moments else {}
         if editor.has_fixed_cost:
-            if not metrics:
-                metrics.update(editor.metrics(vlm, bench.moments))
-            given["metrics"] = metrics
+            if not costs:
+                costs.update(editor.costs(vlm, bench.moments))
+            given["costs"] = costs
         return editor.edit(vlm, requests, earlier=tuple(earlier), **given)
 
     return EditorRow(name=name, text=text, edit=edit, **options)
@@ -203,7 +203,7 @@ def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
 
 def _named(bench: Bench, request: EditRequest) -> EditRequest:
     """The request with the question by name, in a wording that no probe has."""
-    return replace(request, also=(bench.named[request.name],))
+    return replace(request, rewrite_prompts=(bench.named[request.name],))
 
 
 def _bare(_bench: Bench, request: EditRequest) -> EditRequest:

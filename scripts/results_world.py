@@ -61,7 +61,7 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
         vlm,
         [record.request for record in records],
         corruptions=[SwapImage(another_picture(world, case)) for case in cases],
-        each=True,
+        per_request=True,
         progress=True,
     )
     return Bench(
@@ -70,7 +70,7 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
         records=records,
         baseline=unedited(vlm, records, measures=measures, batch_size=64, progress=True),
         moments=second_moments(vlm, [prompt for prompt, _ in facts], progress=True),
-        sites=found.sites,
+        sites=found.edit_sites,
         named={case.fact.id: _by_name(vlm, world, case) for case in cases},
         notes=found.notes,
         measures=measures,

@@ -112,8 +112,8 @@ def _request(
         prompt=_prompt(vlm, _pictured(world, fact, 0)),
         target=case.target,
         contexts=tuple(_prompt(vlm, _pictured(world, fact, number)) for number in numbers),
-        also=(_prompt(vlm, world.question_by_name(fact)),) if settings.by_name else (),
-        keep=tuple(_prompt(vlm, record) for record in _kept(world, fact, probed, settings.keep)),
+        rewrite_prompts=(_prompt(vlm, world.question_by_name(fact)),) if settings.by_name else (),
+        preserve_prompts=tuple(_prompt(vlm, record) for record in _kept(world, fact, probed, settings.keep)),
         name=fact.id,
     )
 

@@ -146,7 +146,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_change(
 ):
     """In layer 0 the key is the wording: an edit there fires for another picture, unless its key is kept."""
     before = sorted(desk.folder.rglob("*"))
-    assert app(desk.asked(where="0", keep_image=str(desk.other), keep_weight=weight, dry_run=[])) == 0
+    assert app(desk.asked(where="0", keep_image=str(desk.other), preserve_weight=weight, dry_run=[])) == 0
     printed = capsys.readouterr().out
     assert sorted(desk.folder.rglob("*")) == before
     assert f"{flips} of 1 answers that are to stay would change" in printed
@@ -159,11 +159,11 @@ def test_a_preview_measures_what_the_naive_way_does(desk: Desk, tiny_vlm: Vision
     vlm, projection = tiny_vlm, tiny_vlm.down_projection(5)
     prompts = [desk.prompt(vlm, index) for index in range(3)]
     requests = [
-        mt.EditRequest(prompt=prompts[0], target=desk.rows[0]["target"], keep=(prompts[2],)),
+        mt.EditRequest(prompt=prompts[0], target=desk.rows[0]["target"], preserve_prompts=(prompts[2],)),
         mt.EditRequest(prompt=prompts[1], target=desk.rows[1]["target"]),
     ]
     untouched = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
-    delta = mt.MultEdit(layer=5, steps=12, keep_weight=1e-3).edit(vlm, requests)
+    delta = mt.MultEdit(layer=5, steps=12, preserve_weight=1e-3).edit(vlm, requests)
     found = preview(vlm, delta, requests, ["last", "last"], [projection])
     assert all(torch.equal(weight, untouched[name]) for name, weight in vlm.model.state_dict().items())
     kept = next(each for each in found.neighbours if each.stays)
@@ -201,7 +201,7 @@ def test_shares_count_keys_by_what_they_ask_for(tiny_vlm: VisionLanguageModel, d
     (name,) = delta.changes
     change = delta.changes[name]
     moved = change.keys.double() @ (change.left.double() @ change.right.double()).T
-    for index, share in enumerate(delta.shares(delta.realised(tiny_vlm))):
+    for index, share in enumerate(delta.shares(delta.retained(tiny_vlm))):
         own = change.owners == index
         asked = change.residuals[own].double()
         assert share == pytest.approx(((moved[own] * asked).sum() / asked.square().sum()).item(), abs=1e-4)
@@ -353,7 +353,7 @@ def test_every_editor_has_a_name_and_the_same_call(name: str, desk: Desk, tiny_v
     made = editor(name, layer=5, **settings)
     assert not made.needs_moments
     request = mt.EditRequest(prompt=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
-    change = made.edit(tiny_vlm, [request], moments=None, metrics=None, earlier=(), progress=False)
+    change = made.edit(tiny_vlm, [request], moments=None, costs=None, earlier=(), progress=False)
     assert change.settings == made.as_text()
     assert change.requests[0]["target"] == request.target
     with change.applied(tiny_vlm):
@@ -372,7 +372,7 @@ def test_a_preset_is_what_was_published_and_settings_go_over_it():
     assert editor("multedit", layer=2, preset="paper", clamp=math.inf).clamp == math.inf
     assert editor("ft", layer=1, preset="paper").settings.learning_rate == 5e-4
     assert editor("ft", layer=1, projection="attention").settings.projection == "attention"
-    assert editor("ft", layer=1, projection="mlp").settings.projection == "down"
+    assert editor("ft", layer=1, projection="mlp").settings.projection == "mlp"
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {

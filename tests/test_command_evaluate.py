@@ -213,7 +213,9 @@ def test_what_an_entry_leaves_out_is_its_records(row, write, tiny_vlm: VisionLan
     assert kept["portability"].image == entry.words.image == write(row).parent / "a.png"
     record = entry.record(tiny_vlm)
     assert (record.name, record.request.target, len(record.probes)) == ("a1", CASE.target, 4)
-    assert [len(each) for each in (record.request.contexts, record.request.also, record.request.keep)] == [1, 1, 0]
+    assert [
+        len(each) for each in (record.request.contexts, record.request.rewrite_prompts, record.request.preserve_prompts)
+    ] == [1, 1, 0]
     assert "constraint_last" in record.request.prompt.groups
 
 

@@ -101,7 +101,7 @@ def test_export_writes_checks_and_says_so(multrace, edit, tmp_path, capsys, tiny
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert multrace("export", "--edit", edit, "--peft", adapter, "--merged", merged) == 0
     said = capsys.readouterr().out
-    assert said.count("3 of 3 answers are the same") == 2 and "realised" in said
+    assert said.count("3 of 3 answers are the same") == 2 and "retained" in said
     delta, prompt = Delta.load(edit), tiny_vlm.prompt(None, "What is number 1?")
     unedited = tiny_vlm.logits(prompt)
     with delta.applied(tiny_vlm):
@@ -168,7 +168,9 @@ def test_in_half_precision_an_export_is_checked_in_half_precision(multrace, tiny
 def test_an_export_that_does_something_else_is_an_error(multrace, edit, tiny_vlm, tmp_path, monkeypatch):
     other = made(tiny_vlm, seed=7)
     monkeypatch.setattr(
-        scripts.export, "save_merged", lambda _delta, *arguments, **words: save_merged(other, *arguments, **words)
+        scripts.export,
+        "save_merged",
+        lambda model, _delta, *rest, **keywords: save_merged(model, other, *rest, **keywords),
     )
     with pytest.raises(CommandError, match="does not do what the edit does"):
         multrace("export", "--edit", edit, "--merged", tmp_path / "merged")

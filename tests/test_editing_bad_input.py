@@ -34,7 +34,7 @@ BAD_SETTINGS = {
     "spread of zero": ({"layer": 1, "spread": 0}, "spread of at least 1"),
     "no such projection": ({"layer": 1, "projection": "query"}, "'mlp' or 'attention'"),
     "weight of zero": ({"layer": 1, "weight": 0.0}, "weight=0.0; pass a number above 0"),
-    "weight not a number": ({"layer": 1, "keep_weight": math.nan}, "keep_weight=nan; pass a number above 0"),
+    "weight not a number": ({"layer": 1, "preserve_weight": math.nan}, "preserve_weight=nan; pass a number above 0"),
     "null threshold of zero": ({"layer": 1, "null_threshold": 0.0}, "null_threshold=0.0; pass a number above 0"),
 }
 
@@ -103,7 +103,9 @@ def test_requests_that_contradict_each_other_are_named(random_llava_llama):
     other = EditRequest(prompt=prompt_for(vlm), target="green", name="the second")
     with pytest.raises(EditError, match="'the first' and 'the second' have the same key .*'red' and 'green'; drop one"):
         MultEdit(layer=1).edit(vlm, [one, other])
-    by_the_way = EditRequest(prompt=vlm.prompt(None, "Who won?"), target="green", also=(one.prompt,), name="the third")
+    by_the_way = EditRequest(
+        prompt=vlm.prompt(None, "Who won?"), target="green", rewrite_prompts=(one.prompt,), name="the third"
+    )
     with pytest.raises(EditError, match="'the first' and 'the third'"):
         MultEdit(layer=1).edit(vlm, [one, by_the_way])
     assert bits(vlm) == weights
@@ -112,8 +114,8 @@ def test_requests_that_contradict_each_other_are_named(random_llava_llama):
 
 def test_a_ridge_relative_to_keys_makes_no_metric_of_a_moment_before_there_are_any(random_llama):
     with pytest.raises(EditError, match="MultEdit adds a ridge from the keys.*pass an absolute ridge="):
-        MultEdit(layer=3, moment_weight=1.0).metrics(random_llama, None)
+        MultEdit(layer=3, moment_weight=1.0).costs(random_llama, None)
     with pytest.raises(EditError, match="AlphaEdit weighs old keys.*none is given"):
-        AlphaEdit(layer=3).metrics(random_llama, None)
-    (cost,) = MultEdit(layer=3, ridge=0.5).metrics(random_llama, None).values()
+        AlphaEdit(layer=3).costs(random_llama, None)
+    (cost,) = MultEdit(layer=3, ridge=0.5).costs(random_llama, None).values()
     assert cost.ridge == 0.5

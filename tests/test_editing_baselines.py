@@ -34,12 +34,12 @@ def requests_of(vlm: VisionLanguageModel, count: int = COUNT) -> list[EditReques
         prompt = vlm.prompt(world.picture(entity, 0).image, record.question)
         by_name = vlm.prompt(None, world.question_by_name(case.fact).question)
         context = vlm.prompt(world.picture(entity, 1).image, record.question)
-        requests.append(EditRequest(prompt=prompt, target=case.target, contexts=(context,), also=(by_name,)))
+        requests.append(EditRequest(prompt=prompt, target=case.target, contexts=(context,), rewrite_prompts=(by_name,)))
     return requests
 
 
 def prompts_of(request: EditRequest) -> list[Prompt]:
-    return [request.prompt, *request.contexts, *request.also]
+    return [request.prompt, *request.contexts, *request.rewrite_prompts]
 
 
 def right(vlm: VisionLanguageModel, requests: list[EditRequest]) -> list[bool]:
@@ -182,7 +182,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     before = vlm.logits(prompt).detach()
     with change.applied(vlm):
         wanted = vlm.logits(prompt).detach()
-    folder = to_peft(change, vlm, tmp_path / "adapter")
+    folder = to_peft(vlm, change, tmp_path / "adapter")
     peft = PeftModel.from_pretrained(copy.deepcopy(vlm.model), folder)
     with torch.no_grad():
         found = peft(**prompt.inputs).logits
@@ -191,7 +191,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     with pytest.raises(EditError, match="it exists; pass a new folder"):
-        to_peft(change, vlm, folder)
+        to_peft(vlm, change, folder)
 
 
 def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):
@@ -273,7 +273,7 @@ def test_facts_are_told_before_the_question_in_the_same_template(random_vlm, pho
 def test_the_facts_with_most_words_in_common_are_told(random_llama):
     def request(question: str, target: str, *also: str) -> EditRequest:
         prompts = [random_llama.prompt(None, words) for words in (question, *also)]
-        return EditRequest(prompt=prompts[0], target=target, also=tuple(prompts[1:]))
+        return EditRequest(prompt=prompts[0], target=target, rewrite_prompts=tuple(prompts[1:]))
 
     requests = [
         request("Who leads the club?", "Ann"),

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace.editing import Delta, EditError, EditRequest, MultEdit, WeightChange
+from multrace.editing.cost import build_cost
 from multrace.editing.delta import compose
-from multrace.editing.metric import metric
-from multrace.editing.solve import Constraints, Solution, solve
+from multrace.editing.problem import Problem
+from multrace.editing.solve import Solution, solve
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,12 +241,12 @@ def test_a_change_of_nothing_leaves_the_bits(vlm):
 def test_realised_share_is_all_in_float32_and_less_in_low_precision(random_llava_llama):
     low = load(random_llava_llama.name, dtype="bfloat16")
     shares = [
-        next(iter(made_by_hand(m, rank=1, size=1e-6).realised(m).values())).item() for m in (random_llava_llama, low)
+        next(iter(made_by_hand(m, rank=1, size=1e-6).retained(m).values())).item() for m in (random_llava_llama, low)
     ]
     assert shares[0] == pytest.approx(1, abs=0.05)
     assert shares[1] < 0.5
     nothing = made_by_hand(low, size=0.0)
-    assert torch.equal(next(iter(nothing.realised(low).values())), torch.ones(2))
+    assert torch.equal(next(iter(nothing.retained(low).values())), torch.ones(2))
 
 
 def test_another_model_is_refused_and_left_alone(random_llava_llama, random_llama, random_gpt2):
@@ -260,7 +261,7 @@ def test_another_model_is_refused_and_left_alone(random_llava_llama, random_llam
     with torch.no_grad():
         stranger.weight(name)[0, 0] += 1
     weights = bits(stranger)
-    for use in (delta.apply, delta.realised):
+    for use in (delta.apply, delta.retained):
         with pytest.raises(EditError, match="another model or precision"):
             use(stranger)
     assert bits(stranger) == weights
@@ -427,12 +428,12 @@ def test_the_report_names_what_was_lost(random_llava_llama):
     low = load(random_llava_llama.name, dtype="bfloat16")
     delta = made_for_requests(low)
     idle = replace(delta, requests=(*delta.requests, {"question": "Why?", "target": "red", "status": "nothing to do"}))
-    lines = idle.report(idle.realised(low))
+    lines = idle.report(idle.retained(low))
     assert len(lines) == 4 and lines[3] == "3: 'Why?' -> 'red': nothing to do"
-    assert all("realised" in line and "side-car" not in line for line in lines[:3])
+    assert all("retained" in line and "side-car" not in line for line in lines[:3])
     name = low.down_projection(1).name
     small = replace(delta, changes={name: made_by_hand(low, size=1e-6).changes[name]}, requests=())
-    assert "side-car" in small.report(small.realised(low))[0]
+    assert "side-car" in small.report(small.retained(low))[0]
 
 
 def test_a_real_edit_changes_the_answers_and_is_taken_back(tiny_vlm):
@@ -471,13 +472,13 @@ def test_what_the_solver_gave_is_solved_anew_as_the_solver_would(settings, rando
         settings["protected"] = torch.linalg.qr(old[: settings["protected"]].T)[0].T
     residuals = torch.randn(count, projection.hidden, generator=generator)
     weights = torch.tensor([torch.inf, torch.inf, 1.0, 4.0])
-    price = metric(width, **settings)
+    price = build_cost(width, **settings)
 
     def solution(rows: list[int]) -> Solution:
         two = None if directions is None else directions[rows]
         names = tuple(str(row) for row in rows)
         parts = {"keys": keys[rows], "residuals": residuals[rows], "weights": weights[rows], "directions": two}
-        return solve(price, Constraints(names=names, **parts))
+        return solve(price, Problem(names=names, **parts))
 
     found = solution([0, 1, 2, 3])
     factors = {part: getattr(found, part).float().contiguous() for part in ("left", "right", "weights")}

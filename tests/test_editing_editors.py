@@ -12,12 +12,12 @@ from multrace.data import World, tiny_vlm_path
 from multrace.data.world import EditCase
 from multrace.editing import Delta, EditRequest, MultEdit
 from multrace.editing.closed_form import ClosedFormEditor
-from multrace.editing.constraints import reduced
+from multrace.editing.cost import build_cost
 from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.editing.keys import Place
-from multrace.editing.metric import metric
 from multrace.editing.moments import Moments, second_moments
-from multrace.editing.solve import Constraints, solve
+from multrace.editing.problem import Problem
+from multrace.editing.solve import reduced, solve
 from multrace.editing.targets import Goal, key_positions
 from multrace.editing.values import search_values
 from multrace.models import Projection, Prompt, Site
@@ -275,7 +275,7 @@ def test_kept_prompts_are_held_exactly(tiny_vlm, cases, moments, editor):
     keys = [seen(tiny_vlm, Goal(prompts=(each,)), projection.module, "last", inputs=True)[0] for each in answered]
     moved = {}
     for keep in ((), kept):
-        delta = editor.edit(tiny_vlm, [replace(request, keep=keep)], moments=moments)
+        delta = editor.edit(tiny_vlm, [replace(request, preserve_prompts=keep)], moments=moments)
         (change,) = delta.changes.values()
         assert change.rank == tokens_of(tiny_vlm, request.target) + 1  # kept keys have no rows
         moved[len(keep)] = (change.moved(torch.cat(keys)).norm() / change.residuals.norm()).item()
@@ -292,7 +292,7 @@ def test_metrics_made_before_give_the_same_edit(tiny_vlm, cases, moments):
     for editor in (AlphaEdit(layer=5, spread=1, steps=5), ROME(layer=5, steps=5)):
         assert editor.has_fixed_cost
         anew = editor.edit(tiny_vlm, [request], moments=moments)
-        made = editor.edit(tiny_vlm, [request], metrics=editor.metrics(tiny_vlm, moments))
+        made = editor.edit(tiny_vlm, [request], costs=editor.costs(tiny_vlm, moments))
         free = replace(editor, null_threshold=None, moment_weight=0).edit(tiny_vlm, [request])
         for name, (left, right) in anew.factors.items():
             product = left @ right
@@ -301,7 +301,7 @@ def test_metrics_made_before_give_the_same_edit(tiny_vlm, cases, moments):
 
 
 def test_a_prompt_that_two_requests_keep_is_one_constraint(tiny_vlm, cases, caplog):
-    requests = [request_of(tiny_vlm, case, keep=others(tiny_vlm, cases[0], 1)) for case in cases[:2]]
+    requests = [request_of(tiny_vlm, case, preserve_prompts=others(tiny_vlm, cases[0], 1)) for case in cases[:2]]
     MultEdit(layer=5, steps=2).edit(tiny_vlm, requests)
     assert "cannot be told apart" not in caplog.text
 
@@ -309,7 +309,7 @@ def test_a_prompt_that_two_requests_keep_is_one_constraint(tiny_vlm, cases, capl
 def test_the_question_by_name_is_reached_only_where_it_is_asked_for(tiny_vlm, cases):
     by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).question) for case in cases[4:9]]
     plain = [request_of(tiny_vlm, case) for case in cases[4:9]]
-    both = [replace(request, also=(prompt,)) for request, prompt in zip(plain, by_name, strict=True)]
+    both = [replace(request, rewrite_prompts=(prompt,)) for request, prompt in zip(plain, by_name, strict=True)]
     named = [replace(request, prompt=prompt) for request, prompt in zip(plain, by_name, strict=True)]
     reached = []
     for requests in (plain, both):
@@ -379,7 +379,7 @@ def test_what_cannot_be_told_apart_is_logged(random_llava_llama, photo, caplog):
     vlm = random_llava_llama
     request = EditRequest(prompt=vlm.prompt(photo, "Who won?"), target="red", name="mine")
     with caplog.at_level(logging.WARNING, logger="multrace"):
-        ROME(layer=1, moment_weight=0, steps=3).edit(vlm, [replace(request, keep=(request.prompt,))])
+        ROME(layer=1, moment_weight=0, steps=3).edit(vlm, [replace(request, preserve_prompts=(request.prompt,))])
     assert "the key of mine cannot be told apart from that of another" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="multrace"):
@@ -397,16 +397,16 @@ def test_a_change_without_rows_of_what_it_keeps_is_the_whole_change(directed, we
     count = 3
     residuals[count:] = 0
     shifts[count:] = 0
-    constraints = Constraints(
+    problem = Problem(
         keys=keys,
         residuals=residuals,
         weights=torch.tensor([1.0] * count + [weight] * (7 - count), dtype=torch.float64),
         directions=keys + 0.3 * shifts if directed else None,
         names=tuple("abcdefg"),
     )
-    solution = solve(metric(30, ridge=0.4), constraints)
+    solution = solve(build_cost(30, ridge=0.4), problem)
     whole = solution.left @ solution.right
-    change = reduced(solution, constraints, count, [0, 0, 1])
+    change = reduced(solution, problem, count, [0, 0, 1])
     assert change.rank == count
     torch.testing.assert_close(change.left.double() @ change.right.double(), whole, rtol=1e-4, atol=1e-5)
     cut = solution.left[:, :count] @ solution.right[:count]

@@ -380,6 +380,9 @@ def test_records_have_names_of_their_own(records):
 def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked(tiny_vlm):
     settings = WorldRequests(count=3, contexts=2, by_name=True, keep=3)
     (record,) = world_records(tiny_vlm, WORLD, CASES[:1], requests=settings)
-    told = {key_of(prompt) for prompt in (*record.request.contexts, *record.request.also, *record.request.keep)}
+    told = {
+        key_of(prompt)
+        for prompt in (*record.request.contexts, *record.request.rewrite_prompts, *record.request.preserve_prompts)
+    }
     assert len(told) == 6
     assert not told & {key_of(probe.prompt) for probe in record.probes}

@@ -56,7 +56,7 @@ def test_an_adapter_on_the_plain_model_has_the_logits_of_the_edited_model(vlm, t
     unedited = logits(vlm.model, prompt)
     with delta.applied(vlm):
         edited = logits(vlm.model, prompt)
-    folder = to_peft(delta, vlm, tmp_path / "new" / "adapter")
+    folder = to_peft(vlm, delta, tmp_path / "new" / "adapter")
     adapted = peft.PeftModel.from_pretrained(plain(vlm, vlm.name), str(folder))
     torch.testing.assert_close(logits(adapted, prompt), edited, **CLOSE)
     assert (edited - unedited).abs().max() > 0.01
@@ -73,7 +73,7 @@ def test_a_scale_that_is_not_one_would_show(random_llava_llama, tmp_path, photo)
     delta, prompt = compose(made(vlm, 1), made(vlm, 2, rank=3)), asked(vlm, photo)
     with delta.applied(vlm):
         edited = logits(vlm.model, prompt)
-    config = to_peft(delta, vlm, tmp_path / "adapter") / "adapter_config.json"
+    config = to_peft(vlm, delta, tmp_path / "adapter") / "adapter_config.json"
     words = json.loads(config.read_text())
     assert sorted(words["rank_pattern"].values()) == sorted(words["alpha_pattern"].values()) == [2, 3]
     config.write_text(json.dumps(words | {"alpha_pattern": {}}))
@@ -89,7 +89,7 @@ def test_several_adapters_stack_in_three_ways(random_llava_llama, tmp_path, phot
     with parts[0].applied(vlm):
         first = logits(vlm.model, prompt)
     names = ["a", "b", "c"]
-    folders = [to_peft(part, vlm, tmp_path / name) for name, part in zip(names, parts, strict=True)]
+    folders = [to_peft(vlm, part, tmp_path / name) for name, part in zip(names, parts, strict=True)]
     adapted = peft.PeftModel.from_pretrained(plain(vlm, vlm.name), str(folders[0]), adapter_name="a")
     torch.testing.assert_close(logits(adapted, prompt), first, **CLOSE)
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -109,32 +109,32 @@ def test_a_merged_directory_is_a_plain_model_and_ours_is_left_unedited(vlm, tmp_
     unedited = logits(vlm.model, prompt)
     with delta.applied(vlm):
         edited = logits(vlm.model, prompt)
-    folder = save_merged(delta, vlm, tmp_path / "merged")
+    folder = save_merged(vlm, delta, tmp_path / "merged")
     assert torch.equal(logits(vlm.model, prompt), unedited)
     assert torch.equal(logits(plain(vlm, folder), prompt), edited)
-    found = verify_export(delta, vlm, load(folder), [prompt])
+    found = verify_export(vlm, delta, load(folder), [prompt])
     assert found.holds and found.difference == 0 and found.effect > 0.01
     assert str(found).endswith("1 of 1 answers are the same")
     with pytest.raises(ModelError, match="not empty"):
-        save_merged(delta, vlm, folder)
+        save_merged(vlm, delta, folder)
 
 
 def test_verification_fails_for_an_export_of_something_else(random_llava_llama, tmp_path, photo):
     vlm = random_llava_llama
     delta, prompt = made(vlm, 1), asked(vlm, photo)
-    assert verify_export(delta, vlm, with_adapters(load(vlm.name), to_peft(delta, vlm, tmp_path / "a")), [prompt]).holds
-    other = to_peft(made(vlm, 1, seed=5), vlm, tmp_path / "b")
-    assert not verify_export(delta, vlm, with_adapters(load(vlm.name), other), [prompt]).holds
-    assert not verify_export(delta, vlm, load(vlm.name), [prompt]).holds
+    assert verify_export(vlm, delta, with_adapters(load(vlm.name), to_peft(vlm, delta, tmp_path / "a")), [prompt]).holds
+    other = to_peft(vlm, made(vlm, 1, seed=5), tmp_path / "b")
+    assert not verify_export(vlm, delta, with_adapters(load(vlm.name), other), [prompt]).holds
+    assert not verify_export(vlm, delta, load(vlm.name), [prompt]).holds
     assert not Verification(difference=0.0, effect=1.0, answers=(("red", "blue"),)).holds
     with pytest.raises(EditError, match="at least one"):
-        verify_export(delta, vlm, load(vlm.name), [])
+        verify_export(vlm, delta, load(vlm.name), [])
 
 
 def test_in_bfloat16_the_adapter_keeps_what_the_merged_weights_round_away(random_llava_llama, tmp_path, photo):
     vlm = load(random_llava_llama.name, dtype="bfloat16")
     delta = made(vlm, 1, size=1e-3)
-    folder = to_peft(delta, vlm, tmp_path / "adapter")
+    folder = to_peft(vlm, delta, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     adapted = with_adapters(load(vlm.name, dtype="bfloat16"), folder)
@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_is_an_error_and_leaves_nothing(random_llava_lla
         (nothing, vlm, "new", "changes nothing"),
     ):
         with pytest.raises(EditError, match=message):
-            to_peft(wrong, model, tmp_path / folder)
+            to_peft(model, wrong, tmp_path / folder)
     with pytest.raises(EditError, match="PEFT cannot open"):
         with_adapters(load(vlm.name), tmp_path / "taken")
     with pytest.raises(EditError, match="at least one folder"):

@@ -159,7 +159,7 @@ def test_contexts_that_disagree_about_the_last_token_are_an_error(random_llava_l
     vlm = random_llava_llama
     prompts = [vlm.prompt(None, question).with_answer(TARGET) for question in (QUESTION, OTHER)]
     at_the_end_of_one = prompts[0].positions("last")[0]
-    with pytest.raises(EditError, match="contexts of 'What is .*disagree.*pass them as `also`"):
+    with pytest.raises(EditError, match="contexts of 'What is .*disagree.*pass them as `rewrite_prompts`"):
         batch_of(vlm, *prompts, token=at_the_end_of_one)
     apart = [Goal(prompts=(prompt,)) for prompt in prompts]
     assert target_batch(vlm, apart, at_the_end_of_one).key_mask.sum(-1).tolist() == [len(prompts[0].answer_ids) + 1, 1]

@@ -186,7 +186,7 @@ def test_verifying_says_which_edits_are_as_made_and_what_they_achieve(random_lla
     weights, ledger = bits(vlm), in_turn(vlm)
     found = ledger.verify(vlm)
     assert [each.name for each in found] == ["a", "b", "c"] and all(each.as_made for each in found)
-    ((_, share),) = found[0].realised.items()
+    ((_, share),) = found[0].retained.items()
     assert share.shape == (3,) and (share > 0.5).all()
     assert [each.as_made for each in ledger.without("a").verify(vlm)] == [False, False]
     assert bits(vlm) == weights

@@ -24,6 +24,9 @@ QUESTIONS = (
 )
 PARTS = ("image", "question", "template")
 
+BYTE = 2**-20
+"""One byte in MiB."""
+
 
 @pytest.fixture
 def prompts(random_vlm: VisionLanguageModel, make_photo: Callable[[int], Image.Image]) -> list[Prompt]:
@@ -142,19 +145,19 @@ def test_groups_under_a_memory_budget_give_the_same_bits(random_llava_llama, lla
     vlm, entered = random_llava_llama, calls(0)
     whole = second_moments(vlm, llava_prompts, batch_size=3, every=3)
     passes = len(entered)
-    grouped = second_moments(vlm, llava_prompts, batch_size=3, every=3, memory=memory_of_moments(vlm) - 1)
+    grouped = second_moments(vlm, llava_prompts, batch_size=3, every=3, memory=memory_of_moments(vlm) - BYTE)
     assert len(entered) == 3 * passes
     assert same(whole, grouped)
 
 
 def test_a_budget_that_holds_no_layer_is_an_error_that_says_what_does(random_llava_llama, llava_prompts):
-    with pytest.raises(EditError, match=r"memory=1000 .*one layer at a time takes (\d+) bytes") as caught:
-        second_moments(random_llava_llama, llava_prompts, memory=1000)
-    least, whole = (int(number) for number in re.findall(r"(?:takes|one pass) (\d+)", str(caught.value)))
-    assert whole == memory_of_moments(random_llava_llama)
+    with pytest.raises(EditError, match="memory=0.001 MiB .*one layer at a time takes") as caught:
+        second_moments(random_llava_llama, llava_prompts, memory=0.001)
+    least, whole = (float(number) for number in re.findall(r"(?:takes|one pass) ([\d.]+\d)", str(caught.value)))
+    assert 0 <= whole - memory_of_moments(random_llava_llama) < 0.001
     second_moments(random_llava_llama, llava_prompts, memory=least)
     with pytest.raises(EditError, match="one layer"):
-        second_moments(random_llava_llama, llava_prompts, memory=least - 1)
+        second_moments(random_llava_llama, llava_prompts, memory=least - 0.001)
 
 
 # ---- convergence ----
@@ -187,7 +190,7 @@ def test_in_a_wide_layer_a_reading_is_close_to_the_exact_one():
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_a_repeated_corpus_stops_early_and_without_a_tolerance_does_not(random_llava_llama, llava_prompts, is_grouped):
     vlm, repeated = random_llava_llama, llava_prompts[:2] * 12
-    settings = {"layers": [0, 1], "every": 2, "memory": memory_of_moments(vlm, [0, 1]) - is_grouped}
+    settings = {"layers": [0, 1], "every": 2, "memory": memory_of_moments(vlm, [0, 1]) - is_grouped * BYTE}
     stopped = second_moments(vlm, repeated, tolerance=1e-6, **settings)
     assert stopped.prompts == 8  # the first reading that has one before it
     assert stopped.convergence[-1].worst < 1e-6
@@ -223,7 +226,7 @@ def interrupted(vlm: VisionLanguageModel, prompts: Sequence[Prompt], after: int,
 @pytest.mark.parametrize(("passes", "after"), [(1, 0), (1, 3), (1, 4), (2, 5), (2, 7)])
 def test_an_interrupted_run_goes_on_bit_equal(random_llava_llama, llava_prompts, calls, tmp_path, passes, after):
     vlm, layers = random_llava_llama, [0, 1, 2]
-    settings = {**SETTINGS, "memory": memory_of_moments(vlm, layers) - (passes - 1), "layers": layers}
+    settings = {**SETTINGS, "memory": memory_of_moments(vlm, layers) - (passes - 1) * BYTE, "layers": layers}
     whole = second_moments(vlm, llava_prompts, **settings)
     interrupted(vlm, llava_prompts, after, cache=tmp_path, **settings)
     entered = calls(0)

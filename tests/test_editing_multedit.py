@@ -136,7 +136,7 @@ def test_the_output_at_the_key_moves_by_the_promised_share(vlm, ridge_fraction):
     share = 1 / (1 + ridge_fraction)  # |k|^2 / (lambda + |k|^2)
     torch.testing.assert_close(moved, share * wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
-        delta.realised(vlm)[vlm.down_projection(1).name], torch.tensor([share]), rtol=1e-3, atol=0
+        delta.retained(vlm)[vlm.down_projection(1).name], torch.tensor([share]), rtol=1e-3, atol=0
     )
 
 
@@ -190,7 +190,7 @@ def test_a_model_in_half_precision_is_edited_too(random_llava_llama):
     with delta.applied(vlm):
         assert said(vlm, prompt, target)
     assert bits(vlm) == weights
-    assert delta.realised(vlm)[vlm.down_projection(1).name].item() == pytest.approx(
+    assert delta.retained(vlm)[vlm.down_projection(1).name].item() == pytest.approx(
         1 / (1 + EDIT.ridge_fraction), abs=0.05
     )
 

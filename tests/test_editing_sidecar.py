@@ -38,7 +38,7 @@ def bits(vlm: VisionLanguageModel) -> dict[str, str]:
 def test_a_side_car_realises_what_rounding_the_weights_loses(dtype, tiny_vlm):
     vlm = load(tiny_vlm.name, dtype=dtype)
     weights, delta = bits(vlm), made(vlm, size=SMALL[dtype])
-    (rounded,), (beside,) = delta.realised(vlm).values(), RuntimeEdit(delta=delta).realised(vlm).values()
+    (rounded,), (beside,) = delta.retained(vlm).values(), RuntimeEdit(delta=delta).retained(vlm).values()
     torch.testing.assert_close(beside, torch.ones(3), rtol=0, atol=0.1)
     assert (rounded < 0.5).all()
     assert bits(vlm) == weights
@@ -55,7 +55,7 @@ def test_in_float32_beside_the_weights_is_as_in_them(random_vlm):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - before).abs().max() > 0.01
     assert torch.equal(logits(vlm), before)
-    (share,) = RuntimeEdit(delta=delta).realised(vlm).values()
+    (share,) = RuntimeEdit(delta=delta).retained(vlm).values()
     torch.testing.assert_close(share, torch.ones(3), rtol=0, atol=1e-4)
 
 

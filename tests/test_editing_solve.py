@@ -5,9 +5,10 @@ import math
 import pytest
 import reference
 import torch
+from multrace.editing.cost import Cost, build_cost, null_space
 from multrace.editing.errors import EditError
-from multrace.editing.metric import Metric, metric, null_space
-from multrace.editing.solve import Constraints, Solution, solve
+from multrace.editing.problem import Problem
+from multrace.editing.solve import Solution, solve
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +29,10 @@ def second_moment(width: int = WIDTH, condition: float = 100.0, seed: int = 9) -
     return (moment + moment.T) / 2
 
 
-def rows(keys: Tensor, residuals: Tensor, weights: float | list[float] = 1.0, **more) -> Constraints:
+def rows(keys: Tensor, residuals: Tensor, weights: float | list[float] = 1.0, **more) -> Problem:
     given = torch.tensor([weights] * len(keys) if isinstance(weights, float) else weights, dtype=torch.float64)
     names = more.pop("names", tuple(f"fact {index}" for index in range(len(keys))))
-    return Constraints(keys=keys, residuals=residuals, weights=given, names=names, **more)
+    return Problem(keys=keys, residuals=residuals, weights=given, names=names, **more)
 
 
 def change(solution: Solution) -> Tensor:
@@ -43,7 +44,7 @@ def change(solution: Solution) -> Tensor:
 
 def test_multedit():
     weight, keys, values = draw(HIDDEN, WIDTH), draw(1, WIDTH, seed=1), draw(1, HIDDEN, seed=2)
-    found = change(solve(metric(WIDTH, ridge=0.3), rows(keys, values - keys @ weight.T)))
+    found = change(solve(build_cost(WIDTH, ridge=0.3), rows(keys, values - keys @ weight.T)))
     torch.testing.assert_close(found, reference.multedit(weight, keys[0], values[0], 0.3), **CLOSE)
 
 
@@ -51,7 +52,7 @@ def test_multedit():
 @pytest.mark.parametrize("count", [2, 7, WIDTH + 5])
 def test_multedit_of_many_keys(count, ridge):
     weight, keys, values = draw(HIDDEN, WIDTH), draw(count, WIDTH, seed=1), draw(count, HIDDEN, seed=2)
-    solution = solve(metric(WIDTH, ridge=ridge), rows(keys, values - keys @ weight.T))
+    solution = solve(build_cost(WIDTH, ridge=ridge), rows(keys, values - keys @ weight.T))
     expected = reference.multedit_many(weight, keys.T, values.T, ridge)
     torch.testing.assert_close(change(solution), expected, rtol=1e-9, atol=1e-10)
     assert solution.relaxed == ()
@@ -61,7 +62,7 @@ def test_rome_with_its_two_keys():
     weight, keys, values, moment = draw(HIDDEN, WIDTH), draw(1, WIDTH, seed=1), draw(1, HIDDEN, seed=2), second_moment()
     mean = keys + 0.3 * draw(1, WIDTH, seed=3)
     asked = {"keys": keys, "residuals": values - keys @ weight.T, "weights": EXACT}
-    made = metric(WIDTH, ridge=0.0, moment=moment, moment_weight=1.0)
+    made = build_cost(WIDTH, ridge=0.0, moment=moment, moment_weight=1.0)
     solution = solve(made, rows(**asked, directions=mean))
     expected = reference.rome(weight, keys[0], mean[0], values[0], moment)
     torch.testing.assert_close(change(solution), expected, **CLOSE)
@@ -74,7 +75,7 @@ def test_rome_with_its_two_keys():
 @pytest.mark.parametrize("weight", [0.5, 15000.0])
 def test_memit(count, weight):
     keys, residuals, moment = draw(count, WIDTH), draw(count, HIDDEN, seed=1), second_moment()
-    made = metric(WIDTH, ridge=0.0, moment=moment, moment_weight=weight)
+    made = build_cost(WIDTH, ridge=0.0, moment=moment, moment_weight=weight)
     expected = reference.memit(keys.T, residuals.T, moment, weight)
     torch.testing.assert_close(change(solve(made, rows(keys, residuals))), expected, **CLOSE)
 
@@ -83,7 +84,7 @@ def test_memit(count, weight):
 @pytest.mark.parametrize("count", [1, 6])
 def test_emmet(count, ridge):
     keys, residuals, moment = draw(count, WIDTH), draw(count, HIDDEN, seed=1), second_moment()
-    made = metric(WIDTH, ridge=0.0, moment=moment, moment_weight=3.0)
+    made = build_cost(WIDTH, ridge=0.0, moment=moment, moment_weight=3.0)
     solution = solve(made, rows(keys, residuals, 1 / ridge if ridge else EXACT))
     expected = reference.emmet(keys.T, residuals.T, moment, 3.0, ridge)
     torch.testing.assert_close(change(solution), expected, **CLOSE)
@@ -96,23 +97,23 @@ def test_alphaedit_with_the_keys_of_earlier_edits():
     moment = second_moment(condition=1e4)
     protected = null_space(moment, 0.02)
     asked = rows(torch.cat([keys, earlier]), torch.cat([residuals, torch.zeros(3, HIDDEN)]))
-    found = change(solve(metric(WIDTH, ridge=10.0, protected=protected), asked))
+    found = change(solve(build_cost(WIDTH, ridge=10.0, protected=protected), asked))
     expected = reference.alphaedit(keys.T, residuals.T, earlier.T, moment, 0.02, 10.0)
     torch.testing.assert_close(found, expected, **CLOSE)
-    unprotected = change(solve(metric(WIDTH, ridge=10.0), asked))
+    unprotected = change(solve(build_cost(WIDTH, ridge=10.0), asked))
     assert (unprotected - expected).norm() > 0.1 * expected.norm()
 
 
 # the optimum
 
 
-def mixed_problem() -> tuple[Metric, Constraints, Tensor, Tensor]:
+def mixed_problem() -> tuple[Cost, Problem, Tensor, Tensor]:
     """Ridge, moment and protected directions; edits of several weights, exact edits, preserved keys. And M, and Q."""
     moment, protected = second_moment(), torch.linalg.qr(draw(WIDTH, 3, seed=4))[0].T
     residuals = draw(8, HIDDEN, seed=1)
     residuals[[2, 5]] = 0
     weights = [EXACT, 3.0, EXACT, 0.2, EXACT, 50.0, 1.0, 7.0]
-    made = metric(WIDTH, ridge=0.2, moment=moment, moment_weight=4.0, protected=protected)
+    made = build_cost(WIDTH, ridge=0.2, moment=moment, moment_weight=4.0, protected=protected)
     return (
         made,
         rows(draw(8, WIDTH), residuals, weights),
@@ -121,7 +122,7 @@ def mixed_problem() -> tuple[Metric, Constraints, Tensor, Tensor]:
     )
 
 
-def slope(found: Tensor, asked: Constraints, whole: Tensor, fixed: Tensor) -> Tensor:
+def slope(found: Tensor, asked: Problem, whole: Tensor, fixed: Tensor) -> Tensor:
     """The gradient of the objective along the changes that leave the outputs at the fixed rows as they are."""
     weighted = torch.isfinite(asked.weights)
     point = found.clone().requires_grad_()
@@ -146,14 +147,14 @@ def test_a_mixed_problem_is_at_its_constrained_optimum():
 def test_a_free_metric_gives_the_least_change_that_fits():
     keys, residuals = draw(5, WIDTH), draw(5, HIDDEN, seed=1)
     for weights in (EXACT, 1.0):  # nothing speaks against meeting a finite weight in full
-        found = change(solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, weights)))
+        found = change(solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, weights)))
         torch.testing.assert_close(found, (torch.linalg.pinv(keys) @ residuals).T, **CLOSE)
 
 
 @pytest.mark.parametrize("ridge", [0.01, 5.0, 400.0])
 def test_the_realised_share_of_one_key(ridge):
     keys, residuals = draw(1, WIDTH), draw(1, HIDDEN, seed=1)
-    found, norm = change(solve(metric(WIDTH, ridge=ridge), rows(keys, residuals))), keys.square().sum()
+    found, norm = change(solve(build_cost(WIDTH, ridge=ridge), rows(keys, residuals))), keys.square().sum()
     torch.testing.assert_close(keys @ found.T, residuals * norm / (ridge + norm), **CLOSE)
 
 
@@ -161,7 +162,7 @@ def test_the_realised_share_of_one_key(ridge):
 def test_a_preserved_key_is_left_and_others_are_not(moment):
     keys, residuals = draw(5, WIDTH), draw(5, HIDDEN, seed=1)
     residuals[3:] = 0
-    made = metric(WIDTH, ridge=0.1, moment=moment, moment_weight=0.0 if moment is None else 1.0)
+    made = build_cost(WIDTH, ridge=0.1, moment=moment, moment_weight=0.0 if moment is None else 1.0)
     kept = change(solve(made, rows(keys, residuals, [1.0, 1.0, 1.0, EXACT, EXACT]))) @ keys[3:].T
     assert kept.abs().max() < 1e-10
     without = change(solve(made, rows(keys[:3], residuals[:3]))) @ keys[3:].T
@@ -174,14 +175,14 @@ def test_a_preserved_key_is_left_and_others_are_not(moment):
 def test_protected_directions_are_left_and_taken_out_of_the_metric(weighted):
     protected, keys = torch.linalg.qr(draw(WIDTH, 7, seed=4))[0].T, draw(6, WIDTH)
     moment = second_moment() if weighted else None
-    made = metric(WIDTH, ridge=0.5, moment=moment, moment_weight=2.0 * weighted, protected=protected)
+    made = build_cost(WIDTH, ridge=0.5, moment=moment, moment_weight=2.0 * weighted, protected=protected)
     whole = 0.5 * torch.eye(WIDTH, dtype=torch.float64) + (2.0 * moment if weighted else 0)
     free = torch.linalg.qr(protected.T, mode="complete")[0][:, 7:]
     torch.testing.assert_close(
         made.divided(keys), keys @ free @ torch.linalg.inv(free.T @ whole @ free) @ free.T, **CLOSE
     )
     assert (made.divided(keys) @ protected.T).abs().max() < 1e-13
-    assert (metric(WIDTH, ridge=0.5).divided(keys) @ protected.T).abs().max() > 0.1
+    assert (build_cost(WIDTH, ridge=0.5).divided(keys) @ protected.T).abs().max() > 0.1
 
 
 def test_the_null_space_is_what_the_moment_hardly_sees():
@@ -191,8 +192,8 @@ def test_the_null_space_is_what_the_moment_hardly_sees():
     torch.testing.assert_close(protected @ protected.T, torch.eye(len(protected), dtype=torch.float64), **CLOSE)
     free = torch.linalg.qr(protected.T, mode="complete")[0][:, len(protected) :]
     assert torch.linalg.eigvalsh(free.T @ moment @ free).max() < 0.02
-    assert len(null_space(moment, 2.0)) == 0  # nothing to protect, which the metric takes
-    torch.testing.assert_close(metric(WIDTH, ridge=1.0, protected=null_space(moment, 2.0)).divided(moment), moment)
+    assert len(null_space(moment, 2.0)) == 0  # nothing to protect, which the cost takes
+    torch.testing.assert_close(build_cost(WIDTH, ridge=1.0, protected=null_space(moment, 2.0)).divided(moment), moment)
     with pytest.raises(EditError, match="all 40 directions .* pass a threshold between"):
         null_space(moment, 1e-6)
 
@@ -205,7 +206,7 @@ def test_the_null_space_is_what_the_moment_hardly_sees():
 def test_refined_is_as_good_as_float64(condition, falls_back, scale):
     moment, keys = scale * second_moment(condition=condition), draw(6, WIDTH)
     settings = {"ridge": 0.0, "moment": moment, "moment_weight": 15000.0}
-    refined, plain = metric(WIDTH, **settings, refined=True), metric(WIDTH, **settings)
+    refined, plain = build_cost(WIDTH, **settings, refined=True), build_cost(WIDTH, **settings)
     found = refined.divided(keys)
     error = (found - plain.divided(keys)).norm() / found.norm()
     assert error < 1e-14 * condition + 1e-12
@@ -214,7 +215,7 @@ def test_refined_is_as_good_as_float64(condition, falls_back, scale):
         assert (keys @ rough - found).norm() / found.norm() > 100 * error  # float32 alone does not get there
     with Log() as log:
         refined.divided(keys)
-        metric(WIDTH, **settings, refined=True).divided(keys)
+        build_cost(WIDTH, **settings, refined=True).divided(keys)
     dtypes = {dtype for name, shape, dtype in log.outputs if name == "linalg_cholesky_ex" and shape == (WIDTH, WIDTH)}
     assert (torch.float64 in dtypes) == falls_back and torch.float32 in dtypes
 
@@ -222,7 +223,7 @@ def test_refined_is_as_good_as_float64(condition, falls_back, scale):
 def test_a_refined_solution_is_the_float64_one():
     _, asked, _, protected = mixed_problem()
     settings = {"ridge": 0.2, "moment": second_moment(), "moment_weight": 4.0, "protected": protected}
-    refined, plain = (solve(metric(WIDTH, **settings, refined=way), asked) for way in (True, False))
+    refined, plain = (solve(build_cost(WIDTH, **settings, refined=way), asked) for way in (True, False))
     torch.testing.assert_close(change(refined), change(plain), **CLOSE)
 
 
@@ -244,7 +245,7 @@ class Log(TorchDispatchMode):
 @pytest.mark.parametrize("refined", [False, True])
 def test_one_factorisation_serves_several_batches(refined):
     with Log() as log:
-        made = metric(WIDTH, ridge=0.1, moment=second_moment(), moment_weight=2.0, refined=refined)
+        made = build_cost(WIDTH, ridge=0.1, moment=second_moment(), moment_weight=2.0, refined=refined)
         for seed in range(3):
             solve(made, rows(draw(4, WIDTH, seed=seed), draw(4, HIDDEN, seed=seed + 10)))
     factorised = [shape for name, shape, _ in log.outputs if name == "linalg_cholesky_ex" and len(shape) == 2]
@@ -268,12 +269,12 @@ def test_without_a_moment_nothing_is_as_large_as_width_by_width():
     asked = rows(draw(count, width), draw(count, 64, seed=1), [EXACT, 1.0] * 4)
     protected = torch.linalg.qr(draw(width, 4, seed=2))[0].T
     for more in ({}, {"protected": protected}):
-        peak = peak_bytes(lambda more=more: solve(metric(width, ridge=0.1, **more), asked))
+        peak = peak_bytes(lambda more=more: solve(build_cost(width, ridge=0.1, **more), asked))
         assert count * width * 8 <= peak < 10 * count * width * 8  # and width x width would be 2500 keys' worth
     small = 500
     asked = rows(draw(count, small), draw(count, 64, seed=1))
     with_moment = {"ridge": 0.1, "moment": second_moment(small), "moment_weight": 1.0}
-    assert peak_bytes(lambda: solve(metric(small, **with_moment), asked)) > small * small * 8  # which would be seen
+    assert peak_bytes(lambda: solve(build_cost(small, **with_moment), asked)) > small * small * 8  # which would be seen
 
 
 # constraints that cannot be told apart
@@ -293,7 +294,9 @@ def twins(sine: float, disagreement: float = 1.0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("sine", [0.0, 1e-12, 1e-7, 1e-3])
 def test_contradictory_exact_constraints_are_named_and_meet_in_the_middle(sine, weighted):
     keys, residuals = twins(sine)
-    made = metric(WIDTH, ridge=0.0, moment=second_moment(condition=4.0) if weighted else None, moment_weight=weighted)
+    made = build_cost(
+        WIDTH, ridge=0.0, moment=second_moment(condition=4.0) if weighted else None, moment_weight=weighted
+    )
     solution = solve(made, rows(keys, residuals, EXACT))
     found = change(solution)
     assert solution.relaxed == ("fact 1", "fact 3")
@@ -311,7 +314,7 @@ def test_contradictory_exact_constraints_are_named_and_meet_in_the_middle(sine, 
 @pytest.mark.parametrize("sine", [0.0, 1e-3])
 def test_parallel_constraints_that_agree_are_met_all_but_a_thousandth(sine):
     keys, residuals = twins(sine, disagreement=0.0)
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
     assert solution.relaxed == ("fact 1", "fact 3")
     errors = (change(solution) @ keys.T - residuals.T).norm(dim=0) / residuals.norm(dim=1)
     assert errors.max() < 2e-3
@@ -320,7 +323,7 @@ def test_parallel_constraints_that_agree_are_met_all_but_a_thousandth(sine):
 @pytest.mark.parametrize("sine", [0.02, 0.3])
 def test_separated_exact_constraints_are_met_and_nothing_is_relaxed(sine):
     keys, residuals = twins(sine)
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
     assert solution.relaxed == () and torch.isinf(solution.weights).all()
     errors = (change(solution) @ keys.T - residuals.T).norm(dim=0) / residuals.norm(dim=1)
     assert errors.max() < 1e-9
@@ -328,29 +331,29 @@ def test_separated_exact_constraints_are_met_and_nothing_is_relaxed(sine):
 
 def test_separation_is_a_setting():
     keys, residuals = twins(1e-3)
-    exact = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT), separation=1e-4)
+    exact = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT), separation=1e-4)
     assert exact.relaxed == () and (change(exact) @ keys.T - residuals.T).abs().max() < 1e-5
-    relaxed = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
+    relaxed = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
     assert change(exact).norm() > 5 * change(relaxed).norm()  # what a contradiction costs where it is met
 
 
 def test_a_key_in_the_span_of_several_others_names_them_and_no_one_else():
     keys, residuals = draw(6, WIDTH), draw(6, HIDDEN, seed=1)
     keys[5] = keys[0] - 2 * keys[2] + keys[4]
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT, names=tuple("abcdef")))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT, names=tuple("abcdef")))
     assert solution.relaxed == ("a", "c", "e", "f")
 
 
 def test_a_name_with_several_rows_is_named_once():
     keys, residuals = draw(4, WIDTH), draw(4, HIDDEN, seed=1)
     keys[2:] = keys[:2]
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT, names=("a", "a", "b", "b")))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT, names=("a", "a", "b", "b")))
     assert solution.relaxed == ("a", "b")
 
 
 def test_more_exact_keys_than_the_width_are_relaxed():
     keys, residuals = draw(WIDTH + 20, WIDTH), draw(WIDTH + 20, HIDDEN, seed=1)
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
     assert len(solution.relaxed) == WIDTH + 20
     least_squares = torch.linalg.lstsq(keys, residuals).solution.T
     assert (change(solution) - least_squares).norm() < 0.2 * least_squares.norm()
@@ -358,7 +361,7 @@ def test_more_exact_keys_than_the_width_are_relaxed():
 
 def test_dependent_keys_of_finite_weight_are_solved_as_asked():
     keys, residuals = twins(0.0)
-    solution = solve(metric(WIDTH, ridge=0.1), rows(keys, residuals, 1.0))
+    solution = solve(build_cost(WIDTH, ridge=0.1), rows(keys, residuals, 1.0))
     expected = residuals.T @ keys @ torch.linalg.inv(0.1 * torch.eye(WIDTH, dtype=torch.float64) + keys.T @ keys)
     torch.testing.assert_close(change(solution), expected, rtol=1e-6, atol=1e-7)
     assert solution.relaxed == ()
@@ -367,7 +370,7 @@ def test_dependent_keys_of_finite_weight_are_solved_as_asked():
 def test_an_exact_edit_within_the_protected_directions_is_named():
     keys, residuals = draw(3, WIDTH), draw(3, HIDDEN, seed=1)
     protected = keys[1:2] / keys[1].norm()
-    solution = solve(metric(WIDTH, ridge=1.0, protected=protected), rows(keys, residuals, EXACT))
+    solution = solve(build_cost(WIDTH, ridge=1.0, protected=protected), rows(keys, residuals, EXACT))
     found = change(solution)
     assert solution.relaxed == ("fact 1",)
     assert (found @ keys[1]).abs().max() < 1e-9
@@ -378,8 +381,8 @@ def test_an_exact_edit_within_the_protected_directions_is_named():
 def test_a_key_of_zero_asks_for_nothing():
     keys, residuals = draw(2, WIDTH), draw(2, HIDDEN, seed=1)
     keys[0] = 0
-    solution = solve(metric(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
-    alone = solve(metric(WIDTH, ridge=0.0), rows(keys[1:], residuals[1:], EXACT))
+    solution = solve(build_cost(WIDTH, ridge=0.0), rows(keys, residuals, EXACT))
+    alone = solve(build_cost(WIDTH, ridge=0.0), rows(keys[1:], residuals[1:], EXACT))
     assert solution.relaxed == ("fact 0",)
     torch.testing.assert_close(change(solution), change(alone), **CLOSE)
 
@@ -387,7 +390,7 @@ def test_a_key_of_zero_asks_for_nothing():
 def test_rome_with_keys_that_do_not_meet_its_directions_is_named():
     keys, residuals = draw(3, WIDTH), draw(3, HIDDEN, seed=1)
     directions = keys + 0.1 * draw(3, WIDTH, seed=2)
-    made = metric(WIDTH, ridge=0.0)
+    made = build_cost(WIDTH, ridge=0.0)
     fine = solve(made, rows(keys, residuals, EXACT, directions=directions))
     assert fine.relaxed == () and (change(fine) @ keys.T - residuals.T).abs().max() < 1e-10
     keys[2] = keys[0]
@@ -406,14 +409,14 @@ def test_rome_with_keys_that_do_not_meet_its_directions_is_named():
 def test_float64_comes_out_whatever_goes_in():
     keys, residuals = draw(2, WIDTH), draw(2, HIDDEN, seed=1)
     for dtype in (torch.bfloat16, torch.float32):
-        low = solve(metric(WIDTH, ridge=0.1), rows(keys.to(dtype), residuals.to(dtype)))
-        high = solve(metric(WIDTH, ridge=0.1), rows(keys.to(dtype).double(), residuals.to(dtype).double()))
+        low = solve(build_cost(WIDTH, ridge=0.1), rows(keys.to(dtype), residuals.to(dtype)))
+        high = solve(build_cost(WIDTH, ridge=0.1), rows(keys.to(dtype).double(), residuals.to(dtype).double()))
         assert low.left.dtype == low.right.dtype == low.weights.dtype == torch.float64
         assert torch.equal(low.left, high.left) and torch.equal(low.right, high.right)
 
 
 def test_nothing_asked_is_nothing_changed():
-    assert not change(solve(metric(WIDTH, ridge=0.1), rows(draw(4, WIDTH), torch.zeros(4, HIDDEN)))).any()
+    assert not change(solve(build_cost(WIDTH, ridge=0.1), rows(draw(4, WIDTH), torch.zeros(4, HIDDEN)))).any()
 
 
 def test_what_went_in_is_left_as_it_was():
@@ -422,7 +425,7 @@ def test_what_went_in_is_left_as_it_was():
     given = [moment, protected, keys, residuals, asked.weights]
     before = [tensor.clone() for tensor in given]
     for refined in (False, True):
-        made = metric(WIDTH, ridge=0.3, moment=moment, moment_weight=2.0, protected=protected, refined=refined)
+        made = build_cost(WIDTH, ridge=0.3, moment=moment, moment_weight=2.0, protected=protected, refined=refined)
         solve(made, asked)
     assert all(torch.equal(*pair) for pair in zip(given, before, strict=True))
 
@@ -447,7 +450,7 @@ BAD_ROWS = {
 def test_rows_that_make_no_sense_are_an_error(parts, message):
     fine = {"keys": ONE, "residuals": ONE, "weights": torch.ones(1), "names": ("a",)}
     with pytest.raises(EditError, match=message):
-        Constraints(**(fine | parts))
+        Problem(**(fine | parts))
 
 
 EYE = torch.eye(3, dtype=torch.float64)
@@ -471,15 +474,15 @@ BAD_METRICS = {
 @pytest.mark.parametrize(("settings", "message"), BAD_METRICS.values(), ids=BAD_METRICS)
 def test_a_metric_that_makes_no_sense_is_an_error(settings, message, refined):
     with pytest.raises(EditError, match=message):
-        metric(3, **({"ridge": 0.1} | settings), refined=refined)
+        build_cost(3, **({"ridge": 0.1} | settings), refined=refined)
 
 
 def test_keys_of_another_width_and_settings_out_of_range_are_errors():
     asked = rows(ONE, ONE)
     with pytest.raises(EditError, match=r"keys \(1, 3\) do not fit a weight of width 5"):
-        solve(metric(5, ridge=0.1), asked)
+        solve(build_cost(5, ridge=0.1), asked)
     for more in ({"fallback_weight": 0.0}, {"fallback_weight": math.inf}, {"separation": 0.0}, {"separation": 1.0}):
         with pytest.raises(EditError, match="must be finite and above 0, separation="):
-            solve(metric(3, ridge=0.1), asked, **more)
+            solve(build_cost(3, ridge=0.1), asked, **more)
     with pytest.raises(EditError, match="pass for example threshold=0.02"):
         null_space(EYE, 0.0)

@@ -13,7 +13,7 @@ from multrace.tracing import EditSite, WeakCorruption, average
 from multrace.workflow.locate import Located, locate
 from multrace.workflow.locate_then_edit import locate_then_edit
 
-TRACING = {"groups": ("constraint_last", "last"), "kinds": ("hidden", "mlp")}  # all that the choice needs
+TRACING = {"positions": ("constraint_last", "last"), "sites": ("hidden", "mlp")}  # all that the choice needs
 CASES = (0, 8, 23)
 """Facts whose own traces choose three different layers."""
 
@@ -56,7 +56,7 @@ def facts(tiny_vlm: VisionLanguageModel) -> Facts:
 @pytest.fixture(scope="module")
 def located(tiny_vlm: VisionLanguageModel, facts: Facts) -> Located:
     """Each fact with a site of its own."""
-    return locate(tiny_vlm, facts.requests, corruptions=facts.corruptions, each=True, **TRACING)
+    return locate(tiny_vlm, facts.requests, corruptions=facts.corruptions, per_request=True, **TRACING)
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +84,18 @@ def slow_site(trace: mt.CausalTrace | mt.tracing.AverageTrace, fraction: float =
 
 
 def test_each_fact_is_edited_at_or_after_the_onset_of_its_own_trace(located: Located):
-    assert [(site.layer, site.token, site.onset) for site in located.sites] == [
+    assert [(site.layer, site.token, site.onset) for site in located.edit_sites] == [
         slow_site(each) for each in located.traces
     ]
-    assert all(site.layer >= site.onset for site in located.sites)
-    assert len({site.layer for site in located.sites}) == 3
+    assert all(site.layer >= site.onset for site in located.edit_sites)
+    assert len({site.layer for site in located.edit_sites}) == 3
     assert located.notes == ()
 
 
 def test_one_site_for_all_is_that_of_the_mean(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     found = locate(tiny_vlm, facts.requests, traces=located.traces)
-    assert {(site.layer, site.token, site.onset) for site in found.sites} == {slow_site(average(located.traces))}
-    assert found.site == found.trace.edit_site()
+    assert {(site.layer, site.token, site.onset) for site in found.edit_sites} == {slow_site(average(located.traces))}
+    assert found.edit_site == found.average.edit_site()
 
 
 def test_given_traces_choose_what_they_chose_when_they_were_made(
@@ -103,9 +103,9 @@ def test_given_traces_choose_what_they_chose_when_they_were_made(
 ):
     paths = [trace.save(tmp_path / f"{number}.safetensors") for number, trace in enumerate(located.traces)]
     loaded = [mt.CausalTrace.load(path) for path in paths]
-    assert locate(tiny_vlm, facts.requests, traces=loaded, each=True).sites == located.sites
-    mean = locate(tiny_vlm, facts.requests, traces=located.trace)
-    assert mean.sites == (located.trace.edit_site(),) * 3
+    assert locate(tiny_vlm, facts.requests, traces=loaded, per_request=True).edit_sites == located.edit_sites
+    mean = locate(tiny_vlm, facts.requests, traces=located.average)
+    assert mean.edit_sites == (located.average.edit_site(),) * 3
 
 
 def test_a_weak_corruption_takes_the_site_of_the_mean_and_says_so(
@@ -113,8 +113,8 @@ def test_a_weak_corruption_takes_the_site_of_the_mean_and_says_so(
 ):
     weak = mt.SwapImage(facts.requests[1].prompt.images[0])
     corruptions = (facts.corruptions[0], weak, None)
-    found = locate(tiny_vlm, facts.requests, corruptions=corruptions, each=True, **TRACING)
-    assert found.sites == (located.sites[0],) * 3
+    found = locate(tiny_vlm, facts.requests, corruptions=corruptions, per_request=True, **TRACING)
+    assert found.edit_sites == (located.edit_sites[0],) * 3
     assert found.traces[1:] == (None, None)
     assert "does not lower the answer's probability" in found.notes[0]
     assert "no corruption is given" in found.notes[1]
@@ -124,9 +124,9 @@ def test_a_weak_corruption_takes_the_site_of_the_mean_and_says_so(
 
 def test_a_fact_without_a_constraint_takes_the_token_that_the_trace_names(tiny_vlm: VisionLanguageModel, facts: Facts):
     bare = replace(facts.requests[0], prompt=tiny_vlm.prompt(facts.requests[0].prompt.images[0], "Who is it?"))
-    request = replace(facts.requests[1], keep=(bare.prompt,))
+    request = replace(facts.requests[1], preserve_prompts=(bare.prompt,))
     found = locate(tiny_vlm, [bare, request, facts.requests[0]], corruptions=facts.corruptions, **TRACING)
-    assert [site.token for site in found.sites[:2]] == ["last", "last"]
+    assert [site.token for site in found.edit_sites[:2]] == ["last", "last"]
     assert [trace.rows for trace in found.traces] == [("last",), ("last",), ("constraint_last", "last")]
     assert len(found.notes) == 2
     assert all("no constraint span in all its prompts; edited at 'last'" in note for note in found.notes)
@@ -135,7 +135,7 @@ def test_a_fact_without_a_constraint_takes_the_token_that_the_trace_names(tiny_v
 def test_traces_of_something_else_are_refused(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     with pytest.raises(mt.TraceError, match="this trace is of the question .*trace the prompt that is to be edited"):
         locate(tiny_vlm, facts.requests, traces=located.traces[::-1])
-    for other in (replace(located.traces[0], model="another"), replace(located.trace, model="another")):
+    for other in (replace(located.traces[0], model="another"), replace(located.average, model="another")):
         given = other if isinstance(other, mt.tracing.AverageTrace) else [other]
         with pytest.raises(mt.TraceError, match="this trace is of 'another'"):
             locate(tiny_vlm, facts.requests[:1], traces=given)
@@ -151,7 +151,7 @@ def test_traces_of_something_else_are_refused(tiny_vlm: VisionLanguageModel, fac
 @pytest.fixture(scope="module")
 def edited(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located) -> mt.workflow.LocatedEdit:
     """Three facts at three sites in one delta."""
-    return locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, each=True)
+    return locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, per_request=True)
 
 
 def test_facts_at_different_sites_become_one_delta(
@@ -178,9 +178,11 @@ def test_each_fact_owns_its_part_of_the_delta(
 
 def test_one_delta_each_knows_nothing_of_the_others(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     few = mt.MultEdit(layer=0, steps=3)
-    edit = locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, editor=few, each=True, jointly=False)
+    edit = locate_then_edit(
+        tiny_vlm, facts.requests, traces=located.traces, editor=few, per_request=True, jointly=False
+    )
     for number, delta in enumerate(edit.deltas):
-        editor = replace(few, layer=None, where=located.sites[number])
+        editor = replace(few, layer=None, where=located.edit_sites[number])
         alone = editor.edit(tiny_vlm, facts.requests[number : number + 1])
         assert [*delta.changes] == [*alone.changes]
         assert all(torch.equal(delta.changes[name].left, change.left) for name, change in alone.changes.items())
@@ -188,7 +190,7 @@ def test_one_delta_each_knows_nothing_of_the_others(tiny_vlm: VisionLanguageMode
 
 def test_work_is_spread_over_no_layer_below_the_onset(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     first, trace = facts.requests[:1], located.traces[:1]
-    site = located.sites[0]
+    site = located.edit_sites[0]
     assert site.layer - site.onset == 2
     wide = locate_then_edit(tiny_vlm, first, traces=trace, editor=mt.MultEdit(layer=0, spread=5, steps=2))
     names = [tiny_vlm.down_projection(layer).name for layer in range(site.onset, site.layer + 1)]
@@ -209,7 +211,7 @@ def test_requests_that_cannot_be_edited_are_named_and_the_others_go_on(
 ):
     requests = (facts.requests[0], replace(facts.requests[0], target="nobody"), facts.requests[1])
     traces = (located.traces[0], located.traces[0], located.traces[1])
-    edit = locate_then_edit(tiny_vlm, requests, traces=traces, each=True)
+    edit = locate_then_edit(tiny_vlm, requests, traces=traces, per_request=True)
     (delta,) = edit.deltas
     statuses = [request["status"] for request in delta.requests]
     assert statuses[2] == "edited"
@@ -218,20 +220,22 @@ def test_requests_that_cannot_be_edited_are_named_and_the_others_go_on(
     with delta.applied(tiny_vlm):
         assert facts.answers(tiny_vlm)[1] == facts.targets[1]
     with pytest.raises(mt.EditError, match="contradict"):  # nothing is left to go on with
-        locate_then_edit(tiny_vlm, requests[:2], traces=traces[:2], each=True)
+        locate_then_edit(tiny_vlm, requests[:2], traces=traces[:2], per_request=True)
 
 
 def test_one_by_one_a_failure_is_a_note_and_no_delta(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     def at_six(*, layer: int, token: str) -> mt.MultEdit:
         return mt.MultEdit(layer=layer if layer == 6 else 40, token=token, steps=2)
 
-    edit = locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, each=True, jointly=False, editor=at_six)
+    edit = locate_then_edit(
+        tiny_vlm, facts.requests, traces=located.traces, per_request=True, jointly=False, editor=at_six
+    )
     assert [delta is None for delta in edit.deltas] == [False, True, True]
     assert all("could not be edited: cannot edit layer 40" in note for note in edit.notes)
 
 
 def test_a_second_trace_shows_what_moved(tiny_vlm: VisionLanguageModel, facts: Facts):
-    asked = {"corruptions": facts.corruptions[:1], "after": True, **TRACING}
+    asked = {"corruptions": facts.corruptions[:1], "trace_after": True, **TRACING}
     edit = locate_then_edit(tiny_vlm, facts.requests[:1], **asked)
     (shift,) = edit.shifts
     assert shift.before is edit.traces[0]
@@ -247,9 +251,9 @@ def test_a_second_trace_shows_what_moved(tiny_vlm: VisionLanguageModel, facts: F
 
 def test_a_second_trace_needs_something_to_destroy(tiny_vlm: VisionLanguageModel, facts: Facts, located: Located):
     with pytest.raises(mt.TraceError, match="a second trace needs corruptions"):
-        locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, after=True)
+        locate_then_edit(tiny_vlm, facts.requests, traces=located.traces, trace_after=True)
 
 
 def test_a_site_is_what_editors_take(tiny_vlm: VisionLanguageModel, located: Located):
-    assert isinstance(located.site, EditSite)
-    assert mt.MultEdit(where=located.site).place == (located.site.layer, located.site.token)
+    assert isinstance(located.edit_site, EditSite)
+    assert mt.MultEdit(where=located.edit_site).place == (located.edit_site.layer, located.edit_site.token)

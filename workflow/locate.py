@@ -1,4 +1,4 @@
-"""Where traces say that facts are to be edited: a layer and a token for each request."""
+"""Choose the layer and the token at which each fact should be edited, from causal traces."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item
 
 logger = logging.getLogger("multrace")
-GROUPS = ("image", "question", "constraint_last", "last")
-"""The token groups that are traced unless others are asked for."""
+POSITIONS = ("image", "question", "constraint_last", "last")
+"""The token groups that are traced by default."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Located:
-    """Where traces say that facts are to be edited. Made by `locate`."""
+    """The places at which facts should be edited, according to traces. Made by `locate`."""
 
-    sites: tuple[EditSite, ...]
+    edit_sites: tuple[EditSite, ...]
     """The layer and token of each request."""
     traces: tuple[CausalTrace | None, ...] = field(repr=False)
     """Each request's own trace; None where its corruption was too weak, or where only an average was given."""
-    trace: AverageTrace | None = field(repr=False)
+    average: AverageTrace | None = field(repr=False)
     """Mean indirect effects over the requests (those with the same rows, if these differ); None where single tokens
     cannot be lined up."""
     notes: tuple[str, ...] = ()
     """What was not as expected, and what was done about it."""
 
     @property
-    def site(self) -> EditSite:
-        """The site of the first request, which is that of all of them where one was chosen for all."""
-        return self.sites[0]
+    def edit_site(self) -> EditSite:
+        """The site of the first request, which is the site of all requests if one was chosen for all."""
+        return self.edit_sites[0]
 
 
 def locate(
@@ -47,24 +47,54 @@ def locate(
     *,
     corruptions: Sequence[Corruption | None] | None = None,
     traces: Sequence[CausalTrace] | AverageTrace | None = None,
-    each: bool = False,
-    groups: Sequence[Item] = GROUPS,
-    kinds: Sequence[str] = KINDS,
+    per_request: bool = False,
+    positions: Sequence[Item] = POSITIONS,
+    sites: Sequence[str] = KINDS,
     window: int = 3,
     fraction: float = 0.25,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Located:
-    """Where these facts are to be edited; the model is left as it is.
+    """Return the layer and token at which each fact should be edited; the model is left unchanged.
 
-    Every request's prompt is traced for the model's present answer under its own corruption (the picture of something
-    else, as a rule, since only image corruption shows where the picture arrives), or `traces` made before are used:
-    one for each request, or an average. Sites follow `EffectMap.edit_site` with this fraction: at or after the layer
-    where the picture arrives at the token. each: a site for each request from its own trace, else one for all from the
-    mean. A request whose trace shows none takes that of the mean, and a note says so, as it does of a request that has
-    no constraint span: that is edited at the token which the trace names.
+    Each request's prompt is traced for the answer that the model gives now, under the request's own corruption. Sites
+    follow the rule of `CausalTrace.edit_site`: the strongest MLP at or after the layer where the picture arrives at the
+    token. A request whose trace shows no site gets the site of the average, and a note says so. A request whose prompts
+    do not all have a constraint span is edited at the token that the trace names, and a note says so, too.
 
-    kinds: of states that are traced, "hidden" and "mlp" at least. TraceError if the numbers of requests and of
-    corruptions (or traces) differ, if a trace is of another model or question, or if no trace shows a site.
+    Args:
+        vlm: The model to be edited.
+        requests: The facts to locate.
+        corruptions: One corruption per request; None for a request that cannot be corrupted. Use a picture of something
+            else (`SwapImage`), since only a corruption of the picture shows where the picture arrives.
+        traces: Traces made before, in place of corruptions: one per request, or one average for all.
+        per_request: Choose a site for each request from its own trace. By default all requests get the site of the
+            mean trace.
+        positions: Token groups or positions to trace.
+        sites: Kinds of sites to trace; "hidden" and "mlp" are needed.
+        window: Number of consecutive layers that are restored together at MLP and attention sites.
+        fraction: The picture has arrived at a token where restoring its hidden state recovers at least this share of
+            the total effect.
+        progress: Show a progress bar.
+
+    Returns:
+        The edit sites in the order of the requests, with the traces that they were chosen from.
+
+    Raises:
+        TraceError: The numbers of requests and of corruptions (or traces) differ, a trace belongs to another model or
+            question, or no trace shows a site.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import World, tiny_vlm_path
+        >>> vlm, world = mt.load(tiny_vlm_path()), World()
+        >>> case, other = world.edit_cases("outdated", "choose")[:2]
+        >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
+        >>> question = world.question(case.fact)
+        >>> prompt = vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+        >>> request = mt.EditRequest(prompt=prompt, target=case.target)
+        >>> located = mt.locate(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
+        >>> located.edit_site.layer, located.edit_site.token
+        (6, 'last')
     """
     requests = tuple(requests)
     _check_numbers(requests, corruptions, traces)
@@ -77,23 +107,23 @@ def locate(
                     f"this average trace names the token {site.token!r}, which {request.prompt.question!r} lacks; "
                     "give it a constraint, or trace it by itself"
                 )
-        return Located(sites=(site,) * len(requests), traces=(None,) * len(requests), trace=traces)
-    asked = [groups_of(request, groups) for request in requests]
+        return Located(edit_sites=(site,) * len(requests), traces=(None,) * len(requests), average=traces)
+    rows = [positions_of(request, positions) for request in requests]
     failures: dict[int, TraceError] = {}
     if traces is None:
-        settings = {"sites": kinds, "window": window}
-        own = _traced(vlm, requests, corruptions, asked, failures, settings, progress)
+        settings = {"sites": sites, "window": window}
+        own = _traced(vlm, requests, corruptions, rows, failures, settings, progress)
     else:
         own = list(traces)
         for request, trace in zip(requests, own, strict=True):
             _check_model(vlm, trace)
             _check_question(request.prompt, trace)
-    choice = _Choice(requests, own, asked, failures, fraction)
-    sites = tuple(choice.site(index, each=each) for index in range(len(requests)))
+    choice = _Choice(requests, own, rows, failures, fraction)
+    chosen = tuple(choice.site(index, per_request=per_request) for index in range(len(requests)))
     for index, request in enumerate(requests):
-        if _lacks_constraint(request, groups):
-            choice.note(request, f"has no constraint span in all its prompts; edited at {sites[index].token!r}")
-    return Located(sites=sites, traces=tuple(own), trace=choice.largest, notes=tuple(choice.notes))
+        if _lacks_constraint(request, positions):
+            choice.note(request, f"has no constraint span in all its prompts; edited at {chosen[index].token!r}")
+    return Located(edit_sites=chosen, traces=tuple(own), average=choice.largest, notes=tuple(choice.notes))
 
 
 class _Choice:
@@ -103,13 +133,13 @@ class _Choice:
         self,
         requests: Sequence[EditRequest],
         traces: Sequence[CausalTrace | None],
-        asked: Sequence[tuple[Item, ...]],
+        rows: Sequence[tuple[Item, ...]],
         failures: Mapping[int, TraceError],
         fraction: float,
     ) -> None:
         self.requests, self.traces, self.fraction = requests, traces, fraction
         self.failures, self.notes = dict(failures), []
-        self.keys = [_alike(trace) if trace else asked[index] for index, trace in enumerate(traces)]
+        self.keys = [_alike(trace) if trace else rows[index] for index, trace in enumerate(traces)]
         self.averages: dict[Any, AverageTrace] = {}
         members: dict[Any, list[CausalTrace]] = {}
         for key, trace in zip(self.keys, traces, strict=True):
@@ -128,10 +158,10 @@ class _Choice:
         """The average over most requests."""
         return next(iter(self.averages.values()), None)
 
-    def site(self, index: int, *, each: bool) -> EditSite:
+    def site(self, index: int, *, per_request: bool) -> EditSite:
         """The site of one request; TraceError if neither its own trace nor an average shows any."""
         trace = self.traces[index]
-        if trace is not None and (each or self.keys[index] not in self.averages):
+        if trace is not None and (per_request or self.keys[index] not in self.averages):
             try:
                 return trace.edit_site(self.fraction)
             except TraceError as error:
@@ -149,9 +179,9 @@ class _Choice:
 
     def _first(self, averages: Sequence[AverageTrace], prompt: Prompt, index: int) -> EditSite:
         reason = self.failures.get(index)
-        for each in averages:
+        for trace in averages:
             try:
-                site = each.edit_site(self.fraction)
+                site = trace.edit_site(self.fraction)
             except TraceError as error:
                 reason = reason or error
                 continue
@@ -166,40 +196,40 @@ def _traced(
     vlm: VisionLanguageModel,
     requests: Sequence[EditRequest],
     corruptions: Sequence[Corruption | None],
-    asked: Sequence[tuple[Item, ...]],
+    rows: Sequence[tuple[Item, ...]],
     failures: dict[int, TraceError],
     settings: Mapping[str, Any],
     progress: bool,
 ) -> list[CausalTrace | None]:
     """A trace per request; None, and its error among the failures, where there is nothing to trace."""
-    found: list[CausalTrace | None] = []
+    traces: list[CausalTrace | None] = []
     alone = len(requests) == 1
     for index in tqdm(range(len(requests)), desc="tracing facts", disable=alone or not progress):
         if corruptions[index] is None:
-            found.append(None)
+            traces.append(None)
             failures[index] = TraceError("no corruption is given for it")
             continue
-        words = {"corruption": corruptions[index], "positions": asked[index], "progress": progress and alone}
+        keywords = {"corruption": corruptions[index], "positions": rows[index], "progress": progress and alone}
         try:
-            found.append(causal_trace(vlm, requests[index].prompt, **words, **settings))
+            traces.append(causal_trace(vlm, requests[index].prompt, **keywords, **settings))
         except TraceError as error:
-            found.append(None)
+            traces.append(None)
             failures[index] = error
-    return found
+    return traces
 
 
-def groups_of(request: EditRequest, groups: Sequence[Item]) -> tuple[Item, ...]:
-    """The groups that can be traced and edited: every prompt of the request has its constraint, and there is a picture.
+def positions_of(request: EditRequest, positions: Sequence[Item]) -> tuple[Item, ...]:
+    """The positions at which this request can be traced and edited, without groups that one of its prompts lacks.
 
-    Other names that do not exist stay, and are an error of the trace.
+    Only a missing constraint or picture is left out; any other name that does not exist is an error of the trace.
     """
     absent = {"image"} if not request.prompt.groups["image"] else set()
-    absent |= {name for name in groups if _is_constraint(name) and not _all_have(request, name)}
-    return tuple(name for name in groups if name not in absent)
+    absent |= {name for name in positions if _is_constraint(name) and not _all_have(request, name)}
+    return tuple(name for name in positions if name not in absent)
 
 
-def _lacks_constraint(request: EditRequest, groups: Sequence[Item]) -> bool:
-    return any(_is_constraint(name) and not _all_have(request, name) for name in groups)
+def _lacks_constraint(request: EditRequest, positions: Sequence[Item]) -> bool:
+    return any(_is_constraint(name) and not _all_have(request, name) for name in positions)
 
 
 def _is_constraint(name: Item) -> bool:
@@ -207,7 +237,7 @@ def _is_constraint(name: Item) -> bool:
 
 
 def _all_have(request: EditRequest, name: str) -> bool:
-    prompts = (request.prompt, *request.contexts, *request.also, *request.keep)
+    prompts = (request.prompt, *request.contexts, *request.rewrite_prompts, *request.preserve_prompts)
     return all(name in prompt.groups for prompt in prompts)
 
 

@@ -1,4 +1,4 @@
-"""Tracing and editing chained: trace the facts, let the traces choose layers and tokens, edit there."""
+"""Trace facts, let the traces choose layers and tokens, and edit the facts there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item
-from .locate import GROUPS, Located, groups_of, locate
+from .locate import POSITIONS, Located, locate, positions_of
 
 logger = logging.getLogger("multrace")
 EditorAt = ClosedFormEditor | Callable[..., ClosedFormEditor]
@@ -74,38 +74,73 @@ def locate_then_edit(
     editor: EditorAt = MultEdit,
     moments: Moments | None = None,
     jointly: bool = True,
-    each: bool = False,
-    groups: Sequence[Item] = GROUPS,
-    kinds: Sequence[str] = KINDS,
+    per_request: bool = False,
+    positions: Sequence[Item] = POSITIONS,
+    sites: Sequence[str] = KINDS,
     window: int = 3,
     fraction: float = 0.25,
-    after: bool = False,
-    progress: bool = False,
+    trace_after: bool = False,
+    progress: bool = True,
 ) -> LocatedEdit:
-    """Traces, sites and deltas for these facts; the model is left as it was.
+    """Trace the facts, edit them where their traces say, and return traces, sites and deltas.
 
-    Where to edit is found as in `locate`. editor: settings whose layer and token are set by the trace, or what makes
-    them from `layer` and `token`, such as a class of editors; work is spread over no layer below the onset. moments as
-    the editor needs them. jointly: one delta for all requests; requests with the same site share a solve, sites follow
-    each other from the lowest layer up, each solved with the earlier ones in the model. Else one delta each, every one
-    for the model as it is. after: trace once more with the edit in place, under the same corruptions.
+    The model is left unchanged: put the edit into it with `Delta.applied`. A request that cannot be edited is named in
+    the notes, and by its status in a joint delta, while the others go on.
 
-    A request that cannot be edited is named in the notes, and in a joint delta by its status, while the others go on.
-    Errors as `locate`; EditError as the editor's `edit` if no request can be edited at all.
+    Args:
+        vlm: The model to be edited.
+        requests: The facts to write.
+        corruptions: As in `locate`.
+        traces: As in `locate`.
+        editor: Settings whose layer and token the trace replaces, or a class or function that makes settings from
+            `layer` and `token`. The change is spread over no layer below the one where the picture arrives.
+        moments: Second moments of keys, for editors that need them.
+        jointly: Make one delta of all requests. Requests with the same site are solved together; the sites follow each
+            other from the lowest layer up, each solved with the earlier ones in the model. Otherwise each request gets
+            a delta of its own for the unedited model.
+        per_request: As in `locate`.
+        positions: As in `locate`.
+        sites: As in `locate`.
+        window: As in `locate`.
+        fraction: As in `locate`.
+        trace_after: Trace each prompt once more with the edit in place, under the same corruptions.
+        progress: Show progress bars.
+
+    Returns:
+        The sites and traces as `locate` gives them, with the deltas and, if asked for, how the traces moved.
+
+    Raises:
+        TraceError: As in `locate`, or `trace_after` without corruptions.
+        EditError: No request can be edited at all.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import World, tiny_vlm_path
+        >>> vlm, world = mt.load(tiny_vlm_path()), World()
+        >>> case, other = world.edit_cases("outdated", "choose")[:2]
+        >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
+        >>> question = world.question(case.fact)
+        >>> prompt = vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+        >>> request = mt.EditRequest(prompt=prompt, target=case.target)
+        >>> edit = mt.locate_then_edit(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
+        >>> with edit.deltas[0].applied(vlm):
+        ...     vlm.answers([prompt]) == [case.target]
+        True
     """
     requests = tuple(requests)
-    if after and corruptions is None:
-        raise TraceError("a second trace needs corruptions to trace under; pass corruptions=, or after=False")
-    tracing = {"groups": groups, "kinds": kinds, "window": window, "progress": progress}
-    found = locate(vlm, requests, corruptions=corruptions, traces=traces, each=each, fraction=fraction, **tracing)
-    work = _Edits(vlm, requests, found.sites, editor, moments, progress=progress)
+    if trace_after and corruptions is None:
+        raise TraceError("a second trace needs corruptions to trace under; pass corruptions=, or trace_after=False")
+    tracing = {"positions": positions, "sites": sites, "window": window, "progress": progress}
+    choice = {"per_request": per_request, "fraction": fraction}
+    located = locate(vlm, requests, corruptions=corruptions, traces=traces, **choice, **tracing)
+    work = _Edits(vlm, requests, located.edit_sites, editor, moments, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
     shifts: tuple[TraceShift | None, ...] = ()
-    if after:
-        first = found if traces is None else locate(vlm, requests, corruptions=corruptions, **tracing)
+    if trace_after:
+        first = located if traces is None else locate(vlm, requests, corruptions=corruptions, **tracing)
         shifts = _shifts(vlm, requests, corruptions, first.traces, deltas, **tracing)
-    parts = {"sites": found.sites, "traces": found.traces, "trace": found.trace}
-    return LocatedEdit(deltas=deltas, shifts=shifts, notes=(*found.notes, *work.notes), **parts)
+    parts = {"edit_sites": located.edit_sites, "traces": located.traces, "average": located.average}
+    return LocatedEdit(deltas=deltas, shifts=shifts, notes=(*located.notes, *work.notes), **parts)
 
 
 class _Edits:
@@ -124,7 +159,7 @@ class _Edits:
         self.vlm, self.requests, self.moments, self.progress = vlm, requests, moments, progress
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
-        self.metrics: dict[ClosedFormEditor, Any] = {}
+        self.costs: dict[ClosedFormEditor, Any] = {}
 
     def one_by_one(self) -> tuple[Delta | None, ...]:
         """A delta per request, each for the model as it is."""
@@ -168,12 +203,12 @@ class _Edits:
 
     def _edit(self, members: Sequence[int], earlier: Sequence[Delta], *, progress: bool) -> Delta:
         editor = self.editors[members[0]]
-        words: dict[str, Any] = {"moments": self.moments, "earlier": earlier, "progress": progress}
+        options: dict[str, Any] = {"moments": self.moments, "earlier": earlier, "progress": progress}
         if self.moments is not None and editor.has_fixed_cost:
-            if editor not in self.metrics:
-                self.metrics[editor] = editor.metrics(self.vlm, self.moments)
-            words["metrics"] = self.metrics[editor]
-        return editor.edit(self.vlm, [self.requests[index] for index in members], **words)
+            if editor not in self.costs:
+                self.costs[editor] = editor.costs(self.vlm, self.moments)
+            options["costs"] = self.costs[editor]
+        return editor.edit(self.vlm, [self.requests[index] for index in members], **options)
 
     def _at(self, site: EditSite, editor: EditorAt) -> ClosedFormEditor:
         """The editor at a site, its work spread over no layer below the onset."""
@@ -208,21 +243,21 @@ def _shifts(
     before: Sequence[CausalTrace | None],
     deltas: Sequence[Delta | None],
     *,
-    groups: Sequence[Item],
-    kinds: Sequence[str],
+    positions: Sequence[Item],
+    sites: Sequence[str],
     window: int,
     progress: bool,
 ) -> tuple[TraceShift | None, ...]:
     """What each edit moved; the picture may matter no more, so that a weak corruption is traced all the same."""
     owners = deltas * len(requests) if len(deltas) == 1 else deltas
-    settings = {"sites": kinds, "window": window, "even_if_weak": True, "progress": False}
+    settings = {"sites": sites, "window": window, "even_if_weak": True, "progress": False}
     found: list[TraceShift | None] = []
     for index in tqdm(range(len(requests)), desc="tracing again", disable=not progress):
         if before[index] is None or owners[index] is None:
             found.append(None)
             continue
-        words = {"corruption": corruptions[index], "positions": groups_of(requests[index], groups), **settings}
+        place = {"corruption": corruptions[index], "positions": positions_of(requests[index], positions)}
         with owners[index].applied(vlm):
-            traced = causal_trace(vlm, requests[index].prompt, **words)
+            traced = causal_trace(vlm, requests[index].prompt, **place, **settings)
         found.append(TraceShift(before=before[index], after=traced))
     return tuple(found)

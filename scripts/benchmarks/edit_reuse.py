@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...editing.metric import metric
-from ...editing.solve import Constraints, solve
+from ...editing.cost import build_cost
+from ...editing.problem import Problem
+from ...editing.solve import solve
 from .edit_rows import EditRow, apart
 from .edit_solves import make_problem
 from .rates import now
@@ -38,11 +39,11 @@ class ReuseCase:
         moment = _moment(self.width, device, self.seed)
         batches = [_batch(self, device, index) for index in range(self.batches)]
         started = now(device)
-        cost = metric(self.width, ridge=0.0, moment=moment, moment_weight=_WEIGHT)
+        cost = build_cost(self.width, ridge=0.0, moment=moment, moment_weight=_WEIGHT)
         factorised = now(device)
-        solutions = [solve(cost, constraints) for constraints in batches]
+        solutions = [solve(cost, batch) for batch in batches]
         ended = now(device)
-        usual = [published(moment, constraints) for constraints in batches]
+        usual = [published(moment, batch) for batch in batches]
         seconds_usual = now(device) - ended
         differences = [
             apart(mine.left @ mine.right, theirs, tolerance=TOLERANCE, label=f"{self.label}, batch {index}")
@@ -72,9 +73,9 @@ class ReuseCase:
         )
 
 
-def published(moment: Tensor, constraints: Constraints) -> Tensor:
+def published(moment: Tensor, problem: Problem) -> Tensor:
     """R K^T (mu C + K K^T)^-1 (hidden, width), as MEMIT's code has it (arXiv 2210.07229, eq. 14): one solve a batch."""
-    keys, residuals = constraints.keys.double(), constraints.residuals.double()
+    keys, residuals = problem.keys.double(), problem.residuals.double()
     return residuals.T @ torch.linalg.solve(_WEIGHT * moment + keys.T @ keys, keys.T).T
 
 
@@ -85,9 +86,9 @@ def _moment(width: int, device: torch.device, seed: int) -> Tensor:
     return (keys.T @ keys).double() / len(keys)
 
 
-def _batch(case: ReuseCase, device: torch.device, index: int) -> Constraints:
+def _batch(case: ReuseCase, device: torch.device, index: int) -> Problem:
     problem = make_problem(case.edits, case.width, case.hidden, torch.float64, device, case.seed + 1 + index)
-    return Constraints(
+    return Problem(
         keys=problem.keys,
         residuals=problem.wanted - problem.keys @ problem.weight.T,
         weights=torch.ones(case.edits, dtype=torch.float64, device=device),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...editing.changes import WeightChange
-from ...editing.metric import metric
-from ...editing.solve import Constraints, Solution, solve
+from ...editing.cost import build_cost
+from ...editing.problem import Problem
+from ...editing.solve import Solution, solve
 from .edit_rows import EditRow, apart
 from .extra_memory import extra_mb
 from .rates import now
@@ -33,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
+class SolveInputs:
     """What is to be solved: a weight, keys and the outputs that they are to have."""
 
     weight: Tensor
@@ -103,7 +104,9 @@ class SolveCase:
         )
 
 
-def make_problem(edits: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def make_problem(
+    edits: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> SolveInputs:
     """A weight as large as real ones are, normal keys, and wanted outputs as far away as the present ones are long."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(hidden, width, dtype=dtype).normal_(0, _DEVIATION, generator=generator).to(device)
@@ -111,34 +114,34 @@ def make_problem(edits: int, width: int, hidden: int, dtype: torch.dtype, device
     present = keys @ weight.T
     wanted = present + present.std() * torch.randn(edits, hidden, generator=generator).to(present)
     ridge = _RIDGE_FRACTION * keys.double().square().sum(-1).mean().item()
-    return Problem(weight=weight, keys=keys, wanted=wanted, ridge=ridge)
+    return SolveInputs(weight=weight, keys=keys, wanted=wanted, ridge=ridge)
 
 
-def thin(problem: Problem) -> Solution:
+def thin(inputs: SolveInputs) -> Solution:
     """Ours: the change as factors, from what the weight gives now to what is wanted."""
-    count = len(problem.keys)
-    constraints = Constraints(
-        keys=problem.keys,
-        residuals=problem.wanted - problem.keys @ problem.weight.T,
-        weights=torch.ones(count, dtype=torch.float64, device=problem.keys.device),
+    count = len(inputs.keys)
+    problem = Problem(
+        keys=inputs.keys,
+        residuals=inputs.wanted - inputs.keys @ inputs.weight.T,
+        weights=torch.ones(count, dtype=torch.float64, device=inputs.keys.device),
         names=tuple(f"edit {index}" for index in range(count)),
     )
-    return solve(metric(problem.keys.shape[1], ridge=problem.ridge), constraints)
+    return solve(build_cost(inputs.keys.shape[1], ridge=inputs.ridge), problem)
 
 
-def explicit(problem: Problem) -> Tensor:
+def explicit(inputs: SolveInputs) -> Tensor:
     """The new weight (hidden, width), by the published formula, in the weight's dtype."""
-    keys = problem.keys
+    keys = inputs.keys
     inverse = torch.linalg.inv(
-        problem.ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ keys
+        inputs.ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ keys
     )
-    return (problem.ridge * problem.weight + problem.wanted.T @ keys) @ inverse
+    return (inputs.ridge * inputs.weight + inputs.wanted.T @ keys) @ inverse
 
 
-def as_change(problem: Problem, solution: Solution) -> WeightChange:
+def as_change(inputs: SolveInputs, solution: Solution) -> WeightChange:
     """The solution as a delta holds it."""
-    parts = {"left": solution.left, "right": solution.right, "keys": problem.keys}
-    parts["residuals"] = problem.wanted - problem.keys @ problem.weight.T
+    parts = {"left": solution.left, "right": solution.right, "keys": inputs.keys}
+    parts["residuals"] = inputs.wanted - inputs.keys @ inputs.weight.T
     return WeightChange(**{name: part.float().cpu().contiguous() for name, part in parts.items()})
 
 

@@ -67,7 +67,7 @@ class EditorOptions:
         type=float,
         metavar="WEIGHT",
     )
-    keep_weight: float | None = option(
+    preserve_weight: float | None = option(
         "weight of the keys of prompts whose answers are kept; inf for an exact fit",
         default=None,
         type=float,

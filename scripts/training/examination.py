@@ -17,7 +17,7 @@ from ...data import VQARecord, World
 from ...data.world import Entity, Fact
 from ...models import Prompt, VisionLanguageModel
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
-from ...workflow.locate_then_edit import GROUPS
+from ...workflow.locate import POSITIONS
 
 
 def prompt_of(vlm: VisionLanguageModel, record: VQARecord) -> Prompt:
@@ -106,7 +106,7 @@ class Route:
     knockouts: Mapping[str, Tensor]
     """Flow such as "image -> last" -> (fact,) share of the answer's probability lost when it is cut in every layer."""
     trace: AverageTrace
-    """Rows GROUPS; corruption: another entity's picture."""
+    """Rows POSITIONS; corruption: another entity's picture."""
 
 
 def route(
@@ -135,7 +135,7 @@ def route(
         clean = knockout_probability(vlm, prompt, (), ())
         for flow, (source, target) in flows.items():
             lost[flow].append(1 - knockout_probability(vlm, prompt, source, target) / clean)
-        settings = {"sites": sites, "window": window, "positions": GROUPS, "progress": False}
+        settings = {"sites": sites, "window": window, "positions": POSITIONS, "progress": False}
         # A picture that changes little counts too: leaving such facts out would make the mean look better than it is.
         traces.append(causal_trace(vlm, prompt, corruption=SwapImage(other), even_if_weak=True, **settings))
     return Route(knockouts={flow: torch.tensor(values) for flow, values in lost.items()}, trace=average(traces))

@@ -18,8 +18,8 @@ _ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so t
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Metric:
-    """What a change of one weight costs: tr(D M D^T), and the directions that it may not touch. Made by `metric`."""
+class Cost:
+    """What a change of one weight costs: tr(D M D^T), and the directions that it may not touch. Made by `build_cost`."""
 
     width: int
     """Length of a key."""
@@ -130,7 +130,7 @@ class Metric:
         return None
 
 
-def metric(
+def build_cost(
     width: int,
     *,
     ridge: float,
@@ -138,10 +138,10 @@ def metric(
     moment_weight: float = 0.0,
     protected: Tensor | None = None,
     refined: bool = False,
-) -> Metric:
-    """The metric M = ridge I + moment_weight C with M factorised once; kept by the caller for each layer and setting.
+) -> Cost:
+    """The cost M = ridge I + moment_weight C with M factorised once; kept by the caller for each layer and setting.
 
-    moment C (width, width) and protected Q (direction, width), with orthonormal rows, are as in Metric. M is factorised
+    moment C (width, width) and protected Q (direction, width), with orthonormal rows, are as in Cost. M is factorised
     on the device of the moment, in float64: about 2 width^2 numbers beside the moment while it is made, width^2 after.
     refined=True is for devices with slow float64: M is factorised in float32, solutions are refined with residuals in
     float64 until these are below 1e-12 of the key or at the rounding of float64, and where that stops improving (M too
@@ -160,7 +160,7 @@ def metric(
         moment = None
     elif moment is None:
         raise EditError(f"moment_weight={moment_weight:g} weighs a second moment, and none is given; pass moment=")
-    made = Metric(
+    made = Cost(
         width=width,
         ridge=float(ridge),
         moment=moment,

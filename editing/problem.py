@@ -1,4 +1,4 @@
-"""The rows of one layer's problem: keys of the edit first, then keys that stay, which are eliminated again."""
+"""The least-squares problem of one weight, and how its rows are gathered: keys of the edit first, then keys that stay."""
 
 from __future__ import annotations
 
@@ -8,18 +8,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .changes import WeightChange
 from .errors import EditError
 from .keys import Lookup
 from .requests import EditRequest
-from .solve import Constraints, Solution
 
 _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """What the change of one weight is to achieve, one row a key.
+
+    EditError if shapes disagree, a number is not finite, or a weight is not above 0.
+    """
+
+    keys: Tensor
+    """K (n, width), any float dtype: inputs of the weight."""
+    residuals: Tensor
+    """R (n, hidden): the wanted change of the output at each key; zero preserves it."""
+    weights: Tensor
+    """w (n,), above 0; inf is exact."""
+    directions: Tensor | None = None
+    """(n, width), the keys that D is made of, where they are not those that it is measured at. ROME's two keys: the
+    mean over templates here, the key of the plain prompt in `keys`. D is then X^T directions N, and least no more."""
+    names: tuple[str, ...]
+    """(n,) whose row it is, for messages; a name may stand for several rows."""
+
+    def __post_init__(self) -> None:
+        tensors = {"keys": self.keys, "residuals": self.residuals, "weights": self.weights}
+        if self.directions is not None:
+            tensors["directions"] = self.directions
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        count = len(self.names)
+        matrices = all(len(shapes[name]) == 2 for name in shapes if name != "weights")
+        if not count:
+            raise EditError("no constraints to solve for; pass at least one edit, as a row of keys and of residuals")
+        if not matrices or any(shape[:1] != (count,) for shape in shapes.values()):
+            raise EditError(
+                f"the parts of {count} constraints do not fit together: {shapes}; pass keys (n, width), residuals "
+                "(n, hidden), weights (n,) and one name a row"
+            )
+        if len(shapes["weights"]) != 1 or shapes.get("directions", shapes["keys"]) != shapes["keys"]:
+            raise EditError(f"weights must be (n,) and directions shaped like the keys; found {shapes}")
+        for name in tensors.keys() - {"weights"}:
+            _check_finite(name, tensors[name])
+        if not (self.weights > 0).all():
+            raise EditError(f"weights must be above 0, with inf for exact; found {self.weights.tolist()}")
+
+
 @dataclass(eq=False)
 class Rows:
-    """Constraints of one layer while they are gathered; the keys of the edit come first."""
+    """The rows of one layer's problem while they are gathered; the keys of the edit come first."""
 
     keys: list[Tensor]
     directions: list[Tensor] | None
@@ -60,34 +99,15 @@ class Rows:
             if self.directions is not None:
                 self.directions.append(keys)
 
-    def constraints(self) -> Constraints:
+    def problem(self) -> Problem:
         """All rows together."""
-        return Constraints(
+        return Problem(
             keys=torch.cat(self.keys),
             residuals=torch.cat(self.residuals),
             weights=torch.tensor(self.weights, dtype=torch.float64),
             directions=None if self.directions is None else torch.cat(self.directions),
             names=tuple(self.names),
         )
-
-
-def reduced(solution: Solution, constraints: Constraints, count: int, owners: Sequence[int]) -> WeightChange:
-    """The change with the first `count` rows alone: those whose outputs stay are eliminated from its equations.
-
-    With G = K right^T and rows 1 (edited) and 2 (kept, residual 0), X2 = -(G22 + 1/w2)^-1 G21 X1, so that the same
-    change is X1^T (right1 - G21^T (G22 + 1/w2)^-T right2): the file holds a row per edited key and not one per kept
-    key, and taking an edit out or solving some of them anew leaves what was kept in force.
-    """
-    right = solution.right[:count]
-    if count < len(solution.right):
-        kept, keys = solution.right[count:], constraints.keys[count:].double()
-        gram = keys @ kept.T + torch.diag(1 / solution.weights[count:])
-        right = right - torch.linalg.lstsq(gram, keys @ right.T).solution.T @ kept
-    parts = {"left": solution.left[:, :count], "right": right, "keys": constraints.keys[:count]}
-    parts |= {"residuals": constraints.residuals[:count], "weights": solution.weights[:count]}
-    return WeightChange(
-        **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
-    )
 
 
 def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
@@ -102,3 +122,10 @@ def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]
                 f"layer and token but the targets {one.target!r} and {other.target!r}; drop one of them, or edit where "
                 "their keys differ (a later layer, another token)"
             )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise EditError(
+            f"the {name} hold numbers that are not finite; load the model in float32, or lower the learning rate"
+        )
