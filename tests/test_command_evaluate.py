@@ -22,7 +22,7 @@ from multrace.scripts.main import parse
 from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine.cells import KINDS
-from multrace.workflow.locate import GROUPS
+from multrace.workflow.locate import POSITIONS
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]
@@ -126,7 +126,7 @@ def own_site(vlm: VisionLanguageModel, case: EditCase) -> EditSite:
     """Where a trace of the case's question, under another picture of its kind, says that it is to be edited."""
     (record,) = world_records(vlm, WORLD, [case], requests=WorldRequests(count=1))
     prompt, swap = record.request.prompt, SwapImage(another_picture(WORLD, case))
-    trace = causal_trace(vlm, prompt, corruption=swap, positions=GROUPS, sites=KINDS, window=3, progress=False)
+    trace = causal_trace(vlm, prompt, corruption=swap, positions=POSITIONS, sites=KINDS, window=3, progress=False)
     return trace.edit_site()
 
 
