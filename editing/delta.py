@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models import ModelError, VisionLanguageModel
-from .applying import AppliedDelta, check_fingerprints, put_in
-from .changes import NO_OWNER, PARTS, WeightChange
+from .changes import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, put_in
 from .errors import EditError
 from .files import read_tensors, write_tensors
 

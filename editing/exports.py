@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models import ModelError, Prompt, VisionLanguageModel
+from .changes import Change
 from .errors import EditError
 from .files import write_tensors
 
@@ -24,13 +24,6 @@ except ImportError:  # the extra `peft` is not installed
     PeftModel = None
 
 _ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by
-
-
-class Change(Protocol):
-    """Anything that can be in a model for the length of a block."""
-
-    def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
-        """The model with the change."""
 
 
 class LowRank(Protocol):

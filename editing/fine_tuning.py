@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..models import ModelError, VisionLanguageModel
-from .differences import TrainedChange, summed
 from .errors import EditError
 from .requests import EditRequest
-from .training import TrainingSettings, answer_batches, train
+from .training import TrainedChange, TrainingSettings, answer_batches, summed, train
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +40,7 @@ class FineTune(TrainingSettings):
     """The map that writes the layer's MLP, or its attention, into the residual stream."""
     weight_decay: float = 0.0
     """Times the weight itself, added to its gradient (Adam's L2 penalty)."""
-    norm_bound: float | None = None
+    entry_bound: float | None = None
     """Largest change of any entry of the weight, put back into the bound after each step; None: any."""
 
     def __post_init__(self) -> None:
@@ -50,7 +49,7 @@ class FineTune(TrainingSettings):
             {
                 "projection 'mlp' or 'attention'": self.projection in ("mlp", "attention"),
                 "weight_decay of at least 0": self.weight_decay >= 0,
-                "norm_bound above 0, or None": self.norm_bound is None or self.norm_bound > 0,
+                "entry_bound above 0, or None": self.entry_bound is None or self.entry_bound > 0,
             }
         )
 
@@ -63,13 +62,13 @@ class FineTune(TrainingSettings):
         return cls(layer=layer, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False)
 
     @classmethod
-    def constrained(cls, *, layer: int = 0, norm_bound: float = 5e-4) -> Self:
+    def constrained(cls, *, layer: int = 0, entry_bound: float = 5e-4) -> Self:
         """As published for GPT-2 XL with each entry held within 5e-4 of what it was (5e-5 was used for GPT-J).
 
         Layer 0, 25 steps of Adam at 5e-4, without end of the answer (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229).
         """
         return cls(
-            layer=layer, norm_bound=norm_bound, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False
+            layer=layer, entry_bound=entry_bound, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False
         )
 
     def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> DenseChange:
@@ -116,5 +115,5 @@ class FineTune(TrainingSettings):
 
     @torch.no_grad()
     def _bound(self, change: Tensor) -> None:
-        if self.norm_bound is not None:
-            change.clamp_(-self.norm_bound, self.norm_bound)
+        if self.entry_bound is not None:
+            change.clamp_(-self.entry_bound, self.entry_bound)

@@ -29,7 +29,7 @@ class ToldFact:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ContextChange:
-    """New facts that are told before a question; `worded` does it, the model itself is never changed."""
+    """New facts that are told before a question; `prompt_transform` does it, the model itself is never changed."""
 
     facts: tuple[ToldFact, ...]
     told: int
@@ -45,7 +45,7 @@ class ContextChange:
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
-        """The model, as it is: the change is in the prompts that `worded` gives."""
+        """The model, as it is: the change is in the prompts that `prompt_transform` gives."""
         yield vlm
 
     def nearest(self, question: str) -> tuple[ToldFact, ...]:
@@ -56,7 +56,7 @@ class ContextChange:
         ranked = sorted(self.facts, key=lambda fact: -fact.overlap(question))
         return tuple(reversed(ranked[: self.told]))
 
-    def worded(self, prompt: Prompt) -> Prompt:
+    def prompt_transform(self, prompt: Prompt) -> Prompt:
         """Return the same pictures, template and answer, with the facts stated before the question.
 
         The question of the new prompt is all of that text, and the new prompt has no constraint groups.
@@ -95,7 +95,7 @@ class InContext:
     def edit(
         self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False
     ) -> ContextChange:
-        """The change whose `worded` tells a prompt the requests' facts. EditError for no requests.
+        """The change whose `prompt_transform` tells a prompt the requests' facts. EditError for no requests.
 
         Nothing is computed, so that progress shows nothing.
         """

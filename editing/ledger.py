@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import VisionLanguageModel
-from .applying import AppliedDelta, check_fingerprints, put_in, write
+from .changes import AppliedDelta, check_fingerprints, put_in, write
 from .delta import Delta, damage_named, joined
 from .errors import EditError
 from .files import read_tensors, write_tensors

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models import ModelError, Projection, VisionLanguageModel
-from .differences import TrainedChange
 from .errors import EditError
 from .requests import EditRequest
-from .training import TrainingSettings, answer_batches, train
+from .training import TrainedChange, TrainingSettings, answer_batches, train
 
 try:
     from peft import LoraConfig, LoraModel

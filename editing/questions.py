@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models import Prompt
-from .measuring import AnswerScore, Asked, State
 from .metrics import (
     EXACT,
     FLUENCY,
@@ -32,6 +31,7 @@ from .metrics import (
 )
 from .probes import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, Record, names_of
 from .requests import key_of
+from .responses import AnswerFeed, AnswerScore, Responses
 
 Pair = tuple[float, float]
 """A number of the unedited and of the edited model."""
@@ -65,16 +65,18 @@ class Question:
         """Its answer should be the same after the edit."""
         return self.aspect in (LOCALITY, ABILITY)
 
-    def old(self, before: State) -> str:
+    def old(self, before: Responses) -> str:
         """The present answer: as the caller knows it, else what the unedited model says."""
         return before.generated[self.key] if self.known is None else self.known
 
-    def asked(self, before: State) -> Asked:
-        """What is fed in: both answers, and for a question that stays the old one is kept in full."""
+    def feed(self, before: Responses) -> AnswerFeed:
+        """Return the answers to feed in: the new and the old one. Whole rankings are kept for questions that stay."""
         if self.kind == GENERAL:
-            return Asked(key=self.key, prompt=self.prompt)
+            return AnswerFeed(key=self.key, prompt=self.prompt)
         old = self.old(before)
-        return Asked(key=self.key, prompt=self.prompt, answers=(self.new, old), reference=old if self.stays else None)
+        return AnswerFeed(
+            key=self.key, prompt=self.prompt, answers=(self.new, old), reference=old if self.stays else None
+        )
 
 
 def questions_of(records: Sequence[Record], general: General = ()) -> tuple[Question, ...]:
@@ -130,7 +132,7 @@ def record_questions(name: str, record: Record) -> Iterator[Question]:
             yield Question(**given, new=target if probe.answer is None else probe.answer, hops=probe.hops)
 
 
-def numbers(question: Question, before: State, after: State) -> Mapping[str, Pair]:
+def numbers(question: Question, before: Responses, after: Responses) -> Mapping[str, Pair]:
     """Protocol -> the numbers of the two states; those of free generation come first."""
     if question.stays:
         return {**_staying(question, before, after), **_kept(question, before, after)}
@@ -139,7 +141,7 @@ def numbers(question: Question, before: State, after: State) -> Mapping[str, Pai
         EXACT: _pair(float(exact_match(each, question.new)) for each in said),
         VQA: _pair(float(vqa_match(each, question.new)) for each in said),
     }
-    if question.kind == EDITED and question.key in before.fluencies:
+    if question.kind == EDITED and question.key in before.fluencies and question.key in after.fluencies:
         found[FLUENCY] = _pair(fluency(state.fluencies[question.key].split()) for state in (before, after))
     news = _scores(question, question.new, before, after)
     if news:
@@ -153,7 +155,7 @@ def numbers(question: Question, before: State, after: State) -> Mapping[str, Pai
     return found
 
 
-def _staying(question: Question, before: State, after: State) -> dict[str, Pair]:
+def _staying(question: Question, before: Responses, after: Responses) -> dict[str, Pair]:
     """What free generation tells about a question whose answer should stay."""
     said = [state.generated[question.key] for state in (before, after)]
     found: dict[str, Pair] = {}
@@ -169,7 +171,7 @@ def _staying(question: Question, before: State, after: State) -> dict[str, Pair]
     return found
 
 
-def _kept(question: Question, before: State, after: State) -> dict[str, Pair]:
+def _kept(question: Question, before: Responses, after: Responses) -> dict[str, Pair]:
     """What the answers fed in tell about a question whose answer should stay."""
     name = (question.key, question.old(before))
     if name not in before.ranks or name not in after.ranks:
@@ -188,7 +190,7 @@ def _kept(question: Question, before: State, after: State) -> dict[str, Pair]:
     }
 
 
-def _scores(question: Question, answer: str, *states: State) -> tuple[AnswerScore, ...]:
+def _scores(question: Question, answer: str, *states: Responses) -> tuple[AnswerScore, ...]:
     """The answer's score in each state; empty if it was not fed in, or has no tokens."""
     found = tuple(state.scores.get((question.key, answer)) for state in states)
     return () if None in found else found

@@ -1,6 +1,8 @@
 """What an evaluation found: every question with both raw answers, and the means that follow from them."""
 
+import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from .errors import EditError
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
@@ -15,8 +19,18 @@ from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
 from .questions import Pair
 from .report_files import read_report, write_whole
 
-FORMAT = "multrace edit report 1"
+FORMAT = "multrace edit report 2"
 EDITED_STATUS, ALL = "edited", "all"
+CURVE_FORMAT = "multrace edit curve 2"
+MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
+"""What is measured at every point -> its protocol."""
+_STYLES = {
+    "efficacy": ("#0072B2", "o", "-"),
+    "generality": ("#009E73", "^", (0, (5, 1.4, 1.2, 1.4))),
+    "locality": ("#E69F00", "s", (0, (4, 1.6))),
+    "retention": ("#CC79A7", "D", (0, (1.2, 1.4))),
+}
+_PICTURES = ("png", "pdf", "svg")
 _HEADLINES = (EXACT, UNCHANGED)
 
 
@@ -47,7 +61,7 @@ class ProbeRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class EditScore:
     """The mean of one number over the questions of one kind, of the unedited and of the edited model."""
 
     aspect: str
@@ -59,14 +73,119 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequencePoint:
+    """All edits so far, measured after one more."""
+
+    edits: int
+    """How many edits were asked for so far, those that failed included."""
+    efficacy: Interval
+    generality: Interval
+    locality: Interval
+    first_holds: bool | None
+    """The first edit's own question still gives its target; None if it did not right after the edit."""
+    retention: float
+    """Of the edits that gave their target right after they were made, the share that still do; NaN for none."""
+    growth: float
+    """Largest relative growth of the Frobenius norm of an edited weight since the start; 0.1 is ten percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditCurve:
+    """A sequence of edits, each on top of the others. Part of the report of `evaluate(mode="sequence")`."""
+
+    model: str
+    revision: str | None
+    points: tuple[SequencePoint, ...]
+    statuses: Mapping[str, str]
+    """Record -> "edited", "nothing to do", or "failed: " and why."""
+    bound: float
+    """The growth from which on a warning is due."""
+    exceeded_at: int | None
+    """The number of edits at which the growth first passed the bound."""
+    stopped_at: int | None = None
+    """The number of edits after which the sequence was stopped for that, if that was asked for."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per point: edits; mean, low and high of each measure; retention and growth."""
+        return pd.DataFrame(
+            {
+                "edits": point.edits,
+                **{
+                    f"{name}{end}": getattr(getattr(point, name), part)
+                    for name in MEANS
+                    for end, part in (("", "mean"), ("_low", "low"), ("_high", "high"))
+                },
+                **{name: getattr(point, name) for name in ("first_holds", "retention", "growth")},
+            }
+            for point in self.points
+        )
+
+    def summary(self) -> str:
+        """The points as text, one per line; shares in percent with their 95 % intervals."""
+        titles = (f"{name} ({protocol})" for name, protocol in MEANS.items())
+        lines: list[tuple[object, ...]] = [("edits", *titles, "first edit", "retention", "norm growth")]
+        for point in self.points:
+            bands = (getattr(point, name) for name in MEANS)
+            shares = (f"{100 * each.mean:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in bands)
+            first = {None: "never held", True: "holds", False: "lost"}[point.first_holds]
+            lines.append((point.edits, *shares, first, f"{100 * point.retention:.1f}", f"{point.growth:+.2%}"))
+        tail = [f"{name}: {status}" for name, status in self.statuses.items() if status.startswith("failed")]
+        if self.exceeded_at is not None:
+            tail.append(f"the norm of an edited weight had grown by more than {self.bound:.0%} at {self.exceeded_at}")
+        return "\n".join([*aligned(lines), *tail])
+
+    def plot(self, path: str | Path) -> Path:
+        """The path of the picture written (png, pdf or svg): each measure against the number of edits, with bands."""
+        kind = Path(path).suffix.lstrip(".").lower()
+        if kind not in _PICTURES:
+            raise EditError(f"cannot draw to '{path}': pass a name that ends in {', '.join(_PICTURES)}")
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes, edits = figure.add_subplot(), [point.edits for point in self.points]
+        for name, (colour, marker, dashes) in _STYLES.items():
+            values = [getattr(point, name) for point in self.points]
+            means = [100 * (each.mean if name in MEANS else each) for each in values]
+            if all(map(math.isnan, means)):  # nothing of that kind was asked
+                continue
+            label = f"{name}: {MEANS[name]}" if name in MEANS else "retention: still as right after the edit"
+            axes.plot(edits, means, color=colour, marker=marker, linestyle=dashes, label=label)
+            if name in MEANS:
+                lows, highs = ([100 * getattr(each, end) for each in values] for end in ("low", "high"))
+                axes.fill_between(edits, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="edits in sequence", ylabel="share of questions, %", ylim=(-2, 102))
+        if len(edits) > 1 and edits[-1] > 10 * edits[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(edits, [str(each) for each in edits], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=150)
+        return write_whole(path, content.getvalue())
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the JSON file written, whole or not at all."""
+        return write_whole(path, (json.dumps({"format": CURVE_FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The curve in a file that save wrote. EditError if it is missing or damaged."""
+        words = read_report(path, CURVE_FORMAT)
+        try:
+            return _curve({name: value for name, value in words.items() if name != "format"})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EditError(f"the curve in '{path}' is damaged ({error!r}); evaluate again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class EditReport:
-    """An evaluation of edits. Made by `evaluate` and `evaluate_singly`."""
+    """The evaluation of edits. Made by `evaluate`."""
 
     model: str
     """Name or path of the model."""
     revision: str | None
     mode: str
-    """"together": all edits in the model at once; "single": one at a time; "sequence": one on top of the other."""
+    """"single": one edit at a time; "batch": all edits in the model at once; "sequence": one on top of the other."""
     settings: Mapping[str, str]
     """What was measured and how, as text."""
     rows: tuple[ProbeRow, ...]
@@ -75,10 +194,12 @@ class EditReport:
     """
     left_out: int = 0
     """Questions that should stay for one record, but that another one is meant to change: not among the rows."""
+    curve: EditCurve | None = None
+    """The points on the way, in mode "sequence"."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Random seed of the bootstrap."""
 
-    def scores(self) -> tuple[Score, ...]:
+    def scores(self) -> tuple[EditScore, ...]:
         """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""
         found = []
         for aspect in ASPECTS:
@@ -92,7 +213,7 @@ class EditReport:
                 found += [self._score(aspect, kind, protocol, rows) for protocol in protocols]
         return tuple(found)
 
-    def score(self, aspect: str, protocol: str, kind: str = ALL) -> Score:
+    def score(self, aspect: str, protocol: str, kind: str = ALL) -> EditScore:
         """One of the scores. EditError if there is none."""
         chosen = [row for row in self.rows if row.aspect == aspect and kind in (ALL, row.kind, _name(row))]
         if not any(protocol in row.numbers for row in chosen):
@@ -138,7 +259,7 @@ class EditReport:
             for score in self.scores()
         )
 
-    def table(self, *, protocols: Iterable[str] | None = None) -> str:
+    def summary(self, *, protocols: Iterable[str] | None = None) -> str:
         """The scores as text, one per line, unedited model beside edited one; shares in percent."""
         wanted = None if protocols is None else set(protocols)
         scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
@@ -157,7 +278,7 @@ class EditReport:
 
     def headlines(self) -> str:
         """The table of free generation alone."""
-        return self.table(protocols=_HEADLINES)
+        return self.summary(protocols=_HEADLINES)
 
     def save(self, path: str | Path) -> Path:
         """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
@@ -170,17 +291,18 @@ class EditReport:
         words = read_report(path, FORMAT)
         try:
             rows = tuple(_row(row) for row in words["rows"])
-            return cls(**{each.name: words[each.name] for each in fields(cls)} | {"rows": rows})
+            curve = None if words["curve"] is None else _curve(words["curve"])
+            return cls(**{each.name: words[each.name] for each in fields(cls)} | {"rows": rows, "curve": curve})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EditError(f"the report in '{path}' is damaged ({error!r}); evaluate again") from error
 
-    def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> Score:
+    def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> EditScore:
         chosen = [row for row in rows if protocol in row.numbers]
         records = [row.record for row in chosen]
         means = [
             mean_interval([row.numbers[protocol][state] for row in chosen], records, seed=self.seed) for state in (0, 1)
         ]
-        return Score(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
+        return EditScore(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
 
 
 def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
@@ -210,3 +332,11 @@ def _columns(state: str, interval: Interval) -> dict[str, float]:
 def _text(protocol: str, value: float) -> str:
     """In percent if the number is a share."""
     return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"
+
+
+def _curve(words: Mapping[str, Any]) -> EditCurve:
+    return EditCurve(**{**words, "points": tuple(map(_point, words["points"]))})
+
+
+def _point(words: Mapping[str, Any]) -> SequencePoint:
+    return SequencePoint(**{**words, **{name: Interval(**words[name]) for name in MEANS}})

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import VisionLanguageModel, capture, patch
-from .applying import check_fingerprints
-from .changes import WeightChange
+from .changes import WeightChange, check_fingerprints
 from .delta import Delta
 
 

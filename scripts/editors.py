@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..editing.baselines import FineTune, InContext, Lora
 from ..editing.closed_form import ClosedFormEditor
 from ..editing.editors import EDITORS
+from ..editing.fine_tuning import FineTune
+from ..editing.in_context import InContext
+from ..editing.lora import Lora
 from ..editing.requests import EditRequest
 from ..models import VisionLanguageModel
 from .errors import CommandError

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data import World
-from ..editing.curves import EditCurve
-from ..editing.evaluate import Baseline, Edit, evaluate, evaluate_singly, unedited, with_history
+from ..editing.asking import Baseline, EditFunction, baseline
+from ..editing.evaluation import edit_function, evaluate
 from ..editing.moments import Moments
 from ..editing.probes import Record
 from ..editing.questions import General
 from ..editing.reports import EditReport
 from ..editing.requests import EditRequest
-from ..editing.sequences import Governor, evaluate_sequentially
+from ..editing.sequences import NormBound
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from ..workflow.locate import locate
@@ -70,11 +70,12 @@ def run(settings: Evaluate) -> int:
     places = _places(settings, plan, vlm, asked)
     for name in settings.editor:
         edit = _edit(settings, name, moments, places)
-        report, curve = _evaluated(settings, vlm, asked, edit)
+        report = _evaluated(settings, vlm, asked, edit)
         if len(report.failed) == len(report.statuses):
             raise CommandError(f"{name}: none of {len(report.failed)} edits could be made; {_first(report)}")
-        _write(settings.out / name, report, curve)
-        print(f"{name}, {settings.mode}", report.headlines(), *([curve.table()] if curve else []), "", sep="\n")
+        _write(settings.out / name, report)
+        curve = [] if report.curve is None else [report.curve.summary()]
+        print(f"{name}, {settings.mode}", report.headlines(), *curve, "", sep="\n")
     print("written:", ", ".join(str(settings.out / name) for name in settings.editor))
     return 0
 
@@ -127,18 +128,15 @@ def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _A
     return {request.name: place_of(site) for request, site in zip(requests, sites, strict=True)}
 
 
-def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> Edit:
+def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> EditFunction:
     """The editor of this name at each request's place; several requests at once share theirs."""
-    made: dict[Any, Edit] = {}
+    made: dict[Any, EditFunction] = {}
 
     def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
         place = places[requests[0].name]
         key = (place.layer, place.token)
         if key not in made:
-            chosen = _editor(settings, name, place)
-            # factorised once for all edits, where the costs do not depend on an edit's own keys
-            costs = chosen.costs(vlm, moments) if chosen.has_fixed_cost else None
-            made[key] = with_history(chosen, moments=moments, costs=costs)
+            made[key] = edit_function(vlm, _editor(settings, name, place), moments)
         return made[key](vlm, requests, earlier)
 
     return edit
@@ -158,35 +156,28 @@ def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
         records = world_records(vlm, world, cases, requests=given)
         corruptions = tuple(SwapImage(another_picture(world, case)) for case in cases)
         general += untouched_facts(vlm, world, cases, plan.facts)
-    options = {"batch_size": settings.batch_size, "measures": settings.measures, "progress": True}
-    baseline = unedited(vlm, records, general=general, **options)
-    return _Asked(records=records, corruptions=corruptions, general=general, baseline=baseline)
+    options = {"batch_size": settings.batch_size, "settings": settings.measured, "progress": True}
+    reference = baseline(vlm, records, general=general, **options)
+    return _Asked(records=records, corruptions=corruptions, general=general, baseline=reference)
 
 
-def _evaluated(
-    settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, edit: Edit
-) -> tuple[EditReport, EditCurve | None]:
-    options = {"baseline": asked.baseline, "batch_size": settings.batch_size, "progress": True}
+def _evaluated(settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, edit: EditFunction) -> EditReport:
+    options = {"mode": settings.mode, "baseline": asked.baseline, "batch_size": settings.batch_size}
     if settings.mode == SEQUENCE:
-        governor = Governor(bound=settings.growth, stops=settings.stop)
-        curve, report = evaluate_sequentially(vlm, asked.records, edit, at=settings.at, governor=governor, **options)
-        return report, curve
-    if settings.mode == BATCH:
-        change = edit(vlm, [record.request for record in asked.records], ())
-        return evaluate(vlm, asked.records, change, general=asked.general, **options), None
-    return evaluate_singly(vlm, asked.records, edit, general=asked.general, **options), None
+        options |= {"at": settings.at, "norm_bound": NormBound(growth=settings.growth, stop=settings.stop)}
+    return evaluate(vlm, asked.records, edit, general=asked.general, **options)
 
 
-def _write(folder: Path, report: EditReport, curve: EditCurve | None) -> None:
-    names = FILES if curve is None else (*FILES, *CURVE_FILES)
+def _write(folder: Path, report: EditReport) -> None:
+    names = FILES if report.curve is None else (*FILES, *CURVE_FILES)
     with new_files(folder, names) as work:
         report.save(work / REPORT)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.generations())
         (work / GENERATIONS).write_text("".join(lines), encoding="utf-8")
-        (work / TABLE).write_text(report.table() + "\n", encoding="utf-8")
-        if curve is not None:
-            curve.save(work / CURVE)
-            curve.plot(work / DRAWING)
+        (work / TABLE).write_text(report.summary() + "\n", encoding="utf-8")
+        if report.curve is not None:
+            report.curve.save(work / CURVE)
+            report.curve.plot(work / DRAWING)
 
 
 def _names(settings: Evaluate) -> Sequence[str]:

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..editing.baselines import FineTune, InContext, Lora
-from ..editing.cost import Cost
+from ..editing.asking import EditFunction
 from ..editing.editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
-from ..editing.evaluate import evaluate, evaluate_singly
+from ..editing.evaluation import BATCH, SEQUENCE, SINGLE, edit_function, evaluate
+from ..editing.fine_tuning import FineTune
+from ..editing.in_context import InContext
+from ..editing.lora import Lora
 from ..editing.metrics import EXACT, UNCHANGED
 from ..editing.probes import (
     BY_NAME,
@@ -25,7 +27,6 @@ from ..editing.probes import (
 )
 from ..editing.reports import EditReport
 from ..editing.requests import EditRequest
-from ..editing.sequences import evaluate_sequentially
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .results_world import Bench, site_by_request
@@ -78,7 +79,7 @@ def editor_rows() -> tuple[EditorRow, ...]:
         ),
         EditorRow(
             name="multedit-named",
-            text="the same, told the question by name too (`also`)",
+            text="the same, told the question by name too (`rewrite_prompts`)",
             edit=_traced,
             shown=_named,
         ),
@@ -101,7 +102,7 @@ def editor_rows() -> tuple[EditorRow, ...]:
         _baseline(
             "ft-l",
             "the same, no weight moved by more than 0.02",
-            FineTune(layer=5, learning_rate=5e-3, norm_bound=2e-2),
+            FineTune(layer=5, learning_rate=5e-3, entry_bound=2e-2),
         ),
         _baseline("lora", "LoRA of rank 8 through PEFT, all layers", Lora()),
         _baseline("in-context", "the fact told before the question", InContext()),
@@ -115,13 +116,8 @@ def measure_editor(vlm: VisionLanguageModel, bench: Bench, row: EditorRow, *, to
     def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
         return row.edit(model, bench, requests, earlier)
 
-    options = {"baseline": bench.baseline, "batch_size": 64, "progress": True}
-    if together:
-        change = edit(vlm, [record.request for record in records], ())
-        report = evaluate(vlm, records, change, **options)
-    else:
-        report = evaluate_singly(vlm, records, edit, **options)
-    return _found(row, report)
+    mode = BATCH if together else SINGLE
+    return _found(row, evaluate(vlm, records, edit, mode=mode, baseline=bench.baseline, batch_size=64))
 
 
 def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> Mapping[str, Any]:
@@ -130,9 +126,9 @@ def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> 
     def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
         return row.edit(model, bench, requests, earlier)
 
-    options = {"baseline": bench.baseline, "batch_size": 64, "progress": True, "at": AT}
-    curve, report = evaluate_sequentially(vlm, _records(bench, row), edit, **options)
-    return {**_found(row, report), "curve": json_ready(curve.to_dataframe().to_dict(orient="records"))}
+    options = {"mode": SEQUENCE, "baseline": bench.baseline, "batch_size": 64, "at": AT}
+    report = evaluate(vlm, _records(bench, row), edit, **options)
+    return {**_found(row, report), "curve": json_ready(report.curve.to_dataframe().to_dict(orient="records"))}
 
 
 def json_ready(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -162,29 +158,26 @@ def _records(bench: Bench, row: EditorRow) -> list[Record]:
 
 
 def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
-    costs: dict[str, Cost] = {}  # made by the first edit: they depend on no keys
+    functions: list[EditFunction] = []  # made by the first edit, since its costs depend on no keys
 
     def edit(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        given = {"moments": bench.moments} if editor.needs_moments else {}
-        if editor.has_fixed_cost:
-            if not costs:
-                costs.update(editor.costs(vlm, bench.moments))
-            given["costs"] = costs
-        return editor.edit(vlm, requests, earlier=tuple(earlier), **given)
+        if not functions:
+            functions.append(edit_function(vlm, editor, bench.moments if editor.needs_moments else None))
+        return functions[0](vlm, requests, earlier)
 
     return EditorRow(name=name, text=text, edit=edit, **options)
 
 
 def _baseline(name: str, text: str, editor: Any) -> EditorRow:
     def edit(vlm: VisionLanguageModel, _bench: Bench, requests: Sequence[EditRequest], _earlier: Sequence[Any]) -> Any:
-        return editor.edit(vlm, requests)
+        return editor.edit(vlm, requests, progress=False)
 
     return EditorRow(name=name, text=text, edit=edit)
 
 
 def _traced(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
     """Each request at its own site; several at once at the site that most of their traces choose."""
-    return MultEdit(where=_site(bench, requests)).edit(vlm, requests, earlier=tuple(earlier))
+    return MultEdit(where=_site(bench, requests)).edit(vlm, requests, earlier=tuple(earlier), progress=False)
 
 
 def _with_moments(
@@ -192,7 +185,7 @@ def _with_moments(
 ) -> Any:
     """The same for many edits: what other questions look up counts too, and values go no further than they must."""
     editor = MultEdit(where=_site(bench, requests), moment_weight=10.0, ridge_fraction=0.002, stop_loss=0.02)
-    return editor.edit(vlm, requests, earlier=tuple(earlier), moments=bench.moments)
+    return editor.edit(vlm, requests, earlier=tuple(earlier), moments=bench.moments, progress=False)
 
 
 def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:

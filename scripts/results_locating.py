@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..editing.editors import MultEdit
-from ..editing.evaluate import evaluate_singly, without_history
+from ..editing.evaluation import evaluate
 from ..editing.metrics import EXACT, UNCHANGED
 from ..editing.probes import BY_NAME, EFFICACY, GENERALITY, LOCALITY, SAME_QUESTION_OTHER_PICTURE
 from ..models import VisionLanguageModel
@@ -45,8 +45,8 @@ def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str)
 
     Each request is edited alone at this layer and token, with converged values.
     """
-    edit = without_history(MultEdit(layer=layer, token=token, steps=CONVERGED))
-    report = evaluate_singly(vlm, bench.records, edit, baseline=bench.baseline, batch_size=64, progress=True)
+    editor = MultEdit(layer=layer, token=token, steps=CONVERGED)
+    report = evaluate(vlm, bench.records, editor, baseline=bench.baseline, batch_size=64)
     found: dict[str, Any] = {}
     for record in bench.records:
         rows = [row for row in report.rows if row.record == record.name]

@@ -140,7 +140,7 @@ def _curves(results: Mapping[str, Any]) -> Iterator[str]:
 def _point(point: Mapping[str, Any], measure: str) -> str:
     if measure == "growth":
         return f"{100 * point[measure]:.1f}"
-    is_lost = measure == "retained" and point["first_retained"] == 0
+    is_lost = measure == "retention" and point["first_holds"] == 0
     return f"{100 * point[measure]:.0f}{'*' if is_lost else ''}"
 
 

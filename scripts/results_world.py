@@ -6,10 +6,10 @@ from typing import Self
 
 from ..data import World
 from ..data.world import EditCase
-from ..editing.evaluate import Baseline, unedited
-from ..editing.measuring import EvaluationSettings
+from ..editing.asking import Baseline, baseline
 from ..editing.moments import Moments, second_moments
 from ..editing.probes import Record
+from ..editing.responses import EvaluationSettings
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import EditSite, SwapImage
 from ..workflow.locate import locate
@@ -36,7 +36,7 @@ class Bench:
     named: Mapping[str, Prompt] = field(default_factory=dict, repr=False)
     """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
     notes: tuple[str, ...] = ()
-    measures: EvaluationSettings = field(default_factory=EvaluationSettings)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def first(self, number: int) -> Self:
         """The same with the first so many requests."""
@@ -55,7 +55,7 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
     world = World()
     cases = _cases(world, split, part, number)
     records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
-    measures = EvaluationSettings(forced=False)
+    settings = EvaluationSettings(forced=False)
     facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
     found = locate(
         vlm,
@@ -68,12 +68,12 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
         world=world,
         cases=cases,
         records=records,
-        baseline=unedited(vlm, records, measures=measures, batch_size=64, progress=True),
+        baseline=baseline(vlm, records, settings=settings, batch_size=64, progress=True),
         moments=second_moments(vlm, [prompt for prompt, _ in facts], progress=True),
         sites=found.edit_sites,
         named={case.fact.id: _by_name(vlm, world, case) for case in cases},
         notes=found.notes,
-        measures=measures,
+        settings=settings,
     )
 
 

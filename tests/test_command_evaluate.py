@@ -10,10 +10,9 @@ import pytest
 from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.data.world import EditCase
-from multrace.editing.curves import EditCurve
 from multrace.editing.metrics import EXACT, UNCHANGED
 from multrace.editing.probes import ABILITY, EFFICACY, LOCALITY
-from multrace.editing.reports import EditReport
+from multrace.editing.reports import EditCurve, EditReport
 from multrace.scripts import evaluate
 from multrace.scripts.edit_records import read_edit_records, read_general
 from multrace.scripts.edit_where import Place
@@ -154,7 +153,7 @@ def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path
     file = write({**row, "also": []}, second)
     assert run("--data", file, "--where", "trace", "--mode", "batch", "--free-only", "--out", tmp_path / "out") == 0
     report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
-    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("together", 1)
+    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 1)
     assert "the traces say layer" in capsys.readouterr().out
 
 
@@ -167,7 +166,7 @@ def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
     out = tmp_path / "out"
     assert run("--data", write(row), "--where", "5:last", "--mode", "batch", "--steps", "0", "--out", out) == 0
     report = EditReport.load(out / "multedit" / "report.json")
-    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("together", 0)
+    assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 0)
     assert report.score(LOCALITY, UNCHANGED).after.mean == 1
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from multrace.data import World, tiny_vlm_path
 from multrace.editing import EditError, EditRequest, lora
-from multrace.editing.baselines import FineTune, InContext, Lora
 from multrace.editing.exports import to_peft
+from multrace.editing.fine_tuning import FineTune
+from multrace.editing.in_context import InContext
+from multrace.editing.lora import Lora
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 
@@ -122,10 +124,10 @@ def test_fine_tuning_takes_the_steps_of_adam_on_the_weight_itself(tiny_vlm, proj
     assert difference.abs().max() > 1e-3
 
 
-def test_the_norm_bound_holds_for_every_entry(tiny_vlm):
+def test_the_entry_bound_holds_for_every_entry(tiny_vlm):
     requests = requests_of(tiny_vlm, 1)
     bound = torch.tensor(5e-3)
-    held = replace(TUNE, norm_bound=bound.item(), steps=4).edit(tiny_vlm, requests)
+    held = replace(TUNE, entry_bound=bound.item(), steps=4).edit(tiny_vlm, requests)
     free = replace(TUNE, steps=4).edit(tiny_vlm, requests)
     ((name, difference),) = held.differences.items()
     assert difference.abs().max() == bound
@@ -210,7 +212,7 @@ def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):
         (lambda: FineTune(layer=1, batch_size=0), "batch_size of at least 1"),
         (lambda: FineTune(layer=1, projection="up"), "projection 'down' or 'attention'"),
         (lambda: FineTune(layer=1, weight_decay=-1), "weight_decay of at least 0"),
-        (lambda: FineTune.constrained(norm_bound=0), "norm_bound above 0, or None"),
+        (lambda: FineTune.constrained(entry_bound=0), "entry_bound above 0, or None"),
         (lambda: Lora(rank=0), "Lora got rank=0; pass rank of at least 1"),
         (lambda: Lora(alpha=0), "alpha above 0"),
         (lambda: Lora(layers=()), "layers of at least one layer, or None"),
@@ -239,8 +241,8 @@ def test_a_layer_that_is_not_there_is_an_error(tiny_vlm, editor):
 
 
 def test_the_presets_and_reports_are_text(tiny_vlm):
-    assert FineTune.paper().as_text()["norm_bound"] == "None"
-    assert FineTune.constrained().as_text() | {"editor": "FineTune", "norm_bound": "0.0005", "layer": "0"} == (
+    assert FineTune.paper().as_text()["entry_bound"] == "None"
+    assert FineTune.constrained().as_text() | {"editor": "FineTune", "entry_bound": "0.0005", "layer": "0"} == (
         FineTune.constrained().as_text()
     )
     request = replace(requests_of(tiny_vlm, 1)[0], name="first")
@@ -259,7 +261,7 @@ def test_facts_are_told_before_the_question_in_the_same_template(random_vlm, pho
     other = random_vlm.prompt(image, "What is this {target}?")
     requests = [EditRequest(prompt=other, target="a hat"), EditRequest(prompt=prompt, target="Bob")]
     change = InContext(question_wording="Now: {question}").edit(random_vlm, requests)
-    worded = change.worded(prompt)
+    worded = change.prompt_transform(prompt)
     told = "New fact: What is this {target}? a hat\nNew fact: Who is this? Bob\nNow: Who is this?"
     wanted = random_vlm.prompt(image, told, template=template, answer="Ada")
     assert (worded.text, worded.answer) == (wanted.text, "Ada")

@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 import torch
 from multrace.data import World
-from multrace.editing import EditError, EditRequest, MultEdit
-from multrace.editing.curves import EditCurve
-from multrace.editing.evaluate import Baseline, evaluate, evaluate_singly, unedited, with_history, without_history
-from multrace.editing.in_context import InContext
-from multrace.editing.measuring import EvaluationSettings, State, feed
+from multrace.editing import (
+    Baseline,
+    EditCurve,
+    EditError,
+    EditReport,
+    EditRequest,
+    EvaluationSettings,
+    InContext,
+    MultEdit,
+    NormBound,
+    Probe,
+    Record,
+    baseline as measure_baseline,
+    evaluate,
+)
 from multrace.editing.metrics import (
     EXACT,
     FLUENCY,
@@ -38,19 +48,19 @@ from multrace.editing.probes import (
     OTHER_PICTURE,
     PORTABILITY,
     SAME_QUESTION_OTHER_PICTURE,
-    Probe,
-    Record,
     names_of,
 )
 from multrace.editing.questions import questions_of
-from multrace.editing.reports import EditReport, ProbeRow
+from multrace.editing.reports import ProbeRow
 from multrace.editing.requests import key_of
-from multrace.editing.sequences import Governor, evaluate_sequentially
+from multrace.editing.responses import Responses, feed
 from multrace.models import Prompt, VisionLanguageModel
 from multrace.scripts.world_edits import WorldRequests, untouched_facts, world_records
 
 EDIT = MultEdit(layer=5)
 NOTHING = MultEdit(layer=5, steps=0)
+EARLIER_FREE = MultEdit(layer=5, earlier_weight=None)
+"""Knows nothing of earlier edits."""
 WORLD = World()
 CASES = WORLD.edit_cases("outdated", "choose")[:3]
 
@@ -67,14 +77,14 @@ def general(tiny_vlm: VisionLanguageModel) -> tuple[tuple[Prompt, str], ...]:
 
 @pytest.fixture(scope="module")
 def baseline(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], general: Any) -> Baseline:
-    return unedited(tiny_vlm, records, general=general, batch_size=16)
+    return measure_baseline(tiny_vlm, records, general=general, batch_size=16)
 
 
 @pytest.fixture(scope="module")
 def edited(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline, general: Any) -> EditReport:
     """One edit, and what becomes of it."""
     change = EDIT.edit(tiny_vlm, [records[0].request])
-    return evaluate(tiny_vlm, records[:1], change, baseline=baseline, general=general)
+    return evaluate(tiny_vlm, records[:1], change, mode="batch", baseline=baseline, general=general)
 
 
 def bits(vlm: VisionLanguageModel) -> dict[str, str]:
@@ -107,9 +117,7 @@ def test_an_edit_is_seen_and_the_unedited_model_is_shown_beside_it(edited, tiny_
 
 
 def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):
-    report = evaluate_singly(
-        tiny_vlm, records[:1], without_history(NOTHING), baseline=baseline, general=general, batch_size=16
-    )
+    report = evaluate(tiny_vlm, records[:1], NOTHING, baseline=baseline, general=general, batch_size=16)
     assert report.score(EFFICACY, EXACT).after.mean == 0
     assert report.score(LOCALITY, UNCHANGED).after.mean == 1
     assert report.score(LOCALITY, TOP10_WHOLE).after.mean == pytest.approx(1, abs=1e-3)  # other batches, other rounding
@@ -121,7 +129,7 @@ def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
     delta = EDIT.edit(tiny_vlm, [records[0].request])
     ((name, change),) = delta.changes.items()
     loud = replace(delta, changes={name: replace(change, left=change.left + 1, right=change.right + 1)})
-    report = evaluate(tiny_vlm, records[:1], loud, baseline=baseline)
+    report = evaluate(tiny_vlm, records[:1], loud, mode="batch", baseline=baseline)
     for protocol in (UNCHANGED, TOP1_ANSWER, TOP1_WHOLE, TOP10_WHOLE):
         assert report.score(LOCALITY, protocol).after.mean < 0.6
     assert report.score(LOCALITY, KL).after.mean > 0.5
@@ -131,10 +139,10 @@ def test_the_model_is_left_bit_equal(tiny_vlm, records, baseline, general):
     before = bits(tiny_vlm)
     bare = [replace(record, probes=()) for record in records]
     change = EDIT.edit(tiny_vlm, [bare[0].request])
-    evaluate(tiny_vlm, bare[:1], change, baseline=baseline)
-    evaluate_sequentially(tiny_vlm, bare[:2], without_history(EDIT), at=(), baseline=baseline)
+    evaluate(tiny_vlm, bare[:1], change, mode="batch", baseline=baseline)
+    evaluate(tiny_vlm, bare[:2], EDIT, mode="sequence", at=(), baseline=baseline)
     with pytest.raises(EditError, match="does not hold"):
-        evaluate(tiny_vlm, [replace(records[0], probes=[other(tiny_vlm)])], change, baseline=baseline)
+        evaluate(tiny_vlm, [replace(records[0], probes=[other(tiny_vlm)])], change, mode="batch", baseline=baseline)
     assert bits(tiny_vlm) == before
 
 
@@ -145,8 +153,8 @@ def other(vlm: VisionLanguageModel) -> Probe:
 def test_teacher_forced_numbers_are_those_of_one_prompt_alone(tiny_vlm, records):
     """A batch of padded rows against one prompt at a time, without the evaluation's code."""
     questions = questions_of(records[:1])
-    state = State(generated={question.key: "red" for question in questions})
-    feed(tiny_vlm, [question.asked(state) for question in questions], state, batch_size=4, progress=False)
+    state = Responses(generated={question.key: "red" for question in questions})
+    feed(tiny_vlm, [question.feed(state) for question in questions], state, batch_size=4, progress=False)
     for question in questions[::3]:
         prompt = question.prompt.with_answer(question.new)
         start = prompt.groups["answer"][0] - 1
@@ -172,17 +180,19 @@ def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, 
     probe = Probe(kind=SAME_QUESTION_OTHER_PICTURE, prompt=bare[0].request.prompt)
     bare[1] = replace(bare[1], probes=(probe, Probe(kind="unrelated", prompt=records[2].request.prompt)))
     change = EDIT.edit(tiny_vlm, [record.request for record in bare])
-    together = evaluate(tiny_vlm, bare, change)
-    _, sequence = evaluate_sequentially(tiny_vlm, bare, without_history(EDIT), at=())
+    together = evaluate(tiny_vlm, bare, change, mode="batch")
+    sequence = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=())
     for report in (together, sequence):
-        assert report.left_out == 1 and "left out: 1 that should stay" in report.table()
+        assert report.left_out == 1 and "left out: 1 that should stay" in report.summary()
         assert [row.kind for row in report.rows] == ["edited", "edited", "unrelated"]
-    alone = evaluate_singly(tiny_vlm, bare, without_history(EDIT))
+    alone = evaluate(tiny_vlm, bare, EDIT)
     assert alone.left_out == 0 and len(alone.rows) == 4
     assert alone.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 1
     wider = replace(bare[0], probes=(Probe(kind=OTHER_PICTURE, prompt=records[2].request.prompt),))
-    assert evaluate(tiny_vlm, [wider, bare[1]], change).left_out == 2  # the first is to be seen there, too
-    both = evaluate(tiny_vlm, bare[1:], change)
+    assert (
+        evaluate(tiny_vlm, [wider, bare[1]], change, mode="batch").left_out == 2
+    )  # the first is to be seen there, too
+    both = evaluate(tiny_vlm, bare[1:], change, mode="batch")
     assert both.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 0  # as it would have counted
 
 
@@ -194,8 +204,8 @@ def test_a_question_asked_twice_is_answered_once(tiny_vlm, photo, other_photo):
     assert key_of(prompts[0]) != key_of(tiny_vlm.prompt(None, question))
     request = EditRequest(prompt=prompts[0], target="red")
     probes = [Probe(kind="other_question_same_picture", prompt=prompt) for prompt in prompts]
-    found = unedited(tiny_vlm, [Record(request=request, probes=probes)])
-    assert len(found.state.generated) == 1
+    found = measure_baseline(tiny_vlm, [Record(request=request, probes=probes)])
+    assert len(found.responses.generated) == 1
 
 
 def test_raw_answers_survive_saving(edited, tmp_path):
@@ -205,7 +215,7 @@ def test_raw_answers_survive_saving(edited, tmp_path):
     first = edited.generations()[0]
     assert (first["kind"], first["before"], first["after"]) == ("edited", CASES[0].fact.answer, CASES[0].target)
     assert len(json.loads(path.read_text())["scores"]) == len(edited.to_dataframe()) == len(edited.scores())
-    text = edited.table()
+    text = edited.summary()
     assert "free generation, exact match" in text and "of 1 successful edits" in text
     assert "teacher-forced" not in edited.headlines()
 
@@ -228,12 +238,12 @@ def test_intervals_of_a_report_are_those_of_its_seed(edited):
 
 
 def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records, baseline):
-    report = evaluate_singly(tiny_vlm, records[:2], only_first(1), baseline=baseline)
+    report = evaluate(tiny_vlm, records[:2], only_first(1), baseline=baseline)
     assert report.statuses == {records[0].name: "edited", records[1].name: "failed: no more edits"}
     assert report.score(EFFICACY, EXACT).after.mean == 0.5
     failed = [row for row in report.rows if row.record == records[1].name]
     assert failed and all(row.before == row.after for row in failed)
-    assert "no more edits" in report.table()
+    assert "no more edits" in report.summary()
 
 
 def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baseline):
@@ -244,7 +254,7 @@ def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baselin
         Probe(kind=PORTABILITY, prompt=asked, answer="something else", hops=3),
     ]
     record = replace(first, probes=probes, old="never said")
-    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first.request]))
+    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first.request]), mode="batch")
     assert report.score(PORTABILITY, EXACT).after.mean == 0.5
     assert report.score(PORTABILITY, EXACT, "portability, 2 hops").after.mean == 1
     assert report.score(PORTABILITY, EXACT, "portability, 3 hops").after.mean == 0
@@ -253,17 +263,17 @@ def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baselin
 
 
 def test_free_generation_alone_and_fluency(tiny_vlm, records):
-    measures = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=2)
+    settings = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=2)
     bare = replace(records[0], probes=())
-    report = evaluate(tiny_vlm, [bare], EDIT.edit(tiny_vlm, [bare.request]), measures=measures)
+    report = evaluate(tiny_vlm, [bare], EDIT, settings=settings)
     assert set(report.rows[0].numbers) == {EXACT, VQA, FLUENCY}
-    with pytest.raises(EditError, match="the same measures"):
+    with pytest.raises(EditError, match="the same settings"):
         evaluate(
             tiny_vlm,
             [bare],
-            EDIT.edit(tiny_vlm, [bare.request]),
-            baseline=unedited(tiny_vlm, [bare]),
-            measures=measures,
+            EDIT,
+            baseline=measure_baseline(tiny_vlm, [bare]),
+            settings=settings,
         )
     with pytest.raises(EditError, match="max_new_tokens=0"):
         EvaluationSettings(max_new_tokens=0)
@@ -272,16 +282,17 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
 def test_an_edit_in_the_prompt_is_asked_in_its_words(tiny_vlm, records, baseline):
     bare = replace(records[0], probes=records[0].probes[:2])
     change = InContext().edit(tiny_vlm, [bare.request])
-    row = evaluate(tiny_vlm, [bare], change, baseline=baseline).rows[0]
-    worded = change.worded(bare.request.prompt)
+    row = evaluate(tiny_vlm, [bare], change, mode="batch", baseline=baseline).rows[0]
+    worded = change.prompt_transform(bare.request.prompt)
     assert row.after == tiny_vlm.answers([worded])[0]
     told = margin(tiny_vlm, worded, row)
     assert row.numbers[MARGIN] == pytest.approx((margin(tiny_vlm, bare.request.prompt, row), told), abs=1e-5)
     assert abs(row.numbers[MARGIN][0] - told) > 1e-3
-    plain = evaluate(tiny_vlm, [bare], change, baseline=baseline, worded=lambda prompt: prompt).rows[0]
+    untold = {"mode": "batch", "baseline": baseline, "prompt_transform": lambda prompt: prompt}
+    plain = evaluate(tiny_vlm, [bare], change, **untold).rows[0]
     assert plain.numbers[MARGIN][0] == pytest.approx(plain.numbers[MARGIN][1], abs=1e-5)
     with pytest.raises(EditError, match="no sequence"):
-        evaluate_sequentially(tiny_vlm, [bare], without_history(InContext()), baseline=baseline)
+        evaluate(tiny_vlm, [bare], InContext(), mode="sequence", baseline=baseline)
 
 
 def margin(vlm: VisionLanguageModel, prompt: Prompt, row: ProbeRow) -> float:
@@ -292,22 +303,21 @@ def margin(vlm: VisionLanguageModel, prompt: Prompt, row: ProbeRow) -> float:
 
 
 @pytest.fixture(scope="module")
-def sequence(
-    tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline
-) -> tuple[EditCurve, EditReport]:
-    return evaluate_sequentially(tiny_vlm, records, with_history(EDIT), at=(1,), baseline=baseline)
+def sequence(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline) -> EditReport:
+    return evaluate(tiny_vlm, records, EDIT, mode="sequence", at=(1,), baseline=baseline)
 
 
 def test_a_sequence_keeps_its_first_edit(sequence, records, tmp_path):
-    curve, report = sequence
+    report, curve = sequence, sequence.curve
+    assert EditReport.load(report.save(tmp_path / "report.json")) == report
     assert [point.edits for point in curve.points] == [1, 3]
     assert [point.efficacy.number for point in curve.points] == [1, 3]
     assert curve.points[-1].efficacy.mean == report.score(EFFICACY, EXACT).after.mean == 1
-    assert curve.points[-1].first_retained is True and curve.points[-1].retained == 1
+    assert curve.points[-1].first_holds is True and curve.points[-1].retention == 1
     assert 0 < curve.points[0].growth <= curve.points[1].growth
     assert EditCurve.load(curve.save(tmp_path / "curve.json")) == curve
     assert curve.plot(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "norm growth" in curve.table() and len(curve.to_dataframe()) == 2
+    assert "norm growth" in curve.summary() and len(curve.to_dataframe()) == 2
     with pytest.raises(EditError, match="png"):
         curve.plot(tmp_path / "curve.txt")
     assert report.score(EFFICACY, TOKENS).after.mean == 1  # the last report has the other protocols too
@@ -318,9 +328,9 @@ def test_a_sequence_sees_an_edit_that_is_lost(tiny_vlm, records, baseline):
     first, bare = records[0], replace(records[0], probes=())
     back = EditRequest(prompt=first.request.prompt, target=CASES[0].fact.answer)
     pair = [bare, Record(request=back, name="back")]
-    curve, _ = evaluate_sequentially(tiny_vlm, pair, without_history(EDIT), at=(1, 2))
-    assert [point.first_retained for point in curve.points] == [True, False]
-    assert [point.retained for point in curve.points] == [1, 0.5]
+    curve = evaluate(tiny_vlm, pair, EARLIER_FREE, mode="sequence", at=(1, 2)).curve
+    assert [point.first_holds for point in curve.points] == [True, False]
+    assert [point.retention for point in curve.points] == [1, 0.5]
     assert [point.efficacy.mean for point in curve.points] == [1, 0.5]
 
 
@@ -336,22 +346,81 @@ def growth_of(vlm: VisionLanguageModel, request: EditRequest) -> float:
 def test_growth_beyond_the_bound_is_a_warning_or_the_end(tiny_vlm, records, baseline, caplog):
     bare = [replace(record, probes=()) for record in records]
     with caplog.at_level(logging.WARNING, logger="multrace"):
-        curve, _ = evaluate_sequentially(tiny_vlm, bare[:1], without_history(EDIT), governor=Governor(bound=10.0))
+        curve = evaluate(tiny_vlm, bare[:1], EDIT, mode="sequence", norm_bound=NormBound(growth=10.0)).curve
         assert (curve.exceeded_at, caplog.text) == (None, "")
         assert curve.points[0].growth == pytest.approx(growth_of(tiny_vlm, bare[0].request), rel=1e-4)
-        stops = Governor(bound=1e-6, stops=True)
-        curve, report = evaluate_sequentially(tiny_vlm, bare, without_history(EDIT), governor=stops)
+        stop = NormBound(growth=1e-6, stop=True)
+        report = evaluate(tiny_vlm, bare, EDIT, mode="sequence", norm_bound=stop)
+        curve = report.curve
     assert (curve.exceeded_at, curve.stopped_at, len(report.rows)) == (1, 1, 1)
     assert "has grown by" in caplog.text
     with pytest.raises(EditError, match="at least 0"):
-        Governor(bound=-1)
+        NormBound(growth=-1)
 
 
 def test_a_sequence_goes_on_after_a_failure(tiny_vlm, records):
     bare = [replace(record, probes=()) for record in records]
-    curve, _ = evaluate_sequentially(tiny_vlm, bare, only_first(1))
+    curve = evaluate(tiny_vlm, bare, only_first(1), mode="sequence").curve
     assert [status[:6] for status in curve.statuses.values()] == ["edited", "failed", "failed"]
-    assert curve.points[-1].efficacy.mean == pytest.approx(1 / 3) and curve.points[-1].retained == 1
+    assert curve.points[-1].efficacy.mean == pytest.approx(1 / 3) and curve.points[-1].retention == 1
+
+
+def test_fluency_is_measured_at_the_end_of_a_sequence(tiny_vlm, records):
+    bare = [replace(record, probes=()) for record in records[:2]]
+    settings = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=4)
+    report = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=(1, 2), settings=settings)
+    assert [point.edits for point in report.curve.points] == [1, 2]
+    assert all(FLUENCY in row.numbers for row in report.rows)
+
+
+def test_an_editor_in_a_batch_is_the_change_that_it_makes(tiny_vlm, records, baseline):
+    bare = [replace(record, probes=record.probes[:1]) for record in records[:2]]
+    whole = evaluate(tiny_vlm, bare, EDIT, mode="batch", baseline=baseline)
+    change = EDIT.edit(tiny_vlm, [record.request for record in bare])
+    assert whole == evaluate(tiny_vlm, bare, change, mode="batch", baseline=baseline)
+    assert [row.after for row in whole.rows if row.kind == "edited"] == [case.target for case in CASES[:2]]
+
+
+def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, baseline):
+    """The second edit of a sequence keeps the first one's key, so it differs from one that knows nothing of it."""
+    bare = [replace(record, probes=()) for record in records[:2]]
+    first = EDIT.edit(tiny_vlm, [bare[0].request])
+    with first.applied(tiny_vlm):
+        aware = EDIT.edit(tiny_vlm, [bare[1].request], earlier=(first,))
+        blind = EDIT.edit(tiny_vlm, [bare[1].request])
+    ((name, change),) = aware.changes.items()
+    assert not torch.equal(change.left, blind.changes[name].left)
+    norms = {}
+    for deltas in ((first, aware), (first, blind)):
+        handles = [delta.apply(tiny_vlm) for delta in deltas]
+        norms[deltas[1]] = tiny_vlm.weight(name).double().norm().item()
+        for handle in reversed(handles):
+            handle.undo()
+    start = tiny_vlm.weight(name).double().norm().item()
+    growth = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=(), baseline=baseline).curve.points[-1].growth
+    assert growth == pytest.approx(norms[aware] / start - 1, rel=1e-9)
+    assert growth != pytest.approx(norms[blind] / start - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"mode": "together"}, "no evaluation mode 'together'; pass one of 'single', 'batch', 'sequence'"),
+        ({"mode": "single"}, "mode 'single' makes each edit itself and needs an editor, but got a Delta"),
+        ({"mode": "sequence"}, "mode 'sequence' makes each edit itself"),
+    ],
+)
+def test_a_mode_that_does_not_fit_is_refused(tiny_vlm, records, keywords, message):
+    change = NOTHING.edit(tiny_vlm, [records[0].request])
+    with pytest.raises(EditError, match=message):
+        evaluate(tiny_vlm, records[:1], change, **keywords)
+
+
+def test_what_a_sequence_cannot_use_is_refused(tiny_vlm, records, general):
+    with pytest.raises(EditError, match="general questions are asked in modes 'single' and 'batch'"):
+        evaluate(tiny_vlm, records[:1], EDIT, mode="sequence", general=general)
+    with pytest.raises(EditError, match="prompt_transform belongs to mode 'batch'"):
+        evaluate(tiny_vlm, records[:1], EDIT, prompt_transform=lambda prompt: prompt)
 
 
 BAD = {

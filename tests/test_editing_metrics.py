@@ -19,8 +19,8 @@ from multrace.editing.metrics import (
     token_accuracy,
     vqa_accuracy,
     vqa_match,
+    vqa_normalised,
 )
-from multrace.editing.vqa_text import vqa_normalised
 
 NORMALISED = {
     "case": ("Red Fox", "red fox"),

@@ -115,7 +115,7 @@ class Evaluate(ModelOptions, EditorOptions):
     out: Path = option("folder for the results (default: out/eval)", default=Path("out/eval"), type=Path)
 
     @property
-    def measures(self) -> editing.EvaluationSettings:
+    def measured(self) -> editing.EvaluationSettings:
         """What is measured. Raises `EditError` for numbers out of range."""
         return editing.EvaluationSettings(
             forced=not self.free_only,
@@ -136,7 +136,7 @@ class Evaluate(ModelOptions, EditorOptions):
             raise CommandError(f"--at is {min(self.at)}; pass numbers of edits, at least 1")
         if self.mode == SEQUENCE and self.general is not None:
             raise CommandError("--general is asked in the modes single and batch; leave it out of a sequence")
-        self.measures  # noqa: B018  raises for numbers out of range
+        self.measured  # noqa: B018  raises for numbers out of range
 
 
 OPTIONS = Evaluate
