@@ -13,7 +13,7 @@ from ..data.world import EditCase
 from ..editing import EditRequest, MultEdit
 from ..models import VisionLanguageModel, load
 from ..tracing import CausalTrace, SwapImage, causal_trace
-from ..workflow.locate_then_edit import LocatedEdit, locate_then_edit
+from ..workflow.located_edit import LocatedEdit, locate_then_edit
 from .errors import CommandError
 from .options.demo import Demo
 from .outputs import check_files, new_files

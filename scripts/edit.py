@@ -15,7 +15,7 @@ from ..editing.requests import EditRequest
 from ..editing.targets import key_positions
 from ..models import ModelError, Projection, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace
-from ..workflow.locate_then_edit import TraceShift, locate_then_edit
+from ..workflow.located_edit import TraceShift, locate_then_edit
 from .edit_asked import AskedEdit, asked_edits
 from .edit_preview import preview, sizes
 from .edit_report import EditOutcome

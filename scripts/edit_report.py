@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..editing.delta import Delta
-from ..workflow.locate_then_edit import TraceShift
+from ..workflow.located_edit import TraceShift
 from .edit_preview import Preview, Size, preview_lines
 from .edit_where import Place
 

@@ -20,7 +20,7 @@ from ..editing.requests import EditRequest
 from ..editing.sequences import NormBound
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
-from ..workflow.locate import locate
+from ..workflow.sites import locate
 from .edit_asked import swapped
 from .edit_records import EditEntry, Words, read_edit_records, read_general
 from .edit_where import Place, parse_place, place_of

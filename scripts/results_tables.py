@@ -36,7 +36,7 @@ _CURVES = {
     "efficacy": "Efficacy after so many edits",
     "generality": "Generality after so many edits",
     "locality": "Locality after so many edits",
-    "retained": "Share of earlier edits that are retained (*: the first edit is lost)",
+    "retention": "Share of earlier edits that are retained (*: the first edit is lost)",
     "growth": "Growth of the weight's norm, in percent",
 }
 _HEADER = """# Editing results

@@ -12,7 +12,7 @@ from ..editing.probes import Record
 from ..editing.responses import EvaluationSettings
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import EditSite, SwapImage
-from ..workflow.locate import locate
+from ..workflow.sites import locate
 from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
 
 CONTEXTS = 3

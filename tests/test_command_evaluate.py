@@ -21,7 +21,7 @@ from multrace.scripts.main import parse
 from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine.cells import KINDS
-from multrace.workflow.locate import POSITIONS
+from multrace.workflow.sites import POSITIONS
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]

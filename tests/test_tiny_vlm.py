@@ -8,7 +8,7 @@ from multrace.data import VQARecord, World, tiny_vlm_path
 from multrace.models import VisionLanguageModel
 from multrace.scripts.training.examination import Route, accuracy, question_sets, route
 from multrace.tracing import ReplaceText, causal_trace
-from multrace.workflow.locate_then_edit import GROUPS
+from multrace.workflow.located_edit import GROUPS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FACTS = 100

@@ -17,7 +17,7 @@ from ...data import VQARecord, World
 from ...data.world import Entity, Fact
 from ...models import Prompt, VisionLanguageModel
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
-from ...workflow.locate import POSITIONS
+from ...workflow.sites import POSITIONS
 
 
 def prompt_of(vlm: VisionLanguageModel, record: VQARecord) -> Prompt:

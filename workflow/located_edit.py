@@ -24,7 +24,7 @@ from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item
-from .locate import POSITIONS, Located, locate, positions_of
+from .sites import POSITIONS, Located, locate, positions_of
 
 logger = logging.getLogger("multrace")
 EditorAt = ClosedFormEditor | Callable[..., ClosedFormEditor]
