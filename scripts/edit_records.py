@@ -19,7 +19,8 @@ from .json_lines import read_lines, read_object, read_texts
 
 _OWN = ("id", "image", "question", "constraint", "target", "old")
 _NEEDED = ("id", "image", "question", "target")
-_LISTS = ("contexts", "also", "keep", "essence")
+_LISTS = {"contexts": "contexts", "also": "rewrite_prompts", "keep": "preserve_prompts", "essence": "essence"}
+"""List of a record -> field of `EditRequest`."""
 _NESTED = ("image", "question", "constraint")
 _PROBE = ("kind", *_NESTED, "answer", "hops")
 _ERRORS = (CommandError, EditError, ModelError, OSError)
@@ -77,7 +78,7 @@ class EditEntry:
 
     def request(self, vlm: VisionLanguageModel) -> EditRequest:
         """The edit, as this model sees it."""
-        others = {name: tuple(words.prompt(vlm) for words in each) for name, each in self.others.items()}
+        others = {_LISTS[name]: tuple(words.prompt(vlm) for words in each) for name, each in self.others.items()}
         return EditRequest(prompt=self.words.prompt(vlm), target=self.target, name=self.name, **others)
 
     def record(self, vlm: VisionLanguageModel) -> Record:

@@ -120,7 +120,7 @@ def test_prompts_that_go_with_a_request(desk: Desk):
     extra |= {"also_question": ["Who plays?"], "keep_question": ["What colour is the sign?"]}
     assert app(desk.asked(keep_image=[desk.picture(2)], **extra, **QUICK)) == 0
     (request,) = desk.report()["requests"]
-    assert [request[part] for part in ("contexts", "also", "keep")] == ["1", "3", "2"]
+    assert [request[part] for part in ("contexts", "rewrite_prompts", "preserve_prompts")] == ["1", "3", "2"]
 
 
 def test_variants_of_the_picture_become_contexts(desk: Desk, tiny_vlm: VisionLanguageModel):

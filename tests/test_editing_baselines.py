@@ -104,7 +104,7 @@ def test_the_losses_are_those_of_the_prompts_one_by_one(tiny_vlm, editor):
     assert change.losses[-1] < change.losses[0]
 
 
-@pytest.mark.parametrize("projection", ["down", "attention"])
+@pytest.mark.parametrize("projection", ["mlp", "attention"])
 def test_fine_tuning_takes_the_steps_of_adam_on_the_weight_itself(tiny_vlm, projection):
     (request,) = requests_of(tiny_vlm, 1)
     editor = FineTune(layer=-2, projection=projection, steps=3, weight_decay=0.1, stop_loss=0)
@@ -210,13 +210,13 @@ def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):
         (lambda: FineTune(layer=1, learning_rate=float("nan")), "learning_rate above 0"),
         (lambda: FineTune(layer=1, stop_loss=-1), "stop_loss of at least 0"),
         (lambda: FineTune(layer=1, batch_size=0), "batch_size of at least 1"),
-        (lambda: FineTune(layer=1, projection="up"), "projection 'down' or 'attention'"),
+        (lambda: FineTune(layer=1, projection="up"), "projection 'mlp' or 'attention'"),
         (lambda: FineTune(layer=1, weight_decay=-1), "weight_decay of at least 0"),
         (lambda: FineTune.constrained(entry_bound=0), "entry_bound above 0, or None"),
         (lambda: Lora(rank=0), "Lora got rank=0; pass rank of at least 1"),
         (lambda: Lora(alpha=0), "alpha above 0"),
         (lambda: Lora(layers=()), "layers of at least one layer, or None"),
-        (lambda: Lora(targets=("query",)), "targets among"),
+        (lambda: Lora(projections=("query",)), "projections among"),
         (lambda: InContext(told=0), "told of at least 1"),
         (lambda: InContext(fact_wording="{question}"), "{question} and {target}"),
         (lambda: InContext(question_wording="now"), "pass a text with {question}"),

@@ -248,13 +248,13 @@ def test_editing_works_without_gradients_around_it_and_leaves_none(random_llava_
     assert {module: (*module._forward_hooks, *module._forward_pre_hooks) for module in vlm.model.modules()} == hooks
 
 
-def test_progress_is_shown_when_asked_for(random_llama, capfd):
+def test_progress_is_shown_unless_it_is_turned_off(random_llama, capfd):
     prompt = prompt_for(random_llama)
     request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
     editor = MultEdit(layer=1, steps=2)
-    editor.edit(random_llama, [request])
+    editor.edit(random_llama, [request], progress=False)
     assert capfd.readouterr().err == ""
-    editor.edit(random_llama, [request], progress=True)
+    editor.edit(random_llama, [request])
     assert "values at layer 1" in capfd.readouterr().err
 
 
