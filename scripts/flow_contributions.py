@@ -9,8 +9,9 @@ from torch import Tensor
 from ..models import Prompt
 from ..tracing import TraceError
 from ..tracing.attention.contributions import attention_contributions
-from ..tracing.attention.contributions_average import AverageContributions, average_contributions
+from ..tracing.attention.contributions_average import AverageContributions
 from ..tracing.attention.contributions_result import AttentionContributions
+from ..tracing.averages import average
 from ..tracing.failure.features import FailureFeatures, failure_features
 from ..tracing.failure.prediction import predict_failure
 from ..tracing.failure.result import FailurePrediction
@@ -54,7 +55,7 @@ class _Contributions(Reading):
         self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
     ) -> AverageContributions:
         """Mean contributions by layer."""
-        return average_contributions([result for _, result in found], share=_SHARE)
+        return average([result for _, result in found], share=_SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class ImageToConstraint(_Contributions):
 
     def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
         """The strongest layers over the picture, if its tokens form a grid, and where by index contributions lie."""
-        mass, draw = result.image_mass(), (lambda path: result.overlay(path, prompt)) if result.patches else result.plot
+        mass, draw = result.image_mass(), (lambda path: result.overlay(prompt, path)) if result.patches else result.plot
         layers, bins = _first_and_strongest(mass.sum(1)), min(_BINS, mass.shape[1])
         return {
             "image_to_constraint.png": draw,
@@ -129,7 +130,7 @@ class ImageToConstraint(_Contributions):
         if average.image_shares is None or average.image_count is None:
             return files
         layers = _first_and_strongest(average.by_layer("image"))
-        return files | {"image_tokens.png": lambda path: average.plot_histogram(path, layers)}
+        return files | {"image_tokens.png": lambda path: average.plot_histogram(path, layers=layers)}
 
     def average_told(self, average: AverageContributions) -> list[str]:
         """How many image tokens hold most of what the picture brings."""
@@ -137,7 +138,7 @@ class ImageToConstraint(_Contributions):
         of = "" if average.image_count is None else f" of {average.image_count}"
         return [
             f"image to constraint, mean over {average.count} prompts: strongest in layer {layer}, where "
-            f"{float(average.image_tokens[:, layer].mean()):.1f}{of} image tokens hold {average.share:.0%}"
+            f"{float(average.image_tokens.mean[layer]):.1f}{of} image tokens hold {average.share:.0%}"
         ]
 
 
@@ -182,7 +183,7 @@ class Failure(Reading):
 
     def average_told(self, average: FailurePrediction) -> list[str]:
         """Every area under the curve."""
-        return list(average.summary())
+        return average.summary().splitlines()
 
 
 def _alike(features: Sequence[FailureFeatures]) -> list[FailureFeatures]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import Prompt
+from ..tracing.averages import average
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.lens.average import AverageLogitLens, average_lenses
+from ..tracing.lens.average import AverageLogitLens
 from ..tracing.lens.logit_lens import logit_lens
 from ..tracing.lens.plot import token_text
 from ..tracing.lens.result import LogitLens, state_name
@@ -72,7 +73,7 @@ class Lens(Reading):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageLogitLens:
         """Mean curves at the first position."""
-        return average_lenses([result for _, result in found])
+        return average([result for _, result in found])
 
     def average_told(self, average: AverageLogitLens) -> list[str]:
         """From where on each role is the likeliest token in half of the prompts."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..models import Prompt
 from ..tracing.attention.cam import RelevanceMap, llava_cam
-from ..tracing.attention.saliency import AttentionSaliency, AverageSaliency, attention_saliency, average_saliencies
-from ..tracing.attention.shares import AttentionShare, AverageShare, attention_share, average_shares
+from ..tracing.attention.saliency import AttentionSaliency, AverageSaliency, attention_saliency
+from ..tracing.attention.shares import AttentionShare, AverageShare, attention_share
+from ..tracing.averages import average
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.pruning.average import AveragePruning, average_prunings
+from ..tracing.pruning.average import AveragePruning
 from ..tracing.pruning.pruning import prune_image_tokens
 from ..tracing.pruning.result import ImagePruning
 from .errors import CommandError
@@ -52,7 +53,7 @@ class Cam(_Relevance):
 
     def files(self, result: RelevanceMap, prompt: Prompt) -> Files:
         """Maps of all layers, and some over the picture if its tokens form a grid."""
-        over = {"cam_overlay.png": lambda path: result.overlay(path, prompt)} if result.patches else {}
+        over = {"cam_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
         return {"cam.png": result.plot, **over}
 
     def told(self, result: RelevanceMap) -> list[str]:
@@ -85,7 +86,7 @@ class Share(_Relevance):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageShare:
         """Mean shares."""
-        return average_shares([result for _, result in found])
+        return average([result for _, result in found])
 
     def average_told(self, average: AverageShare) -> list[str]:
         """The picture's mean share."""
@@ -107,7 +108,7 @@ class Saliency(_Relevance):
 
     def files(self, result: AttentionSaliency, prompt: Prompt) -> Files:
         """Flows between groups by layer, and the strongest layers over the picture if its tokens form a grid."""
-        over = {"saliency_overlay.png": lambda path: result.overlay(path, prompt)} if result.patches else {}
+        over = {"saliency_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
         return {"saliency.png": result.plot, **over}
 
     def told(self, result: AttentionSaliency) -> list[str]:
@@ -117,11 +118,11 @@ class Saliency(_Relevance):
 
     def held(self, result: AttentionSaliency) -> AverageSaliency:
         """Its flows: the edges of a large model take megabytes for each question."""
-        return average_saliencies([result])
+        return average([result])
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
         """Geometric means of the flows."""
-        return average_saliencies([result for _, result in found])
+        return average([result for _, result in found])
 
     def average_told(self, average: AverageSaliency) -> list[str]:
         """The strongest flows on average."""
@@ -167,7 +168,7 @@ class Truncated(_Relevance):
         """Curves by layer, and which tokens stay if that is some and not all, and they form a grid."""
         counts = result.kept.sum(-1)
         is_part = bool(((counts > 0) & (counts < len(result.image_positions))).any())
-        over = {"truncation_overlay.png": lambda path: result.overlay(path, prompt)}
+        over = {"truncation_overlay.png": lambda path: result.overlay(prompt, path)}
         return {"truncation.png": result.plot, **(over if is_part and result.patches else {})}
 
     def told(self, result: ImagePruning) -> list[str]:
@@ -176,7 +177,7 @@ class Truncated(_Relevance):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AveragePruning:
         """Accuracies and mean probabilities."""
-        return average_prunings([result for _, result in found])
+        return average([result for _, result in found])
 
     def average_told(self, average: AveragePruning) -> list[str]:
         """Baseline, floor and cliffs."""

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.models import Site
 from multrace.tracing import RelevanceMap, TraceError, llava_cam
 from PIL import Image
+from result_checks import assert_same, colours, svg
 from torch import Tensor, nn
 
 QUESTION, ANSWER = "Who founded the company in this photo?", "Ada Example"
@@ -183,8 +184,7 @@ def smoothed(random_llava_llama: VisionLanguageModel, photo: Image.Image) -> tup
 def test_a_saved_map_comes_back_whole(smoothed, tmp_path):
     found, _ = smoothed
     again = RelevanceMap.load(found.save(tmp_path / "map.safetensors"))
-    assert torch.equal(again.heat, found.heat)
-    assert all(getattr(again, name) == getattr(found, name) for name in found.__dataclass_fields__ if name != "heat")
+    assert_same(again, found)
     replace(found, layers=(0,)).save(tmp_path / "torn.safetensors")
     with pytest.raises(ArtefactError, match="another shape than its layers"):
         RelevanceMap.load(tmp_path / "torn.safetensors")
@@ -201,31 +201,30 @@ def test_the_table_has_a_line_per_layer_and_image_token(smoothed):
     assert set(replace(found, patches=()).to_dataframe()["row"]) == {-1}
 
 
-def drawn(path: Path, layers: Sequence[int]) -> list[bool]:
-    """Whether each layer is named in an SVG file."""
-    text = path.read_text()
+def drawn(figure: Figure, layers: Sequence[int]) -> list[bool]:
+    """Whether each layer is named in a figure."""
+    text = svg(figure)
     return [f"<!-- layer {layer}" in text for layer in layers]
 
 
 def test_plots_show_every_layer_and_overlays_the_asked_ones(smoothed, tmp_path):
     found, prompt = smoothed
-    assert all(drawn(found.plot(tmp_path / "all.svg"), found.layers))
-    assert "(no heat)" in (tmp_path / "all.svg").read_text()
-    found.overlay(tmp_path / "asked.svg", prompt, layers=[2])
-    assert drawn(tmp_path / "asked.svg", found.layers) == [layer == 2 for layer in found.layers]
-    found.overlay(tmp_path / "spread.svg", prompt)
-    assert sum(drawn(tmp_path / "spread.svg", found.layers)) == min(4, len(found.layers) - 1)  # the last has no heat
+    assert all(drawn(found.plot(), found.layers)) and "(no heat)" in svg(found.plot())
+    assert drawn(found.overlay(prompt, layers=[2]), found.layers) == [layer == 2 for layer in found.layers]
+    spread = found.overlay(prompt, tmp_path / "spread.svg")
+    assert sum(drawn(spread, found.layers)) == min(4, len(found.layers) - 1)  # the last has no heat
+    assert "<!-- layer 0" in (tmp_path / "spread.svg").read_text()
     gridless = replace(found, patches=())
-    assert gridless.plot(tmp_path / "strips.png").stat().st_size > 5_000
+    assert colours(gridless.plot()) > 10
     with pytest.raises(TraceError, match="no grid of patches"):
-        gridless.overlay(tmp_path / "none.png", prompt)
+        gridless.overlay(prompt)
 
 
 def test_overlays_of_other_prompts_or_layers_are_refused(smoothed, random_llava_llama, photo, tmp_path):
     found, prompt = smoothed
     with pytest.raises(TraceError, match="of another prompt"):
-        found.overlay(tmp_path / "over.png", random_llava_llama.prompt(photo, "What colour is the emblem?"))
+        found.overlay(random_llava_llama.prompt(photo, "What colour is the emblem?"), tmp_path / "over.png")
     for layers in ((), (17,)):
         with pytest.raises(TraceError, match="pass some of 0, 1"):
-            found.overlay(tmp_path / "over.png", prompt, layers=layers)
+            found.overlay(prompt, tmp_path / "over.png", layers=layers)
     assert list(tmp_path.iterdir()) == []

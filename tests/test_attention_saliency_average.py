@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.tracing import AttentionSaliency, AverageSaliency, TraceError, average_saliencies
-from PIL import Image
+from multrace.tracing import AttentionSaliency, AverageSaliency, TraceError, average
+from result_checks import assert_same, colours, svg
 from torch import Tensor
 
 GROUPS = {"system": (0,), "image": (1,), "question": (2,), "last": (3,)}
@@ -55,25 +55,22 @@ def is_close(found: Tensor, expected: list[float]) -> bool:
 
 
 def test_means_are_geometric_and_intervals_those_of_the_logarithms():
-    average, nan = average_saliencies(FOUR), math.nan
-    assert (average.count, set(average.counts.values())) == (4, {4})
-    assert is_close(average.of(TO_LAST), [10**-4.0, 10 ** (-8 / 3), nan])  # of the logs -6 -5 -4 -1, and -2 -3 -3
-    arithmetic = average.prompt_flows[average.flows.index(TO_LAST)].mean(0)
-    assert float(arithmetic[0] / average.of(TO_LAST)[0]) > 200, "one prompt would be most of an arithmetic mean"
+    mean, nan = average(FOUR), math.nan
+    assert (mean.count, set(mean.counts.values())) == (4, {4})
+    assert is_close(mean.of(TO_LAST), [10**-4.0, 10 ** (-8 / 3), nan])  # of the logs -6 -5 -4 -1, and -2 -3 -3
+    arithmetic = torch.stack([each.flow("image", "last") for each in FOUR]).mean(0)
+    assert float(arithmetic[0] / mean.of(TO_LAST)[0]) > 200, "one prompt would be most of an arithmetic mean"
     half = T3 * math.sqrt(14 / 3) / 2, T2 * math.sqrt(1 / 3) / math.sqrt(3)
-    low, high = average.interval(TO_LAST)
+    low, high = mean.interval(TO_LAST)
     assert is_close(low, [10 ** (-4 - half[0]), 10 ** (-8 / 3 - half[1]), nan])
     assert is_close(high, [10 ** (-4 + half[0]), 10 ** (-8 / 3 + half[1]), nan])
-    assert is_close(average.of(TO_QUESTION), [2e-5] * 3) and is_close(average.interval(TO_QUESTION)[1], [2e-5] * 3)
+    assert is_close(mean.of(TO_QUESTION), [2e-5] * 3) and is_close(mean.interval(TO_QUESTION)[1], [2e-5] * 3)
 
 
 def test_zeros_are_counted_and_kept_apart_from_what_is_absent():
-    average = average_saliencies(FOUR)
-    assert average.zeros(TO_LAST).tolist() == [0, 1, 4] and average.zeros(TO_QUESTION).tolist() == [0, 0, 0]
-    own = average.prompt_flows[average.flows.index(TO_LAST)]
-    assert torch.equal(own, torch.stack([each.flow("image", "last") for each in FOUR]))
-    mixed = average_saliencies([*FOUR[:2], saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
-    assert mixed.prompt_flows[mixed.flows.index(TO_LAST), 2].isnan().all()
+    mean = average(FOUR)
+    assert mean.zeros(TO_LAST).tolist() == [0, 1, 4] and mean.zeros(TO_QUESTION).tolist() == [0, 0, 0]
+    mixed = average([*FOUR[:2], saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
     assert (mixed.counts[TO_LAST], mixed.counts["question -> last"]) == (2, 3)
     assert mixed.zeros(TO_LAST).tolist() == [0, 0, 2], "an absent flow is no zero"
     assert is_close(mixed.of(TO_LAST), [10**-5.5, 10**-2.5, math.nan])
@@ -83,33 +80,33 @@ def test_zeros_are_counted_and_kept_apart_from_what_is_absent():
 
 def test_a_flow_that_only_a_later_prompt_has_is_averaged():
     first = saliency_of([1e-3] * 3, groups=TEXT_ONLY)
-    average = average_saliencies([first, FOUR[0]])
-    assert average.flows[: len(first.flows)] == tuple(first.flows) and TO_LAST not in first.flows
-    assert is_close(average.of(TO_LAST), [1e-6, 1e-2, math.nan])
-    assert average.interval(TO_LAST)[0].isnan().all(), "one prompt has no spread"
+    mean = average([first, FOUR[0]])
+    assert mean.flows[: len(first.flows)] == tuple(first.flows) and TO_LAST not in first.flows
+    assert is_close(mean.of(TO_LAST), [1e-6, 1e-2, math.nan])
+    assert mean.interval(TO_LAST)[0].isnan().all(), "one prompt has no spread"
     with pytest.raises(TraceError, match="no flow 'image -> system'.*pass 'system -> question'"):
-        average.of("image -> system")
+        mean.of("image -> system")
 
 
-def test_a_single_prompt_is_its_own_mean_without_an_interval(tmp_path: Path):
-    single = average_saliencies(FOUR[:1])
+def test_a_single_prompt_is_its_own_mean_without_an_interval():
+    single = average(FOUR[:1])
     assert is_close(single.of(TO_LAST), [1e-6, 1e-2, math.nan])
-    with pytest.raises(ArtefactError, match="at least two traces"):
+    with pytest.raises(ArtefactError, match="at least two results"):
         single.interval(TO_LAST)
     table = single.to_dataframe()
     assert table["low"].isna().all() and table["high"].isna().all() and set(table["n"]) == {0, 1}
-    Image.open(single.plot(tmp_path / "single.png")).load()
+    assert colours(single.plot()) > 30
 
 
 def test_a_table_has_one_line_per_flow_and_layer():
-    average = average_saliencies(FOUR)
-    table = average.to_dataframe()
+    mean = average(FOUR)
+    table = mean.to_dataframe()
     assert list(table.columns) == ["flow", "layer", "saliency", "low", "high", "n", "zeros"]
-    assert len(table) == 3 * len(average.flows)
+    assert len(table) == 3 * len(mean.flows)
     for layer, expected in ((1, [3, 1]), (2, [0, 4])):
         (line,) = table.query("flow == @TO_LAST and layer == @layer").itertuples()
         assert [line.n, line.zeros] == expected
-        ends = (average.of(TO_LAST), *average.interval(TO_LAST))
+        ends = (mean.of(TO_LAST), *mean.interval(TO_LAST))
         values = [float(each[layer]) for each in ends]
         assert [line.saliency, line.low, line.high] == pytest.approx(values, nan_ok=True)
 
@@ -124,22 +121,20 @@ def test_only_equal_saliencies_are_averaged():
         ([first, saliency_of([1.0, 1.0])], "differ in their layers"),
         ([blind, blind], "no flow between groups"),
     ):
-        with pytest.raises(TraceError, match=message):
-            average_saliencies(others)
+        with pytest.raises((TraceError, ArtefactError), match=message):
+            average(others)
 
 
 def test_a_saved_average_comes_back_whole(tmp_path: Path):
-    average = average_saliencies([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
-    loaded = AverageSaliency.load(average.save(tmp_path / "mean.safetensors"))
-    assert torch.equal(loaded.prompt_flows.nan_to_num(nan=-1), average.prompt_flows.nan_to_num(nan=-1))
-    assert loaded.prompt_flows.isnan().any()
-    for name in ("model", "revision", "layers", "questions", "flows", "counts"):
-        assert getattr(loaded, name) == getattr(average, name), name
+    mean = average([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
+    loaded = AverageSaliency.load(mean.save(tmp_path / "mean.safetensors"))
+    assert_same(loaded, mean)
+    assert loaded.log.mean.isnan().any()
     for changes, message in (
-        ({"flows": average.flows[1:]}, "another shape"),
-        ({"prompt_flows": average.prompt_flows - 1}, "below zero"),
+        ({"flows": mean.flows[1:]}, "another shape"),
+        ({"zero": replace(mean.zero, count=mean.zero.count - 1)}, "more of its flows are above zero than there are"),
     ):
-        broken = replace(average, **changes).save(tmp_path / "broken.safetensors")
+        broken = replace(mean, **changes).save(tmp_path / "broken.safetensors")
         with pytest.raises(ArtefactError, match=message):
             AverageSaliency.load(broken)
     with pytest.raises(ArtefactError, match="load another file"):
@@ -147,20 +142,20 @@ def test_a_saved_average_comes_back_whole(tmp_path: Path):
 
 
 def test_a_plot_has_bands_a_gap_for_zeros_and_says_what_is_missing(tmp_path: Path):
-    mixed = average_saliencies([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
-    drawn = mixed.plot(tmp_path / "mixed.svg").read_text()
+    mixed = average([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
+    drawn = svg(mixed.plot())
     for words in ("95% intervals", "image -&gt; last (n = 4)", "where a flow is zero in some prompts"):
         assert words in drawn, words
-    plain = average_saliencies([saliency_of([1e-3, 1e-2, 1e-1])] * 2).plot(tmp_path / "plain.svg").read_text()
+    plain = svg(average([saliency_of([1e-3, 1e-2, 1e-1])] * 2).plot())
     assert "95% intervals" in plain and "(n = " not in plain and "is zero" not in plain
     with pytest.raises(ArtefactError, match="png"):
         mixed.plot(tmp_path / "mixed.txt")
 
 
-def test_averages_stand_for_their_prompts():
-    whole, parts = average_saliencies(FOUR), [average_saliencies(FOUR[:1]), FOUR[1], average_saliencies(FOUR[2:])]
-    joined = average_saliencies(parts)
-    assert (joined.flows, joined.questions) == (whole.flows, whole.questions)
-    assert torch.equal(joined.prompt_flows.nan_to_num(-1), whole.prompt_flows.nan_to_num(-1))
-    reordered = average_saliencies([parts[2], *parts[:2]])
-    assert not torch.equal(reordered.prompt_flows.nan_to_num(-1), whole.prompt_flows.nan_to_num(-1))
+def test_averages_of_one_stand_for_their_prompts():
+    whole, light = average(FOUR), average([average([each]) for each in FOUR])
+    assert_same(light, whole)
+    with pytest.raises(ArtefactError, match="an average over 2 prompts is no single result"):
+        average([average(FOUR[:2])])
+    with pytest.raises(ArtefactError, match="cannot average AttentionSaliency and AverageSaliency together"):
+        average([FOUR[0], light])

@@ -16,6 +16,7 @@ from multrace.tracing import FailureFeatures, FailurePrediction, TraceError, fai
 from multrace.tracing.attention.contributions import attention_contributions
 from multrace.tracing.failure.plot import roc_curve
 from multrace.tracing.failure.prediction import Readings, best_window, held_out_scores
+from result_checks import assert_same, svg
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler
@@ -106,11 +107,11 @@ def test_a_feature_that_carries_the_label_is_found(prediction):
     assert all(prediction.interval(name)[0] > 0.8 for name in ("contribution", "combination", "all heads"))
     assert 0.3 < prediction.auroc("answer probability") < 0.7 and 0.3 < prediction.auroc("weight") < 0.7
     fits = 5 * prediction.repeats
-    assert int(prediction.chosen["contribution"][3]) == fits > int(prediction.chosen["weight"].max())
-    assert all(int(counts.sum()) == 2 * fits for counts in prediction.chosen.values())
+    assert int(prediction.layer_counts["contribution"][3]) == fits > int(prediction.layer_counts["weight"].max())
+    assert all(int(counts.sum()) == 2 * fits for counts in prediction.layer_counts.values())
     value, low, high = prediction.difference("contribution", "answer probability")
     assert 0 < low < value < high
-    assert min(prediction.kept["combination"]) >= 1
+    assert min(prediction.feature_counts["combination"]) >= 1
 
 
 def test_the_label_s_own_scores_are_counted(prediction, labels):
@@ -189,7 +190,7 @@ def test_fixed_layers_are_taken_as_they_are(labels):
     assert half.layers == (3, 4)
     raw = torch.stack([each.contributions[[3, 4]].mean() for each in features])
     assert torch.equal(half.scores["contribution"], raw[None])
-    assert half.chosen["contribution"].tolist() == [0, 0, 0, 50, 50, 0]
+    assert half.layer_counts["contribution"].tolist() == [0, 0, 0, 50, 50, 0]
     other = predict_failure(features, labels.tolist(), layers=[-1, 0])
     assert other.layers == (0, 5) and other.auroc("contribution") < half.auroc("contribution")
 
@@ -268,13 +269,14 @@ def test_the_trained_model_s_failures_on_facts_it_was_never_taught_are_told(tiny
 
 def test_files_hold_everything(prediction, labels, tmp_path):
     again = FailurePrediction.load(prediction.save(tmp_path / "found.safetensors"))
-    assert again.names == prediction.names and again.summary() == prediction.summary()
-    assert torch.equal(again.draws, prediction.draws) and again.is_right.tolist() == labels.tolist()
+    assert_same(again, prediction)
+    assert again.summary() == prediction.summary() and again.is_right.tolist() == labels.tolist()
     features = features_of(labels[:1], signal=1.0)[0]
     path = features.save(tmp_path / "one.safetensors")
     loaded = FailureFeatures.load(path)
-    assert torch.equal(loaded.head_weights, features.head_weights) and loaded.answer is None
-    assert loaded.first_probability == features.first_probability
+    assert_same(loaded, features)
+    assert loaded.answer is None and len(features.to_dataframe()) == features.head_weights.numel()
+    assert "<!-- length of contribution -->" in svg(features.plot())
     for result, broken in (
         (FailurePrediction, replace(prediction, areas=prediction.areas[1:])),
         (FailureFeatures, replace(features, weights=features.weights[1:])),
@@ -284,20 +286,20 @@ def test_files_hold_everything(prediction, labels, tmp_path):
 
 
 def test_tables_summaries_and_drawings(prediction, tmp_path):
-    table, frame = prediction.table(), prediction.to_dataframe()
+    table, frame = prediction.auroc_dataframe(), prediction.to_dataframe()
     assert table["score"].tolist() == list(prediction.names) and len(frame) == (1 + 4 * 10) * RECORDS
     assert bool((table["low"] < table["auroc"]).all()) and bool((table["auroc"] < table["high"]).all())
     line = frame[frame["score"] == "combination"].iloc[2 * RECORDS + 7]
     assert line["value"] == prediction.scores["combination"][2, 7] and (line["cut"], line["record"]) == (2, 7)
     assert line["is_right"] == bool(prediction.is_right[7])
-    text = "\n".join(prediction.summary())
+    text = prediction.summary()
     assert "80 answers, 48 right and 32 wrong; AUROC (right answers score higher)" in text
     assert re.search(rf"contribution of the constraint +{prediction.auroc('contribution'):.3f}  \[0\.\d+, ", text)
     assert "layers chosen in each training fold" in text
-    empty = replace(prediction, kept={"all heads": torch.tensor([0, 3, 0])}, layers=(3, 4))
+    empty = replace(prediction, feature_counts={"all heads": torch.tensor([0, 3, 0])}, layers=(3, 4))
     assert "all layers and heads (L1): no feature was kept in 2 of 3 fits" in empty.summary()
     assert "mean over layers 3 and 4" in empty.summary()
-    drawn = prediction.plot(tmp_path / "roc.svg").read_text(encoding="utf-8")
+    drawn = svg(prediction.plot())
     for label in ("probability of the first token", "AUROC with its 95% interval", f"{prediction.auroc('weight'):.2f}"):
         assert f"<!-- {label} -->" in drawn, label
     with pytest.raises(ArtefactError, match="no format '.jpg'"):

@@ -1,17 +1,16 @@
 """The result of the logit lens: what it says about words, files, tables, pictures and averages over prompts."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
 from multrace.data import World
-from multrace.tracing import TraceError, logit_lens
-from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens, average_lenses
+from multrace.tracing import TraceError, average, logit_lens
+from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens
 from multrace.tracing.lens.result import NORMS, FollowedTokens, LogitLens
-from PIL import Image
+from result_checks import assert_same, colours, svg
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"
 FALSE_LOWER = "false option, lower case"
@@ -109,16 +108,11 @@ def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(lens):
 
 def test_saved_and_loaded_it_is_the_same(lens, tmp_path):
     again = LogitLens.load(lens.save(tmp_path / "deep" / "e.safetensors"))
-    for name in LogitLens.__dataclass_fields__:
-        new, old = getattr(again, name), getattr(lens, name)
-        if isinstance(old, torch.Tensor):
-            assert new.dtype == old.dtype and torch.equal(new, old), name
-        else:
-            assert new == old and repr(new) == repr(old), name
+    assert_same(again, lens)
     broken = replace(lens, ranks=lens.ranks[:, :1])
     with pytest.raises(ArtefactError, match="its tensors are of other shapes than its positions"):
         LogitLens.load(broken.save(tmp_path / "broken.safetensors"))
-    with pytest.raises(ArtefactError, match="holds 'multrace logit lens 1', not 'multrace average logit lens 1'"):
+    with pytest.raises(ArtefactError, match="holds 'multrace logit lens 2', not 'multrace average logit lens 2'"):
         AverageLogitLens.load(tmp_path / "deep" / "e.safetensors")
 
 
@@ -150,92 +144,80 @@ def test_the_table_of_likeliest_tokens_has_a_line_for_every_one(lens):
     assert tuple(rows) == lens.top(3)
 
 
-def labels(path: Path) -> str:
-    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
-    return path.read_text(encoding="utf-8")
-
-
-def colours(path: Path) -> int:
-    """How many colours a PNG has."""
-    with Image.open(path) as image:
-        assert min(image.size) > 400
-        return len(image.convert("RGB").getcolors(1_000_000))
-
-
 def test_lines_are_drawn_for_every_followed_token_and_both_norms(lens, tmp_path):
-    text = labels(lens.plot(tmp_path / "lines.svg"))
+    text = svg(lens.plot())
     for label in ("with the final norm", "without the final norm", "red (word red)", lens.question, "rank"):
         assert f"<!-- {label} -->" in text, label
     assert text.count("<!-- rank -->") == 2 and "read at last (':')" in text
-    assert "constraint 1" in labels(lens.plot(tmp_path / "other.svg", position="constraint 1"))
-    assert colours(lens.plot(tmp_path / "lines.png")) > 100
+    assert "constraint 1" in svg(lens.plot(position="constraint 1"))
+    assert colours(lens.plot()) > 100
     with pytest.raises(ArtefactError, match="no format '.bmp'"):
         lens.plot(tmp_path / "lines.bmp")
 
 
-def test_dollars_underscores_and_line_breaks_are_drawn(tmp_path):
+def test_dollars_underscores_and_line_breaks_are_drawn():
     odd = by_hand([[5, 9], [1, 3]], ((LOWER, CAPITALISED), (FALSE_LOWER,)), positions=(1,))
     odd = replace(odd, followed=replace(odd.followed, texts=(" w0$", "_name")))
-    text = labels(odd.plot(tmp_path / "odd.svg"))
+    text = svg(odd.plot())
     assert f"w0$ ({LOWER};" in text and "Who $costs$?" in text and f"_name ({FALSE_LOWER})" in text
-    assert "w0$" in labels(odd.plot_tokens(tmp_path / "odd_tokens.svg")) and "↵" in labels(tmp_path / "odd_tokens.svg")
+    assert "w0$" in svg(odd.plot_tokens()) and "↵" in svg(odd.plot_tokens())
 
 
-def test_the_table_of_tokens_frames_the_answer(lens, tmp_path):
-    text = labels(lens.plot_tokens(tmp_path / "tokens.svg"))
+def test_the_table_of_tokens_frames_the_answer(lens):
+    text = svg(lens.plot_tokens())
     for label in ("embedding", "layer 7", "constraint 2", "last", "probability"):
         assert f"<!-- {label} -->" in text, label
     framed = text.count("stroke: #d55e00")
     answers = {lens.followed.ids[lens.followed.index(role)] for role in (CAPITALISED,)}
     assert framed == sum(token in answers for token in lens.top_ids[0, :, :, 0].flatten().tolist()) > 0
-    only = lens.plot_tokens(tmp_path / "only.svg", norm=False, positions=["last"])
-    assert "constraint 2" not in labels(only) and "without the final norm" in labels(only)
-    assert colours(lens.plot_tokens(tmp_path / "tokens.png")) > 100
+    only = lens.plot_tokens(norm=False, positions=["last"])
+    assert "constraint 2" not in svg(only) and "without the final norm" in svg(only)
+    assert colours(lens.plot_tokens()) > 100
     with pytest.raises(TraceError, match="cannot draw 61 positions in one table; pass positions= with 1 to 60"):
-        lens.plot_tokens(tmp_path / "none.svg", positions=[0] * 61)
+        lens.plot_tokens(positions=[0] * 61)
 
 
 def test_averages_are_means_over_prompts_by_role():
     one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
     two = by_hand([[1, 1000], [1, 10]], ((LOWER, CAPITALISED), ("word red",)), question="What?")
     three = by_hand([[10, 4], [2, 8]], ((CAPITALISED,), (LOWER,)))
-    average = average_lenses([one, two, three])
-    assert average.roles == (LOWER, CAPITALISED, FALSE_LOWER, "word red") and average.count == 3
-    assert average.layers == (-1, 0) and average.questions == ("Who $costs$?", "What?", "Who $costs$?")
-    assert average.mean(LOWER, "share").tolist() == pytest.approx([1 / 3, 2 / 3])
-    assert average.mean(LOWER).tolist() == pytest.approx([0.9 * (0.01 + 1 + 0.25) / 3, 0.9 * (1 + 1 + 1 / 8) / 3])
+    mean = average([one, two, three])
+    assert mean.roles == (LOWER, CAPITALISED, FALSE_LOWER, "word red") and mean.count == 3
+    assert mean.layers == (-1, 0)
+    assert mean.mean(LOWER, "share").tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert mean.mean(LOWER).tolist() == pytest.approx([0.9 * (0.01 + 1 + 0.25) / 3, 0.9 * (1 + 1 + 1 / 8) / 3])
     logs = torch.tensor([100.0, 1, 4]).log10()
-    assert float(average.mean(LOWER, "log_rank")[0]) == pytest.approx(float(logs.mean()), rel=1e-6)
-    low, high = average.interval(LOWER, "log_rank")
+    assert float(mean.mean(LOWER, "log_rank")[0]) == pytest.approx(float(logs.mean()), rel=1e-6)
+    low, high = mean.interval(LOWER, "log_rank")
     middle, half = float(logs.mean()), 4.30265 * float(logs.std()) / 3**0.5  # Student's t, two degrees of freedom
     assert (float(low[0]), float(high[0])) == pytest.approx((middle - half, middle + half), rel=1e-5)
-    assert average.mean(CAPITALISED, "share").tolist() == [0.5, 0.5]  # of the two prompts that have it
-    assert all(end.isnan().all() for end in average.interval(FALSE_LOWER))  # one prompt has no spread
+    assert mean.mean(CAPITALISED, "share").tolist() == [0.5, 0.5]  # of the two prompts that have it
+    assert all(end.isnan().all() for end in mean.interval(FALSE_LOWER))  # one prompt has no spread
 
 
-def test_the_average_of_one_is_itself_without_an_interval(lens, tmp_path):
-    average = average_lenses([lens])
-    assert average.position_role == "last"
+def test_the_average_of_one_is_itself_without_an_interval(lens):
+    mean = average([lens])
+    assert mean.position_role == "last"
     for norm in NORMS:
-        assert torch.equal(average.mean(CAPITALISED, norm=norm), lens.probability(CAPITALISED, norm=norm))
+        assert torch.equal(mean.mean(CAPITALISED, norm=norm), lens.probability(CAPITALISED, norm=norm))
     with pytest.raises(ArtefactError, match="an interval needs at least two"):
-        average.interval(CAPITALISED)
-    assert average.to_dataframe()["low"].isna().all()
-    assert colours(average.plot(tmp_path / "one.png")) > 50
+        mean.interval(CAPITALISED)
+    assert mean.to_dataframe()["low"].isna().all()
+    assert colours(mean.plot()) > 50
 
 
-def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fact, tmp_path):
+def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fact):
     # every answer here is a name; none of them is the foil's
     found = [read_fact(number, foil="horse") for number in range(0, 360, 40)]
     names = [each for each in found if each.answer[0].isupper()]
-    average = average_lenses(names)
+    mean = average(names)
     assert len(names) >= 5
-    probability, foil = average.mean(CAPITALISED), average.mean(FALSE_LOWER)
-    low, _ = average.interval(CAPITALISED)
+    probability, foil = mean.mean(CAPITALISED), mean.mean(FALSE_LOWER)
+    low, _ = mean.interval(CAPITALISED)
     assert probability[0] < 0.05 and float(low[-1]) > 0.3
-    assert average.mean(CAPITALISED, "share")[-1] >= 0.8 and average.mean(CAPITALISED, "share")[0] <= 0.2
-    assert foil.max() < 0.05 and not average.mean(FALSE_LOWER, "share").any()
-    text = labels(average.plot(tmp_path / "average.svg"))
+    assert mean.mean(CAPITALISED, "share")[-1] >= 0.8 and mean.mean(CAPITALISED, "share")[0] <= 0.2
+    assert foil.max() < 0.05 and not mean.mean(FALSE_LOWER, "share").any()
+    text = svg(mean.plot())
     for label in (CAPITALISED, FALSE_LOWER, "share of prompts, likeliest"):
         assert f"<!-- {label} -->" in text, label
     assert "95% intervals" in text
@@ -244,24 +226,19 @@ def test_over_facts_the_capitalised_answer_emerges_and_the_foil_does_not(read_fa
 def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     one = by_hand([[100, 10], [1, 10]], ((LOWER,), (FALSE_LOWER,)))
     two = by_hand([[7, 1000], [3, 10]], ((LOWER,), ("word red",)))
-    average = average_lenses([one, two])
-    again = AverageLogitLens.load(average.save(tmp_path / "average.safetensors"))
-    pd.testing.assert_frame_equal(again.to_dataframe(), average.to_dataframe())
-    for name in AverageLogitLens.__dataclass_fields__:
-        new, old = getattr(again, name), getattr(average, name)
-        if isinstance(old, torch.Tensor):
-            assert new.dtype == old.dtype and torch.equal(new.nan_to_num(7), old.nan_to_num(7)), name
-        else:
-            assert new == old, name
-    frame = average.to_dataframe()
+    mean = average([one, two])
+    again = AverageLogitLens.load(mean.save(tmp_path / "mean.safetensors"))
+    pd.testing.assert_frame_equal(again.to_dataframe(), mean.to_dataframe())
+    assert_same(again, mean)
+    frame = mean.to_dataframe()
     assert len(frame) == 2 * 2 * 3 * len(QUANTITIES)
     line = frame[frame["norm"] & (frame["layer"] == 0) & (frame["role"] == LOWER) & (frame["quantity"] == "log_rank")]
-    low, high = average.interval(LOWER, "log_rank")
-    wanted = [float(average.mean(LOWER, "log_rank")[1]), float(low[1]), float(high[1]), 2]
+    low, high = mean.interval(LOWER, "log_rank")
+    wanted = [float(mean.mean(LOWER, "log_rank")[1]), float(low[1]), float(high[1]), 2]
     assert line[["mean", "low", "high", "n"]].iloc[0].tolist() == wanted
     assert set(frame[frame["role"] == "word red"]["n"]) == {1}
-    broken = replace(average, questions=("one",))
-    with pytest.raises(ArtefactError, match="other shapes than its prompts and roles"):
+    broken = replace(mean, roles=("one",))
+    with pytest.raises(ArtefactError, match="other shapes than its layers and roles"):
         AverageLogitLens.load(broken.save(tmp_path / "broken.safetensors"))
 
 
@@ -270,22 +247,22 @@ def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     [
         ({"model": "another"}, r"differ in their model \(some-model and another\)"),
         ({"revision": "abc"}, "differ in their revision"),
-        ({"position_roles": ("question 1",)}, r"differ in their first position \(last and question 1\)"),
+        ({"position_roles": ("question 1",)}, r"differ in their position_role \(last and question 1\)"),
     ],
 )
 def test_what_is_not_alike_is_not_averaged(changes, message):
     one = by_hand([[1], [1]], ((LOWER,),))
-    with pytest.raises(TraceError, match=message):
-        average_lenses([one, replace(one, **changes)])
+    with pytest.raises(ArtefactError, match=message):
+        average([one, replace(one, **changes)])
 
 
 def test_other_numbers_of_layers_no_prompts_and_unknown_names_are_refused():
     one, deeper = by_hand([[1], [1]], ((LOWER,),)), by_hand([[1], [1], [1]], ((LOWER,),))
-    with pytest.raises(TraceError, match=r"differ in their number of layers \(1 and 2\)"):
-        average_lenses([one, deeper])
-    with pytest.raises(TraceError, match="no lenses to average"):
-        average_lenses([])
+    with pytest.raises(ArtefactError, match=r"differ in their layers \(\(-1, 0\) and \(-1, 0, 1\)\)"):
+        average([one, deeper])
+    with pytest.raises(ArtefactError, match="no results to average"):
+        average([])
     with pytest.raises(TraceError, match=f"no role 'foil' in this average; it has {LOWER}"):
-        average_lenses([one]).mean("foil")
+        average([one]).mean("foil")
     with pytest.raises(TraceError, match="no quantity 'rank' in this average; it has probability, share, log_rank"):
-        average_lenses([one]).mean(LOWER, "rank")
+        average([one]).mean(LOWER, "rank")

@@ -9,7 +9,7 @@ from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
-from multrace.tracing import Engine, ImagePruning, average_prunings
+from multrace.tracing import Engine, ImagePruning, average
 from multrace.tracing.engine import measure as measuring
 from multrace.tracing.engine.cells import Runs
 from multrace.tracing.engine.plain import plain_scores
@@ -202,16 +202,16 @@ def asked(tiny_vlm: VisionLanguageModel) -> list[ImagePruning]:
 
 
 def test_the_trained_model_needs_the_picture_in_early_layers_only(tiny_vlm, asked):
-    average = average_prunings(asked)
-    assert average.count == 12
-    assert average.baseline_accuracy >= 0.9
-    assert average.floor_accuracy <= 0.3  # the words alone do not say which entity is meant
-    assert float(average.accuracy()[0, 0]) == average.floor_accuracy
-    cliff = average.cliff_layer()
+    mean = average(asked)
+    assert mean.count == 12
+    assert mean.baseline_accuracy >= 0.9
+    assert mean.floor_accuracy <= 0.3  # the words alone do not say which entity is meant
+    assert float(mean.accuracy()[0, 0]) == mean.floor_accuracy
+    cliff = mean.cliff_layer()
     assert cliff is not None and 1 <= cliff <= tiny_vlm.layers // 2
-    assert float(average.accuracy()[0, -1]) >= average.baseline_accuracy - 0.01
-    assert 1 - float(average.operations_kept()[0, cliff]) > 0.4
-    assert f"accuracy holds from layer {cliff} on" in average.summary()
+    assert float(mean.accuracy()[0, -1]) >= mean.baseline_accuracy - 0.01
+    assert 1 - float(mean.operations_kept()[0, cliff]) > 0.4
+    assert f"accuracy holds from layer {cliff} on" in mean.summary()
 
 
 # ---- what is refused ----

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
 from multrace.artefacts.proportions import wilson_interval
-from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average_prunings
+from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average
 from multrace.tracing.pruning.result import operations_kept, tokens_kept
 from PIL import Image
+from result_checks import assert_same, colours, svg
 
 LAYERS = 6
 RIGHT, WRONG = "red", "blue"
@@ -54,11 +54,6 @@ def pruning_of(right: Sequence[Sequence[bool]] = ((0, 0, 1, 1, 1, 1),), **change
         engine=EngineReport(engine="replay", cells=6, checked_cells=2, largest_difference=1e-7 / 3),
     )
     return replace(made, **changes)
-
-
-def texts(path: Path) -> str:
-    """The text of an SVG picture, which matplotlib keeps in comments beside the outlines."""
-    return path.read_text(encoding="utf-8")
 
 
 # One question
@@ -115,14 +110,13 @@ def test_a_pruning_says_what_it_found():
 def test_a_pruning_comes_back_from_its_file(tmp_path):
     found = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
     back = ImagePruning.load(found.save(tmp_path / "pruning.safetensors"))
-    assert back.summary() == found.summary() and back.engine == found.engine
-    assert torch.equal(back.kept, found.kept) and torch.equal(back.probabilities, found.probabilities)
-    assert (back.keep, back.layers, back.answers) == (found.keep, found.layers, found.answers)
+    assert_same(back, found)
+    assert back.summary() == found.summary()
     pd.testing.assert_frame_equal(back.to_dataframe(), found.to_dataframe())
     broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
     with pytest.raises(ArtefactError, match="of other shapes than its keeps, layers and scores"):
         ImagePruning.load(broken)
-    with pytest.raises(ArtefactError, match="not 'multrace average image pruning 1'"):
+    with pytest.raises(ArtefactError, match="not 'multrace average image pruning 2'"):
         AveragePruning.load(tmp_path / "pruning.safetensors")
 
 
@@ -138,11 +132,11 @@ def test_the_table_has_a_line_per_score_keep_and_layer():
 
 def test_pictures_show_curves_levels_and_savings(tmp_path):
     found = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6))
-    text = texts(found.plot(tmp_path / "one.svg"))
+    text = svg(found.plot())
     shown = ["all image tokens dropped", "best 1 image token kept", "What $colour$ is it?", "first token's probability"]
     for words in [*shown, "every image token (baseline)", "no image token at all (floor)", "saved"]:
         assert f"<!-- {words} -->" in text, words
-    assert found.plot(tmp_path / "one.png", "answer").stat().st_size > 3000
+    assert colours(found.plot(score="answer")) > 30
     with pytest.raises(ArtefactError, match="no format '.gif'"):
         found.plot(tmp_path / "one.gif")
 
@@ -161,35 +155,36 @@ def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, 
     pictures = []
     for number in (4, 8):
         found = asked_about(prompt, lambda places, number=number: places < number)
-        with Image.open(found.overlay(tmp_path / f"{number}.png", prompt, layers=(0, 3))) as image:
+        found.overlay(prompt, tmp_path / f"{number}.png", layers=(0, 3))
+        with Image.open(tmp_path / f"{number}.png") as image:
             pictures.append(image.convert("RGB").tobytes())
     assert pictures[0] != pictures[1]
-    text = texts(found.overlay(tmp_path / "o.svg", prompt))
+    text = svg(found.overlay(prompt))
     assert "<!-- from layer 0 on -->" in text and "<!-- Image tokens that stay: the best 8 of 16 -->" in text
     with pytest.raises(TraceError, match=r"no layers \(9,\) here"):
-        found.overlay(tmp_path / "o.svg", prompt, layers=(9,))
+        found.overlay(prompt, layers=(9,))
     with pytest.raises(TraceError, match="of another prompt"):
-        found.overlay(tmp_path / "o.svg", random_llava_llama.prompt(other_photo, "Who?"))
+        found.overlay(random_llava_llama.prompt(other_photo, "Who?"))
     with pytest.raises(TraceError, match="stay here all or none"):
-        asked_about(prompt, lambda places: places < 0).overlay(tmp_path / "o.svg", prompt)
+        asked_about(prompt, lambda places: places < 0).overlay(prompt)
 
 
 # Averages
 
 
 def average_of(curves: Sequence[Sequence[bool]], **changes: object) -> AveragePruning:
-    return average_prunings([pruning_of((curve,), **changes) for curve in curves])
+    return average([pruning_of((curve,), **changes) for curve in curves])
 
 
 def test_accuracies_are_shares_of_right_answers_with_wilsons_interval():
-    average = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 0, 1, 1), (0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)])
-    assert average.accuracy()[0].tolist() == [0.25, 0.5, 0.75, 0.75, 1.0, 1.0]
-    assert (average.baseline_accuracy, average.floor_accuracy, average.graded) == (1.0, 0.0, 4)
-    low, high = average.accuracy_interval()
+    mean = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 0, 1, 1), (0, 0, 0, 1, 1, 1), (1, 1, 1, 1, 1, 1)])
+    assert mean.accuracy()[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 0.75, 1.0, 1.0], abs=1e-12)
+    assert (mean.baseline_accuracy, mean.floor_accuracy, mean.graded) == (1.0, 0.0, 4)
+    low, high = mean.accuracy_interval()
     assert (float(low[0, 1]), float(high[0, 1])) == pytest.approx((0.1500, 0.8500), abs=1e-4)
-    assert float(average.probability()[0, 1]) == pytest.approx(0.5)
-    assert float(average.probability("answer")[0, 5]) == pytest.approx(0.8)
-    assert average.changed(0, 3) == (1, 0) and average.changed(0, 5) == (0, 0)
+    assert float(mean.probability()[0, 1]) == pytest.approx(0.5)
+    assert float(mean.probability("answer")[0, 5]) == pytest.approx(0.8)
+    assert mean.changed(0, 3) == (1, 0) and mean.changed(0, 5) == (0, 0)
 
 
 def test_wilsons_interval_is_the_textbooks():
@@ -211,26 +206,26 @@ def test_wilsons_interval_is_the_textbooks():
     ],
 )
 def test_the_cliff_is_where_dropping_hurts_no_more(lost, tolerance, cliff):
-    average = average_of([[number >= each for each in lost] for number in range(10)])
-    assert average.accuracy()[0].tolist() == pytest.approx([1 - each / 10 for each in lost])
-    assert average.cliff_layer(tolerance=tolerance) == cliff
-    assert average.cliff_layer(tolerance=0.8 * tolerance + 1e-12, by="probability") == cliff
-    assert average.cliff_layer(tolerance=1.0) == 0
+    mean = average_of([[number >= each for each in lost] for number in range(10)])
+    assert mean.accuracy()[0].tolist() == pytest.approx([1 - each / 10 for each in lost])
+    assert mean.cliff_layer(tolerance=tolerance) == cliff
+    assert mean.cliff_layer(tolerance=0.8 * tolerance + 1e-12, by="probability") == cliff
+    assert mean.cliff_layer(tolerance=1.0) == 0
     words = "is hurt even from layer 5" if cliff is None else f"accuracy holds from layer {cliff} on"
-    assert words in average.summary(tolerance)
+    assert words in mean.summary(tolerance)
 
 
 def test_the_cliff_is_measured_from_the_baseline_not_from_one():
     curves = [(0, 0, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0)]
     asked = [pruning_of((curve,), baseline_answer=RIGHT if curve[-1] else WRONG) for curve in curves]
-    assert average_prunings(asked).cliff_layer() == 2
+    assert average(asked).cliff_layer() == 2
     asked[1] = replace(asked[1], baseline_answer=RIGHT)
-    assert average_prunings(asked).cliff_layer() is None
+    assert average(asked).cliff_layer() is None
 
 
 def test_questions_without_a_right_answer_count_for_probabilities_only():
     known, unknown = pruning_of(), pruning_of(((1, 1, 1, 1, 1, 1),), gold=None)
-    mixed, none = average_prunings([known, unknown]), average_prunings([unknown, unknown])
+    mixed, none = average([known, unknown]), average([unknown, unknown])
     assert (mixed.count, mixed.graded, none.graded) == (2, 1, 0)
     assert mixed.accuracy()[0].tolist() == [0, 0, 1, 1, 1, 1]
     assert mixed.probability()[0, 0] == pytest.approx(0.5)
@@ -241,42 +236,42 @@ def test_questions_without_a_right_answer_count_for_probabilities_only():
 
 
 def test_unlike_prunings_are_not_averaged():
-    with pytest.raises(TraceError, match="no prunings to average"):
-        average_prunings([])
-    with pytest.raises(TraceError, match=r"differ in their keep \(\(0,\) and \(3,\)\)"):
-        average_prunings([pruning_of(), pruning_of(keep=(3,))])
-    average = average_of([(0, 0, 1, 1, 1, 1)])
+    with pytest.raises(ArtefactError, match="no results to average"):
+        average([])
+    with pytest.raises(ArtefactError, match=r"differ in their keep \(\(0,\) and \(3,\)\)"):
+        average([pruning_of(), pruning_of(keep=(3,))])
+    mean = average_of([(0, 0, 1, 1, 1, 1)])
     with pytest.raises(TraceError, match="tolerance=-1 is negative"):
-        average.cliff_layer(tolerance=-1)
+        mean.cliff_layer(tolerance=-1)
     with pytest.raises(TraceError, match="no measure 'size'"):
-        average.cliff_layer(by="size")
+        mean.cliff_layer(by="size")
     with pytest.raises(TraceError, match="no layer 9 in this average"):
-        average.changed(0, 9)
+        mean.changed(0, 9)
 
 
 def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
-    average = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1)])
-    back = AveragePruning.load(average.save(tmp_path / "average.safetensors"))
-    assert back.summary() == average.summary()
+    mean = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1)])
+    back = AveragePruning.load(mean.save(tmp_path / "mean.safetensors"))
+    assert back.summary() == mean.summary()
     frame = back.to_dataframe()
-    pd.testing.assert_frame_equal(frame, average.to_dataframe())
+    pd.testing.assert_frame_equal(frame, mean.to_dataframe())
     line = frame[(frame.score == "answer") & (frame.layer == 1)].iloc[0]
     assert (line.accuracy, line.baseline_accuracy, line.floor_accuracy, line.n) == (0.5, 1.0, 0.0, 2)
     assert 0 < line.low < 0.5 < line.high < 1 and line.baseline == pytest.approx(0.8)
-    broken = replace(average, floor=average.floor[:1]).save(tmp_path / "broken.safetensors")
-    with pytest.raises(ArtefactError, match="of other shapes than its questions"):
+    broken = replace(mean, floor=mean.floor[:1]).save(tmp_path / "broken.safetensors")
+    with pytest.raises(ArtefactError, match="of other shapes than its keeps"):
         AveragePruning.load(broken)
 
 
-def test_the_picture_of_an_average_marks_the_cliff(tmp_path):
+def test_the_picture_of_an_average_marks_the_cliff():
     asked = [pruning_of(((0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1))), pruning_of(((0, 1, 1, 1, 1, 1), (1,) * 6))]
-    average = average_prunings(asked)
-    text = texts(average.plot(tmp_path / "a.svg"))
+    mean = average(asked)
+    text = svg(mean.plot())
     shown = ["all image tokens dropped, cliff at layer 2", "best 1 image token kept, cliff at layer 1", "accuracy"]
     for words in [*shown, "Image tokens dropped, 2 questions", "Accuracy; bands: 95% intervals"]:
         assert f"<!-- {words} -->" in text, words
-    text = texts(average.plot(tmp_path / "p.svg", "probability", score="answer"))
+    text = svg(mean.plot(by="probability", score="answer"))
     assert "<!-- mean probability of the whole answer -->" in text
     hurt = average_of([(1, 1, 1, 1, 1, 0)])
-    assert "cliff" not in texts(hurt.plot(tmp_path / "h.svg"))
-    assert hurt.plot(tmp_path / "h.png", "probability").stat().st_size > 3000  # one question has no band
+    assert "cliff" not in svg(hurt.plot())
+    assert colours(hurt.plot(by="probability")) > 30  # one question has no band

@@ -2,20 +2,17 @@ from .attention.cam import RelevanceMap as RelevanceMap, llava_cam as llava_cam
 from .attention.contributions import attention_contributions as attention_contributions
 from .attention.contributions_average import (
     AverageContributions as AverageContributions,
-    average_contributions as average_contributions,
 )
 from .attention.contributions_result import AttentionContributions as AttentionContributions
 from .attention.saliency import (
     AttentionSaliency as AttentionSaliency,
     AverageSaliency as AverageSaliency,
     attention_saliency as attention_saliency,
-    average_saliencies as average_saliencies,
 )
 from .attention.shares import (
     AttentionShare as AttentionShare,
     AverageShare as AverageShare,
     attention_share as attention_share,
-    average_shares as average_shares,
 )
 from .averages import average as average
 from .causal.average import AverageTrace as AverageTrace
@@ -48,9 +45,9 @@ from .knockout.average import (
 from .knockout.groups import Flow as Flow
 from .knockout.knockout import attention_knockout as attention_knockout, knockout_probability as knockout_probability
 from .knockout.result import AttentionKnockout as AttentionKnockout, same_answer as same_answer
-from .lens.average import AverageLogitLens as AverageLogitLens, average_lenses as average_lenses
+from .lens.average import AverageLogitLens as AverageLogitLens
 from .lens.logit_lens import logit_lens as logit_lens
 from .lens.result import LogitLens as LogitLens
-from .pruning.average import AveragePruning as AveragePruning, average_prunings as average_prunings
+from .pruning.average import AveragePruning as AveragePruning
 from .pruning.pruning import prune_image_tokens as prune_image_tokens
 from .pruning.result import ImagePruning as ImagePruning

@@ -7,10 +7,18 @@ from typing import Any
 from ..artefacts.averages import averaged
 from ..artefacts.errors import ArtefactError
 from ..artefacts.results import Result
+from .attention.contributions_average import ContributionsAverager
+from .attention.contributions_result import AttentionContributions
+from .attention.saliency import AttentionSaliency, AverageSaliency, SaliencyAverager
+from .attention.shares import AttentionShare, ShareAverager
 from .causal.average import TraceAverager
 from .causal.result import CausalTrace
 from .knockout.average import KnockoutAverager
 from .knockout.result import AttentionKnockout
+from .lens.average import LogitLensAverager
+from .lens.result import LogitLens
+from .pruning.average import PruningAverager
+from .pruning.result import ImagePruning
 
 
 def average(results: Iterable[Result], **options: Any) -> Any:
@@ -20,9 +28,10 @@ def average(results: Iterable[Result], **options: Any) -> Any:
     of one.
 
     Args:
-        results: results of one kind, such as `CausalTrace` or `AttentionKnockout`.
+        results: results of one kind, such as `CausalTrace`, `AttentionKnockout` or `LogitLens`.
         options: settings of this kind's average: `only_right` and `filtered` of an `AttentionKnockout` (see
-            `KnockoutAverager`).
+            `KnockoutAverager`); `groups`, `reduction`, `share` and `bins` of `AttentionContributions` (see
+            `ContributionsAverager`).
 
     Returns:
         The average, such as an `AverageTrace`, with means, 95 % intervals over prompts, `plot` and `to_dataframe`.
@@ -44,7 +53,16 @@ def average(results: Iterable[Result], **options: Any) -> Any:
     first = next(remaining, None)
     if first is None:
         raise ArtefactError("no results to average; pass at least one")
-    averagers = {CausalTrace: TraceAverager, AttentionKnockout: KnockoutAverager}
+    averagers = {
+        AttentionContributions: ContributionsAverager,
+        AttentionKnockout: KnockoutAverager,
+        AttentionSaliency: SaliencyAverager,
+        AttentionShare: ShareAverager,
+        AverageSaliency: SaliencyAverager,
+        CausalTrace: TraceAverager,
+        ImagePruning: PruningAverager,
+        LogitLens: LogitLensAverager,
+    }
     if type(first) not in averagers:
         kinds = ", ".join(kind.__name__ for kind in averagers)
         raise ArtefactError(f"a {type(first).__name__} has no average over prompts; pass results of one kind: {kinds}")

@@ -4,26 +4,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts.drawing.overlay import Overlay
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import name_of_model
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..errors import TraceError
 from ..groups import group_positions
-from .image_reading import ImageReading, draw_tiles, predicting_logits, reading_fields, with_answer
+from .image_reading import ImageReading, predicting_logits, reading_fields, tiles_figure, with_answer
 
-_LAYOUT = "multrace relevance map 1"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COPIES_AT_ONCE = 4
+"""Number of noisy copies in one pass, whose whole graph lies in memory."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RelevanceMap(ImageReading):
     """How much the answer rests on each image token by the features of each layer. `llava_cam` returns it."""
+
+    layout: ClassVar[str] = "multrace relevance map 2"
 
     samples: int
     """Number of noisy copies that were averaged; 0 for the picture itself."""
@@ -51,36 +56,37 @@ class RelevanceMap(ImageReading):
         """The layers without any heat, which have no maximum to divide by."""
         return tuple(layer for layer, heat in zip(self.layers, self.heat, strict=True) if not heat.any())
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with a small map of normalised heat per layer, without the picture below it.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "RelevanceMap":
-        """The map that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
-
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: one small map of normalised heat per layer, without the picture below it."""
+        It is also written to the path if one is given (png, pdf or svg by suffix).
+        """
         grid = self.over_picture(self.normalised) if self.patches else self.normalised[:, None, None]
         captions = [self._caption(layer) for layer in self.layers]
-        return draw_tiles(path, grid, captions, kind="mlp", titles=self._titles, unit="heat")
+        return drawing.finished(tiles_figure(grid, captions, kind="mlp", titles=self._titles, unit="heat"), path)
 
-    def overlay(self, path: str | Path, prompt: Prompt, layers: Sequence[int] | None = None) -> Path:
-        """The written picture: normalised heat over the prompt's picture as the model saw it.
+    def overlay(self, prompt: Prompt, path: str | Path | None = None, layers: Sequence[int] | None = None) -> "Figure":
+        """Return a figure with the normalised heat over the picture as the model saw it.
 
-        layers: one panel each; if None, four of those with heat, spread over the depth. TraceError for another prompt,
-        for layers that were not read, and where image tokens form no grid.
+        Args:
+            prompt: The prompt that was read.
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            layers: The layers to draw, one panel each; by default four of those with heat, spread over the depth.
+
+        Raises:
+            TraceError: For another prompt, for layers that were not read, and if image tokens form no grid.
+            ArtefactError: If the file cannot be written.
         """
         grid = self.over_picture(self.normalised)
         rows = self._rows_of(layers, [layer for layer in self.layers if layer not in self.silent_layers])
-        overlays = [Overlay(title=self._caption(self.layers[row]), values=grid[row]) for row in rows]
-        return self._draw_over(path, prompt, overlays, kind="mlp", titles=self._titles, unit="heat")
+        overlays = [drawing.Overlay(title=self._caption(self.layers[row]), values=grid[row]) for row in rows]
+        return self._overlay(prompt, path, overlays, kind="mlp", titles=self._titles, unit="heat")
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """Return one row per layer and image token: its place in the picture, and its heat, raw and normalised."""
-        axes = [("layer", self.layers), ("image_token", range(len(self.image_positions)))]
-        return long_frame(axes, self._image_columns() | {"heat": self.heat, "normalised": self.normalised})
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
+        return {"layer": self.layers, "image_token": range(len(self.image_positions))}
+
+    def _columns(self) -> Mapping[str, Tensor]:
+        return self._image_columns() | {"heat": self.heat, "normalised": self.normalised}
 
     def _caption(self, layer: int) -> str:
         return f"layer {layer}" + (" (no heat)" if layer in self.silent_layers else "")
@@ -89,18 +95,22 @@ class RelevanceMap(ImageReading):
     def _titles(self) -> tuple[str, str]:
         """Title and subtitle of pictures."""
         smoothed = f"mean of {self.samples} noisy copies (sigma {self.noise:g})" if self.samples else "not smoothed"
-        cut = f", heat below {self.threshold:g} left out" if self.threshold else ""
-        return self.question, f"LLaVA-CAM by decoder layer for {self.answer!r}, each over its maximum; {smoothed}{cut}"
+        cutoff = f", heat below {self.threshold:g} left out" if self.threshold else ""
+        return (
+            self.question,
+            f"LLaVA-CAM by decoder layer for {self.answer!r}, each over its maximum; {smoothed}{cutoff}",
+        )
 
+    def _lines(self) -> tuple[str, str]:
+        with_heat = len(self.layers) - len(self.silent_layers)
+        return (
+            f"RelevanceMap of {name_of_model(self.model)}: {self.question!r} -> {self.answer!r}",
+            f"heat in {with_heat} of {len(self.layers)} layers over {len(self.image_positions)} image tokens",
+        )
 
-def _problem(found: RelevanceMap) -> str | None:
-    """What does not fit together in a map that was read from a file."""
-    fits = found.heat.shape == (len(found.layers), len(found.image_positions))
-    return None if fits else "its heat is of another shape than its layers and image tokens"
-
-
-_COPIES_AT_ONCE = 4
-"""Number of noisy copies in one pass, whose whole graph lies in memory."""
+    def _problem(self) -> str | None:
+        fits = self.heat.shape == (len(self.layers), len(self.image_positions))
+        return None if fits else "its heat is of another shape than its layers and image tokens"
 
 
 def llava_cam(

@@ -1,18 +1,20 @@
-"""Averages of attention contributions over prompts by layer, with intervals."""
+"""The average of attention contributions over prompts, by layer, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.frames import long_frame, stacked_frame
+from ...artefacts.results import Result
 from ..errors import TraceError
-from .contributions_plot import Chart, Line, draw_layers, draw_shares
+from .contributions_plot import Chart, Line, layers_figure, shares_figure
 from .contributions_result import (
     REDUCED,
     UNITS,
@@ -24,191 +26,212 @@ from .contributions_result import (
     tokens_for_share,
 )
 
-_LAYOUT = "multrace average contributions 1"
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 _USUAL = ("constraint", "image", "last")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageContributions:
-    """What groups of tokens bring to the queries by layer, in several prompts. Made by `average_contributions`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageContributions(Result):
+    """The contributions of token groups to the queries by layer, over several prompts. Made by `average`."""
+
+    layout: ClassVar[str] = "multrace average contributions 2"
 
     model: str
     """Name or path of the model."""
     revision: str | None
     queries: str | None
-    """The group of tokens that attended; None for positions."""
+    """The token group that attended; None if positions were given."""
     reduction: Reduction
     """How the tokens of a group became one number."""
-    contributions: Mapping[str, Tensor]
-    """Per group (prompt, layer), in units of the residual stream: length of contribution."""
-    weights: Mapping[str, Tensor]
-    """Per group (prompt, layer): attention weight, mean over heads."""
+    groups: tuple[str, ...]
+    """The source groups."""
+    count: int
+    """Number of prompts."""
+    contributions: Mean
+    """(group, layer), in units of the residual stream: length of the contribution."""
+    weights: Mean
+    """(group, layer): attention weight, mean over heads."""
     share: float
     """The share of the picture's contributions that `image_tokens` hold."""
-    image_tokens: Tensor | None
-    """(prompt, layer): how many image tokens hold that share; None where pictures were not read."""
+    image_tokens: Mean | None
+    """(layer,): number of image tokens that hold that share; None if pictures were not read."""
     image_count: int | None
-    """How many image tokens a prompt has; None where pictures were not read or differ in size."""
-    image_shares: Tensor | None
-    """(prompt, layer, bin): share of the picture's contributions by index of the image token; None as above."""
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups of sources."""
-        return tuple(self.contributions)
-
-    @property
-    def count(self) -> int:
-        """How many prompts were averaged."""
-        return len(next(iter(self.contributions.values())))
+    """Number of image tokens of a prompt; None if pictures were not read or differ in size."""
+    image_shares: Mean | None
+    """(layer, bin): share of the picture's contributions by index of the image token; None like `image_count`."""
 
     def by_layer(self, group: str, *, of: Quantity = "contribution") -> Tensor:
-        """(layer,): mean over prompts of what the group brings. TraceError for a group that was not averaged."""
-        return self._values(group, of).mean(0)
+        """Return the mean contribution (layer,) of a group. Raises `TraceError` for a group that was not averaged."""
+        return self._of(of).mean[self._index(group, of)]
 
     def interval(self, group: str, *, of: Quantity = "contribution") -> tuple[Tensor, Tensor]:
-        """(low, high), each (layer,): 95 % interval of `by_layer` over prompts, by Student's t.
+        """Return (low, high), each (layer,): the 95 % interval of `by_layer` over prompts, by Student's t.
 
-        TraceError for an average of one prompt.
+        Raises `ArtefactError` for an average of one prompt.
         """
-        return mean_interval(self._values(group, of))
+        index = self._index(group, of)
+        low, high = self._of(of).interval()
+        return low[index], high[index]
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one row per quantity, group and layer: mean over prompts, its 95 % interval, and n.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageContributions":
-        """What `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per quantity, group and layer: mean over prompts, its 95 % interval, and n.
-
-        quantity: contribution, weight, or "image tokens" for the group image. low and high are NaN where n is 1.
+        quantity is contribution, weight, or "image tokens" for the group image. low and high are NaN where n is 1.
         """
-        found = [(of, group, self._values(group, of)) for of in UNITS for group in self.groups]
+        frames = {of: _frame(self.groups, self._of(of)) for of in UNITS}
         if self.image_tokens is not None:
-            found.append(("image tokens", "image", self.image_tokens))
-        return pd.concat([_frame(of, group, values) for of, group, values in found], ignore_index=True)
+            frames["image tokens"] = _frame(("image",), self.image_tokens[None])
+        return stacked_frame(frames, "quantity")
 
-    def plot(self, path: str | Path) -> Path:
-        """The written picture (png, pdf, svg): contribution and weight by layer, and tokens of the picture's share."""
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with contribution and weight by layer, and the number of tokens with the picture's share.
+
+        It is also written to the path if one is given (png, pdf or svg by suffix).
+        """
         charts = [
-            Chart(unit=unit, lines=[_line(group, self._values(group, of)) for group in self.groups])
+            Chart(unit=unit, lines=[_line(group, self._of(of)[index]) for index, group in enumerate(self.groups)])
             for of, unit in UNITS.items()
         ]
         if self.image_tokens is not None:
             line = _line(f"tokens for {self.share:.0%}", self.image_tokens)
             charts.append(Chart(unit=f"image tokens that hold {self.share:.0%}", lines=[line]))
-        band = "; bands: 95% intervals over prompts" if self.count > 1 else ""
-        subtitle = f"Mean over {self.count} prompts, {REDUCED[self.reduction]} of each group of sources{band}"
-        return draw_layers(path, charts, [], titles=(f"What attention brings to {name_of(self.queries)}", subtitle))
+        bands = "; bands: 95% intervals over prompts" if self.count > 1 else ""
+        subtitle = f"Mean over {self.count} prompts, {REDUCED[self.reduction]} of each group of sources{bands}"
+        titles = f"What attention contributes to {name_of(self.queries)}", subtitle
+        return drawing.finished(layers_figure(charts, [], titles=titles), path)
 
-    def plot_histogram(self, path: str | Path, layers: Sequence[int]) -> Path:
-        """The written picture: where by index of the image token contributions come from, in these layers.
+    def plot_histogram(self, path: str | Path | None = None, *, layers: Sequence[int]) -> "Figure":
+        """Return a figure with the share of contributions by index of the image token, in these layers.
 
-        Bars are means over prompts with their 95 % intervals. TraceError where pictures were not read or differ in
-        size, and for layers that are not there.
+        Bars are means over prompts with their 95 % intervals.
+
+        Args:
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            layers: The layers to draw, one panel each.
+
+        Raises:
+            TraceError: If pictures were not read or differ in size, and for no or unknown layers.
+            ArtefactError: If the file cannot be written.
         """
         if self.image_shares is None or self.image_count is None:
             raise TraceError("there are no shares by index here; average prompts whose sources hold pictures of a size")
-        count = self.image_shares.shape[1]
+        count = self.image_shares.shape[0]
         if not layers or not all(-count <= layer < count for layer in layers):
             raise TraceError(f"no layers {tuple(layers)} here; pass some of 0 to {count - 1}")
-        shares = self.image_shares[:, list(layers)]
-        ends = mean_interval(shares) if self.count > 1 else None
+        shares = self.image_shares[list(layers)]
+        ends = shares.band() if self.count > 1 else None
         titles = (
             f"Where in the picture contributions to {name_of(self.queries)} come from",
             f"Share by index of the image token, mean over {self.count} prompts"
             + ("; lines: 95% intervals over prompts" if ends else ""),
         )
         captions = [f"layer {layer % count}" for layer in layers]
-        return draw_shares(path, shares.nanmean(0), captions=captions, count=self.image_count, titles=titles, ends=ends)
+        figure = shares_figure(shares.mean, captions=captions, count=self.image_count, titles=titles, ends=ends)
+        return drawing.finished(figure, path)
 
-    def _values(self, group: str, of: Quantity) -> Tensor:
-        """(prompt, layer)"""
-        values = {"contribution": self.contributions, "weight": self.weights}.get(of)
-        if values is None or group not in values:
+    def _of(self, quantity: str) -> Mean:
+        """(group, layer)"""
+        return self.weights if quantity == "weight" else self.contributions
+
+    def _index(self, group: str, of: str) -> int:
+        if of not in UNITS or group not in self.groups:
             raise TraceError(
                 f"no {of} of {group!r} in this average; pass 'contribution' or 'weight' and one of the groups "
                 f"{', '.join(self.groups)}"
             )
-        return values[group]
+        return self.groups.index(group)
+
+    def _lines(self) -> tuple[str, str]:
+        place = int(self.contributions.mean.argmax())
+        group, layer = divmod(place, self.contributions.shape[1])
+        return (
+            f"AverageContributions of {name_of_model(self.model)} over {self.count} prompts, to "
+            f"{name_of(self.queries)} from {', '.join(self.groups)}",
+            f"longest mean contribution {float(self.contributions.mean.max()):.3g}, of {name_of(self.groups[group])} "
+            f"in layer {layer}",
+        )
+
+    def _problem(self) -> str | None:
+        layers = self.contributions.shape[-1]
+        fits = [part.fits(len(self.groups), layers) for part in (self.contributions, self.weights)]
+        fits += [self.image_tokens is None or self.image_tokens.fits(layers)]
+        fits += [self.image_shares is None or self.image_shares.shape[0] == layers]
+        return None if all(fits) else "its tensors are of other shapes than its layers and groups"
 
 
-def average_contributions(
-    results: Sequence[AttentionContributions],
-    *,
-    groups: Sequence[str] | None = None,
-    reduction: Reduction = "max",
-    share: float = 0.8,
-    bins: int = 16,
-) -> AverageContributions:
-    """What groups of sources bring to the queries by layer, over prompts of one model that were asked alike.
+class ContributionsAverager(Averager[AttentionContributions, AverageContributions]):
+    """Averages what source groups contribute by layer, over prompts of one model with the same queries.
 
-    groups: of sources; if not given, those of constraint, image and last token that all results hold. reduction: as in
-    `AttentionContributions.by_layer`. share, bins: for the picture, where all results hold it: how many tokens hold
-    this share, and the shares of so many bins by index. TraceError for no results, for results that differ in model,
-    layers or queries, and for groups that one of them does not hold.
+    Args:
+        groups: Source groups, which all results must hold; by default those of constraint, image and last token that
+            all of them hold.
+        reduction: How the tokens of a group become one number, as in `AttentionContributions.by_layer`.
+        share: Count the image tokens that hold this share of the picture's contributions, if all results hold it.
+        bins: Number of bins for the shares by index of the image token.
     """
-    first = _check_alike(results)
-    held = [group for group in _USUAL if all(group in each.source_groups for each in results)]
-    names = tuple(groups) if groups is not None else tuple(held)
-    if not names:
-        raise TraceError("these results have no group of sources in common; pass groups=, or read the same sources")
-    masses = [each.image_mass() for each in results] if "image" in held else []
-    sizes = {mass.shape[-1] for mass in masses}
-    return AverageContributions(
-        model=first.model,
-        revision=first.revision,
-        queries=first.queries,
-        reduction=reduction,
-        contributions={name: _stack(results, name, "contribution", reduction) for name in names},
-        weights={name: _stack(results, name, "weight", reduction) for name in names},
-        share=share,
-        image_tokens=torch.stack([tokens_for_share(mass, share) for mass in masses]).double() if masses else None,
-        image_count=next(iter(sizes)) if len(sizes) == 1 else None,
-        image_shares=torch.stack([index_shares(mass, min(bins, *sizes)) for mass in masses]) if masses else None,
-    )
+
+    alike = ("model", "revision", "layers", "queries")
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[str] | None = None,
+        reduction: Reduction = "max",
+        share: float = 0.8,
+        bins: int = 16,
+    ) -> None:
+        super().__init__()
+        self._groups, self._reduction, self._share, self._bins = groups, reduction, share, bins
+        self._image_counts: list[int] = []
+
+    def _take(self, result: AttentionContributions) -> None:
+        names = [name for name in _USUAL if name in result.source_groups] if self._groups is None else self._groups
+        axes = {"group": names, "layer": range(result.layers)}
+        for of in UNITS if names else ():
+            values = [result.by_layer(name, of=of, reduction=self._reduction) for name in names]
+            self._add(of, torch.stack(values), axes)
+        if "image" in result.source_groups:
+            mass, layers = result.image_mass(), {"layer": range(result.layers)}
+            self._image_counts.append(mass.shape[-1])
+            self._add("image tokens", tokens_for_share(mass, self._share), layers)
+            if len(set(self._image_counts)) == 1:
+                bins = min(self._bins, mass.shape[-1])
+                self._add("image shares", index_shares(mass, bins), layers | {"bin": range(bins)})
+
+    def _average(self) -> AverageContributions:
+        means = {of: self._mean(of) for of in UNITS if of in self._means}
+        names = self._labels("contribution", "group") if means else ()
+        held = [index for index in range(len(names)) if int(means["contribution"].count[index].max()) == self.count]
+        if not held:
+            raise TraceError("these results have no group of sources in common; pass groups=, or read the same sources")
+        has_images = len(self._image_counts) == self.count
+        is_one_size = has_images and len(set(self._image_counts)) == 1
+        return AverageContributions(
+            model=self.first.model,
+            revision=self.first.revision,
+            queries=self.first.queries,
+            reduction=self._reduction,
+            groups=tuple(names[index] for index in held),
+            count=self.count,
+            contributions=means["contribution"][held],
+            weights=means["weight"][held],
+            share=self._share,
+            image_tokens=self._mean("image tokens") if has_images else None,
+            image_count=self._image_counts[0] if is_one_size else None,
+            image_shares=self._mean("image shares") if is_one_size else None,
+        )
 
 
-def _check_alike(results: Sequence[AttentionContributions]) -> AttentionContributions:
-    if not results:
-        raise TraceError("no contributions to average; pass at least one")
-    for name in ("model", "revision", "layers", "queries"):
-        found = {getattr(each, name): None for each in results}
-        if len(found) > 1:
-            raise TraceError(f"these differ in their {name} ({' and '.join(map(str, found))}); average equal ones only")
-    return results[0]
+def _line(label: str, mean: Mean) -> Line:
+    low, high = mean.band()
+    return Line(label=label, values=mean.mean, low=low, high=high)
 
 
-def _stack(results: Sequence[AttentionContributions], group: str, of: Quantity, reduction: Reduction) -> Tensor:
-    return torch.stack([each.by_layer(group, of=of, reduction=reduction).double() for each in results])
-
-
-def _ends(values: Tensor) -> tuple[Tensor, Tensor] | None:
-    return mean_interval(values) if len(values) > 1 else None
-
-
-def _line(label: str, values: Tensor) -> Line:
-    low, high = _ends(values) or (None, None)
-    return Line(label=label, values=values.mean(0), low=low, high=high)
-
-
-def _frame(quantity: str, group: str, values: Tensor) -> pd.DataFrame:
-    unknown = torch.full_like(values[0], torch.nan)
-    low, high = _ends(values) or (unknown, unknown)
-    frame = long_frame([("layer", range(values.shape[1]))], {"mean": values.mean(0), "low": low, "high": high})
-    frame.insert(0, "group", group)
-    frame.insert(0, "quantity", quantity)
-    return frame.assign(n=len(values))
-
-
-def _problem(result: AverageContributions) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    shapes = {values.shape for values in (*result.contributions.values(), *result.weights.values())}
-    fits = [len(shapes) == 1, tuple(result.weights) == result.groups]
-    shape = next(iter(shapes), ())
-    fits += [each is None or each.shape[:2] == shape for each in (result.image_tokens, result.image_shares)]
-    return None if all(fits) else "its tensors are of other shapes than its prompts, layers and groups"
+def _frame(groups: Sequence[str], mean: Mean) -> "pd.DataFrame":
+    """A table of a mean (group, layer)."""
+    low, high = mean.band()
+    axes = {"group": groups, "layer": range(mean.shape[-1])}
+    return long_frame(axes, {"mean": mean.mean, "low": low, "high": high, "n": mean.count})

@@ -1,22 +1,20 @@
-"""Curves by layer with bands, heads as heat maps beside them, and shares by index of the image token."""
+"""The pictures of attention contributions: curves and heads by layer, and shares by index of the image token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from ...artefacts.drawing.curves import CYCLE
-from ...artefacts.drawing.figure import INK, check_format, draw_bar, new_figure, wrap, write_figure, write_titles
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import CYCLE, INK
 
-_WIDTH, _HEIGHT = 3.3, 2.1  # inches of a panel
-_LEFT, _GAP, _BELOW = 0.75, 0.85, 0.62  # inches for labels of an axis: left of the first panel, between, below
-_STEP = 2.25  # inches from one line of bars to the next
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH, _HEIGHT = 4.0, 2.6  # inches of a panel with its labels
 _COLOURS = {"contribution": "Reds", "weight": "Oranges"}
 
 
@@ -28,7 +26,7 @@ class Line:
     values: Tensor
     """(layer,)"""
     low: Tensor | None = None
-    """(layer,) lower end of its band; None for no band."""
+    """(layer,) lower end of its band, NaN where there is none; None for no band."""
     high: Tensor | None = None
     """(layer,) upper end of its band."""
 
@@ -46,133 +44,113 @@ class HeadMap:
     """A quantity by head and layer."""
 
     kind: str
-    unit: str
     values: Tensor
     """(head, layer)"""
 
 
-def bin_edges(count: int, bins: int) -> list[tuple[int, int]]:
-    """The first index of each bin, and the one after its last."""
-    return [(count * index // bins, count * (index + 1) // bins) for index in range(bins)]
+def layers_figure(charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]) -> "Figure":
+    """Return a figure with charts side by side and heat maps of heads below them.
 
-
-def draw_layers(path: str | Path, charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]) -> Path:
-    """The written picture: charts side by side, heat maps of heads below them; suffix png, pdf or svg.
-
-    titles: title and subtitle. TraceError for another format or a place that cannot be written.
+    Args:
+        charts: The curves of each panel; the first panel has the legend.
+        maps: The heat maps; none for charts alone.
+        titles: Title and subtitle of the figure.
     """
-    check_format(path)
     across = max(len(charts), len(maps))
-    rows = [_HEIGHT] + ([max(1.2, min(4.8, 0.16 * maps[0].values.shape[0]))] if maps else [])
-    width = _LEFT + (_WIDTH + _GAP) * across
-    figure, top, height = _framed(width, titles, sum(rows) + _BELOW * len(rows) + 0.15 * (len(rows) - 1))
-    lower = height - top - rows[0]
+    heights = [_HEIGHT] + ([max(1.2, min(4.8, 0.16 * maps[0].values.shape[0])) + 0.5] if maps else [])
+    figure, body = drawing.titled_figure(_WIDTH * across, sum(heights), titles)
+    grid = body.subplots(len(heights), across, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.set_axis_off()
     for index, chart in enumerate(charts):
-        axes = _add(figure, (_LEFT + (_WIDTH + _GAP) * index, lower, _WIDTH, rows[0]))
-        _draw_chart(axes, chart, has_legend=index == 0)
-    lower = _BELOW
-    for index, each in enumerate(maps):
-        start = _LEFT + (_WIDTH + _GAP) * index
-        bar = _add(figure, (start + _WIDTH + 0.1, lower + rows[-1] - min(rows[-1], 1.2), 0.1, min(rows[-1], 1.2)))
-        _draw_heads(_add(figure, (start, lower, _WIDTH, rows[-1])), bar, each)
-    return write_figure(path, figure)
+        _draw_chart(grid[0, index], chart, has_legend=index == 0)
+    for index, head_map in enumerate(maps):
+        _draw_heads(grid[1, index], head_map, heights[1] - 0.5)
+    return figure
 
 
-def draw_shares(
-    path: str | Path,
+def shares_figure(
     shares: Tensor,
     *,
     captions: Sequence[str],
     count: int,
     titles: tuple[str, str],
     ends: tuple[Tensor, Tensor] | None = None,
-) -> Path:
-    """The written picture: one panel of bars for each row of shares (row, bin), their captions above.
+) -> "Figure":
+    """Return a figure with one panel of bars for each row of shares.
 
-    count: number of image tokens, whose index is the lower axis; ends: lower and upper ends of intervals. A line marks
-    the share that every bin would hold if all tokens brought the same.
+    A dashed line marks the share that every bin would hold if all tokens contributed equally.
+
+    Args:
+        shares: (row, bin), each row summing to one.
+        captions: The caption above each panel.
+        count: Number of image tokens, whose index is the lower axis.
+        titles: Title and subtitle of the figure.
+        ends: Lower and upper ends (row, bin) of intervals; None for none.
     """
-    check_format(path)
+    from matplotlib.ticker import PercentFormatter
+
     across = min(2, len(shares))
-    lines = -(-len(shares) // across)
-    body = _STEP - 0.8
-    figure, top, height = _framed(_LEFT + (_WIDTH + 0.5) * across, titles, _STEP * lines + 0.1)
-    tallest = float((shares if ends is None else ends[1]).nan_to_num(nan=0).max()) * 1.08 or 1.0
-    edges = np.array(bin_edges(count, shares.shape[1]))
-    for index, (row, caption) in enumerate(zip(shares, captions, strict=True)):
-        line, place = divmod(index, across)
-        lower = height - top - body - _STEP * line
-        axes = _add(figure, (_LEFT + (_WIDTH + 0.5) * place, lower, _WIDTH, body))
-        error = None if ends is None else torch.stack([row - ends[0][index], ends[1][index] - row]).clamp(min=0).numpy()
-        axes.bar(
-            edges[:, 0], row.numpy(), (edges[:, 1] - edges[:, 0]) * 0.92, align="edge", color="#c8553d", yerr=error,
-            error_kw={"ecolor": INK, "elinewidth": 0.8},
-        )  # fmt: skip
+    rows = -(-len(shares) // across)
+    figure, body = drawing.titled_figure(_WIDTH * across, 2.1 * rows, titles)
+    grid = body.subplots(rows, across, squeeze=False, sharex=True, sharey=True)
+    edges = torch.tensor(bin_edges(count, shares.shape[1]))
+    widths = (edges[:, 1] - edges[:, 0]) * 0.92
+    for index, axes in enumerate(grid.flat):
+        if index >= len(shares):
+            axes.set_axis_off()
+            continue
+        row, error = shares[index], None
+        if ends is not None:
+            error = torch.stack([row - ends[0][index], ends[1][index] - row]).clamp(min=0).numpy()
+        line = {"ecolor": INK, "elinewidth": 0.8}
+        axes.bar(edges[:, 0], row.numpy(), widths.numpy(), align="edge", color="#c8553d", yerr=error, error_kw=line)
         axes.axhline(1 / shares.shape[1], color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlim(0, count)
-        axes.set_ylim(0, tallest)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        _dress(axes, "index of the image token" if index >= len(shares) - across else "", "share" if not place else "")
-        axes.set_title(caption, fontsize=9.5, color=INK, loc="left", parse_math=False)
-    return write_figure(path, figure)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        below = "index of the image token" if index >= len(shares) - across else ""
+        drawing.dress(axes, title=captions[index], x_label=below, y_label="" if index % across else "share")
+    tallest = float((shares if ends is None else ends[1]).nan_to_num(nan=0).max()) * 1.08
+    grid[0, 0].set_ylim(0, tallest or 1.0)
+    return figure
 
 
-def draw_band(axes: Axes, line: Line, number: int) -> None:
-    """Draws a curve, its band and its points in the colour of this number."""
-    style, layers = CYCLE[number % len(CYCLE)], range(len(line.values))
-    if line.low is not None and line.high is not None:
-        axes.fill_between(layers, line.low.numpy(), line.high.numpy(), color=style.colour, alpha=0.18, linewidth=0)
-    axes.plot(
-        layers, line.values.numpy(), color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=4,
-        linewidth=1.5, label=line.label,
-    )  # fmt: skip
+def bin_edges(count: int, bins: int) -> list[tuple[int, int]]:
+    """Return the first index of each bin, and the one after its last."""
+    return [(count * index // bins, count * (index + 1) // bins) for index in range(bins)]
 
 
-def _framed(width: float, titles: tuple[str, str], body: float) -> tuple[Figure, float, float]:
-    """A figure with its titles written, the inches that they take, and its height."""
-    wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
-    top = 0.62 + 0.21 * (sum(text.count("\n") + 1 for text in wrapped) - 1)
-    height = top + body
-    figure = new_figure(width, height)
-    write_titles(figure, wrapped, height)
-    return figure, top, height
+def _draw_chart(axes: "Axes", chart: Chart, *, has_legend: bool) -> None:
+    """The curves of a chart with their bands, in the colours of the cycle."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def _add(figure: Figure, place: tuple[float, float, float, float]) -> Axes:
-    """Axes at a place given in inches: left, lower, width, height."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-
-
-def _draw_chart(axes: Axes, chart: Chart, *, has_legend: bool) -> None:
-    for number, line in enumerate(chart.lines):
-        draw_band(axes, line, number)
+    axes.set_axis_on()
+    for style, line in zip(CYCLE, chart.lines, strict=False):
+        layers = range(len(line.values))
+        if line.low is not None and line.high is not None:
+            axes.fill_between(layers, line.low.numpy(), line.high.numpy(), color=style.colour, alpha=0.18, linewidth=0)
+        sample = drawing.sample_line(style, label=line.label)
+        sample.set_data(list(layers), line.values.numpy())
+        axes.add_line(sample)
+    axes.autoscale_view()
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _dress(axes, "layer", chart.unit)
+    drawing.dress(axes, x_label="layer", y_label=chart.unit)
     if has_legend:
-        legend = axes.legend(fontsize=8, frameon=False, loc="best", labelcolor=INK)
-        for text in legend.get_texts():
+        for text in axes.legend(fontsize=8, frameon=False, loc="best", labelcolor=INK).get_texts():
             text.set_parse_math(False)
 
 
-def _draw_heads(axes: Axes, bar: Axes, heads: HeadMap) -> None:
-    mesh = axes.pcolormesh(heads.values.numpy(), cmap=_COLOURS[heads.kind], vmin=0, edgecolors="white", linewidth=0.3)
+def _draw_heads(axes: "Axes", head_map: HeadMap, height: float) -> None:
+    """A heat map with its colour bar; height in inches."""
+    axes.set_axis_on()
+    values, colours = head_map.values.numpy(), _COLOURS[head_map.kind]
+    mesh = axes.pcolormesh(values, cmap=colours, vmin=0, edgecolors="white", linewidth=0.3)
     axes.invert_yaxis()
-    count, layers = heads.values.shape
-    for axis, number in ((axes.xaxis, layers), (axes.yaxis, count)):
-        shown = range(0, number, 1 if number <= 12 else 4)
-        axis.set_ticks([place + 0.5 for place in shown], [str(place) for place in shown])
-    _dress(axes, "layer", "head")
+    for axis, number in zip((axes.yaxis, axes.xaxis), values.shape, strict=True):
+        places = range(0, number, 1 if number <= 12 else 4)
+        axis.set_ticks([place + 0.5 for place in places], [str(place) for place in places])
+    drawing.dress(axes, x_label="layer", y_label="head")
+    axes.grid(visible=False)
     axes.tick_params(length=0)
-    draw_bar(bar, mesh, heads.kind)
-
-
-def _dress(axes: Axes, below: str, left: str) -> None:
-    """Labels, small ticks and pale borders."""
-    axes.set_xlabel(below, fontsize=8.5, color=INK)
-    axes.set_ylabel(left, fontsize=8.5, color=INK)
-    axes.tick_params(labelsize=8, length=2, color="#a0a0a0", labelcolor=INK)
-    for side, spine in axes.spines.items():
-        spine.set_color("#d0d0d0")
-        spine.set_visible(side in ("left", "bottom"))
+    drawing.add_colour_bar(mesh, axes, head_map.kind, height)

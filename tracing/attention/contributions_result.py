@@ -1,37 +1,41 @@
-"""What attention brought from some tokens to others in one prompt: by layer, head, group and image token."""
+"""The contributions of attention in one prompt: by layer, head, token group and image token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.overlay import Overlay, draw_overlays, strongest
-from ...artefacts.files import load, save
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
+from ...artefacts.results import Result
 from ...models import Prompt
 from ..errors import TraceError
-from .contributions_plot import Chart, HeadMap, Line, bin_edges, draw_layers, draw_shares
+from .contributions_plot import Chart, HeadMap, Line, bin_edges, layers_figure, shares_figure
 from .image_reading import check_prompt, over_grid
 
-_LAYOUT = "multrace attention contributions 1"
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 Quantity = Literal["contribution", "weight"]
-"""The length of what a source's values bring, or the attention weight alone."""
+"""The length of the contribution of a source's values, or the attention weight alone."""
 Reduction = Literal["max", "sum", "mean"]
-"""How the tokens of a group of sources become one number."""
+"""How the tokens of a source group become one number."""
 REDUCED: Mapping[str, str] = {"max": "largest token", "sum": "sum over tokens", "mean": "mean over tokens"}
 NAMES: Mapping[str, str] = {"last": "the last token", "constraint": "the constraint", "image": "the picture"}
-"""Groups in words; others go by their own names."""
+"""Groups in words; others keep their own names."""
 UNITS: Mapping[str, str] = {"contribution": "length of contribution", "weight": "attention weight"}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionContributions:
-    """One prompt's attention contributions. Made by `attention_contributions`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AttentionContributions(Result):
+    """The attention contributions of one prompt. `attention_contributions` returns it."""
+
+    layout: ClassVar[str] = "multrace attention contributions 2"
 
     model: str
     """Name or path of the model."""
@@ -42,13 +46,13 @@ class AttentionContributions:
     input_ids: tuple[int, ...]
     """The prompt's tokens as the model reads them."""
     groups: Mapping[str, tuple[int, ...]]
-    """The prompt's token groups that hold something, by name."""
+    """The prompt's token groups that are not empty, by name."""
     patches: tuple[tuple[int, int, int, int], ...]
     """(position, row, column, image) of each image token; empty where they do not form a grid."""
     queries: str | None
-    """The group that was asked for; None for positions."""
+    """The token group; None if positions were given."""
     sources: str | None
-    """The group that was asked for; None for positions."""
+    """The token group; None if positions were given."""
     query_positions: tuple[int, ...]
     """Ascending."""
     source_positions: tuple[int, ...]
@@ -67,7 +71,7 @@ class AttentionContributions:
 
     @property
     def source_groups(self) -> tuple[str, ...]:
-        """Names of the groups that lie among the sources as a whole, the asked one first, "all" left out."""
+        """Names of the groups that lie among the sources as a whole, the requested one first, without "all"."""
         held = set(self.source_positions)
         names = [name for name, places in self.groups.items() if name != "all" and set(places) <= held]
         return tuple(sorted(names, key=lambda name: name != self.sources))
@@ -80,11 +84,17 @@ class AttentionContributions:
         of: Quantity = "contribution",
         reduction: Reduction = "max",
     ) -> Tensor:
-        """(layer,): what a group of sources brings, mean over the queries; a weight is the mean over heads.
+        """Return the contribution (layer,) of a source group, mean over the queries; a weight is the mean over heads.
 
-        group: None for all sources. reduction: over the group's tokens, the largest one (as SAT-Probe counts a
-        constraint of several tokens, arXiv 2309.15098), "sum" or "mean". into: only the queries of this group.
-        TraceError for a group that is not among the sources or queries.
+        Args:
+            group: A source group; None takes all sources.
+            into: Only the queries of this group; None takes all queries.
+            of: The contribution or the attention weight.
+            reduction: Over the tokens of the group: the largest one, as SAT-Probe counts a constraint of several
+                tokens (arXiv 2309.15098), or their "sum" or "mean".
+
+        Raises:
+            TraceError: For a group that is not among the sources or queries.
         """
         values = self.contributions if _checked(of) == "contribution" else self.weights.mean(1)
         return self._reduced(values, group, into, reduction)
@@ -97,60 +107,73 @@ class AttentionContributions:
         of: Quantity = "contribution",
         reduction: Reduction = "max",
     ) -> Tensor:
-        """(layer, head): as `by_layer`, each head by itself. TraceError if lengths per head were left out."""
+        """Return (layer, head): the same as `by_layer` for each head by itself.
+
+        Raises `TraceError` if the lengths per head were left out.
+        """
         values = self.head_contributions if _checked(of) == "contribution" else self.weights
         if values is None:
             raise TraceError("lengths per head were left out; read the prompt again with by_head=True, or ask by_layer")
         return self._reduced(values, group, into, reduction)
 
     def image_mass(self, of: Quantity = "contribution") -> Tensor:
-        """(layer, image token): what each image token brings, mean over queries. TraceError without all of them."""
+        """Return the contribution (layer, image token) of each image token, mean over the queries.
+
+        Raises `TraceError` unless all image tokens are among the sources.
+        """
         values = self.contributions if _checked(of) == "contribution" else self.weights.mean(1)
         return values[..., self._columns("image")].mean(1)
 
     def image_map(self, layer: int, of: Quantity = "contribution") -> Tensor:
-        """(image, row, column): `image_mass` of a layer over the patches; TraceError where they form no grid."""
+        """Return `image_mass` of a layer over the patches, (image, row, column).
+
+        Raises `TraceError` if they form no grid.
+        """
         return over_grid(self.image_mass(of)[self._layer(layer)], self.groups["image"], self.patches)
 
     def index_histogram(self, layer: int, bins: int = 16) -> Tensor:
-        """(bin,), summing to one: the share of the picture's contributions by index of the image token.
+        """Return the share (bin,) of the picture's contributions by index of the image token, summing to one.
 
-        arXiv 2406.04236 found most of it at index 540 to 576 of 576, the last of 16 bins. NaN if nothing is brought.
+        arXiv 2406.04236 found most of it at index 540 to 576 of 576, the last of 16 bins. NaN without contributions.
         """
         return index_shares(self.image_mass()[self._layer(layer)], bins)
 
     def tokens_for(self, share: float = 0.8, *, layer: int) -> int:
-        """How many image tokens, the largest first, hold this share of the picture's contributions in a layer."""
+        """Return how many image tokens, the largest first, hold this share of the picture's contributions in a layer."""
         return int(tokens_for_share(self.image_mass()[self._layer(layer)], share))
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def to_dataframe(self, *, by_head: bool = False) -> "pd.DataFrame":
+        """Return a table with one row per layer (and head), query and source: contribution and weight.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AttentionContributions":
-        """What `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
-
-    def to_dataframe(self, *, by_head: bool = False) -> pd.DataFrame:
-        """One line per layer (and head), query and source: contribution and weight.
-
-        Without heads the weight is the mean over them. TraceError for heads that were left out.
+        Without heads the weight is the mean over them. Raises `TraceError` for heads that were left out.
         """
         if by_head and self.head_contributions is None:
             raise TraceError("lengths per head were left out; read the prompt again with by_head=True")
-        axes = [("layer", range(self.layers)), ("query", self.query_positions), ("source", self.source_positions)]
-        if not by_head:
-            return self._with_tokens(
-                long_frame(axes, {"contribution": self.contributions, "weight": self.weights.mean(1)})
-            )
-        axes.insert(1, ("head", range(self.weights.shape[1])))
-        return self._with_tokens(long_frame(axes, {"contribution": self.head_contributions, "weight": self.weights}))
+        heads = {"head": range(self.weights.shape[1])} if by_head else {}
+        axes = {"layer": range(self.layers), **heads, "query": self.query_positions, "source": self.source_positions}
+        if by_head:
+            frame = long_frame(axes, {"contribution": self.head_contributions, "weight": self.weights})
+        else:
+            frame = long_frame(axes, {"contribution": self.contributions, "weight": self.weights.mean(1)})
+        for name in ("source", "query"):
+            texts = [self.tokens[position] for position in frame[name]]
+            frame.insert(frame.columns.get_loc(name) + 1, f"{name}_token", texts)
+        return frame
 
-    def plot(self, path: str | Path, groups: Sequence[str] | None = None, *, reduction: Reduction = "max") -> Path:
-        """The written picture (png, pdf, svg): contribution and weight by layer, and of the first group by head.
+    def plot(
+        self, path: str | Path | None = None, groups: Sequence[str] | None = None, *, reduction: Reduction = "max"
+    ) -> "Figure":
+        """Return a figure with contribution and weight by layer, and of the first group by head.
 
-        groups: of sources, one line each; if not given, the asked one, or else constraint, image and last token.
+        Args:
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            groups: Source groups, one line each; by default the requested one, or else constraint, image and last
+                token.
+            reduction: How the tokens of a group become one number.
+
+        Raises:
+            TraceError: If the sources hold no whole group.
+            ArtefactError: If the file cannot be written.
         """
         names = self._drawn(groups)
         charts = [
@@ -161,39 +184,58 @@ class AttentionContributions:
             for of in UNITS
         ]
         kinds = UNITS if self.head_contributions is not None else ["weight"]
-        maps = [
-            HeadMap(kind=of, unit=UNITS[of], values=self.by_head(names[0], of=of, reduction=reduction).T)
-            for of in kinds
-        ]
-        words = f"{REDUCED[reduction]} of each group of sources; heads: from {name_of(names[0])}"
-        subtitle = f"What attention brings to {self._query_name}; {words}"
-        return draw_layers(path, charts, maps, titles=(self.question, subtitle))
+        maps = [HeadMap(kind=of, values=self.by_head(names[0], of=of, reduction=reduction).T) for of in kinds]
+        what = f"{REDUCED[reduction]} of each group of sources; heads: from {name_of(names[0])}"
+        titles = self.question, f"What attention contributes to {self._query_name}; {what}"
+        return drawing.finished(layers_figure(charts, maps, titles=titles), path)
 
-    def plot_histogram(self, path: str | Path, layers: Sequence[int] | None = None, bins: int = 16) -> Path:
-        """The written picture: `index_histogram` of some layers, by default of four from first to last."""
-        numbers = self._some(layers)
-        mass = self.image_mass()
-        titles = [f"layer {number}: {self.tokens_for(layer=number)} tokens hold 80%" for number in numbers]
+    def plot_histogram(
+        self, path: str | Path | None = None, layers: Sequence[int] | None = None, bins: int = 16
+    ) -> "Figure":
+        """Return a figure with the `index_histogram` of some layers.
+
+        Args:
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            layers: The layers to draw, one panel each; by default four from first to last.
+            bins: Number of bins of the image tokens.
+
+        Raises:
+            TraceError: For no or unknown layers, and unless all image tokens are among the sources.
+            ArtefactError: If the file cannot be written.
+        """
+        numbers, mass = self._some(layers), self.image_mass()
+        captions = [f"layer {number}: {self.tokens_for(layer=number)} tokens hold 80%" for number in numbers]
         subtitle = f"Share of the picture's contributions to {self._query_name} by index of the image token"
-        shares = index_shares(mass[list(numbers)], bins)
-        return draw_shares(path, shares, captions=titles, count=mass.shape[-1], titles=(self.question, subtitle))
+        shares, titles = index_shares(mass[list(numbers)], bins), (self.question, subtitle)
+        figure = shares_figure(shares, captions=captions, count=mass.shape[-1], titles=titles)
+        return drawing.finished(figure, path)
 
     def overlay(
-        self, path: str | Path, prompt: Prompt, layers: Sequence[int] | None = None, of: Quantity = "contribution"
-    ) -> Path:
-        """The written picture: what image tokens bring to the queries, over the picture as the model saw it.
+        self,
+        prompt: Prompt,
+        path: str | Path | None = None,
+        layers: Sequence[int] | None = None,
+        of: Quantity = "contribution",
+    ) -> "Figure":
+        """Return a figure with the contributions of image tokens over the picture as the model saw it.
 
-        layers: one panel each; if not given, the strongest four. TraceError for another prompt than the one that was
-        read, and where image tokens form no grid.
+        Args:
+            prompt: The prompt that was read.
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            layers: The layers to draw, one panel each; by default the strongest four.
+            of: The contribution or the attention weight.
+
+        Raises:
+            TraceError: For another prompt, and if image tokens form no grid.
+            ArtefactError: If the file cannot be written.
         """
         check_prompt(self, prompt)
         grid = over_grid(self.image_mass(of), self.groups["image"], self.patches)
-        numbers = strongest(grid) if layers is None else self._some(layers)
-        overlays = [Overlay(title=f"layer {number}", values=grid[number]) for number in numbers]
+        numbers = drawing.strongest(grid) if layers is None else self._some(layers)
+        overlays = [drawing.Overlay(title=f"layer {number}", values=grid[number]) for number in numbers]
+        style = {"kind": "attention", "scale": 0.0, "unit": of}
         titles = self.question, f"From the picture to {self._query_name}: {UNITS[of]}"
-        return draw_overlays(
-            path, prompt.seen_pictures(), overlays, kind="attention", titles=titles, scale=0.0, unit=of
-        )
+        return drawing.finished(drawing.overlays_figure(prompt.seen_pictures(), overlays, titles=titles, **style), path)
 
     @property
     def _query_name(self) -> str:
@@ -205,11 +247,11 @@ class AttentionContributions:
         if reduction not in ("max", "sum", "mean"):
             raise TraceError(f"no reduction {reduction!r}; pass 'max', 'sum' or 'mean'")
         chosen = values if group is None else values[..., self._columns(group)]
-        each = chosen.amax(-1) if reduction == "max" else getattr(chosen, reduction)(-1)
+        reduced = chosen.amax(-1) if reduction == "max" else getattr(chosen, reduction)(-1)
         if into is None:
-            return each.mean(-1)
+            return reduced.mean(-1)
         rows = self._indices(into, self.query_positions, "queries")
-        return each[..., rows].mean(-1)
+        return reduced[..., rows].mean(-1)
 
     def _columns(self, group: str) -> list[int]:
         return self._indices(group, self.source_positions, "sources")
@@ -242,28 +284,37 @@ class AttentionContributions:
     def _drawn(self, groups: Sequence[str] | None) -> tuple[str, ...]:
         if groups is not None:
             return tuple(groups)
-        found = self.source_groups
-        usual = [name for name in ("constraint", "image", "last") if name in found]
-        names = (self.sources,) if self.sources in found else tuple(usual)
+        held = self.source_groups
+        usual = [name for name in ("constraint", "image", "last") if name in held]
+        names = (self.sources,) if self.sources in held else tuple(usual)
         if not names:
             raise TraceError("the sources hold no whole group of tokens to draw; pass groups= or read other sources")
         return names
 
-    def _with_tokens(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frame with the tokens' texts beside their positions."""
-        tokens = pd.Series(self.tokens)
-        for name in ("source", "query"):
-            frame.insert(
-                frame.columns.get_loc(name) + 1, f"{name}_token", tokens.take(frame[name].to_numpy()).to_numpy()
-            )
-        return frame
+    def _lines(self) -> tuple[str, str]:
+        values = self.by_layer()
+        layer = int(values.argmax())
+        return (
+            f"AttentionContributions of {name_of_model(self.model)}: {self.question!r}, "
+            f"from {name_of(self.sources)} to {name_of(self.queries)}",
+            f"longest contribution of a token {float(values[layer]):.3g}, in layer {layer} of {self.layers}",
+        )
+
+    def _problem(self) -> str | None:
+        heads = self.weights.shape[1]
+        sizes = len(self.query_positions), len(self.source_positions)
+        whole = (self.layers, heads, *sizes)
+        fits = [self.contributions.shape == (self.layers, *sizes), self.weights.shape == whole]
+        fits += [self.head_contributions is None or self.head_contributions.shape == whole]
+        fits += [len(self.tokens) == len(self.input_ids), min(sizes) > 0]
+        return None if all(fits) else "its tensors are of other shapes than its layers, heads, queries and sources"
 
 
 def index_shares(mass: Tensor, bins: int) -> Tensor:
-    """(..., bin), summing to one: the share of the mass (..., image token) in equally many tokens each, by index.
+    """Return the share (..., bin) of the mass (..., image token) in bins of equally many tokens, by index.
 
-    Of 576 tokens, 16 bins hold 36 each. Where tokens do not divide evenly, bins differ by one token. NaN where there
-    is no mass at all. TraceError for more bins than tokens or none.
+    The shares sum to one. Of 576 tokens, 16 bins hold 36 each; where tokens do not divide evenly, bins differ by one
+    token. NaN where there is no mass at all. Raises `TraceError` for no bins or more bins than tokens.
     """
     count = mass.shape[-1]
     if not 1 <= bins <= count:
@@ -273,9 +324,9 @@ def index_shares(mass: Tensor, bins: int) -> Tensor:
 
 
 def tokens_for_share(mass: Tensor, share: float) -> Tensor:
-    """(...,) int64: the fewest image tokens that hold this share of the mass (..., image token); 0 without any mass.
+    """Return the fewest image tokens (...,) int64 that hold this share of the mass (..., image token); 0 without mass.
 
-    TraceError for a share that is not above 0 and at most 1.
+    Raises `TraceError` for a share that is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise TraceError(f"no share {share} of the picture's mass; pass one above 0 and at most 1, such as 0.8")
@@ -287,7 +338,7 @@ def tokens_for_share(mass: Tensor, share: float) -> Tensor:
 
 
 def name_of(group: str | None) -> str:
-    """A group in words."""
+    """Return a group in words."""
     return NAMES.get(group, group) if group is not None else "some tokens"
 
 
@@ -295,14 +346,3 @@ def _checked(quantity: str) -> str:
     if quantity not in UNITS:
         raise TraceError(f"no quantity {quantity!r}; pass 'contribution' or 'weight'")
     return quantity
-
-
-def _problem(result: AttentionContributions) -> str | None:
-    """What does not fit together in contributions that were read from a file."""
-    heads = result.weights.shape[1]
-    sizes = len(result.query_positions), len(result.source_positions)
-    whole = (result.layers, heads, *sizes)
-    fits = [result.contributions.shape == (result.layers, *sizes), result.weights.shape == whole]
-    fits += [result.head_contributions is None or result.head_contributions.shape == whole]
-    fits += [len(result.tokens) == len(result.input_ids), min(sizes) > 0]
-    return None if all(fits) else "its tensors are of other shapes than its layers, heads, queries and sources"

@@ -4,27 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from torch import Tensor
 
-from ...artefacts.drawing.figure import (
-    INK,
-    check_format,
-    colours_of,
-    draw_bar,
-    new_figure,
-    wrap,
-    write_figure,
-    write_titles,
-)
-from ...artefacts.drawing.overlay import Overlay, draw_overlays
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import INK, colours_of
+from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+_ACROSS, _SIDE = 8, 1.1  # square maps in a line, and inches of a map with what is around it
+_CAPTION = 0.22  # inches above a map
 
 
 def with_answer(vlm: VisionLanguageModel, prompt: Prompt, answer: str | None) -> Prompt:
@@ -65,13 +62,9 @@ def patch_places(prompt: Prompt) -> tuple[tuple[int, int, int, int], ...]:
     return tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches)
 
 
-_ACROSS, _SIDE, _SPACE = 8, 0.98, 0.14  # square maps in a line, inches of a map and between maps
-_CAPTION, _GAP = 0.22, 0.06  # inches above a map, and between the pictures of one
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ImageReading:
-    """What one run says about the image tokens of one prompt, for one answer, in some layers."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ImageReading(Result):
+    """The base of results about the image tokens of one prompt, for one answer, in some layers."""
 
     model: str
     """Name or path of the model."""
@@ -82,7 +75,7 @@ class ImageReading:
     answer: str
     """The answer that was explained."""
     answer_ids: tuple[int, ...]
-    """The tokens of it that counted."""
+    """The tokens of the answer that counted."""
     layers: tuple[int, ...]
     """The decoder layers that were read, in order."""
     image_positions: tuple[int, ...]
@@ -91,25 +84,30 @@ class ImageReading:
     """(position, row, column, image) of each image token; empty where they do not form a grid."""
 
     def over_picture(self, values: Tensor) -> Tensor:
-        """(layer, image, row, column): values (layer, image token) on the grids of patches; TraceError for no grid."""
+        """Return values (layer, image token) on the patches as (layer, image, row, column).
+
+        Raises `TraceError` if the image tokens form no grid.
+        """
         return over_grid(values, self.image_positions, self.patches)
 
-    def _draw_over(
+    def _overlay(
         self,
-        path: str | Path,
         prompt: Prompt,
-        overlays: Sequence[Overlay],
+        path: str | Path | None,
+        overlays: "Sequence[drawing.Overlay]",
         *,
         kind: str,
         titles: tuple[str, str],
         unit: str,
-    ) -> Path:
-        """The written picture of these overlays. TraceError for another prompt than the one that was read."""
+    ) -> "Figure":
+        """The figure of these overlays. Raises `TraceError` for another prompt than the one that was read."""
         check_prompt(self, prompt)
-        return draw_overlays(path, prompt.seen_pictures(), overlays, kind=kind, titles=titles, scale=0.0, unit=unit)
+        pictures = prompt.seen_pictures()
+        figure = drawing.overlays_figure(pictures, overlays, kind=kind, titles=titles, scale=0.0, unit=unit)
+        return drawing.finished(figure, path)
 
     def _rows_of(self, layers: Sequence[int] | None, candidates: Sequence[int]) -> tuple[int, ...]:
-        """Rows of these layers; if None, of at most four of the candidates, as far apart as can be."""
+        """Rows of these layers; for None those of at most four of the candidates, as far apart as possible."""
         if layers is None:
             among = tuple(candidates) or self.layers
             steps = min(4, len(among))
@@ -122,15 +120,15 @@ class ImageReading:
     def _image_columns(self) -> dict[str, Tensor]:
         """Per image token its position, picture, row and column, which are -1 where there is no grid."""
         places = {position: (image, row, column) for position, row, column, image in self.patches}
-        found = torch.tensor([places.get(position, (-1, -1, -1)) for position in self.image_positions])
-        columns = dict(zip(("image", "row", "column"), found.unbind(1), strict=True))
+        own = torch.tensor([places.get(position, (-1, -1, -1)) for position in self.image_positions])
+        columns = dict(zip(("image", "row", "column"), own.unbind(1), strict=True))
         return {"position": torch.tensor(self.image_positions)} | columns
 
 
 def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[int, int, int, int]]) -> Tensor:
-    """(..., image, row, column): values (..., position) on the patches, NaN where no position is.
+    """Return values (..., position) on the patches as (..., image, row, column), NaN where there is no position.
 
-    patches: (position, row, column, image). TraceError where image tokens form no grid.
+    The patches are (position, row, column, image). Raises `TraceError` if there are none, that is, no grid.
     """
     if not patches:
         raise TraceError("the image tokens of this prompt form no grid of patches; read their values one by one")
@@ -144,52 +142,51 @@ def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[
 
 
 def check_prompt(result: Any, prompt: Prompt) -> None:
-    """Raises `TraceError` for another prompt than the one that the result was read from."""
+    """Raise `TraceError` for another prompt than the one that the result was read from."""
     ids = tuple(prompt.inputs["input_ids"][0, : len(result.input_ids)].tolist())
     if (patch_places(prompt), ids) != (result.patches, result.input_ids):
         raise TraceError(f"this is of another prompt ({result.question!r}); pass the prompt that was read")
 
 
-def draw_tiles(
-    path: str | Path, grid: Tensor, captions: Sequence[str], *, kind: str, titles: tuple[str, str], unit: str
-) -> Path:
-    """The written picture: a small map for each layer of a grid (layer, image, row, column), pictures side by side.
+def tiles_figure(grid: Tensor, captions: Sequence[str], *, kind: str, titles: tuple[str, str], unit: str) -> "Figure":
+    """Return a figure with a small map for each layer of a grid, several pictures side by side.
 
-    captions: what stands above each. TraceError for another format than png, pdf or svg, or a place that cannot be
-    written.
+    Args:
+        grid: (layer, image, row, column); NaN is drawn grey.
+        captions: The caption above the map of each layer.
+        kind: Kind of site, which decides the colours.
+        titles: Title and subtitle of the figure.
+        unit: Caption of the colour bar.
     """
-    check_format(path)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     images, rows, columns = grid.shape[1:]
-    each = _SIDE * min(3.0, columns / rows)
-    wide = (each + _GAP) * images - _GAP
-    across = min(len(grid), max(1, int((_SIDE + _SPACE) * _ACROSS / (wide + _SPACE) + 1e-9)))
+    width = _SIDE * min(3.0, columns / rows) * images
+    across = min(len(grid), max(1, int(_SIDE * _ACROSS / width + 1e-9)))
     lines = math.ceil(len(grid) / across)
-    width = max(4.5, 0.15 + (wide + _SPACE) * across + 0.85)
-    wrapped = [wrap(text, width, size) for text, size in zip(titles, (0.105, 0.078), strict=True)]
-    top = 0.3 + 0.21 * sum(text.count("\n") + 1 for text in wrapped)
-    height = top + (_SIDE + _CAPTION + _SPACE) * lines
-    figure = new_figure(width, height)
-    write_titles(figure, wrapped, height)
+    height = (_SIDE + _CAPTION) * lines
+    figure, body = drawing.titled_figure(max(4.5, width * across + 1.0), height, titles)
+    places = body.subplots(lines, across * images, squeeze=False)
     colours = ScalarMappable(Normalize(0, max(float(grid.nan_to_num(nan=0).max()), 1e-9)), colours_of(kind))
+    for axes in places.flat:
+        axes.set_axis_off()
     for index, (layer, caption) in enumerate(zip(grid, captions, strict=True)):
         line, place = divmod(index, across)
-        lower = height - top - (_SIDE + _CAPTION + _SPACE) * line - _CAPTION - _SIDE
-        for number, picture in enumerate(layer):
-            start = 0.15 + (wide + _SPACE) * place + (each + _GAP) * number
-            axes = figure.add_axes((start / width, lower / height, each / width, _SIDE / height))
-            _fill(axes, picture, colours)
+        for number, values in enumerate(layer):
+            axes = places[line, place * images + number]
+            _fill(axes, values, colours)
             if number == 0:
                 axes.set_title(caption, fontsize=7, color=INK, loc="left", pad=3)
-    start, lower = 0.15 + (wide + _SPACE) * across + 0.1, height - top - _CAPTION - _SIDE
-    bar = figure.add_axes((start / width, lower / height, 0.1 / width, 0.8 / height))
-    draw_bar(bar, colours, unit)
-    return write_figure(path, figure)
+    drawing.add_colour_bar(colours, list(places.flat), unit, height)
+    return figure
 
 
-def _fill(axes: Axes, values: Tensor, colours: ScalarMappable) -> None:
-    """One map (row, column), nothing else around it."""
+def _fill(axes: "Axes", values: Tensor, colours: "ScalarMappable") -> None:
+    """One map (row, column) without labels."""
+    axes.set_axis_on()
     axes.set_facecolor("#e4e4e4")
-    axes.imshow(values.numpy(), cmap=colours.get_cmap(), norm=colours.norm, interpolation="nearest", aspect="auto")
+    axes.imshow(values.numpy(), cmap=colours.get_cmap(), norm=colours.norm, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -3,16 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.curves import Curve, CurvePanel, draw_curves
-from ...artefacts.drawing.overlay import Overlay, strongest
-from ...artefacts.files import load, save
+from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.errors import ArtefactError
 from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
 from ..errors import TraceError
@@ -21,29 +22,42 @@ from ..knockout.styles import flow_styles
 from .image_reading import ImageReading, predicting_logits, reading_fields, with_answer
 from .shares import text_parts
 
-_LAYOUT, _AVERAGE_LAYOUT = "multrace attention saliency 1", "multrace average attention saliency 1"
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_UNIT = "log10 of saliency per edge"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttentionSaliency(ImageReading):
-    """How much the answer's loss rests on each edge of attention. Made by `attention_saliency`."""
+    """How much the answer's loss rests on each attention edge. `attention_saliency` returns it."""
+
+    layout: ClassVar[str] = "multrace attention saliency 2"
 
     tokens: tuple[str, ...]
     """The tokens up to the last query, one readable string per position."""
     loss: float
-    """What the gradients are of: minus the log probability of the answer's first token, or of all of them."""
+    """The loss that was differentiated: minus the log probability of the answer's first token, or of all of them."""
     queries: tuple[int, ...]
     """Positions that attend, in the order of the rows."""
     groups: Mapping[str, tuple[int, ...]]
-    """Positions by name, each in one of them: "system" (before the picture), "image", "last", "question" (all else)."""
+    """Positions by name, each in one group: "system" (before the picture), "image", "last", "question" (all else)."""
     saliency: Tensor
     """(layer, query, source) float64, at least 0: |sum over heads of weight times gradient|; 0 after the query."""
 
     def flow(self, source: str | Sequence[int], target: str | Sequence[int]) -> Tensor:
-        """(layer,) float64: mean saliency of the edges from source to target tokens, as S_wp and S_pq in the paper.
+        """Return the mean saliency (layer,) float64 of the edges from source to target tokens.
 
-        source, target: groups or positions; of a target only those count that are among the queries. An edge leads
-        from a token to a later one, never to itself. NaN where there is none (arXiv 2305.14160, section 2.1).
+        These are S_wp and S_pq of arXiv 2305.14160, section 2.1. An edge leads from a token to a later one, never to
+        itself. NaN if there is no edge.
+
+        Args:
+            source: A group or positions.
+            target: A group or positions, of which only those count that are among the queries.
+
+        Raises:
+            TraceError: For an unknown group or position.
         """
         rows = [index for index, query in enumerate(self.queries) if query in set(self._positions(target))]
         columns = list(self._positions(source))
@@ -53,256 +67,272 @@ class AttentionSaliency(ImageReading):
 
     @property
     def flows(self) -> dict[str, Tensor]:
-        """Per "source -> target" of two groups that have edges (layer,) float64: `flow`."""
+        """`flow` (layer,) float64 by "source -> target", for all pairs of groups that have edges."""
         pairs = ((source, target) for target in self.groups for source in self.groups)
-        found = {f"{source} -> {target}": self.flow(source, target) for source, target in pairs}
-        return {name: flow for name, flow in found.items() if not flow.isnan().all()}
+        flows = {f"{source} -> {target}": self.flow(source, target) for source, target in pairs}
+        return {name: flow for name, flow in flows.items() if not flow.isnan().all()}
 
     def image_map(self, target: str | Sequence[int] | None = None) -> Tensor:
-        """(layer, image token) float64: mean saliency over the queries, or over those of a target.
+        """Return the mean saliency (layer, image token) float64 over the queries, or over those of a target.
 
-        TraceError for a target without queries.
+        Raises `TraceError` for a target without queries.
         """
-        asked = self.queries if target is None else self._positions(target)
-        rows = [index for index, query in enumerate(self.queries) if query in set(asked)]
+        members = self.queries if target is None else self._positions(target)
+        rows = [index for index, query in enumerate(self.queries) if query in set(members)]
         if not rows:
             raise TraceError(f"none of the queries {self.queries} is in {target!r}; read again with these queries")
         return self.saliency[:, rows][..., list(self.image_positions)].mean(1)
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with all flows over the layers, by powers of ten.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AttentionSaliency":
-        """The saliency that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_saliency_problem)
-
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: all flows over the layers, by powers of ten; where a flow is zero its line has a gap."""
-        flows, layers = self.flows, torch.tensor(self.layers)
-        curves = [
-            Curve(label=name, x=layers, y=flow.masked_fill(flow == 0, torch.nan).log10(), style=style)
-            for (name, flow), style in zip(flows.items(), flow_styles(tuple(flows)), strict=True)
-        ]
-        label, titles = "log10 of saliency per edge", self._titles("mean over edges")
-        return draw_curves(path, [CurvePanel(curves=curves)], titles=titles, y_label=label, reference=None)
+        A line has a gap where its flow is exactly zero, and the subtitle says which flows end and why. The figure is
+        also written to the path if one is given (png, pdf or svg by suffix).
+        """
+        curves = _curves(self.layers, {name: (flow,) for name, flow in self.flows.items()})
+        title, subtitle = self._titles("mean over edges")
+        titles = title, subtitle + _ends(self.flows, self.layers)
+        panels = [drawing.CurvePanel(curves=curves)]
+        return drawing.finished(drawing.curves_figure(panels, titles=titles, y_label=_UNIT, reference=None), path)
 
     def overlay(
         self,
-        path: str | Path,
         prompt: Prompt,
+        path: str | Path | None = None,
         layers: Sequence[int] | None = None,
         target: str | Sequence[int] | None = None,
-    ) -> Path:
-        """The written picture: saliency of image tokens over the prompt's picture as the model saw it.
+    ) -> "Figure":
+        """Return a figure with the saliency of image tokens over the picture as the model saw it.
 
-        layers: one panel each; if None, the strongest four. target: as `image_map`. TraceError for another prompt, for
-        layers that the model does not have, and where image tokens form no grid.
+        Args:
+            prompt: The prompt that was read.
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            layers: The layers to draw, one panel each; by default the strongest four.
+            target: The queries that count, as in `image_map`.
+
+        Raises:
+            TraceError: For another prompt, for layers that the model does not have, and if image tokens form no grid.
+            ArtefactError: If the file cannot be written.
         """
         grid = self.over_picture(self.image_map(target))
-        rows = strongest(grid) if layers is None else self._rows_of(layers, ())
-        overlays = [Overlay(title=f"layer {self.layers[row]}", values=grid[row]) for row in rows]
-        asked = "all queries" if target is None else target if isinstance(target, str) else "some queries"
-        return self._draw_over(
-            path, prompt, overlays, kind="attention", titles=self._titles(f"to {asked}"), unit="saliency"
-        )
+        rows = drawing.strongest(grid) if layers is None else self._rows_of(layers, ())
+        overlays = [drawing.Overlay(title=f"layer {self.layers[row]}", values=grid[row]) for row in rows]
+        name = "all queries" if target is None else target if isinstance(target, str) else "some queries"
+        titles = self._titles(f"to {name}")
+        return self._overlay(prompt, path, overlays, kind="attention", titles=titles, unit="saliency")
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per layer, query and source (positions of tokens) with the group of each and the saliency."""
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one row per layer, query and source (token positions): their groups and the saliency."""
         sources = range(self.saliency.shape[2])
-        axes = [("layer", self.layers), ("query", self.queries), ("source", sources)]
+        axes = {"layer": self.layers, "query": self.queries, "source": sources}
         frame = long_frame(axes, {"saliency": self.saliency})
-        named = {position: name for name, positions in self.groups.items() for position in positions}
-        frame.insert(2, "query_group", frame["query"].map(named))
-        frame.insert(4, "source_group", frame["source"].map(named))
+        names = {position: name for name, positions in self.groups.items() for position in positions}
+        frame.insert(2, "query_group", frame["query"].map(names))
+        frame.insert(4, "source_group", frame["source"].map(names))
         return frame
 
-    def _positions(self, asked: str | Sequence[int]) -> tuple[int, ...]:
+    def _positions(self, members: str | Sequence[int]) -> tuple[int, ...]:
         """Positions of a group, or the given ones."""
-        if isinstance(asked, str) and asked not in self.groups:
-            raise TraceError(f"no group {asked!r} here; pass {', '.join(map(repr, self.groups))}, or positions")
-        found = self.groups[asked] if isinstance(asked, str) else tuple(asked)
-        unknown = [position for position in found if not 0 <= position < self.saliency.shape[2]]
+        if isinstance(members, str) and members not in self.groups:
+            raise TraceError(f"no group {members!r} here; pass {', '.join(map(repr, self.groups))}, or positions")
+        positions = self.groups[members] if isinstance(members, str) else tuple(members)
+        unknown = [position for position in positions if not 0 <= position < self.saliency.shape[2]]
         if unknown:
             raise TraceError(f"no position {unknown[0]} here; pass some of 0 to {self.saliency.shape[2] - 1}")
-        return found
+        return positions
 
     def _titles(self, what: str) -> tuple[str, str]:
-        """Title and subtitle of pictures."""
+        """Title and subtitle of figures."""
         return self.question, f"attention x gradient of the loss of {self.answer!r} ({self.loss:.3g}); {what}"
 
+    def _lines(self) -> tuple[str, str]:
+        return (
+            f"AttentionSaliency of {name_of_model(self.model)}: {self.question!r} -> {self.answer!r}",
+            f"loss {self.loss:.3g}; {_strongest(self.flows, self.layers)}",
+        )
 
-def _saliency_problem(found: AttentionSaliency) -> str | None:
-    """What does not fit together in a saliency that was read from a file."""
-    fits = found.saliency.shape == (len(found.layers), len(found.queries), len(found.tokens))
-    return None if fits else "its saliency is of another shape than its layers, queries and tokens"
+    def _problem(self) -> str | None:
+        fits = self.saliency.shape == (len(self.layers), len(self.queries), len(self.tokens))
+        return None if fits else "its saliency is of another shape than its layers, queries and tokens"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageSaliency:
-    """Mean saliency of flows between groups of tokens, and each prompt's own. Made by `average_saliencies`.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageSaliency(Result):
+    """Mean saliency of flows between groups of tokens, over prompts. Made by `average`.
 
-    Flows of different prompts differ by orders of magnitude, and a few large ones would be most of an arithmetic mean.
-    So means are geometric, and their intervals those of the mean of the logarithms. A flow that is exactly zero has no
-    logarithm: it is left out of mean and interval and counted by `zeros`. Where only some prompts are zero, the mean
-    says how strong the flow is where there is any.
+    Flows of different prompts differ by orders of magnitude, so that a few large ones would dominate an arithmetic
+    mean. Means are therefore geometric, and their intervals are those of the mean of the logarithms. A flow that is
+    exactly zero has no logarithm: it is left out of mean and interval and counted by `zeros`. If only some prompts are
+    zero, the mean says how strong the flow is where there is any.
     """
+
+    layout: ClassVar[str] = "multrace average attention saliency 2"
 
     model: str
     """Name or path of the model."""
     revision: str | None
     layers: tuple[int, ...]
     """The decoder layers that were read, in order."""
-    questions: tuple[str, ...]
-    """Each prompt's."""
+    count: int
+    """Number of prompts."""
     flows: tuple[str, ...]
     """"source -> target" of two groups, each flow of at least one prompt."""
-    prompt_flows: Tensor
-    """(flow, prompt, layer) float64, at least 0: mean saliency per edge; NaN where a prompt has no such flow."""
-
-    @property
-    def count(self) -> int:
-        """How many prompts were averaged."""
-        return len(self.questions)
+    log: Mean
+    """(flow, layer): log10 of the mean saliency per edge, over the prompts in which it is above zero."""
+    zero: Mean
+    """(flow, layer): 1 where the flow is exactly zero, else 0, over the prompts that have it."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many of them have each flow, be it zero or not."""
-        has_flow = (~self.prompt_flows.isnan()).any(-1)
-        return dict(zip(self.flows, has_flow.sum(1).tolist(), strict=True))
+        """Number of prompts that have each flow, zero or not."""
+        return dict(zip(self.flows, self.zero.count.amax(1).tolist(), strict=True))
 
     def of(self, flow: str) -> Tensor:
-        """(layer,) float64: geometric mean over the prompts in which the flow is above zero; NaN where it is in none.
+        """Return the geometric mean (layer,) float64 over the prompts in which the flow is above zero.
 
-        TraceError for a flow that no prompt has.
+        NaN where it is zero in all of them. Raises `TraceError` for a flow that no prompt has.
         """
-        return 10 ** self._logs[self._index(flow)].nanmean(0)
+        return 10 ** self.log.mean[self._index(flow)]
 
     def interval(self, flow: str) -> tuple[Tensor, Tensor]:
-        """(low, high), each (layer,): 95 % interval of `of` over prompts, by Student's t on the logarithms.
+        """Return (low, high), each (layer,): the 95 % interval of `of` over prompts, by Student's t on the logarithms.
 
-        NaN where fewer than two prompts are above zero; TraceError for an average of one prompt or an unknown flow.
+        NaN where fewer than two prompts are above zero. Raises `ArtefactError` for an average of one prompt, and
+        `TraceError` for a flow that no prompt has.
         """
-        low, high = mean_interval(self._logs[self._index(flow)])
-        return 10**low, 10**high
+        index = self._index(flow)
+        low, high = self.log.band() if self.count > 1 else self.log.interval()
+        return 10 ** low[index], 10 ** high[index]
 
     def zeros(self, flow: str) -> Tensor:
-        """(layer,) int64: in how many prompts the flow is exactly zero. TraceError for a flow that no prompt has."""
-        return (self.prompt_flows[self._index(flow)] == 0).sum(0)
+        """Return in how many prompts the flow is exactly zero, (layer,) int64.
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _AVERAGE_LAYOUT, self)
+        Raises `TraceError` for a flow that no prompt has.
+        """
+        return self._zeros[self._index(flow)]
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageSaliency":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _AVERAGE_LAYOUT, cls, check=_average_problem)
-
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: all flows over the layers, by powers of ten, with their 95 % intervals as bands.
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with all flows over the layers, by powers of ten, with their 95 % intervals as bands.
 
         A line has a gap where its flow is zero in every prompt. The legend says how many prompts have a flow where
-        that differs. The suffix names the format (png, pdf or svg).
+        that differs. The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
-        styles = dict(zip(self.flows, flow_styles(self.flows), strict=True))
-        layers, counts, curves = torch.tensor(self.layers), self.counts, []
-        for flow, (mean, low, high) in zip(self.flows, self._log_means.unbind(1), strict=True):
-            label = flow if counts[flow] == self.count else f"{flow} (n = {counts[flow]})"
-            curves.append(Curve(label=label, x=layers, y=mean, low=low, high=high, style=styles[flow]))
-        label = "log10 of saliency per edge"
-        return draw_curves(path, [CurvePanel(curves=curves)], titles=self._titles(), y_label=label, reference=None)
+        low, high = self.log.band()
+        counts, means = self.counts, 10**self.log.mean
+        names = {flow: flow if counts[flow] == self.count else f"{flow} (n = {counts[flow]})" for flow in self.flows}
+        parts = zip(self.flows, means, 10**low, 10**high, strict=True)
+        curves = _curves(self.layers, {flow: ends for flow, *ends in parts}, names)
+        title, subtitle = self._titles
+        flows = dict(zip(self.flows, means.nan_to_num(0.0), strict=True))
+        titles, panels = (title, subtitle + _ends(flows, self.layers)), [drawing.CurvePanel(curves=curves)]
+        return drawing.finished(drawing.curves_figure(panels, titles=titles, y_label=_UNIT, reference=None), path)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per flow and layer: saliency (geometric mean), low and high of its 95 % interval, n and zeros.
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
+        return {"flow": self.flows, "layer": self.layers}
 
-        n: the prompts that the mean is over; zeros: those whose flow is exactly zero. low and high are NaN where n is
-        1, all three where it is 0.
-        """
-        mean, low, high = 10**self._log_means
-        counts = {"n": (~self._logs.isnan()).sum(1), "zeros": (self.prompt_flows == 0).sum(1)}
-        axes = [("flow", self.flows), ("layer", self.layers)]
-        return long_frame(axes, {"saliency": mean, "low": low, "high": high, **counts})
+    def _columns(self) -> Mapping[str, Tensor]:
+        """The geometric mean, its interval, n (prompts that the mean is over), and zeros (prompts without the flow)."""
+        low, high = self.log.band()
+        ends = {"saliency": 10**self.log.mean, "low": 10**low, "high": 10**high}
+        return ends | {"n": self.log.count, "zeros": self._zeros}
 
     @property
-    def _logs(self) -> Tensor:
-        """(flow, prompt, layer): log10; NaN also for zero."""
-        return self.prompt_flows.masked_fill(self.prompt_flows == 0, torch.nan).log10()
-
-    @property
-    def _log_means(self) -> Tensor:
-        """(3, flow, layer): means of the logarithms and both ends of their intervals, NaN for a single prompt."""
-        logs = self._logs.transpose(0, 1)
-        mean = logs.nanmean(0)
-        unknown = torch.full_like(mean, torch.nan)
-        return torch.stack([mean, *(mean_interval(logs) if self.count > 1 else (unknown, unknown))])
+    def _zeros(self) -> Tensor:
+        """(flow, layer) int64"""
+        return (self.zero.mean.nan_to_num(0.0) * self.zero.count).round().long()
 
     def _index(self, flow: str) -> int:
         if flow not in self.flows:
             raise TraceError(f"no flow {flow!r} in this average; pass {', '.join(map(repr, self.flows))}")
         return self.flows.index(flow)
 
+    @property
     def _titles(self) -> tuple[str, str]:
-        """Title and subtitle of the picture."""
+        """Title and subtitle of the figure."""
         over = f"geometric mean over {self.count} prompts" if self.count > 1 else "one prompt"
         bands = "; bands: 95% intervals of the mean" if self.count > 1 else ""
-        is_zero = self.prompt_flows == 0
-        is_partly_zero = is_zero.any(1) & ~self._logs.isnan().all(1)
-        zeros = "\nwhere a flow is zero in some prompts, it is the mean of the others" if is_partly_zero.any() else ""
+        is_partly_zero = ((self._zeros > 0) & (self.log.count > 0)).any()
+        zeros = "\nwhere a flow is zero in some prompts, it is the mean of the others" if is_partly_zero else ""
         return "What the answer rests on", f"attention x gradient of its loss, {over}{bands}{zeros}"
 
+    def _lines(self) -> tuple[str, str]:
+        flows = {flow: self.of(flow) for flow in self.flows}
+        return (
+            f"AverageSaliency of {name_of_model(self.model)} over {self.count} prompts",
+            f"geometric means; {_strongest(flows, self.layers)}",
+        )
 
-def average_saliencies(saliencies: Sequence[AttentionSaliency | AverageSaliency]) -> AverageSaliency:
-    """Geometric mean over prompts to one model of each flow between groups; a prompt without a flow is left out of it.
+    def _problem(self) -> str | None:
+        shape = (len(self.flows), len(self.layers))
+        if not (self.log.fits(*shape) and self.zero.fits(*shape)) or 0 in shape:
+            return "its flows are of another shape than its names and layers"
+        return "more of its flows are above zero than there are" if (self.log.count > self.zero.count).any() else None
 
-    Averages among them stand for the prompts that they are over, and take far less memory than their saliencies.
-    TraceError for none, where models or layers differ, and where no prompt has a flow.
+
+class SaliencyAverager(Averager[AttentionSaliency | AverageSaliency, AverageSaliency]):
+    """Averages flows over prompts to one model; a prompt without a flow is left out of it.
+
+    The flows of one prompt alone, as an average of one, take far less memory than all its edges; such averages can be
+    averaged like the results themselves.
     """
-    _check_alike(saliencies)
-    first, own = saliencies[0], [flows for each in saliencies for flows in _flows_of(each)]
-    names = tuple(dict.fromkeys(name for flows in own for name in flows))
-    if not names:
-        raise TraceError("these saliencies have no flow between groups; read them again with later queries")
-    absent = torch.full((len(first.layers),), torch.nan, dtype=torch.float64)
-    asked = [each.questions if isinstance(each, AverageSaliency) else (each.question,) for each in saliencies]
-    return AverageSaliency(
-        model=first.model,
-        revision=first.revision,
-        layers=first.layers,
-        questions=tuple(question for questions in asked for question in questions),
-        flows=names,
-        prompt_flows=torch.stack([torch.stack([flows.get(name, absent) for flows in own]) for name in names]),
-    )
+
+    alike = ("model", "revision", "layers")
+
+    def _take(self, result: AttentionSaliency | AverageSaliency) -> None:
+        if isinstance(result, AverageSaliency):
+            names, logs, zeros = result.flows, result.log.mean, result.zero.mean
+            if result.count != 1:
+                raise ArtefactError(f"an average over {result.count} prompts is no single result; pass the results")
+        else:
+            names, values = tuple(result.flows), torch.stack([*result.flows.values()]) if result.flows else None
+            if values is None:
+                return
+            logs = values.masked_fill(values == 0, torch.nan).log10()
+            zeros = (values == 0).double().masked_fill(values.isnan(), torch.nan)
+        axes = {"flow": names, "layer": result.layers}
+        self._add("log", logs, axes)
+        self._add("zero", zeros, axes)
+
+    def _average(self) -> AverageSaliency:
+        if not self._means:
+            raise TraceError("these saliencies have no flow between groups; read them again with later queries")
+        return AverageSaliency(
+            **{name: getattr(self.first, name) for name in self.alike},
+            count=self.count,
+            flows=self._labels("zero", "flow"),
+            log=self._mean("log"),
+            zero=self._mean("zero"),
+        )
 
 
-def _flows_of(found: AttentionSaliency | AverageSaliency) -> list[dict[str, Tensor]]:
-    """Per prompt the flows (layer,) that it has."""
-    if isinstance(found, AttentionSaliency):
-        return [found.flows]
-    own = [dict(zip(found.flows, flows, strict=True)) for flows in found.prompt_flows.unbind(1)]
-    return [{name: flow for name, flow in flows.items() if not flow.isnan().all()} for flows in own]
+def _curves(
+    layers: Sequence[int], flows: Mapping[str, Sequence[Tensor]], names: Mapping[str, str] | None = None
+) -> "list[drawing.Curve]":
+    """A curve per flow, each (layer,) value with its band if there is one, as powers of ten; zero leaves a gap."""
+    x, curves = torch.tensor(layers), []
+    for (name, parts), style in zip(flows.items(), flow_styles(tuple(flows)), strict=True):
+        y, *band = (part.masked_fill(part == 0, torch.nan).log10() for part in parts)
+        ends = dict(zip(("low", "high"), band, strict=True)) if band else {}
+        curves.append(drawing.Curve(label=names[name] if names else name, x=x, y=y, style=style, **ends))
+    return curves
 
 
-def _check_alike(saliencies: Sequence[AttentionSaliency | AverageSaliency]) -> None:
-    """TraceError for none, or for several that cannot be averaged."""
-    if not saliencies:
-        raise TraceError("no attention saliencies to average; pass at least one")
-    for name in ("model", "revision", "layers"):
-        found = dict.fromkeys(getattr(each, name) for each in saliencies)
-        if len(found) > 1:
-            raise TraceError(
-                f"these attention saliencies differ in their {name} ({' and '.join(map(str, found))}); average equal "
-                "ones only"
-            )
+def _ends(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
+    """A line for the subtitle on flows (layer,) that are exactly zero in the last layers."""
+    last = {name: int(flow.nonzero().max()) for name, flow in flows.items() if flow.any()}
+    early = {name: layers[index] for name, index in last.items() if index < len(layers) - 1}
+    if not early or len(set(early.values())) > 1:
+        return "\na line has a gap where its flow is exactly zero" if early else ""
+    targets = {name.split(" -> ")[1] for name in early}
+    reason = "" if "last" in targets else ": what these tokens read there no longer reaches the answer"
+    return f"\nflows into the {' and '.join(sorted(targets))} are exactly zero after layer {next(iter(early.values()))}{reason}"
 
 
-def _average_problem(found: AverageSaliency) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    shape = (len(found.flows), len(found.questions), len(found.layers))
-    if found.prompt_flows.shape != shape or 0 in shape:
-        return "its flows are of another shape than its names, prompts and layers"
-    return "some of its flows are below zero" if (found.prompt_flows < 0).any() else None
+def _strongest(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
+    """The strongest flow (layer,) in words."""
+    peaks = {name: flow.nan_to_num(nan=0.0).max(0) for name, flow in flows.items()}
+    name, peak = max(peaks.items(), key=lambda item: float(item[1].values))
+    return f"strongest flow per edge {name}, {float(peak.values):.3g} in layer {layers[int(peak.indices)]}"
 
 
 def attention_saliency(

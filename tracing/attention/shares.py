@@ -3,27 +3,31 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.drawing.curves import Curve, CurvePanel, draw_curves
-from ...artefacts.files import load, save
-from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
 from ..errors import TraceError
 from ..groups import Positions, group_positions, named_positions
 
-_LAYOUT, _AVERAGE_LAYOUT = "multrace attention share 1", "multrace average attention share 1"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _UNIT = "share of attention"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionShare:
-    """The share of one prompt's attention that each part of it gets. Made by `attention_share`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AttentionShare(Result):
+    """The share of one prompt's attention that each part of it receives. `attention_share` returns it."""
+
+    layout: ClassVar[str] = "multrace attention share 2"
 
     model: str
     """Name or path of the model."""
@@ -34,9 +38,19 @@ class AttentionShare:
     queries: tuple[int, ...]
     """Positions that attend; shares are means over them."""
     parts: Mapping[str, tuple[int, ...]]
-    """Positions that are attended to, by name of the part; each position up to the last query is in one of them."""
+    """Positions that are attended to, by name of the part; each position up to the last query is in one part."""
     heads: Tensor
     """(layer, head, part) float64, 0 to 1: the parts of a head sum to one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        return tuple(self.parts)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.heads)
 
     @property
     def shares(self) -> Tensor:
@@ -44,115 +58,125 @@ class AttentionShare:
         return self.heads.mean(1)
 
     def of(self, part: str) -> Tensor:
-        """(layer,) float64: the share of one part, mean over heads. TraceError if there is no such part."""
-        return self.shares[:, _index(tuple(self.parts), part)]
+        """Return the share (layer,) float64 of one part, mean over heads. Raises `TraceError` for an unknown part."""
+        return self.shares[:, _index(self.names, part)]
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with one line per part over the layers.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AttentionShare":
-        """The shares that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
+        It is also written to the path if one is given (png, pdf or svg by suffix).
+        """
+        layers = torch.arange(self.layers)
+        panel = drawing.CurvePanel(curves=[drawing.Curve(label=part, x=layers, y=self.of(part)) for part in self.parts])
+        titles = self.question, f"where the attention of {self._queries} goes, mean over heads"
+        return drawing.finished(drawing.curves_figure([panel], titles=titles, y_label=_UNIT), path)
 
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: one line per part over the layers."""
-        layers = torch.arange(len(self.heads))
-        panel = CurvePanel(curves=[Curve(label=part, x=layers, y=self.of(part)) for part in self.parts])
-        count = len(self.queries)
-        asked = f"token {self.tokens[self.queries[0]]!r}" if count == 1 else f"{count} tokens"
-        titles = self.question, f"where the attention of {asked} goes, mean over heads"
-        return draw_curves(path, [panel], titles=titles, y_label=_UNIT)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per layer, head and part with its share."""
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
         layers, heads, _ = self.heads.shape
-        axes = [("layer", range(layers)), ("head", range(heads)), ("part", tuple(self.parts))]
-        return long_frame(axes, {"share": self.heads})
+        return {"layer": range(layers), "head": range(heads), "part": self.names}
+
+    def _columns(self) -> Mapping[str, Tensor]:
+        return {"share": self.heads}
+
+    @property
+    def _queries(self) -> str:
+        count = len(self.queries)
+        return f"token {self.tokens[self.queries[0]]!r}" if count == 1 else f"{count} tokens"
+
+    def _lines(self) -> tuple[str, str]:
+        return (
+            f"AttentionShare of {name_of_model(self.model)}: {self.question!r}, attention of {self._queries}",
+            f"mean over layers and heads: {_percentages(self.names, self.shares)}",
+        )
+
+    def _problem(self) -> str | None:
+        fits = self.heads.ndim == 3 and self.heads.shape[2] == len(self.parts)
+        return None if fits else "its shares are of another shape than its parts"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageShare:
-    """Mean attention shares of several prompts, and each prompt's own. Made by `average_shares`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageShare(Result):
+    """Mean attention shares of several prompts. Made by `average`."""
+
+    layout: ClassVar[str] = "multrace average attention share 2"
 
     model: str
     """Name or path of the model."""
     revision: str | None
-    parts: tuple[str, ...]
-    prompt_shares: Tensor
-    """(prompt, layer, part) float64, 0 to 1: mean over heads."""
-
-    @property
-    def count(self) -> int:
-        """How many prompts were averaged."""
-        return len(self.prompt_shares)
+    names: tuple[str, ...]
+    """The names of the parts."""
+    count: int
+    """Number of prompts."""
+    share: Mean
+    """(layer, part): mean over heads, 0 to 1, over prompts."""
 
     @property
     def shares(self) -> Tensor:
         """(layer, part) float64: mean over prompts."""
-        return self.prompt_shares.mean(0)
+        return self.share.mean
 
     def of(self, part: str) -> Tensor:
-        """(layer,) float64: the mean share of one part. TraceError if there is no such part."""
-        return self.shares[:, _index(self.parts, part)]
+        """Return the mean share (layer,) float64 of one part. Raises `TraceError` for an unknown part."""
+        return self.shares[:, _index(self.names, part)]
 
     def interval(self) -> tuple[Tensor, Tensor]:
-        """(low, high), each (layer, part): 95 % interval of the mean over prompts, by Student's t.
+        """Return (low, high), each (layer, part): the 95 % interval of the mean over prompts, by Student's t.
 
-        TraceError for an average of one prompt.
+        Raises `ArtefactError` for an average of one prompt.
         """
-        return mean_interval(self.prompt_shares)
+        return self.share.interval()
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _AVERAGE_LAYOUT, self)
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with one line per part over the layers, with its 95 % interval as a band.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageShare":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _AVERAGE_LAYOUT, cls, check=_average_problem)
-
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: one line per part over the layers, with its 95 % interval as a band."""
-        low, high = (side.unbind(1) for side in self.interval()) if self.count > 1 else ([None] * len(self.parts),) * 2
-        layers = torch.arange(self.prompt_shares.shape[1])
+        It is also written to the path if one is given (png, pdf or svg by suffix).
+        """
+        low, high = self.share.band()
+        layers = torch.arange(len(self.shares))
         curves = [
-            Curve(label=part, x=layers, y=self.of(part), low=low[index], high=high[index])
-            for index, part in enumerate(self.parts)
+            drawing.Curve(label=part, x=layers, y=self.of(part), low=low[:, index], high=high[:, index])
+            for index, part in enumerate(self.names)
         ]
         bands = "; bands: 95% interval of the mean over prompts" if self.count > 1 else ""
         titles = f"Where attention goes, mean over {self.count} prompts", f"mean over heads{bands}"
-        return draw_curves(path, [CurvePanel(curves=curves)], titles=titles, y_label=_UNIT)
+        figure = drawing.curves_figure([drawing.CurvePanel(curves=curves)], titles=titles, y_label=_UNIT)
+        return drawing.finished(figure, path)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per layer and part: mean share, its 95 % interval (NaN where n is 1), and n, the prompts."""
-        unknown = torch.full_like(self.shares, torch.nan)
-        low, high = self.interval() if self.count > 1 else (unknown, unknown)
-        axes = [("layer", range(self.prompt_shares.shape[1])), ("part", self.parts)]
-        values = {"share": self.shares, "low": low, "high": high, "n": torch.tensor(self.count)}
-        return long_frame(axes, values)
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
+        return {"layer": range(len(self.shares)), "part": self.names}
+
+    def _columns(self) -> Mapping[str, Tensor]:
+        low, high = self.share.band()
+        return {"share": self.shares, "low": low, "high": high, "n": self.share.count}
+
+    def _lines(self) -> tuple[str, str]:
+        return (
+            f"AverageShare of {name_of_model(self.model)} over {self.count} prompts",
+            f"mean over layers and heads: {_percentages(self.names, self.shares)}",
+        )
+
+    def _problem(self) -> str | None:
+        fits = self.shares.ndim == 2 and self.share.fits(len(self.shares), len(self.names))
+        return None if fits else "its shares are of another shape than its parts"
 
 
-def average_shares(shares: Sequence[AttentionShare]) -> AverageShare:
-    """Mean shares of prompts to one model with the same parts. TraceError for none, or where they differ."""
-    if not shares:
-        raise TraceError("no attention shares to average; pass at least one")
-    first = shares[0]
-    for name, found in {
-        "model": [(each.model, each.revision) for each in shares],
-        "number of layers": [len(each.heads) for each in shares],
-        "parts": [tuple(each.parts) for each in shares],
-    }.items():
-        if len(set(found)) > 1:
-            different = " and ".join(map(str, dict.fromkeys(found)))
-            raise TraceError(f"these attention shares differ in their {name} ({different}); average equal ones only")
-    return AverageShare(
-        model=first.model,
-        revision=first.revision,
-        parts=tuple(first.parts),
-        prompt_shares=torch.stack([each.shares for each in shares]),
-    )
+class ShareAverager(Averager[AttentionShare, AverageShare]):
+    """Averages shares of prompts to one model with the same parts."""
+
+    alike = ("model", "revision", "layers", "names")
+
+    def _take(self, result: AttentionShare) -> None:
+        self._add("share", result.shares, {"layer": range(result.layers), "part": result.names})
+
+    def _average(self) -> AverageShare:
+        first = self.first
+        return AverageShare(
+            model=first.model,
+            revision=first.revision,
+            names=first.names,
+            count=self.count,
+            share=self._mean("share"),
+        )
 
 
 def _index(parts: Sequence[str], part: str) -> int:
@@ -162,16 +186,9 @@ def _index(parts: Sequence[str], part: str) -> int:
     return parts.index(part)
 
 
-def _problem(found: AttentionShare) -> str | None:
-    """What does not fit together in shares that were read from a file."""
-    fits = found.heads.ndim == 3 and found.heads.shape[2] == len(found.parts)
-    return None if fits else "its shares are of another shape than its parts"
-
-
-def _average_problem(found: AverageShare) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    fits = found.prompt_shares.ndim == 3 and found.prompt_shares.shape[2] == len(found.parts)
-    return None if fits else "its shares are of another shape than its parts"
+def _percentages(names: Sequence[str], shares: Tensor) -> str:
+    """Shares (layer, part) in words."""
+    return ", ".join(f"{name} {float(share):.1%}" for name, share in zip(names, shares.mean(0), strict=True))
 
 
 def attention_share(

@@ -1,29 +1,36 @@
 """What one run shows about whether the model's answer will be right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...artefacts.files import load, save
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ..attention.contributions import contribution_norms, record_attention, value_bias
+from ..attention.contributions_plot import Chart, HeadMap, Line, layers_figure
 from ..groups import prompt_positions
 
-_LAYOUT = "multrace failure features 1"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FailureFeatures:
-    """What one run shows about whether its answer will be right. Made by `failure_features`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FailureFeatures(Result):
+    """What one run shows about whether its answer will be right. `failure_features` returns it."""
+
+    layout: ClassVar[str] = "multrace failure features 2"
 
     model: str
     """Name or path of the model."""
     question: str
     contributions: Tensor
-    """(layer,) float64: what the constraint brings to the last token, the largest of its tokens."""
+    """(layer,) float64: contribution of the constraint to the last token, the largest of its tokens."""
     head_contributions: Tensor
     """(layer, head) float64: the same for each head by itself."""
     weights: Tensor
@@ -33,20 +40,51 @@ class FailureFeatures:
     first_token: str
     """The likeliest first token of an answer."""
     first_probability: float
-    """Its probability."""
+    """The probability of that token."""
     answer: str | None
-    """The answer that was read as a whole, if one was given."""
+    """The answer whose whole probability was read, if one was given."""
     answer_probability: float | None
-    """The product of its tokens' probabilities, each after the ones before it."""
+    """The product of the probabilities of the answer's tokens, each after the ones before it."""
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with the contribution of the constraint and the attention to it, by layer and by head.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "FailureFeatures":
-        """What `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
+        It is also written to the path if one is given (png, pdf or svg by suffix).
+        """
+        line = "constraint, largest token"
+        charts = [
+            Chart(unit="length of contribution", lines=[Line(label=line, values=self.contributions)]),
+            Chart(unit="attention weight", lines=[Line(label=line, values=self.weights)]),
+        ]
+        maps = [
+            HeadMap(kind="contribution", values=self.head_contributions.T),
+            HeadMap(kind="weight", values=self.head_weights.T),
+        ]
+        subtitle = (
+            f"From the constraint to the last token; p({self.first_token.strip()}) = {self.first_probability:.3g}"
+        )
+        return drawing.finished(layers_figure(charts, maps, titles=(self.question, subtitle)), path)
+
+    def _axes(self) -> Mapping[str, Sequence[Any]]:
+        layers, heads = self.head_weights.shape
+        return {"layer": range(layers), "head": range(heads)}
+
+    def _columns(self) -> Mapping[str, Tensor]:
+        return {"contribution": self.head_contributions, "weight": self.head_weights}
+
+    def _lines(self) -> tuple[str, str]:
+        layer = int(self.contributions.argmax())
+        return (
+            f"FailureFeatures of {name_of_model(self.model)}: {self.question!r}",
+            f"p({self.first_token.strip()}) = {self.first_probability:.3g}; contribution of the constraint at most "
+            f"{float(self.contributions[layer]):.3g}, in layer {layer}",
+        )
+
+    def _problem(self) -> str | None:
+        heads = self.head_contributions.shape
+        fits = len(heads) == 2 and self.head_weights.shape == heads
+        fits = fits and self.contributions.shape == self.weights.shape == heads[:1]
+        return None if fits else "its tensors are of other shapes than its layers and heads"
 
 
 def failure_features(
@@ -112,10 +150,3 @@ def failure_features(
 def _largest(values: Sequence[Tensor]) -> Tensor:
     """(layer, ...) float64 on the CPU: the largest entry of each last axis."""
     return torch.stack([layer.amax(-1) for layer in values]).double().cpu()
-
-
-def _problem(features: FailureFeatures) -> str | None:
-    heads = features.head_contributions.shape
-    fits = len(heads) == 2 and features.head_weights.shape == heads
-    fits = fits and features.contributions.shape == features.weights.shape == heads[:1]
-    return None if fits else "its tensors are of other shapes than its layers and heads"

@@ -7,12 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import RepeatedStratifiedKFold
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts.auroc import auroc, bootstrap_counts, weighted_auroc
+from ...artefacts.statistics import auroc, bootstrap_counts, weighted_auroc
 from ..errors import TraceError
 from .features import FailureFeatures
 from .result import FailurePrediction
@@ -115,8 +113,8 @@ def predict_failure(
         areas=_areas(ordered, labels, once)[:, 0],
         draws=_areas(ordered, labels, counts),
         layers=numbers,
-        chosen={name: _tally(windows, count) for name, windows in held_out.chosen.items()},
-        kept={name: torch.tensor(sizes) for name, sizes in held_out.kept.items()},
+        layer_counts={name: _tally(windows, count) for name, windows in held_out.chosen.items()},
+        feature_counts={name: torch.tensor(sizes) for name, sizes in held_out.kept.items()},
         folds=folds,
         repeats=REPEATS,
         seed=seed,
@@ -208,6 +206,8 @@ def held_out_scores(
     layers: the same ones in every fold, or None to choose in each training fold the two neighbouring layers whose mean
     tells its right answers from its wrong ones best, for each quantity by itself.
     """
+    from sklearn.model_selection import RepeatedStratifiedKFold
+
     result, splits = HeldOut(), RepeatedStratifiedKFold(n_splits=folds, n_repeats=REPEATS, random_state=seed)
     parts = splits.split(readings.by_head, is_right)
     bar = tqdm(parts, total=folds * REPEATS, desc="held-out folds", unit="fold", disable=not progress)
@@ -242,6 +242,8 @@ def _fitted(features: NDArray, is_right: NDArray, train: NDArray, seed: int) -> 
     L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of right
     answers in the others, which would rank a fold's records by how few right ones it holds itself.
     """
+    from sklearn.linear_model import LogisticRegression
+
     scaled = _standardised(features, train)
     model = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=0.05, max_iter=1000, random_state=seed)
     model.fit(scaled[train], is_right[train])

@@ -1,101 +1,100 @@
-"""The logit lens averaged over prompts, by the role that a token plays in each."""
+"""The average of the logit lens over prompts, by the role that a token plays in each of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.files import load, save
+from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean
+from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
-from ...artefacts.intervals import mean_interval
+from ...artefacts.results import Result
 from ..errors import TraceError
-from .plot import Curve, LinePanel, draw_lines
+from .plot import Curve, LinePanel, lines_figure
 from .result import NORM_NAMES, NORMS, LogitLens, state_name
 
-_LAYOUT = "multrace average logit lens 1"
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 QUANTITIES = ("probability", "share", "log_rank")
 """Probability, share of prompts in which the token is the likeliest, and log10 of its rank."""
 _CAPTIONS = ("mean probability", "share of prompts, likeliest", "rank (geometric mean)")
+_AXES = ("norm", "state", "role")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageLogitLens:
-    """Logit lens of several prompts at their first read position. Made by `average_lenses`."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageLogitLens(Result):
+    """The logit lens of several prompts, averaged at their first read position. Made by `average`."""
+
+    layout: ClassVar[str] = "multrace average logit lens 2"
 
     model: str
+    """Name or path of the model."""
     revision: str | None
     position_role: str
-    """The position that was averaged."""
+    """The role of the position that was averaged."""
     roles: tuple[str, ...]
     """What the followed tokens stand for: "answer, lower case", "answer, capitalised", "word red", ..."""
-    questions: tuple[str, ...]
-    """Each prompt's."""
-    probabilities: Tensor
-    """(norm, prompt, state, role) float64; NaN where a prompt follows no token in this role."""
-    ranks: Tensor
-    """(norm, prompt, state, role) float64 from 1; NaN likewise."""
-
-    @property
-    def count(self) -> int:
-        """How many prompts were averaged."""
-        return self.probabilities.shape[1]
+    count: int
+    """Number of prompts."""
+    probability: Mean
+    """(norm, state, role): the probability, over the prompts that follow a token in this role."""
+    share: Mean
+    """(norm, state, role): 1 where the token is the likeliest, else 0."""
+    log_rank: Mean
+    """(norm, state, role): log10 of the rank."""
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layer that each state comes out of; -1 for the embedding."""
-        return tuple(range(-1, self.probabilities.shape[2] - 1))
+        return tuple(range(-1, self.probability.shape[1] - 1))
 
     def mean(self, role: str, quantity: str = "probability", *, norm: bool = True) -> Tensor:
-        """(state,) float64: mean over the prompts that have the role, of one of `QUANTITIES`.
+        """Return the mean (state,) float64 of one of `QUANTITIES` over the prompts that have the role.
 
-        TraceError for an unknown role or quantity.
+        Raises `TraceError` for an unknown role or quantity.
         """
-        return self._values(quantity, norm)[..., self._role(role)].nanmean(0)
+        place = self._place(role, quantity, norm)
+        return getattr(self, quantity).mean[place]
 
     def interval(self, role: str, quantity: str = "probability", *, norm: bool = True) -> tuple[Tensor, Tensor]:
-        """(low, high), each (state,) float64: 95 % interval of `mean` over prompts, by Student's t.
+        """Return (low, high), each (state,): the 95 % interval of `mean` over prompts by Student's t.
 
-        NaN where only one prompt has the role; TraceError for an average of one prompt.
+        NaN if only one prompt has the role. Raises `ArtefactError` for an average of one prompt.
         """
-        return mean_interval(self._values(quantity, norm)[..., self._role(role)])
+        place = self._place(role, quantity, norm)
+        mean = getattr(self, quantity)
+        low, high = mean.band() if self.count > 1 else mean.interval()
+        return low[place], high[place]
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one row per norm, state, role and quantity: mean, low and high of its interval, and n.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AverageLogitLens":
-        """The average that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per norm, state, role and quantity: mean, low and high of its 95 % interval, and n.
-
-        n: prompts that have the role; low and high are NaN where it is 1. layer is -1 for the embedding.
+        n is the number of prompts that have the role; low and high are NaN where it is 1. layer is -1 for the
+        embedding.
         """
-        values = torch.stack([torch.stack([self._values(each, norm) for each in QUANTITIES], -1) for norm in NORMS])
-        moved = values.transpose(0, 1)  # (prompt, norm, state, role, quantity)
-        unknown = torch.full_like(moved[0], torch.nan)
-        low, high = mean_interval(moved) if self.count > 1 else (unknown, unknown)
-        axes = [("norm", NORMS), ("layer", self.layers), ("role", self.roles), ("quantity", QUANTITIES)]
-        columns = {"mean": moved.nanmean(0), "low": low, "high": high, "n": (~moved.isnan()).sum(0)}
-        frame = long_frame(axes, columns)
+        means = [getattr(self, quantity) for quantity in QUANTITIES]
+        low, high = (torch.stack(ends, -1) for ends in zip(*(mean.band() for mean in means), strict=True))
+        columns = {"mean": torch.stack([mean.mean for mean in means], -1), "low": low, "high": high}
+        axes = {"norm": NORMS, "layer": self.layers, "role": self.roles, "quantity": QUANTITIES}
+        frame = long_frame(axes, columns | {"n": torch.stack([mean.count for mean in means], -1)})
         frame.insert(2, "state", [state_name(layer) for layer in frame["layer"]])
         return frame
 
-    def plot(self, path: str | Path) -> Path:
-        """The written picture: mean probability, share of prompts led, and geometric mean rank of each role by layer.
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure with the mean probability, share of prompts led and geometric mean rank of each role.
 
-        Bands are 95 % intervals over prompts. Upper row with the model's final norm, lower row without. The suffix
-        names the format (png, pdf or svg).
+        Bands are 95 % intervals over prompts. The upper row is with the model's final norm, the lower row without. The
+        figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         rows = {name: self._panels(norm) for name, norm in zip(NORM_NAMES, NORMS, strict=True)}
         bands = ", bands: 95% intervals of the mean" if self.count > 1 else ""
         titles = f"Logit lens over {self.count} prompts", f"read at {self.position_role}{bands}"
-        return draw_lines(path, rows, layers=self.layers, titles=titles)
+        return drawing.finished(lines_figure(rows, layers=self.layers, titles=titles), path)
 
     def _panels(self, norm: bool) -> tuple[LinePanel, ...]:
         """A panel for each quantity."""
@@ -109,83 +108,64 @@ class AverageLogitLens:
         )
 
     def _curve(self, role: str, quantity: str, norm: bool) -> Curve:
-        """A role's mean with its band, within what the quantity can be; ranks are drawn as ranks again."""
-        is_rank = quantity == "log_rank"
-        mean = self.mean(role, quantity, norm=norm)
-        ends = self.interval(role, quantity, norm=norm) if self.count > 1 else ()
-        low, high = (end.clamp(0.0, None if is_rank else 1.0) for end in ends) if ends else (mean, mean)
-        values = (10**each if is_rank else each for each in (mean, low, high))
-        return Curve(label=role, roles=(role,), **dict(zip(("values", "low", "high"), values, strict=True)))
+        """A role's mean with its band; ranks are drawn as ranks again."""
+        is_rank, place = quantity == "log_rank", self._place(role, quantity, norm)
+        mean = getattr(self, quantity)
+        low, high = (end[place].clamp(0.0, None if is_rank else 1.0) for end in mean.band())
+        values, low, high = (10**part if is_rank else part for part in (mean.mean[place], low, high))
+        return Curve(label=role, roles=(role,), values=values, low=low, high=high)
 
-    def _values(self, quantity: str, norm: bool) -> Tensor:
-        """(prompt, state, role) float64, NaN where a prompt has no such role."""
+    def _place(self, role: str, quantity: str, norm: bool) -> tuple[int, slice, int]:
+        """Where (state,) of a role lies in a mean."""
         if quantity not in QUANTITIES:
             raise TraceError(f"no quantity {quantity!r} in this average; it has {', '.join(QUANTITIES)}")
-        index = NORMS.index(norm)
-        if quantity == "probability":
-            return self.probabilities[index]
-        ranks = self.ranks[index]
-        return ranks.log10() if quantity == "log_rank" else (ranks == 1).double().where(~ranks.isnan(), torch.nan)
-
-    def _role(self, role: str) -> int:
         if role not in self.roles:
             raise TraceError(f"no role {role!r} in this average; it has {', '.join(self.roles)}")
-        return self.roles.index(role)
+        return NORMS.index(norm), slice(None), self.roles.index(role)
+
+    def _lines(self) -> tuple[str, str]:
+        role = self.roles[0]
+        return (
+            f"AverageLogitLens of {name_of_model(self.model)} over {self.count} prompts, read at {self.position_role}",
+            f"{role}: the likeliest in {float(self.mean(role, 'share')[-1]):.0%} of prompts in the end, mean "
+            f"probability {float(self.mean(role)[-1]):.3g}",
+        )
+
+    def _problem(self) -> str | None:
+        states = self.probability.shape[1]
+        fits = [getattr(self, name).fits(len(NORMS), states, len(self.roles)) for name in QUANTITIES]
+        return None if all(fits) and states > 1 else "its tensors are of other shapes than its layers and roles"
 
 
-def average_lenses(lenses: Sequence[LogitLens]) -> AverageLogitLens:
-    """The logit lens by role over prompts, at the first read position of each.
+class LogitLensAverager(Averager[LogitLens, AverageLogitLens]):
+    """Averages by role over prompts, at the first read position of each.
 
     A token that plays two roles in a prompt counts in both; a prompt without a role (no foil) is left out of it.
-    TraceError for none, and where models, numbers of layers or the roles of the first positions differ.
     """
-    _check_alike(lenses)
-    first = lenses[0]
-    names = [role for each in lenses for roles in each.followed.roles for role in roles]
-    roles = tuple(sorted(dict.fromkeys(names), key=_order))
-    return AverageLogitLens(
-        model=first.model,
-        revision=first.revision,
-        position_role=first.position_roles[0],
-        roles=roles,
-        questions=tuple(each.question for each in lenses),
-        probabilities=torch.stack([_by_role(each, each.probabilities, roles) for each in lenses], 1),
-        ranks=torch.stack([_by_role(each, each.ranks, roles) for each in lenses], 1),
-    )
+
+    alike = ("model", "revision", "layers", "position_role")
+
+    def _take(self, result: LogitLens) -> None:
+        own = {role: index for index, members in enumerate(result.followed.roles) for role in members}
+        axes = dict(zip(_AXES, (NORMS, result.layers, tuple(own)), strict=True))
+        probabilities, ranks = (part[:, 0][..., list(own.values())] for part in (result.probabilities, result.ranks))
+        self._add("probability", probabilities, axes)
+        self._add("share", ranks == 1, axes)
+        self._add("log_rank", ranks.double().log10(), axes)
+
+    def _average(self) -> AverageLogitLens:
+        names = self._labels("probability", "role")
+        order = sorted(range(len(names)), key=lambda index: _order(names[index]))
+        return AverageLogitLens(
+            model=self.first.model,
+            revision=self.first.revision,
+            position_role=self.first.position_role,
+            roles=tuple(names[index] for index in order),
+            count=self.count,
+            **{name: self._mean(name)[:, :, order] for name in QUANTITIES},
+        )
 
 
 def _order(role: str) -> int:
     """The answer first, then the false option, then the rest as they came."""
     return next((place for place, side in enumerate(("answer", "false option")) if role.startswith(f"{side}, ")), 2)
-
-
-def _by_role(lens: LogitLens, values: Tensor, roles: Sequence[str]) -> Tensor:
-    """(norm, state, role) float64 of (norm, position, state, followed token) at the first position."""
-    own = {role: index for index, members in enumerate(lens.followed.roles) for role in members}
-    first = values[:, 0].double()
-    missing = torch.full_like(first[..., 0], torch.nan)
-    return torch.stack([first[..., own[role]] if role in own else missing for role in roles], -1)
-
-
-def _check_alike(lenses: Sequence[LogitLens]) -> None:
-    if not lenses:
-        raise TraceError("no lenses to average; pass at least one")
-    for name, of in (
-        ("model", lambda each: each.model),
-        ("revision", lambda each: each.revision),
-        ("number of layers", lambda each: len(each.layers) - 1),
-        ("first position", lambda each: each.position_roles[0]),
-    ):
-        found = dict.fromkeys(of(each) for each in lenses)
-        if len(found) > 1:
-            raise TraceError(
-                f"these lenses differ in their {name} ({' and '.join(map(str, found))}); average equal ones only"
-            )
-
-
-def _problem(average: AverageLogitLens) -> str | None:
-    """What does not fit together in an average that was read from a file."""
-    states = average.probabilities.shape[2]
-    shape = (len(NORMS), len(average.questions), states, len(average.roles))
-    fits = [each.shape == shape for each in (average.probabilities, average.ranks)] + [states > 1]
-    return None if all(fits) else "its tensors are of other shapes than its prompts and roles"

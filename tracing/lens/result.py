@@ -3,24 +3,34 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...artefacts.files import load, save
+from ...artefacts import drawing
+from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
+from ...artefacts.results import Result
 from ..errors import TraceError
-from .plot import Curve, LinePanel, TokenTable, draw_lines, draw_tokens, token_text
+from .plot import Curve, LinePanel, TokenTable, lines_figure, token_text, tokens_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+NORMS = (True, False)
+"""The first axis of all tensors: with the model's final norm before the output head, and without it."""
+NORM_NAMES = ("with the final norm", "without the final norm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FollowedTokens:
-    """Tokens, each once, with the words that begin with it and the roles that it plays."""
+    """The tokens that are followed, each once, with the words that begin with it and the roles that it plays."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
-    """What each token says, blanks included."""
+    """The text of each token, blanks included."""
     words: tuple[tuple[str, ...], ...]
     """Per token the words of which it is the first token; empty for one that was given as an id."""
     roles: tuple[tuple[str, ...], ...]
@@ -28,41 +38,39 @@ class FollowedTokens:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """For pictures: what each token says and stands for."""
-        return tuple(
-            f"{token_text(text)} ({'; '.join(roles)})" for text, roles in zip(self.texts, self.roles, strict=True)
-        )
+        """Per token its text and what it stands for, for pictures."""
+        pairs = zip(self.texts, self.roles, strict=True)
+        return tuple(f"{token_text(text)} ({'; '.join(roles)})" for text, roles in pairs)
 
     def index(self, word: str | int) -> int:
-        """Which token a word (as spelled when asked), a role or a token id means. TraceError lists what is followed."""
-        names = (self.ids,) if isinstance(word, int) else (self.words, self.roles)
-        for members in names:
-            for index, each in enumerate(members):
-                if word == each or (isinstance(each, tuple) and word in each):
+        """Return which token a word (as it was spelled in the request), a role or a token id names.
+
+        Raises `TraceError`, which lists the followed tokens, for any other word.
+        """
+        for names in (self.ids,) if isinstance(word, int) else (self.words, self.roles):
+            for index, own in enumerate(names):
+                if word == own or (isinstance(own, tuple) and word in own):
                     return index
-        words = [name for each in self.words for name in each]
-        roles = [name for each in self.roles for name in each]
+        words = [name for own in self.words for name in own]
+        roles = [name for own in self.roles for name in own]
         raise TraceError(
             f"{word!r} was not followed; followed are the words {', '.join(words)} as {', '.join(roles)} "
             f"(tokens {', '.join(map(str, self.ids))}); read the model again with words=[{word!r}]"
         )
 
 
-_LAYOUT = "multrace logit lens 1"
-NORMS = (True, False)
-"""The first axis of all tensors: with the model's final norm before the output head, and without it."""
-NORM_NAMES = ("with the final norm", "without the final norm")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LogitLens:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LogitLens(Result):
     """What the output head makes of one prompt's states after the embedding and every layer.
 
-    Made by `logit_lens`. Layers count from -1, the embedding; norm=True is comparable with the model's own
-    probabilities, norm=False is what the published script computes (arXiv 2411.18620).
+    `logit_lens` returns it. Layers count from -1, the embedding. norm=True is comparable with the model's own
+    probabilities; norm=False is what the published script computes (arXiv 2411.18620).
     """
 
+    layout: ClassVar[str] = "multrace logit lens 2"
+
     model: str
+    """Name or path of the model."""
     revision: str | None
     question: str
     tokens: tuple[str, ...]
@@ -70,10 +78,10 @@ class LogitLens:
     positions: tuple[int, ...]
     """The positions that were read; each predicts the token after it."""
     position_roles: tuple[str, ...]
-    """What each read position is, named alike in every prompt: "last", "question 2", ..."""
+    """The role of each read position, named alike in every prompt: "last", "question 2", ..."""
     answer: str
     is_own_answer: bool
-    """The answer is the one that the model gave by itself."""
+    """Whether the model gave the answer by itself."""
     foil: str | None
     followed: FollowedTokens
     probabilities: Tensor
@@ -83,30 +91,41 @@ class LogitLens:
     top_ids: Tensor
     """(norm, position, state, top) int64: the likeliest tokens, in order."""
     top_probabilities: Tensor
-    """(norm, position, state, top) float64: theirs."""
+    """(norm, position, state, top) float64: their probabilities."""
     texts: Mapping[str, str]
-    """What each followed or likeliest token says, by its id in decimal digits."""
+    """The text of each followed or likeliest token by its id in decimal digits."""
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layer that each state comes out of; -1 for the embedding."""
         return tuple(range(-1, self.probabilities.shape[2] - 1))
 
-    def probability(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> Tensor:
-        """(state,) float64: the probability of a followed word, role or token id at a read position.
+    @property
+    def position_role(self) -> str:
+        """The role of the first read position, at which prompts are averaged."""
+        return self.position_roles[0]
 
-        position: which of the read ones, by number or role. TraceError if word or position were not read.
+    def probability(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> Tensor:
+        """Return the probability (state,) float64 of a followed token at a read position.
+
+        Args:
+            word: A followed word, a role or a token id.
+            position: A read position by its number or role.
+            norm: With the model's final norm before the output head, or without it.
+
+        Raises:
+            TraceError: If the word was not followed or the position was not read.
         """
         return self._at(self.probabilities, position, norm)[:, self.followed.index(word)]
 
     def rank(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> Tensor:
-        """(state,) int64: its rank among all tokens, 1 for the likeliest; arguments as in `probability`."""
+        """Return the rank (state,) int64 among all tokens, 1 for the likeliest; arguments as in `probability`."""
         return self._at(self.ranks, position, norm)[:, self.followed.index(word)]
 
     def first_layer(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> int | None:
-        """The layer after which it is the likeliest token and stays it to the end; -1 for the embedding, None if none.
+        """Return the layer from which the token is the likeliest up to the last layer; arguments as in `probability`.
 
-        Arguments as in `probability`.
+        -1 is the embedding; None if the token is not the likeliest after the last layer.
         """
         leads = (self.rank(word, position=position, norm=norm) == 1).tolist()
         if not leads[-1]:
@@ -117,26 +136,17 @@ class LogitLens:
         return self.layers[state]
 
     def top(self, layer: int, *, position: int | str = 0, norm: bool = True) -> tuple[tuple[int, str, float], ...]:
-        """(token id, text, probability) of the likeliest tokens after a layer (-1: the embedding), in order."""
+        """Return (token id, text, probability) of the likeliest tokens after a layer (-1: the embedding), in order."""
         if layer not in self.layers:
             raise TraceError(f"no layer {layer}; layers were read from -1 (the embedding) to {self.layers[-1]}")
         ids = self._at(self.top_ids, position, norm)[layer + 1].tolist()
         values = self._at(self.top_probabilities, position, norm)[layer + 1].tolist()
         return tuple((token, self.texts[str(token)], value) for token, value in zip(ids, values, strict=True))
 
-    def save(self, path: str | Path) -> Path:
-        """The written file: safetensors with the settings as text. TraceError if it cannot be written."""
-        return save(path, _LAYOUT, self)
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one row per norm, read position, state and followed token: its probability and rank.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "LogitLens":
-        """The lens that `save` wrote. TraceError if the file is missing, corrupt or something else."""
-        return load(path, _LAYOUT, cls, check=_problem, nested={"followed": FollowedTokens})
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per norm, read position, state and followed token: its probability and rank.
-
-        layer is -1 for the embedding; token_id, text, words and roles (joined by "; ") tell the followed token.
+        layer is -1 for the embedding; token_id, text, words and roles (joined by "; ") describe the followed token.
         """
         frame = self._frame(range(len(self.followed.ids)), {"probability": self.probabilities, "rank": self.ranks})
         members = frame.pop("number").tolist()
@@ -146,33 +156,55 @@ class LogitLens:
         frame.insert(9, "roles", ["; ".join(self.followed.roles[index]) for index in members])
         return frame
 
-    def top_dataframe(self) -> pd.DataFrame:
-        """One line per norm, read position, state and place (from 1) among the likeliest tokens: token, probability."""
+    def top_dataframe(self) -> "pd.DataFrame":
+        """Return a table with one row per norm, read position, state and place (from 1) among the likeliest tokens."""
         places = range(1, self.top_ids.shape[-1] + 1)
         frame = self._frame(places, {"token_id": self.top_ids, "probability": self.top_probabilities})
         frame = frame.rename(columns={"number": "place"})
         frame.insert(7, "text", [self.texts[str(token)] for token in frame["token_id"]])
         return frame
 
-    def plot(self, path: str | Path, *, position: int | str = 0) -> Path:
-        """The written picture: probability and rank of each followed token over the layers at one read position.
+    def plot(self, path: str | Path | None = None, *, position: int | str = 0) -> "Figure":
+        """Return a figure with the probability and the rank of each followed token over the layers.
 
-        Upper row with the model's final norm, lower row without. The suffix names the format (png, pdf or svg).
+        The upper row is with the model's final norm, the lower row without.
+
+        Args:
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            position: A read position by its number or role.
+
+        Raises:
+            TraceError: If the position was not read.
+            ArtefactError: If the file cannot be written.
         """
         index = self._position(position)
         rows = {name: self._panels(index, norm) for name, norm in zip(NORM_NAMES, NORMS, strict=True)}
         place = f"{self.position_roles[index]} ({self.tokens[self.positions[index]].strip()!r})"
-        whose = "the model's own answer" if self.is_own_answer else "answer"
-        subtitle = f"{whose} {self.answer!r}, read at {place}"
-        return draw_lines(path, rows, layers=self.layers, titles=(self.question, subtitle))
+        titles = self.question, f"{self._answer_name} {self.answer!r}, read at {place}"
+        return drawing.finished(lines_figure(rows, layers=self.layers, titles=titles), path)
 
-    def plot_tokens(self, path: str | Path, *, norm: bool = True, positions: Sequence[int | str] | None = None) -> Path:
-        """The written picture: the likeliest token at each read position (column) after each layer (row, last on top).
+    def plot_tokens(
+        self,
+        path: str | Path | None = None,
+        *,
+        norm: bool = True,
+        positions: Sequence[int | str] | None = None,
+    ) -> "Figure":
+        """Return a figure with a table of the likeliest token at each read position after each layer.
 
-        Coloured by its probability; framed where it is one of the answer's spellings. positions: some of the read ones,
-        by number or role. TraceError for more than fit into a picture.
+        Positions are columns, layers are rows with the last one on top. A cell is coloured by the token's probability
+        and framed if the token is the first one of a spelling of the answer.
+
+        Args:
+            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            norm: With the model's final norm before the output head, or without it.
+            positions: Some of the read positions by number or role; None draws all.
+
+        Raises:
+            TraceError: If a position was not read, and for more positions than fit into a picture.
+            ArtefactError: If the file cannot be written.
         """
-        chosen = [self._position(each) for each in (range(len(self.positions)) if positions is None else positions)]
+        chosen = [self._position(item) for item in (range(len(self.positions)) if positions is None else positions)]
         norm_index = NORMS.index(norm)
         ids = self.top_ids[norm_index, chosen, :, 0].T
         roles = zip(self.followed.ids, self.followed.roles, strict=True)
@@ -182,14 +214,18 @@ class LogitLens:
             probabilities=self.top_probabilities[norm_index, chosen, :, 0].T,
             framed=torch.isin(ids, torch.tensor(answers)),
             states=tuple(state_name(layer) for layer in self.layers),
-            columns=tuple((self.tokens[self.positions[each]], self.position_roles[each]) for each in chosen),
+            columns=tuple((self.tokens[self.positions[index]], self.position_roles[index]) for index in chosen),
         )
         subtitle = f"likeliest token after each layer, {NORM_NAMES[norm_index]}; framed: the answer {self.answer!r}"
-        return draw_tokens(path, table, titles=(self.question, subtitle))
+        return drawing.finished(tokens_figure(table, titles=(self.question, subtitle)), path)
+
+    @property
+    def _answer_name(self) -> str:
+        return "the model's own answer" if self.is_own_answer else "answer"
 
     def _panels(self, position: int, norm: bool) -> tuple[LinePanel, LinePanel]:
         """Probabilities, and ranks beside them."""
-        values, ranks = (self._at(each, position, norm) for each in (self.probabilities, self.ranks.double()))
+        values, ranks = (self._at(part, position, norm) for part in (self.probabilities, self.ranks.double()))
         return (
             LinePanel(caption="probability", curves=self._curves(values)),
             LinePanel(caption="rank", curves=self._curves(ranks), is_rank=True),
@@ -197,15 +233,13 @@ class LogitLens:
 
     def _curves(self, values: Tensor) -> tuple[Curve, ...]:
         """A curve for each followed token from (state, followed token)."""
-        named = zip(self.followed.labels, self.followed.roles, strict=True)
-        return tuple(
-            Curve(label=label, roles=roles, values=values[:, index]) for index, (label, roles) in enumerate(named)
-        )
+        names = enumerate(zip(self.followed.labels, self.followed.roles, strict=True))
+        return tuple(Curve(label=label, roles=roles, values=values[:, index]) for index, (label, roles) in names)
 
-    def _frame(self, numbers: Sequence[int], values: dict[str, Tensor]) -> pd.DataFrame:
-        """Lines with norm, role, position, layer, state and the number on the last axis."""
+    def _frame(self, numbers: Sequence[int], values: Mapping[str, Tensor]) -> "pd.DataFrame":
+        """Rows with norm, role, position, layer, state and the number on the last axis."""
         places = range(len(self.positions))
-        frame = long_frame([("norm", NORMS), ("place", places), ("layer", self.layers), ("number", numbers)], values)
+        frame = long_frame({"norm": NORMS, "place": places, "layer": self.layers, "number": numbers}, values)
         read = frame.pop("place").tolist()
         frame.insert(1, "position_role", [self.position_roles[place] for place in read])
         frame.insert(2, "position", [self.positions[place] for place in read])
@@ -218,7 +252,7 @@ class LogitLens:
         return values[NORMS.index(norm), self._position(position)]
 
     def _position(self, position: int | str) -> int:
-        """Which of the read positions is meant, by number or role."""
+        """The index of a read position that is given by number or role."""
         if isinstance(position, str) and position in self.position_roles:
             return self.position_roles.index(position)
         if isinstance(position, int) and -len(self.positions) <= position < len(self.positions):
@@ -228,20 +262,27 @@ class LogitLens:
             f"{', '.join(self.position_roles)}"
         )
 
+    def _lines(self) -> tuple[str, str]:
+        token = self.followed.ids[0]
+        layer, last = self.first_layer(token), float(self.probability(token)[-1])
+        when = "not the likeliest in the end" if layer is None else f"the likeliest from {state_name(layer)} on"
+        return (
+            f"LogitLens of {name_of_model(self.model)}: {self.question!r} -> {self.answer!r}, read at {self.position_role}",
+            f"{self.followed.labels[0]}: {when}, probability {last:.3g} in the end",
+        )
+
+    def _problem(self) -> str | None:
+        followed, top, states = len(self.followed.ids), self.top_ids.shape[-1], self.probabilities.shape[2]
+        leading = (len(NORMS), len(self.positions), states)
+        fits = [part.shape == (*leading, followed) for part in (self.probabilities, self.ranks)]
+        fits += [part.shape == (*leading, top) for part in (self.top_ids, self.top_probabilities)]
+        fits += [len(self.position_roles) == len(self.positions), states > 1]
+        fits += [max(self.positions) < len(self.tokens)]
+        fits += [len(part) == followed for part in (self.followed.words, self.followed.roles)]
+        fits += [str(token) in self.texts for token in self.top_ids.unique().tolist()]
+        return None if all(fits) else "its tensors are of other shapes than its positions and followed tokens"
+
 
 def state_name(layer: int) -> str:
-    """What a state is called: "embedding" for -1, else "layer 0" and so on."""
+    """Return the name of a state: "embedding" for -1, else "layer 0" and so on."""
     return "embedding" if layer < 0 else f"layer {layer}"
-
-
-def _problem(lens: LogitLens) -> str | None:
-    """What does not fit together in a lens that was read from a file."""
-    followed, top, states = len(lens.followed.ids), lens.top_ids.shape[-1], lens.probabilities.shape[2]
-    leading = (len(NORMS), len(lens.positions), states)
-    fits = [each.shape == (*leading, followed) for each in (lens.probabilities, lens.ranks)]
-    fits += [each.shape == (*leading, top) for each in (lens.top_ids, lens.top_probabilities)]
-    fits += [len(lens.position_roles) == len(lens.positions), states > 1]
-    fits += [max(lens.positions) < len(lens.tokens)]
-    fits += [len(each) == followed for each in (lens.followed.words, lens.followed.roles)]
-    fits += [str(token) in lens.texts for token in lens.top_ids.unique().tolist()]
-    return None if all(fits) else "its tensors are of other shapes than its positions and followed tokens"
