@@ -8,9 +8,8 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import ImageNoise, PixelNoise, ReplaceText, TextNoise, TraceError, calibrate
-from multrace.tracing.corruptions.calibration import LADDER
-from multrace.tracing.corruptions.corpus import CONSTRAINTS
-from multrace.tracing.corruptions.noise import Noise
+from multrace.tracing.corruptions.noise import LADDER, Noise
+from multrace.tracing.corruptions.words import CONSTRAINTS
 from PIL import Image
 from torch import Tensor
 

@@ -20,9 +20,13 @@ from .causal.result import CausalTrace as CausalTrace
 from .causal.sites import CausalBlock as CausalBlock, EditSite as EditSite, Peak as Peak
 from .causal.trace import causal_trace as causal_trace
 from .corruptions.ablation import MeanAblation as MeanAblation, ZeroAblation as ZeroAblation
-from .corruptions.calibration import calibrate as calibrate
 from .corruptions.corruption import Corrupted as Corrupted, Corruption as Corruption
-from .corruptions.noise import ImageNoise as ImageNoise, PixelNoise as PixelNoise, TextNoise as TextNoise
+from .corruptions.noise import (
+    ImageNoise as ImageNoise,
+    PixelNoise as PixelNoise,
+    TextNoise as TextNoise,
+    calibrate as calibrate,
+)
 from .corruptions.parsing import parse_corruption as parse_corruption
 from .corruptions.pictures import (
     BlankImage as BlankImage,
@@ -30,7 +34,7 @@ from .corruptions.pictures import (
     MaskBoxes as MaskBoxes,
     SwapImage as SwapImage,
 )
-from .corruptions.wording import ReplaceText as ReplaceText
+from .corruptions.words import ReplaceText as ReplaceText
 from .engine.regions import Blocks as Blocks, Box as Box, box_positions as box_positions
 from .engine.report import EngineReport as EngineReport
 from .engine.settings import Engine as Engine

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, VisionLanguageModel
-from ..corruptions.calibration import calibrate
 from ..corruptions.corruption import Corrupted, Corruption
+from ..corruptions.noise import calibrate
 from ..engine.attribution import check_estimable, estimated_changes, rank_agreement
 from ..engine.cells import KINDS, CellScores, Runs
 from ..engine.measure import measure

@@ -1,1 +1,1 @@
-"""What a trace destroys: words, the picture, or their embeddings; each kind keeps the prompt's length."""
+"""Corruptions of a prompt: other words or pictures, noise, and ablation; each keeps the prompt's length."""

@@ -1,4 +1,4 @@
-"""A group's embeddings taken away: zeros in their place, or the mean of a reference set."""
+"""Ablation of a token group: zeros, or the mean of a reference set, in place of its embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,32 @@ from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
 from ..errors import TraceError
 from ..groups import group_positions
-from .corpus import word_embeddings
 from .corruption import Corrupted
+from .words import word_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroAblation:
-    """Zeros in the place of a group's embeddings."""
+    """Zeros in place of the embeddings of a token group."""
 
     group: str = "image"
+    """The token group that is ablated."""
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """One sample. TraceError if the group is absent or empty."""
+        """Return one sample. Raises `TraceError` if the group is absent or empty."""
         embeddings = _filled(vlm, prompt, group_positions(prompt, self.group), torch.zeros(()))
         return Corrupted(embeddings=embeddings, description=f"zeros on the {self.group} tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanAblation:
-    """One mean vector, over a reference set, in the place of each of a group's embeddings."""
+    """The mean embedding of a reference set in place of each embedding of a token group."""
 
     references: Sequence[Picture] = ()
     """For image tokens: pictures (paths or PIL), whose features are averaged over all their tokens and all pictures.
     For words: phrases, whose embeddings are averaged over all their tokens."""
     group: str = "image"
+    """The token group that is ablated: image tokens or words, not both."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.references, Image.Image | PathLike) and not self.references:
@@ -45,7 +47,11 @@ class MeanAblation:
             )
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """One sample. TraceError if the group is empty or holds both image tokens and words, ModelError as `prompt`."""
+        """Return one sample.
+
+        Raises `TraceError` if the group is empty or holds both image tokens and words, and `ModelError` for a picture
+        that cannot be read.
+        """
         positions, image = group_positions(prompt, self.group), set(prompt.groups["image"])
         references = self.references
         if isinstance(references, str | PathLike | Image.Image):

@@ -1,4 +1,4 @@
-"""What every way to damage a prompt has in common: the damaged prompt, and which of its positions may be damaged."""
+"""A damaged prompt, and the protocol of everything that damages one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from ...models import Prompt, VisionLanguageModel
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corrupted:
-    """A prompt after the damage: as many tokens as before, perhaps several random versions."""
+    """A prompt after the damage: with as many tokens as before, perhaps in several random versions."""
 
     embeddings: Tensor
     """(sample, token, hidden): what the first decoder layer reads, up to and including the prompt's last token."""
     description: str
-    """The damage in words, with what was really put in place."""
+    """The damage in words, with what was put in place."""
     seed: int | None = None
+    """Random seed of noise."""
     scale: float | None = None
-    """Of noise: its standard deviation in multiples of `deviation`, as used (calibrated if that was asked)."""
+    """Standard deviation of noise in multiples of `deviation`; the calibrated one if it was calibrated."""
     deviation: float | None = None
-    """Of noise: the standard deviation that `scale` multiplies."""
+    """The standard deviation that `scale` multiplies."""
     inputs: tuple[Mapping[str, Tensor], ...] = ()
-    """Where pictures were damaged, the model inputs of each sample without any answer; else empty."""
+    """Model inputs of each sample without any answer, if pictures were damaged; else empty."""
 
 
 class Corruption(Protocol):
     """A way to destroy part of a prompt and keep its length."""
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """The damaged prompt; neither the model nor the prompt changes."""
+        """Return the damaged prompt; neither the model nor the prompt changes."""

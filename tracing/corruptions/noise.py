@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -13,21 +13,27 @@ from torch import Tensor
 from ...models import Prompt, VisionLanguageModel
 from ..errors import TraceError
 from ..groups import group_positions
-from .corpus import CONSTRAINTS, word_embeddings
-from .corruption import Corrupted
+from .corruption import Corrupted, Corruption
+from .words import CONSTRAINTS, word_embeddings
+
+LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0)
+"""Scales that calibration tries, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(ABC):
-    """Several samples of Gaussian noise; what it lies on, a subclass says.
+    """Several samples of Gaussian noise on something that a subclass names.
 
-    Drawn in float64 on the CPU from the seed, so the same on every machine, device and precision.
+    The numbers are drawn in float64 on the CPU from the seed, so that they are the same on every machine, on every
+    device and in every precision.
     """
 
     scale: float | None = 3.0
-    """Standard deviation of the noise in multiples of the deviation; None: `calibrate` or `causal_trace` finds it."""
+    """Standard deviation of the noise in multiples of the deviation; None lets `causal_trace` or `calibrate` find it."""
     samples: int = 10
+    """Number of random versions, over which scores are averaged."""
     seed: int = 1
+    """Random seed of the noise."""
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
@@ -38,7 +44,10 @@ class Noise(ABC):
             raise TraceError(f"{self.samples} noise samples; pass at least 1, such as 10")
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """`samples` samples, the same for the same seed. TraceError without a scale, or where nothing can be noised."""
+        """Return `samples` samples, the same for the same seed.
+
+        Raises `TraceError` if there is no scale, or if there is nothing that noise could be added to.
+        """
         if self.scale is None:
             raise TraceError(
                 f"{type(self).__name__} has no scale yet (scale=None); use causal_trace or calibrate, which find one, "
@@ -48,7 +57,7 @@ class Noise(ABC):
 
     @abstractmethod
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """The damage as a function of the scale; the random numbers are drawn once, here."""
+        """Return the damage as a function of the scale; the random numbers are drawn once, here."""
 
     def _drawn(self, *shape: int) -> Tensor:
         """(sample, *shape) float64: standard normal numbers."""
@@ -74,16 +83,24 @@ class Noise(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TextNoise(Noise):
-    """Noise on the embeddings of a group's tokens; ROME's corruption (arXiv 2202.05262).
+    """Noise on the embeddings of the tokens of a group, as in ROME (Meng et al., arXiv 2202.05262).
 
-    The deviation that `scale` multiplies is that of all embedding entries of the tokens of a corpus of constraints, as
-    ROME takes that of its known subjects; or with over="prompt" that of the group's own tokens.
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Draivo?", constraint="Draivo")
+        >>> mt.TextNoise(scale=3, samples=2).corrupt(vlm, prompt).embeddings.shape[0]
+        2
     """
 
     group: str = "constraint"
+    """The token group that gets noise."""
     over: Literal["corpus", "prompt"] = "corpus"
+    """The embeddings whose standard deviation `scale` multiplies: all entries of the tokens of a corpus of constraints,
+    in place of ROME's known subjects, or of the group's own tokens ("prompt")."""
     corpus: tuple[str, ...] | None = None
-    """Phrases of your own; None for the corpus that comes with the package."""
+    """Phrases of the corpus; None for those that come with the package."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +117,7 @@ class TextNoise(Noise):
             )
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """TraceError if the group is absent or empty, or if the corpus has no tokens."""
+        """Return the damage by scale. Raises `TraceError` for an empty group or a corpus without tokens."""
         positions, clean = list(group_positions(prompt, self.group)), vlm.embed(prompt)
         if self.over == "prompt":
             return self._on_tokens(clean, positions, clean[0, positions], f"of their own on the {self.group} tokens")
@@ -110,23 +127,23 @@ class TextNoise(Noise):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNoise(Noise):
-    """Noise on the image's embeddings, after vision tower and projector, in deviations of their own entries."""
+    """Noise on the image tokens, after vision tower and projector, in standard deviations of their own entries."""
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """TraceError if the prompt has no picture."""
+        """Return the damage by scale. Raises `TraceError` if the prompt has no picture."""
         positions, clean = list(group_positions(prompt, "image")), vlm.embed(prompt)
         return self._on_tokens(clean, positions, clean[0, positions], "on the image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelNoise(Noise):
-    """Noise on the pixels that the processor made, in deviations of the pictures' own normalised pixel values.
+    """Noise on the processed pixels, in standard deviations of the pictures' own normalised pixel values.
 
-    The vision tower runs once for each sample. Normalised values may leave the range that a real picture has.
+    The vision tower runs once for each sample. Normalised values may leave the range of a real picture.
     """
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """TraceError if the prompt has no picture, or if all its pixel values are equal."""
+        """Return the damage by scale. Raises `TraceError` without a picture, or if all its pixels are equal."""
         group_positions(prompt, "image")
         inputs, where = prompt.with_answer(None).inputs, "on the pixels"
         pixels = inputs["pixel_values"]
@@ -145,7 +162,7 @@ class PixelNoise(Noise):
 
 
 def _deviation(entries: Tensor, where: str) -> float:
-    """Standard deviation of all entries. TraceError if it is none that noise could be a multiple of."""
+    """Standard deviation of all entries. Raises `TraceError` if it is zero or not finite."""
     deviation = entries.cpu().double().std().item()
     if not (math.isfinite(deviation) and deviation > 0):
         raise TraceError(
@@ -153,3 +170,66 @@ def _deviation(entries: Tensor, where: str) -> float:
             "corruption, such as SwapImage or ReplaceText"
         )
     return deviation
+
+
+def calibrate(
+    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, score: Callable[[Tensor], float]
+) -> Corrupted:
+    """Return the prompt under the smallest noise that halves the score.
+
+    The scales of `LADDER` are tried in turn on the same random numbers, until the score is at most half of the clean
+    one. If no scale suffices, the one with the lowest score is taken. A corruption with a scale, or of another kind, is
+    applied as it is.
+
+    Args:
+        vlm: The model.
+        prompt: The question.
+        corruption: Noise with scale=None, or any other corruption.
+        score: A function from embeddings (sample, token, hidden) to the answer's mean probability.
+
+    Returns:
+        The corrupted prompt; its description says that the scale was calibrated.
+
+    Raises:
+        TraceError: A score is not finite.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Draivo?", constraint="Draivo")
+        >>> likeliest = vlm.next_token_probabilities(vlm.embed(prompt))[0].argmax()
+        >>> from multrace.tracing import calibrate
+        >>> def score(embeddings):
+        ...     return float(vlm.next_token_probabilities(embeddings)[:, likeliest].mean())
+        >>> noise = calibrate(vlm, prompt, mt.TextNoise(scale=None, samples=2), score)
+        >>> score(noise.embeddings) <= score(vlm.embed(prompt)) / 2
+        True
+    """
+    if not isinstance(corruption, Noise) or corruption.scale is not None:
+        return corruption.corrupt(vlm, prompt)
+    half = _finite(score(vlm.embed(prompt)), "the clean prompt") / 2
+    noised = corruption.draw(vlm, prompt)
+    lowest, best = math.inf, None
+    for scale in LADDER:
+        corrupted = noised(scale)
+        found = _finite(score(corrupted.embeddings), f"noise of scale {scale:g}")
+        if found <= half:
+            return _described(corrupted, "calibrated")
+        if found < lowest:
+            lowest, best = found, corrupted
+    return _described(best, "calibrated (no scale tried halves the score)")
+
+
+def _described(corrupted: Corrupted, found: str) -> Corrupted:
+    return replace(corrupted, description=f"{corrupted.description}, {found}")
+
+
+def _finite(score: float, what: str) -> float:
+    """The score, if it is finite."""
+    if not math.isfinite(score):
+        raise TraceError(
+            f"the score of {what} is {score}, so no noise can be calibrated by it; load the model with dtype='float32' "
+            "or pass a scale"
+        )
+    return float(score)

@@ -1,4 +1,4 @@
-"""Corruptions as a command line spells them."""
+"""The spelling of corruptions on a command line."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from .ablation import MeanAblation, ZeroAblation
 from .corruption import Corruption
 from .noise import ImageNoise, Noise, PixelNoise, TextNoise
 from .pictures import BlankImage, BlurImage, Box, MaskBoxes, SwapImage
-from .wording import ReplaceText
+from .words import ReplaceText
 
 SPELLINGS = (
     "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "
@@ -17,15 +17,21 @@ SPELLINGS = (
 
 
 def parse_corruption(text: str) -> Corruption:
-    """The corruption that a command line spells.
+    """Return the corruption that this text spells.
 
-    swap:PATH, replace:PHRASE, text-noise[:SCALE], image-noise[:SCALE], pixel-noise[:SCALE] (a SCALE may be "auto"),
-    blank, blur[:RADIUS], boxes:L,T,R,B[;L,T,R,B...], zero[:GROUP] or mean:PATH[,PATH...]. TraceError for anything else.
+    The spellings are swap:PATH, replace:PHRASE, text-noise[:SCALE], image-noise[:SCALE], pixel-noise[:SCALE] (a SCALE
+    may be "auto"), blank, blur[:RADIUS], boxes:L,T,R,B[;L,T,R,B...], zero[:GROUP] and mean:PATH[,PATH...]. Raises
+    `TraceError` for anything else.
+
+    Example:
+        >>> from multrace.tracing import parse_corruption
+        >>> parse_corruption("blur:5")
+        BlurImage(image=None, radius=5.0)
     """
     kind, _, value = text.partition(":")
     readers: dict[str, Callable[[str, str], Corruption | None]] = {
         "swap": lambda value, _: SwapImage(value) if value else None,
-        "replace": lambda value, _: ReplaceText(replacement=value),
+        "replace": lambda value, _: ReplaceText(value),
         "text-noise": lambda value, text: _noise(TextNoise, value, text),
         "image-noise": lambda value, text: _noise(ImageNoise, value, text),
         "pixel-noise": lambda value, text: _noise(PixelNoise, value, text),
@@ -42,7 +48,7 @@ def parse_corruption(text: str) -> Corruption:
 
 
 def _noise(kind: type[Noise], value: str, text: str) -> Noise:
-    """Noise of its default scale, of a calibrated one ("auto") or of a given one."""
+    """Noise of the default scale, of a calibrated one ("auto") or of the given one."""
     if not value:
         return kind()
     return kind(scale=None if value == "auto" else _number(value, text, "noise scale"))

@@ -1,4 +1,4 @@
-"""Damage to the pictures of a prompt before the model's processor sees them: another one, blank, blurred, masked."""
+"""Damage to the pictures of a prompt before the model's processor reads them: swapped, blank, blurred or masked."""
 
 import math
 from abc import ABC, abstractmethod
@@ -25,15 +25,29 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SwapImage:
-    """Another picture in front of the same words; the cleanest way to ask where the picture's information goes."""
+    """Another picture in front of the same words, which is the cleanest test of where the picture's information goes.
+
+    Example:
+        >>> import multrace as mt
+        >>> from PIL import Image
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+        >>> prompt = vlm.prompt(red, "Who founded the company in this photo?")
+        >>> mt.SwapImage(blue).corrupt(vlm, prompt).description
+        'swap the image for a picture of 64 x 64 pixels'
+    """
 
     image: Picture | Sequence[Picture]
     """A path or a PIL picture; a sequence for a prompt with several pictures."""
     resize: bool = field(default=False, kw_only=True)
-    """First give the other picture the size of the prompt's, where another size would take other tokens."""
+    """Resize the other picture to the size of the prompt's, which keeps the number of image tokens."""
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """One sample. ModelError if the picture cannot be read; TraceError if it takes another number of tokens."""
+        """Return one sample.
+
+        Raises `ModelError` if the picture cannot be read, and `TraceError` if it takes another number of tokens.
+        """
         group_positions(prompt, "image")
         images = open_images(self.image)
         if len(images) != len(prompt.images):
@@ -50,10 +64,10 @@ class PictureDamage(ABC):
     """A change to one picture of a prompt, or to all of them, that keeps their sizes."""
 
     image: int | None = None
-    """Which picture of the prompt, counted from 0; None for all of them."""
+    """Index of the damaged picture; None for all pictures of the prompt."""
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """One sample. TraceError if the prompt has no such picture, or if the damage does not fit it."""
+        """Return one sample. Raises `TraceError` if there is no such picture, or if the damage does not fit it."""
         group_positions(prompt, "image")
         count = len(prompt.images)
         if self.image is not None and self.image not in range(count):
@@ -66,7 +80,7 @@ class PictureDamage(ABC):
 
     @abstractmethod
     def damaged(self, image: Image.Image) -> Image.Image:
-        """A new picture of the same size; the given one does not change."""
+        """Return a new picture of the same size; the given one does not change."""
 
     @abstractmethod
     def _words(self, name: str) -> str:
@@ -75,15 +89,16 @@ class PictureDamage(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BlankImage(PictureDamage):
-    """One colour all over (default: middle grey)."""
+    """One colour in place of the whole picture."""
 
     colour: Colour = GREY
+    """A colour name, or red, green and blue from 0 to 255 (default: middle grey)."""
 
     def __post_init__(self) -> None:
         _rgb(self.colour)
 
     def damaged(self, image: Image.Image) -> Image.Image:
-        """A picture of nothing."""
+        """Return a picture of one colour."""
         return Image.new("RGB", image.size, _rgb(self.colour))
 
     def _words(self, name: str) -> str:
@@ -102,7 +117,7 @@ class BlurImage(PictureDamage):
             raise TraceError(f"a blur of radius {self.radius} changes nothing; pass a positive number of pixels")
 
     def damaged(self, image: Image.Image) -> Image.Image:
-        """The blurred picture."""
+        """Return the blurred picture."""
         return image.filter(ImageFilter.GaussianBlur(self.radius))
 
     def _words(self, name: str) -> str:
@@ -111,11 +126,12 @@ class BlurImage(PictureDamage):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskBoxes(PictureDamage):
-    """Boxes filled with one colour (default: middle grey)."""
+    """Boxes of the picture filled with one colour."""
 
     boxes: tuple[Box, ...]
     """(left, top, right, bottom) in pixels of the picture as it was given; right and bottom are not included."""
     colour: Colour = GREY
+    """A colour name, or red, green and blue from 0 to 255 (default: middle grey)."""
 
     def __post_init__(self) -> None:
         _rgb(self.colour)
@@ -129,7 +145,7 @@ class MaskBoxes(PictureDamage):
                 raise TraceError(f"box {tuple(box)} is empty; pass left < right and top < bottom")
 
     def damaged(self, image: Image.Image) -> Image.Image:
-        """The picture without what was in the boxes. TraceError for a box that reaches beyond it."""
+        """Return the picture with filled boxes. Raises `TraceError` for a box that reaches beyond it."""
         masked = image.copy()
         draw = ImageDraw.Draw(masked)
         for left, top, right, bottom in self.boxes:
@@ -147,7 +163,7 @@ class MaskBoxes(PictureDamage):
 
 
 def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Image], description: str) -> Corrupted:
-    """The prompt with these pictures in the place of its own. TraceError if they take other tokens."""
+    """The prompt with these pictures in place of its own. Raises `TraceError` if they take other tokens."""
     inputs = prompt.inputs_with(images)
     clean = prompt.inputs["input_ids"][:, : prompt.groups["last"][0] + 1]
     if not torch.equal(inputs["input_ids"], clean):
@@ -162,7 +178,7 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:
-    """Red, green and blue. TraceError for what is no colour."""
+    """Red, green and blue. Raises `TraceError` if there is no such colour."""
     try:
         found = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
     except (TypeError, ValueError):

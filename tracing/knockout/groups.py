@@ -1,4 +1,4 @@
-"""Who speaks to whom: flows such as "image -> last", and the token groups that they name."""
+"""Flows such as "image -> last", and the token groups that they name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from ..errors import TraceError
 PAPER_FLOWS = ("question -> last", "image -> last", "image -> question", "last -> last")
 """The flows of arXiv 2411.18620 that every question about a picture has."""
 CONSTRAINT_FLOWS = ("constraint -> last",)
-"""The way from the words that name the subject, which arXiv 2406.04236 looks at; needs a prompt with a constraint."""
+"""The flow from the words that name the subject (arXiv 2406.04236), for prompts with a constraint."""
 OBJECT_FLOWS = ("object -> question", "other patches -> question")
-"""Its flows for pictures in which the object asked about is boxed."""
+"""The flows of arXiv 2411.18620 for pictures with boxes around the object of the question."""
 OPTION_FLOWS = ("true option -> last", "false option -> last", "question without options -> last")
-"""Its flows for questions that offer two answers, whose words are constraints "true_option" and "false_option"."""
+"""Its flows for questions with two options, whose words are the constraints "true_option" and "false_option"."""
 _OPTIONS = ("true_option", "false_option")
 
 Group = str | int | Sequence[int]
@@ -22,7 +22,13 @@ Group = str | int | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Attention edges from a group of tokens to another one."""
+    """Attention edges from one token group to another.
+
+    Example:
+        >>> import multrace as mt
+        >>> mt.Flow(source="image", target="last").name
+        'image -> last'
+    """
 
     source: Group
     """The group that is attended to: a name, a position or several."""
@@ -31,7 +37,7 @@ class Flow:
 
     @property
     def name(self) -> str:
-        """How results call it."""
+        """The name in results."""
         return f"{_named(self.source)} -> {_named(self.target)}"
 
 
@@ -45,7 +51,10 @@ class Edges:
 
 
 def parse_flow(text: str) -> Flow:
-    """The flow that "image -> last" asks for; "5 -> last" asks for a position. TraceError if it has no arrow."""
+    """Return the flow of a text such as "image -> last" or "5 -> last" (a position).
+
+    Raises `TraceError` without an arrow between two groups.
+    """
     source, arrow, target = (part.strip() for part in text.partition("->"))
     if not (source and arrow and target):
         raise TraceError(f'no flow {text!r}; write "source -> target" with two token groups, such as "image -> last"')
@@ -54,7 +63,7 @@ def parse_flow(text: str) -> Flow:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """The token groups of a prompt as the study of arXiv 2411.18620 draws them."""
+    """The token groups of a prompt as in the study of arXiv 2411.18620."""
 
     vlm: VisionLanguageModel
     prompt: Prompt
@@ -64,20 +73,20 @@ class Groups:
     """Positions that predict the answer's scored tokens: "last"."""
 
     def edges(self, flow: Flow | str) -> Edges:
-        """The flow's positions. TraceError, with the groups there are, if one of them is unknown or empty."""
+        """Return the flow's positions. Raises `TraceError`, which lists the groups, if one is unknown or empty."""
         flow = parse_flow(flow) if isinstance(flow, str) else flow
         sources, targets = (self.positions(each) for each in (flow.source, flow.target))
         return Edges(name=flow.name, sources=sources, targets=targets)
 
     def positions(self, group: Group) -> tuple[int, ...]:
-        """Positions of a group, ascending.
+        """Return the ascending positions of a group.
 
-        Names are those of `Prompt.groups`, with these meanings: "question", the raw question without separators and
-        template; "last", every position that predicts a scored token of the answer; and besides, "separators", between
-        the last picture and the question; "system", before the first picture; "template", after the question; "object"
-        and "other patches", image tokens that see a box and those that see none; "object words", the constraint named
-        "object"; "true option", "false option" and any other named constraint by its name, a blank for each underscore;
-        "options"; "question without options".
+        The names of `Prompt.groups` are valid, and these: "question", the raw question without separators and template;
+        "last", every position that predicts a scored token of the answer; "separators", between the last picture and
+        the question; "system", before the first picture; "template", after the question; "object" and "other patches",
+        image tokens that see a box and those that see none; "object words", the constraint named "object"; "true
+        option", "false option" and any other named constraint by its name, with a blank for each underscore; "options";
+        "question without options".
         """
         found = self._named(group) if isinstance(group, str) else self.prompt.positions(group)
         if not found:
@@ -132,7 +141,7 @@ class Groups:
 
 
 def default_flows(prompt: Prompt, boxes: Sequence[Box]) -> tuple[str, ...]:
-    """The studies' flows that this prompt has the groups for. TraceError for a prompt without a picture."""
+    """Return the studies' flows for which this prompt has the groups. Raises `TraceError` without a picture."""
     if not prompt.groups["image"]:
         raise TraceError('this prompt has no picture; pass flows=, such as ["question -> last"]')
     offers = {f"constraint:{name}" for name in _OPTIONS} <= set(prompt.groups)

@@ -1,4 +1,4 @@
-"""Attention knockout: what the answer loses when one group of tokens no longer hears another, in a window of layers."""
+"""Attention knockout: the answer's probability if a token group cannot attend to another in a window of layers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -34,20 +34,46 @@ def attention_knockout(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> AttentionKnockout:
-    """The answer's probability with each flow cut in each window of layers, and without any cut.
+    """Return the answer's probability with each flow cut in each window of layers, and without any cut.
 
-    flows: "source -> target" with names of token groups (see `Groups.positions`) or positions, or `Flow`s; None: those
-    of the studies that the prompt has the groups for. In the layers of a window no target token attends to a source
-    token; where the groups overlap, a token does not attend to itself either, as in "last -> last". windows: numbers
-    of layers cut together; around a layer l these are max(0, l - window // 2) up to but excluding
-    min(layers, l + ceil(window / 2)); None: single layers, and as large a share of the decoder as the study cut (9 of
-    40). heads: only these query heads lose the edges; "each": every head on its own. boxes: rectangles of the picture
-    that hold the object asked about, for the groups "object" and "other patches".
-    answer: the scored one; None for the model's own. Scored is its first token; whole_answer: also the product over all
-    its tokens, with "last" then standing for every position that predicts one. gold: the right answer, with which the
-    model's free answer is compared (generated, if it is not passed).
-    engine: settings; by default the exact fast sweep where the model allows it. TraceError or ModelError for what does
-    not fit the model or prompt. Zhang et al., arXiv 2411.18620, sections 3 and 4.
+    In the layers of a window no target token attends to a source token. Around a layer l these are the layers
+    max(0, l - window // 2) up to but excluding min(layers, l + ceil(window / 2)). Attention knockout as in Geva et al.,
+    arXiv 2304.14767, for pictures as in Zhang et al., arXiv 2411.18620, sections 3 and 4.
+
+    Args:
+        vlm: The model.
+        prompt: The question.
+        flows: Flows such as "image -> last", by the names of token groups (see `Groups.positions`) or by positions, or
+            `Flow`s; by default those of the studies for which the prompt has the groups. If the groups overlap, a
+            token does not attend to itself either, as in "last -> last".
+        windows: Numbers of layers that are cut together; by default single layers, and as large a share of the decoder
+            as the study cut (9 of 40 layers).
+        heads: Query heads that lose the edges; "each" for every head on its own; by default all heads together.
+        boxes: Rectangles of the picture that hold the object of the question, for the groups "object" and "other
+            patches".
+        answer: The answer whose first token is scored; by default the model's own.
+        whole_answer: Score also the product over all tokens of the answer; "last" then stands for every position that
+            predicts one of them.
+        gold: The right answer, with which the model's free answer is compared.
+        generated: The model's free answer, if it is known; else it is generated where it is needed.
+        engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
+        progress: Show a progress bar over cells.
+
+    Returns:
+        Probabilities by score, flow, window and layer, with the settings.
+
+    Raises:
+        TraceError: There is no such group, window or head, a token would see nothing, or a score is not finite.
+        ModelError: The prompt has no such position, or a picture cannot be used.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Draivo?")
+        >>> knockout = mt.attention_knockout(vlm, prompt, flows="question -> last", windows=(1, 3), progress=False)
+        >>> knockout.probabilities.shape  # score, flow, window, layer
+        torch.Size([1, 1, 2, 8])
     """
     chosen = _checked_windows(vlm, windows)
     if generated is None and (gold is not None or (whole_answer and answer is None)):
@@ -57,16 +83,19 @@ def attention_knockout(
     first = embeddings.shape[1] - 1
     scored = tuple(range(first, first + len(scoring.answer_ids)))
     groups = Groups(vlm=vlm, prompt=prompt, boxes=tuple(boxes), predicting=scored)
-    asked = default_flows(prompt, boxes) if flows is None else ([flows] if isinstance(flows, str | Flow) else flows)
-    named = _by_head(vlm, [groups.edges(flow) for flow in asked], heads)
+    if flows is None:
+        flows = default_flows(prompt, boxes)
+    elif isinstance(flows, str | Flow):
+        flows = [flows]
+    named = _by_head(vlm, [groups.edges(flow) for flow in flows], heads)
     spans = torch.tensor([[_ends(vlm, layer, window) for layer in range(vlm.layers)] for window in chosen])
     cells = [
         EdgeCell(cut=cut, first=start, last=end) for _, cut in named for start, end in spans.flatten(0, 1).tolist()
     ]
     runs = Runs.of_one(embeddings, scored=(first,))
     with tqdm(total=len(cells), desc="cutting", unit="cell", disable=not progress) as bar:
-        found = measure(vlm, runs, cells, scoring, engine=engine or Engine(), bar=bar)
-    return _result(vlm, prompt, named, (chosen, spans), (scoring, found), {"gold": gold, "generated": generated})
+        scores = measure(vlm, runs, cells, scoring, engine=engine or Engine(), bar=bar)
+    return _result(vlm, prompt, named, (chosen, spans), (scoring, scores), {"gold": gold, "generated": generated})
 
 
 def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> Scoring:
@@ -77,15 +106,15 @@ def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answe
 
 
 def _checked_windows(vlm: VisionLanguageModel, windows: Sequence[int] | None) -> tuple[int, ...]:
-    found = (1, max(1, round(vlm.layers * 9 / 40))) if windows is None else windows
-    found = tuple(dict.fromkeys((found,) if isinstance(found, int) else found))
-    wrong = [window for window in found if not 1 <= window <= vlm.layers]
-    if wrong or not found:
+    windows = (1, max(1, round(vlm.layers * 9 / 40))) if windows is None else windows
+    windows = tuple(dict.fromkeys((windows,) if isinstance(windows, int) else windows))
+    wrong = [window for window in windows if not 1 <= window <= vlm.layers]
+    if wrong or not windows:
         raise TraceError(
             f"no window of {wrong[0] if wrong else 'no'} layers: the decoder has {vlm.layers}; pass some of 1 to "
             f"{vlm.layers}"
         )
-    return found
+    return windows
 
 
 def _ends(vlm: VisionLanguageModel, layer: int, window: int) -> tuple[int, int]:
@@ -96,7 +125,7 @@ def _ends(vlm: VisionLanguageModel, layer: int, window: int) -> tuple[int, int]:
 def _by_head(
     vlm: VisionLanguageModel, flows: Sequence[Edges], heads: str | Sequence[int] | None
 ) -> list[tuple[str, Cut]]:
-    """The flows' names and cuts, one for each head if that was asked."""
+    """Names and cuts of the flows, one for each head if `heads` is "each"."""
     if not flows:
         raise TraceError('no flows to cut; pass some, such as ["image -> last"], or None for those of the study')
     if heads is None:
@@ -126,7 +155,7 @@ def _result(
     answers: dict[str, str | None],
 ) -> AttentionKnockout:
     windows, spans = layers
-    scoring, found = measured
+    scoring, scores = measured
     shape = (len(named), len(windows), vlm.layers)
     return AttentionKnockout(
         model=vlm.name,
@@ -143,10 +172,10 @@ def _result(
         scores=scoring.names,
         answer=vlm.tokenizer.decode(list(scoring.answer_ids)).strip(),
         answer_ids=scoring.answer_ids,
-        clean=found.base[:, 0],
-        probabilities=found.scores[..., 0].T.reshape(-1, *shape).contiguous(),
-        free=found.free.reshape(shape),
-        engine=found.report,
+        clean=scores.base[:, 0],
+        probabilities=scores.scores[..., 0].T.reshape(-1, *shape).contiguous(),
+        free=scores.free.reshape(shape),
+        engine=scores.report,
         **answers,
     )
 
@@ -159,11 +188,32 @@ def knockout_probability(
     *,
     answer_id: int | None = None,
 ) -> float:
-    """The answer's probability when no target token may attend to a source token, in any layer.
+    """Return the answer's probability if no target token can attend to a source token in any layer.
 
-    sources, targets: group names or positions; a token always sees itself, so overlapping groups are fine.
-    answer_id: the scored token; None for the one that the untouched model finds likeliest. Compare with no sources.
-    Attention knockout as in arXiv 2411.18620, over all layers at once.
+    Compare it with the probability without sources. Attention knockout as in arXiv 2411.18620, over all layers at once,
+    by one forward pass with a mask.
+
+    Args:
+        vlm: The model.
+        prompt: The question.
+        sources: Token group or positions that are attended to.
+        targets: Token group or positions that attend. A token always sees itself, so that groups may overlap.
+        answer_id: The scored token; by default the one that the untouched model finds likeliest.
+
+    Returns:
+        The probability of the scored token after the prompt.
+
+    Raises:
+        ModelError: The prompt has no such group or position.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.tracing import knockout_probability
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Draivo?")
+        >>> knockout_probability(vlm, prompt, "question", "last") < knockout_probability(vlm, prompt, (), ())
+        True
     """
     embeddings = vlm.embed(prompt)
     if answer_id is None:
@@ -178,6 +228,6 @@ def knockout_probability(
 
 
 def _indices(prompt: Prompt, group: str | int | Iterable[int], length: int) -> Tensor:
-    """Positions of the group among the prompt's first `length`; those of an answer after it play no part."""
+    """Positions of the group among the first `length` of the prompt, without those of an answer."""
     group = group if isinstance(group, (str, int)) else tuple(group)
     return torch.tensor([position for position in prompt.positions(group) if position < length], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Image tokens that are gone from one decoder layer on: which of them stay, by attention, and the edges that go."""
+"""Image tokens that are dropped from one decoder layer on: the ranking of those that stay, and the edges that go."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from ..errors import TraceError
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Tokens that no other token attends to any more."""
+    """Tokens to which no other token attends from a layer on."""
 
     tokens: frozenset[int]
-    """Their positions; none: the run as it is."""
+    """Their positions; empty for the run without changes."""
     first: int
-    """The layer from which on they are gone, up to the last one."""
+    """The first layer without them; they are gone up to the last one."""
 
     def cell(self, length: int, layers: int) -> EdgeCell:
-        """The edges that are missing in a run of this length and a decoder of so many layers."""
+        """Return the edges that are missing in a run of this length and a decoder of so many layers."""
         rest = frozenset(range(length)) - self.tokens
         return EdgeCell(cut=Cut(sources=self.tokens, targets=rest), first=self.first, last=layers - 1, is_dropped=True)
 
 
 def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
-    """The drop from this layer on of all image positions but those kept, booleans (image token,)."""
+    """Return the drop, from this layer on, of all image positions but those kept (booleans of shape (image token,))."""
     tokens = frozenset(place for place, stays in zip(image, kept.tolist(), strict=True) if not stays)
     return Drop(tokens=tokens, first=first if tokens else 0)
 
@@ -42,10 +42,10 @@ def kept_tokens(
     keep: Sequence[int | str],
     layers: Sequence[int],
 ) -> Tensor:
-    """Booleans (keep, layer, image token): which tokens stay if the best so many are kept from each of the layers on.
+    """Return the tokens that stay, booleans (keep, layer, image token), if the best are kept from each layer on.
 
-    embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks; "all" keeps everything.
-    TraceError if tokens have to be ranked by an attention that cannot be read.
+    The embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks the others; "all" keeps
+    every token. Raises `TraceError` if tokens have to be ranked and attention cannot be read in this model.
     """
     counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
     kept = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
@@ -60,10 +60,10 @@ def kept_tokens(
 
 
 def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
-    """(layer, image token) int64 from 0, the most attended one: the order in which tokens stay from a layer on.
+    """Return the rank of each image token for each first pruned layer: (layer, image token) int64, 0 for the best.
 
-    The order is that of the last token's attention, mean over heads, in the layer before, the last that still has all
-    tokens; for layer 0 in layer 0 itself. Of equals the earlier token stays. FastV, arXiv 2403.06764, as released.
+    Tokens are ranked by the last token's attention to them, mean over heads, in the layer before, which still has all
+    tokens; for layer 0, in layer 0 itself. Of equals the earlier token is better. FastV, arXiv 2403.06764, as released.
     """
     try:
         with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:

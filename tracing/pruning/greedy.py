@@ -14,9 +14,9 @@ from ..engine.settings import Engine
 
 Ids = tuple[int, ...]
 Cells = Callable[[int], Sequence[EdgeCell]]
-"""Cells in a run of so many tokens, always as many in the same order; what is cut holds for an answer's tokens, too."""
+"""The cells in a run of so many tokens: always as many, in the same order; cuts hold for an answer's tokens, too."""
 Likeliest = Callable[[Ids, int, Sequence[int]], Tensor]
-"""(cell, token) int64: what each of some cells finds likeliest in place of these ids, from a place on, after the ids
+"""The likeliest tokens (cell, token) int64 of some cells in place of these ids, from a place on, each after the ids
 before it."""
 
 _UNKNOWN = 0  # stands where a token is asked for and none is guessed; the last id of a line is never read
@@ -24,33 +24,33 @@ _UNKNOWN = 0  # stands where a token is asked for and none is guessed; the last 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Where an answer is over."""
+    """The limits of an answer."""
 
     ends: tuple[int, ...]
     """The end-of-sequence tokens."""
     tokens: int
-    """The most tokens that an answer has, its end included."""
+    """Largest number of tokens of an answer, its end included."""
 
     @classmethod
     def of(cls, vlm: VisionLanguageModel, max_new_tokens: int) -> "Limits":
-        """With the end-of-sequence tokens by which this model's own generation stops."""
+        """Return limits with the end-of-sequence tokens at which this model's own generation stops."""
         return cls(ends=vlm.end_ids, tokens=max_new_tokens)
 
     def ended(self, ids: Sequence[int]) -> Ids:
-        """These ids as a whole answer: as many as it may have, with an end if there is room for it."""
+        """Return these ids as a whole answer: no more than it may have, with an end if there is room for it."""
         return (*ids, *self.ends[:1])[: self.tokens]
 
     def is_over(self, ids: Ids) -> bool:
-        """Nothing follows these ids."""
+        """Whether nothing follows these ids."""
         return len(ids) >= self.tokens or (len(ids) > 0 and ids[-1] in self.ends)
 
     def without_end(self, ids: Ids) -> Ids:
-        """The ids without an end-of-sequence token at their end."""
+        """Return the ids without a final end-of-sequence token."""
         return ids[:-1] if ids and ids[-1] in self.ends else ids
 
 
 def own_ids(vlm: VisionLanguageModel, embeddings: Tensor, guess: Sequence[int], limits: Limits) -> Ids:
-    """What the model says after a prompt, embeddings (1, token, hidden), with nothing cut; as `greedy_ids`."""
+    """Return the model's greedy answer to a prompt with embeddings (1, token, hidden), without any cut."""
 
     def likeliest(ids: Ids, start: int, _cells: Sequence[int]) -> Tensor:
         last = embeddings.shape[1] - 1
@@ -73,10 +73,11 @@ def greedy_ids(
     engine: Engine,
     bar: tqdm | None = None,
 ) -> list[Ids]:
-    """Per cell what the model says after a prompt, embeddings (1, token, hidden), with the cell's edges cut.
+    """Return the greedy answer of each cell to a prompt with embeddings (1, token, hidden).
 
-    The likeliest token each time, up to and including an end-of-sequence token or as many as an answer may have.
-    guess: a likely answer; a wrong one costs time only. The engine's checks are left out: ids have no distance.
+    An answer takes the likeliest token each time, up to and including an end-of-sequence token, or until it is as long
+    as it may be. A guess is a likely answer; a wrong one costs time only. The engine's checks and its checkpoint are
+    left out.
     """
     last, engine = embeddings.shape[1] - 1, replace(engine, checks=0, checkpoint=None)
 
@@ -92,10 +93,10 @@ def greedy_ids(
 
 
 def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> list[Ids]:
-    """The greedy answers of so many cells.
+    """Return the greedy answers of so many cells.
 
-    All go along the guess at first. One that says something else goes on from there, together with those that have said
-    the same, along the answer of another cell where one is known that begins like this, else by a single token.
+    All cells follow the guess at first. A cell that departs from it continues from there, together with those that
+    answered the same so far, along the known answer of another cell that begins alike, else by a single token.
     """
     found: dict[int, Ids] = {}
     known = {guess}
@@ -114,13 +115,13 @@ def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> li
 
 
 def _line(said: Ids, known: Collection[Ids]) -> Ids:
-    """The longest known answer that goes on from what was said, or what was said and one token more."""
+    """The longest known answer that begins like this, or this and one token more."""
     longer = (each for each in known if len(each) > len(said) and each[: len(said)] == said)
     return max(longer, key=len, default=(*said, _UNKNOWN))
 
 
 def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> Ids:
-    """The line's ids as far as a cell agrees with them, and its own next one."""
+    """The line's ids up to the first with which a cell disagrees, and there the cell's own."""
     said = line[:start]
     for place, token in enumerate(tokens, start):
         said = (*line[:place], token)
@@ -130,5 +131,5 @@ def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> I
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """(row, scored position) float64 holding ids, from logits (row, scored position, vocab)."""
+    """Likeliest ids (row, scored position) as float64, from logits (row, scored position, vocab)."""
     return logits.argmax(-1).double()

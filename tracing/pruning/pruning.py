@@ -1,4 +1,4 @@
-"""ImagePruning: what a model still answers when image tokens are gone from one layer on, as FastV drops them."""
+"""Image token pruning: the model's answer with image tokens gone from one layer on, as in FastV."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,18 +34,43 @@ def prune_image_tokens(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> ImagePruning:
-    """The answer's probability, and the model's free answer, with most image tokens gone from each of the layers on.
+    """Return the answer's probability and the model's free answer with image tokens pruned from a layer on.
 
-    keep: how many image tokens stay, 0 or more, or "all". They are those that the prompt's last token attends to most,
-    mean over heads, in the layer before the first that lacks the others (in layer 0 for layer 0, which has none before
-    it), as FastV ranks them. No token attends to the others from that layer up to the last, the answer's tokens
-    included. layers: the first layers without them; None for each layer in turn. Nothing dropped (the baseline) and
-    every image token dropped from layer 0 on (the floor, which knows only the words) are always there.
-    answer: the one whose probability is told, of its first token and of all its tokens, teacher-forced; None for the
-    model's own greedy one. gold: the right answer, with which every free answer is compared. generated: the model's own
-    answer, if it is known, which saves asking for it. Free answers are greedy and of at most max_new_tokens.
-    engine: settings; by default the exact fast sweep where the model allows it. TraceError for a prompt without a
-    picture and for what does not fit the model. Zhang et al., arXiv 2406.06579, with K = keep; FastV, arXiv 2403.06764.
+    From the first pruned layer up to the last one, no token attends to the pruned image tokens, the answer's tokens
+    included. The tokens that stay are those to which the prompt's last token attends most, mean over heads, in the
+    layer before (in layer 0 for layer 0, which has none before it), as FastV ranks them (arXiv 2403.06764). Zhang et
+    al., arXiv 2406.06579, with K = keep. The result always has the baseline, without pruning, and the floor, with all
+    image tokens pruned from layer 0 on, which knows the words only.
+
+    Args:
+        vlm: The model.
+        prompt: The question about a picture.
+        keep: Numbers of image tokens that stay, 0 or more, or "all".
+        layers: First pruned layers; by default each layer in turn.
+        answer: The answer whose probability is computed, of its first token and of all its tokens (teacher forcing);
+            by default the model's own greedy one.
+        gold: The right answer, with which every free answer is compared.
+        generated: The model's own answer, if it is known; else it is generated.
+        max_new_tokens: Longest free answer, in tokens.
+        engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
+        progress: Show a progress bar over cells.
+
+    Returns:
+        Probabilities by score, keep and layer, and answers by keep and layer, with the settings.
+
+    Raises:
+        TraceError: The prompt has no picture, a setting does not fit the model, the answer is empty, or attention
+            cannot be read in this model and has to rank tokens.
+
+    Example:
+        >>> import multrace as mt
+        >>> from PIL import Image
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(Image.new("RGB", (64, 64)), "Who founded the company in this photo?")
+        >>> pruned = mt.prune_image_tokens(vlm, prompt, keep=(0, 16), layers=(0, 4), progress=False)
+        >>> pruned.probabilities.shape  # score, keep, layer
+        torch.Size([2, 2, 2])
     """
     image = group_positions(prompt, "image")
     keeps, chosen = _checked_keep(keep), _checked_layers(vlm, layers)
@@ -55,9 +80,9 @@ def prune_image_tokens(
     ids = _scored_ids(prompt, answer, limits.without_end(own))
     drops = [Drop(tokens=frozenset(image), first=0)]  # the floor
     drops += [drop_others(image, row, layer) for rows in kept for row, layer in zip(rows, chosen, strict=True)]
-    found, said = _measured(vlm, embeddings, drops, (ids, own, limits), engine or Engine(), progress)
-    asked = {"keep": keeps, "layers": chosen, "kept": kept, "gold": gold, "answer_ids": ids}
-    return _result(vlm, prompt, found, [vlm.decode(each).strip() for each in (own, *said)], asked)
+    scores, answers = _measured(vlm, embeddings, drops, (ids, own, limits), engine or Engine(), progress)
+    settings = {"keep": keeps, "layers": chosen, "kept": kept, "gold": gold, "answer_ids": ids}
+    return _result(vlm, prompt, scores, [vlm.decode(each).strip() for each in (own, *answers)], settings)
 
 
 def _measured(
@@ -68,7 +93,7 @@ def _measured(
     engine: Engine,
     progress: bool,
 ) -> tuple[CellScores, list[Ids]]:
-    """Scores (drop, score) of the answer's tokens, and what the model says, guessed to be its own; equal drops once."""
+    """Scores (drop, score) of the answer's tokens, and the free answers; equal drops are computed once."""
     ids, own, limits = answer
     distinct = tuple(dict.fromkeys(drops))
     where = [distinct.index(drop) for drop in drops]
@@ -78,20 +103,22 @@ def _measured(
 
     scoring, last = Scoring.of_answer(ids, whole=True), embeddings.shape[1] - 1
     runs = Runs.of_one(embeddings, scored=(last,))
-    with tqdm(total=len(distinct), desc="truncating", unit="cell", disable=not progress) as bar:
-        found = measure(vlm, runs, cells(last + len(ids)), scoring, engine=engine, bar=bar)
-        if found.report.engine == "plain":  # as it has said by now
+    with tqdm(total=len(distinct), desc="pruning", unit="cell", disable=not progress) as bar:
+        scores = measure(vlm, runs, cells(last + len(ids)), scoring, engine=engine, bar=bar)
+        if scores.report.engine == "plain":  # a warning has said so by now
             engine = replace(engine, name="plain")
-        said = greedy_ids(vlm, embeddings, cells, guess=limits.without_end(own), limits=limits, engine=engine, bar=bar)
-    return replace(found, scores=found.scores[where], free=found.free[where]), [said[each] for each in where]
+        guess = limits.without_end(own)
+        answers = greedy_ids(vlm, embeddings, cells, guess=guess, limits=limits, engine=engine, bar=bar)
+    scores = replace(scores, scores=scores.scores[where], free=scores.free[where])
+    return scores, [answers[number] for number in where]
 
 
 def _result(
-    vlm: VisionLanguageModel, prompt: Prompt, found: CellScores, said: Sequence[str], asked: Mapping[str, Any]
+    vlm: VisionLanguageModel, prompt: Prompt, scores: CellScores, answers: Sequence[str], settings: Mapping[str, Any]
 ) -> ImagePruning:
-    """The measured scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer) in order."""
-    rows, columns = len(asked["keep"]), len(asked["layers"])
-    baseline, floor, *answers = said
+    """The result of scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer)."""
+    rows, columns = len(settings["keep"]), len(settings["layers"])
+    baseline, floor, *pruned = answers
     return ImagePruning(
         model=vlm.name,
         revision=vlm.revision,
@@ -101,24 +128,24 @@ def _result(
         patches=tuple((patch.position, patch.row, patch.column, patch.image) for patch in prompt.patches),
         depth=vlm.layers,
         scores=SCORES,
-        answer=vlm.decode(asked["answer_ids"]).strip(),
-        baseline=found.base[:, 0],
-        floor=found.scores[0, :, 0],
-        probabilities=found.scores[1:, :, 0].T.reshape(-1, rows, columns).contiguous(),
+        answer=vlm.decode(settings["answer_ids"]).strip(),
+        baseline=scores.base[:, 0],
+        floor=scores.scores[0, :, 0],
+        probabilities=scores.scores[1:, :, 0].T.reshape(-1, rows, columns).contiguous(),
         baseline_answer=baseline,
         floor_answer=floor,
-        answers=tuple(tuple(answers[row * columns : (row + 1) * columns]) for row in range(rows)),
+        answers=tuple(tuple(pruned[row * columns : (row + 1) * columns]) for row in range(rows)),
         token_operations=_token_operations(vlm),
         pair_operations=4 * vlm.attention_projection(0).width,
-        engine=found.report,
-        **asked,
+        engine=scores.report,
+        **settings,
     )
 
 
 def _own_ids(
     vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, generated: str | None, limits: Limits
 ) -> Ids:
-    """What the model says with all image tokens, by the tokens of its answer if that is known."""
+    """The tokens of the model's answer with all image tokens, verified if the answer is known."""
     if generated is None:
         generated = vlm.answers([prompt], max_new_tokens=limits.tokens)[0]
     guess = prompt.with_answer(generated).answer_ids if generated.strip() else ()
@@ -163,5 +190,5 @@ def _checked_limits(vlm: VisionLanguageModel, max_new_tokens: int) -> Limits:
 
 
 def _token_operations(vlm: VisionLanguageModel) -> tuple[int, ...]:
-    """Per layer, floating-point operations of its matrices for one token: a product and a sum for each weight."""
+    """Floating-point operations of each layer's matrices for one token: a product and a sum for each weight."""
     return tuple(2 * sum(each.numel() for each in layer.parameters() if each.ndim == 2) for layer in vlm.decoder_layers)
