@@ -1,4 +1,4 @@
-"""Attribution patching: one backward pass estimates what every cell would score, so that only the best are computed.
+"""Attribution patching: one backward pass estimates the effects of all cells, so that only the best are computed.
 
 The estimate is the first-order change, (lent state - own state) . gradient, at the run that is changed. It is exact for
 small corruptions and a ranking at best for large ones; windows add up their layers, which counts twice what passes
@@ -22,11 +22,11 @@ _Key = Site | Projection
 
 
 def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell], measure: Measure) -> Tensor:
-    """(cell, metric, sample) float64 on the CPU: first-order estimates of what each cell adds to the base run's scores.
+    """Return first-order estimates of what each cell adds to the base run's scores: (cell, metric, sample) float64.
 
-    One forward and, per metric, one backward pass for each row of the base run, over the positions that can differ.
-    Metrics must be differentiable. Cells must be total effects without severed modules. ReplayError for a model whose
-    layers cannot be replayed.
+    This takes one forward pass and, per metric, one backward pass for each row of the base run, over the positions that
+    can differ. Metrics must be differentiable, and cells total effects without severed modules. Raises `ReplayError`
+    for a model whose layers cannot be replayed.
     """
     with replaying(vlm) as replay, vlm.gradients(), torch.no_grad():
         recorded = record(replay, runs, cells, keep_all=True)

@@ -1,4 +1,4 @@
-"""Regions of the picture, and the patches and positions that see them, found by sending a painted picture through."""
+"""Regions of the picture, and the patches and positions that show them, found by processing a painted picture."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ..errors import TraceError
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of size x size patches; those at the right and lower edge are smaller where the grid does not divide."""
+    """Rows of size x size patches each; blocks at the right and lower edge may be smaller."""
 
     size: int
 
@@ -30,27 +30,28 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the original picture, in its pixels; right and bottom are excluded."""
+    """A rectangle of the original picture in pixels; right and bottom are excluded."""
 
     left: int
     top: int
     right: int
     bottom: int
     image: int = 0
-    """Which picture of the prompt."""
+    """Index of the picture in the prompt."""
 
     @property
     def label(self) -> str:
-        """The row's name."""
+        """The name of a row for this box."""
         return f"box {self.left}, {self.top} to {self.right}, {self.bottom}"
 
 
 def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
-    """The patches that the box touches, as the model sees the picture: resized, cropped and padded.
+    """Return the patches that the box touches in the picture as the model sees it: resized, cropped and padded.
 
-    Painted white on black and processed like the prompt's picture, the box makes a patch at least half as bright as
-    the brightest one; the blur of resizing does not count. TraceError with the valid range if there is no such picture
-    or grid, or if the box is empty, leaves the picture, or lies where the processor cuts the picture off.
+    The box is painted white on black and processed like the prompt's picture. A patch counts as touched if it is at
+    least half as bright as the brightest one, so that the blur of resizing does not count. Raises `TraceError`, with
+    the valid range, if there is no such picture or grid, or if the box is empty, leaves the picture, or lies where the
+    processor cuts the picture off.
     """
     _check_box(prompt, box)
     if not prompt.patches:
@@ -67,15 +68,38 @@ def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
 
 
 def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[int, ...]:
-    """The image positions whose patches the box touches, ascending, also where they do not form one grid.
+    """Return the image positions whose patches the box touches, in ascending order.
 
-    Where they do, the positions of `box_patches`. Else the patches are found in each tile that the vision tower reads,
-    and the model's own packing says where their tokens are: it is run with marks in place of what the projector writes,
-    so that tiles come in its order, and tokens of padding, line ends or classes belong to no box. A tile that shows the
-    whole picture has a brightness of its own, since a small box is dimmer there than in tiles that show a part of it:
-    positions of both belong to the box. Runs the vision tower twice, and the image processor seven times. Errors as in
-    `box_patches`; TraceError also for another model's prompt and for a projector that does not write one token per
-    square of a tile, row by row. ModelError if the family row does not name the projector.
+    If the image tokens form one grid, these are the positions of `box_patches`. Else the patches are found in each tile
+    that the vision tower reads, and the model's own packing tells where their tokens are: it runs with marks in place
+    of the projector's output, so that tiles come in its order, and tokens of padding, line ends or classes belong to no
+    box. A tile that shows the whole picture is judged by its own brightness, since a small box is dimmer there than in
+    tiles that show a part of it; positions in both belong to the box. This runs the vision tower twice and the image
+    processor seven times.
+
+    Args:
+        vlm: The model.
+        prompt: A prompt of this model with pictures.
+        box: The rectangle, in pixels of the original picture.
+
+    Returns:
+        Token positions, usable as `positions=` of a trace.
+
+    Raises:
+        TraceError: The box is empty, leaves the picture or cannot be seen; the prompt belongs to another model; or the
+            projector does not write one token per square of a tile, row by row.
+        ModelError: The family row does not name the projector.
+
+    Example:
+        >>> import multrace as mt
+        >>> from PIL import Image
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(Image.new("RGB", (64, 64)), "Who founded the company in this photo?")
+        >>> from multrace.tracing import box_positions
+        >>> corner = box_positions(vlm, prompt, mt.Box(0, 0, 8, 8))
+        >>> corner[0] == prompt.groups["image"][0]
+        True
     """
     if prompt.patches:
         return tuple(patch.position for patch in box_patches(prompt, box))
@@ -144,11 +168,11 @@ def _pooled(light: Tensor, side: int) -> Tensor:
 
 
 def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part of the picture that reaches the model."""
+    """Left, top, right and bottom of the part of the picture that the model sees."""
     width, height = prompt.images[image].size
 
     def dark(length: int, strip: Callable[[int], Box]) -> int:
-        """How broad a strip along one edge may be before anything of it is seen."""
+        """Width of the broadest strip along one edge that the model does not see."""
         return bisect_left(range(1, length), True, key=lambda size: float(_pixel_light(prompt, strip(size)).max()) > 0)
 
     left = dark(width, lambda size: Box(0, 0, size, height, image))
@@ -159,7 +183,7 @@ def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
 
 
 def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
-    """(tile, channel, row, column): what the vision tower reads of these pictures, put in place of the prompt's."""
+    """(tile, channel, row, column): the vision tower's input for these pictures in place of the prompt's."""
     with torch.no_grad(), first_input(vlm, vlm.vision_tower, "the vision tower") as read:
         vlm.image_features(prompt.inputs_with(pictures))
     if read[0].ndim != 4:
@@ -189,7 +213,7 @@ def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, bl
 
 
 def _packed(vlm: VisionLanguageModel, prompt: Prompt, write: Callable[[Tensor], Tensor]) -> Tensor:
-    """(image token, hidden): the black pictures' features with this in place of what the projector writes."""
+    """(image token, hidden): the features of black pictures if the projector's output is replaced like this."""
     with torch.no_grad(), patch(vlm, {vlm.projector: write}):
         return vlm.image_features(prompt.inputs_with(_painted(prompt)))
 

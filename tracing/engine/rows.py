@@ -16,7 +16,7 @@ from .regions import Blocks, Box, box_patches
 
 EFFECTS, BEFORE_DECODER = ("total", "direct"), ("vision", "projector")
 SITES = (*KINDS, "heads", *BEFORE_DECODER)
-"""What can be restored; "heads" stands for one map per attention head."""
+"""Kinds of sites that can be restored; "heads" stands for one map per attention head."""
 
 _REGIONS = ("image_rows", "image_columns", "image_quadrants", "patches")
 _CHOICES = f"{', '.join(map(repr, _REGIONS))}, Blocks(3), Box(left, top, right, bottom) or a position"
@@ -32,19 +32,20 @@ class Row:
     label: str
     positions: tuple[int, ...]
     token: str | int | None
-    """What an edit calls the row: a group name or a position where the row is one text token, else None."""
+    """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     is_group: bool
     """The label means the same in other prompts: a named group or a region of the picture, not one text token."""
 
 
 def resolve_rows(prompt: Prompt, positions: Item | Sequence[Item] = "tokens") -> tuple[Row, ...]:
-    """The rows of a map, in the order asked.
+    """Return the rows of a map in the order of `positions`, which may be one item or a sequence of them.
 
-    "tokens": one row per text token and one for the whole image. A group's name or a position: one row; a group is
-    restored as a whole. "image_rows", "image_columns", "image_quadrants", "patches": one row per row, column, quarter
-    or single token of each picture's patch grid; Blocks(k): per k x k patches; Box(left, top, right, bottom): one row
-    for the patches it touches. Several may be mixed in a sequence. TraceError or ModelError, with what there is, for
-    anything else, for positions of the answer, and for regions where image tokens do not form a grid.
+    "tokens" gives one row for each text token and one for the whole image; the name of a token group or a position
+    gives one row, and a group is restored as a whole. "image_rows", "image_columns", "image_quadrants" and "patches"
+    give one row for each row, column, quarter or single token of each picture's patch grid, `Blocks(k)` one for each
+    k x k patches, and `Box(left, top, right, bottom)` one for the patches that it touches. Raises `TraceError` or
+    `ModelError`, with the valid items, for anything else, for positions of the answer, and for regions of image tokens
+    that do not form a grid.
     """
     items = (positions,) if isinstance(positions, Item) else positions
     if not isinstance(items, Sequence):
@@ -105,7 +106,7 @@ def _group(prompt: Prompt, name: str) -> tuple[int, ...]:
 
 
 def _edit_token(prompt: Prompt, item: str | int, members: tuple[int, ...]) -> str | int | None:
-    """What an edit calls this row: where it can, by a name that holds in other prompts too; None for several tokens."""
+    """The name of the row's token in an edit, if possible one that holds in other prompts; None for several tokens."""
     if len(members) > 1 or members[0] in prompt.groups["image"]:
         return None
     names = [name for name in ("last", "constraint_last") if prompt.groups.get(name) == members]
@@ -188,7 +189,7 @@ class Grid:
     cells: tuple[StateCell, ...]
 
     def maps(self, values: Tensor) -> dict[str, Tensor]:
-        """Per kind (..., row, column, sample) from values (cell, ..., sample)."""
+        """Return values (..., row, column, sample) by kind, from values (cell, ..., sample)."""
         found, start = {}, 0
         for kind, spans in self.spans.items():
             stop = start + len(self.rows) * len(spans)
@@ -208,7 +209,7 @@ def make_grid(
     effect: str,
     severed: str | None,
 ) -> Grid:
-    """The cells that a trace of these rows asks for. TraceError for settings that do not exist or fit together."""
+    """Return the cells of a trace of these rows. Raises `TraceError` for settings that do not exist or fit together."""
     kinds = _kinds(vlm, prompt, sites)
     if not 1 <= window <= vlm.layers:
         raise TraceError(
@@ -229,7 +230,7 @@ def make_grid(
 
 
 def window_layers(center: int, window: int, layers: int) -> range:
-    """The layers restored together around a centre, cut off at both ends of the decoder."""
+    """Return the layers of a window around a centre, cut off at both ends of the decoder (ROME's convention)."""
     return range(max(0, center - window // 2), min(layers, center - (-window // 2)))
 
 

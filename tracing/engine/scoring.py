@@ -37,7 +37,7 @@ class Scoring:
 
     @classmethod
     def of_answer(cls, ids: Sequence[int], *, whole: bool) -> "Scoring":
-        """The scoring of knockouts and pruning: the first token's probability and, if `whole`, that of all tokens."""
+        """Return a scoring by the first token's probability and, if `whole`, by that of all tokens together."""
         return cls(metrics=(FIRST, WHOLE) if whole else (FIRST,), answer_ids=tuple(ids))
 
     @property

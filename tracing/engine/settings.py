@@ -25,18 +25,25 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Settings of the engines; none of them changes what a trace says beyond rounding."""
+    """Settings of the computation of traces, knockouts and pruning. None of them changes a result beyond rounding.
+
+    Example:
+        >>> import multrace as mt
+        >>> mt.Engine(name="replay", memory=512).checks
+        2
+    """
 
     name: str = "auto"
-    """"replay": the fast exact sweep; "plain": one forward pass per cell; "auto": the first if the model allows it."""
+    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" for the first of the two that the
+    model allows (default)."""
     memory: int = 2048
-    """MiB for open cells and for the work of one call, beside the model and the two recorded runs."""
+    """Memory in MiB for open cells and for the work of one call, beside the model and the recorded runs."""
     tokens_per_call: int = 4096
-    """Tokens that go through a decoder layer together, at most."""
+    """Largest number of tokens that go through a decoder layer together."""
     checks: int = 2
-    """Cells, chosen at random, that are recomputed the plain way to check the sweep; 0 for none."""
+    """Number of random cells that are computed a second time the plain way to check the sweep; 0 for none."""
     checkpoint: str | PathLike[str] | None = None
-    """File that finished cells are kept in, so that an interrupted trace continues from there; read as a `Path`."""
+    """File for finished cells, from which an interrupted trace or knockout continues; None keeps nothing."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
@@ -48,36 +55,36 @@ class Engine:
                 raise TraceError(f"{name}={getattr(self, name)} is too small; pass at least {least}")
 
     def lane_tokens(self, vlm: VisionLanguageModel, samples: int) -> int:
-        """Positions that open cells may hold together: their states, for all samples, take half of the memory."""
+        """Return how many positions open cells may hold: their states, for all samples, take half of the memory."""
         return max(1, self.memory * 2**19 // (samples * vlm.hidden * vlm.dtype.itemsize))
 
     def call_tokens(self, vlm: VisionLanguageModel) -> int:
-        """Tokens that may go through a layer together: what it computes for them takes a quarter of the memory."""
+        """Return how many tokens may go through a layer together: their activations take a quarter of the memory."""
         each = (8 * vlm.hidden + 3 * vlm.mlp) * vlm.dtype.itemsize
         return max(1, min(self.tokens_per_call, self.memory * 2**18 // each))
 
     def may_share(self, vlm: VisionLanguageModel, count: int) -> bool:
-        """Whether so many states may be kept for the whole sweep: they take an eighth of the memory at most."""
+        """Return whether so many states may be kept for the whole sweep: at most an eighth of the memory."""
         return count * vlm.hidden * vlm.dtype.itemsize <= self.memory * 2**17
 
     def read_rows(self, vlm: VisionLanguageModel, scored: int) -> int:
-        """Rows whose logits may be held at a time: with their float64 copies they take an eighth of the memory."""
+        """Return how many rows of logits may be held: with float64 copies they take an eighth of the memory."""
         vocabulary = vlm.output_head.weight.shape[0]
         return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with a telling text."""
-    texts = ("not enough memory", "can't allocate memory")  # of Windows, and of other systems
+    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text tells."""
+    texts = ("not enough memory", "can't allocate memory")  # on Windows, and on other systems
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Finished:
-    """What the file holds."""
+    """The contents of a checkpoint."""
 
     identity: str
-    """Of the sweep: its cells, batches and runs."""
+    """Digest of the cells, batches and runs of a sweep."""
     finished: Tensor
     """(chunk,) uint8: 1 where all of its cells have their scores."""
     scores: Tensor
@@ -85,7 +92,7 @@ class _Finished:
 
 
 class Checkpoint:
-    """The file of one sweep; without a path, nothing is kept."""
+    """The file with the finished cells of one sweep; without a path, nothing is kept."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -96,9 +103,9 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
-        """Reads what an earlier sweep of the same cells, batches and runs (their scores) has finished.
+        """Reads the cells that an earlier sweep of the same cells, batches and runs (their scores) has finished.
 
-        TraceError if the file belongs to another sweep or is damaged.
+        Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
         """
         lanes = [(chunk.computed, chunk.merged, [lane.cell for lane in chunk.lanes]) for chunk in chunks]
         text = repr(([cell.identity for cell in cells], lanes)).encode() + runs.double().contiguous().numpy().tobytes()
@@ -116,7 +123,7 @@ class Checkpoint:
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:
-        """A block during which scores (cell, metric, sample) fill up; what is finished is written, come what may."""
+        """A block in which scores (cell, metric, sample) fill up; finished ones are written even if it is interrupted."""
         self._scores = scores
         try:
             yield
@@ -124,7 +131,7 @@ class Checkpoint:
             self._write()
 
     def restore(self, number: int, chunk: Chunk, scores: Tensor) -> bool:
-        """Whether the chunk was finished earlier; its scores are then filled in."""
+        """Return whether the chunk was finished earlier, and fill in its scores if so."""
         if not self._finished[number] or self._earlier is None:
             return False
         cells = [lane.cell for lane in chunk.lanes]
@@ -132,7 +139,7 @@ class Checkpoint:
         return True
 
     def finish(self, number: int) -> None:
-        """Notes a chunk as finished, and writes the file from time to time."""
+        """Marks a chunk as finished, and writes the file from time to time."""
         self._finished[number] = True
         if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
             self._write()

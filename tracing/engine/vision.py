@@ -1,4 +1,4 @@
-"""Restoring what is computed before the decoder: layers of the vision tower, and the projector. One pass per cell."""
+"""Cells before the decoder: layers of the vision tower, and the projector. Each takes a forward pass of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +26,9 @@ class Shown:
 
 
 def shown(prompt: Prompt, corrupted: Corrupted, *, restores: bool) -> Shown:
-    """What the vision tower sees in both runs. TraceError if the corruption is not one of pixels.
+    """Return the model inputs of both runs. If the trace restores, the base run is the corrupted one.
 
-    restores: the base run is the corrupted one; else the clean one.
+    Raises `TraceError` if the corruption leaves the pixels as they are.
     """
     if not corrupted.inputs:
         raise TraceError(
@@ -50,11 +50,11 @@ def with_pictures(
     measured: CellScores,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """All cells' scores: those before the decoder computed here, the others (in this order) as they were measured.
+    """Return the scores of all cells: those before the decoder are computed here, the others come as measured.
 
-    Each cell takes a pass of the vision tower for each sample and one of the decoder for all of them; the latter is
-    left out where the embeddings are those of a run, whose scores are known. Memory holds the source's outputs of every
-    layer that a cell restores. TraceError where image tokens have no counterparts in the tower.
+    Each cell takes a pass of the vision tower for each sample and one of the decoder for all samples; the latter is
+    left out if the embeddings are those of a run, whose scores are known. Memory holds the source's outputs of every
+    layer that a cell restores. Raises `TraceError` if image tokens have no counterparts in the tower.
     """
     parts = {cell: _parts(vlm, cell) for cell in cells if is_before_decoder(cell)}
     modules = list(dict.fromkeys(part for each in parts.values() for part in each))
@@ -82,16 +82,16 @@ def with_pictures(
 
 
 def is_before_decoder(cell: Cell) -> bool:
-    """The cell restores states of the vision tower or of the projector."""
+    """Return whether the cell restores states of the vision tower or of the projector."""
     return isinstance(cell, StateCell) and cell.kind in ("vision", "projector")
 
 
 def restored_tokens(prompt: Prompt, cell: StateCell, shape: Sequence[int]) -> Tensor:
-    """Booleans of this shape: the cell's image tokens in what a part writes, usually (picture, token), without width.
+    """Return the cell's image tokens in a part's output: booleans of this shape, usually (picture, token).
 
-    Tokens that the tower has beyond the patches, such as the class token, come first; they are restored where all of
-    their picture is. TraceError where the part's tokens are not the image tokens one by one, unless whole pictures are
-    restored, and where they are not sorted by picture, unless all of them are.
+    Tokens that the tower has beyond the patches, such as the class token, come first; they are restored if all of
+    their picture is. Raises `TraceError` if the part's tokens are not the image tokens one by one, unless whole
+    pictures are restored, and if they are not sorted by picture, unless all pictures are restored.
     """
     image, pictures = prompt.groups["image"], len(prompt.images)
     if set(image) <= set(cell.positions):
@@ -125,7 +125,7 @@ def _parts(vlm: VisionLanguageModel, cell: StateCell) -> list[nn.Module]:
 def _written(
     vlm: VisionLanguageModel, prompt: Prompt, inputs: _Inputs, modules: Sequence[nn.Module]
 ) -> dict[nn.Module, Tensor]:
-    """What these modules write for these inputs. TraceError for a tower that does not see all pictures at once."""
+    """The outputs of these modules for these inputs. Raises `TraceError` if a module runs more or less than once."""
     found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
     def recorder(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -153,7 +153,7 @@ def _embeddings(
     lent: Sequence[Mapping[nn.Module, Tensor]],
     masks: Mapping[nn.Module, Tensor],
 ) -> Tensor:
-    """(sample, token, hidden): what the decoder reads with the source's states put in; an answer's words stay."""
+    """(sample, token, hidden): the decoder's input with the source's states put in; the answer's words stay."""
     rows = []
     for sample in range(runs.samples):
         base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
@@ -166,7 +166,7 @@ def _embeddings(
 
 
 def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """Puts in the values where the mask says so."""
+    """A patch that puts in the values where the mask is true."""
 
     def write(output: Tensor) -> Tensor:
         if output.shape != values.shape:

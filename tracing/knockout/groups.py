@@ -25,8 +25,8 @@ class Flow:
     """Attention edges from one token group to another.
 
     Example:
-        >>> import multrace as mt
-        >>> mt.Flow(source="image", target="last").name
+        >>> from multrace.tracing import Flow
+        >>> Flow(source="image", target="last").name
         'image -> last'
     """
 
