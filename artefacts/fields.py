@@ -104,7 +104,7 @@ def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> A
         inner = [options[0]] * len(value) if options[1:] == (...,) else list(options)
         pairs = zip(inner, value, strict=True)
         return tuple(_unpacked(each, part, f"{name}.{index}", tensors) for index, (each, part) in enumerate(pairs))
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: _unpacked(options[1], part, f"{name}.{key}", tensors) for key, part in value.items()}
     if hint is float and type(value) is int:
         return float(value)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,18 @@ def trace_records(settings: Trace) -> int:
     found = {line: _prepared(settings, line, text) for line, text in lines}
     records = [each for each in found.values() if isinstance(each, _Record)]
     skipped = {line: reason for line, reason in found.items() if isinstance(reason, str)}
-    traces: dict[int, CausalTrace] = {}
+    traced: list[_Record] = []
     if records:
         vlm = settings.open_model()
         for record in records:
             try:
-                traces[record.line] = _traced(vlm, record)
+                _trace(vlm, record)
+                traced.append(record)
             except _ERRORS as error:
                 skipped[record.line] = gist(error)
                 print(f"line {record.line}: skipped: {skipped[record.line]}", flush=True)
-    reason = _write_average(list(traces.values()), settings.out)
-    _report(settings, traces, dict(sorted(skipped.items())), reason)
+    reason = _write_average([record.folder / TRACE for record in traced], settings.out)
+    _report(settings, [record.line for record in traced], dict(sorted(skipped.items())), reason)
     return 0
 
 
@@ -103,8 +104,8 @@ def _placed(corrupt: str, folder: Path) -> str:
     return f"{kind}:{','.join(str(folder / path.strip()) for path in paths)}"
 
 
-def _traced(vlm: VisionLanguageModel, record: _Record) -> CausalTrace:
-    """The record's trace, from its folder if it is finished, else computed and written there."""
+def _trace(vlm: VisionLanguageModel, record: _Record) -> None:
+    """Trace the record and write the trace to its folder, unless that was done before."""
     trace, how = record.finished(), "done before"
     if trace is None:
         prompt, how = record.settings.prompt(vlm), "traced"
@@ -113,15 +114,14 @@ def _traced(vlm: VisionLanguageModel, record: _Record) -> CausalTrace:
         forget_cells(record.folder)
     effect = f"total effect {trace.total_effect:.3f}"
     print(f"line {record.line}: {how}: {trace.question!r} -> {trace.answer!r}, {effect}", flush=True)
-    return trace
 
 
-def _write_average(traces: list[CausalTrace], out: Path) -> str | None:
-    """None once the average is written, else why there is none; that of other traces goes."""
+def _write_average(paths: Sequence[Path], out: Path) -> str | None:
+    """Average the traces in these files; return why there is no average, or None. An average of other traces goes."""
     try:
-        if len(traces) < 2:
-            raise TraceError(f"an average needs two traces, there are {len(traces)}")
-        mean = average(traces)
+        if len(paths) < 2:
+            raise TraceError(f"an average needs two traces, there are {len(paths)}")
+        mean = average(CausalTrace.load(path) for path in paths)
         with new_files(out, AVERAGE) as folder:
             mean.save(folder / AVERAGE[0])
             mean.plot(folder / AVERAGE[1])
@@ -132,23 +132,23 @@ def _write_average(traces: list[CausalTrace], out: Path) -> str | None:
         return gist(error)
 
 
-def _report(settings: Trace, traces: Mapping[int, CausalTrace], skipped: Mapping[int, str], reason: str | None) -> None:
+def _report(settings: Trace, traced: Sequence[int], skipped: Mapping[int, str], reason: str | None) -> None:
     """Writes and prints what was traced and what was not. CommandError if nothing was."""
     content: dict[str, Any] = {
         "records": str(settings.data),
-        "traced": [{"line": line, "folder": f"line_{line:04d}"} for line in traces],
+        "traced": [{"line": line, "folder": f"line_{line:04d}"} for line in traced],
         "skipped": [{"line": line, "reason": text} for line, text in skipped.items()],
         "average": reason or AVERAGE[0],
     }
     with new_files(settings.out, (REPORT,)) as folder:
         (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if not traces:
+    if not traced:
         line, text = next(iter(skipped.items()))
         raise CommandError(
             f"none of the {len(skipped)} records in {str(settings.data)!r} could be traced; line {line}: {text} "
             f"(the others: {settings.out / REPORT})"
         )
-    print(f"\n{len(traces)} records traced, {len(skipped)} skipped")
+    print(f"\n{len(traced)} records traced, {len(skipped)} skipped")
     print(*(f"  line {line}: {text}" for line, text in skipped.items()), sep="\n", end="\n" if skipped else "")
     print("average:", "none: " + reason if reason else ", ".join(str(settings.out / name) for name in AVERAGE))
     print("written:", settings.out / REPORT)

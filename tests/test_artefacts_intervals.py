@@ -1,36 +1,11 @@
-"""Intervals: Student's quantiles, and coverage of the largest of many cells by simulation."""
-
-import math
+"""Intervals of means: coverage of the largest of many cells by simulation, and missing values."""
 
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.artefacts.intervals import mean_interval, student_below, student_quantile
+from multrace.artefacts.statistics import mean_interval
 
 CELLS, PROMPTS, ROUNDS = 48, 12, 1500
-
-
-@pytest.mark.parametrize(
-    ("degrees", "probability", "expected"),
-    [
-        (1, 0.975, 12.7062047364),
-        (2, 0.975, 4.3026527297),
-        (3, 0.975, 3.1824463053),
-        (9, 0.995, 3.2498355440),
-        (10, 0.95, 1.8124611228),
-        (29, 0.9995, 3.6594050194),
-        (5, 0.5, 0.0),
-        (100_001, 0.975, 1.9599876),
-    ],
-)
-def test_quantiles_are_those_of_the_tables(degrees, probability, expected):
-    assert student_quantile(probability, degrees) == pytest.approx(expected, abs=1e-6)
-
-
-def test_quantiles_far_out_give_back_their_probability():
-    for degrees in (2, 7, 40):
-        assert 1 - student_below(student_quantile(1 - 1e-6, degrees), degrees) == pytest.approx(1e-6, rel=1e-6)
-    assert student_below(2.0, 1) == pytest.approx(0.5 + math.atan(2.0) / math.pi)  # Cauchy
 
 
 def held(draws: torch.Tensor, truth: torch.Tensor, comparisons: int) -> float:
@@ -79,5 +54,5 @@ def test_missing_values_are_left_out():
     assert (low[1] + high[1]) / 2 == pytest.approx(2.0)
     low, high = mean_interval(torch.tensor([[1.0], [torch.nan]]))
     assert low.isnan().all() and high.isnan().all()
-    with pytest.raises(ArtefactError, match="needs at least two traces"):
+    with pytest.raises(ArtefactError, match="needs at least two results"):
         mean_interval(torch.zeros(1, 2))
