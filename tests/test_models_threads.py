@@ -125,6 +125,19 @@ def test_threads_trace_answer_and_edit_as_each_does_alone(tiny_vlm, photo):
         assert all(torch.equal(found, wanted) for found, wanted in pairs)
 
 
+def test_threads_make_prompts_at_once_and_wait_for_nobody(tiny_vlm, photo):
+    def make(number):
+        prompt = tiny_vlm.prompt(photo, f"Who founded company {number}?", constraint="company", answer="Pruro")
+        again = prompt.with_answer("Raner").with_images(photo.rotate(90 * number))
+        return [each.inputs[name] for each in (prompt, again) for name in ("input_ids", "pixel_values")]
+
+    alone = [make(number) for number in range(4)]
+    with tiny_vlm.lock, ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(make, [*range(4)] * 5, timeout=120))
+    for result, expected in zip(together, alone * 5, strict=True):
+        assert all(torch.equal(found, wanted) for found, wanted in zip(result, expected, strict=True))
+
+
 def test_two_models_do_not_wait_for_each_other(random_llama, tiny_vlm):
     with random_llama.lock, ThreadPoolExecutor(1) as pool:
         assert pool.submit(tiny_vlm.logits, tiny_vlm.prompt(None, QUESTION)).result(timeout=60).isfinite().all()
