@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -39,7 +40,7 @@ class VQARecord:
                 raise DataError(f"record {self.id!r} has an empty {field}; give it one or drop the record")
         for field in ("constraint", "text_constraint"):
             span = getattr(self, field)
-            if span is not None and (not span.strip() or span.lower() not in self.question.lower()):
+            if span is not None and (not span.strip() or _plain(span) not in _plain(self.question)):
                 raise DataError(
                     f"record {self.id!r}: the {field} {span!r} does not occur in the question {self.question!r}"
                 )
@@ -118,3 +119,8 @@ def occurrences(question: str, words: str) -> list[str]:
     """Every place where the question says these words, as it writes them: whole words, any case, any blanks between."""
     pattern = r"\s+".join(map(re.escape, words.split()))
     return re.findall(rf"(?<!\w){pattern}(?!\w)", question, re.IGNORECASE) if pattern else []
+
+
+def _plain(text: str) -> str:
+    """The text without case, with one form of accents and one blank for each run of blanks."""
+    return " ".join(unicodedata.normalize("NFKD", text).casefold().split())

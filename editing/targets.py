@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..models import ModelError, Prompt, VisionLanguageModel
 from ..models.replay.padded import PaddedBatch
+from ..models.texts import plain_number
 from .errors import EditError
 
 
@@ -112,7 +113,7 @@ def key_positions(prompt: Prompt, token: str | int, *, end: bool = True, every: 
     Raises:
         EditError: For a token that the prompt lacks.
     """
-    length = prompt_end(prompt)
+    length, token = prompt_end(prompt), plain_number(token)
     try:
         positions = prompt.positions(token + length if isinstance(token, int) and token < 0 else token)
     except ModelError:

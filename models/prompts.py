@@ -1,6 +1,5 @@
 """A question about pictures as a model sees it: tensors, and names for every group of positions."""
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, TypeVar
@@ -14,6 +13,7 @@ from .frontend import Frontend, align
 from .images import Picture, open_images
 from .spans import Span, covering, find_spans
 from .templates import frame
+from .texts import plain_number, whole_number
 
 _Value = TypeVar("_Value")
 
@@ -201,7 +201,10 @@ class Prompt:
             if group not in self.groups:
                 raise ModelError(f"no token group {group!r}; this prompt has {', '.join(self.groups)}")
             return self.groups[group]
-        indices = tuple(operator.index(each) for each in ((group,) if _is_index(group) else group))
+        group = plain_number(group)
+        indices = (
+            (group,) if isinstance(group, int) else tuple(whole_number(position, "a position") for position in group)
+        )
         for position in indices:
             if not -self.length <= position < self.length:
                 raise ModelError(f"no position {position}; this prompt has {self.length} (0 to {self.length - 1})")
@@ -374,15 +377,6 @@ def _check_alike(prompts: Sequence[Prompt], tokenizer: Any) -> None:
 def _padded(value: Tensor, length: int, side: str, fill: int) -> Tensor:
     missing = length - value.shape[1]
     return torch.nn.functional.pad(value, (missing, 0) if side == "left" else (0, missing), value=fill)
-
-
-def _is_index(value: Any) -> bool:
-    """Whether this is one whole number; numpy's and torch's are as well."""
-    try:
-        operator.index(value)
-    except (TypeError, RuntimeError):
-        return False
-    return True
 
 
 def _shown(text: str, width: int) -> str:

@@ -66,6 +66,14 @@ def find_span(question: str, span: Span) -> tuple[int, int]:
     return spans[0][0], spans[-1][1]
 
 
+def says_once(question: str, span: str) -> bool:
+    """Return whether the question says the words in one place, so that they need no choice."""
+    try:
+        return len(find_spans(question, span)) == 1
+    except ModelError:
+        return False
+
+
 def nearest_words(question: str, span: str) -> str:
     """Return the run of the question's words that is most like the span (difflib ratio, case ignored)."""
     words = list(re.finditer(r"\S+", question))

@@ -20,6 +20,14 @@ def check_text(text: Any, what: str) -> str:
     return text
 
 
+def plain_number(value: Any) -> Any:
+    """Return an `int` for one whole number, such as numpy's and torch's, and any other value as it is."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises RuntimeError for a tensor of several numbers
+        return value
+
+
 def whole_number(value: Any, what: str, *, least: int | None = None) -> int:
     """Return the value as an `int`; integers of numpy and torch are accepted. ModelError, which calls it `what`."""
     try:

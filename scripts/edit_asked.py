@@ -8,8 +8,8 @@ from functools import partial
 
 from ..editing.augment import Augmentation
 from ..editing.requests import EditRequest
-from ..models import ModelError, Prompt, VisionLanguageModel
-from ..models.spans import find_span
+from ..models import Prompt, VisionLanguageModel
+from ..models.spans import says_once
 from ..tracing import Corruption, SwapImage
 from .edit_records import EditEntry, read_edit_records
 from .errors import CommandError
@@ -73,9 +73,10 @@ def _request(options: RequestOptions, vlm: VisionLanguageModel) -> EditRequest:
 def _prompt(
     options: RequestOptions, vlm: VisionLanguageModel, image: str | None, question: str | None = None
 ) -> Prompt:
-    """Another picture or another question; its constraint is marked where the question says the same words."""
+    """Another picture or another question; its constraint is marked where the question says the same words once."""
     text = options.question if question is None else question
-    return vlm.prompt(image, text, constraint=options.constraint if _says(text, options.constraint) else None)
+    is_said = options.constraint is not None and says_once(text, options.constraint)
+    return vlm.prompt(image, text, constraint=options.constraint if is_said else None)
 
 
 def _augmented(
@@ -134,10 +135,3 @@ def swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
             f"{str(own.image)!r}; add records, or name the place by --where LAYER:TOKEN"
         )
     return SwapImage(next((words for words in shown if words.question == own.question), shown[0]).image)
-
-
-def _says(question: str, words: str | None) -> bool:
-    try:
-        return words is not None and bool(find_span(question, words))
-    except ModelError:
-        return False

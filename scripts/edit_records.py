@@ -13,7 +13,7 @@ from ..editing.requests import EditRequest
 from ..models import ModelError, Prompt, VisionLanguageModel
 from ..models.errors import gist
 from ..models.images import open_images
-from ..models.spans import find_span
+from ..models.spans import find_span, says_once
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
 
@@ -171,7 +171,7 @@ def _nested(row: dict[str, Any], own: Words, folder: Path, known: Sequence[str])
     said = read_texts({"question": own.question} | row, ("question", "image", "constraint"))
     image = _path(said, folder) if "image" in row else own.image
     constraint = said.get("constraint")
-    if constraint is None and own.constraint is not None and own.constraint.lower() in said["question"].lower():
+    if constraint is None and own.constraint is not None and says_once(said["question"], own.constraint):
         constraint = own.constraint
     return Words(image=image, question=said["question"], constraint=constraint)
 

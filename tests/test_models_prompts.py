@@ -435,6 +435,14 @@ def test_whole_numbers_of_numpy_and_torch_are_numbers(random_llama):
         assert prompt.positions(three) == prompt.positions([three]) == (3,)
         assert random_llama.answers([prompt], max_new_tokens=three) == random_llama.answers([prompt], max_new_tokens=3)
     assert prompt.positions(np.arange(2)) == prompt.positions(torch.arange(2)) == (0, 1)
+    with pytest.raises(ModelError, match="a position is 1.5, of type float"):
+        prompt.positions([1.5])
+    lenses = [multrace.logit_lens(random_llama, prompt, positions=three, progress=False) for three in (np.int64(3), 3)]
+    assert lenses[0].positions == lenses[1].positions == (3,)
+    edits = [multrace.MultEdit(layer=1, token=token, steps=1) for token in (np.int64(-1), -1)]
+    requests = [multrace.EditRequest(prompt=prompt, target="Ada")]
+    first, second = (edit.edit(random_llama, requests, progress=False).changes for edit in edits)
+    assert all(torch.equal(first[name].left, second[name].left) for name in second)
     with pytest.raises(ModelError, match="max_new_tokens is 1.5, of type float; pass a whole number"):
         random_llama.answers([prompt], max_new_tokens=1.5)
 

@@ -1,5 +1,7 @@
 """The synthetic world: the same from the same seed, large enough, its questions and splits what they say they are."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from multrace.data import DataError, VQARecord, World
@@ -146,3 +148,14 @@ def test_a_record_finds_its_constraint_whatever_the_case():
         id="1", question="This car is what?", answer="red", constraint="this car", text_constraint="what"
     )
     assert record.constraints == {"visual": "this car", "text": "what"}
+
+
+def test_a_record_finds_its_constraint_whatever_the_form_of_accents_and_blanks():
+    forms = [unicodedata.normalize(form, "Who ran Caf\u00e9  Zo\u00eb?") for form in ("NFC", "NFD")]
+    for question in forms:
+        for span in (form[8:-1] for form in forms):
+            assert VQARecord(
+                id="1", question=question, answer="Ann", constraint=span.replace("  ", "\u00a0")
+            ).constraint
+    with pytest.raises(DataError, match="does not occur"):
+        VQARecord(id="1", question=forms[0], answer="Ann", constraint="Cafe Zoe")

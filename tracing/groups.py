@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..models import Prompt
+from ..models.texts import plain_number
 from .errors import TraceError
 
 Positions = str | int | Sequence[str | int]
@@ -37,7 +38,8 @@ def named_positions(prompt: Prompt, positions: Positions) -> dict[int, str]:
     `ModelError` for an unknown group.
     """
     roles: dict[int, str] = {}
-    for item in (positions,) if isinstance(positions, str | int) else tuple(positions):
+    positions = plain_number(positions)
+    for item in map(plain_number, (positions,) if isinstance(positions, str | int) else positions):
         members = prompt.positions(item)
         if not members:
             names = ", ".join(name for name, own in prompt.groups.items() if own)

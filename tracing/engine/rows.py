@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.prompts import Patch
+from ...models.texts import plain_number
 from ..errors import TraceError
 from ..groups import group_positions
 from .cells import KINDS, StateCell
@@ -47,10 +48,11 @@ def resolve_rows(prompt: Prompt, positions: Item | Sequence[Item] = "tokens") ->
     `ModelError`, with the valid items, for anything else, for positions of the answer, and for regions of image tokens
     that do not form a grid.
     """
+    positions = plain_number(positions)
     items = (positions,) if isinstance(positions, Item) else positions
     if not isinstance(items, Sequence):
         raise _unknown(prompt, positions)
-    rows = tuple(row for item in items for row in _rows(prompt, item))
+    rows = tuple(row for item in items for row in _rows(prompt, plain_number(item)))
     if not rows:
         raise TraceError('no positions to restore; pass positions="tokens", group names or positions')
     return rows

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
+from ...models.texts import plain_number
 from ..engine.cells import CellScores, EdgeCell, Runs
 from ..engine.measure import measure
 from ..engine.scoring import FIRST, WHOLE, Scoring
@@ -162,7 +163,8 @@ def _scored_ids(prompt: Prompt, answer: str | None, own: Ids) -> Ids:
 
 
 def _checked_keep(keep: int | str | Sequence[int | str]) -> tuple[int | str, ...]:
-    found = tuple(dict.fromkeys((keep,) if isinstance(keep, int | str) else keep))
+    keep = plain_number(keep)
+    found = tuple(dict.fromkeys(map(plain_number, (keep,) if isinstance(keep, int | str) else keep)))
     wrong = [each for each in found if each != "all" and (not isinstance(each, int) or each < 0)]
     if wrong or not found:
         raise TraceError(
