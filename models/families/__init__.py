@@ -1,1 +1,1 @@
-"""What differs between model families: a table of rows, and the addresses that a row gives."""
+"""What differs between architectures: a table of rows, and the module addresses that a row leads to."""

@@ -1,4 +1,4 @@
-"""Sites of a decoder (hidden state, MLP, attention of a layer) and the modules and weights that stand for them."""
+"""Sites of a decoder (hidden state, MLP or attention of a layer) and the modules and weights behind them."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,11 +15,12 @@ Kind = Literal["hidden", "mlp", "attention"]
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """What a decoder layer writes: its output ("hidden"), its MLP's output ("mlp") or its attention's ("attention")."""
+    """One output of a decoder layer: its hidden state ("hidden"), or what its MLP or attention adds to it."""
 
     kind: Kind
+    """"hidden", "mlp" or "attention"."""
     layer: int
-    """From 0; negative layers count from the end."""
+    """From 0; negative numbers count from the last layer."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -34,14 +35,15 @@ class Projection:
     """A linear map that writes into the residual stream: an MLP's down projection or an attention's output map."""
 
     module: nn.Module
+    """The linear module itself."""
     path: str
-    """Dotted module path in the model."""
+    """Its dotted path in the model."""
     transposed: bool
-    """The weight is stored (width, hidden) instead of (hidden, width)."""
+    """Whether the weight is stored as (width, hidden) instead of (hidden, width)."""
 
     @property
     def name(self) -> str:
-        """Name of the weight in `model.named_parameters()`."""
+        """The name of the weight in `model.named_parameters()`."""
         return f"{self.path}.weight"
 
     @property
@@ -51,12 +53,12 @@ class Projection:
 
     @property
     def hidden(self) -> int:
-        """Length of what the map writes."""
+        """The length of the vectors that the map writes."""
         return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def width(self) -> int:
-        """Length of what the map reads (the MLP width for a down projection)."""
+        """The length of the vectors that the map reads; for a down projection, the width of the MLP."""
         return self.weight.shape[0 if self.transposed else 1]
 
     def __str__(self) -> str:
@@ -68,35 +70,35 @@ Key = Site | Projection | nn.Module | str
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Addresses:
-    """The sites of one loaded model: its decoder's layers, found through `get_decoder()` and the family row."""
+    """The sites of one loaded model, found through `get_decoder()` and the family row."""
 
     model: nn.Module
     family: Family
     name: str
-    """How error messages call the model."""
+    """The name of the model in error messages."""
 
     @cached_property
     def decoder(self) -> nn.Module:
-        """The text stack."""
+        """The text stack of the model."""
         return self.model.get_decoder()
 
     @cached_property
     def decoder_path(self) -> str:
-        """Dotted path of the text stack in the model."""
+        """The dotted path of the text stack in the model."""
         return next(path for path, module in self.model.named_modules() if module is self.decoder)
 
     @cached_property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers. ModelError if the row's name for them leads nowhere."""
+        """The decoder layers. Raises `ModelError` if the row names no such list."""
         return self._below(self.decoder, self.family.layers, self.decoder_path)
 
     @cached_property
     def final_norm(self) -> nn.Module:
-        """The norm between the last decoder layer and the output head. ModelError if the row's name leads nowhere."""
+        """The norm between the last decoder layer and the output head. Raises `ModelError` if the row names none."""
         return self._below(self.decoder, self.family.final_norm, self.decoder_path)
 
     def index(self, layer: int) -> int:
-        """The layer counted from the start. ModelError if the decoder has no such layer."""
+        """Return the layer as a number from 0. Raises `ModelError` if the decoder has no such layer."""
         count = len(self.layers)
         if not -count <= layer < count:
             raise ModelError(
@@ -106,7 +108,7 @@ class Addresses:
         return layer % count
 
     def path(self, key: Key) -> str:
-        """Dotted module path (as baukit takes it) of a site, projection or module; a path comes back unchecked."""
+        """Return the dotted module path of a site, projection or module; a path is returned unchecked."""
         if isinstance(key, Site):
             layer = f"{self.decoder_path}.{self.family.layers}.{self.index(key.layer)}"
             return {
@@ -126,15 +128,15 @@ class Addresses:
         return key
 
     def module(self, key: Key) -> nn.Module:
-        """The module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
+        """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
     def down_projection(self, layer: int) -> Projection:
-        """The linear map that writes the layer's MLP into the residual stream; its inputs are the editors' keys."""
+        """Return the linear map by which the layer's MLP writes into the residual stream; editors' keys are its inputs."""
         return self._projection(Site("mlp", self.index(layer)), self.family.down)
 
     def attention_projection(self, layer: int) -> Projection:
-        """The linear map that writes the layer's attention into the residual stream."""
+        """Return the linear map by which the layer's attention writes into the residual stream."""
         return self._projection(Site("attention", self.index(layer)), self.family.attention_out)
 
     def _projection(self, site: Site, leaf: str) -> Projection:

@@ -1,4 +1,4 @@
-"""One frozen row per architecture: where its decoder layers keep attention and MLP. `proof` checks them."""
+"""One frozen row per architecture: where its decoder layers have attention and MLP. Loading proves the row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,35 +10,48 @@ from ..errors import ModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The names and quirks of one architecture. Leaf names are relative to a decoder layer unless said otherwise."""
+    """The module names and properties of one architecture, as its classes in transformers have them.
+
+    Names are dotted module paths, relative to a decoder layer unless a field says otherwise. The defaults are Llama's.
+    Loading proves a row on the model at hand, so a wrong name or property is refused with the site that shows it.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.models import FAMILIES, Family
+        >>> row = Family(name="qwen2", model_types=("qwen2",), text_types=("qwen2",))
+        >>> families = (*FAMILIES, row)  # for mt.load(..., families=families)
+    """
 
     name: str
+    """How log lines and errors call the row."""
     model_types: tuple[str, ...]
-    """`config.model_type` values that this row serves."""
+    """Values of `model_type` in config.json that the row serves."""
     text_types: tuple[str, ...]
-    """`model_type` values of the text stack that this row serves."""
+    """Values of `model_type` of the text configuration that the row serves; of a text-only model, the same again."""
     layers: str = "layers"
-    """Name of the list of decoder layers, relative to `model.get_decoder()`."""
+    """The list of decoder layers, relative to `model.get_decoder()`."""
     attention: str = "self_attn"
+    """The attention module, whose output is the site "attention"."""
     attention_out: str = "self_attn.o_proj"
-    """The linear map that writes attention into the residual stream."""
+    """The linear map by which attention writes into the residual stream."""
     mlp: str = "mlp"
+    """The MLP, whose output is the site "mlp"."""
     down: str = "mlp.down_proj"
-    """The linear map that writes the MLP into the residual stream."""
+    """The linear map by which the MLP writes into the residual stream."""
     final_norm: str = "norm"
-    """Relative to `model.get_decoder()`."""
+    """The norm between the last decoder layer and the output head, relative to `model.get_decoder()`."""
     transposed: bool = False
-    """Weights are stored (input, output), as in GPT-2's Conv1D, instead of (output, input)."""
+    """Whether the two linear maps store their weights as (input, output), as GPT-2's Conv1D does."""
     parallel: bool = False
-    """Attention and MLP read the same input, so a layer's MLP does not see that layer's attention."""
+    """Whether attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
     vision: str | None = None
     """The vision tower, relative to the base model; None for a text-only family."""
     vision_layers: str | None = None
-    """Name of the list of the vision tower's layers, relative to the tower; None where they are not known."""
+    """The list of the vision tower's layers, relative to the tower; None where it is not known."""
     projector: str | None = None
-    """What turns the tower's states into image tokens, relative to the base model; None where it is not known."""
+    """The module that turns the tower's states into image tokens, relative to the base model; None where unknown."""
     dropped_inputs: tuple[str, ...] = ("token_type_ids",)
-    """Tokenizer outputs that must not reach the model: GPT-2 would add a word embedding for each of them."""
+    """Outputs of the tokenizer that must not reach the model: GPT-2 would add a word embedding for each of them."""
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -78,7 +91,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(config: PretrainedConfig, families: Sequence[Family] = FAMILIES) -> Family:
-    """The first row that serves this configuration. ModelError lists the rows if there is none."""
+    """Return the first row that serves this configuration. Raises `ModelError`, which lists the rows, if none does."""
     text_type = config.get_text_config().model_type
     for family in families:
         if config.model_type in family.model_types and text_type in family.text_types:

@@ -1,1 +1,1 @@
-"""Opening a model: where its files are, which device takes it, and the proof that its addresses are right."""
+"""Opening a model: where its files are, which device holds it, how its processor fits, and the proof of its addresses."""

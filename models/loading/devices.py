@@ -1,4 +1,4 @@
-"""Where a model's weights are asked to be: devices that this machine has, and memory that holds values."""
+"""Checks of `device_map`: the devices exist here, and every weight has its values in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,9 @@ _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_device_map(device_map: Any, name: str) -> None:
-    """ModelError if the map names a device that is none, or that this torch or this machine does not have.
+    """Raise `ModelError` if the map names something that is no device, or one that torch or this machine lacks.
 
-    device_map: None, one of transformers' strategies, a device, or a mapping of module paths to devices.
+    device_map: None, one of transformers' strategies, a device, or a mapping from module paths to devices.
     """
     if device_map is None or (isinstance(device_map, str) and device_map in _STRATEGIES):
         return
@@ -30,7 +30,7 @@ def check_device_map(device_map: Any, name: str) -> None:
 
 
 def check_in_memory(model: nn.Module, device_map: Any, name: str) -> None:
-    """ModelError if a weight has no values: accelerate put it on disk or behind a hook, for want of room."""
+    """Raise `ModelError` if a weight has no values, because accelerate left it on disk for lack of memory."""
     absent = [path for path, weight in model.named_parameters() if weight.is_meta]
     if absent:
         raise ModelError(
@@ -46,16 +46,16 @@ def _why_not(device: Any) -> str | None:
     if str(device) in ("meta", "disk"):
         return "weights there cannot be read or changed"
     try:
-        found = torch.device(device)
+        target = torch.device(device)
     except RuntimeError as error:
         return "torch knows no such device" if isinstance(device, str) else _first_sentence(error)
     try:
-        torch.empty(1, device=found)
+        torch.empty(1, device=target)
     except (RuntimeError, AssertionError, ImportError) as error:  # each backend says in its own way that it is absent
         return _first_sentence(error)
     return None
 
 
 def _first_sentence(error: Exception) -> str:
-    """Torch goes on with advice about its own build."""
+    """What the error says before torch's advice about its own build."""
     return str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""The proof of the addresses, run at loading: a family row is trusted only when this model behaves as the row says."""
+"""The proof of the addresses at load time: a family row is trusted only if the model behaves as the row says."""
 
 import math
 from collections.abc import Callable
@@ -22,14 +22,18 @@ _SMALLEST = 2
 
 
 def prove_addresses(vlm: VisionLanguageModel) -> str:
-    """One line that says what was proven; ModelError names the site that does not behave as the family row says.
+    """Return one line that says what was proven, or raise `ModelError` with the site that is not as the row says.
 
-    Seven forward passes on one picture and question. Every site of every layer: it runs, its shape, attention and MLP
-    add up to what the layer writes, projections write what their modules write and read their weights in the row's
-    orientation. An identity patch everywhere leaves the logits bit-equal. A real patch at one position of each kind
-    of site leaves earlier positions and earlier layers bit-equal and moves later ones. Image positions hold the image
-    features, and nothing else; layers of the vision tower and the projector, where the row names them, form that chain.
-    Not proven: other layers' real patches, other lengths, quantised weights' orientation.
+    Every weight is finite (one pass over them). The rest takes seven forward passes on one picture and question:
+
+    - Every site of every layer runs and has the right shape. Attention and MLP add up to what the layer writes.
+      Projections write what their modules write, and read their weights in the row's orientation.
+    - A patch everywhere that changes nothing leaves the logits bit-equal. A patch at one position of each kind of site
+      leaves earlier positions and earlier layers bit-equal and changes later ones.
+    - Image positions, and no others, hold the image features. The layers of the vision tower and the projector, where
+      the row names them, feed each other in that order.
+
+    Not proven: patches at other layers, prompts of other lengths, and the orientation of quantised weights.
     """
     with torch.no_grad():
         prompt = probe_prompt(vlm)
@@ -57,42 +61,48 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
 
 @dataclass(frozen=True)
 class _Side:
-    """One end of a module: what is recorded."""
+    """The input or output of a module, as a key of recorded states."""
 
     key: Site | Projection
     inputs: bool
+    """Whether it is the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _Recorded:
+    """What one side of a module held in a forward pass."""
+
     shape: tuple[int, ...]
+    """Of the whole state."""
     tail: Tensor
-    """From the probed position on, (1, token, width): copies of whole states would fill the memory of a large model."""
+    """The state from the probed position on, (1, token, width); copies of whole states would fill the memory."""
 
 
-States = dict[_Side, _Seen]
+States = dict[_Side, _Recorded]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
+    """The model, the prompt it is proven on, and the position of that prompt at which patches are placed."""
+
     vlm: VisionLanguageModel
     prompt: Prompt
     position: int
 
-    def error(self, site: Site | str, found: str) -> ModelError:
-        """The failure of one site."""
+    def error(self, site: Site | str, failure: str) -> ModelError:
+        """Return the error that says how one site fails."""
         return ModelError(
-            f"site '{site}' of {self.vlm.name!r} fails its proof: {found}; "
+            f"site '{site}' of {self.vlm.name!r} fails its proof: {failure}; "
             f"mend the row of family {self.vlm.family.name!r}, or pass another one in families="
         )
 
     def run(self, edits: dict[Site, Callable[[Tensor], Tensor]] | None = None) -> tuple[Tensor, States]:
-        """Logits (1, token, vocab) with these edits, and the states seen on the way, through identity patches."""
+        """Return the logits (1, token, vocab) under these edits, and the states that identity patches recorded."""
         states: States = {}
 
         def record(side: _Side) -> Callable[[Tensor], Tensor]:
             def keep(value: Tensor) -> Tensor:
-                states[side] = _Seen(shape=tuple(value.shape), tail=value[:, self.position :].clone())
+                states[side] = _Recorded(shape=tuple(value.shape), tail=value[:, self.position :].clone())
                 return value
 
             return keep
@@ -109,12 +119,12 @@ class _Probe:
             return self.vlm.logits(self.prompt), states
 
     def projection(self, site: Site) -> Projection:
-        """The map through which an MLP or attention site writes."""
+        """Return the linear map by which an MLP or attention site writes."""
         return (self.vlm.down_projection if site.kind == "mlp" else self.vlm.attention_projection)(site.layer)
 
 
 def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
-    """The clean logits and states. Patches that change nothing must leave the logits bit-equal."""
+    """The logits and states without a change. Patches that change nothing must leave the logits bit-equal."""
     vlm = probe.vlm
     clean = vlm.logits(probe.prompt)
     if not clean.isfinite().all():
@@ -153,9 +163,9 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
     sites = {kind: Site(kind, layer) for kind in ("hidden", "mlp", "attention")}
     expected = (1, probe.prompt.length, probe.vlm.hidden)
     for site in sites.values():
-        seen = _state(probe, states, site)
-        if seen.shape != expected:
-            raise probe.error(site, f"its output has shape {seen.shape} instead of {expected}")
+        recorded = _state(probe, states, site)
+        if recorded.shape != expected:
+            raise probe.error(site, f"its output has shape {recorded.shape} instead of {expected}")
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
@@ -230,9 +240,9 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
         side = _Side(Site("mlp", site.layer), False)
         parallel = torch.equal(after[side].tail, states[side].tail)
         if parallel != probe.vlm.family.parallel:
-            found = "does not see" if parallel else "sees"
+            relation = "does not see" if parallel else "sees"
             raise probe.error(
-                site, f"the MLP of its layer {found} it, and the row says parallel={probe.vlm.family.parallel}"
+                site, f"the MLP of its layer {relation} it, and the row says parallel={probe.vlm.family.parallel}"
             )
 
 
@@ -240,9 +250,9 @@ def _prove_images(probe: _Probe) -> str:
     """Image positions hold the features of this very picture, and other positions do not change with the picture."""
     vlm, prompt = probe.vlm, probe.prompt
     image = list(prompt.groups["image"])
-    with capture(vlm, [vlm.vision_tower]) as seen:
+    with capture(vlm, [vlm.vision_tower]) as captured:
         embeddings = vlm.embeddings(prompt)
-    if not seen:
+    if not captured:
         raise probe.error("image", "the vision tower did not run")
     features = vlm.image_features(prompt).to(embeddings.device)
     if not image or not torch.equal(embeddings[0, image], features):
@@ -286,17 +296,17 @@ def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor
     with patch(vlm, {vlm.projector: lambda value: numbers.view_as(value)}):
         numbered = vlm.image_features(prompt)
     index = ((numbered != bare)[:, places].long() << places.to(bare.device)).sum(1)
-    index = index.where(index <= len(rows), 0)  # what is no packing of these rows is found out by comparing
+    index = index.where(index <= len(rows), 0)  # the caller's comparison shows what is no packing of these rows
     return torch.where(index[:, None] > 0, rows.to(bare.device)[index - 1], bare)
 
 
-def _state(probe: _Probe, states: States, site: Site) -> _Seen:
-    seen = states.get(_Side(site, False))
-    if seen is None:
+def _state(probe: _Probe, states: States, site: Site) -> _Recorded:
+    recorded = states.get(_Side(site, False))
+    if recorded is None:
         raise probe.error(site, f"its module {probe.vlm.path(site)!r} does not run")
-    return seen
+    return recorded
 
 
-def _close(found: Tensor, expected: Tensor, scale: Tensor, *, eps: float | None = None) -> bool:
-    """Equal up to a few roundings of terms of this size."""
-    return bool((found - expected).norm() <= 8 * (eps or torch.finfo(expected.dtype).eps) * scale)
+def _close(computed: Tensor, expected: Tensor, scale: Tensor, *, eps: float | None = None) -> bool:
+    """Whether the two are equal up to a few roundings of terms of this size."""
+    return bool((computed - expected).norm() <= 8 * (eps or torch.finfo(expected.dtype).eps) * scale)
