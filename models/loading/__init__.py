@@ -1,1 +1,1 @@
-"""Opening a model: where its files are, which device holds it, how its processor fits, and the proof of its addresses."""
+"""Opening a model: its files, its device, its processor, and the proof of its addresses."""

@@ -15,13 +15,14 @@ _MOST_EXTRA_TOKENS = 64
 
 
 def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
-    """Return the id that stands for one image position. ModelError if processor and configuration have different ones."""
+    """Return the token id of one image position. Raises `ModelError` if processor and configuration disagree."""
     image_token, written = config.image_token_id, getattr(processor, "image_token_id", config.image_token_id)
     known = 0 <= image_token < len(processor.tokenizer) and processor.tokenizer.convert_ids_to_tokens(image_token)
     if not known or image_token != written:
         raise ModelError(
             f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "
-            f"{quoted(getattr(processor, 'image_token', None))}, token {written}; mend image_token_id there, or fetch both again"
+            f"{quoted(getattr(processor, 'image_token', None))}, token {written}; mend image_token_id there, or fetch both "
+            "again"
         )
     return image_token
 
@@ -29,9 +30,9 @@ def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int
 def complete_processor(vlm: VisionLanguageModel) -> None:
     """Fill in what a processor of LLaVA's kind must know of the vision tower, if its folder does not say it.
 
-    These processors write one token per patch. Published checkpoints older than these fields have a processor without `patch_size`. It is the vision
-    configuration's; the tower's own features tell how many tokens are no patch (`num_additional_image_tokens`).
-    ModelError if the configuration does not say it either.
+    These processors write one token per patch, and older published checkpoints have one without `patch_size`. The
+    vision configuration has it, and the number of features tells how many tokens are no patch
+    (`num_additional_image_tokens`). Raises `ModelError` if the configuration does not have it either.
     """
     processor = vlm.processor
     _check_fields(processor, vlm.name)
@@ -62,8 +63,8 @@ def _check_fields(processor: Any, name: str) -> None:
         value = getattr(processor, field, None)
         if hasattr(processor, field) and not is_valid(value):
             raise ModelError(
-                f"the processor_config.json of {name!r} has {field}={quoted(value)}, which no model has; mend that field, or "
-                "fetch the file again"
+                f"the processor_config.json of {name!r} has {field}={quoted(value)}, which no model has; mend "
+                "that field, or fetch the file again"
             )
 
 

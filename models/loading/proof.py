@@ -150,8 +150,8 @@ def _prove_weights(vlm: VisionLanguageModel) -> None:
             continue
         if not math.isnan(low) and vlm.dtype == torch.float16 != vlm.stored_dtype:
             raise ModelError(
-                f"the weight {name!r} of {vlm.name!r} is infinite in float16, because it is too large for that or damaged; "
-                "pass dtype='bfloat16' or 'float32', which tells the two apart"
+                f"the weight {name!r} of {vlm.name!r} is infinite in float16, because it is too large for that or "
+                "damaged; pass dtype='bfloat16' or 'float32', which tells the two apart"
             )
         raise ModelError(
             f"the weight {name!r} of {vlm.name!r} holds values that are not finite in its file; fetch the model again"
