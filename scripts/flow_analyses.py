@@ -4,7 +4,7 @@ from .flow_contributions import Failure, ImageToConstraint, ToLast
 from .flow_knockout import Knockout
 from .flow_lens import Lens
 from .flow_reading import Reading
-from .flow_relevance import Cam, Saliency, Share, Truncated
+from .flow_relevance import Cam, Pruned, Saliency, Share
 from .options.flow import Flow
 
 
@@ -20,7 +20,7 @@ def readings_of(settings: Flow) -> tuple[Reading, ...]:
         "knockout": (knockout,),
         "lens": (Lens(positions=positions),),
         "contributions": (ToLast(by_head=one), ImageToConstraint(by_head=one), *failure),
-        "relevance": (cam, Share(), Saliency(), Truncated(keep=settings.keep)),
+        "relevance": (cam, Share(), Saliency(), Pruned(keep=settings.keep)),
     }
     return tuple(reading for name in settings.analyses for reading in known[name])
 

@@ -22,7 +22,7 @@ _COLUMNS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Lens(Reading):
-    """Answer emergence, read at these positions."""
+    """The logit lens, read at these positions."""
 
     name = analysis = "lens"
     kind = LogitLens

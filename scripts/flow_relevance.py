@@ -136,13 +136,13 @@ class Saliency(_Relevance):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truncated(_Relevance):
+class Pruned(_Relevance):
     """Image tokens dropped from each layer on."""
 
-    name = "truncation"
+    name = "pruning"
     kind = ImagePruning
-    drawings = ("truncation.png", "truncation_overlay.png")
-    average_drawings = ("truncation.png", "truncation.csv")
+    drawings = ("pruning.png", "pruning_overlay.png")
+    average_drawings = ("pruning.png", "pruning.csv")
     uses_engine = True
 
     keep: tuple[int | str, ...]
@@ -168,8 +168,8 @@ class Truncated(_Relevance):
         """Curves by layer, and which tokens stay if that is some and not all, and they form a grid."""
         counts = result.kept.sum(-1)
         is_part = bool(((counts > 0) & (counts < len(result.image_positions))).any())
-        over = {"truncation_overlay.png": lambda path: result.overlay(prompt, path)}
-        return {"truncation.png": result.plot, **(over if is_part and result.patches else {})}
+        over = {"pruning_overlay.png": lambda path: result.overlay(prompt, path)}
+        return {"pruning.png": result.plot, **(over if is_part and result.patches else {})}
 
     def told(self, result: ImagePruning) -> list[str]:
         """The answer with and without picture, and from which layer on it stays."""

@@ -1,4 +1,4 @@
-"""Image tokens dropped the slow way: one masked pass per cell, from results of truncation."""
+"""Image tokens dropped the slow way: one masked pass per cell, from results of pruning."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ QUESTION = "Who founded the company in this photo?"
 FAST = Engine(checks=0)
 
 
-def truncated(vlm: VisionLanguageModel, prompt: Prompt, **settings: object) -> ImagePruning:
+def pruned(vlm: VisionLanguageModel, prompt: Prompt, **settings: object) -> ImagePruning:
     return prune_image_tokens(vlm, prompt, **{"engine": FAST, "progress": False, "max_new_tokens": 5, **settings})
 
 

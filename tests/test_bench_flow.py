@@ -275,7 +275,7 @@ def test_timed_cells_are_spread_over_windows_and_not_free():
 def test_a_row_in_words(row: FlowRow, dropping: FlowRow):
     said = "\n".join(describe_flow(row))
     assert said.startswith("image -> last: 8 cells computed, 0 free")
-    assert "truncation" not in said
+    assert "  pruning " not in said
     assert "a prefill on text alone from layer 2 on takes" in "\n".join(describe_flow(dropping))
     head, first, second, note = flow_table([row, dropping])
     assert first.startswith("image -> last ")

@@ -127,7 +127,7 @@ LOADED = {
     "cam": RelevanceMap,
     "share": AttentionShare,
     "saliency": AttentionSaliency,
-    "truncation": ImagePruning,
+    "pruning": ImagePruning,
 }
 
 
@@ -152,14 +152,14 @@ def test_every_option_reaches_the_library(
     assert torch.equal(found["lens"].ranks, lens.ranks)
     heat = llava_cam(vlm, prompt, answer=gold, samples=2, seed=4, progress=False).heat
     assert torch.allclose(found["cam"].heat, heat)
-    assert found["truncation"].keep == (5, "all")
+    assert found["pruning"].keep == (5, "all")
     kept = prune_image_tokens(vlm, prompt, keep=(5, "all"), generated=gold, engine=engine, progress=False)
-    assert torch.equal(found["truncation"].probabilities, kept.probabilities)
+    assert torch.equal(found["pruning"].probabilities, kept.probabilities)
     assert found["contributions"].head_contributions is not None
     assert (found["image_to_constraint"].queries, found["image_to_constraint"].sources) == ("constraint", "image")
     expected = {f"{name}{suffix}" for name in LOADED for suffix in (".safetensors", ".png")}
     expected |= {"knockout.csv", "lens_tokens.png", "image_tokens.png"}
-    expected |= {f"{name}_overlay.png" for name in ("cam", "saliency", "truncation")}
+    expected |= {f"{name}_overlay.png" for name in ("cam", "saliency", "pruning")}
     assert set(names(folder / "out")) == expected
     for path in (folder / "out").glob("*.png"):
         Image.open(path).load()
@@ -370,7 +370,7 @@ def test_what_has_no_average_is_drawn_for_each_question(
     assert ask_records([record(0), record(1)], "--relevance", "--checks=0") == 0
     out, own = folder / "out", folder / "out" / "questions" / "q0"
     assert AverageShare.load(out / "share.safetensors").count == 2
-    assert AveragePruning.load(out / "truncation.safetensors").baseline_accuracy == 1
+    assert AveragePruning.load(out / "pruning.safetensors").baseline_accuracy == 1
     prompts = [same_prompt(tiny_vlm, folder), QUESTIONS[1].prompt(tiny_vlm)]
     pairs = zip(prompts, QUESTIONS, strict=False)
     expected = mean_of([attention_saliency(tiny_vlm, prompt, answer=each.gold) for prompt, each in pairs])
@@ -379,11 +379,11 @@ def test_what_has_no_average_is_drawn_for_each_question(
     assert torch.allclose(found.log.mean, expected.log.mean, rtol=0, atol=1e-3, equal_nan=True)
     said = r"attention x gradient, geometric mean over 2 prompts, strongest per edge: .* in layer \d"
     assert re.search(said, capsys.readouterr().out)
-    stems = ("share", "saliency", "truncation")
+    stems = ("share", "saliency", "pruning")
     averages = {f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "png", "csv")}
     assert set(names(out)) == averages | {"report.json", "questions"}
     assert {name for name in names(own) if name.endswith(".png")} == {"cam.png", "cam_overlay.png"}
-    assert report_of(folder)["done"] == {name: ["q0", "q1"] for name in ("cam", "share", "saliency", "truncation")}
+    assert report_of(folder)["done"] == {name: ["q0", "q1"] for name in ("cam", "share", "saliency", "pruning")}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -176,7 +176,7 @@ def test_every_score_is_made_without_its_record(labels):
             model = LogisticRegression(l1_ratio=1.0, solver="liblinear", C=0.05, max_iter=1000, random_state=3)
             model.fit(scaler.transform(each[train]), labels[train])
             expected[name][cut, test] = scaler.transform(each[test]) @ model.coef_[0]
-    assert windows == found.chosen["contribution"] and len(set(windows)) > 1
+    assert windows == found.windows["contribution"] and len(set(windows)) > 1
     for name, values in expected.items():
         assert np.allclose(found.scores[name], values, rtol=0, atol=1e-9), name
         assert len(set(values[0].tolist())) > RECORDS / 5, name  # not all zero

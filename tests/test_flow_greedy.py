@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from dropped_tokens import QUESTION, gone, masked_logits, truncated
+from dropped_tokens import QUESTION, gone, masked_logits, pruned
 from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt
@@ -24,7 +24,7 @@ def stepwise(vlm: VisionLanguageModel, prompt: Prompt, dropped: Sequence[int], f
 
 def test_free_answers_are_those_of_decoding_step_by_step(random_llava, photo):
     prompt = random_llava.prompt(photo, QUESTION)
-    found = truncated(random_llava, prompt, keep=(0, 3), max_new_tokens=4)
+    found = pruned(random_llava, prompt, keep=(0, 3), max_new_tokens=4)
     for (row, layer), dropped in gone(found).items():
         assert found.answers[row][layer] == stepwise(random_llava, prompt, dropped, layer, 4)
     assert len({answer for row in found.answers for answer in row}) > 2
@@ -34,7 +34,7 @@ def test_free_answers_that_end_are_those_of_decoding_step_by_step(tiny_vlm):
     world, seen = World(), set()
     for fact in world.facts[100:102]:
         prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).question)
-        found = truncated(tiny_vlm, prompt, keep=(0, 8), layers=(0, 4), max_new_tokens=6)
+        found = pruned(tiny_vlm, prompt, keep=(0, 8), layers=(0, 4), max_new_tokens=6)
         for (row, column), dropped in gone(found).items():
             assert found.answers[row][column] == stepwise(tiny_vlm, prompt, dropped, found.layers[column], 6)
         seen |= {found.answers[0][0] == found.baseline_answer, found.answers[0][-1] == found.baseline_answer}
@@ -46,7 +46,7 @@ def test_a_wrong_guess_changes_nothing(tiny_vlm):
     world = World()
     fact = world.facts[7]
     prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).question)
-    right, wrong = (truncated(tiny_vlm, prompt, layers=(0, 4), generated=guess) for guess in (None, "red and blue"))
+    right, wrong = (pruned(tiny_vlm, prompt, layers=(0, 4), generated=guess) for guess in (None, "red and blue"))
     assert (right.answers, right.baseline_answer, right.answer) == (wrong.answers, wrong.baseline_answer, wrong.answer)
     assert torch.allclose(right.probabilities, wrong.probabilities)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from dropped_tokens import QUESTION, gone, masked_logits, truncated
+from dropped_tokens import QUESTION, gone, masked_logits, pruned
 from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
@@ -39,7 +39,7 @@ def probabilities(logits: Tensor, ids: Sequence[int]) -> list[float]:
 def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
     prompt = random_llava.prompt(photo, QUESTION)
     count = len(prompt.groups["image"])
-    found = truncated(random_llava, prompt, keep=("all", count, count + 9, 0), answer=ANSWER)
+    found = pruned(random_llava, prompt, keep=("all", count, count + 9, 0), answer=ANSWER)
     ids, last = list(found.answer_ids), found.length - 1
     embeddings = random_llava.extend(random_llava.embed(prompt), ids)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
 
 def test_dropping_equals_a_masked_pass_per_cell(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
-    found = truncated(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
+    found = pruned(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
     embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     count = len(found.answer_ids)
     for (row, layer), dropped in gone(found).items():
@@ -87,7 +87,7 @@ def removed_logits(
 
 def test_dropping_equals_removing_the_tokens_by_hand(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
-    found = truncated(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
+    found = pruned(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
     embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     for (row, layer), dropped in gone(found).items():
         logits = removed_logits(exact_seeing, embeddings, dropped, layer, len(found.answer_ids))
@@ -114,7 +114,7 @@ def test_dropping_is_exact_on_families_without_a_row(name, monkeypatch):
 
 def test_the_plain_engine_gives_the_same(random_llava, photo):
     prompt = random_llava.prompt(photo, QUESTION)
-    fast, plain = (truncated(random_llava, prompt, keep=(0, 4), engine=Engine(name=name)) for name in ("auto", "plain"))
+    fast, plain = (pruned(random_llava, prompt, keep=(0, 4), engine=Engine(name=name)) for name in ("auto", "plain"))
     assert torch.allclose(fast.probabilities, plain.probabilities, rtol=1e-4, atol=1e-9)
     assert fast.answers == plain.answers
     assert (fast.engine.engine, plain.engine.engine) == ("replay", "plain")
@@ -126,21 +126,21 @@ def test_a_model_that_cannot_be_replayed_is_warned_of_once(random_llava_llama, p
         raise ReplayError("it is too odd")
 
     prompt = random_llava_llama.prompt(photo, QUESTION)
-    expected = truncated(random_llava_llama, prompt, layers=(1, 2))
+    expected = pruned(random_llava_llama, prompt, layers=(1, 2))
     monkeypatch.setattr(measuring, "sweep", refuse)
     with pytest.warns(UserWarning, match="slow: it is too odd") as seen:
-        found = truncated(random_llava_llama, prompt, layers=(1, 2))
+        found = pruned(random_llava_llama, prompt, layers=(1, 2))
     assert len(seen) == 1
     assert (found.engine.engine, found.engine.reason) == ("plain", "it is too odd")
     assert torch.allclose(found.probabilities, expected.probabilities, rtol=1e-4, atol=1e-9)
     assert found.answers == expected.answers
     with pytest.raises(TraceError, match="cannot be replayed: it is too odd"):
-        truncated(random_llava_llama, prompt, engine=Engine(name="replay"))
+        pruned(random_llava_llama, prompt, engine=Engine(name="replay"))
 
 
 def test_the_engine_computes_the_truncated_part_only(random_llava, photo):
     prompt = random_llava.prompt(photo, QUESTION)
-    found = truncated(random_llava, prompt, answer=ANSWER)
+    found = pruned(random_llava, prompt, answer=ANSWER)
     length, layers, before = found.length, random_llava.layers, found.image_positions[0]
     left, scored = layers - torch.arange(layers), len(found.answer_ids)
     whole = found.tokens_kept()[0] * length * layers  # what a model has to compute of the prompt, per cell
@@ -169,7 +169,7 @@ def test_tokens_stay_by_the_last_tokens_attention_one_layer_before(random_llava,
     prompt = random_llava.prompt(photo, QUESTION)
     attended = eager_attention(random_llava, prompt)
     best = attended.topk(5).indices
-    found = truncated(random_llava, prompt, keep=5, layers=(0, 1, 3))
+    found = pruned(random_llava, prompt, keep=5, layers=(0, 1, 3))
     for column, ranking in enumerate((0, 0, 2)):
         assert set(found.kept[0, column].nonzero().flatten().tolist()) == set(best[ranking].tolist())
     assert set(best[3].tolist()) != set(best[2].tolist())  # the layer's own attention would keep others
@@ -197,7 +197,7 @@ def asked(tiny_vlm: VisionLanguageModel) -> list[ImagePruning]:
     for fact in world.facts[3::66][:12]:
         record = world.question(fact)
         prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 5).image, record.question)
-        found.append(truncated(tiny_vlm, prompt, gold=record.answer))
+        found.append(pruned(tiny_vlm, prompt, gold=record.answer))
     return found
 
 
@@ -232,12 +232,12 @@ def test_the_trained_model_needs_the_picture_in_early_layers_only(tiny_vlm, aske
 )
 def test_what_does_not_fit_is_refused(random_llava_llama, photo, settings, message):
     with pytest.raises(TraceError, match=message):
-        truncated(random_llava_llama, random_llava_llama.prompt(photo, QUESTION), **settings)
+        pruned(random_llava_llama, random_llava_llama.prompt(photo, QUESTION), **settings)
 
 
 def test_a_prompt_without_a_picture_is_refused(random_llava_llama):
     with pytest.raises(TraceError, match="no tokens in group 'image'.*pass an image"):
-        truncated(random_llava_llama, random_llava_llama.prompt(None, QUESTION))
+        pruned(random_llava_llama, random_llava_llama.prompt(None, QUESTION))
 
 
 def test_an_empty_answer_of_the_models_own_is_refused(random_llava_llama, photo, monkeypatch):
@@ -245,5 +245,5 @@ def test_an_empty_answer_of_the_models_own_is_refused(random_llava_llama, photo,
     first = int(random_llava_llama.logits(prompt)[0, -1].argmax())
     monkeypatch.setattr(random_llava_llama.model.generation_config, "eos_token_id", [first, 2])
     with pytest.raises(TraceError, match="own answer to 'Who founded .*is empty; pass answer="):
-        truncated(random_llava_llama, prompt)
-    assert truncated(random_llava_llama, prompt, answer=ANSWER).baseline_answer != ANSWER
+        pruned(random_llava_llama, prompt)
+    assert pruned(random_llava_llama, prompt, answer=ANSWER).baseline_answer != ANSWER

@@ -28,7 +28,7 @@ def describe_flow(row: FlowRow) -> list[str]:
     ]
     if row.saving is not None:
         lines.append(
-            f"  truncation    a prefill on text alone from layer {row.saving.layer} on takes "
+            f"  pruning       a prefill on text alone from layer {row.saving.layer} on takes "
             f"{row.saving.seconds_truncated:.3f} s, a whole one {row.saving.seconds_full:.3f}: "
             f"{row.saving.ratio_seconds:.2f}x ({row.saving.ratio_token_layers:.2f}x token-layers); its answer is "
             f"{row.saving.max_abs_diff:.1e} from that cell's"

@@ -29,11 +29,11 @@ For one question the command writes each result to OUT as NAME.safetensors, with
   --lens           lens.safetensors, .png and lens_tokens.png (the likeliest token at each position)
   --contributions  contributions.safetensors and .png (to the last token); image_to_constraint.safetensors and .png
                    (over the picture), image_tokens.png (by index of the image token)
-  --relevance      cam, share, saliency and truncation: .safetensors and .png; where the image tokens form a grid,
-                   cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, truncation_overlay.png
+  --relevance      cam, share, saliency and pruning: .safetensors and .png; where the image tokens form a grid,
+                   cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, pruning_overlay.png
 For many questions it writes the averages to OUT as .safetensors, .png and .csv: knockout, lens, contributions,
   image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, saliency (geometric
-  means), truncation; and OUT/report.json. The results of each question are in OUT/questions/ID (contributions as means
+  means), pruning; and OUT/report.json. The results of each question are in OUT/questions/ID (contributions as means
   over heads); cam has no average and is drawn there. A later call with the same settings continues from them.
   Questions that the model answers wrongly are listed, and count for contributions only, unless --all is given.
 The classes of multrace.tracing read the .safetensors: AttentionKnockout.load(path), AverageKnockout.load(path), ...

@@ -22,29 +22,29 @@ _ORDER = ("contribution", "weight", "answer probability", "whole-answer probabil
 
 @dataclass(frozen=True, kw_only=True)
 class Readings:
-    """What was read for each record."""
+    """The values that were read for each record."""
 
     by_layer: dict[str, NDArray]
     """Per quantity (record, layer)."""
     by_head: NDArray
-    """(record, feature): everything that was read per layer and head."""
+    """(record, feature): all values per layer and head."""
     probability: NDArray
-    """(record,)"""
+    """(record,): probability of the likeliest first token."""
 
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """Scores of every record in every cut into folds, and what the models in the other folds looked like."""
+    """Scores of every record in every cut into folds, and what the models of the other folds used."""
 
     scores: dict[str, NDArray] = field(default_factory=dict)
     """Per name (cut, record)."""
-    chosen: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    windows: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     """Per quantity the layers of each fit."""
-    kept: dict[str, list[int]] = field(default_factory=dict)
-    """Per L1 model the number of features with a weight, of each fit."""
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    """Per L1 model the number of features with a weight in each fit."""
 
     def add(self, name: str, cut: int, test: NDArray, scores: NDArray) -> None:
-        """Keeps the scores (record,) of one test fold of one cut."""
+        """Store the scores (record,) of one test fold of one cut."""
         self.scores.setdefault(name, np.zeros((REPEATS, len(scores))))[cut, test] = scores[test]
 
 
@@ -113,8 +113,8 @@ def predict_failure(
         areas=_areas(ordered, labels, once)[:, 0],
         draws=_areas(ordered, labels, counts),
         layers=numbers,
-        layer_counts={name: _tally(windows, count) for name, windows in held_out.chosen.items()},
-        feature_counts={name: torch.tensor(sizes) for name, sizes in held_out.kept.items()},
+        layer_counts={name: _tally(windows, count) for name, windows in held_out.windows.items()},
+        feature_counts={name: torch.tensor(sizes) for name, sizes in held_out.sizes.items()},
         folds=folds,
         repeats=REPEATS,
         seed=seed,
@@ -201,10 +201,16 @@ def held_out_scores(
     seed: int,
     progress: bool,
 ) -> HeldOut:
-    """Scores by the quantities' chosen layers, by their L1 combination with the probability, and by all heads.
+    """Return scores by the chosen layers of each quantity, by their L1 combination with the probability, by all heads.
 
-    layers: the same ones in every fold, or None to choose in each training fold the two neighbouring layers whose mean
-    tells its right answers from its wrong ones best, for each quantity by itself.
+    Args:
+        readings: The values of each record.
+        is_right: (record,) booleans.
+        layers: The layers of every fold. None chooses in each training fold, for each quantity by itself, the two
+            neighbouring layers whose mean separates its right answers from its wrong ones best.
+        folds: Number of folds of a cut.
+        seed: Random seed of the cuts.
+        progress: Show a progress bar over the fits.
     """
     from sklearn.model_selection import RepeatedStratifiedKFold
 
@@ -215,21 +221,21 @@ def held_out_scores(
         cut, columns = number // folds, [readings.probability]
         for name, values in readings.by_layer.items():
             window = layers or best_window(values[train], is_right[train])
-            result.chosen.setdefault(name, []).append(window)
+            result.windows.setdefault(name, []).append(window)
             columns.append(values[:, list(window)].mean(1))
             scaled = _standardised(columns[-1][:, None], train)  # layers differ in scale, and folds in their layers
             result.add(name, cut, test, scaled[:, 0])
         for name, features in (("combination", np.stack(columns, 1)), ("all heads", readings.by_head)):
-            scores, kept = _fitted(features, is_right, train, seed)
+            scores, size = _fitted(features, is_right, train, seed)
             result.add(name, cut, test, scores)
-            result.kept.setdefault(name, []).append(kept)
+            result.sizes.setdefault(name, []).append(size)
     return result
 
 
 def best_window(values: NDArray, is_right: NDArray) -> tuple[int, ...]:
-    """The two neighbouring layers (one, where there is only one) whose mean (record,) has the largest AUROC.
+    """Return the two neighbouring layers (one if there is only one) whose mean value has the largest AUROC.
 
-    values (record, layer). Of equals the first.
+    The values are (record, layer). Among equal windows the first one wins.
     """
     count = values.shape[1]
     windows: Sequence[tuple[int, ...]] = [(layer, layer + 1) for layer in range(count - 1)] or [(0,)]
@@ -237,9 +243,9 @@ def best_window(values: NDArray, is_right: NDArray) -> tuple[int, ...]:
 
 
 def _fitted(features: NDArray, is_right: NDArray, train: NDArray, seed: int) -> tuple[NDArray, int]:
-    """(record,) log-odds without their constant, from a fit to the training records, and how many weights it has.
+    """(record,) log-odds without their constant, from a fit to the training records, and its number of weights.
 
-    L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of right
+    The fit is L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of right
     answers in the others, which would rank a fold's records by how few right ones it holds itself.
     """
     from sklearn.linear_model import LogisticRegression
