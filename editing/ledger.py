@@ -172,6 +172,10 @@ class Ledger:
 
         EditError as `apply`.
         """
+        with vlm.lock:
+            return self._verified(vlm, progress)
+
+    def _verified(self, vlm: VisionLanguageModel, progress: bool) -> tuple[Checked, ...]:
         deltas, found = self._checked(vlm), []
         handle = AppliedDelta(vlm)
         bar = tqdm(

@@ -4,12 +4,12 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from multrace import BlankImage, Delta, EditRequest, MultEdit, Site, Trace, TraceDict, capture, causal_trace, patch
-from multrace.editing import FineTune, RuntimeEdit
+from multrace.editing import FineTune, Ledger, RuntimeEdit
 from multrace.models.lock import ModelLock
 from multrace.models.replay.observe import masking
 from multrace.models.replay.replay import replaying
@@ -154,6 +154,26 @@ def test_a_handle_holds_no_lock_but_its_writing_waits(random_llama, delta):
             assert not wait([undone], timeout=0.1).done
         undone.result(timeout=60)
     assert torch.equal(random_llama.logits(prompt), clean)
+
+
+class WatchedDelta(Delta):
+    """A delta that lets another thread try to run the model while it is being verified."""
+
+    def retained(self, vlm, **options):
+        prompt = vlm.prompt(None, QUESTION)
+        run = self.settings["pool"].submit(vlm.logits, prompt)
+        self.settings["runs"].append((run, bool(wait([run], timeout=0.1).done)))
+        return super().retained(vlm, **options)
+
+
+def test_no_thread_sees_a_ledger_half_written(random_llama, delta):
+    clean, runs = random_llama.logits(random_llama.prompt(None, QUESTION)), []
+    with ThreadPoolExecutor(4) as pool:
+        parts = {field.name: getattr(delta, field.name) for field in fields(delta)}
+        watched = WatchedDelta(**parts | {"settings": {"pool": pool, "runs": runs}})
+        Ledger().added("one", watched).added("two", watched).verify(random_llama, progress=False)
+    assert [is_done for _, is_done in runs] == [False, False]
+    assert all(torch.equal(run.result(), clean) for run, _ in runs)
 
 
 def test_an_error_in_a_block_frees_the_model(random_llama, delta):
