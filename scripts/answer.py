@@ -8,7 +8,7 @@ from .options.answer import Answer
 
 
 def run(settings: Answer) -> int:
-    """Prints the answer and, if asked for, a probability."""
+    """Print the answer and, with --score, a probability."""
     settings.check_question()
     delta = None if settings.edit is None else Delta.load(settings.edit)
     vlm = settings.open_model()

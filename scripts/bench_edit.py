@@ -20,7 +20,7 @@ from .outputs import new_files
 
 
 def run(settings: BenchEdit) -> int:
-    """Makes the model in a temporary folder, measures row after row, prints each and the table, writes the files."""
+    """Create the model in a temporary folder, measure and print each row and the table, write the files."""
     check_settings(settings)
     shape = chosen_shape(settings)
     cases = _cases(settings, shape)
@@ -38,7 +38,7 @@ def run(settings: BenchEdit) -> int:
 
 
 def _measured(settings: BenchEdit, recipe: Recipe, cases: Sequence[Case]) -> Iterator[EditRow]:
-    """The rows, each as soon as it is known."""
+    """Yield each row as soon as it is measured."""
     if not settings.runs_on_cuda:
         yield from (in_new_process(measure_edit_anew, recipe, case) for case in cases)
         return
@@ -48,7 +48,7 @@ def _measured(settings: BenchEdit, recipe: Recipe, cases: Sequence[Case]) -> Ite
 
 
 def _cases(settings: BenchEdit, shape: Shape) -> tuple[Case, ...]:
-    """The rows that were asked for. CommandError lists the labels."""
+    """The chosen rows. The `CommandError` for an unknown row lists the labels."""
     made = make_edit_cases(
         shape,
         facts=settings.value("facts"),
@@ -62,7 +62,7 @@ def _cases(settings: BenchEdit, shape: Shape) -> tuple[Case, ...]:
 
 
 def _write_markdown(settings: BenchEdit, text: str) -> None:
-    """Writes the Markdown, if it was asked for, and says so."""
+    """Write the Markdown if --markdown is given."""
     if settings.markdown is not None:
         with new_files(settings.markdown.parent, [settings.markdown.name]) as work:
             (work / settings.markdown.name).write_text(text)

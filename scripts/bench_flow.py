@@ -16,7 +16,7 @@ from .options.bench_flow import BenchFlow
 
 
 def run(settings: BenchFlow) -> int:
-    """Makes the model in a temporary folder, measures row after row, prints each and the table, writes the JSON."""
+    """Create the model in a temporary folder, measure and print each row and the table, write the JSON."""
     check_settings(settings)
     shape = chosen_shape(settings)
     windows = settings.chosen_windows(shape.layers)
@@ -34,7 +34,7 @@ def run(settings: BenchFlow) -> int:
 
 
 def _measured(settings: BenchFlow, recipe: Recipe, cases: Sequence[FlowCase]) -> Iterator[FlowRow]:
-    """The rows, each as soon as it is known."""
+    """Yield each row as soon as it is measured."""
     timed_cells = settings.value("baseline_cells")
     if settings.runs_on_cuda:
         subject = open_subject(recipe)

@@ -14,7 +14,7 @@ from .options.bench_trace import BenchTrace
 
 
 def run(settings: BenchTrace) -> int:
-    """Makes the model in a temporary folder, measures row after row, prints each and the table, writes the JSON."""
+    """Create the model in a temporary folder, measure and print each row and the table, write the JSON."""
     check_settings(settings)
     shape = chosen_shape(settings)
     cases = chosen_cases(make_cases(shape), settings.value("cells"))
@@ -32,7 +32,7 @@ def run(settings: BenchTrace) -> int:
 
 
 def _measured(settings: BenchTrace, recipe: Recipe, cases: Sequence[Case]) -> Iterator[Row]:
-    """The rows, each as soon as it is known."""
+    """Yield each row as soon as it is measured."""
     timed_cells = settings.value("baseline_cells")
     if settings.runs_on_cuda:
         subject = open_subject(recipe)

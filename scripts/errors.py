@@ -2,4 +2,4 @@
 
 
 class CommandError(ValueError):
-    """Options that do not fit together or a place that cannot be written; says what was found and what to do."""
+    """Options that do not fit together, or an output that cannot be written; the message says what to do."""

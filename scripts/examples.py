@@ -1,6 +1,6 @@
-"""Write the example pictures and records of the documentation from the built-in world: `python -m multrace.scripts.examples`.
+"""Write the example pictures and records of the documentation from the built-in world.
 
-A test compares docs/examples with what this module makes.
+Run it with `python -m multrace.scripts.examples`. A test compares docs/examples with what this module makes.
 """
 
 import json

@@ -18,7 +18,7 @@ from .outputs import check_files
 
 
 def run(settings: Flow) -> int:
-    """Analyses one question or many; writes results and pictures, prints what was found."""
+    """Analyse one question or many; write results and pictures, print a summary."""
     check_settings(settings)
     return _flow_one(settings) if settings.is_one else flow_records(settings)
 
@@ -51,7 +51,7 @@ def _flow_one(settings: Flow) -> int:
 
 
 def _results(readings: Sequence[Reading], asked: Asked) -> tuple[dict[Reading, Any], dict[str, str]]:
-    """What each reading found, and why the others found nothing: one that fails takes nothing from the others."""
+    """The result of each reading, and why others failed; a failure does not affect the other readings."""
     results, failed = {}, {}
     for reading in readings:
         try:
@@ -62,5 +62,5 @@ def _results(readings: Sequence[Reading], asked: Asked) -> tuple[dict[Reading, A
 
 
 def _said(failed: Mapping[str, str]) -> CommandError:
-    """The readings that found nothing, with their reasons."""
+    """The error that names each reading without a result, with the reason."""
     return CommandError("; ".join(f"no {name}: {reason}" for name, reason in failed.items()))

@@ -32,7 +32,7 @@ def many_questions(settings: Flow) -> tuple[tuple[FlowQuestion, ...], tuple[str,
 
 
 def check_question(question: FlowQuestion) -> None:
-    """ModelError or CommandError for a picture, words or boxes that cannot be used; found before a model is opened."""
+    """Raises `ModelError` or `CommandError` for a picture, words or boxes that cannot be used; needs no model."""
     question.check()
     for box in question.boxes:
         pictures = open_images(question.image)

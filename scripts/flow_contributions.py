@@ -24,7 +24,7 @@ _SHARE = 0.8
 _FOLDS = 5
 _BINS = 16
 _NAMED = 16
-"""How many image tokens are named one by one."""
+"""Maximum number of image tokens that are listed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class _Contributions(Reading):
     sources: ClassVar[str]
 
     by_head: bool
-    """Keep each head apart; else weights are kept as means over heads, which is a small part of the memory."""
+    """Keep the weights of each head; otherwise their mean over heads, which takes a small part of the memory."""
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question without constraint."""
+        """Raises `CommandError` for a question without a constraint."""
         need_constraint(question, self.analysis)
 
     def compute(self, asked: Asked) -> AttentionContributions:
-        """The contributions in every layer."""
+        """Return the contributions in every layer."""
         found = attention_contributions(
             asked.vlm, asked.prompt, queries=self.queries, sources=self.sources, by_head=self.by_head
         )
@@ -54,7 +54,7 @@ class _Contributions(Reading):
     def average(
         self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
     ) -> AverageContributions:
-        """Mean contributions by layer."""
+        """Return the mean contributions by layer."""
         return average([result for _, result in found], share=_SHARE)
 
 
@@ -68,17 +68,17 @@ class ToLast(_Contributions):
     queries, sources = "last", "all"
 
     def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
-        """Curves by layer, and maps by head."""
+        """Return curves by layer, and maps by head."""
         return {"contributions.png": result.plot}
 
     def told(self, result: AttentionContributions) -> list[str]:
-        """Where the constraint brings most to the last token."""
+        """Return the layer in which the constraint contributes most to the last token."""
         values = result.by_layer("constraint")
         layer = int(values.argmax())
         return [f"constraint to last token: longest contribution {float(values[layer]):.3g}, in layer {layer}"]
 
     def average_told(self, average: AverageContributions) -> list[str]:
-        """Likewise on average."""
+        """Return the same for the average."""
         values = average.by_layer("constraint")
         layer, ends = int(values.argmax()), ""
         if average.count > 1:
@@ -99,12 +99,12 @@ class ImageToConstraint(_Contributions):
     queries, sources = "constraint", "image"
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question without picture or constraint."""
+        """Raises `CommandError` for a question without a picture or a constraint."""
         need_image(question, self.analysis)
         super().check(question)
 
     def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
-        """The strongest layers over the picture, if its tokens form a grid, and where by index contributions lie."""
+        """Return the strongest layers over the picture, if its tokens form a grid, and contributions by token index."""
         mass, draw = result.image_mass(), (lambda path: result.overlay(prompt, path)) if result.patches else result.plot
         layers, bins = _first_and_strongest(mass.sum(1)), min(_BINS, mass.shape[1])
         return {
@@ -113,7 +113,7 @@ class ImageToConstraint(_Contributions):
         }
 
     def told(self, result: AttentionContributions) -> list[str]:
-        """Which image tokens hold most of what the picture brings, in the layer where it brings most."""
+        """Return the image tokens with most of the picture's contribution, in the layer where it is largest."""
         mass = result.image_mass()
         layer = int(mass.sum(1).argmax())
         count = result.tokens_for(_SHARE, layer=layer)
@@ -125,7 +125,7 @@ class ImageToConstraint(_Contributions):
         ]
 
     def average_files(self, average: AverageContributions) -> Files:
-        """Also where by index contributions lie."""
+        """Return the files of the base class, and contributions by token index."""
         files = super().average_files(average)
         if average.image_shares is None or average.image_count is None:
             return files
@@ -133,7 +133,7 @@ class ImageToConstraint(_Contributions):
         return files | {"image_tokens.png": lambda path: average.plot_histogram(path, layers=layers)}
 
     def average_told(self, average: AverageContributions) -> list[str]:
-        """How many image tokens hold most of what the picture brings."""
+        """Return how many image tokens hold most of the picture's contribution."""
         layer = int(average.by_layer("image").argmax())
         of = "" if average.image_count is None else f" of {average.image_count}"
         return [
@@ -144,7 +144,7 @@ class ImageToConstraint(_Contributions):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure(Reading):
-    """What one run shows about whether its answer is right; the average is how well that predicts it."""
+    """Features of one run that may tell whether its answer is right; the average measures how well they do."""
 
     name, analysis = "failure", "contributions"
     kind = FailureFeatures
@@ -155,25 +155,25 @@ class Failure(Reading):
     seed: int
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question without constraint or right answer."""
+        """Raises `CommandError` for a question without a constraint or a right answer."""
         need_constraint(question, self.analysis)
         if question.gold is None:
             raise CommandError("failure prediction needs the right answer; write 'answer' into the record")
 
     def compute(self, asked: Asked) -> FailureFeatures:
-        """Contributions of the constraint, attention to it, and probabilities."""
+        """Return contributions of the constraint, attention to it, and probabilities."""
         return failure_features(asked.vlm, asked.prompt, answer=asked.generated or None)
 
     def files(self, result: FailureFeatures, prompt: Prompt) -> Files:
-        """None: a single run shows little."""
+        """Return no files: a single run shows little."""
         return {}
 
     def told(self, result: FailureFeatures) -> list[str]:
-        """The probabilities."""
+        """Return the probabilities."""
         return [f"probability of the first token {result.first_token!r}: {result.first_probability:.3g}"]
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> FailurePrediction:
-        """How well right answers can be told from wrong ones, by fewer folds where one kind is rare."""
+        """Return how well right answers are told from wrong ones, with fewer folds if one kind is rare."""
         if not found:
             raise TraceError("there are no answers, so there is nothing to predict")
         right = [answered.is_right for answered, _ in found]
@@ -182,17 +182,17 @@ class Failure(Reading):
         return predict_failure(features, right, folds=max(2, min(_FOLDS, fewest)), seed=self.seed, progress=True)
 
     def average_told(self, average: FailurePrediction) -> list[str]:
-        """Every area under the curve."""
+        """Return every area under the curve."""
         return average.summary().splitlines()
 
 
 def _alike(features: Sequence[FailureFeatures]) -> list[FailureFeatures]:
-    """The features without whole answers' probabilities if one answer is empty, since all must have them or none."""
+    """Drop the probabilities of whole answers if one answer is empty, since all must have them or none."""
     if all(each.answer_probability is not None for each in features):
         return list(features)
     return [replace(each, answer=None, answer_probability=None) for each in features]
 
 
 def _first_and_strongest(values: Tensor) -> tuple[int, ...]:
-    """The first layer, and the three of (layer,) with most."""
+    """The first layer, and the three layers of (layer,) with the largest values."""
     return tuple(sorted({0, *values[1:].topk(min(3, len(values) - 1)).indices.add(1).tolist()}))

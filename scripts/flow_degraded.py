@@ -1,4 +1,4 @@
-"""Pictures damaged until a model errs on some share of its questions, so that there is a failure to predict."""
+"""Noise on pictures until a model answers a share of its questions wrongly, so that there is failure to predict."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .flow_questions import FlowQuestion
 
 _STEPS = 7
 _STRONGEST = 256.0
-"""Grey levels of noise in which no picture is left to be seen."""
+"""Grey levels of noise at which nothing of a picture is visible."""
 _ENOUGH = 0.02
-"""How near the share of errors has to come."""
+"""How close the share of errors has to be to the requested one."""
 
 
 def degraded_questions(
@@ -56,7 +56,7 @@ def degraded_questions(
 
 
 def _noisy(question: FlowQuestion, strength: float, seed: int) -> FlowQuestion:
-    """The question about a damaged picture; the same noise at every strength, only stronger."""
+    """The question with noise on its picture; the noise is the same at every strength, only scaled."""
     (image,) = open_images(question.image)
     own = random.Random(f"noise {seed} {question.id}")
     noise = np.random.default_rng(own.randrange(2**32)).standard_normal((*image.size[::-1], 3), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Files of multrace flow: results with their pictures, and what is kept of every question for a later call."""
+"""Files of `multrace flow`: results with their pictures, and what is kept of each question for a later call."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _ANSWER = "answer.json"
 
 
 def write_files(folder: Path, files: Files, *, stale: Iterable[str] = ()) -> list[Path]:
-    """The written files, all of them or none; stale: names of which those that are not among them go."""
+    """Write all of the files or none, and return them; older files whose names are in `stale` are removed."""
     with new_files(folder, list(files)) as work:
         for name, write in files.items():
             write(work / name)
@@ -34,13 +34,13 @@ def write_files(folder: Path, files: Files, *, stale: Iterable[str] = ()) -> lis
 
 
 def result_files(reading: Reading, result: Any, prompt: Prompt) -> dict[str, Any]:
-    """A result's own file and its pictures, as `write_files` takes them."""
+    """Return a result's own file and its pictures, as `write_files` takes them."""
     return {reading.file: result.save, **reading.files(result, prompt)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """What is kept of one question, and all that it depends on."""
+    """What is kept of one question, and everything that it depends on."""
 
     folder: Path
     asked: dict[str, Any]
@@ -49,7 +49,7 @@ class Kept:
     """The name of the engine."""
 
     def answer(self) -> str | None:
-        """The model's answer, if an earlier call asked this very question."""
+        """Return the model's answer, if an earlier call asked the same question."""
         try:
             known = json.loads((self.folder / _ANSWER).read_text(encoding="utf-8"))
             return known["answer"] if known["asked"] == _plain(self.asked) else None
@@ -57,12 +57,12 @@ class Kept:
             return None
 
     def keep_answer(self, answer: str) -> None:
-        """Writes the model's answer."""
+        """Write the model's answer."""
         text = _text({"asked": self.asked, "answer": answer})
         write_files(self.folder, {_ANSWER: lambda path: path.write_text(text, encoding="utf-8")})
 
     def result(self, reading: Reading, generated: str) -> Any:
-        """The result of an earlier call with these settings, if it is whole; else None."""
+        """Return the result of an earlier call with these settings if it is complete, else None."""
         try:
             known = (self.folder / _identity_file(reading)).read_text(encoding="utf-8")
             is_same = known == self._identity(reading, generated)
@@ -71,14 +71,14 @@ class Kept:
             return None
 
     def keep_result(self, reading: Reading, result: Any, prompt: Prompt, generated: str) -> None:
-        """Writes a result, and its pictures if there will be no average to draw."""
+        """Write a result, and its pictures if there will be no average to draw."""
         files = {reading.file: result.save} if reading.has_average else result_files(reading, result, prompt)
         text = self._identity(reading, generated)
         files |= {_identity_file(reading): lambda path: path.write_text(text, encoding="utf-8")}
         write_files(self.folder, files, stale=reading.drawings)
 
     def _identity(self, reading: Reading, generated: str) -> str:
-        """All that a result depends on."""
+        """Everything that a result depends on."""
         engine = {"engine": self.engine} if reading.uses_engine else {}
         return _text({**self.asked, "generated": generated, **reading.settings(), **engine})
 
@@ -86,7 +86,7 @@ class Kept:
 def kept_questions(
     settings: Flow, questions: Sequence[FlowQuestion], *, folder: Path, engine: str
 ) -> dict[FlowQuestion, Kept]:
-    """Per question where its results are kept: in a folder of its own within this one."""
+    """Return, for each question, where its results are kept: in its own folder within this one."""
     model, found, taken = _model_identity(settings), {}, set()
     for question in questions:
         name = _folder_name(question.id, taken)
@@ -97,7 +97,7 @@ def kept_questions(
 
 
 def _folder_name(identifier: str, taken: set[str]) -> str:
-    """The id as the name of a folder: harmless everywhere, and not yet taken."""
+    """The id as a folder name that is valid everywhere and not yet taken."""
     plain = re.sub(r"[^\w.-]+", "_", identifier).strip("._")[:80] or "question"
     name, number = plain, 1
     while name.lower() in taken:
@@ -107,7 +107,7 @@ def _folder_name(identifier: str, taken: set[str]) -> str:
 
 
 def _model_identity(settings: Flow) -> dict[str, Any]:
-    """The model; of a directory also the sizes and dates of its files, since another one may take its place."""
+    """The model and, for a directory, the sizes and dates of its files, since another model may replace it."""
     directory = tiny_vlm_path() if settings.model is None else Path(settings.model)
     files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
     states = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

@@ -19,7 +19,7 @@ _NAMED = ("constraint", "constraint_last")
 _GROUPS = ("image", "question", "question_only", "last", "all", "separators", "system", "template", *_NAMED, *_BOXED)
 _GROUPS += ("object words", "true option", "false option", "options", "question without options")
 _DRAWN = 12
-"""How many flows one picture can show; heads, each on its own, make many more."""
+"""Maximum number of flows in one plot; flows by head are many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Knockout(Reading):
     whole_answer: bool
 
     def check_settings(self) -> None:
-        """CommandError or TraceError for a flow, window or head that no model has."""
+        """Raises `CommandError` or `TraceError` for a flow, window or head that no model has."""
         for group in self._groups():
             check_group(group, _GROUPS)
         if wrong := [window for window in self.windows or () if window < 1]:
@@ -46,7 +46,7 @@ class Knockout(Reading):
             raise CommandError(f"--heads {wrong[0]}: heads are counted from 0")
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question without the picture, box or words that its flows need."""
+        """Raises `CommandError` for a question without the picture, box or words that its flows need."""
         groups = self._groups()
         if self.flows is None or "image" in groups:
             need_image(question, self.name)
@@ -58,7 +58,7 @@ class Knockout(Reading):
             )
 
     def compute(self, asked: Asked) -> AttentionKnockout:
-        """The answer's probability with each flow cut."""
+        """Return the answer's probability with each flow cut."""
         return attention_knockout(
             asked.vlm,
             asked.prompt,
@@ -74,27 +74,27 @@ class Knockout(Reading):
         )
 
     def files(self, result: AttentionKnockout, prompt: Prompt) -> Files:
-        """The flows overlaid, and every number."""
+        """Return one plot of the flows, and a table of all values."""
         return {
             "knockout.png": lambda path: result.plot(path, flows=_strongest(result)),
             "knockout.csv": lambda path: write_table(result, path),
         }
 
     def told(self, result: AttentionKnockout) -> list[str]:
-        """The strongest change of each flow, and how it was computed."""
+        """Return the strongest change of each flow, and how it was computed."""
         return [*result.summary().splitlines()[1:], f"  {result.engine.summary()}", *_left_undrawn(result)]
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageKnockout:
-        """Mean changes; what was left out has been left out before."""
+        """Return the mean changes; wrong answers were filtered before."""
         return average((result for _, result in found), only_right=False, filtered=filtered)
 
     def average_files(self, average: AverageKnockout) -> Files:
-        """The flows overlaid, and every number."""
+        """Return one plot of the flows, and a table of all values."""
         drawing = {"knockout.png": lambda path: average.plot(path, flows=_strongest(average))}
         return super().average_files(average) | drawing
 
     def average_told(self, average: AverageKnockout) -> list[str]:
-        """The strongest mean change of each flow, and the questions that were left out."""
+        """Return the strongest mean change of each flow, and the questions that were left out."""
         return [*average.summary().splitlines(), *_left_undrawn(average)]
 
     def _groups(self) -> list[str]:

@@ -17,7 +17,7 @@ from .flow_reading import Answered, Asked, Files, Reading, check_group
 
 _GROUPS = ("last", "question", "question_only", "constraint", "constraint_last", "image", "all")
 _COLUMNS = 24
-"""How many positions a table of tokens shows."""
+"""Maximum number of positions in a table of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Lens(Reading):
     positions: tuple[str | int, ...]
 
     def check_settings(self) -> None:
-        """CommandError for a group that no prompt has."""
+        """Raises `CommandError` for a group that no prompt has."""
         for group in self.positions:
             if isinstance(group, str):
                 check_group(group, _GROUPS)
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question that has no tokens in a group."""
+        """Raises `CommandError` for a question that has no tokens in a group."""
         for group in self.positions:
             if group == "image" and question.image is None:
                 raise CommandError("--positions image needs a picture; pass --image, or 'image' in the record")
@@ -46,7 +46,7 @@ class Lens(Reading):
                 raise CommandError(f"--positions {group} needs --constraint, or 'constraint' in the record")
 
     def compute(self, asked: Asked) -> LogitLens:
-        """Probability and rank of the right answer, or else of the model's own, after every layer."""
+        """Return probability and rank, after every layer, of the right answer or else of the model's own."""
         return logit_lens(
             asked.vlm,
             asked.prompt,
@@ -57,12 +57,12 @@ class Lens(Reading):
         )
 
     def files(self, result: LogitLens, prompt: Prompt) -> Files:
-        """Curves at the first position, and the likeliest tokens at the last few of all."""
+        """Return curves at the first position, and the likeliest tokens at the last few positions."""
         order = sorted(range(len(result.positions)), key=result.positions.__getitem__)[-_COLUMNS:]
         return {"lens.png": result.plot, "lens_tokens.png": lambda path: result.plot_tokens(path, positions=order)}
 
     def told(self, result: LogitLens) -> list[str]:
-        """From where on each followed token is the likeliest."""
+        """Return the layer from which each followed token is the likeliest."""
         lines = [f"read at {result.position_roles[0]}, with the model's final norm"]
         names = zip(result.followed.ids, result.followed.texts, result.followed.roles, strict=True)
         for number, text, roles in names:
@@ -72,11 +72,11 @@ class Lens(Reading):
         return lines
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageLogitLens:
-        """Mean curves at the first position."""
+        """Return the mean curves at the first position."""
         return average([result for _, result in found])
 
     def average_told(self, average: AverageLogitLens) -> list[str]:
-        """From where on each role is the likeliest token in half of the prompts."""
+        """Return the layer from which each role is the likeliest token in half of the prompts."""
         lines = [f"read at {average.position_role} in {average.count} prompts, with the model's final norm"]
         for role in average.roles:
             shares, last = average.mean(role, "share").tolist(), float(average.mean(role)[-1])

@@ -1,4 +1,4 @@
-"""Questions for multrace flow: from a file of records, from the study's CSV files, or from the embedded world."""
+"""Questions for `multrace flow`: from a file of records, from the study's CSV files, or from the embedded world."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS = (*_TEXTS, "boxes")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowQuestion:
-    """A question with what the analyses of information flow can use of it."""
+    """A question with everything that the analyses of information flow can use."""
 
     id: str
     question: str
@@ -40,21 +40,21 @@ class FlowQuestion:
     gold: str | None = None
     """The right answer."""
     foil: str | None = None
-    """A wrong one that the question offers."""
+    """A wrong answer that the question offers."""
 
     def prompt(self, vlm: VisionLanguageModel) -> Prompt:
-        """The question as this model sees it, its spans as token groups."""
+        """Return the question as a prompt of this model, with its spans as token groups."""
         return vlm.prompt(self.image, self.question, constraint=dict(self.spans) or None)
 
     def check(self) -> None:
-        """ModelError for a picture that cannot be read or words that the question does not say."""
+        """Raises `ModelError` for a picture that cannot be read, or for words that are not in the question."""
         open_images(self.image)
         for words in self.spans.values():
             find_span(self.question, words)
 
 
 def read_questions(path: Path, *, images: Path | None = None) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
-    """The questions of a file, and what is wrong with lines that are left out.
+    """Return the questions of a file, and what is wrong with the lines that were left out.
 
     A .csv file or a folder: those of arXiv 2411.18620 (`read_gqa_flow`), whose pictures lie in the folder `images`. Any
     other file: one JSON object per line with "question" and, as far as they are known, "id", "image" (a path from the
@@ -74,7 +74,7 @@ def read_questions(path: Path, *, images: Path | None = None) -> tuple[tuple[Flo
 
 
 def world_questions(count: int, *, seed: int = 0) -> tuple[FlowQuestion, ...]:
-    """Questions about facts of the embedded model's world, each with a picture that training never showed.
+    """Return questions about facts of the embedded model's world, each with a held-out picture.
 
     Facts with one constraint, in an order that the seed shuffles; every fact is asked once before any is asked again
     about another picture. The entity's box is known.

@@ -1,4 +1,4 @@
-"""What multrace flow can find out about a question: a reading with its settings, its files and its average."""
+"""What `multrace flow` can compute about a question: a reading with its settings, its files and its average."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from .errors import CommandError
 from .flow_questions import FlowQuestion
 
 Files = Mapping[str, Callable[[Path], Any]]
-"""By name of a file, what writes it to a path."""
+"""File name -> function that writes the file to a path."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +28,7 @@ class Asked:
     """The model's own answer."""
     engine: Engine
     progress: bool
-    """Whether readings show bars of their own."""
+    """Whether readings show their own progress bars."""
 
     @property
     def answered(self) -> "Answered":
@@ -45,12 +45,12 @@ class Answered:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether it is the right one; None where that is not known."""
+        """Whether the answer is right; None if the right answer is not known."""
         return None if self.question.gold is None else same_answer(self.generated, self.question.gold)
 
     @property
     def verdict(self) -> str:
-        """The answer in words."""
+        """The answer, and whether it is right, as text."""
         known = {None: "", True: ", right", False: f", wrong: the right answer is {self.question.gold!r}"}
         return f"{self.generated!r}{known[self.is_right]}"
 
@@ -60,54 +60,54 @@ class Reading:
     """One kind of result; the fields of its subclasses are its settings."""
 
     name: ClassVar[str]
-    """Of its files."""
+    """Name of its files."""
     analysis: ClassVar[str]
-    """The option that asks for it, without dashes."""
+    """The option that chooses it, without dashes."""
     kind: ClassVar[type]
-    """What `compute` returns: it can be saved to a file and loaded from it."""
+    """The class that `compute` returns, which can be saved and loaded."""
     drawings: ClassVar[tuple[str, ...]]
-    """Files beside the result itself that `files` may name."""
+    """Names of the further files that `files` may return."""
     average_drawings: ClassVar[tuple[str, ...]] = ()
-    """Likewise for `average_files`; none where there is no average."""
+    """Names of the further files that `average_files` may return; none if there is no average."""
     counts_wrong: ClassVar[bool] = False
-    """Whether questions that the model answers wrongly count too."""
+    """Whether questions that the model answers wrongly are included."""
     uses_engine: ClassVar[bool] = False
 
     def check_settings(self) -> None:
-        """CommandError or TraceError for settings that no model could follow."""
+        """Raises `CommandError` or `TraceError` for settings that no model could follow."""
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question that lacks what this reading needs."""
+        """Raises `CommandError` for a question that lacks what this reading needs."""
 
     def compute(self, asked: Asked) -> Any:
-        """The result for one question. ModelError or TraceError if there is none."""
+        """Return the result for one question. Raises `ModelError` or `TraceError` if there is none."""
         raise NotImplementedError
 
     def files(self, result: Any, prompt: Prompt) -> Files:
-        """Files beside the result itself, for one question."""
+        """Return the further files for one question."""
         raise NotImplementedError
 
     def told(self, result: Any) -> list[str]:
-        """The result in lines for people."""
+        """Return the result as lines of text."""
         raise NotImplementedError
 
     def held(self, result: Any) -> Any:
-        """What is held of a result until the average is made, which gets it; what has no average lies on disk only."""
+        """Return what is kept in memory of a result until it is averaged; None if there is no average."""
         return result if self.has_average else None
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> Any:
-        """The average of results, which has save, plot and to_dataframe. TraceError if there is none.
+        """Return the average of results, which has save, plot and to_dataframe. Raises `TraceError` if there is none.
 
         filtered: questions that were left out for a wrong answer.
         """
         raise NotImplementedError
 
     def average_files(self, average: Any) -> Files:
-        """Files beside the average itself."""
+        """Return the further files of the average."""
         return {f"{self.name}.png": average.plot, f"{self.name}.csv": lambda path: write_table(average, path)}
 
     def average_told(self, average: Any) -> list[str]:
-        """The average in lines for people."""
+        """Return the average as lines of text."""
         raise NotImplementedError
 
     @property
@@ -121,17 +121,17 @@ class Reading:
         return bool(self.average_drawings)
 
     def settings(self) -> dict[str, Any]:
-        """Name and settings, by which a result that is kept is known again."""
+        """Return name and settings, which identify a result that is kept."""
         return {"reading": self.name, **asdict(self)}
 
 
 def write_table(result: Any, path: Path) -> None:
-    """Writes the result's data frame as CSV."""
+    """Write the result's data frame as CSV."""
     result.to_dataframe().to_csv(path, index=False)
 
 
 def check_group(name: str, known: Sequence[str]) -> None:
-    """CommandError, with the nearest name, unless this is a known token group or a constraint by its own name."""
+    """Raises `CommandError` with the nearest name, unless this is a known token group or a named constraint."""
     if name in known or name.startswith("constraint:"):
         return
     near = get_close_matches(name, known, n=1)
@@ -140,13 +140,13 @@ def check_group(name: str, known: Sequence[str]) -> None:
 
 
 def need_image(question: FlowQuestion, analysis: str) -> None:
-    """CommandError for a question without a picture."""
+    """Raises `CommandError` for a question without a picture."""
     if question.image is None:
         raise CommandError(f"--{analysis} needs a picture; pass --image, or 'image' in the record")
 
 
 def need_constraint(question: FlowQuestion, analysis: str) -> None:
-    """CommandError for a question of which no words are named."""
+    """Raises `CommandError` for a question without a constraint."""
     if not question.spans:
         raise CommandError(
             f"--{analysis} needs the words of the question that name its subject; pass --constraint, or 'constraint' "

@@ -23,9 +23,9 @@ from .outputs import check_files
 
 _ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
 _AT_ONCE = 16
-"""Questions whose processed pictures are held at a time while they are answered."""
+"""Number of questions whose processed pictures are in memory at a time while they are answered."""
 _CHECKED = 3
-"""Questions for which the engine checks itself."""
+"""Number of questions for which the engine checks itself."""
 
 
 def flow_records(settings: Flow) -> int:
@@ -53,7 +53,7 @@ def flow_records(settings: Flow) -> int:
 def _fit_questions(
     settings: Flow, questions: Sequence[FlowQuestion], findings: Findings
 ) -> list[tuple[FlowQuestion, list[Reading]]]:
-    """The questions that can be asked, with the readings that can be made of each; the others are noted."""
+    """The questions that can be asked, with the readings that fit each of them; the others are reported."""
     fit = []
     for question in tqdm(questions, desc="checking questions", unit="question", leave=False):
         wanted = []
@@ -81,7 +81,7 @@ def _degraded(
     fit: list[tuple[FlowQuestion, list[Reading]]],
     findings: Findings,
 ) -> list[tuple[FlowQuestion, list[Reading]]]:
-    """The same about damaged pictures, if that was asked for."""
+    """The same questions with noise on their pictures, if --degrade was given."""
     if not settings.degrade:
         return fit
     damaged, findings.degraded = degraded_questions(vlm, [question for question, _ in fit], seed=settings.seed)
@@ -91,17 +91,17 @@ def _degraded(
 
 @dataclass(kw_only=True)
 class _Run:
-    """Questions asked one after the other, and what comes of it."""
+    """Questions asked one after the other, and their results."""
 
     settings: Flow
     vlm: VisionLanguageModel
     findings: Findings
     kept: dict[FlowQuestion, Kept]
     computed: int = field(default=0)
-    """Questions for which something was computed, rather than found."""
+    """Number of questions for which something was computed in this call."""
 
     def answer(self, questions: Sequence[FlowQuestion]) -> None:
-        """Notes the model's own answer to each question, asked in batches unless an earlier call was told it."""
+        """Record the model's answer to each question, in batches, unless an earlier call did."""
         found = {question: self.kept[question].answer() for question in questions}
         todo = [question for question in questions if found[question] is None]
         with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as bar:
@@ -114,7 +114,7 @@ class _Run:
                 self.findings.answers[question] = Answered(question=question, generated=generated)
 
     def read(self, fit: Sequence[tuple[FlowQuestion, Sequence[Reading]]]) -> None:
-        """Computes every reading of every question that counts, or finds it from an earlier call."""
+        """Compute every reading of every question that is included, unless an earlier call did."""
         for question, wanted in tqdm(fit, desc="following information", unit="question"):
             answered = self.findings.answers[question]
             leaves_out = answered.is_right is False and not self.settings.all
@@ -127,7 +127,7 @@ class _Run:
                 self._skip(question, "all", error)
 
     def _answers(self, questions: Sequence[FlowQuestion]) -> dict[FlowQuestion, str]:
-        """The answers to a few questions, which are kept; those that cannot be asked are noted."""
+        """The answers to a few questions, which are written; questions that cannot be asked are reported."""
         prompts = {}
         for question in questions:
             try:
@@ -160,7 +160,7 @@ class _Run:
                 self.findings.add(reading, answered, reading.held(result))
 
     def _compute(self, reading: Reading, asked: Asked) -> Any:
-        """The result, which is kept; None, and a note, if there is none."""
+        """The result, which is written; None, with a report, if there is none."""
         try:
             result = reading.compute(asked)
             self.kept[asked.question].keep_result(reading, result, asked.prompt, asked.generated)

@@ -21,17 +21,17 @@ from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, need_image
 
 _FLOWS = 3
-"""How many flows of saliency are told."""
+"""Maximum number of saliency flows in the text output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Relevance(Reading):
-    """A reading of the picture."""
+    """A reading that needs a picture."""
 
     analysis = "relevance"
 
     def check(self, question: FlowQuestion) -> None:
-        """CommandError for a question without a picture."""
+        """Raises `CommandError` for a question without a picture."""
         need_image(question, self.analysis)
 
 
@@ -47,17 +47,17 @@ class Cam(_Relevance):
     seed: int
 
     def compute(self, asked: Asked) -> RelevanceMap:
-        """Heat of every image token in every layer, for the model's own answer."""
+        """Return the relevance of every image token in every layer, for the model's own answer."""
         options = {"samples": self.samples, "seed": self.seed, "progress": asked.progress}
         return llava_cam(asked.vlm, asked.prompt, answer=asked.generated or None, **options)
 
     def files(self, result: RelevanceMap, prompt: Prompt) -> Files:
-        """Maps of all layers, and some over the picture if its tokens form a grid."""
+        """Return maps of all layers, and some drawn over the picture if its tokens form a grid."""
         over = {"cam_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
         return {"cam.png": result.plot, **over}
 
     def told(self, result: RelevanceMap) -> list[str]:
-        """The layers with heat."""
+        """Return the layers with relevance."""
         silent = len(result.silent_layers)
         found = f"heat in {len(result.layers) - silent} of {len(result.layers)} layers"
         return [f"LLaVA-CAM for {result.answer.strip()!r}: {found}"]
@@ -65,7 +65,7 @@ class Cam(_Relevance):
 
 @dataclass(frozen=True, kw_only=True)
 class Share(_Relevance):
-    """How the last token's attention divides among picture and text."""
+    """How the attention of the last token is divided between picture and text."""
 
     name = "share"
     kind = AttentionShare
@@ -73,23 +73,23 @@ class Share(_Relevance):
     average_drawings = ("share.png", "share.csv")
 
     def compute(self, asked: Asked) -> AttentionShare:
-        """Shares in every layer."""
+        """Return the shares in every layer."""
         return attention_share(asked.vlm, asked.prompt)
 
     def files(self, result: AttentionShare, prompt: Prompt) -> Files:
-        """Curves by layer."""
+        """Return curves by layer."""
         return {"share.png": result.plot}
 
     def told(self, result: AttentionShare) -> list[str]:
-        """The picture's share."""
+        """Return the attention share of the picture."""
         return [_share_words(result)]
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageShare:
-        """Mean shares."""
+        """Return the mean shares."""
         return average([result for _, result in found])
 
     def average_told(self, average: AverageShare) -> list[str]:
-        """The picture's mean share."""
+        """Return the mean attention share of the picture."""
         return [f"{_share_words(average)}, mean over {average.count} prompts"]
 
 
@@ -103,29 +103,29 @@ class Saliency(_Relevance):
     average_drawings = ("saliency.png", "saliency.csv")
 
     def compute(self, asked: Asked) -> AttentionSaliency:
-        """Saliency of every edge into question and last token, for the model's own answer."""
+        """Return the saliency of every edge into question and last token, for the model's own answer."""
         return attention_saliency(asked.vlm, asked.prompt, answer=asked.generated or None)
 
     def files(self, result: AttentionSaliency, prompt: Prompt) -> Files:
-        """Flows between groups by layer, and the strongest layers over the picture if its tokens form a grid."""
+        """Return flows between groups by layer, and the strongest layers over the picture if its tokens form a grid."""
         over = {"saliency_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
         return {"saliency.png": result.plot, **over}
 
     def told(self, result: AttentionSaliency) -> list[str]:
-        """The strongest flows."""
+        """Return the strongest flows."""
         words = [f"{name}: {peak:.3g} in layer {layer}" for name, peak, layer in _strongest(result.flows)]
         return [f"attention x gradient, strongest per edge: {'; '.join(words)}"]
 
     def held(self, result: AttentionSaliency) -> AverageSaliency:
-        """Its flows: the edges of a large model take megabytes for each question."""
+        """Return the flows only: the edges of a large model take megabytes for each question."""
         return average([result])
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
-        """Geometric means of the flows."""
+        """Return the geometric means of the flows."""
         return average([result for _, result in found])
 
     def average_told(self, average: AverageSaliency) -> list[str]:
-        """The strongest flows on average."""
+        """Return the strongest flows of the average."""
         words = []
         for name, peak, layer in _strongest({flow: average.of(flow) for flow in average.flows}):
             low, high = (float(end[layer]) for end in average.interval(name)) if average.count > 1 else (nan, nan)
@@ -148,7 +148,7 @@ class Pruned(_Relevance):
     keep: tuple[int | str, ...]
 
     def check_settings(self) -> None:
-        """CommandError for a negative number of tokens."""
+        """Raises `CommandError` for a negative number of tokens."""
         if wrong := [each for each in self.keep if isinstance(each, int) and each < 0]:
             raise CommandError(f"--keep {wrong[0]}: keep 0 image tokens or more, or all")
 
@@ -172,15 +172,15 @@ class Pruned(_Relevance):
         return {"pruning.png": result.plot, **(over if is_part and result.patches else {})}
 
     def told(self, result: ImagePruning) -> list[str]:
-        """The answer with and without picture, and from which layer on it stays."""
+        """Return the answer with and without the picture, and the layer from which it stays."""
         return ["image tokens dropped", *result.summary().splitlines()[1:]]
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AveragePruning:
-        """Accuracies and mean probabilities."""
+        """Return accuracies and mean probabilities."""
         return average([result for _, result in found])
 
     def average_told(self, average: AveragePruning) -> list[str]:
-        """Baseline, floor and cliffs."""
+        """Return baseline, floor and cliff layers."""
         return average.summary().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""What multrace flow found over many questions: averages, the report, and both in words."""
+"""Averages over many questions of `multrace flow`, the report, and both as text."""
 
 import json
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from .options.flow import Flow
 
 REPORT = "report.json"
 _NAMED = 5
-"""How many questions with the same problem are named."""
+"""Maximum number of questions listed for the same problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """A question that a reading could not be made of."""
+    """A question for which a reading could not be computed."""
 
     question: str
     reading: str
@@ -39,34 +39,34 @@ class Skip:
 
 @dataclass(kw_only=True)
 class Findings:
-    """Gathers what comes of the questions."""
+    """Collects the results of the questions."""
 
     problems: Sequence[str]
-    """Lines of the records that are no questions."""
+    """Lines of the file that are not questions."""
     count: int
     """How many questions there are."""
     degraded: str | None = None
-    """How pictures were damaged."""
+    """How noise was added to the pictures."""
     answers: dict[FlowQuestion, Answered] = field(default_factory=dict)
     filtered: list[Answered] = field(default_factory=list)
     """Questions left out for a wrong answer."""
     skipped: list[Skip] = field(default_factory=list)
     results: dict[str, list[tuple[Answered, Any]]] = field(default_factory=dict)
-    """Per reading the questions that it was made of; with the result, if there is an average."""
+    """Reading -> its questions, each with the result if there is an average."""
     averages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per reading what became of its average."""
+    """Reading -> its average, or why there is none."""
 
     def add(self, reading: Reading, answered: Answered, result: Any) -> None:
-        """Notes a result."""
+        """Add a result."""
         self.results.setdefault(reading.name, []).append((answered, result))
 
     def right(self, value: bool | None) -> int:
-        """How many answers are right (True), wrong (False) or of unknown quality (None)."""
+        """Return how many answers are right (True), wrong (False) or not known to be either (None)."""
         return sum(each.is_right is value for each in self.answers.values())
 
 
 def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findings) -> None:
-    """Writes and prints the average of each reading that has one; where there is none, an older one goes."""
+    """Write and print the average of each reading that has one; otherwise an older average is removed."""
     filtered = [
         FilteredQuestion(question=each.question.question, gold=each.question.gold or "", generated=each.generated)
         for each in findings.filtered
@@ -89,7 +89,7 @@ def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findin
 
 
 def report_findings(settings: Flow, findings: Findings) -> None:
-    """Writes and prints what was done and what was not. CommandError if nothing was."""
+    """Write and print what was done and what was skipped. Raises `CommandError` if nothing was done."""
     text = json.dumps(_report(settings, findings), indent=2, default=str) + "\n"
     write_files(settings.out, {REPORT: lambda path: path.write_text(text, encoding="utf-8")})
     if not findings.results:
@@ -107,7 +107,7 @@ def report_findings(settings: Flow, findings: Findings) -> None:
 
 
 def _report(settings: Flow, findings: Findings) -> dict[str, Any]:
-    """What the report holds."""
+    """The content of the report."""
     done = {name: [answered.question.id for answered, _ in found] for name, found in findings.results.items()}
     return {
         "settings": asdict(settings),
@@ -148,7 +148,7 @@ def _counts(findings: Findings) -> str:
 
 
 def _problems(findings: Findings) -> list[str]:
-    """Lines that are no questions, and what was skipped, equal reasons together."""
+    """Lines that are not questions, and skipped readings grouped by reason."""
     together: dict[tuple[str, str], list[str]] = {}
     for skip in findings.skipped:
         together.setdefault((skip.reading, skip.reason), []).append(skip.question)

@@ -1,4 +1,4 @@
-"""Lines of a file of records, each a JSON object with a question, told apart from everything else."""
+"""Lines of a file of records, each of which has to be a JSON object with a question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import CommandError
 
 
 def read_lines(path: Path, what: str) -> list[tuple[int, bytes]]:
-    """Number and text of each line of a file that is not blank. CommandError if there is none, or no such file."""
+    """Return number and text of each line that is not blank. CommandError if there is no line or no such file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -26,7 +26,7 @@ def read_lines(path: Path, what: str) -> list[tuple[int, bytes]]:
 
 
 def read_object(line: bytes, known: Sequence[str]) -> dict[str, Any]:
-    """The object that the line holds. CommandError for anything else, and for a key that looks like a known one."""
+    """Return the object of the line. Raises `CommandError` for anything else, and for a misspelt key."""
     try:
         found = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -46,7 +46,7 @@ _ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, ArtefactE
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One command as it was called."""
+    """One call of a command."""
 
     module: str
     """Name of the module in `multrace.scripts` whose `run` takes the options."""
@@ -110,14 +110,14 @@ def _add_commands(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
+    """A parser that reports wrong options in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"multrace: {message}; see {self.prog} --help\n")
 
 
 def _common() -> argparse.ArgumentParser:
-    """What every command understands, before and after its name."""
+    """The options that every command takes, before and after its name."""
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", dest="shows_traceback", action="store_true", help="show the traceback of an error")
     common.add_argument(
@@ -128,7 +128,7 @@ def _common() -> argparse.ArgumentParser:
 
 @contextmanager
 def _log(*, verbose: bool) -> Iterator[None]:
-    """Shows the library's log on stderr: warnings, and with verbose its notes too."""
+    """Show the library's log on stderr: warnings and, with verbose, notes."""
     logger = logging.getLogger("multrace")
     level = logger.level
     handler = logging.StreamHandler(sys.stderr)

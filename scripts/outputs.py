@@ -1,4 +1,4 @@
-"""Where a command writes: tried out before the long work, and written whole or not at all."""
+"""Output folders of commands: checked before the long work, and written whole or not at all."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from .errors import CommandError
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:
-    """CommandError unless files of these names can be written to the folder, which need not be there yet.
+    """Raises `CommandError` unless files of these names can be written to the folder, which need not exist yet.
 
     An unnamed temporary file in the nearest folder is the proof: permission bits do not tell of read-only file
     systems, nor of the superuser. Nothing is left behind.
@@ -31,7 +31,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """CommandError unless a folder can be made there, or an empty one already is."""
+    """Raises `CommandError` unless the folder can be created, or exists and is empty."""
     check_files(folder, ())
     if folder.is_dir() and any(folder.iterdir()):
         raise CommandError(f"the folder {str(folder)!r} is not empty; choose a new one")
@@ -39,7 +39,7 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder for files of these names: moved to `folder` on leaving, dropped after an error."""
+    """Yield a temporary folder for files of these names; they are moved to `folder` unless there is an error."""
     work = Path(tempfile.mkdtemp(prefix=".multrace-", dir=_nearest(folder)))
     try:
         yield work
@@ -51,6 +51,6 @@ def new_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _nearest(path: Path) -> Path:
-    """The path, or the nearest one above it that is there (a dangling link is there)."""
+    """The path, or the nearest parent that exists (a dangling link counts as existing)."""
     path = path.absolute()
     return path if os.path.lexists(path) else _nearest(path.parent)

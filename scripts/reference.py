@@ -1,6 +1,6 @@
-"""Write docs/reference.md, the reference of every public name, from the docstrings: `python -m multrace.scripts.reference`.
+"""Write docs/reference.md, the reference of every public name, from the docstrings.
 
-The sources are read and not imported. A test compares the page with what this module makes of the present sources.
+Run it with `python -m multrace.scripts.reference`. The sources are read and not imported. A test compares the page with what this module makes of the present sources.
 """
 
 import re

@@ -22,20 +22,20 @@ class Report:
     title: str
     subtitle: str
     reason: str
-    """Why the trace chose its site."""
+    """Why the trace chose the site."""
     undo: str
-    """What undoing left behind."""
+    """Whether undoing restored the weights."""
     scores: Sequence[Score]
     chart: tuple[Path, str]
     """The scores as a picture: (picture file, caption)."""
     plots: Sequence[tuple[Path, str]]
     """The traces as pictures: (picture file, caption)."""
     facts: Sequence[Sequence[Probe]]
-    """For every fact its probes, the edited question first."""
+    """The probes of every fact, the edited question first."""
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """The written page."""
+    """Write the page and return its path."""
     environment = Environment(
         loader=PackageLoader("multrace.scripts", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -20,7 +20,7 @@ from .results_world import Bench, make_bench
 
 
 def run(settings: Results) -> int:
-    """Measures what is not measured yet, and writes the tables of all that is."""
+    """Measure the rows that are missing, and write the tables of all rows."""
     settings.check()
     vlm = load(tiny_vlm_path())
     for split in settings.splits:
@@ -45,7 +45,7 @@ Measure = Callable[[VisionLanguageModel, Bench], Mapping[str, Any]]
 
 
 def _work(settings: Results, split: str) -> Iterator[tuple[str, Measure]]:
-    """Name and measurement of every row that is asked for."""
+    """Yield name and measurement of every chosen row."""
     few, parts = settings.limit, settings.parts
     if "editors" in parts or "batch" in parts:
         yield "sites", lambda vlm, bench: sites_of(vlm, bench.first(few))
@@ -76,6 +76,6 @@ def _file(settings: Results, split: str, name: str) -> Path:
 
 
 def _measured(settings: Results, split: str) -> dict[str, Any]:
-    """Every row of a split that is measured, by name."""
+    """Every measured row of a split, by name."""
     files = sorted((settings.out / "rows").glob(f"{split} *.json"))
     return {file.stem.removeprefix(f"{split} "): json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -7,7 +7,7 @@ from .trace_records import trace_records
 
 
 def run(settings: Trace) -> int:
-    """Traces one question or every line of a file; writes traces and maps, prints effects and causal blocks."""
+    """Trace one question or every line of a file; write traces and maps, print effects and causal blocks."""
     settings.check()
     return trace_records(settings) if settings.question is None else _trace_one(settings)
 

@@ -44,7 +44,7 @@ def forget_cells(folder: Path) -> None:
 
 
 def write_trace(trace: CausalTrace, prompt: Prompt, out: Path, others: Mapping[str, str] | None = None) -> list[Path]:
-    """The written files: the trace, its map, and its overlay if parts of the picture were restored; and others by name.
+    """Write the trace, its map, its overlay if parts of the picture were restored, and others; return the paths.
 
     All of them or none; an overlay of an earlier trace goes.
     """
@@ -63,7 +63,7 @@ def write_trace(trace: CausalTrace, prompt: Prompt, out: Path, others: Mapping[s
 
 
 def summary(trace: CausalTrace) -> list[str]:
-    """Total effect, engine and, per kind of site, the strongest causal blocks, as lines of text."""
+    """Return total effect, engine and, for each kind of site, the strongest causal blocks, as lines of text."""
     put_in = "restored" if trace.direction == "restore" else "corrupted"
     rows = [(put_in, "token", "layers", "indirect effect"), *_blocks(trace)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -84,7 +84,7 @@ def summary(trace: CausalTrace) -> list[str]:
 
 
 def _estimates(trace: CausalTrace) -> list[str]:
-    """How much of the maps is estimated, and how well estimates rank where there are exact values too."""
+    """How many cells are estimated, and how well the estimates rank cells whose exact values are known."""
     count = sum(int(flags.sum()) for flags in trace.estimated.values())
     if not count:
         return []
@@ -112,6 +112,6 @@ def _layers(first: int, last: int) -> str:
 
 
 def _has_picture_rows(trace: CausalTrace) -> bool:
-    """Some row is a part of a picture, not all of it."""
+    """Whether some row is a part of a picture, and not all of it."""
     places = {position for position, *_ in trace.patches}
     return any(set(row) < places for row in trace.row_positions)

@@ -28,7 +28,7 @@ _ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """One line that can be traced, as far as one can tell without the model."""
+    """One line that can be traced, as far as that is known without the model."""
 
     line: int
     settings: Trace
@@ -36,11 +36,11 @@ class _Record:
 
     @property
     def folder(self) -> Path:
-        """Where its results go."""
+        """The folder of its results."""
         return self.settings.out
 
     def identity(self) -> str:
-        """All that its trace depends on, the content of pictures included."""
+        """Return everything that its trace depends on, including the content of pictures."""
         options = {each.name: getattr(self.settings, each.name) for each in fields(self.settings)}
         pictures = [path for path in (self.settings.image, *pictures_of(self.corruption)) if path is not None]
         digests = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures}
@@ -48,7 +48,7 @@ class _Record:
         return json.dumps({**kept, "pictures": digests}, indent=2, default=str) + "\n"
 
     def finished(self) -> CausalTrace | None:
-        """The trace of an earlier run, if it was of this very record and is whole."""
+        """Return the trace of an earlier run, if it belongs to the same record and is complete."""
         try:
             known = (self.folder / _RECORD).read_text(encoding="utf-8")
             return CausalTrace.load(self.folder / TRACE) if known == self.identity() else None
@@ -79,7 +79,7 @@ def trace_records(settings: Trace) -> int:
 
 
 def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
-    """The record of a line, or why it cannot be traced."""
+    """The record of a line, or the reason why it cannot be traced."""
     try:
         words = read_texts(read_object(text, _KEYS), _KEYS)
         folder = settings.data.parent
@@ -96,7 +96,7 @@ def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
 
 
 def _placed(corrupt: str, folder: Path) -> str:
-    """A corruption with the paths in it taken from the folder."""
+    """A corruption whose paths are made relative to the folder."""
     kind, _, value = corrupt.partition(":")
     paths = {"swap": [value], "mean": value.split(",")}.get(kind)
     if paths is None or not value.strip():
@@ -133,7 +133,7 @@ def _write_average(paths: Sequence[Path], out: Path) -> str | None:
 
 
 def _report(settings: Trace, traced: Sequence[int], skipped: Mapping[int, str], reason: str | None) -> None:
-    """Writes and prints what was traced and what was not. CommandError if nothing was."""
+    """Write and print what was traced and what was skipped. Raises `CommandError` if nothing was traced."""
     content: dict[str, Any] = {
         "records": str(settings.data),
         "traced": [{"line": line, "folder": f"line_{line:04d}"} for line in traced],

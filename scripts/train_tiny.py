@@ -31,7 +31,7 @@ PHASES = (
 
 
 def run(settings: TrainTiny) -> int:
-    """Trains and writes the model; a full run is also examined, gets its card and prints its scores."""
+    """Train and write the model; after a full run also test it, write its card and print its scores."""
     minutes = train_tiny(settings)
     print(f"written to {settings.out} after {minutes:.0f} minutes")
     if settings.share < 1:

@@ -10,7 +10,7 @@ FILES = {Delta: "edit.safetensors", Ledger: "ledger.safetensors"}
 
 
 def run(settings: Undo) -> int:
-    """Writes the edit or ledger without what was named, and lists what is left."""
+    """Write the edit or ledger without the named parts, and list the rest."""
     edit = load_edit(settings.edit)
     file = FILES[type(edit)]
     check_files(settings.out, (file,))

@@ -1,4 +1,4 @@
-"""Answers to an edit's probes, unedited, edited and undone: what should move, what should not, and did it."""
+"""Answers to the probes of an edit, unedited, edited and undone, and whether they changed as they should."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PROBES: Mapping[str, tuple[str, bool]] = {
     "other_relations": ("other relations of the entity (locality)", False),
     "two_constraint": ("two-constraint questions of the entity (locality)", False),
 }
-"""Kind of probe -> (its name for people, whether its answer should become the target)."""
+"""Kind of probe -> (description, whether its answer should become the target)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One question put to the model in its three states."""
+    """One question asked in all three states of the model."""
 
     kind: str
     record: VQARecord
@@ -34,12 +34,12 @@ class Probe:
     undone: str
 
     def is_right(self, state: str) -> bool:
-        """The answer in this state ("unedited", "edited", "undone") equals the record's, letter by letter."""
+        """Return whether the answer in this state ("unedited", "edited", "undone") equals the record's exactly."""
         return getattr(self, state) == self.record.answer
 
 
 def probe_records(world: World, case: EditCase, *, count: int = 8) -> list[tuple[str, VQARecord]]:
-    """(kind, record) of everything asked about one case: the edited question first, then its neighbours."""
+    """Return (kind, record) of every question about one case: the edited question first, then its neighbours."""
     picture = world.picture(world.entities[case.fact.entity], 0).image
     edited = world.question(case.fact).with_answer(case.target).with_image(picture)
     neighbours = world.neighbours(case, count=count)
@@ -57,7 +57,7 @@ SUMMARIES: Mapping[str, tuple[str, ...]] = {
 
 
 def summary(probes: Sequence[Probe]) -> Mapping[str, float]:
-    """Name of SUMMARIES -> share of right answers under the edit, 0 to 1.
+    """Return name of SUMMARIES -> share of right answers under the edit, 0 to 1.
 
     Where the answer should stay, only questions count that the unedited model answered rightly: an edit cannot keep
     what was not there. NaN where no question is left.
@@ -74,7 +74,7 @@ def summary(probes: Sequence[Probe]) -> Mapping[str, float]:
 def verify(
     vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, VQARecord]], *, batch_size: int = 32
 ) -> tuple[Probe, ...]:
-    """Every record answered by free generation before, under and after the delta; the model ends as it began."""
+    """Return the free answers to every record before, under and after the delta; the model ends as it began."""
     prompts = [vlm.prompt(record.image, record.question) for _, record in records]
     unedited = vlm.answers(prompts, batch_size=batch_size)
     with delta.applied(vlm):
@@ -99,7 +99,7 @@ class Score:
 
 
 def scores(probes: Sequence[Probe]) -> tuple[Score, ...]:
-    """One score per kind of probe, in the order of PROBES."""
+    """Return one score per kind of probe, in the order of PROBES."""
     rows = []
     for kind in PROBES:
         chosen = [probe for probe in probes if probe.kind == kind]

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("artefacts", "models", "tracing", "editing", "workflow", "data", "scripts")
 SHIPPED = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
-OPTIONAL = {"bitsandbytes", "peft", "baukit"}  # the extras; code must do without them
+OPTIONAL = {"bitsandbytes", "peft", "baukit", "griffelib"}  # the extras, and what makes docs/reference.md
 
 
 def settings(root: Path = ROOT) -> configparser.ConfigParser:

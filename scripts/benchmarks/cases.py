@@ -1,4 +1,4 @@
-"""The maps that are timed: text tokens, groups, blocks and single patches, each with the corruption it is asked under."""
+"""The maps that are timed: text tokens, groups, blocks and single patches, each with its corruption."""
 
 from __future__ import annotations
 

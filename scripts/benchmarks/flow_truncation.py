@@ -1,4 +1,4 @@
-"""What dropping the picture half-way through the decoder really saves: a prefill whose upper layers run on text alone."""
+"""What dropping the picture half-way through the decoder saves: a prefill whose upper layers run on text only."""
 
 from __future__ import annotations
 

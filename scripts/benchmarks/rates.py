@@ -55,7 +55,7 @@ def counted_flops(vlm: VisionLanguageModel, work: Work) -> float:
 
 
 def matrix_rate(projection: Projection) -> float:
-    """Operations per second of a linear map of the shape, dtype and device of this one, on 4096 rows; the best of ten."""
+    """Operations per second of a linear map like this one (shape, dtype, device), on 4096 rows; the best of ten."""
     weight = projection.weight
     rows = torch.randn(_ROWS, weight.shape[1], device=weight.device).to(weight.dtype)
     seconds = []

@@ -48,7 +48,7 @@ def random_model(settings: BenchOptions, shape: Shape, samples: Mapping[str, int
 
 
 def write_json(settings: BenchOptions, content: Mapping[str, Any]) -> None:
-    """Writes the JSON, if it was asked for, and says so."""
+    """Write the JSON if --json is given."""
     if settings.json is not None:
         with new_files(settings.json.parent, [settings.json.name]) as work:
             (work / settings.json.name).write_text(json.dumps(content, indent=2) + "\n")

@@ -119,7 +119,7 @@ def _stream(world: World, rng: random.Random) -> Iterator[list[tuple[tuple[Entit
 
 
 def train_tower(tower: nn.Module, world: World, *, steps: int, seed: int, peak: float = 2e-3) -> float:
-    """Trains the tower in place; comes back with the share of entities recognised on held-out single-entity pictures."""
+    """Train the tower in place; return the share of entities recognised on held-out pictures of one entity."""
     heads = TowerHeads(world)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
