@@ -18,11 +18,6 @@ from .changes import Change
 from .errors import EditError
 from .files import write_tensors
 
-try:
-    from peft import PeftModel
-except ImportError:  # the extra `peft` is not installed
-    PeftModel = None
-
 _ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by
 
 
@@ -102,8 +97,10 @@ def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLangu
     The modules are replaced for good, so pass a model that was opened for this. EditError where PEFT is not installed,
     no folder is given, or one holds no adapter for this model.
     """
-    if PeftModel is None:
-        raise EditError("opening adapters needs PEFT, which is not installed; pip install 'multrace[peft]'")
+    try:
+        from peft import PeftModel
+    except ImportError as error:  # the extra `peft` is not installed
+        raise EditError("opening adapters needs PEFT, which is not installed; pip install 'multrace[peft]'") from error
     if not folders:
         raise EditError("no adapters to open; pass at least one folder that to_peft wrote")
     names = [f"edit_{index}" for index in range(len(folders))]

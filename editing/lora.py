@@ -12,11 +12,6 @@ from .errors import EditError
 from .requests import EditRequest
 from .training import TrainedChange, TrainingSettings, answer_batches, train
 
-try:
-    from peft import LoraConfig, LoraModel
-except ImportError:  # the extra `peft` is not installed
-    LoraModel = None
-
 _ADAPTER = "multrace"
 _PROJECTIONS = ("mlp", "attention")
 
@@ -121,8 +116,10 @@ class Lora(TrainingSettings):
         The modules are put back here, since PEFT's own unloading is not reached by an error half-way, and leaves its
         configuration on the model and the flags of all parameters changed.
         """
-        if LoraModel is None:
-            raise EditError("LoRA needs PEFT, which is not installed; pip install 'multrace[peft]'")
+        try:
+            from peft import LoraConfig, LoraModel
+        except ImportError as error:  # the extra `peft` is not installed
+            raise EditError("LoRA needs PEFT, which is not installed; pip install 'multrace[peft]'") from error
         if hasattr(vlm.model, "peft_config"):
             raise EditError(f"'{vlm.name}' carries PEFT adapters already; merge or unload them first")
         config = LoraConfig(

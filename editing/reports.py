@@ -1,23 +1,25 @@
 """What an evaluation found: every question with both raw answers, and the means that follow from them."""
 
+from __future__ import annotations
+
 import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .errors import EditError
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
 from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
 from .questions import Pair
 from .report_files import read_report, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = "multrace edit report 2"
 EDITED_STATUS, ALL = "edited", "all"
@@ -107,6 +109,8 @@ class EditCurve:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per point: edits; mean, low and high of each measure; retention and growth."""
+        import pandas as pd
+
         return pd.DataFrame(
             {
                 "edits": point.edits,
@@ -139,6 +143,9 @@ class EditCurve:
         kind = Path(path).suffix.lstrip(".").lower()
         if kind not in _PICTURES:
             raise EditError(f"cannot draw to '{path}': pass a name that ends in {', '.join(_PICTURES)}")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes, edits = figure.add_subplot(), [point.edits for point in self.points]
@@ -248,6 +255,8 @@ class EditReport:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per score: aspect, kind, protocol, then mean, low and high before and after, values and records."""
+        import pandas as pd
+
         return pd.DataFrame(
             {
                 **{name: getattr(score, name) for name in ("aspect", "kind", "protocol")},

@@ -1,6 +1,7 @@
 """Write docs/reference.md, the reference of every public name, from the docstrings.
 
-Run it with `python -m multrace.scripts.reference`. The sources are read and not imported. A test compares the page with what this module makes of the present sources.
+Run it with `python -m multrace.scripts.reference`. The sources are read and not imported. A test compares the page
+with what this module makes of the present sources.
 """
 
 import re

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import sys
 from dataclasses import replace
 
 import multrace
 import pytest
 import torch
 from multrace.data import World, tiny_vlm_path
-from multrace.editing import EditError, EditRequest, lora
+from multrace.editing import EditError, EditRequest
 from multrace.editing.exports import to_peft
 from multrace.editing.fine_tuning import FineTune
 from multrace.editing.in_context import InContext
@@ -197,7 +198,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
 
 
 def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):
-    monkeypatch.setattr(lora, "LoraModel", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(EditError, match=r"multrace\[peft\]"):
         LORA.edit(tiny_vlm, requests_of(tiny_vlm, 1))
 
