@@ -22,7 +22,7 @@ from multrace.scripts.options import choices
 from multrace.tracing import Engine
 from multrace.tracing.causal.trace import DIRECTIONS
 from multrace.tracing.corruptions.parsing import SPELLINGS
-from multrace.tracing.engine import cells, grid, scoring, settings
+from multrace.tracing.engine import cells, rows, scoring, settings
 
 HEAVY = {"torch", "transformers", "tokenizers", "pandas", "matplotlib", "sklearn", "scipy", "peft", "accelerate"}
 ROOMS = ("artefacts", "data", "models", "tracing", "editing", "workflow")
@@ -101,8 +101,8 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert settings.ENGINES == choices.ENGINES
     assert (Engine().memory, Engine().checks) == (choices.ENGINE_MEMORY, choices.ENGINE_CHECKS)
     assert cells.KINDS == choices.KINDS
-    assert grid.SITES == choices.SITES
-    assert grid.EFFECTS == choices.EFFECTS
+    assert rows.SITES == choices.SITES
+    assert rows.EFFECTS == choices.EFFECTS
     assert scoring.METRICS == choices.METRICS
     assert DIRECTIONS == choices.DIRECTIONS
     assert SPELLINGS == choices.SPELLINGS
