@@ -2,4 +2,4 @@
 
 
 class ArtefactError(ValueError):
-    """A file, an average or a plot that cannot be made or read as asked; says what was found and what to do."""
+    """Raised when a file, an average or a figure cannot be made or read as asked; says what to do next."""

@@ -1,6 +1,5 @@
 """Files of `multrace flow`: results with their pictures, and what is kept of each question for a later call."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..artefacts.errors import ArtefactError
+from ..artefacts.files import digest
 from ..data import tiny_vlm_path
 from ..models import Prompt
 from ..tracing import TraceError
@@ -129,8 +129,8 @@ def _question_identity(question: FlowQuestion) -> dict[str, Any]:
 def _digest(image: Image.Image | Path) -> str:
     """A sha256 of the picture's content."""
     if isinstance(image, Path):
-        return hashlib.sha256(image.read_bytes()).hexdigest()
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+        return digest(image.read_bytes())
+    return digest(f"{image.mode} {image.size}", image.tobytes())
 
 
 def _identity_file(reading: Reading) -> str:

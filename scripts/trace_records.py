@@ -1,6 +1,5 @@
 """Run `multrace trace --data`: trace every line of a file, and report the lines that cannot be traced."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefacts.errors import ArtefactError
+from ..artefacts.files import digest
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
@@ -43,7 +43,7 @@ class _Record:
         """Return everything that its trace depends on, including the content of pictures."""
         options = {each.name: getattr(self.settings, each.name) for each in fields(self.settings)}
         pictures = [path for path in (self.settings.image, *pictures_of(self.corruption)) if path is not None]
-        digests = {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in pictures}
+        digests = {str(path): digest(Path(path).read_bytes()) for path in pictures}
         kept = {name: value for name, value in options.items() if name not in _PLACES}
         return json.dumps({**kept, "pictures": digests}, indent=2, default=str) + "\n"
 

@@ -37,7 +37,7 @@ class Curve:
     high: Tensor | None = None
     """(point,) upper end of the band."""
     style: LineStyle | None = None
-    """None takes the next one of `CYCLE`, see `cycled`."""
+    """None for the next one of `CYCLE`, see `cycled`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +104,7 @@ def draw_curves(
 
 
 def _styles(curves: Sequence[Curve]) -> dict[str, LineStyle]:
-    """Per label in order of appearance: its style; labels without one take the cycle's in turn."""
+    """Style of each label in order of appearance; labels without one take those of the cycle in turn."""
     styles, taken = {}, 0
     for curve in curves:
         if curve.label not in styles:
@@ -145,7 +145,7 @@ def _fill(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle], refere
 
 
 def sample_line(style: LineStyle, **more: object) -> Line2D:
-    """A line of this style without points."""
+    """Return a line of this style without points, as a legend shows it."""
     return Line2D(
         [],
         [],

@@ -23,21 +23,23 @@ class Panel:
     """One heat map: a kind of site and its values."""
 
     kind: str
+    """Kind of site, which decides colours and title."""
     window: int
+    """Number of layers that each cell restores together."""
     values: Tensor
     """(row, column) in the unit of the colour bar; NaN is drawn grey."""
     low: float
     """The value without effect, which is drawn white."""
     scale: float
-    """Total effect; colours span a tenth of it at least, so that nothing looks like something."""
+    """Total effect; colours span a tenth of it at least, so that tiny effects do not look large."""
     verb: str = "restored"
     """What was done to the layers: "restored" or "corrupted"."""
     numbers: bool = False
-    """Write the values into the cells where there is room."""
+    """Whether to write the values into the cells if there is room."""
     clear: Tensor | None = None
-    """(row, column) booleans: False prints the number pale."""
+    """(row, column) bool: False prints the number pale; None prints none pale."""
     estimated: Tensor | None = None
-    """(row, column) booleans: True hatches the cell, whose value is an estimate."""
+    """(row, column) bool: True hatches the cell, since its value is an estimate."""
 
     @property
     def high(self) -> float:
@@ -47,7 +49,7 @@ class Panel:
 
     @property
     def has_windows(self) -> bool:
-        """Several layers were restored together in each cell."""
+        """Whether several layers were restored together in each cell."""
         return self.window > 1 and self.kind not in ("hidden", "projector")
 
 
@@ -109,7 +111,7 @@ def _fill(axes: Axes, panel: Panel) -> QuadMesh:
 
 
 def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
-    """Layers below, rows at the left of the first panel, what was restored above."""
+    """Write the layers below, the rows at the left of the first panel, and what was restored above."""
     count, columns = panel.values.shape
     shown = range(0, columns, 1 if columns <= 12 else 5)
     axes.set_xticks([column + 0.5 for column in shown], [str(column) for column in shown])
@@ -132,7 +134,7 @@ def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
 
 
 def _write_numbers(axes: Axes, panel: Panel) -> None:
-    """Each cell's value in two digits (three where all are small), pale where it is not clear of zero."""
+    """Write the value of each cell in two digits (three where all are small), pale where it is not clear of zero."""
     mesh, digits = axes.collections[0], 2 if float(panel.values.nan_to_num(nan=-1).max()) >= 0.1 else 3
     for row, column in torch.isfinite(panel.values).nonzero().tolist():
         value = float(panel.values[row, column])
@@ -143,6 +145,6 @@ def _write_numbers(axes: Axes, panel: Panel) -> None:
 
 
 def _label(row: str, star: bool) -> str:
-    """A row's label, with a sign where it is only a blank, starred if it is part of the constraint."""
+    """Label of a row, visible where it is only a blank, starred if it is part of the constraint."""
     text = row.replace("\n", "↵").strip() or "␣"
     return f"{text}*" if star else text

@@ -32,32 +32,40 @@ class Overlay:
 def over_patches(
     effects: Tensor, row_positions: Sequence[tuple[int, ...]], patches: Sequence[tuple[int, int, int, int]]
 ) -> Tensor:
-    """(column, image, patch row, patch column): each patch's effect, NaN where no row tells.
+    """Return (column, image, patch row, patch column): the effect of each patch, NaN where no row covers it.
 
-    effects (row, column); patches: (position, row, column, image). A row counts if all its positions are patches but
-    it is not the whole picture; where rows overlap, the smallest one counts. ArtefactError if there is no such row.
+    A row counts if all its positions are patches and it is not the whole picture. Where rows overlap, the smallest one
+    counts.
+
+    Args:
+        effects: (row, column) effects of a map.
+        row_positions: token positions of each row.
+        patches: (position, row, column, image) of each image token.
+
+    Raises:
+        ArtefactError: if no row counts.
     """
     places = {position: (image, row, column) for position, row, column, image in patches}
-    telling = [
+    parts = [
         index
         for index, positions in enumerate(row_positions)
         if set(positions) <= set(places) and len(positions) < len(places)
     ]
-    if not telling:
+    if not parts:
         raise ArtefactError(
             "no row of this trace is a part of the picture; trace again with positions such as 'patches', Blocks(3), "
             "'image_rows' or Box(left, top, right, bottom)"
         )
     sizes = [max(place[axis] for place in places.values()) + 1 for axis in range(3)]
     grid = torch.full((effects.shape[1], *sizes), torch.nan, dtype=effects.dtype)
-    for index in sorted(telling, key=lambda index: -len(row_positions[index])):
+    for index in sorted(parts, key=lambda index: -len(row_positions[index])):
         for position in row_positions[index]:
             grid[(slice(None), *places[position])] = effects[index]
     return grid
 
 
 def strongest(grid: Tensor, count: int = 4) -> tuple[int, ...]:
-    """The columns with the largest effects, at most so many, in ascending order."""
+    """Return the columns with the largest effects, at most `count`, in ascending order."""
     peaks = grid.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1).amax(1)
     return tuple(sorted(peaks.topk(min(count, len(peaks))).indices.tolist()))
 

@@ -1,4 +1,4 @@
-"""ROME's array layout of a trace (arXiv 2202.05262), so that its plots and averages read ours."""
+"""ROME's array layout of a trace (arXiv 2202.05262), so that its plots and averages can read ours."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ _KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "
 
 
 def rome_kind(kind: str) -> str | None:
-    """ROME's name of a kind of site; TraceError where it has none."""
+    """Return ROME's name of a kind of site. Raises `TraceError` where it has none."""
     if kind not in _KINDS:
         raise TraceError(f"ROME's layout knows no {kind!r}; ask for one of {', '.join(map(repr, _KINDS))}")
     return _KINDS[kind]
 
 
 def over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count: int) -> Tensor:
-    """(token, column): the scores of the rows that are one token each, NaN for every other token."""
+    """Return (token, column): the scores of the rows that are one token each, NaN for every other token."""
     single = [row for row, positions in enumerate(row_positions) if len(positions) == 1]
     if not single:
         raise TraceError('ROME\'s layout has one row per token, this trace only groups; trace with positions="tokens"')
@@ -34,7 +34,7 @@ def over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count:
 
 
 def write_rome(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """The written npz file, without pickled objects: None becomes the empty text, as ROME's own files have it."""
+    """Write an npz file without pickled objects and return its path; None becomes the empty text, as in ROME's files."""
     content = io.BytesIO()
     np.savez(content, **{name: np.asarray("" if value is None else value) for name, value in result.items()})
     return write_whole(path, content.getvalue())

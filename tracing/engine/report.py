@@ -1,32 +1,33 @@
-"""How a trace was computed: by which engine, at what cost, and how far it is from the plain way."""
+"""How a result was computed: by which engine, at what cost, and how close it is to plain forward passes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineReport:
-    """Cost of one trace and what its self-check found."""
+    """The cost of one result and the outcome of its self-check."""
 
     engine: str
     """"replay", which computes only what can have changed, or "plain", one hooked forward pass per cell."""
     reason: str | None = None
     """Why the plain engine ran; None where the fast one did."""
     cells: int = 0
+    """Number of scored cells."""
     free_cells: int = 0
-    """Cells among them whose score follows from the two runs without any computation."""
+    """How many of them have a score that follows from the base runs without computation."""
     token_layers: int | None = None
-    """Positions times decoder layers that were computed, counted; None where nothing was counted."""
+    """Number of positions times decoder layers that were computed; None where nothing was counted."""
     halvings: int = 0
     """How often a batch was halved because memory ran out."""
     checked_cells: int = 0
-    """Cells that were computed a second time, the plain way."""
+    """How many cells were computed a second time by plain forward passes."""
     largest_difference: float | None = None
     """Largest difference between the two over the checked cells, in units of the score; None without a check."""
     plain_noise: float | None = None
-    """How far the plain way is from itself between two batch sizes, on the same cells; None without a check."""
+    """Difference of plain forward passes between two batch sizes, on the same cells; None without a check."""
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the report as one line of text."""
         parts = [f"{self.engine} engine" + (f" ({self.reason})" if self.reason else "")]
         parts.append(f"{self.cells} cells" + (f", {self.free_cells} of them free" if self.free_cells else ""))
         if self.token_layers is not None:
