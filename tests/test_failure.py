@@ -10,7 +10,7 @@ import torch
 from exact_models import close
 from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import ArtefactError
-from multrace.artefacts.auroc import auroc, bootstrap_counts, weighted_auroc
+from multrace.artefacts.statistics import auroc, bootstrap_counts, weighted_auroc
 from multrace.data import World
 from multrace.tracing import FailureFeatures, FailurePrediction, TraceError, failure_features, predict_failure
 from multrace.tracing.attention.contributions import attention_contributions

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.artefacts.proportions import wilson_interval
+from multrace.artefacts.statistics import wilson_interval
 from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average
 from multrace.tracing.pruning.result import operations_kept, tokens_kept
 from PIL import Image

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,10 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..errors import ArtefactError
-from .figure import add_legend, dress, titled_figure, write_figure
-from .styles import CYCLE, DASH_DOT, DASHED, DOTTED, GREY, INK, LineStyle, cycled
-
-__all__ = ["DASHED", "DASH_DOT", "DOTTED"]
+from .figure import add_legend, dress, titled_figure
+from .styles import CYCLE, GREY, LineStyle, cycled
 
 _HEIGHT, _WIDTH = 2.75, 3.5  # inches of a panel, at least
 _LEGEND_LINE, _LETTER, _HANDLE = 0.19, 0.068, 0.62  # inches: a legend's line, a letter, a line's sample
@@ -91,18 +88,6 @@ def curves_figure(
     return figure
 
 
-def draw_curves(
-    path: str | Path,
-    panels: Sequence[CurvePanel],
-    *,
-    titles: tuple[str, str],
-    y_label: str,
-    reference: float | None = 0.0,
-) -> Path:
-    """Write the figure of `curves_figure` and return its path."""
-    return write_figure(path, curves_figure(panels, titles=titles, y_label=y_label, reference=reference))
-
-
 def _styles(curves: Sequence[Curve]) -> dict[str, LineStyle]:
     """Style of each label in order of appearance; labels without one take those of the cycle in turn."""
     styles, taken = {}, 0
@@ -158,22 +143,3 @@ def sample_line(style: LineStyle, **more: object) -> Line2D:
         markeredgewidth=0.6,
         **more,
     )
-
-
-def write_legend(figure: Figure, samples: Mapping[str, Line2D], corner: tuple[float, float]) -> None:
-    """Writes a legend right of and below a corner, given in shares of the figure, outside the panels."""
-    legend = figure.legend(
-        list(samples.values()),
-        list(samples),
-        loc="upper left",
-        bbox_to_anchor=corner,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=2.9,
-        borderaxespad=0,
-        borderpad=0,
-        labelspacing=0.55,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)

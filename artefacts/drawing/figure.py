@@ -14,10 +14,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import ArtefactError
-from ..files import write_atomically, write_whole
-from .styles import GREY, INK, colours_of, name_of_model
+from ..files import write_whole
+from .styles import GREY, INK
 
-__all__ = ["GREY", "INK", "colours_of", "name_of_model"]
 _FORMATS = ("png", "pdf", "svg")
 _TITLE, _SUBTITLE = 11, 8.5
 _LETTERS = 0.0095  # inches of a letter per point of its font
@@ -153,33 +152,3 @@ def _content(figure: Figure, format_: str, dpi: int) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=format_, dpi=dpi, facecolor="white")
     return content.getvalue()
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, without any of matplotlib's global state."""
-    figure = Picture(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def write_titles(figure: Figure, titles: Sequence[str], height: float) -> None:
-    """Writes title and subtitle from the top left corner."""
-    title, subtitle = titles
-    figure.text(0.012, 1 - 0.12 / height, title, fontsize=11, weight="bold", color=INK, va="top", parse_math=False)
-    below = 0.16 + 0.2 * (title.count("\n") + 1)
-    figure.text(0.012, 1 - below / height, subtitle, fontsize=8.5, color=GREY, va="top", parse_math=False)
-
-
-def draw_bar(axes: Axes, colours: ScalarMappable, unit: str) -> None:
-    """Draws a colour bar into these axes."""
-    bar = axes.figure.colorbar(colours, cax=axes)
-    bar.outline.set_visible(False)
-    axes.tick_params(labelsize=7, length=2, color="#a0a0a0", labelcolor=INK)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.set_title(unit, fontsize=7.5, color=INK, pad=5, parse_math=False)
-
-
-def write_figure(path: str | Path, figure: Figure) -> Path:
-    """The written picture; ArtefactError for a place that cannot be written."""
-    return write_atomically(path, _content(figure, check_format(path), 160))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import ArtefactError
-from .figure import add_colour_bar, add_picture, titled_figure, write_figure
+from .figure import add_colour_bar, add_picture, titled_figure
 from .styles import INK, colours_of
 
 _SIDE, _SPACE = 2.2, 0.2  # inches of a picture and between pictures
@@ -105,20 +104,6 @@ def overlays_figure(
                 axes.set_title(overlay.title, fontsize=9.5, color=INK, loc="left")
     add_colour_bar(colours, list(every.flat), unit, height)
     return figure
-
-
-def draw_overlays(
-    path: str | Path,
-    pictures: Sequence[Tensor],
-    overlays: Sequence[Overlay],
-    *,
-    kind: str,
-    titles: tuple[str, str],
-    scale: float,
-    unit: str = "indirect effect",
-) -> Path:
-    """Write the figure of `overlays_figure` and return its path."""
-    return write_figure(path, overlays_figure(pictures, overlays, kind=kind, titles=titles, scale=scale, unit=unit))
 
 
 def _draw(axes: Axes, picture: Tensor, values: Tensor, colours: ScalarMappable) -> None:
