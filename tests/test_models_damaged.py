@@ -45,6 +45,8 @@ def without(*names: str) -> Edit:
 
 
 OLDER = [
+    ("num_additional_image_tokens",),
+    ("vision_feature_select_strategy",),
     ("patch_size",),
     ("patch_size", "num_additional_image_tokens"),
     ("patch_size", "vision_feature_select_strategy"),
@@ -75,15 +77,26 @@ def test_the_class_token_is_counted_as_the_model_selects_features(strategy, llav
     assert vlm.processor.num_additional_image_tokens == 1
 
 
-def no_patch_size_anywhere(folder: Path) -> None:
+def test_sizes_of_patches_that_nobody_says(damaged):
+    folder = damaged("processor_config.json", without("patch_size"))
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["patch_size"] = None
+    config["vision_config"]["patch_size"] = [8, 8]
     (folder / "config.json").write_text(json.dumps(config))
+    assert "has no patch_size, nor has vision_config in its config.json; write the side" in refusal(folder)
+
+
+def test_a_processor_that_lacks_a_field_and_has_a_wrong_one(damaged):
+    def edit(content: dict) -> None:
+        del content["num_additional_image_tokens"]
+        content["patch_size"] = 16
+
+    assert "writes 3 tokens for a picture of which the model makes 16; mend its" in refusal(
+        damaged("processor_config.json", edit)
+    )
 
 
 PROCESSORS = {
     "one token too many": ({"num_additional_image_tokens": 2}, "writes 17 tokens for a picture of which the model makes 16"),
-    "one too few": ({"num_additional_image_tokens": 0}, "writes 15 tokens for a picture of which the model makes 16"),
     "other patches": ({"patch_size": 16}, "writes 4 tokens for a picture of which the model makes 16"),
     "another selection": ({"vision_feature_select_strategy": "full"}, "writes 17 tokens"),
     "no number": ({"num_additional_image_tokens": "1"}, "has num_additional_image_tokens='1', which no model has"),

@@ -16,13 +16,13 @@ _MOST_EXTRA_TOKENS = 64
 
 def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
     """Return the token id of one image position. Raises `ModelError` if processor and configuration disagree."""
-    image_token, written = config.image_token_id, getattr(processor, "image_token_id", config.image_token_id)
-    known = 0 <= image_token < len(processor.tokenizer) and processor.tokenizer.convert_ids_to_tokens(image_token)
-    if not known or image_token != written:
+    image_token, written = config.image_token_id, getattr(processor, "image_token_id", None)
+    is_known = isinstance(image_token, int) and 0 <= image_token < len(processor.tokenizer)
+    if not is_known or written not in (None, image_token):
+        token = quoted(getattr(processor, "image_token", None))
         raise ModelError(
             f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "
-            f"{quoted(getattr(processor, 'image_token', None))}, token {written}; mend image_token_id there, or fetch both "
-            "again"
+            f"{token}, token {written}; mend image_token_id there, or fetch both again"
         )
     return image_token
 
@@ -30,26 +30,31 @@ def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int
 def complete_processor(vlm: VisionLanguageModel) -> None:
     """Fill in what a processor of LLaVA's kind must know of the vision tower, if its folder does not say it.
 
-    These processors write one token per patch, and older published checkpoints have one without `patch_size`. The
-    vision configuration has it, and the number of features tells how many tokens are no patch
-    (`num_additional_image_tokens`). Raises `ModelError` if the configuration does not have it either.
+    These processors write one token per patch, and older published checkpoints have one without `patch_size`,
+    `vision_feature_select_strategy` or `num_additional_image_tokens` (which then is 0). The configuration has the
+    first two, and the number of features tells how many tokens are no patch. Raises `ModelError` if that does not
+    complete it.
     """
     processor = vlm.processor
     _check_fields(processor, vlm.name)
-    if not vlm.has_vision or getattr(processor, "patch_size", 0) is not None:
+    if not vlm.has_vision or not hasattr(processor, "num_additional_image_tokens"):
         return
-    if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
-        raise ModelError(
-            f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json; "
-            "write the side of a vision patch in pixels into one of them"
-        )
-    processor.patch_size = vlm.frontend.patch_size
+    if processor.patch_size and processor.vision_feature_select_strategy and processor.num_additional_image_tokens:
+        return
+    if processor.patch_size is None:
+        if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
+            raise ModelError(
+                f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json; "
+                "write the side of a vision patch in pixels into one of them"
+            )
+        processor.patch_size = vlm.frontend.patch_size
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = getattr(vlm.config, "vision_feature_select_strategy", None)
     positions, features = count_image_tokens(vlm, probe_prompt(vlm))
-    processor.num_additional_image_tokens += features - positions
-    if processor.num_additional_image_tokens not in (0, 1):
+    extra = processor.num_additional_image_tokens + features - positions
+    if positions != features and extra not in (0, 1):
         raise image_token_error(vlm, positions, features)
+    processor.num_additional_image_tokens = extra
 
 
 def _check_fields(processor: Any, name: str) -> None:
