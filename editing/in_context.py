@@ -1,4 +1,4 @@
-"""In-context editing: no weight is changed, the new facts are told to the model before the question."""
+"""In-context editing: no weight changes; the new facts are written in front of the question."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,27 +13,27 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldFact:
-    """A fact in words."""
+class StatedFact:
+    """The fact of one request, in words."""
 
     question: str
     target: str
     questions: tuple[str, ...]
-    """All wordings of the request, by which the fact is found."""
+    """All questions of the request; the one most like a new question decides how near the fact is to it."""
 
     def overlap(self, question: str) -> float:
-        """The share of words in common with the nearest of its wordings, 0 to 1 (Jaccard index)."""
-        asked = _words(question)
-        return max(len(asked & _words(own)) / max(1, len(asked | _words(own))) for own in self.questions)
+        """Return the share of words in common with the most similar of its questions, 0 to 1 (Jaccard index)."""
+        words = _words(question)
+        return max(len(words & _words(own)) / max(1, len(words | _words(own))) for own in self.questions)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ContextChange:
-    """New facts that are told before a question; `prompt_transform` does it, the model itself is never changed."""
+    """Facts that `prompt_transform` writes in front of a question; the model itself never changes."""
 
-    facts: tuple[ToldFact, ...]
-    told: int
-    """How many facts are told at most."""
+    facts: tuple[StatedFact, ...]
+    max_facts: int
+    """Number of facts in front of a question, at most."""
     fact_wording: str
     question_wording: str
     model: str
@@ -41,20 +41,20 @@ class ContextChange:
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
     requests: tuple[Mapping[str, str], ...]
-    """What was asked, as text, one mapping per request."""
+    """Each request as text, one mapping per request."""
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
-        """The model, as it is: the change is in the prompts that `prompt_transform` gives."""
+        """Yield the model unchanged: the change is in the prompts that `prompt_transform` returns."""
         yield vlm
 
-    def nearest(self, question: str) -> tuple[ToldFact, ...]:
-        """The facts told before this question, the one that shares most words with it last, nearest to it.
+    def nearest(self, question: str) -> tuple[StatedFact, ...]:
+        """Return the facts for this question, the one that shares most words with it last.
 
-        Among equals the earlier request is taken, and stands nearer to the question.
+        Of facts that share equally many words, that of the earlier request is preferred and comes later.
         """
         ranked = sorted(self.facts, key=lambda fact: -fact.overlap(question))
-        return tuple(reversed(ranked[: self.told]))
+        return tuple(reversed(ranked[: self.max_facts]))
 
     def prompt_transform(self, prompt: Prompt) -> Prompt:
         """Return the same pictures, template and answer, with the facts stated before the question.
@@ -67,44 +67,60 @@ class ContextChange:
 
 @dataclass(frozen=True, kw_only=True)
 class InContext:
-    """In-context editing: the requests' facts, in words, before the question (after IKE, arXiv 2305.12740).
+    """In-context editing: the facts of the requests, in words, in front of the question (IKE, arXiv 2305.12740).
 
-    Only the facts are told, without demonstrations of when to use them. A fact is told by its question, so "the
-    person in this picture" then points at the picture that is asked about. EditError for a setting out of range.
+    Unlike IKE, it adds no demonstrations of when to use a fact. A fact is stated by its question, so "the person in
+    this picture" refers to the picture of the new prompt. Raises `EditError` for a setting out of range.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import InContext
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who founded Draivo?", template="raw")
+        >>> change = InContext().edit(vlm, [mt.EditRequest(prompt=prompt, target="Raner")])
+        >>> change.prompt_transform(prompt).text
+        'New fact: Who founded Draivo? Raner\\nQuestion: Who founded Draivo?'
     """
 
-    told: int = 4
-    """At most so many facts before a question, those whose questions share most words with it."""
+    max_facts: int = 4
+    """Number of facts in front of a question, at most: those whose questions share most words with it."""
     fact_wording: str = "New fact: {question} {target}"
-    """How a fact is told."""
+    """Text of one fact."""
     question_wording: str = "Question: {question}"
-    """How the question follows."""
+    """Text of the question after the facts."""
 
     def __post_init__(self) -> None:
-        wanted = {"fact_wording": ("{question}", "{target}"), "question_wording": ("{question}",)}
-        for name, holes in wanted.items():
+        required = {"fact_wording": ("{question}", "{target}"), "question_wording": ("{question}",)}
+        for name, holes in required.items():
             if any(hole not in getattr(self, name) for hole in holes):
                 raise EditError(f"InContext got {name}={getattr(self, name)!r}; pass a text with {' and '.join(holes)}")
-        if self.told < 1:
-            raise EditError(f"InContext got told={self.told}; pass told of at least 1")
+        if self.max_facts < 1:
+            raise EditError(f"InContext got max_facts={self.max_facts}; pass max_facts of at least 1")
 
     def as_text(self) -> dict[str, str]:
-        """The editor's name and its settings, for reports."""
+        """Return the editor's name and its settings as text, for reports."""
         return {"editor": type(self).__name__} | {field.name: str(getattr(self, field.name)) for field in fields(self)}
 
     def edit(
         self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False
     ) -> ContextChange:
-        """The change whose `prompt_transform` tells a prompt the requests' facts. EditError for no requests.
+        """Return a change whose `prompt_transform` states the facts of the requests in front of a question.
 
-        Nothing is computed, so that progress shows nothing.
+        Args:
+            vlm: The model that the prompts belong to; nothing is computed with it.
+            requests: At least one request.
+            progress: Accepted as by every editor; there is nothing to show.
+
+        Raises:
+            EditError: There are no requests.
         """
         requests = tuple(requests)
         if not requests:
             raise EditError("no requests to edit; pass at least one EditRequest")
         return ContextChange(
             facts=tuple(_fact(request) for request in requests),
-            told=self.told,
+            max_facts=self.max_facts,
             fact_wording=self.fact_wording,
             question_wording=self.question_wording,
             model=vlm.name,
@@ -114,10 +130,10 @@ class InContext:
         )
 
 
-def _fact(request: EditRequest) -> ToldFact:
+def _fact(request: EditRequest) -> StatedFact:
     prompts = (request.prompt, *request.contexts, *request.rewrite_prompts)
     questions = tuple(dict.fromkeys(prompt.question for prompt in prompts))
-    return ToldFact(question=request.prompt.question, target=request.target.strip(), questions=questions)
+    return StatedFact(question=request.prompt.question, target=request.target.strip(), questions=questions)
 
 
 def _words(text: str) -> set[str]:

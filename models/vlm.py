@@ -45,7 +45,7 @@ class VisionLanguageModel:
     """The path or hub id it was loaded from."""
     revision: str | None = None
     stored_dtype: torch.dtype | None = None
-    """The dtype of its file, which `save_pretrained` writes again."""
+    """The dtype of the file it was loaded from, which `save_pretrained` writes again."""
     lock: ModelLock = field(default_factory=ModelLock, repr=False)
     """Held by the thread that runs the model, hooks it, or changes its weights or its attention function."""
 
@@ -79,12 +79,12 @@ class VisionLanguageModel:
 
     @property
     def mlp(self) -> int:
-        """Width of what the first layer's down projection reads."""
+        """Width of the input of the first layer's down projection."""
         return self.down_projection(0).width
 
     @property
     def vocab(self) -> int:
-        """Number of tokens in its vocabulary."""
+        """Number of tokens in the vocabulary."""
         return self.config.get_text_config().vocab_size
 
     @property
@@ -99,27 +99,27 @@ class VisionLanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it computes in."""
+        """The dtype that the model computes in."""
         return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go."""
+        """The device that inputs are moved to."""
         return self.model.device
 
     @property
     def has_vision(self) -> bool:
-        """It takes pictures."""
+        """Whether the model takes pictures."""
         return self.family.vision is not None
 
     @property
     def stores_transposed(self) -> bool:
-        """Its projections store their weights as (input, output), as GPT-2's do."""
+        """Whether projections store their weights as (input, output), as those of GPT-2 do."""
         return self.family.transposed
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer, most usual first; empty for a model that has none."""
+        """Token ids that end an answer, the most usual first; empty for a model without any."""
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         ends = ends if isinstance(ends, list | tuple) else [ends]
@@ -152,20 +152,21 @@ class VisionLanguageModel:
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The module that sees pictures. ModelError for a text-only model."""
+        """The module that encodes pictures. ModelError for a text-only model."""
         return self._visual("vision")
 
     @property
     def vision_layers(self) -> list[nn.Module]:
-        """The vision tower's layers, first to last. ModelError for a text-only model, or if the row does not name them.
+        """The layers of the vision tower, first to last.
 
-        What they write is replaced only by hooks ahead of those by which transformers collects it for the projector.
+        ModelError for a text-only model, or if the family's row does not name them. A hook that replaces their output
+        must run before the hooks by which transformers collects that output for the projector.
         """
         return list(self._visual("vision_layers", f"{self.family.vision}.").children())
 
     @property
     def projector(self) -> nn.Module:
-        """What turns the tower's states into image tokens. ModelError as for `vision_layers`."""
+        """The module that turns states of the vision tower into image tokens. ModelError as for `vision_layers`."""
         return self._visual("projector")
 
     def prompt(
@@ -231,16 +232,16 @@ class VisionLanguageModel:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A block in which this thread alone uses the model, in eval mode; afterwards its modules train as before."""
+        """Give this thread alone the model, in eval mode, for a `with` block; then restore the mode of every module."""
         with self.lock, evaluating(self.model):
             yield
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """A block in which its outputs can be differentiated, also inside `torch.inference_mode()` or `no_grad()`.
+        """Make outputs differentiable in a `with` block, also inside `torch.inference_mode()` or `no_grad()`.
 
-        What is to be differentiated has to be computed in the block, too. Runs as in `running`. Raises `ModelError` if
-        the attention implementation has no gradients on this device.
+        Everything that is to be differentiated must be computed in the block. The block holds the model as `running`
+        does. Raises `ModelError` if the attention implementation has no gradients on this device.
         """
         attention = getattr(self.decoder.config, "_attn_implementation", None)
         if attention == "flex_attention" and self.device.type == "cpu":
@@ -252,27 +253,27 @@ class VisionLanguageModel:
             yield
 
     def path(self, key: Key) -> str:
-        """Dotted path (as baukit takes it) of the module of a site, projection or module."""
+        """Return the dotted path (as baukit takes it) of the module of a site, projection or module."""
         return self.addresses.path(key)
 
     def module(self, key: Key) -> nn.Module:
-        """The module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
+        """Return the module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
         return self.addresses.module(key)
 
     def layer_index(self, layer: int) -> int:
-        """The layer counted from the start; negative ones count from the end. ModelError if there is no such layer."""
+        """Return the layer counted from the start; negative ones count from the end. ModelError if there is none."""
         return self.addresses.index(layer)
 
     def down_projection(self, layer: int) -> Projection:
-        """The linear map that writes a layer's MLP into the residual stream; negative layers count from the end."""
+        """Return the linear map that writes a layer's MLP into the residual stream; negative layers count from the end."""
         return self.addresses.down_projection(layer)
 
     def attention_projection(self, layer: int) -> Projection:
-        """The linear map that writes a layer's attention into the residual stream."""
+        """Return the linear map that writes a layer's attention into the residual stream."""
         return self.addresses.attention_projection(layer)
 
     def weight(self, name: str) -> nn.Parameter:
-        """The parameter of this name, not a copy. ModelError shows the nearest name."""
+        """Return the parameter of this name, not a copy. ModelError for an unknown name shows the nearest one."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if name not in parameters:
             nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
@@ -280,15 +281,15 @@ class VisionLanguageModel:
         return parameters[name]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter, not a copy, of every weight; a tied one once."""
+        """Return name and parameter, not a copy, of every weight; a tied one once."""
         return self.model.named_parameters()
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, not a copy, of every buffer."""
+        """Return name and tensor, not a copy, of every buffer."""
         return self.model.named_buffers()
 
     def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
-        """For each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
+        """Return, for each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
         with self.lock:
             return {name: _digest(self.weight(name)) for name in names}
 
@@ -532,7 +533,7 @@ class VisionLanguageModel:
             save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
-        """What this field of the family row names, relative to the base model or to a path in it."""
+        """The module that this field of the family's row names, relative to the base model or to a path in it."""
         if self.family.vision is None:
             raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
         leaf = getattr(self.family, part)
@@ -544,7 +545,7 @@ class VisionLanguageModel:
         return self.module(f"{self.model.base_model_prefix}.{above}{leaf}")
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Tensors that the model takes as they are. ModelError for those of another model, or for too many tokens."""
+        """Model inputs on the right device. ModelError for those of another model, and for too many tokens."""
         self.check_prompt(inputs)
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:

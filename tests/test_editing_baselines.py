@@ -218,7 +218,7 @@ def test_without_peft_the_error_names_the_extra(tiny_vlm, monkeypatch):
         (lambda: Lora(alpha=0), "alpha above 0"),
         (lambda: Lora(layers=()), "layers of at least one layer, or None"),
         (lambda: Lora(projections=("query",)), "projections among"),
-        (lambda: InContext(told=0), "told of at least 1"),
+        (lambda: InContext(max_facts=0), "max_facts of at least 1"),
         (lambda: InContext(fact_wording="{question}"), "{question} and {target}"),
         (lambda: InContext(question_wording="now"), "pass a text with {question}"),
     ],
@@ -286,7 +286,7 @@ def test_the_facts_with_most_words_in_common_are_told(random_llama):
     ]
 
     def told(question: str, count: int) -> list[str]:
-        change = InContext(told=count).edit(random_llama, requests)
+        change = InContext(max_facts=count).edit(random_llama, requests)
         return [fact.target for fact in change.nearest(question)]
 
     assert told("who leads the band", 2) == ["Ann", "Eve"]
