@@ -40,7 +40,12 @@ def test_inference_mode_changes_nothing(tiny_vlm, photo, use):
     with torch.inference_mode():
         result = USES[use](tiny_vlm, tiny_vlm.prompt(photo, QUESTION))
         assert torch.is_inference_mode_enabled()
-    assert all(torch.equal(found, wanted) for found, wanted in zip(result, expected, strict=True))
+        prompt = tiny_vlm.prompt(photo, QUESTION)
+    assert prompt.inputs["pixel_values"].is_inference()
+    afterwards = USES[use](tiny_vlm, prompt)  # a prompt that was made there can be used anywhere
+    for found, later, wanted in zip(result, afterwards, expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert torch.equal(later, wanted)
 
 
 def test_without_the_block_there_are_no_gradients(tiny_vlm, photo):
