@@ -93,13 +93,15 @@ def _report(
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
     chart = plot_scores(table, folder / "scores.png")
+    located.average.plot(folder / "trace.png")
+    tokens.plot(folder / "tokens.png")
     plots = [
         (
-            located.average.plot(folder / "trace.png"),
+            folder / "trace.png",
             f"Mean indirect effect over the {len(probes)} facts when the picture is swapped: hidden states one layer "
             "at a time, MLPs and attention three layers at a time.",
         ),
-        (tokens.plot(folder / "tokens.png"), "The first fact, token by token; constraint tokens carry a star."),
+        (folder / "tokens.png", "The first fact, token by token; constraint tokens carry a star."),
     ]
     return Report(
         title="multrace: outdated facts, found and changed",

@@ -55,7 +55,7 @@ class _Contributions(Reading):
         self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]
     ) -> AverageContributions:
         """Return the mean contributions by layer."""
-        return average([result for _, result in found], share=_SHARE)
+        return average((result for _, result in found), share=_SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ class Lens(Reading):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageLogitLens:
         """Return the mean curves at the first position."""
-        return average([result for _, result in found])
+        return average(result for _, result in found)
 
     def average_told(self, average: AverageLogitLens) -> list[str]:
         """Return the layer from which each role is the likeliest token in half of the prompts."""

@@ -55,6 +55,20 @@ class Answered:
         return f"{self.generated!r}{known[self.is_right]}"
 
 
+class Stored(Sequence[tuple[Answered, Any]]):
+    """Answered questions with their results, each of which is read from its file when it is asked for."""
+
+    def __init__(self, kind: type, files: Sequence[tuple[Answered, Path]]) -> None:
+        self._kind, self._files = kind, files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Answered, Any]:
+        answered, path = self._files[index]
+        return answered, self._kind.load(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """One kind of result; the fields of its subclasses are its settings."""
@@ -90,10 +104,6 @@ class Reading:
     def told(self, result: Any) -> list[str]:
         """Return the result as lines of text."""
         raise NotImplementedError
-
-    def held(self, result: Any) -> Any:
-        """Return what is kept in memory of a result until it is averaged; None if there is no average."""
-        return result if self.has_average else None
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> Any:
         """Return the average of results, which has save, plot and to_dataframe. Raises `TraceError` if there is none.

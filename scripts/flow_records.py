@@ -157,7 +157,7 @@ class _Run:
                     found[reading] = self._compute(reading, asked)
         for reading, result in found.items():
             if result is not None:
-                self.findings.add(reading, answered, reading.held(result))
+                self.findings.add(reading, answered, kept.folder / reading.file)
 
     def _compute(self, reading: Reading, asked: Asked) -> Any:
         """The result, which is written; None, with a report, if there is none."""

@@ -86,7 +86,7 @@ class Share(_Relevance):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageShare:
         """Return the mean shares."""
-        return average([result for _, result in found])
+        return average(result for _, result in found)
 
     def average_told(self, average: AverageShare) -> list[str]:
         """Return the mean attention share of the picture."""
@@ -122,7 +122,7 @@ class Saliency(_Relevance):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
         """Return the geometric means of the flows."""
-        return average([result for _, result in found])
+        return average(result for _, result in found)
 
     def average_told(self, average: AverageSaliency) -> list[str]:
         """Return the strongest flows of the average."""
@@ -177,7 +177,7 @@ class Pruned(_Relevance):
 
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AveragePruning:
         """Return accuracies and mean probabilities."""
-        return average([result for _, result in found])
+        return average(result for _, result in found)
 
     def average_told(self, average: AveragePruning) -> list[str]:
         """Return baseline, floor and cliff layers."""

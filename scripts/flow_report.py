@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..artefacts.errors import ArtefactError
@@ -12,7 +13,7 @@ from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError
 from .flow_files import QUESTIONS, write_files
 from .flow_questions import FlowQuestion
-from .flow_reading import Answered, Reading
+from .flow_reading import Answered, Reading, Stored
 from .options.flow import Flow
 
 REPORT = "report.json"
@@ -51,14 +52,14 @@ class Findings:
     filtered: list[Answered] = field(default_factory=list)
     """Questions left out for a wrong answer."""
     skipped: list[Skip] = field(default_factory=list)
-    results: dict[str, list[tuple[Answered, Any]]] = field(default_factory=dict)
-    """Reading -> its questions, each with the result if there is an average."""
+    results: dict[str, list[tuple[Answered, Path]]] = field(default_factory=dict)
+    """Reading -> its questions, each with the file of the result."""
     averages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reading -> its average, or why there is none."""
 
-    def add(self, reading: Reading, answered: Answered, result: Any) -> None:
-        """Add a result."""
-        self.results.setdefault(reading.name, []).append((answered, result))
+    def add(self, reading: Reading, answered: Answered, path: Path) -> None:
+        """Add a result, which lies in this file."""
+        self.results.setdefault(reading.name, []).append((answered, path))
 
     def right(self, value: bool | None) -> int:
         """Return how many answers are right (True), wrong (False) or not known to be either (None)."""
@@ -77,7 +78,7 @@ def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findin
             continue
         known = (reading.file, *reading.average_drawings)
         try:
-            average = reading.average(found, filtered)
+            average = reading.average(Stored(reading.kind, found), filtered)
             files = {reading.file: average.save, **reading.average_files(average)}
             written = write_files(settings.out, files, stale=known)
         except (TraceError, ArtefactError) as error:
