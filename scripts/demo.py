@@ -24,7 +24,7 @@ _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safeten
 
 
 def run(settings: Demo) -> int:
-    """Runs the demo and prints its table."""
+    """Run the demo and print its table."""
     page, table = demo(settings)
     print(table)
     print(f"\nreport: {page}")
@@ -32,7 +32,7 @@ def run(settings: Demo) -> int:
 
 
 def demo(settings: Demo) -> tuple[Path, str]:
-    """(the HTML report, the table as text). `settings.out` gets the report, PNGs, the trace and one file per edit.
+    """Return (path of the HTML report, the table as text); writes the report, PNGs, the trace and one file per edit.
 
     CommandError for a number of facts that there is not, or a folder that cannot be written (before any work).
     """
@@ -74,7 +74,7 @@ def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequ
 
 
 def _other_picture(world: World, case: EditCase) -> Image.Image:
-    """A picture of the next entity of the kind whose answer begins otherwise: the trace scores its first token."""
+    """A picture of the next entity of the kind whose answer has another first token, which the trace scores."""
     entity = world.entities[case.fact.entity]
     peers = world.of_kind(entity.kind)
     start = peers.index(entity) + 1
@@ -132,7 +132,7 @@ def _table(report: Report) -> str:
 
 
 def _line(probe: Probe) -> str:
-    """One edited question with what was said, should be said and is said now."""
+    """One edited question with its old answer, the target and its new answer."""
     verdict = "" if probe.is_right("edited") else "  FAILED"
     return (
         f"{probe.record.question}  it said {probe.unedited!r}, should say {probe.record.answer!r}, "
@@ -141,7 +141,7 @@ def _line(probe: Probe) -> str:
 
 
 def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], located: LocatedEdit) -> str:
-    """A table of what editing the same facts at the same token does at each layer."""
+    """A table of the results of editing the same facts at the same token in each layer."""
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):

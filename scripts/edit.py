@@ -27,9 +27,9 @@ from .outputs import check_files, check_new_folder, new_files
 
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 _CANDIDATES = ("constraint_last", "last")
-"""Names and not positions: they mean the same token in other wordings, where the edit has to work too."""
+"""Names instead of positions: they mean the same token in other wordings, where the edit has to work too."""
 _KINDS = ("hidden", "mlp")
-"""All that the choice of a place needs."""
+"""The kinds of sites that the choice of a place needs."""
 _QUIET = 16  # show a progress bar only above this many answers
 
 
@@ -39,13 +39,13 @@ class _Plan:
 
     asked: tuple[AskedEdit, ...]
     place: Place | None = None
-    """None: where traces say."""
+    """None: the place that traces find."""
     traces: tuple[CausalTrace, ...] | AverageTrace | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Made:
-    """The change, and how it came about."""
+    """The change, and how its place was found."""
 
     delta: Delta
     places: tuple[Place, ...]
@@ -54,7 +54,7 @@ class _Made:
 
 
 def run(settings: Edit) -> int:
-    """Edits, writes the edit (and the model), prints the answers before, with the edit and after undo."""
+    """Edit, write the edit (and the model), print the answers before, with the edit and after undo."""
     plan = _check(settings)
     vlm = settings.open_model()
     requests = [each.make(vlm) for each in plan.asked]
@@ -81,7 +81,7 @@ def run(settings: Edit) -> int:
 
 
 def _check(settings: Edit) -> _Plan:
-    """What is to be done; every error that needs no model comes here."""
+    """The plan. Every error that needs no model is raised here."""
     place = None if settings.where == TRACE else parse_place(settings.where)
     if place is not None and place.spread is not None and settings.spread not in (None, place.spread):
         raise CommandError(f"--where {settings.where} and --spread {settings.spread} disagree; leave one of them out")
@@ -118,7 +118,7 @@ def _placed(
     settings: Edit,
     moments: Moments | None,
 ) -> _Made:
-    """All requests edited at the place that was asked for."""
+    """Edit all requests at the place of --where."""
     try:
         layer = vlm.layer_index(place.layer)
     except ModelError as error:
@@ -135,7 +135,7 @@ def _placed(
 def _traced(
     vlm: VisionLanguageModel, requests: Sequence[EditRequest], plan: _Plan, settings: Edit, moments: Moments | None
 ) -> _Made:
-    """All requests edited where traces say."""
+    """Edit all requests at the places that traces find."""
     found = locate_then_edit(
         vlm,
         requests,
@@ -159,7 +159,7 @@ def _editor_at(settings: Edit, *, layer: int, token: str | int) -> ClosedFormEdi
 
 
 def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _Made, settings: Edit) -> EditOutcome:
-    """The answers in each state of the model, which ends as it began, and what else is to be told."""
+    """The answers in each state of the model, which ends as it began, and what else is reported."""
     delta, prompts = made.delta, [request.prompt for request in requests]
     # room for a target and a little more, so that one that does not stop is seen
     longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4

@@ -27,9 +27,9 @@ class AskedEdit:
     """One edit as it is known before the model is opened."""
 
     make: Callable[[VisionLanguageModel], EditRequest]
-    """The request, as this model sees it."""
+    """Function that makes the request for a model."""
     corruption: Corruption | None = None
-    """What a trace of it destroys; None where it has no picture or constraint to destroy, or nothing is traced."""
+    """What a trace of it corrupts; None if it has no picture or constraint to corrupt, or if nothing is traced."""
 
 
 def asked_edits(options: RequestOptions, *, traced: bool) -> tuple[AskedEdit, ...]:
@@ -120,9 +120,10 @@ def _corruptions(options: RequestOptions, entries: Sequence[EditEntry]) -> list[
 
 
 def swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
-    """The picture of the next entry that has another one, with the same question if any; CommandError if none has.
+    """Return the picture of the next entry with another picture, with the same question if possible.
 
-    A picture of another kind of thing would destroy what kind it is, too, which the question's words tell early.
+    A picture of another kind of thing would also corrupt the kind, which the words of the question reveal early. Raises
+    `CommandError` if all entries have the same picture.
     """
     own = entries[index].words
     if own.image is None:

@@ -1,4 +1,4 @@
-"""What an edit would do, measured before anything is written: its size, and what it does to neighbours."""
+"""A preview of an edit, measured before anything is written: its size, and its effect on neighbours."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A prompt beside the edited one, and what the edit does to the outputs of the changed weights there."""
+    """A prompt beside the edited one, and the effect of the edit on the outputs of the changed weights there."""
 
     question: str
     request: int
     """Whose neighbour it is, counted from 0."""
     stays: bool
-    """Its answer is to stay; else it is the prompt of that request itself, which gets a new one."""
+    """Whether its answer has to stay; otherwise it is the prompt of the request itself, which gets a new answer."""
     at_token: float | None
     """Largest |D k| / |W k| over its keys at the edited token; None if it has no such token."""
     anywhere: float
@@ -47,26 +47,26 @@ class Neighbour:
 
     @property
     def flips(self) -> bool:
-        """An answer that was to stay is another one with the edit."""
+        """Whether an answer that had to stay changes with the edit."""
         return self.stays and self.before != self.after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What is to be expected of an edit."""
+    """The expected effects of an edit."""
 
     sizes: tuple[Size, ...]
     neighbours: tuple[Neighbour, ...]
     """Largest change first."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """Return plain lists and numbers."""
         found = [asdict(each) | {"flips": each.flips} for each in self.neighbours]
         return {"weights": [asdict(each) for each in self.sizes], "neighbours": found}
 
 
 def sizes(vlm: VisionLanguageModel, delta: Delta) -> tuple[Size, ...]:
-    """The relative norm of each change."""
+    """Return the relative norm of each change."""
     found = []
     for name, change in delta.changes.items():
         left, right = change.left.double(), change.right.double()
@@ -85,7 +85,7 @@ def preview(
     *,
     progress: bool = False,
 ) -> Preview:
-    """What this edit would do; the model ends as it was.
+    """Return what this edit would do; the model ends as it was.
 
     tokens: where each request is edited; projections: whose weights change. Neighbours are the `keep` prompts of all
     requests and, where there are several requests, each one's own prompt under the change that the others make; the
@@ -116,7 +116,7 @@ def preview(
 
 
 def preview_lines(found: Preview, most: int) -> Iterator[str]:
-    """The preview as a table, with so many neighbours at most."""
+    """Return the preview as a table, with at most this many neighbours."""
     for each in found.sizes:
         yield f"{'change':<15}  {each.relative:.2%} of the norm of {each.weight} (rank {each.rank})"
     if not found.neighbours:

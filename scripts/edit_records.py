@@ -28,26 +28,26 @@ _ERRORS = (CommandError, EditError, ModelError, OSError)
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """A question as a file has it."""
+    """A question as it stands in a file."""
 
     image: Path | None
     question: str
     constraint: str | None
 
     def check(self) -> None:
-        """ModelError for a picture that cannot be read, or a constraint that the question does not say."""
+        """Raises `ModelError` for a picture that cannot be read, or a constraint that is not in the question."""
         open_images(self.image)
         if self.constraint is not None:
             find_span(self.question, self.constraint)
 
     def prompt(self, vlm: VisionLanguageModel) -> Prompt:
-        """The question as this model sees it."""
+        """Return the question as a prompt of this model."""
         return vlm.prompt(self.image, self.question, constraint=self.constraint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeWords:
-    """A probe as a file has it."""
+    """A probe as it stands in a file."""
 
     kind: str
     words: Words
@@ -69,7 +69,7 @@ class EditEntry:
     probes: tuple[ProbeWords, ...]
 
     def check(self) -> None:
-        """ModelError or EditError for what no model could use."""
+        """Raises `ModelError` or `EditError` for what no model could use."""
         nested = [words for each in self.others.values() for words in each]
         for words in (self.words, *nested, *(probe.words for probe in self.probes)):
             words.check()
@@ -77,12 +77,12 @@ class EditEntry:
             raise EditError("'target' is empty; write the new answer")
 
     def request(self, vlm: VisionLanguageModel) -> EditRequest:
-        """The edit, as this model sees it."""
+        """Return the request for this model."""
         others = {_LISTS[name]: tuple(words.prompt(vlm) for words in each) for name, each in self.others.items()}
         return EditRequest(prompt=self.words.prompt(vlm), target=self.target, name=self.name, **others)
 
     def record(self, vlm: VisionLanguageModel) -> Record:
-        """The edit and its probes, as this model sees them."""
+        """Return the request and its probes for this model."""
         probes = tuple(
             Probe(kind=each.kind, prompt=each.words.prompt(vlm), answer=each.answer, hops=each.hops)
             for each in self.probes
@@ -91,7 +91,7 @@ class EditEntry:
 
 
 def read_edit_records(path: Path) -> tuple[EditEntry, ...]:
-    """Every line of the file, checked to the last one, pictures included; needs no model.
+    """Return every line of the file; all are checked, including their pictures. Needs no model.
 
     CommandError for a file that is missing or empty, and for the first line that is wrong, which says how many others
     are.
@@ -114,7 +114,7 @@ def read_edit_records(path: Path) -> tuple[EditEntry, ...]:
 
 
 def read_general(path: Path) -> tuple[tuple[Words, str], ...]:
-    """Held-out questions and right answers: image, question and answer per line. Errors as `read_edit_records`."""
+    """Return held-out questions and answers: image, question and answer per line. Errors as `read_edit_records`."""
     found = []
     for number, text in read_lines(path, "held-out questions"):
         try:

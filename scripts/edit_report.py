@@ -1,4 +1,4 @@
-"""What multrace edit says about an edit: lines for people, and the same as JSON."""
+"""The report of `multrace edit`: lines of text, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .edit_preview import Preview, Size, preview_lines
 from .edit_where import Place
 
 _SHOWN = 20
-"""Requests, neighbours or shifts that are printed at most; the report has all."""
+"""Maximum number of requests, neighbours or shifts that are printed; the report has all."""
 _MOSTLY = 0.9
 _STATES = ("before", "with the edit", "after undo")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EditOutcome:
-    """An edit that was made, and what came of it."""
+    """A finished edit and its results."""
 
     delta: Delta
     places: tuple[Place, ...]
-    """Where each request was edited."""
+    """The place of each request."""
     notes: tuple[str, ...]
     shifts: tuple[TraceShift | None, ...]
     answers: tuple[tuple[str, ...], ...]
@@ -31,17 +31,17 @@ class EditOutcome:
     shares: tuple[float | None, ...]
     """Of what each request asked for, over all its keys, after rounding to the model's dtype; None without keys."""
     is_undone: bool
-    """Every touched weight is bit for bit what it was."""
+    """Whether every touched weight is bit-identical to what it was."""
     sizes: tuple[Size, ...]
     preview: Preview | None = None
 
     @property
     def edited(self) -> int:
-        """How many requests were edited."""
+        """Return how many requests were edited."""
         return sum(request["status"] == "edited" for request in self.delta.requests)
 
     def as_json(self) -> dict[str, Any]:
-        """The outcome in words and numbers."""
+        """Return the outcome as plain values."""
         requests = [
             {
                 **request,
@@ -61,7 +61,7 @@ class EditOutcome:
         return made | found | {"notes": list(self.notes)}
 
     def lines(self) -> Iterator[str]:
-        """What was edited where, what the model says in each state, and what was noted on the way."""
+        """Yield what was edited where, the answers in each state of the model, and notes."""
         yield from self._one() if len(self.answers) == 1 else self._many()
         yield from () if self.is_undone else ("after undo some weights differ!",)
         if any(share is not None and share < _MOSTLY for share in self.shares):

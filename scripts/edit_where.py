@@ -1,4 +1,4 @@
-"""Where multrace edit changes a model: what --where spells, and what traces say."""
+"""The place that `multrace edit` changes: what --where spells, or what traces find."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Place:
     token: str | int
     reason: str
     spread: int | None = None
-    """How many layers share the work, where that was asked for."""
+    """How many layers share the change, if --where says so."""
 
     def __str__(self) -> str:
         first = self.layer if self.spread is None else self.layer - self.spread + 1
@@ -32,7 +32,7 @@ class Place:
 
 
 def parse_place(where: str) -> Place:
-    """What LAYER, LAYER:TOKEN, FIRST-LAST or FIRST-LAST:TOKEN spells, at the last token unless one is named.
+    """Return the place that LAYER, LAYER:TOKEN, FIRST-LAST or FIRST-LAST:TOKEN spells; the default token is the last.
 
     CommandError for anything else.
     """
@@ -52,12 +52,12 @@ def parse_place(where: str) -> Place:
 
 
 def place_of(site: EditSite) -> Place:
-    """The place that a trace chose."""
+    """Return the place that a trace chose."""
     return Place(layer=site.layer, token=site.token, reason=site.reason)
 
 
 def load_traces(paths: Sequence[Path]) -> tuple[CausalTrace, ...] | AverageTrace:
-    """The traces in these files, one for each request, or an average for all of them.
+    """Return the traces in these files, one for each request, or an average for all of them.
 
     TraceError if a file is missing, damaged or no trace; CommandError for an average beside other files.
     """

@@ -21,7 +21,7 @@ _PLACE = ("layer", "token", "spread", "where")
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A baseline behind the call of the closed-form editors: it trains on the model as it is and needs nothing else."""
+    """A baseline with the interface of the closed-form editors; it trains on the model and needs nothing else."""
 
     settings: FineTune | Lora | InContext
     needs_moments: bool = False
@@ -34,7 +34,7 @@ class Baseline:
         return self.settings.edit(vlm, requests, progress=progress)
 
     def as_text(self) -> dict[str, str]:
-        """The editor's name and its settings."""
+        """Return the editor's name and its settings."""
         return self.settings.as_text()
 
 

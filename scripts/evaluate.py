@@ -41,28 +41,28 @@ class _Plan:
     """What can be known before the model is opened."""
 
     place: Place | None
-    """None: where traces say."""
+    """None: the place that traces find."""
     entries: tuple[EditEntry, ...] = ()
     corruptions: tuple[Corruption | None, ...] = ()
-    """Of the entries, for traces."""
+    """The corruption of each entry, for traces."""
     general: tuple[tuple[Words, str], ...] = ()
     facts: int | None = 0
-    """How many untouched facts of the world are asked; None: all."""
+    """How many untouched facts of the world are asked; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Asked:
-    """All that is asked, as this model sees it, and what it says unedited."""
+    """All questions for this model, and its unedited answers."""
 
     records: tuple[Record, ...]
     corruptions: tuple[Corruption | None, ...]
-    """What destroys the picture of each, for traces."""
+    """The corruption of each record's picture, for traces."""
     general: General
     baseline: Baseline
 
 
 def run(settings: Evaluate) -> int:
-    """Evaluates each editor and writes its report; prints free generation's table of each."""
+    """Evaluate each editor and write its report; print the table of free generation for each."""
     plan = _check(settings)
     vlm = settings.open_model()
     moments = settings.open_moments(vlm)
@@ -81,7 +81,7 @@ def run(settings: Evaluate) -> int:
 
 
 def _check(settings: Evaluate) -> _Plan:
-    """What is to be done; every error that needs no model comes here."""
+    """The plan. Every error that needs no model is raised here."""
     settings.check()
     place = None if settings.where == TRACE else parse_place(settings.where)
     for name in settings.editor:
@@ -113,7 +113,7 @@ def _editor(settings: Evaluate, name: str, place: Place) -> Any:
 
 
 def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _Asked) -> dict[str, Place]:
-    """Request -> where it is edited."""
+    """Request name -> its place."""
     requests = [record.request for record in asked.records]
     if plan.place is not None:
         return {request.name: plan.place for request in requests}
@@ -129,7 +129,7 @@ def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _A
 
 
 def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> EditFunction:
-    """The editor of this name at each request's place; several requests at once share theirs."""
+    """The editor of this name at each request's place; requests that are edited together share one place."""
     made: dict[Any, EditFunction] = {}
 
     def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
@@ -185,5 +185,5 @@ def _names(settings: Evaluate) -> Sequence[str]:
 
 
 def _first(report: EditReport) -> str:
-    """The first failure: whose, and why."""
+    """The first failure: the record and the reason."""
     return next(f"{name}: {status}" for name, status in report.failed.items())

@@ -15,7 +15,7 @@ from .options.export import QUESTIONS, Export
 
 
 def run(settings: Export) -> int:
-    """Writes what was asked for, opens it again and prints how it compares with the edited model."""
+    """Write the export, open it again and print how it compares with the edited model."""
     settings.check()
     edit = load_edit(settings.edit)
     delta = edit.composed() if isinstance(edit, Ledger) else edit
@@ -52,7 +52,7 @@ def _prompts(vlm: VisionLanguageModel, delta: Delta, settings: Export) -> list[P
 def _compare(
     change: Change, vlm: VisionLanguageModel, reopened: VisionLanguageModel, prompts: Sequence[Prompt], folder: Path
 ) -> None:
-    """Prints the comparison. CommandError if the export does not do what the edit does."""
+    """Print the comparison. Raises `CommandError` if the export does not do what the edit does."""
     found = verify_export(vlm, change, reopened, prompts)
     if not found.holds:
         raise CommandError(

@@ -15,11 +15,11 @@ from .outputs import check_files, new_files
 
 FILES = ("moments.safetensors",)
 _SHOWN = 8
-"""Readings of convergence, or lines that were left out, that are printed at most."""
+"""Maximum number of readings of convergence, or of skipped lines, that are printed."""
 
 
 class _Prompts(Sequence[Prompt]):
-    """Prompts that are made when they are asked for, since all the pictures of a corpus would fill the memory."""
+    """Prompts that are made on demand, since all pictures of a corpus would fill the memory."""
 
     def __init__(self, vlm: VisionLanguageModel, questions: Sequence[FlowQuestion]) -> None:
         self._vlm, self._questions = vlm, questions
@@ -32,7 +32,7 @@ class _Prompts(Sequence[Prompt]):
 
 
 def run(settings: MomentOptions) -> int:
-    """Computes the moments, writes them, prints what was counted and how far they still moved."""
+    """Compute the moments, write them, print the counts and the convergence."""
     settings.check()
     layers = settings.layer_numbers()
     check_files(settings.out, FILES)
@@ -64,7 +64,7 @@ def run(settings: MomentOptions) -> int:
 
 
 def _questions(settings: MomentOptions) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
-    """What is read, and why lines are left out. CommandError if nothing is left."""
+    """The questions, and why lines were skipped. Raises `CommandError` if no question is left."""
     if settings.world:
         return world_questions(settings.limit, seed=settings.seed), ()
     questions, problems = read_questions(settings.data, images=settings.images)

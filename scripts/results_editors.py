@@ -1,4 +1,4 @@
-"""What is compared in the results: editors, baselines and controls, one edit at a time, all at once, in sequence."""
+"""The rows of the results: editors, baselines and controls, one edit at a time, all at once, in sequence."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,17 +52,17 @@ class EditorRow:
 
     name: str
     text: str
-    """What it is, for people."""
+    """Description for the table."""
     edit: Callable[[VisionLanguageModel, Bench, Sequence[EditRequest], Sequence[Any]], Any]
     """(model, bench, requests, earlier changes) -> change."""
     shown: Callable[[Bench, EditRequest], EditRequest] = lambda _bench, request: request
-    """What the editor is given of a request."""
+    """Function that changes a request before the editor gets it."""
     batches: bool = True
     sequences: bool = False
 
 
 def editor_rows() -> tuple[EditorRow, ...]:
-    """Every line, the default first."""
+    """Return every line, the default first."""
     return (
         EditorRow(
             name="multedit-trace",
@@ -132,7 +132,7 @@ def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> 
 
 
 def json_ready(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of numbers with plain Python types."""
+    """Rows of numbers as plain Python types."""
     return [{key: None if value is None else float(value) for key, value in row.items()} for row in rows]
 
 
@@ -195,7 +195,7 @@ def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
 
 
 def _named(bench: Bench, request: EditRequest) -> EditRequest:
-    """The request with the question by name, in a wording that no probe has."""
+    """The request with the question by name, in a wording that no probe uses."""
     return replace(request, rewrite_prompts=(bench.named[request.name],))
 
 

@@ -1,4 +1,4 @@
-"""Does locating help? Every request edited at every layer and token, and paired tests against where its trace says."""
+"""Does locating help? Every request is edited at every layer and token and compared with its traced place."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """The traced choice against another one, over the same requests."""
+    """The traced choice compared with another one over the same requests."""
 
     traced: float
     """Mean score of the traced choice, 0 to 1."""
@@ -59,12 +59,12 @@ def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str)
 
 
 def score(cell: Sequence[float]) -> float:
-    """One number for one edit: the mean of efficacy, generality and locality."""
+    """Return one number for one edit: the mean of efficacy, generality and locality."""
     return (cell[0] + cell[1] + cell[3]) / 3
 
 
 def paired(traced: Sequence[float], other: Sequence[float]) -> Paired:
-    """The comparison of two choices over the same requests."""
+    """Return the comparison of two choices over the same requests."""
     differences = np.asarray(traced) - np.asarray(other)
     generator, size = np.random.default_rng(0), (_DRAWS, len(differences))
     low, high = np.quantile(differences[generator.integers(0, len(differences), size)].mean(1), [0.025, 0.975])

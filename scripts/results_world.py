@@ -1,4 +1,4 @@
-"""The requests that results are measured on, with everything that is asked about them and the unedited answers."""
+"""The requests of the results, with all their questions and the unedited answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,13 +16,13 @@ from ..workflow.sites import locate
 from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
 
 CONTEXTS = 3
-"""Other pictures of the entity that an edit is shown, none of which it is asked about."""
+"""Number of other pictures of the entity that an edit gets; no probe uses them."""
 _MOMENT_FACTS = 400
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
-    """Records of one half of one split, and what every row shares."""
+    """The records of one half of one split, and what every row shares."""
 
     world: World
     cases: tuple[EditCase, ...]
@@ -39,7 +39,7 @@ class Bench:
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def first(self, number: int) -> Self:
-        """The same with the first so many requests."""
+        """Return the same with the first requests only."""
         names = tuple(repr(record.request.label) for record in self.records[:number])  # as notes begin
         return replace(
             self,
@@ -51,7 +51,7 @@ class Bench:
 
 
 def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, probes: int) -> Bench:
-    """The first `number` requests of a split's part, asked `probes` questions of each kind."""
+    """Return the first `number` requests of a split's part, with `probes` questions of each kind."""
     world = World()
     cases = _cases(world, split, part, number)
     records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
@@ -83,7 +83,7 @@ def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
 
 
 def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, ...]:
-    """As many cases as asked for: where the part has fewer, those go on that come last in the other one.
+    """As many cases as requested; if the part has fewer, the last cases of the other part follow.
 
     Settings are chosen on the first ones of a part, so that the last ones are as good as unseen.
     """

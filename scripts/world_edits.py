@@ -41,22 +41,22 @@ _OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldRequests:
-    """What a request is given besides its question; none of it is among the probes."""
+    """What a request gets besides its question; none of it is among the probes."""
 
     count: int = 8
-    """Probes of each kind."""
+    """Number of probes of each kind."""
     contexts: int = 0
-    """Other pictures of the entity with the same question."""
+    """Number of other pictures of the entity with the same question."""
     by_name: bool = False
-    """Also ask for the target by the entity's name, without a picture."""
+    """Whether the question by the entity's name, without a picture, must get the target too."""
     keep: int = 0
-    """Other entities whose answers to the same question are to stay."""
+    """Number of other entities whose answers to the same question have to stay."""
 
 
 def world_records(
     vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], *, requests: WorldRequests | None = None
 ) -> tuple[Record, ...]:
-    """One record per case, with `World.neighbours` as probes, and others by name, without a picture and unrelated.
+    """Return one record per case, with `World.neighbours` as probes, and others by name and unrelated.
 
     There are no portability probes: no answer of this world is itself asked about, so nothing follows from a fact.
     """
@@ -67,7 +67,7 @@ def world_records(
 def untouched_facts(
     vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], number: int | None = None
 ) -> tuple[tuple[Prompt, str], ...]:
-    """(prompt, answer) of facts that training taught and no case changes, in a fixed shuffled order; at most number."""
+    """Return at most `number` (prompt, answer) of trained facts that no case changes, in a fixed shuffled order."""
     edited = {case.fact.id for case in cases}
     facts = [fact for fact in world.facts if fact.id not in edited]
     random.Random(f"general ability {world.seed}").shuffle(facts)
@@ -75,7 +75,7 @@ def untouched_facts(
 
 
 def another_picture(world: World, case: EditCase) -> Image.Image:
-    """A picture of another entity of the same kind, for a corruption; no edit and no probe shows it."""
+    """Return a picture of another entity of the same kind, for a corruption; no edit and no probe uses it."""
     kind = world.entities[case.fact.entity].kind
     others = [each for each in world.of_kind(kind) if each.index != case.fact.entity]
     return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image
