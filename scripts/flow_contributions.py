@@ -47,7 +47,12 @@ class _Contributions(Reading):
     def compute(self, asked: Asked) -> AttentionContributions:
         """Return the contributions in every layer."""
         found = attention_contributions(
-            asked.vlm, asked.prompt, queries=self.queries, sources=self.sources, by_head=self.by_head
+            asked.vlm,
+            asked.prompt,
+            queries=self.queries,
+            sources=self.sources,
+            by_head=self.by_head,
+            progress=asked.progress,
         )
         return found if self.by_head else replace(found, weights=found.weights.mean(1, keepdim=True))
 

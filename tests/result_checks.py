@@ -41,3 +41,11 @@ def colours(figure: Figure) -> int:
     with Image.open(content) as image:
         assert min(image.size) > 250
         return len(image.convert("RGB").getcolors(1_000_000))
+
+
+def assert_shown(result: Any) -> None:
+    """A result prints two lines that fit a screen, without tensors, and shows itself with a picture in a notebook."""
+    lines = repr(result).split("\n")
+    assert len(lines) == 2 and all(0 < len(line) <= 140 for line in lines) and "tensor(" not in repr(result)
+    assert lines[0].startswith(type(result).__name__)
+    assert "data:image/png;base64," in result._repr_html_()

@@ -11,7 +11,7 @@ from multrace.artefacts import ArtefactError
 from multrace.models import Site
 from multrace.tracing import RelevanceMap, TraceError, llava_cam
 from PIL import Image
-from result_checks import assert_same, colours, svg
+from result_checks import assert_same, assert_shown, colours, svg
 from torch import Tensor, nn
 
 QUESTION, ANSWER = "Who founded the company in this photo?", "Ada Example"
@@ -185,6 +185,7 @@ def test_a_saved_map_comes_back_whole(smoothed, tmp_path):
     found, _ = smoothed
     again = RelevanceMap.load(found.save(tmp_path / "map.safetensors"))
     assert_same(again, found)
+    assert_shown(found)
     replace(found, layers=(0,)).save(tmp_path / "torn.safetensors")
     with pytest.raises(ArtefactError, match="another shape than its layers"):
         RelevanceMap.load(tmp_path / "torn.safetensors")

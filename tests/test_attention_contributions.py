@@ -25,7 +25,7 @@ from multrace.tracing.attention.contributions import (
 )
 from multrace.tracing.attention.contributions_result import index_shares, tokens_for_share
 from PIL import Image
-from result_checks import assert_same, svg
+from result_checks import assert_same, assert_shown, svg
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
@@ -298,6 +298,7 @@ def test_files_hold_everything(found, tmp_path):
     path = found.save(tmp_path / "found.safetensors")
     again = AttentionContributions.load(path)
     assert_same(again, found)
+    assert_shown(found)
     few = replace(found, head_contributions=None)
     assert AttentionContributions.load(few.save(tmp_path / "few.safetensors")).head_contributions is None
     replace(found, weights=found.weights[1:]).save(path)
@@ -352,6 +353,7 @@ def test_an_average_is_the_mean_with_its_interval(found, tmp_path):
     again = AverageContributions.load(mean.save(tmp_path / "mean.safetensors"))
     assert again.reduction == "max"
     assert_same(again, mean)
+    assert_shown(mean)
     frame = mean.to_dataframe()
     assert len(frame) == (2 * 3 + 1) * 4 and set(frame["n"]) == {2}
     line = frame[(frame["quantity"] == "weight") & (frame["group"] == "image")].iloc[1]

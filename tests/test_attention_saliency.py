@@ -12,7 +12,7 @@ from multrace.data import World
 from multrace.models.replay.observe import attention_function
 from multrace.tracing import AttentionSaliency, TraceError, attention_saliency
 from PIL import Image
-from result_checks import assert_same, colours, svg
+from result_checks import assert_same, assert_shown, colours, svg
 from torch import Tensor, nn
 
 QUESTION, ANSWER = "Who founded the company in this photo?", "Ada Example"
@@ -165,6 +165,7 @@ def test_a_saved_saliency_comes_back_whole(found, tmp_path):
     saliency, _ = found
     again = AttentionSaliency.load(saliency.save(tmp_path / "saliency.safetensors"))
     assert_same(again, saliency)
+    assert_shown(saliency)
     replace(saliency, queries=(1,)).save(tmp_path / "torn.safetensors")
     with pytest.raises(ArtefactError, match="another shape than its layers, queries and tokens"):
         AttentionSaliency.load(tmp_path / "torn.safetensors")

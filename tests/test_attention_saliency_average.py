@@ -8,7 +8,7 @@ import pytest
 import torch
 from multrace.artefacts import ArtefactError
 from multrace.tracing import AttentionSaliency, AverageSaliency, TraceError, average
-from result_checks import assert_same, colours, svg
+from result_checks import assert_same, assert_shown, colours, svg
 from torch import Tensor
 
 GROUPS = {"system": (0,), "image": (1,), "question": (2,), "last": (3,)}
@@ -129,6 +129,7 @@ def test_a_saved_average_comes_back_whole(tmp_path: Path):
     mean = average([*FOUR, saliency_of([1e-3] * 3, groups=TEXT_ONLY)])
     loaded = AverageSaliency.load(mean.save(tmp_path / "mean.safetensors"))
     assert_same(loaded, mean)
+    assert_shown(mean)
     assert loaded.log.mean.isnan().any()
     for changes, message in (
         ({"flows": mean.flows[1:]}, "another shape"),

@@ -8,7 +8,7 @@ import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.tracing import AttentionShare, AverageShare, TraceError, attention_share, average
-from result_checks import assert_same, svg
+from result_checks import assert_same, assert_shown, svg
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"
@@ -143,9 +143,11 @@ def test_saved_shares_come_back_whole(several, tmp_path):
     whole = several[0]
     again = AttentionShare.load(whole.save(tmp_path / "one.safetensors"))
     assert_same(again, whole)
+    assert_shown(whole)
     mean = average(several)
     loaded = AverageShare.load(mean.save(tmp_path / "mean.safetensors"))
     assert_same(loaded, mean)
+    assert_shown(mean)
     with pytest.raises(ArtefactError, match="load another file"):
         AttentionShare.load(tmp_path / "mean.safetensors")
     replace(whole, parts={"all": (0,)}).save(tmp_path / "torn.safetensors")

@@ -16,7 +16,7 @@ from multrace.tracing import FailureFeatures, FailurePrediction, TraceError, fai
 from multrace.tracing.attention.contributions import attention_contributions
 from multrace.tracing.failure.plot import roc_curve
 from multrace.tracing.failure.prediction import Readings, best_window, held_out_scores
-from result_checks import assert_same, svg
+from result_checks import assert_same, assert_shown, svg
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler
@@ -270,11 +270,13 @@ def test_the_trained_model_s_failures_on_facts_it_was_never_taught_are_told(tiny
 def test_files_hold_everything(prediction, labels, tmp_path):
     again = FailurePrediction.load(prediction.save(tmp_path / "found.safetensors"))
     assert_same(again, prediction)
+    assert_shown(prediction)
     assert again.summary() == prediction.summary() and again.is_right.tolist() == labels.tolist()
     features = features_of(labels[:1], signal=1.0)[0]
     path = features.save(tmp_path / "one.safetensors")
     loaded = FailureFeatures.load(path)
     assert_same(loaded, features)
+    assert_shown(features)
     assert loaded.answer is None and len(features.to_dataframe()) == features.head_weights.numel()
     assert "<!-- length of contribution -->" in svg(features.plot())
     for result, broken in (

@@ -10,7 +10,7 @@ from multrace.data import World
 from multrace.tracing import TraceError, average, logit_lens
 from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens
 from multrace.tracing.lens.result import NORMS, FollowedTokens, LogitLens
-from result_checks import assert_same, colours, svg
+from result_checks import assert_same, assert_shown, colours, svg
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"
 FALSE_LOWER = "false option, lower case"
@@ -109,6 +109,7 @@ def test_the_likeliest_tokens_are_in_order_and_agree_with_the_ranks(lens):
 def test_saved_and_loaded_it_is_the_same(lens, tmp_path):
     again = LogitLens.load(lens.save(tmp_path / "deep" / "e.safetensors"))
     assert_same(again, lens)
+    assert_shown(lens)
     broken = replace(lens, ranks=lens.ranks[:, :1])
     with pytest.raises(ArtefactError, match="its tensors are of other shapes than its positions"):
         LogitLens.load(broken.save(tmp_path / "broken.safetensors"))
@@ -230,6 +231,7 @@ def test_an_average_is_saved_loaded_and_tabulated(tmp_path):
     again = AverageLogitLens.load(mean.save(tmp_path / "mean.safetensors"))
     pd.testing.assert_frame_equal(again.to_dataframe(), mean.to_dataframe())
     assert_same(again, mean)
+    assert_shown(mean)
     frame = mean.to_dataframe()
     assert len(frame) == 2 * 2 * 3 * len(QUANTITIES)
     line = frame[frame["norm"] & (frame["layer"] == 0) & (frame["role"] == LOWER) & (frame["quantity"] == "log_rank")]

@@ -11,7 +11,7 @@ from multrace.artefacts.statistics import wilson_interval
 from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average
 from multrace.tracing.pruning.result import operations_kept, tokens_kept
 from PIL import Image
-from result_checks import assert_same, colours, svg
+from result_checks import assert_same, assert_shown, colours, svg
 
 LAYERS = 6
 RIGHT, WRONG = "red", "blue"
@@ -111,6 +111,7 @@ def test_a_pruning_comes_back_from_its_file(tmp_path):
     found = pruning_of(((0, 0, 1, 1, 1, 1), (1,) * 6), keep=(0, "all"))
     back = ImagePruning.load(found.save(tmp_path / "pruning.safetensors"))
     assert_same(back, found)
+    assert_shown(found)
     assert back.summary() == found.summary()
     pd.testing.assert_frame_equal(back.to_dataframe(), found.to_dataframe())
     broken = replace(found, probabilities=found.probabilities[..., 1:]).save(tmp_path / "broken.safetensors")
@@ -253,6 +254,7 @@ def test_an_average_comes_back_from_its_file_and_as_a_table(tmp_path):
     mean = average_of([(0, 0, 1, 1, 1, 1), (0, 1, 1, 1, 1, 1)])
     back = AveragePruning.load(mean.save(tmp_path / "mean.safetensors"))
     assert back.summary() == mean.summary()
+    assert_shown(mean)
     frame = back.to_dataframe()
     pd.testing.assert_frame_equal(frame, mean.to_dataframe())
     line = frame[(frame.score == "answer") & (frame.layer == 1)].iloc[0]

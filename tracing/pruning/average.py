@@ -235,16 +235,20 @@ class AveragePruning(Result):
             )
         return self.accuracy(), Levels(baseline=self.baseline_accuracy, floor=self.floor_accuracy)
 
-    def _keep_line(self, keep: int | str, tolerance: float, by: str) -> str:
+    def _cliff_line(self, keep: int | str, tolerance: float, by: str) -> str:
         """A line on the cliff of a number of kept tokens."""
         layer = self.cliff_layer(keep, tolerance, by=by)
         if layer is None:
             return f"{keep_label(keep)}: {by} is hurt even from layer {self.layers[-1]} on"
-        place = index_of_keep(keep, self.keep), self.layers.index(layer)
-        saved = 1 - float(self.operations_kept()[place])
-        line = f"{keep_label(keep)}: {by} holds from layer {layer} on, which saves {saved:.0%} of operations"
-        if by == "probability":
+        saved = 1 - float(self.operations_kept()[index_of_keep(keep, self.keep), self.layers.index(layer)])
+        return f"{keep_label(keep)}: {by} holds from layer {layer} on, which saves {saved:.0%} of operations"
+
+    def _keep_line(self, keep: int | str, tolerance: float, by: str) -> str:
+        """The same with the accuracy at the cliff."""
+        line, layer = self._cliff_line(keep, tolerance, by), self.cliff_layer(keep, tolerance, by=by)
+        if layer is None or by == "probability":
             return line
+        place = index_of_keep(keep, self.keep), self.layers.index(layer)
         share, low, high = (float(part[place]) for part in (self.accuracy(), *self.accuracy_interval()))
         lost, gained = self.changed(keep, layer)
         return f"{line}; {share:.1%} [{low:.1%}, {high:.1%}] there, {lost} answers lost and {gained} gained"
@@ -261,7 +265,7 @@ class AveragePruning(Result):
         by = "accuracy" if self.graded else "probability"
         return (
             f"AveragePruning of {name_of_model(self.model)} over {_questions(self.count)}",
-            self._keep_line(self.keep[0], 0.01, by),
+            self._cliff_line(self.keep[0], 0.01, by),
         )
 
     def _problem(self) -> str | None:
