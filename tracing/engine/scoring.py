@@ -168,7 +168,7 @@ def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
 
 def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int, ...]:
     """Return the answer's scored tokens: the first, or all if `whole`. Raises `TraceError` for an empty answer."""
-    if answer is None or not answer.strip():
+    if not answer:
         raise TraceError(f"the answer to {prompt.question!r} is empty; pass answer= to score another")
     ids = prompt.with_answer(answer).answer_ids
     return ids if whole else ids[:1]
