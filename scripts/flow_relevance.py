@@ -116,10 +116,6 @@ class Saliency(_Relevance):
         words = [f"{name}: {peak:.3g} in layer {layer}" for name, peak, layer in _strongest(result.flows)]
         return [f"attention x gradient, strongest per edge: {'; '.join(words)}"]
 
-    def held(self, result: AttentionSaliency) -> AverageSaliency:
-        """Return the flows only: the edges of a large model take megabytes for each question."""
-        return average([result])
-
     def average(self, found: Sequence[tuple[Answered, Any]], filtered: Sequence[FilteredQuestion]) -> AverageSaliency:
         """Return the geometric means of the flows."""
         return average(result for _, result in found)

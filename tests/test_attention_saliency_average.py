@@ -153,10 +153,8 @@ def test_a_plot_has_bands_a_gap_for_zeros_and_says_what_is_missing(tmp_path: Pat
         mixed.plot(tmp_path / "mixed.txt")
 
 
-def test_averages_of_one_stand_for_their_prompts():
-    whole, light = average(FOUR), average([average([each]) for each in FOUR])
-    assert_same(light, whole)
-    with pytest.raises(ArtefactError, match="an average over 2 prompts is no single result"):
+def test_averages_are_not_averaged_again():
+    with pytest.raises(ArtefactError, match="AverageSaliency has no average over prompts; pass results of one kind"):
         average([average(FOUR[:2])])
     with pytest.raises(ArtefactError, match="cannot average AttentionSaliency and AverageSaliency together"):
-        average([FOUR[0], light])
+        average([FOUR[0], average(FOUR)])

@@ -9,7 +9,7 @@ from ..artefacts.errors import ArtefactError
 from ..artefacts.results import Result
 from .attention.contributions_average import ContributionsAverager
 from .attention.contributions_result import AttentionContributions
-from .attention.saliency import AttentionSaliency, AverageSaliency, SaliencyAverager
+from .attention.saliency import AttentionSaliency, SaliencyAverager
 from .attention.shares import AttentionShare, ShareAverager
 from .causal.average import TraceAverager
 from .causal.result import CausalTrace
@@ -58,7 +58,6 @@ def average(results: Iterable[Result], **options: Any) -> Any:
         AttentionKnockout: KnockoutAverager,
         AttentionSaliency: SaliencyAverager,
         AttentionShare: ShareAverager,
-        AverageSaliency: SaliencyAverager,
         CausalTrace: TraceAverager,
         ImagePruning: PruningAverager,
         LogitLens: LogitLensAverager,

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.errors import ArtefactError
 from ...artefacts.frames import long_frame
 from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
@@ -269,29 +268,18 @@ class AverageSaliency(Result):
         return "more of its flows are above zero than there are" if (self.log.count > self.zero.count).any() else None
 
 
-class SaliencyAverager(Averager[AttentionSaliency | AverageSaliency, AverageSaliency]):
-    """Averages flows over prompts to one model; a prompt without a flow is left out of it.
-
-    The flows of one prompt alone, as an average of one, take far less memory than all its edges; such averages can be
-    averaged like the results themselves.
-    """
+class SaliencyAverager(Averager[AttentionSaliency, AverageSaliency]):
+    """Averages flows over prompts to one model; a prompt without a flow is left out of it."""
 
     alike = ("model", "revision", "layers")
 
-    def _take(self, result: AttentionSaliency | AverageSaliency) -> None:
-        if isinstance(result, AverageSaliency):
-            names, logs, zeros = result.flows, result.log.mean, result.zero.mean
-            if result.count != 1:
-                raise ArtefactError(f"an average over {result.count} prompts is no single result; pass the results")
-        else:
-            names, values = tuple(result.flows), torch.stack([*result.flows.values()]) if result.flows else None
-            if values is None:
-                return
-            logs = values.masked_fill(values == 0, torch.nan).log10()
-            zeros = (values == 0).double().masked_fill(values.isnan(), torch.nan)
-        axes = {"flow": names, "layer": result.layers}
-        self._add("log", logs, axes)
-        self._add("zero", zeros, axes)
+    def _take(self, result: AttentionSaliency) -> None:
+        flows = result.flows
+        if not flows:
+            return
+        values, axes = torch.stack([*flows.values()]), {"flow": tuple(flows), "layer": result.layers}
+        self._add("log", values.masked_fill(values == 0, torch.nan).log10(), axes)
+        self._add("zero", (values == 0).double().masked_fill(values.isnan(), torch.nan), axes)
 
     def _average(self) -> AverageSaliency:
         if not self._means:
