@@ -339,9 +339,9 @@ def test_help_says_what_is_compared(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as left:
         app(["bench", "trace", "--help"])
     assert left.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "multrace bench trace --quick" in text
-    assert "Naive is one hooked call of the whole model per cell" in text
+    assert "The naive way makes one hooked call of the whole model per cell" in text
 
 
 @pytest.mark.slow
