@@ -8,6 +8,7 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
+from huggingface_hub import constants
 from multrace import ModelError
 from safetensors.torch import load_file, save_file
 
@@ -284,3 +285,30 @@ def test_finite_weights_whose_logits_are_not(llava_llama_path, tmp_path):
     rewrite(folder, "lm_head.weight", lambda weight: weight * 0 + 3e38)
     message = refusal(folder)
     assert "and its weights are all finite; its weights are damaged" in message
+
+
+@pytest.fixture
+def cached(llava_llama_path, tmp_path, monkeypatch) -> Path:
+    """A copy of the model in the hub's local cache, under the id org/model."""
+    root = tmp_path / "models--org--model"
+    shutil.copytree(llava_llama_path, root / "snapshots" / "abc")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return root / "snapshots" / "abc"
+
+
+HUB = {
+    "a damaged configuration": ("config.json", "{", "no usable configuration in 'org/model': It looks like"),
+    "a damaged tokenizer": ("tokenizer.json", '{"model": 3}', "no usable processor in 'org/model': "),
+    "a wrong special token": ("generation_config.json", '{"bos_token_id": "one"}', "has bos_token_id='one'"),
+    "no whole weights": ("model.safetensors", "half", "no usable safetensors weights in 'org/model': SafetensorError"),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_a_damaged_model_of_the_hub(case, cached):
+    name, content, found = HUB[case]
+    assert multrace.load("org/model").layers == 4
+    (cached / name).write_text(content)
+    assert found in refusal("org/model")

@@ -75,7 +75,7 @@ def load(
     family = family_of(config, families)
     source.check_weights()
     source.check_configuration(config, family, attention)
-    source.check_special_tokens(config)
+    source.check_generation_settings(config)
     processor = source.processor(family)
     stored = source.stored_dtype(config)
     options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
@@ -83,6 +83,7 @@ def load(
     options |= {option: value for option, value in given.items() if value is not None}
     model = source.model(family, options)
     check_in_memory(model, device_map, name)
+    source.check_special_tokens(model.generation_config.to_dict(), model.config)
     with _first_use(name):
         vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
         complete_processor(vlm)

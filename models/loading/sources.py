@@ -5,12 +5,13 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -96,19 +97,22 @@ class Source:
             if missing := sorted(listed - {path.name for path in files}):
                 raise ModelError(f"{self.name!r} lacks the weight files {', '.join(missing)} that its index lists")
 
-    def check_special_tokens(self, config: PretrainedConfig) -> None:
+    def check_generation_settings(self, config: PretrainedConfig) -> None:
         """ModelError if the folder's generation settings are damaged, or call something a token that is no token id."""
         path = self.folder / "generation_config.json" if self.folder else None
-        if path is None or not path.is_file():
-            return
-        settings, vocab = _json_object(path), config.get_text_config().vocab_size
+        if path is not None and path.is_file():
+            self.check_special_tokens(_json_object(path), config)
+
+    def check_special_tokens(self, settings: Mapping[str, Any], config: PretrainedConfig) -> None:
+        """ModelError if generation settings call something a token that is no token id; negative ones stand for none."""
+        vocab = config.get_text_config().vocab_size
         for field in _SPECIAL_TOKENS:
             value = settings.get(field)
             ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
             if not all(isinstance(token, int) and not isinstance(token, bool) and token < vocab for token in ids):
                 raise ModelError(
-                    f"the file {str(path)!r} has {field}={quoted(value)}, which is no id of {vocab} tokens; mend that "
-                    "field, or fetch the file again"
+                    f"the generation_config.json of {self.name!r} has {field}={quoted(value)}, which is no id of {vocab} "
+                    "tokens; mend that field, or fetch the file again"
                 )
 
     def check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
@@ -185,6 +189,8 @@ class Source:
         except Exception as error:
             if self.folder is not None or not isinstance(error, OSError | ValueError):
                 raise self._refusal(part, error) from error
+            if constants.HF_HUB_OFFLINE and self._is_cached():
+                raise self._refusal(part, error) from error
             if constants.HF_HUB_OFFLINE:
                 raise ModelError(
                     f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub is "
@@ -199,6 +205,13 @@ class Source:
                 f"no {part} of {self.name!r}: it is no directory, it is not in the local cache, and the hub says: "
                 f"{gist(error)}"
             ) from error
+
+    def _is_cached(self) -> bool:
+        """Whether the local cache has a configuration of this id, so that it is not absent but damaged."""
+        try:
+            return isinstance(try_to_load_from_cache(self.name, "config.json", revision=self.options["revision"]), str)
+        except ValueError:  # the name is no hub id
+            return False
 
     def _refusal(self, part: str, error: Exception) -> ModelError:
         """What to tell of a part that is there and cannot be opened."""
