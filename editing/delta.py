@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..artefacts import files
 from ..models import ModelError, VisionLanguageModel
 from .changes import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, put_in
 from .errors import EditError
-from .files import read_tensors, write_tensors
 
 FORMAT = "multrace delta 2"
 _EDITED = "edited"
@@ -195,12 +195,12 @@ class Delta:
     def save(self, path: str | Path) -> Path:
         """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
         text = {"format": FORMAT} | {key: json.dumps(value) for key, value in self.words().items()}
-        return write_tensors(path, self.tensors(), text)
+        return files.write_tensors(path, self.tensors(), text, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The delta in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
-        tensors, text = read_tensors(path)
+        tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != FORMAT:
             raise EditError(
                 f"'{path}' is no saved edit: its header says {text.get('format')!r}, not {FORMAT!r}; "

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..artefacts import files
 from ..models import ModelError, Prompt, VisionLanguageModel
 from .changes import Change
 from .errors import EditError
-from .files import write_tensors
 
 _ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by
 
@@ -79,7 +79,7 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
+        files.write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"}, error=EditError)
         text = json.dumps(_config(change, vlm, factors), indent=2) + "\n"
         (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
         os.replace(temporary, folder)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..artefacts import files
 from ..models import VisionLanguageModel
 from .changes import AppliedDelta, check_fingerprints, put_in, write
 from .delta import Delta, damage_named, joined
 from .errors import EditError
-from .files import read_tensors, write_tensors
 
 FORMAT = "multrace ledger 1"
 
@@ -203,12 +203,12 @@ class Ledger:
             own = {"after": dict(entry.after), "withdrawn": entry.withdrawn, "dropped": entry.dropped}
             entries.append({"name": entry.name, **own, "delta": entry.delta.words()})
         text = {"format": FORMAT, "base": json.dumps(dict(self.base)), "entries": json.dumps(entries)}
-        return write_tensors(path, tensors, text)
+        return files.write_tensors(path, tensors, text, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The ledger in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
-        tensors, text = read_tensors(path)
+        tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != FORMAT:
             raise EditError(
                 f"'{path}' is no ledger: its header says {text.get('format')!r}, not {FORMAT!r}; "
@@ -273,7 +273,7 @@ class Ledger:
 
 def load_edit(path: str | Path) -> Delta | Ledger:
     """The delta or the ledger in a file. EditError if it holds neither."""
-    _tensors, text = read_tensors(path)
+    _tensors, text = files.read_tensors(path, error=EditError)
     return Ledger.load(path) if text.get("format") == FORMAT else Delta.load(path)
 
 

@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..artefacts import files
 from ..models import VisionLanguageModel
 from .errors import EditError
-from .files import read_tensors, write_tensors
 from .moment_convergence import Reading, curve_of, curve_tensors
 from .moment_hashes import KINDS, hash_of_weights
 
@@ -116,12 +116,12 @@ class Moments:
     def save(self, path: str | Path) -> Path:
         """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
         tensors = {name: part for layer in self.layers for name, part in named(layer, self.sums[layer]).items()}
-        return write_tensors(path, {**tensors, **curve_tensors(self.convergence)}, self._text())
+        return files.write_tensors(path, {**tensors, **curve_tensors(self.convergence)}, self._text(), error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The moments in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
-        tensors, text = read_tensors(path)
+        tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != FORMAT:
             raise EditError(
                 f"'{path}' holds no second moments: its header says {text.get('format')!r}, not {FORMAT!r}; "
@@ -172,9 +172,11 @@ class MomentCache:
         EditError where the folder cannot be written.
         """
         for layer, parts in sums.items():
-            write_tensors(self._part(layer, done), named(layer, parts), {"format": PART, "key": self._key})
+            files.write_tensors(
+                self._part(layer, done), named(layer, parts), {"format": PART, "key": self._key}, error=EditError
+            )
         header = {"format": STATE, "key": self._key, "done": str(done), "layers": json.dumps(sorted(sums))}
-        write_tensors(self._state(number), tensors, header)
+        files.write_tensors(self._state(number), tensors, header, error=EditError)
         for layer in sums:
             for old in self.folder.glob(f"layer-{layer}-at-*.safetensors"):
                 if old != self._part(layer, done):
@@ -209,7 +211,7 @@ class MomentCache:
         return parts
 
     def _own(self, path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors, text = read_tensors(path)
+        tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != form or text.get("key") != self._key:
             raise EditError(f"'{path}' is of another run, or was not written by second_moments")
         return tensors, text

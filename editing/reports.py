@@ -1,25 +1,24 @@
 """What an evaluation found: every question with both raw answers, and the means that follow from them."""
 
-from __future__ import annotations
-
-import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 
+from ..artefacts import drawing, files
+from ..artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from .errors import EditError
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
 from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
 from .questions import Pair
-from .report_files import read_report, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 FORMAT = "multrace edit report 2"
 EDITED_STATUS, ALL = "edited", "all"
@@ -27,12 +26,11 @@ CURVE_FORMAT = "multrace edit curve 2"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
 """What is measured at every point -> its protocol."""
 _STYLES = {
-    "efficacy": ("#0072B2", "o", "-"),
-    "generality": ("#009E73", "^", (0, (5, 1.4, 1.2, 1.4))),
-    "locality": ("#E69F00", "s", (0, (4, 1.6))),
-    "retention": ("#CC79A7", "D", (0, (1.2, 1.4))),
+    "efficacy": LineStyle(colour="#0072B2", marker="o"),
+    "generality": LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
+    "locality": LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
+    "retention": LineStyle(colour="#CC79A7", dashes=DOTTED, marker="D"),
 }
-_PICTURES = ("png", "pdf", "svg")
 _HEADLINES = (EXACT, UNCHANGED)
 
 
@@ -107,7 +105,7 @@ class EditCurve:
     stopped_at: int | None = None
     """The number of edits after which the sequence was stopped for that, if that was asked for."""
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """One row per point: edits; mean, low and high of each measure; retention and growth."""
         import pandas as pd
 
@@ -138,46 +136,44 @@ class EditCurve:
             tail.append(f"the norm of an edited weight had grown by more than {self.bound:.0%} at {self.exceeded_at}")
         return "\n".join([*aligned(lines), *tail])
 
-    def plot(self, path: str | Path) -> Path:
-        """The path of the picture written (png, pdf or svg): each measure against the number of edits, with bands."""
-        kind = Path(path).suffix.lstrip(".").lower()
-        if kind not in _PICTURES:
-            raise EditError(f"cannot draw to '{path}': pass a name that ends in {', '.join(_PICTURES)}")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure of each measure against the number of edits, with 95 % bands.
 
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes, edits = figure.add_subplot(), [point.edits for point in self.points]
-        for name, (colour, marker, dashes) in _STYLES.items():
+        The figure is also written if a path is given (png, pdf or svg). Raises `ArtefactError` if that fails.
+        """
+        edits = torch.tensor([point.edits for point in self.points], dtype=torch.float64)
+        curves = []
+        for name, style in _STYLES.items():
             values = [getattr(point, name) for point in self.points]
-            means = [100 * (each.mean if name in MEANS else each) for each in values]
-            if all(map(math.isnan, means)):  # nothing of that kind was asked
-                continue
             label = f"{name}: {MEANS[name]}" if name in MEANS else "retention: still as right after the edit"
-            axes.plot(edits, means, color=colour, marker=marker, linestyle=dashes, label=label)
+            parts = {"y": [value.mean if name in MEANS else value for value in values]}
             if name in MEANS:
-                lows, highs = ([100 * getattr(each, end) for each in values] for end in ("low", "high"))
-                axes.fill_between(edits, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        axes.set(xlabel="edits in sequence", ylabel="share of questions, %", ylim=(-2, 102))
+                parts |= {end: [getattr(value, end) for value in values] for end in ("low", "high")}
+            tensors = {part: 100 * torch.tensor(numbers, dtype=torch.float64) for part, numbers in parts.items()}
+            if not tensors["y"].isnan().all():  # else nothing of that kind was asked
+                curves.append(drawing.Curve(label=label, x=edits, style=style, **tensors))
+        failed = sum(status.startswith("failed") for status in self.statuses.values())
+        titles = (f"{len(self.statuses)} edits in sequence", f"{self.model}" + (f"; {failed} failed" if failed else ""))
+        panel = drawing.CurvePanel(curves=curves, x_label="edits in sequence")
+        figure = drawing.curves_figure([panel], titles=titles, y_label="share of questions, %", reference=None)
+        (axes,) = figure.axes
+        axes.set_ylim(-2, 102)
         if len(edits) > 1 and edits[-1] > 10 * edits[0]:
             axes.set_xscale("log")
-        axes.set_xticks(edits, [str(each) for each in edits], minor=False)
+        axes.set_xticks(edits.tolist(), [f"{count:.0f}" for count in edits])
         axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150)
-        return write_whole(path, content.getvalue())
+        return drawing.finished(figure, path)
 
     def save(self, path: str | Path) -> Path:
         """The path of the JSON file written, whole or not at all."""
-        return write_whole(path, (json.dumps({"format": CURVE_FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        return files.write_whole(
+            path, (json.dumps({"format": CURVE_FORMAT, **asdict(self)}, indent=1) + "\n").encode(), error=EditError
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The curve in a file that save wrote. EditError if it is missing or damaged."""
-        words = read_report(path, CURVE_FORMAT)
+        words = _read(path, CURVE_FORMAT)
         try:
             return _curve({name: value for name, value in words.items() if name != "format"})
         except (KeyError, TypeError, AttributeError) as error:
@@ -253,7 +249,7 @@ class EditReport:
         """Every question with both raw answers, as plain objects for a line each."""
         return tuple({key: value for key, value in asdict(row).items() if key != "numbers"} for row in self.rows)
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """One row per score: aspect, kind, protocol, then mean, low and high before and after, values and records."""
         import pandas as pd
 
@@ -292,12 +288,14 @@ class EditReport:
     def save(self, path: str | Path) -> Path:
         """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
         words = {"format": FORMAT, **asdict(self), "scores": json.loads(self.to_dataframe().to_json(orient="records"))}
-        return write_whole(path, (json.dumps(words, indent=1, ensure_ascii=False) + "\n").encode())
+        return files.write_whole(
+            path, (json.dumps(words, indent=1, ensure_ascii=False) + "\n").encode(), error=EditError
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
-        words = read_report(path, FORMAT)
+        words = _read(path, FORMAT)
         try:
             rows = tuple(_row(row) for row in words["rows"])
             curve = None if words["curve"] is None else _curve(words["curve"])
@@ -349,3 +347,15 @@ def _curve(words: Mapping[str, Any]) -> EditCurve:
 
 def _point(words: Mapping[str, Any]) -> SequencePoint:
     return SequencePoint(**{**words, **{name: Interval(**words[name]) for name in MEANS}})
+
+
+def _read(path: str | Path, wanted: str) -> dict[str, Any]:
+    """The object in a JSON file of this format. EditError for anything else."""
+    try:
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EditError(f"cannot read a report from '{path}': {error}; pass a file that save wrote") from error
+    if not isinstance(words, dict) or words.get("format") != wanted:
+        found = words.get("format") if isinstance(words, dict) else type(words).__name__
+        raise EditError(f"'{path}' is no {wanted!r}: found {found!r}; pass a file that save wrote")
+    return words

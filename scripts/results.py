@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..data import tiny_vlm_path
 from ..editing.errors import EditError
-from ..editing.report_files import write_whole
+from ..artefacts.files import write_whole
 from ..models import VisionLanguageModel, load
 from .options.choices import SPLITS
 from .options.results import Results
