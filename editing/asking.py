@@ -19,7 +19,7 @@ EditFunction = Callable[[VisionLanguageModel, Sequence[EditRequest], Sequence[An
 """(model, requests, earlier changes that are in the model) -> the change. Raises `EditError` if it cannot be made."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Baseline:
     """The responses of the unedited model to a set of questions. Measured once by `baseline`, it serves every editor."""
 
@@ -27,6 +27,9 @@ class Baseline:
     revision: str | None
     settings: EvaluationSettings
     responses: Responses
+
+    def __repr__(self) -> str:
+        return f"Baseline of {self.model!r}: {len(self.responses.generated)} questions, {self.settings}"
 
 
 def baseline(

@@ -13,6 +13,7 @@ from .errors import EditError
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
 NO_OWNER = -1
+_WIDE = (torch.float32, torch.float64)
 _MATRICES = PARTS[:4]
 _CHUNK = 2**20  # entries of a weight that are widened at a time: 8 MiB in float64, whatever the size of the weight
 _UNSOLVED = 1e-2  # share of the residuals by which stored factors may miss their own equations
@@ -33,7 +34,7 @@ class Change(Protocol):
         """A block in which the model has the change."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class WeightChange:
     """The change of one weight W in y = W k: column i of left and row i of right are there for key i.
 
@@ -69,11 +70,20 @@ class WeightChange:
         )
         if shapes != wanted:
             raise EditError(f"the parts of a weight change do not fit together: {shapes}; see WeightChange")
+        if not all(torch.isfinite(matrix).all() for matrix in matrices):
+            raise EditError(
+                "the factors of a weight change hold numbers that are not finite; make the edit again, with a smaller "
+                "learning_rate or a clamp if they were not damaged on the way"
+            )
         if self.weights.dtype != torch.float32 or self.owners.dtype != torch.int64:
             raise EditError(
                 f"a weight change has float32 weights and int64 owners; found {self.weights.dtype} and "
                 f"{self.owners.dtype}; see WeightChange"
             )
+
+    def __repr__(self) -> str:
+        hidden, width = self.shape
+        return f"WeightChange({hidden} x {width}, rank {self.rank})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -223,7 +233,8 @@ def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
     weight = vlm.weight(name)
     for run, rows in change.rows(weight, transposed=vlm.stores_transposed):
         if not torch.isfinite(rows).all():
-            raise EditError(f"the edited {name} overflows {weight.dtype}; load in float32 or edit with a clamp")
+            advice = "edit with a clamp" if weight.dtype in _WIDE else "load the model in float32, or edit with a clamp"
+            raise EditError(f"the edited {name} overflows {weight.dtype}; {advice}")
         weight[run] = rows
 
 

@@ -25,7 +25,7 @@ from .targets import Goal
 from .values import ValueResult, ValueSettings, search_values
 
 logger = logging.getLogger("multrace")
-_LIKELY = 0.5  # a target below it, even with its value met in full, is hardly what free generation will say
+_ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
 _EDITED = "edited"
 _NOTHING = "nothing to do"
 
@@ -349,7 +349,7 @@ class _Work:
         for owner in change.owners.unique().tolist():
             own = change.owners == owner
             asked = residuals[own].square().sum().item()
-            if not asked or met[own].sum().item() >= _LIKELY * asked:
+            if not asked or met[own].sum().item() >= _ENOUGH * asked:
                 continue
             likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
             logger.warning(
@@ -366,17 +366,18 @@ class _Work:
 
     def _report(self, index: int, *, final: bool) -> dict[str, str]:
         request, status = self.requests[index], self.statuses[index]
-        report = {**request.summary(), "status": status}
+        report = {**request.as_text(), "status": status}
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
             report |= {"loss": f"{worst.loss:.6g}", "probability": f"{worst.probability:.6g}"}
             report["steps"] = str(max(result.steps for result in results))
-            if final and worst.loss > self.editor.stop_loss and worst.probability < _LIKELY and self.editor.steps:
+            silent = [each for each in results if each.loss > self.editor.stop_loss and not each.says_target]
+            if final and silent and self.editor.steps:
                 logger.warning(
-                    "even with its wanted value, %r has a probability of %.2f after %d steps; "
-                    "more steps, another layer or another token may help",
-                    *(request.target, worst.probability, worst.steps),
+                    "even with the value that was found, the model does not say %r: after %d steps its tokens have a mean "
+                    "probability of %.2g; more steps, another layer or another token may help",
+                    *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report
 

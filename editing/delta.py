@@ -14,13 +14,14 @@ from ..artefacts import files
 from ..models import ModelError, VisionLanguageModel
 from .changes import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, put_in
 from .errors import EditError
+from .requests import counted, shortened
 
 FORMAT = "multrace delta 2"
 _EDITED = "edited"
 _MOSTLY = 0.9  # a request of which less is retained is pointed out
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
     """An edit of a model, held outside the model.
 
@@ -51,6 +52,13 @@ class Delta:
                     f"the keys of {name} belong to requests {sorted(set(change.owners.tolist()))}, but the delta has "
                     f"{len(self.requests)} requests; count owners from 0, with {NO_OWNER} for none"
                 )
+
+    def __repr__(self) -> str:
+        rank = sum(change.rank for change in self.changes.values())
+        first, *others = (*self.changes, "")
+        weights = first if len(others) == 1 else f"{first} and {len(others) - 1} more"
+        line = f"Delta of {shortened(self.model)} by {self.settings.get('editor', 'hand')}: {weights}, {counted(rank, 'key')}"
+        return f"{line}\n{requests_line(self.requests)}"
 
     @property
     def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -231,6 +239,17 @@ class Delta:
         changes = {name: WeightChange(**each) for name, each in parts.items()}
         plain = {key: words[key] for key in ("fingerprints", "settings", "model", "revision")}
         return cls(changes=changes, requests=tuple(words["requests"]), **plain)
+
+
+def requests_line(requests: Sequence[Mapping[str, str]]) -> str:
+    """Return one line on the requests of a change: how many, the first of them, and how many were not edited."""
+    if not requests:
+        return "no requests"
+    first = f"{shortened(requests[0].get('question', ''), 40)} -> {shortened(requests[0].get('target', ''), 30)}"
+    other = sum(request.get("status", _EDITED) != _EDITED for request in requests)
+    return f"{counted(len(requests), 'request')}: {first}{', ...' if len(requests) > 1 else ''}" + (
+        f"; {other} not edited" if other else ""
+    )
 
 
 def compose(*deltas: Delta) -> Delta:

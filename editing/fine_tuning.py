@@ -14,7 +14,7 @@ from .requests import EditRequest
 from .training import TrainedChange, TrainingSettings, answer_batches, summed, train
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DenseChange(TrainedChange):
     """A change of whole weight matrices."""
 

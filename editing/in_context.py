@@ -126,7 +126,7 @@ class InContext:
             model=vlm.name,
             revision=vlm.revision,
             settings=self.as_text(),
-            requests=tuple({**request.summary(), "status": "edited"} for request in requests),
+            requests=tuple({**request.as_text(), "status": "edited"} for request in requests),
         )
 
 

@@ -16,6 +16,7 @@ from ..models import VisionLanguageModel
 from .changes import AppliedDelta, check_fingerprints, put_in, write
 from .delta import Delta, damage_named, joined
 from .errors import EditError
+from .requests import counted, shortened
 
 FORMAT = "multrace ledger 1"
 
@@ -51,7 +52,7 @@ class Checked:
     """As Delta.retained, on the weights below it."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Ledger:
     """Named edits of one model, in the order in which they were made. Start from Ledger() and `added`.
 
@@ -66,6 +67,14 @@ class Ledger:
         names = [entry.name for entry in self.entries]
         if len({*names}) < len(names):
             raise EditError(f"two edits of a ledger have one name: {names}; choose another name for one of them")
+
+    def __repr__(self) -> str:
+        if not self.entries:
+            return "Ledger without edits"
+        gone = sum(entry.dropped for entry in self.entries)
+        names = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
+        line = f"Ledger of {shortened(self.entries[0].delta.model)}: {counted(len(self.names), 'edit')} in effect ({names})"
+        return f"{line}, {gone} taken out; {counted(len(self.base), 'weight')}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ _ADAPTER = "multrace"
 _PROJECTIONS = ("mlp", "attention")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LowRankChange(TrainedChange):
     """A change of weights as trained low-rank factors."""
 
@@ -129,13 +129,13 @@ class Lora(TrainingSettings):
             target_modules=[projection.path for projection in projections],
             fan_in_fan_out=vlm.stores_transposed,
         )
-        flags = [(parameter, parameter.requires_grad) for parameter in vlm.model.parameters()]
+        flags = [(parameter, parameter.requires_grad) for _, parameter in vlm.named_parameters()]
         devices = [vlm.device] if vlm.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
                 LoraModel(vlm.model, config, _ADAPTER)
-            yield [vlm.model.get_submodule(projection.path) for projection in projections]
+            yield [vlm.module(projection.path) for projection in projections]
         finally:
             for projection in projections:
                 above, _, leaf = projection.path.rpartition(".")

@@ -14,7 +14,7 @@ PROBES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ConvergencePoint:
     """How far the moments still moved after so many prompts: relative Frobenius norms, one per layer, 0 is converged.
 
     Estimated from 64 random directions; exact where the layer is no wider than that.
@@ -41,7 +41,7 @@ class Watch:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
-        self.readings: list[Reading] = []
+        self.readings: list[ConvergencePoint] = []
         self._tokens = torch.zeros(2, dtype=torch.long)
         """In each half."""
         self._halves: dict[int, Tensor] = {}
@@ -76,9 +76,9 @@ class Watch:
             if not isfinite(halves[-1]):
                 raise EditError(
                     f"what the projection of layer {layer} reads holds numbers that are not finite, among the first "
-                    f"{prompts} prompts; load the model in float32 or bfloat16"
+                    f"{prompts} prompts; load a float16 model in float32 or bfloat16, or fetch damaged weights again"
                 )
-        self.readings.append(Reading(prompts=prompts, change=tuple(change), halves=tuple(halves)))
+        self.readings.append(ConvergencePoint(prompts=prompts, change=tuple(change), halves=tuple(halves)))
 
     def is_calm(self, tolerance: float | None) -> bool:
         """Whether all numbers of the last reading are below the tolerance."""
@@ -110,7 +110,7 @@ class Watch:
         return self._probes[key]
 
 
-def curve_tensors(readings: Sequence[Reading]) -> dict[str, Tensor]:
+def curve_tensors(readings: Sequence[ConvergencePoint]) -> dict[str, Tensor]:
     """Readings as tensors: prompts (reading,) int64, change and halves (reading, layer) float64; nothing for none."""
     if not readings:
         return {}
@@ -123,13 +123,13 @@ def curve_tensors(readings: Sequence[Reading]) -> dict[str, Tensor]:
     }
 
 
-def curve_of(tensors: Mapping[str, Tensor]) -> tuple[Reading, ...]:
+def curve_of(tensors: Mapping[str, Tensor]) -> tuple[ConvergencePoint, ...]:
     """The readings that `curve_tensors` wrote. KeyError or ValueError if they are not whole."""
     if "curve:prompts" not in tensors:
         return ()
     rows = (tensors[f"curve:{name}"].tolist() for name in ("prompts", "change", "halves"))
     return tuple(
-        Reading(prompts=int(prompts), change=tuple(change), halves=tuple(halves))
+        ConvergencePoint(prompts=int(prompts), change=tuple(change), halves=tuple(halves))
         for prompts, change, halves in zip(*rows, strict=True)
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..artefacts import files
 from ..models import VisionLanguageModel
 from .errors import EditError
-from .moment_convergence import Reading, curve_of, curve_tensors
+from .moment_convergence import ConvergencePoint, curve_of, curve_tensors
 from .moment_hashes import KINDS, hash_of_weights
+from .requests import counted
 
 logger = logging.getLogger("multrace")
 
@@ -27,7 +28,7 @@ Sums = Mapping[int, Mapping[str, Tensor]]
 """By layer and type of token, the (width, width) float64 sum of k k^T over the tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Moments:
     """Uncentred second moments of what projections read, by layer and type of token. EditError if parts disagree.
 
@@ -50,7 +51,7 @@ class Moments:
     corpus: str
     """Hash of all the prompts that were given, `hash_of_corpus`."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    convergence: tuple[Reading, ...] = ()
+    convergence: tuple[ConvergencePoint, ...] = ()
 
     def __post_init__(self) -> None:
         present = {kind for kind in KINDS if self.counts.get(kind)}
@@ -68,10 +69,19 @@ class Moments:
             if not all(torch.isfinite(part.diagonal()).all() for part in parts.values()):
                 raise EditError(
                     f"what the {self.projection} projection of layer {layer} reads holds numbers that are not finite; "
-                    "load the model in float32 or bfloat16"
+                    "load a float16 model in float32 or bfloat16, or fetch damaged weights again"
                 )
         if any(len(each.change) != len(self.sums) or len(each.halves) != len(self.sums) for each in self.convergence):
             raise EditError(f"readings of convergence need one number for each of the layers {[*self.sums]}")
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers[:8])) + (", ..." if len(self.layers) > 8 else "")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+        moved = f"; halves differ by {max(self.convergence[-1].halves):.2g}" if self.convergence else ""
+        return (
+            f"Moments of {self.model!r}, {self.projection} projections of layers {layers}\n"
+            f"{counted(self.prompts, 'prompt')} with {self.count()} tokens ({kinds}){moved}"
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

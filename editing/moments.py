@@ -19,11 +19,11 @@ from tqdm import tqdm
 from ..models import Projection, Prompt, VisionLanguageModel, collate, patch
 from ..models.hooks import StopForward
 from .errors import EditError
-from .moment_convergence import PROBES, Reading, Watch, wide
+from .moment_convergence import PROBES, ConvergencePoint, Watch, wide
 from .moment_files import MomentCache, Moments
 from .moment_hashes import KINDS, hash_of_corpus, hash_of_settings, hash_of_weights, token_types
 
-__all__ = ["Moments", "Reading", "memory_of_moments", "second_moments"]
+__all__ = ["Moments", "ConvergencePoint", "memory_of_moments", "second_moments"]
 
 Written = Literal["mlp", "attention"]
 _LARGEST_BLOCK = 256
@@ -70,7 +70,7 @@ def second_moments(
     settings = {"batch_size": batch_size, "every": every, "tolerance": tolerance, "layers": wanted}
     hashes = {"weights": hash_of_weights(vlm, wanted[-1], progress=progress), "corpus": corpus}
     place = {"projection": projection, "device": vlm.device.type, "groups": groups}
-    run = _Run(
+    run = _Collection(
         vlm=vlm,
         prompts=prompts,
         projections={layer: _projection(vlm, layer, projection) for layer in wanted},
@@ -104,7 +104,7 @@ def memory_of_moments(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Run:
+class _Collection:
     """What all passes share."""
 
     vlm: VisionLanguageModel

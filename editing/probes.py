@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..models import Prompt
 from .errors import EditError
-from .requests import EditRequest
+from .requests import EditRequest, counted
 
 EDITED, PORTABILITY, GENERAL = "edited", "portability", "general"
 REPHRASE, OTHER_PICTURE, REPHRASE_OTHER_PICTURE = "rephrase", "other_picture", "rephrase_other_picture"
@@ -68,7 +68,7 @@ class Probe:
         return KINDS[self.kind][0]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
     """One edit to be made and everything that is asked about it."""
 
@@ -81,6 +81,9 @@ class Record:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", tuple(self.probes))
+
+    def __repr__(self) -> str:
+        return f"Record({self.name!r}, {self.request}, {counted(len(self.probes), 'probe')})"
 
 
 def names_of(records: Sequence[Record]) -> tuple[str, ...]:

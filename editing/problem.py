@@ -127,5 +127,5 @@ def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise EditError(
-            f"the {name} hold numbers that are not finite; load the model in float32, or lower the learning rate"
+            f"the {name} hold numbers that are not finite; lower the learning rate, or load a half-precision model in float32"
         )

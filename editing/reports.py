@@ -1,6 +1,7 @@
 """What an evaluation found: every question with both raw answers, and the means that follow from them."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from .errors import EditError
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
 from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
 from .questions import Pair
+from .requests import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +91,7 @@ class SequencePoint:
     """Largest relative growth of the Frobenius norm of an edited weight since the start; 0.1 is ten percent."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EditCurve:
     """A sequence of edits, each on top of the others. Part of the report of `evaluate(mode="sequence")`."""
 
@@ -104,6 +106,15 @@ class EditCurve:
     """The number of edits at which the growth first passed the bound."""
     stopped_at: int | None = None
     """The number of edits after which the sequence was stopped for that, if that was asked for."""
+
+    def __repr__(self) -> str:
+        line = f"EditCurve of {self.model!r}: {counted(len(self.statuses), 'edit')} in sequence, measured at {counted(len(self.points), 'point')}"
+        if not self.points:
+            return line
+        last = self.points[-1]
+        means = {name: getattr(last, name).mean for name in MEANS}
+        shown = "".join(f"{name} {mean:.0%}, " for name, mean in means.items() if not math.isnan(mean))
+        return f"{line}\nafter {last.edits}: {shown}norm growth {last.growth:+.1%}"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per point: edits; mean, low and high of each measure; retention and growth."""
@@ -180,7 +191,7 @@ class EditCurve:
             raise EditError(f"the curve in '{path}' is damaged ({error!r}); evaluate again") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EditReport:
     """The evaluation of edits. Made by `evaluate`."""
 
@@ -201,6 +212,16 @@ class EditReport:
     """The points on the way, in mode "sequence"."""
     seed: int = 0
     """Random seed of the bootstrap."""
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        line = f"EditReport of {self.model!r}, mode {self.mode!r}: {counted(len(self.statuses), 'edit')}{failed}"
+        shown = []
+        for aspect, protocol in MEANS.items():
+            if any(row.aspect == aspect and protocol in row.numbers for row in self.rows):
+                score = self.score(aspect, protocol)
+                shown.append(f"{aspect} {score.after.mean:.0%} (unedited {score.before.mean:.0%})")
+        return f"{line}, {counted(len(self.rows), 'question')}\n{', '.join(shown)}"
 
     def scores(self) -> tuple[EditScore, ...]:
         """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""

@@ -1,7 +1,6 @@
 """What an edit is asked to do: one fact, the pictures and wordings that state it, and the answer it should have."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from .errors import EditError
 _PROMPTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EditRequest:
     """One fact to write: after the edit the prompt, and every prompt like it, should be answered with the target.
 
@@ -43,6 +42,13 @@ class EditRequest:
                 "pass the new answer as text, for example target='Paris'"
             )
 
+    def __repr__(self) -> str:
+        nouns = ("context", "rewrite prompt", "preserve prompt", "essence prompt")
+        counts = [len(getattr(self, part)) for part in _PROMPTS]
+        more = "".join(f", {counted(count, noun)}" for count, noun in zip(counts, nouns, strict=True) if count)
+        picture = "" if self.prompt.images else ", no picture"
+        return f"EditRequest({shortened(self.prompt.question)} -> {shortened(self.target)}{picture}{more})"
+
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompt and its contexts, each with the target as its answer."""
@@ -58,10 +64,20 @@ class EditRequest:
         """Its name, or its question and target."""
         return self.name or f"{self.prompt.question} -> {self.target}"
 
-    def summary(self) -> Mapping[str, str]:
+    def as_text(self) -> dict[str, str]:
         """The request in words, for the header of a saved edit."""
         counts = {part: str(len(getattr(self, part))) for part in _PROMPTS}
         return {"name": self.name, "question": self.prompt.question, "target": self.target, **counts}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 request" or "2 requests"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Return the text in quotes, cut to so many characters, for lines that describe values."""
+    return repr(text if len(text) <= length else f"{text[: length - 3]}...")
 
 
 def key_of(prompt: Prompt) -> str:

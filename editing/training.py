@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..models import ModelError, Prompt, VisionLanguageModel, collate
+from .delta import requests_line
 from .errors import EditError
-from .requests import EditRequest
+from .requests import EditRequest, counted
 from .targets import end_ids, prompt_end
 
 _NO_LABEL = -100
@@ -23,7 +24,7 @@ Forward = Callable[..., Any]
 """Model inputs by keyword, to the model's output with its logits."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TrainedChange(ABC):
     """What training changed in a model, per weight; it is put into no other weights than those it was trained on."""
 
@@ -38,6 +39,11 @@ class TrainedChange(ABC):
     """What was asked, and the loss that was reached in nats per label, as text, one mapping per request."""
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+
+    def __repr__(self) -> str:
+        editor = self.settings.get("editor", "hand")
+        line = f"{type(self).__name__} of {self.model!r} by {editor}: {counted(len(self.fingerprints), 'weight')}"
+        return f"{line}, {counted(len(self.losses) - 1, 'step')}\n{requests_line(self.requests)}"
 
     @abstractmethod
     def difference(self, name: str) -> Tensor:
@@ -74,7 +80,9 @@ class TrainedChange(ABC):
                 )
             changed[name] = summed(vlm.weight(name), self.difference(name))
             if not torch.isfinite(changed[name]).all():
-                raise EditError(f"the changed {name} overflows {changed[name].dtype}; load in float32 or train less")
+                raise EditError(
+                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model in float32"
+                )
         return changed
 
 
@@ -151,7 +159,7 @@ class Training:
     def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
         """What was asked and the loss reached, as text, one mapping per request."""
         return tuple(
-            {**request.summary(), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
+            {**request.as_text(), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
             for request, loss in zip(requests, self.requests, strict=True)
         )
 
@@ -208,7 +216,7 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise EditError(
                     f"the training left the finite numbers at step {step}; "
-                    "lower learning_rate, or load the model in float32"
+                    "lower learning_rate, or load a half-precision model in float32"
                 )
             if losses[-1] <= settings.stop_loss or step == settings.steps:
                 break

@@ -72,6 +72,10 @@ class ValueResult(Lookup):
     and after the last."""
     probability: float
     """Probability of the whole target (with its end, if asked for) given the change: geometric mean over contexts."""
+    token_probability: float
+    """Geometric mean of the probabilities of the target's tokens given the change, over tokens and contexts."""
+    says_target: bool
+    """Whether every token of the target is the most probable one in its place, in all contexts, given the change."""
     failure: str = ""
     """Why there is no usable change; empty if there is one."""
 
@@ -176,6 +180,8 @@ class _Search:
         self.best = self.change.detach().clone()
         self.losses: list[list[float]] = [[] for _ in lookups]
         self.likelihood = [0.0 for _ in lookups]
+        self.says_target = [False for _ in lookups]
+        self.is_first = torch.zeros(len(lookups), dtype=torch.bool)  # goals whose target is most probable right now
         self.failures = ["" for _ in lookups]
         self.active = torch.ones(len(lookups), dtype=torch.bool)
         self.scale = self.before.square().sum((1, 2)).clamp(min=torch.finfo(self.before.dtype).tiny)
@@ -216,6 +222,8 @@ class _Search:
         losses = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
         per_row = (losses.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
+        missed = ((logits.argmax(-1) != batch.labels.to(logits.device)) & (mask > 0)).any(-1)
+        self.is_first = _mean_per_goal(missed[~bare].float(), goals[~bare], len(self.lookups)).cpu() == 0
         if not bool(bare.any()):
             return nll, torch.zeros_like(nll)
         now = logits[bare, 0].log_softmax(-1)
@@ -236,12 +244,13 @@ class _Search:
             if not torch.isfinite(losses[goal]):
                 self.failures[goal] = (
                     f"the search left the finite numbers at step {step}; "
-                    "lower learning_rate, or load the model in float32"
+                    "lower learning_rate, or load a half-precision model in float32"
                 )
             else:
                 self.losses[goal].append(loss)
                 if loss <= min(self.losses[goal]):
                     self.best[goal], self.likelihood[goal] = self.change[goal], -nll[goal].item()
+                    self.says_target[goal] = bool(self.is_first[goal])
             if self.failures[goal] or loss <= self.settings.stop_loss:
                 self.active[goal] = False
                 self.change[goal] = torch.nan_to_num(self.best[goal])  # no trace of a failure in later steps
@@ -264,6 +273,8 @@ class _Search:
             change=self.best[goal, : len(lookup.keys)],
             losses=tuple(self.losses[goal]) or (float("inf"),),
             probability=torch.tensor(self.likelihood[goal] * self.labels[goal]).exp().item(),
+            token_probability=torch.tensor(self.likelihood[goal]).exp().item(),
+            says_target=self.says_target[goal],
             failure=self.failures[goal],
         )
 

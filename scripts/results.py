@@ -7,9 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..artefacts.files import write_whole
 from ..data import tiny_vlm_path
 from ..editing.errors import EditError
-from ..artefacts.files import write_whole
 from ..models import VisionLanguageModel, load
 from .options.choices import SPLITS
 from .options.results import Results

@@ -18,12 +18,14 @@ from multrace.editing import (
     EditRequest,
     EvaluationSettings,
     InContext,
+    Ledger,
     MultEdit,
     NormBound,
     Probe,
     Record,
     baseline as measure_baseline,
     evaluate,
+    second_moments,
 )
 from multrace.editing.metrics import (
     EXACT,
@@ -421,6 +423,19 @@ def test_what_a_sequence_cannot_use_is_refused(tiny_vlm, records, general):
         evaluate(tiny_vlm, records[:1], EDIT, mode="sequence", general=general)
     with pytest.raises(EditError, match="prompt_transform belongs to mode 'batch'"):
         evaluate(tiny_vlm, records[:1], EDIT, prompt_transform=lambda prompt: prompt)
+
+
+def test_values_are_described_in_two_lines(tiny_vlm, records, sequence, baseline):
+    request, (name,) = records[0].request, EDIT.edit(tiny_vlm, [records[0].request]).changes
+    delta = EDIT.edit(tiny_vlm, [request], progress=False)
+    moments = second_moments(tiny_vlm, [request.prompt], layers=[3], progress=False)
+    values = (request, records[0], delta, Ledger().added("first", delta), moments, sequence, sequence.curve, baseline)
+    for value in values:
+        lines = repr(value).split("\n")
+        assert len(lines) <= 2 and all(len(line) <= 250 for line in lines)
+    assert repr(request.target) in repr(request) and name in repr(delta) and repr(request.target) in repr(delta)
+    assert "1 edit in effect (first)" in repr(Ledger().added("first", delta))
+    assert "efficacy 100% (unedited 0%)" in repr(sequence)
 
 
 BAD = {

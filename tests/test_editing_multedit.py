@@ -276,3 +276,19 @@ def test_a_search_that_stopped_short_of_its_goal_but_found_the_target_is_not(tin
     assert float(delta.requests[0]["loss"]) > 1e-9
     assert float(delta.requests[0]["probability"]) > 0.5
     assert not caplog.records
+
+
+def test_a_warning_about_an_edit_and_what_the_model_then_says_agree(tiny_vlm, photo, caplog):
+    """Long targets have a small probability as a whole, though each of their tokens is the most probable one."""
+    prompt = tiny_vlm.prompt(photo, "What is the capital of the country in this photo?")
+    outcomes = set()
+    for steps in (1, 16, 60, 150):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="multrace"):
+            editor = MultEdit(layer=5, steps=steps, ridge_fraction=0.0, weight=float("inf"))
+            delta = editor.edit(tiny_vlm, [EditRequest(prompt=prompt, target="Draivo Stanez Pruro")], progress=False)
+        with delta.applied(tiny_vlm):
+            says_target = tiny_vlm.answers([prompt]) == ["Draivo Stanez Pruro"]
+        assert says_target == ("does not say" not in caplog.text)
+        outcomes.add(says_target)
+    assert outcomes == {True, False}

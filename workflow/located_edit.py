@@ -229,7 +229,7 @@ class _Edits:
 
 def _in_order(delta: Delta, order: Sequence[int], requests: Sequence[EditRequest], failed: Mapping[int, str]) -> Delta:
     """The delta whose request i is the one that was request order[i]'s; those that failed have a report and no keys."""
-    reports = {index: {**requests[index].summary(), "status": status} for index, status in failed.items()}
+    reports = {index: {**requests[index].as_text(), "status": status} for index, status in failed.items()}
     reports |= dict(zip(order, delta.requests, strict=True))
     places = torch.tensor([*order, NO_OWNER])  # the last entry is for rows without an owner
     changes = {name: replace(change, owners=places[change.owners]) for name, change in delta.changes.items()}
