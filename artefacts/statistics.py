@@ -1,4 +1,6 @@
-"""Intervals of means and of proportions, and how well a score separates two classes."""
+"""Intervals of means and of proportions, a paired test, and how well a score separates two classes."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -91,3 +93,37 @@ def bootstrap_counts(is_right: NDArray, *, seed: int, draws: int = DRAWS) -> NDA
         size = int(members.sum())
         counts[:, members] = generator.multinomial(size, np.full(size, 1 / size), size=draws)
     return counts
+
+
+def grouped_bootstrap(
+    values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS, level: float = LEVEL
+) -> tuple[float, float]:
+    """Return (low, high) of the percentile interval of a mean when whole groups are drawn with replacement.
+
+    Args:
+        values: the values, at least one.
+        groups: the name of the group of each value; values of one group rise and fall together.
+        seed: random seed; the same seed gives the same interval.
+        draws: number of bootstrap samples.
+        level: confidence level.
+    """
+    names, places = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    sums = np.bincount(places, weights=np.asarray(values, dtype=np.float64))
+    counts = np.bincount(places)
+    shares = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(seed).multinomial(len(names), shares, size=draws)
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_test(differences: NDArray, *, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
+    """Return (low, high, p) of paired differences: the bootstrap interval of their mean, and a two-sided p-value.
+
+    The p-value is that of a permutation test that flips the signs of the differences at random.
+    """
+    generator, size = np.random.default_rng(seed), (draws, len(differences))
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(differences[generator.integers(0, len(differences), size)].mean(1), tails)
+    flipped = np.abs((differences * generator.choice([-1.0, 1.0], size)).mean(1))
+    p = (1 + (flipped >= abs(differences.mean()) - 1e-12).sum()) / (1 + draws)
+    return float(low), float(high), float(p)

@@ -174,15 +174,35 @@ class ClosedFormEditor(ValueSettings):
         earlier: Sequence[Delta] = (),
         progress: bool = True,
     ) -> Delta:
-        """The change after which each request's prompts are answered with its target; Delta.applied puts it in.
+        """Return the change after which the model answers each request's prompts with its target.
 
-        moments: second moments of keys, for editors that weigh old keys by them; costs: what `costs` made of them,
-        in their place. earlier: edits that are in the model now, whose keys are kept by `earlier_weight`. progress
-        shows bars. Delta.requests says of each request what became of it: "edited", "nothing to do" where the model
-        gives the target already, "failed: ..." where the search left the finite numbers; others go on. A target that
-        stays unlikely, and constraints that cannot be told apart, are logged as warnings. EditError for no requests, a
-        layer or token that does not exist, contexts that disagree, requests that contradict each other, missing
-        moments, or if every request fails.
+        The model is left unchanged; `Delta.applied` puts the change into it. `Delta.requests` says what became of each
+        request: "edited", "nothing to do" if the model gives the target already, or "failed: ..." if its value search
+        left the finite numbers, while the others go on. A target that the model does not say even with its value, and
+        keys that cannot be told apart, are logged as warnings.
+
+        Args:
+            vlm: The model to edit.
+            requests: The facts to write, all in one solve.
+            moments: Second moments of keys, for editors that weigh old keys by them.
+            costs: The factorised costs that `costs` made of the moments, to share them between edits.
+            earlier: Edits that are in the model now, whose keys are preserved with `earlier_weight`.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: There are no requests, a layer or token does not exist, contexts disagree, requests contradict
+                each other, moments are missing, or every request fails.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "Who won?")
+            >>> request = mt.EditRequest(prompt=prompt, target="Pruro")
+            >>> delta = mt.MultEdit(layer=5).edit(vlm, [request], progress=False)
+            >>> with delta.applied(vlm):
+            ...     vlm.answers([prompt])
+            ['Pruro']
         """
         requests = tuple(requests)
         if not requests:

@@ -57,12 +57,31 @@ class Verification:
 
 
 def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Path:
-    """The folder, which now holds the change as a PEFT LoRA adapter for PeftModel.from_pretrained.
+    """Write the change as a PEFT LoRA adapter for `PeftModel.from_pretrained`, and return its folder.
 
     Each weight's adapter has the rank of its change and an alpha equal to it, so that its scale is 1. Adapters are
-    float32 whatever the model is; what a half-precision weight would round away is kept. Several edits are several
-    adapters, or one by `compose`. PEFT itself is not needed for writing. EditError where the model has no such weight,
-    the change is none, the folder exists already, or it cannot be written; there is a whole one afterwards, or none.
+    float32 whatever the model's dtype, so nothing is rounded away. Write several edits as several adapters, or as one
+    by `compose`. PEFT itself is not needed for writing. There is a whole folder afterwards, or none.
+
+    Args:
+        vlm: The model that was edited.
+        change: A `Delta`, or the change that `Lora` made.
+        folder: A new folder.
+
+    Raises:
+        EditError: The model has no such weight, the change is empty, the folder exists or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter = mt.to_peft(vlm, delta, f"{folder}/adapter")
+        ...     sorted(path.name for path in adapter.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder = Path(folder)
     if folder.exists():
@@ -127,10 +146,32 @@ def save_merged(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The folder, which now holds the edited model as an ordinary Hugging Face directory; the model ends unedited.
+    """Write the edited model as an ordinary Hugging Face directory and return it; the model ends unedited.
 
-    dtype: of the weights in the file; None keeps the one of the file that was loaded, and a half-precision file rounds
-    part of the edit away. ModelError where it cannot be written, EditError as applying.
+    Args:
+        vlm: The model that was edited.
+        change: The edit.
+        folder: The directory to write.
+        dtype: Dtype of the weights in the file; None keeps that of the file the model was loaded from. A half-precision
+            file rounds part of the edit away.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        ModelError: The directory cannot be written.
+        EditError: The change cannot be applied to this model.
+
+    Example:
+        >>> import tempfile
+        >>> from multrace.editing import save_merged
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
+        >>> merged.fingerprint(delta.changes) == vlm.fingerprint(delta.changes)
+        False
     """
     with change.applied(vlm):
         vlm.save_pretrained(folder, dtype=dtype, overwrite=overwrite)
@@ -141,9 +182,32 @@ def save_merged(
 def verify_export(
     vlm: VisionLanguageModel, change: Change, reopened: VisionLanguageModel, prompts: Sequence[Prompt]
 ) -> Verification:
-    """How a model opened from an export compares with the edited one, in logits of all tokens and in greedy answers.
+    """Compare a model that was opened from an export with the edited one, in logits of all tokens and in answers.
 
-    reopened: `with_adapters` of a base model, or `load` of a merged directory. EditError for no prompts.
+    Args:
+        vlm: The unedited model.
+        change: The edit that was exported.
+        reopened: The exported model: `with_adapters` of a base model, or `load` of a merged directory.
+        prompts: What both are asked; pass the edited question, with its picture, among them.
+
+    Returns:
+        The largest differences, and both answers to each prompt; `Verification.holds` is the verdict.
+
+    Raises:
+        EditError: There are no prompts, or the change cannot be applied to this model.
+
+    Example:
+        >>> import tempfile
+        >>> from multrace.editing import save_merged, verify_export
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
+        >>> verify_export(vlm, delta, merged, [request.prompt]).holds
+        True
     """
     prompts = list(prompts)
     if not prompts:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..artefacts import statistics
 from .errors import EditError
 
 EXACT = "free generation, exact match"
@@ -32,7 +33,6 @@ TOP10_WHOLE = "ordered top-10 agreement, whole sequence"
 KL = "KL(before || after), first answer position, nats"
 FLUENCY = "free generation, bi- and trigram entropy, bits"
 RANKS = 10
-DRAWS = 2000
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # n-gram -> its entropy's weight, ROME's
 
 _ARTICLES = ("a", "an", "the")
@@ -181,27 +181,19 @@ class Interval:
     """From how many records."""
 
 
-def mean_interval(
-    values: Sequence[float], records: Sequence[str], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> Interval:
-    """The mean of the values and its percentile interval when whole records are drawn with replacement.
+def bootstrap_interval(values: Sequence[float], records: Sequence[str], *, seed: int = 0) -> Interval:
+    """Return the mean of the values with the 95 % interval when whole records are drawn with replacement.
 
     records[i] names the record that values[i] belongs to: its probes rise and fall together, so they are drawn
-    together. The same seed gives the same interval. EditError if the two differ in length.
+    together. The same seed gives the same interval. Raises `EditError` if the two differ in length.
     """
     if len(values) != len(records):
         raise EditError(f"got {len(values)} values of {len(records)} records; pass one record's name per value")
     if not len(values):
         return Interval(mean=math.nan, low=math.nan, high=math.nan, number=0, records=0)
-    names, places = np.unique(np.asarray(records, dtype=object).astype(str), return_inverse=True)
-    sums = np.bincount(places, weights=np.asarray(values, dtype=np.float64))
-    counts = np.bincount(places)
-    shares = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), shares, size=draws)
-    means = (drawn @ sums) / (drawn @ counts)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = statistics.grouped_bootstrap(values, records, seed=seed)
     mean = float(np.mean(np.asarray(values, dtype=np.float64)))
-    return Interval(mean=mean, low=float(low), high=float(high), number=len(values), records=len(names))
+    return Interval(mean=mean, low=low, high=high, number=len(values), records=len(set(records)))
 
 
 def _check_positions(predicted: Sequence[int], wanted: Sequence[int]) -> None:

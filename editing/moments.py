@@ -44,24 +44,45 @@ def second_moments(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Moments:
-    """Moments of what the projections of these layers (None: all) read at every token of the prompts.
+    """Return the second moments of what the projections of these layers read at every token of the prompts.
 
     Products are taken in float32 (float64 for a float64 model) and summed in float64. The model runs no further than
-    the last wanted layer, whose output it does not compute. Prompts are read in order, more than once: first to hash
+    the last of the layers, whose output it does not compute. Prompts are read in order, more than once: first to hash
     them, then once for each group of layers; a sequence that makes them on demand keeps memory small.
 
-    memory: bytes for the sums and what they need beside model and activations; layers then go in groups, one pass
-    each, with the same result bit for bit. every: prompts between two readings of convergence; None is a sixteenth of
-    them, at most 256. Blocks of so many prompts go to two halves in turn, and a reading compares these; draw prompts
-    in random order. tolerance: stop once all numbers of a reading are below; None or 0 reads everything.
+    Args:
+        vlm: The unedited model.
+        prompts: What the model reads; draw them in random order, since convergence is read from their halves.
+        layers: Layers, negative from the end; None for all.
+        projection: "mlp" for the inputs of down projections, "attention" for those of attention's output projections.
+        batch_size: Number of prompts that run together.
+        memory: Budget in MiB for the sums and what they need beside model and activations. Layers then go in groups,
+            one pass each, with the same result bit for bit; None reads all layers in one pass.
+        tolerance: Stop once all numbers of a reading of convergence are below this share; None or 0 reads everything.
+        every: Number of prompts between two readings of convergence; None is a sixteenth of them, at most 256. Blocks
+            of so many prompts go to two halves in turn, and a reading compares these.
+        cache: A folder in which the sums are kept after every reading (all of them are written each time: choose a
+            large `every` for many wide layers) and the result at the end. The same weights, prompts and settings find
+            it again, and an interrupted run goes on from there, bit-equal to an uninterrupted one. The result reads its
+            sums from these files as they are needed. A damaged file is passed over with a warning.
+        progress: Show progress bars.
 
-    cache: a folder in which sums are kept after every reading (all of them are written each time: choose a large
-    `every` for many wide layers) and the result at the end. The same weights, prompts and settings find it again, and
-    an interrupted run goes on from there, bit-equal to one in a single go. The result reads its sums from these files
-    as they are needed. A damaged file there is passed over with a warning.
+    Returns:
+        The moments, apart for image, question and template tokens.
 
-    EditError for settings out of range, too small a memory, or numbers that are not finite; ModelError for a layer
-    that does not exist or prompts that do not fit into one batch.
+    Raises:
+        EditError: A setting is out of range, the memory too small, or a number not finite.
+        ModelError: A layer does not exist, or prompts do not fit into one batch.
+
+    Source: C in ROME (arXiv 2202.05262) and MEMIT (arXiv 2210.07229), there over text only.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> moments = mt.second_moments(vlm, [vlm.prompt(None, "Who won?")], layers=[5], progress=False)
+        >>> tuple(moments.matrix(5).shape) == (moments.width(5), moments.width(5))
+        True
     """
     wanted = _layers(vlm, layers)
     every = _check(prompts, projection, batch_size, tolerance, every)

@@ -13,7 +13,7 @@ import torch
 from ..artefacts import drawing, files
 from ..artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from .errors import EditError
-from .metrics import EXACT, SPLITS, UNCHANGED, Interval, mean_interval, split_of
+from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
 from .probes import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY
 from .questions import Pair
 from .requests import counted
@@ -328,7 +328,8 @@ class EditReport:
         chosen = [row for row in rows if protocol in row.numbers]
         records = [row.record for row in chosen]
         means = [
-            mean_interval([row.numbers[protocol][state] for row in chosen], records, seed=self.seed) for state in (0, 1)
+            bootstrap_interval([row.numbers[protocol][state] for row in chosen], records, seed=self.seed)
+            for state in (0, 1)
         ]
         return EditScore(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
 

@@ -14,7 +14,7 @@ from .asking import Baseline, EditFunction, ask, attempt, report_of, rows_of, tr
 from .changes import Change
 from .delta import Delta
 from .errors import EditError
-from .metrics import EXACT, Interval, exact_match, mean_interval
+from .metrics import EXACT, Interval, bootstrap_interval, exact_match
 from .probes import EFFICACY, Record, names_of
 from .questions import Question, record_questions, unedited_by_others
 from .reports import MEANS, EditCurve, EditReport, ProbeRow, SequencePoint
@@ -200,4 +200,6 @@ def _point(run: _Progress, count: int, rows: Sequence[ProbeRow], seed: int) -> S
 
 def _mean(rows: Sequence[ProbeRow], aspect: str, seed: int) -> Interval:
     chosen = [row for row in rows if row.aspect == aspect and MEANS[aspect] in row.numbers]
-    return mean_interval([row.numbers[MEANS[aspect]][1] for row in chosen], [row.record for row in chosen], seed=seed)
+    return bootstrap_interval(
+        [row.numbers[MEANS[aspect]][1] for row in chosen], [row.record for row in chosen], seed=seed
+    )

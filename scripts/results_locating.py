@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.statistics import paired_test
 from ..editing.editors import MultEdit
 from ..editing.evaluation import evaluate
 from ..editing.metrics import EXACT, UNCHANGED
@@ -66,12 +67,9 @@ def score(cell: Sequence[float]) -> float:
 def paired(traced: Sequence[float], other: Sequence[float]) -> Paired:
     """Return the comparison of two choices over the same requests."""
     differences = np.asarray(traced) - np.asarray(other)
-    generator, size = np.random.default_rng(0), (_DRAWS, len(differences))
-    low, high = np.quantile(differences[generator.integers(0, len(differences), size)].mean(1), [0.025, 0.975])
-    flipped = np.abs((differences * generator.choice([-1.0, 1.0], size)).mean(1))
-    p = (1 + (flipped >= abs(differences.mean()) - 1e-12).sum()) / (1 + _DRAWS)
+    low, high, p = paired_test(differences, draws=_DRAWS)
     means = {"traced": float(np.mean(traced)), "other": float(np.mean(other))}
-    return Paired(**means, low=float(low), high=float(high), p=float(p), number=len(differences))
+    return Paired(**means, low=low, high=high, p=p, number=len(differences))
 
 
 def comparisons(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:

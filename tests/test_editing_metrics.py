@@ -8,10 +8,10 @@ from multrace.editing import EditError
 from multrace.editing.metrics import (
     SPLITS,
     agreement,
+    bootstrap_interval,
     exact_match,
     fluency,
     kl_divergence,
-    mean_interval,
     ngram_entropy,
     normalised_probability,
     sequence_accuracy,
@@ -123,13 +123,13 @@ def test_the_four_ways_to_succeed():
 
 def test_an_interval_draws_whole_records():
     values, records = [1, 1, 1, 1, 0, 0, 0, 0], ["a"] * 4 + ["b"] * 4
-    found = mean_interval(values, records, seed=3)
+    found = bootstrap_interval(values, records, seed=3)
     assert (found.mean, found.number, found.records) == (0.5, 8, 2)
     assert (found.low, found.high) == (0, 1)  # a quarter of the draws take "a" twice
-    apart = mean_interval(values, list("abcdefgh"), seed=3)
+    apart = bootstrap_interval(values, list("abcdefgh"), seed=3)
     assert 0 < apart.low < apart.high < 1
-    assert mean_interval(values, records, seed=3) == found
-    assert mean_interval(list(range(50)), list(map(str, range(50))), seed=1) != mean_interval(
+    assert bootstrap_interval(values, records, seed=3) == found
+    assert bootstrap_interval(list(range(50)), list(map(str, range(50))), seed=1) != bootstrap_interval(
         list(range(50)), list(map(str, range(50))), seed=2
     )
 
@@ -144,15 +144,15 @@ def test_an_interval_agrees_with_one_drawn_record_by_record():
         pooled = [value for group in drawn for value in group]
         means.append(sum(pooled) / len(pooled))
     low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
-    found = mean_interval(values, records)
+    found = bootstrap_interval(values, records)
     assert found.mean == pytest.approx(0.5)
     assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
 
 
 def test_an_interval_of_nothing_and_of_one_record():
-    empty = mean_interval([], [])
+    empty = bootstrap_interval([], [])
     assert math.isnan(empty.mean) and empty.number == 0
-    one = mean_interval([0.0, 1.0], ["a", "a"])
+    one = bootstrap_interval([0.0, 1.0], ["a", "a"])
     assert (one.mean, one.low, one.high) == (0.5, 0.5, 0.5)
     with pytest.raises(EditError, match="one record's name per value"):
-        mean_interval([1.0], [])
+        bootstrap_interval([1.0], [])
