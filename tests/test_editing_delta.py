@@ -280,6 +280,15 @@ def test_another_shape_is_refused(random_llama):
         wrong.apply(random_llama, on_other_weights=True)
 
 
+@pytest.mark.parametrize("part", ["left", "right", "keys", "residuals"])
+def test_factors_that_are_not_finite_are_refused(random_llava_llama, part):
+    (change,) = made_by_hand(random_llava_llama).changes.values()
+    damaged = getattr(change, part).clone()
+    damaged[0, 0] = torch.nan
+    with pytest.raises(EditError, match="not finite; make the edit again"):
+        replace(change, **{part: damaged})
+
+
 def test_an_overflow_is_refused_before_anything_changed(random_llava_llama):
     vlm = load(random_llava_llama.name, dtype="float16")
     weights = bits(vlm)

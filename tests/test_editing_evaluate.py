@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.editing import (
     Baseline,
@@ -318,9 +319,12 @@ def test_a_sequence_keeps_its_first_edit(sequence, records, tmp_path):
     assert curve.points[-1].first_holds is True and curve.points[-1].retention == 1
     assert 0 < curve.points[0].growth <= curve.points[1].growth
     assert EditCurve.load(curve.save(tmp_path / "curve.json")) == curve
-    assert curve.plot(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = curve.plot(tmp_path / "curve.png").axes
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert any([*line.get_xdata()] == [1, 3] and [*line.get_ydata()] == [100, 100] for line in drawn.values())
     assert "norm growth" in curve.summary() and len(curve.to_dataframe()) == 2
-    with pytest.raises(EditError, match="png"):
+    with pytest.raises(ArtefactError, match="png"):
         curve.plot(tmp_path / "curve.txt")
     assert report.score(EFFICACY, TOKENS).after.mean == 1  # the last report has the other protocols too
 

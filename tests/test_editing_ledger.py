@@ -256,8 +256,8 @@ def test_refusals_change_nothing(random_llama, random_gpt2, random_llava_llama):
     with pytest.raises(EditError, match="keep a ledger for each model"):
         ledger.added("c", replace(made(stranger, 3), model="another"))
     assert bits(stranger) == weights
-    huge = ledger.added("c", made(vlm, 3, size=1e38)).added("d", made(vlm, 4, size=1e38))
-    changes = {name: replace(each, left=each.left * 1e3) for name, each in huge.entries[2].delta.changes.items()}
+    huge = ledger.added("c", made(vlm, 3, size=1e37)).added("d", made(vlm, 4, size=1e37))
+    changes = {name: replace(each, right=each.right * 1e3) for name, each in huge.entries[2].delta.changes.items()}
     overflowing = ledger.added("c", replace(huge.entries[2].delta, changes=changes))
     weights = bits(vlm)
     with pytest.raises(EditError, match="overflows"):
