@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -29,7 +30,10 @@ def save_fields(path: str | Path, layout: str, record: Any) -> Path:
         ArtefactError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    text = {each.name: json.dumps(_packed(getattr(record, each.name), each.name, tensors)) for each in fields(record)}
+    text = {
+        each.name: json.dumps(_packed(getattr(record, each.name), each.name, tensors), default=index)
+        for each in fields(record)
+    }
     return write_tensors(path, tensors, {LAYOUT: layout, **text})
 
 

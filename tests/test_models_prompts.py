@@ -181,6 +181,30 @@ def test_a_copied_request_edits_as_the_first(random_llama):
         assert all(torch.equal(first[name].right, second[name].right) for name in first)
 
 
+@pytest.mark.parametrize("case", ["BlankImage", "SwapImage", "ImageNoise", "TextNoise"])
+def test_a_corrupted_run_can_be_copied_and_sent(case, random_llava_llama, photo, other_photo):
+    prompt = random_llava_llama.prompt(photo, QUESTION, constraint=SPAN)
+    settings = {"SwapImage": {"image": other_photo}, "ImageNoise": {"samples": 1, "seed": np.int64(3)}}.get(case, {})
+    corrupted = getattr(multrace, case)(**settings).corrupt(random_llava_llama, prompt)
+    for copied in (copy.deepcopy(corrupted), pickle.loads(pickle.dumps(corrupted))):
+        assert torch.equal(copied.embeddings, corrupted.embeddings)
+        assert len(copied.inputs) == len(corrupted.inputs)
+        for first, second in zip(copied.inputs, corrupted.inputs, strict=True):
+            assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_numbers_of_numpy_are_stored_as_numbers(random_llama, tmp_path):
+    prompt = random_llama.prompt(None, QUESTION, constraint=SPAN)
+    settings = {"corruption": multrace.TextNoise(samples=2), "sites": ("mlp",), "even_if_weak": True, "progress": False}
+    traces = [
+        multrace.causal_trace(random_llama, prompt, window=number, positions=[position, "last"], **settings)
+        for number, position in ((np.int64(3), np.int64(4)), (3, 4))
+    ]
+    loaded = [tracing.CausalTrace.load(trace.save(tmp_path / f"{number}")) for number, trace in enumerate(traces)]
+    assert loaded[0].window == loaded[1].window == 3
+    assert torch.equal(loaded[0].samples["mlp"], loaded[1].samples["mlp"])
+
+
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory):
     """A text-only model whose words have other numbers."""

@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
+from ...models.prompts import ReadOnly
 from ..errors import TraceError
 from ..groups import group_positions
 from .corruption import Corrupted, Corruption
@@ -61,7 +61,7 @@ class Noise(ABC):
 
     def _drawn(self, *shape: int) -> Tensor:
         """(sample, *shape) float64: standard normal numbers."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         return torch.randn(self.samples, *shape, generator=generator, dtype=torch.float64)
 
     def _corrupted(self, scale: float, deviation: float, where: str, **found: object) -> Corrupted:
@@ -151,8 +151,7 @@ class PixelNoise(Noise):
 
         def corrupted(scale: float) -> Corrupted:
             noised = tuple(
-                MappingProxyType({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)})
-                for each in drawn
+                ReadOnly({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)}) for each in drawn
             )
             # One at a time, as the clean picture is seen: a batch of another size would round otherwise.
             embeddings = torch.cat([vlm.embed(prompt, each) for each in noised])

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
+from ...models.prompts import ReadOnly
 from ..errors import TraceError
 from ..groups import group_positions
 from .corruption import Corrupted
@@ -174,7 +174,7 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
         raise TraceError(
             f"the other picture turns {clean.shape[1]} tokens into {inputs['input_ids'].shape[1]}; {advice}"
         )
-    return Corrupted(embeddings=vlm.embed(prompt, inputs), description=description, inputs=(MappingProxyType(inputs),))
+    return Corrupted(embeddings=vlm.embed(prompt, inputs), description=description, inputs=(ReadOnly(inputs),))
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:
