@@ -189,7 +189,7 @@ def _check_weighted(layer: int, attention: Attention, inputs: Tensor) -> None:
     if inputs.shape != expected.shape or not torch.allclose(inputs.to(expected), expected, rtol=0, atol=tolerance):
         raise TraceError(
             f"the output projection of decoder layer {layer} reads something else than the values that its attention "
-            "weighs, so contributions would not add up to what it writes; they cannot be told for this model"
+            "weighs, so contributions would not add up to what it writes; they cannot be computed for this model"
         )
 
 
