@@ -21,7 +21,7 @@ EditFunction = Callable[[VisionLanguageModel, Sequence[EditRequest], Sequence[An
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Baseline:
-    """The responses of the unedited model to a set of questions. Measured once by `baseline`, it serves every editor."""
+    """The responses of the unedited model to a set of questions, measured once for all editors by `baseline`."""
 
     model: str
     revision: str | None

@@ -395,8 +395,8 @@ class _Work:
             silent = [each for each in results if each.loss > self.editor.stop_loss and not each.says_target]
             if final and silent and self.editor.steps:
                 logger.warning(
-                    "even with the value that was found, the model does not say %r: after %d steps its tokens have a mean "
-                    "probability of %.2g; more steps, another layer or another token may help",
+                    "even with the value that was found, the model does not say %r: after %d steps its tokens have a "
+                    "mean probability of %.2g; more steps, another layer or another token may help",
                     *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report

@@ -19,7 +19,7 @@ _ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so t
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cost:
-    """What a change of one weight costs: tr(D M D^T), and the directions that it may not touch. Made by `build_cost`."""
+    """The cost tr(D M D^T) of a change of one weight, and the directions it may not touch. Made by `build_cost`."""
 
     width: int
     """Length of a key."""

@@ -23,10 +23,20 @@ _MOSTLY = 0.9  # a request of which less is retained is pointed out
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
-    """An edit of a model, held outside the model.
+    """An edit, held outside the model: low-rank factors for each weight that it changes.
 
-    It names the weights it changes and how those looked when the edit was made; it is applied to nothing else unless
-    asked to. EditError if its parts do not fit together.
+    A delta holds the hash of each weight before the edit, and is applied to no other weights unless you ask for it.
+    Raises `EditError` if its parts do not fit together.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who won?")
+        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(prompt=prompt, target="Pruro")], progress=False)
+        >>> with delta.applied(vlm):
+        ...     vlm.answers([prompt])
+        ['Pruro']
     """
 
     changes: Mapping[str, WeightChange]
@@ -57,7 +67,8 @@ class Delta:
         rank = sum(change.rank for change in self.changes.values())
         first, *others = (*self.changes, "")
         weights = first if len(others) == 1 else f"{first} and {len(others) - 1} more"
-        line = f"Delta of {shortened(self.model)} by {self.settings.get('editor', 'hand')}: {weights}, {counted(rank, 'key')}"
+        editor = self.settings.get("editor", "hand")
+        line = f"Delta of {shortened(self.model)} by {editor}: {weights}, {counted(rank, 'key')}"
         return f"{line}\n{requests_line(self.requests)}"
 
     @property
@@ -94,7 +105,7 @@ class Delta:
                 handle.restore()
 
     def retained(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
-        """The share of the requested output change that applying would achieve: per parameter name, (key,) float32.
+        """Return the share of the requested change that applying would achieve, (key,) float32 per parameter.
 
         1 is all, 0 is none; measured along the requested direction after rounding to the model's dtype, so it shows
         what the ridge and a low precision take away. 1 where nothing was requested. The model is left as it is; call
@@ -108,7 +119,7 @@ class Delta:
             return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """One line per request, from the shares that `retained` (or a side-car) gives: what became of it, and how much.
+        """One line per request, from the shares that `retained` (or a runtime edit) gives: what became of it, and how much.
 
         The share is that of `shares`; less than nine tenths is pointed out. A delta whose keys belong to no request has
         one line per weight.
@@ -306,5 +317,5 @@ def damage_named(path: str | Path) -> Iterator[None]:
 
 
 def _share(share: float) -> str:
-    note = "" if share >= _MOSTLY else "; a side-car, a higher precision or a smaller ridge brings the rest"
+    note = "" if share >= _MOSTLY else "; a runtime edit, a higher precision or a smaller ridge brings the rest"
     return f"{share:.1%} retained{note}"

@@ -10,8 +10,8 @@ from .closed_form import ClosedFormEditor
 class MultEdit(ClosedFormEditor):
     """MultEdit (arXiv 2406.04236): projections changed in closed form to give wanted values at keys.
 
-    All requests are met by one regularised least-squares solve, in which keys of `preserve_prompts` prompts stay exactly. The
-    defaults come from a sweep on a small model; `paper` has the published constants.
+    One regularised least-squares solve meets all requests, and keeps the outputs at the keys of `preserve_prompts`
+    exactly. The defaults come from a sweep on a small model; `paper` has the published constants.
     """
 
     earlier_weight: float | None = 1.0

@@ -54,9 +54,20 @@ class Checked:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Ledger:
-    """Named edits of one model, in the order in which they were made. Start from Ledger() and `added`.
+    """Named edits of one model, in the order in which they were made.
 
-    A ledger is a value: `added`, `without` and `resolved` give a new one.
+    Start with `Ledger()` and add edits with `added`. A ledger is a value: `added`, `without` and `resolved` return new
+    ones.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> prompt = vlm.prompt(None, "Who won?")
+        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(prompt=prompt, target="Pruro")], progress=False)
+        >>> ledger = mt.Ledger().added("winner", delta)
+        >>> ledger.names, ledger.without("winner").names
+        (('winner',), ())
     """
 
     entries: tuple[Entry, ...] = ()
@@ -73,7 +84,8 @@ class Ledger:
             return "Ledger without edits"
         gone = sum(entry.dropped for entry in self.entries)
         names = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
-        line = f"Ledger of {shortened(self.entries[0].delta.model)}: {counted(len(self.names), 'edit')} in effect ({names})"
+        model, count = shortened(self.entries[0].delta.model), counted(len(self.names), "edit")
+        line = f"Ledger of {model}: {count} in effect ({names})"
         return f"{line}, {gone} taken out; {counted(len(self.base), 'weight')}"
 
     @property

@@ -1,4 +1,4 @@
-"""What is asked about an edit besides the edited question, and what the answer should do: move, or stay."""
+"""The questions about an edit besides the edited one, and whether their answers should change or stay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ PROBE_KINDS = tuple(kind for kind in KINDS if kind not in (EDITED, GENERAL))
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One question about an edit. EditError for an unknown kind, or portability without an answer."""
+    """One question about an edit. Raises `EditError` for an unknown kind, or for portability without an answer."""
 
     kind: str
     """One of PROBE_KINDS."""
@@ -70,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
-    """One edit to be made and everything that is asked about it."""
+    """One edit to make, and the questions about it."""
 
     request: EditRequest
     probes: tuple[Probe, ...] = ()

@@ -1,4 +1,4 @@
-"""The least-squares problem of one weight, and how its rows are gathered: keys of the edit first, then keys that stay."""
+"""The least-squares problem of one weight, and how its rows are gathered: edited keys first, then preserved ones."""
 
 from __future__ import annotations
 
@@ -127,5 +127,6 @@ def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise EditError(
-            f"the {name} hold numbers that are not finite; lower the learning rate, or load a half-precision model in float32"
+            f"the {name} hold numbers that are not finite; lower the learning rate, or load a half-precision model in "
+            "float32"
         )

@@ -87,9 +87,9 @@ def questions_of(records: Sequence[Record], general: General = ()) -> tuple[Ques
 
 
 def unedited_by_others(questions: Iterable[Question], records: Sequence[Record]) -> tuple[Question, ...]:
-    """The questions without those that should stay, but whose answer another of the records is meant to change.
+    """Return the questions without those that should stay, but whose answer another record is meant to change.
 
-    For edits that are in the model at once. Meant to change are the prompts of a request, its contexts and `rewrite_prompts`, and
+    For edits that are in the model at once. A request is meant to change its prompt, contexts and rewrite prompts, and
     whatever asks whether it generalises; a prompt is the same only with the same picture and words.
     """
     questions = tuple(questions)

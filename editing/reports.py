@@ -108,7 +108,8 @@ class EditCurve:
     """The number of edits after which the sequence was stopped for that, if that was asked for."""
 
     def __repr__(self) -> str:
-        line = f"EditCurve of {self.model!r}: {counted(len(self.statuses), 'edit')} in sequence, measured at {counted(len(self.points), 'point')}"
+        edits, points = counted(len(self.statuses), "edit"), counted(len(self.points), "point")
+        line = f"EditCurve of {self.model!r}: {edits} in sequence, measured at {points}"
         if not self.points:
             return line
         last = self.points[-1]

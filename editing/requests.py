@@ -1,4 +1,4 @@
-"""What an edit is asked to do: one fact, the pictures and wordings that state it, and the answer it should have."""
+"""Requests to edit: one fact, the pictures and wordings that state it, and the answer that it should have."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,9 +13,16 @@ _PROMPTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EditRequest:
-    """One fact to write: after the edit the prompt, and every prompt like it, should be answered with the target.
+    """One fact to write: after the edit, the model should answer the prompt, and prompts like it, with the target.
 
-    EditError if the target is empty.
+    Raises `EditError` if the target is empty.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        EditRequest('Who won?' -> 'Pruro', no picture)
     """
 
     prompt: Prompt
@@ -23,15 +30,15 @@ class EditRequest:
     target: str
     """The new answer, of any number of tokens."""
     contexts: tuple[Prompt, ...] = ()
-    """Further pictures or wordings of the same fact; keys are averaged over them, and the value has to work in all."""
+    """More pictures or wordings of the fact. Keys are averaged over them, and the value has to work in all of them."""
     rewrite_prompts: tuple[Prompt, ...] = ()
-    """Prompts that must give the target too, each with keys and values of its own: the question by name, say."""
+    """Prompts that must give the target too, each with keys and values of its own, such as the question by name."""
     preserve_prompts: tuple[Prompt, ...] = ()
-    """Prompts whose present answers must stay: the same question about other pictures, other questions about this."""
+    """Prompts whose present answers must stay, such as the same question about other pictures."""
     essence: tuple[Prompt, ...] = ()
-    """Prompts about the same thing whose next token is to stay as it was while the value is searched for (ROME)."""
+    """Prompts about the same thing whose next token should stay as it is during the value search (ROME)."""
     name: str = ""
-    """What reports call it."""
+    """Name of the request in reports."""
 
     def __post_init__(self) -> None:
         for part in _PROMPTS:
@@ -56,7 +63,7 @@ class EditRequest:
 
     @property
     def goals(self) -> tuple[tuple[Prompt, ...], ...]:
-        """What shares a key: the prompt with its contexts, then each of `rewrite_prompts`; all with the target as their answer."""
+        """Prompts that share a key, with the target as answer: prompt and contexts, then each rewrite prompt."""
         return (self.prompts, *((prompt.with_answer(self.target),) for prompt in self.rewrite_prompts))
 
     @property
@@ -65,7 +72,7 @@ class EditRequest:
         return self.name or f"{self.prompt.question} -> {self.target}"
 
     def as_text(self) -> dict[str, str]:
-        """The request in words, for the header of a saved edit."""
+        """Return the request as text, for the header of a saved edit."""
         counts = {part: str(len(getattr(self, part))) for part in _PROMPTS}
         return {"name": self.name, "question": self.prompt.question, "target": self.target, **counts}
 

@@ -1,7 +1,7 @@
 """An edit beside the weights instead of in them: exact where a low precision would round part of it away."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +52,6 @@ class RuntimeEdit:
         with self.applied(vlm, on_other_weights=on_other_weights):
             after = {name: module(inputs[name]).double() for name, module in outputs.items()}
         return {name: change.share(after[name] - before[name]) for name, change in self.delta.changes.items()}
-
-
-def sidecar(vlm: VisionLanguageModel, delta: Delta) -> AbstractContextManager[VisionLanguageModel]:
-    """A block in which the delta is added beside the model's weights, as RuntimeEdit(delta=delta).applied(vlm)."""
-    return RuntimeEdit(delta=delta).applied(vlm)
 
 
 def _adding(

@@ -1,4 +1,4 @@
-"""Training by gradient descent on the targets of requests: settings, batches, the loop, and the change that comes of it."""
+"""Training by gradient descent on the targets of requests: settings, batches, the loop, and the trained change."""
 
 import math
 from abc import ABC, abstractmethod
@@ -81,7 +81,8 @@ class TrainedChange(ABC):
             changed[name] = summed(vlm.weight(name), self.difference(name))
             if not torch.isfinite(changed[name]).all():
                 raise EditError(
-                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model in float32"
+                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model in "
+                    "float32"
                 )
         return changed
 
@@ -167,7 +168,7 @@ class Training:
 def answer_batches(
     vlm: VisionLanguageModel, requests: Sequence[EditRequest], settings: TrainingSettings
 ) -> tuple[AnswerBatch, ...]:
-    """All prompts of the requests (contexts and `rewrite_prompts` too) with their targets, at most batch_size in a batch.
+    """Return all prompts of the requests, contexts and rewrite prompts too, with their targets in batches.
 
     EditError for no requests, and for pictures that do not fit into one batch.
     """

@@ -439,10 +439,10 @@ def test_the_report_names_what_was_lost(random_llava_llama):
     idle = replace(delta, requests=(*delta.requests, {"question": "Why?", "target": "red", "status": "nothing to do"}))
     lines = idle.report(idle.retained(low))
     assert len(lines) == 4 and lines[3] == "3: 'Why?' -> 'red': nothing to do"
-    assert all("retained" in line and "side-car" not in line for line in lines[:3])
+    assert all("retained" in line and "runtime edit" not in line for line in lines[:3])
     name = low.down_projection(1).name
     small = replace(delta, changes={name: made_by_hand(low, size=1e-6).changes[name]}, requests=())
-    assert "side-car" in small.report(small.retained(low))[0]
+    assert "runtime edit" in small.report(small.retained(low))[0]
 
 
 def test_a_real_edit_changes_the_answers_and_is_taken_back(tiny_vlm):

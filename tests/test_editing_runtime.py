@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace.editing import Delta, EditError, WeightChange
-from multrace.editing.runtime import RuntimeEdit, sidecar
+from multrace.editing.runtime import RuntimeEdit
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def test_in_float32_beside_the_weights_is_as_in_them(random_vlm):
     delta, before, weights = made(vlm, size=0.5), logits(vlm), bits(vlm)
     with delta.applied(vlm):
         wanted = logits(vlm)
-    with sidecar(vlm, delta) as edited:
+    with RuntimeEdit(delta=delta).applied(vlm) as edited:
         assert edited is vlm and bits(vlm) == weights
         found = logits(vlm)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -66,11 +66,11 @@ def test_refusals_leave_no_hook(random_llama, random_gpt2):
         stranger.weight(stranger.down_projection(LAYER).name)[0, 0] += 1
     for other, message in ((random_gpt2, "does not fit"), (stranger, "another model or precision")):
         before = logits(other)
-        with pytest.raises(EditError, match=message), sidecar(other, delta):
+        with pytest.raises(EditError, match=message), RuntimeEdit(delta=delta).applied(other):
             pass
         assert torch.equal(logits(other), before)
     before = logits(random_llama)
-    with pytest.raises(RuntimeError, match="on purpose"), sidecar(random_llama, delta):
+    with pytest.raises(RuntimeError, match="on purpose"), RuntimeEdit(delta=delta).applied(random_llama):
         raise RuntimeError("on purpose")
     assert torch.equal(logits(random_llama), before)
     assert not random_llama.down_projection(LAYER).module._forward_hooks
