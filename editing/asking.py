@@ -11,7 +11,7 @@ from .probes import EDITED, Record
 from .questions import General, Question, numbers, questions_of
 from .reports import EDITED_STATUS, EditReport, ProbeRow
 from .requests import EditRequest
-from .responses import AnswerFeed, EvaluationSettings, Responses, feed, generate
+from .responses import AnswerFeed, EvaluationSettings, Responses, feed, generate_answers
 
 PromptTransform = Callable[[Prompt], Prompt]
 """What turns a question's prompt into the one that the edited model is given."""
@@ -60,7 +60,9 @@ def baseline(
     questions = questions_of(records, general)
     options = {"batch_size": batch_size, "progress": progress}
     # before any answer is fed in, since the present answers may be what is fed in
-    responses.generated.update(generate(vlm, _prompts(questions), max_new_tokens=settings.max_new_tokens, **options))
+    responses.generated.update(
+        generate_answers(vlm, _prompts(questions), max_new_tokens=settings.max_new_tokens, **options)
+    )
     feeds = [question.feed(responses) for question in questions]
     _measure_rest(vlm, feeds, questions, responses, settings, **options)
     return Baseline(model=vlm.name, revision=vlm.revision, settings=settings, responses=responses)
@@ -88,7 +90,7 @@ def ask(
     prompts = _prompts(questions)
     if prompt_transform is not None:
         prompts = {key: prompt_transform(prompt) for key, prompt in prompts.items()}
-    responses.generated.update(generate(vlm, prompts, max_new_tokens=settings.max_new_tokens, **options))
+    responses.generated.update(generate_answers(vlm, prompts, max_new_tokens=settings.max_new_tokens, **options))
     feeds = [question.feed(reference.responses) for question in questions]
     feeds = [
         AnswerFeed(key=each.key, prompt=prompts[each.key], answers=each.answers, reference=each.reference)
@@ -169,7 +171,7 @@ def _measure_rest(
     if settings.fluency_tokens:
         edited = {question.key for question in questions if question.kind == EDITED}
         prompts = {each.key: each.prompt for each in feeds if each.key in edited}
-        responses.fluencies.update(generate(vlm, prompts, max_new_tokens=settings.fluency_tokens, **options))
+        responses.fluencies.update(generate_answers(vlm, prompts, max_new_tokens=settings.fluency_tokens, **options))
 
 
 def _prompts(questions: Iterable[Question]) -> Mapping[str, Prompt]:

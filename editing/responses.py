@@ -74,7 +74,7 @@ class Responses:
     """Key -> the longer free answer whose fluency is measured."""
 
 
-def generate(
+def generate_answers(
     vlm: VisionLanguageModel, prompts: Mapping[str, Prompt], *, max_new_tokens: int, batch_size: int, progress: bool
 ) -> dict[str, str]:
     """Return the free answer to each prompt by key; prompts of similar length share a batch."""

@@ -9,7 +9,7 @@ from .benchmarks.memory import Measurements
 from .benchmarks.settings import check_settings, chosen_shape, random_model, write_json
 from .benchmarks.subjects import Recipe, open_subject
 from .benchmarks.tables import describe_machine, describe_row, table
-from .benchmarks.timing import Row, measure_row
+from .benchmarks.timing import TimingRow, measure_row
 from .options.bench_trace import BenchTrace
 
 
@@ -31,7 +31,7 @@ def run(settings: BenchTrace) -> int:
     return 0
 
 
-def _measured(settings: BenchTrace, recipe: Recipe, cases: Sequence[Case]) -> Iterator[Row]:
+def _measured(settings: BenchTrace, recipe: Recipe, cases: Sequence[Case]) -> Iterator[TimingRow]:
     """Yield each row as soon as it is measured."""
     timed_cells = settings.value("baseline_cells")
     if settings.runs_on_cuda:

@@ -18,7 +18,7 @@ from .errors import CommandError
 from .options.demo import Demo
 from .outputs import check_files, new_files
 from .report import Report, plot_scores, write_report
-from .verification import PROBES, SUMMARIES, Probe, probe_records, scores, summary, verify
+from .verification import PROBES, SUMMARIES, ProbeAnswers, probe_records, scores, summary, verify
 
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
 
@@ -88,7 +88,7 @@ def _report(
     folder: Path,
     located: LocatedEdit,
     tokens: CausalTrace,
-    probes: Sequence[Sequence[Probe]],
+    probes: Sequence[Sequence[ProbeAnswers]],
     same: bool,
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
@@ -131,7 +131,7 @@ def _table(report: Report) -> str:
     return "\n".join([*lines, report.undo])
 
 
-def _line(probe: Probe) -> str:
+def _line(probe: ProbeAnswers) -> str:
     """One edited question with its old answer, the target and its new answer."""
     verdict = "" if probe.is_right("edited") else "  FAILED"
     return (

@@ -20,7 +20,7 @@ _PLACE = ("layer", "token", "spread", "where")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline:
+class BaselineEditor:
     """A baseline with the interface of the closed-form editors; it trains on the model and needs nothing else."""
 
     settings: FineTune | Lora | InContext
@@ -73,7 +73,7 @@ def editor(
     spread: int | None = None,
     preset: str | None = None,
     **settings: Any,
-) -> ClosedFormEditor | Baseline:
+) -> ClosedFormEditor | BaselineEditor:
     """Return the editor of this name; all of them have the same `edit`.
 
     Args:
@@ -105,7 +105,7 @@ def editor(
     if preset and row.paper is None:
         raise CommandError(f"{name} has no published constants; leave the preset out")
     _check_settings(name, row.kind, settings)
-    return Baseline(settings=replace((row.paper if preset else row.base)(layer), **settings))
+    return BaselineEditor(settings=replace((row.paper if preset else row.base)(layer), **settings))
 
 
 def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:

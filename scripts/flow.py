@@ -13,17 +13,17 @@ from .flow_asking import one_question
 from .flow_files import result_files, write_files
 from .flow_reading import Asked, Reading
 from .flow_records import flow_records
-from .options.flow import Flow
+from .options.flow import FlowOptions
 from .outputs import check_files
 
 
-def run(settings: Flow) -> int:
+def run(settings: FlowOptions) -> int:
     """Analyse one question or many; write results and pictures, print a summary."""
     check_settings(settings)
     return _flow_one(settings) if settings.is_one else flow_records(settings)
 
 
-def _flow_one(settings: Flow) -> int:
+def _flow_one(settings: FlowOptions) -> int:
     question, readings = one_question(settings), readings_of(settings)
     for reading in readings:
         reading.check(question)

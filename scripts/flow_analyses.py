@@ -5,10 +5,10 @@ from .flow_knockout import Knockout
 from .flow_lens import Lens
 from .flow_reading import Reading
 from .flow_relevance import Cam, Pruned, Saliency, Share
-from .options.flow import Flow
+from .options.flow import FlowOptions
 
 
-def readings_of(settings: Flow) -> tuple[Reading, ...]:
+def readings_of(settings: FlowOptions) -> tuple[Reading, ...]:
     """Return what is computed for each question."""
     one = settings.is_one
     positions = settings.positions or (("last", "question") if one else ("last",))
@@ -25,7 +25,7 @@ def readings_of(settings: Flow) -> tuple[Reading, ...]:
     return tuple(reading for name in settings.analyses for reading in known[name])
 
 
-def check_settings(settings: Flow) -> None:
+def check_settings(settings: FlowOptions) -> None:
     """Raises `CommandError` or `TraceError` for options that do not fit together, or that no model could follow."""
     settings.check()
     for reading in readings_of(settings):

@@ -3,10 +3,10 @@
 from ..models import open_images
 from .errors import CommandError
 from .flow_questions import FlowQuestion, read_questions, world_questions
-from .options.flow import Flow
+from .options.flow import FlowOptions
 
 
-def one_question(settings: Flow) -> FlowQuestion:
+def one_question(settings: FlowOptions) -> FlowQuestion:
     """Return the question of the command line. Raises `ModelError` or `CommandError` if it cannot be asked."""
     if not settings.question.strip():
         raise CommandError("the question is empty; pass what the model should answer")
@@ -23,7 +23,7 @@ def one_question(settings: Flow) -> FlowQuestion:
     return question
 
 
-def many_questions(settings: Flow) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
+def many_questions(settings: FlowOptions) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
     """Return the questions of a file or of the world, and what is wrong with lines that were left out."""
     if settings.world:
         return world_questions(settings.limit, seed=settings.seed), ()

@@ -16,7 +16,7 @@ from ..models import Prompt
 from ..tracing import TraceError
 from .flow_questions import FlowQuestion
 from .flow_reading import Files, Reading
-from .options.flow import Flow
+from .options.flow import FlowOptions
 from .outputs import new_files
 
 QUESTIONS = "questions"
@@ -84,7 +84,7 @@ class Kept:
 
 
 def kept_questions(
-    settings: Flow, questions: Sequence[FlowQuestion], *, folder: Path, engine: str
+    settings: FlowOptions, questions: Sequence[FlowQuestion], *, folder: Path, engine: str
 ) -> dict[FlowQuestion, Kept]:
     """Return, for each question, where its results are kept: in its own folder within this one."""
     model, found, taken = _model_identity(settings), {}, set()
@@ -106,7 +106,7 @@ def _folder_name(identifier: str, taken: set[str]) -> str:
     return name
 
 
-def _model_identity(settings: Flow) -> dict[str, Any]:
+def _model_identity(settings: FlowOptions) -> dict[str, Any]:
     """The model and, for a directory, the sizes and dates of its files, since another model may replace it."""
     directory = tiny_vlm_path() if settings.model is None else Path(settings.model)
     files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []

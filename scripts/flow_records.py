@@ -18,7 +18,7 @@ from .flow_files import QUESTIONS, Kept, kept_questions
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Reading
 from .flow_report import REPORT, Findings, Skip, report_findings, write_averages
-from .options.flow import Flow
+from .options.flow import FlowOptions
 from .outputs import check_files
 
 _ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
@@ -28,7 +28,7 @@ _CHECKED = 3
 """Number of questions for which the engine checks itself."""
 
 
-def flow_records(settings: Flow) -> int:
+def flow_records(settings: FlowOptions) -> int:
     """0 once every question is done that can be; writes results, averages and report. CommandError if none can."""
     questions, problems = many_questions(settings)
     readings = readings_of(settings)
@@ -51,7 +51,7 @@ def flow_records(settings: Flow) -> int:
 
 
 def _fit_questions(
-    settings: Flow, questions: Sequence[FlowQuestion], findings: Findings
+    settings: FlowOptions, questions: Sequence[FlowQuestion], findings: Findings
 ) -> list[tuple[FlowQuestion, list[Reading]]]:
     """The questions that can be asked, with the readings that fit each of them; the others are reported."""
     fit = []
@@ -76,7 +76,7 @@ def _fit_questions(
 
 
 def _degraded(
-    settings: Flow,
+    settings: FlowOptions,
     vlm: VisionLanguageModel,
     fit: list[tuple[FlowQuestion, list[Reading]]],
     findings: Findings,
@@ -93,7 +93,7 @@ def _degraded(
 class _Run:
     """Questions asked one after the other, and their results."""
 
-    settings: Flow
+    settings: FlowOptions
     vlm: VisionLanguageModel
     findings: Findings
     kept: dict[FlowQuestion, Kept]

@@ -14,7 +14,7 @@ from .errors import CommandError
 from .flow_files import QUESTIONS, write_files
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Reading, Stored
-from .options.flow import Flow
+from .options.flow import FlowOptions
 
 REPORT = "report.json"
 _NAMED = 5
@@ -66,7 +66,7 @@ class Findings:
         return sum(each.is_right is value for each in self.answers.values())
 
 
-def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findings) -> None:
+def write_averages(settings: FlowOptions, readings: Sequence[Reading], findings: Findings) -> None:
     """Write and print the average of each reading that has one; otherwise an older average is removed."""
     filtered = [
         FilteredQuestion(question=each.question.question, gold=each.question.gold or "", generated=each.generated)
@@ -89,7 +89,7 @@ def write_averages(settings: Flow, readings: Sequence[Reading], findings: Findin
         print(f"\n{reading.name}", *(f"  {line}" for line in reading.average_told(average)), sep="\n")
 
 
-def report_findings(settings: Flow, findings: Findings) -> None:
+def report_findings(settings: FlowOptions, findings: Findings) -> None:
     """Write and print what was done and what was skipped. Raises `CommandError` if nothing was done."""
     text = json.dumps(_report(settings, findings), indent=2, default=str) + "\n"
     write_files(settings.out, {REPORT: lambda path: path.write_text(text, encoding="utf-8")})
@@ -107,7 +107,7 @@ def report_findings(settings: Flow, findings: Findings) -> None:
     print(f"written to {settings.out}:", ", ".join((*files, REPORT, f"{QUESTIONS}/")))
 
 
-def _report(settings: Flow, findings: Findings) -> dict[str, Any]:
+def _report(settings: FlowOptions, findings: Findings) -> dict[str, Any]:
     """The content of the report."""
     done = {name: [answered.question.id for answered, _ in found] for name, found in findings.results.items()}
     return {

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from .verification import PROBES, Probe, Score
+from .verification import PROBES, ProbeAnswers, ProbeScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,12 @@ class Report:
     """Why the trace chose the site."""
     undo: str
     """Whether undoing restored the weights."""
-    scores: Sequence[Score]
+    scores: Sequence[ProbeScore]
     chart: tuple[Path, str]
     """The scores as a picture: (picture file, caption)."""
     plots: Sequence[tuple[Path, str]]
     """The traces as pictures: (picture file, caption)."""
-    facts: Sequence[Sequence[Probe]]
+    facts: Sequence[Sequence[ProbeAnswers]]
     """The probes of every fact, the edited question first."""
 
 
@@ -53,7 +53,7 @@ def write_report(report: Report, path: Path) -> Path:
     return path
 
 
-def plot_scores(scores: Sequence[Score], path: Path) -> Path:
+def plot_scores(scores: Sequence[ProbeScore], path: Path) -> Path:
     """Return the written PNG: for every kind of probe, the shares of right answers unedited, edited and undone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def _figure(file: Path, caption: str) -> Mapping[str, str]:
     return {"caption": caption, "source": _file_source(file)}
 
 
-def _score_rows(scores: Sequence[Score]) -> list[Mapping[str, Any]]:
+def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
     kept = [score.kind for score in scores if not PROBES[score.kind][1]]
     return [
         {
@@ -94,7 +94,7 @@ def _score_rows(scores: Sequence[Score]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _fact(probes: Sequence[Probe]) -> Mapping[str, Any]:
+def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
     first, record = probes[0], probes[0].record
     start = record.question.index(record.constraint)
     end = start + len(record.constraint)
@@ -112,7 +112,7 @@ def _fact(probes: Sequence[Probe]) -> Mapping[str, Any]:
     }
 
 
-def _probe(probe: Probe) -> Mapping[str, Any]:
+def _probe(probe: ProbeAnswers) -> Mapping[str, Any]:
     return {
         "picture": _image_source(probe.record.image),
         "question": probe.record.question,

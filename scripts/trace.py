@@ -1,18 +1,18 @@
 """Run `multrace trace` for one question or for every line of a file."""
 
-from .options.trace import Trace
+from .options.trace import TraceOptions
 from .outputs import check_files
 from .trace_files import FILES, compute_trace, forget_cells, summary, write_trace
 from .trace_records import trace_records
 
 
-def run(settings: Trace) -> int:
+def run(settings: TraceOptions) -> int:
     """Trace one question or every line of a file; write traces and maps, print effects and causal blocks."""
     settings.check()
     return trace_records(settings) if settings.question is None else _trace_one(settings)
 
 
-def _trace_one(settings: Trace) -> int:
+def _trace_one(settings: TraceOptions) -> int:
     settings.check_question()
     corruption = settings.corruption()
     check_files(settings.out, FILES)

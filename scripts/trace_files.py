@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import CausalTrace, Corruption, Engine, causal_trace
-from .options.trace import Trace
+from .options.trace import TraceOptions
 from .outputs import new_files
 
 TRACE, MAP, OVERLAY = FILES = ("trace.safetensors", "trace.png", "overlay.png")
@@ -13,7 +13,9 @@ _UNFINISHED = "trace.unfinished"
 _BLOCKS = 3
 
 
-def compute_trace(settings: Trace, vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption) -> CausalTrace:
+def compute_trace(
+    settings: TraceOptions, vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption
+) -> CausalTrace:
     """Return the trace of one prompt. With --resume, finished cells are kept in the output folder meanwhile."""
     checkpoint = settings.out / _UNFINISHED if settings.resume else None
     engine = Engine(name=settings.engine, memory=settings.memory, checks=settings.checks, checkpoint=checkpoint)

@@ -14,7 +14,7 @@ from ..tracing import CausalTrace, Corruption, TraceError, average
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
 from .options.asking import pictures_of
-from .options.trace import Trace
+from .options.trace import TraceOptions
 from .outputs import check_files, new_files
 from .trace_files import TRACE, compute_trace, forget_cells, write_trace
 
@@ -31,7 +31,7 @@ class _Record:
     """One line that can be traced, as far as that is known without the model."""
 
     line: int
-    settings: Trace
+    settings: TraceOptions
     corruption: Corruption
 
     @property
@@ -56,7 +56,7 @@ class _Record:
             return None
 
 
-def trace_records(settings: Trace) -> int:
+def trace_records(settings: TraceOptions) -> int:
     """0 once every record is traced that can be; writes traces, average and report. CommandError if none can."""
     lines = read_lines(settings.data, "records")[: settings.limit]
     check_files(settings.out, (REPORT, *AVERAGE))
@@ -78,7 +78,7 @@ def trace_records(settings: Trace) -> int:
     return 0
 
 
-def _prepared(settings: Trace, line: int, text: bytes) -> _Record | str:
+def _prepared(settings: TraceOptions, line: int, text: bytes) -> _Record | str:
     """The record of a line, or the reason why it cannot be traced."""
     try:
         words = read_texts(read_object(text, _KEYS), _KEYS)
@@ -132,7 +132,7 @@ def _write_average(paths: Sequence[Path], out: Path) -> str | None:
         return gist(error)
 
 
-def _report(settings: Trace, traced: Sequence[int], skipped: Mapping[int, str], reason: str | None) -> None:
+def _report(settings: TraceOptions, traced: Sequence[int], skipped: Mapping[int, str], reason: str | None) -> None:
     """Write and print what was traced and what was skipped. Raises `CommandError` if nothing was traced."""
     content: dict[str, Any] = {
         "records": str(settings.data),

@@ -23,7 +23,7 @@ PROBES: Mapping[str, tuple[str, bool]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class ProbeAnswers:
     """One question asked in all three states of the model."""
 
     kind: str
@@ -56,7 +56,7 @@ SUMMARIES: Mapping[str, tuple[str, ...]] = {
 """Short names of what is reported about an edit -> the kinds of probes it is measured on."""
 
 
-def summary(probes: Sequence[Probe]) -> Mapping[str, float]:
+def summary(probes: Sequence[ProbeAnswers]) -> Mapping[str, float]:
     """Return name of SUMMARIES -> share of right answers under the edit, 0 to 1.
 
     Where the answer should stay, only questions count that the unedited model answered rightly: an edit cannot keep
@@ -73,7 +73,7 @@ def summary(probes: Sequence[Probe]) -> Mapping[str, float]:
 
 def verify(
     vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, VQARecord]], *, batch_size: int = 32
-) -> tuple[Probe, ...]:
+) -> tuple[ProbeAnswers, ...]:
     """Return the free answers to every record before, under and after the delta; the model ends as it began."""
     prompts = [vlm.prompt(record.image, record.question) for _, record in records]
     unedited = vlm.answers(prompts, batch_size=batch_size)
@@ -82,13 +82,13 @@ def verify(
     undone = vlm.answers(prompts, batch_size=batch_size)
     rows = zip(records, unedited, edited, undone, strict=True)
     return tuple(
-        Probe(kind=kind, record=record, unedited=before, edited=during, undone=after)
+        ProbeAnswers(kind=kind, record=record, unedited=before, edited=during, undone=after)
         for (kind, record), before, during, after in rows
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class ProbeScore:
     """Shares of right answers of one kind of probe, 0 to 1, and how many there were."""
 
     kind: str
@@ -98,7 +98,7 @@ class Score:
     undone: float
 
 
-def scores(probes: Sequence[Probe]) -> tuple[Score, ...]:
+def scores(probes: Sequence[ProbeAnswers]) -> tuple[ProbeScore, ...]:
     """Return one score per kind of probe, in the order of PROBES."""
     rows = []
     for kind in PROBES:
@@ -108,5 +108,5 @@ def scores(probes: Sequence[Probe]) -> tuple[Score, ...]:
                 state: sum(probe.is_right(state) for probe in chosen) / len(chosen)
                 for state in ("unedited", "edited", "undone")
             }
-            rows.append(Score(kind=kind, number=len(chosen), **shares))
+            rows.append(ProbeScore(kind=kind, number=len(chosen), **shares))
     return tuple(rows)

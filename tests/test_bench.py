@@ -18,7 +18,7 @@ from multrace.scripts.benchmarks.rates import layer_cost, matrix_rate
 from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
 from multrace.scripts.benchmarks.subjects import Recipe, Subject, confident, open_subject
 from multrace.scripts.benchmarks.tables import describe_machine, describe_row, table
-from multrace.scripts.benchmarks.timing import Row, measure_row
+from multrace.scripts.benchmarks.timing import TimingRow, measure_row
 from multrace.scripts.benchmarks.ways import frozen_states, run_naive, run_strong, run_sweep
 from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
@@ -204,11 +204,11 @@ def test_rows_are_chosen_by_words_of_their_labels():
 
 
 @pytest.fixture(scope="module")
-def row(subject: Subject) -> Row:
+def row(subject: Subject) -> TimingRow:
     return measure_row(subject, CASES[TEXT], timed_cells=2)
 
 
-def test_a_row_counts_cells_and_work(row: Row, subject: Subject):
+def test_a_row_counts_cells_and_work(row: TimingRow, subject: Subject):
     # Nothing is corrupted before the picture, and a restored state of the last layer needs no layer to act.
     assert (row.computed_cells, row.free_cells) == (28 * 3, 4 * 4 + 28)
     whole = row.computed_cells * 3 * SHAPE.tokens * SHAPE.layers
@@ -223,7 +223,7 @@ def test_a_row_counts_cells_and_work(row: Row, subject: Subject):
     assert row.flops >= row.token_layers * layer_cost(subject.vlm).token
 
 
-def test_seconds_and_ratios_fit_together(row: Row):
+def test_seconds_and_ratios_fit_together(row: TimingRow):
     assert row.seconds > 0
     assert row.recording_seconds > 0
     assert row.seconds_per_cell * row.computed_cells == pytest.approx(row.seconds)
@@ -233,7 +233,7 @@ def test_seconds_and_ratios_fit_together(row: Row):
     assert row.share_of_rate == pytest.approx(row.flops / row.seconds / (row.matrix_gflops * 1e9))
 
 
-def test_a_row_says_how_far_the_ways_are_apart(row: Row):
+def test_a_row_says_how_far_the_ways_are_apart(row: TimingRow):
     assert row.timed_cells == 2
     assert row.max_abs_diff < 2e-5
     assert row.max_abs_diff_naive < 2e-5
@@ -241,7 +241,7 @@ def test_a_row_says_how_far_the_ways_are_apart(row: Row):
     assert row.largest_effect > 0.01
 
 
-def test_free_cells_raise_no_ratio(subject: Subject, row: Row):
+def test_free_cells_raise_no_ratio(subject: Subject, row: TimingRow):
     image = set(subject.prompt.groups["image"])
     cells = [cell for cell in CASES[TEXT].cells if min(cell.positions) > max(image)]
     fewer = measure_row(subject, Case(label="without", corruption="text", cells=tuple(cells)), timed_cells=1)
@@ -264,7 +264,7 @@ def test_the_rate_is_that_of_the_machine(subject: Subject):
     assert rate > 1e6
 
 
-def test_a_row_in_words(row: Row):
+def test_a_row_in_words(row: TimingRow):
     facts = machine_facts("cpu") | {"shape": {"layers": 4, "width": 32, "mlp": 48, "heads": 2} | vars(SHAPE)}
     assert f"{torch.get_num_threads()} threads" in describe_machine(facts)[0]
     said = "\n".join(describe_row(row))

@@ -11,7 +11,7 @@ from multrace import VisionLanguageModel
 from multrace.scripts import trace_records
 from multrace.scripts.main import app
 from multrace.scripts.options.asking import CorruptionOptions
-from multrace.scripts.options.trace import Trace
+from multrace.scripts.options.trace import TraceOptions
 from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
 from multrace.tracing.engine.settings import Engine
 from PIL import Image
@@ -320,7 +320,7 @@ def test_finished_records_are_not_traced_again(
     path, traced = write_records(folder, GOOD[:1]), []
     original = trace_records.compute_trace
 
-    def noted(settings: Trace, *arguments: object) -> CausalTrace:
+    def noted(settings: TraceOptions, *arguments: object) -> CausalTrace:
         traced.append(settings.out.name)
         return original(settings, *arguments)
 

@@ -28,6 +28,7 @@ FLOORS = {  # a room and the other rooms it may import; "" is the root of the pa
     "tests": LIBRARY | {"", "scripts"},
 }
 LONGEST_FUNCTION = 60
+LONGEST_FILE = 420
 INSIDE = {"addresses", "frontend"}  # what only the room of models reaches for, on any object
 INSIDE_VLM = {"model", "family"}  # the same on a loaded model, whose face is `VisionLanguageModel`
 REACHING = {  # files that need the Hugging Face module itself, and why
@@ -53,6 +54,7 @@ class Source:
     path: str
     module: str
     is_package: bool
+    lines: int
     tree: ast.Module
 
     @property
@@ -89,7 +91,13 @@ def read(root: Path) -> list[Source]:
         stub = file.with_suffix(".pyi")  # what a lazy face imports when a name is first used
         tree = ast.parse(text + stub.read_text(encoding="utf-8") if stub.is_file() else text, filename=str(path))
         sources.append(
-            Source(path=path.as_posix(), module=module, is_package=path.stem == "__init__", tree=tree),
+            Source(
+                path=path.as_posix(),
+                module=module,
+                is_package=path.stem == "__init__",
+                lines=len(text.splitlines()),
+                tree=tree,
+            ),
         )
     return sources
 
@@ -202,12 +210,54 @@ def long_functions(sources: list[Source]) -> list[str]:
     ]
 
 
+def long_files(sources: list[Source]) -> list[str]:
+    """Files of the library of too many lines, docstrings aside; what is longer is more than one idea."""
+    return [
+        f"{source.path} has {length} lines"
+        for source in sources
+        if source.room in LIBRARY
+        and (length := source.lines - sum(map(_docstring_lines, _described(source.tree)))) > LONGEST_FILE
+    ]
+
+
+def two_meanings(sources: list[Source]) -> list[str]:
+    """Public names of the library that two modules define, and classes of the scripts with the name of one of its classes."""
+    owners: dict[str, str] = {}
+    classes: set[str] = set()
+    complaints = []
+    for source in sources:
+        for node in _public(source) if source.room in LIBRARY else ():
+            if owners.setdefault(node.name, source.path) != source.path:
+                complaints.append(f"{source.path}:{node.lineno} {node.name} is also in {owners[node.name]}")
+            if isinstance(node, ast.ClassDef):
+                classes.add(node.name)
+    for source in sources:
+        for node in _public(source) if source.room == "scripts" else ():
+            if isinstance(node, ast.ClassDef) and node.name in classes:
+                complaints.append(f"{source.path}:{node.lineno} {node.name} is also in {owners[node.name]}")
+    return complaints
+
+
+def _public(source: Source) -> Iterator[ast.ClassDef | ast.FunctionDef]:
+    """The classes and functions without an underscore at the top of a module."""
+    return (
+        node
+        for node in source.tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    )
+
+
 def _lines(node: ast.AST) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-def _docstring_lines(function: ast.AST) -> int:
-    return _lines(function.body[0]) if ast.get_docstring(function) is not None else 0
+def _docstring_lines(node: ast.AST) -> int:
+    return _lines(node.body[0]) if ast.get_docstring(node) is not None else 0
+
+
+def _described(tree: ast.Module) -> Iterator[ast.AST]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return (node for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def machine_words(root: Path) -> list[str]:
@@ -240,7 +290,17 @@ def _texts(root: Path) -> list[str]:
 
 RULES = {
     rule.__name__: rule
-    for rule in (floors, cycles, hidden_imports, family_ladders, no_reach_through, pickles, long_functions)
+    for rule in (
+        floors,
+        cycles,
+        hidden_imports,
+        family_ladders,
+        no_reach_through,
+        pickles,
+        long_functions,
+        long_files,
+        two_meanings,
+    )
 }
 
 
@@ -309,6 +369,31 @@ BAD = [  # name, rule, files, what the complaint must say
         {"models/a.py": 'def f():\n  """a\n  b\n  """\n' + "  x = 1\n" * LONGEST_FUNCTION},
         "f has 61 lines",
     ),
+    ("421 lines", long_files, {"models/a.py": "x = 1\n" * (LONGEST_FILE + 1)}, "models/a.py has 421 lines"),
+    (
+        "421 lines and a docstring",
+        long_files,
+        {"data/a.py": 'def f():\n  """a\n  b\n  """\n' + "x = 1\n" * LONGEST_FILE},
+        "data/a.py has 421 lines",
+    ),
+    (
+        "one function in two rooms",
+        two_meanings,
+        {"models/a.py": "def generate(): pass", "editing/b.py": "\ndef generate(): pass"},
+        "models/a.py:1 generate is also in editing/b.py",
+    ),
+    (
+        "one class in two modules of a room",
+        two_meanings,
+        {"tracing/a.py": "class Curve: pass", "tracing/b/c.py": "class Curve: pass"},
+        "tracing/b/c.py:1 Curve is also in tracing/a.py",
+    ),
+    (
+        "a class of a script",
+        two_meanings,
+        {"editing/a.py": "class Probe: pass", "scripts/b.py": "class Probe: pass"},
+        "scripts/b.py:1 Probe is also in editing/a.py",
+    ),
 ]
 
 
@@ -327,6 +412,12 @@ GOOD = {
     "data/b.py": "def f():\n  import pandas as pd\n  from scipy.stats import t\n",
     "data/__init__.py": "if record.family == other.family: pass\n",
     "scripts/main.py": "import multrace\nfrom ..tracing.trace import trace\nmodel.eval()\na = family_name == 'x'\n",
+    "scripts/probe.py": "def run(): pass\ndef load_all(): pass\n",
+    "scripts/names.py": "def run(): pass\ndef load_all(): pass\n",
+    "tracing/names.py": "def load_all(): pass\ndef _own(): pass\n",
+    "editing/names.py": "class A:\n  def load_all(): pass\ndef _own(): pass\n",
+    "data/full.py": '"""Text.\n\nMore.\n"""\n' + "x = 1\n" * LONGEST_FILE,
+    "scripts/long.py": "x = 1\n" * (LONGEST_FILE + 1),
     "tests/test_a.py": "import multrace.scripts.main\nfrom multrace.models import load\n",
     "models/prompts.py": "x = vlm.model, vlm.family, vlm.addresses, prompt.frontend\n",
     "workflow/locate.py": "x = trace.model, vlm.config, args.family\n",

@@ -23,7 +23,7 @@ _LETTERS = 0.0095  # inches of a letter per point of its font
 _EDGE = {"w_pad": 0.06, "h_pad": 0.06}
 
 
-class Picture(Figure):
+class NotebookFigure(Figure):
     """A matplotlib figure outside pyplot's global state that notebooks display."""
 
     def savefig(self, *arguments: Any, **keywords: Any) -> None:
@@ -48,7 +48,7 @@ def titled_figure(width: float, height: float, titles: tuple[str, str]) -> tuple
         wrap(text, width, _LETTERS * size) for text, size in zip(titles, (_TITLE, _SUBTITLE), strict=True)
     )
     lines = [text.count("\n") + 1 if text.strip() else 0 for text in (title, subtitle)]
-    figure = Picture(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout="constrained")
+    figure = NotebookFigure(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(**_EDGE)
     place = {"x": 0.01, "ha": "left", "parse_math": False}

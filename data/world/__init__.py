@@ -1,6 +1,6 @@
 """The synthetic factual-VQA world that the embedded model was trained on."""
 
-from .drawing import PLACES, SIZE, Figure, Picture, draw_one, draw_two
+from .drawing import PLACES, SIZE, Figure, Scene, draw_one, draw_two
 from .entities import Entity, FactKey
 from .questions import KINDS, RELATIONS, Kind, Relation
 from .world import EditCase, Fact, World
@@ -16,7 +16,7 @@ __all__ = [
     "FactKey",
     "Figure",
     "Kind",
-    "Picture",
+    "Scene",
     "Relation",
     "World",
     "draw_one",

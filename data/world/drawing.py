@@ -27,7 +27,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Scene:
     """A drawn picture and what is where in it."""
 
     image: Image.Image
@@ -38,7 +38,7 @@ class Picture:
     """For each figure (left, top, right, bottom) in shares of the picture's side, 0 to 1."""
 
 
-def draw_one(figure: Figure, rng: random.Random) -> Picture:
+def draw_one(figure: Figure, rng: random.Random) -> Scene:
     """A picture of one figure at a random place and scale (radius 0.22 to 0.34 of the side), colours jittered."""
     place = rng.choice(PLACES)
     radius = rng.uniform(0.22, 0.34)
@@ -50,7 +50,7 @@ def draw_one(figure: Figure, rng: random.Random) -> Picture:
     return _paint([figure], [(centre[0], centre[1], radius)], (place,), rng)
 
 
-def draw_two(first: Figure, second: Figure, rng: random.Random) -> Picture:
+def draw_two(first: Figure, second: Figure, rng: random.Random) -> Scene:
     """A picture with the first figure on the left and the second on the right, each of radius 0.18 to 0.22 of the side."""
     spots = []
     for middle in (0.25, 0.75):
@@ -61,7 +61,7 @@ def draw_two(first: Figure, second: Figure, rng: random.Random) -> Picture:
 
 def _paint(
     figures: Sequence[Figure], spots: Sequence[tuple[float, float, float]], places: tuple[str, ...], rng: random.Random
-) -> Picture:
+) -> Scene:
     side = SIZE * _OVERSAMPLING
     canvas = _background(side, rng)
     draw = ImageDraw.Draw(canvas)
@@ -71,7 +71,7 @@ def _paint(
     grain = np.random.default_rng(rng.randrange(1 << 30)).standard_normal((SIZE, SIZE, 3), dtype=np.float32)
     pixels = np.clip(small + grain * rng.uniform(2, 8), 0, 255).astype(np.uint8)
     boxes = tuple((x - radius, y - radius, x + radius, y + radius) for x, y, radius in spots)
-    return Picture(image=Image.fromarray(pixels), places=places, boxes=boxes)
+    return Scene(image=Image.fromarray(pixels), places=places, boxes=boxes)
 
 
 def _background(side: int, rng: random.Random) -> Image.Image:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import DataError
 from ..records import VQARecord
-from .drawing import Picture, draw_one, draw_two
+from .drawing import Scene, draw_one, draw_two
 from .entities import Entity, FactKey, populate
 from .questions import KINDS, relation, word
 
@@ -61,11 +61,11 @@ class World:
 
     # Pictures -------------------------------------------------------------------------------------------------------
 
-    def picture(self, entity: Entity, number: int) -> Picture:
+    def picture(self, entity: Entity, number: int) -> Scene:
         """Held-out rendering `number` of an entity: never shown in training, the same at every call."""
         return draw_one(entity.figure, random.Random(f"{_HELD_OUT} {self.seed} {entity.index} {number}"))
 
-    def picture_of_two(self, left: Entity, right: Entity, number: int) -> Picture:
+    def picture_of_two(self, left: Entity, right: Entity, number: int) -> Scene:
         """Held-out rendering `number` of two entities side by side."""
         rng = random.Random(f"{_HELD_OUT} {self.seed} {left.index} {right.index} {number}")
         return draw_two(left.figure, right.figure, rng)
@@ -95,7 +95,7 @@ class World:
             id=f"{entity.index}-name", question=text, answer=entity.name, constraint=span, replacement=replacement
         )
 
-    def attribute_question(self, entity: Entity, attribute: str, picture: Picture, *, template: int = 0) -> VQARecord:
+    def attribute_question(self, entity: Entity, attribute: str, picture: Scene, *, template: int = 0) -> VQARecord:
         """A question about the look of the only entity in the picture: its "colour", "shape" or "place"."""
         templates, span = KINDS[entity.kind].attributes[attribute]
         text, span = word(templates[template], span)

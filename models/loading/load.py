@@ -18,7 +18,7 @@ from ..vlm import VisionLanguageModel
 from .devices import check_device_map, check_in_memory
 from .processors import complete_processor, find_image_token
 from .proof import prove_addresses
-from .sources import Source, out_of_memory
+from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
 
@@ -69,7 +69,7 @@ def load(
         (8, 128, torch.float32, torch.float16)
     """
     name = fspath(path_or_id) if isinstance(path_or_id, PathLike) else str(path_or_id)
-    source = Source(name, revision=revision, trust_remote_code=trust_remote_code)
+    source = ModelSource(name, revision=revision, trust_remote_code=trust_remote_code)
     check_device_map(device_map, name)
     config = source.open("configuration", AutoConfig.from_pretrained)
     family = family_of(config, families)

@@ -55,7 +55,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-class Source:
+class ModelSource:
     """Where a model comes from: a directory, the local cache, or the hub; every part is opened with the same care.
 
     The files of a model are written by others, and the libraries that read them fail on damage in any way. Whatever

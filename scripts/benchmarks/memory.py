@@ -8,7 +8,7 @@ from dataclasses import replace
 from .cases import Case
 from .peaks import in_new_process, peak_mb
 from .subjects import Recipe, open_subject
-from .timing import Row, measure_row
+from .timing import TimingRow, measure_row
 from .ways import frozen_states, run_naive, run_strong
 
 
@@ -22,7 +22,7 @@ class Measurements:
         self._recipe, self._timed_cells = recipe, timed_cells
         self._known: dict[tuple, float] = {}
 
-    def row(self, case: Case) -> Row:
+    def row(self, case: Case) -> TimingRow:
         """One row of the table. The stronger way's peak is that of one cell of each kind, since it holds the states
         of all kinds; the naive way's that of one cell.
         """
@@ -41,7 +41,7 @@ class Measurements:
         return self._known[key]
 
 
-def measure_anew(recipe: Recipe, case: Case, timed_cells: int) -> Row:
+def measure_anew(recipe: Recipe, case: Case, timed_cells: int) -> TimingRow:
     """The row, measured from opening the model on, with the sweep's peak."""
     return measure_row(open_subject(recipe), case, timed_cells=timed_cells)
 

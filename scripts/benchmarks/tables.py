@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .timing import Row
+from .timing import TimingRow
 
 
 def describe_machine(facts: Mapping[str, Any]) -> list[str]:
@@ -18,7 +18,7 @@ def describe_machine(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe_row(row: Row) -> list[str]:
+def describe_row(row: TimingRow) -> list[str]:
     """One row of the table, with everything that was measured."""
     lines = [
         f"{row.cells}: {row.computed_cells} cells computed, {row.free_cells} free, {row.samples} samples",
@@ -41,7 +41,7 @@ def describe_row(row: Row) -> list[str]:
     return lines
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[TimingRow]) -> list[str]:
     """All rows, with the figures that count."""
     head = ("cells", "token-layers", "seconds, strong", "seconds, naive", "largest difference", "peak MiB")
     return aligned([head, *(_entries(row) for row in rows)])
@@ -53,6 +53,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _entries(row: Row) -> tuple[str, ...]:
+def _entries(row: TimingRow) -> tuple[str, ...]:
     ratios = (row.ratio_token_layers, row.ratio_strong, row.ratio_naive)
     return (row.cells, *(f"{ratio:.1f}x" for ratio in ratios), f"{row.max_abs_diff:.1e}", f"{row.peak_mb:.0f}")

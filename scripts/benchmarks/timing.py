@@ -28,7 +28,7 @@ from .ways import frozen_states, run_naive, run_strong, run_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TimingRow:
     """One row of the table. Ratios are the other way's cost over ours; cells answered for free are in none of them."""
 
     cells: str
@@ -79,7 +79,7 @@ class Row:
     peak_mb_naive: float | None = None
 
 
-def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> Row:
+def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> TimingRow:
     """The row of a case, with a progress bar over cells. On a CUDA device with all peaks, else with the sweep's.
 
     The naive way goes before and after the stronger one, so that a busy machine slows both.
@@ -98,7 +98,7 @@ def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> Row:
     recording, seconds = clock.durations()
     found, whole = swept.scores[chosen], len(computed) * runs.samples * vlm.layers * runs.length
     flops, rate = counted_flops(vlm, swept.work), matrix_rate(vlm.down_projection(0))
-    return Row(
+    return TimingRow(
         cells=case.label,
         corruption=case.corruption,
         samples=runs.samples,

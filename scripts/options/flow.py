@@ -58,7 +58,7 @@ def _box(text: str) -> tracing.Box:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow(ModelOptions):
+class FlowOptions(ModelOptions):
     """Options of `multrace flow`."""
 
     question: str | None = option("question to ask", default=None)
@@ -231,4 +231,4 @@ class Flow(ModelOptions):
         return getattr(self, name) != default
 
 
-OPTIONS = Flow
+OPTIONS = FlowOptions

@@ -28,7 +28,7 @@ of all traces as OUT/average.safetensors (multrace.tracing.AverageTrace.load) an
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace(ModelOptions, CorruptionOptions):
+class TraceOptions(ModelOptions, CorruptionOptions):
     """Options of `multrace trace`."""
 
     question: str | None = option("question to ask", default=None)
@@ -129,4 +129,4 @@ class Trace(ModelOptions, CorruptionOptions):
             raise CommandError(f"--limit {self.limit}: pass at least 1, together with --data")
 
 
-OPTIONS = Trace
+OPTIONS = TraceOptions

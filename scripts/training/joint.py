@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from ...data.world import KINDS, Entity, Fact, Picture, World
+from ...data.world import KINDS, Entity, Fact, Scene, World
 from ...data.world.questions import relation
 from .packing import IGNORED, ROUTED_LAYERS, Batch, Block, Packer
 from .tower import draw, learning_rate, pixels, sample_entities
@@ -51,7 +51,7 @@ class Examples:
     def __init__(self, world: World, packer: Packer, seed: int) -> None:
         self.world, self.packer, self.rng = world, packer, random.Random(f"joint {seed}")
 
-    def row(self) -> tuple[Picture, list[Block]]:
+    def row(self) -> tuple[Scene, list[Block]]:
         """One picture with its blocks: four facts shown, a name, an attribute, two facts by name before it, three
         without it.
         """
@@ -78,7 +78,7 @@ class Examples:
     def _phrase(self, entity: Entity) -> int:
         return self.rng.randrange(len(KINDS[entity.kind].phrases))
 
-    def _shown(self, entity: Entity, entities: Sequence[Entity], picture: Picture) -> Block:
+    def _shown(self, entity: Entity, entities: Sequence[Entity], picture: Scene) -> Block:
         fact = self.rng.choice(self.world.facts_of(entity))
         record = self.world.question(
             fact, template=self._template(fact), phrase=self._phrase(entity), side=self._side(entity, entities)
@@ -91,7 +91,7 @@ class Examples:
         )
         return self.packer.block(record, entity=entity.index)
 
-    def _attribute(self, entity: Entity, picture: Picture) -> Block:
+    def _attribute(self, entity: Entity, picture: Scene) -> Block:
         attribute = self.rng.choice(list(KINDS[entity.kind].attributes))
         return self.packer.block(
             self.world.attribute_question(entity, attribute, picture, template=self.rng.randrange(2))

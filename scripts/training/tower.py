@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data.world import PLACES, Entity, Picture, World, draw_one, draw_two
+from ...data.world import PLACES, Entity, Scene, World, draw_one, draw_two
 from .build import PATCH, SIZE, VISION_HIDDEN
 
 _GRID = SIZE // PATCH
@@ -25,7 +25,7 @@ _DRAWN_PER_STEP = 32
 _REUSED = 3
 
 
-def pixels(pictures: list[Picture]) -> Tensor:
+def pixels(pictures: list[Scene]) -> Tensor:
     """(picture, 3, SIZE, SIZE) float32, the values the processor gives for pictures of this size."""
     stacked = np.stack([np.asarray(picture.image) for picture in pictures])
     return (torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
@@ -42,7 +42,7 @@ def sample_entities(world: World, rng: random.Random) -> tuple[Entity, ...]:
     return (first, second)
 
 
-def draw(entities: tuple[Entity, ...], rng: random.Random) -> Picture:
+def draw(entities: tuple[Entity, ...], rng: random.Random) -> Scene:
     """A fresh training picture of one or two entities."""
     if len(entities) == 1:
         return draw_one(entities[0].figure, rng)
@@ -99,7 +99,7 @@ def _covered(box: tuple[float, float, float, float]) -> Tensor:
     return inside.flatten().float() / inside.sum()
 
 
-def entity_features(tower: nn.Module, pictures: list[Picture]) -> Tensor:
+def entity_features(tower: nn.Module, pictures: list[Scene]) -> Tensor:
     """(entity, VISION_HIDDEN): mean patch state of every entity of every picture, in order."""
     states = tower(pixel_values=pixels(pictures)).last_hidden_state[:, 1:]
     rows = [row for row, picture in enumerate(pictures) for _ in picture.boxes]
@@ -107,11 +107,11 @@ def entity_features(tower: nn.Module, pictures: list[Picture]) -> Tensor:
     return torch.einsum("ep,eph->eh", weights, states[rows])
 
 
-def _stream(world: World, rng: random.Random) -> Iterator[list[tuple[tuple[Entity, ...], Picture]]]:
+def _stream(world: World, rng: random.Random) -> Iterator[list[tuple[tuple[Entity, ...], Scene]]]:
     """Batches of fresh pictures, each picture used in three of them: drawing takes a third of the time, nothing repeats
     late.
     """
-    recent: deque[list[tuple[tuple[Entity, ...], Picture]]] = deque(maxlen=_REUSED)
+    recent: deque[list[tuple[tuple[Entity, ...], Scene]]] = deque(maxlen=_REUSED)
     while True:
         chosen = [sample_entities(world, rng) for _ in range(_DRAWN_PER_STEP)]
         recent.append([(entities, draw(entities, rng)) for entities in chosen])

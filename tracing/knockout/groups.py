@@ -42,7 +42,7 @@ class Flow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edges:
+class FlowEdges:
     """A flow in one prompt."""
 
     name: str
@@ -72,11 +72,11 @@ class Groups:
     predicting: tuple[int, ...]
     """Positions that predict the answer's scored tokens: "last"."""
 
-    def edges(self, flow: Flow | str) -> Edges:
+    def edges(self, flow: Flow | str) -> FlowEdges:
         """Return the flow's positions. Raises `TraceError`, which lists the groups, if one is unknown or empty."""
         flow = parse_flow(flow) if isinstance(flow, str) else flow
         sources, targets = (self.positions(each) for each in (flow.source, flow.target))
-        return Edges(name=flow.name, sources=sources, targets=targets)
+        return FlowEdges(name=flow.name, sources=sources, targets=targets)
 
     def positions(self, group: Group) -> tuple[int, ...]:
         """Return the ascending positions of a group.

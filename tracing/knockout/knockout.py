@@ -15,7 +15,7 @@ from ..engine.rows import window_layers
 from ..engine.scoring import Scoring, scored_ids
 from ..engine.settings import Engine
 from ..errors import TraceError
-from .groups import Edges, Flow, Groups, default_flows
+from .groups import Flow, FlowEdges, Groups, default_flows
 from .result import AttentionKnockout
 
 
@@ -123,7 +123,7 @@ def _ends(vlm: VisionLanguageModel, layer: int, window: int) -> tuple[int, int]:
 
 
 def _by_head(
-    vlm: VisionLanguageModel, flows: Sequence[Edges], heads: str | Sequence[int] | None
+    vlm: VisionLanguageModel, flows: Sequence[FlowEdges], heads: str | Sequence[int] | None
 ) -> list[tuple[str, Cut]]:
     """Names and cuts of the flows, one for each head if `heads` is "each"."""
     if not flows:

@@ -13,7 +13,7 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
 from ...artefacts.results import Result
 from ..errors import TraceError
-from .plot import Curve, LinePanel, lines_figure
+from .plot import LensCurve, LinePanel, lines_figure
 from .result import NORM_NAMES, NORMS, LogitLens, state_name
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ class AverageLogitLens(Result):
             for quantity, caption in zip(QUANTITIES, _CAPTIONS, strict=True)
         )
 
-    def _curve(self, role: str, quantity: str, norm: bool) -> Curve:
+    def _curve(self, role: str, quantity: str, norm: bool) -> LensCurve:
         """A role's mean with its band; ranks are drawn as ranks again."""
         is_rank, place = quantity == "log_rank", self._place(role, quantity, norm)
         mean = getattr(self, quantity)
         low, high = (end[place].clamp(0.0, None if is_rank else 1.0) for end in mean.band())
         values, low, high = (10**part if is_rank else part for part in (mean.mean[place], low, high))
-        return Curve(label=role, roles=(role,), values=values, low=low, high=high)
+        return LensCurve(label=role, roles=(role,), values=values, low=low, high=high)
 
     def _place(self, role: str, quantity: str, norm: bool) -> tuple[int, slice, int]:
         """Where (state,) of a role lies in a mean."""

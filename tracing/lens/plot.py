@@ -26,7 +26,7 @@ _FRAME = "#d55e00"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Curve:
+class LensCurve:
     """One token or role over the states."""
 
     label: str
@@ -45,7 +45,7 @@ class LinePanel:
     """The curves of one quantity."""
 
     caption: str
-    curves: tuple[Curve, ...]
+    curves: tuple[LensCurve, ...]
     is_rank: bool = False
     """Drawn on a logarithmic axis with 1 on top."""
 
@@ -143,13 +143,13 @@ def _mark_layers(axes: "Axes", layers: Sequence[int]) -> None:
     axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
 
 
-def _largest(curves: Sequence[Curve]) -> float:
+def _largest(curves: Sequence[LensCurve]) -> float:
     """The largest value, ends of bands included."""
     parts = [part for curve in curves for part in (curve.values, curve.high) if part is not None]
     return float(torch.cat(parts).nan_to_num(0).max())
 
 
-def _styled(curves: Sequence[Curve]) -> Iterator[tuple[Curve, tuple[str, str]]]:
+def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, tuple[str, str]]]:
     """Curves with colour and dashes: the answer blue, the false option orange; a capitalised spelling is dashed."""
     others = iter(_OTHERS * len(curves))
     for curve in curves:

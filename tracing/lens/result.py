@@ -13,7 +13,7 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
 from ...artefacts.results import Result
 from ..errors import TraceError
-from .plot import Curve, LinePanel, TokenTable, lines_figure, token_text, tokens_figure
+from .plot import LensCurve, LinePanel, TokenTable, lines_figure, token_text, tokens_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -231,10 +231,10 @@ class LogitLens(Result):
             LinePanel(caption="rank", curves=self._curves(ranks), is_rank=True),
         )
 
-    def _curves(self, values: Tensor) -> tuple[Curve, ...]:
+    def _curves(self, values: Tensor) -> tuple[LensCurve, ...]:
         """A curve for each followed token from (state, followed token)."""
         names = enumerate(zip(self.followed.labels, self.followed.roles, strict=True))
-        return tuple(Curve(label=label, roles=roles, values=values[:, index]) for index, (label, roles) in names)
+        return tuple(LensCurve(label=label, roles=roles, values=values[:, index]) for index, (label, roles) in names)
 
     def _frame(self, numbers: Sequence[int], values: Mapping[str, Tensor]) -> "pd.DataFrame":
         """Rows with norm, role, position, layer, state and the number on the last axis."""
