@@ -422,8 +422,19 @@ class VisionLanguageModel:
             positions: Only these tokens' logits, in this order, which saves the output head for all others.
             past_key_values: Keys and values of the tokens before these, which the mask covers too; it grows by these.
 
+        Returns:
+            Logits (batch, token or position, vocab), float32 or wider; those of padded positions mean nothing.
+
         Raises:
             ModelError: There are more tokens than the model has positions.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "What colour is this?")
+            >>> vlm.forward(inputs_embeds=vlm.embed(prompt), positions=[-1]).shape == (1, 1, vlm.vocab)
+            True
         """
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_length(before + inputs_embeds.shape[1], attention_mask)

@@ -109,7 +109,14 @@ class AttentionContributions(Result):
     ) -> Tensor:
         """Return (layer, head): the same as `by_layer` for each head by itself.
 
-        Raises `TraceError` if the lengths per head were left out.
+        Args:
+            group: Sources, by the name of a group, as for `by_layer`.
+            into: Queries, by the name of a group, as for `by_layer`.
+            of: "contribution" or "weight".
+            reduction: How several sources become one number, as for `by_layer`.
+
+        Raises:
+            TraceError: The lengths per head were left out.
         """
         values = self.head_contributions if _checked(of) == "contribution" else self.weights
         if values is None:
