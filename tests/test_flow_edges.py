@@ -108,6 +108,22 @@ def test_other_masks_are_kept(exact_llava, mask):
     assert distance(exact_llava, backwards)[1] == 0.0  # causal attention has no such edges
 
 
+def test_a_change_reaches_through_several_layers(exact_llava):
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[2:5, 2:5] = mask[4:8, 4:8] = True  # 7 is seen by 4 to 6, and 4 by 2 and 3 in the layer after
+    cells = [EdgeCell(cut=cut((5,), (7,)), first=first, last=first) for first in range(exact_llava.layers)]
+    difference, moved = distance(exact_llava, cells, attention_mask=mask[None, None])
+    assert difference <= 1e-12
+    assert moved >= 0.5
+
+
+def test_equal_cells_have_equal_scores(exact_llava):
+    cells = [EdgeCell(cut=CUTS["image to last"], first=1, last=2)] * 3
+    found = sweep(exact_llava, make_run(exact_llava), cells, measure)
+    assert torch.equal(found.scores, found.scores[:1].expand(3, -1, -1))
+    assert not torch.equal(found.scores[0], found.base)
+
+
 # ---- oracles from outside ----
 
 
