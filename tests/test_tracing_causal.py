@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
+from multrace.models.replay.replay import Replay
 from multrace.tracing import (
     CausalTrace,
     Corruption,
@@ -281,18 +282,22 @@ def test_positions_of_a_given_answer_are_refused(random_llava, photo, other_phot
         trace(random_llava, prompt, SwapImage(other_photo), positions=[prompt.groups["answer"][0]])
 
 
-def test_no_hook_stays_after_an_error_inside_a_cell(random_llava, photo, hooks, engine):
+def test_no_hook_stays_after_an_error_inside_a_cell(random_llava, photo, hooks, engine, monkeypatch):
     before, inside = hooks(), []
     runs, _ = noised(random_llava, ask(random_llava, photo), 1)
 
-    def measure(logits: Tensor) -> Tensor:
+    def fail(*_: object) -> None:
         inside.append(hooks())
-        if inside[-1] > before:  # not in one of the two runs, but where states are put in
-            raise RuntimeError("a metric that fails")
+        raise RuntimeError("a cell that fails")
+
+    def measure(logits: Tensor) -> Tensor:
+        if hooks() > before:  # not in one of the two runs, but where states are put in
+            fail()
         return logits[:, -1, :1].double()
 
     to_the_end = StateCell(kind="mlp", first=1, last=random_llava.layers - 1, positions=(runs.length - 1,))
-    with pytest.raises(RuntimeError, match="a metric that fails"):
+    monkeypatch.setattr(Replay, "last_layer", fail)  # which the sweep calls with the states put in
+    with pytest.raises(RuntimeError, match="a cell that fails"):
         if engine == "plain":
             plain_scores(random_llava, runs, [to_the_end], measure)
         else:
