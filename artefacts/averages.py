@@ -132,23 +132,29 @@ class Averager(ABC, Generic[Single, Average]):
     """Fields or properties that all results must share."""
 
     def __init__(self) -> None:
-        self.first: Single | None = None
+        self._first: Single | None = None
         self.count = 0
         """Results that were averaged."""
         self._means: dict[str, RunningMean] = {}
 
+    @property
+    def first(self) -> Single:
+        """The first result. Raises `ArtefactError` if there is none."""
+        if self._first is None:
+            raise ArtefactError("no results to average; pass at least one")
+        return self._first
+
     def add(self, result: Single) -> None:
         """Take in a result. Raises `ArtefactError` if it differs from the first one in what must be equal."""
-        if self.first is None:
-            self.first = result
+        if self._first is None:
+            self._first = result
         check_alike(self.first, result, self.alike)
         self._take(result)
         self.count += 1
 
     def average(self) -> Average:
         """Return the average of the results so far. Raises `ArtefactError` if there are none."""
-        if not self.count:
-            raise ArtefactError("no results to average; pass at least one")
+        _ = self.first
         return self._average()
 
     @abstractmethod

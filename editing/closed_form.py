@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class ClosedFormEditor(ValueSettings):
     @property
     def place(self) -> tuple[int, str | int]:
         """The (last) layer and the token to edit."""
-        return (self.layer, self.token) if self.where is None else (self.where.layer, self.where.token)
+        return (cast(int, self.layer), self.token) if self.where is None else (self.where.layer, self.where.token)
 
     @property
     def needs_moments(self) -> bool:

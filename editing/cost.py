@@ -5,6 +5,7 @@ M = lambda I + mu C is factorised once; D Q^T = 0 for the protected directions, 
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Cost:
         return found.to(keys.device)
 
     def _projected(self, whole: Tensor) -> Tensor:
-        directions = self.protected.to(whole.device)
+        directions = cast(Tensor, self.protected).to(whole.device)
         if self.moment is not None:
             along, factor = (part.to(whole.device) for part in self._protection)
             whole = whole - torch.cholesky_solve(directions @ whole.T, factor).T @ along
@@ -73,7 +74,7 @@ class Cost:
     @cached_property
     def _factor(self) -> Tensor:
         """The Cholesky factor of M in float64."""
-        weighted = self.moment.double() * self.moment_weight
+        weighted = cast(Tensor, self.moment).double() * self.moment_weight
         weighted.diagonal().add_(self.ridge)
         factor, failed = torch.linalg.cholesky_ex(weighted)
         if failed:
@@ -86,23 +87,25 @@ class Cost:
     @cached_property
     def _rough_factor(self) -> tuple[Tensor, Tensor, float] | None:
         """(factor, scales, |M|): S M S = L L^T in float32, with unit diagonal; None where float32 cannot do it."""
-        diagonal = self.moment.diagonal().double() * self.moment_weight + self.ridge
+        moment = cast(Tensor, self.moment)
+        diagonal = moment.diagonal().double() * self.moment_weight + self.ridge
         if not (diagonal > 0).all():
             return None
         scales = diagonal.rsqrt()
         # The square root on both sides keeps the product of weight and scales within the range of float32.
         sides = (scales * self.moment_weight**0.5).float()
-        scaled = self.moment.float() * sides * sides[:, None]
+        scaled = moment.float() * sides * sides[:, None]
         scaled.diagonal().fill_(1)
         factor, failed = torch.linalg.cholesky_ex(scaled)
-        size = torch.linalg.matrix_norm(self.moment).item() * self.moment_weight + self.ridge
+        size = torch.linalg.matrix_norm(moment).item() * self.moment_weight + self.ridge
         return None if failed else (factor, scales, size)
 
     @cached_property
     def _protection(self) -> tuple[Tensor, Tensor]:
         """(Q M^-1, the Cholesky factor of Q M^-1 Q^T)."""
-        along = self._inverse(self.protected.to(self.moment.device))
-        small = along @ self.protected.to(along.device).T
+        protected, moment = cast(Tensor, self.protected), cast(Tensor, self.moment)
+        along = self._inverse(protected.to(moment.device))
+        small = along @ protected.to(along.device).T
         return along, torch.linalg.cholesky((small + small.T) / 2)
 
     def _refine(self, keys: Tensor) -> Tensor | None:
@@ -110,6 +113,7 @@ class Cost:
         if self._rough_factor is None:
             return None
         factor, scales, size = self._rough_factor
+        moment = cast(Tensor, self.moment)
         found, residual, before = torch.zeros_like(keys), keys, float("inf")
         for _ in range(_ROUNDS):
             # Rows of length one, so that float32 neither overflows nor underflows however small the residual is.
@@ -117,7 +121,7 @@ class Cost:
             lengths = scaled.norm(dim=-1, keepdim=True).clamp(min=_TINY)
             step = torch.cholesky_solve((scaled / lengths).float().T, factor).T.double()
             found = found + step * lengths * scales
-            residual = keys - self.ridge * found - self.moment_weight * (found @ self.moment.double())
+            residual = keys - self.ridge * found - self.moment_weight * (found @ moment.double())
             # What float64 itself leaves behind, after the stopping rule of LAPACK's dsposv.
             rounding = self.width**0.5 * _EPSILON * size * found.norm(dim=-1)
             allowed = torch.maximum(_REFINED * keys.norm(dim=-1), rounding)

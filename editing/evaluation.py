@@ -1,7 +1,7 @@
 """Evaluation of edits, made one at a time, all at once, or one on top of the other, beside the unedited model."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from .sequences import AT, NormBound, evaluate_sequence
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 
 
+@runtime_checkable
 class Editor(Protocol):
     """Anything that makes a change out of requests, such as `MultEdit` or `FineTune`."""
 
@@ -141,7 +142,7 @@ def edit_function(
         if moments is not None and editor.has_fixed_cost:
             options["costs"] = editor.costs(vlm, moments)
         return lambda model, requests, earlier: editor.edit(model, requests, earlier=tuple(earlier), **options)
-    if hasattr(editor, "edit"):
+    if isinstance(editor, Editor):
         return lambda model, requests, _earlier: editor.edit(model, requests, progress=False)
     return editor
 

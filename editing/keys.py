@@ -92,15 +92,14 @@ def lookups(
     Raises:
         EditError: As `target_batch`.
     """
-    results: dict[Projection, list[Lookup]] = {projection: [None] * len(goals) for projection, _ in places}
+    results: dict[Projection, dict[int, Lookup]] = {projection: {} for projection, _ in places}
     for chunk in chunks(goals, rows_at_once):
         batch = target_batch(vlm, [goals[index] for index in chunk], token, end=end, every=every)
         with watched(vlm, places) as captured:
             batch.logits(vlm)
         for projection, place in places:
-            for index, lookup in zip(chunk, split(batch, *captured(projection, place)), strict=True):
-                results[projection][index] = lookup
-    return results
+            results[projection].update(zip(chunk, split(batch, *captured(projection, place)), strict=True))
+    return {projection: [own[index] for index in range(len(goals))] for projection, own in results.items()}
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models import ModelError, Projection, VisionLanguageModel
 from .errors import EditError
@@ -110,7 +111,7 @@ class Lora(TrainingSettings):
         return tuple({projection.path: projection for projection in found}.values())
 
     @contextmanager
-    def _adapted(self, vlm: VisionLanguageModel, projections: Sequence[Projection]) -> Iterator[list[nn.Module]]:
+    def _adapted(self, vlm: VisionLanguageModel, projections: Sequence[Projection]) -> Iterator[list[Any]]:
         """PEFT's modules in the places of the projections; on exit the model is made of its own modules again.
 
         The modules are put back here, since PEFT's own unloading is not reached by an error half-way, and leaves its
@@ -145,6 +146,6 @@ class Lora(TrainingSettings):
                 parameter.requires_grad_(flag)
 
 
-def _factors(adapter: nn.Module) -> tuple[Tensor, Tensor]:
+def _factors(adapter: Any) -> tuple[Tensor, Tensor]:
     left, right = (getattr(adapter, part)[_ADAPTER].weight.detach().float().cpu() for part in ("lora_B", "lora_A"))
     return left * adapter.scaling[_ADAPTER], right

@@ -36,8 +36,8 @@ RANKS = 10
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # n-gram -> its entropy's weight, ROME's
 
 _ARTICLES = ("a", "an", "the")
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
-_NUMBERS |= {"none": "0"}
+_DIGITS = zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True)
+_NUMBERS: dict[str, str] = {**dict(_DIGITS), "none": "0"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTED = (
     "ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "

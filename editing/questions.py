@@ -192,8 +192,8 @@ def _kept(question: Question, before: Responses, after: Responses) -> dict[str, 
 
 def _scores(question: Question, answer: str, *states: Responses) -> tuple[AnswerScore, ...]:
     """The answer's score in each state; empty if it was not fed in, or has no tokens."""
-    found = tuple(state.scores.get((question.key, answer)) for state in states)
-    return () if None in found else found
+    key = question.key, answer
+    return tuple(state.scores[key] for state in states) if all(key in state.scores for state in states) else ()
 
 
 def _probability(score: AnswerScore) -> float:

@@ -183,7 +183,7 @@ class EditCurve:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "EditCurve":
         """The curve in a file that save wrote. EditError if it is missing or damaged."""
         words = _read(path, CURVE_FORMAT)
         try:

@@ -67,15 +67,14 @@ def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separat
     keys = problem.keys.double()
     residuals, weights = problem.residuals.to(keys), problem.weights.to(keys)
     weights = torch.full_like(weights, float("inf")) if cost.is_free else weights.clone()
-    two_keys = problem.directions is not None
-    directions = problem.directions.to(keys) if two_keys else None
+    directions = None if problem.directions is None else problem.directions.to(keys)
     system, heights, widths, right = _system(cost, keys, directions)
-    close = _close(system, 1 / (weights * heights * widths), two_keys=two_keys, separation=separation)
-    if two_keys and close.any():
+    close = _close(system, 1 / (weights * heights * widths), two_keys=directions is not None, separation=separation)
+    if directions is not None and close.any():
         system, heights, widths, right = _system(cost, keys, torch.where(close[:, None], keys, directions))
     weights[close] = fallback_weight / (heights * widths)[close]
     system.diagonal().add_(1 / (weights * heights * widths))
-    unknown = _solved(system, residuals / heights[:, None], two_keys=two_keys) / widths[:, None]
+    unknown = _solved(system, residuals / heights[:, None], two_keys=directions is not None) / widths[:, None]
     return Solution(
         left=unknown.T,
         right=right,

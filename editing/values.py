@@ -143,7 +143,7 @@ def search_values(
         >>> result.loss < result.losses[0]
         True
     """
-    results: list[ValueResult | None] = [None] * len(goals)
+    results: dict[int, ValueResult] = {}
     number = vlm.layer_index(layer)
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
     with vlm.gradients(), bar:
@@ -156,9 +156,8 @@ def search_values(
                 lookups = split(batch, *captured(projection, place))
                 upper = upper.checked(logits, batch.label_mask)
             search = _Search(upper, batch, lookups, logits, place, settings)
-            for index, result in zip(chunk, search.run(bar), strict=True):
-                results[index] = result
-    return results
+            results.update(zip(chunk, search.run(bar), strict=True))
+    return [results[index] for index in range(len(goals))]
 
 
 class _Search:

@@ -4,12 +4,12 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .errors import ModelError
 from .frontend import Frontend, to_device
@@ -32,7 +32,7 @@ class Score:
 
 
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     frontend: Frontend,
     prompts: Sequence[Prompt],
     *,
@@ -73,7 +73,7 @@ def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: in
         )
 
 
-def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """Greedy decoding with nothing of the model's own generation settings but its special tokens."""
     own = model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -88,7 +88,7 @@ def _greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Generation
     )
 
 
-def _with_settings(model: nn.Module, settings: GenerationConfig) -> nn.Module:
+def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> GenerationMixin:
     """A shallow copy of the model, sharing every module and hook, with these generation settings as its own.
 
     `generate` fills each setting that its caller leaves open from the model's own, so passing a fresh configuration
@@ -96,7 +96,7 @@ def _with_settings(model: nn.Module, settings: GenerationConfig) -> nn.Module:
     """
     shared = copy.copy(model)
     shared.generation_config = settings
-    return shared
+    return cast(GenerationMixin, shared)
 
 
 class _FiniteLogits(LogitsProcessor):

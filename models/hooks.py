@@ -6,7 +6,7 @@ whatever stands around the tensor.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from .errors import ModelError
 from .families.addresses import Key
 from .lock import ModelLock
+
+AnyKey = TypeVar("AnyKey", bound=Key)
 
 
 class Addressed(Protocol):
@@ -28,8 +30,8 @@ class Addressed(Protocol):
 
 @contextmanager
 def capture(
-    vlm: Addressed, keys: Iterable[Key], *, inputs: bool = False, clone: bool = False
-) -> Iterator[dict[Key, Tensor]]:
+    vlm: Addressed, keys: Iterable[AnyKey], *, inputs: bool = False, clone: bool = False
+) -> Iterator[dict[AnyKey, Tensor]]:
     """Yield a dict that fills with each module's output (or input) at every forward pass inside the block.
 
     A later pass overwrites an earlier one. A `patch` that was entered before this block is seen, one entered after it
@@ -61,9 +63,9 @@ def capture(
         True
     """
     modules = {key: vlm.module(key) for key in keys}
-    captured: dict[Key, Tensor] = {}
+    captured: dict[AnyKey, Tensor] = {}
 
-    def recorder(key: Key) -> Callable[[Tensor], None]:
+    def recorder(key: AnyKey) -> Callable[[Tensor], None]:
         def record(value: Tensor) -> None:
             captured[key] = value.clone() if clone else value
 
@@ -233,7 +235,7 @@ def replace_main(value: Any, tensor: Tensor) -> Any:
     """The value with its main tensor replaced, in a new container of the same kind; the given one is left as it is."""
     if isinstance(value, Mapping):
         return type(value)(**{**value, next(iter(value)): tensor})
-    if isinstance(value, tuple) and hasattr(value, "_replace"):
+    if isinstance(value, tuple) and hasattr(value, "_replace") and hasattr(value, "_fields"):
         return value._replace(**{value._fields[0]: tensor})
     if isinstance(value, (tuple, list)):
         return type(value)([tensor, *value[1:]])

@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .errors import ModelError, gist
 from .quiet import quiet_transformers
 
 
 def save_directory(
-    model: nn.Module, processor: Any, directory: str | PathLike[str], *, dtype: torch.dtype | None, overwrite: bool
+    model: PreTrainedModel,
+    processor: Any,
+    directory: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None,
+    overwrite: bool,
 ) -> None:
     """Write model and processor to a sibling folder and rename it into place.
 
@@ -55,7 +61,7 @@ def save_directory(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(model: nn.Module, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
+def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
     own_name = str(model.config.dtype).removeprefix("torch.")
     written = dtype or model.dtype
     state = _cast(model.state_dict(), written)

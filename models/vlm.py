@@ -1,17 +1,17 @@
 """The model under study, as one object: weights, processor, addresses and sizes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from .errors import ModelError
 from .families.addresses import Addresses, Key, Projection
@@ -36,7 +36,7 @@ class VisionLanguageModel:
     Threads may share it: one at a time uses it, and the others wait (`lock`).
     """
 
-    model: nn.Module = field(repr=False)
+    model: PreTrainedModel = field(repr=False)
     """The Hugging Face model, in eval mode, its parameters without gradients."""
     frontend: Frontend = field(repr=False)
     addresses: Addresses = field(repr=False)
@@ -75,7 +75,7 @@ class VisionLanguageModel:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return self.model.config.get_text_config().hidden_size
+        return self.config.get_text_config().hidden_size
 
     @property
     def mlp(self) -> int:
@@ -95,7 +95,7 @@ class VisionLanguageModel:
     @property
     def heads(self) -> int:
         """Number of attention heads per decoder layer."""
-        return self.model.config.get_text_config().num_attention_heads
+        return self.config.get_text_config().num_attention_heads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,9 +136,9 @@ class VisionLanguageModel:
         return list(self.addresses.layers)
 
     @property
-    def output_head(self) -> nn.Module:
+    def output_head(self) -> nn.Linear:
         """The module that turns normed states into logits."""
-        return self.model.get_output_embeddings()
+        return cast(nn.Linear, self.model.get_output_embeddings())
 
     @property
     def input_embeddings(self) -> nn.Module:
@@ -302,10 +302,11 @@ class VisionLanguageModel:
         Raises:
             ModelError: The prompt belongs to another model.
         """
-        accepted = signature(self.model.get_image_features).parameters  # pixel_values, and for tiles image_sizes
+        read = cast(Callable[..., Any], self.model.get_image_features)
+        accepted = signature(read).parameters  # pixel_values, and for tiles image_sizes
         visual = {name: value for name, value in self._ready(inputs).items() if name in accepted}
         with self.running():
-            features = self.model.get_image_features(**visual, return_dict=True)
+            features = read(**visual, return_dict=True)
         return torch.cat(list(features.pooler_output))
 
     def embeddings(self, inputs: Inputs) -> Tensor:
@@ -567,8 +568,9 @@ class VisionLanguageModel:
         """ModelError for more tokens in a row, padding left out, than the model has positions."""
         limit = self.frontend.limit
         if limit is not None and width > limit:
-            padded = attention_mask is not None and attention_mask.ndim == 2
-            self.frontend.check_length(int(attention_mask.sum(-1).max()) if padded else width)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                width = int(attention_mask.sum(-1).max())
+            self.frontend.check_length(width)
 
     def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Only sdpa understands booleans; the eager path would add True as 1."""

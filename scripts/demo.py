@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 from tqdm import tqdm
 
 from ..data import World, tiny_vlm_path
 from ..data.world import EditCase
-from ..editing import EditRequest, MultEdit
+from ..editing import Delta, EditRequest, MultEdit
 from ..models import VisionLanguageModel, load
-from ..tracing import CausalTrace, SwapImage, causal_trace
+from ..tracing import AverageTrace, CausalTrace, SwapImage, causal_trace
 from ..workflow.located_edit import LocatedEdit, locate_then_edit
 from .errors import CommandError
 from .options.demo import Demo
@@ -57,8 +58,8 @@ def demo(settings: Demo) -> tuple[Path, str]:
     with new_files(settings.out, names) as folder:
         report = _report(settings, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
-        located.average.save(folder / "trace.safetensors")
-        for number, delta in enumerate(located.deltas):
+        cast(AverageTrace, located.average).save(folder / "trace.safetensors")
+        for number, delta in enumerate(cast(tuple[Delta, ...], located.deltas)):
             delta.save(folder / _edit_file(number))
     return settings.out / "report.html", _table(report) + layers
 
@@ -93,7 +94,7 @@ def _report(
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
     chart = plot_scores(table, folder / "scores.png")
-    located.average.plot(folder / "trace.png")
+    cast(AverageTrace, located.average).plot(folder / "trace.png")
     tokens.plot(folder / "tokens.png")
     plots = [
         (

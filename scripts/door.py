@@ -3,10 +3,13 @@
 import os
 import sys
 from collections.abc import MutableMapping
+from typing import Any
 
 import lazy_loader
 
-_commands = lazy_loader.load("multrace.scripts.main", suppress_warning=True)  # imported where main() can be interrupted
+_commands: Any = lazy_loader.load(
+    "multrace.scripts.main", suppress_warning=True
+)  # imported where main() can be interrupted
 INTERRUPTED = 130
 
 

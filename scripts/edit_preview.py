@@ -161,5 +161,5 @@ def _moves(
 
 
 def _bias(projection: Projection) -> Tensor:
-    bias = projection.module.bias
+    bias = projection.bias
     return torch.zeros(1, dtype=torch.float64) if bias is None else bias.detach().double().cpu()

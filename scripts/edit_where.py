@@ -63,9 +63,10 @@ def load_traces(paths: Sequence[Path]) -> tuple[CausalTrace, ...] | AverageTrace
     """
     found = [_load(path) for path in paths]
     averages = [trace for trace in found if isinstance(trace, AverageTrace)]
+    traces = [trace for trace in found if isinstance(trace, CausalTrace)]
     if averages and len(found) > 1:
         raise CommandError("--trace takes one trace for each request, or one average for all of them, not both")
-    return averages[0] if averages else tuple(found)
+    return averages[0] if averages else tuple(traces)
 
 
 def _load(path: Path) -> CausalTrace | AverageTrace:

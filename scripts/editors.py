@@ -95,17 +95,19 @@ def editor(
     if name in EDITORS:
         _check_settings(name, EDITORS[name], settings)
         place = {"layer": layer, "token": token}
-        made = EDITORS[name].paper(**place) if preset else EDITORS[name](**place)
+        kind: Any = EDITORS[name]
+        made = kind.paper(**place) if preset else kind(**place)
         if spread is None:
             spread = min(made.spread, layer + 1) if layer >= 0 else made.spread
         return replace(made, spread=spread, **settings)
     if name not in BASELINES:
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = BASELINES[name]
-    if preset and row.paper is None:
+    base = row.paper if preset else row.base
+    if base is None:
         raise CommandError(f"{name} has no published constants; leave the preset out")
     _check_settings(name, row.kind, settings)
-    return BaselineEditor(settings=replace((row.paper if preset else row.base)(layer), **settings))
+    return BaselineEditor(settings=replace(base(layer), **settings))
 
 
 def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:

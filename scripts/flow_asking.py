@@ -8,7 +8,7 @@ from .options.flow import FlowOptions
 
 def one_question(settings: FlowOptions) -> FlowQuestion:
     """Return the question of the command line. Raises `ModelError` or `CommandError` if it cannot be asked."""
-    if not settings.question.strip():
+    if not (settings.question or "").strip():
         raise CommandError("the question is empty; pass what the model should answer")
     question = FlowQuestion(
         id="question",

@@ -140,6 +140,8 @@ class ImageToConstraint(_Contributions):
     def average_told(self, average: AverageContributions) -> list[str]:
         """Return how many image tokens hold most of the picture's contribution."""
         layer = int(average.by_layer("image").argmax())
+        if average.image_tokens is None:
+            return []
         of = "" if average.image_count is None else f" of {average.image_count}"
         return [
             f"image to constraint, mean over {average.count} prompts: strongest in layer {layer}, where "

@@ -97,7 +97,7 @@ def world_questions(count: int, *, seed: int = 0) -> tuple[FlowQuestion, ...]:
                 id=f"{fact.id}-{10 + lap}",
                 question=record.question,
                 image=picture.image,
-                spans={"constraint": record.constraint},
+                spans={} if record.constraint is None else {"constraint": record.constraint},
                 boxes=tuple(Box(*each) for each in corners),
                 gold=record.answer,
             )

@@ -64,7 +64,7 @@ class Stored(Sequence[tuple[Answered, Any]]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> tuple[Answered, Any]:
+    def __getitem__(self, index: Any) -> Any:
         answered, path = self._files[index]
         return answered, self._kind.load(path)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class _Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._questions)
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: Any) -> Any:
         return self._questions[index].prompt(self._vlm)
 
 

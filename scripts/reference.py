@@ -54,7 +54,7 @@ def _public(module: griffe.Module) -> list[str]:
     names = [
         name
         for name, member in module.members.items()
-        if member.is_alias and not name.startswith("_") and member.target_path.startswith("multrace.")
+        if isinstance(member, griffe.Alias) and not name.startswith("_") and member.target_path.startswith("multrace.")
     ]
     return sorted((name for name in names if not module[name].final_target.is_module), key=str.lower)
 

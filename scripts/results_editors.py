@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ..editing.asking import EditFunction
 from ..editing.editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
@@ -25,7 +25,7 @@ from ..editing.probes import (
     UNRELATED,
     Record,
 )
-from ..editing.reports import EditReport
+from ..editing.reports import EditCurve, EditReport
 from ..editing.requests import EditRequest
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
@@ -128,7 +128,10 @@ def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> 
 
     options = {"mode": SEQUENCE, "baseline": bench.baseline, "batch_size": 64, "at": AT}
     report = evaluate(vlm, _records(bench, row), edit, **options)
-    return {**_found(row, report), "curve": json_ready(report.curve.to_dataframe().to_dict(orient="records"))}
+    return {
+        **_found(row, report),
+        "curve": json_ready(cast(EditCurve, report.curve).to_dataframe().to_dict(orient="records")),
+    }
 
 
 def json_ready(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..artefacts.errors import ArtefactError
 from ..artefacts.files import digest
@@ -82,7 +82,7 @@ def _prepared(settings: TraceOptions, line: int, text: bytes) -> _Record | str:
     """The record of a line, or the reason why it cannot be traced."""
     try:
         words = read_texts(read_object(text, _KEYS), _KEYS)
-        folder = settings.data.parent
+        folder = cast(Path, settings.data).parent
         if words.get("image"):
             words["image"] = str(folder / words["image"])
         if words.get("corrupt"):

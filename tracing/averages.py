@@ -53,7 +53,7 @@ def average(results: Iterable[Result], **options: Any) -> Any:
     first = next(remaining, None)
     if first is None:
         raise ArtefactError("no results to average; pass at least one")
-    averagers = {
+    averagers: dict[type, Any] = {
         AttentionContributions: ContributionsAverager,
         AttentionKnockout: KnockoutAverager,
         AttentionSaliency: SaliencyAverager,

@@ -249,15 +249,16 @@ def _shifts(
     progress: bool,
 ) -> tuple[TraceShift | None, ...]:
     """What each edit moved; the picture may matter no more, so that a weak corruption is traced all the same."""
-    owners = deltas * len(requests) if len(deltas) == 1 else deltas
+    owners = [deltas[0]] * len(requests) if len(deltas) == 1 else deltas
     settings = {"sites": sites, "window": window, "even_if_weak": True, "progress": False}
     found: list[TraceShift | None] = []
     for index in tqdm(range(len(requests)), desc="tracing again", disable=not progress):
-        if before[index] is None or owners[index] is None:
+        earlier, delta = before[index], owners[index]
+        if earlier is None or delta is None:
             found.append(None)
             continue
         place = {"corruption": corruptions[index], "positions": positions_of(requests[index], positions)}
-        with owners[index].applied(vlm):
+        with delta.applied(vlm):
             traced = causal_trace(vlm, requests[index].prompt, **place, **settings)
-        found.append(TraceShift(before=before[index], after=traced))
+        found.append(TraceShift(before=earlier, after=traced))
     return tuple(found)

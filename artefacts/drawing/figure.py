@@ -5,12 +5,13 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import ArtefactError
@@ -50,10 +51,10 @@ def titled_figure(width: float, height: float, titles: tuple[str, str]) -> tuple
     lines = [text.count("\n") + 1 if text.strip() else 0 for text in (title, subtitle)]
     figure = NotebookFigure(figsize=(width, height + 0.2 + 0.2 * lines[0] + 0.165 * lines[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(**_EDGE)
+    cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(**_EDGE)
     place = {"x": 0.01, "ha": "left", "parse_math": False}
     figure.suptitle(title, fontsize=_TITLE, weight="bold", color=INK, **place)
-    body = figure.subfigures(1, 1)
+    body = cast(SubFigure, figure.subfigures(1, 1))
     body.suptitle(subtitle, fontsize=_SUBTITLE, color=GREY, **place)
     return figure, body
 

@@ -118,7 +118,7 @@ def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
     axes.set_yticks([row + 0.5 for row in range(count)], labels or [""] * count)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a token may hold dollar signs
-        label.set_weight("bold" if label.get_text().endswith("*") else "normal")
+        label.set_fontweight("bold" if label.get_text().endswith("*") else "normal")
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     axes.tick_params(axis="y", labelsize=min(8, 58 * _TALLEST / count))
     for spine in axes.spines.values():

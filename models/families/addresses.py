@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .table import Family
@@ -49,7 +50,12 @@ class Projection:
     @property
     def weight(self) -> nn.Parameter:
         """The weight itself, not a copy: (hidden, width), or (width, hidden) if transposed."""
-        return self.module.weight
+        return cast(nn.Parameter, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the map adds, (hidden,); None for a map without a bias."""
+        return cast(Tensor | None, getattr(self.module, "bias", None))
 
     @property
     def hidden(self) -> int:
@@ -72,7 +78,7 @@ Key = Site | Projection | nn.Module | str
 class Addresses:
     """The sites of one loaded model, found through `get_decoder()` and the family row."""
 
-    model: nn.Module
+    model: PreTrainedModel
     family: Family
     name: str
     """The name of the model in error messages."""
@@ -90,7 +96,8 @@ class Addresses:
     @cached_property
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises `ModelError` if the row names no such list."""
-        return self._below(self.decoder, self.family.layers, self.decoder_path)
+        layers = self._below(self.decoder, self.family.layers, self.decoder_path)
+        return cast(nn.ModuleList, layers)
 
     @cached_property
     def final_norm(self) -> nn.Module:

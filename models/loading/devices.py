@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 
@@ -29,7 +29,7 @@ def check_device_map(device_map: Any, name: str) -> None:
         )
 
 
-def check_in_memory(model: nn.Module, device_map: Any, name: str) -> None:
+def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:
     """Raise `ModelError` if a weight has no values, because accelerate left it on disk for lack of memory."""
     absent = [path for path, weight in model.named_parameters() if weight.is_meta]
     if absent:

@@ -7,8 +7,7 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError, gist, reason
 from ..families.addresses import Addresses
@@ -96,7 +95,13 @@ def load(
 
 
 def _assemble(
-    model: nn.Module, processor: Any, *, family: Family, name: str, revision: str | None, stored: torch.dtype | None
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    family: Family,
+    name: str,
+    revision: str | None,
+    stored: torch.dtype | None,
 ) -> VisionLanguageModel:
     model.eval()
     model.requires_grad_(False)

@@ -193,7 +193,7 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
             site, f"its projection {projection.path!r} is (hidden, width) {shape}, but reads width {read.shape[-1]}"
         )
     weight = projection.weight.T if projection.transposed else projection.weight
-    bias = getattr(projection.module, "bias", None)
+    bias = projection.bias
     computed = read.tail.double() @ weight.double().T + (0 if bias is None else bias.double())
     scale = read.tail.double().norm() * weight.double().norm() + (0 if bias is None else bias.double().norm())
     if not _close(computed, written.tail.double(), scale, eps=torch.finfo(written.tail.dtype).eps):

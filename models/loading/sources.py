@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from ..errors import ModelError, gist, quoted, reason
@@ -164,7 +165,7 @@ class ModelSource:
             )
         return processor
 
-    def model(self, family: Family, options: dict[str, Any]) -> nn.Module:
+    def model(self, family: Family, options: dict[str, Any]) -> PreTrainedModel:
         """Return the model with every weight from the file. ModelError lists those that the file lacks."""
         reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported here, not guessed around
         model, report = self.open(

@@ -36,17 +36,18 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
         ReplayError: If the text model does not let its attention function be replaced.
     """
     decoder = vlm.decoder
+    config: Any = decoder.config
     if not getattr(decoder, "_supports_attention_backend", False):
         raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
     name = f"multrace_{id(attend)}"
     with vlm.running():
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
-        before, decoder.config._attn_implementation = decoder.config._attn_implementation, name
+        before, config._attn_implementation = config._attn_implementation, name
         try:
             yield
         finally:
-            decoder.config._attn_implementation = before
+            config._attn_implementation = before
             for interface in (AttentionInterface, AttentionMaskInterface):
                 interface._global_mapping.pop(name, None)
 

@@ -8,6 +8,7 @@ whether a run of single layers would repeat it, is observed by the same `Witness
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class PaddedBatch:
     def rows(self, rows: Tensor) -> "PaddedBatch":
         """The batch of only some rows, (row,) indices."""
         prefix = _growing(self.prefix)
-        for layer in prefix.layers:
+        for layer in cast(list[Any], prefix.layers):
             if layer.keys is not None and layer.keys.numel():
                 layer.keys, layer.values = (value[rows.to(value.device)] for value in (layer.keys, layer.values))
         parts = {name: getattr(self, name) for name in ("embeddings", "attention_mask", "position_ids")}
@@ -133,7 +134,7 @@ class UpperLayers:
         if not difference <= _TOLERANCE * coarseness * max(1.0, logits.abs().max().item()):
             return replace(self, entering=None, calls=())
         prefix = _growing(self.batch.prefix)
-        for layer in prefix.layers[: self.first]:
+        for layer in cast(list[Any], prefix.layers)[: self.first]:
             layer.keys = layer.values = None
         return replace(self, batch=replace(self.batch, prefix=prefix))
 

@@ -94,7 +94,9 @@ class Source:
 class Queries(Protocol):
     """The positions that a call computes and how they attend: a `Span`, or one whose rows lack some edges."""
 
-    positions: tuple[int, ...]
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions that the call computes, ascending."""
 
     @property
     def index(self) -> Index:

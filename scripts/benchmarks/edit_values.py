@@ -171,7 +171,7 @@ class _Adding:
 
     def __init__(self, positions: list[int], change: Tensor) -> None:
         self.positions, self.change = positions, change.requires_grad_()
-        self.before: Tensor | None = None
+        self.before = torch.empty(0, 0)
 
     @contextmanager
     def to(self, module: nn.Module) -> Iterator[None]:
@@ -190,7 +190,7 @@ class _Adding:
         self.change.mul_(torch.where(length > allowed, allowed / length, 1.0))
 
     def _add(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        if self.before is None:
+        if not self.before.numel():
             self.before = output[0, self.positions].detach().to(self.change.dtype)
         changed = output.clone()
         changed[0, self.positions] = changed[0, self.positions] + self.change.to(output.dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def _score(vlm: VisionLanguageModel, prompt: Prompt, cell: EdgeCell, measure: Me
     pairs = [(target, source) for target in sorted(cell.cut.targets) for source in sorted(cell.cut.sources)]
     blocked = {layer: copy.deepcopy(pairs) for layer in range(cell.first, cell.last + 1)}
     with torch.no_grad(), quiet_transformers(), _blocking(vlm, blocked, cell.cut.heads):
-        made = vlm.model.generate(
+        made = cast(Any, vlm.model).generate(
             **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
     return measure(made.logits[0][:, None].float())[0].double().cpu()

@@ -46,7 +46,7 @@ def base_states(vlm: VisionLanguageModel, runs: Runs) -> dict[Site, Tensor]:
     sites = [Site("hidden", layer) for layer in range(vlm.layers)]
     with torch.no_grad(), capture(vlm, sites) as states:
         vlm.forward(inputs_embeds=runs.base)
-    return dict(states)
+    return {site: states[site] for site in sites}
 
 
 def _edits(

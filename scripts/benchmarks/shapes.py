@@ -6,9 +6,11 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -90,7 +92,7 @@ def write_model(shape: Shape, folder: Path, *, seed: int, device: torch.device) 
         torch.set_default_dtype(before)
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
-        model.get_input_embeddings().weight.mul_(10)
+        cast(nn.Embedding, model.get_input_embeddings()).weight.mul_(10)
         model.model.multi_modal_projector.linear_2.weight.mul_(30)
     with quiet_transformers():
         model.save_pretrained(folder)

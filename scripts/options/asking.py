@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ... import data, models, tracing
 from ..errors import CommandError
@@ -135,8 +135,8 @@ class CorruptionOptions(ConstraintOptions):
             self._need(self.constraint, "--constraint", "the words of the question to corrupt")
         for path in pictures_of(corruption):
             models.open_images(path)
-        has_seed = any(row.name == "seed" for row in fields(corruption))
-        return replace(corruption, seed=self.seed) if has_seed else corruption
+        has_seed = any(row.name == "seed" for row in fields(cast(Any, corruption)))
+        return replace(cast(Any, corruption), seed=self.seed) if has_seed else corruption
 
     def rows(self, default: str | tuple[Item, ...]) -> str | tuple[Item, ...]:
         """Return the rows of the map, as `causal_trace` takes them."""
@@ -150,5 +150,5 @@ class CorruptionOptions(ConstraintOptions):
 def pictures_of(corruption: tracing.Corruption) -> tuple[str, ...]:
     """Return the paths of pictures that a corruption from the command line names."""
     if isinstance(corruption, tracing.SwapImage):
-        return (corruption.image,)
-    return tuple(corruption.references) if isinstance(corruption, tracing.MeanAblation) else ()
+        return (cast(str, corruption.image),)
+    return cast(tuple[str, ...], tuple(corruption.references)) if isinstance(corruption, tracing.MeanAblation) else ()

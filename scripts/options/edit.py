@@ -64,6 +64,7 @@ class RequestOptions(CorruptionOptions):
         metavar="FILE.jsonl",
     )
     limit: int | None = option("edit only the first N lines of --data", default=None, type=int, metavar="N")
+    # pyrefly: ignore[bad-override] -- not needed where records are given
     question: str | None = option("question to ask", default=None)
     target: str | None = option("new answer", default=None)
     context_image: tuple[str, ...] = _several(

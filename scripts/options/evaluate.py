@@ -64,6 +64,7 @@ class Evaluate(ModelOptions, EditorOptions):
         metavar="N",
     )
     limit: int | None = option("use only the first N edits", default=None, type=int, metavar="N")
+    # pyrefly: ignore[bad-override] -- several editors are compared
     editor: tuple[str, ...] = option(
         f"one or more editors (default: multedit): {', '.join(NAMES)}",
         default=("multedit",),

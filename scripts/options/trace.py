@@ -31,6 +31,7 @@ of all traces as OUT/average.safetensors (multrace.tracing.AverageTrace.load) an
 class TraceOptions(ModelOptions, CorruptionOptions):
     """Options of `multrace trace`."""
 
+    # pyrefly: ignore[bad-override] -- not needed where records are given
     question: str | None = option("question to ask", default=None)
     data: Path | None = option(
         "trace every line of this file instead: a JSON object with question and, as needed, image, constraint, answer, "

@@ -129,7 +129,7 @@ class AttentionContributions(Result):
         Raises `TraceError` unless all image tokens are among the sources.
         """
         values = self.contributions if _checked(of) == "contribution" else self.weights.mean(1)
-        return values[..., self._columns("image")].mean(1)
+        return values[..., self._source_columns("image")].mean(1)
 
     def image_map(self, layer: int, of: Quantity = "contribution") -> Tensor:
         """Return `image_mass` of a layer over the patches, (image, row, column).
@@ -154,14 +154,13 @@ class AttentionContributions(Result):
 
         Without heads the weight is the mean over them. Raises `TraceError` for heads that were left out.
         """
-        if by_head and self.head_contributions is None:
+        lengths = self.head_contributions if by_head else self.contributions
+        if lengths is None:
             raise TraceError("lengths per head were left out; read the prompt again with by_head=True")
         heads = {"head": range(self.weights.shape[1])} if by_head else {}
         axes = {"layer": range(self.layers), **heads, "query": self.query_positions, "source": self.source_positions}
-        if by_head:
-            frame = long_frame(axes, {"contribution": self.head_contributions, "weight": self.weights})
-        else:
-            frame = long_frame(axes, {"contribution": self.contributions, "weight": self.weights.mean(1)})
+        weights = self.weights if by_head else self.weights.mean(1)
+        frame = long_frame(axes, {"contribution": lengths, "weight": weights})
         for name in ("source", "query"):
             texts = [self.tokens[position] for position in frame[name]]
             frame.insert(frame.columns.get_loc(name) + 1, f"{name}_token", texts)
@@ -253,14 +252,14 @@ class AttentionContributions(Result):
     def _reduced(self, values: Tensor, group: str | None, into: str | None, reduction: Reduction) -> Tensor:
         if reduction not in ("max", "sum", "mean"):
             raise TraceError(f"no reduction {reduction!r}; pass 'max', 'sum' or 'mean'")
-        chosen = values if group is None else values[..., self._columns(group)]
+        chosen = values if group is None else values[..., self._source_columns(group)]
         reduced = chosen.amax(-1) if reduction == "max" else getattr(chosen, reduction)(-1)
         if into is None:
             return reduced.mean(-1)
         rows = self._indices(into, self.query_positions, "queries")
         return reduced[..., rows].mean(-1)
 
-    def _columns(self, group: str) -> list[int]:
+    def _source_columns(self, group: str) -> list[int]:
         return self._indices(group, self.source_positions, "sources")
 
     def _indices(self, group: str, positions: tuple[int, ...], name: str) -> list[int]:

@@ -191,20 +191,20 @@ class TraceAverager(Averager[CausalTrace, AverageTrace]):
         self._seeds: set[int | None] = set()
         self._estimated: dict[str, dict[str, Tensor]] = {}
 
-    def _take(self, trace: CausalTrace) -> None:
-        groups = self._groups(trace)
-        self._corruptions[trace.corruption] = None
-        self._seeds.add(trace.seed)
-        metric = {"metric": trace.metrics}
-        self._add("clean", trace.clean_scores, metric)
-        self._add("corrupted", trace.corrupted_scores.mean(-1), metric)
-        self._add("total", trace.clean_scores - trace.corrupted_scores.mean(-1), metric)
-        for kind in trace.kinds:
-            effects = torch.stack([trace.indirect_effect(kind, name) for name in trace.metrics])
+    def _take(self, result: CausalTrace) -> None:
+        groups = self._groups(result)
+        self._corruptions[result.corruption] = None
+        self._seeds.add(result.seed)
+        metric = {"metric": result.metrics}
+        self._add("clean", result.clean_scores, metric)
+        self._add("corrupted", result.corrupted_scores.mean(-1), metric)
+        self._add("total", result.clean_scores - result.corrupted_scores.mean(-1), metric)
+        for kind in result.kinds:
+            effects = torch.stack([result.indirect_effect(kind, name) for name in result.metrics])
             values = torch.stack([effects[:, list(rows)].mean(1) for rows in groups.values()], 1)
             self._add(kind, values, {**metric, "row": tuple(groups), "column": range(values.shape[-1])})
-            if kind in trace.estimated:
-                flags, own = self._estimated.setdefault(kind, {}), trace.estimated[kind]
+            if kind in result.estimated:
+                flags, own = self._estimated.setdefault(kind, {}), result.estimated[kind]
                 for name, rows in groups.items():
                     flags[name] = own[list(rows)].any(0) | flags.get(name, torch.zeros_like(own[0]))
 

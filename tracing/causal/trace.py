@@ -113,7 +113,7 @@ def causal_trace(
     question = _Question(
         vlm=vlm, prompt=prompt, clean=clean, corrupted=corrupted, scoring=scoring, restores=direction == "restore"
     )
-    settings = {"engine": engine or Engine(), "accept": None if even_if_weak else question.refuse_weak}
+    settings: dict[str, Any] = {"engine": engine or Engine(), "accept": None if even_if_weak else question.refuse_weak}
     chosen = None if exact_cells is None or exact_cells >= len(grid.cells) else _best(question, grid, exact_cells)
     total = (len(grid.cells) if chosen is None else exact_cells) * len(scoring.branches)
     with tqdm(total=total, desc="tracing", unit="cell", disable=not progress) as bar:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models import Site, VisionLanguageModel, capture
 from ...models.families.addresses import Projection
-from ...models.replay.recording import Source, places
+from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..errors import TraceError
 from .cells import KINDS, Measure, Runs, StateCell
@@ -40,6 +40,10 @@ def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Stat
             for number, cell in enumerate(cells):
                 estimates[number][:, samples] += _estimate(vlm, cell, effects, recorded.changed)
     return estimates
+
+
+def _stored(run: Recording, key: _Key) -> Tensor:
+    return run.states[key.layer + 1] if isinstance(key, Site) and key.kind == "hidden" else run.outputs[key]
 
 
 def check_estimable(cells: Sequence[StateCell]) -> None:
@@ -71,11 +75,7 @@ def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: 
     lent_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
     effects = {}
     for key, gradient in gradients.items():
-        is_state = isinstance(key, Site) and key.kind == "hidden"
-        lent, own = (
-            each.at(each.states[key.layer + 1] if is_state else each.outputs[key], recorded.changed)
-            for each in (source, base)
-        )
+        lent, own = (each.at(_stored(each, key), recorded.changed) for each in (source, base))
         difference = (lent[lent_rows] - own[row : row + 1]).double()
         heads = 1 if isinstance(key, Site) else replay.vlm.heads
         effects[key] = (gradient.double() * difference).unflatten(-1, (heads, -1)).sum(-1).cpu()

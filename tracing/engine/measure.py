@@ -62,7 +62,8 @@ def measure(
 
     def look(base: Tensor, source: Tensor) -> None:
         columns = [[base, source], *(_both(vlm, runs.along(vlm, ids), score) for ids, score in scoring.branches[1:])]
-        accept(*(scoring.joined(each) for each in zip(*columns, strict=True)))
+        if accept is not None:
+            accept(*(scoring.joined(each) for each in zip(*columns, strict=True)))
 
     for number, (ids, score) in enumerate(scoring.branches):
         settings = replace(engine, checkpoint=_branch_file(engine.checkpoint, number))

@@ -282,7 +282,7 @@ def _family(member: _Member, cells: Sequence[Cell]) -> tuple:
 def _order(member: _Member, cells: Sequence[Cell]) -> tuple:
     """The order of lanes that join at the same layer."""
     cell = cells[member.cell]
-    if isinstance(cell, EdgeCell):
+    if isinstance(cell, EdgeCell) and member.cut is not None:
         return cell.first, tuple(sorted(member.cut.sources)), member.cut.heads, -cell.last
     return (member.cell,)
 

@@ -120,13 +120,14 @@ def _tiles(prompt: Prompt, item: str | Blocks) -> Iterator[Row]:
     for image, patches in _grids(prompt, item):
         height, width = patches[-1].row + 1, patches[-1].column + 1
         size = item.size if isinstance(item, Blocks) else 1
-        tall, wide = {"image_rows": (1, width), "image_columns": (height, 1)}.get(item, (size, size))
+        name = item if isinstance(item, str) else ""
+        tall, wide = {"image_rows": (1, width), "image_columns": (height, 1)}.get(name, (size, size))
         for top in range(0, height, tall):
             for left in range(0, width, wide):
                 bottom, right = min(top + tall, height) - 1, min(left + wide, width) - 1
                 inside = [p for p in patches if top <= p.row <= bottom and left <= p.column <= right]
                 names = {"image_rows": f"image row {top}", "image_columns": f"image column {left}"}
-                label = names.get(item, f"patch {_range(top, bottom)}, {_range(left, right)}")
+                label = names.get(name, f"patch {_range(top, bottom)}, {_range(left, right)}")
                 yield _region(prompt, label, inside, image)
 
 

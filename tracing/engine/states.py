@@ -211,8 +211,10 @@ class Writes:
         positions = [place for place in positions if place in here]
         if not positions:
             return
-        is_state = isinstance(target, Site) and target.kind == "hidden"
-        stored = run.states[target.layer + 1] if is_state else run.outputs[target]
+        if isinstance(target, Site) and target.kind == "hidden":
+            stored = run.states[target.layer + 1]
+        else:
+            stored = run.outputs[target]
         values = run.at(stored, positions)[..., columns]
         start, stop, _ = columns.indices(stored.shape[-1])
         where = torch.tensor(_numbers(self.here, positions), device=stored.device)

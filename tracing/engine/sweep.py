@@ -166,7 +166,8 @@ class _Sweep:
             self._finish(chunk, slots, last, read, scores)
         for slot in set(range(len(chunk.lanes))).difference(*batches):
             lane = chunk.lanes[slot]
-            scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
+            if lane.leader is not None:
+                scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
 
     def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
         """Runs a layer on some lanes of states (sample, lane, position, hidden); the last one at what is read only."""

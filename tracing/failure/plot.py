@@ -54,7 +54,8 @@ def roc_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
     if len(scores) == 1:
         return _steps(scores[0], is_right)
     wrong = np.linspace(0, 1, _POINTS)
-    right = np.mean([np.interp(wrong, *map(np.asarray, _steps(cut, is_right))) for cut in scores], 0)
+    curves = [_steps(cut, is_right) for cut in scores]
+    right = np.mean([np.interp(wrong, xs.numpy(), ys.numpy()) for xs, ys in curves], 0)
     return torch.from_numpy(wrong), torch.from_numpy(right)
 
 

@@ -219,9 +219,9 @@ def knockout_probability(
     if answer_id is None:
         answer_id = int(vlm.next_token_probabilities(embeddings).argmax())
     length = embeddings.shape[1]
-    sources = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
-    targets = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
-    cut = targets[:, None] & sources[None, :] & ~torch.eye(length, dtype=torch.bool)
+    is_source = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
+    is_target = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
+    cut = is_target[:, None] & is_source[None, :] & ~torch.eye(length, dtype=torch.bool)
     mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
     probabilities = vlm.next_token_probabilities(embeddings, attention_mask=mask[None, None].to(vlm.device))
     return float(probabilities[0, answer_id])

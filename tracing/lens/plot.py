@@ -24,6 +24,8 @@ _CELL_WIDTH, _CELL_HEIGHT = 0.82, 0.25  # inches
 _LETTERS = 11  # that fit into a cell
 _FRAME = "#d55e00"
 
+_Style = tuple[str, str | tuple[float, tuple[float, float]]]  # colour and dashes
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LensCurve:
@@ -149,7 +151,7 @@ def _largest(curves: Sequence[LensCurve]) -> float:
     return float(torch.cat(parts).nan_to_num(0).max())
 
 
-def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, tuple[str, str]]]:
+def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, _Style]]:
     """Curves with colour and dashes: the answer blue, the false option orange; a capitalised spelling is dashed."""
     others = iter(_OTHERS * len(curves))
     for curve in curves:
@@ -159,7 +161,7 @@ def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, tuple[str,
         yield curve, (colours[0] if colours else next(others), (0, (3, 1.5)) if only_capital else "-")
 
 
-def _sample(style: tuple[str, str], marker: str = "o", **more: object) -> "Line2D":
+def _sample(style: _Style, marker: str = "o", **more: object) -> "Line2D":
     """A line of this style without points."""
     from matplotlib.lines import Line2D
 
