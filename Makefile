@@ -4,7 +4,7 @@
 #   make test     the test suite without the checks marked slow
 #   make slow     the checks marked slow
 #   make reference  docs/reference.md, from the docstrings
-#   make lint     style, likely bugs, import order
+#   make lint     format, style, likely bugs, import order, types
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
 #   make bench    how fast tracing, knockout and editing are, against the usual ways; BENCH_ARGS= for the whole tables
 #
@@ -24,6 +24,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.multrace-ready
+TYPES := $(VENV)/types
+ROOMS := data artefacts models tracing editing workflow scripts
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 TORCH_INDEX ?=
@@ -55,8 +57,14 @@ slow: $(READY)
 reference: $(READY)
 	$(BIN)/python -m multrace.scripts.reference
 
+# The checkout is the package, whatever its folder is called. Through a link of that name relative imports resolve;
+# without it the type check would find nothing.
 lint: $(READY)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@mkdir -p $(TYPES) && ln -sfn "$(CURDIR)" $(TYPES)/multrace
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --search-path $(TYPES) \
+	  $$(find $(ROOMS) -name '*.py' | sed 's#^#$(TYPES)/multrace/#')
 
 bench: $(READY)
 	$(BIN)/multrace bench trace $(BENCH_ARGS)

@@ -205,3 +205,27 @@ def test_the_makefile_leaves_out_the_pins_of_torch_by_their_heading():
     torch_only = {"torch", "sympy", "mpmath", "networkx"}
     assert {Requirement(line).name for line in listed("#" + after)} == torch_only
     assert not torch_only & {Requirement(line).name for line in listed(before)}
+
+
+def test_the_type_check_sees_the_package_in_a_checkout_of_any_name(tmp_path: Path):
+    """Without the name of the package, imports between its rooms do not resolve, and nothing at all is complained about."""
+    checkout = tmp_path / "my-checkout"
+    for room in ROOMS:
+        (checkout / room).mkdir(parents=True)
+        (checkout / room / "__init__.py").touch()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout)
+    for name in ("__init__.py", "setup.cfg", "constraints.txt"):
+        (checkout / name).touch()
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (checkout / ".venv" / ".multrace-ready").touch()
+    (checkout / "models" / "a.py").write_text('"""A."""\n\n\ndef embed() -> str:\n    """Return it."""\n    return ""\n')
+    user = '"""B."""\n\nfrom ..models.a import embed\n\nWORD: {kind} = embed()\n'
+    (checkout / "tracing" / "b.py").write_text(user.format(kind="str"))
+    fine = run("make", "lint", cwd=checkout)
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    (checkout / "tracing" / "b.py").write_text(user.format(kind="int"))
+    wrong = run("make", "lint", cwd=checkout)
+    assert wrong.returncode != 0
+    assert "bad-assignment" in wrong.stdout + wrong.stderr
