@@ -220,7 +220,9 @@ def test_the_type_check_sees_the_package_in_a_checkout_of_any_name(tmp_path: Pat
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
     (checkout / ".venv" / ".multrace-ready").touch()
-    (checkout / "models" / "a.py").write_text('"""A."""\n\n\ndef embed() -> str:\n    """Return it."""\n    return ""\n')
+    (checkout / "models" / "a.py").write_text(
+        '"""A."""\n\n\ndef embed() -> str:\n    """Return it."""\n    return ""\n'
+    )
     user = '"""B."""\n\nfrom ..models.a import embed\n\nWORD: {kind} = embed()\n'
     (checkout / "tracing" / "b.py").write_text(user.format(kind="str"))
     fine = run("make", "lint", cwd=checkout)
