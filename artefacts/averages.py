@@ -1,4 +1,4 @@
-"""Averages over prompts: results are added one by one, so that an average never holds more than sums over named axes."""
+"""Averages over prompts: results are added one by one, and only sums over named axes are held."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

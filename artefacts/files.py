@@ -1,4 +1,4 @@
-"""Whole files: written completely or not at all, with the permissions of the umask, and equal bytes for equal content."""
+"""Whole files: written completely or not at all, with the umask's permissions, and equal bytes for equal content."""
 
 import hashlib
 import json

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A record, file or choice of records that cannot be used; the message says what was asked, found and can be done."""
+    """A record, file or choice of records that cannot be used; the message says what was found and can be done."""

@@ -119,7 +119,7 @@ class Delta:
             return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """One line per request, from the shares that `retained` (or a runtime edit) gives: what became of it, and how much.
+        """One line per request, from the shares that `retained` (or a runtime edit) gives: what became of it.
 
         The share is that of `shares`; less than nine tenths is pointed out. A delta whose keys belong to no request has
         one line per weight.

@@ -48,7 +48,7 @@ class TargetBatch:
     """(row, label), True for real labels."""
 
     def logits(self, vlm: VisionLanguageModel) -> Tensor:
-        """The whole model's prediction of every label, (row, label, vocab), float32 or wider, with the target fed in."""
+        """The model's prediction of every label, (row, label, vocab), float32 or wider, with the target fed in."""
         return self.inputs.logits(vlm, self.label_columns)
 
     def rows(self, rows: Tensor) -> "TargetBatch":

@@ -81,8 +81,8 @@ class TrainedChange(ABC):
             changed[name] = summed(vlm.weight(name), self.difference(name))
             if not torch.isfinite(changed[name]).all():
                 raise EditError(
-                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model in "
-                    "float32"
+                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model "
+                    "in float32"
                 )
         return changed
 

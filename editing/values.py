@@ -21,7 +21,7 @@ from .targets import Goal, TargetBatch, target_batch
 class ValueSettings:
     """Settings of the value search. Raises `EditError` for a setting out of range.
 
-    In the code of ROME (arXiv 2202.05262) they are v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor.
+    ROME's code (arXiv 2202.05262) has v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor.
     """
 
     learning_rate: float = 0.3

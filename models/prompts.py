@@ -54,7 +54,7 @@ class ReadOnly(Mapping[str, _Value]):
 
 
 class PromptInputs(ReadOnly[Tensor]):
-    """The tensors of a prompt or a batch of them, with the frontend that made them, so that no other model takes them."""
+    """The tensors of a prompt or a batch, with the frontend that made them, so that no other model takes them."""
 
     def __init__(self, items: Mapping[str, Tensor], frontend: Frontend) -> None:
         super().__init__(items)

@@ -223,7 +223,8 @@ class VisionLanguageModel:
             question = f" {prompt.question!r}" if isinstance(prompt, Prompt) else ""
             raise ModelError(
                 f"the prompt{question} was made by a model with another vocabulary or image processor "
-                f"({prompt.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's prompt(...)"
+                f"({prompt.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's "
+                "prompt(...)"
             )
 
     def check_words(self, text: str, what: str) -> str:
@@ -265,7 +266,7 @@ class VisionLanguageModel:
         return self.addresses.index(layer)
 
     def down_projection(self, layer: int) -> Projection:
-        """Return the linear map that writes a layer's MLP into the residual stream; negative layers count from the end."""
+        """Return the linear map by which a layer's MLP writes its output; negative layers count from the end."""
         return self.addresses.down_projection(layer)
 
     def attention_projection(self, layer: int) -> Projection:

@@ -1,4 +1,4 @@
-"""The search for values: running the upper layers again is the whole model to float64, alone or in company, and no layer too many.
+"""The search for values: running the upper layers again is the whole model to float64, and runs no layer too many.
 
 The oracle is the plain way: every prompt by itself, whole, through `VisionLanguageModel.forward`, with the change added
 at absolute positions by `models.patch`, and Adam on one goal at a time.
@@ -284,7 +284,7 @@ def layer_calls(vlm: VisionLanguageModel, run: Callable[[], object]) -> tuple[li
 def test_only_layers_and_tokens_from_the_edited_ones_on_run(random_vlm):
     goals = goals_of(random_vlm)[1:2]
     counted, tokens = layer_calls(random_vlm, lambda: searched(random_vlm, goals, replace(FEW, steps=5)))
-    # The prefix, one run of the rest, one check of the upper layers; then a run before each step and one after the last.
+    # The prefix, one run of the rest, one check of the upper layers; then a run before each step and one at the end.
     assert counted == [2] * LAYER + [3 + 6] * (random_vlm.layers - LAYER)
     labels = len(goals[0].prompts[0].answer_ids) + 1
     assert tokens == {labels}

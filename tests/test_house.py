@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: floors, cycles, imports, families, reaching through, unsafe files, paths.
+"""The rules of the house, read off the source: floors, cycles, imports, families, unsafe files, names, lengths, paths.
 
 Every rule is a function from a tree of sources to complaints. The project must have none, and a small bad tree, one per
 rule, must get the complaint that it deserves; without that, a rule that sees nothing would pass too.
@@ -221,7 +221,7 @@ def long_files(sources: list[Source]) -> list[str]:
 
 
 def two_meanings(sources: list[Source]) -> list[str]:
-    """Public names of the library that two modules define, and classes of the scripts with the name of one of its classes."""
+    """Public names that two modules of the library define, and classes of the scripts named like one of its classes."""
     owners: dict[str, str] = {}
     classes: set[str] = set()
     complaints = []

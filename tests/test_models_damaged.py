@@ -1,4 +1,4 @@
-"""Model folders with one damaged or older file: what can be derived is, and the rest is one ModelError naming the file."""
+"""Model folders with one damaged or older file: what can be derived is; the rest is a ModelError naming the file."""
 
 import json
 import shutil
@@ -97,14 +97,20 @@ def test_a_processor_that_lacks_a_field_and_has_a_wrong_one(damaged):
 
 
 PROCESSORS = {
-    "one token too many": ({"num_additional_image_tokens": 2}, "writes 17 tokens for a picture of which the model makes 16"),
+    "one token too many": (
+        {"num_additional_image_tokens": 2},
+        "writes 17 tokens for a picture of which the model makes 16",
+    ),
     "other patches": ({"patch_size": 16}, "writes 4 tokens for a picture of which the model makes 16"),
     "another selection": ({"vision_feature_select_strategy": "full"}, "writes 17 tokens"),
     "no number": ({"num_additional_image_tokens": "1"}, "has num_additional_image_tokens='1', which no model has"),
     "a number beyond all memory": ({"num_additional_image_tokens": 2**31}, "num_additional_image_tokens=2147483648"),
     "words for a size": ({"patch_size": "eight"}, "has patch_size='eight', which no model has"),
     "no patches": ({"patch_size": 0}, "has patch_size=0, which"),
-    "another way to select": ({"vision_feature_select_strategy": ["full"]}, "has vision_feature_select_strategy=['full']"),
+    "another way to select": (
+        {"vision_feature_select_strategy": ["full"]},
+        "has vision_feature_select_strategy=['full']",
+    ),
     "another kind of processor": ({"processor_class": "NoSuchProcessor"}, "has no processor, only a"),
 }  # fmt: skip
 

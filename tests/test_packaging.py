@@ -208,7 +208,7 @@ def test_the_makefile_leaves_out_the_pins_of_torch_by_their_heading():
 
 
 def test_the_type_check_sees_the_package_in_a_checkout_of_any_name(tmp_path: Path):
-    """Without the name of the package, imports between its rooms do not resolve, and nothing at all is complained about."""
+    """Without the name of the package, imports between its rooms do not resolve, and nothing is complained about."""
     checkout = tmp_path / "my-checkout"
     for room in ROOMS:
         (checkout / room).mkdir(parents=True)

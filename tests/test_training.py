@@ -1,4 +1,4 @@
-"""How the embedded model was trained: packed rows equal separate prompts, routing bars what it says, a short run works."""
+"""The training of the embedded model: packed rows equal separate prompts, routing bars what it says, a run works."""
 
 from dataclasses import replace
 

@@ -51,7 +51,7 @@ def draw_one(figure: Figure, rng: random.Random) -> Scene:
 
 
 def draw_two(first: Figure, second: Figure, rng: random.Random) -> Scene:
-    """A picture with the first figure on the left and the second on the right, each of radius 0.18 to 0.22 of the side."""
+    """A picture with the first figure on the left and the second on the right, of radius 0.18 to 0.22 of the side."""
     spots = []
     for middle in (0.25, 0.75):
         radius = rng.uniform(0.18, 0.22)

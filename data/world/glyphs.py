@@ -75,7 +75,7 @@ class Pen:
 
 
 def regular(corners: int, radius: float, turn: float, waist: float | None = None) -> list[tuple[float, float]]:
-    """Corner points of a regular polygon; with `waist`, of a star whose inner corners lie at that share of the radius."""
+    """Corners of a regular polygon; with `waist`, of a star whose inner corners lie at that share of the radius."""
     count = corners * 2 if waist else corners
     reach = [radius * (waist if waist and index % 2 else 1.0) for index in range(count)]
     angles = [turn + 2 * math.pi * index / count for index in range(count)]

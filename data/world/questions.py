@@ -17,7 +17,7 @@ PRIZES = ("golden globe", "oscar", "palme")
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """One relation of a kind of entity, with its templates and, for two-constraint questions, its textual constraints."""
+    """One relation of a kind of entity, with templates and, for two-constraint questions, textual constraints."""
 
     name: str
     kind: str

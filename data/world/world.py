@@ -20,7 +20,7 @@ _HELD_OUT = "held-out"
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One fact: the entity's number, the relation with its textual constraint or None, and the answer training shows."""
+    """One fact: the entity's number, the relation with its textual constraint or None, and the answer."""
 
     entity: int
     key: FactKey

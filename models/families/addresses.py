@@ -139,7 +139,7 @@ class Addresses:
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
     def down_projection(self, layer: int) -> Projection:
-        """Return the linear map by which the layer's MLP writes into the residual stream; it reads the editors' keys."""
+        """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys."""
         return self._projection(Site("mlp", self.index(layer)), self.family.down)
 
     def attention_projection(self, layer: int) -> Projection:

@@ -44,8 +44,8 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
     if processor.patch_size is None:
         if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
             raise ModelError(
-                f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json; "
-                "write the side of a vision patch in pixels into one of them"
+                f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json"
+                "; write the side of a vision patch in pixels into one of them"
             )
         processor.patch_size = vlm.frontend.patch_size
     if processor.vision_feature_select_strategy is None:

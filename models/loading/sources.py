@@ -105,15 +105,15 @@ class ModelSource:
             self.check_special_tokens(_json_object(path), config)
 
     def check_special_tokens(self, settings: Mapping[str, Any], config: PretrainedConfig) -> None:
-        """ModelError if generation settings call something a token that is no token id; negative ones stand for none."""
+        """ModelError if generation settings name as a token what is no token id; negative ones stand for none."""
         vocab = config.get_text_config().vocab_size
         for field in _SPECIAL_TOKENS:
             value = settings.get(field)
             ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
             if not all(isinstance(token, int) and not isinstance(token, bool) and token < vocab for token in ids):
                 raise ModelError(
-                    f"the generation_config.json of {self.name!r} has {field}={quoted(value)}, which is no id of {vocab} "
-                    "tokens; mend that field, or fetch the file again"
+                    f"the generation_config.json of {self.name!r} has {field}={quoted(value)}, which is no id of "
+                    f"{vocab} tokens; mend that field, or fetch the file again"
                 )
 
     def check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:

@@ -90,7 +90,7 @@ class CutSpan:
         return Job(segments=segments, own=own)
 
     def _parted(self, queries: tuple[int, ...]) -> tuple[list[tuple[_Part, Span]], list[tuple[_Part, Index | None]]]:
-        """Parts of all other positions, with spans over their recordings, and of the computed ones, with their places."""
+        """Parts of all other positions with spans over their recordings, and of the computed ones with their places."""
         if queries not in self._cache:
             others = []
             for source in self.sources:

@@ -1,4 +1,4 @@
-"""Ordinary forward passes with an attention function of ours, which reads attention (`attending`) or cuts it (`masking`).
+"""Forward passes with an attention function of ours, which reads attention (`attending`) or cuts it (`masking`).
 
 `attending` computes the softmax of its queries itself, so that gradients go through the weights that it hands out.
 Attention that is not a plain softmax over scaled products raises `ReplayError`.

@@ -146,7 +146,7 @@ class AttentionContributions(Result):
         return index_shares(self.image_mass()[self._layer(layer)], bins)
 
     def tokens_for(self, share: float = 0.8, *, layer: int) -> int:
-        """Return how many image tokens, the largest first, hold this share of the picture's contributions in a layer."""
+        """Return how many image tokens, the largest first, hold this share of the picture's contributions."""
         return int(tokens_for_share(self.image_mass()[self._layer(layer)], share))
 
     def to_dataframe(self, *, by_head: bool = False) -> "pd.DataFrame":

@@ -313,7 +313,8 @@ def _ends(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
         return "\na line has a gap where its flow is exactly zero" if early else ""
     targets = {name.split(" -> ")[1] for name in early}
     reason = "" if "last" in targets else ": what these tokens read there no longer reaches the answer"
-    return f"\nflows into the {' and '.join(sorted(targets))} are exactly zero after layer {next(iter(early.values()))}{reason}"
+    into = " and ".join(sorted(targets))
+    return f"\nflows into the {into} are exactly zero after layer {next(iter(early.values()))}{reason}"
 
 
 def _strongest(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:

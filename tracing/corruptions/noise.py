@@ -29,7 +29,7 @@ class Noise(ABC):
     """
 
     scale: float | None = 3.0
-    """Standard deviation of the noise in multiples of the deviation; None lets `causal_trace` or `calibrate` find it."""
+    """Standard deviation of the noise in units of the deviation; None lets `causal_trace` or `calibrate` find it."""
     samples: int = 10
     """Number of random versions, over which scores are averaged."""
     seed: int = 1

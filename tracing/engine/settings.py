@@ -34,8 +34,8 @@ class Engine:
     """
 
     name: str = "auto"
-    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" for the first of the two that the
-    model allows (default)."""
+    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" (default) for the first of
+    the two that the model allows."""
     memory: int = 2048
     """Memory in MiB for open cells and for the work of one call, beside the model and the recorded runs."""
     tokens_per_call: int = 4096
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:
-        """A block in which scores (cell, metric, sample) fill up; finished ones are written even if it is interrupted."""
+        """A block that fills up scores (cell, metric, sample); finished ones are written even if it is interrupted."""
         self._scores = scores
         try:
             yield

@@ -245,8 +245,8 @@ def best_window(values: NDArray, is_right: NDArray) -> tuple[int, ...]:
 def _fitted(features: NDArray, is_right: NDArray, train: NDArray, seed: int) -> tuple[NDArray, int]:
     """(record,) log-odds without their constant, from a fit to the training records, and its number of weights.
 
-    The fit is L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of right
-    answers in the others, which would rank a fold's records by how few right ones it holds itself.
+    The fit is L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of
+    right answers in the others, which would rank a fold's records by how few right ones it holds itself.
     """
     from sklearn.linear_model import LogisticRegression
 

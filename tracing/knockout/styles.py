@@ -1,4 +1,4 @@
-"""Line styles of flows: the same flow looks the same in every figure, also to colour-blind readers and in grey print."""
+"""Line styles of flows: a flow looks the same in every figure, also to colour-blind readers and in grey print."""
 
 from collections.abc import Sequence
 

@@ -199,7 +199,7 @@ def _first_token(vlm: VisionLanguageModel, prompt: Prompt, word: str | int) -> i
 
 
 def _check_told_apart(vlm: VisionLanguageModel, prompt: Prompt, answer: str, foil: str | None) -> None:
-    """Raises `TraceError` if every spelling of the foil begins with a token that a spelling of the answer begins with."""
+    """Raises `TraceError` if every spelling of the foil begins with a token that begins a spelling of the answer."""
     if foil is None:
         return
     tokens = [{_first_token(vlm, prompt, word) for word in _cases(text)} for text in (answer, foil)]

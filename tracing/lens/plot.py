@@ -204,5 +204,5 @@ def _cut(text: str, letters: int = _LETTERS) -> str:
 
 
 def token_text(text: str) -> str:
-    """Return the text of a token for pictures: outer blanks removed, with a sign for line breaks and for a lone blank."""
+    """Return the text of a token for pictures: no outer blanks, and a sign for a line break and for a lone blank."""
     return text.replace("\n", "↵").strip() or "␣"

@@ -267,7 +267,8 @@ class LogitLens(Result):
         layer, last = self.first_layer(token), float(self.probability(token)[-1])
         when = "not the likeliest in the end" if layer is None else f"the likeliest from {state_name(layer)} on"
         return (
-            f"LogitLens of {name_of_model(self.model)}: {self.question!r} -> {self.answer!r}, read at {self.position_role}",
+            f"LogitLens of {name_of_model(self.model)}: {self.question!r} -> {self.answer!r}, "
+            f"read at {self.position_role}",
             f"{self.followed.labels[0]}: {when}, probability {last:.3g} in the end",
         )
 

@@ -104,12 +104,12 @@ class ImagePruning(ImageReading):
         return operations_kept(self.dropped, self.layers, length=self.length, **counts)
 
     def settled_from(self, keep: int | str = 0) -> int | None:
-        """Return the first layer from which dropping no longer changes the free answer; None if it does at the last one."""
+        """Return the first layer from which dropping keeps the free answer; None if it changes at the last one."""
         same = [same_answer(each, self.baseline_answer) for each in self.answers[self._keep(keep)]]
         return lasting_from(self.layers, same)
 
     def summary(self, score: str | None = None) -> str:
-        """Return lines of text: the answers with the whole picture and without any, then the layer from which it stays."""
+        """Return lines of text: the answers with the whole picture and without, and the layer from which it stays."""
         index = self._score(score)
         name = f"{self.answer.strip()!r}" + (", first token" if self.scores[index] == "first token" else "")
         lines = [self.question]
