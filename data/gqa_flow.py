@@ -68,7 +68,8 @@ def _read(file: Path, images: Path | None) -> Iterator[FlowRecord | DataError]:
     lines = _lines(file)
     line, header = next(lines, (1, csv.Error("it is empty")))
     try:
-        objects = _check_header(_readable(header))
+        names = _readable(header)
+        objects = _check_header(names)
     except DataError as error:
         yield DataError(f"{file}, line {line}: {error}")
         return
@@ -76,7 +77,7 @@ def _read(file: Path, images: Path | None) -> Iterator[FlowRecord | DataError]:
     for line, cells in lines:
         is_bare = False
         try:
-            yield _record(_row(header, _readable(cells)), file, objects, images)
+            yield _record(_row(names, _readable(cells)), file, objects, images)
         except DataError as error:
             yield DataError(f"{file}, line {line}: {error}")
     if is_bare:

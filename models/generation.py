@@ -4,12 +4,12 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .errors import ModelError
 from .frontend import Frontend, to_device
@@ -88,7 +88,7 @@ def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Gene
     )
 
 
-def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> GenerationMixin:
+def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> Any:
     """A shallow copy of the model, sharing every module and hook, with these generation settings as its own.
 
     `generate` fills each setting that its caller leaves open from the model's own, so passing a fresh configuration
@@ -96,7 +96,7 @@ def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> Genera
     """
     shared = copy.copy(model)
     shared.generation_config = settings
-    return cast(GenerationMixin, shared)
+    return shared
 
 
 class _FiniteLogits(LogitsProcessor):

@@ -4,7 +4,7 @@ A module may pass on a tensor or a tuple, and take its states as a positional or
 whatever stands around the tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -21,8 +21,9 @@ AnyKey = TypeVar("AnyKey", bound=Key)
 class Addressed(Protocol):
     """What `capture` and `patch` need of a model; `VisionLanguageModel` has it."""
 
-    lock: ModelLock
-    """Held by the thread that hooks the model."""
+    @property
+    def lock(self) -> ModelLock:
+        """Held by the thread that hooks the model."""
 
     def module(self, key: Key) -> nn.Module:
         """The module of a site, projection or dotted path, or the module itself."""
@@ -79,7 +80,7 @@ def capture(
 @contextmanager
 def patch(
     vlm: Addressed,
-    functions: Mapping[Key, Callable[[Tensor], Tensor]],
+    functions: Mapping[AnyKey, Callable[[Tensor], Tensor]],
     *,
     inputs: bool = False,
     ahead: bool = False,
@@ -165,7 +166,7 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
 
 @contextmanager
 def _placed(
-    visits: list[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
+    visits: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
 ) -> Iterator[None]:
     """Let each visitor see its module's main tensor while the block lasts, and return another in its place."""
     handles: list[RemovableHandle] = []

@@ -14,9 +14,15 @@ Span = str | tuple[str, int | Literal["all"]]
 """Words of a question; with the number of their occurrence, from 0, or "all", where the question says them again."""
 
 _LOOKALIKES = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4", "'")
-    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"')
-    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+    {
+        mark: plain
+        for plain, marks in (
+            ("'", "\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4"),
+            ('"', "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb"),
+            ("-", "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"),
+        )
+        for mark in marks
+    }
 )
 """Quotation marks, apostrophes and dashes that keyboards and typesetters use for one another."""
 

@@ -444,7 +444,7 @@ class VisionLanguageModel:
             attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         arguments |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         if positions is not None:
             given["logits_to_keep"] = torch.tensor(list(positions), device=inputs_embeds.device)
         with self.running():
@@ -596,5 +596,5 @@ def _digest(weight: Tensor) -> str:
     raw = weight.detach().cpu().contiguous()
     header = f"{raw.dtype} {tuple(raw.shape)} ".encode()
     digest = hashlib.sha256(header)
-    digest.update(raw.flatten().view(torch.uint8).numpy())  # the bytes themselves, and no copy of them
+    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes themselves, and no copy of them
     return digest.hexdigest()

@@ -136,7 +136,7 @@ def locate_then_edit(
     work = _Edits(vlm, requests, located.edit_sites, editor, moments, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
     shifts: tuple[TraceShift | None, ...] = ()
-    if trace_after:
+    if trace_after and corruptions is not None:
         first = located if traces is None else locate(vlm, requests, corruptions=corruptions, **tracing)
         shifts = _shifts(vlm, requests, corruptions, first.traces, deltas, **tracing)
     parts = {"edit_sites": located.edit_sites, "traces": located.traces, "average": located.average}
@@ -253,11 +253,11 @@ def _shifts(
     settings = {"sites": sites, "window": window, "even_if_weak": True, "progress": False}
     found: list[TraceShift | None] = []
     for index in tqdm(range(len(requests)), desc="tracing again", disable=not progress):
-        earlier, delta = before[index], owners[index]
-        if earlier is None or delta is None:
+        corruption, earlier, delta = corruptions[index], before[index], owners[index]
+        if corruption is None or earlier is None or delta is None:
             found.append(None)
             continue
-        place = {"corruption": corruptions[index], "positions": positions_of(requests[index], positions)}
+        place = {"corruption": corruption, "positions": positions_of(requests[index], positions)}
         with delta.applied(vlm):
             traced = causal_trace(vlm, requests[index].prompt, **place, **settings)
         found.append(TraceShift(before=earlier, after=traced))

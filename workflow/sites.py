@@ -112,7 +112,7 @@ def locate(
     failures: dict[int, TraceError] = {}
     if traces is None:
         settings = {"sites": sites, "window": window}
-        own = _traced(vlm, requests, corruptions, rows, failures, settings, progress)
+        own = _traced(vlm, requests, corruptions or (), rows, failures, settings, progress)
     else:
         own = list(traces)
         for request, trace in zip(requests, own, strict=True):
@@ -205,11 +205,12 @@ def _traced(
     traces: list[CausalTrace | None] = []
     alone = len(requests) == 1
     for index in tqdm(range(len(requests)), desc="tracing facts", disable=alone or not progress):
-        if corruptions[index] is None:
+        corruption = corruptions[index]
+        if corruption is None:
             traces.append(None)
             failures[index] = TraceError("no corruption is given for it")
             continue
-        keywords = {"corruption": corruptions[index], "positions": rows[index], "progress": progress and alone}
+        keywords = {"corruption": corruption, "positions": rows[index], "progress": progress and alone}
         try:
             traces.append(causal_trace(vlm, requests[index].prompt, **keywords, **settings))
         except TraceError as error:
@@ -236,7 +237,7 @@ def _is_constraint(name: Item) -> bool:
     return isinstance(name, str) and name.startswith("constraint")
 
 
-def _all_have(request: EditRequest, name: str) -> bool:
+def _all_have(request: EditRequest, name: Item) -> bool:
     prompts = (request.prompt, *request.contexts, *request.rewrite_prompts, *request.preserve_prompts)
     return all(name in prompt.groups for prompt in prompts)
 
@@ -246,7 +247,9 @@ def _alike(trace: CausalTrace) -> Any:
     return trace.rows if trace.grouped else None
 
 
-def _check_numbers(requests: Sequence[EditRequest], corruptions: object, traces: object) -> None:
+def _check_numbers(
+    requests: Sequence[EditRequest], corruptions: Sequence[Any] | None, traces: Sequence[Any] | AverageTrace | None
+) -> None:
     if corruptions is None and traces is None:
         raise TraceError("nothing tells where to edit; pass corruptions= to trace under, or traces= made before")
     for name, given in (("corruptions", corruptions), ("traces", traces)):

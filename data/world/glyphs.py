@@ -84,7 +84,7 @@ def regular(corners: int, radius: float, turn: float, waist: float | None = None
 
 def _outline(pen: Pen, name: str, fill: Colour) -> None:
     turn = -math.pi / 2 + pen.rng.uniform(-0.12, 0.12)
-    corners = {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": regular(4, 1.2, turn + math.pi / 4),
         "diamond": regular(4, 1.15, turn),
         "triangle": [(x, y + 0.15) for x, y in regular(3, 1.2, turn)],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
 
 from ..errors import DataError
 from ..records import VQARecord
@@ -199,5 +202,5 @@ class World:
         other = Fact(entity=peer.index, key=fact.key, answer=peer.facts[fact.key])
         return self.question(other).with_image(self.picture(peer, number).image)
 
-    def _asked(self, facts: Sequence[Fact], image: object) -> tuple[VQARecord, ...]:
+    def _asked(self, facts: Sequence[Fact], image: Image.Image | Path | None) -> tuple[VQARecord, ...]:
         return tuple(self.question(fact).with_image(image) for fact in facts)

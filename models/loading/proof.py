@@ -169,7 +169,7 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
-    if not _close(sum(parts), written, sum(part.norm() for part in parts)):
+    if not _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm())):
         raise probe.error(
             f"{sites['attention']}' and '{sites['mlp']}", "what they write does not add up to what the layer writes"
         )

@@ -93,7 +93,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
         if cut is not None:
             setting = keywords.get("is_causal")
             is_causal = getattr(module, "is_causal", True) if setting is None else setting
-            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
+            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=bool(is_causal))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
 
     with attention_function(vlm, attend):

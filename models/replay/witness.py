@@ -161,7 +161,7 @@ def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
     return value
 
 
-def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """Masks and positions of a model call, for so many rows. Raises `ReplayError` if they differ from row to row."""
     given = {name: value for name, value in keywords.items() if value is not None}
     for name, value in given.items():
