@@ -1,1 +1,20 @@
+from .averages import Averager as Averager, Mean as Mean, RunningMean as RunningMean, averaged as averaged
 from .errors import ArtefactError as ArtefactError
+from .fields import load_fields as load_fields, save_fields as save_fields
+from .files import (
+    LAYOUT as LAYOUT,
+    digest as digest,
+    read_tensors as read_tensors,
+    replacing as replacing,
+    write_tensors as write_tensors,
+    write_whole as write_whole,
+)
+from .results import Result as Result
+from .statistics import (
+    auroc as auroc,
+    bootstrap_counts as bootstrap_counts,
+    mean_interval as mean_interval,
+    student_interval as student_interval,
+    weighted_auroc as weighted_auroc,
+    wilson_interval as wilson_interval,
+)

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from multrace import VisionLanguageModel
 from multrace.models import Prompt
-from multrace.models.replay.cuts import Cut
+from multrace.models.replay import Cut
 from multrace.tracing import Engine, ImagePruning, prune_image_tokens
-from multrace.tracing.engine.cells import EdgeCell, Runs
-from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine import EdgeCell, Runs, plain_scores
 from torch import Tensor
 
 QUESTION = "Who founded the company in this photo?"

@@ -6,13 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.models import VisionLanguageModel, load
-from multrace.models.families.addresses import Addresses
-from multrace.models.families.table import Family
+from multrace.models.families import Addresses, Family
 from multrace.models.frontend import Frontend
-from multrace.models.replay.recording import Recording, Source, Span
-from multrace.models.replay.replay import Replay
-from multrace.tracing.engine.cells import Runs, StateCell
-from multrace.tracing.engine.plain import plain_scores
+from multrace.models.replay import Recording, Replay, Source, Span
+from multrace.tracing.engine import Runs, StateCell, plain_scores
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ import torch
 import transformers
 from exact_models import SIZES, assemble, lift_casts
 from multrace import VisionLanguageModel
-from multrace.models.families.table import Family
+from multrace.models.families import Family
 from transformers import PreTrainedModel
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -15,12 +15,27 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from multrace.artefacts import ArtefactError, drawing
-from multrace.artefacts.averages import Averager, Mean, RunningMean, averaged
-from multrace.artefacts.fields import load_fields, save_fields
-from multrace.artefacts.files import LAYOUT, digest, read_tensors, replacing, write_tensors, write_whole
-from multrace.artefacts.results import Result
-from multrace.artefacts.statistics import auroc, mean_interval, student_interval, wilson_interval
+from multrace.artefacts import (
+    LAYOUT,
+    ArtefactError,
+    Averager,
+    Mean,
+    Result,
+    RunningMean,
+    auroc,
+    averaged,
+    digest,
+    drawing,
+    load_fields,
+    mean_interval,
+    read_tensors,
+    replacing,
+    save_fields,
+    student_interval,
+    wilson_interval,
+    write_tensors,
+    write_whole,
+)
 from multrace.tracing import average
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
-from multrace.artefacts.statistics import mean_interval
+from multrace.artefacts import ArtefactError, mean_interval
 
 CELLS, PROMPTS, ROUNDS = 48, 12, 1500
 

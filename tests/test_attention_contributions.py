@@ -12,18 +12,19 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.models import Prompt, Site, capture
-from multrace.models.families.table import Family
-from multrace.models.replay.observe import attending
+from multrace.models.families import Family
+from multrace.models.replay import attending
 from multrace.tracing import AttentionContributions, AverageContributions, TraceError, average
-from multrace.tracing.attention.contributions import (
+from multrace.tracing.attention import (
     attention_contributions,
     contribution_norms,
     contribution_vectors,
+    index_shares,
     projected_values,
     record_attention,
+    tokens_for_share,
     value_bias,
 )
-from multrace.tracing.attention.contributions_result import index_shares, tokens_for_share
 from PIL import Image
 from result_checks import assert_same, assert_shown, svg
 from torch import Tensor

@@ -9,7 +9,7 @@ import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.data import World
-from multrace.models.replay.observe import attention_function
+from multrace.models.replay import attention_function
 from multrace.tracing import AttentionSaliency, TraceError, attention_saliency
 from PIL import Image
 from result_checks import assert_same, assert_shown, colours, svg

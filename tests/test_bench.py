@@ -10,19 +10,36 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.models import Site
-from multrace.scripts.benchmarks.cases import Case, chosen_cases, make_cases
-from multrace.scripts.benchmarks.machine import machine_facts
-from multrace.scripts.benchmarks.memory import naive_peak
-from multrace.scripts.benchmarks.peaks import in_new_process, peak_mb
-from multrace.scripts.benchmarks.rates import layer_cost, matrix_rate
-from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
-from multrace.scripts.benchmarks.subjects import Recipe, Subject, confident, open_subject
-from multrace.scripts.benchmarks.tables import describe_machine, describe_row, table
-from multrace.scripts.benchmarks.timing import TimingRow, measure_row
-from multrace.scripts.benchmarks.ways import frozen_states, run_naive, run_strong, run_sweep
-from multrace.scripts.errors import CommandError
+from multrace.scripts import CommandError
+from multrace.scripts.benchmarks import (
+    SHAPES,
+    Case,
+    Recipe,
+    Shape,
+    Subject,
+    TimingRow,
+    chosen_cases,
+    confident,
+    describe_machine,
+    describe_row,
+    frozen_states,
+    in_new_process,
+    layer_cost,
+    machine_facts,
+    make_cases,
+    matrix_rate,
+    measure_row,
+    naive_peak,
+    open_subject,
+    peak_mb,
+    run_naive,
+    run_strong,
+    run_sweep,
+    table,
+    write_model,
+)
 from multrace.scripts.main import app
-from multrace.tracing.engine.cells import StateCell
+from multrace.tracing.engine import StateCell
 
 CPU = torch.device("cpu")
 SHAPE = Shape(

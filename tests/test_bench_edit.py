@@ -9,33 +9,46 @@ import reference
 import torch
 from multrace.editing.values import search_values
 from multrace.models import ModelError, VisionLanguageModel
-from multrace.scripts import bench_edit
-from multrace.scripts.benchmarks.cases import chosen_cases
-from multrace.scripts.benchmarks.edit_cases import WIDTH, hidden_of, make_edit_cases, measure_edit_anew
-from multrace.scripts.benchmarks.edit_facts import make_goals, make_prompts
-from multrace.scripts.benchmarks.edit_moments import MomentCase, usual_moment
-from multrace.scripts.benchmarks.edit_reuse import ReuseCase
-from multrace.scripts.benchmarks.edit_rows import EditRow, apart
-from multrace.scripts.benchmarks.edit_solves import (
+from multrace.scripts import CommandError, bench_edit
+from multrace.scripts.benchmarks import (
+    SHAPES,
+    WIDTH,
+    EditRow,
+    MomentCase,
+    Recipe,
+    ReuseCase,
+    Shape,
     SolveCase,
+    Subject,
+    ValueCase,
+    apart,
     as_change,
+    chosen_cases,
+    counted_token_layers,
+    describe_edit,
+    edit_markdown,
+    edit_table,
     explicit,
     explicit_flops,
+    extra_mb,
+    hidden_of,
+    machine_facts,
+    make_edit_cases,
+    make_goals,
     make_problem,
+    make_prompts,
+    measure_edit_anew,
+    open_subject,
+    search_settings,
     thin,
     thin_flops,
+    usual_moment,
+    usual_search,
+    write_model,
     write_with_undo,
 )
-from multrace.scripts.benchmarks.edit_tables import describe_edit, edit_markdown, edit_table
-from multrace.scripts.benchmarks.edit_values import ValueCase, search_settings, usual_search
-from multrace.scripts.benchmarks.extra_memory import extra_mb
-from multrace.scripts.benchmarks.machine import machine_facts
-from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
-from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
-from multrace.scripts.benchmarks.token_layers import counted_token_layers
-from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.scripts.options.bench_edit import BenchEdit
+from multrace.scripts.options import BenchEdit
 
 CPU = torch.device("cpu")
 SHAPE = Shape(

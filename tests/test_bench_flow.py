@@ -7,27 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from multrace.scripts import bench_flow
-from multrace.scripts.benchmarks.cases import chosen_cases
-from multrace.scripts.benchmarks.flow_cases import DROPPED, FlowCase, make_flow_cases
-from multrace.scripts.benchmarks.flow_published import published_scores
-from multrace.scripts.benchmarks.flow_tables import describe_flow, flow_table
-from multrace.scripts.benchmarks.flow_timing import (
+from multrace.scripts import CommandError, bench_flow
+from multrace.scripts.benchmarks import (
+    DROPPED,
+    SHAPES,
+    FlowCase,
     FlowRow,
+    Recipe,
+    Shape,
+    Subject,
+    chosen_cases,
+    describe_flow,
+    flow_table,
+    in_new_process,
+    layer_cost,
+    make_flow_cases,
     measure_flow,
     measure_flow_anew,
+    open_subject,
     probabilities,
+    published_scores,
     spread_cells,
+    truncated_logits,
+    write_model,
 )
-from multrace.scripts.benchmarks.flow_truncation import truncated_logits
-from multrace.scripts.benchmarks.peaks import in_new_process
-from multrace.scripts.benchmarks.rates import layer_cost
-from multrace.scripts.benchmarks.shapes import SHAPES, Shape, write_model
-from multrace.scripts.benchmarks.subjects import Recipe, Subject, open_subject
-from multrace.scripts.errors import CommandError
 from multrace.scripts.main import app
-from multrace.tracing.engine.cells import Runs
-from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine import Runs, plain_scores
 from multrace.tracing.engine.sweep import sweep
 
 SHAPE = Shape(

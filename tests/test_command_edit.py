@@ -13,14 +13,9 @@ from multrace.data import World
 from multrace.editing.changes import WeightChange
 from multrace.editing.moments import second_moments
 from multrace.models import VisionLanguageModel, capture
-from multrace.scripts.edit_asked import NEXT, asked_edits
-from multrace.scripts.edit_preview import preview, sizes
-from multrace.scripts.edit_where import Place, parse_place
-from multrace.scripts.editors import BASELINES, editor
-from multrace.scripts.errors import CommandError
+from multrace.scripts import BASELINES, NEXT, CommandError, Place, asked_edits, editor, parse_place, preview, sizes
 from multrace.scripts.main import app
-from multrace.scripts.options.edit import RequestOptions
-from multrace.scripts.options.editors import NAMES
+from multrace.scripts.options import NAMES, RequestOptions
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
 

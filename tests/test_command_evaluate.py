@@ -13,14 +13,19 @@ from multrace.data.world import EditCase
 from multrace.editing.metrics import EXACT, UNCHANGED
 from multrace.editing.probes import ABILITY, EFFICACY, LOCALITY
 from multrace.editing.reports import EditCurve, EditReport
-from multrace.scripts import evaluate
-from multrace.scripts.edit_records import read_edit_records, read_general
-from multrace.scripts.edit_where import Place
-from multrace.scripts.errors import CommandError
+from multrace.scripts import (
+    CommandError,
+    Place,
+    WorldRequests,
+    another_picture,
+    evaluate,
+    read_edit_records,
+    read_general,
+    world_records,
+)
 from multrace.scripts.main import parse
-from multrace.scripts.world_edits import WorldRequests, another_picture, world_records
 from multrace.tracing import EditSite, SwapImage, causal_trace
-from multrace.tracing.engine.cells import KINDS
+from multrace.tracing.engine import KINDS
 from multrace.workflow.sites import POSITIONS
 
 WORLD = World()

@@ -12,13 +12,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from multrace import VisionLanguageModel
-from multrace.scripts.flow_analyses import check_settings, readings_of
-from multrace.scripts.flow_files import write_files
-from multrace.scripts.flow_knockout import Knockout
-from multrace.scripts.flow_questions import FlowQuestion, world_questions
+from multrace.scripts import FlowQuestion, Knockout, check_settings, readings_of, world_questions, write_files
 from multrace.scripts.main import app, parse
-from multrace.scripts.options import flow
-from multrace.scripts.options.asking import ModelOptions
+from multrace.scripts.options import ModelOptions, flow
 from multrace.tracing import (
     AttentionContributions,
     AttentionSaliency,
@@ -40,11 +36,9 @@ from multrace.tracing import (
     logit_lens,
     prune_image_tokens,
 )
-from multrace.tracing.attention.contributions import attention_contributions
-from multrace.tracing.knockout.average import AverageKnockout
-from multrace.tracing.knockout.knockout import attention_knockout
-from multrace.tracing.knockout.result import AttentionKnockout
-from multrace.tracing.lens.average import AverageLogitLens
+from multrace.tracing.attention import attention_contributions
+from multrace.tracing.knockout import AttentionKnockout, AverageKnockout, attention_knockout
+from multrace.tracing.lens import AverageLogitLens
 from PIL import Image
 
 ALL = ("--knockout", "--lens", "--contributions", "--relevance")

@@ -10,11 +10,9 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.editing.moments import Moments, second_moments
 from multrace.models import ModelError
-from multrace.scripts import moments as command
-from multrace.scripts.errors import CommandError
-from multrace.scripts.flow_questions import world_questions
+from multrace.scripts import CommandError, moments as command, world_questions
 from multrace.scripts.main import parse
-from multrace.scripts.options.moments import parse_layers
+from multrace.scripts.options import parse_layers
 from PIL import Image
 
 QUESTIONS = ("Who founded the company in this photo?", "Which sport does the person in the picture play?", "Who won?")

@@ -4,10 +4,8 @@ import json
 
 import pytest
 from multrace.data import World
+from multrace.scripts import LABELS, EditorRow, by_onset, comparisons, document, editor_rows, paired
 from multrace.scripts.main import app
-from multrace.scripts.results_editors import EditorRow, editor_rows
-from multrace.scripts.results_locating import by_onset, comparisons, paired
-from multrace.scripts.results_tables import LABELS, document
 from multrace.scripts.results_world import _cases
 
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]

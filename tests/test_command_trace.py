@@ -10,10 +10,9 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.scripts import trace_records
 from multrace.scripts.main import app
-from multrace.scripts.options.asking import CorruptionOptions
-from multrace.scripts.options.trace import TraceOptions
+from multrace.scripts.options import CorruptionOptions, TraceOptions
 from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine
 from PIL import Image
 
 QUESTION = "Who founded the company in this photo?"

@@ -11,7 +11,7 @@ from multrace.editing import Delta, WeightChange
 from multrace.editing.exports import save_merged
 from multrace.editing.ledger import Ledger, load_edit
 from multrace.models import VisionLanguageModel, load
-from multrace.scripts.errors import CommandError
+from multrace.scripts import CommandError
 from multrace.scripts.main import parse
 
 Run = Callable[..., int]

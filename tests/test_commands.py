@@ -13,8 +13,7 @@ import pytest
 import torch
 from multrace import VisionLanguageModel
 from multrace.editing import Delta
-from multrace.scripts import answer
-from multrace.scripts.edit_where import parse_place
+from multrace.scripts import answer, parse_place
 from multrace.scripts.main import COMMANDS, app
 from multrace.tracing import CausalTrace, SwapImage, TextNoise, causal_trace
 from PIL import Image

@@ -9,7 +9,8 @@ import griffe
 import matplotlib
 import multrace
 import pytest
-from multrace.scripts.reference import PAGE, reference
+from multrace.scripts import PAGE
+from multrace.scripts.reference import reference
 
 ROOMS = ("models", "artefacts", "tracing", "editing", "workflow", "data")
 REFERENCE_GRADE = ("models", "artefacts", "tracing")

@@ -58,7 +58,7 @@ from multrace.editing.reports import ProbeRow
 from multrace.editing.requests import key_of
 from multrace.editing.responses import Responses, feed
 from multrace.models import Prompt, VisionLanguageModel
-from multrace.scripts.world_edits import WorldRequests, untouched_facts, world_records
+from multrace.scripts import WorldRequests, untouched_facts, world_records
 
 EDIT = MultEdit(layer=5)
 NOTHING = MultEdit(layer=5, steps=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace.artefacts.files import read_tensors, write_tensors
+from multrace.artefacts import read_tensors, write_tensors
 from multrace.editing.errors import EditError
 from multrace.editing.moment_convergence import PROBES, Watch
 from multrace.editing.moments import Moments, memory_of_moments, second_moments

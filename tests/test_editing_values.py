@@ -18,7 +18,7 @@ from multrace.editing.keys import Place
 from multrace.editing.targets import Goal, TargetBatch, key_positions, target_batch
 from multrace.editing.values import ValueResult, ValueSettings, search_values
 from multrace.models import Family, Prompt, Site, load, patch
-from multrace.models.replay.padded import UpperLayers
+from multrace.models.replay import UpperLayers
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM

@@ -9,13 +9,11 @@ import pytest
 import torch
 from exact_models import close
 from multrace import ModelError, VisionLanguageModel
-from multrace.artefacts import ArtefactError
-from multrace.artefacts.statistics import auroc, bootstrap_counts, weighted_auroc
+from multrace.artefacts import ArtefactError, auroc, bootstrap_counts, weighted_auroc
 from multrace.data import World
 from multrace.tracing import FailureFeatures, FailurePrediction, TraceError, failure_features, predict_failure
-from multrace.tracing.attention.contributions import attention_contributions
-from multrace.tracing.failure.plot import roc_curve
-from multrace.tracing.failure.prediction import Readings, best_window, held_out_scores
+from multrace.tracing.attention import attention_contributions
+from multrace.tracing.failure import Readings, best_window, held_out_scores, roc_curve
 from result_checks import assert_same, assert_shown, svg
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold

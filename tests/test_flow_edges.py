@@ -10,13 +10,9 @@ import torch
 from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.models import Site
-from multrace.models.replay.cuts import Cut
-from multrace.models.replay.replay import replaying
+from multrace.models.replay import Cut, replaying
 from multrace.tracing import Engine, knockout_probability
-from multrace.tracing.engine import edges, sweep as sweeps
-from multrace.tracing.engine.cells import EdgeCell, Runs
-from multrace.tracing.engine.plain import hidden_edges, plain_scores
-from multrace.tracing.engine.plan import Chunk
+from multrace.tracing.engine import Chunk, EdgeCell, Runs, edges, hidden_edges, plain_scores, sweep as sweeps
 from multrace.tracing.engine.sweep import sweep
 from other_families import MODELS, make
 from torch import Tensor

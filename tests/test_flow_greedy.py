@@ -8,7 +8,7 @@ from dropped_tokens import QUESTION, gone, masked_logits, pruned
 from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt
-from multrace.tracing.pruning.greedy import Ids, Limits, verified
+from multrace.tracing.pruning import Ids, Limits, verified
 from torch import Tensor
 
 

@@ -6,14 +6,11 @@ import pytest
 import torch
 from multrace import Box, Engine, ModelError, TraceError
 from multrace.data import World
-from multrace.models.replay.cuts import Cut
-from multrace.scripts.flow_questions import world_questions
+from multrace.models.replay import Cut
+from multrace.scripts import world_questions
 from multrace.tracing import average
-from multrace.tracing.engine.cells import EdgeCell, Runs
-from multrace.tracing.engine.plain import plain_scores
-from multrace.tracing.knockout.groups import PAPER_FLOWS, Flow, Groups, parse_flow
-from multrace.tracing.knockout.knockout import attention_knockout
-from multrace.tracing.knockout.result import AttentionKnockout
+from multrace.tracing.engine import EdgeCell, Runs, plain_scores
+from multrace.tracing.knockout import PAPER_FLOWS, AttentionKnockout, Flow, Groups, attention_knockout, parse_flow
 
 QUESTION = "Is the animal in this photo a cat or a puppy?"
 WORDS = {"object": "the animal in this photo", "true_option": "cat", "false_option": "puppy"}

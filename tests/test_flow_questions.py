@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 from multrace.data import read_gqa_flow
-from multrace.scripts.errors import CommandError
-from multrace.scripts.flow_degraded import degraded_questions
-from multrace.scripts.flow_questions import FlowQuestion, read_questions, world_questions
+from multrace.scripts import CommandError, FlowQuestion, degraded_questions, read_questions, world_questions
 from multrace.scripts.main import app
 from multrace.tracing import Box
-from multrace.tracing.knockout.average import AverageKnockout
+from multrace.tracing.knockout import AverageKnockout
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gqa_flow"

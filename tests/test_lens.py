@@ -5,7 +5,7 @@ import torch
 from multrace import VisionLanguageModel, load
 from multrace.data import World
 from multrace.models import ModelError, Prompt
-from multrace.models.families.table import FAMILIES, Family
+from multrace.models.families import FAMILIES, Family
 from multrace.tracing import LogitLens, TraceError, logit_lens
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor

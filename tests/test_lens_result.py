@@ -8,8 +8,7 @@ import torch
 from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.tracing import TraceError, average, logit_lens
-from multrace.tracing.lens.average import QUANTITIES, AverageLogitLens
-from multrace.tracing.lens.result import NORMS, FollowedTokens, LogitLens
+from multrace.tracing.lens import NORMS, QUANTITIES, AverageLogitLens, FollowedTokens, LogitLens
 from result_checks import assert_same, assert_shown, colours, svg
 
 LOWER, CAPITALISED = "answer, lower case", "answer, capitalised"

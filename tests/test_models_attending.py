@@ -10,8 +10,8 @@ import transformers
 from exact_models import LENGTH, SIZES, assemble, close, make_runs
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import Prompt, ReplayError, collate
-from multrace.models.families.table import Family
-from multrace.models.replay.observe import Attention, attending, attention_function
+from multrace.models.families import Family
+from multrace.models.replay import Attention, attending, attention_function
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AttentionInterface

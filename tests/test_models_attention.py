@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.models.replay import attention
-from multrace.models.replay.attention import Kernels, Segment, merged_attention, portable, probe_kernels
+from multrace.models.replay import Kernels, Segment, attention, merged_attention, portable, probe_kernels
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError
-from multrace.models.loading.devices import check_in_memory
+from multrace.models.loading import check_in_memory
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from multrace import ModelError
 from multrace.models import ReplayError
-from multrace.models.replay.recording import _RUNS_APART, Masks, Recording, Source, Span, index_of, neighbours, places
+from multrace.models.replay import Masks, Recording, Source, Span, index_of, neighbours, places
+from multrace.models.replay.recording import _RUNS_APART
 from torch import Tensor
 
 LENGTH = 12

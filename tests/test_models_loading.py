@@ -9,7 +9,7 @@ import pytest
 import torch
 from multrace import ModelError
 from multrace.models import FAMILIES, Family
-from multrace.models.families.table import family_of
+from multrace.models.families import family_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, MistralConfig
 

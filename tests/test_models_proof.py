@@ -10,7 +10,7 @@ import pytest
 import torch
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import FAMILIES, Family
-from multrace.models.loading.proof import prove_addresses
+from multrace.models.loading import prove_addresses
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -8,8 +8,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from exact_models import close, load_exact, noisy, span_after, whole
 from multrace import VisionLanguageModel, load
 from multrace.models import ReplayError, Site, capture, patch
-from multrace.models.replay import attention
-from multrace.models.replay.replay import Replay, replaying
+from multrace.models.replay import Replay, attention, replaying
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface

@@ -8,8 +8,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from exact_models import CHANGED, FROZEN, LENGTH, largest_difference, lift_casts, make_runs, mixed_cells
 from multrace import VisionLanguageModel, load
-from multrace.models.families.table import FAMILIES, Family
-from multrace.models.replay.replay import replaying
+from multrace.models.families import FAMILIES, Family
+from multrace.models.replay import replaying
 from other_families import MODELS, make, text
 from torch import Tensor
 from transformers import AutoTokenizer

@@ -10,10 +10,9 @@ from accelerate import cpu_offload
 from exact_models import LENGTH, SIZES, assemble, load_exact, make_runs, measure, mixed_cells
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import ReplayError
-from multrace.models.families.table import Family
-from multrace.models.replay.replay import replaying
-from multrace.tracing.engine.cells import Runs
-from multrace.tracing.engine.plain import plain_scores
+from multrace.models.families import Family
+from multrace.models.replay import replaying
+from multrace.tracing.engine import Runs, plain_scores
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from multrace.scripts.door import available_cores
+from multrace.scripts import available_cores
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 COMMAND = "import sys\nfrom multrace.scripts.door import main\nsys.argv[0] = 'multrace'\nsys.exit(main())"

@@ -10,11 +10,9 @@ from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
 from multrace.tracing import Engine, ImagePruning, average
-from multrace.tracing.engine import measure as measuring
-from multrace.tracing.engine.cells import Runs
-from multrace.tracing.engine.plain import plain_scores
+from multrace.tracing.engine import Runs, measure as measuring, plain_scores
 from multrace.tracing.engine.sweep import sweep
-from multrace.tracing.pruning.dropping import Drop, image_ranks
+from multrace.tracing.pruning import Drop, image_ranks
 from other_families import MODELS, make
 from torch import Tensor
 

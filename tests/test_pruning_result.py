@@ -6,10 +6,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
-from multrace.artefacts.statistics import wilson_interval
+from multrace.artefacts import ArtefactError, wilson_interval
 from multrace.tracing import AveragePruning, EngineReport, ImagePruning, TraceError, average
-from multrace.tracing.pruning.result import operations_kept, tokens_kept
+from multrace.tracing.pruning import operations_kept, tokens_kept
 from PIL import Image
 from result_checks import assert_same, assert_shown, colours, svg
 

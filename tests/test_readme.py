@@ -7,7 +7,7 @@ from pathlib import Path
 
 import multrace
 import pytest
-from multrace.scripts.examples import write_examples
+from multrace.scripts import write_examples
 from multrace.scripts.main import app
 
 ROOT = Path(__file__).parents[1]

@@ -10,12 +10,17 @@ import pytest
 import torch
 from exact_models import CHANGED, LENGTH, largest_difference, load_exact, make_runs, mixed_cells
 from multrace import VisionLanguageModel
-from multrace.models.replay import attention, recording as layouts, replay as replays
-from multrace.models.replay.attention import Kernels, Segment
-from multrace.models.replay.recording import Index, Masks, Span
-from multrace.tracing.engine import plan as plans
-from multrace.tracing.engine.cells import Runs, StateCell
-from multrace.tracing.engine.plan import Lane
+from multrace.models.replay import (
+    Index,
+    Kernels,
+    Masks,
+    Segment,
+    Span,
+    attention,
+    recording as layouts,
+    replay as replays,
+)
+from multrace.tracing.engine import Lane, Runs, StateCell, plan as plans
 from torch import Tensor
 
 Mutation = Callable[[pytest.MonkeyPatch], None]

@@ -5,15 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
-from multrace.artefacts.averages import Mean
-from multrace.artefacts.drawing import Curve, CurvePanel, curves_figure
-from multrace.artefacts.drawing.styles import CYCLE, LineStyle
-from multrace.artefacts.statistics import mean_interval
+from multrace.artefacts import ArtefactError, Mean, mean_interval
+from multrace.artefacts.drawing import CYCLE, Curve, CurvePanel, LineStyle, curves_figure
 from multrace.tracing import AttentionKnockout, AverageKnockout, EngineReport, FilteredQuestion, TraceError, average
-from multrace.tracing.knockout.average import centre_of_loss
-from multrace.tracing.knockout.result import same_answer
-from multrace.tracing.knockout.styles import FLOW_STYLES, flow_styles
+from multrace.tracing.knockout import FLOW_STYLES, centre_of_loss, flow_styles, same_answer
 from pictures import labels, pixels
 from safetensors.torch import save_file
 

@@ -13,15 +13,13 @@ from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.editors import EDITORS
 from multrace.editing.moment_hashes import KINDS as TOKEN_KINDS
 from multrace.editing.sequences import AT
-from multrace.scripts.benchmarks.edit_cases import WIDTH
-from multrace.scripts.benchmarks.shapes import SHAPES
-from multrace.scripts.door import available_cores, be_polite
-from multrace.scripts.editors import BASELINES
+from multrace.scripts import BASELINES, available_cores, be_polite
+from multrace.scripts.benchmarks import SHAPES, WIDTH
 from multrace.scripts.main import COMMANDS
 from multrace.scripts.options import choices
 from multrace.tracing import Engine
-from multrace.tracing.causal.trace import DIRECTIONS
-from multrace.tracing.corruptions.parsing import SPELLINGS
+from multrace.tracing.causal import DIRECTIONS
+from multrace.tracing.corruptions import SPELLINGS
 from multrace.tracing.engine import cells, rows, scoring, settings
 
 HEAVY = {"torch", "transformers", "tokenizers", "pandas", "matplotlib", "sklearn", "scipy", "peft", "accelerate"}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from multrace.data import VQARecord, World, tiny_vlm_path
 from multrace.models import VisionLanguageModel
-from multrace.scripts.training.examination import Route, accuracy, question_sets, route
+from multrace.scripts.training import Route, accuracy, question_sets, route
 from multrace.tracing import ReplaceText, causal_trace
-from multrace.workflow.located_edit import GROUPS
+from multrace.workflow.sites import POSITIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FACTS = 100
@@ -128,12 +128,12 @@ def test_the_last_token_does_not_read_the_picture_and_the_question_does(found):
 
 def test_the_question_carries_the_picture_early_and_the_last_token_does_not_yet(found):
     hidden = found.trace.indirect_effect("hidden") / found.trace.total_effect
-    question, last = hidden[GROUPS.index("question")], hidden[GROUPS.index("last")]
+    question, last = hidden[POSITIONS.index("question")], hidden[POSITIONS.index("last")]
     assert bool(((question >= 0.25) & (last < 0.1)).any())
 
 
 def test_by_half_depth_the_image_tokens_own_states_bring_back_nothing(found):
-    image = found.trace.indirect_effect("hidden")[GROUPS.index("image")]
+    image = found.trace.indirect_effect("hidden")[POSITIONS.index("image")]
     half = found.trace.layers // 2
     assert (image[half - 1 :].abs() < 0.01 * found.trace.total_effect).all()
     assert image[0] > 0.05 * found.trace.total_effect  # the control: at the first layer they do
@@ -141,7 +141,7 @@ def test_by_half_depth_the_image_tokens_own_states_bring_back_nothing(found):
 
 def test_neighbouring_mlps_at_the_named_token_carry_a_clear_effect(found):
     site = found.trace.edit_site()
-    row = GROUPS.index(site.token)
+    row = POSITIONS.index(site.token)
     block = next(block for block in found.trace.causal_blocks("mlp", 0.25) if block.row == site.token)
     low, _ = found.trace.interval("mlp")
     assert site.token == "last"

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
-from multrace.models.replay.replay import replaying
+from multrace.models.replay import replaying
 from multrace.tracing import (
     BlankImage,
     CausalTrace,
@@ -18,10 +18,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.attribution import estimated_changes, rank_agreement
-from multrace.tracing.engine.cells import Runs, StateCell
-from multrace.tracing.engine.plain import plain_scores, run_scores
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine, Runs, StateCell, estimated_changes, plain_scores, rank_agreement, run_scores
 from PIL import Image
 from torch import Tensor
 

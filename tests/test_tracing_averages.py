@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
-from multrace.artefacts.statistics import mean_interval
+from multrace.artefacts import ArtefactError, mean_interval
 from multrace.tracing import CausalTrace, SwapImage, TraceError, average, causal_trace
 from scipy.stats import t as student
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
-from multrace.models.replay.replay import Replay
+from multrace.models.replay import Replay
 from multrace.tracing import (
     CausalTrace,
     Corruption,
@@ -18,10 +18,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.cells import KINDS, Runs, StateCell
-from multrace.tracing.engine.plain import plain_scores, run_scores
-from multrace.tracing.engine.rows import window_layers
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import KINDS, Engine, Runs, StateCell, plain_scores, run_scores, window_layers
 from multrace.tracing.engine.sweep import sweep
 from PIL import Image
 from torch import Tensor

@@ -8,8 +8,7 @@ import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import ImageNoise, PixelNoise, ReplaceText, TextNoise, TraceError, calibrate
-from multrace.tracing.corruptions.noise import LADDER, Noise
-from multrace.tracing.corruptions.words import CONSTRAINTS
+from multrace.tracing.corruptions import CONSTRAINTS, LADDER, Noise
 from PIL import Image
 from torch import Tensor
 

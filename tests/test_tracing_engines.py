@@ -18,10 +18,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine import measure as measuring
-from multrace.tracing.engine.cells import CellScores, Measure, Runs, StateCell
-from multrace.tracing.engine.plain import plain_scores
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import CellScores, Engine, Measure, Runs, StateCell, measure as measuring, plain_scores
 from multrace.tracing.engine.sweep import sweep
 from PIL import Image
 from torch import Tensor

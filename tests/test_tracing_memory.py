@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from multrace import VisionLanguageModel
-from multrace.models.replay import replay as replay_module
-from multrace.models.replay.attention import Kernels, Segment, merged_attention
+from multrace.models.replay import Kernels, Segment, merged_attention, replay as replay_module
 from multrace.tracing import ImageNoise, TextNoise
-from multrace.tracing.engine.cells import Runs, StateCell
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine, Runs, StateCell
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,7 @@ import torch
 from multrace.artefacts import ArtefactError
 from multrace.artefacts.drawing import over_patches, strongest
 from multrace.tracing import Blocks, Box, CausalTrace, TraceError
-from multrace.tracing.engine.rows import resolve_rows
+from multrace.tracing.engine import resolve_rows
 from pictures import labels, pixels
 from PIL import Image
 

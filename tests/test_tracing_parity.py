@@ -7,7 +7,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
 from multrace.tracing import ImageNoise, ReplaceText, SwapImage, TextNoise, causal_trace
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine
 from torch import Tensor, nn
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from multrace.models.replay.recording import Masks
-from multrace.tracing.engine.cells import StateCell
-from multrace.tracing.engine.plan import Chunk, Plan, effect_of, halved, make_plan
+from multrace.models.replay import Masks
+from multrace.tracing.engine import Chunk, Plan, StateCell, effect_of, halved, make_plan
 
 LENGTH, LAYERS = 12, 4
 CHANGED = range(3, LENGTH)

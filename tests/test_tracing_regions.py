@@ -8,7 +8,7 @@ import torch
 from multrace import ModelError
 from multrace.models import FAMILIES, Family
 from multrace.tracing import Box, TraceError
-from multrace.tracing.engine.regions import box_patches, box_positions
+from multrace.tracing.engine import box_patches, box_positions
 from PIL import Image
 from random_models import CHAT_TEMPLATE, IMAGE_SIZE, PATCH_SIZE, make_tokenizer, save, text_sizes
 from transformers import (

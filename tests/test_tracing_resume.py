@@ -8,8 +8,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
-from multrace.models.replay.recording import Span
-from multrace.models.replay.replay import Replay
+from multrace.models.replay import Replay, Span
 from multrace.tracing import (
     AttentionKnockout,
     CausalTrace,
@@ -19,8 +18,7 @@ from multrace.tracing import (
     attention_knockout,
     causal_trace,
 )
-from multrace.tracing.engine import plain as plain_way
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine, plain as plain_way
 from torch import Tensor
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"

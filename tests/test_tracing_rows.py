@@ -3,8 +3,7 @@
 import pytest
 from multrace import ModelError
 from multrace.tracing import TraceError
-from multrace.tracing.engine.regions import Blocks, Box
-from multrace.tracing.engine.rows import resolve_rows
+from multrace.tracing.engine import Blocks, Box, resolve_rows
 from PIL import Image
 
 QUESTION = "Who founded the company in this photo?"

@@ -15,8 +15,7 @@ from multrace.tracing import (
     attention_knockout,
     prune_image_tokens,
 )
-from multrace.tracing.engine.scoring import METRICS
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import METRICS, Engine
 from PIL import Image
 from small_traces import ENGINES, QUESTION, ask, trace
 from torch import Tensor, nn

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
-from multrace.tracing.engine.cells import Runs, StateCell
-from multrace.tracing.engine.plain import plain_scores, run_scores
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine, Runs, StateCell, plain_scores, run_scores
 from multrace.tracing.engine.sweep import sweep
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -18,7 +18,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.engine import Engine
 from PIL import Image
 from torch import Tensor, nn
 

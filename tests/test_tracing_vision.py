@@ -11,7 +11,7 @@ import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.data import tiny_vlm_path
 from multrace.models import FAMILIES
-from multrace.models.loading.proof import prove_addresses
+from multrace.models.loading import prove_addresses
 from multrace.tracing import (
     BlankImage,
     BlurImage,
@@ -28,9 +28,7 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine.cells import StateCell
-from multrace.tracing.engine.settings import Engine
-from multrace.tracing.engine.vision import restored_tokens
+from multrace.tracing.engine import Engine, StateCell, restored_tokens
 from multrace.tracing.errors import WeakCorruption
 from PIL import Image
 from torch import Tensor, nn

@@ -7,9 +7,8 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.tracing import BlankImage, ImageNoise, SwapImage, TextNoise, TraceError
-from multrace.tracing.corruptions.noise import LADDER
-from multrace.tracing.engine.scoring import METRICS
-from multrace.tracing.engine.settings import Engine
+from multrace.tracing.corruptions import LADDER
+from multrace.tracing.engine import METRICS, Engine
 from multrace.tracing.errors import WeakCorruption
 from small_traces import ENGINES, ask, trace
 from torch import Tensor

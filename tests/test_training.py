@@ -6,13 +6,20 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.models import load
-from multrace.scripts.errors import CommandError
-from multrace.scripts.options.train_tiny import TrainTiny
+from multrace.scripts import CommandError
+from multrace.scripts.options import TrainTiny
 from multrace.scripts.train_tiny import train_tiny
-from multrace.scripts.training.build import IMAGE_TOKENS, make_model, make_processor, make_tokenizer
-from multrace.scripts.training.joint import Examples, forward
-from multrace.scripts.training.packing import IGNORED, Packer
-from multrace.scripts.training.tower import pixels
+from multrace.scripts.training import (
+    IGNORED,
+    IMAGE_TOKENS,
+    Examples,
+    Packer,
+    forward,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    pixels,
+)
 
 
 @pytest.fixture(scope="module")

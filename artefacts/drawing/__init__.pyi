@@ -15,3 +15,4 @@ from .overlay import (
     overlays_figure as overlays_figure,
     strongest as strongest,
 )
+from .styles import CYCLE as CYCLE, LineStyle as LineStyle

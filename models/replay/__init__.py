@@ -9,3 +9,7 @@ recorded run, of both kinds, and refuses (`ReplayError`) a model whose layers ca
 `observe` serves ordinary forward passes: it puts an attention function of ours in place of the model's, reads what
 attention did (`attending`) or hides keys from queries (`masking`).
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

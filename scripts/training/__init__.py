@@ -1,1 +1,5 @@
 """How the embedded model was made: its parts, its two training stages and its examination."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """What attention brings from which token: contributions, shares, saliency and LLaVA-CAM."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """Causal tracing: corrupt the constraint or the picture, restore clean states, see which bring the answer back."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

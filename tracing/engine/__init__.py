@@ -1,1 +1,5 @@
 """The engine under all experiments: cells, plans, the fast sweep and the plain oracle."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """The logit lens: which answer the output head would give after each layer."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,26 @@
+from .attention import (
+    Kernels as Kernels,
+    Segment as Segment,
+    merged_attention as merged_attention,
+    portable as portable,
+    probe_kernels as probe_kernels,
+)
+from .cuts import Cut as Cut
+from .observe import (
+    Attention as Attention,
+    attending as attending,
+    attention_function as attention_function,
+    masking as masking,
+)
+from .padded import UpperLayers as UpperLayers
+from .recording import (
+    Index as Index,
+    Masks as Masks,
+    Recording as Recording,
+    Source as Source,
+    Span as Span,
+    index_of as index_of,
+    neighbours as neighbours,
+    places as places,
+)
+from .replay import Replay as Replay, replaying as replaying
