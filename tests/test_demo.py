@@ -51,8 +51,8 @@ def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(tiny_
         for probe in verify(tiny_vlm, delta, probe_records(world, case, count=4))
     ]
     shares = summary(probes)
-    assert edit.site.token == "last"
-    assert edit.site.layer >= edit.site.onset
+    assert edit.edit_site.token == "last"
+    assert edit.edit_site.layer >= edit.edit_site.onset
     assert shares["efficacy"] >= 0.9
     assert shares["other pictures"] >= 0.8
     assert shares["other wordings"] >= 0.8
@@ -66,7 +66,7 @@ def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(tiny_
 def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, located):
     edit, cases = located
     kept = {}
-    for layer in (0, edit.site.layer):
+    for layer in (0, edit.edit_site.layer):
         editor = mt.MultEdit(layer=layer, token="last")
         probes = [
             probe
@@ -78,7 +78,7 @@ def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, l
             )
         ]
         kept[layer] = summary(probes)["other entities"]
-    assert kept[0] < kept[edit.site.layer] - 0.2
+    assert kept[0] < kept[edit.edit_site.layer] - 0.2
 
 
 def test_facts_edited_jointly_all_take(tiny_vlm, world):
