@@ -1,5 +1,5 @@
 from .baukit_names import Trace as Trace, TraceDict as TraceDict
-from .errors import ModelError as ModelError, ReplayError as ReplayError
+from .errors import ModelError as ModelError, NotFiniteError as NotFiniteError, ReplayError as ReplayError
 from .families.addresses import Projection as Projection, Site as Site
 from .families.table import FAMILIES as FAMILIES, Family as Family
 from .generation import Score as Score

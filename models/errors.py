@@ -5,6 +5,10 @@ class ModelError(ValueError):
     """A model, picture, prompt or address that cannot be used as asked; says what was found and what to do."""
 
 
+class NotFiniteError(ModelError):
+    """Logits that are not finite, so that no token is the likeliest; the model says nothing to this prompt."""
+
+
 class ReplayError(ModelError):
     """A model whose layers cannot be run again from cached states exactly; the plain way still works for it."""
 

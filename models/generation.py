@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .errors import ModelError
+from .errors import ModelError, NotFiniteError
 from .frontend import Frontend, to_device
 from .prompts import Prompt, collate
 
@@ -120,7 +120,7 @@ def _finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
             if dtype in (torch.float16, torch.bfloat16)
             else "a weight is not finite; undo the last change to the weights, or load the model again"
         )
-        raise ModelError(f"the model computes logits that are not finite in {dtype}, so it has no answer: {advice}")
+        raise NotFiniteError(f"the model computes logits that are not finite in {dtype}, so it has no answer: {advice}")
     return logits
 
 

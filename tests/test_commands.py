@@ -185,8 +185,8 @@ def test_edit_writes_an_edit_that_changes_the_answer(edited: Edited, random_llav
     assert after != before
     assert after.startswith(TARGET)
     assert (states["before"], states["with the edit"], states["after undo"]) == (before, after, before)
-    (share,) = delta.shares(delta.realised(vlm))
-    assert states["realised"].startswith(f"{share:.1%}")
+    (share,) = delta.shares(delta.retained(vlm))
+    assert states["retained"].startswith(f"{share:.1%}")
 
 
 def test_answer_with_a_saved_edit(edited: Edited, capsys: pytest.CaptureFixture):
@@ -256,7 +256,7 @@ BAD: dict[str, tuple[str, dict[str, str | None], str]] = {  # name: command, cha
     "truncated image to swap": ("trace", {"corrupt": "swap:{folder}/cut.png"}, "cannot read picture"),
     "unknown model path": ("answer", {"model": "{folder}/gone"}, "no model directory at '{folder}/gone'"),
     "unknown model id": ("answer", {"model": "nobody/nothing"}, "'nobody/nothing'"),
-    "empty model path": ("answer", {"model": ""}, "no usable configuration in ''"),
+    "empty model path": ("answer", {"model": ""}, "no configuration of ''"),
     "folder without a model": ("answer", {"model": "{folder}/full"}, "no usable configuration in '{folder}/full'"),
     "empty question": ("answer", {"question": "  "}, "the question is empty"),
     "empty question to trace": ("trace", {"question": ""}, "the question is empty"),

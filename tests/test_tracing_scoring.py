@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from multrace import Prompt, VisionLanguageModel, load
+from multrace import ModelError, Prompt, VisionLanguageModel, load
 from multrace.data import World
 from multrace.tracing import (
     ReplaceText,
@@ -300,5 +300,5 @@ def test_logits_that_are_not_finite_are_an_error_and_no_map(
             trace(random_llava, prompt, SwapImage(other_photo), metrics=metrics, engine=engine)
     with pytest.raises(TraceError, match="logits that are not finite"):
         attention_knockout(random_llava, prompt, flows="image -> last", engine=engine, progress=False)
-    with pytest.raises(TraceError, match="logits that are not finite"):
+    with pytest.raises(ModelError, match="logits that are not finite"):
         prune_image_tokens(random_llava, prompt, answer="Ada Example", engine=engine, progress=False)
