@@ -293,7 +293,7 @@ def test_logits_that_are_not_finite_are_an_error_and_no_map(
     assert trace(random_llava, prompt, SwapImage(other_photo), engine=engine).samples["mlp"].isfinite().all()
     weight = random_llava.output_head.weight
     damaged = weight.detach().clone()
-    damaged[3, 0] = damage  # in the row of one token, which is not the answer's
+    damaged[3, 0], damaged[4, 0] = damage, -damage  # rows of tokens that are not the answer's; one logit is not -inf
     monkeypatch.setattr(weight, "data", damaged)
     for metrics in ("probability", "logit_difference"):
         with pytest.raises(TraceError, match="logits that are not finite, so nothing can be scored"):
