@@ -52,8 +52,21 @@ def load_fields(
         kind: the dataclass, whose type hints say what the fields must be.
         check: says what does not fit together in the instance, or None.
 
+    Returns:
+        The instance, its tensors on the CPU.
+
     Raises:
         ArtefactError: if the file is missing, damaged, of another layout, or holds other fields than the class.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from multrace.artefacts import load_fields, save_fields
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Run:
+        ...     name: str
+        >>> path = save_fields("run.safetensors", "my run 1", Run(name="first"))
+        >>> load_fields(path, "my run 1", Run)
+        Run(name='first')
     """
     tensors, text = read_tensors(path)
     _check_layout(path, text.pop(LAYOUT, None), layout)

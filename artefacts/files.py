@@ -65,6 +65,16 @@ def write_tensors(
         tensors: what the file holds; tensors may share memory or be strided, copies are written.
         text: the header's metadata.
         error: the class to raise if the file cannot be written.
+
+    Returns:
+        The path of the written file.
+
+    Example:
+        >>> import torch
+        >>> from multrace.artefacts import read_tensors, write_tensors
+        >>> path = write_tensors("numbers.safetensors", {"x": torch.ones(2)}, {"layout": "numbers 1"})
+        >>> read_tensors(path)
+        ({'x': tensor([1., 1.])}, {'layout': 'numbers 1'})
     """
     own = {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

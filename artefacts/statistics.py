@@ -24,6 +24,16 @@ def student_interval(mean: Tensor, deviation: Tensor, count: Tensor, *, comparis
         count: how many values were seen, of the same shape.
         comparisons: number of intervals that together hold all means with 95 % (Bonferroni). Pass the number of cells
             before you look at the largest of them, which was chosen for being the largest.
+
+    Returns:
+        Lower and upper ends, of the same shape as the mean.
+
+    Example:
+        >>> import torch
+        >>> from multrace.artefacts import student_interval
+        >>> low, high = student_interval(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2))
+        >>> round(float(high), 2)
+        8.98
     """
     from scipy.stats import t as student
 
