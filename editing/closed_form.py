@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..models import ModelError, NotFiniteError, Projection, Prompt, Site, VisionLanguageModel
+from ..models import ModelError, Projection, Prompt, Site, VisionLanguageModel
 from .changes import WeightChange
 from .cost import Cost, build_cost, null_space
 from .delta import Delta
@@ -20,6 +20,7 @@ from .keys import Lookup, lookups
 from .moments import Moments
 from .problem import Rows, check_contradictions
 from .requests import EditRequest, key_of
+from .responses import answers_where_finite
 from .solve import reduced, solve
 from .targets import Goal
 from .values import ValueResult, ValueSettings, search_values
@@ -302,7 +303,7 @@ class _Work:
             prompts |= {key_of(prompt): prompt for prompt in self.requests[owner].preserve_prompts}
         asked = list(prompts.values())
         options = {"batch_size": self.editor.rows_at_once, "progress": self.progress}
-        answers = _answers(self.vlm, asked, **options) if asked else []
+        answers = answers_where_finite(self.vlm, asked, **options) if asked else []
         return [
             (f"{prompt.question!r} (kept as {answer!r})", Goal(prompts=(prompt.with_answer(answer or None),)))
             for prompt, answer in zip(asked, answers, strict=True)
@@ -407,23 +408,13 @@ def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progres
     """Indices of the requests all of whose prompts are answered with their targets already."""
     longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4
     asked = [request.prompt for request in requests]
-    answers = _answers(vlm, asked, max_new_tokens=longest, progress=progress)
+    answers = answers_where_finite(vlm, asked, max_new_tokens=longest, progress=progress)
     equal = [index for index, request in enumerate(requests) if answers[index] == request.target.strip()]
     done = set(equal)
     for index in equal:
         rest = [*requests[index].contexts, *requests[index].rewrite_prompts]
-        if rest and set(_answers(vlm, rest, max_new_tokens=longest, progress=False)) != {
+        if rest and set(answers_where_finite(vlm, rest, max_new_tokens=longest, progress=False)) != {
             requests[index].target.strip()
         }:
             done.discard(index)
     return done
-
-
-def _answers(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[str | None]:
-    """The model's answers; None for prompts whose logits are not finite, so that the other requests go on."""
-    try:
-        return list(vlm.answers(prompts, **options))
-    except NotFiniteError:
-        if len(prompts) == 1:
-            return [None]
-        return [answer for prompt in prompts for answer in _answers(vlm, [prompt], **options)]

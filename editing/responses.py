@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models import Prompt, VisionLanguageModel
+from ..models import NotFiniteError, Prompt, VisionLanguageModel
 from ..models.prompts import collate
 from .errors import EditError
 from .metrics import RANKS
@@ -80,7 +81,21 @@ def generate_answers(
     """Return the free answer to each prompt by key; prompts of similar length share a batch."""
     ordered = dict(sorted(prompts.items(), key=lambda pair: _place(pair[1])))
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
-    return dict(zip(ordered, vlm.answers(list(ordered.values()), **options), strict=True)) if ordered else {}
+    answers = answers_where_finite(vlm, list(ordered.values()), **options) if ordered else []
+    return {key: answer or "" for key, answer in zip(ordered, answers, strict=True)}
+
+
+def answers_where_finite(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[str | None]:
+    """Return the model's answers, None for prompts whose logits are not finite; the options are those of `answers`.
+
+    One prompt that overflows costs only itself: the others are asked again, one by one.
+    """
+    try:
+        return list(vlm.answers(prompts, **options))
+    except NotFiniteError:
+        if len(prompts) == 1:
+            return [None]
+        return [answer for prompt in prompts for answer in answers_where_finite(vlm, [prompt], **options)]
 
 
 @torch.no_grad()

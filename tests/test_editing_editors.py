@@ -17,10 +17,11 @@ from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.editing.keys import Place
 from multrace.editing.moments import Moments, second_moments
 from multrace.editing.problem import Problem
+from multrace.editing.responses import answers_where_finite
 from multrace.editing.solve import reduced, solve
 from multrace.editing.targets import Goal, key_positions
 from multrace.editing.values import search_values
-from multrace.models import Projection, Prompt, Site
+from multrace.models import NotFiniteError, Projection, Prompt, Site
 from reference import alphaedit, emmet, memit, multedit_many, rome
 from torch import Tensor
 
@@ -354,6 +355,23 @@ def test_a_request_that_leaves_the_finite_numbers_fails_alone(random_llama):
     (change,) = delta.changes.values()
     assert change.owners.unique().tolist() == [1]
     torch.testing.assert_close(change.left @ change.right, wanted.left @ wanted.right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_prompt_without_finite_logits_has_no_answer_and_costs_no_other_prompt(random_llama):
+    vlm = random_llama
+    good, bad = (vlm.prompt(None, text) for text in ("Who won?", "Who won at night?"))
+    expected = answers_where_finite(vlm, [good, bad], max_new_tokens=3)
+    assert expected == vlm.answers([good, bad], max_new_tokens=3)
+    words = vlm.input_embeddings.weight
+    token = vlm.tokenizer(" night", add_special_tokens=False).input_ids[-1]
+    saved = words[token].clone()
+    with torch.no_grad():
+        words[token] = math.inf
+        with pytest.raises(NotFiniteError):
+            vlm.answers([good, bad], max_new_tokens=3)
+        damaged = answers_where_finite(vlm, [good, bad, good], max_new_tokens=3)
+        words[token] = saved
+    assert damaged == [expected[0], None, expected[0]]
 
 
 def test_earlier_edits_keep_the_first_of_a_sequence(tiny_vlm, two_tokens):
