@@ -1,4 +1,4 @@
-"""`Trace` and `TraceDict` under baukit's names and with its meaning, for code that was written against it."""
+"""`Trace` and `TraceDict` with the names and the behaviour that code written for baukit expects."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from .hooks import Addressed, StopForward, main_keyword
 class Trace:
     """Record or edit one module's output while the block runs; `.output` and `.input` stay afterwards.
 
-    What is kept is kept whole: a tuple stays a tuple, a single positional input comes bare, and without positional
-    inputs the keyword argument that holds the states is kept (baukit keeps nothing there). Other differences from
+    Recorded values are complete: a tuple stays a tuple, a single positional input is unwrapped, and without positional
+    inputs the keyword argument that holds the states is recorded (baukit records nothing). Other differences from
     baukit: the module is looked up on construction but hooked on entry, so that nothing leaks, and a stop=True block
     may end without the module having run. On a `VisionLanguageModel` other threads wait until the block ends.
 
@@ -26,12 +26,12 @@ class Trace:
         module: A `VisionLanguageModel` or any `nn.Module`.
         layer: For a `VisionLanguageModel` a site, projection, dotted path or module; for an `nn.Module` a dotted path
             or module, or None for the module itself (default).
-        retain_output: Whether to keep what the module writes in `.output` (default True).
-        retain_input: Whether to keep what the module reads in `.input` (default False).
-        clone: Whether what is kept is a copy (default False).
-        detach: Whether what is kept is detached from the autograd graph (default False).
+        retain_output: Whether to keep the module's output in `.output` (default True).
+        retain_input: Whether to keep the module's input in `.input` (default False).
+        clone: Whether to keep copies (default False).
+        detach: Whether to detach the recorded values from the autograd graph (default False).
         retain_grad: Whether the kept output receives `.grad` in a backward pass (default False).
-        edit_output: A function of (output), (output, layer) or (output, layer, inputs) whose result the module gives
+        edit_output: A function of (output), (output, layer) or (output, layer, inputs) whose result the module returns
             instead of its output (default None).
         stop: Whether to end the forward pass after this module (default False).
 
@@ -87,7 +87,7 @@ class Trace:
         return self.stop and isinstance(error, StopForward)
 
     def close(self) -> None:
-        """Remove the hook, if it is there; what was recorded stays."""
+        """Remove the hook if it is placed; the recorded values stay."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -105,7 +105,7 @@ class Trace:
         if retain_output:
             self.output = _copied(output, **self._copy, retain_grad=self._retain_grad)
             if self._retain_grad:
-                # A copy goes on, so that in-place code cannot touch the kept node.
+                # Pass on a copy, so that in-place code cannot change the recorded node.
                 output = _copied(self.output, clone=True)
         if self.stop:
             raise StopForward
@@ -164,7 +164,7 @@ class TraceDict(dict[Any, Trace]):
         return self.stop and isinstance(error, StopForward)
 
     def close(self) -> None:
-        """Remove all hooks placed here; what was recorded stays."""
+        """Remove all hooks placed here; the recorded values stay."""
         for trace in self.values():
             trace.close()
 
@@ -189,7 +189,7 @@ def _resolve(module: Addressed | nn.Module, layer: Key | None) -> nn.Module:
 
 
 def _with_accepted_arguments(edit: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
-    """The edit as a function of (output, layer, inputs) that passes on only the arguments it accepts."""
+    """Return the edit as a function of (output, layer, inputs) that passes on only the arguments it accepts."""
     parameters = list(inspect.signature(edit).parameters.values())
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return edit
@@ -207,7 +207,7 @@ def _with_accepted_arguments(edit: Callable[..., Any]) -> Callable[[Any, Any, An
 
 
 def _copied(value: Any, *, clone: bool = False, detach: bool = False, retain_grad: bool = False) -> Any:
-    """The value with every tensor in its tuples, lists and dicts detached, cloned or made to keep its gradient."""
+    """Return the value with each tensor in its tuples, lists and dicts detached, cloned or set to keep its gradient."""
     if isinstance(value, Tensor):
         if detach and not retain_grad:
             value = value.detach()

@@ -1,32 +1,32 @@
-"""The error classes of the ground floor, and what other people's errors say in one line."""
+"""The error classes of the models and artefacts, and one-line descriptions of errors raised by libraries."""
 
 
 class ModelError(ValueError):
-    """A model, picture, prompt or address that cannot be used as asked; says what was found and what to do."""
+    """A model, picture, prompt or address is unusable as requested; the message says what was found and what to do."""
 
 
 class NotFiniteError(ModelError):
-    """Logits that are not finite, so that no token is the likeliest; the model says nothing to this prompt."""
+    """The logits are not finite, so no token is the most likely one and the model has no answer to this prompt."""
 
 
 class ReplayError(ModelError):
-    """A model whose layers cannot be run again from cached states exactly; the plain way still works for it."""
+    """The model's layers cannot be rerun exactly from cached states; ordinary forward passes still work."""
 
 
 _LONGEST = 500
-"""Characters of another error that ours quote; damaged files can have a hundred thousand in one value."""
+"""Maximum number of characters quoted from another error; a damaged file can have 100,000 in one value."""
 _LONGEST_VALUE = 100
-"""Characters of a value that ours quote."""
+"""Maximum number of characters quoted from a value."""
 
 
 def quoted(value: object) -> str:
-    """Return the value as Python would write it, cut short."""
+    """Return the `repr` of the value, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def reason(error: Exception) -> str:
-    """Return what the error says, as `gist` does, after its class unless that is one whose text speaks for itself."""
+    """Return the error's message as `gist` does, preceded by its class unless the message is clear without it."""
     text = gist(error)
     if isinstance(error, OSError | ValueError) or text == type(error).__name__:
         return text
@@ -34,6 +34,6 @@ def reason(error: Exception) -> str:
 
 
 def gist(error: Exception) -> str:
-    """Return what the error says up to its first blank line, on one line and without a final stop; else its class."""
+    """Return the message up to its first blank line, on one line without a final stop, or the class if it is empty."""
     text = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".:")
     return f"{text[:_LONGEST]}..." if len(text) > _LONGEST else text or type(error).__name__

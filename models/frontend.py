@@ -1,4 +1,4 @@
-"""What turns words and pictures into tensors: the processor, and how words align with positions."""
+"""Conversion of text and pictures into tensors by the processor, and the alignment of words with positions."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ class Frontend:
     """Processor and tokenizer of a model, with everything that making a `Prompt` needs."""
 
     processor: Any
-    """The processor, or the tokenizer again for a text-only model."""
+    """The processor; for a text-only model, the tokenizer."""
     tokenizer: Any
     image_token_id: int | None
     """The id that stands for one image position; None for a text-only model."""
     patch_size: int | None
-    """Side of one vision patch in pixels; None for a text-only model."""
+    """Side length of one vision patch in pixels; None for a text-only model."""
     dropped_inputs: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class Frontend:
     """Number of positions that the model has, as `position_limit` reads it; None if it has no limit."""
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
-        """Itself: a copied prompt belongs to the same model."""
+        """Return the object itself, because a copied prompt belongs to the same model."""
         return self
 
     @cached_property
@@ -45,7 +45,7 @@ class Frontend:
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer reads as one special token each, the image token among them, longest first.
 
-        Left out are single characters and plain words: some tokenizers pad with "!", which questions may well hold.
+        Single characters and plain words are excluded: some tokenizers pad with "!", which also occurs in questions.
         """
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | {self.image_token or ""}
@@ -64,10 +64,10 @@ class Frontend:
         return _digest([self.image_token_id, self.patch_size, settings])
 
     def accepts(self, other: "Frontend", *, has_pictures: bool) -> bool:
-        """Whether inputs that the other made mean the same here.
+        """Return whether inputs made by the other frontend mean the same to this one.
 
-        True for the same object, and for two with equal vocabularies and, if there are pictures, equal image
-        processors: a model that is opened twice takes prompts of either copy.
+        Returns True for the same object, and for two with equal vocabularies and, if there are pictures, equal image
+        processors: two copies of one model accept each other's prompts.
         """
         if other is self:
             return True
@@ -76,7 +76,7 @@ class Frontend:
         return other.tokenizer is self.tokenizer or other.vocabulary_digest == self.vocabulary_digest
 
     def check_words(self, text: Any, what: str) -> str:
-        """Return the text. ModelError, which calls it `what`, if it is no text, or holds a special token.
+        """Return the text. Raise `ModelError`, which calls it `what`, if it is not a text or contains a special token.
 
         A tokenizer would read "</s>" in a question as the end of the sequence, not as four characters.
         """
@@ -89,7 +89,7 @@ class Frontend:
         raise ModelError(f"the {what} {text!r} holds the {name} {special!r}, which is not read as text; {remedy}")
 
     def check_length(self, tokens: int) -> None:
-        """ModelError for more tokens than the model has positions."""
+        """Raise `ModelError` if there are more tokens than the model has positions."""
         if self.limit is not None and tokens > self.limit:
             raise ModelError(
                 f"the prompt has {tokens} tokens, its answer included, and the model has {self.limit} positions; "
@@ -97,17 +97,17 @@ class Frontend:
             )
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and character offsets of the text, with one token per picture, as the processor sees it."""
+        """Return token ids and character offsets of the text, with one token per picture, as the processor reads it."""
         special = self._adds_special(text)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         end = len(encoded["input_ids"]) - special * self._appended
         return encoded["input_ids"][:end], encoded["offset_mapping"][:end]
 
     def encode(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Model inputs of the text (batch one): input_ids and attention_mask (1, token), and the pictures' tensors.
+        """Return model inputs of the text (batch one): input_ids and attention_mask (1, token), and picture tensors.
 
-        What a tokenizer appends to a text, such as an end-of-sequence token, is left out: an answer follows.
-        ModelError if the processor fails.
+        Tokens that a tokenizer appends, such as an end-of-sequence token, are omitted because an answer follows.
+        Raises `ModelError` if the processor fails.
         """
         special = self._adds_special(text)
         if self.image_token_id is None:
@@ -124,11 +124,11 @@ class Frontend:
         )
 
     def answer_ids(self, text: str, answer: str) -> tuple[int, ...]:
-        """Tokens that continue the text with the answer, end-of-sequence not included.
+        """Return the tokens that continue the text with the answer, without an end-of-sequence token.
 
-        Text, blank and answer are tokenised together, so that the answer gets the tokens it has in running text;
-        apart if the answer's first letters would melt into the text's last token. ModelError for an empty answer, and
-        for one that holds a special token.
+        Text, space and answer are tokenised together, so that the answer gets the tokens it has in running text. They
+        are tokenised separately if the answer's first letters would merge with the text's last token. Raises
+        `ModelError` if the answer is empty or contains a special token.
         """
         answer = self.check_words(answer, "answer").strip()
         if not answer:
@@ -141,12 +141,12 @@ class Frontend:
         return tuple(self.tokenizer(continuation, add_special_tokens=False)["input_ids"])
 
     def _adds_special(self, text: str) -> bool:
-        """A chat template may already have written the beginning-of-sequence token."""
+        """Return whether to add special tokens: a chat template may already have written the first one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     @cached_property
     def _appended(self) -> int:
-        """How many special tokens the tokenizer puts after a text."""
+        """The number of special tokens that the tokenizer appends to a text."""
         mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         return next((count for count, is_special in enumerate(reversed(mask)) if not is_special), 0)
 
@@ -154,7 +154,7 @@ class Frontend:
         pictures = list(images) or None
         try:
             return self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
-        except Exception as error:  # a processor may be a program of somebody else's: it can fail in any way
+        except Exception as error:  # a processor may run third-party code, which can raise anything
             raise ModelError(
                 f"the processor cannot turn {len(images)} pictures and the text {text!r} into model inputs: "
                 f"{type(error).__name__}: {gist(error)}"
@@ -162,7 +162,7 @@ class Frontend:
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors on this device, those of floating-point numbers in this dtype."""
+    """Return the tensors on this device, with floating-point tensors converted to this dtype."""
     return {
         name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
         for name, value in tensors.items()
@@ -172,7 +172,7 @@ def to_device(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.
 def position_limit(config: Any) -> int | None:
     """Return how many positions a model with this Hugging Face configuration has; None if it states no limit.
 
-    Rotary positions that are stretched by a factor reach as far as the factor says; dynamic ones have no limit.
+    A scaling factor of rotary positions multiplies the limit; dynamically scaled positions have no limit.
     """
     text = config.get_text_config()
     stated = getattr(text, "max_position_embeddings", None)
@@ -187,10 +187,10 @@ def position_limit(config: Any) -> int | None:
 
 
 def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None) -> tuple[int | None, ...]:
-    """For each token of the text with one token per picture, its position after the processor expanded the pictures.
+    """Return the position of each token of the short text (one token per picture) in the text with expanded pictures.
 
-    None for a picture's token. Whatever the processor put in a picture's place is skipped, so its form does not matter.
-    ModelError if the words themselves changed.
+    A picture's token gives None. The processor's replacement of a picture is skipped, so its form does not matter.
+    Raises `ModelError` if the words themselves changed.
     """
     pieces: list[list[int]] = [[]]
     for token in short:
@@ -201,7 +201,7 @@ def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None)
     starts = [0]
     cursor = len(pieces[0])
     for piece in pieces[1:-1]:
-        cursor += 1  # a picture has one position at least
+        cursor += 1  # a picture has at least one position
         while long[cursor : cursor + len(piece)] != piece and cursor < len(long):
             cursor += 1
         starts.append(cursor)
@@ -221,7 +221,7 @@ def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None)
 
 
 def _is_markup(text: str) -> bool:
-    """Whether a special token's text stands out from words, as "</s>" and "[SEP]" do."""
+    """Return whether a special token's text differs from ordinary words, as "</s>" and "[SEP]" do."""
     return len(text.strip()) > 1 and not text.strip().isalnum()
 
 

@@ -18,16 +18,16 @@ from .prompts import Prompt, collate
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How probable a model finds a given answer after a prompt; end-of-sequence is not counted."""
+    """The probability that a model assigns to a given answer after a prompt, without the end-of-sequence token."""
 
     log_probability: float
-    """Sum over the answer's tokens, natural logarithm."""
+    """Sum of the natural log-probabilities of the answer's tokens."""
     token_log_probabilities: tuple[float, ...]
     tokens: tuple[str, ...]
 
     @property
     def probability(self) -> float:
-        """Product over the answer's tokens."""
+        """The product of the probabilities of the answer's tokens."""
         return math.exp(self.log_probability)
 
 
@@ -40,9 +40,9 @@ def generate(
     batch_size: int,
     progress: bool,
 ) -> list[str]:
-    """Return one greedy answer per prompt in the order given, without special tokens and outer blanks.
+    """Return one greedy answer per prompt, in the given order, without special tokens and surrounding whitespace.
 
-    Answers that prompts carry are left out. Rows are padded on the left and masked, so a batch gives what its prompts
+    Answers in the prompts are ignored. Rows are padded on the left and masked, so a batch gives what its prompts
     give one by one, up to floating-point rounding of the logits (a tie within it may fall either way). Raises
     `ModelError` if the model computes logits that are not finite.
     """
@@ -64,7 +64,7 @@ def generate(
 
 
 def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int) -> None:
-    """ModelError if an answer could need more positions than the model has; the last token of an answer needs none."""
+    """Raise `ModelError` if an answer could need too many positions; the last token of an answer needs none."""
     longest = max((prompt.length for prompt in prompts), default=0)
     if limit is not None and longest + max_new_tokens - 1 > limit:
         raise ModelError(
@@ -74,7 +74,7 @@ def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: in
 
 
 def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding with nothing of the model's own generation settings but its special tokens."""
+    """Return settings for greedy decoding that take only the special tokens from the model's generation settings."""
     own = model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     first_eos = next(iter(eos), None) if isinstance(eos, list | tuple) else eos
@@ -89,10 +89,10 @@ def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Gene
 
 
 def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> Any:
-    """A shallow copy of the model, sharing every module and hook, with these generation settings as its own.
+    """Return a shallow copy of the model that shares every module and hook and has these generation settings.
 
-    `generate` fills each setting that its caller leaves open from the model's own, so passing a fresh configuration
-    alone would not keep out a `min_new_tokens` or a list of suppressed tokens.
+    `generate` takes each setting that its caller leaves unset from the model, so passing a fresh configuration
+    alone would not exclude a `min_new_tokens` or a list of suppressed tokens.
     """
     shared = copy.copy(model)
     shared.generation_config = settings
@@ -100,7 +100,7 @@ def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> Any:
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Pass every step's logits on; `ModelError` where one of them has no greatest value."""
+    """Pass every step's logits on; raise `ModelError` if a row has no greatest value."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -110,9 +110,9 @@ class _FiniteLogits(LogitsProcessor):
 
 
 def _finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits (..., vocab) themselves; minus infinity is an impossible token, and allowed beside finite ones.
+    """Return the logits (..., vocab) unchanged; minus infinity marks an impossible token and is allowed.
 
-    dtype: what the model computes in, on which the advice depends.
+    dtype: the dtype that the model computes in, which determines the advice in the error.
     """
     if not bool(logits.amax(-1).isfinite().all()):
         advice = (
@@ -127,7 +127,7 @@ def _finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def score_answer(logits: Tensor, prompt: Prompt, tokenizer: Any, *, dtype: torch.dtype) -> Score:
     """Return the score of the prompt's own answer (not empty) from its logits (1, token, vocab), in float64.
 
-    dtype: what the model computes in. Raises `ModelError` for logits that are not finite.
+    dtype: the dtype that the model computes in. Raises `ModelError` for logits that are not finite.
     """
     first = prompt.groups["answer"][0]
     predicting = _finite(logits[0, first - 1 : first - 1 + len(prompt.answer_ids)], dtype).double().log_softmax(dim=-1)

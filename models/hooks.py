@@ -1,7 +1,7 @@
 """Read and replace what modules compute for the length of a `with` block.
 
 A module may pass on a tensor or a tuple, and take its states as a positional or as a keyword argument; hooks keep
-whatever stands around the tensor.
+everything else in the tuple or call.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ AnyKey = TypeVar("AnyKey", bound=Key)
 
 
 class Addressed(Protocol):
-    """What `capture` and `patch` need of a model; `VisionLanguageModel` has it."""
+    """The interface that `capture` and `patch` need; `VisionLanguageModel` implements it."""
 
     @property
     def lock(self) -> ModelLock:
-        """Held by the thread that hooks the model."""
+        """The lock that a thread holds while it hooks the model."""
 
     def module(self, key: Key) -> nn.Module:
-        """The module of a site, projection or dotted path, or the module itself."""
+        """Return the module of a site, projection or dotted path, or the module itself."""
 
 
 @contextmanager
@@ -35,14 +35,14 @@ def capture(
 ) -> Iterator[dict[AnyKey, Tensor]]:
     """Yield a dict that fills with each module's output (or input) at every forward pass inside the block.
 
-    A later pass overwrites an earlier one. A `patch` that was entered before this block is seen, one entered after it
-    is not. Other threads wait until the block ends. On exit exactly the hooks placed here are removed.
+    A later pass overwrites an earlier one. The states include a `patch` that was entered before this block, but not one
+    entered after it. Other threads wait until the block ends. On exit exactly the hooks placed here are removed.
 
     Args:
         vlm: The model.
         keys: Sites, projections, dotted module paths or modules; the dict has the same keys.
-        inputs: Whether to take what the modules read instead of what they write (default False).
-        clone: Whether to copy the tensors, which later code may otherwise write into (default False).
+        inputs: Whether to capture the modules' inputs instead of their outputs (default False).
+        clone: Whether to copy the tensors, which later code could otherwise modify (default False).
 
     Yields:
         The dict from key to tensor (batch, token, width), in the model's dtype and still in the autograd graph.
@@ -85,18 +85,18 @@ def patch(
     inputs: bool = False,
     ahead: bool = False,
 ) -> Iterator[None]:
-    """Replace each module's output (or input) by a function of it while the block lasts.
+    """Replace each module's output (or input) by a function of it inside the block.
 
-    What stands around the tensor (a tuple, other arguments) is kept. Other threads wait until the block ends. On exit,
+    The rest of the tuple or call is unchanged. Other threads wait until the block ends. On exit,
     also after an error, exactly the hooks placed here are removed.
 
     Args:
         vlm: The model.
         functions: From a site, projection, dotted module path or module to the function that replaces its tensor. A
             function receives (batch, token, width), must not write into it, and returns a tensor of the same shape.
-        inputs: Whether to replace what the modules read instead of what they write (default False).
-        ahead: Whether to act before all hooks that are there already (default False). The layers of a vision tower
-            need it: transformers collects their outputs by hooks of its own, from which the projector reads.
+        inputs: Whether to replace the modules' inputs instead of their outputs (default False).
+        ahead: Whether to act before all existing hooks (default False). The layers of a vision tower
+            need this: transformers collects their outputs with its own hooks, and the projector reads from those.
 
     Yields:
         None.
@@ -129,7 +129,7 @@ class StopForward(Exception):
 
 @contextmanager
 def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[Tensor]]:
-    """Yield a list that receives the module's main input; the forward pass, and with it the block, ends there.
+    """Yield a list that receives the module's main input; the forward pass and the block end there.
 
     label: the module's name in error messages.
     """
@@ -147,7 +147,7 @@ def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[
 
 
 def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, with an error for results that are no replacement and for writes into its argument."""
+    """Return the function with checks that its result fits and that it does not modify its argument."""
 
     def replace(value: Tensor) -> Tensor:
         version = None if value.is_inference() else value._version
@@ -168,7 +168,7 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
 def _placed(
     visits: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
 ) -> Iterator[None]:
-    """Let each visitor see its module's main tensor while the block lasts, and return another in its place."""
+    """Pass each module's main tensor to its visitor inside the block, and replace it by the returned tensor."""
     handles: list[RemovableHandle] = []
     try:
         for module, visit, label in visits:
@@ -204,7 +204,7 @@ def _input_hook(visit: Callable[[Tensor], Tensor | None], label: str) -> Callabl
 
 
 def main_keyword(keywords: Mapping[str, Any], label: str) -> str:
-    """The name of the keyword argument that holds the states: `hidden_states`, `inputs_embeds`, else the first tensor.
+    """Return the name of the argument that holds the states: `hidden_states`, `inputs_embeds`, else the first tensor.
 
     Raises `ModelError` if no argument is a tensor.
     """
@@ -216,9 +216,9 @@ def main_keyword(keywords: Mapping[str, Any], label: str) -> str:
 
 
 def main_tensor(value: Any, label: str) -> Tensor:
-    """The tensor itself, or the first entry of a tuple, list or Hugging Face output.
+    """Return the tensor itself, or the first entry of a tuple, list or Hugging Face output.
 
-    Raises `ModelError` if that is no tensor.
+    Raises `ModelError` if that is not a tensor.
     """
     first = value
     if isinstance(value, Mapping):
@@ -233,7 +233,7 @@ def main_tensor(value: Any, label: str) -> Tensor:
 
 
 def replace_main(value: Any, tensor: Tensor) -> Any:
-    """The value with its main tensor replaced, in a new container of the same kind; the given one is left as it is."""
+    """Return a new container of the same kind with its main tensor replaced; the given value is unchanged."""
     if isinstance(value, Mapping):
         return type(value)(**{**value, next(iter(value)): tensor})
     if isinstance(value, tuple) and hasattr(value, "_replace") and hasattr(value, "_fields"):

@@ -1,4 +1,4 @@
-"""Pictures from paths and PIL images, read whole: eight-bit RGB, upright, over white."""
+"""Pictures from paths and PIL images, read completely and converted to upright eight-bit RGB on white."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from .errors import ModelError, gist, quoted, reason
 Picture = str | PathLike[str] | Image.Image
 
 _LONGEST_NAME = 255
-"""Characters that a file name has at most."""
+"""Maximum number of characters in a file name."""
 _BRIGHTEST = 2**16 - 1
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 """Formats whose grey pictures PIL opens as 32-bit integers (mode "I") that hold 0 to 65535."""
@@ -28,11 +28,11 @@ _BLACK_IS_ZERO = 1
 def open_images(image: Picture | Sequence[Picture] | None) -> tuple[Image.Image, ...]:
     """Return the pictures as RGB images, fully read and turned upright by their EXIF tag.
 
-    - A file with several frames or pages (GIF, WebP, TIFF) gives the first one; an open PIL image gives the frame at
-      which it stands.
-    - Transparent pixels show white, whatever the mode says transparency with (an alpha channel, a palette, one colour).
-    - Grey pictures of 16 bits are scaled to 8 bits. Integers and floating-point numbers without a fixed range (modes
-      "I" and "F") are refused, since nobody knows which of them is white.
+    - A file with several frames or pages (GIF, WebP, TIFF) gives the first one; an open PIL image gives its current
+      frame.
+    - Transparent pixels become white, however the mode encodes transparency (an alpha channel, a palette, one colour).
+    - Grey pictures of 16 bits are scaled to 8 bits. Modes of integers and floating-point numbers without a fixed range
+      ("I" and "F") raise `ModelError`, since their value for white is unknown.
     - CMYK and other colour modes are converted by PIL; colour profiles are not applied.
 
     Args:
@@ -43,7 +43,7 @@ def open_images(image: Picture | Sequence[Picture] | None) -> tuple[Image.Image,
 
     Raises:
         ModelError: for a picture of another type (bytes, arrays, open files), a URL or base64 text, a file that is
-            missing, damaged or no picture, a PIL image whose file was closed before it was read, a picture without
+            missing, damaged or not a picture, a PIL image whose file was closed before it was read, a picture without
             pixels, and one of more than 179 million pixels, which PIL does not open (its own warning starts at half
             as many).
     """
@@ -65,7 +65,7 @@ def _open(image: Picture) -> Image.Image:
         raise _wrong_type(image)
     try:
         path = _existing(os.fsdecode(image))
-    except TypeError as error:  # its __fspath__ gives something else than text
+    except TypeError as error:  # its __fspath__ does not return text
         raise _wrong_type(image) from error
     name = repr(str(path))
     with _reading(name, "is it a whole image file?"), Image.open(path) as opened:
@@ -73,7 +73,7 @@ def _open(image: Picture) -> Image.Image:
 
 
 def _existing(text: str) -> Path:
-    """The path of a file; ModelError says what the text is instead."""
+    """Return the path of a file; raise `ModelError`, which says what the text is, if it is not one."""
     try:
         mode = os.stat(text).st_mode
     except (OSError, ValueError) as error:  # a null character is a ValueError
@@ -105,7 +105,7 @@ def _wrong_type(image: object) -> ModelError:
 
 @contextmanager
 def _reading(name: str, advice: str) -> Iterator[None]:
-    """A block in which PIL reads this picture; whatever goes wrong there is a ModelError."""
+    """Turn every error that PIL raises inside the block, while it reads this picture, into a `ModelError`."""
     try:
         yield
     except ModelError:
@@ -115,7 +115,7 @@ def _reading(name: str, advice: str) -> Iterator[None]:
             f"cannot read picture {name}: it has more pixels than PIL opens ({gist(error)}); make it smaller, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
-    except Exception as error:  # decoders meet damage with ValueError, SyntaxError, struct.error, AssertionError, ...
+    except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error, AssertionError, ... on damage
         raise ModelError(f"cannot read picture {name}: {reason(error)}; {advice}") from error
 
 
@@ -138,7 +138,7 @@ def _read(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF tag says; as it is if its EXIF data are damaged, as picture viewers show it."""
+    """Return the picture turned by its EXIF tag, or unchanged, as in picture viewers, if its EXIF data are damaged."""
     try:
         return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, struct.error):
@@ -146,7 +146,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, upright: Image.Image, name: str) -> Image.Image:
-    """The grey picture of 16 bits in 8 bits, rounded."""
+    """Return the 16-bit grey picture rounded to 8 bits."""
     tags = getattr(image, "tag_v2", {})
     if tags.get(_BITS, (16,)) != (16,) or tags.get(_PHOTOMETRIC, _BLACK_IS_ZERO) != _BLACK_IS_ZERO:
         raise ModelError(

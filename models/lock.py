@@ -1,4 +1,4 @@
-"""One thread at a time uses a loaded model, and every run of it is in eval mode."""
+"""Exclusive use of a loaded model by one thread at a time, with every run in eval mode."""
 
 import threading
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class ModelLock:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which every module is in eval mode (no dropout); afterwards each is in the mode it was in before."""
+    """Put every module into eval mode (no dropout) inside the block; restore the mode of each on exit."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""A question about pictures as a model sees it: tensors, and names for every group of positions."""
+"""Prompts: the model inputs of a question about pictures, with names for every group of positions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,11 @@ class Patch:
 
     position: int
     row: int
-    """From the top, from 0."""
+    """Row of the patch, counted from the top and from 0."""
     column: int
-    """From the left, from 0."""
+    """Column of the patch, counted from the left and from 0."""
     image: int = 0
-    """Which picture of the prompt."""
+    """Index of the picture in the prompt."""
 
 
 class ReadOnly(Mapping[str, _Value]):
@@ -72,7 +72,7 @@ class Prompt:
     images: tuple[Image.Image, ...]
     question: str
     text: str
-    """What the model is given, with one image token per picture, without the answer."""
+    """The text given to the model, with one image token per picture and without the answer."""
     inputs: Mapping[str, Tensor]
     """input_ids and attention_mask (1, token), pixel_values (image, channel, row, column) if there are pictures."""
     tokens: tuple[str, ...]
@@ -91,7 +91,7 @@ class Prompt:
     """The template that the prompt was made with, as `vlm.prompt` takes it; None for the model's own."""
     answer: str | None = None
     answer_ids: tuple[int, ...] = ()
-    """Tokens of the answer, end-of-sequence not included."""
+    """Tokens of the answer, without an end-of-sequence token."""
     frontend: Frontend = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Number of positions, the answer's included."""
+        """Number of positions, including those of the answer."""
         return self.inputs["input_ids"].shape[1]
 
     @property
@@ -135,7 +135,7 @@ class Prompt:
         return self.frontend.encode(self.text, images)
 
     def answer_tokens(self, answer: str) -> tuple[int, ...]:
-        """Return the token ids with which this answer would continue the prompt. ModelError for an empty answer."""
+        """Return the token ids by which this answer continues the prompt. Raise `ModelError` if it is empty."""
         return self.frontend.answer_ids(self.text, answer)
 
     def asked_anew(self, question: str) -> "Prompt":
@@ -168,7 +168,7 @@ class Prompt:
         )
 
     def with_images(self, images: Picture | Sequence[Picture]) -> "Prompt":
-        """Return the same words about other pictures, as many as before; an answer is kept.
+        """Return the same prompt, with its answer, for an equal number of other pictures.
 
         Raises:
             ModelError: There is another number of pictures, one cannot be read, or the processor gives them another
@@ -256,7 +256,7 @@ def build(
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where characters of the prompt's text end up among its positions."""
+    """The mapping from characters of the prompt's text to its positions."""
 
     offsets: list[tuple[int, int]]
     aligned: tuple[int | None, ...]
@@ -265,20 +265,20 @@ class _Layout:
     image_token: str | None
 
     def positions(self, start: int, end: int) -> tuple[int, ...]:
-        """Positions of the text tokens that hold a character of the question's [start, end); negative: before it."""
+        """Return positions of text tokens with a character of the question's [start, end); negative: before it."""
         shift = len(self.before)
         positions = (self.aligned[index] for index in covering(self.offsets, start + shift, end + shift))
         return tuple(position for position in positions if position is not None)
 
     def after_image(self) -> int:
-        """Where the last picture before the question ends, relative to the question's start; 0 without one."""
+        """Return the end of the last picture before the question, relative to the question's start; 0 without one."""
         if not self.image_token or self.image_token not in self.before:
             return 0
         return self.before.rindex(self.image_token) + len(self.image_token) - len(self.before)
 
 
 def _named(constraint: Span | Mapping[str, Span] | None) -> dict[str, Span]:
-    """Spans by group name; the span called "constraint", else the first one, is the constraint itself."""
+    """Return spans by group name; the span called "constraint", else the first one, is the constraint itself."""
     if constraint is None:
         return {}
     if not isinstance(constraint, Mapping):
@@ -306,7 +306,7 @@ def _groups(
 
 
 def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | None) -> tuple[Patch, ...]:
-    """Row and column of each image position, if the tokens are the patches (one leading class token is allowed)."""
+    """Return row and column of each image position if the tokens are the patches (after at most one class token)."""
     if pixels is None or patch_size is None or pixels.ndim != 4:
         return ()
     rows, columns = pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
@@ -363,7 +363,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
 
 
 def _check_alike(prompts: Sequence[Prompt], tokenizer: Any) -> None:
-    """ModelError unless ids and pictures of all prompts mean the same, and the ids are tokens of this tokenizer."""
+    """Raise `ModelError` unless all prompts share a meaning of ids and pictures, and this tokenizer has the ids."""
     first = prompts[0].frontend
     has_pictures = any(prompt.images for prompt in prompts)
     alike = all(first.accepts(prompt.frontend, has_pictures=has_pictures) for prompt in prompts)

@@ -1,4 +1,4 @@
-"""Transformers without its log lines and progress bars: what fails is one error of this project."""
+"""Suppression of transformers' log lines and progress bars, since failures are reported by errors of this package."""
 
 import sys
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if hides_bars:
-            logging.enable_progress_bar()  # switches the hub's on as well
+            logging.enable_progress_bar()  # also enables the hub's progress bars
             if not hub_had_bars:
                 disable_progress_bars()
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether text written to the stream appears on a terminal; False for a stream that cannot tell, and for None."""
+    """Return whether text written to the stream appears on a terminal; False if the stream is None or cannot tell."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError, OSError):  # a logger in place of a stream has no isatty; a closed one raises

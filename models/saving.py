@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face directory, whole or not at all."""
+"""Atomic writing of a model as a Hugging Face directory."""
 
 import json
 import shutil
@@ -29,12 +29,12 @@ def save_directory(
     Args:
         model: the Hugging Face model.
         processor: its processor or tokenizer.
-        directory: where to; missing folders above it are made. Its files get the permissions of the umask.
-        dtype: of the floating-point weights in the file; None for the model's own.
+        directory: the target folder; missing parents are created. Its files get the permissions of the umask.
+        dtype: the dtype of the floating-point weights in the file; None for the model's own.
         overwrite: replace a folder that is not empty.
 
     Raises:
-        ModelError: if the place is in use or cannot be written, or the disk is full. What was there before stays.
+        ModelError: if the place is in use or cannot be written, or the disk is full. The previous content stays.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -75,7 +75,7 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state with floating-point tensors in this dtype; tied weights stay one tensor and are written once."""
+    """Return the state with floating-point tensors in this dtype; tied weights stay one tensor, written once."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     return {
         name: cast.setdefault((value.data_ptr(), value.shape), value.to(dtype)) if value.is_floating_point() else value
@@ -84,7 +84,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _name_dtype(path: Path, dtype: str) -> None:
-    """Write into the configuration which dtype the file holds; transformers wrote the one the model computed in."""
+    """Write the dtype of the file into the configuration; transformers wrote the one the model computed in."""
     config = json.loads(path.read_text())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "dtype" in part or part is config:
@@ -93,14 +93,14 @@ def _name_dtype(path: Path, dtype: str) -> None:
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give each weight file the permissions of the configuration; safetensors makes files for their owner alone."""
+    """Give each weight file the permissions of the configuration; safetensors lets only the owner read its files."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
 
 
 def _replace(target: Path, fresh: Path, *, old: Path) -> None:
-    """Put the fresh folder into the target's place; the target comes back if that fails."""
+    """Replace the target by the fresh folder; restore the target if that fails."""
     if target.exists():
         target.rename(old)
     try:

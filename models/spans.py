@@ -1,4 +1,4 @@
-"""Finding a phrase in a question, however it is written, and the tokens that hold it, by character offsets."""
+"""Search for a phrase in a question regardless of spelling variants, and for its tokens by character offsets."""
 
 import re
 import unicodedata
@@ -11,7 +11,7 @@ from .errors import ModelError
 from .texts import check_text, whole_number
 
 Span = str | tuple[str, int | Literal["all"]]
-"""Words of a question; with the number of their occurrence, from 0, or "all", where the question says them again."""
+"""Words of a question; if they are repeated there, with the number of the occurrence from 0, or with "all"."""
 
 _LOOKALIKES = str.maketrans(
     {
@@ -24,7 +24,7 @@ _LOOKALIKES = str.maketrans(
         for mark in marks
     }
 )
-"""Quotation marks, apostrophes and dashes that keyboards and typesetters use for one another."""
+"""Quotation marks, apostrophes and dashes that are used interchangeably."""
 
 
 def find_spans(question: str, span: Span) -> tuple[tuple[int, int], ...]:
@@ -41,8 +41,8 @@ def find_spans(question: str, span: Span) -> tuple[tuple[int, int], ...]:
             last; or (words, "all") for all of them.
 
     Raises:
-        ModelError: The question does not say the words (the message shows the nearest ones), or says them more than
-            once and the span does not choose.
+        ModelError: The question does not contain the words (the message shows the nearest ones), or repeats them
+            and the span does not choose.
     """
     words, choice = _chosen(span)
     matches = _occurrences(question, words)
@@ -73,7 +73,7 @@ def find_span(question: str, span: Span) -> tuple[int, int]:
 
 
 def says_once(question: str, span: str) -> bool:
-    """Return whether the question says the words in one place, so that they need no choice."""
+    """Return whether the question contains the words exactly once, so that no occurrence needs to be chosen."""
     try:
         return len(find_spans(question, span)) == 1
     except ModelError:
@@ -81,7 +81,7 @@ def says_once(question: str, span: str) -> bool:
 
 
 def nearest_words(question: str, span: str) -> str:
-    """Return the run of the question's words that is most like the span (difflib ratio, case ignored)."""
+    """Return the run of the question's words that is most similar to the span (difflib ratio, case ignored)."""
     words = list(re.finditer(r"\S+", question))
     length = len(span.split())
     runs = [
@@ -102,7 +102,7 @@ def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[
 
 
 def _chosen(span: Span) -> tuple[str, int | Literal["all"] | None]:
-    """The words of a span, and which occurrence is meant; None for the only one."""
+    """Return the words of a span and the chosen occurrence; None for the only one."""
     words, choice = span if isinstance(span, tuple | list) and len(span) == 2 else (span, None)
     if not check_text(words, "constraint").strip():
         raise ModelError("the constraint is empty; pass the words of the question that name its subject")
@@ -112,7 +112,7 @@ def _chosen(span: Span) -> tuple[str, int | Literal["all"] | None]:
 
 
 def _occurrences(question: str, words: str) -> tuple[tuple[int, int], ...]:
-    """Every place that says the words, by the best way in which there is one."""
+    """Return every place of the words, by the best kind of match that finds any."""
     for whole in (True, False):
         for fold in (_same, _lookalike, _caseless):
             wanted = _folded(words, fold).text.strip()
@@ -123,18 +123,18 @@ def _occurrences(question: str, words: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Folded:
-    """A text in which spellings that count as equal are equal, and where its characters come from."""
+    """A text with equivalent spellings made equal, and the origins of its characters."""
 
     text: str
     places: tuple[tuple[int, int], ...]
     """For each character, (start, end) of the cluster in the original that it comes from."""
 
     def is_cut(self, at: int) -> bool:
-        """Whether the border before this character is inside a cluster, as between a letter and its accent."""
+        """Return whether the border before this character is inside a cluster, as between a letter and its accent."""
         return 0 < at < len(self.places) and self.places[at - 1] == self.places[at]
 
     def is_word(self, at: int) -> bool:
-        """Whether there is a character here that belongs to a word; a combining mark does."""
+        """Return whether there is a character here that belongs to a word; a combining mark does."""
         if not 0 <= at < len(self.text):
             return False
         character = self.text[at]
@@ -142,7 +142,7 @@ class _Folded:
 
 
 def _matches(text: _Folded, wanted: str, whole: bool) -> Iterator[tuple[int, int]]:
-    """Places, none overlapping, that say the wanted text and cut no cluster and, if whole, no word."""
+    """Yield the places, none overlapping, of the text that cut no cluster and, if whole, no word."""
     start = text.text.find(wanted) if wanted else -1
     while start >= 0:
         end = start + len(wanted)
@@ -153,7 +153,7 @@ def _matches(text: _Folded, wanted: str, whole: bool) -> Iterator[tuple[int, int
 
 
 def _folded(text: str, fold: Callable[[str], str]) -> _Folded:
-    """The text with each cluster folded, and one blank for each run of blanks."""
+    """Return the text with each cluster folded, and one blank for each run of blanks."""
     characters: list[str] = []
     places: list[tuple[int, int]] = []
     for start, end in _clusters(text):
@@ -169,7 +169,7 @@ def _folded(text: str, fold: Callable[[str], str]) -> _Folded:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Each character with the combining marks after it: normal forms never move anything across these borders."""
+    """Yield each character with its combining marks: normal forms never move anything across these borders."""
     start = 0
     for at in range(1, len(text) + 1):
         if at == len(text) or not unicodedata.combining(unicodedata.normalize("NFD", text[at])[0]):
@@ -187,18 +187,18 @@ def _lookalike(cluster: str) -> str:
 
 
 def _caseless(cluster: str) -> str:
-    """Letters without case; the Turkish dotted capital and dotless small i count as i, whose pair they are there."""
+    """Return letters without case; the Turkish dotted capital and dotless small i count as i, their counterpart."""
     folded = _lookalike(_lookalike(cluster).casefold())
     return folded.replace("i\u0307", "i").replace("\u0131", "i")
 
 
 def _is_invisible(character: str) -> bool:
-    """Zero-width characters, soft hyphens, direction marks and variation selectors."""
+    """Return whether it is a zero-width character, soft hyphen, direction mark or variation selector."""
     return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 def _absent(question: str, words: str) -> str:
-    """The message for words that the question does not say; it names characters that only look alike."""
+    """Return the message for words that the question does not contain; it names characters that only look alike."""
     nearest = nearest_words(question, words)
     message = f"{words!r} is not in the question {question!r}; the nearest words are {nearest!r}"
     composed = (unicodedata.normalize("NFC", text.strip().lower()) for text in (nearest, words))

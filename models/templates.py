@@ -1,4 +1,4 @@
-"""How a question is put to a model: its chat template, the plain LLaVA wording, or one of the caller's."""
+"""Templates that frame a question: the model's chat template, the plain LLaVA wording, or the caller's own."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _MARK = "\ue000"  # a private-use character: no template and no question contain
 
 
 def frame(processor: Any, *, images: int, image_token: str | None, template: str | None = None) -> tuple[str, str]:
-    """Return what stands before and after the question; together they hold one image token per picture.
+    """Return the text before and after the question; together they contain one image token per picture.
 
     Args:
         processor: The processor, or the tokenizer of a text-only model.
@@ -71,7 +71,7 @@ def _chat(processor: Any, images: int, *, has_vision: bool) -> str:
     messages = [{"role": "user", "content": content}]
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a chat template is a program of somebody else's: it can fail in any way
+    except Exception as error:  # a chat template is third-party code, which can raise anything
         where = getattr(processor, "tokenizer", processor).name_or_path
         raise ModelError(
             f"the chat template of {where!r} cannot be rendered: {type(error).__name__}: {gist(error)}; mend its "

@@ -7,7 +7,7 @@ from .errors import ModelError
 
 
 def check_text(text: Any, what: str) -> str:
-    """Return the text. ModelError, which calls it `what`, if it is no string or cannot be written as UTF-8."""
+    """Return the text. Raise `ModelError`, which calls it `what`, if it is not a string or not valid UTF-8."""
     if not isinstance(text, str):
         raise ModelError(f"the {what} is of type {type(text).__name__}, not a string; pass its words as a string")
     try:
@@ -29,7 +29,7 @@ def plain_number(value: Any) -> Any:
 
 
 def whole_number(value: Any, what: str, *, least: int | None = None) -> int:
-    """Return the value as an `int`; integers of numpy and torch are accepted. ModelError, which calls it `what`."""
+    """Return the value as an `int`, also from numpy and torch. Raise `ModelError`, which calls it `what`."""
     try:
         number = operator.index(value)
     except (TypeError, RuntimeError) as error:  # torch raises RuntimeError for a tensor of several numbers

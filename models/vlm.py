@@ -42,12 +42,12 @@ class VisionLanguageModel:
     addresses: Addresses = field(repr=False)
     family: Family
     name: str
-    """The path or hub id it was loaded from."""
+    """The path or hub id that the model was loaded from."""
     revision: str | None = None
     stored_dtype: torch.dtype | None = None
-    """The dtype of the file it was loaded from, which `save_pretrained` writes again."""
+    """The dtype of the file that the model was loaded from; the default of `save_pretrained`."""
     lock: ModelLock = field(default_factory=ModelLock, repr=False)
-    """Held by the thread that runs the model, hooks it, or changes its weights or its attention function."""
+    """The lock of the thread that runs the model, hooks it, or changes its weights or its attention function."""
 
     def __repr__(self) -> str:
         revision = "" if self.revision is None else f" at {self.revision}"
@@ -109,17 +109,17 @@ class VisionLanguageModel:
 
     @property
     def has_vision(self) -> bool:
-        """Whether the model takes pictures."""
+        """True if the model takes pictures."""
         return self.family.vision is not None
 
     @property
     def stores_transposed(self) -> bool:
-        """Whether projections store their weights as (input, output), as those of GPT-2 do."""
+        """True if projections store their weights as (input, output), as those of GPT-2 do."""
         return self.family.transposed
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer, the most usual first; empty for a model without any."""
+        """Token ids that end an answer, the most common first; empty for a model without any."""
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         ends = ends if isinstance(ends, list | tuple) else [ends]
@@ -152,21 +152,21 @@ class VisionLanguageModel:
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The module that encodes pictures. ModelError for a text-only model."""
+        """The module that encodes pictures. Raises `ModelError` for a text-only model."""
         return self._visual("vision")
 
     @property
     def vision_layers(self) -> list[nn.Module]:
         """The layers of the vision tower, first to last.
 
-        ModelError for a text-only model, or if the family's row does not name them. A hook that replaces their output
+        Raises `ModelError` for a text-only model or if the family's row lacks them. A hook that replaces their output
         must run before the hooks by which transformers collects that output for the projector.
         """
         return list(self._visual("vision_layers", f"{self.family.vision}.").children())
 
     @property
     def projector(self) -> nn.Module:
-        """The module that turns states of the vision tower into image tokens. ModelError as for `vision_layers`."""
+        """The module that turns vision tower states into image tokens. Raises `ModelError` as `vision_layers` does."""
         return self._visual("projector")
 
     def prompt(
@@ -211,10 +211,10 @@ class VisionLanguageModel:
         return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
 
     def check_prompt(self, prompt: Inputs) -> None:
-        """Raise ModelError for a prompt, or inputs of prompts, whose ids or pictures mean something else to this model.
+        """Raise `ModelError` for a prompt, or its inputs, whose ids or pictures mean something else to this model.
 
         A model takes the prompts of every model with an equal vocabulary and, for prompts with pictures, an equal image
-        processor. Tensors in a plain mapping do not say where they are from.
+        processor. Tensors in a plain mapping do not record their origin, so they are accepted.
         """
         if not isinstance(prompt, Prompt | PromptInputs):
             return
@@ -228,12 +228,12 @@ class VisionLanguageModel:
             )
 
     def check_words(self, text: str, what: str) -> str:
-        """Return the text. ModelError, which calls it `what`, if it is no string or holds a special token."""
+        """Return the text. Raise `ModelError`, which calls it `what`, if it is not a string or has a special token."""
         return self.frontend.check_words(text, what)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Give this thread alone the model, in eval mode, for a `with` block; then restore the mode of every module."""
+        """Give this thread exclusive use of the model in eval mode inside the block; restore every mode on exit."""
         with self.lock, evaluating(self.model):
             yield
 
@@ -262,11 +262,11 @@ class VisionLanguageModel:
         return self.addresses.module(key)
 
     def layer_index(self, layer: int) -> int:
-        """Return the layer counted from the start; negative ones count from the end. ModelError if there is none."""
+        """Return the layer as a number from 0; negative ones count from the end. Raise `ModelError` if it is absent."""
         return self.addresses.index(layer)
 
     def down_projection(self, layer: int) -> Projection:
-        """Return the linear map by which a layer's MLP writes its output; negative layers count from the end."""
+        """Return the linear map that writes a layer's MLP output; negative layers count from the end."""
         return self.addresses.down_projection(layer)
 
     def attention_projection(self, layer: int) -> Projection:
@@ -274,7 +274,7 @@ class VisionLanguageModel:
         return self.addresses.attention_projection(layer)
 
     def weight(self, name: str) -> nn.Parameter:
-        """Return the parameter of this name, not a copy. ModelError for an unknown name shows the nearest one."""
+        """Return the parameter itself, not a copy. Raise `ModelError` with the nearest name if the name is unknown."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if name not in parameters:
             nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
@@ -295,7 +295,7 @@ class VisionLanguageModel:
             return {name: _digest(self.weight(name)) for name in names}
 
     def image_features(self, inputs: Inputs) -> Tensor:
-        """Return the pictures as the text stack gets them, (image token, hidden), in the order of the image positions.
+        """Return the image features for the text stack, (image token, hidden), in the order of the image positions.
 
         Args:
             inputs: A prompt with pictures, or model inputs by name.
@@ -311,7 +311,7 @@ class VisionLanguageModel:
         return torch.cat(list(features.pooler_output))
 
     def embeddings(self, inputs: Inputs) -> Tensor:
-        """Return what the text stack reads, (batch, token, hidden): word embeddings, image features in their place.
+        """Return the input of the text stack, (batch, token, hidden): word embeddings with image features inserted.
 
         The vision tower runs, but no decoder layer does.
 
@@ -329,13 +329,13 @@ class VisionLanguageModel:
         return entered[0]
 
     def embed(self, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return what the first decoder layer reads, (1, token, hidden), without gradients.
+        """Return the input of the first decoder layer, (1, token, hidden), without gradients.
 
-        It ends with the prompt's last token: an answer after it cannot act on the score, since attention is causal.
+        It ends with the prompt's last token: a later answer cannot affect the score, since attention is causal.
 
         Args:
             prompt: The prompt.
-            inputs: Other inputs of the same length, such as the same words with another picture; default: its own.
+            inputs: Other inputs of the same length, such as the same words with another picture; default: the prompt's.
 
         Raises:
             ModelError: The prompt belongs to another model, or is longer than the model has positions.
@@ -368,7 +368,7 @@ class VisionLanguageModel:
         return torch.cat([embeddings, words.expand(len(embeddings), -1, -1)], dim=1)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Return logits (..., vocab) of states (..., hidden) after the final norm, by the output head alone."""
+        """Return the output head's logits (..., vocab) of states (..., hidden) that have passed the final norm."""
         with self.lock:
             return self.output_head(states)
 
@@ -376,7 +376,7 @@ class VisionLanguageModel:
         """Return the distribution over the next token, (sample, vocab), in float64 on the CPU.
 
         Args:
-            embeddings: What the first decoder layer reads, (sample, token, hidden).
+            embeddings: The input of the first decoder layer, (sample, token, hidden).
             attention_mask: As `forward` takes it; None for the decoder's own causal one.
         """
         with torch.no_grad():
@@ -389,7 +389,7 @@ class VisionLanguageModel:
         """Return logits (batch, token, vocab), float32 or wider; those at padded positions mean nothing.
 
         Args:
-            inputs: A prompt, or model inputs by name such as `collate` makes them.
+            inputs: A prompt, or model inputs by name, as `collate` returns them.
 
         Raises:
             ModelError: The prompt belongs to another model, or is longer than the model has positions.
@@ -417,9 +417,9 @@ class VisionLanguageModel:
         """Return logits (batch, token, vocab) of the text stack for given embeddings, as `logits` does for a prompt.
 
         Args:
-            inputs_embeds: What the text stack reads, (batch, token, hidden), as `embed` and `extend` make it.
+            inputs_embeds: The input of the text stack, (batch, token, hidden), as `embed` and `extend` return it.
             attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row
-                may look at a column; a boolean one must hold the causal triangle itself. None: nothing is padded.
+                may attend to a column; a boolean one must include the causal triangle. None: nothing is padded.
             position_ids: (batch, token); None: tokens are counted from 0, padding left out.
             positions: Only these tokens' logits, in this order, which saves the output head for all others.
             past_key_values: Keys and values of the tokens before these, which the mask covers too; it grows by these.
@@ -451,16 +451,16 @@ class VisionLanguageModel:
             return _wide(self.model(**_with_positions(given)).logits)
 
     def decode(self, ids: Any) -> str:
-        """Return the text of token ids, special tokens left out."""
+        """Return the text of token ids without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(self, image: Picture | Sequence[Picture] | None, question: str, *, max_new_tokens: int = 16) -> str:
-        """Return the model's greedy answer to one question, outer blanks removed.
+        """Return the model's greedy answer to one question, without surrounding whitespace.
 
         Args:
             image: The picture or pictures, as `prompt` takes them, or None.
             question: The question.
-            max_new_tokens: Length of the answer at most, in tokens.
+            max_new_tokens: Maximum length of the answer in tokens.
 
         Raises:
             ModelError: As for `prompt` and `answers`.
@@ -470,20 +470,20 @@ class VisionLanguageModel:
     def answers(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 16, progress: bool = False
     ) -> list[str]:
-        """Return the greedy answer to each prompt, in their order; answers that prompts carry are left out.
+        """Return the greedy answer to each prompt, in order; answers contained in the prompts are ignored.
 
-        Of the generation settings in the model's folder only the special tokens are used: no sampling, beams,
+        Only the special tokens of the folder's generation settings are used: no sampling, beams,
         penalties, forbidden or forced tokens, or lengths. Rows of a batch are padded on the left and masked, so that a
         batch gives what its prompts give one by one, up to rounding.
 
         Args:
             prompts: Prompts of this model, with and without pictures.
-            max_new_tokens: Length of an answer at most, in tokens.
-            batch_size: Prompts that are answered together.
+            max_new_tokens: Maximum length of an answer in tokens.
+            batch_size: Number of prompts that are answered together.
             progress: Show a progress bar.
 
         Returns:
-            One text per prompt, without special tokens and outer blanks.
+            One text per prompt, without special tokens and surrounding whitespace.
 
         Raises:
             ModelError: A prompt belongs to another model, a number is below 1, a prompt with its answer is longer than
@@ -508,7 +508,7 @@ class VisionLanguageModel:
             return generate(self.model, self.frontend, prompts, **sizes, progress=progress)
 
     def score(self, image: Picture | Sequence[Picture] | None, question: str, answer: str) -> Score:
-        """Return how probable the model finds an answer: teacher-forced, all its tokens, without end-of-sequence.
+        """Return the model's probability of an answer: teacher-forced, over all its tokens, without end-of-sequence.
 
         Args:
             image: The picture or pictures, as `prompt` takes them, or None.
@@ -532,12 +532,12 @@ class VisionLanguageModel:
     def save_pretrained(
         self, directory: str | PathLike[str], *, dtype: torch.dtype | None = None, overwrite: bool = False
     ) -> None:
-        """Write model and processor as an ordinary Hugging Face directory (safetensors), whole or not at all.
+        """Write model and processor atomically as an ordinary Hugging Face directory (safetensors).
 
         Args:
             directory: The folder to make.
             dtype: Type of the floating-point weights in the file; None for that of the file that was loaded.
-            overwrite: Replace a folder that is not empty; by default it is refused.
+            overwrite: Replace a folder that is not empty; by default that raises `ModelError`.
 
         Raises:
             ModelError: The folder is not empty, or cannot be written.
@@ -546,7 +546,7 @@ class VisionLanguageModel:
             save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
-        """The module that this field of the family's row names, relative to the base model or to a path in it."""
+        """Return the module named by this field of the family's row, relative to the base model or to a path in it."""
         if self.family.vision is None:
             raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
         leaf = getattr(self.family, part)
@@ -558,7 +558,7 @@ class VisionLanguageModel:
         return self.module(f"{self.model.base_model_prefix}.{above}{leaf}")
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Model inputs on the right device. ModelError for those of another model, and for too many tokens."""
+        """Return model inputs on the right device. Raise `ModelError` for another model's or too many tokens."""
         self.check_prompt(inputs)
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
@@ -566,7 +566,7 @@ class VisionLanguageModel:
         return _with_positions(ready)
 
     def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
-        """ModelError for more tokens in a row, padding left out, than the model has positions."""
+        """Raise `ModelError` if a row has more tokens, without padding, than the model has positions."""
         limit = self.frontend.limit
         if limit is not None and width > limit:
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -574,14 +574,14 @@ class VisionLanguageModel:
             self.frontend.check_length(width)
 
     def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Only sdpa understands booleans; the eager path would add True as 1."""
+        """Return a mask for the attention implementation; only sdpa takes booleans, eager would add True as 1."""
         if mask.dtype != torch.bool or self.model.config._attn_implementation == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs with the positions that a left-padded row would have alone, as generation counts them."""
+    """Return inputs with the positions that each left-padded row would have on its own, as in generation."""
     mask = inputs.get("attention_mask")
     if "position_ids" in inputs or mask is None or mask.ndim != 2 or bool(mask[:, 0].all()):
         return inputs
@@ -596,5 +596,5 @@ def _digest(weight: Tensor) -> str:
     raw = weight.detach().cpu().contiguous()
     header = f"{raw.dtype} {tuple(raw.shape)} ".encode()
     digest = hashlib.sha256(header)
-    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes themselves, and no copy of them
+    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
     return digest.hexdigest()

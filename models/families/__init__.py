@@ -1,4 +1,4 @@
-"""What differs between architectures: a table of rows, and the module addresses that a row leads to."""
+"""The differences between architectures: a table with one row each, and the module addresses that follow from it."""
 
 import lazy_loader
 

@@ -21,7 +21,7 @@ class Site:
     kind: Kind
     """"hidden", "mlp" or "attention"."""
     layer: int
-    """From 0; negative numbers count from the last layer."""
+    """Layer number from 0; negative numbers count from the last layer."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -33,14 +33,14 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A linear map that writes into the residual stream: an MLP's down projection or an attention's output map."""
+    """A linear map that writes into the residual stream: an MLP's down projection or attention's output projection."""
 
     module: nn.Module
     """The linear module itself."""
     path: str
-    """Its dotted path in the model."""
+    """The dotted path of the module in the model."""
     transposed: bool
-    """Whether the weight is stored as (width, hidden) instead of (hidden, width)."""
+    """True if the weight is stored as (width, hidden) instead of (hidden, width)."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
-        """What the map adds, (hidden,); None for a map without a bias."""
+        """The bias, (hidden,); None for a map without one."""
         return cast(Tensor | None, getattr(self.module, "bias", None))
 
     @property

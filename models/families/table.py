@@ -1,4 +1,4 @@
-"""One frozen row per architecture: where its decoder layers have attention and MLP. Loading proves the row."""
+"""One frozen row per architecture, which locates attention and MLP in its decoder layers. Loading verifies the row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Family:
     """The module names and properties of one architecture, as its classes in transformers have them.
 
     Names are dotted module paths, relative to a decoder layer unless a field says otherwise. The defaults are Llama's.
-    Loading proves a row on the model at hand, so a wrong name or property is refused with the site that shows it.
+    Loading verifies a row on the model itself and raises `ModelError` with the site where a name or property is wrong.
 
     Example:
         >>> import multrace as mt
@@ -23,11 +23,11 @@ class Family:
     """
 
     name: str
-    """How log lines and errors call the row."""
+    """The name of the row in log lines and errors."""
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json that the row serves."""
     text_types: tuple[str, ...]
-    """Values of `model_type` of the text configuration that the row serves; of a text-only model, the same again."""
+    """Values of `model_type` of the text configuration that the row serves; for a text-only model, the same values."""
     layers: str = "layers"
     """The list of decoder layers, relative to `model.get_decoder()`."""
     attention: str = "self_attn"
@@ -41,13 +41,13 @@ class Family:
     final_norm: str = "norm"
     """The norm between the last decoder layer and the output head, relative to `model.get_decoder()`."""
     transposed: bool = False
-    """Whether the two linear maps store their weights as (input, output), as GPT-2's Conv1D does."""
+    """True if the two linear maps store their weights as (input, output), as GPT-2's Conv1D does."""
     parallel: bool = False
-    """Whether attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
+    """True if attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
     vision: str | None = None
     """The vision tower, relative to the base model; None for a text-only family."""
     vision_layers: str | None = None
-    """The list of the vision tower's layers, relative to the tower; None where it is not known."""
+    """The list of the vision tower's layers, relative to the tower; None if unknown."""
     projector: str | None = None
     """The module that turns the tower's states into image tokens, relative to the base model; None where unknown."""
     dropped_inputs: tuple[str, ...] = ("token_type_ids",)

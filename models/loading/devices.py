@@ -13,7 +13,7 @@ _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_device_map(device_map: Any, name: str) -> None:
-    """Raise `ModelError` if the map names something that is no device, or one that torch or this machine lacks.
+    """Raise `ModelError` if the map names something that is not a device, or a device that torch or this machine lacks.
 
     device_map: None, one of transformers' strategies, a device, or a mapping from module paths to devices.
     """
@@ -40,7 +40,7 @@ def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:
 
 
 def _why_not(device: Any) -> str | None:
-    """Why no tensor can be made on the device; None if one can."""
+    """Return the reason why no tensor can be made on the device; None if one can."""
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
         return f"a device cannot be of type {type(device).__name__}"
     if str(device) in ("meta", "disk"):
@@ -51,11 +51,11 @@ def _why_not(device: Any) -> str | None:
         return "torch knows no such device" if isinstance(device, str) else _first_sentence(error)
     try:
         torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, ImportError) as error:  # each backend says in its own way that it is absent
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend raises its own error if it is absent
         return _first_sentence(error)
     return None
 
 
 def _first_sentence(error: Exception) -> str:
-    """What the error says before torch's advice about its own build."""
+    """Return the error's message without torch's advice about its own build."""
     return str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Opening a model from a directory or the hub, and proving its addresses before anybody trusts them."""
+"""Opening a model from a directory or the hub, and verifying its addresses before they are used."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from .sources import ModelSource, out_of_memory
 logger = logging.getLogger("multrace")
 
 
-@torch.inference_mode(False)  # or its weights could never be differentiated through
+@torch.inference_mode(False)  # otherwise gradients could never flow through its weights
 def load(
     path_or_id: str | PathLike[str],
     *,
@@ -35,10 +35,10 @@ def load(
     verify: bool = True,
     families: Sequence[Family] = FAMILIES,
 ) -> VisionLanguageModel:
-    """Return the model at a directory or hub id, in eval mode and without gradients, its addresses proven.
+    """Return the model at a directory or hub id, in eval mode, without gradients and with verified addresses.
 
-    Looks on this machine first and asks the hub only for an id that is not here. Opens safetensors only. Logs one line
-    (logger "multrace"); transformers' warnings are held back, and its progress bars too where stderr is no terminal.
+    Searches this machine first and the hub only for an id that is not here. Opens safetensors only. Logs one line
+    (logger "multrace"); hides transformers' warnings, and its progress bars too if stderr is not a terminal.
 
     Args:
         path_or_id: a directory in Hugging Face's layout, or a hub id such as "org/model".
@@ -134,12 +134,12 @@ def _assemble(
 
 @contextmanager
 def _first_use(name: str) -> Iterator[None]:
-    """A block in which an opened model is used for the first time; what libraries raise there is a ModelError."""
+    """Turn every library error inside the block, the first use of an opened model, into a `ModelError`."""
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # files that were each opened, and do not fit together, fail anywhere in the libraries
+    except Exception as error:  # valid files that do not fit together can fail anywhere in the libraries
         if out_of_memory(error):
             raise ModelError(
                 f"one question to {name!r} does not fit into memory ({gist(error)}); pass a smaller dtype or "

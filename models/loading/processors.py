@@ -1,4 +1,4 @@
-"""A processor and the model beside it: one image token that both know, and as many of them as image features."""
+"""Agreement between processor and model: a common image token, and as many image tokens as image features."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 
 _MOST_EXTRA_TOKENS = 64
-"""More tokens per picture that are no patch (class token, registers) than any vision tower has."""
+"""Upper bound on the tokens per picture that are not patches (class token, registers) in any vision tower."""
 
 
 def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
@@ -28,7 +28,7 @@ def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int
 
 
 def complete_processor(vlm: VisionLanguageModel) -> None:
-    """Fill in what a processor of LLaVA's kind must know of the vision tower, if its folder does not say it.
+    """Set the vision tower's properties in a LLaVA-style processor if its folder lacks them.
 
     These processors write one token per patch, and older published checkpoints have one without `patch_size`,
     `vision_feature_select_strategy` or `num_additional_image_tokens` (which then is 0). The configuration has the
@@ -58,7 +58,7 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
 
 
 def _check_fields(processor: Any, name: str) -> None:
-    """ModelError if the processor has one of LLaVA's fields with a value that no model has."""
+    """Raise `ModelError` if one of LLaVA's processor fields has a value that no model has."""
     valid = {
         "patch_size": lambda value: value is None or isinstance(value, int) and value > 0,
         "num_additional_image_tokens": lambda value: isinstance(value, int) and 0 <= value <= _MOST_EXTRA_TOKENS,
@@ -80,7 +80,7 @@ def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, i
 
 
 def image_token_error(vlm: VisionLanguageModel, positions: int, features: int) -> ModelError:
-    """What to tell where the two numbers differ."""
+    """Return the error for different numbers of image positions and image features."""
     names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
     settings = ", ".join(
         f"{name} {quoted(getattr(vlm.processor, name))}" for name in names if hasattr(vlm.processor, name)
@@ -92,13 +92,13 @@ def image_token_error(vlm: VisionLanguageModel, positions: int, features: int) -
 
 
 def probe_prompt(vlm: VisionLanguageModel, *, inverted: bool = False) -> Prompt:
-    """Return the question on which a model is proven; one that sees is shown a gradient, or its negative."""
+    """Return the question used to verify a model; a model with vision also gets a gradient picture, or its negative."""
     picture = _gradient(inverted=inverted) if vlm.has_vision else None
     return vlm.prompt(picture, "Which of these words is the one that comes last?", template="raw")
 
 
 def _gradient(*, inverted: bool) -> Image.Image:
-    """A gradient with corners of different colours, or its negative."""
+    """Return a gradient with corners of different colours, or its negative."""
     size = 64
     pixels = [(4 * column, 4 * row, 255 - 2 * (row + column)) for row in range(size) for column in range(size)]
     image = Image.new("RGB", (size, size))

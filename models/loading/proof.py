@@ -1,4 +1,4 @@
-"""The proof of the addresses at load time: a family row is trusted only if the model behaves as the row says."""
+"""Verification of the addresses at load time: the model must behave as its family row says."""
 
 import math
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from .processors import count_image_tokens, image_token_error, probe_prompt
 
 _HALF = (torch.float16, torch.bfloat16)
 _SMALLEST = 2
-"""Bytes of the narrowest dtype that a model computes in."""
+"""Size in bytes of the narrowest dtype that a model computes in."""
 
 
 def prove_addresses(vlm: VisionLanguageModel) -> str:
-    """Return one line that says what was proven, or raise `ModelError` with the site that is not as the row says.
+    """Return one line that summarises the verification, or raise `ModelError` with the site that contradicts the row.
 
     Every weight is finite (one pass over them). The rest takes seven forward passes on one picture and question:
 
     - Every site of every layer runs and has the right shape. Attention and MLP add up to what the layer writes.
       Projections write what their modules write, and read their weights in the row's orientation.
-    - A patch everywhere that changes nothing leaves the logits bit-equal. A patch at one position of each kind of site
+    - Patches at all sites that change nothing leave the logits bit-equal. A patch at one position of each kind of site
       leaves earlier positions and earlier layers bit-equal and changes later ones.
     - Image positions, and no others, hold the image features. The layers of the vision tower and the projector, where
       the row names them, feed each other in that order.
@@ -65,15 +65,15 @@ class _Side:
 
     key: Site | Projection
     inputs: bool
-    """Whether it is the input."""
+    """True for the input, False for the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """What one side of a module held in a forward pass."""
+    """The state at one side of a module in a forward pass."""
 
     shape: tuple[int, ...]
-    """Of the whole state."""
+    """The shape of the whole state."""
     tail: Tensor
     """The state from the probed position on, (1, token, width); copies of whole states would fill the memory."""
 
@@ -83,7 +83,7 @@ States = dict[_Side, _Recorded]
 
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
-    """The model, the prompt it is proven on, and the position of that prompt at which patches are placed."""
+    """The model, the prompt used to verify it, and the position of that prompt at which patches are placed."""
 
     vlm: VisionLanguageModel
     prompt: Prompt
@@ -113,18 +113,18 @@ class _Probe:
         projections = [self.projection(site) for site in parts]
         with ExitStack() as stack:
             if edits:
-                stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees what it made
+                stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
             for keys, inputs in ((hidden + parts + projections, False), (hidden + projections, True)):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
             return self.vlm.logits(self.prompt), states
 
     def projection(self, site: Site) -> Projection:
-        """Return the linear map by which an MLP or attention site writes."""
+        """Return the linear map that writes the output of an MLP or attention site."""
         return (self.vlm.down_projection if site.kind == "mlp" else self.vlm.attention_projection)(site.layer)
 
 
 def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
-    """The logits and states without a change. Patches that change nothing must leave the logits bit-equal."""
+    """Return the unchanged logits and states. Raise `ModelError` unless identity patches leave the logits bit-equal."""
     vlm = probe.vlm
     clean = vlm.logits(probe.prompt)
     if not clean.isfinite().all():
@@ -141,7 +141,7 @@ def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
 
 
 def _prove_weights(vlm: VisionLanguageModel) -> None:
-    """Every weight is finite. One pass over them without a copy; a weight that the probe does not use counts too."""
+    """Check that every weight is finite, used by the probe or not, in one pass without a copy."""
     for name, weight in vlm.named_parameters():
         if not weight.is_floating_point() or weight.itemsize < _SMALLEST or not weight.numel():
             continue  # quantised weights are packed, and have no infinities
@@ -159,7 +159,7 @@ def _prove_weights(vlm: VisionLanguageModel) -> None:
 
 
 def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
-    """Shapes of one layer, its residual sum, and its two projections."""
+    """Check the shapes of one layer, its residual sum and its two projections."""
     sites = {kind: Site(kind, layer) for kind in ("hidden", "mlp", "attention")}
     expected = (1, probe.prompt.length, probe.vlm.hidden)
     for site in sites.values():
@@ -178,7 +178,7 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
 
 
 def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
-    """The projection writes what the site writes, and reads its weight in the orientation that the row says."""
+    """Check that the projection writes the site's output and uses its weight in the row's orientation."""
     projection = probe.projection(site)
     read, written = states.get(_Side(projection, True)), states.get(_Side(projection, False))
     if read is None or written is None:
@@ -201,7 +201,7 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
 
 
 def _prove_norm(probe: _Probe, clean: Tensor) -> None:
-    """The final norm reads what the last layer writes, and the output head turns its output into the logits."""
+    """Check that the final norm reads the last layer's output and the output head turns the result into the logits."""
     vlm, last = probe.vlm, Site("hidden", probe.vlm.layers - 1)
     norm = vlm.final_norm
     with capture(vlm, [last, norm]) as written, capture(vlm, [norm], inputs=True) as read:
@@ -214,7 +214,7 @@ def _prove_norm(probe: _Probe, clean: Tensor) -> None:
 
 
 def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> None:
-    """A real patch at one position acts on this and later positions, on this and later layers, and on nothing else."""
+    """Check that a patch at one position changes this and later positions and layers, and nothing else."""
     at = probe.position
 
     def move(value: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
 
 
 def _prove_images(probe: _Probe) -> str:
-    """Image positions hold the features of this very picture, and other positions do not change with the picture."""
+    """Check that image positions hold this picture's features and that no other position depends on the picture."""
     vlm, prompt = probe.vlm, probe.prompt
     image = list(prompt.groups["image"])
     with capture(vlm, [vlm.vision_tower]) as captured:
@@ -268,7 +268,7 @@ def _prove_images(probe: _Probe) -> str:
 
 
 def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
-    """The tower's layers read what the layer before wrote; image features are what the projector writes."""
+    """Check that each tower layer reads the previous one's output and that the projector writes the image features."""
     vlm = probe.vlm
     layers = vlm.vision_layers if vlm.family.vision_layers else []
     parts = [*layers, vlm.projector] if vlm.family.projector else layers
@@ -287,9 +287,9 @@ def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
 
 
 def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor:
-    """(image token, hidden): what the projector wrote, in the model's packing; line ends are as they are without it."""
+    """Return the projector's output in the model's packing, (image token, hidden); line ends are left as they are."""
     rows, places = written.flatten(0, -2), torch.arange(min(written.shape[-1], 31), device=written.device)
-    numbers = torch.zeros_like(rows)  # in binary digits, which every dtype holds exactly
+    numbers = torch.zeros_like(rows)  # as binary digits, which every dtype represents exactly
     numbers[:, places] = (torch.arange(1, len(rows) + 1, device=rows.device)[:, None] >> places & 1).to(rows)
     with patch(vlm, {vlm.projector: torch.zeros_like}):
         bare = vlm.image_features(prompt)
@@ -308,5 +308,5 @@ def _state(probe: _Probe, states: States, site: Site) -> _Recorded:
 
 
 def _close(computed: Tensor, expected: Tensor, scale: Tensor, *, eps: float | None = None) -> bool:
-    """Whether the two are equal up to a few roundings of terms of this size."""
+    """Return whether the two are equal up to a few rounding errors of terms of this size."""
     return bool((computed - expected).norm() <= 8 * (eps or torch.finfo(expected.dtype).eps) * scale)

@@ -1,4 +1,4 @@
-"""Where a model's parts come from: a directory, the local cache, or the hub; safetensors only."""
+"""Reading a model's parts from a directory, the local cache or the hub; safetensors only."""
 
 import copy
 import json
@@ -46,20 +46,20 @@ _NEXT_STEPS = {
     "safetensors weights": "fetch the model again, or pass other options to load",
 }
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What a safetensors header calls the dtypes that a model computes in; packed (quantised) ones are none of them."""
+"""The safetensors names of the dtypes that a model computes in; packed (quantised) dtypes are excluded."""
 _TOO_LARGE = 2
-"""A configuration that describes this many times the weights of the files is damaged, not a model that lacks some."""
+"""A configuration that describes this many times the weights of the files is damaged, not merely short of weights."""
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the error says that memory ran out, on this machine or on an accelerator."""
+    """Return whether the error means that memory ran out, on this machine or on an accelerator."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 class ModelSource:
-    """Where a model comes from: a directory, the local cache, or the hub; every part is opened with the same care.
+    """The source of a model: a directory, the local cache or the hub. All parts have the same error handling.
 
-    The files of a model are written by others, and the libraries that read them fail on damage in any way. Whatever
+    Third-party model files can be damaged in many ways, and the libraries that read them raise many errors. Whatever
     they raise leaves this class as a `ModelError` that names the part, with the library's error as its cause.
     """
 
@@ -75,12 +75,12 @@ class ModelSource:
         self.options = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:
-        """Return opener(...) from this machine, else from the hub. ModelError says which part is not there."""
+        """Return opener(...) from this machine, else from the hub. Raise `ModelError` if the part is missing."""
         with quiet_transformers():
             return self._open(part, opener, options)
 
     def check_weights(self) -> None:
-        """ModelError if the directory has no safetensors, or one whose header or length is wrong."""
+        """Raise `ModelError` if the directory has no safetensors, or one whose header or length is wrong."""
         if self.folder is None:
             return
         files = sorted(self.folder.glob("*.safetensors"))
@@ -99,13 +99,13 @@ class ModelSource:
                 raise ModelError(f"{self.name!r} lacks the weight files {', '.join(missing)} that its index lists")
 
     def check_generation_settings(self, config: PretrainedConfig) -> None:
-        """ModelError if the folder's generation settings are damaged, or call something a token that is no token id."""
+        """Raise `ModelError` if the generation settings are damaged or contain an invalid token id."""
         path = self.folder / "generation_config.json" if self.folder else None
         if path is not None and path.is_file():
             self.check_special_tokens(_json_object(path), config)
 
     def check_special_tokens(self, settings: Mapping[str, Any], config: PretrainedConfig) -> None:
-        """ModelError if generation settings name as a token what is no token id; negative ones stand for none."""
+        """Raise `ModelError` if generation settings contain an invalid token id; negative ids mean no token."""
         vocab = config.get_text_config().vocab_size
         for field in _SPECIAL_TOKENS:
             value = settings.get(field)
@@ -117,7 +117,7 @@ class ModelSource:
                 )
 
     def check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
-        """ModelError if no model of the files' size can be made of the configuration, or none with this attention.
+        """Raise `ModelError` if the configuration does not give a model of the files' size with this attention.
 
         Makes the model without values, which costs a tenth of a second for seven billion weights.
         """
@@ -154,7 +154,7 @@ class ModelSource:
         return next((_DTYPES[code] for code, _ in counts.most_common() if code in _DTYPES), None)
 
     def processor(self, family: Family) -> Any:
-        """Return the processor (a tokenizer for a text-only family). ModelError if the directory has none."""
+        """Return the processor (a tokenizer for a text-only family). Raise `ModelError` if the directory has none."""
         if family.vision is None:
             return self.open("tokenizer", AutoTokenizer.from_pretrained)
         processor = self.open("processor", AutoProcessor.from_pretrained)
@@ -166,7 +166,7 @@ class ModelSource:
         return processor
 
     def model(self, family: Family, options: dict[str, Any]) -> PreTrainedModel:
-        """Return the model with every weight from the file. ModelError lists those that the file lacks."""
+        """Return the model with every weight from the file. Raise `ModelError`, which lists them, if any is missing."""
         reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported here, not guessed around
         model, report = self.open(
             "safetensors weights", _kind(family).from_pretrained, use_safetensors=True, **reporting, **options
@@ -208,14 +208,14 @@ class ModelSource:
             ) from error
 
     def _is_cached(self) -> bool:
-        """Whether the local cache has a configuration of this id, so that it is not absent but damaged."""
+        """Return whether the local cache has a configuration of this id, so that it is damaged rather than absent."""
         try:
             return isinstance(try_to_load_from_cache(self.name, "config.json", revision=self.options["revision"]), str)
         except ValueError:  # the name is no hub id
             return False
 
     def _refusal(self, part: str, error: Exception) -> ModelError:
-        """What to tell of a part that is there and cannot be opened."""
+        """Return the error for a part that exists but cannot be opened."""
         if out_of_memory(error):
             return ModelError(
                 f"{self.name!r} does not fit into memory ({gist(error)}); pass a smaller dtype, another device_map or "
@@ -226,7 +226,7 @@ class ModelSource:
         return ModelError(f"no usable {part} in {self.name!r}: {reason(error)}{read}; {_NEXT_STEPS[part]}")
 
     def _suspects(self, part: str) -> list[str]:
-        """The files of a part that the folder has; the broken one alone where it can be told."""
+        """Return the files of a part in the folder, or only the broken one if it can be identified."""
         if self.folder is None:
             return []
         files = [name for name in _FILES[part] if (self.folder / name).is_file()]
@@ -235,7 +235,7 @@ class ModelSource:
 
     @cached_property
     def _headers(self) -> dict[str, tuple[str, int]]:
-        """For each tensor in the folder's files, what the header calls its dtype, and its number of values."""
+        """Return the header's dtype name and the number of values for each tensor in the folder's files."""
         headers: dict[str, tuple[str, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             with safe_open(path, framework="pt") as opened:
@@ -245,7 +245,7 @@ class ModelSource:
         return headers
 
     def _check_depth(self, config: PretrainedConfig) -> None:
-        """ModelError if the configuration has more layers than the folder has tensors; making them could take hours."""
+        """Raise `ModelError` if there are more layers than tensors in the folder; creating them could take hours."""
         parts = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
         layers = max(int(getattr(part, "num_hidden_layers", None) or 0) for part in parts)
         if self.folder is not None and layers > len(self._headers):
@@ -260,16 +260,16 @@ def _kind(family: Family) -> Any:
 
 
 def _without_values(config: PretrainedConfig, family: Family, attention: str | None) -> nn.Module:
-    """A model of this configuration on torch's meta device."""
+    """Return a model of this configuration on torch's meta device."""
     options = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers(), torch.device("meta"):
-        return _kind(family).from_config(copy.deepcopy(config), **options)  # which it changes
+        return _kind(family).from_config(copy.deepcopy(config), **options)  # from_config changes its argument
 
 
 def _can_be_made(config: PretrainedConfig, family: Family) -> bool:
     try:
         _without_values(config, family, None)
-    except Exception:  # the caller reports the error that it has met itself
+    except Exception:  # the caller reports its own error
         return False
     return True
 
@@ -285,7 +285,7 @@ def _check_file(path: Path) -> None:
 
 
 def _listed_files(index: Path) -> set[str]:
-    """The weight files that an index lists."""
+    """Return the weight files that an index lists."""
     listed = _json_object(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise ModelError(f"the file {str(index)!r} has no weight_map from tensors to files; fetch it again")
@@ -303,7 +303,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _is_broken(path: Path) -> bool:
-    """The file is no JSON object, or no tokenizer where it should be one."""
+    """Return whether the file is not a JSON object, or not a tokenizer although it should be one."""
     try:
         if path.name == "tokenizer.json":
             Tokenizer.from_file(str(path))

@@ -16,7 +16,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float, bool, Tensor | None], tuple[Te
 """(query, keys, values, scale, causal, mask) -> output (row, head, query, size) and log-sum-exp (row, head, query)."""
 
 _SCORES_AT_ONCE = 2**25
-"""Attention scores that the portable kernel holds at a time: 128 MiB in float32."""
+"""Number of attention scores that the portable kernel holds at a time: 128 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,34 +30,34 @@ class Segment:
     visible: Tensor | None = None
     """Booleans (query,) or (query, key), True where seen; None if everything is seen."""
     causal: bool = False
-    """Whether query i sees keys 0 to i only; for as many keys as queries."""
+    """True if query i sees keys 0 to i only, which needs as many keys as queries."""
     hidden: Tensor | None = None
     """Booleans (row, head or 1, query), True where the row sees none of the keys there; None if nowhere."""
     rows: tuple[int, ...] | None = None
     """The rows that see any of the keys at all, in ascending order; None for all rows."""
 
     def seeing(self, count: int) -> int:
-        """The number of rows, out of `count`, that see any of the keys."""
+        """Return the number of rows, out of `count`, that see any of the keys."""
         return count if self.rows is None else len(self.rows)
 
 
 def causal(keys: Tensor, values: Tensor) -> tuple[Segment]:
-    """Keys and values of the queries themselves, each of which sees those up to its own."""
+    """Return the segment of the queries' own keys and values; each query sees those up to its own."""
     return (Segment(keys=keys, values=values, causal=True),)
 
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """How attention is done in one call of one decoder layer."""
+    """The way in which attention is computed in one call of one decoder layer."""
 
     segments: Sequence[Segment] = ()
     """Keys and values from elsewhere."""
     own: Callable[[Tensor, Tensor], Sequence[Segment]] = causal
-    """Turns the keys and values computed in this call into segments: how its queries see them."""
+    """A function that turns the keys and values computed in this call into segments as its queries see them."""
     given: tuple[Tensor, Tensor] | None = None
     """Keys and values to use instead of the call's own."""
     is_stopped: bool = False
-    """End the forward pass once keys and values are known."""
+    """True to end the forward pass once keys and values are known."""
     computed: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     """Keys and values that the call computed: (row, key-value head, position, size) each."""
 
@@ -75,7 +75,7 @@ class Kernels:
 
 
 def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
-    """Attention of queries (row, head, query, size) over all segments together, in the shape of the queries.
+    """Return the attention of queries (row, head, query, size) over all segments together, in the shape of the queries.
 
     Grouped-query heads are folded into the query axis. Parts are merged in float32 or wider. With gradients the
     portable kernel is used, since fused kernels give no gradient through the log-sum-exp.
@@ -93,7 +93,7 @@ def merged_attention(query: Tensor, segments: Sequence[Segment], *, scale: float
 
 
 def _part_of_rows(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of one segment; rows that see nothing of it are not computed."""
+    """Return output and log-sum-exp of one segment; rows that see nothing of it are not computed."""
     if segment.rows is None:
         output, total = _part(query, segment, scale, kernels)
         return output, total if segment.hidden is None else total.masked_fill(segment.hidden, -torch.inf)
@@ -112,7 +112,7 @@ def _part_of_rows(query: Tensor, segment: Segment, scale: float, kernels: Kernel
 
 
 def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of one segment; zero and minus infinity for queries that see none of it."""
+    """Return output and log-sum-exp of one segment; zero and minus infinity for queries that see none of it."""
     visible, dead = segment.visible, None
     if visible is not None and visible.ndim == 1:
         visible, dead = None, ~visible
@@ -140,21 +140,21 @@ def _part(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tu
 
 
 def _single(query: Tensor, segment: Segment, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp for one key per row, usually the query's own: all attention goes to it."""
+    """Return output and log-sum-exp for one key per row, usually the query's own, which receives all attention."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys, values = (_for_heads(part, query.shape[1]) for part in (segment.keys, segment.values))
     return values.expand_as(query), (query.to(wide) * keys.to(wide)).sum(-1) * scale
 
 
 def _fold(query: Tensor, sets: int, key_heads: int) -> Tensor:
-    """Rows and query heads that read the same keys as further queries: (set, key-value head, query, size)."""
+    """Return rows and query heads that read the same keys as further queries: (set, key-value head, query, size)."""
     if sets == 1 and key_heads == query.shape[1]:  # the usual case, without the cost of parsing a pattern
         return query.transpose(0, 1).flatten(1, 2).unsqueeze(0)
     return rearrange(query, "(g c) (k h) q d -> g k (c h q) d", g=sets, k=key_heads)
 
 
 def _unfold(value: Tensor, rows: int, heads: int, length: int) -> Tensor:
-    """The inverse of `_fold`: (row, head, query, size)."""
+    """Return the inverse of `_fold`: (row, head, query, size)."""
     sets, key_heads = value.shape[:2]
     if sets == 1 and key_heads == heads:
         return value[0].unflatten(1, (rows, length)).transpose(0, 1)
@@ -164,7 +164,7 @@ def _unfold(value: Tensor, rows: int, heads: int, length: int) -> Tensor:
 def portable(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Matrix products and a log-sum-exp in float32 or wider, on any device, with gradients."""
+    """Compute attention by matrix products and a log-sum-exp in float32 or wider, on any device, with gradients."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys, values = (_for_heads(part, query.shape[1]).to(wide) for part in (keys, values))
     if causal:
@@ -188,14 +188,14 @@ def _portable_block(
 
 
 def _for_heads(value: Tensor, heads: int) -> Tensor:
-    """Keys or values repeated to one set for each query head."""
+    """Return keys or values repeated to one set for each query head."""
     return value if value.shape[1] == heads else repeat(value, "b k n d -> b (k h) n d", h=heads // value.shape[1])
 
 
 def _flash_on_cpu(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's fused kernel; it accepts fewer key-value heads than query heads, and additive masks only."""
+    """Call the CPU's fused kernel; it accepts fewer key-value heads than query heads, and additive masks only."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, keys, values, 0.0, causal, attn_mask=_additive(mask, query.dtype), scale=scale)
 
@@ -203,7 +203,7 @@ def _flash_on_cpu(
 def _flash_on_cuda(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """CUDA's flash kernel for half precision; it has no masks."""
+    """Call CUDA's flash kernel for half precision, which has no masks."""
     if mask is not None:
         raise ValueError("this kernel takes no mask")
     keys, values = (_for_heads(part, query.shape[1]) for part in (keys, values))
@@ -215,7 +215,7 @@ def _flash_on_cuda(
 def _efficient_on_cuda(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """CUDA's memory-efficient kernel; its log-sum-exp is padded on the query axis, and masks are aligned to 16 keys."""
+    """Call CUDA's memory-efficient kernel, which pads its log-sum-exp by query; masks are aligned to 16 keys."""
     keys, values = (_for_heads(part, query.shape[1]) for part in (keys, values))
     bias = _additive(mask, query.dtype)
     if bias is not None:
@@ -240,7 +240,7 @@ _FUSED: dict[str, tuple[tuple[str, Kernel], ...]] = {
 
 
 def probe_kernels(*, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> Kernels:
-    """The fused kernels that agree with the portable one here, or else the portable one itself."""
+    """Return the fused kernels that agree with the portable one here, or else the portable one itself."""
     chosen = []
     for masked in (False, True):
         passing = [
@@ -254,7 +254,7 @@ def probe_kernels(*, device: torch.device, dtype: torch.dtype, heads: int, key_h
 
 
 def _agrees(kernel: Kernel, masked: bool, *, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
-    """Whether the kernel gives the portable one's outputs and sums on random numbers of this shape."""
+    """Return whether the kernel gives the portable one's outputs and sums on random numbers of this shape."""
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 3e-2)
     generator = torch.Generator().manual_seed(0)
     for rows, queries, keys, causal in ((3, 7, 7, not masked), (1, 37, 45, False)):

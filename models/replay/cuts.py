@@ -11,7 +11,7 @@ from .attention import Job, Segment
 from .recording import Index, Masks, Source, Span, index_of, neighbours, simplified
 
 _SHORT = 128
-"""Runs of at most so many keys are copied together: that costs less than attending to each of them on its own."""
+"""Runs of at most this many keys are copied together: that costs less than attending to each run separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class _Part:
     hidden: Tensor
     """Booleans (cut + 1, head or 1, query), True where the query sees none of them; entry 0: rows without a cut."""
     concerned: tuple[bool, ...]
-    """Per entry, whether some query sees none of them in some head."""
+    """Per entry, True if some query sees none of them in some head."""
     blind: tuple[bool, ...]
-    """Per entry, whether no query sees any of them in any head."""
+    """Per entry, True if no query sees any of them in any head."""
 
     def seen_by(self, rows: Sequence[int]) -> tuple[Tensor | None, tuple[int, ...] | None]:
-        """`hidden` and `rows` of a segment, for rows with these entries."""
+        """Return `hidden` and `rows` of a segment, for rows with these entries."""
         if not any(self.concerned[row] for row in rows):
             return None, None
         seeing = tuple(number for number, row in enumerate(rows) if not self.blind[row])
@@ -61,13 +61,13 @@ class CutSpan:
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def rows(self, cuts: Sequence[Cut | None]) -> "CutRows":
-        """The span for a call with these cuts, one per row; None for a row without one."""
+        """Return the span for a call with these cuts, one per row; None for a row without one."""
         if "numbers" not in self._cache:
             self._cache["numbers"] = {None: 0} | {cut: number for number, cut in enumerate(self.cuts, 1)}
         return CutRows(span=self, entries=tuple(map(self._cache["numbers"].__getitem__, cuts)))
 
     def job(self, layer: int, read: Sequence[int] | None, entries: Sequence[int]) -> Job:
-        """How a call attends, given one entry per row: 0 for no cut, or the number of its cut from 1."""
+        """Return how a call attends, given one entry per row: 0 for no cut, or the number of its cut from 1."""
         queries = self.positions if read is None else tuple(read)
         parts, owned = self._parted(queries)
         segments = []
@@ -90,7 +90,7 @@ class CutSpan:
         return Job(segments=segments, own=own)
 
     def _parted(self, queries: tuple[int, ...]) -> tuple[list[tuple[_Part, Span]], list[tuple[_Part, Index | None]]]:
-        """Parts of all other positions with spans over their recordings, and of the computed ones with their places."""
+        """Return parts of other positions with spans over their recordings, and of computed ones with their places."""
         if queries not in self._cache:
             others = []
             for source in self.sources:
@@ -112,7 +112,7 @@ class CutSpan:
         return self._cache[queries]
 
     def _groups(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
-        """Positions, grouped by which cuts they are sources of."""
+        """Return the positions, grouped by the cuts that they are sources of."""
         groups: dict[tuple[bool, ...], list[int]] = {}
         for position in positions:
             groups.setdefault(tuple(position in cut.sources for cut in self.cuts), []).append(position)
@@ -133,7 +133,7 @@ class CutSpan:
         )
 
     def _own_visible(self, layer: int, queries: tuple[int, ...], part: _Part) -> tuple[Tensor | None, bool]:
-        """(visible, causal): which of a part's keys, computed in the same call, the queries see."""
+        """Return (visible, causal): which of a part's keys, computed in the same call, the queries see."""
         key = queries, part.positions, id(self.masks.layers[layer])
         if key not in self._cache:
             indices = (torch.tensor(positions, device=self.device) for positions in (queries, part.positions))
@@ -162,12 +162,12 @@ class CutRows:
         return index_of(self.span.positions, self.span.device)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
+        """Return how a call of the layer attends, with only the positions in `read` as queries if they are given."""
         return self.span.job(layer, read, self.entries)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, ...]]:
-    """Ascending positions as runs without gaps, all short ones as one."""
+    """Return ascending positions as runs without gaps, with all short runs merged into one."""
     runs = neighbours(positions)
     short = sorted(place for run in runs if len(run) <= _SHORT for place in run)
     return [*(run for run in runs if len(run) > _SHORT), *([tuple(short)] if short else [])]

@@ -1,4 +1,4 @@
-"""Forward passes with an attention function of ours, which reads attention (`attending`) or cuts it (`masking`).
+"""Forward passes with a replaced attention function, which reads attention (`attending`) or cuts it (`masking`).
 
 `attending` computes the softmax of its queries itself, so that gradients go through the weights that it hands out.
 Attention that is not a plain softmax over scaled products raises `ReplayError`.
@@ -23,7 +23,7 @@ from .witness import Witness
 
 @contextmanager
 def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
-    """Let the text model attend through this function until the block ends, and then, also after errors, as before.
+    """Replace the text model's attention function inside the block; restore it on exit, also after errors.
 
     Other threads wait until the block ends.
 
@@ -42,7 +42,7 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
     name = f"multrace_{id(attend)}"
     with vlm.running():
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)  # without one of this name, transformers makes no masks at all
+        AttentionMaskInterface.register(name, sdpa_mask)  # transformers makes no masks without an entry of this name
         before, config._attn_implementation = config._attn_implementation, name
         try:
             yield
@@ -101,7 +101,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
 
 
 def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
-    """The mask (row or 1, head or 1, query, key) that hides these keys, too."""
+    """Return the mask (row or 1, head or 1, query, key) that hides these keys as well."""
     if mask is None:
         mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device)[None, None]
         mask = mask.tril() if is_causal else mask
@@ -112,13 +112,13 @@ def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attention:
-    """What one decoder layer's attention did at some queries."""
+    """The attention weights and values of one decoder layer at some queries."""
 
     weights: Tensor
     """(row, head, query, key), float32 or wider: each query's weights, which sum to one. With gradients enabled the
     layer's output depends on this very tensor."""
     values: Tensor
-    """(row, key-value head, key, size): what the weights weigh, in the model's dtype. Head h reads key-value head
+    """(row, key-value head, key, size): the values that are averaged, in the model's dtype. Head h reads key-value head
     h // (heads / key-value heads)."""
 
 
@@ -182,13 +182,13 @@ class _Recorder:
         self._witness = Witness(self._layers)
 
     def begin(self, _decoder: nn.Module, _arguments: Any) -> None:
-        """Forget what an earlier pass left."""
+        """Discard the records of an earlier pass."""
         self.attentions.clear()
         self._witness = Witness(self._layers)
 
     def end(self, _decoder: nn.Module, _arguments: Any, _output: Any) -> None:
         """Check that the list holds the whole pass."""
-        self._witness = Witness(self._layers)  # the old one holds on to keys
+        self._witness = Witness(self._layers)  # the old witness still refers to keys
         if len(self.attentions) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
 
@@ -203,7 +203,7 @@ class _Recorder:
         dropout: float = 0.0,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """The attention function that the text model calls in each layer: (row, query, head, size) and no weights."""
+        """Return one layer's attention output, (row, query, head, size), and no weights; called by the text model."""
         number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
         if number != len(self.attentions):
             raise ReplayError(f"decoder layer {number} attends out of turn")
@@ -221,7 +221,7 @@ class _Recorder:
         return output.index_copy(1, where, rows), None
 
     def _places(self, length: int, key: Tensor) -> Tensor:
-        """The queries as positions from the start."""
+        """Return the queries as positions from the start."""
         if key.shape[2] != length:
             raise ReplayError(f"the pass attends to {key.shape[2]} keys from {length} tokens; run it without a cache")
         unknown = [query for query in self._queries if not -length <= query < length]
@@ -233,7 +233,7 @@ class _Recorder:
 
 
 def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
-    """The term added to the scores of these queries, in a shape that broadcasts to (row, head, query, key)."""
+    """Return the term added to the scores of these queries; it broadcasts to (row, head, query, key)."""
     dtype, length = _wide(key.dtype), key.shape[2]
     if mask is None:
         mask = where[:, None] >= torch.arange(length, device=key.device)
@@ -247,7 +247,7 @@ def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) -> Tensor:
-    """The softmax of the scaled products, (row, head, query, key), float32 or wider."""
+    """Return the softmax of the scaled products, (row, head, query, key), float32 or wider."""
     wide = _wide(query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = rearrange(query.to(wide), "b (k g) q d -> b k g q d", k=key.shape[1])
@@ -256,7 +256,7 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) 
 
 
 def _weighed(weights: Tensor, value: Tensor) -> Tensor:
-    """The values as each query weighs them, (row, query, head, size), in their own dtype."""
+    """Return the weighted sum of the values for each query, (row, query, head, size), in the dtype of the values."""
     grouped = rearrange(weights, "b (k g) q n -> b k g q n", k=value.shape[1])
     weighed = grouped @ rearrange(value.to(weights.dtype), "b k n d -> b k 1 n d")
     return rearrange(weighed, "b k g q d -> b q (k g) d").to(value.dtype)

@@ -1,4 +1,4 @@
-"""Batches of rows of different lengths: what precedes a change is run once, the layers above it again and again.
+"""Batches of rows of different lengths: the part before a change runs once, the layers above it run repeatedly.
 
 `Replay` cannot do this exactly: its rows share one mask and one set of positions, where padded rows have their own, and
 its merged attention rounds otherwise than the model's. Here the layers attend through the model's own attention
@@ -56,7 +56,7 @@ class PaddedBatch:
         )
 
     def logits(self, vlm: VisionLanguageModel, columns: Tensor) -> Tensor:
-        """The whole model's logits at columns (row, label) of each row, (row, label, vocab), float32 or wider."""
+        """Return the whole model's logits at columns (row, label), (row, label, vocab), float32 or wider."""
         logits = vlm.forward(
             inputs_embeds=self.embeddings,
             attention_mask=self.attention_mask,
@@ -66,7 +66,7 @@ class PaddedBatch:
         return at_columns(logits, columns)
 
     def rows(self, rows: Tensor) -> "PaddedBatch":
-        """The batch of only some rows, (row,) indices."""
+        """Return the batch of only some rows, (row,) indices."""
         prefix = _growing(self.prefix)
         for layer in cast(list[Any], prefix.layers):
             if layer.keys is not None and layer.keys.numel():
@@ -77,22 +77,22 @@ class PaddedBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpperLayers:
-    """The layers from one on, as a run of a padded batch called them, to be run again; gradients go right through."""
+    """The layers from a given one on, as a run of a padded batch called them, ready to be rerun with gradients."""
 
     vlm: VisionLanguageModel
     batch: PaddedBatch
     columns: Tensor
-    """(row, label), the columns whose logits are asked for."""
+    """(row, label), the columns whose logits are requested."""
     first: int
     """The first layer that is run again, from 0."""
     entering: Tensor | None = None
-    """(row, column, hidden), what that layer reads; None if the whole model has to be run each time."""
+    """(row, column, hidden), the input of that layer; None if the whole model has to be run each time."""
     calls: tuple[LayerCall, ...] = ()
-    """How each layer from `first` on was called."""
+    """The recorded call of each layer from `first` on."""
 
     @property
     def is_partial(self) -> bool:
-        """Whether the upper layers alone give the model's own logits; otherwise the whole model is run each time."""
+        """True if the upper layers alone give the model's own logits; otherwise the whole model is run each time."""
         return self.entering is not None
 
     @classmethod
@@ -108,7 +108,7 @@ class UpperLayers:
         Args:
             vlm: The model.
             batch: The batch to run.
-            columns: (row, label), the columns whose logits are asked for.
+            columns: (row, label), the columns whose logits are requested.
             first: The first layer that will be run again, from 0.
         """
         upper = cls(vlm=vlm, batch=batch, columns=columns, first=first)
@@ -122,9 +122,9 @@ class UpperLayers:
 
     @torch.no_grad()
     def checked(self, logits: Tensor, mask: Tensor) -> "UpperLayers":
-        """These layers if they reproduce the logits where the mask (row, label) is True, or else the whole model.
+        """Return these layers if they reproduce the logits where the mask (row, label) is True, else the whole model.
 
-        Layers that pass forget the keys and values of the layers below, which nothing reads any more.
+        Layers that pass discard the keys and values of the layers below, which are no longer needed.
         """
         if not self.is_partial:
             return self
@@ -139,7 +139,7 @@ class UpperLayers:
         return replace(self, batch=replace(self.batch, prefix=prefix))
 
     def logits(self) -> Tensor:
-        """Logits (row, label, vocab), float32 or wider, under all patches that are on the upper layers."""
+        """Return logits (row, label, vocab), float32 or wider, under all patches on the upper layers."""
         if self.entering is None:
             return self.batch.logits(self.vlm, self.columns)
         cache, states = _growing(self.batch.prefix), self.entering
@@ -149,7 +149,7 @@ class UpperLayers:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def rows(self, rows: Tensor) -> "UpperLayers":
-        """The layers for only some rows, (row,) indices in ascending order."""
+        """Return the layers for only some rows, (row,) indices in ascending order."""
         smaller = replace(self, batch=self.batch.rows(rows), columns=self.columns[rows.to(self.columns.device)])
         if self.entering is None:
             return smaller
@@ -159,13 +159,13 @@ class UpperLayers:
 
 
 def at_columns(states: Tensor, columns: Tensor) -> Tensor:
-    """The entries (row, column, ...) of states (row, token, ...) at columns (row, column) of each row."""
+    """Return the entries (row, column, ...) of states (row, token, ...) at columns (row, column) of each row."""
     columns = columns.to(states.device)
     return states[torch.arange(len(columns), device=states.device)[:, None], columns]
 
 
 def _growing(cache: Cache) -> Cache:
-    """A copy that may grow without the given cache growing; tensors are shared, since growing replaces them."""
+    """Return a copy that can grow while the given cache does not; tensors are shared, since growing replaces them."""
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) for layer in cache.layers]
     return fresh

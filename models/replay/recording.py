@@ -1,4 +1,4 @@
-"""What was recorded, which positions a replay computes, where the keys of all others come from, and what sees what."""
+"""Recorded runs, the positions that a replay computes, the sources of all other keys, and attention visibility."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from .attention import Job, Segment
 Index = slice | Tensor
 
 _RUNS_APART = 4
-"""At most so many runs of neighbouring positions are attended to as slices; more are copied together instead."""
+"""At most this many runs of neighbouring positions are attended to as slices; more are copied together instead."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,22 +30,22 @@ class Recording:
     kept: tuple[int, ...]
     """Positions that states and outputs are stored for, ascending."""
     states: tuple[Tensor, ...]
-    """Per layer (row, kept position, hidden): what enters it; the last entry is what leaves the last layer."""
+    """Per layer (row, kept position, hidden): its input; the last entry is the output of the last layer."""
     outputs: Mapping[Site | Projection, Tensor]
-    """(row, kept position, width): what recorded sites wrote and what recorded projections read."""
+    """(row, kept position, width): outputs of recorded sites and inputs of recorded projections."""
     read: tuple[int, ...]
     """Positions whose logits are stored."""
     logits: Tensor
     """(row, read position, vocab)"""
 
     def at(self, stored: Tensor, positions: Sequence[int]) -> Tensor:
-        """States or outputs of this recording at some of the kept positions, (row, position, width)."""
+        """Return states or outputs of this recording at some of the kept positions, (row, position, width)."""
         return stored[:, places(self.kept, positions, stored.device)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masks:
-    """What each layer's tokens may attend to."""
+    """The attention masks of all layers."""
 
     length: int
     layers: tuple[Tensor | None, ...]
@@ -53,7 +53,7 @@ class Masks:
 
     @classmethod
     def of(cls, masks: Sequence[Tensor | None], length: int) -> "Masks":
-        """The masks that a model gave to its attention function, one per layer.
+        """Return the masks that a model gave to its attention function, one per layer.
 
         Raises `ReplayError` for one that differs between rows or heads, or that adds anything to scores.
         """
@@ -61,7 +61,7 @@ class Masks:
         return cls(length=length, layers=tuple(unique[id(mask)] for mask in masks))
 
     def reach(self, positions: Collection[int], first: int = 0) -> tuple[int, ...]:
-        """The positions, ascending, whose states can change in the layers from `first` on if states at these change.
+        """Return the positions, ascending, whose states can change from layer `first` on if states at these change.
 
         A position is reached if it sees a reached one in any of those layers.
         """
@@ -76,7 +76,7 @@ class Masks:
         return tuple(reached.nonzero().flatten().tolist())
 
     def block(self, layer: int, queries: Tensor, keys: Tensor) -> Tensor:
-        """Booleans (query, key) for some queries and keys of a layer."""
+        """Return booleans (query, key) for some queries and keys of a layer."""
         mask = self.layers[layer]
         if mask is None:
             return queries[:, None] >= keys[None, :]
@@ -103,7 +103,7 @@ class Queries(Protocol):
         """The positions as an index into all of them."""
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
+        """Return how a call of the layer attends, with only the positions in `read` as queries if they are given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +124,7 @@ class Span:
         return index_of(self.positions, self.device)
 
     def segments(self, layer: int) -> list[Segment]:
-        """The sources' keys and values at a layer, and what the computed positions see of them."""
+        """Return the sources' keys and values at a layer, and what the computed positions see of them."""
         segments = []
         for source, where, seen in self._layout(layer)[0]:
             keys, values = source.run.keys[layer][:, :, where], source.run.values[layer][:, :, where]
@@ -132,17 +132,17 @@ class Span:
         return segments
 
     def own(self, layer: int) -> tuple[Tensor | None, bool]:
-        """(visible, causal): how the computed positions see each other at a layer."""
+        """Return (visible, causal): how the computed positions see each other at a layer."""
         return self._layout(layer)[1]
 
     def seen_from(self, layer: int, chosen: Sequence[int]) -> tuple[list[Segment], tuple[Tensor | None, bool]]:
-        """Segments and own visibility for only some of the computed positions as queries."""
+        """Return segments and own visibility for only some of the computed positions as queries."""
         part = Span(positions=tuple(chosen), sources=self.sources, masks=self.masks, device=self.device)
         queries, keys = (torch.tensor(positions, device=self.device) for positions in (part.positions, self.positions))
         return part.segments(layer), (simplified(self.masks.block(layer, queries, keys)), False)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
-        """How a call of the layer attends, with only the positions in `read` as queries if they are given."""
+        """Return how a call of the layer attends, with only the positions in `read` as queries if they are given."""
         segments, own = (self.segments(layer), self.own(layer)) if read is None else self.seen_from(layer, read)
         visible, is_causal = own
 
@@ -162,7 +162,7 @@ class Span:
         return self._cache[key]
 
     def _part(self, layer: int, queries: Tensor, source: Source) -> tuple[Source, Index, Tensor | None] | None:
-        """The source, the places in its recording that any query sees, and which queries see them; None for none."""
+        """Return the source, the places in its recording that any query sees, and the visibility; None for none."""
         if not source.positions:
             return None
         keys = torch.tensor(source.positions, device=self.device)
@@ -170,26 +170,26 @@ class Span:
         used = seen.any(0).nonzero().flatten().tolist()
         if not used:
             return None
-        seen_positions = source.positions[used[0] : used[-1] + 1]  # behind a sliding window nobody sees anything
+        seen_positions = source.positions[used[0] : used[-1] + 1]  # no query sees keys behind a sliding window
         where = places(source.run.positions, seen_positions, self.device)
         return source, where, simplified(seen[:, used[0] : used[-1] + 1])
 
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Index:
-    """An index for ascending numbers: a slice, which copies nothing, where they are neighbours."""
+    """Return an index for ascending numbers: a slice, which copies nothing, if they are neighbours."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(list(numbers), dtype=torch.long, device=device)
 
 
 def places(within: Sequence[int], wanted: Sequence[int], device: torch.device) -> Index:
-    """The places of the wanted positions among others, as an index; all ascending."""
+    """Return the places of the requested positions among others, as an index; all are ascending."""
     number = {position: index for index, position in enumerate(within)}
     return index_of([number[position] for position in wanted], device)
 
 
 def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
-    """Ascending positions as runs without gaps, or as one run if there are too many to attend to one by one."""
+    """Return ascending positions as runs without gaps, or as one run if there are too many to attend to singly."""
     if not positions:
         return []
     starts = [index for index, place in enumerate(positions) if not index or positions[index - 1] != place - 1]
@@ -199,7 +199,7 @@ def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def simplified(seen: Tensor) -> Tensor | None:
-    """Booleans (query, key) as None if everything is seen, as (query,) if all keys are alike, or else unchanged."""
+    """Return booleans (query, key) as None if all are True, as (query,) if all keys are alike, else unchanged."""
     if bool(seen.all()):
         return None
     if torch.equal(seen, seen[:, :1].expand_as(seen)):
@@ -208,7 +208,7 @@ def simplified(seen: Tensor) -> Tensor | None:
 
 
 def _boolean(mask: Tensor, length: int) -> Tensor:
-    """One mask (query, key) for all rows and heads, from booleans or from zeros and large negative numbers."""
+    """Return one mask (query, key) for all rows and heads, from booleans or from zeros and large negative numbers."""
     if mask.ndim != 4 or mask.shape[-2:] != (length, length):
         raise ReplayError(f"the model masks attention with a tensor of shape {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
@@ -218,6 +218,6 @@ def _boolean(mask: Tensor, length: int) -> Tensor:
         mask = ~hidden
     if not torch.equal(mask, mask[:1, :1].expand_as(mask)):
         raise ReplayError("the model masks attention differently for rows or heads")
-    if not bool(mask[0, 0].any(-1).all()):  # what attention gives there is up to the kernel
+    if not bool(mask[0, 0].any(-1).all()):  # the output there depends on the kernel
         raise ReplayError("the model lets a token attend to nothing at all")
     return mask[0, 0]

@@ -1,7 +1,7 @@
-"""Run a model's own decoder layers again from any layer on, only where states can have changed.
+"""Rerun a model's own decoder layers from any layer on, only where states can have changed.
 
-Keys and values of all other positions come from runs that were recorded before; only the attention function is ours.
-A model that this would not reproduce raises `ReplayError`.
+Keys and values of other positions come from earlier recorded runs; only the attention function is replaced.
+A model whose states this would not reproduce raises `ReplayError`.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from .recording import Index, Masks, Queries, Recording, Source, Span, index_of,
 from .witness import LayerCall, Witness, for_rows
 
 _Captured = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
-"""What modules wrote, and what they read."""
+"""The captured outputs and inputs of modules."""
 
 
 @dataclass
 class Work:
-    """How much the decoder layers computed; the counts grow with every call."""
+    """The amount of work done in the decoder layers; the counts grow with every call."""
 
     token_layers: int = 0
     """Tokens whose output of one decoder layer was computed."""
@@ -42,7 +42,7 @@ class Work:
 
 @contextmanager
 def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
-    """Yield a `Replay` of this model; its text model attends through it until the block ends, and then as before.
+    """Yield a `Replay` of this model, through which its text model attends until the block ends.
 
     Other threads wait until the block ends.
 
@@ -82,13 +82,13 @@ def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
 
 
 class Replay:
-    """Runs decoder layers one at a time on some positions. Made by `replaying`; follows one prompt at a time."""
+    """A runner of single decoder layers on some positions of one prompt at a time. Made by `replaying`."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
         self.work = Work()
         self.masks = Masks(length=0, layers=())
-        """What each layer's tokens may attend to in the prompt that `record` ran last."""
+        """The attention masks of the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
         self._kernels: dict[tuple[int, int, int], Kernels] = {}
@@ -96,7 +96,7 @@ class Replay:
         self._job: Job | None = None
 
     def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
-        """What the first decoder layer reads for these embeddings, (row, token, hidden); no layer runs."""
+        """Return the first decoder layer's input for these embeddings, (row, token, hidden); no layer runs."""
         with first_input(self.vlm, self._layers[0], "decoder layer 0") as entered:
             self.vlm.forward(inputs_embeds=embeddings, **for_rows(len(embeddings), keywords))
         return entered[0]
@@ -114,7 +114,7 @@ class Replay:
         """Run the whole model once and return the recording; its masks and positions hold for later calls.
 
         Args:
-            embeddings: (row, token, hidden), what the text stack is given.
+            embeddings: (row, token, hidden), the input of the text stack.
             kept: Positions at which hidden states, outputs of sites and inputs of projections are stored; keys and
                 values are stored everywhere.
             read: Positions whose logits are stored.
@@ -134,7 +134,7 @@ class Replay:
         ends = self._ends
         try:
             with (
-                capture(self.vlm, [*sites, *ends], clone=True) as outputs,  # a layer may go on to write into them
+                capture(self.vlm, [*sites, *ends], clone=True) as outputs,  # a layer may write into them later
                 capture(self.vlm, [*projections, *ends], inputs=True, clone=True) as inputs,
                 witness.watching(),
             ):
@@ -175,7 +175,7 @@ class Replay:
 
         Args:
             base: The run that holds the keys and values of all other positions.
-            entering: (row, position, hidden), what enters the first layer at the computed positions.
+            entering: (row, position, hidden), the input of the first layer at the computed positions.
             positions: The positions to compute; they must be all that can differ (`Masks.reach`).
             kept: Those of them at which states, outputs of sites and inputs of projections are stored (default: all).
             sites: Sites whose outputs are stored.
@@ -193,7 +193,7 @@ class Replay:
             job = span.job(number)
             with self._storing(number, sites, projections, where, written):
                 states = self._call(number, states, span.index, job)
-            stored.append(states[:, where].clone())  # not a view, which would keep the rest in memory
+            stored.append(states[:, where].clone())  # a view would keep the rest in memory
             attended.append(job.computed)
         changed = [position for position in base.read if position in set(positions)]
         logits = base.logits.expand(len(entering), -1, -1).clone()
@@ -212,18 +212,18 @@ class Replay:
         )
 
     def span(self, positions: Sequence[int], sources: Sequence[Source]) -> Span:
-        """The span that computes these positions (ascending), with the recordings that hold the keys of the others."""
+        """Return the span of these positions (ascending), with the recordings that hold the keys of the others."""
         return Span(positions=tuple(positions), sources=tuple(sources), masks=self.masks, device=self.vlm.device)
 
     def layer(self, number: int, states: Tensor, span: Queries) -> Tensor:
-        """The output of a decoder layer, (row, position, hidden), for states of that shape at the span's positions.
+        """Return a decoder layer's output, (row, position, hidden), for states of that shape at the span's positions.
 
         Rows form as many equal blocks as a source has rows, in its order.
         """
         return self._call(number, states, span.index, span.job(number))
 
     def last_layer(self, states: Tensor, span: Queries, read: Sequence[int]) -> Tensor:
-        """The last layer's output at only some of the span's positions, (row, read position, hidden).
+        """Return the last layer's output at only some of the span's positions, (row, read position, hidden).
 
         For the others the layer computes keys and values and is stopped there, unless its weights are moved while it
         runs (offloading), where stopping would leave them in the wrong place. Patches on modules of the layer see the
@@ -244,7 +244,7 @@ class Replay:
         return self._call(number, states[:, where], index_of(read, states.device), job)
 
     def read(self, states: Tensor) -> Tensor:
-        """Logits (row, position, vocab), float32 or wider, of the last layer's output (row, position, hidden)."""
+        """Return logits (row, position, vocab), float32 or wider, of last-layer outputs (row, position, hidden)."""
         self.work.read_tokens += states.shape[0] * states.shape[1]
         norm, head = self._ends
         return _wide(head(norm(states)))
@@ -260,7 +260,7 @@ class Replay:
         dropout: float = 0.0,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """The attention function that the text model calls in each layer: (row, query, head, size) and no weights."""
+        """Return one layer's attention output, (row, query, head, size), and no weights; called by the text model."""
         job = self._job
         if job is None:
             if self._witness is not None:
@@ -280,7 +280,7 @@ class Replay:
         return output.transpose(1, 2).contiguous(), None
 
     def _kernels_for(self, query: Tensor, key: Tensor) -> Kernels:
-        """The kernels that passed the self-test for tensors of these shapes."""
+        """Return the kernels that passed the self-test for tensors of these shapes."""
         shape = query.shape[1], key.shape[1], query.shape[3]
         if shape not in self._kernels:
             sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
@@ -288,7 +288,7 @@ class Replay:
         return self._kernels[shape]
 
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
-        """The layer's output, with its attention done as the job says."""
+        """Return the layer's output, with attention computed as the job specifies."""
         keywords = self._calls[number].at(index)
         self._job = job
         try:
@@ -307,7 +307,7 @@ class Replay:
         where: Index,
         stored: dict[Site | Projection, Tensor],
     ) -> Iterator[None]:
-        """Store what one layer's sites and projections do in the block, at some positions."""
+        """Store the states of one layer's sites and projections inside the block, at some positions."""
         inside = {id(part) for part in self._layers[number].modules()}
         own_sites = [site for site in sites if self.vlm.layer_index(site.layer) == number]
         own_projections = [projection for projection in projections if id(projection.module) in inside]
@@ -320,7 +320,7 @@ class Replay:
 
     @property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
-        """The modules that turn the last layer's output into logits: the final norm and the output head."""
+        """Return the modules that turn the last layer's output into logits: the final norm and the output head."""
         return self.vlm.final_norm, self.vlm.output_head
 
     def _check_logits(self, captured: _Captured, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What one run of decoder layers shows, and whether calling the layers one by one would repeat it."""
+"""Observation of one run of decoder layers, and a check that calling the layers one by one would repeat it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,13 +20,13 @@ _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "c
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """What a decoder layer was given beside the states that entered it."""
+    """The arguments of a decoder layer other than its input states."""
 
     keywords: Mapping[str, Any]
-    """Every other argument by its name in the layer's signature, positional ones too."""
+    """All these arguments by their names in the layer's signature, including positional ones."""
 
     def at(self, index: Index) -> dict[str, Any]:
-        """The keywords for only some positions, alike in all rows; masks and caches are left out.
+        """Return the keywords for only some positions, the same in all rows; masks and caches are left out.
 
         Raises `ReplayError` for rows that differ in their positions, and for an argument that cannot be cut to
         positions.
@@ -34,26 +34,26 @@ class LayerCall:
         return {name: _at_positions(name, value, index) for name, value in self.keywords.items()}
 
     def rows(self, rows: Tensor, count: int) -> "LayerCall":
-        """The call for only some of its `count` rows."""
+        """Return the call for only some of its `count` rows."""
         return LayerCall(keywords={name: _of_rows(value, rows, count) for name, value in self.keywords.items()})
 
     def again(self, layer: nn.Module, states: Tensor, cache: Cache) -> Tensor:
-        """The layer's output for these states, with this cache to read and to extend."""
+        """Return the layer's output for these states, which reads and extends this cache."""
         keywords = {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
         return main_tensor(layer(states, **keywords), "a decoder layer")
 
 
 class Witness:
-    """Watches one run of decoder layers; raises `ReplayError` where a replay would lose something.
+    """An observer of one run of decoder layers that raises `ReplayError` if a replay would not reproduce it.
 
     Layers are replayed at single positions, with one mask for all rows, or for a padded batch as a whole.
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, is_padded: bool = False) -> None:
         self.states: list[Tensor] = []
-        """What enters each layer, and what leaves the last one; of a padded batch only what enters the first."""
+        """The input of each layer and the output of the last; for a padded batch, only the input of the first."""
         self.calls: list[LayerCall] = []
-        """What else each layer is called with."""
+        """The other arguments of each layer's call."""
         self._layers = list(layers)
         self._is_padded = is_padded
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
@@ -62,7 +62,7 @@ class Witness:
 
     @property
     def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Each layer's keys, values and mask. Raises `ReplayError` unless every layer ran and attended exactly once."""
+        """Return each layer's keys, values and mask. Raises `ReplayError` unless each layer ran and attended once."""
         if len(self.calls) != len(self._layers) or len(self._attended) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
         return [self._attended[number] for number in range(len(self._layers))]
@@ -70,7 +70,7 @@ class Witness:
     def attends(
         self, module: nn.Module, given: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]
     ) -> tuple[int, Tensor | None]:
-        """The number of the layer that attends and its mask, None if causal; stores keys, values and mask.
+        """Return the number of the layer that attends and its mask, None if causal; store keys, values and mask.
 
         given: the keys, values and mask that an attention function received; keywords: what else it received.
         """
@@ -93,7 +93,7 @@ class Witness:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A block during which the layers run once, in order.
+        """Watch the layers, which must run once and in order inside the block.
 
         Raises `ReplayError` from the run if anything but a layer changes the states between two layers, and after it
         if not every layer ran exactly once.
@@ -114,7 +114,7 @@ class Witness:
         def before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             call = LayerCall(keywords=follow(layer, arguments, keywords))
             if not self._is_padded:
-                call.at(slice(0, 1))  # refuses what cannot be cut to positions
+                call.at(slice(0, 1))  # raises for arguments that cannot be cut to positions
             if not (self._is_padded and self.states):
                 self.states.append(last[0][0])
             self.calls.append(call)
@@ -136,9 +136,9 @@ class Witness:
 
 
 def _at_positions(name: str, value: Any, index: Index) -> Any:
-    """A layer's keyword for only some positions. Raises `ReplayError` for a tensor whose meaning is unknown."""
+    """Return a layer's keyword for only some positions. Raises `ReplayError` for a tensor of unknown meaning."""
     if name == "attention_mask" or name.startswith("past_key_value"):
-        return None  # what may be seen is captured where attention is computed
+        return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
         parts = value if isinstance(value, (tuple, list)) else (value,)
         if any(part.shape[0] != 1 and not torch.equal(part, part[:1].expand_as(part)) for part in parts):
@@ -153,7 +153,7 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
 
 
 def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
-    """The part of an argument that belongs to some rows; an argument without rows comes back as it is."""
+    """Return the part of an argument that belongs to some rows; an argument without rows is unchanged."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim > 1 and len(value) == count and count > 1 else value
     if isinstance(value, (tuple, list)):
@@ -162,7 +162,7 @@ def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
 
 
 def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """Masks and positions of a model call, for so many rows. Raises `ReplayError` if they differ from row to row."""
+    """Return masks and positions of a model call for this many rows. Raises `ReplayError` if rows differ in them."""
     given = {name: value for name, value in keywords.items() if value is not None}
     for name, value in given.items():
         if value.ndim % 2 == 0:  # positions on three axes lead with the axis
@@ -177,7 +177,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def _version(value: Tensor) -> int | None:
-    """The tensor's count of writes in place; tensors of inference mode have none."""
+    """Return the tensor's count of in-place writes; None for tensors of inference mode."""
     return None if value.is_inference() else value._version
 
 
@@ -186,7 +186,7 @@ def _is_unchanged(before: Tensor, version: int | None, now: Tensor) -> bool:
 
 
 def _named(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, the hidden states first."""
+    """Return a call's arguments by name, the hidden states first."""
     bound = signature(layer.forward).bind(*arguments, **keywords)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
