@@ -1,8 +1,9 @@
 """Attribution patching: one backward pass estimates the effects of all cells, so that only the best are computed.
 
-The estimate is the first-order change, (lent state - own state) . gradient, at the run that is changed. It is exact for
-small corruptions and a ranking at best for large ones; windows add up their layers, which counts twice what passes
-through a later layer of the same window. Nanda's attribution patching; see Kramar et al., arXiv 2403.00745.
+The estimate is the first-order change, (source state - base state) . gradient, at the run that is changed. It is exact
+for small corruptions and at best a ranking for large ones. The estimate of a window is the sum over its layers, so an
+effect that passes through a later layer of the same window counts twice. The method is Nanda's attribution patching;
+see Kramar et al., arXiv 2403.00745.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def _stored(run: Recording, key: _Key) -> Tensor:
 
 
 def check_estimable(cells: Sequence[StateCell]) -> None:
-    """Raises `TraceError` unless all cells are total effects on states of the decoder without severed modules."""
+    """Raise `TraceError` unless all cells are total effects on states of the decoder without severed modules."""
     for cell in cells:
         if cell.is_direct or cell.severed or cell.kind not in (*KINDS, "head"):
             what = "direct effects" if cell.is_direct else "severed modules" if cell.severed else f"{cell.kind!r} cells"
@@ -57,7 +58,7 @@ def check_estimable(cells: Sequence[StateCell]) -> None:
 def _estimate(
     vlm: VisionLanguageModel, cell: StateCell, effects: dict[_Key, Tensor], changed: tuple[int, ...]
 ) -> Tensor:
-    """(metric, sample): what a cell adds to the base run's scores."""
+    """Return (metric, sample): the estimate of what a cell adds to the base run's scores."""
     live = sorted(set(cell.positions) & set(changed))
     if not live:
         return torch.zeros(())
@@ -69,7 +70,7 @@ def _estimate(
 
 
 def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: Measure) -> dict[_Key, Tensor]:
-    """Difference of the runs times gradient, (metric, sample, position, head) float64; sites count as one head."""
+    """Return the runs' difference times the gradient, (metric, sample, position, head) float64; a site has one head."""
     base, source = recorded.base, recorded.source
     gradients = _gradients(replay, runs, recorded, row, measure)
     lent_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
@@ -83,7 +84,7 @@ def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: 
 
 
 def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: Measure) -> dict[_Key, Tensor]:
-    """Per site or projection (metric, 1, position, width): gradients of the scores of one row of the base run."""
+    """Return the gradients of one base row's scores, per site or projection (metric, 1, position, width)."""
     vlm, changed, base = replay.vlm, recorded.changed, recorded.base
     keys = list(base.outputs)
     sites, projections = ([key for key in keys if isinstance(key, kind)] for kind in (Site, Projection))

@@ -1,6 +1,6 @@
-"""What edge cells do in a sweep: the run is recorded once, and lanes go through layers in which edges are missing.
+"""Edge cells in a sweep: the run is recorded once, and lanes pass through layers in which edges are missing.
 
-In a window's first layer only the targets differ from the recorded run; from then on whatever sees them.
+In a window's first layer only the targets differ from the recorded run; in later layers, every position that sees them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,17 @@ from .states import Recorded
 
 
 def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
-    """The run in which edges are cut, with the states of all positions that may change."""
+    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
     settings = {"read": runs.scored, **runs.keywords}
     first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
     clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
-    if any(mask is not None for mask in replay.masks.layers):  # then earlier positions may see the targets, too
+    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
         clean = replay.record(runs.base, kept=range(runs.length), **settings)
     return Recorded(full=clean, base=clean, source=clean, changed=())
 
 
 class Edges:
-    """Edge cells in a sweep: what their lanes start with, and what they do not see in the layers of their windows."""
+    """Edge cells in a sweep: the states in which their lanes start, and the edges missing in their windows."""
 
     def __init__(
         self, replay: Replay, runs: Runs, cells: Sequence[EdgeCell], recorded: Recorded, _settings: Engine
@@ -38,21 +38,21 @@ class Edges:
         self._spans: dict[tuple[tuple[int, ...], tuple[Cut, ...]], CutSpan] = {}
 
     def prepare(self, plan: Plan) -> None:
-        """Nothing: lanes of edge cells share no starts."""
+        """Do nothing, since lanes of edge cells share no starts."""
 
     @contextmanager
     def acting(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], _here: tuple[int, ...]) -> Iterator[Queries]:
-        """The span to compute, in whose rows the edges of these lanes are missing."""
+        """Yield the span to compute, in whose rows the edges of these lanes are missing."""
         cuts = [_cut_at(lane, self._cells[lane.cell], layer) for lane in lanes]
         yield self._span(chunk.computed, chunk.cuts).rows(cuts)
 
     def start(self, layer: int, chunk: Chunk, slots: Sequence[int], states: Tensor) -> None:
-        """Runs the first layer of the lanes of these slots at their targets, in states (1, lane, position, hidden)."""
+        """Run the first layer of the lanes in these slots at their targets, in states (1, lane, position, hidden)."""
         lanes = [chunk.lanes[slot] for slot in slots]
         if layer < self._cells[lanes[0].cell].first:
-            return  # they start with what enters their first layer
+            return  # these lanes start with the input of their first layer
         targets = chunk.targets
-        if layer == self._replay.vlm.layers - 1:  # nothing follows but the scored positions' logits
+        if layer == self._replay.vlm.layers - 1:  # only the logits of the scored positions follow
             targets = tuple(place for place in targets if place in set(self._runs.scored))
         rows = self._span(targets, chunk.cuts).rows([lane.cut for lane in lanes])
         entering = self._base.at(self._base.states[layer], targets).expand(len(slots), -1, -1)
@@ -61,11 +61,11 @@ class Edges:
         states[0, into, where] = self._replay.layer(layer, entering.contiguous(), rows)
 
     def scored_together(self, chunk: Chunk, _active: int, _step: int) -> list[list[int]]:
-        """Slots whose logits are computed together: all of them."""
+        """Return the slots whose logits are computed together, which are all of them."""
         return [list(range(len(chunk.lanes)))]
 
     def _span(self, computed: tuple[int, ...], cuts: tuple[Cut, ...]) -> CutSpan:
-        """The positions to compute; all others are the recorded run's."""
+        """Return the positions to compute; all others come from the recorded run."""
         if (computed, cuts) not in self._spans:
             rest = tuple(sorted(set(self._base.positions) - set(computed)))
             self._spans[computed, cuts] = CutSpan(
@@ -80,5 +80,5 @@ class Edges:
 
 
 def _cut_at(lane: Lane, cell: EdgeCell, layer: int) -> Cut | None:
-    """The lane's cut if the layer belongs to its window."""
+    """Return the lane's cut if the layer belongs to its window, else None."""
     return lane.cut if layer <= cell.last else None

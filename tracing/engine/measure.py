@@ -1,4 +1,4 @@
-"""The scores of cells by the engine that was asked for: the fast sweep if the model allows it, else the plain way."""
+"""Scores of cells by the selected engine: the fast sweep if the model allows it, else plain forward passes."""
 
 import sys
 import warnings
@@ -22,11 +22,11 @@ from .sweep import sweep
 from .vision import Shown, is_before_decoder, with_pictures
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-"""Differences in probability that rounding explains at any rate; half precision rounds a thousand times more."""
+"""Differences in probability that rounding alone can explain; in half precision they are a thousand times larger."""
 _PACKAGE = __name__.partition(".")[0]
 
 Accept = Callable[[Tensor, Tensor], None]
-"""A look at the scores (metric, sample) of base and source before any cell is computed; may raise."""
+"""A check of the scores (metric, sample) of base and source before any cell is computed; it may raise."""
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
     pictures: Shown | None = None,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """Return the scores of all cells in all metrics, and what they cost.
+    """Return the scores of all cells in all metrics, and the cost of computing them.
 
     Args:
         vlm: The model.
@@ -48,13 +48,14 @@ def measure(
         cells: State cells or edge cells.
         scoring: Metrics and tokens. A foil of several tokens takes a second pass over all cells.
         engine: The engine and its settings.
-        accept: Is called with the scores (metric, sample) of base and source first.
+        accept: A function that is called first, with the scores (metric, sample) of base and source.
         pictures: Model inputs of both runs, for cells before the decoder.
-        bar: Counts cells, once for each sequence of tokens.
+        bar: Progress bar that counts cells, once for each sequence of tokens.
 
     Raises:
         TraceError: The model cannot be replayed and `engine.name` is "replay"; its attention cannot be cut; memory
-            runs out; or a score is not finite. A model that cannot be replayed otherwise gets one warning.
+            runs out; or a score is not finite. With other engine settings, a model that cannot be replayed gets one
+            warning instead.
     """
     before = [is_before_decoder(cell) for cell in cells]
     others = [cell for cell, is_before in zip(cells, before, strict=True) if not is_before]
@@ -67,7 +68,7 @@ def measure(
 
     for number, (ids, score) in enumerate(scoring.branches):
         settings = replace(engine, checkpoint=_branch_file(engine.checkpoint, number))
-        if parts and parts[0].report.engine == "plain":  # for a reason that one warning has told
+        if parts and parts[0].report.engine == "plain":  # a warning has already given the reason
             settings = replace(settings, name="plain")
         along = runs.along(vlm, ids)
         judge = look if accept is not None and not parts else None
@@ -92,9 +93,9 @@ def measure_once(
     accept: Accept | None = None,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """Return what one function scores on one sequence of tokens, by the engine that was asked for.
+    """Return the scores of one function on one sequence of tokens, by the selected engine.
 
-    A few cells of a sweep are computed a second time the plain way. The arguments are those of `measure`.
+    A few cells of a sweep are computed a second time by plain forward passes. The arguments are those of `measure`.
     """
     reason = "asked for" if cells else "the vision tower cannot be replayed"
     if cells and engine.name != "plain":
@@ -102,7 +103,7 @@ def measure_once(
             found = sweep(vlm, runs, cells, score, settings=engine, accept=accept, bar=bar)
             return replace(found, report=replace(found.report, **_checked(vlm, runs, cells, score, (engine, found))))
         except ReplayError as error:
-            _both(vlm, runs, score)  # logits that are not finite are an error of their own
+            _both(vlm, runs, score)  # logits that are not finite raise their own error
             if engine.name == "replay":
                 raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
             reason = str(error)
@@ -119,7 +120,7 @@ def _plainly(
     accept: Accept | None,
     bar: tqdm | None,
 ) -> CellScores:
-    """The scores by one forward pass per cell. settings: the engine, and the reason why it is not the fast one."""
+    """Return the scores by one forward pass per cell; settings: the engine, and why the fast one is not used."""
     engine, reason = settings
     base, source = _both(vlm, runs, score)
     if accept is not None:
@@ -147,7 +148,7 @@ def _plainly(
 
 
 def _both(vlm: VisionLanguageModel, runs: Runs, score: Measure) -> list[Tensor]:
-    """Scores (metric, sample) of base and source."""
+    """Return the scores (metric, sample) of base and source."""
     base = run_scores(vlm, runs.base.expand(runs.samples, -1, -1).contiguous(), runs, score)
     if runs.source is runs.base:
         return [base, base]
@@ -160,9 +161,9 @@ def _both(vlm: VisionLanguageModel, runs: Runs, score: Measure) -> list[Tensor]:
 def _checked(
     vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], score: Measure, done: tuple[Engine, CellScores]
 ) -> dict[str, int | float]:
-    """How far a few of the sweep's scores are from the plain way's, and the plain way's from its own in another batch.
+    """Return how far a few sweep scores are from plain ones, and how far plain ones vary with the batch size.
 
-    One warning if they are further apart than rounding explains.
+    Warns once if they are further apart than rounding can explain.
     """
     engine, found = done
     computed = (~found.free).nonzero().flatten()
@@ -183,16 +184,16 @@ def _checked(
 
 
 def _in_another_batch(runs: Runs) -> Runs:
-    """The same runs with another number of samples, of which the first is the same."""
+    """Return the same runs with another number of samples, of which the first is unchanged."""
     if runs.samples == 1:
         return replace(runs, base=runs.base[:1].expand(2, -1, -1))
     return replace(runs, base=runs.base[:1], source=runs.source[:1])
 
 
 def _furthest(first: Tensor, second: Tensor) -> float:
-    """Largest difference in the first and the last metric, which is a probability in every trace.
+    """Return the largest difference in the first and in the last metric, which is a probability in every trace.
 
-    A score without bounds, or that is no number, makes no difference where both have it.
+    Where both scores are equally infinite or both are NaN, they do not differ.
     """
     first, second = first[:, [0, -1]], second[:, [0, -1]]
     alike = (first == second) | (first.isnan() & second.isnan())
@@ -200,7 +201,7 @@ def _furthest(first: Tensor, second: Tensor) -> float:
 
 
 def _warn(message: str) -> None:
-    """A warning at the line outside of this package that the call came from."""
+    """Warn at the line outside this package from which the call came."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
@@ -211,12 +212,12 @@ def _warn(message: str) -> None:
 
 
 def _branch_file(checkpoint: Path | None, branch: int) -> Path | None:
-    """The checkpoint of one of several token sequences."""
+    """Return the checkpoint path of one of several token sequences."""
     return checkpoint if checkpoint is None or not branch else checkpoint.with_name(f"{checkpoint.name}.{branch}")
 
 
 def _together(reports: Sequence[EngineReport]) -> EngineReport:
-    """One report of all sequences: the sums of the counts, and the worst differences."""
+    """Return one report for all sequences, with the sums of the counts and the largest differences."""
     first = reports[0]
     counts: Mapping[str, int] = {
         name: sum(getattr(each, name) or 0 for each in reports)

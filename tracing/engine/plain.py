@@ -1,7 +1,7 @@
-"""The plain way to answer cells: one forward pass of the whole decoder for each of them, with hooks or masks.
+"""The plain engine: one forward pass of the whole decoder for each cell, with hooks or masks.
 
-Slow and obvious on purpose: it is the oracle of the tests, and the way for models that cannot be replayed. The vision
-tower runs once; everything after it starts from the merged embeddings.
+It is slow and simple on purpose: it is the reference of the tests, and the fallback for models that cannot be replayed.
+The vision tower runs once; everything after it starts from the merged embeddings.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ def plain_scores(
 def each_plain(
     vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], measure: Measure, *, known: Collection[int] = ()
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number and the scores (metric, sample) of one cell after the other, but for those that are known.
+    """Yield the number and the scores (metric, sample) of each cell in turn, except for those that are known.
 
-    For state cells, memory holds every layer's outputs of the kinds that they name, (sample, token, width) each.
-    Raises `ReplayError` if edges are to be cut in a model that does not let its attention be masked.
+    For state cells, every layer's outputs of the kinds that they name, (sample, token, width) each, are held in memory.
+    Raises `ReplayError` if edges are to be cut in a model whose attention cannot be masked.
     """
     changing = _masked(vlm, runs) if all_edges(cells) else _put_in(vlm, runs, cells)
     base = runs.base.expand(runs.samples, -1, -1).contiguous()
@@ -50,7 +50,7 @@ def each_plain(
 
 
 def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
-    """(metric, sample) float64 on the CPU: the scores of embeddings (sample, token, hidden), nothing changed."""
+    """Return (metric, sample) float64 on the CPU: the scores of unchanged embeddings (sample, token, hidden)."""
     with torch.no_grad():
         logits = vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
         return measure(logits).double().T.cpu()
@@ -60,7 +60,7 @@ def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure
 
 
 def _masked(vlm: VisionLanguageModel, runs: Runs) -> Callable[[EdgeCell], AbstractContextManager]:
-    """A function that gives the block in which a cell's edges are masked."""
+    """Return a function that gives the context in which a cell's edges are masked."""
 
     def changing(cell: EdgeCell) -> AbstractContextManager:
         mask = hidden_edges(cell.cut, runs.length, vlm.heads)
@@ -70,7 +70,7 @@ def _masked(vlm: VisionLanguageModel, runs: Runs) -> Callable[[EdgeCell], Abstra
 
 
 def hidden_edges(cut: Cut, length: int, heads: int) -> Tensor:
-    """Booleans (head or 1, query, key): the edges that are cut."""
+    """Return booleans (head or 1, query, key) that are True for the edges that are cut."""
     sources, targets = (
         torch.zeros(length, dtype=torch.bool).index_fill(0, torch.tensor(sorted(each), dtype=torch.long), True)
         for each in (cut.sources, cut.targets)
@@ -88,7 +88,7 @@ def hidden_edges(cut: Cut, length: int, heads: int) -> Tensor:
 def _put_in(
     vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell]
 ) -> Callable[[StateCell], AbstractContextManager]:
-    """A function that gives the block in which a cell's states of the source are put in, and others are frozen."""
+    """Return a function that gives the context in which a cell's source states are patched in and others are frozen."""
     base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
     keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
     lent = _states(vlm, source, keys, runs)
@@ -108,7 +108,7 @@ def _put_in(
 
 
 def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
-    """The module of each layer that a kind of cell reads and writes; for heads, whose input that is."""
+    """Return each layer's module whose output, or for heads whose input, a kind of cell reads and writes."""
     if kind == "head":
         return [vlm.attention_projection(layer) for layer in range(vlm.layers)]
     return [Site(kind, layer) for layer in range(vlm.layers)]
@@ -117,10 +117,10 @@ def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
 def _states(
     vlm: VisionLanguageModel, embeddings: Tensor, keys: Mapping[str, list[Key]], runs: Runs
 ) -> dict[Key, Tensor]:
-    """What all these modules write (heads: read) in the run on these embeddings, (sample, token, width) each.
+    """Return these modules' outputs (for heads their inputs) in the run on these embeddings, (sample, token, width).
 
-    As many equal samples as the other run has: matrix products of another size round otherwise, and putting in a
-    state that the corruption never touched would no longer be exactly without effect.
+    The run has as many equal samples as the other run: matrix products of another size round differently, and
+    patching in a state that the corruption never touched would no longer have exactly no effect.
     """
     outputs = [key for kind, each in keys.items() if kind != "head" for key in each]
     if not keys:
@@ -141,7 +141,7 @@ def _writes(
     lent: tuple[list[Key], dict[Key, Tensor]],
     own: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
 ) -> tuple[dict[Key, list[_Write]], dict[Key, list[_Write]]]:
-    """What the cell writes where it puts states in, and what is frozen beside that."""
+    """Return the writes that patch in the cell's states and those that freeze other states."""
     put: dict[Key, list[_Write]] = {}
     frozen: dict[Key, list[_Write]] = {}
     columns = slice(None)
@@ -160,7 +160,7 @@ def _writes(
 
 
 def _write(values: Tensor, positions: list[int], columns: slice) -> _Write:
-    """A patch that puts in values (sample, token, width) at some positions and leaves the others."""
+    """Return a patch that writes values (sample, token, width) at some positions and leaves the others."""
 
     def write(output: Tensor) -> Tensor:
         changed = output.clone()
@@ -171,7 +171,7 @@ def _write(values: Tensor, positions: list[int], columns: slice) -> _Write:
 
 
 def _in_turn(writes: Mapping[Key, Sequence[_Write]]) -> dict[Key, _Write]:
-    """One patch for each module that does all of its own."""
+    """Return one patch for each module, which applies all of the module's writes."""
 
     def all_of(functions: Sequence[_Write]) -> _Write:
         def write(output: Tensor) -> Tensor:

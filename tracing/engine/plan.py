@@ -1,6 +1,6 @@
-"""The plan of a sweep: which cells cost nothing, which positions the others change, and which of them run together.
+"""The plan of a sweep: the cells that cost nothing, the positions that the others change, and the batches they form.
 
-Pure bookkeeping over positions and layers; nothing here computes a state.
+This module only keeps account of positions and layers; it computes no states.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,66 +17,67 @@ from .cells import Cell, EdgeCell, StateCell, all_edges
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What one cell changes in the base run."""
+    """The change of the base run by one cell."""
 
     computed: tuple[int, ...]
     """Positions whose states must be computed anew, ascending."""
     merged: tuple[int, ...] = ()
     """Positions that follow the source run from the cell's first layer on."""
     live: tuple[int, ...] = ()
-    """Positions at which states are put in that differ between the runs."""
+    """Positions whose patched-in states differ between the runs."""
     cut: Cut | None = None
-    """The edges of an edge cell that the model has at all."""
+    """The edges of an edge cell that exist in the model."""
     reached: tuple[int, ...] = ()
     """Positions whose last state can differ from both runs, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
-    """One cell's way through the layers."""
+    """One cell's path through the layers."""
 
     cell: int
-    """Its number among all cells."""
+    """The number of the cell among all cells."""
     join: int
-    """The layer after which it starts, -1 for what enters the first one."""
+    """The layer after which the lane starts; -1 for the input of the first layer."""
     leader: int | None
-    """The lane of its chunk whose states it copies there, since both are the same so far; None: it starts by itself."""
+    """The lane of the same chunk whose states it copies there, since both agree so far; None if it copies none."""
     live: tuple[int, ...] = ()
-    """Positions at which a state cell puts states in."""
+    """Positions at which a state cell patches in states."""
     cut: Cut | None = None
-    """Edges that an edge cell lacks."""
+    """The edges that an edge cell removes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lanes that run together: they change the same positions and leave the same ones to the same runs."""
+    """Lanes that run together: they change the same positions and take all others from the same runs."""
 
     computed: tuple[int, ...]
     merged: tuple[int, ...] = ()
     targets: tuple[int, ...] = ()
     """Positions that lack edges, the same for all lanes; empty for state cells."""
     lanes: tuple[Lane, ...]
-    """In the order in which they join."""
+    """The lanes in the order in which they join."""
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """The different cuts of its lanes."""
+        """The distinct cuts of the lanes."""
         return tuple(dict.fromkeys(lane.cut for lane in self.lanes if lane.cut is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The way in which a sweep answers its cells."""
+    """The order of computation of a sweep."""
 
     chunks: tuple[Chunk, ...]
     free: dict[int, tuple[int, ...]]
-    """Cells that need no computation: the scored positions that take the source run's logits; others the base's."""
+    """Cells that need no computation, with the scored positions that take the source run's logits; the other positions
+    take the base run's."""
     copies: dict[int, int] = field(default_factory=dict)
-    """Edge cells that lack the same edges as an earlier one, whose scores they share."""
+    """Edge cells that remove the same edges as an earlier cell, with that cell's number; both share the scores."""
 
 
 class _Member(NamedTuple):
-    """A cell of a chunk, by its number, and what it does there."""
+    """A cell of a chunk, by its number, with its effect."""
 
     cell: int
     live: tuple[int, ...]
@@ -84,7 +85,7 @@ class _Member(NamedTuple):
 
 
 _Group = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Positions computed, merged and cut off, which the lanes of a chunk have in common."""
+"""The computed, merged and target positions that the lanes of a chunk have in common."""
 
 
 def make_plan(
@@ -96,9 +97,9 @@ def make_plan(
     frozen: Collection[int] = (),
     lane_tokens: int,
 ) -> Plan:
-    """The plan for these cells; a chunk holds at most `lane_tokens` computed positions over its lanes, or one lane.
+    """Return the plan for these cells; a chunk has one lane, or at most `lane_tokens` computed positions in all lanes.
 
-    changed: positions at which the two runs can differ at all. Raises `TraceError` if an edge cell leaves a token that
+    changed: all positions at which the two runs can differ. Raises `TraceError` if an edge cell leaves a token that
     would see nothing.
     """
     if all_edges(cells):
@@ -125,12 +126,12 @@ def make_plan(
 
 
 def single(cell: int) -> Chunk:
-    """A chunk for one cell that is answered on its own, by whatever way."""
+    """Return a chunk for one cell that is computed separately, by either engine."""
     return Chunk(computed=(), lanes=(Lane(cell=cell, join=0, leader=None),))
 
 
 def halved(chunk: Chunk, cells: Sequence[Cell]) -> tuple[Chunk, ...]:
-    """The chunk in two parts, or as it is if it has one lane."""
+    """Return the chunk in two parts, or unchanged if it has one lane."""
     if len(chunk.lanes) == 1:
         return (chunk,)
     members = [_Member(cell=lane.cell, live=lane.live, cut=lane.cut) for lane in chunk.lanes]
@@ -141,7 +142,7 @@ def halved(chunk: Chunk, cells: Sequence[Cell]) -> tuple[Chunk, ...]:
 
 
 def effect_of(cell: StateCell, *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()) -> Effect:
-    """The positions that a state cell changes, where `changed` are those at which the two runs can differ at all."""
+    """Return the positions that a state cell changes; `changed`: all positions at which the two runs can differ."""
     live = tuple(sorted(set(cell.positions) & set(changed)))
     reached = set(masks.reach(live, cell.first + 1))
     if cell.is_direct:
@@ -156,7 +157,7 @@ def effect_of(cell: StateCell, *, masks: Masks, changed: Collection[int], frozen
 def touched(
     cells: Sequence[StateCell], *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()
 ) -> tuple[int, ...]:
-    """Positions whose states some cell computes or lends, ascending: all that need be kept of the two runs."""
+    """Return the ascending positions whose states any cell computes or patches in; only these need to be recorded."""
     found: set[int] = set()
     for effect in {id(each): each for each in _state_effects(cells, masks, changed, frozen)}.values():
         found.update(effect.computed, effect.live)
@@ -166,7 +167,7 @@ def touched(
 def _state_effects(
     cells: Sequence[StateCell], masks: Masks, changed: Collection[int], frozen: Collection[int]
 ) -> list[Effect]:
-    """Each cell's effect; cells that differ in nothing that matters for it share one."""
+    """Return each cell's effect; cells that agree in everything that determines the effect share one object."""
     known: dict[tuple, Effect] = {}
     effects = []
     for cell in cells:
@@ -178,7 +179,7 @@ def _state_effects(
 
 
 def _merged(live: Collection[int], masks: Masks, changed: Collection[int], first: int) -> set[int]:
-    """Live positions that see, from layer `first` on, no changed position that is not live too and merged itself."""
+    """Return the live positions for which all changed positions they see from layer `first` on are live and merged."""
     merged = set(live)
     while merged:
         spoilt = set(masks.reach(set(changed) - merged, first)) & merged
@@ -189,9 +190,9 @@ def _merged(live: Collection[int], masks: Masks, changed: Collection[int], first
 
 
 def _edge_effects(cells: Sequence[EdgeCell], masks: Masks) -> tuple[dict[int, Effect], dict[int, int]]:
-    """Effects by number of all edge cells that differ, and for each other one the number of the cell it equals.
+    """Return the effects of all distinct edge cells by number, and for each duplicate the number of the cell it equals.
 
-    Targets and sources that the model keeps apart anyway, in all layers of a cell's window, play no part.
+    Edges that the model's own masks exclude in all layers of a cell's window are ignored.
     """
     known: dict[tuple[Cut, frozenset[int]], Cut] = {}
     numbers: dict[tuple, int] = {}
@@ -210,9 +211,9 @@ def _edge_effects(cells: Sequence[EdgeCell], masks: Masks) -> tuple[dict[int, Ef
 
 
 def _edge_effect(cell: EdgeCell, cut: Cut, masks: Masks) -> Effect:
-    """What changes if the edges of this cut are missing in the cell's layers."""
+    """Return the effect of removing the edges of this cut in the cell's layers."""
     reached = set(masks.reach(cut.targets, cell.first + 1)) | cut.targets
-    # The last layer has none after it: what can change there does not depend on where the window begins.
+    # No layer follows the last one, so the positions that can change there do not depend on where the window begins.
     computed = set(masks.reach(cut.targets, min(cell.first + 1, len(masks.layers) - 1))) | cut.targets
     if cell.is_dropped:
         computed -= cut.sources
@@ -220,7 +221,7 @@ def _edge_effect(cell: EdgeCell, cut: Cut, masks: Masks) -> Effect:
 
 
 def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
-    """The cut without edges that are in none of these layers. Raises `TraceError` if a target would see nothing."""
+    """Return the cut without edges that none of these layers has. Raises `TraceError` if a target would see nothing."""
     sources, targets = (torch.tensor(sorted(each), dtype=torch.long) for each in (cut.sources, cut.targets))
     met = torch.zeros(len(targets), len(sources), dtype=torch.bool)
     for layer in layers:
@@ -245,9 +246,9 @@ def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
 
 
 def _chunks(group: _Group, members: Sequence[_Member], cells: Sequence[Cell], size: int) -> list[Chunk]:
-    """Members of a group as chunks of at most `size` lanes.
+    """Return the members of a group as chunks of at most `size` lanes.
 
-    State cells of one family stay together if they fit; edge cells are cut into pieces in their order.
+    State cells of one family stay together if they fit; edge cells are divided in their order.
     """
     members = sorted(members, key=lambda member: _order(member, cells))
     families: dict[tuple, list[_Member]] = {}
@@ -264,7 +265,7 @@ def _chunks(group: _Group, members: Sequence[_Member], cells: Sequence[Cell], si
             parts.append([])
         parts[-1] += piece
     computed, merged, targets = group
-    # Where all that a cut changes is its targets, its first layer runs as any other: a lane starts with what enters it.
+    # If a cut changes only its targets, its first layer runs like any other: the lane starts with that layer's input.
     starts = {member.cell: cells[member.cell].first - (targets == computed) for member in members}
     return [
         Chunk(computed=computed, merged=merged, targets=targets, lanes=_lanes(part, cells, starts)) for part in parts
@@ -272,7 +273,7 @@ def _chunks(group: _Group, members: Sequence[_Member], cells: Sequence[Cell], si
 
 
 def _family(member: _Member, cells: Sequence[Cell]) -> tuple:
-    """What cells have in common that do the same up to the end of the shortest of their windows."""
+    """Return a key shared by the cells that act equally up to the end of the shortest of their windows."""
     cell = cells[member.cell]
     if isinstance(cell, EdgeCell):
         return member.cut, cell.first
@@ -280,7 +281,7 @@ def _family(member: _Member, cells: Sequence[Cell]) -> tuple:
 
 
 def _order(member: _Member, cells: Sequence[Cell]) -> tuple:
-    """The order of lanes that join at the same layer."""
+    """Return the sort key of lanes that join at the same layer."""
     cell = cells[member.cell]
     if isinstance(cell, EdgeCell) and member.cut is not None:
         return cell.first, tuple(sorted(member.cut.sources)), member.cut.heads, -cell.last
@@ -288,10 +289,10 @@ def _order(member: _Member, cells: Sequence[Cell]) -> tuple:
 
 
 def _lanes(members: Sequence[_Member], cells: Sequence[Cell], starts: Mapping[int, int]) -> tuple[Lane, ...]:
-    """The lanes of these members in the order in which they join.
+    """Return the lanes of these members in the order in which they join.
 
-    Of a family the widest window leads, and the others leave it where their own window ends. A state cell of a single
-    layer has nothing to gain from that, since starts are shared anyway.
+    The widest window of a family leads, and the others branch off where their own window ends. State cells of a single
+    layer do not benefit from this, since starts are shared in any case.
     """
     leaders: dict[tuple, int] = {}
     for member in members:

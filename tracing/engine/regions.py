@@ -1,4 +1,4 @@
-"""Regions of the picture, and the patches and positions that show them, found by processing a painted picture."""
+"""Regions of the picture, with the patches and positions that show them, located by processing a painted picture."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Box:
 
 
 def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
-    """Return the patches that the box touches in the picture as the model sees it: resized, cropped and padded.
+    """Return the patches that the box touches in the picture that the model sees, which is resized, cropped and padded.
 
     The box is painted white on black and processed like the prompt's picture. A patch counts as touched if it is at
     least half as bright as the brightest one, so that the blur of resizing does not count. Raises `TraceError`, with
@@ -70,10 +70,10 @@ def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
 def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[int, ...]:
     """Return the image positions whose patches the box touches, in ascending order.
 
-    If the image tokens form one grid, these are the positions of `box_patches`. Else the patches are found in each tile
-    that the vision tower reads, and the model's own packing tells where their tokens are: it runs with marks in place
-    of the projector's output, so that tiles come in its order, and tokens of padding, line ends or classes belong to no
-    box. A tile that shows the whole picture is judged by its own brightness, since a small box is dimmer there than in
+    If the image tokens form one grid, these are the positions of `box_patches`. Otherwise the patches are located in
+    each tile that the vision tower reads, and the model's own packing gives the positions of their tokens: it runs with
+    marks in place of the projector's output, so that tiles keep the model's order, and tokens of padding, line ends or
+    classes belong to no box. A tile that shows the whole picture is judged by its own brightness, since a small box is dimmer there than in
     tiles that show a part of it; positions in both belong to the box. This runs the vision tower twice and the image
     processor seven times.
 
@@ -141,7 +141,7 @@ def _unseen(prompt: Prompt, box: Box) -> TraceError:
 
 
 def _painted(prompt: Prompt, box: Box | None = None) -> list[Image.Image]:
-    """The prompt's pictures in black, and the box in white."""
+    """Return the prompt's pictures in black, with the box in white."""
     pictures = [Image.new("RGB", image.size) for image in prompt.images]
     if box is not None:
         corners = (box.left, box.top, box.right - 1, box.bottom - 1)
@@ -150,29 +150,29 @@ def _painted(prompt: Prompt, box: Box | None = None) -> list[Image.Image]:
 
 
 def _light(dark: Tensor, lit: Tensor) -> Tensor:
-    """(..., row, column): the largest difference over the channels between pixels (..., channel, row, column)."""
+    """Return (..., row, column): the largest difference over channels between pixels (..., channel, row, column)."""
     return (lit - dark).abs().amax(-3)
 
 
 def _pixel_light(prompt: Prompt, box: Box) -> Tensor:
-    """(image, row, column), or with tiles after the image: where the processor's output shows the painted box."""
+    """Return (image, row, column), or (image, tile, row, column): how brightly the processed pictures show the box."""
     pictures = (_painted(prompt), _painted(prompt, box))
     return _light(*(prompt.inputs_with(each)["pixel_values"].double().cpu() for each in pictures))
 
 
 def _pooled(light: Tensor, side: int) -> Tensor:
-    """(tile, row, column) of squares of this side, the brightest pixel of each; what is left over at the end is cut."""
+    """Return (tile, row, column): the brightest pixel of each square of this side; incomplete squares are dropped."""
     rows, columns = (length // side for length in light.shape[1:])
     squares = light[:, : rows * side, : columns * side]
     return reduce(squares, "tile (row y) (column x) -> tile row column", "max", y=side, x=side)
 
 
 def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part of the picture that the model sees."""
+    """Return left, top, right and bottom of the part of the picture that the model sees."""
     width, height = prompt.images[image].size
 
     def dark(length: int, strip: Callable[[int], Box]) -> int:
-        """Width of the broadest strip along one edge that the model does not see."""
+        """Return the width of the broadest strip along one edge that the model does not see."""
         return bisect_left(range(1, length), True, key=lambda size: float(_pixel_light(prompt, strip(size)).max()) > 0)
 
     left = dark(width, lambda size: Box(0, 0, size, height, image))
@@ -183,7 +183,7 @@ def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
 
 
 def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
-    """(tile, channel, row, column): the vision tower's input for these pictures in place of the prompt's."""
+    """Return (tile, channel, row, column): the vision tower's input with these pictures in place of the prompt's."""
     with torch.no_grad(), first_input(vlm, vlm.vision_tower, "the vision tower") as read:
         vlm.image_features(prompt.inputs_with(pictures))
     if read[0].ndim != 4:
@@ -193,9 +193,9 @@ def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]
 
 
 def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, black: Tensor) -> Tensor:
-    """Booleans (tile,): whether a tile reaches from edge to edge of what any tile shows of the picture.
+    """Return booleans (tile,): True where a tile spans the whole part of the picture that any tile shows.
 
-    Two gradients over the picture tell where a tile's outermost pixels come from.
+    Two gradients painted over the picture reveal the origin of a tile's outermost pixels.
     """
     size, pictures, lights = prompt.images[image].size, _painted(prompt), []
     gradient = Image.linear_gradient("L")
@@ -213,16 +213,16 @@ def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, bl
 
 
 def _packed(vlm: VisionLanguageModel, prompt: Prompt, write: Callable[[Tensor], Tensor]) -> Tensor:
-    """(image token, hidden): the features of black pictures if the projector's output is replaced like this."""
+    """Return (image token, hidden): the features of black pictures after `write` replaces the projector's output."""
     with torch.no_grad(), patch(vlm, {vlm.projector: write}):
         return vlm.image_features(prompt.inputs_with(_painted(prompt)))
 
 
 def _marks(light: Tensor, is_whole: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
-    """Ones at the tokens of the patches that are lit, (tile, token, hidden) as written by the projector, else zeros."""
+    """Return ones at the tokens of lit patches and zeros elsewhere, in the projector's shape (tile, token, hidden)."""
     squares = _squares(light, written, patch_size)
     brightest = squares.amax((1, 2))
-    in_parts = brightest.masked_fill(is_whole, 0).max()  # a box that ends at a tile's edge only blurs into the next
+    in_parts = brightest.masked_fill(is_whole, 0).max()  # a box that ends at a tile's edge merely blurs into the next
     brightest = torch.where(is_whole, brightest, in_parts)
     is_touched = ((squares > 0) & (squares >= brightest[:, None, None] / 2)).flatten(1)
     marks = torch.zeros_like(written)
@@ -231,7 +231,7 @@ def _marks(light: Tensor, is_whole: Tensor, written: Tensor, patch_size: int | N
 
 
 def _squares(light: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
-    """(tile, row, column): the light in the square of each token, a patch or several that the projector merged."""
+    """Return (tile, row, column): the light in each token's square, which is one patch or several merged patches."""
     longest = max(light.shape[1:])
     for side in range(patch_size, longest + 1, patch_size) if patch_size and written.ndim == 3 else ():
         squares = _pooled(light, side)

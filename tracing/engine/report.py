@@ -1,4 +1,4 @@
-"""How a result was computed: by which engine, at what cost, and how close it is to plain forward passes."""
+"""The record of a computation: its engine, its cost, and its agreement with plain forward passes."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ class EngineReport:
     engine: str
     """"replay", which computes only what can have changed, or "plain", one hooked forward pass per cell."""
     reason: str | None = None
-    """Why the plain engine ran; None where the fast one did."""
+    """The reason why the plain engine ran; None if the fast one did."""
     cells: int = 0
     """Number of scored cells."""
     free_cells: int = 0
-    """How many of them have a score that follows from the base runs without computation."""
+    """Number of cells whose score follows from the base runs without computation."""
     token_layers: int | None = None
-    """Number of positions times decoder layers that were computed; None where nothing was counted."""
+    """Number of positions times decoder layers that were computed; None if nothing was counted."""
     halvings: int = 0
-    """How often a batch was halved because memory ran out."""
+    """Number of times that a batch was halved because memory ran out."""
     checked_cells: int = 0
-    """How many cells were computed a second time by plain forward passes."""
+    """Number of cells that were computed a second time by plain forward passes."""
     largest_difference: float | None = None
     """Largest difference between the two over the checked cells, in units of the score; None without a check."""
     plain_noise: float | None = None

@@ -23,7 +23,7 @@ _REGIONS = ("image_rows", "image_columns", "image_quadrants", "patches")
 _CHOICES = f"{', '.join(map(repr, _REGIONS))}, Blocks(3), Box(left, top, right, bottom) or a position"
 
 Item = str | int | Blocks | Box
-"""One or several rows: "tokens", a group's name, a name of image regions, a position, blocks of patches, or a box."""
+"""One or several rows: "tokens", the name of a group or of image regions, a position, blocks of patches, or a box."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Row:
     token: str | int | None
     """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     is_group: bool
-    """The label means the same in other prompts: a named group or a region of the picture, not one text token."""
+    """True if the label has the same meaning in other prompts: a named group or a region, not one text token."""
 
 
 def resolve_rows(prompt: Prompt, positions: Item | Sequence[Item] = "tokens") -> tuple[Row, ...]:
@@ -59,7 +59,7 @@ def resolve_rows(prompt: Prompt, positions: Item | Sequence[Item] = "tokens") ->
 
 
 def _rows(prompt: Prompt, item: Item) -> Iterator[Row]:
-    """The rows of one item."""
+    """Yield the rows of one item."""
     if item == "tokens":
         yield from _token_rows(prompt)
     elif item == "image_quadrants":
@@ -75,7 +75,7 @@ def _rows(prompt: Prompt, item: Item) -> Iterator[Row]:
 
 
 def _token_rows(prompt: Prompt) -> Iterator[Row]:
-    """One row per text token and one for all image tokens, in the order of the prompt."""
+    """Yield one row per text token and one for all image tokens, in the order of the prompt."""
     image = prompt.groups["image"]
     for position in range(_scored_position(prompt) + 1):
         if position not in set(image):
@@ -85,7 +85,7 @@ def _token_rows(prompt: Prompt) -> Iterator[Row]:
 
 
 def _row(prompt: Prompt, item: str | int) -> Row:
-    """One row for a group name or a position."""
+    """Return one row for a group name or a position."""
     members = prompt.positions((item,)) if isinstance(item, int) else _group(prompt, item)
     if max(members) > _scored_position(prompt):
         raise TraceError(
@@ -97,10 +97,10 @@ def _row(prompt: Prompt, item: str | int) -> Row:
 
 
 def _group(prompt: Prompt, name: str) -> tuple[int, ...]:
-    """Positions of a named group, without those of a given answer."""
+    """Return the positions of a named group, without those of a given answer."""
     try:
         prompt.positions(name)
-    except ModelError as error:  # it lists the groups; a trace knows more
+    except ModelError as error:  # the message lists the groups; a trace has more items
         raise ModelError(f'{error}; besides these, pass "tokens", {_CHOICES}') from error
     if name == "answer":
         raise TraceError("positions of the answer are never restored; leave out the group 'answer'")
@@ -108,7 +108,7 @@ def _group(prompt: Prompt, name: str) -> tuple[int, ...]:
 
 
 def _edit_token(prompt: Prompt, item: str | int, members: tuple[int, ...]) -> str | int | None:
-    """The name of the row's token in an edit, if possible one that holds in other prompts; None for several tokens."""
+    """Return the name of the row's token in an edit, valid in other prompts if possible; None for several tokens."""
     if len(members) > 1 or members[0] in prompt.groups["image"]:
         return None
     names = [name for name in ("last", "constraint_last") if prompt.groups.get(name) == members]
@@ -116,7 +116,7 @@ def _edit_token(prompt: Prompt, item: str | int, members: tuple[int, ...]) -> st
 
 
 def _tiles(prompt: Prompt, item: str | Blocks) -> Iterator[Row]:
-    """The picture cut into rows, columns, blocks or single patches."""
+    """Yield the rows of the picture's parts: rows, columns, blocks or single patches."""
     for image, patches in _grids(prompt, item):
         height, width = patches[-1].row + 1, patches[-1].column + 1
         size = item.size if isinstance(item, Blocks) else 1
@@ -132,7 +132,7 @@ def _tiles(prompt: Prompt, item: str | Blocks) -> Iterator[Row]:
 
 
 def _quadrants(prompt: Prompt) -> Iterator[Row]:
-    """The four quarters of each picture; the lower and the right ones get the odd row and column."""
+    """Yield the four quarters of each picture; the lower and the right ones get the odd row and column."""
     for image, patches in _grids(prompt, "image_quadrants"):
         middle_row, middle_column = (patches[-1].row + 1) // 2, (patches[-1].column + 1) // 2
         for vertical, is_low in (("top", False), ("bottom", True)):
@@ -147,7 +147,7 @@ def _quadrants(prompt: Prompt) -> Iterator[Row]:
 
 
 def _grids(prompt: Prompt, item: Item) -> list[tuple[int, list[Patch]]]:
-    """Each picture's number and its patches, row by row; TraceError where there is no grid."""
+    """Return each picture's number and its patches, row by row. Raises `TraceError` if there is no grid."""
     if not prompt.patches:
         reason = "its image tokens do not form a grid of patches" if prompt.groups["image"] else "it has no picture"
         raise TraceError(
@@ -157,7 +157,7 @@ def _grids(prompt: Prompt, item: Item) -> list[tuple[int, list[Patch]]]:
 
 
 def _region(prompt: Prompt, label: str, patches: Sequence[Patch], image: int) -> Row:
-    """A row for some patches of one picture, which is named where there are several."""
+    """Return a row for some patches of one picture, which the label names if there are several pictures."""
     suffix = f" of image {image}" if len(prompt.images) > 1 else ""
     positions = tuple(patch.position for patch in patches)
     return Row(label=label + suffix, positions=positions, token=None, is_group=True)
@@ -168,7 +168,7 @@ def _range(first: int, last: int) -> str:
 
 
 def _scored_position(prompt: Prompt) -> int:
-    """The position that predicts the answer's first token."""
+    """Return the position that predicts the answer's first token."""
     return prompt.groups["last"][0]
 
 
@@ -184,7 +184,7 @@ def _unknown(prompt: Prompt, item: object) -> TraceError:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """The maps of one trace, a cell for each (kind, row, column), in this order."""
+    """The maps of one trace, with one cell for each (kind, row, column), in this order."""
 
     rows: tuple[Row, ...]
     spans: Mapping[str, Tensor]
@@ -212,7 +212,7 @@ def make_grid(
     effect: str,
     severed: str | None,
 ) -> Grid:
-    """Return the cells of a trace of these rows. Raises `TraceError` for settings that do not exist or fit together."""
+    """Return the cells of a trace of these rows. Raises `TraceError` for unknown or incompatible settings."""
     kinds = _kinds(vlm, prompt, sites)
     if not 1 <= window <= vlm.layers:
         raise TraceError(
@@ -238,7 +238,7 @@ def window_layers(center: int, window: int, layers: int) -> range:
 
 
 def _kinds(vlm: VisionLanguageModel, prompt: Prompt, sites: str | Sequence[str]) -> tuple[str, ...]:
-    """The kinds of maps, each head on its own."""
+    """Return the kinds of maps, with one kind for each head."""
     asked = tuple(dict.fromkeys((sites,) if isinstance(sites, str) else sites))
     heads = tuple(f"head {number}" for number in range(vlm.heads))
     unknown = [kind for kind in asked if kind not in SITES and kind not in heads]
@@ -258,7 +258,7 @@ def _site(kind: str) -> dict[str, str | int]:
 
 
 def _spans(vlm: VisionLanguageModel, kind: str, window: int) -> Tensor:
-    """(column, 2): first and last layer, both included, that each cell of this kind restores."""
+    """Return (column, 2): first and last layer, both included, that each cell of this kind restores."""
     if kind in BEFORE_DECODER:
         layers, window = (len(vlm.vision_layers), window) if kind == "vision" else (1, 1)
     else:

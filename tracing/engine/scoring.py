@@ -18,7 +18,7 @@ FIRST, WHOLE = "first token", "answer"
 """Scores of knockouts and pruning: the probability of the answer's first token, and of all its tokens."""
 
 Metric = str | Callable[[Tensor], Tensor]
-"""A name of `METRICS`, or a function from logits (row, answer position, vocab) to scores (row,)."""
+"""A name in `METRICS`, or a function from logits (row, answer position, vocab) to scores (row,)."""
 
 _LONGEST_FOIL = 16
 
@@ -33,7 +33,7 @@ class Scoring:
     foil_ids: tuple[int, ...] = ()
     """The tokens that a logit difference subtracts."""
     is_predicted: bool = True
-    """The answer's first token is the likeliest one after the clean prompt."""
+    """True if the answer's first token is the likeliest one after the clean prompt."""
 
     @classmethod
     def of_answer(cls, ids: Sequence[int], *, whole: bool) -> "Scoring":
@@ -56,7 +56,7 @@ class Scoring:
         return (answer, (self.foil_ids, self._foil_logits)) if len(self.foil_ids) > 1 else (answer,)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Scores (..., metric, sample) from the columns (..., column, sample) that the branches measured."""
+        """Return scores (..., metric, sample) from the columns (..., column, sample) that the branches measured."""
         scores = parts[0][..., : len(self.metrics), :].clone()
         for index, metric in enumerate(self.metrics):
             if metric == "logit_difference" and len(parts) > 1:
@@ -64,7 +64,7 @@ class Scoring:
         return scores
 
     def _measure(self, logits: Tensor) -> Tensor:
-        """Columns (row, metric + 1) float64 from logits (row, answer position, vocab)."""
+        """Return columns (row, metric + 1) float64 from logits (row, answer position, vocab)."""
         logits = logits.double()
         chosen = logits[:, range(len(self.answer_ids)), list(self.answer_ids)]
         each = chosen - _finite(logits.logsumexp(-1))
@@ -79,13 +79,13 @@ class Scoring:
         return torch.stack([*columns, probability], dim=-1)
 
     def _foil_logits(self, logits: Tensor) -> Tensor:
-        """(row, 1) float64: the sum of the foil's own logits."""
+        """Return (row, 1) float64: the sum of the foil's own logits."""
         chosen = logits.double()[:, range(len(self.foil_ids)), list(self.foil_ids)]
         return _finite(chosen.sum(-1, keepdim=True))
 
 
 def _finite(values: Tensor) -> Tensor:
-    """The values, if none of them is infinite or no number."""
+    """Return the values if all of them are finite."""
     if not bool(values.isfinite().all()):
         raise TraceError(
             "the model computes logits that are not finite, so nothing can be scored: a number overflowed or a weight "
@@ -125,9 +125,9 @@ def choose_scoring(
 ) -> Scoring:
     """Return the scoring of a trace with these clean and corrupted embeddings (sample, token, hidden).
 
-    Without an answer, the model's own is scored. Without a foil, a logit difference subtracts the corrupted run's
+    Without an answer, the model's own answer is scored. Without a foil, a logit difference subtracts the corrupted run's
     answer (its likeliest token that is not the answer's). Raises `TraceError` for an unknown metric, and for a foil
-    that no metric asks for or that is scored by the same tokens as the answer.
+    that no metric uses or that is scored by the same tokens as the answer.
     """
     metrics = _checked(metrics)
     predicted = int(vlm.next_token_probabilities(runs[0][:1])[0].argmax())
@@ -177,7 +177,7 @@ def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int,
 def _corrupted_answer(
     vlm: VisionLanguageModel, corrupted: Tensor, answer_ids: tuple[int, ...], whole: bool
 ) -> tuple[int, ...]:
-    """The likeliest token after the corrupted prompt that is not the answer's; if whole, what follows it greedily."""
+    """Return the likeliest token after the corrupted prompt that is not the answer's; if whole, its greedy continuation."""
     probabilities = vlm.next_token_probabilities(corrupted).mean(0)
     probabilities[answer_ids[0]] = -1.0
     ids = (int(probabilities.argmax()),)

@@ -1,4 +1,4 @@
-"""How a trace is computed: by which engine, in how much memory, with how many checks, and where progress is kept."""
+"""Settings of a computation: engine, memory, number of checks, and the file in which progress is kept."""
 
 import hashlib
 import time
@@ -34,16 +34,16 @@ class Engine:
     """
 
     name: str = "auto"
-    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" (default) for the first of
-    the two that the model allows."""
+    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" (default) for the sweep if the
+    model allows it and plain passes otherwise."""
     memory: int = 2048
-    """Memory in MiB for open cells and for the work of one call, beside the model and the recorded runs."""
+    """Memory in MiB for open cells and for the work of one call, in addition to the model and the recorded runs."""
     tokens_per_call: int = 4096
     """Largest number of tokens that go through a decoder layer together."""
     checks: int = 2
-    """Number of random cells that are computed a second time the plain way to check the sweep; 0 for none."""
+    """Number of random cells that are computed a second time by plain forward passes to check the sweep; 0 for none."""
     checkpoint: str | PathLike[str] | None = None
-    """File for finished cells, from which an interrupted trace or knockout continues; None keeps nothing."""
+    """File for finished cells, from which an interrupted trace or knockout continues; None for no file."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
@@ -55,27 +55,27 @@ class Engine:
                 raise TraceError(f"{name}={getattr(self, name)} is too small; pass at least {least}")
 
     def lane_tokens(self, vlm: VisionLanguageModel, samples: int) -> int:
-        """Return how many positions open cells may hold: their states, for all samples, take half of the memory."""
+        """Return the number of positions that open cells may hold: their states, for all samples, take half of the memory."""
         return max(1, self.memory * 2**19 // (samples * vlm.hidden * vlm.dtype.itemsize))
 
     def call_tokens(self, vlm: VisionLanguageModel) -> int:
-        """Return how many tokens may go through a layer together: their activations take a quarter of the memory."""
+        """Return the number of tokens that may pass a layer together: their activations take a quarter of the memory."""
         each = (8 * vlm.hidden + 3 * vlm.mlp) * vlm.dtype.itemsize
         return max(1, min(self.tokens_per_call, self.memory * 2**18 // each))
 
     def may_share(self, vlm: VisionLanguageModel, count: int) -> bool:
-        """Return whether so many states may be kept for the whole sweep: at most an eighth of the memory."""
+        """Return whether `count` states may be kept for the whole sweep: they may take at most an eighth of the memory."""
         return count * vlm.hidden * vlm.dtype.itemsize <= self.memory * 2**17
 
     def read_rows(self, vlm: VisionLanguageModel, scored: int) -> int:
-        """Return how many rows of logits may be held: with float64 copies they take an eighth of the memory."""
+        """Return the number of rows of logits that may be held: with float64 copies they take an eighth of the memory."""
         vocabulary = vlm.output_head.weight.shape[0]
         return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text tells."""
-    texts = ("not enough memory", "can't allocate memory")  # on Windows, and on other systems
+    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text is decisive."""
+    texts = ("not enough memory", "can't allocate memory")  # Windows, other systems
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
@@ -86,7 +86,7 @@ class _Finished:
     identity: str
     """Digest of the cells, batches and runs of a sweep."""
     finished: Tensor
-    """(chunk,) uint8: 1 where all of its cells have their scores."""
+    """(chunk,) uint8: 1 where all cells of the chunk have their scores."""
     scores: Tensor
     """(cell, metric, sample) float64."""
 
@@ -103,7 +103,7 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
-        """Reads the cells that an earlier sweep of the same cells, batches and runs (their scores) has finished.
+        """Read the cells that an earlier sweep with the same cells, batches and runs (compared by their scores) finished.
 
         Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
         """
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:
-        """A block that fills up scores (cell, metric, sample); finished ones are written even if it is interrupted."""
+        """Return a context that fills in scores (cell, metric, sample) and saves finished ones even if it is interrupted."""
         self._scores = scores
         try:
             yield
@@ -139,7 +139,7 @@ class Checkpoint:
         return True
 
     def finish(self, number: int) -> None:
-        """Marks a chunk as finished, and writes the file from time to time."""
+        """Mark a chunk as finished, and write the file from time to time."""
         self._finished[number] = True
         if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
             self._write()

@@ -1,4 +1,4 @@
-"""What state cells do in a sweep: the two runs are recorded, and states of the source are put into the base run."""
+"""State cells in a sweep: the two runs are recorded, and states of the source run are patched into the base run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class Recorded:
     """Positions at which the two runs can differ, ascending."""
 
     def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
-        """Positions to compute, with the runs that hold the keys of all others: the source's for merged ones."""
+        """Return the positions to compute, with the runs that hold the keys of all others (the source for merged ones)."""
         by_run = {self.source: set(merged)}
         by_run[self.base] = set(self.changed) - set(computed) - set(merged)
         rest = set(self.full.positions) - set(computed).union(*by_run.values())
@@ -44,16 +44,17 @@ class Recorded:
 
 
 def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
-    """Both runs, with the outputs that these cells put in or freeze; the one with fewer rows is recorded whole.
+    """Return both runs, with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
 
-    States and outputs of the other are kept where some cell needs them, or wherever they can differ.
+    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
+    differ.
     """
     first, second = sorted((runs.base, runs.source), key=len)
     entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
     differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
     sites, projections = _needed(replay, cells)
     settings = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
-    # Which positions can differ depends on masks that only a run shows; with causal ones, those from the first on.
+    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
     kept = tuple(range(min(differs, default=runs.length), runs.length))
     full = replay.record(first, kept=kept, **settings)
     changed = replay.masks.reach(differs)
@@ -75,7 +76,7 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
 
 
 def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
-    """The sites whose outputs, and the projections whose inputs, some cell puts in or freezes."""
+    """Return the sites whose outputs, and the projections whose inputs, some cell patches in or freezes."""
     vlm = replay.vlm
     spans: dict[str, set[int]] = {}
     for cell in cells:
@@ -83,12 +84,12 @@ def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], lis
         if cell.severed:
             spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
     projections = [vlm.attention_projection(layer) for layer in sorted(spans.pop("head", ()))]
-    spans.pop("hidden", None)  # states that enter layers are always kept
+    spans.pop("hidden", None)  # the input states of layers are always kept
     return [Site(kind, layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
 
 
 class States:
-    """State cells in a sweep: what their lanes start with, and what is put into the layers that they run through."""
+    """State cells in a sweep: the states in which their lanes start, and the states patched into later layers."""
 
     def __init__(
         self, replay: Replay, runs: Runs, cells: Sequence[StateCell], recorded: Recorded, settings: Engine
@@ -100,7 +101,7 @@ class States:
         self._span: tuple[tuple, Span] | None = None
 
     def prepare(self, plan: Plan) -> None:
-        """Decides whether each first layer is computed once for the whole sweep, or once for each chunk."""
+        """Decide whether each first layer is computed once for the whole sweep, or once for each chunk."""
         wanted: dict[_Start, set[int]] = {}
         for chunk in plan.chunks:
             for lane in chunk.lanes:
@@ -111,7 +112,7 @@ class States:
 
     @contextmanager
     def acting(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], here: tuple[int, ...]) -> Iterator[Queries]:
-        """A block in which the layer's modules write what these lanes put in and freeze, and the span to compute."""
+        """Yield the span to compute, while the layer's modules write the states that these lanes patch in and freeze."""
         writes = Writes(samples=self._samples, here=here)
         for row, lane in enumerate(lanes):
             cell = self._cells[lane.cell]
@@ -123,7 +124,7 @@ class States:
             yield self._span_of(chunk)
 
     def start(self, layer: int, chunk: Chunk, slots: Sequence[int], states: Tensor) -> None:
-        """Puts in the states with which the lanes of these slots start, in states (sample, lane, position, hidden)."""
+        """Fill in the states with which the lanes in these slots start, in states (sample, lane, position, hidden)."""
         members: dict[_Start, dict[int, list[int]]] = {}
         for slot in slots:
             lane = chunk.lanes[slot]
@@ -137,9 +138,9 @@ class States:
                 states[:, slot, here] = values[:, there]
 
     def scored_together(self, chunk: Chunk, active: int, step: int) -> list[list[int]]:
-        """Slots whose logits are computed together: those of a call of the last layer, and those that start after it.
+        """Return the slots whose logits are computed together: those of one last-layer call, and those that start after it.
 
-        Lanes that copy another one's last states get its scores.
+        Lanes that copy the last states of another lane get its scores.
         """
         parts = [list(range(start, min(active, start + step))) for start in range(0, active, step)]
         late = [slot for slot in range(active, len(chunk.lanes)) if chunk.lanes[slot].leader is None]
@@ -152,10 +153,10 @@ class States:
         return self._span[1]
 
     def _values(self, start: _Start, wanted: tuple[int, ...]) -> Tensor:
-        """(sample or 1, position, hidden): a layer's output at some positions if states are put in at all of them.
+        """Return (sample or 1, position, hidden): a layer's output at some positions if states are patched in at all of them.
 
-        What is put in at one position does not touch this layer's output at another one, so it is right for every
-        cell that starts here, whichever of these positions it puts in.
+        A state patched in at one position does not affect this layer's output at another, so the result is valid for
+        every cell that starts here, whichever of these positions it patches.
         """
         layer, kind, head = start
         base, source = self._recorded.base, self._recorded.source
@@ -182,13 +183,13 @@ class States:
 
 
 def _put(lane: Lane, chunk: Chunk) -> list[int]:
-    """Positions at which a lane's states are put in, rather than left to the source run."""
+    """Return the positions at which a lane's states are patched in rather than taken from the source run."""
     merged = set(chunk.merged)
     return [place for place in lane.live if place not in merged]
 
 
 def _site(vlm: VisionLanguageModel, kind: str, layer: int, head: int | None) -> tuple[Target, slice]:
-    """The module in which a kind of cell writes in a layer, and the columns there."""
+    """Return the module in which a kind of cell writes in a layer, and the columns that it writes."""
     if kind != "head":
         return Site(kind, layer), slice(None)
     projection = vlm.attention_projection(layer)
@@ -198,7 +199,7 @@ def _site(vlm: VisionLanguageModel, kind: str, layer: int, head: int | None) -> 
 
 @dataclass(kw_only=True, eq=False)
 class Writes:
-    """What a call of one layer, on rows in sample-major order, gets written into its modules."""
+    """The values written into the modules of one layer during a call on rows in sample-major order."""
 
     samples: int
     here: tuple[int, ...]
@@ -206,7 +207,7 @@ class Writes:
     _entries: dict[tuple[Target, int, int], list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
 
     def add(self, target: Target, columns: slice, lane: int, positions: Sequence[int], run: Recording) -> None:
-        """One lane gets what the run holds for the target at these positions, as far as they are computed here."""
+        """Add the run's values of the target at these positions, as far as they are computed here, to one lane."""
         here = set(self.here)
         positions = [place for place in positions if place in here]
         if not positions:
@@ -222,7 +223,7 @@ class Writes:
 
     @contextmanager
     def placed(self, vlm: VisionLanguageModel) -> Iterator[None]:
-        """A block in which they are written: sites' outputs, projections' inputs."""
+        """Return a context in which the values are written: to the outputs of sites and the inputs of projections."""
         outputs: dict[Target, list[tuple[int, int]]] = {}
         inputs: dict[Target, list[tuple[int, int]]] = {}
         for target, start, stop in self._entries:

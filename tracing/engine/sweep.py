@@ -1,7 +1,7 @@
 """The exact fast sweep: each cell computes only the layers and positions that it can change.
 
-A cell starts at the output of its first layer, which the base run already holds but for the positions that the cell
-acts on; keys and values of all positions that it cannot change come from the recorded runs, which all cells share.
+A cell starts at the output of its first layer, which the base run already holds except for the positions that the cell
+changes; keys and values of all positions that it cannot change come from the recorded runs, which all cells share.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,19 +33,19 @@ def sweep(
     accept: Callable[[Tensor, Tensor], None] | None = None,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """Return the scores of all cells, equal to those of `plain_scores` but for rounding.
+    """Return the scores of all cells, equal to those of `plain_scores` except for rounding.
 
-    Finished cells are kept in the settings' checkpoint, which is read first and written on the way, also when the sweep
-    is interrupted.
+    Finished cells are kept in the settings' checkpoint, which is read first and written during the sweep, even if the
+    sweep is interrupted.
 
     Args:
         vlm: The model.
         runs: The two runs; for edge cells, `Runs.of_one`.
         cells: Cells of one kind.
-        measure: Scores of logits.
+        measure: Function from logits to scores.
         settings: Memory, batch size and checkpoint.
-        accept: Is called with the scores (metric, sample) of base and source before any cell is computed; may raise.
-        bar: Counts cells.
+        accept: Function that gets the scores (metric, sample) of base and source before any cell is computed; may raise.
+        bar: Progress bar that counts cells.
 
     Raises:
         ReplayError: The model's layers cannot be replayed.
@@ -70,7 +70,7 @@ def sweep(
 
 
 class _Sweep:
-    """One sweep on its way."""
+    """The state of one sweep."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class _Sweep:
         self.acts = (Edges if all_edges(cells) else States)(replay, runs, cells, recorded, settings)
 
     def run(self, base: Tensor, source: Tensor, bar: tqdm | None) -> CellScores:
-        """Plans, answers what is free, and then chunk after chunk."""
+        """Return the scores after planning the sweep, scoring the free cells and computing chunk after chunk."""
         plan = make_plan(
             self.cells,
             masks=self.replay.masks,
@@ -128,7 +128,7 @@ class _Sweep:
         )
 
     def _answer(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
-        """Answers a chunk; where memory runs out, its halves with half as many tokens per call."""
+        """Compute a chunk; if memory runs out, compute its halves with half as many tokens per call."""
         try:
             self._run(chunk, scores, tokens)
             return
@@ -148,7 +148,7 @@ class _Sweep:
             self._answer(part, scores, max(1, tokens // 2))
 
     def _run(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
-        """Takes all lanes of a chunk through the layers, each from the layer after which it joins."""
+        """Run all lanes of a chunk through the layers, each from the layer after which it joins."""
         samples, length, end = self.runs.samples, len(chunk.computed), self.vlm.layers - 1
         read = tuple(place for place in self.runs.scored if place in set(chunk.computed))
         states = self.recorded.base.states[0].new_empty(samples, len(chunk.lanes), length, self.vlm.hidden)
@@ -170,7 +170,7 @@ class _Sweep:
                 scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
 
     def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
-        """Runs a layer on some lanes of states (sample, lane, position, hidden); the last one at what is read only."""
+        """Run a layer on some lanes of states (sample, lane, position, hidden), the last layer only where it is read."""
         is_last = layer == self.vlm.layers - 1
         rows = rearrange(states[:, part], "s c t d -> (s c) t d")
         with self.acts.acting(layer, chunk, chunk.lanes[part], read if is_last else chunk.computed) as span:
@@ -179,7 +179,7 @@ class _Sweep:
         states[:, part, here] = rearrange(output, "(s c) t d -> s c t d", s=self.runs.samples)
 
     def _join(self, layer: int, chunk: Chunk, slots: range, states: Tensor) -> None:
-        """Fills in the states (sample, lane, position, hidden) with which lanes start: this layer's output."""
+        """Fill in the states (sample, lane, position, hidden) with which lanes start, which are this layer's output."""
         starting = [slot for slot in slots if chunk.lanes[slot].leader is None]
         if starting:
             base = self.recorded.base
@@ -193,7 +193,7 @@ class _Sweep:
     def _finish(
         self, chunk: Chunk, slots: Sequence[int], states: Tensor, read: tuple[int, ...], scores: Tensor
     ) -> None:
-        """Scores the lanes of these slots, whose last states (row, read position, hidden) are known."""
+        """Score the lanes in these slots, whose last states (row, read position, hidden) are known."""
         step = self.settings.read_rows(self.vlm, len(self.runs.scored))
         owners = torch.arange(len(states), device=states.device) // len(slots)
         parts = []
@@ -207,7 +207,7 @@ class _Sweep:
     def _spliced(
         self, computed: tuple[tuple[int, ...], Tensor] | None, merged: Sequence[int], owners: Tensor | Sequence[int]
     ) -> Tensor:
-        """(row, scored position, vocab): computed logits, the source run's where merged, the base run's elsewhere."""
+        """Return logits (row, scored position, vocab): computed ones, the source run's where merged, else the base run's."""
         scored = self.runs.scored
         if computed is not None and len(computed[0]) == len(scored):
             return computed[1]
@@ -223,5 +223,5 @@ class _Sweep:
         return logits
 
     def score(self, logits: Tensor) -> Tensor:
-        """(metric, sample) float64 on the CPU."""
+        """Return the scores (metric, sample) float64 on the CPU."""
         return self.measure(logits.expand(self.runs.samples, -1, -1)).double().T.cpu()

@@ -1,4 +1,4 @@
-"""Cells before the decoder: layers of the vision tower, and the projector. Each takes a forward pass of its own."""
+"""Cells before the decoder: layers of the vision tower, and the projector. Each takes a separate forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,11 +50,11 @@ def with_pictures(
     measured: CellScores,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """Return the scores of all cells: those before the decoder are computed here, the others come as measured.
+    """Return the scores of all cells: those before the decoder are computed here, the others are taken as measured.
 
     Each cell takes a pass of the vision tower for each sample and one of the decoder for all samples; the latter is
-    left out if the embeddings are those of a run, whose scores are known. Memory holds the source's outputs of every
-    layer that a cell restores. Raises `TraceError` if image tokens have no counterparts in the tower.
+    skipped if the embeddings equal those of a run, whose scores are known. The source's outputs of every layer that a
+    cell restores are held in memory. Raises `TraceError` if image tokens have no counterparts in the tower.
     """
     parts = {cell: _parts(vlm, cell) for cell in cells if is_before_decoder(cell)}
     modules = list(dict.fromkeys(part for each in parts.values() for part in each))
@@ -89,8 +89,8 @@ def is_before_decoder(cell: Cell) -> bool:
 def restored_tokens(prompt: Prompt, cell: StateCell, shape: Sequence[int]) -> Tensor:
     """Return the cell's image tokens in a part's output: booleans of this shape, usually (picture, token).
 
-    Tokens that the tower has beyond the patches, such as the class token, come first; they are restored if all of
-    their picture is. Raises `TraceError` if the part's tokens are not the image tokens one by one, unless whole
+    Tokens of the tower that are no patches, such as the class token, come first; they are restored if all of their
+    picture is. Raises `TraceError` if the part's tokens are not the image tokens one by one, unless whole
     pictures are restored, and if they are not sorted by picture, unless all pictures are restored.
     """
     image, pictures = prompt.groups["image"], len(prompt.images)
@@ -118,14 +118,14 @@ def restored_tokens(prompt: Prompt, cell: StateCell, shape: Sequence[int]) -> Te
 
 
 def _parts(vlm: VisionLanguageModel, cell: StateCell) -> list[nn.Module]:
-    """The modules whose outputs the cell restores."""
+    """Return the modules whose outputs the cell restores."""
     return [vlm.projector] if cell.kind == "projector" else vlm.vision_layers[cell.first : cell.last + 1]
 
 
 def _written(
     vlm: VisionLanguageModel, prompt: Prompt, inputs: _Inputs, modules: Sequence[nn.Module]
 ) -> dict[nn.Module, Tensor]:
-    """The outputs of these modules for these inputs. Raises `TraceError` if a module runs more or less than once."""
+    """Return these modules' outputs for these inputs. Raises `TraceError` if a module does not run exactly once."""
     found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
     def recorder(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -153,7 +153,7 @@ def _embeddings(
     lent: Sequence[Mapping[nn.Module, Tensor]],
     masks: Mapping[nn.Module, Tensor],
 ) -> Tensor:
-    """(sample, token, hidden): the decoder's input with the source's states put in; the answer's words stay."""
+    """Return (sample, token, hidden): the decoder's input with source states patched in; the answer's words stay."""
     rows = []
     for sample in range(runs.samples):
         base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
