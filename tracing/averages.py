@@ -1,4 +1,4 @@
-"""One average for the results of all experiments."""
+"""The average over prompts for the results of all experiments."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -24,8 +24,8 @@ from .pruning.result import ImagePruning
 def average(results: Iterable[Result], **options: Any) -> Any:
     """Return the average over prompts of results of one experiment that were made with equal settings.
 
-    Results are taken in one by one and are not kept, so that a generator that loads them from files needs the memory
-    of one.
+    Results are added one by one and are not kept, so a generator that loads them from files needs memory for only one
+    of them.
 
     Args:
         results: results of one kind, such as `CausalTrace`, `AttentionKnockout` or `LogitLens`.
@@ -37,8 +37,8 @@ def average(results: Iterable[Result], **options: Any) -> Any:
         The average, such as an `AverageTrace`, with means, 95 % intervals over prompts, `plot` and `to_dataframe`.
 
     Raises:
-        ArtefactError: for no results, for results of different kinds, and for results that differ in what was asked.
-        TraceError: for results that have nothing in common to average.
+        ArtefactError: for no results, for results of different kinds, and for results with different settings.
+        TraceError: for results that have no common part to average.
 
     Example:
         >>> import multrace as mt

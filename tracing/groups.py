@@ -1,4 +1,4 @@
-"""The token positions that a caller names by group, by index or by several of either."""
+"""Lookup of token positions by group, by index or by several of either."""
 
 from collections.abc import Sequence
 
@@ -31,10 +31,10 @@ def group_positions(prompt: Prompt, group: str) -> tuple[int, ...]:
 
 
 def named_positions(prompt: Prompt, positions: Positions) -> dict[int, str]:
-    """Return each requested position once, in the requested order, with a role that is named alike in every prompt.
+    """Return each requested position once, in the requested order, with a role that has the same name in every prompt.
 
     A role is the name of the group ("last"), numbered from 1 if the group has several tokens ("question 2"), or
-    "position -2" for a number. Raises `TraceError` for a group without tokens and for no positions at all, and
+    "position -2" for a number. Raises `TraceError` for a group without tokens and if no position is given, and
     `ModelError` for an unknown group.
     """
     roles: dict[int, str] = {}

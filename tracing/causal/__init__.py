@@ -1,4 +1,4 @@
-"""Causal tracing: corrupt the constraint or the picture, restore clean states, see which bring the answer back."""
+"""Causal tracing: corrupt the constraint or the picture, restore clean states, and see which recover the answer."""
 
 import lazy_loader
 

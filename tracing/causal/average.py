@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SHARED = ("model", "revision", "layers", "window", "kinds", "metrics", "direction", "effect", "severed", "spans")
 _TOKENS = {"last constraint token": "constraint_last", "last token": "last"}
-"""Groups of arXiv 2202.05262 that are one token, and how an edit names it."""
+"""Groups of arXiv 2202.05262 that consist of one token, with the name of this token in an edit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -35,7 +35,7 @@ class AverageTrace(EffectMap):
     clean: Mean
     """(metric,): score of the answer in the clean run."""
     corrupted: Mean
-    """(metric,): its score after corruption."""
+    """(metric,): score of the answer in the corrupted runs."""
     total: Mean
     """(metric,): clean minus corrupted score."""
     means: Mapping[str, Mean]
@@ -43,7 +43,7 @@ class AverageTrace(EffectMap):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of sites that were traced, in the order asked."""
+        """The kinds of sites that were traced, in the requested order."""
         return tuple(self.means)
 
     def total_effect_of(self, metric: str | None = None) -> float:
@@ -64,8 +64,8 @@ class AverageTrace(EffectMap):
         Args:
             kind: a kind of site that was traced.
             metric: one of `metrics`; the main one by default.
-            corrected: give intervals that together hold all cells of this kind (Bonferroni). Ask for these when you
-                look at the largest of them.
+            corrected: give intervals that hold jointly for all cells of this kind (Bonferroni). Use them to judge the
+                largest cell.
 
         Returns:
             Both ends, NaN for rows that only one prompt has.
@@ -87,7 +87,7 @@ class AverageTrace(EffectMap):
     ) -> "Figure":
         """Return a figure with one heat map of mean indirect effects per kind, with numbers where they fit.
 
-        Numbers whose own 95 % interval holds zero are pale.
+        Numbers whose uncorrected 95 % interval contains zero are pale.
 
         Args:
             path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
@@ -116,8 +116,8 @@ class AverageTrace(EffectMap):
     def to_dataframe(self) -> "pd.DataFrame":
         """Return a table with one line per kind, metric, row and layer.
 
-        Columns: effect (the mean), low and high of its 95 % interval (NaN where n is 1), and n, the traces with that
-        row. layer is the column, the centre of a window.
+        Its columns include effect (the mean), low and high of its 95 % interval (NaN where n is 1), n (the number of
+        traces with that row), and layer (the column, which is the centre of a window).
         """
         frames = {}
         for kind, mean in self.means.items():
@@ -127,13 +127,13 @@ class AverageTrace(EffectMap):
         return stacked_frame(frames, "kind")
 
     def _of(self, kind: str, metric: str | None) -> Mean:
-        """(row, column): indirect effects."""
+        """Return the mean indirect effects (row, column)."""
         return self.means[self._check_kind(kind)][self._metric(metric)]
 
     def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
         if self.count < 2:
             return lambda row, column: {}
-        ends = torch.stack(self.interval(kind, corrected=True), -1)  # NaN where a single prompt has the row
+        ends = torch.stack(self.interval(kind, corrected=True), -1)  # NaN if only one prompt has the row
         return lambda row, column: (
             {} if ends[row, column].isnan().any() else {"interval": tuple(ends[row, column].tolist())}
         )
@@ -176,10 +176,10 @@ class AverageTrace(EffectMap):
 class TraceAverager(Averager[CausalTrace, AverageTrace]):
     """Averages traces of one model that were made with equal settings.
 
-    Rows that are groups must be equal. Rows that are single tokens are put into ROME's groups (arXiv 2202.05262):
+    Rows that are groups must be equal. Rows that are single tokens are sorted into ROME's groups (arXiv 2202.05262):
     first, middle and last constraint token, first subsequent, further and last token, and groups such as the image
-    under their own names. A group of several tokens counts with its mean, and a prompt without a group is left out of
-    that row.
+    under their own names. A group of several tokens is represented by its mean, and a prompt without a group is left
+    out of that row.
     """
 
     alike = _SHARED
@@ -209,7 +209,7 @@ class TraceAverager(Averager[CausalTrace, AverageTrace]):
                     flags[name] = own[list(rows)].any(0) | flags.get(name, torch.zeros_like(own[0]))
 
     def _groups(self, trace: CausalTrace) -> dict[str, tuple[int, ...]]:
-        """The trace's own rows by the name of the common row they belong to; notes how an edit names the tokens."""
+        """Return the trace's rows by the name of their common row, and record the names of the tokens in an edit."""
         if trace.grouped != self.first.grouped:
             raise TraceError("some of these traces hold groups only, others single tokens; average equal ones only")
         if trace.grouped:
@@ -262,10 +262,10 @@ class TraceAverager(Averager[CausalTrace, AverageTrace]):
 
 
 def _token_groups(trace: CausalTrace) -> dict[str, tuple[int, ...]]:
-    """Rows of one trace by the name of their group, groups without a row included.
+    """Return the rows of one trace by the name of their group, including groups without a row.
 
-    As in ROME, tokens before the constraint are left out, a constraint of one token is its first and its last, and the
-    first subsequent token may be the last one.
+    As in ROME, tokens before the constraint are left out, the only token of a constraint is both its first and last,
+    and the first subsequent token may also be the last one.
     """
     patches = {position for position, *_ in trace.patches}
     single, groups = {}, {}

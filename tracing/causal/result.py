@@ -1,4 +1,4 @@
-"""The causal trace of one prompt: scores and effects, saved, drawn and exported."""
+"""The causal trace of one prompt: its scores and effects, and how to save, draw and export them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,13 +50,13 @@ class CausalTrace(EffectMap):
     row_positions: tuple[tuple[int, ...], ...]
     """Token positions that each row restores."""
     grouped: bool
-    """Whether every row is a named group or region, so that traces of other prompts have the same rows."""
+    """True if every row is a named group or region, so that traces of other prompts have the same rows."""
     starred: tuple[int, ...]
     """Positions of the constraint."""
     patches: tuple[tuple[int, int, int, int], ...]
     """(position, row, column, image) of each image token; empty where they do not form a grid."""
     scale: float | None
-    """Strength of the noise in standard deviations, as used; None where the corruption is not noise."""
+    """Strength of the noise that was used, in standard deviations; None if the corruption is not noise."""
     deviation: float | None
     """The standard deviation that the scale multiplies."""
     answer_ids: tuple[int, ...]
@@ -64,25 +64,25 @@ class CausalTrace(EffectMap):
     answer: str
     """Text of the scored tokens."""
     is_predicted: bool
-    """Whether the first scored token is the model's own likeliest next token after the clean prompt."""
+    """True if the first scored token is the model's likeliest next token after the clean prompt."""
     foil_ids: tuple[int, ...]
     """Tokens of the foil; empty where no metric needs one."""
     foil: str | None
-    """The answer that a logit difference compares with; None where no metric needs one."""
+    """The answer that a logit difference subtracts; None if no metric needs one."""
     clean_scores: Tensor
     """(metric,) float64: scores of the answer in the clean run."""
     corrupted_scores: Tensor
-    """(metric, sample) float64: its scores in each corrupted run."""
+    """(metric, sample) float64: scores of the answer in each corrupted run."""
     samples: Mapping[str, Tensor]
-    """Per kind (metric, row, column, sample) float64: its scores with the states put in; see `axes`."""
+    """Per kind (metric, row, column, sample) float64: scores of the answer with states patched in; see `axes`."""
     agreement: Mapping[str, float]
     """Per kind: rank correlation (Spearman) of estimated and exact values over the cells that have both."""
     engine: EngineReport
-    """How the trace was computed."""
+    """The cost of the trace and the outcome of its self-check."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of sites that were traced, in the order asked."""
+        """The kinds of sites that were traced, in the requested order."""
         return tuple(self.samples)
 
     def axes(self, kind: str) -> dict[str, tuple[Any, ...]]:
@@ -103,23 +103,23 @@ class CausalTrace(EffectMap):
 
     @property
     def corrupted(self) -> Tensor:
-        """(sample,) float64: its score in each corrupted run, in the main metric."""
+        """(sample,) float64: score of the answer in each corrupted run, in the main metric."""
         return self.corrupted_scores[0]
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """Per kind (row, column) float64: main metric with the states put in, mean over samples."""
+        """Per kind (row, column) float64: main metric with states patched in, averaged over samples."""
         return {kind: values[0].mean(-1) for kind, values in self.samples.items()}
 
     def total_effect_of(self, metric: str | None = None) -> float:
-        """Return clean minus corrupted score in this metric (default: the main one), mean over samples."""
+        """Return clean minus corrupted score in this metric (default: the main one), averaged over samples."""
         index = self._metric(metric)
         return float(self.clean_scores[index] - self.corrupted_scores[index].mean())
 
     def indirect_samples(self, kind: str, metric: str | None = None) -> Tensor:
         """Return (row, column, sample) float64: the indirect effect of each cell in each corrupted run.
 
-        This is the score minus the corrupted score; with direction "corrupt" the clean score minus the score.
+        This is the score minus the corrupted score; with direction "corrupt" it is the clean score minus the score.
         """
         index = self._metric(metric)
         scores = self.samples[self._check_kind(kind)][index]
@@ -128,7 +128,7 @@ class CausalTrace(EffectMap):
         return scores - self.corrupted_scores[index]
 
     def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """Return (row, column) float64: `indirect_samples`, mean over samples."""
+        """Return (row, column) float64: `indirect_samples` averaged over samples."""
         return self.indirect_samples(kind, metric).mean(-1)
 
     def positions_of(self, row: int) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ class CausalTrace(EffectMap):
         kind: str = "hidden",
         layers: Sequence[int] | None = None,
     ) -> "Figure":
-        """Return a figure with the indirect effects of image patches over the picture as the model saw it.
+        """Return a figure with the indirect effects of image patches over the picture that the model saw.
 
         Args:
             prompt: the prompt that was traced.
@@ -218,8 +218,8 @@ class CausalTrace(EffectMap):
     def to_dataframe(self) -> "pd.DataFrame":
         """Return a table with one line per kind, metric, row, column and sample, with its score and effects.
 
-        row is the index of `label`; column is the centre of layers first_layer to last_layer; normalised_effect is NaN
-        where the total effect is not positive.
+        The column "row" is the index of "label", "column" is the centre of layers first_layer to last_layer, and
+        normalised_effect is NaN where the total effect is not positive.
         """
         return stacked_frame({kind: self._frame(kind) for kind in self.kinds}, "kind")
 
@@ -240,13 +240,13 @@ class CausalTrace(EffectMap):
         return frame[[*_COLUMNS[1:], *values, "estimated"]]
 
     def to_rome(self, kind: str = "hidden") -> dict[str, Any]:
-        """Return the dictionary that ROME's own `calculate_hidden_flow` gives, with numpy arrays.
+        """Return the dictionary that ROME's `calculate_hidden_flow` returns, with numpy arrays.
 
-        scores (token, layer): mean probability with the states restored, NaN for tokens without a row of their own;
+        scores (token, layer): mean probability with the states restored, NaN for tokens without a separate row;
         low_score and high_score: corrupted and clean; subject_range: first constraint token, and the one past its last;
-        correct_prediction: whether the model itself answers so; kind: None, "mlp" or "attn". Raises `TraceError` for
-        other kinds, without the probability among the metrics, for groups only, and for anything but total effects of
-        restored states.
+        correct_prediction: whether the model itself gives this answer; kind: None, "mlp" or "attn". Raises `TraceError`
+        for other kinds, if the probability is not among the metrics, if all rows are groups, and for anything but
+        total effects of restored states.
         """
         if (self.direction, self.effect) != ("restore", "total"):
             raise TraceError(f"ROME's layout holds total effects of restored states, not {self.variant}")
@@ -266,25 +266,25 @@ class CausalTrace(EffectMap):
         }
 
     def save_rome(self, path: str | Path, kind: str = "hidden") -> Path:
-        """Write what `to_rome` gives as an npz file, as ROME keeps its cases, and return the path."""
+        """Write the result of `to_rome` as an npz file, the format of ROME's cases, and return the path."""
         return write_rome(path, self.to_rome(kind))
 
     def _unit(self, metric: int) -> str:
-        """A metric of this answer, in short."""
+        """Return a short label for a metric of this answer."""
         name = self.metrics[metric]
         foil = f"logit of {self.answer} minus {self.foil or 'foil'}"
         units = {"probability": f"p({self.answer})", "log_probability": f"log p({self.answer})"}
         return (units | {"logit_difference": foil}).get(name, name)
 
     def _column_title(self, kind: str, column: int) -> str:
-        """The layers of a column, and whether estimates are among its cells."""
+        """Return the layers of a column in words, and whether some of its cells are estimates."""
         first, last = self.spans[kind][column].tolist()
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         has_estimates = kind in self.estimated and bool(self.estimated[kind][:, column].any())
         return f"{SITE_NAMES.get(kind, kind)}, {layers}" + (" (estimates among them)" if has_estimates else "")
 
     def _titles(self, metric: int) -> tuple[str, str]:
-        """Title and subtitle of figures; settings other than the default ones stand in the title."""
+        """Return title and subtitle of figures; the title names settings that differ from the defaults."""
         title = self.question if self._is_usual else f"{self.question}\n{self.variant[:1].upper()}{self.variant[1:]}"
         clean, corrupted = self.clean_scores[metric], self.corrupted_scores[metric].mean()
         return title, f"clean {clean:.3f}, corrupted {corrupted:.3f}  ({self.corruption})"

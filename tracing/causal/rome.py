@@ -1,4 +1,4 @@
-"""ROME's array layout of a trace (arXiv 2202.05262), so that its plots and averages can read ours."""
+"""ROME's array layout of a trace (arXiv 2202.05262), which its plots and averages can read."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "
 
 
 def rome_kind(kind: str) -> str | None:
-    """Return ROME's name of a kind of site. Raises `TraceError` where it has none."""
+    """Return ROME's name of a kind of site. Raises `TraceError` if it has none."""
     if kind not in _KINDS:
         raise TraceError(f"ROME's layout knows no {kind!r}; ask for one of {', '.join(map(repr, _KINDS))}")
     return _KINDS[kind]

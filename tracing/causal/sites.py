@@ -1,4 +1,4 @@
-"""What a map of indirect effects says: its largest cell, its causal blocks, and where an edit belongs."""
+"""The reading of a map of indirect effects: its largest cell, its causal blocks, and the site for an edit."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalBlock:
-    """Neighbouring columns of one row whose restored outputs all bring the answer back."""
+    """Neighbouring columns of one row whose restored outputs all recover the answer."""
 
     kind: str
     row: str
@@ -32,34 +32,34 @@ class CausalBlock:
     """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     first: int
     last: int
-    """First and last column, both included: the centres, where layers were restored in windows."""
+    """First and last column, both included; for layers restored in windows, a column is the centre of its window."""
     layers: tuple[int, ...]
-    """Every layer, of the decoder or of the kind's own tower, that a window of the block restores."""
+    """All layers, of the decoder or of the kind's own tower, that a window of the block restores."""
     effect: float
-    """The largest indirect effect inside, in units of the main metric."""
+    """The largest indirect effect inside the block, in units of the main metric."""
     spread: float | None = None
     """Standard deviation of that cell's effect over the noise samples of one prompt; None for one sample."""
     interval: tuple[float, float] | None = None
-    """95 % interval of that cell's mean effect over prompts, corrected for choosing among all cells of the kind."""
+    """95 % interval of that cell's mean effect over prompts, corrected for the choice among all cells of the kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditSite:
-    """Where an edit belongs: the layer's MLP at the token, with the reason in words."""
+    """The recommended site of an edit: the layer's MLP at the token, with the reason in words."""
 
     layer: int
     token: str | int
-    """A group name wherever the token has one (it then names the same token in every prompt), else a position."""
+    """The token's group name if it has one (it then names the same token in every prompt), else its position."""
     effect: float
     """Indirect effect of the MLPs there, in units of the main metric."""
     onset: int
-    """First layer at which restoring the hidden state of this token gives back the asked share of the total effect."""
+    """First layer at which restoring this token's hidden state recovers the requested share of the total effect."""
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EffectMap(Result):
-    """Indirect effects over (row, column) for some kinds of sites: what the trace of one prompt and an average share.
+    """Indirect effects over (row, column) for some kinds of sites, the common base of single traces and averages.
 
     A column is a decoder layer; for "vision" it is a layer of the vision tower, and "projector" has one column.
     """
@@ -72,28 +72,29 @@ class EffectMap(Result):
     row_tokens: tuple[str | int | None, ...]
     """Group name or position by which an edit names the row's token; None for rows of several tokens or patches."""
     layers: int
-    """How many layers the decoder has."""
+    """Number of decoder layers."""
     window: int
-    """How many neighbouring MLPs or attentions were restored together; hidden states are restored one at a time."""
+    """Number of neighbouring MLPs or attentions restored together; hidden states are restored one at a time."""
     spans: Mapping[str, Tensor]
     """Per kind (column, 2): first and last layer, both included, that a cell restores."""
     corruption: str
     seed: int | None
-    """Seed of the noise; None where the corruption is not random."""
+    """Random seed of the noise; None if the corruption is not random."""
     metrics: tuple[str, ...] = ("probability",)
-    """What was scored; the first is the main one."""
+    """Names of the metrics; the first is the main one."""
     direction: str = "restore"
-    """"restore": clean states into the corrupted run; "corrupt": corrupted states into the clean run."""
+    """"restore" patches clean states into the corrupted run, "corrupt" corrupted states into the clean run."""
     effect: str = "total"
-    """"direct": the other image tokens were kept at the run's own states, so that a patch acts on the text only."""
+    """"total", or "direct" if the other image tokens were frozen at the run's own states, so that a patch acts on the
+    text only."""
     severed: str | None = None
-    """"mlp" or "attention" where the later ones of that kind were kept at the run's own values, else None."""
+    """"mlp" or "attention" if later modules of that kind were frozen at the run's own values, else None."""
     estimated: Mapping[str, Tensor] = field(default_factory=dict)
     """Per kind (row, column), True where the value is an estimate by attribution; empty where all are exact."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of sites that were traced, in the order asked."""
+        """The kinds of sites that were traced, in the requested order."""
         raise NotImplementedError
 
     def total_effect_of(self, metric: str | None = None) -> float:
@@ -101,7 +102,7 @@ class EffectMap(Result):
         raise NotImplementedError
 
     def indirect_effect(self, kind: str, metric: str | None = None) -> Tensor:
-        """Return (row, column) float64: the part of the total effect that each cell brings back.
+        """Return (row, column) float64: the part of the total effect that each cell recovers.
 
         Args:
             kind: a kind of site that was traced, such as "hidden" or "mlp".
@@ -113,11 +114,11 @@ class EffectMap(Result):
         raise NotImplementedError
 
     def positions_of(self, row: int) -> tuple[int, ...]:
-        """Return the token positions of the row with this index; none where they differ from prompt to prompt."""
+        """Return the token positions of the row with this index; none if they differ from prompt to prompt."""
         raise NotImplementedError
 
     def _certainty(self, kind: str) -> Callable[[int, int], dict[str, Any]]:
-        """A function from row and column to what a block says about the certainty of its effect."""
+        """Return a function from row and column to the fields of a block that describe the certainty of its effect."""
         raise NotImplementedError
 
     @property
@@ -145,8 +146,8 @@ class EffectMap(Result):
             kind: a kind of site that was traced.
             fraction: share of the map's largest effect that every column of a block reaches, above 0 and at most 1.
 
-        A trace of one prompt gives the spread of an effect over its noise samples, which is no significance; an average
-        gives an interval over prompts.
+        A trace of one prompt gives the spread of an effect over its noise samples, which does not measure significance;
+        an average gives an interval over prompts.
         """
         _check_fraction(fraction)
         effects = _present(self.indirect_effect(kind))
@@ -173,7 +174,7 @@ class EffectMap(Result):
         return tuple(sorted(blocks, key=lambda block: -block.effect))
 
     def onset(self, row: str | int, fraction: float = 0.25) -> int | None:
-        """Return the first layer at which a row's hidden state gives back a share of the total effect, or None.
+        """Return the first layer at which a row's hidden state recovers a share of the total effect, or None.
 
         Args:
             row: label or index of the row, or the group name of its token.
@@ -188,10 +189,10 @@ class EffectMap(Result):
         return reached[0] if reached else None
 
     def edit_site(self, fraction: float = 0.25) -> EditSite:
-        """Return where an edit belongs: the strongest MLP cell at or after the onset of its token.
+        """Return the site where an edit belongs: the strongest MLP cell at or after the onset of its token.
 
         Candidates are the rows of a single text token. The onset of a token is the first layer at which restoring its
-        hidden state gives back a share of the total effect. Before it, the token does not yet carry what the corruption
+        hidden state recovers a share of the total effect. Before it, the token does not yet carry what the corruption
         destroyed: a key taken there depends on the wording and not on the picture, so that an edit would change the
         answer for every picture. For facts about pictures, trace under image corruption; a trace of corrupted words
         cannot tell.
@@ -201,7 +202,7 @@ class EffectMap(Result):
 
         Raises:
             TraceError: if "hidden" and "mlp" were not both traced, if the corruption lowers nothing, if no candidate
-                ever carries the information, or for direct effects, severed runs and corrupted states put in.
+                ever carries the information, or for direct effects, severed runs and patched-in corrupted states.
         """
         if not self._is_usual:
             raise TraceError(
@@ -229,24 +230,24 @@ class EffectMap(Result):
 
     @property
     def variant(self) -> str:
-        """The kind of effect in words; "total effects of restored states" for the default settings."""
+        """The kind of effect in words, which is "total effects of restored states" for the default settings."""
         states = {"restore": "restored states", "corrupt": "corrupted states put into the clean run"}[self.direction]
         severed = f", later {SITE_NAMES.get(self.severed, self.severed)} outputs severed" if self.severed else ""
         return f"{self.effect} effects of {states}{severed}"
 
     @property
     def _is_usual(self) -> bool:
-        """Total effects of restored states, without severed modules."""
+        """True for total effects of restored states without severed modules."""
         return (self.direction, self.effect, self.severed) == ("restore", "total", None)
 
     def _strongest(self) -> str:
-        """The largest cell of each kind, in words."""
+        """Return a description of the largest cell of each kind."""
         peaks = {kind: self.best(kind) for kind in self.kinds}
         cells = [f"{kind} {peak.effect:.3f} ({peak.row.strip()!r}, layer {peak.layer})" for kind, peak in peaks.items()]
         return f"largest: {', '.join(cells)}"
 
     def _positive_total(self, metric: str | None = None) -> float:
-        """The total effect, which must be above zero to speak of shares of it."""
+        """Return the total effect, which must be positive for shares of it to have a meaning."""
         total = self.total_effect_of(metric)
         if not total > 0:
             raise TraceError(
@@ -256,7 +257,7 @@ class EffectMap(Result):
         return total
 
     def _metric(self, metric: str | None) -> int:
-        """Index of a metric; None is the main one."""
+        """Return the index of a metric; None is the main one."""
         if metric is not None and metric not in self.metrics:
             raise TraceError(
                 f"no metric {metric!r} in this trace: it holds {', '.join(map(repr, self.metrics))}; "
@@ -265,7 +266,7 @@ class EffectMap(Result):
         return 0 if metric is None else self.metrics.index(metric)
 
     def _row_index(self, row: str | int) -> int:
-        """Index of the row with this index, label or token name; a name must be there, and only once."""
+        """Return the index of the row with this index, label or token name; a name must occur exactly once."""
         if isinstance(row, int) and -len(self.rows) <= row < len(self.rows):
             return row
         if isinstance(row, str) and self.rows.count(row) == 1:
@@ -278,7 +279,7 @@ class EffectMap(Result):
         raise TraceError(f"no single row {row!r} in this trace: {found}; pass an index from 0 to {len(self.rows) - 1}")
 
     def _check_kind(self, kind: str) -> str:
-        """The kind, if it was traced."""
+        """Return the kind if it was traced."""
         if kind not in self.kinds:
             raise TraceError(
                 f"no {kind!r} effects in this trace: it holds {', '.join(map(repr, self.kinds))}; "
@@ -288,12 +289,12 @@ class EffectMap(Result):
 
 
 def _present(effects: Tensor) -> Tensor:
-    """Effects in which what was not traced is never the largest."""
+    """Return the effects with untraced cells replaced so that they are never the largest."""
     return effects.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """First and last index of every unbroken run of true flags."""
+    """Return the first and last index of every unbroken run of true flags."""
     starts = [index for index, flag in enumerate(flags) if flag and not (index and flags[index - 1])]
     ends = [index for index, flag in enumerate(flags) if flag and not (index + 1 < len(flags) and flags[index + 1])]
     return list(zip(starts, ends, strict=True))

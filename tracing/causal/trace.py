@@ -1,4 +1,4 @@
-"""Causal tracing: corrupt the words or the picture, restore clean states, and see which bring the answer back."""
+"""Causal tracing: corrupt the words or the picture, restore clean states, and see which recover the answer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from .result import CausalTrace
 
 DIRECTIONS = ("restore", "corrupt")
 _LEAST_DROP = 0.01
-"""Share of the score that a corruption must take away to be worth tracing."""
+"""Share of the score that a corruption must remove to be worth tracing."""
 
 
 def causal_trace(
@@ -48,7 +48,7 @@ def causal_trace(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> CausalTrace:
-    """Return how much of the answer comes back for each state that is restored in the corrupted run.
+    """Return how much of the answer's score each state recovers when it is restored in the corrupted run.
 
     The result has one map per kind of site, with a row for each group of positions and a column for each layer. A cell
     restores the clean output of one decoder layer ("hidden"), or of `window` neighbouring MLPs or attentions around a
@@ -62,7 +62,8 @@ def causal_trace(
         corruption: The damage, such as `SwapImage` or `TextNoise`. Noise without a scale is calibrated.
         sites: Kinds of sites: "hidden", "mlp", "attention"; "heads" for each attention head on its own; "vision" for
             layers of the vision tower and "projector" for what follows it (both need a corruption of pixels).
-        window: Number of neighbouring layers that are restored together (default 3); hidden states need one only.
+        window: Number of neighbouring layers that are restored together (default 3); hidden states are
+            always restored one at a time.
         positions: The rows, as in `resolve_rows`: "tokens" (default) gives one for each text token and one for the
             whole image. Positions of a given answer are never restored.
         answer: The answer that is scored; by default the model's own.
@@ -71,13 +72,13 @@ def causal_trace(
         metrics: Any of "probability", "log_probability" and "logit_difference", or functions from logits (row, answer
             position, vocab) to scores (row,); the first is the main one.
         direction: "restore" puts clean states into the corrupted run, "corrupt" corrupted states into the clean one.
-        effect: "direct" freezes all other image tokens at the states of the run that is changed, so that only the way
-            from a patch to the text counts, and not from patch to patch; "total" (default) freezes nothing.
-        severed: "mlp" or "attention" freezes those of later layers at the restored positions (arXiv 2202.05262,
-            section 2.2).
-        exact_cells: Compute only so many cells, those with the largest effects by one backward pass (attribution
-            patching, arXiv 2403.00745); the others are estimates and marked as such. By default all are exact.
-        even_if_weak: Trace also a corruption that does not lower the main metric.
+        effect: "direct" freezes all other image tokens at the states of the run that is changed, so that only the path
+            from a patch to the text counts, not the paths between patches; "total" (default) freezes nothing.
+        severed: "mlp" or "attention" freezes modules of this kind in later layers at the restored positions (arXiv
+            2202.05262, section 2.2).
+        exact_cells: Number of cells to compute exactly: the cells with the largest effects by one backward pass
+            (attribution patching, arXiv 2403.00745); the others are marked as estimates. By default all are exact.
+        even_if_weak: Trace even if the corruption does not lower the main metric.
         engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
         progress: Show a progress bar over cells.
 
@@ -127,7 +128,7 @@ def causal_trace(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Question:
-    """One prompt, clean and corrupted, and what is scored there."""
+    """One prompt, clean and corrupted, with its scoring."""
 
     vlm: VisionLanguageModel
     prompt: Prompt
@@ -136,25 +137,25 @@ class _Question:
     corrupted: Corrupted
     scoring: Scoring
     restores: bool
-    """Clean states go into the corrupted run; else corrupted states into the clean one."""
+    """True if clean states are patched into the corrupted run, False if corrupted states into the clean one."""
 
     @property
     def runs(self) -> Runs:
-        """The run that is changed, and the one that lends its states."""
+        """The run that is changed, and the one whose states are patched in."""
         base, source = self.ordered(self.clean, self.corrupted.embeddings)
         return Runs(base=base, source=source, scored=(base.shape[1] - 1,), frozen=self.prompt.groups["image"])
 
     @property
     def pictures(self) -> Shown:
-        """The pictures of both runs. Raises `TraceError` if the corruption leaves them as they are."""
+        """The pictures of both runs. Raises `TraceError` if the corruption leaves them unchanged."""
         return shown(self.prompt, self.corrupted, restores=self.restores)
 
     def ordered(self, clean: Any, corrupted: Any) -> tuple[Any, Any]:
-        """Base and source of clean and corrupted, and the other way round."""
+        """Return clean and corrupted as base and source, or base and source as clean and corrupted."""
         return (corrupted, clean) if self.restores else (clean, corrupted)
 
     def refuse_weak(self, base: Tensor, source: Tensor) -> None:
-        """Raises `WeakCorruption` if the main metric of scores (metric, sample) is no lower in the corrupted run."""
+        """Raise `WeakCorruption` if the main metric of scores (metric, sample) is no lower in the corrupted run."""
         clean, damaged = (float(each[0].mean()) for each in self.ordered(base, source))
         if _is_weak(self.scoring.metrics[0], clean, damaged):
             raise WeakCorruption(
@@ -182,7 +183,7 @@ class _Question:
 
 
 def _is_weak(metric: Metric, clean: float, damaged: float) -> bool:
-    """Whether the corruption takes away less than a hundredth: of a probability, of odds, or of a score's size."""
+    """Return whether the corruption removes less than 1 % of a probability, of odds, or of a score's magnitude."""
     if metric == "probability":
         return damaged > (1 - _LEAST_DROP) * clean
     if metric in ("log_probability", "logit_difference"):
@@ -193,9 +194,9 @@ def _is_weak(metric: Metric, clean: float, damaged: float) -> bool:
 def _corrupt(
     vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, clean: Tensor, answer: str | None
 ) -> Corrupted:
-    """The damaged prompt; noise without a scale gets one that halves the probability of the answer's first token."""
+    """Return the corrupted prompt; noise without a scale is calibrated to halve the first token's probability."""
 
-    @cache  # most corruptions are applied as they are, and then nobody asks
+    @cache  # most corruptions need no calibration and never call this
     def token() -> int:
         if answer is None:
             return int(vlm.next_token_probabilities(clean)[0].argmax())
@@ -212,7 +213,7 @@ def _corrupt(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Best:
-    """The cells of a grid that are worth computing, and estimates for all."""
+    """The cells of a grid that are computed exactly, and estimates for all cells."""
 
     exact: tuple[int, ...]
     """Numbers of the cells with the largest estimated effects, ascending."""
@@ -221,7 +222,7 @@ class _Best:
 
 
 def _best(question: _Question, grid: Grid, count: int) -> _Best:
-    """The `count` cells with the largest effects by one backward pass.
+    """Return the `count` cells with the largest effects by one backward pass.
 
     Raises `TraceError` for cells that cannot be estimated (direct effects, severed modules, those before the decoder).
     """
@@ -243,7 +244,7 @@ def _best(question: _Question, grid: Grid, count: int) -> _Best:
 
 
 def _filled(grid: Grid, found: CellScores, best: _Best) -> tuple[Tensor, dict[str, Any]]:
-    """Scores (cell, metric, sample) with estimates where nothing was computed, and what the result says about them."""
+    """Return scores (cell, metric, sample) with estimates for cells not computed, and the result's fields on these."""
     scores = found.base + best.changes
     scores[list(best.exact)] = found.scores
     is_exact = torch.zeros(len(grid.cells), dtype=torch.bool).index_fill(0, torch.tensor(best.exact), True)
@@ -261,7 +262,7 @@ def _filled(grid: Grid, found: CellScores, best: _Best) -> tuple[Tensor, dict[st
 def _result(
     question: _Question, grid: Grid, found: CellScores, best: _Best | None, variant: Mapping[str, Any]
 ) -> CausalTrace:
-    """The trace with these scores."""
+    """Return the trace with these scores."""
     vlm, prompt, corrupted, scoring = question.vlm, question.prompt, question.corrupted, question.scoring
     scores, estimates = found.scores, {"estimated": {}, "agreement": {}}
     if best is not None:
@@ -292,7 +293,7 @@ def _result(
         foil_ids=scoring.foil_ids,
         foil=vlm.tokenizer.decode(list(scoring.foil_ids)).strip() if scoring.foil_ids else None,
         metrics=scoring.names,
-        clean_scores=clean.mean(-1),  # samples differ in rounding only
+        clean_scores=clean.mean(-1),  # samples differ only by rounding
         corrupted_scores=damaged,
         samples=grid.maps(scores),
         engine=found.report,

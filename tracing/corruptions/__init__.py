@@ -1,4 +1,4 @@
-"""Corruptions of a prompt: other words or pictures, noise, and ablation; each keeps the prompt's length."""
+"""Corruptions of a prompt: other words or pictures, noise, and ablation; all of them keep the prompt's length."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Ablation of a token group: zeros, or the mean of a reference set, in place of its embeddings."""
+"""Ablation of a token group: its embeddings are replaced by zeros or by the mean of a reference set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .words import word_embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroAblation:
-    """Zeros in place of the embeddings of a token group."""
+    """A corruption that replaces the embeddings of a token group by zeros."""
 
     group: str = "image"
     """The token group that is ablated."""
@@ -31,7 +31,7 @@ class ZeroAblation:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanAblation:
-    """The mean embedding of a reference set in place of each embedding of a token group."""
+    """A corruption that replaces each embedding of a token group by the mean embedding of a reference set."""
 
     references: Sequence[Picture] = ()
     """For image tokens: pictures (paths or PIL), whose features are averaged over all their tokens and all pictures.
@@ -72,13 +72,13 @@ class MeanAblation:
 
 
 def _filled(vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...], value: Tensor) -> Tensor:
-    """(1, token, hidden): the prompt's embeddings with one value, (hidden,) or a number, at some positions."""
+    """Return (1, token, hidden): the prompt's embeddings with one value, (hidden,) or a number, at some positions."""
     embeddings = vlm.embed(prompt)
     embeddings[:, list(positions)] = value.to(embeddings)
     return embeddings
 
 
 def _image_embeddings(vlm: VisionLanguageModel, prompt: Prompt, pictures: Sequence[Picture]) -> Tensor:
-    """(image token, hidden) float64 on the CPU: every token of every picture, as the text stack gets it."""
+    """Return (image token, hidden) float64 on the CPU: every token of every picture, as the decoder receives it."""
     shown = [vlm.prompt(picture, prompt.question) for picture in open_images(pictures)]
     return torch.cat([vlm.embed(each)[0, list(each.groups["image"])].cpu().double() for each in shown])

@@ -1,4 +1,4 @@
-"""Gaussian noise on words, on the image's embeddings or on pixels, in multiples of a standard deviation."""
+"""Gaussian noise on words, on image embeddings or on pixels, in multiples of a standard deviation."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,14 +22,14 @@ LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(ABC):
-    """Several samples of Gaussian noise on something that a subclass names.
+    """Several samples of Gaussian noise on a part of the prompt that a subclass selects.
 
     The numbers are drawn in float64 on the CPU from the seed, so that they are the same on every machine, on every
     device and in every precision.
     """
 
     scale: float | None = 3.0
-    """Standard deviation of the noise in units of the deviation; None lets `causal_trace` or `calibrate` find it."""
+    """Standard deviation of the noise in units of the deviation; None lets `causal_trace` or `calibrate` choose it."""
     samples: int = 10
     """Number of random versions, over which scores are averaged."""
     seed: int = 0
@@ -44,9 +44,9 @@ class Noise(ABC):
             raise TraceError(f"{self.samples} noise samples; pass at least 1, such as 10")
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
-        """Return `samples` samples, the same for the same seed.
+        """Return `samples` samples, which are the same for the same seed.
 
-        Raises `TraceError` if there is no scale, or if there is nothing that noise could be added to.
+        Raises `TraceError` if there is no scale, or if the prompt has nothing to which noise could be added.
         """
         if self.scale is None:
             raise TraceError(
@@ -57,10 +57,10 @@ class Noise(ABC):
 
     @abstractmethod
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """Return the damage as a function of the scale; the random numbers are drawn once, here."""
+        """Return the corruption as a function of the scale; the random numbers are drawn once, here."""
 
     def _drawn(self, *shape: int) -> Tensor:
-        """(sample, *shape) float64: standard normal numbers."""
+        """Return standard normal numbers (sample, *shape) in float64."""
         generator = torch.Generator().manual_seed(int(self.seed))
         return torch.randn(self.samples, *shape, generator=generator, dtype=torch.float64)
 
@@ -69,7 +69,7 @@ class Noise(ABC):
         return Corrupted(description=description, seed=self.seed, scale=scale, deviation=deviation, **found)
 
     def _on_tokens(self, clean: Tensor, positions: list[int], entries: Tensor, where: str) -> Callable[..., Corrupted]:
-        """The noise on some positions of the clean embeddings (1, token, hidden), in deviations of these entries."""
+        """Return noise on positions of clean embeddings (1, token, hidden) by scale, in deviations of these entries."""
         deviation = _deviation(entries, where)
         drawn, kept = self._drawn(len(positions), clean.shape[-1]), clean[:, positions].cpu().double()
 
@@ -97,10 +97,10 @@ class TextNoise(Noise):
     group: str = "constraint"
     """The token group that gets noise."""
     over: Literal["corpus", "prompt"] = "corpus"
-    """The embeddings whose standard deviation `scale` multiplies: all entries of the tokens of a corpus of constraints,
-    in place of ROME's known subjects, or of the group's own tokens ("prompt")."""
+    """The embeddings whose standard deviation `scale` multiplies: all entries of the tokens of a corpus of constraints
+    ("corpus", which takes the place of ROME's known subjects), or of the group's own tokens ("prompt")."""
     corpus: tuple[str, ...] | None = None
-    """Phrases of the corpus; None for those that come with the package."""
+    """Phrases of the corpus; None for the ones supplied with the package."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +117,7 @@ class TextNoise(Noise):
             )
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """Return the damage by scale. Raises `TraceError` for an empty group or a corpus without tokens."""
+        """Return the corruption by scale. Raises `TraceError` for an empty group or a corpus without tokens."""
         positions, clean = list(group_positions(prompt, self.group)), vlm.embed(prompt)
         if self.over == "prompt":
             return self._on_tokens(clean, positions, clean[0, positions], f"of their own on the {self.group} tokens")
@@ -130,7 +130,7 @@ class ImageNoise(Noise):
     """Noise on the image tokens, after vision tower and projector, in standard deviations of their own entries."""
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """Return the damage by scale. Raises `TraceError` if the prompt has no picture."""
+        """Return the corruption as a function of the scale. Raises `TraceError` if the prompt has no picture."""
         positions, clean = list(group_positions(prompt, "image")), vlm.embed(prompt)
         return self._on_tokens(clean, positions, clean[0, positions], "on the image")
 
@@ -143,7 +143,7 @@ class PixelNoise(Noise):
     """
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
-        """Return the damage by scale. Raises `TraceError` without a picture, or if all its pixels are equal."""
+        """Return the corruption by scale. Raises `TraceError` without a picture, or if all its pixels are equal."""
         group_positions(prompt, "image")
         inputs, where = prompt.with_answer(None).inputs, "on the pixels"
         pixels = inputs["pixel_values"]
@@ -153,7 +153,7 @@ class PixelNoise(Noise):
             noised = tuple(
                 ReadOnly({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)}) for each in drawn
             )
-            # One at a time, as the clean picture is seen: a batch of another size would round otherwise.
+            # Samples are processed one at a time, like the clean picture: another batch size would round differently.
             embeddings = torch.cat([vlm.embed(prompt, each) for each in noised])
             return self._corrupted(scale, deviation, where, embeddings=embeddings, inputs=noised)
 
@@ -161,7 +161,7 @@ class PixelNoise(Noise):
 
 
 def _deviation(entries: Tensor, where: str) -> float:
-    """Standard deviation of all entries. Raises `TraceError` if it is zero or not finite."""
+    """Return the standard deviation of all entries. Raises `TraceError` if it is zero or not finite."""
     deviation = entries.cpu().double().std().item()
     if not (math.isfinite(deviation) and deviation > 0):
         raise TraceError(
@@ -177,8 +177,8 @@ def calibrate(
     """Return the prompt under the smallest noise that halves the score.
 
     The scales of `LADDER` are tried in turn on the same random numbers, until the score is at most half of the clean
-    one. If no scale suffices, the one with the lowest score is taken. A corruption with a scale, or of another kind, is
-    applied as it is.
+    one. If no scale suffices, the one with the lowest score is taken. Noise with a scale, and any other corruption, is
+    applied unchanged.
 
     Args:
         vlm: The model.
@@ -225,7 +225,7 @@ def _described(corrupted: Corrupted, found: str) -> Corrupted:
 
 
 def _finite(score: float, what: str) -> float:
-    """The score, if it is finite."""
+    """Return the score if it is finite."""
     if not math.isfinite(score):
         raise TraceError(
             f"the score of {what} is {score}, so no noise can be calibrated by it; load the model with dtype='float32' "

@@ -17,7 +17,7 @@ SPELLINGS = (
 
 
 def parse_corruption(text: str) -> Corruption:
-    """Return the corruption that this text spells.
+    """Return the corruption that this text describes.
 
     The spellings are swap:PATH, replace:PHRASE, text-noise[:SCALE], image-noise[:SCALE], pixel-noise[:SCALE] (a SCALE
     may be "auto"), blank, blur[:RADIUS], boxes:L,T,R,B[;L,T,R,B...], zero[:GROUP] and mean:PATH[,PATH...]. Raises
@@ -48,14 +48,14 @@ def parse_corruption(text: str) -> Corruption:
 
 
 def _noise(kind: type[Noise], value: str, text: str) -> Noise:
-    """Noise of the default scale, of a calibrated one ("auto") or of the given one."""
+    """Return noise of the default scale, of a calibrated one ("auto") or of the given one."""
     if not value:
         return kind()
     return kind(scale=None if value == "auto" else _number(value, text, "noise scale"))
 
 
 def _mean(value: str) -> MeanAblation | None:
-    """The mean over pictures at the image tokens."""
+    """Return the ablation of the image tokens by the mean over these pictures, or None if no picture is given."""
     paths = tuple(path.strip() for path in value.split(",") if path.strip())
     return MeanAblation(references=paths) if paths else None
 

@@ -1,4 +1,4 @@
-"""Damage to the pictures of a prompt before the model's processor reads them: swapped, blank, blurred or masked."""
+"""Corruption of a prompt's pictures before the model's processor reads them: swapped, blank, blurred or masked."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,14 +18,14 @@ from ..groups import group_positions
 from .corruption import Corrupted
 
 Colour = str | tuple[int, int, int]
-"""A name that PIL knows, or red, green and blue from 0 to 255."""
+"""A colour name known to PIL, or red, green and blue from 0 to 255."""
 GREY = (127, 127, 127)
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class SwapImage:
-    """Another picture in front of the same words, which is the cleanest test of where the picture's information goes.
+    """A corruption that shows another picture with the same words, the cleanest test of where image information goes.
 
     Example:
         >>> import multrace as mt
@@ -41,7 +41,7 @@ class SwapImage:
     image: Picture | Sequence[Picture]
     """A path or a PIL picture; a sequence for a prompt with several pictures."""
     resize: bool = field(default=False, kw_only=True)
-    """Resize the other picture to the size of the prompt's, which keeps the number of image tokens."""
+    """True to resize the other picture to the size of the prompt's, which keeps the number of image tokens."""
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
         """Return one sample.
@@ -61,7 +61,7 @@ class SwapImage:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureDamage(ABC):
-    """A change to one picture of a prompt, or to all of them, that keeps their sizes."""
+    """A change to one or all pictures of a prompt that keeps their sizes."""
 
     image: int | None = None
     """Index of the damaged picture; None for all pictures of the prompt."""
@@ -84,12 +84,12 @@ class PictureDamage(ABC):
 
     @abstractmethod
     def _words(self, name: str) -> str:
-        """The damage to a picture of this name."""
+        """Return a description of the change to a picture of this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlankImage(PictureDamage):
-    """One colour in place of the whole picture."""
+    """A corruption that fills the whole picture with one colour."""
 
     colour: Colour = GREY
     """A colour name, or red, green and blue from 0 to 255 (default: middle grey)."""
@@ -107,10 +107,10 @@ class BlankImage(PictureDamage):
 
 @dataclass(frozen=True, kw_only=True)
 class BlurImage(PictureDamage):
-    """A Gaussian blur."""
+    """A corruption that applies a Gaussian blur."""
 
     radius: float = 10.0
-    """Standard deviation in pixels of the picture as it was given, before the processor changes its size."""
+    """Standard deviation in pixels of the original picture, before the processor changes its size."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.radius) and self.radius > 0):
@@ -126,10 +126,10 @@ class BlurImage(PictureDamage):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskBoxes(PictureDamage):
-    """Boxes of the picture filled with one colour."""
+    """A corruption that fills boxes of the picture with one colour."""
 
     boxes: tuple[Box, ...]
-    """(left, top, right, bottom) in pixels of the picture as it was given; right and bottom are not included."""
+    """Boxes (left, top, right, bottom) in pixels of the original picture; right and bottom are excluded."""
     colour: Colour = GREY
     """A colour name, or red, green and blue from 0 to 255 (default: middle grey)."""
 
@@ -163,7 +163,7 @@ class MaskBoxes(PictureDamage):
 
 
 def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Image], description: str) -> Corrupted:
-    """The prompt with these pictures in place of its own. Raises `TraceError` if they take other tokens."""
+    """Return the prompt with these pictures instead. Raises `TraceError` if they take different tokens."""
     inputs = prompt.inputs_with(images)
     clean = prompt.inputs["input_ids"][:, : prompt.groups["last"][0] + 1]
     if not torch.equal(inputs["input_ids"], clean):
@@ -178,7 +178,7 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:
-    """Red, green and blue. Raises `TraceError` if there is no such colour."""
+    """Return red, green and blue. Raises `TraceError` for an unknown colour."""
     try:
         found = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
     except (TypeError, ValueError):

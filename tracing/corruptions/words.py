@@ -1,4 +1,4 @@
-"""Other words in place of a token group, and the word embeddings of phrases."""
+"""Replacement of a token group by other words, and the word embeddings of phrases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,16 +94,16 @@ CONSTRAINTS: tuple[str, ...] = (
     "the festival in these pictures",
     "the university with this emblem",
 )
-"""Phrases with which questions point at pictures: the default corpus that scales noise on words, as ROME's list of
-known subjects does."""
+"""Phrases by which questions refer to pictures: the default corpus that scales noise on words, like ROME's list of
+known subjects."""
 
 
 @dataclass(frozen=True)
 class ReplaceText:
-    """Another phrase in place of the words of a token group ("the company in this photo" becomes "Paris city").
+    """A corruption that replaces the words of a token group ("the company in this photo" becomes "Paris city").
 
-    The replacement gets exactly as many tokens as the group: a longer one is cut, and a shorter one is repeated. Text
-    corruption as in Basu et al., arXiv 2406.04236.
+    The replacement gets exactly as many tokens as the group: a longer one is cut, and a shorter one is repeated. This
+    is the text corruption of Basu et al., arXiv 2406.04236.
 
     Example:
         >>> import multrace as mt
@@ -115,11 +115,11 @@ class ReplaceText:
     """
 
     replacement: str
-    """The words that are put in."""
+    """The words that replace the group."""
     group: str = field(default="constraint", kw_only=True)
     """The token group that is replaced."""
     repeat_first_token: bool = field(default=False, kw_only=True)
-    """Fill the whole group with the first token of the replacement, as the code of arXiv 2406.04236 does."""
+    """True to fill the whole group with the first token of the replacement, as the code of arXiv 2406.04236 does."""
 
     def __post_init__(self) -> None:
         if not self.replacement.strip():
@@ -148,7 +148,7 @@ class ReplaceText:
 def word_embeddings(vlm: VisionLanguageModel, phrases: Sequence[str]) -> Tensor:
     """Return the embedding of every token of every phrase, repeated ones included: (token, hidden) float64 on the CPU.
 
-    Special tokens are left out. Raises `ModelError` for a phrase that is no text, and `TraceError` without any token.
+    Special tokens are left out. Raises `ModelError` for a phrase that is not text, and `TraceError` without any token.
     """
     texts = [check_text(phrase, "phrase") for phrase in phrases]
     ids = [token for text in texts for token in vlm.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -162,7 +162,7 @@ def word_embeddings(vlm: VisionLanguageModel, phrases: Sequence[str]) -> Tensor:
 def _replacement_ids(
     vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...], replacement: str
 ) -> list[int]:
-    """Tokens of the repeated replacement as in running text: they follow a blank if the original does."""
+    """Return the tokens of the repeated replacement in running text, which follow a blank if the original does."""
     tokenizer, ids = vlm.tokenizer, prompt.inputs["input_ids"][0].tolist()
     before = ids[max(0, positions[0] - 1) : positions[0]]
     original = tokenizer.decode([*before, ids[positions[0]]])[len(tokenizer.decode(before)) :]

@@ -36,7 +36,7 @@ class StateCell:
 
     @property
     def identity(self) -> str:
-        """Return a text that is the same for equal cells in every process."""
+        """A text that is the same for equal cells in every process."""
         return repr(self)
 
 
@@ -53,7 +53,7 @@ class EdgeCell:
 
     @property
     def identity(self) -> str:
-        """Return a text that is the same for equal cells in every process."""
+        """A text that is the same for equal cells in every process."""
         sources, targets = sorted(self.cut.sources), sorted(self.cut.targets)
         return repr((sources, targets, self.cut.heads, self.first, self.last, self.is_dropped))
 
@@ -78,7 +78,7 @@ class Runs:
 
     @classmethod
     def of_one(cls, embeddings: Tensor, *, scored: Sequence[int], **keywords: Tensor) -> "Runs":
-        """Return runs with these embeddings (1, token, hidden) as base and source, for edge cells, which patch nothing."""
+        """Return runs of edge cells, with the same embeddings (1, token, hidden) as base and source."""
         return cls(base=embeddings, source=embeddings, scored=tuple(scored), keywords=keywords)
 
     @property

@@ -73,9 +73,9 @@ def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[i
     If the image tokens form one grid, these are the positions of `box_patches`. Otherwise the patches are located in
     each tile that the vision tower reads, and the model's own packing gives the positions of their tokens: it runs with
     marks in place of the projector's output, so that tiles keep the model's order, and tokens of padding, line ends or
-    classes belong to no box. A tile that shows the whole picture is judged by its own brightness, since a small box is dimmer there than in
-    tiles that show a part of it; positions in both belong to the box. This runs the vision tower twice and the image
-    processor seven times.
+    classes belong to no box. A tile that shows the whole picture is judged by its own brightness, since a small box is
+    dimmer there than in tiles that show a part of it; positions in both belong to the box. This runs the vision tower
+    twice and the image processor seven times.
 
     Args:
         vlm: The model.

@@ -100,7 +100,7 @@ def _group(prompt: Prompt, name: str) -> tuple[int, ...]:
     """Return the positions of a named group, without those of a given answer."""
     try:
         prompt.positions(name)
-    except ModelError as error:  # the message lists the groups; a trace has more items
+    except ModelError as error:  # the message lists the groups; a trace accepts more items
         raise ModelError(f'{error}; besides these, pass "tokens", {_CHOICES}') from error
     if name == "answer":
         raise TraceError("positions of the answer are never restored; leave out the group 'answer'")

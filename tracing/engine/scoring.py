@@ -125,7 +125,7 @@ def choose_scoring(
 ) -> Scoring:
     """Return the scoring of a trace with these clean and corrupted embeddings (sample, token, hidden).
 
-    Without an answer, the model's own answer is scored. Without a foil, a logit difference subtracts the corrupted run's
+    Without an answer, the model's own is used. Without a foil, a logit difference subtracts the corrupted run's
     answer (its likeliest token that is not the answer's). Raises `TraceError` for an unknown metric, and for a foil
     that no metric uses or that is scored by the same tokens as the answer.
     """
@@ -177,7 +177,7 @@ def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int,
 def _corrupted_answer(
     vlm: VisionLanguageModel, corrupted: Tensor, answer_ids: tuple[int, ...], whole: bool
 ) -> tuple[int, ...]:
-    """Return the likeliest token after the corrupted prompt that is not the answer's; if whole, its greedy continuation."""
+    """Return the likeliest token after the corrupted prompt other than the answer's; if whole, continued greedily."""
     probabilities = vlm.next_token_probabilities(corrupted).mean(0)
     probabilities[answer_ids[0]] = -1.0
     ids = (int(probabilities.argmax()),)

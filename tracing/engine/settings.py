@@ -55,26 +55,26 @@ class Engine:
                 raise TraceError(f"{name}={getattr(self, name)} is too small; pass at least {least}")
 
     def lane_tokens(self, vlm: VisionLanguageModel, samples: int) -> int:
-        """Return the number of positions that open cells may hold: their states, for all samples, take half of the memory."""
+        """Return the number of positions that open cells may hold: all samples' states take half of the memory."""
         return max(1, self.memory * 2**19 // (samples * vlm.hidden * vlm.dtype.itemsize))
 
     def call_tokens(self, vlm: VisionLanguageModel) -> int:
-        """Return the number of tokens that may pass a layer together: their activations take a quarter of the memory."""
+        """Return the number of tokens that may pass a layer together, with a quarter of the memory for activations."""
         each = (8 * vlm.hidden + 3 * vlm.mlp) * vlm.dtype.itemsize
         return max(1, min(self.tokens_per_call, self.memory * 2**18 // each))
 
     def may_share(self, vlm: VisionLanguageModel, count: int) -> bool:
-        """Return whether `count` states may be kept for the whole sweep: they may take at most an eighth of the memory."""
+        """Return whether `count` states may be kept for the whole sweep, in at most an eighth of the memory."""
         return count * vlm.hidden * vlm.dtype.itemsize <= self.memory * 2**17
 
     def read_rows(self, vlm: VisionLanguageModel, scored: int) -> int:
-        """Return the number of rows of logits that may be held: with float64 copies they take an eighth of the memory."""
+        """Return the number of rows of logits that fit, with their float64 copies, into an eighth of the memory."""
         vocabulary = vlm.output_head.weight.shape[0]
         return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text is decisive."""
+    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text decides."""
     texts = ("not enough memory", "can't allocate memory")  # Windows, other systems
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
@@ -103,7 +103,7 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
-        """Read the cells that an earlier sweep with the same cells, batches and runs (compared by their scores) finished.
+        """Read the finished cells of an earlier sweep with the same cells, batches and runs (compared by their scores).
 
         Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
         """
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:
-        """Return a context that fills in scores (cell, metric, sample) and saves finished ones even if it is interrupted."""
+        """Return a context for filling in scores (cell, metric, sample); it saves finished ones even if interrupted."""
         self._scores = scores
         try:
             yield

@@ -34,7 +34,7 @@ class Recorded:
     """Positions at which the two runs can differ, ascending."""
 
     def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
-        """Return the positions to compute, with the runs that hold the keys of all others (the source for merged ones)."""
+        """Return the positions to compute, with the runs that hold all other keys (the source run for merged ones)."""
         by_run = {self.source: set(merged)}
         by_run[self.base] = set(self.changed) - set(computed) - set(merged)
         rest = set(self.full.positions) - set(computed).union(*by_run.values())
@@ -44,7 +44,7 @@ class Recorded:
 
 
 def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
-    """Return both runs, with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
+    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
 
     States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
     differ.
@@ -112,7 +112,7 @@ class States:
 
     @contextmanager
     def acting(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], here: tuple[int, ...]) -> Iterator[Queries]:
-        """Yield the span to compute, while the layer's modules write the states that these lanes patch in and freeze."""
+        """Yield the span to compute, in a context in which the modules write the patched-in and frozen states."""
         writes = Writes(samples=self._samples, here=here)
         for row, lane in enumerate(lanes):
             cell = self._cells[lane.cell]
@@ -138,7 +138,7 @@ class States:
                 states[:, slot, here] = values[:, there]
 
     def scored_together(self, chunk: Chunk, active: int, step: int) -> list[list[int]]:
-        """Return the slots whose logits are computed together: those of one last-layer call, and those that start after it.
+        """Return the slots whose logits are computed together: those of one last-layer call, and those starting after.
 
         Lanes that copy the last states of another lane get its scores.
         """
@@ -153,7 +153,7 @@ class States:
         return self._span[1]
 
     def _values(self, start: _Start, wanted: tuple[int, ...]) -> Tensor:
-        """Return (sample or 1, position, hidden): a layer's output at some positions if states are patched in at all of them.
+        """Return (sample or 1, position, hidden): a layer's output at some positions, all of which are patched.
 
         A state patched in at one position does not affect this layer's output at another, so the result is valid for
         every cell that starts here, whichever of these positions it patches.

@@ -44,7 +44,7 @@ def sweep(
         cells: Cells of one kind.
         measure: Function from logits to scores.
         settings: Memory, batch size and checkpoint.
-        accept: Function that gets the scores (metric, sample) of base and source before any cell is computed; may raise.
+        accept: Function that gets the scores (metric, sample) of base and source before any cell; it may raise.
         bar: Progress bar that counts cells.
 
     Raises:
@@ -170,7 +170,7 @@ class _Sweep:
                 scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
 
     def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
-        """Run a layer on some lanes of states (sample, lane, position, hidden), the last layer only where it is read."""
+        """Run a layer on some lanes of states (sample, lane, position, hidden); the last one only at read positions."""
         is_last = layer == self.vlm.layers - 1
         rows = rearrange(states[:, part], "s c t d -> (s c) t d")
         with self.acts.acting(layer, chunk, chunk.lanes[part], read if is_last else chunk.computed) as span:
@@ -207,7 +207,7 @@ class _Sweep:
     def _spliced(
         self, computed: tuple[tuple[int, ...], Tensor] | None, merged: Sequence[int], owners: Tensor | Sequence[int]
     ) -> Tensor:
-        """Return logits (row, scored position, vocab): computed ones, the source run's where merged, else the base run's."""
+        """Return logits (row, scored position, vocab): computed, the source run's where merged, else the base run's."""
         scored = self.runs.scored
         if computed is not None and len(computed[0]) == len(scored):
             return computed[1]

@@ -28,7 +28,7 @@ class Shown:
 def shown(prompt: Prompt, corrupted: Corrupted, *, restores: bool) -> Shown:
     """Return the model inputs of both runs. If the trace restores, the base run is the corrupted one.
 
-    Raises `TraceError` if the corruption leaves the pixels as they are.
+    Raises `TraceError` if the corruption leaves the pixels unchanged.
     """
     if not corrupted.inputs:
         raise TraceError(
@@ -156,7 +156,7 @@ def _embeddings(
     """Return (sample, token, hidden): the decoder's input with source states patched in; the answer's words stay."""
     rows = []
     for sample in range(runs.samples):
-        base = inputs.base[sample % len(inputs.base)]  # a single one stands for all samples
+        base = inputs.base[sample % len(inputs.base)]  # a single input serves all samples
         states = lent[sample % len(lent)]
         with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
             rows.append(vlm.embed(inputs.prompt, base))
@@ -166,7 +166,7 @@ def _embeddings(
 
 
 def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A patch that puts in the values where the mask is true."""
+    """Return a patch that writes the values where the mask is true."""
 
     def write(output: Tensor) -> Tensor:
         if output.shape != values.shape:
@@ -180,7 +180,7 @@ def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _known(embeddings: Tensor, runs: Runs, measured: CellScores) -> Tensor | None:
-    """(metric, sample) scores of the run with exactly these embeddings, if it is one of both."""
+    """Return the (metric, sample) scores of the run with exactly these embeddings, or None if neither run has them."""
     for run, scores in ((runs.base, measured.base), (runs.source, measured.source)):
         if torch.equal(embeddings, run.expand_as(embeddings)):
             return scores

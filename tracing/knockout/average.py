@@ -1,4 +1,4 @@
-"""The average of attention knockout over questions, with intervals, and with the questions that were left out."""
+"""The average of attention knockout over questions, with intervals and the questions that were left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ _SHARED = ("model", "revision", "layers", "windows", "scores", "spans")
 
 @dataclass(frozen=True, kw_only=True)
 class FlowCentre:
-    """The centre of mass over layers of what a mean curve loses."""
+    """The centre of mass, over layers, of the loss in a mean curve."""
 
     flow: str
     window: int
     layer: float
-    """Between 0 and the last layer."""
+    """The centre, between 0 and the last layer."""
     interval: tuple[float, float] | None
     """95 % interval over questions; None for fewer than two."""
     count: int
@@ -36,7 +36,7 @@ class FlowCentre:
 
 @dataclass(frozen=True, kw_only=True)
 class FilteredQuestion:
-    """A question that is not averaged because the model's own answer to it is wrong."""
+    """A question that is left out of the average because the model's own answer to it is wrong."""
 
     question: str
     gold: str
@@ -47,9 +47,10 @@ class FilteredQuestion:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageKnockout(FlowMap):
-    """Mean changes over questions that were asked with the same cuts. Made by `average`.
+    """Mean changes over questions with the same cuts. Made by `average`.
 
-    Flows are found by their names; a question without one (no box of an object, say) is left out of that flow's mean.
+    Flows are matched by name; a question without a flow (for example without a box of the object) is left out of that
+    flow's mean.
     """
 
     layout: ClassVar[str] = "multrace average attention knockout 2"
@@ -57,9 +58,9 @@ class AverageKnockout(FlowMap):
     count: int
     """Number of questions that were averaged."""
     wrong: int
-    """How many of them the model itself answers wrongly."""
+    """Number of averaged questions that the model itself answers wrongly."""
     ungraded: int
-    """How many of them have no known right answer."""
+    """Number of averaged questions whose right answer is not known."""
     clean: Mean
     """(score,): probability of the answer without any cut."""
     changes: Mean
@@ -71,12 +72,12 @@ class AverageKnockout(FlowMap):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many questions the mean of each flow is over."""
+        """The number of questions in the mean of each flow."""
         most = self.changes.count.amax(0).flatten(1).amax(1)
         return dict(zip(self.flows, most.tolist(), strict=True))
 
     def change(self, score: str | None = None) -> Tensor:
-        """Return (flow, window, layer) float64: change in percent, mean over the questions that have the flow."""
+        """Return (flow, window, layer) float64: change in percent, averaged over the questions that have the flow."""
         return self.changes.mean[self._score(score)]
 
     def interval(self, score: str | None = None, *, corrected: bool = False) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,8 @@ class AverageKnockout(FlowMap):
 
         Args:
             score: one of `scores`; the first one by default.
-            corrected: give intervals that together hold all layers of a curve (Bonferroni). Ask for these when you look
-                at the largest change of a curve.
+            corrected: give intervals that hold jointly for all layers of a curve (Bonferroni). Use them to judge the
+                largest change of a curve.
 
         Returns:
             Both ends, NaN for a flow that only one question has.
@@ -109,11 +110,11 @@ class AverageKnockout(FlowMap):
         return replace(peak, interval=interval)
 
     def centre(self, flow: str, window: int | None = None, score: str | None = None) -> FlowCentre | None:
-        """Return how early or late in the model a flow matters: the centre of mass of what its mean curve loses.
+        """Return how early or late in the model a flow matters: the centre of mass of the loss in its mean curve.
 
-        The interval is Student's, of the centre's first-order change with the mean curve (infinitesimal jackknife).
-        None where the mean nowhere falls below zero. The centre means something only for a flow whose peak is clearly
-        below zero: noise has its centre in the middle.
+        The interval is Student's t for the centre's first-order change with the mean curve (infinitesimal jackknife).
+        The result is None if the mean is nowhere below zero. The centre is meaningful only for a flow whose peak is
+        clearly below zero: pure noise has its centre in the middle.
         """
         place = self._score(score), self._flow(flow), self._window(window)
         layer, slope = centre_of_loss(self.changes.mean[place])
@@ -123,15 +124,15 @@ class AverageKnockout(FlowMap):
         if int(count) > 1:
             deviation = (slope @ self.covariance[place] @ slope).clamp(min=0).sqrt()
             low, high = (float(end) for end in student_interval(layer, deviation, count))
-            interval = (max(low, 0.0), min(high, self.layers - 1.0))  # no centre lies outside the model
+            interval = (max(low, 0.0), min(high, self.layers - 1.0))  # a centre cannot lie outside the model
         return FlowCentre(
             flow=flow, window=self.windows[place[2]], layer=float(layer), interval=interval, count=int(count)
         )
 
     def summary(self, score: str | None = None) -> str:
-        """Return lines of text: per flow and window the strongest change, where it is and where its centre lies.
+        """Return lines of text: per flow and window the strongest change, its layers and the centre of the loss.
 
-        Then follow the questions that were left out, with the wrong answers.
+        The questions that were left out follow, with the wrong answers.
         """
         notes = [f"{self.wrong} of them answered wrongly"] if self.wrong else []
         notes += [f"{self.ungraded} of them without a known right answer"] if self.ungraded else []
@@ -151,7 +152,7 @@ class AverageKnockout(FlowMap):
     ) -> "Figure":
         """Return a figure with a line per flow: mean change by layer with its 95 % band, in a panel per window.
 
-        The legend says how many questions have a flow where that differs from flow to flow.
+        The legend gives the number of questions with each flow if it differs from flow to flow.
 
         Args:
             path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
@@ -175,7 +176,7 @@ class AverageKnockout(FlowMap):
         return values | self._span_columns()
 
     def _line(self, flow: str, window: int, score: str | None) -> str:
-        """One line on a flow and window."""
+        """Return one line on a flow and window."""
         peak, centre = self.peak(flow, window, score), self.centre(flow, window, score)
         ends = "" if peak.interval is None else " [{:+.1f}, {:+.1f}]".format(*peak.interval)
         found = f"{peak.change:+.1f} %{ends} at {place_words(peak)}" if peak.change else "changes nothing at any layer"
@@ -187,7 +188,7 @@ class AverageKnockout(FlowMap):
         return f"{flow:<{max(map(len, self.flows))}}  window {window}: {found}, {_questions(peak.count)}"
 
     def _titles(self, score: str | None) -> tuple[str, str]:
-        """Title and subtitle of figures."""
+        """Return title and subtitle of figures."""
         probability = float(self.clean.mean[self._score(score)])
         clean = f"mean probability without a cut {probability:.3g}{self._named(score)}"
         bands = "; bands: 95% intervals" if self.count > 1 else ""
@@ -213,7 +214,7 @@ class AverageKnockout(FlowMap):
 
 
 class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
-    """Averages attention knockout over questions that one model was asked with the same windows and scores.
+    """An average of attention knockout over questions to one model with the same windows and scores.
 
     Args:
         only_right: leave out the questions that the model itself answers wrongly, and list them in `filtered`, as in
@@ -230,7 +231,7 @@ class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
         self._wrong = self._ungraded = 0
 
     def add(self, result: AttentionKnockout) -> None:
-        """Take in a result, or list its question if the answer is wrong."""
+        """Add a result to the average, or list its question if the answer is wrong."""
         if self._only_right and result.is_right is False:
             question = FilteredQuestion(question=result.question, gold=result.gold, generated=result.generated)
             self._filtered.append(question)

@@ -10,11 +10,12 @@ from ..errors import TraceError
 PAPER_FLOWS = ("question -> last", "image -> last", "image -> question", "last -> last")
 """The flows of arXiv 2411.18620 that every question about a picture has."""
 CONSTRAINT_FLOWS = ("constraint -> last",)
-"""The flow from the words that name the subject (arXiv 2406.04236), for prompts with a constraint."""
+"""The flow from the words that name the subject (arXiv 2406.04236), which prompts with a constraint have."""
 OBJECT_FLOWS = ("object -> question", "other patches -> question")
 """The flows of arXiv 2411.18620 for pictures with boxes around the object of the question."""
 OPTION_FLOWS = ("true option -> last", "false option -> last", "question without options -> last")
-"""Its flows for questions with two options, whose words are the constraints "true_option" and "false_option"."""
+"""The flows of arXiv 2411.18620 for questions with two options, whose words are the constraints "true_option" and
+"false_option"."""
 _OPTIONS = ("true_option", "false_option")
 
 Group = str | int | Sequence[int]
@@ -31,19 +32,19 @@ class Flow:
     """
 
     source: Group
-    """The group that is attended to: a name, a position or several."""
+    """The group that is attended to: a name, a position or several of these."""
     target: Group
     """The group that attends."""
 
     @property
     def name(self) -> str:
-        """The name in results."""
+        """The name of the flow in results."""
         return f"{_named(self.source)} -> {_named(self.target)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowEdges:
-    """A flow in one prompt."""
+    """The attention edges of a flow in one prompt."""
 
     name: str
     sources: tuple[int, ...]
@@ -53,7 +54,7 @@ class FlowEdges:
 def parse_flow(text: str) -> Flow:
     """Return the flow of a text such as "image -> last" or "5 -> last" (a position).
 
-    Raises `TraceError` without an arrow between two groups.
+    Raises `TraceError` if the text has no arrow between two groups.
     """
     source, arrow, target = (part.strip() for part in text.partition("->"))
     if not (source and arrow and target):
@@ -63,14 +64,14 @@ def parse_flow(text: str) -> Flow:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """The token groups of a prompt as in the study of arXiv 2411.18620."""
+    """The token groups of a prompt, as defined in arXiv 2411.18620."""
 
     vlm: VisionLanguageModel
     prompt: Prompt
     boxes: tuple[Box, ...] = ()
-    """Rectangles of the picture that hold the object asked about."""
+    """Rectangles of the picture that contain the object of the question."""
     predicting: tuple[int, ...]
-    """Positions that predict the answer's scored tokens: "last"."""
+    """Positions that predict the answer's scored tokens, which form the group "last"."""
 
     def edges(self, flow: Flow | str) -> FlowEdges:
         """Return the flow's positions. Raises `TraceError`, which lists the groups, if one is unknown or empty."""
@@ -81,12 +82,12 @@ class Groups:
     def positions(self, group: Group) -> tuple[int, ...]:
         """Return the ascending positions of a group.
 
-        The names of `Prompt.groups` are valid, and these: "question", the raw question without separators and template;
-        "last", every position that predicts a scored token of the answer; "separators", between the last picture and
-        the question; "system", before the first picture; "template", after the question; "object" and "other patches",
-        image tokens that see a box and those that see none; "object words", the constraint named "object"; "true
-        option", "false option" and any other named constraint by its name, with a blank for each underscore; "options";
-        "question without options".
+        Valid names are those of `Prompt.groups` and the following: "question", the raw question without separators and
+        template; "last", every position that predicts a scored token of the answer; "separators", between the last
+        picture and the question; "system", before the first picture; "template", after the question; "object" and
+        "other patches", image tokens that show a box and those that show none; "object words", the constraint named
+        "object"; "true option", "false option" and any other named constraint by its name, with a blank for each
+        underscore; "options"; "question without options".
         """
         found = self._named(group) if isinstance(group, str) else self.prompt.positions(group)
         if not found:
@@ -141,7 +142,7 @@ class Groups:
 
 
 def default_flows(prompt: Prompt, boxes: Sequence[Box]) -> tuple[str, ...]:
-    """Return the studies' flows for which this prompt has the groups. Raises `TraceError` without a picture."""
+    """Return the published flows whose groups this prompt has. Raises `TraceError` for a prompt without a picture."""
     if not prompt.groups["image"]:
         raise TraceError('this prompt has no picture; pass flows=, such as ["question -> last"]')
     offers = {f"constraint:{name}" for name in _OPTIONS} <= set(prompt.groups)

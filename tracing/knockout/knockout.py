@@ -36,26 +36,26 @@ def attention_knockout(
 ) -> AttentionKnockout:
     """Return the answer's probability with each flow cut in each window of layers, and without any cut.
 
-    In the layers of a window no target token attends to a source token. Around a layer l these are the layers
-    max(0, l - window // 2) up to but excluding min(layers, l + ceil(window / 2)). Attention knockout as in Geva et al.,
-    arXiv 2304.14767, for pictures as in Zhang et al., arXiv 2411.18620, sections 3 and 4.
+    In the layers of a window no target token attends to a source token. The window around a layer l has the
+    layers max(0, l - window // 2) up to but excluding min(layers, l + ceil(window / 2)). This is attention knockout as
+    in Geva et al., arXiv 2304.14767, applied to pictures as in Zhang et al., arXiv 2411.18620, sections 3 and 4.
 
     Args:
         vlm: The model.
         prompt: The question.
         flows: Flows such as "image -> last", by the names of token groups (see `Groups.positions`) or by positions, or
-            `Flow`s; by default those of the studies for which the prompt has the groups. If the groups overlap, a
-            token does not attend to itself either, as in "last -> last".
-        windows: Numbers of layers that are cut together; by default single layers, and as large a share of the decoder
-            as the study cut (9 of 40 layers).
-        heads: Query heads that lose the edges; "each" for every head on its own; by default all heads together.
-        boxes: Rectangles of the picture that hold the object of the question, for the groups "object" and "other
+            `Flow`s; by default the published flows whose groups the prompt has. If the groups overlap, a token does
+            not attend to itself either, as in "last -> last".
+        windows: Numbers of layers that are cut together; by default single layers, and the same share of the decoder as
+            in arXiv 2411.18620 (9 of 40 layers).
+        heads: Query heads that lose the edges; "each" for every head separately; by default all heads together.
+        boxes: Rectangles of the picture that contain the object of the question, for the groups "object" and "other
             patches".
         answer: The answer whose first token is scored; by default the model's own.
-        whole_answer: Score also the product over all tokens of the answer; "last" then stands for every position that
+        whole_answer: Also score the product over all tokens of the answer; "last" then means every position that
             predicts one of them.
         gold: The right answer, with which the model's free answer is compared.
-        generated: The model's free answer, if it is known; else it is generated where it is needed.
+        generated: The model's free answer if it is known; by default it is generated when needed.
         engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
         progress: Show a progress bar over cells.
 
@@ -63,7 +63,7 @@ def attention_knockout(
         Probabilities by score, flow, window and layer, with the settings.
 
     Raises:
-        TraceError: There is no such group, window or head, a token would see nothing, or a score is not finite.
+        TraceError: A group, window or head does not exist, a token would see nothing, or a score is not finite.
         ModelError: The prompt has no such position, or a picture cannot be used.
 
     Example:
@@ -99,7 +99,7 @@ def attention_knockout(
 
 
 def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> Scoring:
-    """The scoring of this answer, or of the token that the model predicts if there is none."""
+    """Return the scoring of this answer, or of the token that the model predicts if there is none."""
     if answer is None and not whole:
         return Scoring.of_answer([int(vlm.next_token_probabilities(embeddings)[0].argmax())], whole=False)
     return Scoring.of_answer(scored_ids(prompt, answer, whole=whole), whole=whole)
@@ -125,7 +125,7 @@ def _ends(vlm: VisionLanguageModel, layer: int, window: int) -> tuple[int, int]:
 def _by_head(
     vlm: VisionLanguageModel, flows: Sequence[FlowEdges], heads: str | Sequence[int] | None
 ) -> list[tuple[str, Cut]]:
-    """Names and cuts of the flows, one for each head if `heads` is "each"."""
+    """Return names and cuts of the flows, one for each head if `heads` is "each"."""
     if not flows:
         raise TraceError('no flows to cut; pass some, such as ["image -> last"], or None for those of the study')
     if heads is None:
@@ -190,15 +190,15 @@ def knockout_probability(
 ) -> float:
     """Return the answer's probability if no target token can attend to a source token in any layer.
 
-    Compare it with the probability without sources. Attention knockout as in arXiv 2411.18620, over all layers at once,
-    by one forward pass with a mask.
+    Compare it with the probability without sources. This is attention knockout as in arXiv 2411.18620, in all layers at
+    once, by one forward pass with a mask.
 
     Args:
         vlm: The model.
         prompt: The question.
         sources: Token group or positions that are attended to.
-        targets: Token group or positions that attend. A token always sees itself, so that groups may overlap.
-        answer_id: The scored token; by default the one that the untouched model finds likeliest.
+        targets: Token group or positions that attend. A token always attends to itself, so groups may overlap.
+        answer_id: The scored token; by default the likeliest one in the model without any cut.
 
     Returns:
         The probability of the scored token after the prompt.
@@ -228,6 +228,6 @@ def knockout_probability(
 
 
 def _indices(prompt: Prompt, group: str | int | Iterable[int], length: int) -> Tensor:
-    """Positions of the group among the first `length` of the prompt, without those of an answer."""
+    """Return the positions of the group among the first `length` of the prompt, without those of an answer."""
     group = group if isinstance(group, (str, int)) else tuple(group)
     return torch.tensor([position for position in prompt.positions(group) if position < length], dtype=torch.long)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowPeak:
-    """Where cutting a flow changes the answer's probability most."""
+    """The window in which cutting a flow changes the answer's probability most."""
 
     flow: str
     window: int
@@ -29,17 +29,17 @@ class FlowPeak:
     """The centre of the window."""
     first_layer: int
     last_layer: int
-    """First and last layer, both included, in which the edges are cut there."""
+    """First and last layer of the window, both included, in which the edges are cut."""
     change: float
-    """In percent of the uncut probability; the mean over questions in an average."""
+    """The change in percent of the uncut probability; in an average, the mean over questions."""
     interval: tuple[float, float] | None = None
-    """95 % interval of the mean, corrected for choosing among all layers; None for fewer than two questions."""
+    """95 % interval of the mean, corrected for the choice among all layers; None for fewer than two questions."""
     count: int = 1
-    """Questions that have this flow."""
+    """Number of questions that have this flow."""
 
     @property
     def is_clear(self) -> bool:
-        """The interval leaves out zero; without one, the change is not zero."""
+        """True if the interval excludes zero or, without an interval, if the change is not zero."""
         if self.interval is None:
             return self.change != 0
         low, high = self.interval
@@ -48,7 +48,7 @@ class FlowPeak:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FlowMap(Result):
-    """Changes of an answer's probability over (flow, window, layer): what one question and an average share.
+    """Changes of an answer's probability over (flow, window, layer), the common base of single results and averages.
 
     A flow is a set of attention edges, from all of its sources to all of its targets.
     """
@@ -59,15 +59,15 @@ class FlowMap(Result):
     flows: tuple[str, ...]
     """Names such as "image -> last"."""
     flow_heads: tuple[tuple[int, ...], ...]
-    """Per flow the heads in which its edges are cut; empty for all heads."""
+    """The heads in which each flow's edges are cut; empty for all heads."""
     windows: tuple[int, ...]
-    """How many neighbouring layers are cut together."""
+    """Numbers of neighbouring layers that are cut together."""
     spans: Tensor
     """(window, layer, 2) int64: first and last layer, both included, cut for the window centred at that layer."""
     layers: int
-    """How many layers the decoder has."""
+    """Number of decoder layers."""
     scores: tuple[str, ...]
-    """What was scored: "first token" of the answer, and "answer", all of its tokens; the first is the main one."""
+    """Names of the scores: "first token" of the answer, and "answer" for all its tokens; the first is the main one."""
 
     def change(self, score: str | None = None) -> Tensor:
         """Return (flow, window, layer) float64: change of the answer's probability in percent of the uncut one.
@@ -81,7 +81,7 @@ class FlowMap(Result):
         return self.change(score)[self._flow(flow), self._window(window)]
 
     def _peak(self, flow: str, window: int | None, score: str | None, **certainty: Any) -> FlowPeak:
-        """The layer with the largest change, up or down, the first one of equals."""
+        """Return the layer with the largest change, up or down; the first one if several are equal."""
         curve, index = self.curve(flow, window, score), self._window(window)
         layer = int(curve.abs().nan_to_num(nan=-1.0).argmax())
         first, last = self.spans[index, layer].tolist()
@@ -101,11 +101,11 @@ class FlowMap(Result):
         return {"score": self.scores, "flow": self.flows, "window": self.windows, "layer": range(self.layers)}
 
     def _span_columns(self) -> dict[str, Tensor]:
-        """The layers that are cut, as columns of a table over (window, layer)."""
+        """Return the layers that are cut, as columns of a table over (window, layer)."""
         return {"first_layer": self.spans[..., 0], "last_layer": self.spans[..., 1]}
 
     def _named(self, score: str | None) -> str:
-        """A score in brackets where there are several."""
+        """Return the name of a score in brackets if there are several scores."""
         return f" ({self.scores[self._score(score)]})" if len(self.scores) > 1 else ""
 
     def _figure(
@@ -117,7 +117,7 @@ class FlowMap(Result):
         labels: Mapping[str, str],
         titles: tuple[str, str],
     ) -> "Figure":
-        """The figure of values (3, flow, window, layer), which are changes and both ends of their bands."""
+        """Return the figure of values (3, flow, window, layer), which are changes and both ends of their bands."""
         styles = dict(zip(self.flows, flow_styles(self.flows), strict=True))
         layers, panels = torch.arange(self.layers), []
         for each in self.windows if window is None else (self.windows[self._window(window)],):
@@ -133,7 +133,7 @@ class FlowMap(Result):
         return drawing.finished(figure, path)
 
     def _fits(self) -> list[bool]:
-        """What must hold for the shared fields."""
+        """Return the conditions that the shared fields must fulfil."""
         spans = self.spans
         return [
             min(len(self.flows), len(self.windows), len(self.scores)) > 0,
@@ -144,7 +144,7 @@ class FlowMap(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttentionKnockout(FlowMap):
-    """One question's answer with attention edges cut (arXiv 2411.18620, section 3). Made by `attention_knockout`.
+    """The answer to one question with attention edges cut (arXiv 2411.18620, section 3). Made by `attention_knockout`.
 
     Example:
         >>> import multrace as mt
@@ -161,36 +161,36 @@ class AttentionKnockout(FlowMap):
     tokens: tuple[str, ...]
     """The prompt's tokens, one readable string per position."""
     flow_sources: tuple[tuple[int, ...], ...]
-    """Per flow the positions to which attention is cut."""
+    """Per flow, the positions to which attention is cut."""
     flow_targets: tuple[tuple[int, ...], ...]
-    """Per flow the positions whose attention to them is cut."""
+    """Per flow, the positions whose attention to its sources is cut."""
     answer: str
     """Text of the scored tokens."""
     answer_ids: tuple[int, ...]
     """The scored tokens."""
     gold: str | None
-    """The right answer, if it is known."""
+    """The right answer; None if it is not known."""
     generated: str | None
-    """The model's own free answer."""
+    """The model's own free answer; None if it is not known."""
     clean: Tensor
     """(score,) float64: the answer's probability without any cut."""
     probabilities: Tensor
-    """(score, flow, window, layer) float64: its probability with the edges cut."""
+    """(score, flow, window, layer) float64: the answer's probability with the edges cut."""
     free: Tensor
-    """(flow, window, layer) bool: True where nothing that is cut could act, so that nothing had to be computed."""
+    """(flow, window, layer) bool: True where the cut can have no effect, so that no computation was needed."""
     engine: EngineReport
-    """How the probabilities were computed."""
+    """The cost of the probabilities and the outcome of their self-check."""
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the model's own answer is the right one (`same_answer`); None where either is not known."""
+        """True if the model's own answer is the right one (`same_answer`); None if either is not known."""
         return None if self.gold is None or self.generated is None else same_answer(self.generated, self.gold)
 
     def change(self, score: str | None = None) -> Tensor:
         """Return (flow, window, layer) float64: (p_cut - p_clean) / p_clean in percent, from -100 upwards.
 
-        score: one of `scores`; the first one by default. NaN where p_clean is 0, since no change can be given then.
-        Raises `TraceError` for a score that was not computed.
+        score: one of `scores`; the first one by default. Values are NaN where p_clean is 0, since the change is
+        undefined there. Raises `TraceError` for a score that was not computed.
         """
         index = self._score(score)
         clean = self.clean[index]
@@ -202,7 +202,7 @@ class AttentionKnockout(FlowMap):
         return self._peak(flow, window, score)
 
     def summary(self, score: str | None = None) -> str:
-        """Return lines of text: the answer, then per flow and window the strongest change and where it is."""
+        """Return lines of text: the answer, then per flow and window the strongest change and its layers."""
         peaks = [self.strongest(flow, window, score) for flow in self.flows for window in self.windows]
         name = max(map(len, self.flows))
         return "\n".join([self.question, self._answers(score), *(f"  {_peak_line(peak, name)}" for peak in peaks)])
@@ -238,7 +238,7 @@ class AttentionKnockout(FlowMap):
         return {"probability": self.probabilities, "change": changes, **self._span_columns(), "free": self.free}
 
     def _answers(self, score: str | None) -> str:
-        """The scored answer with its probability, and how it compares with the right one."""
+        """Return the scored answer with its probability, and its comparison with the right one."""
         clean = float(self.clean[self._score(score)])
         parts = [f"p({self.answer.strip()}) = {clean:.3g} without a cut{self._named(score)}"]
         if self.is_right is not None:
@@ -265,7 +265,7 @@ class AttentionKnockout(FlowMap):
 
 
 def same_answer(a: str, b: str) -> bool:
-    """Return whether two answers are equal except for case, blanks around them and a final full stop."""
+    """Return whether two answers are equal except for case, surrounding blanks and a final full stop."""
     plain = [text.strip().lower().removesuffix(".").rstrip() for text in (a, b)]
     return plain[0] == plain[1]
 
@@ -276,19 +276,19 @@ def cut_label(flow: str) -> str:
 
 
 def place_words(peak: FlowPeak) -> str:
-    """Return where a flow is cut, in words."""
+    """Return a description of the layers in which a flow is cut."""
     single = peak.first_layer == peak.last_layer
     return f"layer {peak.layer}" + ("" if single else f" (cut in {peak.first_layer} to {peak.last_layer})")
 
 
 def _peak_line(peak: FlowPeak, name: int) -> str:
-    """One line on a flow's strongest change, with the name filled up to so many letters."""
+    """Return one line on a flow's strongest change, with the flow's name padded to `name` letters."""
     found = f"{peak.change:+.1f} % at {place_words(peak)}" if peak.change else "changes nothing at any layer"
     return f"{peak.flow:<{name}}  window {peak.window}: {found}"
 
 
 def _index(kind: str, labels: Sequence[Any], label: Any) -> int:
-    """Where the label stands."""
+    """Return the index of the label."""
     if label not in labels:
         raise TraceError(
             f"no {kind} {label!r} in this attention knockout: it holds {', '.join(map(repr, labels))}; "

@@ -1,4 +1,4 @@
-"""Line styles of flows: a flow looks the same in every figure, also to colour-blind readers and in grey print."""
+"""Line styles of flows, the same in every figure and distinguishable by colour-blind readers and in greyscale."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ FLOW_STYLES = {
     "options -> last": LineStyle(colour="#222222", dashes=DASH_DOT, marker="h"),
     "question without options -> last": LineStyle(colour="#8A8A00", dashes=DOTTED, marker=">"),
 }
-"""The flows of arXiv 2411.18620 (sections 4 and 5)."""
-_OTHERS = (  # from Tol's muted scheme and Okabe and Ito's, dark ones and light ones in turn
+"""The fixed styles of the flows of arXiv 2411.18620 (sections 4 and 5)."""
+_OTHERS = (  # from Tol's muted scheme and Okabe and Ito's, alternately dark and light
     LineStyle(colour="#332288", marker="p"),
     LineStyle(colour="#44AA99", dashes=DASHED, marker="*"),
     LineStyle(colour="#AA4499", dashes=DASH_DOT, marker="d"),
@@ -29,7 +29,7 @@ _OTHERS = (  # from Tol's muted scheme and Okabe and Ito's, dark ones and light 
 
 
 def flow_styles(flows: Sequence[str]) -> tuple[LineStyle, ...]:
-    """Return a style per flow: the fixed one of `FLOW_STYLES`, or for other names the next one of a cycle."""
+    """Return a style per flow: the fixed one in `FLOW_STYLES`, or for other names the next one of a cycle."""
     others = [flow for flow in flows if flow not in FLOW_STYLES]
     cycle = {flow: cycled(_OTHERS, index) for index, flow in enumerate(others)}
     return tuple((FLOW_STYLES | cycle)[flow] for flow in flows)
