@@ -1,4 +1,4 @@
-"""What every result shares: files, averages, statistics and drawing. See `__init__.pyi`."""
+"""Shared foundations of all results: files, averages, statistics and drawing. See `__init__.pyi`."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Averages over prompts: results are added one by one, and only sums over named axes are held."""
+"""Averages over prompts: results are added one by one, and only running sums over named axes stay in memory."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,27 +18,27 @@ Average = TypeVar("Average", bound=Result)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mean:
-    """The mean of a quantity over prompts, with its spread, entry by entry. A result may have it as a field."""
+    """The mean of a quantity over prompts, with its spread, entry by entry. A result may have a `Mean` as a field."""
 
     mean: Tensor
-    """Mean over the prompts that have the entry, float64; NaN where none has."""
+    """Mean over the prompts that have the entry, float64; NaN where no prompt has it."""
     deviation: Tensor
-    """Standard deviation over them (with n - 1), float64; 0 for a single one, NaN for none."""
+    """Standard deviation over these prompts (with n - 1), float64; 0 for a single prompt, NaN for none."""
     count: Tensor
-    """How many prompts have the entry, int64."""
+    """Number of prompts that have the entry, int64."""
 
     def interval(self, *, comparisons: int = 1) -> tuple[Tensor, Tensor]:
         """Return (low, high) of the 95 % interval of the mean by Student's t; NaN where fewer than two have the entry.
 
-        comparisons: number of intervals that hold all means together with 95 % (Bonferroni). Raises `ArtefactError`
-        if no entry is of two prompts.
+        comparisons: number of intervals that jointly cover all means with 95 % confidence (Bonferroni). Raises
+        `ArtefactError` if no entry has two prompts.
         """
         if int(self.count.max()) < 2:
             raise ArtefactError("an interval needs at least two results, here is one; average more prompts")
         return student_interval(self.mean, self.deviation, self.count, comparisons=comparisons)
 
     def band(self) -> tuple[Tensor, Tensor]:
-        """Return `interval`, or NaN for both ends everywhere if no entry is of two prompts."""
+        """Return `interval`, or NaN for both ends everywhere if no entry has two prompts."""
         unknown = torch.full_like(self.mean, torch.nan)
         return self.interval() if int(self.count.max()) > 1 else (unknown, unknown)
 
@@ -47,24 +47,24 @@ class Mean:
         return wilson_interval(self.mean, self.count)
 
     def __getitem__(self, index: Any) -> "Mean":
-        """The same for some of the entries."""
+        """Return the `Mean` of some of the entries."""
         return Mean(mean=self.mean[index], deviation=self.deviation[index], count=self.count[index])
 
     @property
     def shape(self) -> torch.Size:
-        """Sizes of the axes."""
+        """The sizes of the axes."""
         return self.mean.shape
 
     def fits(self, *shape: int) -> bool:
-        """Whether all three tensors have this shape, for the checks of loaded results."""
+        """Return whether all three tensors have this shape, for the checks of loaded results."""
         return all(each.shape == shape for each in (self.mean, self.deviation, self.count))
 
 
 class RunningMean:
-    """Takes in values one by one and gives their `Mean` (Welford's algorithm); NaN entries are left out.
+    """A running mean of values that are added one by one (Welford's algorithm); NaN entries are left out.
 
-    Values have named axes. Labels that come up later, such as a flow that only some prompts have, are appended, and
-    values that lack a label count as NaN there. With `joint`, the covariances along the last axis are kept as well.
+    Values have named axes. Labels that first appear later, such as a flow that only some prompts have, are appended,
+    and values that lack a label count as NaN there. With `joint`, covariances along the last axis are computed as well.
     """
 
     def __init__(self, *, joint: bool = False) -> None:
@@ -74,7 +74,7 @@ class RunningMean:
         self._mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor, axes: Mapping[str, Sequence[Any]]) -> None:
-        """Take in values with these axes: the name of each dimension and its labels, in order."""
+        """Add values with these axes: the name of each dimension and its labels, in order."""
         named = {name: tuple(labels) for name, labels in axes.items()}
         self._grow(named)
         places = [[self.axes[name].index(label) for label in labels] for name, labels in named.items()]
@@ -89,7 +89,7 @@ class RunningMean:
             self._products = self._products + change[..., :, None] * rest[..., None, :]
 
     def _grow(self, named: Mapping[str, tuple[Any, ...]]) -> None:
-        """Make room for labels that were not there before."""
+        """Make room for new labels."""
         known = {name: self.axes.get(name, ()) for name in named}
         grown = {name: tuple(dict.fromkeys((*known[name], *labels))) for name, labels in named.items()}
         if grown == self.axes:
@@ -111,7 +111,7 @@ class RunningMean:
 
     @property
     def value(self) -> Mean:
-        """The mean of what was taken in so far."""
+        """The mean of the values that were added so far."""
         is_empty = self._count == 0
         deviation = (self._squares.clamp(min=0) / (self._count - 1).clamp(min=1)).sqrt()
         return Mean(
@@ -122,19 +122,19 @@ class RunningMean:
 
 
 class Averager(ABC, Generic[Single, Average]):
-    """Averages results of one experiment, which are added one by one.
+    """Average results of one experiment, which are added one by one.
 
-    A subclass names the fields that must be equal in `alike`, takes the quantities of a result into running means in
-    `_take`, and makes the average of them in `_average`.
+    In a subclass, `alike` lists the fields that must be equal, `_take` adds the quantities of a result to running
+    means, and `_average` builds the average from them.
     """
 
     alike: ClassVar[tuple[str, ...]]
-    """Fields or properties that all results must share."""
+    """Fields or properties that must be equal in all results."""
 
     def __init__(self) -> None:
         self._first: Single | None = None
         self.count = 0
-        """Results that were averaged."""
+        """Number of results that were averaged."""
         self._means: dict[str, RunningMean] = {}
 
     @property
@@ -145,7 +145,7 @@ class Averager(ABC, Generic[Single, Average]):
         return self._first
 
     def add(self, result: Single) -> None:
-        """Take in a result. Raises `ArtefactError` if it differs from the first one in what must be equal."""
+        """Add a result. Raises `ArtefactError` if it differs from the first one in a field that must be equal."""
         if self._first is None:
             self._first = result
         check_alike(self.first, result, self.alike)
@@ -163,7 +163,7 @@ class Averager(ABC, Generic[Single, Average]):
 
     @abstractmethod
     def _average(self) -> Average:
-        """The average from the running means."""
+        """Return the average from the running means."""
 
     def _add(
         self,
@@ -180,12 +180,12 @@ class Averager(ABC, Generic[Single, Average]):
         self._means.setdefault(name, RunningMean(joint=joint)).add(values, axes)
 
     def _mean(self, name: str) -> Mean:
-        """The running mean of this name."""
+        """Return the running mean of this name."""
         running = self._means[name]
         return running.value[0] if list(running.axes) == [""] else running.value
 
     def _labels(self, name: str, axis: str) -> tuple[Any, ...]:
-        """The labels that an axis of the running mean of this name has by now."""
+        """Return the current labels of an axis of the running mean of this name."""
         return self._means[name].axes[axis]
 
 
@@ -203,14 +203,14 @@ def check_alike(first: Any, other: Any, names: Sequence[str]) -> None:
 
 
 def averaged(averager: Averager[Single, Average], results: Iterable[Single]) -> Average:
-    """Return the average of results, each of which may be forgotten once it was taken in."""
+    """Return the average of results; each result may be released once it has been added."""
     for result in results:
         averager.add(result)
     return averager.average()
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two values are equal, tensors and mappings of tensors included."""
+    """Return whether two values are equal, including tensors and mappings of tensors."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -219,7 +219,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _spread(values: Tensor, sizes: Sequence[int], places: Sequence[Sequence[int]], fill: float) -> Tensor:
-    """The values at these places, per axis, of a larger tensor that is filled up."""
+    """Return a larger tensor with the values at these places along each axis, and the fill value elsewhere."""
     if list(values.shape) == list(sizes) and all(list(each) == list(range(len(each))) for each in places):
         return values
     spread = values.new_full(list(sizes), fill)

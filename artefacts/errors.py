@@ -2,4 +2,4 @@
 
 
 class ArtefactError(ValueError):
-    """Raised when a file, an average or a figure cannot be made or read as asked; says what to do next."""
+    """Raised when a file, an average or a figure cannot be made or read; the message says what to do next."""

@@ -1,4 +1,4 @@
-"""Dataclasses on disk: tensors as they are, all other fields as JSON in the header, checked by their type hints."""
+"""Dataclasses on disk: tensors are stored unchanged, all other fields as JSON in the header, checked by type hints."""
 
 import json
 import types
@@ -49,14 +49,14 @@ def load_fields(
     Args:
         path: the file to read.
         layout: the layout that the file must have.
-        kind: the dataclass, whose type hints say what the fields must be.
-        check: says what does not fit together in the instance, or None.
+        kind: the dataclass, whose type hints define the valid fields.
+        check: returns a description of an inconsistency in the instance, or None.
 
     Returns:
-        The instance, its tensors on the CPU.
+        The instance, with its tensors on the CPU.
 
     Raises:
-        ArtefactError: if the file is missing, damaged, of another layout, or holds other fields than the class.
+        ArtefactError: if the file is missing, damaged, has another layout, or does not have the fields of the class.
 
     Example:
         >>> from dataclasses import dataclass
@@ -93,7 +93,7 @@ def _check_layout(path: str | Path, found: str | None, expected: str) -> None:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON takes it. Tensors are put aside under their dotted names, with null in their place."""
+    """Return the value in a form that JSON accepts. Tensors are collected by dotted name and replaced by null."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return None
@@ -107,7 +107,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What was packed, checked against its type hint. TypeError for another type, KeyError for what is missing."""
+    """Return a packed value after a check of its type hint. Raises TypeError for a wrong type, KeyError if missing."""
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _one_of(options, value, name, tensors)
@@ -133,7 +133,7 @@ def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> A
 
 
 def _one_of(options: Sequence[Any], value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value of one of several types; null is a tensor where there is one of this name, else None."""
+    """Return a value of one of several types; null stands for the tensor of this name, if any, otherwise for None."""
     if Tensor in options and name in tensors:
         return tensors.pop(name)
     if value is None and type(None) in options:
@@ -148,7 +148,7 @@ def _one_of(options: Sequence[Any], value: Any, name: str, tensors: dict[str, Te
 
 
 def _dataclass(kind: type, value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """An instance of a dataclass from the mapping of its fields."""
+    """Return an instance of a dataclass from the mapping of its fields."""
     if not isinstance(value, dict):
         raise TypeError(f"{name} is {value!r}, not the fields of {kind.__name__}")
     hints, names = typing.get_type_hints(kind), [each.name for each in fields(kind)]

@@ -1,4 +1,4 @@
-"""Whole files: written completely or not at all, with the umask's permissions, and equal bytes for equal content."""
+"""Files that are written completely or not at all, with the umask's permissions and equal bytes for equal content."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ LAYOUT = "layout"
 
 @contextmanager
 def replacing(path: str | Path, *, error: type[ValueError] = ArtefactError) -> Iterator[Path]:
-    """A temporary path in the same folder, which takes the place of `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
 
-    Missing folders are made. A reader never sees half a file, and a failure leaves what was there before. The file
-    already exists, empty and with the permissions of the umask, when the block starts.
+    Missing folders are created. A reader never sees half a file, and a failure leaves the previous file intact. The
+    temporary file already exists, empty and with the permissions of the umask, when the block starts.
 
     Args:
         path: the file to write.
@@ -62,8 +62,8 @@ def write_tensors(
 
     Args:
         path: the file to write.
-        tensors: what the file holds; tensors may share memory or be strided, copies are written.
-        text: the header's metadata.
+        tensors: the tensors by name; they may share memory or be strided, because copies are written.
+        text: the metadata of the header.
         error: the class to raise if the file cannot be written.
 
     Returns:
@@ -83,7 +83,7 @@ def write_tensors(
     with replacing(path, error=error) as temporary:
         mode = temporary.stat().st_mode
         save_file(own, temporary, metadata=dict(text))
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        temporary.chmod(mode)  # safetensors creates files that only their owner may read
         _sort_header(temporary)
     return Path(path)
 
@@ -116,7 +116,7 @@ def digest(*parts: bytes | str | Tensor) -> str:
 
 
 def _sort_header(path: Path) -> None:
-    """Put the metadata of a safetensors file in the order of its names; the library writes it in a random one."""
+    """Sort the metadata of a safetensors file by name; the library writes it in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

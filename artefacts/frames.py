@@ -1,4 +1,4 @@
-"""Results as long tables: one line per value, for pandas."""
+"""Results as long pandas tables with one row per value."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def long_frame(
     axes: Mapping[str, Sequence[Any]] | Sequence[tuple[str, Sequence[Any]]], values: Mapping[str, Tensor]
 ) -> "pd.DataFrame":
-    """Return a table with one line per entry of the values; the last axis runs fastest.
+    """Return a table with one row per entry of the values; the last axis varies fastest.
 
     Args:
         axes: the name of each axis and its labels, in the order of the values' dimensions.
-        values: a column's name and its tensor, which may be smaller than the axes where it broadcasts.
+        values: the tensor of each column by name; a tensor may be smaller than the axes if it broadcasts.
     """
     import pandas as pd
 
@@ -33,7 +33,7 @@ def long_frame(
 
 
 def stacked_frame(frames: Mapping[str, "pd.DataFrame"] | Mapping[Any, "pd.DataFrame"], column: str) -> "pd.DataFrame":
-    """Return the tables below each other, with the name of each in a first column of this name."""
+    """Return the tables concatenated by rows; the first column has this name and holds the name of each table."""
     import pandas as pd
 
     parts = []

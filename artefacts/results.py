@@ -1,4 +1,4 @@
-"""The base of every result: saved, loaded and checked by its fields, printed in two lines, shown as a picture."""
+"""The base of every result, which is saved, loaded and checked by its fields, printed in two lines, and plotted."""
 
 import base64
 import html
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 140
-"""Characters of a line on the screen."""
+"""Number of characters in a printed line."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Result(ABC):
-    """What an experiment or an average found.
+    """The result of an experiment or an average.
 
     A subclass is a frozen dataclass with `repr=False`. Its fields are tensors, plain values (text, numbers, booleans,
-    None), other dataclasses, and tuples or mappings (with text as keys) of these; the type hints of the fields say
-    what a file must hold. A subclass sets `layout`, and gives `_lines`, `_axes` and `_columns`, `plot` and `_problem`.
+    None), other dataclasses, and tuples or mappings (with text as keys) of these; the type hints of the fields define
+    the valid content of a file. A subclass sets `layout`, and defines `_lines`, `_axes` and `_columns`, `plot` and
+    `_problem`.
     """
 
     layout: ClassVar[str]
@@ -46,33 +47,33 @@ class Result(ABC):
     def load(cls, path: str | Path) -> Self:
         """Return the result that `save` wrote.
 
-        Raises `ArtefactError` if the file is missing, damaged, of another kind or version, or if its fields have other
-        types than this class or do not fit together.
+        Raises `ArtefactError` if the file is missing, damaged, or of another kind or version, or if its fields have
+        wrong types or are inconsistent.
         """
         return load_fields(path, cls.layout, cls, check=lambda result: result._problem())
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return a long table: one line per entry of the result's named axes, one column per quantity."""
+        """Return a long table with one row per entry of the result's named axes, and one column per quantity."""
         return long_frame(self._axes(), self._columns())
 
     @abstractmethod
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return the result as a figure, which is also written to the path if one is given (png, pdf or svg)."""
+        """Return a figure of the result, which is also written to the path if one is given (png, pdf or svg)."""
 
     @abstractmethod
     def _lines(self) -> tuple[str, str]:
-        """What was done to which model and question, and the numbers to look at first."""
+        """Return two lines: the experiment with its model and question, and the most important numbers."""
 
     def _axes(self) -> Mapping[str, Sequence[Any]]:
-        """Name and labels of each axis of `_columns`, in order."""
+        """Return the name and labels of each axis of `_columns`, in order."""
         raise NotImplementedError
 
     def _columns(self) -> Mapping[str, Tensor]:
-        """Quantities over `_axes`, smaller where they broadcast."""
+        """Return the quantities over `_axes`; a tensor may be smaller if it broadcasts."""
         raise NotImplementedError
 
     def _problem(self) -> str | None:
-        """What does not fit together in a result that was read from a file."""
+        """Return a description of an inconsistency in a result that was read from a file, or None."""
         return None
 
     def __repr__(self) -> str:
@@ -80,7 +81,7 @@ class Result(ABC):
         return f"{first}\n{second}"
 
     def _repr_html_(self) -> str:
-        """The two lines and the picture, for notebooks."""
+        """Return the two lines and the figure as HTML for notebooks."""
         content = io.BytesIO()
         self.plot().savefig(content, format="png", dpi=100)
         picture = base64.b64encode(content.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Intervals of means and of proportions, a paired test, and how well a score separates two classes."""
+"""Intervals of means and of proportions, a paired test, and the separation of two classes by a score."""
 
 from collections.abc import Sequence
 
@@ -16,14 +16,14 @@ DRAWS = 2000
 
 
 def student_interval(mean: Tensor, deviation: Tensor, count: Tensor, *, comparisons: int = 1) -> tuple[Tensor, Tensor]:
-    """Return (low, high) of the 95 % interval of a mean by Student's t; NaN where fewer than two values were seen.
+    """Return (low, high) of the 95 % interval of a mean by Student's t; NaN for fewer than two values.
 
     Args:
         mean: mean of the values, of any shape.
         deviation: their standard deviation (with n - 1 in the denominator), of the same shape.
-        count: how many values were seen, of the same shape.
-        comparisons: number of intervals that together hold all means with 95 % (Bonferroni). Pass the number of cells
-            before you look at the largest of them, which was chosen for being the largest.
+        count: number of values, of the same shape.
+        comparisons: number of intervals that jointly cover all means with 95 % confidence (Bonferroni). Pass the number
+            of cells before you judge the largest of them, which was selected for its size.
 
     Returns:
         Lower and upper ends, of the same shape as the mean.
@@ -58,9 +58,9 @@ def mean_interval(values: Tensor, *, comparisons: int = 1) -> tuple[Tensor, Tens
 
 
 def wilson_interval(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (low, high), each in 0 to 1: Wilson's 95 % score interval of shares among so many; NaN for none.
+    """Return (low, high), each in 0 to 1: Wilson's 95 % score interval of shares among `counts` cases; NaN for none.
 
-    Of 10 right answers out of 10 it says 0.72 to 1, where an interval by the spread would have no width at all.
+    For 10 right answers out of 10 the interval is 0.72 to 1, whereas an interval from the spread would have no width.
     """
     from scipy.stats import binomtest
 
@@ -75,15 +75,15 @@ def wilson_interval(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def auroc(scores: NDArray, is_right: NDArray) -> float:
-    """Return the share of pairs of a right and a wrong answer of which the right one scores higher; ties count half.
+    """Return the share of pairs of a right and a wrong answer in which the right one scores higher; ties count half.
 
-    scores (record,); is_right (record,) booleans with at least one of each.
+    The scores are (record,), and is_right is (record,) booleans with at least one of each.
     """
     return float(weighted_auroc(scores, is_right, np.ones((1, len(scores))))[0])
 
 
 def weighted_auroc(scores: NDArray, is_right: NDArray, counts: NDArray) -> NDArray:
-    """Return (draw,) the `auroc` of samples that hold each record so many times; counts (draw, record)."""
+    """Return the `auroc` (draw,) of samples that contain each record `counts` times; the counts are (draw, record)."""
     _, place = np.unique(scores, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(place.max() + 1))
@@ -96,7 +96,7 @@ def weighted_auroc(scores: NDArray, is_right: NDArray, counts: NDArray) -> NDArr
 
 
 def bootstrap_counts(is_right: NDArray, *, seed: int, draws: int = DRAWS) -> NDArray:
-    """Return (draw, record): how often each record is drawn; every draw has as many right answers as the data."""
+    """Return the number (draw, record) of times each record is drawn; right answers are as many as in the data."""
     generator = np.random.default_rng(seed)
     counts = np.zeros((draws, len(is_right)), dtype=np.int64)
     for members in (is_right, ~is_right):
@@ -112,7 +112,7 @@ def grouped_bootstrap(
 
     Args:
         values: the values, at least one.
-        groups: the name of the group of each value; values of one group rise and fall together.
+        groups: the name of the group of each value; values of one group are not independent.
         seed: random seed; the same seed gives the same interval.
         draws: number of bootstrap samples.
         level: confidence level.
@@ -129,7 +129,7 @@ def grouped_bootstrap(
 def paired_test(differences: NDArray, *, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
     """Return (low, high, p) of paired differences: the bootstrap interval of their mean, and a two-sided p-value.
 
-    The p-value is that of a permutation test that flips the signs of the differences at random.
+    The p-value comes from a permutation test that flips the signs of the differences at random.
     """
     generator, size = np.random.default_rng(seed), (draws, len(differences))
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]

@@ -1,4 +1,4 @@
-"""Heat maps, curves and pictures with overlays, laid out by matplotlib, which is imported at the first use."""
+"""Heat maps, curves and pictures with overlays, drawn by matplotlib, which is imported at the first use."""
 
 import lazy_loader
 

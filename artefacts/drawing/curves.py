@@ -14,9 +14,9 @@ from ..errors import ArtefactError
 from .figure import add_legend, dress, titled_figure
 from .styles import CYCLE, GREY, LineStyle, cycled
 
-_HEIGHT, _WIDTH = 2.75, 3.5  # inches of a panel, at least
-_LEGEND_LINE, _LETTER, _HANDLE = 0.19, 0.068, 0.62  # inches: a legend's line, a letter, a line's sample
-_LONGEST_LABEL = 34  # letters in a line of the legend
+_HEIGHT, _WIDTH = 2.75, 3.5  # smallest size of a panel in inches
+_LEGEND_LINE, _LETTER, _HANDLE = 0.19, 0.068, 0.62  # inches: a line of the legend, a letter, a sample of a line
+_LONGEST_LABEL = 34  # largest number of letters in a line of the legend
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,17 +24,17 @@ class Curve:
     """One line of a panel."""
 
     label: str
-    """Its name in the legend; curves of the same name in several panels look the same and share one entry."""
+    """Name in the legend; curves with the same name in several panels look the same and share one entry."""
     x: Tensor
-    """(point,)"""
+    """(point,): positions along the x axis."""
     y: Tensor
-    """(point,); NaN leaves a gap."""
+    """(point,): values; NaN leaves a gap."""
     low: Tensor | None = None
-    """(point,) lower end of the band, NaN where there is none; None for a line without a band."""
+    """(point,): lower end of the band, NaN where there is none; None for a line without a band."""
     high: Tensor | None = None
-    """(point,) upper end of the band."""
+    """(point,): upper end of the band."""
     style: LineStyle | None = None
-    """None for the next one of `CYCLE`, see `cycled`."""
+    """Style of the line; None takes the next style of `CYCLE` (see `cycled`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,14 +55,14 @@ def curves_figure(
 ) -> Figure:
     """Return a figure with the panels side by side over one y axis, and one legend at the right.
 
-    The y axis holds every curve, and of bands at most as much again on either side: the rest of a very wide band is cut
-    off at the edge.
+    The y axis shows every curve in full. Bands may extend it by at most the range of the curves on either side; the
+    rest of a very wide band is cut off at the edge.
 
     Args:
-        panels: curves over the same x axis each.
+        panels: curves, which share one x axis within each panel.
         titles: title and subtitle of the figure.
-        y_label: what the y axis shows, with its unit.
-        reference: the value that means no effect, where a line is drawn; None for no line.
+        y_label: quantity on the y axis, with its unit.
+        reference: the value without effect, at which a line is drawn; None draws no line.
 
     Raises:
         ArtefactError: if there is no curve.
@@ -89,7 +89,7 @@ def curves_figure(
 
 
 def _styles(curves: Sequence[Curve]) -> dict[str, LineStyle]:
-    """Style of each label in order of appearance; labels without one take those of the cycle in turn."""
+    """Return the style of each label in order of appearance; labels without a style take the next one of the cycle."""
     styles, taken = {}, 0
     for curve in curves:
         if curve.label not in styles:
@@ -99,11 +99,11 @@ def _styles(curves: Sequence[Curve]) -> dict[str, LineStyle]:
 
 
 def _limits(curves: Sequence[Curve], reference: float | None) -> tuple[float, float]:
-    """Lower and upper end of the y axis."""
+    """Return the lower and upper end of the y axis."""
     own = [value for curve in curves for value in _finite(curve.y)] + ([] if reference is None else [reference])
     bands = [value for curve in curves for end in (curve.low, curve.high) if end is not None for value in _finite(end)]
     bottom, top = (min(own), max(own)) if own else (0.0, 1.0)
-    reach = (top - bottom) or 1.0  # a flat line stands in the middle
+    reach = (top - bottom) or 1.0  # a flat line is centred
     bottom, top = max(bottom - reach, min([bottom, *bands])), min(top + reach, max([top, *bands]))
     margin = 0.06 * ((top - bottom) or 2.0)
     return bottom - margin, top + margin
@@ -114,7 +114,7 @@ def _finite(values: Tensor) -> list[float]:
 
 
 def _fill(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle], reference: float | None) -> None:
-    """The reference, then all bands, then all lines, so that no band covers a line."""
+    """Draw the reference, then all bands, then all lines, so that no band covers a line."""
     if reference is not None:
         axes.axhline(reference, color=GREY, linewidth=0.8, zorder=1)
     for curve in panel.curves:
@@ -122,7 +122,7 @@ def _fill(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle], refere
             band = [values.numpy() for values in (curve.x, curve.low, curve.high)]
             axes.fill_between(*band, color=styles[curve.label].colour, alpha=0.16, linewidth=0, zorder=2)
     for index, curve in enumerate(panel.curves):
-        step = max(1, -(-len(curve.x) // 12))  # a dozen markers, at other points than the neighbours'
+        step = max(1, -(-len(curve.x) // 12))  # a dozen markers, not at the points of the neighbours' markers
         line = sample_line(styles[curve.label], markevery=(index % step, step), zorder=3)
         line.set_data(curve.x.numpy(), curve.y.numpy())
         axes.add_line(line)
@@ -130,7 +130,7 @@ def _fill(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle], refere
 
 
 def sample_line(style: LineStyle, **more: object) -> Line2D:
-    """Return a line of this style without points, as a legend shows it."""
+    """Return a line of this style without points, for use in a legend."""
     return Line2D(
         [],
         [],

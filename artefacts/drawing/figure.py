@@ -1,4 +1,4 @@
-"""Figures with a title, a subtitle and matplotlib's own layout engine, returned and, if wanted, written to a file."""
+"""Figures with title, subtitle and matplotlib's own layout engine, returned and optionally written to a file."""
 
 import io
 import textwrap
@@ -20,7 +20,7 @@ from .styles import GREY, INK
 
 _FORMATS = ("png", "pdf", "svg")
 _TITLE, _SUBTITLE = 11, 8.5
-_LETTERS = 0.0095  # inches of a letter per point of its font
+_LETTERS = 0.0095  # width of a letter in inches per point of font size
 _EDGE = {"w_pad": 0.06, "h_pad": 0.06}
 
 
@@ -28,7 +28,7 @@ class NotebookFigure(Figure):
     """A matplotlib figure outside pyplot's global state that notebooks display."""
 
     def savefig(self, *arguments: Any, **keywords: Any) -> None:
-        """Write the figure as matplotlib does, but draw tokens that the font lacks as boxes without a warning."""
+        """Write the figure like matplotlib, but draw characters that the font lacks as boxes without a warning."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             super().savefig(*arguments, **{"facecolor": "white", **keywords})
@@ -42,8 +42,8 @@ def titled_figure(width: float, height: float, titles: tuple[str, str]) -> tuple
 
     Args:
         width: width of the figure in inches.
-        height: height in inches of what lies below title and subtitle.
-        titles: title and subtitle, which are wrapped to the width and may have line breaks of their own.
+        height: height in inches of the part below title and subtitle.
+        titles: title and subtitle, which are wrapped to the width and may contain line breaks.
     """
     title, subtitle = (
         wrap(text, width, _LETTERS * size) for text, size in zip(titles, (_TITLE, _SUBTITLE), strict=True)
@@ -60,14 +60,14 @@ def titled_figure(width: float, height: float, titles: tuple[str, str]) -> tuple
 
 
 def finished(figure: Figure, path: str | Path | None) -> Figure:
-    """Return the figure, which is also written if a path is given. Raises `ArtefactError` if it cannot be written."""
+    """Return the figure, which is also written to a given path. Raises `ArtefactError` if it cannot be written."""
     if path is not None:
         write_whole(path, _content(figure, check_format(path), 160))
     return figure
 
 
 def check_format(path: str | Path) -> str:
-    """Return the format that the path's suffix names (png, pdf or svg). Raises `ArtefactError` for another."""
+    """Return the format that the path's suffix names (png, pdf or svg). Raises `ArtefactError` for any other suffix."""
     suffix = Path(path).suffix
     if suffix.lower().lstrip(".") not in _FORMATS:
         raise ArtefactError(f"cannot draw into {str(path)!r}: no format {suffix!r}; end the name in .png, .pdf or .svg")
@@ -75,13 +75,13 @@ def check_format(path: str | Path) -> str:
 
 
 def wrap(text: str, width: float, size: float) -> str:
-    """Return the text in lines that fit into so many inches, each letter taking `size` of them."""
+    """Return the text with line breaks so that lines fit into `width` inches, at `size` inches per letter."""
     lines = text.splitlines() or [""]
     return "\n".join(textwrap.fill(line, max(30, int(width / size))) for line in lines)
 
 
 def add_colour_bar(colours: ScalarMappable, axes: Axes | Sequence[Axes], unit: str, height: float) -> None:
-    """Add a colour bar at the right of these axes, from their top down, beside the name of its unit.
+    """Add a colour bar with the name of its unit at the right of these axes, aligned with their top.
 
     height: height of the axes in inches; the bar is at most 1.7 inches high.
     """
@@ -99,7 +99,7 @@ def add_colour_bar(colours: ScalarMappable, axes: Axes | Sequence[Axes], unit: s
 
 
 def add_legend(axes: Axes, samples: Mapping[str, Any]) -> None:
-    """Add a legend at the right of these axes, which should be the last ones: labels with their samples."""
+    """Add a legend of labels and their samples at the right of these axes, which should be the rightmost ones."""
     legend = axes.legend(
         list(samples.values()),
         list(samples),
@@ -118,7 +118,7 @@ def add_legend(axes: Axes, samples: Mapping[str, Any]) -> None:
 
 
 def add_picture(axes: Axes, picture: Any, shape: tuple[int, int], layers: Sequence[Any] = ()) -> None:
-    """Draw a picture (row, column, channel), and images over it, with patches of the given (rows, columns) as units."""
+    """Draw a picture (row, column, channel) and images over it, in units of patches of the given (rows, columns)."""
     height, width = picture.shape[:2]
     rows, columns = shape
     for image in (picture, *layers):

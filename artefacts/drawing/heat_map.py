@@ -1,4 +1,4 @@
-"""Heat maps over (row, column) in ROME's style: rows from the top, the constraint starred, a colour per kind."""
+"""Heat maps over (row, column) in ROME's style: rows from the top, a starred constraint, one colour per kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch import Tensor
 from .figure import add_colour_bar, titled_figure
 from .styles import INK, SITE_NAMES, colours_of
 
-_ROW_HEIGHT, _LABEL_WIDTH = 0.24, 0.078  # inches per row, and per character of a row's label
-_TALLEST = 60  # inches of all rows together: every patch of a large picture still makes a file that can be opened
-_BAR = 0.95  # inches of a colour bar with its labels
+_ROW_HEIGHT, _LABEL_WIDTH = 0.24, 0.078  # inches per row, and per character of a row label
+_TALLEST = 60  # largest height of all rows in inches, so that files with a row per patch can still be opened
+_BAR = 0.95  # width of a colour bar with its labels in inches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,30 +31,30 @@ class Panel:
     low: float
     """The value without effect, which is drawn white."""
     scale: float
-    """Total effect; colours span a tenth of it at least, so that tiny effects do not look large."""
+    """Total effect; colours span at least a tenth of it, so that tiny effects do not look large."""
     verb: str = "restored"
-    """What was done to the layers: "restored" or "corrupted"."""
+    """The intervention on the layers: "restored" or "corrupted"."""
     numbers: bool = False
-    """Whether to write the values into the cells if there is room."""
+    """True if values are written into the cells if there is room."""
     clear: Tensor | None = None
-    """(row, column) bool: False prints the number pale; None prints none pale."""
+    """(row, column) bool: numbers are pale where it is False; None makes no number pale."""
     estimated: Tensor | None = None
-    """(row, column) bool: True hatches the cell, since its value is an estimate."""
+    """(row, column) bool: cells are hatched where it is True, because the value is an estimate."""
 
     @property
     def high(self) -> float:
-        """The value that is drawn darkest."""
+        """The value with the darkest colour."""
         largest = float(self.values.nan_to_num(nan=self.low).max())
         return max(largest, self.low + 0.1 * abs(self.scale), self.low + 1e-9)
 
     @property
     def has_windows(self) -> bool:
-        """Whether several layers were restored together in each cell."""
+        """True if several layers were restored together in each cell."""
         return self.window > 1 and self.kind not in ("hidden", "projector")
 
 
 def show_numbers(panels: Sequence[Panel]) -> bool:
-    """Return whether all these panels ask for numbers in their cells and have room for them."""
+    """Return whether all these panels request numbers in their cells and have room for them."""
     return all(panel.numbers and panel.values.shape[0] <= 12 and panel.values.shape[1] <= 16 for panel in panels)
 
 
@@ -66,12 +66,12 @@ def heat_maps(
     titles: tuple[str, str],
     unit: str,
 ) -> Figure:
-    """Return a figure with the panels side by side, which may have different numbers of columns.
+    """Return a figure with panels side by side; panels may have different numbers of columns.
 
     Args:
         panels: one heat map each.
         rows: label of each row, the same in all panels.
-        stars: per row, whether it belongs to the constraint.
+        stars: whether each row belongs to the constraint.
         titles: title and subtitle of the figure.
         unit: caption of the colour bars.
     """
@@ -92,14 +92,14 @@ def heat_maps(
 
 
 def _width(panel: Panel, numbers: bool) -> float:
-    """Inches of a panel's map; its title has to fit above it."""
+    """Return the width in inches of a panel's map, wide enough for the title above it."""
     columns = panel.values.shape[1]
     cell = 0.46 if numbers else min(0.32, max(0.12, 3.2 / columns))
     return max(1.0 if columns == 1 else 2.2, cell * columns)
 
 
 def _fill(axes: Axes, panel: Panel) -> QuadMesh:
-    """The coloured cells, hatched where estimated."""
+    """Draw and return the coloured cells; estimates are hatched."""
     axes.set_facecolor("#e4e4e4")
     ends = {"vmin": panel.low, "vmax": panel.high}
     mesh = axes.pcolormesh(panel.values.numpy(), cmap=colours_of(panel.kind), edgecolors="white", linewidth=0.4, **ends)
@@ -111,13 +111,13 @@ def _fill(axes: Axes, panel: Panel) -> QuadMesh:
 
 
 def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
-    """Write the layers below, the rows at the left of the first panel, and what was restored above."""
+    """Write layers below the panel, row labels at the left of the first panel, and the intervention above the panel."""
     count, columns = panel.values.shape
     shown = range(0, columns, 1 if columns <= 12 else 5)
     axes.set_xticks([column + 0.5 for column in shown], [str(column) for column in shown])
     axes.set_yticks([row + 0.5 for row in range(count)], labels or [""] * count)
     for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a token may hold dollar signs
+        label.set_parse_math(False)  # a token may contain dollar signs
         label.set_fontweight("bold" if label.get_text().endswith("*") else "normal")
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     axes.tick_params(axis="y", labelsize=min(8, 58 * _TALLEST / count))
@@ -134,7 +134,7 @@ def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
 
 
 def _write_numbers(axes: Axes, panel: Panel) -> None:
-    """Write the value of each cell in two digits (three where all are small), pale where it is not clear of zero."""
+    """Write the value of each cell with two digits (three if all are small), pale where it is not clear of zero."""
     mesh, digits = axes.collections[0], 2 if float(panel.values.nan_to_num(nan=-1).max()) >= 0.1 else 3
     for row, column in torch.isfinite(panel.values).nonzero().tolist():
         value = float(panel.values[row, column])
@@ -145,6 +145,6 @@ def _write_numbers(axes: Axes, panel: Panel) -> None:
 
 
 def _label(row: str, star: bool) -> str:
-    """Label of a row, visible where it is only a blank, starred if it is part of the constraint."""
+    """Return the label of a row, with a sign for a lone blank and a star for the constraint."""
     text = row.replace("\n", "↵").strip() or "␣"
     return f"{text}*" if star else text

@@ -14,9 +14,9 @@ from ..errors import ArtefactError
 from .figure import add_colour_bar, add_picture, titled_figure
 from .styles import INK, colours_of
 
-_SIDE, _SPACE = 2.2, 0.2  # inches of a picture and between pictures
-_BRIGHTNESS = (0.299, 0.587, 0.114)  # how bright the eye sees red, green and blue
-_FLOOR = 0.001  # share of the total effect that is drawn darkest at least; single patches rarely have much more
+_SIDE, _SPACE = 2.2, 0.2  # inches: side of a picture, space between pictures
+_BRIGHTNESS = (0.299, 0.587, 0.114)  # perceived brightness of red, green and blue
+_FLOOR = 0.001  # the darkest colour is at least this share of the total effect; few patches have more
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,16 +25,16 @@ class Overlay:
 
     title: str
     values: Tensor
-    """(image, row, column); NaN where nothing was traced."""
+    """(image, row, column): values over patches; NaN where nothing was traced."""
 
 
 def over_patches(
     effects: Tensor, row_positions: Sequence[tuple[int, ...]], patches: Sequence[tuple[int, int, int, int]]
 ) -> Tensor:
-    """Return (column, image, patch row, patch column): the effect of each patch, NaN where no row covers it.
+    """Return the effect (column, image, patch row, patch column) of each patch, NaN where no row covers it.
 
-    A row counts if all its positions are patches and it is not the whole picture. Where rows overlap, the smallest one
-    counts.
+    A row is used if all its positions are patches and it is not the whole picture. Where rows overlap, the smallest row
+    is used.
 
     Args:
         effects: (row, column) effects of a map.
@@ -42,7 +42,7 @@ def over_patches(
         patches: (position, row, column, image) of each image token.
 
     Raises:
-        ArtefactError: if no row counts.
+        ArtefactError: if no row can be used.
     """
     places = {position: (image, row, column) for position, row, column, image in patches}
     parts = [
@@ -64,7 +64,7 @@ def over_patches(
 
 
 def strongest(grid: Tensor, count: int = 4) -> tuple[int, ...]:
-    """Return the columns with the largest effects, at most `count`, in ascending order."""
+    """Return the indices of at most `count` columns with the largest effects, in ascending order."""
     peaks = grid.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1).amax(1)
     return tuple(sorted(peaks.topk(min(count, len(peaks))).indices.tolist()))
 
@@ -83,11 +83,11 @@ def overlays_figure(
     Stronger effects are darker; patches without an effect, or with a negative one, show the bare picture.
 
     Args:
-        pictures: (row, column, channel) in 0 to 1 each, see `Prompt.seen_pictures`.
+        pictures: (row, column, channel) of each picture, in 0 to 1; see `Prompt.seen_pictures`.
         overlays: values over the patches of all pictures.
         kind: kind of site, which decides the colours.
         titles: title and subtitle of the figure.
-        scale: the total effect; colours span a thousandth of it at least.
+        scale: the total effect; colours span at least a thousandth of it.
         unit: caption of the colour bar.
     """
     largest = float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max())
@@ -107,7 +107,7 @@ def overlays_figure(
 
 
 def _draw(axes: Axes, picture: Tensor, values: Tensor, colours: ScalarMappable) -> None:
-    """One picture, nearly grey and paled, with its patches coloured as strongly as they act."""
+    """Draw a pale, nearly grey picture with coloured patches; stronger effects have stronger colours."""
     shades = colours.to_rgba(values.nan_to_num(nan=0).numpy())
     shades[..., 3] = 0.85 * colours.norm(values.nan_to_num(nan=0).clamp(min=0).numpy())
     grey = picture @ picture.new_tensor(_BRIGHTNESS)

@@ -1,4 +1,4 @@
-"""Colours, dashes and markers, and what pictures call things. Importing this imports no matplotlib."""
+"""Colours, dashes and markers, and names in figures. Importing this module does not import matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 INK, GREY = "#222222", "#555555"
 SITE_NAMES: Mapping[str, str] = {"hidden": "hidden state", "mlp": "MLP"}
-"""Names of kinds of sites in text for people, where they differ from the identifiers."""
+"""Readable names of kinds of sites, where they differ from the identifiers."""
 _COLOURS = {
     "hidden": "Purples",
     "mlp": "Greens",
@@ -19,7 +19,7 @@ _COLOURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LineStyle:
-    """How a curve is drawn; dashes and marker tell it apart in print without colours."""
+    """The style of a curve; dashes and marker distinguish it in print without colours."""
 
     colour: str
     dashes: str | tuple[int, tuple[float, ...]] = "-"
@@ -29,7 +29,7 @@ class LineStyle:
 
 
 DASHED, DOTTED, DASH_DOT = (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (5, 1.4, 1.2, 1.4))
-CYCLE = (  # the colours that Okabe and Ito chose for colour-blind readers, without their yellow, which is pale on white
+CYCLE = (  # the palette of Okabe and Ito for colour-blind readers, without its yellow, which is pale on white
     LineStyle(colour="#0072B2", marker="o"),
     LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
     LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
@@ -41,18 +41,18 @@ CYCLE = (  # the colours that Okabe and Ito chose for colour-blind readers, with
 
 
 def cycled(styles: Sequence[LineStyle], index: int) -> LineStyle:
-    """Return the style with this index; after the last one, colours repeat with other dashes and markers."""
+    """Return the style with this index; after the last style, colours repeat with other dashes and markers."""
     turn, count = index // len(styles), len(styles)
     dashes, marker = styles[(index + turn) % count].dashes, styles[(index + 2 * turn) % count].marker
     return LineStyle(colour=styles[index % count].colour, dashes=dashes, marker=marker)
 
 
 def colours_of(kind: str) -> str:
-    """Return the colour map of a kind of site: ROME's for hidden states, MLPs and attentions, others for the rest."""
+    """Return the colour map of a kind of site: ROME's for hidden states, MLPs and attentions, others for all else."""
     return _COLOURS.get(kind.split()[0], "YlGnBu")
 
 
 def name_of_model(model: str) -> str:
-    """Return a hub id as it is, and only the last part of a folder on this machine."""
+    """Return a hub id unchanged, or only the last part of a local folder."""
     path = Path(model)
     return path.name if path.is_absolute() else model

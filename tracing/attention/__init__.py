@@ -1,4 +1,4 @@
-"""What attention brings from which token: contributions, shares, saliency and LLaVA-CAM."""
+"""Attention analyses by source token: contributions, shares, saliency and LLaVA-CAM."""
 
 import lazy_loader
 

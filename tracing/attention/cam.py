@@ -1,4 +1,4 @@
-"""LLaVA-CAM: the image tokens on which the answer rests, by a layer's features and their gradients."""
+"""LLaVA-CAM: the relevance of image tokens to the answer, from a layer's features and their gradients."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COPIES_AT_ONCE = 4
-"""Number of noisy copies in one pass, whose whole graph lies in memory."""
+"""Number of noisy copies in one pass, since memory must hold the whole graph of each copy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RelevanceMap(ImageReading):
-    """How much the answer rests on each image token by the features of each layer. `llava_cam` returns it."""
+    """The relevance of each image token to the answer, by the features of each layer. `llava_cam` returns it."""
 
     layout: ClassVar[str] = "multrace relevance map 2"
 
     samples: int
-    """Number of noisy copies that were averaged; 0 for the picture itself."""
+    """Number of noisy copies in the average; 0 if the picture itself was read."""
     noise: float | None
     """Standard deviation of the noise, in units of the processed pixels; None without noise."""
     seed: int | None
     """Random seed of the noise; None without noise."""
     threshold: float
-    """Normalised heat below it counts as none."""
+    """Normalised heat below this value is set to zero."""
     heat: Tensor
     """(layer, image token) float64, at least 0: mean over copies, in units of the model's own features and logits."""
 
     @property
     def normalised(self) -> Tensor:
-        """(layer, image token) float64, 0 to 1: heat divided by the layer's maximum, 0 below the threshold.
+        """(layer, image token) float64, 0 to 1: the heat divided by the layer's maximum, 0 below the threshold.
 
         A layer of `silent_layers` is all zeros.
         """
@@ -57,9 +57,9 @@ class RelevanceMap(ImageReading):
         return tuple(layer for layer, heat in zip(self.layers, self.heat, strict=True) if not heat.any())
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure with a small map of normalised heat per layer, without the picture below it.
+        """Return a figure with a small map of normalised heat for each layer, without the picture.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         grid = self.over_picture(self.normalised) if self.patches else self.normalised[:, None, None]
         captions = [self._caption(layer) for layer in self.layers]
@@ -70,11 +70,11 @@ class RelevanceMap(ImageReading):
 
         Args:
             prompt: The prompt that was read.
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            layers: The layers to draw, one panel each; by default four of those with heat, spread over the depth.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            layers: The layers to draw, one panel each; by default four layers with heat, spread over the depth.
 
         Raises:
-            TraceError: For another prompt, for layers that were not read, and if image tokens form no grid.
+            TraceError: If the prompt is another one, if a layer was not read, or if the image tokens form no grid.
             ArtefactError: If the file cannot be written.
         """
         grid = self.over_picture(self.normalised)
@@ -93,7 +93,7 @@ class RelevanceMap(ImageReading):
 
     @property
     def _titles(self) -> tuple[str, str]:
-        """Title and subtitle of pictures."""
+        """Title and subtitle of figures."""
         smoothed = f"mean of {self.samples} noisy copies (sigma {self.noise:g})" if self.samples else "not smoothed"
         cutoff = f", heat below {self.threshold:g} left out" if self.threshold else ""
         return (
@@ -127,31 +127,31 @@ def llava_cam(
 ) -> RelevanceMap:
     """Return the Grad-CAM heat of every image token in each decoder layer, for the answer as a whole.
 
-    With z the sum of the logits of the answer's tokens (without end-of-sequence) and A the features that the MLP of a
-    layer reads at the image tokens, after its norm: alpha = mean over image tokens of ReLU(dz/dA), one weight for each
-    channel, and heat = ReLU(sum over channels of alpha A). All layers come from one forward and one backward pass.
-    Several pictures share the weights and the maximum by which heat is divided. In the last layer nothing that the MLP
-    of an image token reads can reach the answer, so its heat is zero unless attention reads the same features
-    (parallel families).
+    Let z be the sum of the logits of the answer's tokens (without end-of-sequence), and A the features that the MLP of
+    a layer reads at the image tokens, after its norm. Then alpha = mean over image tokens of ReLU(dz/dA), a weight for
+    each channel, and heat = ReLU(sum over channels of alpha A). One forward and one backward pass cover all layers.
+    Several pictures share the weights and the maximum by which the heat is divided. In the last layer, the input of an
+    image token's MLP cannot affect the answer, so the heat is zero unless attention reads the same features (parallel
+    families).
 
     Args:
         vlm: The model.
         prompt: The prompt, with a picture.
         layers: Decoder layers to map; negative ones count from the end (default: all).
-        answer: The answer to explain; None takes the model's own greedy answer to the unchanged picture, which the
-            noisy copies are made to give as well.
+        answer: The answer to explain; None takes the model's own greedy answer to the unchanged picture, which is
+            explained for the noisy copies as well.
         samples: Number of noisy copies of the processed pixels to average over; 0 takes the picture itself. The paper
-            has 50, its demo none.
+            uses 50 copies, and its demo uses none.
         noise: Standard deviation of the noise, in units of the processed pixels.
         seed: Random seed of the noise, which is drawn in float64 on the CPU.
-        threshold: Normalised heat below it counts as none (0.5 in the published code).
+        threshold: Normalised heat below this value is set to zero (0.5 in the published code).
         progress: Show a progress bar over the noisy copies.
 
     Returns:
         A `RelevanceMap`.
 
     Raises:
-        TraceError: For a prompt without a picture or for settings out of range.
+        TraceError: If the prompt has no picture or a setting is out of range.
 
     Source: LLaVA-CAM, arXiv 2406.06579, section 3.
 
@@ -190,14 +190,14 @@ def llava_cam(
 
 
 def _heat(vlm: VisionLanguageModel, answered: Prompt, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
-    """(layer, copy, image token) float64 on the CPU: the heat in each of the copies that these inputs hold."""
+    """Return the heat (layer, copy, image token) float64 on the CPU, for each copy in these inputs."""
     sites, image = [Site("mlp", layer) for layer in layers], list(answered.groups["image"])
     ids = list(answered.answer_ids)
     with vlm.gradients(), capture(vlm, sites, inputs=True) as captured:
         with torch.no_grad():
-            embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts no other
+            embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts nothing more
         logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))
-        total = logits[:, range(len(ids)), ids].sum()  # copies do not see each other, so one sum serves all of them
+        total = logits[:, range(len(ids)), ids].sum()  # copies are independent, so one sum serves all of them
         features = [captured[site] for site in sites]
         gradients = torch.autograd.grad(total, features, materialize_grads=True)
     pairs = zip(features, gradients, strict=True)
@@ -214,7 +214,7 @@ def weighted_heat(features: Tensor, gradients: Tensor) -> Tensor:
 
 
 def _copies(inputs: Mapping[str, Tensor], samples: int, noise: float, seed: int) -> list[Tensor]:
-    """The processed pixels as they are, or as many noisy copies of them."""
+    """Return the processed pixels unchanged, or the requested number of noisy copies."""
     pixels = inputs["pixel_values"]
     if samples == 0:
         return [pixels]
@@ -224,13 +224,13 @@ def _copies(inputs: Mapping[str, Tensor], samples: int, noise: float, seed: int)
 
 
 def _batch(inputs: Mapping[str, Tensor], copies: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The inputs once for each copy, with its pixels."""
+    """Return the inputs repeated for each copy, with the pixels of that copy."""
     repeated = {name: torch.cat([value] * len(copies)) for name, value in inputs.items()}
     return repeated | {"pixel_values": torch.cat(list(copies))}
 
 
 def _chosen_layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Layers counted from the start, each once."""
+    """Return the layers counted from the start, without duplicates."""
     requested = range(vlm.layers) if layers is None else layers
     chosen = tuple(dict.fromkeys(vlm.layer_index(layer) for layer in requested))
     if not chosen:

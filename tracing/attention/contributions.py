@@ -1,4 +1,4 @@
-"""What each token's values contribute to other tokens through attention, per layer and head."""
+"""The contributions of each token's values to other tokens through attention, per layer and head."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ from .contributions_result import AttentionContributions
 from .image_reading import patch_places
 
 _ENTRIES = 2**26
-"""Number of entries of contribution vectors that are held at a time: 256 MiB in float32."""
+"""Number of entries of contribution vectors in memory at a time: 256 MiB in float32."""
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Largest difference between two ways to weigh values, as a share of the largest entry; 0.05 in half precision."""
+"""Largest difference between two ways to weight values, as a share of the largest entry; 0.05 in half precision."""
 
 
 def attention_contributions(
@@ -32,14 +32,14 @@ def attention_contributions(
     """Return how much the source tokens contribute to the query tokens in every layer, from one forward pass.
 
     A source j contributes a_j = weight * W_O (W_V h_j) to a query through a head, without the biases of both maps.
-    Summed over sources and heads, this is all that the attention module writes there apart from a constant. The
-    contribution of a source is the length of its sum over heads.
+    The sum over sources and heads is everything that the attention module writes at the query, except for a constant.
+    The contribution of a source is the length of its sum over heads.
 
     Args:
         vlm: The model.
         prompt: The prompt; an answer that it carries is ignored.
-        queries: The tokens that attend: a token group, an index or several (default: the last token).
-        sources: The tokens that are attended to (default: all of the prompt).
+        queries: The tokens that attend: a token group, an index or several indices (default: the last token).
+        sources: The tokens that are attended to (default: all tokens of the prompt).
         by_head: Also compute the length of each head's own contribution.
         progress: Show a progress bar over the layers.
 
@@ -48,8 +48,8 @@ def attention_contributions(
         sources="constraint", are the two analyses of arXiv 2406.04236.
 
     Raises:
-        TraceError: If a group has no tokens, if the sources lie behind all queries, or if the model's attention does
-            not add up to such contributions.
+        TraceError: If a group has no tokens, if all sources come after all queries, or if the model's attention is not
+            a sum of such contributions.
         ReplayError: If the attention is not a softmax over scaled products.
 
     Source: arXiv 2309.15098 (SAT-Probe); arXiv 2406.04236, equation 1.
@@ -100,8 +100,8 @@ def contribution_vectors(
 ) -> Tensor:
     """Return the vectors (head, query, source, hidden) that each source contributes to each query through each head.
 
-    They are float32 or wider. Their sum over all heads and sources is what the attention module of the layer writes,
-    less the bias of its output projection and less its value bias sent through that projection. The arguments and
+    The vectors are float32 or wider. Their sum over all heads and sources is the output of the layer's attention module
+    minus the bias of its output projection and minus its value bias mapped through that projection. The arguments and
     errors are those of `attention_contributions`; a negative layer counts from the end.
     """
     query_positions, source_positions = _places(prompt, queries, sources)
@@ -115,9 +115,9 @@ def contribution_vectors(
 def contribution_norms(
     vlm: VisionLanguageModel, layer: int, attention: Attention, bias: Tensor, sources: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the lengths of a layer's contributions: (query, source) of their sum over heads, (head, query, source).
+    """Return the lengths of a layer's contributions: (query, source) summed over heads, and (head, query, source).
 
-    Sources are taken in chunks, which bounds the memory of the vectors.
+    Sources are processed in chunks, which bounds the memory of the vectors.
     """
     weights = attention.weights[0]
     per_source = vlm.hidden * max(weights.shape[:2])
@@ -135,8 +135,8 @@ def record_attention(
 ) -> tuple[list[Attention], Tensor]:
     """Return each layer's attention at the queries in one pass over embeddings (1, token, hidden), and the logits.
 
-    The logits (1, read position, vocab) are those at the positions in `read`. Raises `TraceError` if the output
-    projection of a layer reads anything but the weighted values (for example gated ones), since the contributions
+    The logits (1, read position, vocab) belong to the positions in `read`. Raises `TraceError` if the output
+    projection of a layer reads anything but the weighted values (for example gated values), since the contributions
     would not add up to its output.
     """
     projections = [vlm.attention_projection(layer) for layer in range(vlm.layers)]
@@ -149,9 +149,9 @@ def record_attention(
 
 
 def value_bias(vlm: VisionLanguageModel) -> tuple[Tensor, ...]:
-    """Return per layer (key-value head, size) the part of every value that does not depend on its token.
+    """Return for each layer the part (key-value head, size) of the values that does not depend on the token.
 
-    It is exact: one token runs with zeros as the input of every attention module, so its values are the bias.
+    It is exact: one token is run with zeros as the input of every attention module, so its values are the bias.
     """
     zeros = {Site("attention", layer): torch.zeros_like for layer in range(vlm.layers)}
     nothing = torch.zeros(1, 1, vlm.hidden, device=vlm.device, dtype=vlm.dtype)
@@ -161,11 +161,12 @@ def value_bias(vlm: VisionLanguageModel) -> tuple[Tensor, ...]:
 
 
 def projected_values(vlm: VisionLanguageModel, layer: int, values: Tensor, bias: Tensor) -> Tensor:
-    """Return (head, source, hidden), float32 or wider: what each source writes through each head at a weight of one.
+    """Return the vectors (head, source, hidden) that each source writes through each head at a weight of one.
 
-    The values (key-value head, source, size) and their bias (key-value head, size) are those of the layer; the bias is
-    subtracted. Each head has columns of the output projection of its own, and the heads of one group read the same
-    values. Raises `TraceError` for a projection whose weights are not floating-point numbers in memory.
+    The vectors are float32 or wider. The values (key-value head, source, size) and their bias (key-value head, size)
+    are those of the layer; the bias is subtracted. Each head has its own columns of the output projection, and the
+    heads of one group read the same values. Raises `TraceError` for a projection whose weights are not floating-point
+    numbers in memory.
     """
     projection = vlm.attention_projection(layer)
     weight = projection.weight.detach()
@@ -181,7 +182,7 @@ def projected_values(vlm: VisionLanguageModel, layer: int, values: Tensor, bias:
 
 
 def _check_weighted(layer: int, attention: Attention, inputs: Tensor) -> None:
-    """Raises `TraceError` unless the inputs (row, query, width) of the output projection are the weighted values."""
+    """Raise `TraceError` unless the inputs (row, query, width) of the output projection are the weighted values."""
     values = attention.values.to(attention.weights.dtype)
     values = repeat(values, "b k s d -> b (k g) s d", g=attention.weights.shape[1] // values.shape[1])
     expected = rearrange(attention.weights @ values, "b h q d -> b q (h d)")
@@ -196,7 +197,7 @@ def _check_weighted(layer: int, attention: Attention, inputs: Tensor) -> None:
 def _places(
     prompt: Prompt, queries: str | int | Sequence[int], sources: str | int | Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions of queries and sources; raises `TraceError` if no query can see a source."""
+    """Return the positions of queries and sources. Raises `TraceError` if no query can see a source."""
     query_positions, source_positions = prompt_positions(prompt, queries), prompt_positions(prompt, sources)
     if source_positions[0] > query_positions[-1]:
         raise TraceError(

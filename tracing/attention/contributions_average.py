@@ -1,4 +1,4 @@
-"""The average of attention contributions over prompts, by layer, with intervals."""
+"""Attention contributions averaged over prompts, by layer, with intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _USUAL = ("constraint", "image", "last")
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageContributions(Result):
-    """The contributions of token groups to the queries by layer, over several prompts. Made by `average`."""
+    """The contributions of token groups to the queries by layer, over several prompts. `average` returns it."""
 
     layout: ClassVar[str] = "multrace average contributions 2"
 
@@ -45,7 +45,7 @@ class AverageContributions(Result):
     queries: str | None
     """The token group that attended; None if positions were given."""
     reduction: Reduction
-    """How the tokens of a group became one number."""
+    """The reduction of the tokens of a group to one number."""
     groups: tuple[str, ...]
     """The source groups."""
     count: int
@@ -61,7 +61,7 @@ class AverageContributions(Result):
     image_count: int | None
     """Number of image tokens of a prompt; None if pictures were not read or differ in size."""
     image_shares: Mean | None
-    """(layer, bin): share of the picture's contributions by index of the image token; None like `image_count`."""
+    """(layer, bin): share of the picture's contributions by index of the image token; None if `image_count` is None."""
 
     def by_layer(self, group: str, *, of: Quantity = "contribution") -> Tensor:
         """Return the mean contribution (layer,) of a group. Raises `TraceError` for a group that was not averaged."""
@@ -87,9 +87,9 @@ class AverageContributions(Result):
         return stacked_frame(frames, "quantity")
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure with contribution and weight by layer, and the number of tokens with the picture's share.
+        """Return a figure with contribution and weight by layer, and the number of tokens that hold `share`.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         charts = [
             Chart(unit=unit, lines=[_line(group, self._of(of)[index]) for index, group in enumerate(self.groups)])
@@ -104,16 +104,16 @@ class AverageContributions(Result):
         return drawing.finished(layers_figure(charts, [], titles=titles), path)
 
     def plot_histogram(self, path: str | Path | None = None, *, layers: Sequence[int]) -> "Figure":
-        """Return a figure with the share of contributions by index of the image token, in these layers.
+        """Return a figure with the share of contributions by index of the image token, in some layers.
 
         Bars are means over prompts with their 95 % intervals.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             layers: The layers to draw, one panel each.
 
         Raises:
-            TraceError: If pictures were not read or differ in size, and for no or unknown layers.
+            TraceError: If pictures were not read or differ in size, or if layers are missing or unknown.
             ArtefactError: If the file cannot be written.
         """
         if self.image_shares is None or self.image_count is None:
@@ -133,7 +133,7 @@ class AverageContributions(Result):
         return drawing.finished(figure, path)
 
     def _of(self, quantity: str) -> Mean:
-        """(group, layer)"""
+        """Return the mean (group, layer) of a quantity."""
         return self.weights if quantity == "weight" else self.contributions
 
     def _index(self, group: str, of: str) -> int:
@@ -163,13 +163,13 @@ class AverageContributions(Result):
 
 
 class ContributionsAverager(Averager[AttentionContributions, AverageContributions]):
-    """Averages what source groups contribute by layer, over prompts of one model with the same queries.
+    """Average the contributions of source groups by layer, over prompts of one model with the same queries.
 
     Args:
-        groups: Source groups, which all results must hold; by default those of constraint, image and last token that
-            all of them hold.
-        reduction: How the tokens of a group become one number, as in `AttentionContributions.by_layer`.
-        share: Count the image tokens that hold this share of the picture's contributions, if all results hold it.
+        groups: Source groups, which all results must hold; by default those among constraint, image and last
+            token that all results hold.
+        reduction: How the tokens of a group are reduced to one number, as in `AttentionContributions.by_layer`.
+        share: Share of the picture's contributions whose image tokens are counted, if all results hold the picture.
         bins: Number of bins for the shares by index of the image token.
     """
 
@@ -231,7 +231,7 @@ def _line(label: str, mean: Mean) -> Line:
 
 
 def _frame(groups: Sequence[str], mean: Mean) -> "pd.DataFrame":
-    """A table of a mean (group, layer)."""
+    """Return a table of a mean (group, layer)."""
     low, high = mean.band()
     axes = {"group": groups, "layer": range(mean.shape[-1])}
     return long_frame(axes, {"mean": mean.mean, "low": low, "high": high, "n": mean.count})

@@ -1,4 +1,4 @@
-"""The pictures of attention contributions: curves and heads by layer, and shares by index of the image token."""
+"""The figures of attention contributions: curves and heads by layer, and shares by index of the image token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH, _HEIGHT = 4.0, 2.6  # inches of a panel with its labels
+_WIDTH, _HEIGHT = 4.0, 2.6  # size in inches of a panel, labels included
 _COLOURS = {"contribution": "Reds", "weight": "Oranges"}
 
 
@@ -24,11 +24,11 @@ class Line:
 
     label: str
     values: Tensor
-    """(layer,)"""
+    """(layer,): the values of the curve."""
     low: Tensor | None = None
-    """(layer,) lower end of its band, NaN where there is none; None for no band."""
+    """(layer,): lower end of the band, NaN where there is none; None for a curve without a band."""
     high: Tensor | None = None
-    """(layer,) upper end of its band."""
+    """(layer,): upper end of the band."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class HeadMap:
 
     kind: str
     values: Tensor
-    """(head, layer)"""
+    """(head, layer): the values of the map."""
 
 
 def layers_figure(charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: tuple[str, str]) -> "Figure":
@@ -53,7 +53,7 @@ def layers_figure(charts: Sequence[Chart], maps: Sequence[HeadMap], *, titles: t
 
     Args:
         charts: The curves of each panel; the first panel has the legend.
-        maps: The heat maps; none for charts alone.
+        maps: The heat maps; an empty sequence draws the charts alone.
         titles: Title and subtitle of the figure.
     """
     across = max(len(charts), len(maps))
@@ -84,9 +84,9 @@ def shares_figure(
     Args:
         shares: (row, bin), each row summing to one.
         captions: The caption above each panel.
-        count: Number of image tokens, whose index is the lower axis.
+        count: Number of image tokens, whose index is on the lower axis.
         titles: Title and subtitle of the figure.
-        ends: Lower and upper ends (row, bin) of intervals; None for none.
+        ends: Lower and upper ends (row, bin) of intervals; None draws no intervals.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -116,12 +116,12 @@ def shares_figure(
 
 
 def bin_edges(count: int, bins: int) -> list[tuple[int, int]]:
-    """Return the first index of each bin, and the one after its last."""
+    """Return the first index of each bin, and the index after its last one."""
     return [(count * index // bins, count * (index + 1) // bins) for index in range(bins)]
 
 
 def _draw_chart(axes: "Axes", chart: Chart, *, has_legend: bool) -> None:
-    """The curves of a chart with their bands, in the colours of the cycle."""
+    """Draw the curves of a chart with their bands, in the colours of the cycle."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_axis_on()
@@ -142,7 +142,7 @@ def _draw_chart(axes: "Axes", chart: Chart, *, has_legend: bool) -> None:
 
 
 def _draw_heads(axes: "Axes", head_map: HeadMap, height: float) -> None:
-    """A heat map with its colour bar; height in inches."""
+    """Draw a heat map with its colour bar; the height is in inches."""
     axes.set_axis_on()
     values, colours = head_map.values.numpy(), _COLOURS[head_map.kind]
     mesh = axes.pcolormesh(values, cmap=colours, vmin=0, edgecolors="white", linewidth=0.3)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Quantity = Literal["contribution", "weight"]
-"""The length of the contribution of a source's values, or the attention weight alone."""
+"""The length of the contribution of a source's values, or only the attention weight."""
 Reduction = Literal["max", "sum", "mean"]
-"""How the tokens of a source group become one number."""
+"""The reduction of the tokens of a source group to one number."""
 REDUCED: Mapping[str, str] = {"max": "largest token", "sum": "sum over tokens", "mean": "mean over tokens"}
 NAMES: Mapping[str, str] = {"last": "the last token", "constraint": "the constraint", "image": "the picture"}
-"""Groups in words; others keep their own names."""
+"""Readable names of groups; other groups keep their own names."""
 UNITS: Mapping[str, str] = {"contribution": "length of contribution", "weight": "attention weight"}
 
 
@@ -44,25 +44,25 @@ class AttentionContributions(Result):
     tokens: tuple[str, ...]
     """The prompt's tokens, one readable string per position."""
     input_ids: tuple[int, ...]
-    """The prompt's tokens as the model reads them."""
+    """Ids of the prompt's tokens."""
     groups: Mapping[str, tuple[int, ...]]
     """The prompt's token groups that are not empty, by name."""
     patches: tuple[tuple[int, int, int, int], ...]
     """(position, row, column, image) of each image token; empty where they do not form a grid."""
     queries: str | None
-    """The token group; None if positions were given."""
+    """The token group of the queries; None if positions were given."""
     sources: str | None
-    """The token group; None if positions were given."""
+    """The token group of the sources; None if positions were given."""
     query_positions: tuple[int, ...]
-    """Ascending."""
+    """Token positions of the queries, in ascending order."""
     source_positions: tuple[int, ...]
-    """Ascending."""
+    """Token positions of the sources, in ascending order."""
     contributions: Tensor
     """(layer, query, source), float32 or wider, in units of the residual stream: length of the sum over heads."""
     head_contributions: Tensor | None
-    """(layer, head, query, source): length of each head's own contribution; None if they were left out."""
+    """(layer, head, query, source): length of each head's own contribution; None if they were not computed."""
     weights: Tensor
-    """(layer, head, query, source): attention weights; over all sources they sum to one."""
+    """(layer, head, query, source): attention weights, which sum to one over all tokens of the prompt."""
 
     @property
     def layers(self) -> int:
@@ -71,7 +71,7 @@ class AttentionContributions(Result):
 
     @property
     def source_groups(self) -> tuple[str, ...]:
-        """Names of the groups that lie among the sources as a whole, the requested one first, without "all"."""
+        """Names of the groups whose tokens are all among the sources, the requested group first, without "all"."""
         held = set(self.source_positions)
         names = [name for name, places in self.groups.items() if name != "all" and set(places) <= held]
         return tuple(sorted(names, key=lambda name: name != self.sources))
@@ -84,17 +84,19 @@ class AttentionContributions(Result):
         of: Quantity = "contribution",
         reduction: Reduction = "max",
     ) -> Tensor:
-        """Return the contribution (layer,) of a source group, mean over the queries; a weight is the mean over heads.
+        """Return the contribution (layer,) of a source group, averaged over queries.
+
+        Attention weights are also averaged over heads.
 
         Args:
             group: A source group; None takes all sources.
             into: Only the queries of this group; None takes all queries.
             of: The contribution or the attention weight.
-            reduction: Over the tokens of the group: the largest one, as SAT-Probe counts a constraint of several
-                tokens (arXiv 2309.15098), or their "sum" or "mean".
+            reduction: How the tokens of the group are reduced to one number: "max", as in SAT-Probe for a constraint of
+                several tokens (arXiv 2309.15098), "sum" or "mean".
 
         Raises:
-            TraceError: For a group that is not among the sources or queries.
+            TraceError: If a group is not among the sources or queries.
         """
         values = self.contributions if _checked(of) == "contribution" else self.weights.mean(1)
         return self._reduced(values, group, into, reduction)
@@ -107,16 +109,16 @@ class AttentionContributions(Result):
         of: Quantity = "contribution",
         reduction: Reduction = "max",
     ) -> Tensor:
-        """Return (layer, head): the same as `by_layer` for each head by itself.
+        """Return the contribution (layer, head) of a source group for each head, averaged over queries.
 
         Args:
-            group: Sources, by the name of a group, as for `by_layer`.
-            into: Queries, by the name of a group, as for `by_layer`.
+            group: A source group, as for `by_layer`.
+            into: A group of queries, as for `by_layer`.
             of: "contribution" or "weight".
-            reduction: How several sources become one number, as for `by_layer`.
+            reduction: How the tokens of the group are reduced to one number, as for `by_layer`.
 
         Raises:
-            TraceError: The lengths per head were left out.
+            TraceError: If the lengths per head were not computed, or if a group is not among the sources or queries.
         """
         values = self.head_contributions if _checked(of) == "contribution" else self.weights
         if values is None:
@@ -124,7 +126,7 @@ class AttentionContributions(Result):
         return self._reduced(values, group, into, reduction)
 
     def image_mass(self, of: Quantity = "contribution") -> Tensor:
-        """Return the contribution (layer, image token) of each image token, mean over the queries.
+        """Return the contribution (layer, image token) of each image token, averaged over queries.
 
         Raises `TraceError` unless all image tokens are among the sources.
         """
@@ -134,25 +136,27 @@ class AttentionContributions(Result):
     def image_map(self, layer: int, of: Quantity = "contribution") -> Tensor:
         """Return `image_mass` of a layer over the patches, (image, row, column).
 
-        Raises `TraceError` if they form no grid.
+        Raises `TraceError` if the patches form no grid.
         """
         return over_grid(self.image_mass(of)[self._layer(layer)], self.groups["image"], self.patches)
 
     def index_histogram(self, layer: int, bins: int = 16) -> Tensor:
         """Return the share (bin,) of the picture's contributions by index of the image token, summing to one.
 
-        arXiv 2406.04236 found most of it at index 540 to 576 of 576, the last of 16 bins. NaN without contributions.
+        arXiv 2406.04236 found most of the mass at index 540 to 576 of 576, the last of 16 bins. Shares are NaN if
+        there are no contributions.
         """
         return index_shares(self.image_mass()[self._layer(layer)], bins)
 
     def tokens_for(self, share: float = 0.8, *, layer: int) -> int:
-        """Return how many image tokens, the largest first, hold this share of the picture's contributions."""
+        """Return the smallest number of image tokens that hold this share of the picture's contributions."""
         return int(tokens_for_share(self.image_mass()[self._layer(layer)], share))
 
     def to_dataframe(self, *, by_head: bool = False) -> "pd.DataFrame":
         """Return a table with one row per layer (and head), query and source: contribution and weight.
 
-        Without heads the weight is the mean over them. Raises `TraceError` for heads that were left out.
+        Without `by_head`, the weight is the mean over heads. Raises `TraceError` if `by_head` is set and the
+        lengths per head were not computed.
         """
         lengths = self.head_contributions if by_head else self.contributions
         if lengths is None:
@@ -172,10 +176,10 @@ class AttentionContributions(Result):
         """Return a figure with contribution and weight by layer, and of the first group by head.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            groups: Source groups, one line each; by default the requested one, or else constraint, image and last
-                token.
-            reduction: How the tokens of a group become one number.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            groups: Source groups, one line each; by default the requested group, or if there is none, constraint, image
+                and last token.
+            reduction: How the tokens of a group are reduced to one number.
 
         Raises:
             TraceError: If the sources hold no whole group.
@@ -201,12 +205,12 @@ class AttentionContributions(Result):
         """Return a figure with the `index_histogram` of some layers.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             layers: The layers to draw, one panel each; by default four from first to last.
             bins: Number of bins of the image tokens.
 
         Raises:
-            TraceError: For no or unknown layers, and unless all image tokens are among the sources.
+            TraceError: If layers are missing or unknown, or if image tokens are missing from the sources.
             ArtefactError: If the file cannot be written.
         """
         numbers, mass = self._some(layers), self.image_mass()
@@ -227,12 +231,12 @@ class AttentionContributions(Result):
 
         Args:
             prompt: The prompt that was read.
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            layers: The layers to draw, one panel each; by default the strongest four.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            layers: The layers to draw, one panel each; by default the four strongest.
             of: The contribution or the attention weight.
 
         Raises:
-            TraceError: For another prompt, and if image tokens form no grid.
+            TraceError: If the prompt is another one, or if the image tokens form no grid.
             ArtefactError: If the file cannot be written.
         """
         check_prompt(self, prompt)
@@ -245,7 +249,7 @@ class AttentionContributions(Result):
 
     @property
     def _query_name(self) -> str:
-        """The queries in words."""
+        """The readable name of the queries."""
         count = len(self.query_positions)
         return name_of(self.queries) + (f" (mean over {count} tokens)" if count > 1 else "")
 
@@ -263,7 +267,7 @@ class AttentionContributions(Result):
         return self._indices(group, self.source_positions, "sources")
 
     def _indices(self, group: str, positions: tuple[int, ...], name: str) -> list[int]:
-        """Where a group's tokens stand among the positions. TraceError unless all of them do."""
+        """Return the indices of a group's tokens among the positions. Raises `TraceError` if any is missing."""
         index = {position: number for number, position in enumerate(positions)}
         places = self.groups.get(group, ())
         if not places or not set(places) <= set(index):
@@ -280,7 +284,7 @@ class AttentionContributions(Result):
         return layer % self.layers
 
     def _some(self, layers: Sequence[int] | None) -> tuple[int, ...]:
-        """Layers counted from the start; if none are given, four from first to last."""
+        """Return the layers counted from the start; by default four from first to last."""
         if layers is None:
             return tuple(dict.fromkeys(round(step * (self.layers - 1) / 3) for step in range(4)))
         if not layers:
@@ -319,8 +323,9 @@ class AttentionContributions(Result):
 def index_shares(mass: Tensor, bins: int) -> Tensor:
     """Return the share (..., bin) of the mass (..., image token) in bins of equally many tokens, by index.
 
-    The shares sum to one. Of 576 tokens, 16 bins hold 36 each; where tokens do not divide evenly, bins differ by one
-    token. NaN where there is no mass at all. Raises `TraceError` for no bins or more bins than tokens.
+    The shares sum to one. For 576 tokens, each of 16 bins holds 36 tokens; if the tokens do not divide evenly, bins
+    differ by one token. Shares are NaN where there is no mass. Raises `TraceError` if there are no bins or more bins
+    than tokens.
     """
     count = mass.shape[-1]
     if not 1 <= bins <= count:
@@ -330,21 +335,23 @@ def index_shares(mass: Tensor, bins: int) -> Tensor:
 
 
 def tokens_for_share(mass: Tensor, share: float) -> Tensor:
-    """Return the fewest image tokens (...,) int64 that hold this share of the mass (..., image token); 0 without mass.
+    """Return the smallest number (...,) int64 of image tokens that hold this share of the mass (..., image token).
 
-    Raises `TraceError` for a share that is not above 0 and at most 1.
+    The number is 0 where there is no mass.
+
+    Raises `TraceError` unless the share is above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise TraceError(f"no share {share} of the picture's mass; pass one above 0 and at most 1, such as 0.8")
     ordered = mass.double().sort(-1, descending=True).values
     wanted = share * ordered.sum(-1, keepdim=True)
-    reached = ordered.cumsum(-1) >= wanted * (1 - 1e-12)  # all of it is reached in spite of rounding
+    reached = ordered.cumsum(-1) >= wanted * (1 - 1e-12)  # a share of one is reached in spite of rounding
     first = torch.where(reached, torch.arange(1, mass.shape[-1] + 1), mass.shape[-1]).min(-1).values
     return torch.where(wanted[..., 0] > 0, first, 0)
 
 
 def name_of(group: str | None) -> str:
-    """Return a group in words."""
+    """Return the readable name of a group."""
     return NAMES.get(group, group) if group is not None else "some tokens"
 
 

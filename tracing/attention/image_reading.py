@@ -1,4 +1,4 @@
-"""What the experiments that explain one answer by its image tokens share: the answer, the result, the maps."""
+"""Shared parts of the experiments that explain one answer by its image tokens: the answer, the result, the maps."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-_ACROSS, _SIDE = 8, 1.1  # square maps in a line, and inches of a map with what is around it
-_CAPTION = 0.22  # inches above a map
+_ACROSS, _SIDE = 8, 1.1  # number of square maps in a line, and size in inches of a map with its margins
+_CAPTION = 0.22  # height in inches of the caption above a map
 
 
 def with_answer(vlm: VisionLanguageModel, prompt: Prompt, answer: str | None) -> Prompt:
@@ -39,7 +39,7 @@ def with_answer(vlm: VisionLanguageModel, prompt: Prompt, answer: str | None) ->
 def predicting_logits(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, count: int) -> Tensor:
     """Return the logits (row, answer token, vocab), float32 or wider, that predict the first `count` answer tokens.
 
-    The embeddings (row, token, hidden) must reach at least to the token that predicts the last of them.
+    The embeddings (row, token, hidden) must include at least the token that predicts the last of these answer tokens.
     """
     last = prompt.groups["last"][0]
     return vlm.forward(inputs_embeds=embeddings, positions=range(last, last + count))
@@ -71,11 +71,11 @@ class ImageReading(Result):
     revision: str | None
     question: str
     input_ids: tuple[int, ...]
-    """The prompt's tokens as the model reads them, without the answer."""
+    """Ids of the prompt's tokens, without the answer."""
     answer: str
     """The answer that was explained."""
     answer_ids: tuple[int, ...]
-    """The tokens of the answer that counted."""
+    """Ids of the answer tokens that were explained."""
     layers: tuple[int, ...]
     """The decoder layers that were read, in order."""
     image_positions: tuple[int, ...]
@@ -100,14 +100,14 @@ class ImageReading(Result):
         titles: tuple[str, str],
         unit: str,
     ) -> "Figure":
-        """The figure of these overlays. Raises `TraceError` for another prompt than the one that was read."""
+        """Return the figure of these overlays. Raises `TraceError` unless the prompt is the one that was read."""
         check_prompt(self, prompt)
         pictures = prompt.seen_pictures()
         figure = drawing.overlays_figure(pictures, overlays, kind=kind, titles=titles, scale=0.0, unit=unit)
         return drawing.finished(figure, path)
 
     def _rows_of(self, layers: Sequence[int] | None, candidates: Sequence[int]) -> tuple[int, ...]:
-        """Rows of these layers; for None those of at most four of the candidates, as far apart as possible."""
+        """Return the rows of these layers; for None, those of at most four candidates, evenly spread."""
         if layers is None:
             among = tuple(candidates) or self.layers
             steps = min(4, len(among))
@@ -118,7 +118,7 @@ class ImageReading(Result):
         return tuple(self.layers.index(layer) for layer in layers)
 
     def _image_columns(self) -> dict[str, Tensor]:
-        """Per image token its position, picture, row and column, which are -1 where there is no grid."""
+        """Return the position, picture, row and column of each image token; -1 marks a missing grid."""
         places = {position: (image, row, column) for position, row, column, image in self.patches}
         own = torch.tensor([places.get(position, (-1, -1, -1)) for position in self.image_positions])
         columns = dict(zip(("image", "row", "column"), own.unbind(1), strict=True))
@@ -128,7 +128,7 @@ class ImageReading(Result):
 def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[int, int, int, int]]) -> Tensor:
     """Return values (..., position) on the patches as (..., image, row, column), NaN where there is no position.
 
-    The patches are (position, row, column, image). Raises `TraceError` if there are none, that is, no grid.
+    The patches are (position, row, column, image). Raises `TraceError` if there are no patches, that is, no grid.
     """
     if not patches:
         raise TraceError("the image tokens of this prompt form no grid of patches; read their values one by one")
@@ -142,7 +142,7 @@ def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[
 
 
 def check_prompt(result: Any, prompt: Prompt) -> None:
-    """Raise `TraceError` for another prompt than the one that the result was read from."""
+    """Raise `TraceError` unless the result was read from this prompt."""
     ids = tuple(prompt.inputs["input_ids"][0, : len(result.input_ids)].tolist())
     if (patch_places(prompt), ids) != (result.patches, result.input_ids):
         raise TraceError(f"this is of another prompt ({result.question!r}); pass the prompt that was read")
@@ -183,7 +183,7 @@ def tiles_figure(grid: Tensor, captions: Sequence[str], *, kind: str, titles: tu
 
 
 def _fill(axes: "Axes", values: Tensor, colours: "ScalarMappable") -> None:
-    """One map (row, column) without labels."""
+    """Draw one map (row, column) without labels."""
     axes.set_axis_on()
     axes.set_facecolor("#e4e4e4")
     axes.imshow(values.numpy(), cmap=colours.get_cmap(), norm=colours.norm, interpolation="nearest")

@@ -1,4 +1,4 @@
-"""Attention x gradient saliency: the attention edges on which the answer's loss rests, to first order."""
+"""Attention x gradient saliency: the first-order importance of attention edges to the answer's loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,33 +30,33 @@ _UNIT = "log10 of saliency per edge"
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttentionSaliency(ImageReading):
-    """How much the answer's loss rests on each attention edge. `attention_saliency` returns it."""
+    """The importance of each attention edge to the answer's loss. `attention_saliency` returns it."""
 
     layout: ClassVar[str] = "multrace attention saliency 2"
 
     tokens: tuple[str, ...]
     """The tokens up to the last query, one readable string per position."""
     loss: float
-    """The loss that was differentiated: minus the log probability of the answer's first token, or of all of them."""
+    """The loss that was differentiated: minus the log probability of the answer's first token, or of all its tokens."""
     queries: tuple[int, ...]
     """Positions that attend, in the order of the rows."""
     groups: Mapping[str, tuple[int, ...]]
-    """Positions by name, each in one group: "system" (before the picture), "image", "last", "question" (all else)."""
+    """Positions by disjoint group: "system" (before the picture), "image", "last", "question" (all else)."""
     saliency: Tensor
     """(layer, query, source) float64, at least 0: |sum over heads of weight times gradient|; 0 after the query."""
 
     def flow(self, source: str | Sequence[int], target: str | Sequence[int]) -> Tensor:
         """Return the mean saliency (layer,) float64 of the edges from source to target tokens.
 
-        These are S_wp and S_pq of arXiv 2305.14160, section 2.1. An edge leads from a token to a later one, never to
-        itself. NaN if there is no edge.
+        These are S_wp and S_pq of arXiv 2305.14160, section 2.1. An edge leads from a token to a later token, never to
+        itself. The flow is NaN if there is no edge.
 
         Args:
             source: A group or positions.
-            target: A group or positions, of which only those count that are among the queries.
+            target: A group or positions; only positions among the queries count.
 
         Raises:
-            TraceError: For an unknown group or position.
+            TraceError: If a group or position is unknown.
         """
         rows = [index for index, query in enumerate(self.queries) if query in set(self._positions(target))]
         columns = list(self._positions(source))
@@ -74,7 +74,7 @@ class AttentionSaliency(ImageReading):
     def image_map(self, target: str | Sequence[int] | None = None) -> Tensor:
         """Return the mean saliency (layer, image token) float64 over the queries, or over those of a target.
 
-        Raises `TraceError` for a target without queries.
+        Raises `TraceError` if the target contains no queries.
         """
         members = self.queries if target is None else self._positions(target)
         rows = [index for index, query in enumerate(self.queries) if query in set(members)]
@@ -83,7 +83,7 @@ class AttentionSaliency(ImageReading):
         return self.saliency[:, rows][..., list(self.image_positions)].mean(1)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure with all flows over the layers, by powers of ten.
+        """Return a figure with all flows over the layers, on a logarithmic scale.
 
         A line has a gap where its flow is exactly zero, and the subtitle says which flows end and why. The figure is
         also written to the path if one is given (png, pdf or svg by suffix).
@@ -105,12 +105,12 @@ class AttentionSaliency(ImageReading):
 
         Args:
             prompt: The prompt that was read.
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            layers: The layers to draw, one panel each; by default the strongest four.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            layers: The layers to draw, one panel each; by default the four strongest.
             target: The queries that count, as in `image_map`.
 
         Raises:
-            TraceError: For another prompt, for layers that the model does not have, and if image tokens form no grid.
+            TraceError: If the prompt is another one, if a layer does not exist, or if the image tokens form no grid.
             ArtefactError: If the file cannot be written.
         """
         grid = self.over_picture(self.image_map(target))
@@ -131,7 +131,7 @@ class AttentionSaliency(ImageReading):
         return frame
 
     def _positions(self, members: str | Sequence[int]) -> tuple[int, ...]:
-        """Positions of a group, or the given ones."""
+        """Return the positions of a group, or the given positions."""
         if isinstance(members, str) and members not in self.groups:
             raise TraceError(f"no group {members!r} here; pass {', '.join(map(repr, self.groups))}, or positions")
         positions = self.groups[members] if isinstance(members, str) else tuple(members)
@@ -141,7 +141,7 @@ class AttentionSaliency(ImageReading):
         return positions
 
     def _titles(self, what: str) -> tuple[str, str]:
-        """Title and subtitle of figures."""
+        """Return the title and subtitle of figures."""
         return self.question, f"attention x gradient of the loss of {self.answer!r} ({self.loss:.3g}); {what}"
 
     def _lines(self) -> tuple[str, str]:
@@ -157,12 +157,12 @@ class AttentionSaliency(ImageReading):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageSaliency(Result):
-    """Mean saliency of flows between groups of tokens, over prompts. Made by `average`.
+    """Mean saliency of flows between groups of tokens, over prompts. `average` returns it.
 
-    Flows of different prompts differ by orders of magnitude, so that a few large ones would dominate an arithmetic
-    mean. Means are therefore geometric, and their intervals are those of the mean of the logarithms. A flow that is
-    exactly zero has no logarithm: it is left out of mean and interval and counted by `zeros`. If only some prompts are
-    zero, the mean says how strong the flow is where there is any.
+    Flows of different prompts differ by orders of magnitude, so a few large flows would dominate an arithmetic mean.
+    Means are therefore geometric, and their intervals are those of the mean of the logarithms. A flow that is exactly
+    zero has no logarithm: it is excluded from mean and interval, and `zeros` counts it. If the flow is zero only in
+    some prompts, the mean describes the others.
     """
 
     layout: ClassVar[str] = "multrace average attention saliency 2"
@@ -175,7 +175,7 @@ class AverageSaliency(Result):
     count: int
     """Number of prompts."""
     flows: tuple[str, ...]
-    """"source -> target" of two groups, each flow of at least one prompt."""
+    """The flows between two groups that at least one prompt has, named "source -> target"."""
     log: Mean
     """(flow, layer): log10 of the mean saliency per edge, over the prompts in which it is above zero."""
     zero: Mean
@@ -189,32 +189,32 @@ class AverageSaliency(Result):
     def of(self, flow: str) -> Tensor:
         """Return the geometric mean (layer,) float64 over the prompts in which the flow is above zero.
 
-        NaN where it is zero in all of them. Raises `TraceError` for a flow that no prompt has.
+        It is NaN where the flow is zero in all prompts. Raises `TraceError` if no prompt has the flow.
         """
         return 10 ** self.log.mean[self._index(flow)]
 
     def interval(self, flow: str) -> tuple[Tensor, Tensor]:
         """Return (low, high), each (layer,): the 95 % interval of `of` over prompts, by Student's t on the logarithms.
 
-        NaN where fewer than two prompts are above zero. Raises `ArtefactError` for an average of one prompt, and
-        `TraceError` for a flow that no prompt has.
+        Both ends are NaN where the flow is above zero in fewer than two prompts. Raises `ArtefactError` for an average
+        of one prompt, and `TraceError` if no prompt has the flow.
         """
         index = self._index(flow)
         low, high = self.log.band() if self.count > 1 else self.log.interval()
         return 10 ** low[index], 10 ** high[index]
 
     def zeros(self, flow: str) -> Tensor:
-        """Return in how many prompts the flow is exactly zero, (layer,) int64.
+        """Return the number (layer,) int64 of prompts in which the flow is exactly zero.
 
-        Raises `TraceError` for a flow that no prompt has.
+        Raises `TraceError` if no prompt has the flow.
         """
         return self._zeros[self._index(flow)]
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure with all flows over the layers, by powers of ten, with their 95 % intervals as bands.
+        """Return a figure with all flows over the layers, on a logarithmic scale, with 95 % bands.
 
-        A line has a gap where its flow is zero in every prompt. The legend says how many prompts have a flow where
-        that differs. The figure is also written to the path if one is given (png, pdf or svg by suffix).
+        A line has a gap where its flow is zero in every prompt. The legend shows the number of prompts that have a flow
+        if it differs between flows. The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         low, high = self.log.band()
         counts, means = self.counts, 10**self.log.mean
@@ -230,14 +230,14 @@ class AverageSaliency(Result):
         return {"flow": self.flows, "layer": self.layers}
 
     def _columns(self) -> Mapping[str, Tensor]:
-        """The geometric mean, its interval, n (prompts that the mean is over), and zeros (prompts without the flow)."""
+        """Return the geometric mean, its interval, n (prompts in the mean), and zeros (prompts with a flow of zero)."""
         low, high = self.log.band()
         ends = {"saliency": 10**self.log.mean, "low": 10**low, "high": 10**high}
         return ends | {"n": self.log.count, "zeros": self._zeros}
 
     @property
     def _zeros(self) -> Tensor:
-        """(flow, layer) int64"""
+        """(flow, layer) int64: the number of prompts in which the flow is exactly zero."""
         return (self.zero.mean.nan_to_num(0.0) * self.zero.count).round().long()
 
     def _index(self, flow: str) -> int:
@@ -269,7 +269,7 @@ class AverageSaliency(Result):
 
 
 class SaliencyAverager(Averager[AttentionSaliency, AverageSaliency]):
-    """Averages flows over prompts to one model; a prompt without a flow is left out of it."""
+    """Average flows over prompts of one model; a prompt without a flow does not count towards that flow."""
 
     alike = ("model", "revision", "layers")
 
@@ -296,7 +296,7 @@ class SaliencyAverager(Averager[AttentionSaliency, AverageSaliency]):
 def _curves(
     layers: Sequence[int], flows: Mapping[str, Sequence[Tensor]], names: Mapping[str, str] | None = None
 ) -> "list[drawing.Curve]":
-    """A curve per flow, each (layer,) value with its band if there is one, as powers of ten; zero leaves a gap."""
+    """Return one curve per flow: log10 of its values (layer,), with a band if there is one; zeros leave gaps."""
     x, curves = torch.tensor(layers), []
     for (name, parts), style in zip(flows.items(), flow_styles(tuple(flows)), strict=True):
         y, *band = (part.masked_fill(part == 0, torch.nan).log10() for part in parts)
@@ -306,7 +306,7 @@ def _curves(
 
 
 def _ends(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
-    """A line for the subtitle on flows (layer,) that are exactly zero in the last layers."""
+    """Return a subtitle line about flows (layer,) that are exactly zero in the last layers."""
     last = {name: int(flow.nonzero().max()) for name, flow in flows.items() if flow.any()}
     early = {name: layers[index] for name, index in last.items() if index < len(layers) - 1}
     if not early or len(set(early.values())) > 1:
@@ -318,7 +318,7 @@ def _ends(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
 
 
 def _strongest(flows: Mapping[str, Tensor], layers: Sequence[int]) -> str:
-    """The strongest flow (layer,) in words."""
+    """Return a description of the strongest flow (layer,)."""
     peaks = {name: flow.nan_to_num(nan=0.0).max(0) for name, flow in flows.items()}
     name, peak = max(peaks.items(), key=lambda item: float(item[1].values))
     return f"strongest flow per edge {name}, {float(peak.values):.3g} in layer {layers[int(peak.indices)]}"
@@ -335,21 +335,21 @@ def attention_saliency(
     """Return |sum over heads of A dL/dA| for every edge into the queries, in every decoder layer.
 
     A is the attention weight after the softmax, and L is minus the log probability of the answer's first token, or of
-    all its tokens (teacher-forced). One forward and one backward pass.
+    all its tokens (teacher forcing). The computation takes one forward and one backward pass.
 
     Args:
         vlm: The model.
         prompt: The prompt, with a picture.
-        queries: The tokens whose attention is explained, none of an answer (default: the question and the last token).
+        queries: The tokens whose attention is explained, none of them in an answer (default: question and last token).
         answer: The answer whose loss is explained; None takes the model's own greedy answer.
-        whole_answer: Explain the loss of all tokens of the answer instead of its first token.
+        whole_answer: Whether to explain the loss of all tokens of the answer instead of its first token.
 
     Returns:
         An `AttentionSaliency`.
 
     Raises:
-        TraceError: For a prompt without a picture, and for a group of queries without tokens.
-        ModelError: For an unknown group.
+        TraceError: If the prompt has no picture or a group of queries has no tokens.
+        ModelError: If a group is unknown.
 
     Source: "Label words are anchors", arXiv 2305.14160, equation 1.
 
@@ -392,5 +392,5 @@ def attention_saliency(
 
 
 def _saliency(weights: Tensor, gradients: Tensor) -> Tensor:
-    """(query, source) float64 on the CPU, from weights and gradients (1, head, query, source)."""
+    """Return saliency (query, source) float64 on the CPU, from weights and gradients (1, head, query, source)."""
     return (weights.detach().double() * gradients.double())[0].sum(0).abs().cpu()

@@ -36,9 +36,9 @@ class AttentionShare(Result):
     tokens: tuple[str, ...]
     """The tokens up to the last query, one readable string per position."""
     queries: tuple[int, ...]
-    """Positions that attend; shares are means over them."""
+    """Positions that attend; shares are averaged over them."""
     parts: Mapping[str, tuple[int, ...]]
-    """Positions that are attended to, by name of the part; each position up to the last query is in one part."""
+    """Positions that are attended to, by part; each position up to the last query belongs to one part."""
     heads: Tensor
     """(layer, head, part) float64, 0 to 1: the parts of a head sum to one."""
 
@@ -64,7 +64,7 @@ class AttentionShare(Result):
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure with one line per part over the layers.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         layers = torch.arange(self.layers)
         panel = drawing.CurvePanel(curves=[drawing.Curve(label=part, x=layers, y=self.of(part)) for part in self.parts])
@@ -96,7 +96,7 @@ class AttentionShare(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageShare(Result):
-    """Mean attention shares of several prompts. Made by `average`."""
+    """Mean attention shares of several prompts. `average` returns it."""
 
     layout: ClassVar[str] = "multrace average attention share 2"
 
@@ -129,7 +129,7 @@ class AverageShare(Result):
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure with one line per part over the layers, with its 95 % interval as a band.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         low, high = self.share.band()
         layers = torch.arange(len(self.shares))
@@ -161,7 +161,7 @@ class AverageShare(Result):
 
 
 class ShareAverager(Averager[AttentionShare, AverageShare]):
-    """Averages shares of prompts to one model with the same parts."""
+    """Average shares over prompts of one model with the same parts."""
 
     alike = ("model", "revision", "layers", "names")
 
@@ -180,14 +180,14 @@ class ShareAverager(Averager[AttentionShare, AverageShare]):
 
 
 def _index(parts: Sequence[str], part: str) -> int:
-    """Where a part stands among the parts."""
+    """Return the index of a part among the parts."""
     if part not in parts:
         raise TraceError(f"no part {part!r} here; parts are {', '.join(map(repr, parts))}")
     return parts.index(part)
 
 
 def _percentages(names: Sequence[str], shares: Tensor) -> str:
-    """Shares (layer, part) in words."""
+    """Return a description of shares (layer, part)."""
     return ", ".join(f"{name} {float(share):.1%}" for name, share in zip(names, shares.mean(0), strict=True))
 
 
@@ -200,23 +200,23 @@ def attention_share(
 ) -> AttentionShare:
     """Return the share of the queries' attention that each part of the prompt receives, by decoder layer and head.
 
-    Shares are means over the queries; in each head they sum to one.
+    Shares are averaged over the queries and sum to one in each head.
 
     Args:
         vlm: The model.
         prompt: The prompt.
         queries: The tokens that attend: groups, positions or both (default: the last token).
-        parts: Positions by name of the part; no position may belong to two parts, and the part "other" holds what they
-            leave of the tokens up to the last query. None takes "image", "system" (everything before the first
+        parts: Positions by name of the part; no position may belong to two parts, and the part "other" holds the
+            remaining tokens up to the last query. None takes "image", "system" (everything before the first
             picture) and "question" (all other text).
 
     Returns:
         An `AttentionShare`.
 
     Raises:
-        TraceError: For a prompt without a picture if no parts are given, and for parts that overlap or hold no token
-            that a query can see.
-        ModelError: For positions that the prompt does not have.
+        TraceError: If no parts are given and the prompt has no picture, or if parts overlap or hold no token that a
+            query can see.
+        ModelError: If the prompt does not have a position.
 
     Source: arXiv 2406.06579, section 3 (lambda_img, lambda_sys, lambda_usr of the last token; after layer 3 the share
     of the image is below 2 % in LLaVA-1.5).
@@ -253,7 +253,7 @@ def attention_share(
 def text_parts(prompt: Prompt, end: int) -> dict[str, tuple[int, ...]]:
     """Return the first `end` positions as "system" (before the first picture), "image" and "question" (other text).
 
-    A part may be empty. Raises `TraceError` for a prompt without a picture.
+    A part may be empty. Raises `TraceError` if the prompt has no picture.
     """
     image = group_positions(prompt, "image")
     members = {"system": range(min(image)), "image": image, "question": set(range(min(image), end)) - set(image)}
@@ -263,7 +263,7 @@ def text_parts(prompt: Prompt, end: int) -> dict[str, tuple[int, ...]]:
 def _given_parts(
     prompt: Prompt, parts: Mapping[str, str | int | Sequence[int]], end: int
 ) -> dict[str, tuple[int, ...]]:
-    """The requested parts cut to the first `end` positions, and what they leave of these."""
+    """Return the requested parts within the first `end` positions, and the remaining positions as "other"."""
     members: dict[str, tuple[int, ...]] = {}
     free = set(range(end))
     for name, requested in parts.items():
@@ -284,6 +284,6 @@ def _given_parts(
 
 
 def _shares(weights: Tensor, members: Mapping[str, Sequence[int]]) -> Tensor:
-    """(head, part) float64 on the CPU: mean over queries of weights (head, query, key), summed over each part."""
+    """Return shares (head, part) float64 on the CPU: weights (head, query, key) summed by part, mean over queries."""
     mean = weights.double().mean(1).cpu()
     return torch.stack([mean[:, list(positions)].sum(-1) for positions in members.values()], dim=-1)

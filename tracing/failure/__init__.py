@@ -1,4 +1,4 @@
-"""Wrong answers predicted from attention and probability."""
+"""Prediction of wrong answers from attention and probability."""
 
 import lazy_loader
 

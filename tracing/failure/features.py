@@ -1,4 +1,4 @@
-"""What one run shows about whether the model's answer will be right."""
+"""Features of one run that predict whether the model's answer is right."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FailureFeatures(Result):
-    """What one run shows about whether its answer will be right. `failure_features` returns it."""
+    """Features of one run that predict whether its answer is right. `failure_features` returns it."""
 
     layout: ClassVar[str] = "multrace failure features 2"
 
@@ -30,26 +30,26 @@ class FailureFeatures(Result):
     """Name or path of the model."""
     question: str
     contributions: Tensor
-    """(layer,) float64: contribution of the constraint to the last token, the largest of its tokens."""
+    """(layer,) float64: contribution of the constraint to the last token, maximum over the constraint's tokens."""
     head_contributions: Tensor
-    """(layer, head) float64: the same for each head by itself."""
+    """(layer, head) float64: the contribution through each head."""
     weights: Tensor
-    """(layer,) float64: the last token's attention to the constraint, mean over heads, the largest of its tokens."""
+    """(layer,) float64: the last token's attention to the constraint, mean over heads, maximum over its tokens."""
     head_weights: Tensor
-    """(layer, head) float64: the same for each head by itself."""
+    """(layer, head) float64: the attention weight of each head."""
     first_token: str
     """The likeliest first token of an answer."""
     first_probability: float
     """The probability of that token."""
     answer: str | None
-    """The answer whose whole probability was read, if one was given."""
+    """The answer whose probability was read; None if no answer was given."""
     answer_probability: float | None
-    """The product of the probabilities of the answer's tokens, each after the ones before it."""
+    """The product of the probabilities of the answer's tokens, each given the tokens before it."""
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure with the contribution of the constraint and the attention to it, by layer and by head.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         line = "constraint, largest token"
         charts = [
@@ -90,26 +90,26 @@ class FailureFeatures(Result):
 def failure_features(
     vlm: VisionLanguageModel, prompt: Prompt, *, answer: str | None = None, constraint: str = "constraint"
 ) -> FailureFeatures:
-    """Return what one pass over the prompt shows about whether the model's answer will be right.
+    """Return features of one pass over the prompt that predict whether the model's answer is right.
 
-    These are the contributions of the constraint to the last token (per layer and per head, each the largest of the
+    They are the contributions of the constraint to the last token (per layer and per head, each the maximum over the
     constraint's tokens), the attention that the constraint receives, and the probability of the likeliest first token.
 
     Args:
         vlm: The model.
         prompt: The prompt, with a constraint.
-        answer: The model's own greedy answer, if the probability of the whole answer is wanted too; it is read in the
-            same pass.
+        answer: The model's own greedy answer, whose probability is read in the same pass; None reads only the first
+            token.
         constraint: The token group whose contributions are read.
 
     Returns:
-        A `FailureFeatures`, to be passed to `predict_failure` with those of other prompts.
+        A `FailureFeatures`, which `predict_failure` takes together with those of other prompts.
 
     Raises:
-        TraceError: For a prompt without this constraint.
-        ModelError: For an empty answer.
+        TraceError: If the prompt does not have this constraint.
+        ModelError: If the answer is empty.
 
-    Source: arXiv 2309.15098 (SAT-Probe); with pictures arXiv 2406.04236, section 5.
+    Source: arXiv 2309.15098 (SAT-Probe); for pictures arXiv 2406.04236, section 5.
 
     Example:
         >>> import multrace as mt
@@ -148,5 +148,5 @@ def failure_features(
 
 
 def _largest(values: Sequence[Tensor]) -> Tensor:
-    """(layer, ...) float64 on the CPU: the largest entry of each last axis."""
+    """Return (layer, ...) float64 on the CPU: the largest entry along the last axis."""
     return torch.stack([layer.amax(-1) for layer in values]).double().cpu()

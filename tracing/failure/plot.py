@@ -1,4 +1,4 @@
-"""The picture of a failure prediction: ROC curves beside the areas under them with their intervals."""
+"""The figure of a failure prediction: ROC curves beside the areas under them with their intervals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDE, _BARS, _LETTER = 3.4, 2.8, 0.075  # inches of the curves, of the intervals, and of a letter of a label
+_SIDE, _BARS, _LETTER = 3.4, 2.8, 0.075  # inches: the curves, the intervals, a letter of a label
 _POINTS = 501
 """Number of points of a mean curve."""
 _CHANCE = {"color": "#a0a0a0", "linewidth": 0.8, "linestyle": (0, (4, 3))}
@@ -28,13 +28,13 @@ def prediction_figure(
     *,
     titles: tuple[str, str],
 ) -> "Figure":
-    """Return a figure with ROC curves at the left, and at the right each area with its interval in the same colour.
+    """Return a figure with ROC curves at the left, and with their areas and intervals in the same colours at the right.
 
     Args:
         names: The name of each curve.
-        scores: (cut, record) of each curve; the curves of several cuts are averaged.
+        scores: (cut, record) scores of each curve; the curves of several cuts are averaged.
         is_right: (record,) booleans.
-        areas: (value, low, high) of each curve.
+        areas: (value, low, high) of the area under each curve.
         titles: Title and subtitle of the figure.
     """
     bars = _BARS + _LETTER * max(map(len, names))
@@ -46,10 +46,10 @@ def prediction_figure(
 
 
 def roc_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of wrong and of right answers, each (point,), with at least the score of each threshold.
+    """Return the shares (point,) of wrong and of right answers that score at least each threshold.
 
-    Both start at zero. For scores (cut, record) of several cuts, the shares of right answers at each share of wrong
-    ones are averaged.
+    Both shares start at zero. For scores (cut, record) of several cuts, the shares of right answers at each share of
+    wrong ones are averaged.
     """
     if len(scores) == 1:
         return _steps(scores[0], is_right)
@@ -60,7 +60,7 @@ def roc_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _steps(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
-    """The curve of one cut."""
+    """Return the ROC curve of one cut."""
     thresholds = scores.unique().flip(0)
     reached = scores[None] >= thresholds[:, None]
     shares = [(reached & members).sum(1) / members.sum() for members in (~is_right, is_right)]

@@ -1,4 +1,4 @@
-"""Predicting whether answers are right from what their runs showed, with every score made out of fold."""
+"""Prediction of whether answers are right from features of their runs; every score is out of fold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from .features import FailureFeatures
 from .result import FailurePrediction
 
 REPEATS = 10
-"""Number of times that the records are cut into folds."""
+"""Number of cuts of the records into folds."""
 _ORDER = ("contribution", "weight", "answer probability", "whole-answer probability", "combination", "all heads")
 
 
@@ -25,7 +25,7 @@ class Readings:
     """The values that were read for each record."""
 
     by_layer: dict[str, NDArray]
-    """Per quantity (record, layer)."""
+    """Values (record, layer) by quantity."""
     by_head: NDArray
     """(record, feature): all values per layer and head."""
     probability: NDArray
@@ -34,14 +34,14 @@ class Readings:
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """Scores of every record in every cut into folds, and what the models of the other folds used."""
+    """Scores of every record in every cut into folds, and the layers and features that the fitted models used."""
 
     scores: dict[str, NDArray] = field(default_factory=dict)
-    """Per name (cut, record)."""
+    """Scores (cut, record) by name."""
     windows: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
-    """Per quantity the layers of each fit."""
+    """Layers of each fit, by quantity."""
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    """Per L1 model the number of features with a weight in each fit."""
+    """Number of features with a nonzero weight in each fit, by L1 model."""
 
     def add(self, name: str, cut: int, test: NDArray, scores: NDArray) -> None:
         """Store the scores (record,) of one test fold of one cut."""
@@ -57,18 +57,18 @@ def predict_failure(
     folds: int = 5,
     progress: bool = True,
 ) -> FailurePrediction:
-    """Return how well contributions, attention weights and probabilities tell right answers from wrong ones.
+    """Return how well contributions, attention weights and probabilities separate right answers from wrong ones.
 
-    Everything that is chosen or fitted is scored out of fold, and its AUROC is the mean over ten stratified cuts of the
+    Scores that involve a choice or a fit are out of fold, and their AUROC is the mean over ten stratified cuts of the
     records into folds. Intervals come from 2000 bootstrap draws of records within right and within wrong answers; the
     models are not fitted again. The L1 models have SAT-Probe's settings (arXiv 2309.15098): C = 0.05, which keeps only
     features that separate the answers clearly, and none at all if there are few records.
 
     Args:
-        features: What `failure_features` returned, one per answer.
+        features: One result of `failure_features` per answer.
         is_right: Whether each answer is right.
-        layers: The layers whose mean contribution and mean weight count. None chooses two neighbouring layers in each
-            training fold, never by the records that are scored; "half" takes the two in the middle of the model (16
+        layers: The layers whose mean contribution and mean weight are used. None chooses two neighbouring layers in
+            each training fold, without the records that are scored; "half" takes the two in the middle of the model (16
             and 17 of 32 in arXiv 2406.04236).
         seed: Random seed of the folds and of the bootstrap draws.
         folds: Number of folds.
@@ -78,10 +78,10 @@ def predict_failure(
         A `FailurePrediction`.
 
     Raises:
-        TraceError: If all answers are right or all are wrong, if a fold could not have one of each, and for features
-            of different models or sizes.
+        TraceError: If all answers are right or all are wrong, if a fold could not have one of each, or if the features
+            are of different models or sizes.
 
-    Source: arXiv 2309.15098, sections 4 and 5; with pictures arXiv 2406.04236, section 5.
+    Source: arXiv 2309.15098, sections 4 and 5; for pictures arXiv 2406.04236, section 5.
 
     Example:
         >>> import multrace as mt
@@ -122,7 +122,7 @@ def predict_failure(
 
 
 def _labels(features: Sequence[FailureFeatures], is_right: Sequence[bool], folds: int) -> NDArray:
-    """(record,) booleans, after all checks."""
+    """Return the labels (record,) booleans after all checks."""
     if len(features) != len(is_right):
         raise TraceError(f"{len(features)} features but {len(is_right)} answers that are right or wrong; pass one each")
     labels = np.array([bool(claim) for claim in is_right], dtype=bool)
@@ -148,7 +148,7 @@ def _word(is_right: bool) -> str:
 
 
 def _numbers(layers: Sequence[int] | Literal["half"] | None, count: int) -> tuple[int, ...] | None:
-    """The fixed layers counted from the start."""
+    """Return the fixed layers, counted from the start; None if they are to be chosen."""
     if layers is None:
         return None
     if layers == "half":
@@ -172,7 +172,7 @@ def _readings(features: Sequence[FailureFeatures]) -> Readings:
 def _unfitted(
     readings: Readings, features: Sequence[FailureFeatures], layers: tuple[int, ...] | None
 ) -> dict[str, NDArray]:
-    """Scores (1, record) that nothing was chosen or fitted for, as they were read."""
+    """Return the scores (1, record) that involve no choice and no fit."""
     scores = {"answer probability": readings.probability}
     if layers is not None:
         scores |= {name: values[:, list(layers)].mean(1) for name, values in readings.by_layer.items()}
@@ -182,13 +182,13 @@ def _unfitted(
 
 
 def _areas(scores: dict[str, NDArray], labels: NDArray, counts: NDArray) -> Tensor:
-    """(score, draw) float64: AUROC of each score, mean over cuts, in samples that hold each record so many times."""
+    """Return the AUROC (score, draw) float64 of each score, mean over cuts, in samples with these record counts."""
     means = [np.mean([weighted_auroc(cut, labels, counts) for cut in cuts], 0) for cuts in scores.values()]
     return torch.from_numpy(np.stack(means))
 
 
 def _tally(windows: Sequence[tuple[int, ...]], count: int) -> Tensor:
-    """(layer,): in how many fits each layer was chosen."""
+    """Return the number (layer,) of fits in which each layer was chosen."""
     return torch.bincount(torch.tensor([layer for window in windows for layer in window]), minlength=count)
 
 
@@ -201,13 +201,13 @@ def held_out_scores(
     seed: int,
     progress: bool,
 ) -> HeldOut:
-    """Return scores by the chosen layers of each quantity, by their L1 combination with the probability, by all heads.
+    """Return scores from the chosen layers of each quantity, their L1 combination with the probability, and all heads.
 
     Args:
         readings: The values of each record.
         is_right: (record,) booleans.
-        layers: The layers of every fold. None chooses in each training fold, for each quantity by itself, the two
-            neighbouring layers whose mean separates its right answers from its wrong ones best.
+        layers: The layers of every fold. None chooses in each training fold, for each quantity separately, the two
+            neighbouring layers whose mean best separates right answers from wrong ones.
         folds: Number of folds of a cut.
         seed: Random seed of the cuts.
         progress: Show a progress bar over the fits.
@@ -235,7 +235,7 @@ def held_out_scores(
 def best_window(values: NDArray, is_right: NDArray) -> tuple[int, ...]:
     """Return the two neighbouring layers (one if there is only one) whose mean value has the largest AUROC.
 
-    The values are (record, layer). Among equal windows the first one wins.
+    The values are (record, layer). Ties go to the first window.
     """
     count = values.shape[1]
     windows: Sequence[tuple[int, ...]] = [(layer, layer + 1) for layer in range(count - 1)] or [(0,)]
@@ -243,10 +243,10 @@ def best_window(values: NDArray, is_right: NDArray) -> tuple[int, ...]:
 
 
 def _fitted(features: NDArray, is_right: NDArray, train: NDArray, seed: int) -> tuple[NDArray, int]:
-    """(record,) log-odds without their constant, from a fit to the training records, and its number of weights.
+    """Return log-odds (record,) without their constant, from a fit to the training records, and its number of weights.
 
-    The fit is L1 with SAT-Probe's settings (arXiv 2309.15098). The constant differs from fold to fold with the share of
-    right answers in the others, which would rank a fold's records by how few right ones it holds itself.
+    The fit is L1 with SAT-Probe's settings (arXiv 2309.15098). The constant is left out because it depends on the share
+    of right answers in the training folds, and so would rank records higher in folds with fewer right answers.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -257,6 +257,6 @@ def _fitted(features: NDArray, is_right: NDArray, train: NDArray, seed: int) -> 
 
 
 def _standardised(features: NDArray, train: NDArray) -> NDArray:
-    """(record, feature) with mean 0 and deviation 1 over the training records; constant features become 0."""
+    """Return features (record, feature) with mean 0 and deviation 1 over the training records, 0 if constant."""
     mean, deviation = features[train].mean(0), features[train].std(0)
     return np.where(deviation > 0, (features - mean) / np.where(deviation > 0, deviation, 1), 0.0)

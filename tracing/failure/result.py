@@ -1,4 +1,4 @@
-"""The result of a failure prediction: how well scores of one run tell right answers from wrong ones."""
+"""The result of a failure prediction: how well scores of single runs separate right answers from wrong ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ TITLES: Mapping[str, str] = {
     "combination": "these combined (L1)",
     "all heads": "all layers and heads (L1)",
 }
-"""The name of each score in figures and summaries."""
+"""Names of the scores in figures and summaries."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FailurePrediction(Result):
-    """How well scores tell right answers from wrong ones. `predict_failure` returns it.
+    """The separation of right answers from wrong ones by several scores. `predict_failure` returns it.
 
-    The area under the ROC curve (AUROC) is the share of pairs of a right and a wrong answer of which the right one
-    scores higher: 0.5 is chance, and below it wrong answers score higher.
+    The area under the ROC curve (AUROC) is the share of pairs of a right and a wrong answer in which the right answer
+    scores higher: 0.5 is chance, and below 0.5 wrong answers score higher.
     """
 
     layout: ClassVar[str] = "multrace failure prediction 2"
@@ -44,23 +44,23 @@ class FailurePrediction(Result):
     model: str
     """Name or path of the model."""
     is_right: Tensor
-    """(record,) booleans."""
+    """(record,) booleans: whether each answer is right."""
     scores: Mapping[str, Tensor]
-    """Per name (cut, record) float64, larger where the answer should be right. One cut if nothing was chosen or fitted;
-    else one per way to cut the records into folds, where each record is scored by models that never saw it."""
+    """Scores (cut, record) float64 by name; larger scores predict right answers. Scores without choice or fit have one
+    cut. All others have one per cut of the records into folds, where models never score their training records."""
     areas: Tensor
-    """(score,) float64: AUROC of each, mean over its cuts, in the order of `scores`."""
+    """(score,) float64: AUROC of each score, mean over its cuts, in the order of `scores`."""
     draws: Tensor
-    """(score, draw) float64: AUROC of each in bootstrap samples, the same samples for all."""
+    """(score, draw) float64: AUROC of each score in bootstrap samples, which are the same for all scores."""
     layers: tuple[int, ...] | None
-    """The layers whose mean counted; None if they were chosen in each training fold."""
+    """The layers whose mean was used; None if they were chosen in each training fold."""
     layer_counts: Mapping[str, Tensor]
-    """Per quantity (layer,) int64: number of fits in which each layer counted."""
+    """Number (layer,) int64 of fits that used each layer, by quantity."""
     feature_counts: Mapping[str, Tensor]
-    """Per L1 model (fit,) int64: number of features with a weight."""
+    """Number (fit,) int64 of features with a nonzero weight, by L1 model."""
     folds: int
     repeats: int
-    """Number of times that the records were cut into folds."""
+    """Number of cuts of the records into folds."""
     seed: int
 
     @property
@@ -78,16 +78,16 @@ class FailurePrediction(Result):
         return float(low), float(high)
 
     def difference(self, first: str, second: str) -> tuple[float, float, float]:
-        """Return the AUROC of the first minus that of the second, and (low, high) of its 95 % interval.
+        """Return (value, low, high): the AUROC of the first minus that of the second, and its 95 % interval.
 
-        Both are drawn from the same bootstrap samples.
+        Both scores use the same bootstrap samples.
         """
         one, other = self._index(first), self._index(second)
         low, high = _ends(self.draws[one] - self.draws[other])
         return float(self.areas[one] - self.areas[other]), float(low), float(high)
 
     def auroc_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per score: AUROC, low and high of its interval."""
+        """Return a table with one row per score: its AUROC, and low and high of the interval."""
         low, high = _ends(self.draws)
         return long_frame({"score": self.names}, {"auroc": self.areas, "low": low, "high": high})
 
@@ -111,7 +111,7 @@ class FailurePrediction(Result):
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure with the ROC curves, and every AUROC with its interval.
 
-        It is also written to the path if one is given (png, pdf or svg by suffix).
+        The figure is also written to the path if one is given (png, pdf or svg by suffix).
         """
         names = [TITLES[name] for name in self.names]
         areas = [(self.auroc(name), *self.interval(name)) for name in self.names]
@@ -126,7 +126,7 @@ class FailurePrediction(Result):
 
     @property
     def _layers_in_words(self) -> str:
-        """The layers that counted, in words."""
+        """A description of the layers that were used."""
         if self.layers is not None:
             return f"mean over layers {' and '.join(map(str, self.layers))}"
         parts = []
@@ -137,7 +137,7 @@ class FailurePrediction(Result):
 
     @property
     def _empty_models(self) -> tuple[str, ...]:
-        """A line for each L1 model that kept no feature in some fits."""
+        """One line for each L1 model that kept no feature in some fits."""
         empty = {name: int((sizes == 0).sum()) for name, sizes in self.feature_counts.items()}
         return tuple(
             f"{TITLES[name]}: no feature was kept in {count} of {len(self.feature_counts[name])} fits"
@@ -167,7 +167,7 @@ class FailurePrediction(Result):
 
 
 def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The ends of the middle 95 % of the values (..., draw)."""
+    """Return the ends of the middle 95 % of the values (..., draw)."""
     outside = (1 - LEVEL) / 2
     low, high = torch.quantile(values, torch.tensor([outside, 1 - outside], dtype=values.dtype), dim=-1)
     return low, high

@@ -1,4 +1,4 @@
-"""The average of the logit lens over prompts, by the role that a token plays in each of them."""
+"""The logit lens averaged over prompts, by the role that a token plays in each prompt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTITIES = ("probability", "share", "log_rank")
-"""Probability, share of prompts in which the token is the likeliest, and log10 of its rank."""
+"""The probability, the share of prompts in which the token is the likeliest, and log10 of its rank."""
 _CAPTIONS = ("mean probability", "share of prompts, likeliest", "rank (geometric mean)")
 _AXES = ("norm", "state", "role")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageLogitLens(Result):
-    """The logit lens of several prompts, averaged at their first read position. Made by `average`."""
+    """The logit lens averaged over prompts, at the first read position of each. `average` returns it."""
 
     layout: ClassVar[str] = "multrace average logit lens 2"
 
@@ -38,11 +38,11 @@ class AverageLogitLens(Result):
     position_role: str
     """The role of the position that was averaged."""
     roles: tuple[str, ...]
-    """What the followed tokens stand for: "answer, lower case", "answer, capitalised", "word red", ..."""
+    """The roles of the followed tokens: "answer, lower case", "answer, capitalised", "word red", ..."""
     count: int
     """Number of prompts."""
     probability: Mean
-    """(norm, state, role): the probability, over the prompts that follow a token in this role."""
+    """(norm, state, role): the probability, averaged over the prompts that follow a token in this role."""
     share: Mean
     """(norm, state, role): 1 where the token is the likeliest, else 0."""
     log_rank: Mean
@@ -50,7 +50,7 @@ class AverageLogitLens(Result):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layer that each state comes out of; -1 for the embedding."""
+        """The layer whose output each state is; -1 for the embedding."""
         return tuple(range(-1, self.probability.shape[1] - 1))
 
     def mean(self, role: str, quantity: str = "probability", *, norm: bool = True) -> Tensor:
@@ -74,8 +74,8 @@ class AverageLogitLens(Result):
     def to_dataframe(self) -> "pd.DataFrame":
         """Return a table with one row per norm, state, role and quantity: mean, low and high of its interval, and n.
 
-        n is the number of prompts that have the role; low and high are NaN where it is 1. layer is -1 for the
-        embedding.
+        The column n holds the number of prompts that have the role; low and high are NaN where n is 1. The layer of the
+        embedding is -1.
         """
         means = [getattr(self, quantity) for quantity in QUANTITIES]
         low, high = (torch.stack(ends, -1) for ends in zip(*(mean.band() for mean in means), strict=True))
@@ -86,10 +86,11 @@ class AverageLogitLens(Result):
         return frame
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure with the mean probability, share of prompts led and geometric mean rank of each role.
+        """Return a figure with the mean probability, top-1 share and geometric mean rank of each role.
 
-        Bands are 95 % intervals over prompts. The upper row is with the model's final norm, the lower row without. The
-        figure is also written to the path if one is given (png, pdf or svg by suffix).
+        The top-1 share is the share of prompts in which the token is the likeliest. Bands are 95 % intervals over
+        prompts. The upper row uses the model's final norm, and the lower row does not. The figure is also written to
+        the path if one is given (png, pdf or svg by suffix).
         """
         rows = {name: self._panels(norm) for name, norm in zip(NORM_NAMES, NORMS, strict=True)}
         bands = ", bands: 95% intervals of the mean" if self.count > 1 else ""
@@ -97,7 +98,7 @@ class AverageLogitLens(Result):
         return drawing.finished(lines_figure(rows, layers=self.layers, titles=titles), path)
 
     def _panels(self, norm: bool) -> tuple[LinePanel, ...]:
-        """A panel for each quantity."""
+        """Return a panel for each quantity."""
         return tuple(
             LinePanel(
                 caption=caption,
@@ -108,7 +109,7 @@ class AverageLogitLens(Result):
         )
 
     def _curve(self, role: str, quantity: str, norm: bool) -> LensCurve:
-        """A role's mean with its band; ranks are drawn as ranks again."""
+        """Return the mean of a role with its band; log ranks are converted back to ranks."""
         is_rank, place = quantity == "log_rank", self._place(role, quantity, norm)
         mean = getattr(self, quantity)
         low, high = (end[place].clamp(0.0, None if is_rank else 1.0) for end in mean.band())
@@ -116,7 +117,7 @@ class AverageLogitLens(Result):
         return LensCurve(label=role, roles=(role,), values=values, low=low, high=high)
 
     def _place(self, role: str, quantity: str, norm: bool) -> tuple[int, slice, int]:
-        """Where (state,) of a role lies in a mean."""
+        """Return the index in a mean that selects the values (state,) of a role."""
         if quantity not in QUANTITIES:
             raise TraceError(f"no quantity {quantity!r} in this average; it has {', '.join(QUANTITIES)}")
         if role not in self.roles:
@@ -138,9 +139,10 @@ class AverageLogitLens(Result):
 
 
 class LogitLensAverager(Averager[LogitLens, AverageLogitLens]):
-    """Averages by role over prompts, at the first read position of each.
+    """Average the logit lens by role over prompts, at the first read position of each prompt.
 
-    A token that plays two roles in a prompt counts in both; a prompt without a role (no foil) is left out of it.
+    A token that plays two roles in a prompt counts in both. A prompt that lacks a role (for example the foil) does not
+    count towards the average of that role.
     """
 
     alike = ("model", "revision", "layers", "position_role")
@@ -167,5 +169,5 @@ class LogitLensAverager(Averager[LogitLens, AverageLogitLens]):
 
 
 def _order(role: str) -> int:
-    """The answer first, then the false option, then the rest as they came."""
+    """Return a sort key that puts the answer first, then the false option, then all others in their given order."""
     return next((place for place, side in enumerate(("answer", "false option")) if role.startswith(f"{side}, ")), 2)

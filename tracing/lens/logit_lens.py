@@ -1,4 +1,4 @@
-"""The logit lens: what the output head makes of the residual stream after every layer."""
+"""The logit lens: the predictions of the output head from the residual stream after every layer."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ from .result import FollowedTokens, LogitLens
 _BATCH = 64
 """Number of positions whose logits over the whole vocabulary are held at the same time."""
 _WIDE_ROUNDING, _NARROW_ROUNDING = 1000, 4
-"""Rounding steps of the largest logit by which products of different sizes may differ: in float32 or wider, and in
-half precision."""
+"""Number of rounding steps of the largest logit by which products of different sizes may differ: in float32 or wider,
+and in half precision."""
 
 
 def logit_lens(
@@ -41,23 +41,23 @@ def logit_lens(
         prompt: The prompt. It may carry an answer, whose positions can be read as well.
         positions: Groups, positions or both that are read (default: the last token of the prompt).
         answer: The answer to follow; None generates the model's own greedy answer first.
-        foil: The false option to follow beside it; None follows none.
-        words: Further words, followed by their first token as continuations of this prompt, or token ids.
-        top: Number of the likeliest tokens that are stored for each state (the published script has 50).
+        foil: The false option to follow as well; None follows no false option.
+        words: Further words, each represented by its first token as a continuation of this prompt, or token ids.
+        top: Number of likeliest tokens to store for each state (the published script stores 50).
         progress: Show a progress bar.
 
     Returns:
         A `LogitLens`. Answer and foil are followed as they are spelled and in the other case of their first letter
         (lower case or capitalised). The other case is left out if its first token spells less of the word than the
         first token of the given spelling does: a tokenizer that has "Rome" but splits "rome" into letters would
-        otherwise add the token "r", by which nobody means the answer. Some tokenizers begin a rare spelling with a
-        lone blank, which then is the token that is followed; `result.followed.texts` shows it.
+        otherwise add the token "r", which does not stand for the answer. Some tokenizers begin a rare spelling with a
+        lone blank, which is then the followed token; `result.followed.texts` shows it.
 
     Raises:
-        TraceError: If norm and head do not give the model's own logits (because it caps or scales them), if logits
-            overflow the dtype of the model, or if an argument does not fit the prompt.
+        TraceError: If norm and head do not reproduce the model's own logits (because the model caps or scales them), if
+            logits overflow the dtype of the model, or if an argument does not fit the prompt.
 
-    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); with images arXiv 2411.18620, section 6.
+    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for images arXiv 2411.18620, section 6.
 
     Example:
         >>> import multrace as mt
@@ -101,7 +101,7 @@ def logit_lens(
 
 
 def _residual_stream(vlm: VisionLanguageModel, prompt: Prompt, positions: list[int]) -> tuple[list[Tensor], Tensor]:
-    """States (position, hidden) after the embedding and each layer, and the pass's own logits (position, vocab)."""
+    """Return states (position, hidden) after the embedding and each layer, and the model's logits (position, vocab)."""
     first, *_ = sites = [Site("hidden", layer) for layer in range(vlm.layers)]
     with torch.no_grad(), capture(vlm, sites, clone=True) as outputs:
         with capture(vlm, [first], inputs=True, clone=True) as inputs:
@@ -111,12 +111,12 @@ def _residual_stream(vlm: VisionLanguageModel, prompt: Prompt, positions: list[i
 
 
 def _head(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
-    """(position, vocab) float64: logits of states (position, hidden)."""
+    """Return the logits (position, vocab) float64 of states (position, hidden)."""
     return vlm.unembed(states).double()
 
 
 def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
-    """Logits (norm, position, vocab) float64 of states (position, hidden): with the final norm first, then without."""
+    """Return logits (norm, position, vocab) float64 of states (position, hidden), first with the final norm."""
     with torch.no_grad():
         return torch.stack([_head(vlm, vlm.final_norm(states)), _head(vlm, states)])
 
@@ -124,7 +124,10 @@ def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
 def _read_state(
     vlm: VisionLanguageModel, states: Tensor, followed: FollowedTokens, top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(norm, position, token): probabilities and ranks of followed tokens, ids and probabilities of the top ones."""
+    """Return probabilities and ranks of followed tokens, and ids and probabilities of the likeliest tokens.
+
+    All tensors are (norm, position, token).
+    """
     parts = [_read_logits(vlm, _lens(vlm, part), list(followed.ids), top) for part in states.split(_BATCH)]
     probabilities, ranks, top_ids, top_probabilities = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return probabilities, ranks, top_ids, top_probabilities
@@ -133,7 +136,10 @@ def _read_state(
 def _read_logits(
     vlm: VisionLanguageModel, logits: Tensor, ids: list[int], top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for logits (norm, position, vocab). Ranks compare logits, since the softmax may round to ties."""
+    """Return what `_read_state` returns, from logits (norm, position, vocab).
+
+    Ranks compare logits, since the softmax may round to ties.
+    """
     if not logits.isfinite().all():
         raise TraceError(
             f"states of {vlm.name!r} overflow {vlm.dtype} at its output head; "
@@ -148,7 +154,7 @@ def _read_logits(
 def _follow(
     vlm: VisionLanguageModel, prompt: Prompt, *, answer: str, foil: str | None, words: str | int | Sequence[str | int]
 ) -> FollowedTokens:
-    """The first tokens of answer, foil and words as continuations of the prompt; equal tokens are merged."""
+    """Return the first tokens of answer, foil and words as continuations of the prompt; equal tokens are merged."""
     sides = {"answer": answer} | ({} if foil is None else {"false option": foil})
     _check_told_apart(vlm, prompt, answer, foil)
     items: list[tuple[str, str | int]] = [
@@ -170,7 +176,10 @@ def _follow(
 
 
 def _spellings(vlm: VisionLanguageModel, prompt: Prompt, side: str, text: str) -> list[tuple[str, str]]:
-    """(role, spelling) in lower case and capitalised; the case that was not given only if its token spells as much."""
+    """Return (role, spelling) in lower case and capitalised.
+
+    The case that was not given is left out if its first token spells less of the word.
+    """
     lower, capitalised = _cases(text)
     given = capitalised if text.strip()[:1].isupper() else lower
     length = _first_length(vlm, prompt, given)
@@ -179,13 +188,13 @@ def _spellings(vlm: VisionLanguageModel, prompt: Prompt, side: str, text: str) -
 
 
 def _cases(text: str) -> tuple[str, str]:
-    """The text in lower case, and with a capital first letter and all letters after it as given."""
+    """Return the text in lower case, and the text with a capital first letter and all other letters unchanged."""
     text = text.strip()
     return text.lower(), text[:1].upper() + text[1:]
 
 
 def _first_length(vlm: VisionLanguageModel, prompt: Prompt, word: str) -> int:
-    """How many letters of a word its first token spells."""
+    """Return the number of letters of a word that its first token spells."""
     return len(vlm.tokenizer.decode([_first_token(vlm, prompt, word)]).strip())
 
 
@@ -199,7 +208,7 @@ def _first_token(vlm: VisionLanguageModel, prompt: Prompt, word: str | int) -> i
 
 
 def _check_told_apart(vlm: VisionLanguageModel, prompt: Prompt, answer: str, foil: str | None) -> None:
-    """Raises `TraceError` if every spelling of the foil begins with a token that begins a spelling of the answer."""
+    """Raise `TraceError` if every spelling of the foil begins with a token that begins a spelling of the answer."""
     if foil is None:
         return
     tokens = [{_first_token(vlm, prompt, word) for word in _cases(text)} for text in (answer, foil)]
@@ -217,7 +226,7 @@ def _check_top(vlm: VisionLanguageModel, top: int) -> None:
 
 
 def _check_head(vlm: VisionLanguageModel, states: Tensor, logits: Tensor) -> None:
-    """Raises `TraceError` unless final norm and head turn the last states (position, hidden) into these logits."""
+    """Raise `TraceError` unless final norm and head turn the last states (position, hidden) into these logits."""
     steps = _WIDE_ROUNDING if vlm.dtype in (torch.float32, torch.float64) else _NARROW_ROUNDING
     own = logits.double()
     with torch.no_grad():

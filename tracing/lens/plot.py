@@ -1,4 +1,4 @@
-"""The two pictures of the logit lens: curves of tokens over the layers, and a table of the likeliest tokens."""
+"""The two figures of the logit lens: curves of tokens over the layers, and a table of the likeliest tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_WIDTH, _HEIGHT = 3.7, 2.2  # inches of a panel of curves with its labels
+_WIDTH, _HEIGHT = 3.7, 2.2  # size in inches of a panel of curves, labels included
 _ANSWER, _FOIL = "#0072b2", "#d55e00"
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#7a4fbf")
 _MOST_COLUMNS = 60
 _CELL_WIDTH, _CELL_HEIGHT = 0.82, 0.25  # inches
-_LETTERS = 11  # that fit into a cell
+_LETTERS = 11  # number of letters that fit into a cell
 _FRAME = "#d55e00"
 
 _Style = tuple[str, str | tuple[float, tuple[float, float]]]  # colour and dashes
@@ -29,11 +29,11 @@ _Style = tuple[str, str | tuple[float, tuple[float, float]]]  # colour and dashe
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LensCurve:
-    """One token or role over the states."""
+    """The curve of one token or role over the states."""
 
     label: str
     roles: tuple[str, ...]
-    """What the token stands for, which decides its colour and dashes."""
+    """The roles of the token, which decide its colour and dashes."""
     values: Tensor
     """(state,) float64: probability or share in [0, 1], or rank from 1."""
     low: Tensor | None = None
@@ -49,7 +49,7 @@ class LinePanel:
     caption: str
     curves: tuple[LensCurve, ...]
     is_rank: bool = False
-    """Drawn on a logarithmic axis with 1 on top."""
+    """True if the values are ranks, which are drawn on a logarithmic axis with 1 on top."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,24 +59,24 @@ class TokenTable:
     texts: tuple[tuple[str, ...], ...]
     """The token of each state and column."""
     probabilities: Tensor
-    """(state, column) float64"""
+    """(state, column) float64: the probability of each token."""
     framed: Tensor
     """(state, column) booleans: the cells with a frame."""
     states: tuple[str, ...]
     """The name of each state, the embedding first; drawn from the bottom up."""
     columns: tuple[tuple[str, str], ...]
-    """Per column the token at the position and its role."""
+    """The token at the position of each column, and its role."""
 
 
 def lines_figure(
     rows: Mapping[str, Sequence[LinePanel]], *, layers: Sequence[int], titles: tuple[str, str]
 ) -> "Figure":
-    """Return a figure with a row of panels per name, the same quantities below each other, and one legend.
+    """Return a figure with one row of panels per name, equal quantities below each other, and one legend.
 
     Args:
-        rows: the panels of each row by the row's name.
-        layers: the layer of each state; -1 is the embedding.
-        titles: title and subtitle of the figure.
+        rows: The panels of each row by the row's name.
+        layers: The layer of each state; -1 is the embedding.
+        titles: Title and subtitle of the figure.
     """
     columns = max(len(panels) for panels in rows.values())
     samples = {curve.label: _sample(style) for curve, style in _styled(next(iter(rows.values()))[0].curves)}
@@ -96,7 +96,7 @@ def lines_figure(
 def tokens_figure(table: TokenTable, *, titles: tuple[str, str]) -> "Figure":
     """Return a figure with a table of tokens, coloured by their probability.
 
-    Raises `TraceError` for no columns or more than 60.
+    Raises `TraceError` if there are no columns or more than 60.
     """
     count = len(table.columns)
     if not 1 <= count <= _MOST_COLUMNS:
@@ -113,7 +113,7 @@ def tokens_figure(table: TokenTable, *, titles: tuple[str, str]) -> "Figure":
 
 
 def _fill(axes: "Axes", panel: LinePanel, layers: Sequence[int]) -> None:
-    """The curves of one panel, with bands where they have them; the answer is drawn on top."""
+    """Draw the curves of one panel with their bands, if any; the answer is drawn on top."""
     from matplotlib.ticker import FuncFormatter
 
     marker = "o" if len(layers) <= 16 else ""
@@ -123,7 +123,7 @@ def _fill(axes: "Axes", panel: LinePanel, layers: Sequence[int]) -> None:
         axes.add_line(line)
         if curve.low is not None and curve.high is not None:
             axes.fill_between(layers, curve.low, curve.high, color=style[0], alpha=0.14, linewidth=0)
-    if panel.is_rank:  # rank 1 on top, whole powers of ten named
+    if panel.is_rank:  # rank 1 on top, labels at whole powers of ten
         axes.set_yscale("log")
         axes.set_ylim(max(_largest(panel.curves), 10) * 1.5, 0.8)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -135,24 +135,27 @@ def _fill(axes: "Axes", panel: LinePanel, layers: Sequence[int]) -> None:
 
 
 def _mark_layers(axes: "Axes", layers: Sequence[int]) -> None:
-    """Whole layers below, the embedding as E."""
+    """Label the lower axis with layer numbers, and with E for the embedding."""
     from matplotlib.ticker import MaxNLocator
 
     locator = MaxNLocator(min(9, len(layers)), integer=True, steps=[1, 2, 4, 5, 10])
-    first = 0 if len(layers) <= 20 else 1  # where layers are narrow, a 0 would touch the E
+    first = 0 if len(layers) <= 20 else 1  # with many layers, a label 0 would touch the E
     ticks = [int(tick) for tick in locator.tick_values(layers[0], layers[-1]) if first <= tick <= layers[-1]]
     axes.set_xticks([-1, *ticks], ["E", *map(str, ticks)])
     axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
 
 
 def _largest(curves: Sequence[LensCurve]) -> float:
-    """The largest value, ends of bands included."""
+    """Return the largest value of all curves and bands."""
     parts = [part for curve in curves for part in (curve.values, curve.high) if part is not None]
     return float(torch.cat(parts).nan_to_num(0).max())
 
 
 def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, _Style]]:
-    """Curves with colour and dashes: the answer blue, the false option orange; a capitalised spelling is dashed."""
+    """Yield each curve with its colour and dashes.
+
+    The answer is blue, the false option is orange, and capitalised spellings are dashed.
+    """
     others = iter(_OTHERS * len(curves))
     for curve in curves:
         sides = ((_ANSWER, "answer"), (_FOIL, "false option"))
@@ -162,7 +165,7 @@ def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, _Style]]:
 
 
 def _sample(style: _Style, marker: str = "o", **more: object) -> "Line2D":
-    """A line of this style without points."""
+    """Return a line of this style without points."""
     from matplotlib.lines import Line2D
 
     colour, dashes = style
@@ -170,7 +173,7 @@ def _sample(style: _Style, marker: str = "o", **more: object) -> "Line2D":
 
 
 def _write_cells(axes: "Axes", table: TokenTable) -> None:
-    """Each cell's token, and frames."""
+    """Write the token into each cell, and draw the frames."""
     from matplotlib.patches import Rectangle
 
     for state, row in enumerate(table.texts):
@@ -184,7 +187,7 @@ def _write_cells(axes: "Axes", table: TokenTable) -> None:
 
 
 def _label(axes: "Axes", table: TokenTable) -> None:
-    """States at the left; the positions' own tokens above, with their roles."""
+    """Write the states at the left, and the token and role of each position above."""
     axes.set_yticks([state + 0.5 for state in range(len(table.states))], table.states)
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=7.5, labelcolor=INK)
@@ -198,11 +201,11 @@ def _label(axes: "Axes", table: TokenTable) -> None:
 
 
 def _cut(text: str, letters: int = _LETTERS) -> str:
-    """The text as a cell can show it."""
+    """Return the text, shortened to fit into a cell."""
     text = token_text(text)
     return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def token_text(text: str) -> str:
-    """Return the text of a token for pictures: no outer blanks, and a sign for a line break and for a lone blank."""
+    """Return the text of a token for figures: no outer blanks, and a sign for a line break and for a lone blank."""
     return text.replace("\n", "↵").strip() or "␣"

@@ -26,24 +26,24 @@ NORM_NAMES = ("with the final norm", "without the final norm")
 
 @dataclass(frozen=True, kw_only=True)
 class FollowedTokens:
-    """The tokens that are followed, each once, with the words that begin with it and the roles that it plays."""
+    """The followed tokens without duplicates, with the words that begin with each token and the roles it plays."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
     """The text of each token, blanks included."""
     words: tuple[tuple[str, ...], ...]
-    """Per token the words of which it is the first token; empty for one that was given as an id."""
+    """The words that begin with each token; empty for a token that was given as an id."""
     roles: tuple[tuple[str, ...], ...]
-    """Per token what it stands for, named alike in every prompt: "answer, lower case", "word red", ..."""
+    """The roles of each token, which have the same names in every prompt: "answer, lower case", "word red", ..."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Per token its text and what it stands for, for pictures."""
+        """The label of each token in figures: its text and its roles."""
         pairs = zip(self.texts, self.roles, strict=True)
         return tuple(f"{token_text(text)} ({'; '.join(roles)})" for text, roles in pairs)
 
     def index(self, word: str | int) -> int:
-        """Return which token a word (as it was spelled in the request), a role or a token id names.
+        """Return the index of the token that a word (as spelled in the request), a role or a token id names.
 
         Raises `TraceError`, which lists the followed tokens, for any other word.
         """
@@ -61,10 +61,10 @@ class FollowedTokens:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LogitLens(Result):
-    """What the output head makes of one prompt's states after the embedding and every layer.
+    """The predictions of the output head from one prompt's states after the embedding and every layer.
 
-    `logit_lens` returns it. Layers count from -1, the embedding. norm=True is comparable with the model's own
-    probabilities; norm=False is what the published script computes (arXiv 2411.18620).
+    `logit_lens` returns it. Layers count from -1, the embedding. Values with norm=True are comparable with the model's
+    own probabilities; values with norm=False are those of the published script (arXiv 2411.18620).
     """
 
     layout: ClassVar[str] = "multrace logit lens 2"
@@ -78,31 +78,31 @@ class LogitLens(Result):
     positions: tuple[int, ...]
     """The positions that were read; each predicts the token after it."""
     position_roles: tuple[str, ...]
-    """The role of each read position, named alike in every prompt: "last", "question 2", ..."""
+    """The role of each read position, which has the same name in every prompt: "last", "question 2", ..."""
     answer: str
     is_own_answer: bool
-    """Whether the model gave the answer by itself."""
+    """True if the model itself generated the answer."""
     foil: str | None
     followed: FollowedTokens
     probabilities: Tensor
     """(norm, position, state, followed token) float64; see `NORMS`."""
     ranks: Tensor
-    """(norm, position, state, followed token) int64: 1 for the likeliest; equal logits share the best rank."""
+    """(norm, position, state, followed token) int64: 1 for the likeliest token; equal logits share the best rank."""
     top_ids: Tensor
-    """(norm, position, state, top) int64: the likeliest tokens, in order."""
+    """(norm, position, state, top) int64: ids of the likeliest tokens, in descending order of probability."""
     top_probabilities: Tensor
-    """(norm, position, state, top) float64: their probabilities."""
+    """(norm, position, state, top) float64: probabilities of these tokens."""
     texts: Mapping[str, str]
     """The text of each followed or likeliest token by its id in decimal digits."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layer that each state comes out of; -1 for the embedding."""
+        """The layer whose output each state is; -1 for the embedding."""
         return tuple(range(-1, self.probabilities.shape[2] - 1))
 
     @property
     def position_role(self) -> str:
-        """The role of the first read position, at which prompts are averaged."""
+        """The role of the first read position, at which `average` averages over prompts."""
         return self.position_roles[0]
 
     def probability(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> Tensor:
@@ -111,7 +111,7 @@ class LogitLens(Result):
         Args:
             word: A followed word, a role or a token id.
             position: A read position by its number or role.
-            norm: With the model's final norm before the output head, or without it.
+            norm: Whether the model's final norm is applied before the output head.
 
         Raises:
             TraceError: If the word was not followed or the position was not read.
@@ -119,13 +119,17 @@ class LogitLens(Result):
         return self._at(self.probabilities, position, norm)[:, self.followed.index(word)]
 
     def rank(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> Tensor:
-        """Return the rank (state,) int64 among all tokens, 1 for the likeliest; arguments as in `probability`."""
+        """Return the rank (state,) int64 among all tokens, 1 for the likeliest.
+
+        The arguments and errors are those of `probability`.
+        """
         return self._at(self.ranks, position, norm)[:, self.followed.index(word)]
 
     def first_layer(self, word: str | int, *, position: int | str = 0, norm: bool = True) -> int | None:
-        """Return the layer from which the token is the likeliest up to the last layer; arguments as in `probability`.
+        """Return the first layer from which the token stays the likeliest up to the last layer.
 
-        -1 is the embedding; None if the token is not the likeliest after the last layer.
+        It is -1 for the embedding, and None if the token is not the likeliest after the last layer. The arguments and
+        errors are those of `probability`.
         """
         leads = (self.rank(word, position=position, norm=norm) == 1).tolist()
         if not leads[-1]:
@@ -146,7 +150,8 @@ class LogitLens(Result):
     def to_dataframe(self) -> "pd.DataFrame":
         """Return a table with one row per norm, read position, state and followed token: its probability and rank.
 
-        layer is -1 for the embedding; token_id, text, words and roles (joined by "; ") describe the followed token.
+        The layer of the embedding is -1. The columns token_id, text, words and roles (joined by "; ") describe the
+        followed token.
         """
         frame = self._frame(range(len(self.followed.ids)), {"probability": self.probabilities, "rank": self.ranks})
         members = frame.pop("number").tolist()
@@ -157,7 +162,7 @@ class LogitLens(Result):
         return frame
 
     def top_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per norm, read position, state and place (from 1) among the likeliest tokens."""
+        """Return a table with one row per norm, read position, state and place among the likeliest tokens, from 1."""
         places = range(1, self.top_ids.shape[-1] + 1)
         frame = self._frame(places, {"token_id": self.top_ids, "probability": self.top_probabilities})
         frame = frame.rename(columns={"number": "place"})
@@ -167,10 +172,10 @@ class LogitLens(Result):
     def plot(self, path: str | Path | None = None, *, position: int | str = 0) -> "Figure":
         """Return a figure with the probability and the rank of each followed token over the layers.
 
-        The upper row is with the model's final norm, the lower row without.
+        The upper row uses the model's final norm, and the lower row does not.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             position: A read position by its number or role.
 
         Raises:
@@ -192,16 +197,16 @@ class LogitLens(Result):
     ) -> "Figure":
         """Return a figure with a table of the likeliest token at each read position after each layer.
 
-        Positions are columns, layers are rows with the last one on top. A cell is coloured by the token's probability
-        and framed if the token is the first one of a spelling of the answer.
+        Columns are positions, and rows are layers with the last layer on top. The colour of a cell shows the token's
+        probability. A frame marks tokens that begin a spelling of the answer.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            norm: With the model's final norm before the output head, or without it.
-            positions: Some of the read positions by number or role; None draws all.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            norm: Whether the model's final norm is applied before the output head.
+            positions: Read positions to draw, by number or role; None draws all.
 
         Raises:
-            TraceError: If a position was not read, and for more positions than fit into a picture.
+            TraceError: If a position was not read, or if there are more positions than fit into a figure.
             ArtefactError: If the file cannot be written.
         """
         chosen = [self._position(item) for item in (range(len(self.positions)) if positions is None else positions)]
@@ -224,7 +229,7 @@ class LogitLens(Result):
         return "the model's own answer" if self.is_own_answer else "answer"
 
     def _panels(self, position: int, norm: bool) -> tuple[LinePanel, LinePanel]:
-        """Probabilities, and ranks beside them."""
+        """Return the panel of probabilities and the panel of ranks."""
         values, ranks = (self._at(part, position, norm) for part in (self.probabilities, self.ranks.double()))
         return (
             LinePanel(caption="probability", curves=self._curves(values)),
@@ -232,12 +237,12 @@ class LogitLens(Result):
         )
 
     def _curves(self, values: Tensor) -> tuple[LensCurve, ...]:
-        """A curve for each followed token from (state, followed token)."""
+        """Return a curve for each followed token from values (state, followed token)."""
         names = enumerate(zip(self.followed.labels, self.followed.roles, strict=True))
         return tuple(LensCurve(label=label, roles=roles, values=values[:, index]) for index, (label, roles) in names)
 
     def _frame(self, numbers: Sequence[int], values: Mapping[str, Tensor]) -> "pd.DataFrame":
-        """Rows with norm, role, position, layer, state and the number on the last axis."""
+        """Return rows with norm, role, position, layer, state and the number on the last axis."""
         places = range(len(self.positions))
         frame = long_frame({"norm": NORMS, "place": places, "layer": self.layers, "number": numbers}, values)
         read = frame.pop("place").tolist()
@@ -248,11 +253,11 @@ class LogitLens(Result):
         return frame
 
     def _at(self, values: Tensor, position: int | str, norm: bool) -> Tensor:
-        """(state, ...): one norm and position of (norm, position, state, ...)."""
+        """Return (state, ...) for one norm and position of values (norm, position, state, ...)."""
         return values[NORMS.index(norm), self._position(position)]
 
     def _position(self, position: int | str) -> int:
-        """The index of a read position that is given by number or role."""
+        """Return the index of a read position that is given by number or role."""
         if isinstance(position, str) and position in self.position_roles:
             return self.position_roles.index(position)
         if isinstance(position, int) and -len(self.positions) <= position < len(self.positions):
@@ -285,5 +290,5 @@ class LogitLens(Result):
 
 
 def state_name(layer: int) -> str:
-    """Return the name of a state: "embedding" for -1, else "layer 0" and so on."""
+    """Return the name of a state: "embedding" for -1, otherwise "layer 0", "layer 1" and so on."""
     return "embedding" if layer < 0 else f"layer {layer}"

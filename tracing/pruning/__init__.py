@@ -1,4 +1,4 @@
-"""Image tokens pruned from one layer on, as FastV prunes them."""
+"""Image token pruning from one layer on, as in FastV."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The average of image token pruning over questions: accuracy by the first pruned layer, and where pruning is free."""
+"""Image token pruning averaged over questions: accuracy by first pruned layer, and the layer where pruning is free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ MEASURES = ("accuracy", "probability")
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AveragePruning(Result):
-    """Image token pruning of one model over questions (arXiv 2406.06579). Made by `average`.
+    """Image token pruning of one model over questions (arXiv 2406.06579). `average` returns it.
 
-    Questions without a right answer count for probabilities only.
+    Questions without a known right answer count for probabilities only.
     """
 
     layout: ClassVar[str] = "multrace average image pruning 2"
@@ -39,7 +39,7 @@ class AveragePruning(Result):
     depth: int
     """Number of decoder layers."""
     layers: tuple[int, ...]
-    """The first layers without the dropped tokens."""
+    """First layers without the dropped tokens."""
     keep: tuple[int | str, ...]
     """Numbers of image tokens that stay; "all" for all of them."""
     scores: tuple[str, ...]
@@ -47,11 +47,11 @@ class AveragePruning(Result):
     count: int
     """Number of questions."""
     right: Mean
-    """(keep, layer): 1 where the free answer is right, else 0, over the questions with a right answer."""
+    """(keep, layer): 1 where the free answer is right, else 0, over questions with a known right answer."""
     baseline_right: Mean
-    """(): the same with every image token."""
+    """(): 1 where the free answer with every image token is right, else 0."""
     floor_right: Mean
-    """(): the same with no image token in any layer."""
+    """(): 1 where the free answer with no image token in any layer is right, else 0."""
     lost: Mean
     """(keep, layer): 1 where the answer is right only without pruning, else 0."""
     gained: Mean
@@ -59,9 +59,9 @@ class AveragePruning(Result):
     probabilities: Mean
     """(score, keep, layer): probability of the scored answer."""
     baseline: Mean
-    """(score,): the same with every image token."""
+    """(score,): probability of the scored answer with every image token."""
     floor: Mean
-    """(score,): the same with no image token in any layer."""
+    """(score,): probability of the scored answer with no image token in any layer."""
     token_shares: Mean
     """(keep, layer): `ImagePruning.tokens_kept`."""
     operation_shares: Mean
@@ -69,7 +69,7 @@ class AveragePruning(Result):
 
     @property
     def graded(self) -> int:
-        """Number of questions with a right answer, over which accuracies are."""
+        """Number of questions with a known right answer, over which accuracies are computed."""
         return int(self.baseline_right.count)
 
     @property
@@ -102,11 +102,11 @@ class AveragePruning(Result):
         return self.probabilities[self._score(score)].interval()
 
     def tokens_kept(self) -> Tensor:
-        """Return the share (keep, layer) float64 of token-layers still computed, mean over questions."""
+        """Return the share (keep, layer) float64 of token-layers that are still computed, mean over questions."""
         return self.token_shares.mean
 
     def operations_kept(self) -> Tensor:
-        """Return the share (keep, layer) float64 of floating-point operations still done, mean over questions."""
+        """Return the share (keep, layer) float64 of floating-point operations that remain, mean over questions."""
         return self.operation_shares.mean
 
     def cliff_layer(
@@ -114,17 +114,17 @@ class AveragePruning(Result):
     ) -> int | None:
         """Return the first layer from which pruning no longer hurts; None if it hurts even at the last one.
 
-        From there on, the measure never falls by more than the tolerance below the baseline. Only the layers of this
-        average count.
+        From this layer on, the measure is never more than the tolerance below the baseline. Only the layers of this
+        average are considered.
 
         Args:
             keep: The number of image tokens that stay.
-            tolerance: How much may be lost, in absolute terms.
+            tolerance: Largest absolute loss that still counts as none.
             by: The measure: "accuracy" or "probability" (the mean).
             score: The score whose probability counts; the main one by default.
 
         Raises:
-            TraceError: For a negative tolerance, and for the accuracy if no right answers are known.
+            TraceError: If the tolerance is negative, or if the measure is the accuracy and no right answers are known.
         """
         if tolerance < 0:
             raise TraceError(f"tolerance={tolerance} is negative; pass how much may be lost, such as 0.01")
@@ -141,7 +141,7 @@ class AveragePruning(Result):
         return lost, gained
 
     def summary(self, tolerance: float = 0.01) -> str:
-        """Return lines of text: baseline and floor, then per number of kept tokens the cliff and what it saves."""
+        """Return lines of text: baseline and floor, then the cliff and its saving for each number of kept tokens."""
         known, score = self.graded > 0, self.scores[0]
         lines = [f"image tokens dropped in {self.model}, {_questions(self.count)}"]
         if known:
@@ -154,10 +154,11 @@ class AveragePruning(Result):
         return "\n".join([*lines, *(f"  {self._keep_line(keep, tolerance, by)}" for keep in self.keep)])
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per score, keep and layer, the first one without the dropped tokens.
+        """Return a table with one row per score, keep and layer (the first layer without the dropped tokens).
 
-        Columns: the mean probability, its baseline and floor; accuracy, low and high of its 95 % interval, and its
-        baseline_accuracy and floor_accuracy; tokens_kept and operations_kept, shares of the work; n, the questions.
+        The columns are the mean probability, its baseline and floor; accuracy, low and high of its 95 % interval, and
+        baseline_accuracy and floor_accuracy; tokens_kept and operations_kept, shares of the work; and n, the number of
+        questions.
         """
         return (
             super()
@@ -178,13 +179,13 @@ class AveragePruning(Result):
         Baseline, floor and each cliff are marked.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             by: "accuracy" or "probability"; by default the accuracy if right answers are known.
-            tolerance: How much may be lost at a cliff, as in `cliff_layer`.
+            tolerance: Largest absolute loss at a cliff, as in `cliff_layer`.
             score: The score whose probability is drawn; the main one by default.
 
         Raises:
-            TraceError: As in `cliff_layer`.
+            TraceError: If `cliff_layer` raises it.
             ArtefactError: If the file cannot be written.
         """
         by = by or ("accuracy" if self.graded else "probability")
@@ -221,7 +222,7 @@ class AveragePruning(Result):
         return {"probability": self.probabilities.mean} | levels | accuracies | work
 
     def _measured(self, by: str, score: str | None) -> tuple[Tensor, Levels]:
-        """Values (keep, layer), with baseline and floor."""
+        """Return values (keep, layer), and their baseline and floor."""
         if by not in MEASURES:
             raise TraceError(f"no measure {by!r}; pass by='accuracy' or by='probability'")
         if by == "probability":
@@ -236,7 +237,7 @@ class AveragePruning(Result):
         return self.accuracy(), Levels(baseline=self.baseline_accuracy, floor=self.floor_accuracy)
 
     def _cliff_line(self, keep: int | str, tolerance: float, by: str) -> str:
-        """A line on the cliff of a number of kept tokens."""
+        """Return a line about the cliff of a number of kept tokens."""
         layer = self.cliff_layer(keep, tolerance, by=by)
         if layer is None:
             return f"{keep_label(keep)}: {by} is hurt even from layer {self.layers[-1]} on"
@@ -244,7 +245,7 @@ class AveragePruning(Result):
         return f"{keep_label(keep)}: {by} holds from layer {layer} on, which saves {saved:.0%} of operations"
 
     def _keep_line(self, keep: int | str, tolerance: float, by: str) -> str:
-        """The same with the accuracy at the cliff."""
+        """Return a line about the cliff of a number of kept tokens, with the accuracy at the cliff."""
         line, layer = self._cliff_line(keep, tolerance, by), self.cliff_layer(keep, tolerance, by=by)
         if layer is None or by == "probability":
             return line
@@ -280,7 +281,7 @@ class AveragePruning(Result):
 
 
 class PruningAverager(Averager[ImagePruning, AveragePruning]):
-    """Averages accuracies and probabilities over questions to one model with the same keeps and layers."""
+    """Average accuracies and probabilities over questions to one model with the same `keep` and `layers`."""
 
     alike = ("model", "revision", "depth", "layers", "keep", "scores")
 
@@ -309,12 +310,12 @@ class PruningAverager(Averager[ImagePruning, AveragePruning]):
 
 
 def _number(claim: bool | None) -> float:
-    """1 for true, 0 for false, NaN for unknown."""
+    """Return 1 for true, 0 for false, and NaN for unknown."""
     return torch.nan if claim is None else float(claim)
 
 
 def _part(score: str) -> str:
-    """The scored part of the answer, in words."""
+    """Return a description of the scored part of the answer."""
     return "first token" if score == "first token" else "whole answer"
 
 

@@ -1,4 +1,4 @@
-"""Image tokens that are dropped from one decoder layer on: the ranking of those that stay, and the edges that go."""
+"""Image tokens that are dropped from one decoder layer on: ranking of the tokens, and removal of attention edges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ class Drop:
     """Tokens to which no other token attends from a layer on."""
 
     tokens: frozenset[int]
-    """Their positions; empty for the run without changes."""
+    """Positions of the tokens; empty for the run without changes."""
     first: int
-    """The first layer without them; they are gone up to the last one."""
+    """The first layer without the tokens, which are also absent from all later layers."""
 
     def cell(self, length: int, layers: int) -> EdgeCell:
-        """Return the edges that are missing in a run of this length and a decoder of so many layers."""
+        """Return the edges that are missing in a run of this length and a decoder with this number of layers."""
         rest = frozenset(range(length)) - self.tokens
         return EdgeCell(cut=Cut(sources=self.tokens, targets=rest), first=self.first, last=layers - 1, is_dropped=True)
 
 
 def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
-    """Return the drop, from this layer on, of all image positions but those kept (booleans of shape (image token,))."""
+    """Return the `Drop`, from this layer on, of all image positions except those in `kept` (image token,) booleans."""
     tokens = frozenset(place for place, stays in zip(image, kept.tolist(), strict=True) if not stays)
     return Drop(tokens=tokens, first=first if tokens else 0)
 
@@ -42,10 +42,10 @@ def kept_tokens(
     keep: Sequence[int | str],
     layers: Sequence[int],
 ) -> Tensor:
-    """Return the tokens that stay, booleans (keep, layer, image token), if the best are kept from each layer on.
+    """Return the tokens that stay, booleans (keep, layer, image token), if the top-ranked ones stay from each layer on.
 
     The embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks the others; "all" keeps
-    every token. Raises `TraceError` if tokens have to be ranked and attention cannot be read in this model.
+    every token. Raises `TraceError` if tokens have to be ranked and this model's attention cannot be read.
     """
     counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
     kept = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
@@ -60,10 +60,11 @@ def kept_tokens(
 
 
 def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
-    """Return the rank of each image token for each first pruned layer: (layer, image token) int64, 0 for the best.
+    """Return the rank (layer, image token) int64 of each image token for each first pruned layer, 0 for the best.
 
     Tokens are ranked by the last token's attention to them, mean over heads, in the layer before, which still has all
-    tokens; for layer 0, in layer 0 itself. Of equals the earlier token is better. FastV, arXiv 2403.06764, as released.
+    tokens; for layer 0, in layer 0 itself. Ties go to the earlier token. The ranking is that of FastV (arXiv
+    2403.06764) as released.
     """
     try:
         with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:

@@ -1,4 +1,4 @@
-"""Greedy answers by guessing and verifying: along a right guess, all tokens of all answers cost a single sweep."""
+"""Greedy answers by guess and verification: with a right guess, all tokens of all answers cost a single sweep."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,13 @@ from ..engine.settings import Engine
 
 Ids = tuple[int, ...]
 Cells = Callable[[int], Sequence[EdgeCell]]
-"""The cells in a run of so many tokens: always as many, in the same order; cuts hold for an answer's tokens, too."""
+"""The cells of a run with this number of tokens, always equally many and in the same order. Cuts also apply to the
+answer's tokens."""
 Likeliest = Callable[[Ids, int, Sequence[int]], Tensor]
-"""The likeliest tokens (cell, token) int64 of some cells in place of these ids, from a place on, each after the ids
-before it."""
+"""The likeliest token ids (cell, token) int64 of some cells at the places of these ids, from a start on; each id is
+predicted from the ids before it."""
 
-_UNKNOWN = 0  # stands where a token is asked for and none is guessed; the last id of a line is never read
+_UNKNOWN = 0  # placeholder for a token without a guess; the last id of a line is never read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,9 @@ class Limits:
     """The limits of an answer."""
 
     ends: tuple[int, ...]
-    """The end-of-sequence tokens."""
+    """Ids of the end-of-sequence tokens."""
     tokens: int
-    """Largest number of tokens of an answer, its end included."""
+    """Largest number of tokens of an answer, including its end-of-sequence token."""
 
     @classmethod
     def of(cls, vlm: VisionLanguageModel, max_new_tokens: int) -> "Limits":
@@ -37,11 +38,11 @@ class Limits:
         return cls(ends=vlm.end_ids, tokens=max_new_tokens)
 
     def ended(self, ids: Sequence[int]) -> Ids:
-        """Return these ids as a whole answer: no more than it may have, with an end if there is room for it."""
+        """Return these ids as a complete answer: at most `tokens` ids, with an end token if there is room."""
         return (*ids, *self.ends[:1])[: self.tokens]
 
     def is_over(self, ids: Ids) -> bool:
-        """Whether nothing follows these ids."""
+        """Return whether the answer is complete with these ids."""
         return len(ids) >= self.tokens or (len(ids) > 0 and ids[-1] in self.ends)
 
     def without_end(self, ids: Ids) -> Ids:
@@ -75,9 +76,9 @@ def greedy_ids(
 ) -> list[Ids]:
     """Return the greedy answer of each cell to a prompt with embeddings (1, token, hidden).
 
-    An answer takes the likeliest token each time, up to and including an end-of-sequence token, or until it is as long
-    as it may be. A guess is a likely answer; a wrong one costs time only. The engine's checks and its checkpoint are
-    left out.
+    Each step of an answer takes the likeliest token, up to and including an end-of-sequence token or up to the largest
+    length. The guess is a likely answer; a wrong guess only costs time. The engine's checks and checkpoint are not
+    used.
     """
     last, engine = embeddings.shape[1] - 1, replace(engine, checks=0, checkpoint=None)
 
@@ -93,10 +94,10 @@ def greedy_ids(
 
 
 def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> list[Ids]:
-    """Return the greedy answers of so many cells.
+    """Return the greedy answers of `count` cells.
 
-    All cells follow the guess at first. A cell that departs from it continues from there, together with those that
-    answered the same so far, along the known answer of another cell that begins alike, else by a single token.
+    All cells first follow the guess. Cells that depart from it with the same ids continue together, along the known
+    answer of another cell with the same beginning if there is one, otherwise by a single token.
     """
     found: dict[int, Ids] = {}
     known = {guess}
@@ -115,13 +116,13 @@ def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> li
 
 
 def _line(said: Ids, known: Collection[Ids]) -> Ids:
-    """The longest known answer that begins like this, or this and one token more."""
+    """Return the longest known answer that begins with these ids, otherwise these ids and one placeholder."""
     longer = (each for each in known if len(each) > len(said) and each[: len(said)] == said)
     return max(longer, key=len, default=(*said, _UNKNOWN))
 
 
 def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> Ids:
-    """The line's ids up to the first with which a cell disagrees, and there the cell's own."""
+    """Return the line's ids up to the first one with which the cell disagrees, and then the cell's own id."""
     said = line[:start]
     for place, token in enumerate(tokens, start):
         said = (*line[:place], token)
@@ -131,5 +132,5 @@ def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> I
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """Likeliest ids (row, scored position) as float64, from logits (row, scored position, vocab)."""
+    """Return the likeliest ids (row, scored position) as float64, from logits (row, scored position, vocab)."""
     return logits.argmax(-1).double()

@@ -1,4 +1,4 @@
-"""The pictures of image token pruning: curves by the first pruned layer, and the patches that are kept."""
+"""The figures of image token pruning: curves by the first pruned layer, and the patches that are kept."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH, _UPPER, _LOWER = 5.3, 2.7, 1.3  # inches of both panels, and their heights
-_LEGEND_HEAD, _LETTER = 0.7, 0.066  # inches of a sample in the legend with what is around it, and of a letter
-_SIDE = 2.2  # inches of a picture with what is around it
-_FADED = 0.16  # share of its contrast that a dropped patch keeps
-_PAPER = 0.93  # what it fades into
+_WIDTH, _UPPER, _LOWER = 5.3, 2.7, 1.3  # width of both panels and height of each, in inches
+_LEGEND_HEAD, _LETTER = 0.7, 0.066  # inches: a sample in the legend with its margins, a letter
+_SIDE = 2.2  # size in inches of a picture with its margins
+_FADED = 0.16  # share of the contrast that a dropped patch keeps
+_PAPER = 0.93  # brightness towards which dropped patches fade
 _LEVELS = {
     "baseline": ("every image token (baseline)", {"linestyle": "-", "color": "#8a8a8a", "linewidth": 1.2}),
     "floor": ("no image token at all (floor)", {"linestyle": (0, (1, 1.5)), "color": "#8a8a8a", "linewidth": 1.4}),
@@ -32,20 +32,20 @@ class PruningLine:
 
     label: str
     values: Tensor
-    """(layer,) in 0 to 1; NaN leaves a gap."""
+    """(layer,): accuracy or probability in 0 to 1; NaN leaves a gap."""
     low: Tensor | None = None
-    """(layer,) lower end of the band; None for a line without one."""
+    """(layer,): lower end of the band; None for a line without a band."""
     high: Tensor | None = None
-    """(layer,) upper end of the band."""
+    """(layer,): upper end of the band."""
     saved: Tensor
-    """(layer,) in 0 to 1: share of operations that are no longer done."""
+    """(layer,): share of operations that are saved, in 0 to 1."""
     cliff: int | None = None
     """The layer to mark as the cliff."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """The levels between which the lines lie; NaN is not drawn."""
+    """Baseline and floor of the lines; NaN is not drawn."""
 
     baseline: float
     floor: float
@@ -61,7 +61,7 @@ def pruning_figure(
         lines: One curve per number of kept tokens.
         levels: Baseline and floor.
         titles: Title and subtitle of the figure.
-        y_label: What the upper panel shows.
+        y_label: Label of the upper panel's y axis.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -96,7 +96,7 @@ def kept_figure(prompt: Prompt, kept: Tensor, captions: Sequence[str], *, titles
     """Return a figure with the kept patches in the picture as the model saw it; all others are faded.
 
     Args:
-        prompt: The prompt with the pictures, one line of panels for each.
+        prompt: The prompt with the pictures; each picture has one line of panels.
         kept: (panel, image, row, column) booleans.
         captions: The caption above each panel.
         titles: Title and subtitle of the figure.
@@ -117,7 +117,7 @@ def kept_figure(prompt: Prompt, kept: Tensor, captions: Sequence[str], *, titles
 
 
 def _draw_line(panels: "tuple[Axes, Axes]", layers: Sequence[int], line: PruningLine, style: LineStyle) -> None:
-    """The value with its band above, the saving below."""
+    """Draw the values with their band in the upper panel, and the saving in the lower panel."""
     upper, lower = panels
     if line.low is not None and line.high is not None:
         band = {"color": style.colour, "alpha": 0.16, "linewidth": 0, "zorder": 2}
@@ -131,7 +131,7 @@ def _draw_line(panels: "tuple[Axes, Axes]", layers: Sequence[int], line: Pruning
 
 
 def _draw_cliffs(panels: "tuple[Axes, Axes]", cliffs: Mapping[str, int | None]) -> None:
-    """Upright lines by colour; those at one layer take turns."""
+    """Draw cliffs as vertical lines by colour; the dashes of cliffs at the same layer alternate."""
     for colour, layer in cliffs.items():
         sharing = [name for name, other in cliffs.items() if other == layer]
         dashes = 2 * sharing.index(colour), (2, 2 * max(1, len(sharing) - 1))

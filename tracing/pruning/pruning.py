@@ -1,4 +1,4 @@
-"""Image token pruning: the model's answer with image tokens gone from one layer on, as in FastV."""
+"""Image token pruning: the model's answer without some image tokens from one layer on, as in FastV."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,31 +37,31 @@ def prune_image_tokens(
 ) -> ImagePruning:
     """Return the answer's probability and the model's free answer with image tokens pruned from a layer on.
 
-    From the first pruned layer up to the last one, no token attends to the pruned image tokens, the answer's tokens
-    included. The tokens that stay are those to which the prompt's last token attends most, mean over heads, in the
-    layer before (in layer 0 for layer 0, which has none before it), as FastV ranks them (arXiv 2403.06764). Zhang et
-    al., arXiv 2406.06579, with K = keep. The result always has the baseline, without pruning, and the floor, with all
-    image tokens pruned from layer 0 on, which knows the words only.
+    From the first pruned layer up to the last one, no token attends to the pruned image tokens, including the answer's
+    tokens. The tokens that stay are those to which the prompt's last token attends most, mean over heads, in the
+    layer before (in layer 0 for layer 0, which has none before it), as in FastV (arXiv 2403.06764). The experiment
+    is that of Zhang et al., arXiv 2406.06579, with K = keep. The result always includes the baseline, without pruning,
+    and the floor, with all image tokens pruned from layer 0 on, which leaves only the words.
 
     Args:
         vlm: The model.
         prompt: The question about a picture.
         keep: Numbers of image tokens that stay, 0 or more, or "all".
         layers: First pruned layers; by default each layer in turn.
-        answer: The answer whose probability is computed, of its first token and of all its tokens (teacher forcing);
-            by default the model's own greedy one.
+        answer: The answer whose probability is computed, both for its first token and for all its tokens (teacher
+            forcing); by default the model's own greedy answer.
         gold: The right answer, with which every free answer is compared.
-        generated: The model's own answer, if it is known; else it is generated.
+        generated: The model's own answer, if it is known; otherwise it is generated.
         max_new_tokens: Longest free answer, in tokens.
-        engine: Settings; by default the exact fast sweep if the model allows it, else one forward pass per cell.
+        engine: Settings; by default the exact fast sweep if the model allows it, otherwise one forward pass per cell.
         progress: Show a progress bar over cells.
 
     Returns:
         Probabilities by score, keep and layer, and answers by keep and layer, with the settings.
 
     Raises:
-        TraceError: The prompt has no picture, a setting does not fit the model, the answer is empty, or attention
-            cannot be read in this model and has to rank tokens.
+        TraceError: If the prompt has no picture, a setting does not fit the model, the answer is empty, or tokens have
+            to be ranked and this model's attention cannot be read.
 
     Example:
         >>> import multrace as mt
@@ -94,7 +94,7 @@ def _measured(
     engine: Engine,
     progress: bool,
 ) -> tuple[CellScores, list[Ids]]:
-    """Scores (drop, score) of the answer's tokens, and the free answers; equal drops are computed once."""
+    """Return scores (drop, score) of the answer's tokens, and the free answers; equal drops are computed once."""
     ids, own, limits = answer
     distinct = tuple(dict.fromkeys(drops))
     where = [distinct.index(drop) for drop in drops]
@@ -106,7 +106,7 @@ def _measured(
     runs = Runs.of_one(embeddings, scored=(last,))
     with tqdm(total=len(distinct), desc="pruning", unit="cell", disable=not progress) as bar:
         scores = measure(vlm, runs, cells(last + len(ids)), scoring, engine=engine, bar=bar)
-        if scores.report.engine == "plain":  # a warning has said so by now
+        if scores.report.engine == "plain":  # a warning has already reported it
             engine = replace(engine, name="plain")
         guess = limits.without_end(own)
         answers = greedy_ids(vlm, embeddings, cells, guess=guess, limits=limits, engine=engine, bar=bar)
@@ -117,7 +117,7 @@ def _measured(
 def _result(
     vlm: VisionLanguageModel, prompt: Prompt, scores: CellScores, answers: Sequence[str], settings: Mapping[str, Any]
 ) -> ImagePruning:
-    """The result of scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer)."""
+    """Return the result from scores (floor, then keep by layer) and answers (baseline, floor, then keep by layer)."""
     rows, columns = len(settings["keep"]), len(settings["layers"])
     baseline, floor, *pruned = answers
     return ImagePruning(
@@ -146,7 +146,7 @@ def _result(
 def _own_ids(
     vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, generated: str | None, limits: Limits
 ) -> Ids:
-    """The tokens of the model's answer with all image tokens, verified if the answer is known."""
+    """Return the tokens of the model's answer with all image tokens; a known answer is verified."""
     if generated is None:
         generated = vlm.answers([prompt], max_new_tokens=limits.tokens)[0]
     guess = prompt.with_answer(generated).answer_ids if generated.strip() else ()
@@ -192,5 +192,5 @@ def _checked_limits(vlm: VisionLanguageModel, max_new_tokens: int) -> Limits:
 
 
 def _token_operations(vlm: VisionLanguageModel) -> tuple[int, ...]:
-    """Floating-point operations of each layer's matrices for one token: a product and a sum for each weight."""
+    """Return the floating-point operations of each layer's matrices for one token: a product and a sum per weight."""
     return tuple(2 * sum(each.numel() for each in layer.parameters() if each.ndim == 2) for layer in vlm.decoder_layers)

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ImagePruning(ImageReading):
-    """The answer to one question with image tokens gone from some layer on. `prune_image_tokens` returns it.
+    """The answers to one question without some image tokens from a layer on. `prune_image_tokens` returns it.
 
-    `layers` are the first layers without the dropped tokens, which are gone up to the last layer (arXiv 2406.06579).
+    `layers` are the first layers without the dropped tokens, which stay absent up to the last layer (arXiv 2406.06579).
     """
 
     layout: ClassVar[str] = "multrace image pruning 2"
@@ -39,23 +39,23 @@ class ImagePruning(ImageReading):
     kept: Tensor
     """(keep, layer, image token) bool: the image tokens that stay."""
     scores: tuple[str, ...]
-    """The scores: the "first token" of the answer, and "answer", all its tokens; the first is the main one."""
+    """The scores: "first token" of the answer, and "answer" for all its tokens; the first score is the main one."""
     gold: str | None
     """The right answer, if it is known."""
     baseline: Tensor
     """(score,) float64: the answer's probability with every image token."""
     floor: Tensor
-    """(score,) float64: its probability with no image token in any layer, from the words alone."""
+    """(score,) float64: the answer's probability with no image token in any layer, from the words alone."""
     probabilities: Tensor
-    """(score, keep, layer) float64: its probability with the other image tokens gone from that layer on."""
+    """(score, keep, layer) float64: the answer's probability without the other image tokens from that layer on."""
     baseline_answer: str
     """The model's free greedy answer with every image token."""
     floor_answer: str
-    """The free greedy answer with no image token in any layer."""
+    """The model's free greedy answer with no image token in any layer."""
     answers: tuple[tuple[str, ...], ...]
-    """The free greedy answer per keep and layer."""
+    """(keep, layer): the model's free greedy answers."""
     token_operations: tuple[int, ...]
-    """Per decoder layer the floating-point operations of its matrices for one token."""
+    """(layer,): floating-point operations of each decoder layer's matrices for one token."""
     pair_operations: int
     """Floating-point operations of one layer's attention for one query and key, all heads together."""
     engine: EngineReport
@@ -67,49 +67,50 @@ class ImagePruning(ImageReading):
 
     @property
     def is_right(self) -> Tensor | None:
-        """(keep, layer) bool: whether the free answer is the right one (`same_answer`); None without a right answer."""
+        """(keep, layer) bool: whether the free answer is right (`same_answer`); None if no right answer is known."""
         if self.gold is None:
             return None
         return torch.tensor([[same_answer(each, self.gold) for each in row] for row in self.answers])
 
     @property
     def baseline_is_right(self) -> bool | None:
-        """Whether the model's answer with every image token is the right one; None without a right answer."""
+        """True if the model's answer with every image token is the right one; None if no right answer is known."""
         return None if self.gold is None else same_answer(self.baseline_answer, self.gold)
 
     @property
     def floor_is_right(self) -> bool | None:
-        """Whether the answer from the words alone is the right one; None without a right answer."""
+        """True if the answer from the words alone is the right one; None if no right answer is known."""
         return None if self.gold is None else same_answer(self.floor_answer, self.gold)
 
     @property
     def dropped(self) -> Tensor:
-        """(keep, layer) int64: number of image tokens that are gone."""
+        """(keep, layer) int64: number of dropped image tokens."""
         return (~self.kept).sum(-1)
 
     def tokens_kept(self) -> Tensor:
         """Return the share (keep, layer) float64 of the prompt's token-layers that are still computed.
 
-        (n l + (n - d) (L - l)) / (n L) for n tokens, d of them dropped from layer l on, and L layers.
+        The share is (n l + (n - d) (L - l)) / (n L) for n tokens, d of them dropped from layer l on, and L layers.
         """
         return tokens_kept(self.dropped, self.layers, length=self.length, depth=self.depth)
 
     def operations_kept(self) -> Tensor:
-        """Return the share (keep, layer) float64 of the decoder's operations on the prompt that are still done.
+        """Return the share (keep, layer) float64 of the decoder's operations on the prompt that remain.
 
-        The sum over layers of m c + a m (m + 1) / 2, with m = n tokens before layer l and n - d from there on, over the
-        same sum with m = n throughout: c `token_operations` of the layer, a `pair_operations` for each query-key pair.
+        The share is the sum over layers of m c + a m (m + 1) / 2, with m = n tokens before layer l and m = n - d from
+        layer l on, divided by the same sum with m = n in all layers. Here c is the layer's entry of `token_operations`
+        and a is `pair_operations`, the operations for each query-key pair.
         """
         counts = {"token_operations": self.token_operations, "pair_operations": self.pair_operations}
         return operations_kept(self.dropped, self.layers, length=self.length, **counts)
 
     def settled_from(self, keep: int | str = 0) -> int | None:
-        """Return the first layer from which dropping keeps the free answer; None if it changes at the last one."""
+        """Return the first layer from which dropping never changes the free answer; None if the last one does."""
         same = [same_answer(each, self.baseline_answer) for each in self.answers[self._keep(keep)]]
         return lasting_from(self.layers, same)
 
     def summary(self, score: str | None = None) -> str:
-        """Return lines of text: the answers with the whole picture and without, and the layer from which it stays."""
+        """Return lines of text: the answers with and without the picture, and the layer from which the answer stays."""
         index = self._score(score)
         name = f"{self.answer.strip()!r}" + (", first token" if self.scores[index] == "first token" else "")
         lines = [self.question]
@@ -123,10 +124,10 @@ class ImagePruning(ImageReading):
         return "\n".join([*lines, *(f"  {self._keep_line(keep)}" for keep in self.keep)])
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per score, keep and layer, the first one without the dropped tokens.
+        """Return a table with one row per score, keep and layer (the first layer without the dropped tokens).
 
-        Columns: probability, baseline and floor; answer and is_right (None without a right answer) of the free answer;
-        dropped, the number of tokens that are gone; tokens_kept and operations_kept, shares of the work.
+        The columns are probability, baseline and floor; the free answer and its is_right (None if no right answer is
+        known); dropped, the number of dropped tokens; and tokens_kept and operations_kept, shares of the work.
         """
         axes = {"score": self.scores, "keep": self.keep, "layer": self.layers}
         values = {"probability": self.probabilities}
@@ -138,14 +139,14 @@ class ImagePruning(ImageReading):
         return frame.assign(answer=answers, is_right=is_right)
 
     def plot(self, path: str | Path | None = None, score: str | None = None) -> "Figure":
-        """Return a figure with the probability by layer, a line per keep, and the operations saved below.
+        """Return a figure with the probability by layer, one line per `keep`, and the saved operations below.
 
         Args:
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             score: The score to draw; the main one by default.
 
         Raises:
-            TraceError: For a score that was not computed.
+            TraceError: If the score was not computed.
             ArtefactError: If the file cannot be written.
         """
         index, saved = self._score(score), 1 - self.operations_kept()
@@ -170,12 +171,12 @@ class ImagePruning(ImageReading):
 
         Args:
             prompt: The prompt that was pruned.
-            path: Where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            keep: The number of tokens that stay; by default the first number that leaves some and not all.
+            path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
+            keep: The number of tokens that stay; by default the first number that keeps some tokens but not all.
             layers: The layers to draw, one panel each; by default four of them.
 
         Raises:
-            TraceError: For another prompt, and if image tokens form no grid.
+            TraceError: If the prompt is another one, or if the image tokens form no grid.
             ArtefactError: If the file cannot be written.
         """
         row = self._partial() if keep is None else self._keep(keep)
@@ -229,25 +230,25 @@ class ImagePruning(ImageReading):
 
 
 def lasting_from(layers: Sequence[int], claims: Sequence[bool]) -> int | None:
-    """Return the first of the layers from which all claims, one per layer, hold; None if the last one does not."""
+    """Return the first layer from which all claims (one per layer) are true; None if the last claim is false."""
     held = len(claims) - next((number for number, holds in enumerate(reversed(claims)) if not holds), len(claims))
     return layers[held] if held < len(layers) else None
 
 
 def keep_label(keep: int | str) -> str:
-    """Return how many tokens stay, in words."""
+    """Return a description of how many tokens stay."""
     if keep in (0, "all"):
         return "all image tokens dropped" if keep == 0 else "none dropped"
     return f"best {keep} image token{'' if keep == 1 else 's'} kept"
 
 
 def index_of_keep(keep: int | str, known: Sequence[int | str]) -> int:
-    """Return where a number of tokens stands among the known ones. Raises `TraceError`, which lists these."""
+    """Return the index of a number of tokens among the known ones. Raises `TraceError`, which lists them."""
     return _index("keep", keep, known)
 
 
 def index_of_score(score: str, known: Sequence[str]) -> int:
-    """Return where a score stands among the computed ones. Raises `TraceError`, which lists these."""
+    """Return the index of a score among the computed ones. Raises `TraceError`, which lists them."""
     return _index("score", score, known)
 
 
@@ -263,11 +264,11 @@ def _index(kind: str, label: int | str, known: Sequence[int | str]) -> int:
 def tokens_kept(dropped: Tensor, layers: Sequence[int], *, length: int, depth: int) -> Tensor:
     """Return the share (..., layer) float64 of the prompt's token-layers that are still computed.
 
-    For n tokens, of which d are gone from layer l on, and L layers, it is (n l + (n - d) (L - l)) / (n L).
+    For n tokens, d of them dropped from layer l on, and L layers, the share is (n l + (n - d) (L - l)) / (n L).
 
     Args:
-        dropped: (..., layer) number of tokens that are gone, d.
-        layers: The first layers without them, l.
+        dropped: (..., layer) number of dropped tokens, d.
+        layers: The first layers without the dropped tokens, l.
         length: Number of tokens of the prompt, n.
         depth: Number of decoder layers, L.
     """
@@ -278,15 +279,15 @@ def tokens_kept(dropped: Tensor, layers: Sequence[int], *, length: int, depth: i
 def operations_kept(
     dropped: Tensor, layers: Sequence[int], *, length: int, token_operations: Sequence[int], pair_operations: int
 ) -> Tensor:
-    """Return the share (..., layer) float64 of the decoder's floating-point operations on the prompt still done.
+    """Return the share (..., layer) float64 of the decoder's floating-point operations on the prompt that remain.
 
-    A layer i over m tokens takes m c_i + a m (m + 1) / 2 operations: c_i for each token by the matrices, a for each
-    query-key pair of causal attention. m is n before layer l and n - d from there on (`tokens_kept`). Norms, the output
-    head, the vision tower and the answer's tokens are not counted.
+    Layer i takes m c_i + a m (m + 1) / 2 operations for m tokens: c_i in the matrices for each token, and a for each
+    query-key pair of causal attention. The number m is n before layer l and n - d from layer l on (`tokens_kept`).
+    Norms, the output head, the vision tower and the answer's tokens are not counted.
 
     Args:
-        dropped: (..., layer) number of tokens that are gone, d.
-        layers: The first layers without them, l.
+        dropped: (..., layer) number of dropped tokens, d.
+        layers: The first layers without the dropped tokens, l.
         length: Number of tokens of the prompt, n.
         token_operations: Operations of each layer's matrices for one token, c_i.
         pair_operations: Operations of one layer's attention for one query and key, a.
@@ -303,5 +304,5 @@ def operations_kept(
 
 
 def _pairs(tokens: Tensor) -> Tensor:
-    """Query-key pairs of so many tokens, each of which sees itself and those before it."""
+    """Return the number of query-key pairs if each token attends to itself and to all earlier tokens."""
     return tokens * (tokens + 1) / 2
