@@ -92,7 +92,9 @@ class TraceOptions(ModelOptions, CorruptionOptions):
         metavar="N",
     )
     even_if_weak: bool = option(
-        "trace even if the corruption does not lower the answer's probability", default=False, action="store_true"
+        "trace even if the corruption does not lower the answer's score in the main metric",
+        default=False,
+        action="store_true",
     )
     engine: str = option(
         "replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model "
