@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ... import data, models, tracing
 from ..errors import CommandError
-from .choices import SPELLINGS
+from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
 from .option import option
 
 if TYPE_CHECKING:
@@ -54,6 +54,31 @@ class ModelOptions:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The options of commands whose cells the tracing engine answers."""
+
+    engine: str = option(
+        "replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model "
+        "allows it (default)",
+        default="auto",
+        choices=ENGINES,
+    )
+    memory: int = option(
+        f"MiB that the replay engine may use beside the model and the recorded runs (default: {ENGINE_MEMORY})",
+        default=ENGINE_MEMORY,
+        type=int,
+        metavar="MIB",
+    )
+    checks: int = option(
+        "number of random cells that are computed again the plain way as a check; many questions of `flow` are checked "
+        f"in the first three only (default: {ENGINE_CHECKS})",
+        default=ENGINE_CHECKS,
+        type=int,
+        metavar="N",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ... import tracing
 from ..errors import CommandError
-from .asking import ModelOptions
-from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES
+from .asking import EngineOptions, ModelOptions
 from .option import Words, flag, option
 
 HELP = "follow image information through the layers: knockout, lens, contributions, relevance"
@@ -58,7 +57,7 @@ def _box(text: str) -> tracing.Box:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowOptions(ModelOptions):
+class FlowOptions(ModelOptions, EngineOptions):
     """Options of `multrace flow`."""
 
     question: str | None = option("question to ask", default=None)
@@ -158,25 +157,6 @@ class FlowOptions(ModelOptions):
         default=(0,),
         nargs="+",
         type=Words(("all",)),
-        metavar="N",
-    )
-    engine: str = option(
-        "replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model "
-        "allows it (default)",
-        default="auto",
-        choices=ENGINES,
-    )
-    memory: int = option(
-        f"MiB that the replay engine may use beside the model (default: {ENGINE_MEMORY})",
-        default=ENGINE_MEMORY,
-        type=int,
-        metavar="MIB",
-    )
-    checks: int = option(
-        "number of random cells that are computed again the plain way as a check, for the first three questions "
-        f"(default: {ENGINE_CHECKS})",
-        default=ENGINE_CHECKS,
-        type=int,
         metavar="N",
     )
     out: Path = option("folder for the results (default: out/flow)", default=Path("out/flow"), type=Path)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
-from .asking import CorruptionOptions, ModelOptions
-from .choices import DIRECTIONS, EFFECTS, ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, KINDS, METRICS, SITES
+from .asking import CorruptionOptions, EngineOptions, ModelOptions
+from .choices import DIRECTIONS, EFFECTS, KINDS, METRICS, SITES
 from .option import option
 
 HELP = "trace an answer to tokens and layers, and draw the map"
@@ -28,7 +28,7 @@ of all traces as OUT/average.safetensors (multrace.tracing.AverageTrace.load) an
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(ModelOptions, CorruptionOptions):
+class TraceOptions(ModelOptions, EngineOptions, CorruptionOptions):
     """Options of `multrace trace`."""
 
     # pyrefly: ignore[bad-override] -- not needed where records are given
@@ -95,24 +95,6 @@ class TraceOptions(ModelOptions, CorruptionOptions):
         "trace even if the corruption does not lower the answer's score in the main metric",
         default=False,
         action="store_true",
-    )
-    engine: str = option(
-        "replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model "
-        "allows it (default)",
-        default="auto",
-        choices=ENGINES,
-    )
-    memory: int = option(
-        f"MiB that the replay engine may use beside the model and the two recorded runs (default: {ENGINE_MEMORY})",
-        default=ENGINE_MEMORY,
-        type=int,
-        metavar="MIB",
-    )
-    checks: int = option(
-        f"number of random cells that are computed again the plain way as a check (default: {ENGINE_CHECKS})",
-        default=ENGINE_CHECKS,
-        type=int,
-        metavar="N",
     )
     resume: bool = option(
         "keep finished cells in OUT while tracing, and continue from those of an interrupted call",
