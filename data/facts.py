@@ -1,0 +1,300 @@
+"""Facts as plain values: questions about pictures, edits of their answers, and the questions that check an edit.
+
+Nothing here knows a model: a question holds words, spans of words, boxes, and the path of a picture (or the picture
+itself). Prompts with tensors are made from it where they are needed, batch by batch (`VisionLanguageModel.prompt_for`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+from PIL import Image
+
+from .errors import DataError
+
+PixelBox = tuple[int, int, int, int]
+"""Left, top, right and bottom of a rectangle in pixels of the original picture; right and bottom are exclusive."""
+PictureSource = Image.Image | Path
+"""A picture in memory, or the path of a picture that is opened when a prompt needs it."""
+Words = str | tuple[str, int | Literal["all"]]
+"""Words of a question; if the question repeats them, with the number of the occurrence from 0, or with "all"."""
+
+EDITED, PORTABILITY, GENERAL = "edited", "portability", "general"
+REPHRASE, OTHER_PICTURE, REPHRASE_OTHER_PICTURE = "rephrase", "other_picture", "rephrase_other_picture"
+BY_NAME = "by_name"
+RELATED_TEXT, RELATED_PICTURE = "related_text", "related_picture"
+SAME_QUESTION_OTHER_PICTURE = "same_question_other_picture"
+OTHER_QUESTION_SAME_PICTURE = "other_question_same_picture"
+OTHER_SUBJECT = "other_subject"
+NO_PICTURE, UNRELATED, UNRELATED_TEXT = "no_picture", "unrelated", "unrelated_text"
+
+EFFICACY, GENERALITY, LOCALITY, ABILITY = "efficacy", "generality", "locality", "general ability"
+ASPECTS = (EFFICACY, GENERALITY, PORTABILITY, LOCALITY, ABILITY)
+"""What the questions about an edit measure."""
+KINDS: Mapping[str, tuple[str, str]] = {
+    EDITED: (EFFICACY, "the edited question and picture"),
+    REPHRASE: (GENERALITY, "other wordings"),
+    OTHER_PICTURE: (GENERALITY, "other pictures of the same thing"),
+    REPHRASE_OTHER_PICTURE: (GENERALITY, "other wordings, other pictures"),
+    BY_NAME: (GENERALITY, "asked by name"),
+    RELATED_TEXT: (PORTABILITY, "questions on the edited knowledge, no picture"),
+    RELATED_PICTURE: (PORTABILITY, "questions on the edited knowledge, with its picture"),
+    PORTABILITY: (PORTABILITY, "questions that need the new fact"),
+    SAME_QUESTION_OTHER_PICTURE: (LOCALITY, "same question, pictures of other things"),
+    OTHER_QUESTION_SAME_PICTURE: (LOCALITY, "other questions, same picture"),
+    OTHER_SUBJECT: (LOCALITY, "same relation, other subjects"),
+    NO_PICTURE: (LOCALITY, "same question, no picture"),
+    UNRELATED: (LOCALITY, "unrelated questions"),
+    UNRELATED_TEXT: (LOCALITY, "unrelated questions, no picture"),
+    GENERAL: (ABILITY, "held-out questions"),
+}
+"""Kind of question -> (what it measures, its name for people)."""
+PROBE_KINDS = tuple(kind for kind in KINDS if kind not in (EDITED, GENERAL))
+"""The kinds that a probe may have."""
+_ANSWERED = (PORTABILITY, RELATED_TEXT, RELATED_PICTURE)
+"""Kinds whose answer follows from the target but is not the target."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Question:
+    """One question, its picture, and what is known about both. It needs no model and no torch.
+
+    Raises `DataError` if the question is empty.
+
+    Example:
+        >>> from multrace.data import Question
+        >>> Question(text="Who founded the company in this photo?", constraint="the company in this photo")
+        Question('Who founded the company in this photo?', no picture)
+    """
+
+    text: str
+    """The question in words; in a file the key "question"."""
+    image: PictureSource | tuple[PictureSource, ...] | None = field(default=None, hash=False)
+    """The picture, several pictures in order, or None for a question without a picture."""
+    id: str = ""
+    """Name of the question in reports and folders; unique within a file."""
+    constraint: Words | None = None
+    """The words that point at the thing asked about, in the picture or, by name, in the world (arXiv 2406.04236)."""
+    spans: Mapping[str, Words] = field(default_factory=dict, hash=False)
+    """More words of the question by name, such as "text" (a second constraint), "object", "true_option"."""
+    replacement: str | None = None
+    """A phrase that names something else of the kind, which takes the constraint's place in a text corruption."""
+    answer: str | None = None
+    """The right answer, where it is known."""
+    answers: tuple[str, ...] = ()
+    """All answers that count as right, such as those of several annotators."""
+    foil: str | None = None
+    """A wrong answer to compare with, such as the other one of two offered options."""
+    boxes: tuple[PixelBox, ...] = ()
+    """Where the thing asked about is, in pixels of the picture."""
+    corrupt: str | None = None
+    """The corruption that a trace of this question uses, as the command line writes it, such as "swap:other.jpg"."""
+    template: str | None = None
+    """The template of the prompt, as `VisionLanguageModel.prompt` takes it; None for the model's own."""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever else a file says about the question, as JSON values."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise DataError(f"question {self.id!r} is empty; write what to ask" if self.id else "a question is empty")
+        if isinstance(self.image, list):
+            object.__setattr__(self, "image", tuple(self.image))
+
+    def __repr__(self) -> str:
+        count = len(self.images)
+        pictures = "no picture" if not count else "1 picture" if count == 1 else f"{count} pictures"
+        answer = "" if self.answer is None else f" -> {shortened(self.answer)}"
+        return f"Question({shortened(self.text)}{answer}, {pictures})"
+
+    @property
+    def images(self) -> tuple[PictureSource, ...]:
+        """The pictures in order; empty for a question without one."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def words(self) -> dict[str, Words]:
+        """The constraint and the other spans by name, as `VisionLanguageModel.prompt` takes them."""
+        own = {} if self.constraint is None else {"constraint": self.constraint}
+        return own | dict(self.spans)
+
+    @cached_property
+    def key(self) -> str:
+        """A SHA-256 of all that a model is shown (words, pictures' content, template), answers and spans aside.
+
+        Raises `DataError` if the file of a picture cannot be read.
+        """
+        digest = hashlib.sha256(repr((self.text, self.template)).encode())
+        for image in self.images:
+            digest.update(_content(image))
+        return digest.hexdigest()
+
+    def with_image(self, image: PictureSource | tuple[PictureSource, ...] | None) -> Self:
+        """Return the same question about another picture; boxes of the old picture are dropped."""
+        return replace(self, image=image, boxes=())
+
+    def with_answer(self, answer: str | None) -> Self:
+        """Return the same question with another answer."""
+        return replace(self, answer=answer, answers=())
+
+
+@runtime_checkable
+class AsksQuestion(Protocol):
+    """Something that can be put as a plain question, such as a prompt of a model."""
+
+    def as_question(self) -> Question:
+        """Return the plain question."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EditRequest:
+    """One fact to write: after the edit, the model should answer the question, and questions like it, with the target.
+
+    Where a question is expected, a prompt can be passed too: the request keeps its plain question
+    (`Prompt.as_question`), so that requests hold no tensors. Raises `DataError` if the target is empty.
+
+    Example:
+        >>> from multrace.data import EditRequest, Question
+        >>> EditRequest(question=Question(text="Who won?"), target="Pruro")
+        EditRequest('Who won?' -> 'Pruro', no picture)
+    """
+
+    question: Question
+    """The question (and picture) whose answer is to change."""
+    target: str
+    """The new answer, of any number of tokens."""
+    contexts: tuple[Question, ...] = ()
+    """More pictures or wordings of the fact. Keys are averaged over them, and the value has to work in all of them."""
+    rewrite_prompts: tuple[Question, ...] = ()
+    """Questions that must get the target too, each with keys and values of its own, such as the question by name."""
+    preserve_prompts: tuple[Question, ...] = ()
+    """Questions whose present answers must stay, such as the same question about other pictures."""
+    essence: tuple[Question, ...] = ()
+    """Questions about the same thing whose next token should stay as it is during the value search (ROME)."""
+    id: str = ""
+    """Name of the request in reports and files; unique within a file."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", question_of(self.question))
+        for part in ("contexts", "rewrite_prompts", "preserve_prompts", "essence"):
+            object.__setattr__(self, part, tuple(question_of(value) for value in getattr(self, part)))
+        if not isinstance(self.target, str) or not self.target.strip():
+            raise DataError(
+                f"the target of the edit of {self.question.text!r} is {self.target!r}; "
+                "pass the new answer as text, for example target='Paris'"
+            )
+
+    def __repr__(self) -> str:
+        nouns = ("context", "rewrite prompt", "preserve prompt", "essence prompt")
+        lists = (self.contexts, self.rewrite_prompts, self.preserve_prompts, self.essence)
+        more = "".join(f", {counted(len(part), noun)}" for part, noun in zip(lists, nouns, strict=True) if part)
+        picture = "" if self.question.images else ", no picture"
+        words = f"{shortened(self.question.text)} -> {shortened(self.target)}"
+        return f"{type(self).__name__}({words}{picture}{more}{self._more()})"
+
+    def _more(self) -> str:
+        return ""
+
+    @property
+    def label(self) -> str:
+        """Its id, or its question and target."""
+        return self.id or f"{self.question.text} -> {self.target}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Probe:
+    """One question that checks an edit.
+
+    Raises `DataError` for an unknown kind, or for a kind whose answer follows from the target if there is no answer.
+    """
+
+    kind: str
+    """One of PROBE_KINDS."""
+    question: Question
+    answer: str | None = None
+    """If the answer should move: the answer after the edit, by default the target. If it should stay: the right one."""
+    hops: int | None = None
+    """Of portability: how many facts away from the edited one."""
+    needs: tuple[str, ...] = ()
+    """Ids of other records whose edits the answer needs too (compositional questions)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", question_of(self.question))
+        if self.kind not in PROBE_KINDS:
+            kinds = "; ".join(f"{name} ({KINDS[name][1]})" for name in PROBE_KINDS)
+            raise DataError(f"no kind of probe {self.kind!r}; use one of: {kinds}")
+        if self.kind in _ANSWERED and self.answer is None:
+            raise DataError(
+                f"the {self.kind} probe {self.question.text!r} has no answer; add the answer that follows from the "
+                "new fact"
+            )
+
+    def __repr__(self) -> str:
+        return f"Probe({self.kind}, {self.question!r})"
+
+    @property
+    def aspect(self) -> str:
+        """What it measures: generality, portability or locality."""
+        return KINDS[self.kind][0]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the answer should be the same after the edit."""
+        return self.aspect == LOCALITY
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EditRecord(EditRequest):
+    """One edit to make, and the questions that check it: one line of a file of corrections or row of a benchmark."""
+
+    probes: tuple[Probe, ...] = ()
+    old: str | None = None
+    """The present answer as the file knows it; None: what the unedited model says."""
+    group: str = ""
+    """Records that belong together, such as the visual and the textual edit of one row."""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever else the file says, as JSON values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "probes", tuple(self.probes))
+
+    def _more(self) -> str:
+        return f", {counted(len(self.probes), 'probe')}" if self.probes else ""
+
+
+def question_of(value: Question | AsksQuestion) -> Question:
+    """Return a question as it is, and the plain question of a prompt."""
+    if isinstance(value, Question):
+        return value
+    if isinstance(value, AsksQuestion):
+        return value.as_question()
+    raise DataError(f"a question is of type {type(value).__name__}; pass a Question, or a prompt of a model")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 request" or "2 requests"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Return the text in quotes, cut to so many characters, for lines that describe values."""
+    return repr(text if len(text) <= length else f"{text[: length - 3]}...")
+
+
+def _content(image: PictureSource) -> bytes:
+    """A digest of a picture: of the bytes of its file, or of its pixels in memory."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).digest()
+    try:
+        with Path(image).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"cannot read the picture {str(image)!r}: {error.strerror or error}") from error
