@@ -1,3 +1,4 @@
+from .bounded_json import parse_json as parse_json
 from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
