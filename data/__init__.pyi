@@ -3,5 +3,10 @@ from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
 from .gqa_flow import read_gqa_flow as read_gqa_flow
+from .pictures import (
+    PictureFacts as PictureFacts,
+    inspect_picture as inspect_picture,
+    read_pictures as read_pictures,
+)
 from .records import FlowRecord as FlowRecord, VQARecord as VQARecord
 from .world import World as World

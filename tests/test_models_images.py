@@ -2,14 +2,17 @@
 
 import io
 import json
+import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from multrace import ModelError
+from multrace.data import PictureFacts, inspect_picture
 from multrace.scripts.main import app
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 QUESTION = "Who founded the company in this photo?"
 GREY = np.add.outer(np.arange(64), 3 * np.arange(64)).astype(np.uint8)  # 0 to 252
@@ -257,19 +260,52 @@ def test_pictures_closed_before_they_were_read(random_llava_llama, look, photo, 
 
 @pytest.fixture
 def huge_path(tmp_path: Path) -> Path:
-    """A picture of 225 megapixels, which PIL does not open."""
+    """A file of 30 kB that holds 225 megapixels."""
     Image.new("1", (15000, 15000)).save(tmp_path / "huge.png")
     return tmp_path / "huge.png"
 
 
-def test_more_pixels_than_pil_opens(huge_path, random_llava_llama, look, monkeypatch):
-    with pytest.raises(ModelError, match=r"more pixels than PIL opens \(Image size \(225000000 pixels\) exceeds limit"):
+def header_of_a_bmp(width: int, height: int) -> bytes:
+    head = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
+    return head + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+def test_more_pixels_than_the_limit(huge_path, random_llava_llama, look, monkeypatch):
+    with pytest.raises(ModelError, match=r"huge.png': it has 225.0 megapixels, more than the limit of 89.5 megapixels"):
         random_llava_llama.prompt(huge_path, QUESTION)
     Image.new("1", (40, 40)).save(huge_path)
     assert look(huge_path).shape == (40, 40, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(ModelError, match="raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"):
-        random_llava_llama.prompt(huge_path, QUESTION)
+    for limit in (500, 1000):  # PIL raises an error itself for more than twice its limit, and warns below
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for picture in (huge_path, Image.new("1", (40, 40))):
+            with pytest.raises(ModelError, match="raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"):
+                random_llava_llama.prompt(picture, QUESTION)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
+    assert look(huge_path).shape == (40, 40, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert look(huge_path).shape == (40, 40, 3)
+
+
+@pytest.mark.parametrize("size", [(13000, 13000), (2**31 - 1, 2**31 - 1)])
+def test_a_header_that_claims_many_pixels_takes_no_memory(size, random_llava_llama, tmp_path, recwarn):
+    (tmp_path / "claim.bmp").write_bytes(header_of_a_bmp(*size))
+    random_llava_llama.prompt(Image.new("RGB", (8, 8)), QUESTION)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match="megapixels, more than the limit"):
+        random_llava_llama.prompt(tmp_path / "claim.bmp", QUESTION)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB; the pixels are 500 MiB
+    assert not recwarn.list  # PIL's own warning is this error
+
+
+def test_a_picture_below_the_limit_is_not_reduced(look, make_photo, tmp_path):
+    # PIL can decode a JPEG at half its size, which is cheaper, but gives the model other pixels.
+    photo = make_photo(3, size=640)
+    photo.save(tmp_path / "photo.jpg", quality=90)
+    with Image.open(tmp_path / "photo.jpg") as opened:
+        assert np.array_equal(look(tmp_path / "photo.jpg"), shades(opened))
+    with Image.open(tmp_path / "photo.jpg") as opened:
+        opened.draft("RGB", (64, 64))
+        assert opened.size != (640, 640)
 
 
 def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, llava_llama_path, tmp_path, capsys):
@@ -284,3 +320,73 @@ def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, l
     printed = "".join(capsys.readouterr())
     assert "2 records traced, 1 skipped" in printed and "line 2: cannot read picture" in printed
     assert "line 1:" in printed and "line 3:" in printed
+
+
+# ---- inspection without decoding ----
+
+
+def test_inspection_agrees_with_reading(look, photo, tmp_path):
+    wide = photo.crop((0, 0, 40, 24))
+    for orientation in range(1, 9):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        for suffix in ("jpg", "png", "tif", "webp"):
+            path = tmp_path / f"turned{orientation}.{suffix}"
+            wide.save(path, exif=tags)
+            facts, read = inspect_picture(path), look(path)
+            assert (facts.size, facts.turned) == ((read.shape[1], read.shape[0]), orientation != 1)
+            assert (facts.transparent, facts.sixteen_bit, facts.problem) == (False, False, None)
+            assert facts.mode == "RGB" and facts.megapixels == 40 * 24 / 1e6
+
+
+def test_what_inspection_says_of_modes(tmp_path):
+    facts = {}
+    for mode in ("1", "L", "P", "LA", "RGBA", "I;16", "RGB"):
+        Image.new(mode, (6, 4)).save(tmp_path / "a.png")
+        facts[mode] = inspect_picture(tmp_path / "a.png")
+    clear_palette().save(tmp_path / "a.png")
+    facts["clear"] = inspect_picture(tmp_path / "a.png")
+    assert {mode for mode in facts if facts[mode].transparent} == {"LA", "RGBA", "clear"}
+    assert {mode for mode in facts if facts[mode].sixteen_bit} == {"I;16"}
+    assert all(each.format == "PNG" and each.size == (6, 4) and each.problem is None for each in facts.values())
+
+
+def test_inspection_and_reading_refuse_with_the_same_words(huge_path, random_llava_llama, tmp_path):
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "numbers.tif")
+    (tmp_path / "words.png").write_bytes(b"no picture")
+    (tmp_path / "letters.ppm").write_bytes(b"P6 a b 255\n")
+    (tmp_path / "claim.bmp").write_bytes(header_of_a_bmp(13000, 13000))
+    names = ["numbers.tif", "words.png", "letters.ppm", "claim.bmp", "huge.png", "missing.png", "."]
+    for path in (tmp_path / name for name in names):
+        with pytest.raises(ModelError) as caught:
+            random_llava_llama.prompt(path, QUESTION)
+        assert inspect_picture(path).problem == str(caught.value)
+    assert [inspect_picture(tmp_path / name).megapixels for name in names] == [
+        0.004096,
+        None,
+        None,
+        169,
+        225,
+        None,
+        None,
+    ]
+    assert inspect_picture("missing.png") == PictureFacts(
+        path=Path("missing.png"),
+        problem="no picture at 'missing.png' (No such file or directory); pass the path of an image file",
+    )
+
+
+def test_inspection_decodes_nothing(photo, tmp_path, monkeypatch):
+    paths = []
+    for suffix in ("png", "jpg", "gif", "bmp", "webp", "tif", "ppm"):
+        photo.save(tmp_path / f"photo.{suffix}")
+        paths.append(tmp_path / f"photo.{suffix}")
+    expected = [inspect_picture(path) for path in paths]
+
+    def load(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    for kind in (ImageFile.ImageFile, *ImageFile.ImageFile.__subclasses__()):
+        monkeypatch.setattr(kind, "load", load)
+    assert [inspect_picture(path) for path in paths] == expected
+    assert all(each.problem is None for each in expected)
