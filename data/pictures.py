@@ -28,7 +28,7 @@ _LONGEST_NAME = 255
 _BRIGHTEST = 2**16 - 1
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 """Formats whose grey pictures PIL opens as 32-bit integers (mode "I") that hold 0 to 65535."""
-_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # TIFF and EXIF tags
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 262, 274  # TIFF and EXIF tags
 _BLACK_IS_ZERO = 1
 _ON_ITS_SIDE = range(5, 9)
 """Values of the orientation tag that exchange width and height."""
@@ -227,6 +227,8 @@ def _is_sixteen_bit(image: Image.Image) -> bool:
 def _facts(path: Path, image: Image.Image, name: str) -> PictureFacts:
     turn = _orientation(image)
     width, height = image.size
+    if image.format == "TIFF":  # newer versions of PIL swap the two themselves when they open the file
+        width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
     problem = None
     try:
         _check_size(image, name)
