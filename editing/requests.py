@@ -1,11 +1,13 @@
 """Requests to edit: one fact, the pictures and wordings that state it, and the answer that it should have."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..models import Prompt
+from ..models import NotFiniteError, Prompt, VisionLanguageModel
 from .errors import EditError
 
 _PROMPTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
@@ -96,3 +98,16 @@ def key_of(prompt: Prompt) -> str:
             raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest.update(f"{name} {tuple(value.shape)} ".encode() + raw.tobytes())
     return digest.hexdigest()
+
+
+def answers_where_finite(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[str | None]:
+    """Return the model's answers, None for prompts whose logits are not finite; the options are those of `answers`.
+
+    One prompt that overflows costs only itself: the others are asked again, one by one.
+    """
+    try:
+        return list(vlm.answers(prompts, **options))
+    except NotFiniteError:
+        if len(prompts) == 1:
+            return [None]
+        return [answer for prompt in prompts for answer in answers_where_finite(vlm, [prompt], **options)]

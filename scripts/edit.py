@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..editing.closed_form import ClosedFormEditor
-from ..editing.delta import Delta
+from ..editing.changes import Delta
 from ..editing.moments import Moments
 from ..editing.requests import EditRequest
-from ..editing.targets import key_positions
+from ..editing.solve import ClosedFormEditor
+from ..editing.values import key_positions
 from ..models import ModelError, Projection, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace
 from ..workflow.located_edit import TraceShift, locate_then_edit

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..editing.changes import NO_OWNER
-from ..editing.delta import Delta
+from ..editing.changes import NO_OWNER, Delta
 from ..editing.errors import EditError
 from ..editing.requests import EditRequest
-from ..editing.targets import key_positions
+from ..editing.values import key_positions
 from ..models import Projection, Prompt, VisionLanguageModel, capture
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..editing import EditError
-from ..editing.probes import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
+from ..editing.evaluation import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
 from ..editing.requests import EditRequest
 from ..models import ModelError, Prompt, VisionLanguageModel
 from ..models.errors import gist

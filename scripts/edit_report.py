@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..editing.delta import Delta
+from ..editing.changes import Delta
 from ..workflow.located_edit import TraceShift
 from .edit_preview import Preview, Size, preview_lines
 from .edit_where import Place

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..editing.closed_form import ClosedFormEditor
-from ..editing.editors import EDITORS
-from ..editing.fine_tuning import FineTune
-from ..editing.in_context import InContext
-from ..editing.lora import Lora
+from ..editing.baselines import FineTune, InContext, Lora
 from ..editing.requests import EditRequest
+from ..editing.solve import EDITORS, ClosedFormEditor
 from ..models import VisionLanguageModel
 from .errors import CommandError
 from .options.editors import NAMES, PAPER, EditorOptions

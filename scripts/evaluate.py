@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..data import World
-from ..editing.asking import Baseline, EditFunction, baseline
-from ..editing.evaluation import edit_function, evaluate
+from ..editing.evaluation import (
+    Baseline,
+    EditFunction,
+    EditReport,
+    General,
+    NormBound,
+    Record,
+    baseline,
+    edit_function,
+    evaluate,
+)
 from ..editing.moments import Moments
-from ..editing.probes import Record
-from ..editing.questions import General
-from ..editing.reports import EditReport
 from ..editing.requests import EditRequest
-from ..editing.sequences import NormBound
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from ..workflow.sites import locate

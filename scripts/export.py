@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 
 from ..editing import Delta
-from ..editing.exports import Change, save_merged, to_peft, verify_export, with_adapters
-from ..editing.ledger import Ledger, load_edit
-from ..editing.runtime import RuntimeEdit
+from ..editing.changes import Change, Ledger, RuntimeEdit, load_edit, save_merged, to_peft, verify_export, with_adapters
 from ..models import Prompt, VisionLanguageModel, load
 from .errors import CommandError
 from .options.export import QUESTIONS, Export

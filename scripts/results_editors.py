@@ -4,17 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from ..editing.asking import EditFunction
-from ..editing.editors import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
-from ..editing.evaluation import BATCH, SEQUENCE, SINGLE, edit_function, evaluate
-from ..editing.fine_tuning import FineTune
-from ..editing.in_context import InContext
-from ..editing.lora import Lora
-from ..editing.metrics import EXACT, UNCHANGED
-from ..editing.probes import (
+from ..editing.baselines import FineTune, InContext, Lora
+from ..editing.evaluation import (
+    BATCH,
     BY_NAME,
     EDITED,
     EFFICACY,
+    EXACT,
     GENERALITY,
     LOCALITY,
     OTHER_PICTURE,
@@ -22,11 +18,19 @@ from ..editing.probes import (
     REPHRASE,
     REPHRASE_OTHER_PICTURE,
     SAME_QUESTION_OTHER_PICTURE,
+    SEQUENCE,
+    SINGLE,
+    UNCHANGED,
     UNRELATED,
+    EditCurve,
+    EditFunction,
+    EditReport,
     Record,
+    edit_function,
+    evaluate,
 )
-from ..editing.reports import EditCurve, EditReport
 from ..editing.requests import EditRequest
+from ..editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .results_world import Bench, site_by_request

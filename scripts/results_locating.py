@@ -7,10 +7,17 @@ from typing import Any
 import numpy as np
 
 from ..artefacts.statistics import paired_test
-from ..editing.editors import MultEdit
-from ..editing.evaluation import evaluate
-from ..editing.metrics import EXACT, UNCHANGED
-from ..editing.probes import BY_NAME, EFFICACY, GENERALITY, LOCALITY, SAME_QUESTION_OTHER_PICTURE
+from ..editing.evaluation import (
+    BY_NAME,
+    EFFICACY,
+    EXACT,
+    GENERALITY,
+    LOCALITY,
+    SAME_QUESTION_OTHER_PICTURE,
+    UNCHANGED,
+    evaluate,
+)
+from ..editing.solve import MultEdit
 from ..models import VisionLanguageModel
 from .results_world import Bench
 

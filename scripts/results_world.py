@@ -6,10 +6,8 @@ from typing import Self
 
 from ..data import World
 from ..data.world import EditCase
-from ..editing.asking import Baseline, baseline
+from ..editing.evaluation import Baseline, EvaluationSettings, Record, baseline
 from ..editing.moments import Moments, second_moments
-from ..editing.probes import Record
-from ..editing.responses import EvaluationSettings
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import EditSite, SwapImage
 from ..workflow.sites import locate

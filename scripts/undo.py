@@ -1,7 +1,7 @@
 """Run `multrace undo`."""
 
 from ..editing import Delta
-from ..editing.ledger import Ledger, load_edit
+from ..editing.changes import Ledger, load_edit
 from .errors import CommandError
 from .options.undo import Undo
 from .outputs import check_files, new_files

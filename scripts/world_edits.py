@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data import VQARecord, World
 from ..data.world import EditCase, Fact
-from ..editing.probes import (
+from ..editing.evaluation import (
     BY_NAME,
     NO_PICTURE,
     OTHER_PICTURE,

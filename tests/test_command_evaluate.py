@@ -10,9 +10,7 @@ import pytest
 from multrace import VisionLanguageModel
 from multrace.data import World
 from multrace.data.world import EditCase
-from multrace.editing.metrics import EXACT, UNCHANGED
-from multrace.editing.probes import ABILITY, EFFICACY, LOCALITY
-from multrace.editing.reports import EditCurve, EditReport
+from multrace.editing.evaluation import ABILITY, EFFICACY, EXACT, LOCALITY, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     Place,

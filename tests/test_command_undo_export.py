@@ -8,8 +8,7 @@ import torch
 from multrace import scripts
 from multrace.data import tiny_vlm_path
 from multrace.editing import Delta, WeightChange
-from multrace.editing.exports import save_merged
-from multrace.editing.ledger import Ledger, load_edit
+from multrace.editing.changes import Ledger, load_edit, save_merged
 from multrace.models import VisionLanguageModel, load
 from multrace.scripts import CommandError
 from multrace.scripts.main import parse

@@ -7,7 +7,7 @@ import torch
 from multrace.data import World
 from multrace.editing import EditError, EditRequest, MultEdit
 from multrace.editing.augment import Augmentation
-from multrace.editing.keys import keys_and_values
+from multrace.editing.values import keys_and_values
 from PIL import Image, ImageChops
 
 SPAN = "the thing in this picture"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from multrace.editing import EditError, EditRequest, MultEdit
-from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
+from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.models import Prompt, VisionLanguageModel
 
 QUESTION = "What is the thing in this picture?"

@@ -10,10 +10,8 @@ import pytest
 import torch
 from multrace.data import World, tiny_vlm_path
 from multrace.editing import EditError, EditRequest
-from multrace.editing.exports import to_peft
-from multrace.editing.fine_tuning import FineTune
-from multrace.editing.in_context import InContext
-from multrace.editing.lora import Lora
+from multrace.editing.baselines import FineTune, InContext, Lora
+from multrace.editing.changes import to_peft
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 

@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace.editing import Delta, EditError, EditRequest, MultEdit, WeightChange
-from multrace.editing.cost import build_cost
-from multrace.editing.delta import compose
-from multrace.editing.problem import Problem
-from multrace.editing.solve import Solution, solve
+from multrace.editing.changes import compose
+from multrace.editing.solve import Problem, Solution, build_cost, solve
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -11,16 +11,10 @@ from multrace import VisionLanguageModel
 from multrace.data import World, tiny_vlm_path
 from multrace.data.world import EditCase
 from multrace.editing import Delta, EditRequest, MultEdit
-from multrace.editing.closed_form import ClosedFormEditor
-from multrace.editing.cost import build_cost
-from multrace.editing.editors import EMMET, MEMIT, ROME, AlphaEdit
-from multrace.editing.keys import Place
 from multrace.editing.moments import Moments, second_moments
-from multrace.editing.problem import Problem
-from multrace.editing.responses import answers_where_finite
-from multrace.editing.solve import reduced, solve
-from multrace.editing.targets import Goal, key_positions
-from multrace.editing.values import search_values
+from multrace.editing.requests import answers_where_finite
+from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit, ClosedFormEditor, Problem, build_cost, reduced, solve
+from multrace.editing.values import Goal, Place, key_positions, search_values
 from multrace.models import NotFiniteError, Projection, Prompt, Site
 from reference import alphaedit, emmet, memit, multedit_many, rome
 from torch import Tensor

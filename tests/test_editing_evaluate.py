@@ -28,12 +28,19 @@ from multrace.editing import (
     evaluate,
     second_moments,
 )
-from multrace.editing.metrics import (
+from multrace.editing.evaluation import (
+    ABILITY,
+    EFFICACY,
     EXACT,
     FLUENCY,
+    GENERALITY,
     HIGHER,
     KL,
+    LOCALITY,
     MARGIN,
+    OTHER_PICTURE,
+    PORTABILITY,
+    SAME_QUESTION_OTHER_PICTURE,
     SEQUENCE,
     TOKENS,
     TOP1_ANSWER,
@@ -42,21 +49,13 @@ from multrace.editing.metrics import (
     UNCHANGED,
     UNCHANGED_RIGHT,
     VQA,
-)
-from multrace.editing.probes import (
-    ABILITY,
-    EFFICACY,
-    GENERALITY,
-    LOCALITY,
-    OTHER_PICTURE,
-    PORTABILITY,
-    SAME_QUESTION_OTHER_PICTURE,
+    ProbeRow,
+    Responses,
+    feed,
     names_of,
+    questions_of,
 )
-from multrace.editing.questions import questions_of
-from multrace.editing.reports import ProbeRow
 from multrace.editing.requests import key_of
-from multrace.editing.responses import Responses, feed
 from multrace.models import Prompt, VisionLanguageModel
 from multrace.scripts import WorldRequests, untouched_facts, world_records
 

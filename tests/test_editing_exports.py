@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.editing import Delta, EditError, WeightChange
-from multrace.editing.delta import compose
-from multrace.editing.exports import Verification, save_merged, to_peft, verify_export, with_adapters
+from multrace.editing.changes import Verification, compose, save_merged, to_peft, verify_export, with_adapters
 from multrace.models import ModelError, Prompt, VisionLanguageModel, load
 from safetensors.torch import load_file
 from torch import Tensor

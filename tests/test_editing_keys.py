@@ -3,9 +3,16 @@
 import pytest
 import torch
 from multrace.editing import EditError, EditRequest
-from multrace.editing.keys import keys_and_values, lookups
-from multrace.editing.targets import Goal, TargetBatch, key_positions, target_batch
-from multrace.editing.values import ValueSettings, search_values
+from multrace.editing.values import (
+    Goal,
+    TargetBatch,
+    ValueSettings,
+    key_positions,
+    keys_and_values,
+    lookups,
+    search_values,
+    target_batch,
+)
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 from torch import Tensor

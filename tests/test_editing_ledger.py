@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from multrace.editing import Delta, EditError, WeightChange
-from multrace.editing.ledger import Ledger, load_edit
+from multrace.editing.changes import Ledger, load_edit
 from multrace.models import VisionLanguageModel, load
 from safetensors.torch import save_file
 from torch import Tensor

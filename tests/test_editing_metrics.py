@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from multrace.editing import EditError
-from multrace.editing.metrics import (
+from multrace.editing.evaluation import (
     SPLITS,
     agreement,
     bootstrap_interval,

@@ -10,8 +10,7 @@ import pytest
 import torch
 from multrace.artefacts import read_tensors, write_tensors
 from multrace.editing.errors import EditError
-from multrace.editing.moment_convergence import PROBES, Watch
-from multrace.editing.moments import Moments, memory_of_moments, second_moments
+from multrace.editing.moments import PROBES, Moments, Watch, memory_of_moments, second_moments
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 from torch import Tensor

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from multrace.editing import Delta, EditRequest, MultEdit
-from multrace.editing.keys import keys_and_values
-from multrace.editing.targets import Goal
-from multrace.editing.values import ValueResult, ValueSettings, search_values
+from multrace.editing.values import Goal, ValueResult, ValueSettings, keys_and_values, search_values
 from multrace.models import Prompt, VisionLanguageModel, load
 from PIL import Image
 from torch import Tensor

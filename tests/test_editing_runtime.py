@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace.editing import Delta, EditError, WeightChange
-from multrace.editing.runtime import RuntimeEdit
+from multrace.editing.changes import RuntimeEdit
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 

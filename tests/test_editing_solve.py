@@ -5,10 +5,8 @@ import math
 import pytest
 import reference
 import torch
-from multrace.editing.cost import Cost, build_cost, null_space
 from multrace.editing.errors import EditError
-from multrace.editing.problem import Problem
-from multrace.editing.solve import Solution, solve
+from multrace.editing.solve import Cost, Problem, Solution, build_cost, null_space, solve
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,9 +14,16 @@ import pytest
 import torch
 from conftest import draw_photo
 from multrace import VisionLanguageModel
-from multrace.editing.keys import Place
-from multrace.editing.targets import Goal, TargetBatch, key_positions, target_batch
-from multrace.editing.values import ValueResult, ValueSettings, search_values
+from multrace.editing.values import (
+    Goal,
+    Place,
+    TargetBatch,
+    ValueResult,
+    ValueSettings,
+    key_positions,
+    search_values,
+    target_batch,
+)
 from multrace.models import Family, Prompt, Site, load, patch
 from multrace.models.replay import UpperLayers
 from random_models import make_tokenizer, save, text_sizes

@@ -7,7 +7,7 @@ import multrace as mt
 import pytest
 import torch
 from multrace.data import World
-from multrace.editing.editors import MEMIT
+from multrace.editing.solve import MEMIT
 from multrace.models import VisionLanguageModel
 from multrace.tracing import EditSite, WeakCorruption, average
 from multrace.workflow.located_edit import locate_then_edit

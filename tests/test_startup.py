@@ -10,9 +10,9 @@ from pathlib import Path
 import multrace
 import pytest
 from multrace.editing import FineTune, InContext, Lora, Moments
-from multrace.editing.editors import EDITORS
-from multrace.editing.moment_hashes import KINDS as TOKEN_KINDS
-from multrace.editing.sequences import AT
+from multrace.editing.evaluation import AT
+from multrace.editing.moments import KINDS as TOKEN_KINDS
+from multrace.editing.solve import EDITORS
 from multrace.scripts import BASELINES, available_cores, be_polite
 from multrace.scripts.benchmarks import SHAPES, WIDTH
 from multrace.scripts.main import COMMANDS

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..editing.changes import NO_OWNER
-from ..editing.closed_form import ClosedFormEditor
-from ..editing.delta import Delta, compose
-from ..editing.editors import MultEdit
+from ..editing.changes import NO_OWNER, Delta, compose
 from ..editing.errors import EditError
 from ..editing.moments import Moments
 from ..editing.requests import EditRequest
+from ..editing.solve import ClosedFormEditor, MultEdit
 from ..models import VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from ...editing.targets import Goal
+from ...editing.values import Goal
 from ...models import Prompt
 from .shapes import prompt_words
 from .subjects import Subject

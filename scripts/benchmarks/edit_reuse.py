@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...editing.cost import build_cost
-from ...editing.problem import Problem
-from ...editing.solve import solve
+from ...editing.solve import Problem, build_cost, solve
 from .edit_rows import EditRow, apart
 from .edit_solves import make_problem
 from .rates import now

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ...editing.changes import WeightChange
-from ...editing.cost import build_cost
-from ...editing.problem import Problem
-from ...editing.solve import Solution, solve
+from ...editing.solve import Problem, Solution, build_cost, solve
 from .edit_rows import EditRow, apart
 from .extra_memory import extra_mb
 from .rates import now

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...editing.targets import Goal, end_ids, key_positions, prompt_end
-from ...editing.values import ValueSettings, search_values
+from ...editing.values import Goal, ValueSettings, end_ids, key_positions, prompt_end, search_values
 from ...models import Prompt, VisionLanguageModel
 from .edit_facts import make_goals
 from .edit_rows import EditRow, apart

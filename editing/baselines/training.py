@@ -1,0 +1,369 @@
+"""Training by gradient descent on the targets of requests, and the fine-tuning of one projection as the plain baseline."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ...models import ModelError, Prompt, VisionLanguageModel, collate
+from ..changes import requests_line
+from ..errors import EditError
+from ..requests import EditRequest, counted
+from ..values import end_ids, prompt_end
+
+_NO_LABEL = -100
+
+Forward = Callable[..., Any]
+"""Model inputs by keyword, to the model's output with its logits."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TrainedChange(ABC):
+    """What training changed in a model, per weight; it is put into no other weights than those it was trained on."""
+
+    fingerprints: Mapping[str, str]
+    """Hash of each touched weight before the change, per parameter name."""
+    model: str
+    """Name or path of the model that was trained."""
+    revision: str | None = None
+    settings: Mapping[str, str]
+    """The editor and its settings, as text."""
+    requests: tuple[Mapping[str, str], ...]
+    """What was asked, and the loss that was reached in nats per label, as text, one mapping per request."""
+    losses: tuple[float, ...]
+    """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+
+    def __repr__(self) -> str:
+        editor = self.settings.get("editor", "hand")
+        line = f"{type(self).__name__} of {self.model!r} by {editor}: {counted(len(self.fingerprints), 'weight')}"
+        return f"{line}, {counted(len(self.losses) - 1, 'step')}\n{requests_line(self.requests)}"
+
+    @abstractmethod
+    def difference(self, name: str) -> Tensor:
+        """What is added to the parameter of this name: float32, in the layout in which the model stores it."""
+
+    @contextmanager
+    def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
+        """The model with this change in its weights; on any exit every touched weight is bit-equal to before.
+
+        Sums are taken in float32 or wider and rounded once to the dtype of the weight. EditError, with nothing
+        changed, if the model lacks a weight, if a weight is not the one that was trained, or if it would overflow.
+        """
+        with vlm.lock:
+            changed = self._changed(vlm)
+            saved = {name: vlm.weight(name).detach().clone() for name in changed}
+            try:
+                _write(vlm, changed)
+                yield vlm
+            finally:
+                _write(vlm, saved)
+
+    def _changed(self, vlm: VisionLanguageModel) -> dict[str, Tensor]:
+        try:
+            found = vlm.fingerprint(self.fingerprints)
+        except ModelError as error:
+            raise EditError(f"a change of '{self.model}' does not fit '{vlm.name}': {error}") from error
+        changed = {}
+        for name, wanted in self.fingerprints.items():
+            if found[name] != wanted:
+                raise EditError(
+                    f"this change was trained on '{self.model}', where {name} has hash {wanted[:12]}; in '{vlm.name}' "
+                    f"({vlm.dtype}) it has {found[name][:12]}: another model or precision, or an edit is applied; "
+                    "go back to the weights that it was trained on, or train again on these"
+                )
+            changed[name] = summed(vlm.weight(name), self.difference(name))
+            if not torch.isfinite(changed[name]).all():
+                raise EditError(
+                    f"the changed {name} overflows {changed[name].dtype}; train less, or load a half-precision model "
+                    "in float32"
+                )
+        return changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How something is trained on the answers wanted. EditError for a setting out of range."""
+
+    steps: int = 25
+    """At most so many, each with the gradient of all requests; 0 asks for no change."""
+    learning_rate: float = 5e-4
+    """Of Adam."""
+    stop_loss: float = 1e-2
+    """Enough when the mean negative log-probability per label, in nats, is at most this."""
+    batch_size: int = 16
+    """Prompts run at a time; it bounds memory and leaves the result as it is, up to rounding."""
+    end_of_answer: bool = True
+    """Also ask for the end-of-sequence token after the target, in models that have one: the answer stops there."""
+
+    def __post_init__(self) -> None:
+        self._check(
+            {
+                "steps of at least 0": self.steps >= 0,
+                "learning_rate above 0": 0 < self.learning_rate < math.inf,
+                "stop_loss of at least 0": self.stop_loss >= 0,
+                "batch_size of at least 1": self.batch_size >= 1,
+            }
+        )
+
+    def as_text(self) -> dict[str, str]:
+        """The editor's name and its settings, for reports."""
+        settings = {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        return {"editor": type(self).__name__} | settings
+
+    def _check(self, ranges: Mapping[str, bool]) -> None:
+        for wanted, holds in ranges.items():
+            if not holds:
+                name = wanted.split()[0]
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)!r}; pass {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerBatch:
+    """Prompts with their wanted answers, padded on the right, and what has to be predicted in them."""
+
+    inputs: Mapping[str, Tensor]
+    """Model inputs, among them input_ids and attention_mask (row, token)."""
+    labels: Tensor
+    """(row, column), the id that each of the last columns has to predict; -100 for those that predict no answer."""
+    owners: Tensor
+    """(row,), the request that a row belongs to."""
+
+    def losses(self, forward: Forward) -> Tensor:
+        """(row,) float32, mean negative log-probability in nats per label, with the answer fed in."""
+        logits = forward(**self.inputs, use_cache=False, logits_to_keep=self.labels.shape[1]).logits.float()
+        labels = self.labels.to(logits.device)
+        spread = cross_entropy(logits.transpose(1, 2), labels, ignore_index=_NO_LABEL, reduction="none")
+        return spread.sum(-1) / (labels != _NO_LABEL).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a training went."""
+
+    losses: tuple[float, ...]
+    """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+    requests: tuple[float, ...]
+    """The same for each request, after the last step."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return len(self.losses) - 1
+
+    def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
+        """What was asked and the loss reached, as text, one mapping per request."""
+        return tuple(
+            {**request.as_text(), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
+            for request, loss in zip(requests, self.requests, strict=True)
+        )
+
+
+def answer_batches(
+    vlm: VisionLanguageModel, requests: Sequence[EditRequest], settings: TrainingSettings
+) -> tuple[AnswerBatch, ...]:
+    """Return all prompts of the requests, contexts and rewrite prompts too, with their targets in batches.
+
+    EditError for no requests, and for pictures that do not fit into one batch.
+    """
+    if not requests:
+        raise EditError("no requests to edit; pass at least one EditRequest")
+    ending = end_ids(vlm) if settings.end_of_answer else ()
+    rows = [
+        (owner, prompt.with_answer(request.target))
+        for owner, request in enumerate(requests)
+        for prompt in (request.prompt, *request.contexts, *request.rewrite_prompts)
+    ]
+    starts = range(0, len(rows), settings.batch_size)
+    return tuple(_batch(vlm, rows[start : start + settings.batch_size], ending) for start in starts)
+
+
+@torch.enable_grad()
+def train(
+    forward: Forward,
+    batches: Sequence[AnswerBatch],
+    parameters: Sequence[Tensor],
+    *,
+    settings: TrainingSettings,
+    pull: Callable[[], Sequence[Tensor]] | None = None,
+    bound: Callable[[], None] | None = None,
+    progress: bool = False,
+) -> Training:
+    """How the training of the parameters went, which Adam changes in place; forward has to depend on them.
+
+    The loss is the mean over prompts of the mean negative log-probability per label. pull gives what is added to the
+    parameters' gradients, and bound puts them back into their bounds, at each step. EditError where the loss stops
+    being finite.
+    """
+    count = sum(len(batch.owners) for batch in batches)
+    optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    losses: list[float] = []
+    with tqdm(total=settings.steps, desc="training", disable=not progress, leave=False) as bar:
+        for step in range(settings.steps + 1):
+            optimiser.zero_grad()
+            rows = []
+            for batch in batches:
+                found = batch.losses(forward)
+                rows.append(found.detach().cpu())
+                if step < settings.steps:
+                    (found.sum() / count).backward(inputs=list(parameters))
+            losses.append(torch.cat(rows).mean().item())
+            if not math.isfinite(losses[-1]):
+                raise EditError(
+                    f"the training left the finite numbers at step {step}; "
+                    "lower learning_rate, or load a half-precision model in float32"
+                )
+            if losses[-1] <= settings.stop_loss or step == settings.steps:
+                break
+            for parameter, added in zip(parameters, pull() if pull else (), strict=False):
+                parameter.grad += added
+            optimiser.step()
+            if bound:
+                bound()
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    owners = torch.cat([batch.owners for batch in batches])
+    means = [torch.cat(rows)[owners == owner].mean().item() for owner in owners.unique()]
+    return Training(losses=tuple(losses), requests=tuple(means))
+
+
+def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Prompt]], ending: tuple[int, ...]) -> AnswerBatch:
+    prompts = [prompt for _, prompt in rows]
+    try:
+        for prompt in prompts:
+            vlm.check_prompt(prompt)
+        inputs, _ = collate(prompts, vlm.tokenizer, side="right")
+    except ModelError as error:
+        raise EditError(f"cannot train on these requests together: {error}") from error
+    width = inputs["input_ids"].shape[1]
+    labels = torch.full((len(prompts), width), _NO_LABEL)
+    for row, prompt in zip(labels, prompts, strict=True):
+        wanted = torch.tensor((*prompt.answer_ids, *ending))
+        first = prompt_end(prompt) - 1
+        row[first : first + len(wanted)] = wanted
+    kept = min(prompt_end(prompt) for prompt in prompts) - 1
+    return AnswerBatch(inputs=inputs, labels=labels[:, kept:], owners=torch.tensor([owner for owner, _ in rows]))
+
+
+def summed(weight: Tensor, difference: Tensor) -> Tensor:
+    """A copy of the weight plus the difference, in its dtype and on its device; autograd reaches the difference."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide + difference.to(wide.device)).to(weight.dtype)
+
+
+@torch.no_grad()
+def _write(vlm: VisionLanguageModel, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        vlm.weight(name).copy_(value)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DenseChange(TrainedChange):
+    """A change of whole weight matrices."""
+
+    differences: Mapping[str, Tensor]
+    """What is added to each parameter: float32 on the CPU, in the layout in which the model stores it."""
+
+    def difference(self, name: str) -> Tensor:
+        """What is added to the parameter of this name."""
+        return self.differences[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(TrainingSettings):
+    """Fine-tuning of one projection by Adam on the target tokens, as ROME and MEMIT use it as their baseline.
+
+    Unlike theirs it asks for the end of the answer too, and each step has the gradient of all requests. EditError for
+    a setting out of range.
+    """
+
+    layer: int
+    """The layer whose projection is trained, negative from the end."""
+    projection: Literal["mlp", "attention"] = "mlp"
+    """The map that writes the layer's MLP, or its attention, into the residual stream."""
+    weight_decay: float = 0.0
+    """Times the weight itself, added to its gradient (Adam's L2 penalty)."""
+    entry_bound: float | None = None
+    """Largest change of any entry of the weight, put back into the bound after each step; None: any."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            {
+                "projection 'mlp' or 'attention'": self.projection in ("mlp", "attention"),
+                "weight_decay of at least 0": self.weight_decay >= 0,
+                "entry_bound above 0, or None": self.entry_bound is None or self.entry_bound > 0,
+            }
+        )
+
+    @classmethod
+    def paper(cls, *, layer: int = 1) -> Self:
+        """Unconstrained, as published for GPT-2 XL (ROME, arXiv 2202.05262): layer 1, 25 steps of Adam at 5e-4.
+
+        Without end of the answer; the layer was found for that model and is no advice for another.
+        """
+        return cls(layer=layer, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False)
+
+    @classmethod
+    def constrained(cls, *, layer: int = 0, entry_bound: float = 5e-4) -> Self:
+        """As published for GPT-2 XL with each entry held within 5e-4 of what it was (5e-5 was used for GPT-J).
+
+        Layer 0, 25 steps of Adam at 5e-4, without end of the answer (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229).
+        """
+        return cls(
+            layer=layer, entry_bound=entry_bound, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False
+        )
+
+    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> DenseChange:
+        """The change after which the requests' prompts, contexts and `rewrite_prompts` prompts get their targets.
+
+        Trained in float32 whatever the model's dtype; the model is left as it is. EditError for no requests, a layer
+        that does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
+        """
+        requests = tuple(requests)
+        name = self._name(vlm)
+        weight = vlm.weight(name)
+
+        def forward(**inputs: Any) -> Any:
+            return functional_call(vlm.model, {name: summed(weight, change)}, kwargs=inputs)
+
+        with vlm.gradients():
+            batches = answer_batches(vlm, requests, self)
+            change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
+            training = train(
+                forward,
+                batches,
+                [change],
+                settings=self,
+                pull=lambda: [self.weight_decay * (weight.detach().float() + change.detach())],
+                bound=lambda: self._bound(change),
+                progress=progress,
+            )
+        return DenseChange(
+            differences={name: change.detach().cpu()},
+            fingerprints=vlm.fingerprint([name]),
+            model=vlm.name,
+            revision=vlm.revision,
+            settings=self.as_text(),
+            requests=training.reports(requests),
+            losses=training.losses,
+        )
+
+    def _name(self, vlm: VisionLanguageModel) -> str:
+        try:
+            find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
+            return find(self.layer).name
+        except ModelError as error:
+            raise EditError(f"cannot fine-tune layer {self.layer}: {error}") from error
+
+    @torch.no_grad()
+    def _bound(self, change: Tensor) -> None:
+        if self.entry_bound is not None:
+            change.clamp_(-self.entry_bound, self.entry_bound)

@@ -1,0 +1,10 @@
+from .delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose, requests_line as requests_line
+from .exports import (
+    Verification as Verification,
+    save_merged as save_merged,
+    to_peft as to_peft,
+    verify_export as verify_export,
+    with_adapters as with_adapters,
+)
+from .history import Ledger as Ledger, load_edit as load_edit
+from .weight_change import NO_OWNER as NO_OWNER, Change as Change, WeightChange as WeightChange

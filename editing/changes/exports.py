@@ -1,0 +1,260 @@
+"""Edits as files that other libraries open, a PEFT LoRA adapter or the edited model whole, and proof that they work."""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...artefacts import files
+from ...models import ModelError, Prompt, VisionLanguageModel
+from ..errors import EditError
+from .weight_change import Change
+
+_ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by
+
+
+class LowRank(Protocol):
+    """A change that is known by its factors, as a Delta is."""
+
+    model: str
+    revision: str | None
+
+    @property
+    def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """(left, right) per parameter name, float32, (hidden, rank) and (rank, width), oriented as in y = W x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How a model that was opened from files compares with the edited one, over some prompts."""
+
+    difference: float
+    """Largest difference between their logits."""
+    effect: float
+    """Largest difference between the logits of the edited model and of the unedited one."""
+    answers: tuple[tuple[str, str], ...]
+    """(the edited model's answer, the reopened one's) for each prompt."""
+
+    @property
+    def holds(self) -> bool:
+        """The answers are the same, and the logits to a thousandth of what the edit changes in them."""
+        return self.difference <= _ENOUGH * self.effect and all(one == other for one, other in self.answers)
+
+    def __str__(self) -> str:
+        same = sum(one == other for one, other in self.answers)
+        return (
+            f"logits differ by at most {self.difference:.2g} (the edit changes them by up to {self.effect:.2g}); "
+            f"{same} of {len(self.answers)} answers are the same"
+        )
+
+
+def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Path:
+    """Write the change as a PEFT LoRA adapter for `PeftModel.from_pretrained`, and return its folder.
+
+    Each weight's adapter has the rank of its change and an alpha equal to it, so that its scale is 1. Adapters are
+    float32 whatever the model's dtype, so nothing is rounded away. Write several edits as several adapters, or as one
+    by `compose`. PEFT itself is not needed for writing. There is a whole folder afterwards, or none.
+
+    Args:
+        vlm: The model that was edited.
+        change: A `Delta`, or the change that `Lora` made.
+        folder: A new folder.
+
+    Raises:
+        EditError: The model has no such weight, the change is empty, the folder exists or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter = mt.to_peft(vlm, delta, f"{folder}/adapter")
+        ...     sorted(path.name for path in adapter.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise EditError(f"cannot write the adapter to '{folder}': it exists; pass a new folder")
+    factors = {name: factors for name, factors in change.factors.items() if factors[1].shape[0]}
+    if not factors:
+        raise EditError(f"this edit of '{change.model}' changes nothing, and PEFT has no adapters of rank 0")
+    tensors = {}
+    for name, (left, right) in factors.items():
+        _check_fits(change, vlm, name, (left.shape[0], right.shape[1]))
+        for part, factor in (("lora_A", right), ("lora_B", left)):
+            tensors[f"base_model.model.{name.removesuffix('.weight')}.{part}.weight"] = factor
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        files.write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"}, error=EditError)
+        text = json.dumps(_config(change, vlm, factors), indent=2) + "\n"
+        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise EditError(f"cannot write the adapter to '{folder}': {error}; pass another folder") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLanguageModel:
+    """The same model, in which PEFT has now put the adapters of these folders, all active; they add up.
+
+    The modules are replaced for good, so pass a model that was opened for this. EditError where PEFT is not installed,
+    no folder is given, or one holds no adapter for this model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:  # the extra `peft` is not installed
+        raise EditError("opening adapters needs PEFT, which is not installed; pip install 'multrace[peft]'") from error
+    if not folders:
+        raise EditError("no adapters to open; pass at least one folder that to_peft wrote")
+    names = [f"edit_{index}" for index in range(len(folders))]
+    try:
+        with vlm.lock, warnings.catch_warnings():
+            # PEFT's talk with the newest transformers is none of the reader's business
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel.from_pretrained(vlm.model, str(folders[0]), adapter_name=names[0])
+            for name, folder in zip(names[1:], folders[1:], strict=True):
+                wrapped.load_adapter(str(folder), adapter_name=name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EditError(f"PEFT cannot open {[str(folder) for folder in folders]} on '{vlm.name}': {error}") from error
+    wrapped.base_model.set_adapter(names)
+    vlm.model.requires_grad_(False)
+    vlm.model.eval()
+    return vlm
+
+
+def save_merged(
+    vlm: VisionLanguageModel,
+    change: Change,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the edited model as an ordinary Hugging Face directory and return it; the model ends unedited.
+
+    Args:
+        vlm: The model that was edited.
+        change: The edit.
+        folder: The directory to write.
+        dtype: Dtype of the weights in the file; None keeps that of the file the model was loaded from. A half-precision
+            file rounds part of the edit away.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        ModelError: The directory cannot be written.
+        EditError: The change cannot be applied to this model.
+
+    Example:
+        >>> import tempfile
+        >>> from multrace.editing import save_merged
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
+        >>> merged.fingerprint(delta.changes) == vlm.fingerprint(delta.changes)
+        False
+    """
+    with change.applied(vlm):
+        vlm.save_pretrained(folder, dtype=dtype, overwrite=overwrite)
+    return Path(folder)
+
+
+@torch.no_grad()
+def verify_export(
+    vlm: VisionLanguageModel, change: Change, reopened: VisionLanguageModel, prompts: Sequence[Prompt]
+) -> Verification:
+    """Compare a model that was opened from an export with the edited one, in logits of all tokens and in answers.
+
+    Args:
+        vlm: The unedited model.
+        change: The edit that was exported.
+        reopened: The exported model: `with_adapters` of a base model, or `load` of a merged directory.
+        prompts: What both are asked; pass the edited question, with its picture, among them.
+
+    Returns:
+        The largest differences, and both answers to each prompt; `Verification.holds` is the verdict.
+
+    Raises:
+        EditError: There are no prompts, or the change cannot be applied to this model.
+
+    Example:
+        >>> import tempfile
+        >>> from multrace.editing import save_merged, verify_export
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
+        >>> verify_export(vlm, delta, merged, [request.prompt]).holds
+        True
+    """
+    prompts = list(prompts)
+    if not prompts:
+        raise EditError("no prompts to compare the export on; pass at least one")
+    plain = [vlm.logits(prompt).cpu() for prompt in prompts]
+    with change.applied(vlm):
+        edited, wanted = [vlm.logits(prompt).cpu() for prompt in prompts], vlm.answers(prompts)
+    found, given = [reopened.logits(prompt).cpu() for prompt in prompts], reopened.answers(prompts)
+    return Verification(
+        difference=_largest(edited, found),
+        effect=_largest(edited, plain),
+        answers=tuple(zip(wanted, given, strict=True)),
+    )
+
+
+def _largest(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    return max((one.double() - other.double()).abs().max().item() for one, other in zip(ones, others, strict=True))
+
+
+def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tuple[int, int]) -> None:
+    wanted = shape[::-1] if vlm.stores_transposed else shape
+    try:
+        found = tuple(vlm.weight(name).shape)
+    except ModelError as error:
+        raise EditError(f"an edit of '{change.model}' does not fit '{vlm.name}': {error}") from error
+    if found != wanted:
+        raise EditError(
+            f"an edit of '{change.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is {found}; "
+            "load the model that was edited"
+        )
+
+
+def _config(change: LowRank, vlm: VisionLanguageModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """PEFT's adapter_config.json: whatever is left out has PEFT's default."""
+    ranks = {name.removesuffix(".weight"): right.shape[0] for name, (_left, right) in factors.items()}
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": change.model,
+        "revision": change.revision,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": vlm.stores_transposed,
+        "target_modules": sorted(ranks),
+        "inference_mode": True,
+    }

@@ -1,0 +1,383 @@
+"""What an evaluation found: every question with both raw answers, and the means that follow from them."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from ...artefacts import drawing, files
+from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
+from ..errors import EditError
+from ..requests import counted
+from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
+from .questions import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY, Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+FORMAT = "multrace edit report 2"
+EDITED_STATUS, ALL = "edited", "all"
+CURVE_FORMAT = "multrace edit curve 2"
+MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
+"""What is measured at every point -> its protocol."""
+_STYLES = {
+    "efficacy": LineStyle(colour="#0072B2", marker="o"),
+    "generality": LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
+    "locality": LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
+    "retention": LineStyle(colour="#CC79A7", dashes=DOTTED, marker="D"),
+}
+_HEADLINES = (EXACT, UNCHANGED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow:
+    """One question, what both models said, and its numbers."""
+
+    record: str
+    kind: str
+    hops: int | None
+    question: str
+    has_picture: bool
+    new: str
+    """The answer that should come with the edit; where the answer should stay, the one that should not."""
+    old: str
+    """The present answer: as the caller knows it, else what the unedited model says."""
+    before: str
+    """The unedited model's free answer."""
+    after: str
+    """The edited model's free answer."""
+    numbers: Mapping[str, Pair]
+    """Protocol -> (unedited, edited)."""
+
+    @property
+    def aspect(self) -> str:
+        """What it measures."""
+        return KINDS[self.kind][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditScore:
+    """The mean of one number over the questions of one kind, of the unedited and of the edited model."""
+
+    aspect: str
+    kind: str
+    """Kind of question, with its hops for portability; "all" of the aspect."""
+    protocol: str
+    before: Interval
+    after: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencePoint:
+    """All edits so far, measured after one more."""
+
+    edits: int
+    """How many edits were asked for so far, those that failed included."""
+    efficacy: Interval
+    generality: Interval
+    locality: Interval
+    first_holds: bool | None
+    """The first edit's own question still gives its target; None if it did not right after the edit."""
+    retention: float
+    """Of the edits that gave their target right after they were made, the share that still do; NaN for none."""
+    growth: float
+    """Largest relative growth of the Frobenius norm of an edited weight since the start; 0.1 is ten percent."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EditCurve:
+    """A sequence of edits, each on top of the others. Part of the report of `evaluate(mode="sequence")`."""
+
+    model: str
+    revision: str | None
+    points: tuple[SequencePoint, ...]
+    statuses: Mapping[str, str]
+    """Record -> "edited", "nothing to do", or "failed: " and why."""
+    bound: float
+    """The growth from which on a warning is due."""
+    exceeded_at: int | None
+    """The number of edits at which the growth first passed the bound."""
+    stopped_at: int | None = None
+    """The number of edits after which the sequence was stopped for that, if that was asked for."""
+
+    def __repr__(self) -> str:
+        edits, points = counted(len(self.statuses), "edit"), counted(len(self.points), "point")
+        line = f"EditCurve of {self.model!r}: {edits} in sequence, measured at {points}"
+        if not self.points:
+            return line
+        last = self.points[-1]
+        means = {name: getattr(last, name).mean for name in MEANS}
+        shown = "".join(f"{name} {mean:.0%}, " for name, mean in means.items() if not math.isnan(mean))
+        return f"{line}\nafter {last.edits}: {shown}norm growth {last.growth:+.1%}"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per point: edits; mean, low and high of each measure; retention and growth."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "edits": point.edits,
+                **{
+                    f"{name}{end}": getattr(getattr(point, name), part)
+                    for name in MEANS
+                    for end, part in (("", "mean"), ("_low", "low"), ("_high", "high"))
+                },
+                **{name: getattr(point, name) for name in ("first_holds", "retention", "growth")},
+            }
+            for point in self.points
+        )
+
+    def summary(self) -> str:
+        """The points as text, one per line; shares in percent with their 95 % intervals."""
+        titles = (f"{name} ({protocol})" for name, protocol in MEANS.items())
+        lines: list[tuple[object, ...]] = [("edits", *titles, "first edit", "retention", "norm growth")]
+        for point in self.points:
+            bands = (getattr(point, name) for name in MEANS)
+            shares = (f"{100 * each.mean:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in bands)
+            first = {None: "never held", True: "holds", False: "lost"}[point.first_holds]
+            lines.append((point.edits, *shares, first, f"{100 * point.retention:.1f}", f"{point.growth:+.2%}"))
+        tail = [f"{name}: {status}" for name, status in self.statuses.items() if status.startswith("failed")]
+        if self.exceeded_at is not None:
+            tail.append(f"the norm of an edited weight had grown by more than {self.bound:.0%} at {self.exceeded_at}")
+        return "\n".join([*aligned(lines), *tail])
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure of each measure against the number of edits, with 95 % bands.
+
+        The figure is also written if a path is given (png, pdf or svg). Raises `ArtefactError` if that fails.
+        """
+        edits = torch.tensor([point.edits for point in self.points], dtype=torch.float64)
+        curves = []
+        for name, style in _STYLES.items():
+            values = [getattr(point, name) for point in self.points]
+            label = f"{name}: {MEANS[name]}" if name in MEANS else "retention: still as right after the edit"
+            parts = {"y": [value.mean if name in MEANS else value for value in values]}
+            if name in MEANS:
+                parts |= {end: [getattr(value, end) for value in values] for end in ("low", "high")}
+            tensors = {part: 100 * torch.tensor(numbers, dtype=torch.float64) for part, numbers in parts.items()}
+            if not tensors["y"].isnan().all():  # else nothing of that kind was asked
+                curves.append(drawing.Curve(label=label, x=edits, style=style, **tensors))
+        failed = sum(status.startswith("failed") for status in self.statuses.values())
+        titles = (f"{len(self.statuses)} edits in sequence", f"{self.model}" + (f"; {failed} failed" if failed else ""))
+        panel = drawing.CurvePanel(curves=curves, x_label="edits in sequence")
+        figure = drawing.curves_figure([panel], titles=titles, y_label="share of questions, %", reference=None)
+        (axes,) = figure.axes
+        axes.set_ylim(-2, 102)
+        if len(edits) > 1 and edits[-1] > 10 * edits[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(edits.tolist(), [f"{count:.0f}" for count in edits])
+        axes.minorticks_off()
+        return drawing.finished(figure, path)
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the JSON file written, whole or not at all."""
+        return files.write_whole(
+            path, (json.dumps({"format": CURVE_FORMAT, **asdict(self)}, indent=1) + "\n").encode(), error=EditError
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EditCurve":
+        """The curve in a file that save wrote. EditError if it is missing or damaged."""
+        words = _read(path, CURVE_FORMAT)
+        try:
+            return _curve({name: value for name, value in words.items() if name != "format"})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EditError(f"the curve in '{path}' is damaged ({error!r}); evaluate again") from error
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EditReport:
+    """The evaluation of edits. Made by `evaluate`."""
+
+    model: str
+    """Name or path of the model."""
+    revision: str | None
+    mode: str
+    """"single": one edit at a time; "batch": all edits in the model at once; "sequence": one on top of the other."""
+    settings: Mapping[str, str]
+    """What was measured and how, as text."""
+    rows: tuple[ProbeRow, ...]
+    statuses: Mapping[str, str]
+    """Record -> "edited", "nothing to do", or "failed: " and why; a failed record's questions met the unedited model.
+    """
+    left_out: int = 0
+    """Questions that should stay for one record, but that another one is meant to change: not among the rows."""
+    curve: EditCurve | None = None
+    """The points on the way, in mode "sequence"."""
+    seed: int = 0
+    """Random seed of the bootstrap."""
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        line = f"EditReport of {self.model!r}, mode {self.mode!r}: {counted(len(self.statuses), 'edit')}{failed}"
+        shown = []
+        for aspect, protocol in MEANS.items():
+            if any(row.aspect == aspect and protocol in row.numbers for row in self.rows):
+                score = self.score(aspect, protocol)
+                shown.append(f"{aspect} {score.after.mean:.0%} (unedited {score.before.mean:.0%})")
+        return f"{line}, {counted(len(self.rows), 'question')}\n{', '.join(shown)}"
+
+    def scores(self) -> tuple[EditScore, ...]:
+        """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""
+        found = []
+        for aspect in ASPECTS:
+            own = [row for row in self.rows if row.aspect == aspect]
+            names = [name for kind in KINDS for name in dict.fromkeys(map(_name, own)) if name.split(",")[0] == kind]
+            groups = {ALL: own} if own else {}
+            if len(names) > 1:
+                groups |= {name: [row for row in own if _name(row) == name] for name in names}
+            for kind, rows in groups.items():
+                protocols = dict.fromkeys(protocol for row in rows for protocol in row.numbers)
+                found += [self._score(aspect, kind, protocol, rows) for protocol in protocols]
+        return tuple(found)
+
+    def score(self, aspect: str, protocol: str, kind: str = ALL) -> EditScore:
+        """One of the scores. EditError if there is none."""
+        chosen = [row for row in self.rows if row.aspect == aspect and kind in (ALL, row.kind, _name(row))]
+        if not any(protocol in row.numbers for row in chosen):
+            found = sorted({f"{score.aspect}/{score.kind}/{score.protocol}" for score in self.scores()})
+            raise EditError(f"no score {aspect}/{kind}/{protocol}; this report has: {'; '.join(found)}")
+        return self._score(aspect, kind, protocol, chosen)
+
+    def splits(self) -> Mapping[str, str]:
+        """Record -> what kind of success its edit is (`metrics.split_of`); only edits that free generation shows."""
+        by_record: dict[str, list[ProbeRow]] = {}
+        for row in self.rows:
+            by_record.setdefault(row.record, []).append(row)
+        return {
+            name: split_of(moved=_shown(rows, GENERALITY, EXACT), kept=_shown(rows, LOCALITY, UNCHANGED))
+            for name, rows in by_record.items()
+            if _shown(rows, EFFICACY, EXACT) == [True]
+        }
+
+    def split_shares(self) -> Mapping[str, float]:
+        """Share of the successful edits that are "generalised", "too narrow", "too broad" or "both"; NaN for none."""
+        found = [*self.splits().values()]
+        return {name: found.count(name) / len(found) if found else float("nan") for name in SPLITS}
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Record -> why it could not be edited."""
+        return {name: status for name, status in self.statuses.items() if status.startswith("failed")}
+
+    def generations(self) -> tuple[Mapping[str, Any], ...]:
+        """Every question with both raw answers, as plain objects for a line each."""
+        return tuple({key: value for key, value in asdict(row).items() if key != "numbers"} for row in self.rows)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per score: aspect, kind, protocol, then mean, low and high before and after, values and records."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                **{name: getattr(score, name) for name in ("aspect", "kind", "protocol")},
+                **_columns("before", score.before),
+                **_columns("after", score.after),
+                "number": score.after.number,
+                "records": score.after.records,
+            }
+            for score in self.scores()
+        )
+
+    def summary(self, *, protocols: Iterable[str] | None = None) -> str:
+        """The scores as text, one per line, unedited model beside edited one; shares in percent."""
+        wanted = None if protocols is None else set(protocols)
+        scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
+        lines = [("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")]
+        for score in scores:
+            after = score.after
+            texts = [_text(score.protocol, value) for value in (score.before.mean, after.mean, after.low, after.high)]
+            band = f"{texts[2]} to {texts[3]}"
+            lines.append((score.aspect, score.kind, score.protocol, *texts[:2], band, after.number, after.records))
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
+        tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
+        if self.left_out:
+            tail.append(f"left out: {self.left_out} that should stay, but that another of the edits is to change")
+        tail += [f"{name}: {status}" for name, status in self.failed.items()]
+        return "\n".join([*aligned(lines), *tail])
+
+    def headlines(self) -> str:
+        """The table of free generation alone."""
+        return self.summary(protocols=_HEADLINES)
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
+        words = {"format": FORMAT, **asdict(self), "scores": json.loads(self.to_dataframe().to_json(orient="records"))}
+        return files.write_whole(
+            path, (json.dumps(words, indent=1, ensure_ascii=False) + "\n").encode(), error=EditError
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
+        words = _read(path, FORMAT)
+        try:
+            rows = tuple(_row(row) for row in words["rows"])
+            curve = None if words["curve"] is None else _curve(words["curve"])
+            return cls(**{each.name: words[each.name] for each in fields(cls)} | {"rows": rows, "curve": curve})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EditError(f"the report in '{path}' is damaged ({error!r}); evaluate again") from error
+
+    def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> EditScore:
+        chosen = [row for row in rows if protocol in row.numbers]
+        records = [row.record for row in chosen]
+        means = [
+            bootstrap_interval([row.numbers[protocol][state] for row in chosen], records, seed=self.seed)
+            for state in (0, 1)
+        ]
+        return EditScore(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
+
+
+def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
+    """Rows of cells as lines, every column as wide as its longest cell."""
+    cells = [[str(cell) for cell in line] for line in lines]
+    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _row(words: Mapping[str, Any]) -> ProbeRow:
+    return ProbeRow(**{**words, "numbers": {name: (pair[0], pair[1]) for name, pair in words["numbers"].items()}})
+
+
+def _name(row: ProbeRow) -> str:
+    return row.kind if row.hops is None else f"{row.kind}, {row.hops} hops"
+
+
+def _shown(rows: Sequence[ProbeRow], aspect: str, protocol: str) -> list[bool]:
+    """Whether the edited model does as it should at each question of the aspect to which the protocol applies."""
+    return [row.numbers[protocol][1] == 1 for row in rows if row.aspect == aspect and protocol in row.numbers]
+
+
+def _columns(state: str, interval: Interval) -> dict[str, float]:
+    return {state: interval.mean, f"{state}_low": interval.low, f"{state}_high": interval.high}
+
+
+def _text(protocol: str, value: float) -> str:
+    """In percent if the number is a share."""
+    return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"
+
+
+def _curve(words: Mapping[str, Any]) -> EditCurve:
+    return EditCurve(**{**words, "points": tuple(map(_point, words["points"]))})
+
+
+def _point(words: Mapping[str, Any]) -> SequencePoint:
+    return SequencePoint(**{**words, **{name: Interval(**words[name]) for name in MEANS}})
+
+
+def _read(path: str | Path, wanted: str) -> dict[str, Any]:
+    """The object in a JSON file of this format. EditError for anything else."""
+    try:
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EditError(f"cannot read a report from '{path}': {error}; pass a file that save wrote") from error
+    if not isinstance(words, dict) or words.get("format") != wanted:
+        found = words.get("format") if isinstance(words, dict) else type(words).__name__
+        raise EditError(f"'{path}' is no {wanted!r}: found {found!r}; pass a file that save wrote")
+    return words

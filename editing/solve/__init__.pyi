@@ -1,0 +1,11 @@
+from .closed_form import ClosedFormEditor as ClosedFormEditor
+from .cost import Cost as Cost, build_cost as build_cost, null_space as null_space
+from .editors import (
+    EDITORS as EDITORS,
+    EMMET as EMMET,
+    MEMIT as MEMIT,
+    ROME as ROME,
+    AlphaEdit as AlphaEdit,
+    MultEdit as MultEdit,
+)
+from .problem import Problem as Problem, Solution as Solution, reduced as reduced, solve as solve

@@ -1,0 +1,227 @@
+"""What a change of one weight costs: a ridge, a second moment of old keys, and directions that it may not touch.
+
+M = lambda I + mu C is factorised once; D Q^T = 0 for the protected directions, the rows of Q. See `problem.py`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..errors import EditError
+
+_TINY = torch.finfo(torch.float64).tiny
+_EPSILON = torch.finfo(torch.float64).eps
+_REFINED = 1e-12  # the residual, relative to the key, at which a refined solution is as good as a float64 one
+_ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so this many rounds always suffice
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cost:
+    """The cost tr(D M D^T) of a change of one weight, and the directions it may not touch. Made by `build_cost`."""
+
+    width: int
+    """Length of a key."""
+    ridge: float
+    """lambda, at least 0, in units of a squared key norm. 0 without a moment: of all changes that fit, the least."""
+    moment: Tensor | None
+    """C (width, width), symmetric and positive semi-definite, in any float dtype; None for none."""
+    moment_weight: float
+    """mu, at least 0: how many old keys the moment stands for."""
+    protected: Tensor | None
+    """Q (direction, width) float64 with orthonormal rows; None for none."""
+    refined: bool
+    """Whether M is factorised in float32 and solutions are refined to float64."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a change costs nothing, so that the least one is taken among those that fit best."""
+        return self.ridge == 0 and self.moment is None
+
+    def divided(self, keys: Tensor) -> Tensor:
+        """K N (n, width) float64 on the device of the keys (n, width): K M^-1 with the protected directions taken out.
+
+        The factorisation of M is reused from call to call. EditError if the keys are not (n, width).
+        """
+        return self.parts(keys)[1]
+
+    def parts(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(K M^-1, K N), before and after the protected directions are taken out; otherwise as divided."""
+        if keys.ndim != 2 or keys.shape[1] != self.width:
+            raise EditError(
+                f"keys {tuple(keys.shape)} do not fit a weight of width {self.width}; pass (n, {self.width})"
+            )
+        whole = self._inverse(keys.double())
+        return whole, whole if self.protected is None else self._projected(whole)
+
+    def _inverse(self, keys: Tensor) -> Tensor:
+        if self.moment is None:
+            return keys / self.ridge if self.ridge else keys
+        wide = keys.to(self.moment.device)
+        refined = self._refine(wide) if self.refined else None
+        found = torch.cholesky_solve(wide.T, self._factor).T if refined is None else refined
+        return found.to(keys.device)
+
+    def _projected(self, whole: Tensor) -> Tensor:
+        directions = cast(Tensor, self.protected).to(whole.device)
+        if self.moment is not None:
+            along, factor = (part.to(whole.device) for part in self._protection)
+            whole = whole - torch.cholesky_solve(directions @ whole.T, factor).T @ along
+        return _without(_without(whole, directions), directions)  # twice is exact to rounding
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """The Cholesky factor of M in float64."""
+        weighted = cast(Tensor, self.moment).double() * self.moment_weight
+        weighted.diagonal().add_(self.ridge)
+        factor, failed = torch.linalg.cholesky_ex(weighted)
+        if failed:
+            raise EditError(
+                f"the second moment of width {self.width} with ridge={self.ridge:g} is not positive definite; "
+                "take it from more tokens than its width, or pass a ridge above 0"
+            )
+        return factor
+
+    @cached_property
+    def _rough_factor(self) -> tuple[Tensor, Tensor, float] | None:
+        """(factor, scales, |M|): S M S = L L^T in float32, with unit diagonal; None where float32 cannot do it."""
+        moment = cast(Tensor, self.moment)
+        diagonal = moment.diagonal().double() * self.moment_weight + self.ridge
+        if not (diagonal > 0).all():
+            return None
+        scales = diagonal.rsqrt()
+        # The square root on both sides keeps the product of weight and scales within the range of float32.
+        sides = (scales * self.moment_weight**0.5).float()
+        scaled = moment.float() * sides * sides[:, None]
+        scaled.diagonal().fill_(1)
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        size = torch.linalg.matrix_norm(moment).item() * self.moment_weight + self.ridge
+        return None if failed else (factor, scales, size)
+
+    @cached_property
+    def _protection(self) -> tuple[Tensor, Tensor]:
+        """(Q M^-1, the Cholesky factor of Q M^-1 Q^T)."""
+        protected, moment = cast(Tensor, self.protected), cast(Tensor, self.moment)
+        along = self._inverse(protected.to(moment.device))
+        small = along @ protected.to(along.device).T
+        return along, torch.linalg.cholesky((small + small.T) / 2)
+
+    def _refine(self, keys: Tensor) -> Tensor | None:
+        """K M^-1 from the float32 factor and float64 residuals; None if that does not get to float64."""
+        if self._rough_factor is None:
+            return None
+        factor, scales, size = self._rough_factor
+        moment = cast(Tensor, self.moment)
+        found, residual, before = torch.zeros_like(keys), keys, float("inf")
+        for _ in range(_ROUNDS):
+            # Rows of length one, so that float32 neither overflows nor underflows however small the residual is.
+            scaled = residual * scales
+            lengths = scaled.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+            step = torch.cholesky_solve((scaled / lengths).float().T, factor).T.double()
+            found = found + step * lengths * scales
+            residual = keys - self.ridge * found - self.moment_weight * (found @ moment.double())
+            # What float64 itself leaves behind, after the stopping rule of LAPACK's dsposv.
+            rounding = self.width**0.5 * _EPSILON * size * found.norm(dim=-1)
+            allowed = torch.maximum(_REFINED * keys.norm(dim=-1), rounding)
+            left = (residual.norm(dim=-1) / allowed.clamp(min=_TINY)).max().item()
+            if left <= 1:
+                return found
+            if not left < before / 2:
+                return None
+            before = left
+        return None
+
+
+def build_cost(
+    width: int,
+    *,
+    ridge: float,
+    moment: Tensor | None = None,
+    moment_weight: float = 0.0,
+    protected: Tensor | None = None,
+    refined: bool = False,
+) -> Cost:
+    """The cost M = ridge I + moment_weight C with M factorised once; kept by the caller for each layer and setting.
+
+    moment C (width, width) and protected Q (direction, width), with orthonormal rows, are as in Cost. M is factorised
+    on the device of the moment, in float64: about 2 width^2 numbers beside the moment while it is made, width^2 after.
+    refined=True is for devices with slow float64: M is factorised in float32, solutions are refined with residuals in
+    float64 until these are below 1e-12 of the key or at the rounding of float64, and where that stops improving (M too
+    badly conditioned for float32) the float64 factorisation is made after all. EditError for shapes that disagree,
+    numbers out of range, a moment that is not symmetric, rows of Q that are not orthonormal, M not positive definite.
+    """
+    for name, value in (("ridge", ridge), ("moment_weight", moment_weight)):
+        if not (value >= 0 and value < float("inf")):
+            raise EditError(f"{name}={value} is not a finite number of at least 0; pass for example {name}=0.01")
+    if moment is not None:
+        _check_square(moment, width)
+    if protected is not None:
+        protected = protected.double()
+        _check_protected(protected, width)
+    if moment_weight == 0:
+        moment = None
+    elif moment is None:
+        raise EditError(f"moment_weight={moment_weight:g} weighs a second moment, and none is given; pass moment=")
+    made = Cost(
+        width=width,
+        ridge=float(ridge),
+        moment=moment,
+        moment_weight=float(moment_weight),
+        protected=protected if protected is not None and len(protected) else None,
+        refined=refined,
+    )
+    if moment is not None and not (refined and made._rough_factor is not None):
+        _ = made._factor  # now, so that a moment that cannot be factorised is refused here
+    return made
+
+
+def null_space(moment: Tensor, threshold: float) -> Tensor:
+    """The protected directions (direction, width) float64: eigenvectors of a moment with eigenvalue >= threshold.
+
+    moment (width, width), symmetric; threshold, above 0, in units of a squared key entry, so it must be chosen for each
+    model. A change that leaves them out leaves the outputs of nearly all old keys as they are; width minus direction,
+    the rank kept, is what is left for edits. EditError if none is left. AlphaEdit, arXiv 2410.02355, keeps the
+    complement, with threshold 2e-2.
+    """
+    _check_square(moment, len(moment))
+    if not (threshold > 0 and threshold < float("inf")):
+        raise EditError(f"threshold={threshold} is not a finite number above 0; pass for example threshold=0.02")
+    values, vectors = torch.linalg.eigh(moment.double())
+    kept = int((values < threshold).sum())
+    if not kept:
+        raise EditError(
+            f"all {len(moment)} directions have a second moment of at least {threshold:g} (the smallest is "
+            f"{values[0].item():.3g}), so nothing is left to edit in; pass a threshold between that and "
+            f"{values[-1].item():.3g}"
+        )
+    return vectors[:, kept:].T.contiguous()
+
+
+def _without(rows: Tensor, directions: Tensor) -> Tensor:
+    return rows - (rows @ directions.T) @ directions
+
+
+def _check_square(moment: Tensor, width: int) -> None:
+    if moment.shape != (width, width):
+        raise EditError(f"a second moment of width {width} is ({width}, {width}); found {tuple(moment.shape)}")
+    sums = moment.sum(0, dtype=torch.float64), moment.sum(1, dtype=torch.float64)
+    if not all(torch.isfinite(total).all() for total in sums):
+        raise EditError("the second moment holds numbers that are not finite; collect it anew, in float32 or float64")
+    # Row and column sums tell a mistaken matrix without a second one of its size.
+    if (sums[0] - sums[1]).abs().max() > 1e-4 * torch.linalg.matrix_norm(moment) * width**0.5:
+        raise EditError("the second moment is not symmetric; pass the mean of k k^T over tokens")
+
+
+def _check_protected(protected: Tensor, width: int) -> None:
+    if protected.ndim != 2 or protected.shape[1] != width or len(protected) >= width:
+        raise EditError(
+            f"protected directions must be (direction, {width}) with fewer than {width} of them; "
+            f"found {tuple(protected.shape)}"
+        )
+    # One random combination of orthonormal rows keeps its coordinates; that of others does not.
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(len(protected), generator=generator, dtype=torch.float64).to(protected.device)
+    if not ((drawn @ protected) @ protected.T - drawn).norm() <= 1e-6 * drawn.norm():
+        raise EditError("the protected directions are not orthonormal; pass those of null_space, or the Q^T of a QR")

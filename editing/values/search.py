@@ -1,0 +1,297 @@
+"""Search by gradients for the outputs with which a layer states new facts, many facts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ...models import Projection, VisionLanguageModel, patch
+from ...models.replay.padded import UpperLayers
+from ..errors import EditError
+from .keys import Goal, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSettings:
+    """Settings of the value search. Raises `EditError` for a setting out of range.
+
+    ROME's code (arXiv 2202.05262) has v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor.
+    """
+
+    learning_rate: float = 0.3
+    """Learning rate of Adam."""
+    steps: int = 200
+    """Maximum number of steps; 0 leaves every output as it is."""
+    stop_loss: float = 0.005
+    """The search for a goal ends when its loss is at most this: the mean negative log-probability per target token in
+    nats, with the penalty on the essence."""
+    weight_decay: float = 1e-3
+    """Weight of the penalty |change|^2 / |current output|^2."""
+    squared_decay: bool = True
+    """Whether |change| is squared in the penalty; it is not in the published ROME, MEMIT and MultEdit."""
+    clamp: float | None = 10.0
+    """Largest norm of a key's change, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None for any."""
+    essence_weight: float = 0.0625
+    """Weight of the penalty KL(edited || unedited), in nats, on the next token of a request's essence prompts."""
+    end_of_answer: bool = True
+    """Whether the end-of-sequence token after the target is asked for as well, in models that have one."""
+    answer_keys: bool = True
+    """Whether an edit at the prompt's last token has a key at each answer position instead of at the first alone."""
+    rows_at_once: int = 64
+    """Number of prompts that are searched together; fewer need less memory."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "learning_rate above 0": self.learning_rate > 0,
+            "steps of at least 0": self.steps >= 0,
+            "weight_decay of at least 0": self.weight_decay >= 0,
+            "essence_weight of at least 0": self.essence_weight >= 0,
+            "clamp above 0, or None": self.clamp is None or self.clamp > 0,
+            "rows_at_once of at least 1": self.rows_at_once >= 1,
+        }
+        for requirement, holds in ranges.items():
+            if not holds:
+                name = requirement.split()[0]
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)}; pass {requirement}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ValueResult(Lookup):
+    """The change of output found for one goal, and how well it works if an edit realises it in full."""
+
+    change: Tensor
+    """(key, hidden) float32, the change to add to the output, from the step with the lowest loss."""
+    losses: tuple[float, ...]
+    """Mean negative log-probability in nats per label and context, with the penalty on the essence, before each step
+    and after the last."""
+    probability: float
+    """Probability of the whole target (with its end, if asked for) given the change: geometric mean over contexts."""
+    token_probability: float
+    """Geometric mean of the probabilities of the target's tokens given the change, over tokens and contexts."""
+    says_target: bool
+    """Whether every token of the target is the most probable one in its place, in all contexts, given the change."""
+    failure: str = ""
+    """Why there is no usable change; empty if there is one."""
+
+    @property
+    def values(self) -> Tensor:
+        """(key, hidden), the wanted output."""
+        return self.before + self.change
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken."""
+        return len(self.losses) - 1
+
+    @property
+    def loss(self) -> float:
+        """The lowest loss, which is the loss of `change`."""
+        return min(self.losses)
+
+
+def search_values(
+    vlm: VisionLanguageModel,
+    goals: Sequence[Goal],
+    *,
+    projection: Projection,
+    place: Place,
+    layer: int,
+    token: str | int,
+    settings: ValueSettings,
+    progress: bool = False,
+) -> list[ValueResult]:
+    """Return for each goal the change of output with which the model answers with the goal's target.
+
+    The same change per key is added in all contexts of a goal. The loss is the mean over contexts of the mean negative
+    log-probability of all target tokens, plus the penalties on the essence and on the change. Goals do not influence
+    each other: a batch gives what they give one by one. A goal whose loss stops being finite gets a `failure`, and the
+    others go on. The model is left as it is; other threads wait for it.
+
+    Args:
+        vlm: The model.
+        goals: What to search for: prompts that carry their target as answer.
+        projection: The projection whose inputs are the keys.
+        place: The projection or site to whose output the change is added.
+        layer: The layer that holds both; layers below it are not run again.
+        token: The token that is edited, as in `key_positions`.
+        settings: The settings of the search.
+        progress: Whether to show a progress bar (default False).
+
+    Returns:
+        One `ValueResult` per goal, in order.
+
+    Raises:
+        EditError: For a token that a prompt lacks, or contexts of a goal that disagree on the number of target tokens.
+        ModelError: If the model's attention has no gradients on this device.
+
+    Source: ROME, arXiv 2202.05262, equation 4.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> goal = Goal(prompts=(vlm.prompt(None, "What colour is this?", answer="Pruro"),))
+        >>> projection = vlm.down_projection(4)
+        >>> options = {"projection": projection, "place": projection, "layer": 4, "token": "last"}
+        >>> (result,) = search_values(vlm, [goal], **options, settings=ValueSettings(steps=5))
+        >>> result.loss < result.losses[0]
+        True
+    """
+    results: dict[int, ValueResult] = {}
+    number = vlm.layer_index(layer)
+    bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
+    with vlm.gradients(), bar:
+        for chunk in chunks(goals, settings.rows_at_once):
+            with torch.no_grad():
+                options = {"end": settings.end_of_answer, "every": settings.answer_keys}
+                batch = target_batch(vlm, [goals[index] for index in chunk], token, **options)
+                with watched(vlm, [(projection, place)]) as captured:
+                    upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=number)
+                lookups = split(batch, *captured(projection, place))
+                upper = upper.checked(logits, batch.label_mask)
+            search = _Search(upper, batch, lookups, logits, place, settings)
+            results.update(zip(chunk, search.run(bar), strict=True))
+    return [results[index] for index in range(len(goals))]
+
+
+class _Search:
+    """The search for the goals of one batch, all in step; the rows of goals that are done leave the batch."""
+
+    def __init__(
+        self,
+        upper: UpperLayers,
+        batch: TargetBatch,
+        lookups: Sequence[Lookup],
+        logits: Tensor,
+        place: Place,
+        settings: ValueSettings,
+    ) -> None:
+        self.upper, self.batch, self.lookups, self.place, self.settings = upper, batch, lookups, place, settings
+        longest = batch.key_mask.shape[1]
+        self.before = torch.stack([_filled(each.before, longest) for each in lookups])
+        self.change = torch.zeros_like(self.before, requires_grad=True)
+        self.best = self.change.detach().clone()
+        self.losses: list[list[float]] = [[] for _ in lookups]
+        self.likelihood = [0.0 for _ in lookups]
+        self.says_target = [False for _ in lookups]
+        self.is_first = torch.zeros(len(lookups), dtype=torch.bool)  # goals whose target is most probable right now
+        self.failures = ["" for _ in lookups]
+        self.active = torch.ones(len(lookups), dtype=torch.bool)
+        self.scale = self.before.square().sum((1, 2)).clamp(min=torch.finfo(self.before.dtype).tiny)
+        self.essence = logits[batch.essence.to(logits.device), 0].log_softmax(-1)
+        first = [int(((batch.goals == goal) & ~batch.essence).nonzero()[0]) for goal in range(len(lookups))]
+        self.labels = batch.label_mask[first].sum(-1).tolist()
+        self.essence_of = batch.essence.cumsum(0) - 1  # the row of `essence` that belongs to a row of the batch
+
+    @torch.enable_grad()
+    def run(self, bar: tqdm) -> list[ValueResult]:
+        """The results, one per goal in order; the bar advances by one for each goal that is done."""
+        optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
+        remaining = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
+        for step in range(self.settings.steps + 1):
+            nll, essence = self._losses(remaining)
+            self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
+            if not self.active.any() or step == self.settings.steps:
+                break
+            rows = self.active[self.batch.goals]
+            loss = (nll + essence + self._decay())[self.active.to(nll.device)].sum()
+            (self.change.grad,) = torch.autograd.grad(loss, [self.change])
+            self.change.grad[~self.active.to(self.change.device)] = 0
+            optimiser.step()
+            self._clamp()
+            if 2 * int(rows.sum()) <= len(rows):
+                index = rows.nonzero().flatten()
+                self.upper, self.batch, remaining = self.upper.rows(index), self.batch.rows(index), remaining[index]
+        bar.update(int(self.active.sum()))
+        return [self._result(goal) for goal in range(len(self.lookups))]
+
+    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean negative log-probability and penalty on the essence, (goal,) each; 0 for goals that left the batch."""
+        batch = self.batch
+        with patch(self.upper.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
+            logits = self.upper.logits()
+        goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
+        mask = batch.label_mask.to(logits)
+        losses = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
+        per_row = (losses.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
+        missed = ((logits.argmax(-1) != batch.labels.to(logits.device)) & (mask > 0)).any(-1)
+        self.is_first = _mean_per_goal(missed[~bare].float(), goals[~bare], len(self.lookups)).cpu() == 0
+        if not bool(bare.any()):
+            return nll, torch.zeros_like(nll)
+        now = logits[bare, 0].log_softmax(-1)
+        was = self.essence[self.essence_of[remaining][batch.essence].to(logits.device)]
+        divergence = (now.exp() * (now - was)).sum(-1)
+        return nll, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
+
+    def _decay(self) -> Tensor:
+        squared = self.change.square().sum((1, 2))
+        root = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # differentiable at zero, too
+        return self.settings.weight_decay * (squared if self.settings.squared_decay else root) / self.scale
+
+    @torch.no_grad()
+    def _note(self, losses: Tensor, nll: Tensor, step: int, bar: tqdm) -> None:
+        """Record the loss of each goal, its best change so far, and whether it is done."""
+        for goal in self.active.nonzero().flatten().tolist():
+            loss = losses[goal].item()
+            if not torch.isfinite(losses[goal]):
+                self.failures[goal] = (
+                    f"the search left the finite numbers at step {step}; "
+                    "lower learning_rate, or load a half-precision model in float32"
+                )
+            else:
+                self.losses[goal].append(loss)
+                if loss <= min(self.losses[goal]):
+                    self.best[goal], self.likelihood[goal] = self.change[goal], -nll[goal].item()
+                    self.says_target[goal] = bool(self.is_first[goal])
+            if self.failures[goal] or loss <= self.settings.stop_loss:
+                self.active[goal] = False
+                self.change[goal] = torch.nan_to_num(self.best[goal])  # no trace of a failure in later steps
+                bar.update()
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Shorten the change at each key to at most `clamp` times the norm of the current output there."""
+        if self.settings.clamp is not None:
+            allowed = self.settings.clamp * self.before.norm(dim=-1, keepdim=True)
+            length = self.change.norm(dim=-1, keepdim=True)
+            self.change.mul_(torch.where(length > allowed, allowed / length, 1.0))
+
+    def _result(self, goal: int) -> ValueResult:
+        lookup = self.lookups[goal]
+        return ValueResult(
+            keys=lookup.keys,
+            plain_keys=lookup.plain_keys,
+            before=lookup.before,
+            change=self.best[goal, : len(lookup.keys)],
+            losses=tuple(self.losses[goal]) or (float("inf"),),
+            probability=torch.tensor(self.likelihood[goal] * self.labels[goal]).exp().item(),
+            token_probability=torch.tensor(self.likelihood[goal]).exp().item(),
+            says_target=self.says_target[goal],
+            failure=self.failures[goal],
+        )
+
+
+def _added(output: Tensor, change: Tensor, batch: TargetBatch) -> Tensor:
+    """A copy of a place's output (row, column, hidden) with each goal's change added at its key columns."""
+    device = output.device
+    rows = torch.arange(len(output), device=device)[:, None]
+    changes = change.to(device)[batch.goals.to(device)][:, : batch.key_columns.shape[1]]
+    changes = changes * batch.key_mask.to(changes)[..., None]
+    return output.index_put((rows, batch.key_columns.to(device)), changes.to(output.dtype), accumulate=True)
+
+
+def _mean_per_goal(values: Tensor, goals: Tensor, count: int) -> Tensor:
+    """The mean over each goal's rows, (goal,); 0 for goals without rows."""
+    sums = values.new_zeros(count).index_add(0, goals, values)
+    return sums / torch.bincount(goals, minlength=count).clamp(min=1).to(sums)
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    """The values with zeros after them, (length, hidden)."""
+    return torch.cat([values, values.new_zeros(length - len(values), values.shape[1])])
