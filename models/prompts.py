@@ -1,17 +1,22 @@
 """Prompts: the model inputs of a question about pictures, with names for every group of positions."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.facts import PictureSource, Question, Words
+from ..data.pictures import Picture
 from .errors import ModelError
 from .frontend import Frontend, align
-from .images import Picture, open_images
-from .spans import Span, covering, find_spans
+from .images import open_images
+from .spans import covering, find_spans
 from .templates import frame
 from .texts import plain_number, whole_number
 
@@ -89,6 +94,10 @@ class Prompt:
     """Image positions with their row and column; empty where a picture's tokens do not form its patch grid."""
     template: str | None = None
     """The template that the prompt was made with, as `vlm.prompt` takes it; None for the model's own."""
+    sources: tuple[PictureSource, ...] = ()
+    """For each picture, the path that it was read from, or the picture in `images` if it came without a path."""
+    words: Mapping[str, Words] = field(default_factory=dict)
+    """Words of the question by name, as `vlm.prompt(constraint=...)` took them; "constraint" is the constraint itself."""
     answer: str | None = None
     answer_ids: tuple[int, ...] = ()
     """Tokens of the answer, without an end-of-sequence token."""
@@ -97,6 +106,7 @@ class Prompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", PromptInputs(self.inputs, self.frontend))
         object.__setattr__(self, "groups", ReadOnly(self.groups))
+        object.__setattr__(self, "words", ReadOnly(self.words))
 
     def __repr__(self) -> str:
         pictures = f", {len(self.images)} picture{'s' if len(self.images) > 1 else ''}" if self.images else ""
@@ -130,6 +140,22 @@ class Prompt:
             pixels = pixels / 255
         return tuple(pixels.clamp(0, 1).permute(0, 2, 3, 1))
 
+    def as_question(self) -> Question:
+        """Return the plain question: its words, pictures, constraint, other spans and template, without tensors.
+
+        A picture that was read from a path is that path. `vlm.prompt_for` makes a prompt with equal inputs and groups
+        of it, for the model that made this one and for others. The answer is left out, since a prompt may be followed
+        by any answer, right or wrong.
+        """
+        spans = {name: words for name, words in self.words.items() if name != "constraint"}
+        return Question(
+            text=self.question,
+            image=self.sources[0] if len(self.sources) == 1 else self.sources or None,
+            constraint=self.words.get("constraint"),
+            spans=spans,
+            template=self.template,
+        )
+
     def inputs_with(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return model inputs of the same words, without an answer, with these pictures in place of its own."""
         return self.frontend.encode(self.text, images)
@@ -141,7 +167,8 @@ class Prompt:
     def asked_anew(self, question: str) -> "Prompt":
         """Return a prompt of another question with the same pictures, template and answer, without constraints."""
         images = list(self.images) or None
-        return build(self.frontend, images, question, template=self.template, answer=self.answer)
+        prompt = build(self.frontend, images, question, template=self.template, answer=self.answer)
+        return replace(prompt, sources=self.sources)
 
     def with_answer(self, answer: str | None) -> "Prompt":
         """Return the same prompt followed by this answer's tokens (teacher forcing); None: without an answer.
@@ -189,7 +216,8 @@ class Prompt:
                 "pass pictures of the same sizes, or make a new prompt"
             )
         patches = _patches(self.groups["image"], inputs.get("pixel_values"), self.frontend.patch_size)
-        return replace(bare, images=opened, inputs=inputs, patches=patches).with_answer(self.answer)
+        pictures = {"images": opened, "sources": _sources(images, opened)}
+        return replace(bare, **pictures, inputs=inputs, patches=patches).with_answer(self.answer)
 
     def positions(self, group: str | SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
         """Return the positions of a group, of one index (negative counts from the end) or of several.
@@ -219,7 +247,7 @@ def build(
     image: Picture | Sequence[Picture] | None,
     question: str,
     *,
-    constraint: Span | Mapping[str, Span] | None = None,
+    constraint: Words | Mapping[str, Words] | None = None,
     answer: str | None = None,
     template: str | None = None,
 ) -> Prompt:
@@ -229,7 +257,8 @@ def build(
         raise ModelError("the question is empty; pass what the model should answer")
     images = open_images(image)
     before, after = frame(frontend.processor, images=len(images), image_token=frontend.image_token, template=template)
-    spans = {name: find_spans(question, words) for name, words in _named(constraint).items()}
+    words = _named(constraint)
+    spans = {name: find_spans(question, span) for name, span in words.items()}
     text = before + question + after
     inputs = frontend.encode(text, images)
     short, offsets = frontend.tokenize(text)
@@ -249,6 +278,8 @@ def build(
         groups=_groups(layout, spans, image_positions, len(ids)),
         patches=_patches(image_positions, inputs.get("pixel_values"), frontend.patch_size),
         template=template,
+        sources=_sources(image, images),
+        words={name: tuple(span) if isinstance(span, list) else span for name, span in words.items()},
         frontend=frontend,
     )
     return prompt if answer is None else prompt.with_answer(answer)
@@ -277,17 +308,22 @@ class _Layout:
         return self.before.rindex(self.image_token) + len(self.image_token) - len(self.before)
 
 
-def _named(constraint: Span | Mapping[str, Span] | None) -> dict[str, Span]:
-    """Return spans by group name; the span called "constraint", else the first one, is the constraint itself."""
+def _sources(given: Picture | Sequence[Picture] | None, images: tuple[Image.Image, ...]) -> tuple[PictureSource, ...]:
+    """Return the path of each picture that was given as one, and the picture itself for the others."""
+    given = () if given is None else (given,) if isinstance(given, str | PathLike | Image.Image) else given
+    pairs = zip(given, images, strict=True)
+    return tuple(image if isinstance(each, Image.Image) else Path(os.fsdecode(each)) for each, image in pairs)
+
+
+def _named(constraint: Words | Mapping[str, Words] | None) -> dict[str, Words]:
+    """Return the words by name; those called "constraint", else the first ones, are the constraint itself."""
     if constraint is None:
         return {}
     if not isinstance(constraint, Mapping):
         return {"constraint": constraint}
     if not constraint:
         raise ModelError("the mapping of constraints is empty; pass constraint=None or name -> words of the question")
-    main = constraint.get("constraint", next(iter(constraint.values())))
-    extra = {f"constraint:{name}": words for name, words in constraint.items() if name != "constraint"}
-    return {"constraint": main} | extra
+    return {"constraint": constraint.get("constraint", next(iter(constraint.values())))} | dict(constraint)
 
 
 def _groups(
@@ -299,7 +335,8 @@ def _groups(
         "question_only": layout.positions(0, len(layout.question)),
     }
     for name, places in spans.items():
-        groups[name] = tuple(dict.fromkeys(position for place in places for position in layout.positions(*place)))
+        group = name if name == "constraint" else f"constraint:{name}"
+        groups[group] = tuple(dict.fromkeys(position for place in places for position in layout.positions(*place)))
     if "constraint" in groups:
         groups["constraint_last"] = groups["constraint"][-1:]
     return groups | {"last": (length - 1,), "answer": (), "all": tuple(range(length))}

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
+from ..data.facts import Words
 from .errors import ModelError
 from .texts import check_text, whole_number
-
-Span = str | tuple[str, int | Literal["all"]]
-"""Words of a question; if they are repeated there, with the number of the occurrence from 0, or with "all"."""
 
 _LOOKALIKES = str.maketrans(
     {
@@ -27,7 +25,7 @@ _LOOKALIKES = str.maketrans(
 """Quotation marks, apostrophes and dashes that are used interchangeably."""
 
 
-def find_spans(question: str, span: Span) -> tuple[tuple[int, int], ...]:
+def find_spans(question: str, span: Words) -> tuple[tuple[int, int], ...]:
     """Return (start, end) of each place in the question that the span names, in characters, the end exclusive.
 
     Whole words come before parts of words, and within each the same characters come first, then characters that look
@@ -66,7 +64,7 @@ def find_spans(question: str, span: Span) -> tuple[tuple[int, int], ...]:
     return (matches[number],)
 
 
-def find_span(question: str, span: Span) -> tuple[int, int]:
+def find_span(question: str, span: Words) -> tuple[int, int]:
     """Return (start, end) of the one place that the span names; with "all", from the first place to the last's end."""
     spans = find_spans(question, span)
     return spans[0][0], spans[-1][1]
@@ -101,7 +99,7 @@ def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[
     return tuple(index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last)
 
 
-def _chosen(span: Span) -> tuple[str, int | Literal["all"] | None]:
+def _chosen(span: Words) -> tuple[str, int | Literal["all"] | None]:
     """Return the words of a span and the chosen occurrence; None for the only one."""
     words, choice = span if isinstance(span, tuple | list) and len(span) == 2 else (span, None)
     if not check_text(words, "constraint").strip():

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..data.facts import Question, Words
+from ..data.pictures import Picture
 from .errors import ModelError
 from .families.addresses import Addresses, Key, Projection
 from .families.table import Family
 from .frontend import Frontend, to_device
 from .generation import Score, generate, score_answer
 from .hooks import first_input
-from .images import Picture
 from .lock import ModelLock, evaluating
 from .prompts import Prompt, PromptInputs, build
 from .saving import save_directory
-from .spans import Span
 from .texts import whole_number
 
 Inputs = Prompt | Mapping[str, Tensor]
@@ -174,7 +174,7 @@ class VisionLanguageModel:
         image: Picture | Sequence[Picture] | None,
         question: str,
         *,
-        constraint: Span | Mapping[str, Span] | None = None,
+        constraint: Words | Mapping[str, Words] | None = None,
         answer: str | None = None,
         template: str | None = None,
     ) -> Prompt:
@@ -209,6 +209,36 @@ class VisionLanguageModel:
             [' Draivo']
         """
         return build(self.frontend, image, question, constraint=constraint, answer=answer, template=template)
+
+    def prompt_for(self, question: Question, *, answer: str | None = None) -> Prompt:
+        """Return the prompt of a plain question: its words, pictures, constraint, other spans and template.
+
+        The question's own answers are not put into the prompt.
+
+        Args:
+            question: The question, such as a reader of `data` or `Prompt.as_question` gives it.
+            answer: Text that follows the prompt (teacher forcing); None for no answer.
+
+        Raises:
+            ModelError: As for `prompt`.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import Question, tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> question = Question(text="Who founded Draivo?", constraint="Draivo")
+            >>> prompt = vlm.prompt_for(question)
+            >>> prompt.as_question() == question
+            True
+        """
+        return build(
+            self.frontend,
+            question.images or None,
+            question.text,
+            constraint=question.words or None,
+            answer=answer,
+            template=question.template,
+        )
 
     def check_prompt(self, prompt: Inputs) -> None:
         """Raise `ModelError` for a prompt, or its inputs, whose ids or pictures mean something else to this model.

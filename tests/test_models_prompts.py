@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError, editing, tracing
+from multrace.data import Question
 from multrace.models import collate
 from multrace.models.frontend import align, position_limit
 from multrace.models.spans import nearest_words
@@ -646,3 +647,73 @@ def test_other_pictures_for_the_same_words(random_llava, photo, other_photo):
         prompt.with_images([photo, other_photo])
     with pytest.raises(ModelError, match="no picture at"):
         prompt.with_images("nowhere.png")
+
+
+# ---- plain questions ----
+
+TWICE = "Is the company in this photo the company that made this photo?"
+PLAIN = {
+    "no constraint": (1, QUESTION, {}),
+    "a constraint": (1, QUESTION, {"constraint": SPAN}),
+    "in another case": (1, QUESTION, {"constraint": "THE COMPANY"}),
+    "named words": (1, QUESTION, {"constraint": {"visual": SPAN, "text": "founded"}}),
+    "named words and the constraint": (1, QUESTION, {"constraint": {"text": "founded", "constraint": "the company"}}),
+    "words said twice": (1, TWICE, {"constraint": ("the company", 1)}),
+    "all of the words": (1, TWICE, {"constraint": {"visual": ("the company", "all"), "text": ["this photo", -1]}}),
+    "a template": (1, QUESTION, {"constraint": SPAN, "template": "Look: {image} Q: {question} A:"}),
+    "raw": (1, QUESTION, {"template": "raw"}),
+    "two pictures": (2, QUESTION, {"constraint": SPAN}),
+    "no picture": (0, QUESTION, {"constraint": SPAN}),
+    "no picture and blanks": (0, f"  {QUESTION}\n", {"constraint": f" {SPAN} "}),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("from_paths", [False, True])
+def test_a_prompt_of_its_own_plain_question_is_equal(case, from_paths, random_llava, photo, other_photo, tmp_path):
+    number, question, options = PLAIN[case]
+    pictures = [photo, other_photo][:number]
+    if from_paths:
+        for index, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{index}.png")
+        pictures = [tmp_path / f"{index}.png" for index in range(number)]
+    prompt = random_llava.prompt(pictures, question, **options)
+    plain = prompt.as_question()
+    again = random_llava.prompt_for(plain)
+    assert again.groups == prompt.groups and again.tokens == prompt.tokens and again.patches == prompt.patches
+    assert set(again.inputs) == set(prompt.inputs)
+    assert all(torch.equal(again.inputs[name], prompt.inputs[name]) for name in prompt.inputs)
+    assert again.as_question() == plain
+    assert plain.images == (tuple(pictures) if from_paths else prompt.images)
+    assert (plain.text, plain.template, plain.answer) == (question.strip(), options.get("template"), None)
+
+
+def test_a_plain_question_follows_other_pictures_and_leaves_the_answer_out(random_llava, photo, other_photo, tmp_path):
+    other_photo.save(tmp_path / "other.png")
+    prompt = random_llava.prompt(photo, QUESTION, constraint=SPAN, answer="Ada Example")
+    other = prompt.with_images(tmp_path / "other.png")
+    assert other.as_question().images == (tmp_path / "other.png",)
+    assert torch.equal(
+        random_llava.prompt_for(other.as_question(), answer="Ada Example").inputs["pixel_values"],
+        other.inputs["pixel_values"],
+    )
+    for each in (prompt, other, prompt.with_answer(None)):
+        assert random_llava.prompt_for(each.as_question()).groups == each.with_answer(None).groups
+        assert random_llava.prompt_for(each.as_question(), answer="Ada Example").answer_ids == prompt.answer_ids
+    anew = other.asked_anew("What is this?").as_question()
+    assert anew == Question(text="What is this?", image=tmp_path / "other.png")
+    assert pickle.loads(pickle.dumps(other)).as_question() == other.as_question()
+
+
+def test_a_question_of_a_file_becomes_a_prompt(random_llava_llama, photo):
+    question = Question(
+        text=QUESTION, image=photo, constraint=SPAN, spans={"text": "founded"}, answer="Ada", answers=("Ada", "Bo")
+    )
+    prompt = random_llava_llama.prompt_for(question)
+    named = {"constraint": SPAN, "text": "founded"}
+    assert prompt.groups == random_llava_llama.prompt(photo, QUESTION, constraint=named).groups
+    assert words(prompt, "constraint:text").strip() == "founded" and prompt.answer is None
+    only_spans = random_llava_llama.prompt_for(Question(text=QUESTION, spans={"object": "photo", "text": "founded"}))
+    assert words(only_spans, "constraint").strip() == "photo"  # the first one, as in a mapping
+    with pytest.raises(ModelError, match="'the firm' is not in the question"):
+        random_llava_llama.prompt_for(Question(text=QUESTION, constraint="the firm"))
