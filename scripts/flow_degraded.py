@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..models import VisionLanguageModel
 from ..models.images import open_images
-from ..tracing.knockout.result import same_answer
+from ..tracing.engine.scoring import same_answer
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import Engine
+from ..tracing.engine.scoring import same_answer
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.knockout.result import same_answer
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 

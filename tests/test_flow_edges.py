@@ -12,7 +12,7 @@ from multrace import TraceError, VisionLanguageModel
 from multrace.models import Site
 from multrace.models.replay import Cut, replaying
 from multrace.tracing import Engine, knockout_probability
-from multrace.tracing.engine import Chunk, EdgeCell, Runs, edges, hidden_edges, plain_scores, sweep as sweeps
+from multrace.tracing.engine import Chunk, EdgeCell, Runs, hidden_edges, lanes, plain_scores, sweep as sweeps
 from multrace.tracing.engine.sweep import sweep
 from other_families import MODELS, make
 from torch import Tensor
@@ -259,9 +259,9 @@ def test_a_token_that_would_see_nothing_is_refused(random_llava):
 
 
 def heads_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    span = edges.CutSpan.rows
+    span = lanes.CutSpan.rows
     monkeypatch.setattr(
-        edges.CutSpan,
+        lanes.CutSpan,
         "rows",
         lambda self, cuts: span(
             replace(self, cuts=tuple(replace(each, heads=()) for each in self.cuts), _cache={}),
@@ -271,22 +271,22 @@ def heads_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edges, "_cut_at", lambda lane, cell, layer: lane.cut)
+    monkeypatch.setattr(lanes, "_cut_at", lambda lane, cell, layer: lane.cut)
 
 
 def window_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edges, "_cut_at", lambda lane, cell, layer: lane.cut if layer == cell.first else None)
+    monkeypatch.setattr(lanes, "_cut_at", lambda lane, cell, layer: lane.cut if layer == cell.first else None)
 
 
 def own_keys_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = edges.CutSpan.job
+    whole = lanes.CutSpan.job
 
     def job(self, layer, read, entries):
         found, uncut = whole(self, layer, read, entries), whole(self, layer, read, [0] * len(entries))
         found.own = uncut.own
         return found
 
-    monkeypatch.setattr(edges.CutSpan, "job", job)
+    monkeypatch.setattr(lanes.CutSpan, "job", job)
 
 
 @pytest.mark.parametrize("mutation", [heads_ignored, window_never_ends, window_ends_at_once, own_keys_never_hidden])

@@ -7,8 +7,16 @@ import pytest
 import torch
 from multrace.artefacts import ArtefactError, Mean, mean_interval
 from multrace.artefacts.drawing import CYCLE, Curve, CurvePanel, LineStyle, curves_figure
-from multrace.tracing import AttentionKnockout, AverageKnockout, EngineReport, FilteredQuestion, TraceError, average
-from multrace.tracing.knockout import FLOW_STYLES, centre_of_loss, flow_styles, same_answer
+from multrace.tracing import (
+    AttentionKnockout,
+    AverageKnockout,
+    EngineReport,
+    FilteredQuestion,
+    TraceError,
+    average,
+    same_answer,
+)
+from multrace.tracing.knockout import FLOW_STYLES, centre_of_loss, flow_styles
 from pictures import labels, pixels
 from safetensors.torch import save_file
 

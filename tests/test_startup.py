@@ -20,7 +20,7 @@ from multrace.scripts.options import choices
 from multrace.tracing import Engine
 from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
-from multrace.tracing.engine import cells, rows, scoring, settings
+from multrace.tracing.engine import cells, rows, scoring
 
 HEAVY = {"torch", "transformers", "tokenizers", "pandas", "matplotlib", "sklearn", "scipy", "peft", "accelerate"}
 ROOMS = ("artefacts", "data", "models", "tracing", "editing", "workflow")
@@ -96,7 +96,7 @@ def test_help_and_misspelt_options_import_nothing_heavy():
 
 
 def test_what_options_choose_from_is_what_the_library_has():
-    assert settings.ENGINES == choices.ENGINES
+    assert cells.ENGINES == choices.ENGINES
     assert (Engine().memory, Engine().checks) == (choices.ENGINE_MEMORY, choices.ENGINE_CHECKS)
     assert cells.KINDS == choices.KINDS
     assert rows.SITES == choices.SITES

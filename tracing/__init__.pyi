@@ -35,9 +35,9 @@ from .corruptions.pictures import (
     SwapImage as SwapImage,
 )
 from .corruptions.words import ReplaceText as ReplaceText
-from .engine.regions import Blocks as Blocks, Box as Box, box_positions as box_positions
-from .engine.report import EngineReport as EngineReport
-from .engine.settings import Engine as Engine
+from .engine.cells import Engine as Engine, EngineReport as EngineReport
+from .engine.positions import Blocks as Blocks, Box as Box, box_positions as box_positions
+from .engine.scoring import same_answer as same_answer
 from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
 from .failure.features import FailureFeatures as FailureFeatures, failure_features as failure_features
 from .failure.prediction import predict_failure as predict_failure
@@ -48,7 +48,7 @@ from .knockout.average import (
 )
 from .knockout.groups import Flow as Flow
 from .knockout.knockout import attention_knockout as attention_knockout, knockout_probability as knockout_probability
-from .knockout.result import AttentionKnockout as AttentionKnockout, same_answer as same_answer
+from .knockout.result import AttentionKnockout as AttentionKnockout
 from .lens.average import AverageLogitLens as AverageLogitLens
 from .lens.logit_lens import logit_lens as logit_lens
 from .lens.result import LogitLens as LogitLens

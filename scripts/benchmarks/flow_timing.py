@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tracing.engine.cells import CellScores, EdgeCell, Measure, Runs
+from ...tracing.engine.cells import CellScores, EdgeCell, Engine, Measure, Runs
 from ...tracing.engine.plain import plain_scores
-from ...tracing.engine.settings import Engine
 from ...tracing.engine.sweep import sweep
 from .flow_cases import FlowCase
 from .flow_published import published_scores

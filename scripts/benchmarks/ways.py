@@ -8,9 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Site
-from ...tracing.engine.cells import CellScores, Runs, StateCell
+from ...tracing.engine.cells import CellScores, Engine, Runs, StateCell
 from ...tracing.engine.plain import plain_scores
-from ...tracing.engine.settings import Engine
 from ...tracing.engine.sweep import sweep
 from .naive import base_states, naive_scores
 from .subjects import Subject

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import name_of_model
 from ...models import Prompt, Site, VisionLanguageModel, capture
+from ..engine.positions import group_positions
 from ..errors import TraceError
-from ..groups import group_positions
 from .image_reading import ImageReading, predicting_logits, reading_fields, tiles_figure, with_answer
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.replay.observe import Attention, attending
+from ..engine.positions import prompt_positions
 from ..errors import TraceError
-from ..groups import prompt_positions
 from .contributions_result import AttentionContributions
 from .image_reading import patch_places
 

@@ -15,8 +15,8 @@ from ...artefacts.frames import long_frame
 from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
+from ..engine.positions import Positions, group_positions, named_positions
 from ..errors import TraceError
-from ..groups import Positions, group_positions, named_positions
 from ..knockout.styles import flow_styles
 from .image_reading import ImageReading, predicting_logits, reading_fields, with_answer
 from .shares import text_parts

@@ -14,8 +14,8 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
+from ..engine.positions import Positions, group_positions, named_positions
 from ..errors import TraceError
-from ..groups import Positions, group_positions, named_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

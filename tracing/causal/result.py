@@ -13,7 +13,7 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import SITE_NAMES
 from ...artefacts.frames import long_frame, stacked_frame
 from ...models import Prompt
-from ..engine.report import EngineReport
+from ..engine.cells import EngineReport
 from ..errors import TraceError
 from .rome import over_tokens, rome_kind, write_rome
 from .sites import EffectMap

@@ -14,12 +14,11 @@ from ...models import Prompt, ReplayError, VisionLanguageModel
 from ..corruptions.corruption import Corrupted, Corruption
 from ..corruptions.noise import calibrate
 from ..engine.attribution import check_estimable, estimated_changes, rank_agreement
-from ..engine.cells import KINDS, CellScores, Runs
+from ..engine.cells import KINDS, CellScores, Engine, Runs
 from ..engine.measure import measure
+from ..engine.plain import Shown, is_before_decoder
 from ..engine.rows import Grid, Item, make_grid, resolve_rows
 from ..engine.scoring import Metric, Scoring, choose_scoring
-from ..engine.settings import Engine
-from ..engine.vision import Shown, is_before_decoder, shown
 from ..errors import TraceError, WeakCorruption
 from .result import CausalTrace
 
@@ -148,7 +147,14 @@ class _Question:
     @property
     def pictures(self) -> Shown:
         """The pictures of both runs. Raises `TraceError` if the corruption leaves them unchanged."""
-        return shown(self.prompt, self.corrupted, restores=self.restores)
+        if not self.corrupted.inputs:
+            raise TraceError(
+                f"the corruption ({self.corrupted.description}) leaves the pixels as they are, so 'vision' and "
+                "'projector' hold the same states in both runs; pass SwapImage, BlankImage, BlurImage, MaskBoxes or "
+                "PixelNoise, or leave these sites out"
+            )
+        base, source = self.ordered((self.prompt.inputs,), self.corrupted.inputs)
+        return Shown(prompt=self.prompt, base=base, source=source)
 
     def ordered(self, clean: Any, corrupted: Any) -> tuple[Any, Any]:
         """Return clean and corrupted as base and source, or base and source as clean and corrupted."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
+from ..engine.positions import group_positions
 from ..errors import TraceError
-from ..groups import group_positions
 from .corruption import Corrupted
 from .words import word_embeddings
 

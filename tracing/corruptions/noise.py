@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.prompts import ReadOnly
+from ..engine.positions import group_positions
 from ..errors import TraceError
-from ..groups import group_positions
 from .corruption import Corrupted, Corruption
 from .words import CONSTRAINTS, word_embeddings
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from ...models import Prompt, VisionLanguageModel
 from ...models.images import Picture, open_images
 from ...models.prompts import ReadOnly
+from ..engine.positions import group_positions
 from ..errors import TraceError
-from ..groups import group_positions
 from .corruption import Corrupted
 
 Colour = str | tuple[int, int, int]

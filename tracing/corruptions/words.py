@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.texts import check_text
+from ..engine.positions import group_positions
 from ..errors import TraceError
-from ..groups import group_positions
 from .corruption import Corrupted
 
 CONSTRAINTS: tuple[str, ...] = (

@@ -3,11 +3,17 @@ from .cells import (
     KINDS as KINDS,
     CellScores as CellScores,
     EdgeCell as EdgeCell,
+    Engine as Engine,
     Measure as Measure,
     Runs as Runs,
     StateCell as StateCell,
 )
-from .plain import hidden_edges as hidden_edges, plain_scores as plain_scores, run_scores as run_scores
+from .plain import (
+    hidden_edges as hidden_edges,
+    plain_scores as plain_scores,
+    restored_tokens as restored_tokens,
+    run_scores as run_scores,
+)
 from .plan import (
     Chunk as Chunk,
     Lane as Lane,
@@ -16,8 +22,6 @@ from .plan import (
     halved as halved,
     make_plan as make_plan,
 )
-from .regions import Blocks as Blocks, Box as Box, box_patches as box_patches, box_positions as box_positions
+from .positions import Blocks as Blocks, Box as Box, box_patches as box_patches, box_positions as box_positions
 from .rows import resolve_rows as resolve_rows, window_layers as window_layers
 from .scoring import METRICS as METRICS
-from .settings import Engine as Engine
-from .vision import restored_tokens as restored_tokens

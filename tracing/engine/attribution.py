@@ -17,7 +17,7 @@ from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..errors import TraceError
 from .cells import KINDS, Measure, Runs, StateCell
-from .states import Recorded, record
+from .lanes import Recorded, record
 
 _Key = Site | Projection
 

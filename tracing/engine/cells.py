@@ -1,14 +1,109 @@
-"""The input and output of a sweep: the runs of one prompt, the cells that change them, and the resulting scores."""
+"""The input and output of a sweep: settings, the runs of one prompt, cells that change them, scores and a report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 
 from torch import Tensor
 
 from ...models import VisionLanguageModel
 from ...models.replay.cuts import Cut
 from ...models.replay.replay import Work
-from .report import EngineReport
+from ..errors import TraceError
+
+ENGINES = ("auto", "replay", "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Settings of the computation of traces, knockouts and pruning. None of them changes a result beyond rounding.
+
+    Example:
+        >>> import multrace as mt
+        >>> mt.Engine(name="replay", memory=512).checks
+        2
+    """
+
+    name: str = "auto"
+    """"replay" for the fast exact sweep, "plain" for one forward pass per cell, "auto" (default) for the sweep if the
+    model allows it and plain passes otherwise."""
+    memory: int = 2048
+    """Memory in MiB for open cells and for the work of one call, in addition to the model and the recorded runs."""
+    tokens_per_call: int = 4096
+    """Largest number of tokens that go through a decoder layer together."""
+    checks: int = 2
+    """Number of random cells that are computed a second time by plain forward passes to check the sweep; 0 for none."""
+    checkpoint: str | PathLike[str] | None = None
+    """File for finished cells, from which an interrupted trace or knockout continues; None for no file."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", Path(self.checkpoint))
+        if self.name not in ENGINES:
+            raise TraceError(f"no engine {self.name!r}; pass one of {', '.join(ENGINES)}")
+        for name, least in (("memory", 1), ("tokens_per_call", 1), ("checks", 0)):
+            if getattr(self, name) < least:
+                raise TraceError(f"{name}={getattr(self, name)} is too small; pass at least {least}")
+
+    def lane_tokens(self, vlm: VisionLanguageModel, samples: int) -> int:
+        """Return the number of positions that open cells may hold: all samples' states take half of the memory."""
+        return max(1, self.memory * 2**19 // (samples * vlm.hidden * vlm.dtype.itemsize))
+
+    def call_tokens(self, vlm: VisionLanguageModel) -> int:
+        """Return the number of tokens that may pass a layer together, with a quarter of the memory for activations."""
+        each = (8 * vlm.hidden + 3 * vlm.mlp) * vlm.dtype.itemsize
+        return max(1, min(self.tokens_per_call, self.memory * 2**18 // each))
+
+    def may_share(self, vlm: VisionLanguageModel, count: int) -> bool:
+        """Return whether `count` states may be kept for the whole sweep, in at most an eighth of the memory."""
+        return count * vlm.hidden * vlm.dtype.itemsize <= self.memory * 2**17
+
+    def read_rows(self, vlm: VisionLanguageModel, scored: int) -> int:
+        """Return the number of rows of logits that fit, with their float64 copies, into an eighth of the memory."""
+        vocabulary = vlm.output_head.weight.shape[0]
+        return max(1, self.memory * 2**17 // (scored * vocabulary * 24))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """The cost of one result and the outcome of its self-check."""
+
+    engine: str
+    """"replay", which computes only what can have changed, or "plain", one hooked forward pass per cell."""
+    reason: str | None = None
+    """The reason why the plain engine ran; None if the fast one did."""
+    cells: int = 0
+    """Number of scored cells."""
+    free_cells: int = 0
+    """Number of cells whose score follows from the base runs without computation."""
+    token_layers: int | None = None
+    """Number of positions times decoder layers that were computed; None if nothing was counted."""
+    halvings: int = 0
+    """Number of times that a batch was halved because memory ran out."""
+    checked_cells: int = 0
+    """Number of cells that were computed a second time by plain forward passes."""
+    largest_difference: float | None = None
+    """Largest difference between the two over the checked cells, in units of the score; None without a check."""
+    plain_noise: float | None = None
+    """Difference of plain forward passes between two batch sizes, on the same cells; None without a check."""
+
+    def summary(self) -> str:
+        """Return the report as one line of text."""
+        parts = [f"{self.engine} engine" + (f" ({self.reason})" if self.reason else "")]
+        parts.append(f"{self.cells} cells" + (f", {self.free_cells} of them free" if self.free_cells else ""))
+        if self.token_layers is not None:
+            parts.append(f"{self.token_layers} token-layers")
+        if self.halvings:
+            parts.append(f"batch halved {self.halvings} times")
+        if self.largest_difference is not None:
+            noise = "" if self.plain_noise is None else f" (the plain way's own noise: {self.plain_noise:.1e})"
+            parts.append(
+                f"{self.checked_cells} cells recomputed the plain way, largest difference "
+                f"{self.largest_difference:.1e}{noise}"
+            )
+        return "; ".join(parts)
+
 
 KINDS = ("hidden", "mlp", "attention")
 """Kinds of sites of a decoder layer."""

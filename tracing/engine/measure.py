@@ -12,14 +12,11 @@ from tqdm import tqdm
 
 from ...models import ReplayError, VisionLanguageModel
 from ..errors import TraceError
-from .cells import Cell, CellScores, Measure, Runs
-from .plain import each_plain, plain_scores, run_scores
+from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs
+from .plain import Shown, each_plain, is_before_decoder, plain_scores, run_scores, with_pictures
 from .plan import single
-from .report import EngineReport
 from .scoring import Scoring
-from .settings import Checkpoint, Engine
-from .sweep import sweep
-from .vision import Shown, is_before_decoder, with_pictures
+from .sweep import Checkpoint, sweep
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 """Differences in probability that rounding alone can explain; in half precision they are a thousand times larger."""

@@ -11,9 +11,8 @@ from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.prompts import Patch
 from ...models.texts import plain_number
 from ..errors import TraceError
-from ..groups import group_positions
 from .cells import KINDS, StateCell
-from .regions import Blocks, Box, box_patches
+from .positions import Blocks, Box, box_patches, group_positions
 
 EFFECTS, BEFORE_DECODER = ("total", "direct"), ("vision", "projector")
 SITES = (*KINDS, "heads", *BEFORE_DECODER)

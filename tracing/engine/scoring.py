@@ -187,3 +187,9 @@ def _corrupted_answer(
             break
         ids = (*ids, following)
     return ids
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Return whether two answers are equal except for case, surrounding blanks and a final full stop."""
+    plain = [text.strip().lower().removesuffix(".").rstrip() for text in (a, b)]
+    return plain[0] == plain[1]

@@ -4,23 +4,26 @@ A cell starts at the output of its first layer, which the base run already holds
 changes; keys and values of all positions that it cannot change come from the recorded runs, which all cells share.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from ...artefacts.fields import load_fields, save_fields
 from ...models import VisionLanguageModel
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
-from .cells import Cell, CellScores, Measure, Runs, all_edges
-from .edges import Edges, record_once
+from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs, all_edges
+from .lanes import Edges, Recorded, States, record, record_once
 from .plan import Chunk, halved, make_plan
-from .report import EngineReport
-from .settings import Checkpoint, Engine, is_out_of_memory
-from .states import Recorded, States, record
 
 
 def sweep(
@@ -225,3 +228,89 @@ class _Sweep:
     def score(self, logits: Tensor) -> Tensor:
         """Return the scores (metric, sample) float64 on the CPU."""
         return self.measure(logits.expand(self.runs.samples, -1, -1)).double().T.cpu()
+
+
+_LAYOUT = "multrace sweep 2"
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text decides."""
+    texts = ("not enough memory", "can't allocate memory")  # Windows, other systems
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
+# ---- the checkpoint ----
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Finished:
+    """The contents of a checkpoint."""
+
+    identity: str
+    """Digest of the cells, batches and runs of a sweep."""
+    finished: Tensor
+    """(chunk,) uint8: 1 where all cells of the chunk have their scores."""
+    scores: Tensor
+    """(cell, metric, sample) float64."""
+
+
+class Checkpoint:
+    """The file with the finished cells of one sweep; without a path, nothing is kept."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._identity = ""
+        self._scores: Tensor | None = None
+        self._finished = torch.zeros(0, dtype=torch.bool)
+        self._earlier: Tensor | None = None
+        self._written = time.monotonic()
+
+    def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
+        """Read the finished cells of an earlier sweep with the same cells, batches and runs (compared by their scores).
+
+        Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
+        """
+        lanes = [(chunk.computed, chunk.merged, [lane.cell for lane in chunk.lanes]) for chunk in chunks]
+        text = repr(([cell.identity for cell in cells], lanes)).encode() + runs.double().contiguous().numpy().tobytes()
+        self._identity = hashlib.sha256(text).hexdigest()
+        self._finished = torch.zeros(len(chunks), dtype=torch.bool)
+        if self._path is None or not self._path.exists():
+            return
+        found = load_fields(self._path, _LAYOUT, _Finished)
+        if found.identity != self._identity:
+            raise TraceError(
+                f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
+                "memory setting); trace with the same settings to go on, or name another file"
+            )
+        self._finished, self._earlier = found.finished.bool(), found.scores
+
+    @contextmanager
+    def writing(self, scores: Tensor) -> Iterator[None]:
+        """Return a context for filling in scores (cell, metric, sample); it saves finished ones even if interrupted."""
+        self._scores = scores
+        try:
+            yield
+        finally:
+            self._write()
+
+    def restore(self, number: int, chunk: Chunk, scores: Tensor) -> bool:
+        """Return whether the chunk was finished earlier, and fill in its scores if so."""
+        if not self._finished[number] or self._earlier is None:
+            return False
+        cells = [lane.cell for lane in chunk.lanes]
+        scores[cells] = self._earlier[cells]
+        return True
+
+    def finish(self, number: int) -> None:
+        """Mark a chunk as finished, and write the file from time to time."""
+        self._finished[number] = True
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._path is None or self._scores is None:
+            return
+        finished = _Finished(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
+        save_fields(self._path, _LAYOUT, finished)
+        self._written = time.monotonic()

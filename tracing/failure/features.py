@@ -14,7 +14,7 @@ from ...artefacts.results import Result
 from ...models import Prompt, VisionLanguageModel
 from ..attention.contributions import contribution_norms, record_attention, value_bias
 from ..attention.contributions_plot import Chart, HeadMap, Line, layers_figure
-from ..groups import prompt_positions
+from ..engine.positions import prompt_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...models import Prompt, VisionLanguageModel
-from ..engine.regions import Box, box_positions
+from ..engine.positions import Box, box_positions
 from ..errors import TraceError
 
 PAPER_FLOWS = ("question -> last", "image -> last", "image -> question", "last -> last")

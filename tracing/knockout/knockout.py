@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.cuts import Cut
-from ..engine.cells import CellScores, EdgeCell, Runs
+from ..engine.cells import CellScores, EdgeCell, Engine, Runs
 from ..engine.measure import measure
-from ..engine.regions import Box
+from ..engine.positions import Box
 from ..engine.rows import window_layers
 from ..engine.scoring import Scoring, scored_ids
-from ..engine.settings import Engine
 from ..errors import TraceError
 from .groups import Flow, FlowEdges, Groups, default_flows
 from .result import AttentionKnockout

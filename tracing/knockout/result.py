@@ -11,7 +11,8 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result
-from ..engine.report import EngineReport
+from ..engine.cells import EngineReport
+from ..engine.scoring import same_answer
 from ..errors import TraceError
 from .styles import flow_styles
 
@@ -262,12 +263,6 @@ class AttentionKnockout(FlowMap):
         fits += [self.free.shape == shape and self.free.dtype == torch.bool]
         fits += [len(self.flow_sources) == len(self.flow_targets) == len(self.flows)]
         return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and scores"
-
-
-def same_answer(a: str, b: str) -> bool:
-    """Return whether two answers are equal except for case, surrounding blanks and a final full stop."""
-    plain = [text.strip().lower().removesuffix(".").rstrip() for text in (a, b)]
-    return plain[0] == plain[1]
 
 
 def cut_label(flow: str) -> str:

@@ -7,8 +7,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture
+from ..engine.positions import Positions, named_positions
 from ..errors import TraceError
-from ..groups import Positions, named_positions
 from .result import FollowedTokens, LogitLens
 
 _BATCH = 64

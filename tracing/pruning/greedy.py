@@ -8,9 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import VisionLanguageModel
-from ..engine.cells import EdgeCell, Runs
+from ..engine.cells import EdgeCell, Engine, Runs
 from ..engine.measure import measure_once
-from ..engine.settings import Engine
 
 Ids = tuple[int, ...]
 Cells = Callable[[int], Sequence[EdgeCell]]

@@ -9,12 +9,11 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.texts import plain_number
-from ..engine.cells import CellScores, EdgeCell, Runs
+from ..engine.cells import CellScores, EdgeCell, Engine, Runs
 from ..engine.measure import measure
+from ..engine.positions import group_positions
 from ..engine.scoring import FIRST, WHOLE, Scoring
-from ..engine.settings import Engine
 from ..errors import TraceError
-from ..groups import group_positions
 from .dropping import Drop, drop_others, kept_tokens
 from .greedy import Ids, Limits, greedy_ids, own_ids
 from .result import ImagePruning

@@ -13,9 +13,9 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.frames import long_frame
 from ...models import Prompt
 from ..attention.image_reading import ImageReading, check_prompt
-from ..engine.report import EngineReport
+from ..engine.cells import EngineReport
+from ..engine.scoring import same_answer
 from ..errors import TraceError
-from ..knockout.result import same_answer
 from .plot import Levels, PruningLine, kept_figure, pruning_figure
 
 if TYPE_CHECKING:
