@@ -6,6 +6,7 @@
 #   make reference  docs/reference.md, from the docstrings
 #   make lint     format, style, likely bugs, import order, types
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
+#   make tiny-vlm  the embedded model from scratch, about an hour             -> out/tiny_vlm
 #   make bench    how fast tracing, knockout and editing are, against the usual ways; BENCH_ARGS= for the whole tables
 #
 # Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
@@ -36,7 +37,7 @@ PYTEST_ARGS ?=
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
-.PHONY: help demo test slow lint reference bench results venv
+.PHONY: help demo test slow lint reference bench results tiny-vlm venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -73,7 +74,11 @@ bench: $(READY)
 
 # every editor and baseline, and whether locating helps: the tables of docs/results.md
 results: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/multrace results --out out/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m multrace.scripts.studies.results --out out/results
+
+# the model of data/tiny_vlm from scratch, about an hour on two cores
+tiny-vlm: $(READY)
+	$(BIN)/python -m multrace.scripts.training.train_tiny --out out/tiny_vlm
 
 venv: $(READY)
 

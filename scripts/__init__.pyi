@@ -1,17 +1,12 @@
 from . import (
     answer as answer,
-    bench_edit as bench_edit,
-    bench_flow as bench_flow,
-    bench_trace as bench_trace,
     demo as demo,
     edit as edit,
     evaluate as evaluate,
     export as export,
     flow as flow,
     moments as moments,
-    results as results,
     trace as trace,
-    train_tiny as train_tiny,
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite
@@ -33,9 +28,6 @@ from .flow_questions import (
 )
 from .reference import PAGE as PAGE
 from .report import Report as Report, plot_scores as plot_scores, write_report as write_report
-from .results_editors import EditorRow as EditorRow, editor_rows as editor_rows
-from .results_locating import by_onset as by_onset, comparisons as comparisons, paired as paired
-from .results_tables import LABELS as LABELS, document as document
 from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify
 from .world_edits import (
     WorldRequests as WorldRequests,

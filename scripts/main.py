@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,8 +16,9 @@ from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
 from ..tracing import TraceError
+from . import benchmarks
 from .errors import CommandError
-from .options import answer, bench, demo, edit, evaluate, export, flow, moments, results, trace, train_tiny, undo
+from .options import answer, bench, demo, edit, evaluate, export, flow, moments, trace, undo
 from .options.option import add_options, read
 
 COMMANDS: Mapping[str, ModuleType] = {
@@ -30,9 +31,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "export": export,
     "moments": moments,
     "demo": demo,
-    "train-tiny": train_tiny,
     "bench": bench,
-    "results": results,
 }
 """Each module has HELP (one line), EXAMPLE, and either OPTIONS, a dataclass, or COMMANDS of its own."""
 EXAMPLE = """examples:
@@ -62,9 +61,25 @@ def app(arguments: Sequence[str] | None = None) -> int:
     raises SystemExit after --help (0) and misspelt options (2). Only the command that runs is imported.
     """
     call = parse(arguments)
+    is_bench = call.module in benchmarks.__all__
+    return _run(call, getattr(benchmarks, call.module) if is_bench else getattr(scripts, call.module).run)
+
+
+def run_alone(module: ModuleType, arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code of a module with HELP, EXAMPLE, OPTIONS and `run` that is no command: `python -m` runs it."""
+    parser = _Parser(description=module.__doc__, epilog=module.EXAMPLE, parents=[_common()], **_RAW)
+    parser.set_defaults(shows_traceback=False, is_verbose=False)
+    add_options(parser, module.OPTIONS)
+    found = parser.parse_args(arguments)
+    options = read(module.OPTIONS, found)
+    call = Call(module="", options=options, verbose=found.is_verbose, debug=found.shows_traceback)
+    return _run(call, module.run)
+
+
+def _run(call: Call, work: Callable[[Any], int]) -> int:
     with _log(verbose=call.verbose):
         try:
-            return getattr(scripts, call.module).run(call.options)
+            return work(call.options)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED, debug=call.debug)
         except _ERRORS as error:

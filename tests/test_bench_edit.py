@@ -9,7 +9,7 @@ import reference
 import torch
 from multrace.editing.values import search_values
 from multrace.models import ModelError, VisionLanguageModel
-from multrace.scripts import CommandError, bench_edit
+from multrace.scripts import CommandError
 from multrace.scripts.benchmarks import (
     SHAPES,
     WIDTH,
@@ -26,6 +26,7 @@ from multrace.scripts.benchmarks import (
     chosen_cases,
     counted_token_layers,
     describe_edit,
+    edit as edit_benchmark,
     edit_markdown,
     edit_table,
     explicit,
@@ -357,7 +358,7 @@ def test_rows_in_words(values_row: EditRow, solve_row: EditRow):
 def test_the_command_prints_a_table_and_writes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench_edit, "in_new_process", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(edit_benchmark, "in_new_process", lambda work, *arguments: work(*arguments))
     path, other = tmp_path / "new" / "edit.json", tmp_path / "new" / "edit.md"
     sizes = ["--layers", "3", "--width", "48", "--facts", "2", "--steps", "2", "--prompts", "1", "--solve-width", "64"]
     words = ["--rows", "lower third, last", "second", "1 edit", "price of C"]
@@ -386,7 +387,7 @@ def test_rows_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyP
         asked.append((work, case.label, case.width))
         raise CommandError("far enough")
 
-    monkeypatch.setattr(bench_edit, "in_new_process", measured)
+    monkeypatch.setattr(edit_benchmark, "in_new_process", measured)
     words = ["--rows", "1 edit", "--layers", "2", "--width", "16", "--solve-width", "64"]
     assert app(["bench", "edit", "--quick", *words]) == 2
     assert asked == [(measure_edit_anew, LABELS[5], 64)]

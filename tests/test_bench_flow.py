@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multrace.scripts import CommandError, bench_flow
+from multrace.scripts import CommandError
 from multrace.scripts.benchmarks import (
     DROPPED,
     SHAPES,
@@ -18,6 +18,7 @@ from multrace.scripts.benchmarks import (
     Subject,
     chosen_cases,
     describe_flow,
+    flow as flow_benchmark,
     flow_table,
     in_new_process,
     layer_cost,
@@ -326,7 +327,7 @@ def test_help_says_what_is_compared(capsys: pytest.CaptureFixture):
 def test_the_command_prints_a_table_and_writes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench_flow, "in_new_process", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(flow_benchmark, "in_new_process", lambda work, *arguments: work(*arguments))
     path = tmp_path / "new" / "flow.json"
     sizes = ["--layers", "3", "--width", "48", "--windows", "1", "2", "1", "--flows", "question -> last", "dropped"]
     assert app(["bench", "flow", "--quick", *sizes, "--json", str(path)]) == 0
@@ -355,7 +356,7 @@ def test_rows_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyP
         asked.append((work.__name__, case.label, timed_cells))
         raise CommandError("far enough")
 
-    monkeypatch.setattr(bench_flow, "in_new_process", measured)
+    monkeypatch.setattr(flow_benchmark, "in_new_process", measured)
     assert app(["bench", "flow", "--quick", "--layers", "2", "--width", "16", "--flows", "last -> last"]) == 2
     assert asked == [("measure_flow_anew", "last -> last", 1)]
 

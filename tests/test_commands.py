@@ -423,7 +423,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture):
         app(["--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert {"answer", "trace", "edit", "demo", "train-tiny"} <= set(COMMANDS)
+    assert {"answer", "trace", "edit", "demo"} <= set(COMMANDS)
     assert [command for command in COMMANDS if f"\n    {command}" not in text] == []
 
 

@@ -35,7 +35,7 @@ REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/changes/exports.py": "PEFT wraps the module",
     "editing/baselines/lora.py": "PEFT puts its layers into the module",
     "editing/baselines/training.py": "torch.func.functional_call runs a module with other weights",
-    "scripts/benchmarks/flow_published.py": "compares with the plain `generate` of transformers",
+    "scripts/benchmarks/flow_cells.py": "compares with the plain `generate` of transformers",
 }
 HEAVY = {"matplotlib", "pandas", "peft", "scipy", "sklearn"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""

@@ -162,5 +162,11 @@ def test_plain_transformers_opens_it_and_agrees(tiny_vlm, world):
 
 def test_the_card_tells_recipe_seed_and_scores():
     card = (tiny_vlm_path() / "README.md").read_text(encoding="utf-8")
-    for word in ("multrace train-tiny", "--seed 0", "taught facts, picture", "image -> last", "float16"):
+    for word in (
+        "multrace.scripts.training.train_tiny",
+        "--seed 0",
+        "taught facts, picture",
+        "image -> last",
+        "float16",
+    ):
         assert word in card

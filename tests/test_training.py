@@ -7,18 +7,18 @@ import torch
 from multrace.data import World
 from multrace.models import load
 from multrace.scripts import CommandError
-from multrace.scripts.options import TrainTiny
-from multrace.scripts.train_tiny import train_tiny
 from multrace.scripts.training import (
     IGNORED,
     IMAGE_TOKENS,
     Examples,
     Packer,
+    TrainTiny,
     forward,
     make_model,
     make_processor,
     make_tokenizer,
     pixels,
+    train_tiny,
 )
 
 

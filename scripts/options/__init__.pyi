@@ -5,4 +5,3 @@ from .edit import RequestOptions as RequestOptions
 from .editors import NAMES as NAMES
 from .moments import parse_layers as parse_layers
 from .trace import TraceOptions as TraceOptions
-from .train_tiny import TrainTiny as TrainTiny

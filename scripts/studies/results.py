@@ -1,10 +1,155 @@
-"""The measured rows as Markdown: docs/results.md."""
+"""Measure every editor and baseline on the embedded model's own facts, and whether locating helps.
 
-from collections.abc import Iterator, Mapping, Sequence
+Settings were chosen on the "choose" halves of the world's edit splits; everything here is measured on the "report"
+halves. Each measured row is kept in OUT, so that an interrupted run continues where it was.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .results_editors import AT, COLUMNS, editor_rows
-from .results_locating import by_onset, comparisons
+from tqdm import tqdm
+
+from ... import data
+from ...artefacts.files import write_whole
+from ...data import tiny_vlm_path
+from ...editing.errors import EditError
+from ...models import VisionLanguageModel, load
+from ..errors import CommandError
+from ..main import run_alone
+from ..options.choices import SPLITS
+from ..options.option import option
+from ..outputs import check_files
+from .rows import (
+    AT,
+    COLUMNS,
+    Bench,
+    EditorRow,
+    by_onset,
+    comparisons,
+    editor_rows,
+    make_bench,
+    measure_editor,
+    measure_grid,
+    measure_sequence,
+    sites_of,
+)
+
+HELP = "measure every editor and baseline on the embedded model (the tables of docs/results.md)"
+EXAMPLE = """examples:
+  python -m multrace.scripts.studies.results --out out/results                        everything, some hours on one core
+  python -m multrace.scripts.studies.results --out out/results --limit 10             a quick look
+  python -m multrace.scripts.studies.results --out out/results --parts editors --splits outdated
+
+The command writes OUT/rows/*.json (one per measured row, reused on the next run) and OUT/results.md.
+"""
+PARTS = ("editors", "batch", "sequence", "locating")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Options of the results."""
+
+    out: Path = option("folder for the rows and the tables", type=Path)
+    limit: int = option("number of requests of each split (default: 100)", default=100, type=int, metavar="N")
+    together: int = option(
+        "number of edits of a sequence and of the largest batch (default: 160, all of one half of the outdated split)",
+        default=160,
+        type=int,
+        metavar="N",
+    )
+    probes: int = option("number of probes of each kind per request (default: 4)", default=4, type=int, metavar="N")
+    parts: tuple[str, ...] = option(
+        f"parts to measure: {', '.join(PARTS)} (default: all)", default=PARTS, nargs="+", metavar="PART"
+    )
+    splits: tuple[str, ...] = option(
+        f"splits to measure: {', '.join(SPLITS)} (default: both)", default=SPLITS, nargs="+", metavar="SPLIT"
+    )
+
+    def check(self) -> None:
+        """Raises `CommandError` for unknown parts or splits, or numbers below 1."""
+        unknown = [name for name in (*self.parts, *self.splits) if name not in (*PARTS, *SPLITS)]
+        if unknown or self.limit < 1 or self.probes < 1 or self.together < 1:
+            raise CommandError(
+                f"cannot measure {', '.join(unknown) or 'so few'}; parts are {', '.join(PARTS)}, splits "
+                f"{', '.join(SPLITS)}, --limit, --together and --probes at least 1"
+            )
+        check_files(self.out, ("results.md",))
+
+    def most(self, split: str) -> int:
+        """Return the most requests of a split that any row takes: more than `limit` only where its half has them."""
+        if not {"batch", "sequence"} & {*self.parts}:
+            return self.limit
+        return max(self.limit, min(self.together, len(data.World().edit_cases(split, "report"))))
+
+
+OPTIONS = Results
+
+
+def run(settings: Results) -> int:
+    """Measure the rows that are missing, and write the tables of all rows."""
+    settings.check()
+    vlm = load(tiny_vlm_path())
+    for split in settings.splits:
+        bench: Bench | None = None
+        todo = [(name, make) for name, make in _work(settings, split) if not _file(settings, split, name).is_file()]
+        for name, measure in tqdm(todo, desc=f"{split}: rows", unit="row"):
+            bench = bench or make_bench(vlm, split, "report", settings.most(split), settings.probes)
+            try:
+                found = measure(vlm, bench)
+            except EditError as error:  # one row that cannot be made, such as a batch that contradicts itself
+                tqdm.write(f"{split} {name}: left out, {error}")
+                continue
+            write_whole(_file(settings, split, name), json.dumps(found, indent=1).encode())
+    rows = {split: _measured(settings, split) for split in SPLITS}
+    text = document(rows, number=settings.limit, probes=settings.probes)
+    target = write_whole(settings.out / "results.md", text.encode())
+    print(f"written: {target}")
+    return 0
+
+
+Measure = Callable[[VisionLanguageModel, Bench], Mapping[str, Any]]
+
+
+def _work(settings: Results, split: str) -> Iterator[tuple[str, Measure]]:
+    """Yield name and measurement of every chosen row."""
+    few, parts = settings.limit, settings.parts
+    if "editors" in parts or "batch" in parts:
+        yield "sites", lambda vlm, bench: sites_of(vlm, bench.first(few))
+    for row in editor_rows():
+        if "editors" in parts:
+            yield f"single {row.name}", _editor(row, few, together=False)
+        if "batch" in parts and row.batches:
+            yield f"batch {row.name}", _editor(row, few, together=True)
+        if "batch" in parts and row.sequences and settings.most(split) > few:
+            yield f"whole {row.name}", _editor(row, settings.most(split), together=True)
+        if "sequence" in parts and row.sequences:
+            yield f"sequence {row.name}", lambda vlm, bench, row=row: measure_sequence(vlm, bench, row)
+    if "locating" in parts and split == "outdated":
+        for token in ("last", "constraint_last"):
+            for layer in range(8):
+                yield (
+                    f"grid {layer} {token}",
+                    lambda vlm, bench, at=(layer, token): measure_grid(vlm, bench.first(few), *at),
+                )
+
+
+def _editor(row: EditorRow, number: int, *, together: bool) -> Measure:
+    return lambda vlm, bench: measure_editor(vlm, bench.first(number), row, together=together)
+
+
+def _file(settings: Results, split: str, name: str) -> Path:
+    return settings.out / "rows" / f"{split} {name}.json"
+
+
+def _measured(settings: Results, split: str) -> dict[str, Any]:
+    """Every measured row of a split, by name."""
+    files = sorted((settings.out / "rows").glob(f"{split} *.json"))
+    return {file.stem.removeprefix(f"{split} "): json.loads(file.read_text(encoding="utf-8")) for file in files}
+
 
 _TITLES = {"outdated": "Outdated facts", "long_tail": "Long-tail facts"}
 _ABOUT = {
@@ -41,7 +186,7 @@ _CURVES = {
 }
 _HEADER = """# Editing results
 
-Made by `multrace results --limit {number} --probes {probes}` on the embedded model and its own world of facts.
+Made by `make results` (`--limit {number} --probes {probes}`) on the embedded model and its own world of facts.
 Settings were chosen on one half of each edit split and are reported on the other. Where that half has fewer facts
 than needed (80 long-tail facts), the last ones of the first half follow, on which nothing was chosen.
 
@@ -182,3 +327,7 @@ def _grid(grid: Mapping[tuple[int, str], Any]) -> Iterator[str]:
     for (layer, token), cells in sorted(grid.items(), key=lambda item: (item[0][1], item[0][0])):
         shares = " | ".join(f"{100 * sum(column) / len(cells):.0f}" for column in zip(*cells.values(), strict=True))
         yield f"| {token} | {layer} | {shares} |"
+
+
+if __name__ == "__main__":
+    sys.exit(run_alone(sys.modules[__name__]))

@@ -1,18 +1,18 @@
-"""One row of the table: the three ways on the same cells, their seconds, counted work and differences.
+"""The tracing benchmark: one row of the table for each case, with seconds, counted work, differences and peak memory.
 
-"Naive" is one hooked call of the whole model per cell, the vision tower and a clean row in it; "strong" runs the vision
-tower once, then one hooked forward pass of the decoder per cell; "ours" is the sweep. What a cell costs the first two
-does not depend on the cell, so they answer a few random ones, and the rest is multiplication.
+The naive way is one hooked call of the whole model per cell, with the vision tower and a clean row in it. The strong
+way runs the vision tower once, then one hooked forward pass of the decoder per cell. Ours is the sweep. The cost of a
+cell does not depend on the cell in the first two ways, so a few random cells are timed and multiplied.
 
 Every way first records the clean and the corrupted run. That is done once for all maps of a prompt and is left out of
-all three ways' seconds and token-layers; what it costs ours is given beside them.
+the seconds and token-layers of all three ways; its cost for the sweep is listed separately.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
@@ -20,11 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tracing.engine.cells import Runs, StateCell
-from .cases import Case
-from .peaks import forget_peak, peak_mb
-from .rates import counted_flops, matrix_rate, now
-from .subjects import Subject
-from .ways import frozen_states, run_naive, run_strong, run_sweep
+from ..options.bench_trace import BenchTrace
+from .machine import (
+    Clock,
+    aligned,
+    counted_flops,
+    describe_machine,
+    forget_peak,
+    in_new_process,
+    largest,
+    machine_facts,
+    matrix_rate,
+    peak_mb,
+)
+from .models import Recipe, Subject, check_settings, chosen_shape, open_subject, random_model, write_json
+from .trace_cells import Case, chosen_cases, frozen_states, make_cases, run_naive, run_strong, run_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,24 +141,6 @@ def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> TimingRow:
     )
 
 
-class Clock:
-    """Notes when each of several steps is done. May stand in for a progress bar, which it then passes on."""
-
-    def __init__(self, device: torch.device, bar: tqdm | None = None) -> None:
-        self._device, self._bar = device, bar
-        self._marks = [now(device)]
-
-    def update(self, count: int = 1) -> None:
-        """One more step is done."""
-        self._marks.append(now(self._device))
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def durations(self) -> list[float]:
-        """Seconds of each step."""
-        return [after - before for before, after in pairwise(self._marks)]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Usual:
     """The other two ways on some cells."""
@@ -204,6 +196,113 @@ def _timed_naive(
     return scores, clock.durations(), peak_mb(device)
 
 
-def largest(difference: Tensor) -> float:
-    """The largest absolute value."""
-    return float(difference.abs().max())
+class Measurements:
+    """EvaluationSettings rows, each in a process of its own, in which the sweep runs first.
+
+    The two usual ways need the same memory for every cell of a sort, so they are asked once, in a process each.
+    """
+
+    def __init__(self, recipe: Recipe, timed_cells: int) -> None:
+        self._recipe, self._timed_cells = recipe, timed_cells
+        self._known: dict[tuple, float] = {}
+
+    def row(self, case: Case) -> TimingRow:
+        """One row of the table. The stronger way's peak is that of one cell of each kind, since it holds the states
+        of all kinds; the naive way's that of one cell.
+        """
+        row = in_new_process(measure_anew, self._recipe, case, self._timed_cells)
+        kinds = tuple({cell.kind: cell for cell in case.cells}.values())
+        sort = (case.corruption, case.cells[0].is_direct)
+        return replace(
+            row,
+            peak_mb_strong=self._asked(("strong", *sort, len(kinds)), strong_peak, replace(case, cells=kinds)),
+            peak_mb_naive=self._asked(("naive", *sort), naive_peak, replace(case, cells=kinds[:1])),
+        )
+
+    def _asked(self, key: tuple, work: Callable[[Recipe, Case], float], case: Case) -> float:
+        if key not in self._known:
+            self._known[key] = in_new_process(work, self._recipe, case)
+        return self._known[key]
+
+
+def measure_anew(recipe: Recipe, case: Case, timed_cells: int) -> TimingRow:
+    """The row, measured from opening the model on, with the sweep's peak."""
+    return measure_row(open_subject(recipe), case, timed_cells=timed_cells)
+
+
+def strong_peak(recipe: Recipe, case: Case) -> float:
+    """MiB that the stronger way takes, from opening the model on."""
+    subject = open_subject(recipe)
+    run_strong(subject, subject.runs(case.corruption), case.cells)
+    return peak_mb(subject.vlm.device)
+
+
+def naive_peak(recipe: Recipe, case: Case) -> float:
+    """MiB that the naive way takes, from opening the model on."""
+    subject = open_subject(recipe)
+    runs = subject.runs(case.corruption)
+    run_naive(subject, runs, case.cells, frozen_states(subject, runs, case.cells))
+    return peak_mb(subject.vlm.device)
+
+
+def describe_row(row: TimingRow) -> list[str]:
+    """One row of the table, with everything that was measured."""
+    lines = [
+        f"{row.cells}: {row.computed_cells} cells computed, {row.free_cells} free, {row.samples} samples",
+        f"  seconds       {row.seconds:.1f} ({1000 * row.seconds_per_cell:.1f} ms per cell; recording "
+        f"{row.recording_seconds:.1f}); "
+        f"strong {row.ratio_strong:.1f}x ({row.seconds_per_cell_strong:.2f} s per cell), "
+        f"naive {row.ratio_naive:.1f}x ({row.seconds_per_cell_naive:.2f} s per cell)",
+        f"  token-layers  {row.token_layers}; strong {row.ratio_token_layers:.1f}x, "
+        f"naive {row.ratio_token_layers_naive:.1f}x; with the recording ({row.recording_token_layers}) strong "
+        f"{row.ratio_token_layers_recorded:.1f}x",
+        f"  work          {row.flops / 1e12:.3f} TFLOP counted, at {row.share_of_rate:.0%} of the matrix-product rate "
+        f"({row.matrix_gflops:.0f} GFLOP/s): {row.times_counted_work:.2f}x what it costs at that rate",
+        f"  differences   {row.max_abs_diff:.1e} to strong, {row.max_abs_diff_naive:.1e} to naive "
+        f"({row.timed_cells} cells); strong to itself {row.plain_noise:.1e}; largest effect {row.largest_effect:.3f}",
+    ]
+    if row.peak_mb_strong is not None:
+        lines.append(
+            f"  peak memory   {row.peak_mb:.0f} MiB; strong {row.peak_mb_strong:.0f}, naive {row.peak_mb_naive:.0f}"
+        )
+    return lines
+
+
+def table(rows: Sequence[TimingRow]) -> list[str]:
+    """All rows, with the figures that count."""
+    head = ("cells", "token-layers", "seconds, strong", "seconds, naive", "largest difference", "peak MiB")
+    return aligned([head, *(_entries(row) for row in rows)])
+
+
+def _entries(row: TimingRow) -> tuple[str, ...]:
+    ratios = (row.ratio_token_layers, row.ratio_strong, row.ratio_naive)
+    return (row.cells, *(f"{ratio:.1f}x" for ratio in ratios), f"{row.max_abs_diff:.1e}", f"{row.peak_mb:.0f}")
+
+
+def bench_trace(settings: BenchTrace) -> int:
+    """Create the model in a temporary folder, measure and print each row and the table, write the JSON."""
+    check_settings(settings)
+    shape = chosen_shape(settings)
+    cases = chosen_cases(make_cases(shape), settings.value("cells"))
+    samples = {"text": settings.value("samples"), "image": settings.value("image_samples")}
+    facts = machine_facts(settings.device or "cpu") | {"shape": asdict(shape)}
+    print(*describe_machine(facts), "", sep="\n", flush=True)
+    rows = []
+    with random_model(settings, shape, samples) as recipe:
+        for row in _measured(settings, recipe, cases):
+            print(*describe_row(row), "", sep="\n", flush=True)
+            rows.append(row)
+    print(*table(rows), sep="\n")
+    write_json(settings, {**facts, "samples": samples, "seed": settings.seed, "rows": [asdict(row) for row in rows]})
+    return 0
+
+
+def _measured(settings: BenchTrace, recipe: Recipe, cases: Sequence[Case]) -> Iterator[TimingRow]:
+    """Yield each row as soon as it is measured."""
+    timed_cells = settings.value("baseline_cells")
+    if settings.runs_on_cuda:
+        subject = open_subject(recipe)
+        yield from (measure_row(subject, case, timed_cells=timed_cells) for case in cases)
+    else:
+        measurements = Measurements(recipe, timed_cells)
+        yield from (measurements.row(case) for case in cases)

@@ -1,16 +1,21 @@
-"""LLaVA-shaped models with random weights: their sizes, and how one is made and written to a folder."""
+"""The models that benchmarks run on: LLaVA-shaped, with random weights, opened from a folder like any other."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -21,7 +26,13 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ...models import Prompt, VisionLanguageModel, load
+from ...models.loading.devices import check_device_map
 from ...models.quiet import quiet_transformers
+from ...tracing import Corruption, ImageNoise, TextNoise
+from ...tracing.engine.cells import Runs
+from ..options.benchmarks import BenchOptions
+from ..outputs import new_files
 
 PATCH = 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -170,3 +181,118 @@ def _processor(shape: Shape) -> LlavaProcessor:
         image_token="<image>",
         num_additional_image_tokens=1,
     )
+
+
+_CONFIDENCE = 0.5
+_NOISE = {"text": 3.0, "image": 0.5}
+"""Standard deviations; as much as leaves the image-corrupted answer a probability that restoring can be seen in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that it takes to open the same subject again, in another process too."""
+
+    folder: Path
+    shape: Shape
+    device: str | None
+    seed: int
+    samples: Mapping[str, int]
+    """Noise samples of the "text" and of the "image" corruption."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A model and a question whose answer it finds about as likely as not."""
+
+    vlm: VisionLanguageModel
+    prompt: Prompt
+    answer: int
+    """The likeliest next token of the clean run."""
+    recipe: Recipe
+
+    def runs(self, corruption: str) -> Runs:
+        """The corrupted and the clean embeddings: noise on the constraint ("text") or on the picture ("image")."""
+        settings = {"scale": _NOISE[corruption], "samples": self.recipe.samples[corruption], "seed": self.recipe.seed}
+        kinds: Mapping[str, Corruption] = {
+            "text": TextNoise(over="prompt", **settings),  # its words are none of a corpus
+            "image": ImageNoise(**settings),
+        }
+        return Runs(
+            base=kinds[corruption].corrupt(self.vlm, self.prompt).embeddings,
+            source=self.vlm.embed(self.prompt),
+            scored=(self.prompt.length - 1,),
+            frozen=self.prompt.groups["image"],
+        )
+
+    def measure(self, logits: Tensor) -> Tensor:
+        """(row, 1) float64: the answer's probability after the last token; logits (row, scored position, vocab)."""
+        return logits[:, -1].double().softmax(-1)[:, self.answer, None]
+
+
+def open_subject(recipe: Recipe) -> Subject:
+    """The subject, its output head scaled so that the clean answer has a probability of one half."""
+    shape = recipe.shape
+    vlm = load(recipe.folder, dtype=shape.dtype, device_map=recipe.device)
+    before, after = prompt_words(shape, seed=recipe.seed)
+    prompt = vlm.prompt(
+        _picture(shape.image, recipe.seed),
+        " ".join(after),
+        constraint=" ".join(after[: shape.constraint]),
+        template=" ".join([*before, "{image}", "{question}"]),
+    )
+    with torch.no_grad():
+        logits = vlm.logits(prompt)[0, -1].double()
+        vlm.output_head.weight.mul_(confident(logits))
+    return Subject(vlm=vlm, prompt=prompt, answer=int(logits.argmax()), recipe=recipe)
+
+
+def confident(logits: Tensor) -> float:
+    """The factor on logits (vocab,) that gives the likeliest token a probability of one half."""
+    low, high = 0.0, 1.0
+    while float((high * logits).softmax(-1).max()) < _CONFIDENCE:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        is_enough = float((middle * logits).softmax(-1).max()) >= _CONFIDENCE
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high
+
+
+def _picture(side: int, seed: int) -> Image.Image:
+    """A picture of noise."""
+    return Image.frombytes("RGB", (side, side), random.Random(seed).randbytes(3 * side * side))
+
+
+def check_settings(settings: BenchOptions) -> None:
+    """Raises `CommandError` or `ModelError` for numbers that no model can have and devices that are not there."""
+    settings.check()
+    check_device_map(settings.device, "the random model")
+
+
+def chosen_shape(settings: BenchOptions) -> Shape:
+    """Return the preset with the sizes that were given; MLP and heads keep their relation to the width."""
+    shape = SHAPES[settings.value("shape")]
+    if settings.width is not None:
+        size, mlp = shape.width // shape.heads, 16 * math.ceil(shape.mlp / shape.width * settings.width / 16)
+        heads = 1 if settings.width % size else settings.width // size
+        shape = replace(shape, width=settings.width, mlp=mlp, heads=heads)
+    changes = {"layers": settings.layers, "dtype": settings.dtype}
+    return replace(shape, **{name: value for name, value in changes.items() if value is not None})
+
+
+@contextmanager
+def random_model(settings: BenchOptions, shape: Shape, samples: Mapping[str, int]) -> Iterator[Recipe]:
+    """Yields how to open the model, which lies in a temporary folder as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="multrace-bench-") as folder:
+        device, seed = settings.device, settings.seed
+        recipe = Recipe(folder=Path(folder), shape=shape, device=device, seed=seed, samples=samples)
+        write_model(shape, recipe.folder, seed=seed, device=torch.device(device or "cpu"))
+        yield recipe
+
+
+def write_json(settings: BenchOptions, content: Mapping[str, Any]) -> None:
+    """Write the JSON if --json is given."""
+    if settings.json is not None:
+        with new_files(settings.json.parent, [settings.json.name]) as work:
+            (work / settings.json.name).write_text(json.dumps(content, indent=2) + "\n")
+        print("written:", settings.json)

@@ -1,19 +1,19 @@
-"""One row of the flow table: the three ways on the same cells, their seconds, counted work and differences.
+"""The knockout benchmark: one row of the table for each flow, with seconds, counted work and differences.
 
-"Published" lets the whole model generate one token per cell, vision tower and prefill in each call; "strong" runs the
-vision tower once, then the decoder once per cell; "ours" is the sweep over edges. The first two compute all tokens for
-every cell, but make masks that grow with the window: the timed cells are spread evenly over cells by the number of
-edges cut, and the rest is multiplication.
+The published way lets the whole model generate one token per cell, with vision tower and prefill in each call. The
+strong way runs the vision tower once, then the decoder once per cell. Ours is the sweep over edges. The first two
+compute all tokens for every cell, but build masks that grow with the window: the timed cells are spread evenly over
+the cells by the number of edges cut, and the result is multiplied.
 
-The run without a cut is done once for all flows of a prompt and is left out of all three ways' seconds and
-token-layers; the ratios with the recording put it back on ours alone.
+The run without a cut is done once for all flows of a prompt and is left out of the seconds and token-layers of all
+three ways; the ratios "with the recording" add it to the sweep alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 
 import torch
@@ -23,13 +23,22 @@ from tqdm import tqdm
 from ...tracing.engine.cells import CellScores, EdgeCell, Engine, Measure, Runs
 from ...tracing.engine.plain import plain_scores
 from ...tracing.engine.sweep import sweep
-from .flow_cases import FlowCase
-from .flow_published import published_scores
-from .flow_truncation import Saving, measure_saving
-from .peaks import forget_peak, peak_mb
-from .rates import counted_flops, matrix_rate
-from .subjects import Recipe, Subject, open_subject
-from .timing import Clock, largest
+from ..options.bench_flow import BenchFlow
+from .flow_cells import FlowCase, Saving, make_flow_cases, measure_saving, published_scores
+from .machine import (
+    Clock,
+    aligned,
+    counted_flops,
+    describe_machine,
+    forget_peak,
+    in_new_process,
+    largest,
+    machine_facts,
+    matrix_rate,
+    peak_mb,
+)
+from .models import Recipe, Subject, check_settings, chosen_shape, open_subject, random_model, write_json
+from .trace_cells import chosen_cases
 
 REPEATS = 3
 """Sweeps that are timed, since one takes milliseconds; the median counts."""
@@ -250,3 +259,91 @@ def _costs(
 def _edges(cell: EdgeCell) -> int:
     """Pairs of tokens, times layers, that a cell keeps apart."""
     return len(cell.cut.sources) * len(cell.cut.targets) * (cell.last - cell.first + 1)
+
+
+def describe_flow(row: FlowRow) -> list[str]:
+    """One row of the table, with everything that was measured."""
+    lines = [
+        f"{row.flow}: {row.computed_cells} cells computed, {row.free_cells} free",
+        f"  seconds       {row.seconds:.3f} ({1000 * row.seconds_per_cell:.2f} ms per cell; recording "
+        f"{row.recording_seconds:.2f}); "
+        f"strong {row.ratio_strong:.1f}x ({row.seconds_per_cell_strong:.2f} s per cell), "
+        f"published {row.ratio_published:.1f}x ({row.seconds_per_cell_published:.2f} s per cell); with the recording "
+        f"{row.ratio_strong_recorded:.1f}x and {row.ratio_published_recorded:.1f}x",
+        f"  token-layers  {row.token_layers}; {row.ratio_token_layers:.1f}x; with the recording "
+        f"({row.recording_token_layers}) {row.ratio_token_layers_recorded:.1f}x",
+        f"  work          {row.flops / 1e9:.2f} GFLOP counted, at {row.share_of_rate:.0%} of the matrix-product rate "
+        f"({row.matrix_gflops:.0f} GFLOP/s): {row.times_counted_work:.2f}x what it costs at that rate",
+        f"  differences   {row.max_abs_diff:.1e} to strong, {row.max_abs_diff_published:.1e} to published "
+        f"({row.timed_cells} cells); strong to itself {row.plain_noise:.1e}; largest effect {row.largest_effect:.3f}; "
+        f"in log-probability {row.max_relative_diff:.1e}, strong to itself {row.plain_relative_noise:.1e}",
+        f"  peak memory   {row.peak_mb:.0f} MiB (ours)",
+    ]
+    if row.saving is not None:
+        lines.append(
+            f"  pruning       a prefill on text alone from layer {row.saving.layer} on takes "
+            f"{row.saving.seconds_truncated:.3f} s, a whole one {row.saving.seconds_full:.3f}: "
+            f"{row.saving.ratio_seconds:.2f}x ({row.saving.ratio_token_layers:.2f}x token-layers); its answer is "
+            f"{row.saving.max_abs_diff:.1e} from that cell's"
+        )
+    return lines
+
+
+def flow_table(rows: Sequence[FlowRow]) -> list[str]:
+    """All rows, with the figures that count."""
+    head = (
+        "flow",
+        "cells (free)",
+        "token-layers",
+        "with recording",
+        "seconds, strong",
+        "seconds, published",
+        "ms per cell",
+        "largest difference",
+        "in log-probability",
+    )
+    return [
+        *aligned([head, *(_entries(row) for row in rows)]),
+        f"Ours: the median of {REPEATS} sweeps. Ratios are the other ways' cost over ours, the recording of the clean "
+        "run left out, free cells in none.",
+    ]
+
+
+def _entries(row: FlowRow) -> tuple[str, ...]:
+    ratios = (row.ratio_token_layers, row.ratio_token_layers_recorded, row.ratio_strong, row.ratio_published)
+    return (
+        row.flow,
+        f"{row.computed_cells} ({row.free_cells})",
+        *(f"{ratio:.1f}x" for ratio in ratios),
+        f"{1000 * row.seconds_per_cell:.2f}",
+        f"{max(row.max_abs_diff, row.max_abs_diff_published):.1e}",
+        f"{row.max_relative_diff:.1e}",
+    )
+
+
+def bench_flow(settings: BenchFlow) -> int:
+    """Create the model in a temporary folder, measure and print each row and the table, write the JSON."""
+    check_settings(settings)
+    shape = chosen_shape(settings)
+    windows = settings.chosen_windows(shape.layers)
+    cases = chosen_cases(make_flow_cases(shape, windows), settings.value("flows"))
+    facts = machine_facts(settings.device or "cpu") | {"shape": asdict(shape)}
+    print(*describe_machine(facts), "", sep="\n", flush=True)
+    rows = []
+    with random_model(settings, shape, {}) as recipe:
+        for row in _measured(settings, recipe, cases):
+            print(*describe_flow(row), "", sep="\n", flush=True)
+            rows.append(row)
+    print(*flow_table(rows), sep="\n")
+    write_json(settings, {**facts, "windows": windows, "seed": settings.seed, "rows": [asdict(row) for row in rows]})
+    return 0
+
+
+def _measured(settings: BenchFlow, recipe: Recipe, cases: Sequence[FlowCase]) -> Iterator[FlowRow]:
+    """Yield each row as soon as it is measured."""
+    timed_cells = settings.value("baseline_cells")
+    if settings.runs_on_cuda:
+        subject = open_subject(recipe)
+        yield from (measure_flow(subject, case, timed_cells=timed_cells) for case in cases)
+    else:
+        yield from (in_new_process(measure_flow_anew, recipe, case, timed_cells) for case in cases)

@@ -1,0 +1,399 @@
+"""The requests of the results with their unedited answers, and the rows that are measured on them.
+
+A row is an editor, a baseline or a control: one edit at a time, all at once, in sequence, or at every layer and token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self, cast
+
+import numpy as np
+
+from ...artefacts.statistics import paired_test
+from ...data import World
+from ...data.world import EditCase
+from ...editing.baselines import FineTune, InContext, Lora
+from ...editing.evaluation import (
+    BATCH,
+    BY_NAME,
+    EDITED,
+    EFFICACY,
+    EXACT,
+    GENERALITY,
+    LOCALITY,
+    OTHER_PICTURE,
+    OTHER_QUESTION_SAME_PICTURE,
+    REPHRASE,
+    REPHRASE_OTHER_PICTURE,
+    SAME_QUESTION_OTHER_PICTURE,
+    SEQUENCE,
+    SINGLE,
+    UNCHANGED,
+    UNRELATED,
+    Baseline,
+    EditCurve,
+    EditFunction,
+    EditReport,
+    EvaluationSettings,
+    Record,
+    baseline,
+    edit_function,
+    evaluate,
+)
+from ...editing.moments import Moments, second_moments
+from ...editing.requests import EditRequest
+from ...editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
+from ...models import Prompt, VisionLanguageModel
+from ...tracing import EditSite, SwapImage
+from ...workflow.sites import locate
+from ..world_edits import WorldRequests, another_picture, untouched_facts, world_records
+
+CONTEXTS = 3
+"""Number of other pictures of the entity that an edit gets; no probe uses them."""
+_MOMENT_FACTS = 400
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """The records of one half of one split, and what every row shares."""
+
+    world: World
+    cases: tuple[EditCase, ...]
+    records: tuple[Record, ...]
+    """As the default edits them: with other pictures as contexts."""
+    baseline: Baseline
+    moments: Moments
+    """Second moments of keys over questions that training taught, in all layers, by projection of the MLP."""
+    sites: tuple[EditSite, ...] = field(repr=False)
+    """Where each request's own trace, under the picture of another entity, says that it is to be edited."""
+    named: Mapping[str, Prompt] = field(default_factory=dict, repr=False)
+    """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
+    notes: tuple[str, ...] = ()
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def first(self, number: int) -> Self:
+        """Return the same with the first requests only."""
+        names = tuple(repr(record.request.label) for record in self.records[:number])  # as notes begin
+        return replace(
+            self,
+            cases=self.cases[:number],
+            records=self.records[:number],
+            sites=self.sites[:number],
+            notes=tuple(note for note in self.notes if note.startswith(names)),
+        )
+
+
+def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, probes: int) -> Bench:
+    """Return the first `number` requests of a split's part, with `probes` questions of each kind."""
+    world = World()
+    cases = _cases(world, split, part, number)
+    records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
+    settings = EvaluationSettings(forced=False)
+    facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
+    found = locate(
+        vlm,
+        [record.request for record in records],
+        corruptions=[SwapImage(another_picture(world, case)) for case in cases],
+        per_request=True,
+        progress=True,
+    )
+    return Bench(
+        world=world,
+        cases=cases,
+        records=records,
+        baseline=baseline(vlm, records, settings=settings, batch_size=64, progress=True),
+        moments=second_moments(vlm, [prompt for prompt, _ in facts], progress=True),
+        sites=found.edit_sites,
+        named={case.fact.id: _by_name(vlm, world, case) for case in cases},
+        notes=found.notes,
+        settings=settings,
+    )
+
+
+def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
+    """The site of each request by its name."""
+    return {record.request.name: site for record, site in zip(bench.records, bench.sites, strict=True)}
+
+
+def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, ...]:
+    """As many cases as requested; if the part has fewer, the last cases of the other part follow.
+
+    Settings are chosen on the first ones of a part, so that the last ones are as good as unseen.
+    """
+    other = "choose" if part == "report" else "report"
+    return (*world.edit_cases(split, part), *reversed(world.edit_cases(split, other)))[:number]
+
+
+def _by_name(vlm: VisionLanguageModel, world: World, case: EditCase) -> Prompt:
+    asked = world.question_by_name(case.fact)
+    return vlm.prompt(None, asked.question, constraint=asked.constraint)
+
+
+SPLITS = ("outdated", "long_tail")
+AT = (1, 10, 20, 30, 60, 100, 160)
+COLUMNS: Mapping[str, tuple[str, str, str]] = {
+    "efficacy": (EFFICACY, EXACT, EDITED),
+    "other pictures": (GENERALITY, EXACT, OTHER_PICTURE),
+    "other wordings": (GENERALITY, EXACT, REPHRASE),
+    "both": (GENERALITY, EXACT, REPHRASE_OTHER_PICTURE),
+    "by name": (GENERALITY, EXACT, BY_NAME),
+    "other entities": (LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE),
+    "other relations": (LOCALITY, UNCHANGED, OTHER_QUESTION_SAME_PICTURE),
+    "unrelated": (LOCALITY, UNCHANGED, UNRELATED),
+}
+"""Column -> the score it shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorRow:
+    """One line of the tables."""
+
+    name: str
+    text: str
+    """Description for the table."""
+    edit: Callable[[VisionLanguageModel, Bench, Sequence[EditRequest], Sequence[Any]], Any]
+    """(model, bench, requests, earlier changes) -> change."""
+    shown: Callable[[Bench, EditRequest], EditRequest] = lambda _bench, request: request
+    """Function that changes a request before the editor gets it."""
+    batches: bool = True
+    sequences: bool = False
+
+
+def editor_rows() -> tuple[EditorRow, ...]:
+    """Return every line, the default first."""
+    return (
+        EditorRow(
+            name="multedit-trace",
+            text="MultEdit, layer and token of each request by its trace (default settings)",
+            edit=_traced,
+            sequences=True,
+        ),
+        EditorRow(
+            name="multedit-moments",
+            text="the same, old keys weighed by their second moments (`moment_weight=10`, `ridge_fraction=0.002`, "
+            "`stop_loss=0.02`)",
+            edit=_with_moments,
+            sequences=True,
+        ),
+        EditorRow(
+            name="multedit-named",
+            text="the same, told the question by name too (`rewrite_prompts`)",
+            edit=_traced,
+            shown=_named,
+        ),
+        EditorRow(name="multedit-bare", text="the same without other pictures (`contexts`)", edit=_traced, shown=_bare),
+        _row("multedit-5", "MultEdit at layer 5, last token", MultEdit(layer=5), sequences=True),
+        _row("multedit-attention", "the same on the attention output", MultEdit(layer=5, projection="attention")),
+        _row("multedit-early", "control: layer 0, last token, no kept keys", MultEdit(layer=0), batches=False),
+        _row(
+            "multedit-published-place",
+            "control: layer 2, last constraint token, values converged",
+            MultEdit(layer=2, token="constraint_last"),
+            batches=False,
+        ),
+        _row("multedit-paper", "MultEdit.paper(), as published", MultEdit.paper(), batches=False),
+        _row("rome", "ROME at layer 5", ROME(layer=5), batches=False),
+        _row("memit", "MEMIT, layers 4 to 6", MEMIT(layer=6), sequences=True),
+        _row("emmet", "EMMET at layer 5", EMMET(layer=5), sequences=True),
+        _row("alphaedit", "AlphaEdit, layers 4 to 6", AlphaEdit(layer=6), sequences=True),
+        _baseline("ft", "fine-tuning of layer 5's down projection", FineTune(layer=5, learning_rate=5e-3)),
+        _baseline(
+            "ft-l",
+            "the same, no weight moved by more than 0.02",
+            FineTune(layer=5, learning_rate=5e-3, entry_bound=2e-2),
+        ),
+        _baseline("lora", "LoRA of rank 8 through PEFT, all layers", Lora()),
+        _baseline("in-context", "the fact told before the question", InContext()),
+    )
+
+
+def measure_editor(vlm: VisionLanguageModel, bench: Bench, row: EditorRow, *, together: bool) -> Mapping[str, Any]:
+    """The scores of one editor, each edit alone or all in one batch: {column: [unedited, low, edited, high]}."""
+    records = _records(bench, row)
+
+    def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+        return row.edit(model, bench, requests, earlier)
+
+    mode = BATCH if together else SINGLE
+    return _found(row, evaluate(vlm, records, edit, mode=mode, baseline=bench.baseline, batch_size=64))
+
+
+def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> Mapping[str, Any]:
+    """The curve of one editor over a sequence, and its scores after the last edit."""
+
+    def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+        return row.edit(model, bench, requests, earlier)
+
+    options = {"mode": SEQUENCE, "baseline": bench.baseline, "batch_size": 64, "at": AT}
+    report = evaluate(vlm, _records(bench, row), edit, **options)
+    return {
+        **_found(row, report),
+        "curve": json_ready(cast(EditCurve, report.curve).to_dataframe().to_dict(orient="records")),
+    }
+
+
+def json_ready(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of numbers as plain Python types."""
+    return [{key: None if value is None else float(value) for key, value in row.items()} for row in rows]
+
+
+def _found(row: EditorRow, report: EditReport) -> dict[str, Any]:
+    kinds = {each.kind for each in report.rows}
+    scores = {}
+    for column, (aspect, protocol, kind) in COLUMNS.items():
+        if kind in kinds:
+            score = report.score(aspect, protocol, kind)
+            scores[column] = [score.before.mean, score.after.low, score.after.mean, score.after.high]
+    return {
+        "text": row.text,
+        "scores": scores,
+        "splits": dict(report.split_shares()),
+        "statuses": dict(report.statuses),
+        "left_out": report.left_out,
+        "requests": len(report.statuses),
+    }
+
+
+def _records(bench: Bench, row: EditorRow) -> list[Record]:
+    return [replace(record, request=row.shown(bench, record.request)) for record in bench.records]
+
+
+def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
+    functions: list[EditFunction] = []  # made by the first edit, since its costs depend on no keys
+
+    def edit(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+        if not functions:
+            functions.append(edit_function(vlm, editor, bench.moments if editor.needs_moments else None))
+        return functions[0](vlm, requests, earlier)
+
+    return EditorRow(name=name, text=text, edit=edit, **options)
+
+
+def _baseline(name: str, text: str, editor: Any) -> EditorRow:
+    def edit(vlm: VisionLanguageModel, _bench: Bench, requests: Sequence[EditRequest], _earlier: Sequence[Any]) -> Any:
+        return editor.edit(vlm, requests, progress=False)
+
+    return EditorRow(name=name, text=text, edit=edit)
+
+
+def _traced(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+    """Each request at its own site; several at once at the site that most of their traces choose."""
+    return MultEdit(where=_site(bench, requests)).edit(vlm, requests, earlier=tuple(earlier), progress=False)
+
+
+def _with_moments(
+    vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]
+) -> Any:
+    """The same for many edits: what other questions look up counts too, and values go no further than they must."""
+    editor = MultEdit(where=_site(bench, requests), moment_weight=10.0, ridge_fraction=0.002, stop_loss=0.02)
+    return editor.edit(vlm, requests, earlier=tuple(earlier), moments=bench.moments, progress=False)
+
+
+def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
+    sites = site_by_request(bench)
+    votes = [sites[request.name] for request in requests]
+    return max(votes, key=lambda each: sum((each.layer, each.token) == (one.layer, one.token) for one in votes))
+
+
+def _named(bench: Bench, request: EditRequest) -> EditRequest:
+    """The request with the question by name, in a wording that no probe uses."""
+    return replace(request, rewrite_prompts=(bench.named[request.name],))
+
+
+def _bare(_bench: Bench, request: EditRequest) -> EditRequest:
+    return replace(request, contexts=())
+
+
+CONVERGED = 200
+"""Steps of the value search: enough for values that can be found at all."""
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """The traced choice compared with another one over the same requests."""
+
+    traced: float
+    """Mean score of the traced choice, 0 to 1."""
+    other: float
+    low: float
+    """Of the mean difference (traced minus other), 95 % bootstrap over requests."""
+    high: float
+    p: float
+    """Of a permutation test that flips the signs of the differences at random, two-sided."""
+    number: int
+
+
+def sites_of(_vlm: VisionLanguageModel, bench: Bench) -> Mapping[str, Any]:
+    """{"sites": {request: [layer, token, onset]}, "notes": [...]} of each request's own trace."""
+    names = [record.request.name for record in bench.records]
+    sites = {name: [site.layer, site.token, site.onset] for name, site in zip(names, bench.sites, strict=True)}
+    return {"sites": sites, "notes": list(bench.notes)}
+
+
+def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str) -> Mapping[str, Any]:
+    """{request: [efficacy, generality, other entities unchanged, all questions that should stay unchanged]}, 0 to 1.
+
+    Each request is edited alone at this layer and token, with converged values.
+    """
+    editor = MultEdit(layer=layer, token=token, steps=CONVERGED)
+    report = evaluate(vlm, bench.records, editor, baseline=bench.baseline, batch_size=64)
+    found: dict[str, Any] = {}
+    for record in bench.records:
+        rows = [row for row in report.rows if row.record == record.name]
+        moved = [row.numbers[EXACT][1] for row in rows if row.aspect == EFFICACY]
+        spread = [row.numbers[EXACT][1] for row in rows if row.aspect == GENERALITY and row.kind != BY_NAME]
+        stayed = [(row.kind, row.numbers[UNCHANGED][1]) for row in rows if row.aspect == LOCALITY]
+        entities = [value for kind, value in stayed if kind == SAME_QUESTION_OTHER_PICTURE]
+        found[record.request.name] = [*moved, *map(_mean, (spread, entities, [value for _, value in stayed]))]
+    return found
+
+
+def score(cell: Sequence[float]) -> float:
+    """Return one number for one edit: the mean of efficacy, generality and locality."""
+    return (cell[0] + cell[1] + cell[3]) / 3
+
+
+def paired(traced: Sequence[float], other: Sequence[float]) -> Paired:
+    """Return the comparison of two choices over the same requests."""
+    differences = np.asarray(traced) - np.asarray(other)
+    low, high, p = paired_test(differences, draws=_DRAWS)
+    means = {"traced": float(np.mean(traced)), "other": float(np.mean(other))}
+    return Paired(**means, low=low, high=high, p=p, number=len(differences))
+
+
+def comparisons(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
+    """Traced token against the others at the traced layer; traced layer against each other one at the traced token."""
+    found = []
+    chosen = [score(grid[layer, token][name]) for name, (layer, token, _) in sites.items()]
+    tokens, layers = sorted({token for _, token in grid}), sorted({layer for layer, _ in grid})
+    for token in tokens:
+        other = [score(grid[layer, token][name]) for name, (layer, _, _) in sites.items()]
+        found.append({"choice": f"token {token}, traced layer", **asdict(paired(chosen, other))})
+    for layer in layers:
+        other = [score(grid[layer, token][name]) for name, (_, token, _) in sites.items()]
+        found.append({"choice": f"layer {layer}, traced token", **asdict(paired(chosen, other))})
+    return found
+
+
+def by_onset(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
+    """Edits at the traced token by how far their layer is from the request's own onset there."""
+    groups: dict[int, list[Sequence[float]]] = {}
+    for name, (_, token, onset) in sites.items():
+        for layer in sorted({layer for layer, _ in grid}):
+            groups.setdefault(layer - onset, []).append(grid[layer, token][name])
+    return [
+        {
+            "offset": offset,
+            "edits": len(cells),
+            "efficacy": _mean([cell[0] for cell in cells]),
+            "generality": _mean([cell[1] for cell in cells]),
+            "entities": _mean([cell[2] for cell in cells]),
+            "locality": _mean([cell[3] for cell in cells]),
+        }
+        for offset, cells in sorted(groups.items())
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
