@@ -1,6 +1,7 @@
 """The model under study, as one object: weights, processor, addresses and sizes."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ from .generation import Score, generate, score_answer
 from .hooks import first_input
 from .lock import ModelLock, evaluating
 from .prompts import Prompt, PromptInputs, build
-from .saving import save_directory
 from .texts import whole_number
+from .weights import WeightDigests, digest_weight, save_directory
 
 Inputs = Prompt | Mapping[str, Tensor]
 
@@ -48,6 +49,9 @@ class VisionLanguageModel:
     """The dtype of the file that the model was loaded from; the default of `save_pretrained`."""
     lock: ModelLock = field(default_factory=ModelLock, repr=False)
     """The lock of the thread that runs the model, hooks it, or changes its weights or its attention function."""
+
+    digests: WeightDigests = field(default_factory=WeightDigests, repr=False)
+    """Digests of the weights that `weights_digest` has computed."""
 
     def __repr__(self) -> str:
         revision = "" if self.revision is None else f" at {self.revision}"
@@ -322,7 +326,49 @@ class VisionLanguageModel:
     def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
         """Return, for each parameter name, a sha256 (hex) of its dtype, shape and bytes."""
         with self.lock:
-            return {name: _digest(self.weight(name)) for name in names}
+            return {name: digest_weight(self.weight(name)) for name in names}
+
+    def weights_digest(self, *, progress: bool = True) -> str:
+        """Return a SHA-256 (hex) of all that decides the model's answers: its identity as a key of results.
+
+        It covers names, dtypes, shapes and bytes of all parameters and stored buffers as they are in memory now, the
+        configuration (without path, version of transformers and dtype, which the weights show), the vocabulary, the
+        chat template, the image processor and the tokens that end an answer. So
+
+        - two copies of a folder have one digest, under any path, and a model that is saved and loaded keeps it;
+        - an edit changes it while it is applied, and undoing the edit restores it;
+        - loading in another dtype changes it, since the model computes other numbers then; the device, the attention
+          implementation, and hooks, such as those of a runtime edit, do not count.
+
+        Every weight is read once, at about a second per GB on one core, and again after torch has counted a change of
+        it. Torch does not count changes through `weight.data` in place and through memory shared with numpy; change
+        weights under `torch.no_grad()` instead.
+
+        Args:
+            progress: Show a progress bar if it takes more than two seconds.
+
+        Example:
+            >>> import torch
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> digest = vlm.weights_digest()
+            >>> with torch.no_grad():
+            ...     _ = vlm.weight(vlm.down_projection(0).name).mul_(2)
+            >>> vlm.weights_digest() == digest
+            False
+        """
+        with self.lock:
+            buffers = dict(self.model.named_buffers())
+            stored = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name in buffers}
+            digests = self.digests.of(dict(self.model.named_parameters()) | stored, progress=progress)
+        frontend = self.frontend
+        parts = [
+            _without_origin(self.config.to_dict()),
+            *(frontend.vocabulary_digest, frontend.picture_digest, getattr(self.processor, "chat_template", None)),
+            *(self.end_ids, sorted(digests.items())),
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def image_features(self, inputs: Inputs) -> Tensor:
         """Return the image features for the text stack, (image token, hidden), in the order of the image positions.
@@ -618,13 +664,14 @@ def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
 
 
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the entries that do not decide what the model computes, its parts included."""
+    return {
+        name: _without_origin(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    }
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _digest(weight: Tensor) -> str:
-    raw = weight.detach().cpu().contiguous()
-    header = f"{raw.dtype} {tuple(raw.shape)} ".encode()
-    digest = hashlib.sha256(header)
-    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...data import VQARecord, World
 from ...data.world import Entity, Fact
 from ...models import Prompt, VisionLanguageModel, load
-from ...models.saving import save_directory
+from ...models.weights import save_directory
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
 from ...workflow.sites import POSITIONS
 from ..errors import CommandError

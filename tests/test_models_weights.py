@@ -1,15 +1,19 @@
-"""Saved models reopen through plain transformers, bit for bit, and are there whole or not at all."""
+"""Saved models reopen through plain transformers, bit for bit, whole or not at all; digests tell models apart."""
 
+import copy
 import json
 import os
 import resource
+import shutil
 import stat
+from pathlib import Path
 
 import multrace
 import pytest
 import torch
 from multrace import ModelError
-from multrace.models import saving
+from multrace.editing import Delta, WeightChange
+from multrace.models import weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -119,14 +123,14 @@ def test_a_failed_rename_puts_the_old_folder_back(random_llama, tmp_path, monkey
     target = tmp_path / "model"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    rename = saving.Path.rename
+    rename = weights.Path.rename
 
     def refuse_new(self, to):
         if self.name == "new":
             raise OSError("refused")
         return rename(self, to)
 
-    monkeypatch.setattr(saving.Path, "rename", refuse_new)
+    monkeypatch.setattr(weights.Path, "rename", refuse_new)
     with pytest.raises(ModelError, match="refused"):
         random_llama.save_pretrained(target, overwrite=True)
     assert (target / "old.txt").read_text() == "old"
@@ -172,3 +176,79 @@ def test_saving_draws_no_bar_where_there_is_no_terminal(random_llama, tmp_path, 
     assert capsys.readouterr() == ("", "")
     random_llama.model.save_pretrained(tmp_path / "loud")
     assert "Writing model shards" in capsys.readouterr().err
+
+
+# ---- the digest of a model ----
+
+
+def test_copies_of_a_model_have_one_digest(random_vlm, tmp_path):
+    random_vlm.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    digests = {multrace.load(tmp_path / name).weights_digest() for name in ("saved", "copy")}
+    assert digests == {random_vlm.weights_digest()}
+    (tmp_path / "copy" / "README.md").write_text("other words")
+    assert multrace.load(tmp_path / "copy", attention="eager").weights_digest() in digests
+
+
+def test_an_edit_changes_the_digest_while_it_is_applied_and_after_it_is_saved(llava_llama_path, tmp_path):
+    vlm = multrace.load(llava_llama_path)
+    projection, digest = vlm.down_projection(1), vlm.weights_digest()
+    left, right = torch.randn(projection.hidden, 1), torch.randn(1, projection.width)
+    change = WeightChange(left=left, right=right, keys=right, residuals=(left @ (right @ right.T)).T)
+    delta = Delta(
+        changes={projection.name: change},
+        fingerprints=vlm.fingerprint([projection.name]),
+        model=vlm.name,
+        requests=(),
+    )
+    with delta.applied(vlm):
+        edited = vlm.weights_digest()
+        vlm.save_pretrained(tmp_path / "edited")
+    assert edited != digest == vlm.weights_digest()
+    assert multrace.load(tmp_path / "edited").weights_digest() == edited
+
+
+def test_every_weight_counts_and_is_read_once(llava_llama_path, monkeypatch):
+    vlm, read = multrace.load(llava_llama_path), []
+    compute = weights.digest_weight
+    monkeypatch.setattr(weights, "digest_weight", lambda weight: read.append(id(weight)) or compute(weight))
+    digest = vlm.weights_digest()
+    stored = {id(value) for value in vlm.model.state_dict(keep_vars=True).values()}
+    assert len(read) == len(stored) and set(read) == stored
+    read.clear()
+    assert vlm.weights_digest() == digest and not read
+    for name, weight in vlm.named_parameters():
+        before = weight.flatten()[-1].clone()
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1
+        assert vlm.weights_digest() != digest, name
+        assert read == [id(weight)]
+        with torch.inference_mode():
+            weight.view(-1)[-1].copy_(before)
+        assert vlm.weights_digest() == digest, name
+        read.clear()
+    name, weight = vlm.down_projection(0).name, vlm.down_projection(0).weight
+    weight.data = weight.data * 2
+    assert vlm.weights_digest() != digest
+    assert vlm.weights_digest() == copy.deepcopy(vlm).weights_digest()
+    assert vlm.weight(name) is weight
+
+
+def test_what_else_decides_the_answers_is_in_the_digest(llava_llama_path, tmp_path):
+    digest = multrace.load(llava_llama_path).weights_digest()
+    changes = {
+        "config.json": lambda content: content["text_config"]["rope_parameters"].update(rope_theta=5000.0),
+        "generation_config.json": lambda content: content.update(eos_token_id=7),
+        "processor_config.json": lambda content: content["image_processor"].update(image_mean=[0.1, 0.2, 0.3]),
+    }
+    others = {multrace.load(llava_llama_path, dtype="float64").weights_digest()}
+    for file, change in changes.items():
+        folder = Path(shutil.copytree(llava_llama_path, tmp_path / file))
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+        others.add(multrace.load(folder).weights_digest())
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "template"))
+    (folder / "chat_template.jinja").write_text("{{ '<image> Question: ' + messages[0]['content'][-1]['text'] }}")
+    others.add(multrace.load(folder).weights_digest())
+    assert len(others) == 5 and digest not in others

@@ -1,19 +1,98 @@
-"""Atomic writing of a model as a Hugging Face directory."""
+"""The weights of a model: digests of their values, and atomic writing of a model as a Hugging Face directory."""
 
+import hashlib
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .errors import ModelError, gist
 from .quiet import quiet_transformers
+
+_THREADS = 4
+"""Number of weights that are read at once; hashing one needs a copy in main memory if it is on another device."""
+_QUIET_SECONDS = 2
+"""Work that is done sooner shows no progress bar."""
+
+
+def digest_weight(weight: Tensor) -> str:
+    """Return a SHA-256 (hex) of a weight's dtype, shape and bytes."""
+    raw = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{raw.dtype} {tuple(raw.shape)} ".encode())
+    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
+    return digest.hexdigest()
+
+
+class WeightDigests:
+    """Digests of weights, each computed once and again after torch has counted a change of its weight.
+
+    A copied or unpickled object has computed nothing yet.
+    """
+
+    def __init__(self) -> None:
+        self._computed: dict[str, _Computed] = {}
+
+    def __reduce__(self) -> tuple[type["WeightDigests"], tuple[()]]:
+        return type(self), ()
+
+    def of(self, weights: Mapping[str, Tensor], *, progress: bool) -> dict[str, str]:
+        """Return the digest of each weight by name; only the values of changed weights are read."""
+        changed = {
+            name: weight
+            for name, weight in weights.items()
+            if name not in self._computed or not self._computed[name].is_current(weight)
+        }
+        with (
+            ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
+            tqdm(
+                total=sum(weight.nbytes for weight in changed.values()),
+                desc="hashing weights",
+                unit="B",
+                unit_scale=True,
+                delay=_QUIET_SECONDS,
+                leave=False,
+                disable=not progress,
+            ) as bar,
+        ):
+            for (name, weight), computed in zip(changed.items(), pool.map(_Computed.of, changed.values()), strict=True):
+                self._computed[name] = computed
+                bar.update(weight.nbytes)
+        return {name: self._computed[name].digest for name in weights}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Computed:
+    """The digest of a weight, and what changes whenever torch changes the values of the weight."""
+
+    digest: str
+    weight: "ref[Tensor]"
+    address: int
+    """Where the values are; an assignment to `weight.data` moves it."""
+    version: int | None
+    """The number of changes in place; None if torch does not count them for this tensor."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Computed":
+        version = None if weight.is_inference() else weight._version
+        return cls(digest=digest_weight(weight), weight=ref(weight), address=weight.data_ptr(), version=version)
+
+    def is_current(self, weight: Tensor) -> bool:
+        if self.weight() is not weight or weight.is_inference():
+            return False
+        return (self.address, self.version) == (weight.data_ptr(), weight._version)
 
 
 def save_directory(
