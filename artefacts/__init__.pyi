@@ -1,15 +1,14 @@
 from .averages import Averager as Averager, Mean as Mean, RunningMean as RunningMean, averaged as averaged
-from .errors import ArtefactError as ArtefactError
-from .fields import load_fields as load_fields, save_fields as save_fields
 from .files import (
     LAYOUT as LAYOUT,
     digest as digest,
+    read_json as read_json,
     read_tensors as read_tensors,
-    replacing as replacing,
+    write_json as write_json,
     write_tensors as write_tensors,
-    write_whole as write_whole,
 )
-from .results import Result as Result
+from .folders import ArtefactError as ArtefactError, replacing as replacing, write_whole as write_whole
+from .results import Result as Result, load_fields as load_fields, save_fields as save_fields
 from .statistics import (
     auroc as auroc,
     bootstrap_counts as bootstrap_counts,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import ArtefactError
+from .folders import ArtefactError
 from .results import Result
 from .statistics import student_interval, wilson_interval
 

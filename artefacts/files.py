@@ -1,54 +1,32 @@
-"""Files that are written completely or not at all, with the umask's permissions and equal bytes for equal content."""
+"""Safetensors and JSON files with equal bytes for equal content, and with a digest that loading checks."""
 
 import hashlib
+import io
 import json
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ArtefactError
+from ..data import parse_json
+from .folders import ArtefactError, replacing
 
 LAYOUT = "layout"
-"""The header entry of a safetensors file that says what the file holds, and in which version."""
+"""The entry of a file that names its content and the version of its layout."""
+DIGEST = "digest"
+"""The entry of a file that holds the SHA-256 of everything else in the file, as hexadecimal digits."""
 
-
-@contextmanager
-def replacing(path: str | Path, *, error: type[ValueError] = ArtefactError) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
-
-    Missing folders are created. A reader never sees half a file, and a failure leaves the previous file intact. The
-    temporary file already exists, empty and with the permissions of the umask, when the block starts.
-
-    Args:
-        path: the file to write.
-        error: the class to raise if the file or its folder cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-        temporary.replace(path)
-    except (OSError, SafetensorError) as cause:
-        reason = getattr(cause, "strerror", None) or cause
-        raise error(f"cannot write {str(path)!r}: {reason}; choose a folder that you may write to") from cause
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: str | Path, content: bytes, *, error: type[ValueError] = ArtefactError) -> Path:
-    """Write the content and return the path. Raises `error` if the file cannot be written."""
-    with replacing(path, error=error) as temporary:
-        temporary.write_bytes(content)
-    return Path(path)
+_DIGITS = 64
+_OPENING = b'{"__metadata__":{"digest":"'
+"""The start of the header of a safetensors file with a digest, after the eight bytes of the header's length."""
+_JSON_OPENING = b'{\n "digest": "'
+"""The start of a JSON file with a digest."""
+_NO_DIGEST = "no digest vouches for its content"
 
 
 def write_tensors(
@@ -58,12 +36,12 @@ def write_tensors(
     *,
     error: type[ValueError] = ArtefactError,
 ) -> Path:
-    """Write a safetensors file and return its path; equal tensors and text give equal bytes.
+    """Write a safetensors file with a digest and return its path; equal tensors and text give equal bytes.
 
     Args:
         path: the file to write.
         tensors: the tensors by name; they may share memory or be strided, because copies are written.
-        text: the metadata of the header.
+        text: the metadata of the header; the name "digest" is taken.
         error: the class to raise if the file cannot be written.
 
     Returns:
@@ -80,27 +58,100 @@ def write_tensors(
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
+    assert DIGEST not in text, "the digest is computed here"
     with replacing(path, error=error) as temporary:
         mode = temporary.stat().st_mode
-        save_file(own, temporary, metadata=dict(text))
+        save_file(own, temporary, metadata={DIGEST: "0" * _DIGITS, **text})
         temporary.chmod(mode)  # safetensors creates files that only their owner may read
-        _sort_header(temporary)
+        with temporary.open("r+b") as file:
+            _sort_header(file)
+            place = 8 + len(_OPENING)
+            digits = _digest_of_rest(file, place)
+            file.seek(place)
+            file.write(digits)
     return Path(path)
 
 
 def read_tensors(
     path: str | Path, *, error: type[ValueError] = ArtefactError
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. Raises `error` if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise error(f"no file {str(path)!r}; pass a file that `save` has written")
+    """Return the tensors and the metadata of a file that `write_tensors` wrote, and check its digest.
+
+    Raises `error` if the file is missing, has no digest, or differs in a single bit from what was written.
+    """
+    with _readable(path, error) as file:
+        problem = _problem(file, 8, _OPENING)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        with safe_open(path, framework="pt") as opened:
+            text = dict(opened.metadata() or {})
+            tensors = {} if problem else {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError) as cause:
         raise error(
-            f"{str(path)!r} is not a readable safetensors file ({cause}); make it again, or pass another file"
+            f"{str(path)!r} is not a readable safetensors file ({problem or cause}); make it again, or pass another one"
         ) from cause
+    if problem == _NO_DIGEST:
+        layout, hint = text.get(LAYOUT, "something of another program"), "load another file"
+        if LAYOUT in text:
+            hint = "it is of another version of multrace, so make it again"
+        raise error(f"{str(path)!r} holds {layout!r}, and {problem}; {hint}")
+    if problem:
+        raise error(f"{str(path)!r} is damaged ({problem}); make it again, or copy it again")
+    return tensors, {name: value for name, value in text.items() if name != DIGEST}
+
+
+def write_json(
+    path: str | Path, layout: str, content: Mapping[str, Any], *, error: type[ValueError] = ArtefactError
+) -> Path:
+    """Write a JSON file with a digest and return its path; equal content gives equal bytes.
+
+    Args:
+        path: the file to write.
+        layout: name and version of the layout, such as "multrace edit report 3".
+        content: plain values by name; the names "digest" and "layout" are taken.
+        error: the class to raise if the file cannot be written.
+
+    Returns:
+        The path of the written file.
+
+    Example:
+        >>> from multrace.artefacts import read_json, write_json
+        >>> read_json(write_json("run.json", "my run 1", {"seed": 0}), "my run 1")
+        {'seed': 0}
+    """
+    assert not content.keys() & {DIGEST, LAYOUT}, "these entries are made here"
+    whole = {DIGEST: "0" * _DIGITS, LAYOUT: layout, **content}
+    with replacing(path, error=error) as temporary:
+        raw = bytearray(json.dumps(whole, indent=1, ensure_ascii=False).encode() + b"\n")
+        place = len(_JSON_OPENING)
+        raw[place : place + _DIGITS] = _digest_of_rest(io.BytesIO(raw), place)
+        temporary.write_bytes(raw)
+    return Path(path)
+
+
+def read_json(path: str | Path, layout: str, *, error: type[ValueError] = ArtefactError) -> dict[str, Any]:
+    """Return the content of a file that `write_json` wrote with this layout, and check its digest.
+
+    Raises `error` if the file is missing, has no digest or another layout, or differs in a single bit from what was
+    written.
+    """
+    with _readable(path, error) as file:
+        if problem := _problem(file, 0, _JSON_OPENING):
+            raise error(f"{str(path)!r} is not a readable JSON file of multrace ({problem}); pass a file that it wrote")
+        file.seek(0)
+        content = parse_json(file.read(), nan=True, error=error)
+    check_layout(path, content.pop(LAYOUT, None), layout, error=error)
+    return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def check_layout(
+    path: str | Path, layout: str | None, expected: str, *, error: type[ValueError] = ArtefactError
+) -> None:
+    """Raise `error` if the layout of a file is not the expected one."""
+    if layout == expected:
+        return
+    is_other_version = str(layout).rstrip("0123456789") == expected.rstrip("0123456789")
+    hint = "it is of another version of multrace, so make it again" if is_other_version else "load another file"
+    raise error(f"{str(path)!r} holds {layout or 'something of another program'!r}, not {expected!r}; {hint}")
 
 
 def digest(*parts: bytes | str | Tensor) -> str:
@@ -115,14 +166,44 @@ def digest(*parts: bytes | str | Tensor) -> str:
     return state.hexdigest()
 
 
-def _sort_header(path: Path) -> None:
-    """Sort the metadata of a safetensors file by name; the library writes it in random order."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
-        header = ({"__metadata__": metadata} if metadata else {}) | header
-        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(content) <= length, "the same header is never longer"
-        file.seek(8)
-        file.write(content.ljust(length))
+@contextmanager
+def _readable(path: str | Path, error: type[ValueError]) -> Iterator[BinaryIO]:
+    """Yield the file, opened for reading. Raise `error` if there is none, or if it cannot be read."""
+    if not Path(path).is_file():
+        raise error(f"no file {str(path)!r}; pass a file that `save` has written")
+    try:
+        with Path(path).open("rb") as file:
+            yield file
+    except OSError as cause:
+        raise error(f"cannot read {str(path)!r}: {cause.strerror or cause}; pass a file that you may read") from cause
+
+
+def _digest_of_rest(file: BinaryIO, place: int) -> bytes:
+    """Return the digits of the SHA-256 of everything in the file except for the digest at this place."""
+    file.seek(0)
+    state = hashlib.sha256(file.read(place))
+    file.seek(place + _DIGITS)
+    while chunk := file.read(2**20):
+        state.update(chunk)
+    return state.hexdigest().encode()
+
+
+def _problem(file: BinaryIO, start: int, opening: bytes) -> str | None:
+    """Return what is wrong with the digest of a file that has the opening at its start, or None."""
+    place = start + len(opening)
+    head = file.read(place + _DIGITS)
+    if head[start:place] != opening:
+        return _NO_DIGEST
+    return None if head[place:] == _digest_of_rest(file, place) else "its content is not what its SHA-256 vouches for"
+
+
+def _sort_header(file: BinaryIO) -> None:
+    """Sort the metadata of a safetensors file by name, after its digest; the library writes it in random order."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__")
+    header = {"__metadata__": {DIGEST: metadata.pop(DIGEST), **dict(sorted(metadata.items()))}} | header
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(content) <= length, "the same header is never longer"
+    file.seek(8)
+    file.write(content.ljust(length))

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import ArtefactError
+from .folders import ArtefactError
 
 LEVEL = 0.95
 """Confidence level of every interval."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
 from .errors import CommandError
 

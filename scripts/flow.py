@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..models import ModelError
 from ..models.errors import gist
 from ..tracing import TraceError

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..artefacts.errors import ArtefactError
 from ..artefacts.files import digest
+from ..artefacts.folders import ArtefactError
 from ..data import tiny_vlm_path
 from ..models import Prompt
 from ..tracing import TraceError

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..data import DataError, World
 from ..data.gqa_flow import FlowRecord, read_gqa_flow
 from ..models import Prompt, VisionLanguageModel

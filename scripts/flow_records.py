@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import TraceError

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..models.errors import gist
 from ..tracing import TraceError
 from ..tracing.knockout.average import FilteredQuestion

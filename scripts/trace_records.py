@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..artefacts.errors import ArtefactError
 from ..artefacts.files import digest
+from ..artefacts.folders import ArtefactError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average

@@ -1,10 +1,12 @@
 """The kit under all results: whole files, dataclasses on disk, streaming averages, statistics, two lines of text."""
 
+import json
 import os
 import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,11 +30,13 @@ from multrace.artefacts import (
     drawing,
     load_fields,
     mean_interval,
+    read_json,
     read_tensors,
     replacing,
     save_fields,
     student_interval,
     wilson_interval,
+    write_json,
     write_tensors,
     write_whole,
 )
@@ -407,3 +411,69 @@ def test_the_area_under_the_curve_is_scikit_learns():
     generator = np.random.default_rng(3)
     scores, is_right = generator.integers(0, 6, 80).astype(float), generator.random(80) < 0.4
     assert auroc(scores, is_right) == pytest.approx(roc_auc_score(is_right, scores), abs=1e-12)
+
+
+# Digests
+
+
+def digested(folder: Path) -> dict[str, tuple[Path, Any]]:
+    """A file of each form, with the function that reads it."""
+    return {
+        "tensors": (toy(0.1, 0.2).save(folder / "toy"), Toy.load),
+        "no tensors": (
+            save_fields(folder / "inner", "inner 1", Inner(name="x")),
+            lambda path: load_fields(path, "inner 1", Inner),
+        ),
+        "JSON": (
+            write_json(folder / "run", "run 1", {"seed": 0, "text": "é\n\x01"}),
+            lambda path: read_json(path, "run 1"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("form", ["tensors", "no tensors", "JSON"])
+def test_every_single_flipped_bit_is_refused(form, tmp_path):
+    path, load = digested(tmp_path)[form]
+    load(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (place % 8, (5 * place + 3) % 8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(ArtefactError):
+                load(path)
+
+
+def test_a_digest_with_the_same_meaning_but_other_digits_is_refused(tmp_path):
+    path, load = digested(tmp_path)["JSON"]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(content[14:78], content[14:78].upper()))
+    with pytest.raises(ArtefactError, match="its content is not what its SHA-256 vouches for"):
+        load(path)
+
+
+def test_a_header_that_claims_more_than_the_file_holds_allocates_nothing(tmp_path):
+    path = toy(0.1).save(tmp_path / "toy")
+    content = path.read_bytes()
+    for claimed in (0, 1, 2**30, 2**62, 2**64 - 1):
+        path.write_bytes(claimed.to_bytes(8, "little") + content[8:])
+        tracemalloc.start()
+        with pytest.raises(ArtefactError, match="toy' is not a readable safetensors file"):
+            Toy.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+        tracemalloc.stop()
+
+
+def test_a_json_file_is_read_by_its_layout(tmp_path):
+    path = write_json(tmp_path / "run.json", "run 2", {"seed": 0, "share": float("nan")})
+    assert str(read_json(path, "run 2")) == "{'seed': 0, 'share': nan}"
+    assert json.loads(path.read_text())["layout"] == "run 2"
+    assert path.read_bytes() == write_json(tmp_path / "again", "run 2", {"seed": 0, "share": float("nan")}).read_bytes()
+    with pytest.raises(ArtefactError, match="'run 2', not 'run 3'; it is of another version of multrace"):
+        read_json(path, "run 3")
+    with pytest.raises(LookupError, match="no file"):
+        read_json(tmp_path / "nowhere", "run 2", error=LookupErrorOfValue)
+    path.write_text('{\n "seed": 0\n}')
+    with pytest.raises(ArtefactError, match="run.json' is not a readable JSON file of multrace"):
+        read_json(path, "run 2")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
+from multrace.artefacts import ArtefactError, read_tensors, write_tensors
 from multrace.tracing import AverageTrace, CausalTrace, EngineReport, average
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 
@@ -106,18 +105,21 @@ def test_an_average_comes_back_from_its_file(traced, full, shift_trace, tmp_path
 
 def rewritten(path: Path, name: str, *, drop: str = "", add: Mapping[str, torch.Tensor] = {}, **changes: str) -> None:
     """A copy of the file beside it, without one entry and with other metadata."""
-    with safe_open(path, "pt") as file:
-        header = {key: value for key, value in (file.metadata() | changes).items() if key != drop}
-        tensors = {key: file.get_tensor(key) for key in file.keys() if key != drop}
-    save_file(tensors | dict(add), path.with_name(name), header)
+    tensors, header = read_tensors(path)
+    write_tensors(
+        path.with_name(name),
+        {key: value for key, value in tensors.items() if key != drop} | dict(add),
+        {key: value for key, value in (header | changes).items() if key != drop},
+    )
 
 
 def test_files_that_are_no_trace_are_refused(traced, tmp_path):
     path = traced.save(tmp_path / "trace.safetensors")
     whole = path.read_bytes()
     save_file({"weight": torch.zeros(2)}, tmp_path / "stranger")
-    save_file({"clean": torch.zeros(())}, tmp_path / "hollow", {"layout": "multrace causal trace 3"})
+    write_tensors(tmp_path / "hollow", {"clean": torch.zeros(())}, {"layout": "multrace causal trace 3"})
     save_file({"clean": torch.zeros(())}, tmp_path / "old", {"layout": "multrace causal trace 1"})
+    save_file({"clean": torch.zeros(())}, tmp_path / "unsealed", {"layout": "multrace causal trace 3"})
     rewritten(path, "header", rows="[oops")
     rewritten(path, "no_field", drop="question")
     rewritten(path, "no_tensor", drop="samples.mlp")
@@ -139,6 +141,7 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
         "stranger": "holds 'something of another program'",
         "hollow": "holds no whole CausalTrace (KeyError: 'model')",
         "old": "it is of another version of multrace, so make it again",
+        "unsealed": "no digest vouches for its content; it is of another version of multrace",
         "header": "the header of",
         "no_field": "holds no whole CausalTrace (KeyError: 'question')",
         "no_tensor": "holds no whole CausalTrace (KeyError: 'samples.mlp')",

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from ..artefacts.averages import averaged
-from ..artefacts.errors import ArtefactError
+from ..artefacts.folders import ArtefactError
 from ..artefacts.results import Result
 from .attention.contributions_average import ContributionsAverager
 from .attention.contributions_result import AttentionContributions

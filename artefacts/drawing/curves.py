@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..errors import ArtefactError
+from ..folders import ArtefactError
 from .figure import add_legend, dress, titled_figure
 from .styles import CYCLE, GREY, LineStyle, cycled
 

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..errors import ArtefactError
-from ..files import write_whole
+from ..folders import ArtefactError, write_whole
 from .styles import GREY, INK
 
 _FORMATS = ("png", "pdf", "svg")

@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..errors import ArtefactError
+from ..folders import ArtefactError
 from .figure import add_colour_bar, add_picture, titled_figure
 from .styles import INK, colours_of
 

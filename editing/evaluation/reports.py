@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-FORMAT = "multrace edit report 2"
+FORMAT = "multrace edit report 3"
 EDITED_STATUS, ALL = "edited", "all"
-CURVE_FORMAT = "multrace edit curve 2"
+CURVE_FORMAT = "multrace edit curve 3"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
 """What is measured at every point -> its protocol."""
 _STYLES = {
@@ -177,16 +177,14 @@ class EditCurve:
 
     def save(self, path: str | Path) -> Path:
         """The path of the JSON file written, whole or not at all."""
-        return files.write_whole(
-            path, (json.dumps({"format": CURVE_FORMAT, **asdict(self)}, indent=1) + "\n").encode(), error=EditError
-        )
+        return files.write_json(path, CURVE_FORMAT, asdict(self), error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> "EditCurve":
         """The curve in a file that save wrote. EditError if it is missing or damaged."""
-        words = _read(path, CURVE_FORMAT)
+        words = files.read_json(path, CURVE_FORMAT, error=EditError)
         try:
-            return _curve({name: value for name, value in words.items() if name != "format"})
+            return _curve(words)
         except (KeyError, TypeError, AttributeError) as error:
             raise EditError(f"the curve in '{path}' is damaged ({error!r}); evaluate again") from error
 
@@ -308,15 +306,13 @@ class EditReport:
 
     def save(self, path: str | Path) -> Path:
         """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
-        words = {"format": FORMAT, **asdict(self), "scores": json.loads(self.to_dataframe().to_json(orient="records"))}
-        return files.write_whole(
-            path, (json.dumps(words, indent=1, ensure_ascii=False) + "\n").encode(), error=EditError
-        )
+        scores = json.loads(self.to_dataframe().to_json(orient="records"))
+        return files.write_json(path, FORMAT, {**asdict(self), "scores": scores}, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
-        words = _read(path, FORMAT)
+        words = files.read_json(path, FORMAT, error=EditError)
         try:
             rows = tuple(_row(row) for row in words["rows"])
             curve = None if words["curve"] is None else _curve(words["curve"])
@@ -369,15 +365,3 @@ def _curve(words: Mapping[str, Any]) -> EditCurve:
 
 def _point(words: Mapping[str, Any]) -> SequencePoint:
     return SequencePoint(**{**words, **{name: Interval(**words[name]) for name in MEANS}})
-
-
-def _read(path: str | Path, wanted: str) -> dict[str, Any]:
-    """The object in a JSON file of this format. EditError for anything else."""
-    try:
-        words = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EditError(f"cannot read a report from '{path}': {error}; pass a file that save wrote") from error
-    if not isinstance(words, dict) or words.get("format") != wanted:
-        found = words.get("format") if isinstance(words, dict) else type(words).__name__
-        raise EditError(f"'{path}' is no {wanted!r}: found {found!r}; pass a file that save wrote")
-    return words

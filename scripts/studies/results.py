@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ... import data
-from ...artefacts.files import write_whole
+from ...artefacts.folders import write_whole
 from ...data import tiny_vlm_path
 from ...editing.errors import EditError
 from ...models import VisionLanguageModel, load

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.frames import long_frame, stacked_frame
-from ...artefacts.results import Result
+from ...artefacts.results import Result, long_frame, stacked_frame
 from ..errors import TraceError
 from .contributions_plot import Chart, Line, layers_figure, shares_figure
 from .contributions_result import (

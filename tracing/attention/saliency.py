@@ -11,8 +11,7 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.frames import long_frame
-from ...artefacts.results import Result
+from ...artefacts.results import Result, long_frame
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
 from ..engine.positions import Positions, group_positions, named_positions

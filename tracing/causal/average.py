@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
-from ...artefacts.frames import long_frame, stacked_frame
+from ...artefacts.results import long_frame, stacked_frame
 from ..errors import TraceError
 from .result import CausalTrace
 from .sites import EffectMap

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import SITE_NAMES
-from ...artefacts.frames import long_frame, stacked_frame
+from ...artefacts.results import long_frame, stacked_frame
 from ...models import Prompt
 from ..engine.cells import EngineReport
 from ..errors import TraceError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artefacts.files import write_whole
+from ...artefacts.folders import write_whole
 from ..errors import TraceError
 
 _KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "attn"}

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts.fields import load_fields, save_fields
+from ...artefacts.results import load_fields, save_fields
 from ...models import VisionLanguageModel
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying

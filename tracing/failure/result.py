@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.frames import long_frame, stacked_frame
-from ...artefacts.results import Result
+from ...artefacts.results import Result, long_frame, stacked_frame
 from ...artefacts.statistics import LEVEL
 from ..errors import TraceError
 from .plot import prediction_figure

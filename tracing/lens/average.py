@@ -10,8 +10,7 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.frames import long_frame
-from ...artefacts.results import Result
+from ...artefacts.results import Result, long_frame
 from ..errors import TraceError
 from .plot import LensCurve, LinePanel, lines_figure
 from .result import NORM_NAMES, NORMS, LogitLens, state_name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import name_of_model
-from ...artefacts.frames import long_frame
+from ...artefacts.results import long_frame
 from ...models import Prompt
 from ..attention.image_reading import ImageReading, check_prompt
 from ..engine.cells import EngineReport
