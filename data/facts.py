@@ -102,6 +102,7 @@ class Question:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
             raise DataError(f"question {self.id!r} is empty; write what to ask" if self.id else "a question is empty")
+        _strip(self, "text", "answer", "answers", "foil", "replacement")
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
 
@@ -190,6 +191,7 @@ class EditRequest:
                 f"the target of the edit of {self.question.text!r} is {self.target!r}; "
                 "pass the new answer as text, for example target='Paris'"
             )
+        _strip(self, "target")
 
     def __repr__(self) -> str:
         nouns = ("context", "rewrite prompt", "preserve prompt", "essence prompt")
@@ -227,6 +229,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", question_of(self.question))
+        _strip(self, "answer")
         if self.kind not in PROBE_KINDS:
             kinds = "; ".join(f"{name} ({KINDS[name][1]})" for name in PROBE_KINDS)
             raise DataError(f"no kind of probe {self.kind!r}; use one of: {kinds}")
@@ -264,6 +267,7 @@ class EditRecord(EditRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _strip(self, "old")
         object.__setattr__(self, "probes", tuple(self.probes))
 
     def _more(self) -> str:
@@ -287,6 +291,16 @@ def counted(number: int, noun: str) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """Return the text in quotes, cut to so many characters, for lines that describe values."""
     return repr(text if len(text) <= length else f"{text[: length - 3]}...")
+
+
+def _strip(value: object, *names: str) -> None:
+    """Remove the blanks around these texts of a value, which no model is shown: with and without, they are one text."""
+    for name in names:
+        text = getattr(value, name)
+        if isinstance(text, str):
+            object.__setattr__(value, name, text.strip())
+        elif text is not None:
+            object.__setattr__(value, name, tuple(each.strip() if isinstance(each, str) else each for each in text))
 
 
 def _content(image: PictureSource) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError, editing, tracing
-from multrace.data import Question
+from multrace.data import EditRecord, Probe, Question
 from multrace.models import collate
 from multrace.models.frontend import align, position_limit
 from multrace.models.spans import nearest_words
@@ -717,3 +717,23 @@ def test_a_question_of_a_file_becomes_a_prompt(random_llava_llama, photo):
     assert words(only_spans, "constraint").strip() == "photo"  # the first one, as in a mapping
     with pytest.raises(ModelError, match="'the firm' is not in the question"):
         random_llava_llama.prompt_for(Question(text=QUESTION, constraint="the firm"))
+
+
+def test_blanks_around_texts_count_for_nothing(random_llama):
+    def record(mark: str) -> EditRecord:
+        question = Question(
+            text=f"{mark}{QUESTION}{mark}",
+            **dict.fromkeys(("answer", "foil", "replacement"), f"{mark}Bo{mark}"),
+            answers=(f"Bo{mark}", f"{mark}Cy Example"),
+        )
+        probe = Probe(kind="portability", question=question, answer=f"{mark}Cy  Example{mark}")
+        return EditRecord(question=question, target=f"Raner{mark}", old=f"{mark}Bo", probes=(probe,))
+
+    plain = record("")
+    for mark in (" ", "\n", "\t  ", "\u3000"):
+        assert record(mark) == plain and record(mark).question.key == plain.question.key
+        prompts = [random_llama.prompt_for(each.question, answer=each.target) for each in (record(mark), plain)]
+        assert prompts[0].answer_ids == prompts[1].answer_ids
+    assert plain.probes[0].answer == "Cy  Example"  # a blank inside is a token of its own
+    one, two = (random_llama.prompt(None, QUESTION, answer=text).answer_ids for text in ("Cy Example", "Cy  Example"))
+    assert one != two
