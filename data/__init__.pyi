@@ -3,10 +3,13 @@ from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
 from .gqa_flow import read_gqa_flow as read_gqa_flow
+from .jsonl import read_lines as read_lines, write_lines as write_lines
+from .line_format import schema as schema
 from .pictures import (
     PictureFacts as PictureFacts,
     inspect_picture as inspect_picture,
     read_pictures as read_pictures,
 )
 from .records import FlowRecord as FlowRecord, VQARecord as VQARecord
+from .spans import find_span as find_span, find_spans as find_spans
 from .world import World as World

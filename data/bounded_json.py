@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 from .errors import DataError
@@ -49,8 +50,8 @@ def parse_json(content: bytes | str, *, nan: bool = False, error: type[ValueErro
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            refuse(f"the key {next(key for key in value if keys.count(key) > 1)[:40]!r} is there twice in one object")
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            refuse(f"the key {twice[:40]!r} is there twice in one object")
         return value
 
     try:
@@ -65,7 +66,8 @@ def parse_json(content: bytes | str, *, nan: bool = False, error: type[ValueErro
             f"it is not UTF-8 ({cause.reason})" if isinstance(cause, UnicodeDecodeError) else "half a surrogate pair"
         )
     except json.JSONDecodeError as cause:
-        refuse(f"{cause.msg} at line {cause.lineno}, column {cause.colno}")
+        line = f"line {cause.lineno}, " if "\n" in text.strip() else ""
+        refuse(f"{cause.msg} at {line}column {cause.colno}")
     if _depth(value) > DEEPEST:
         refuse(f"it is nested deeper than {DEEPEST} levels")
     return value

@@ -64,7 +64,7 @@ _ANSWERED = (PORTABILITY, RELATED_TEXT, RELATED_PICTURE)
 class Question:
     """One question, its picture, and what is known about both. It needs no model and no torch.
 
-    Raises `DataError` if the question is empty.
+    Raises `DataError` if the question is empty, or if a box is.
 
     Example:
         >>> from multrace.data import Question
@@ -105,6 +105,12 @@ class Question:
         _strip(self, "text", "answer", "answers", "foil", "replacement")
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
+        for left, top, right, bottom in self.boxes:
+            if not (0 <= left < right and 0 <= top < bottom):
+                raise DataError(
+                    f"the box {[left, top, right, bottom]} of the question {self.text!r} is empty or outside the "
+                    "picture; give 0 <= left < right and 0 <= top < bottom"
+                )
 
     def __repr__(self) -> str:
         count = len(self.images)
@@ -214,7 +220,9 @@ class EditRequest:
 class Probe:
     """One question that checks an edit.
 
-    Raises `DataError` for an unknown kind, or for a kind whose answer follows from the target if there is no answer.
+    The expected answer is the probe's. That of its question is moved to the probe if the edit is not to decide it, and
+    otherwise left out. Raises `DataError` for an unknown kind, or for a kind whose answer follows from the target if
+    there is no answer.
     """
 
     kind: str
@@ -233,6 +241,12 @@ class Probe:
         if self.kind not in PROBE_KINDS:
             kinds = "; ".join(f"{name} ({KINDS[name][1]})" for name in PROBE_KINDS)
             raise DataError(f"no kind of probe {self.kind!r}; use one of: {kinds}")
+        if self.answer is None and (self.stays or self.kind in _ANSWERED):
+            object.__setattr__(self, "answer", self.question.answer)
+        if self.question.answer is not None:
+            object.__setattr__(self, "question", replace(self.question, answer=None))
+        if self.hops is not None and self.hops < 1:
+            raise DataError(f"the hops of a {self.kind} probe are {self.hops}; give a whole number of at least 1")
         if self.kind in _ANSWERED and self.answer is None:
             raise DataError(
                 f"the {self.kind} probe {self.question.text!r} has no answer; add the answer that follows from the "

@@ -7,5 +7,4 @@ from .hooks import capture as capture, patch as patch
 from .images import open_images as open_images
 from .loading.load import load as load
 from .prompts import Patch as Patch, Prompt as Prompt, collate as collate
-from .spans import find_span as find_span
 from .vlm import VisionLanguageModel as VisionLanguageModel

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.errors import DataError
 from ..data.facts import PictureSource, Question, Words
 from ..data.pictures import Picture
+from ..data.spans import find_spans
 from .errors import ModelError
 from .frontend import Frontend, align
 from .images import open_images
-from .spans import covering, find_spans
 from .templates import frame
-from .texts import plain_number, whole_number
+from .texts import check_text, plain_number, whole_number
 
 _Value = TypeVar("_Value")
 
@@ -258,7 +259,7 @@ def build(
     images = open_images(image)
     before, after = frame(frontend.processor, images=len(images), image_token=frontend.image_token, template=template)
     words = _named(constraint)
-    spans = {name: find_spans(question, span) for name, span in words.items()}
+    spans = _places(question, words)
     text = before + question + after
     inputs = frontend.encode(text, images)
     short, offsets = frontend.tokenize(text)
@@ -313,6 +314,25 @@ def _sources(given: Picture | Sequence[Picture] | None, images: tuple[Image.Imag
     given = () if given is None else (given,) if isinstance(given, str | PathLike | Image.Image) else given
     pairs = zip(given, images, strict=True)
     return tuple(image if isinstance(each, Image.Image) else Path(os.fsdecode(each)) for each, image in pairs)
+
+
+def _places(question: str, words: Mapping[str, Words]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return the places of the words in the question by group name, each (start, end) in characters."""
+    for span in words.values():
+        check_text(span[0] if isinstance(span, tuple | list) and span else span, "constraint")
+    try:
+        return {name: find_spans(question, span) for name, span in words.items()}
+    except DataError as error:
+        raise ModelError(str(error)) from error
+
+
+def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+    """Return indices of the tokens that hold at least one character of [start, end).
+
+    A token that only holds the blank before the span is not among them; one that holds the blank and the first word is.
+    Special tokens that a tokenizer adds have empty offsets and are never among them.
+    """
+    return tuple(index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last)
 
 
 def _named(constraint: Words | Mapping[str, Words] | None) -> dict[str, Words]:

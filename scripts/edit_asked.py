@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..data.spans import says_once
 from ..editing.augment import Augmentation
 from ..editing.requests import EditRequest
 from ..models import Prompt, VisionLanguageModel
-from ..models.spans import says_once
 from ..tracing import Corruption, SwapImage
 from .edit_records import EditEntry, read_edit_records
 from .errors import CommandError

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import DataError
+from ..data.spans import find_span, says_once
 from ..editing import EditError
 from ..editing.evaluation import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
 from ..editing.requests import EditRequest
 from ..models import ModelError, Prompt, VisionLanguageModel
 from ..models.errors import gist
 from ..models.images import open_images
-from ..models.spans import find_span, says_once
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
 
@@ -23,7 +24,7 @@ _LISTS = {"contexts": "contexts", "also": "rewrite_prompts", "keep": "preserve_p
 """List of a record -> field of `EditRequest`."""
 _NESTED = ("image", "question", "constraint")
 _PROBE = ("kind", *_NESTED, "answer", "hops")
-_ERRORS = (CommandError, EditError, ModelError, OSError)
+_ERRORS = (CommandError, DataError, EditError, ModelError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from PIL import Image
 from ..artefacts.folders import ArtefactError
 from ..data import DataError, World
 from ..data.gqa_flow import FlowRecord, read_gqa_flow
+from ..data.spans import find_span
 from ..models import Prompt, VisionLanguageModel
 from ..models.errors import ModelError, gist
 from ..models.images import open_images
-from ..models.spans import find_span
 from ..tracing import Box, TraceError
 from .errors import CommandError
 from .json_lines import read_object, read_texts
@@ -144,7 +144,7 @@ def _from_lines(path: Path, images: Path, problems: list[str]) -> Iterator[FlowQ
                 raise CommandError(f"the id {question.id!r} has come before; give each line its own")
             known.add(question.id)
             yield question
-        except (CommandError, ModelError, TraceError, ArtefactError) as error:
+        except (CommandError, DataError, ModelError, TraceError, ArtefactError) as error:
             problems.append(f"line {number}: {gist(error)}")
 
 

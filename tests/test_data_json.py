@@ -28,8 +28,9 @@ def test_plain_values_are_those_of_the_standard_library(text):
         ('"\\ud800"', "half a surrogate pair"),
         ('{"\\uDc00": 1}', "half a surrogate pair"),
         (b"\xff\xfe{}", "not UTF-8"),
-        (b"", "Expecting value at line 1, column 1"),
-        (b'{"a": 1', "at line 1, column 8"),
+        (b"", "Expecting value at column 1"),
+        (b'{"a": 1', "at column 8"),
+        (b'{"a":\n1', "at line 2, column 2"),
         ("\x00" * 10, "Expecting value"),
     ],
 )

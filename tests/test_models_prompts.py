@@ -13,9 +13,9 @@ import pytest
 import torch
 from multrace import ModelError, editing, tracing
 from multrace.data import EditRecord, Probe, Question
+from multrace.data.spans import nearest_words
 from multrace.models import collate
 from multrace.models.frontend import align, position_limit
-from multrace.models.spans import nearest_words
 from random_models import make_tokenizer, save, text_sizes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

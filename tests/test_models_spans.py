@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError
+from multrace.data import DataError
+from multrace.data.spans import find_span, find_spans
 from multrace.models.frontend import Frontend
 from multrace.models.prompts import build
-from multrace.models.spans import find_span, find_spans
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -91,24 +92,24 @@ def test_words_are_found_however_their_characters_are_written(case):
 
 def test_letters_are_no_part_of_themselves_with_an_accent():
     for question in (COMPOSED, DECOMPOSED):
-        with pytest.raises(ModelError, match="'Cafe' is not in the question"):
+        with pytest.raises(DataError, match="'Cafe' is not in the question"):
             find_span(question, "Cafe")
     assert find_span("e\u0301clair clair", "clair") == (8, 13)  # not inside the first word, whose accent is no border
     assert find_span("Caf\u00e9 or Cafe\u0301?", "Caf\u00e9") == (0, 4)  # the same characters come first
-    with pytest.raises(ModelError, match="is not in"):
+    with pytest.raises(DataError, match="is not in"):
         find_span("Stra\u00dfe", "stras")
 
 
 def test_an_absent_span_names_the_letter_that_only_looks_alike():
     with pytest.raises(
-        ModelError, match="with '\u0430' \\(CYRILLIC SMALL LETTER A\\) where the constraint has 'a' \\(LATIN SMALL"
+        DataError, match="with '\u0430' \\(CYRILLIC SMALL LETTER A\\) where the constraint has 'a' \\(LATIN SMALL"
     ):
         find_span("Who founded C\u0430fe Zoe?", "Cafe Zoe")
     with pytest.raises(
-        ModelError, match="with '\u00e9' \\(LATIN SMALL LETTER E WITH ACUTE\\) where the constraint has 'e' "
+        DataError, match="with '\u00e9' \\(LATIN SMALL LETTER E WITH ACUTE\\) where the constraint has 'e' "
     ):
         find_span(DECOMPOSED, "Cafe Zoe")
-    with pytest.raises(ModelError, match=r"nearest words are '\w+\??'$"):
+    with pytest.raises(DataError, match=r"nearest words are '\w+\??'$"):
         find_span(QUESTION, "Oslo")
 
 
@@ -116,7 +117,7 @@ TWICE = "Is Draivo Ltd old, and who founded draivo ltd or Draivo Ltd?"
 
 
 def test_words_that_are_said_again_need_a_choice():
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(DataError) as error:
         find_span(TWICE, "Draivo Ltd")
     assert "says 'Draivo Ltd' 2 times (characters 3 to 13, 49 to 59); pass more of the words" in str(error.value)
     assert "constraint=('Draivo Ltd', number) with a number from 0 to 1, or ('Draivo Ltd', \"all\")" in str(error.value)
@@ -129,9 +130,9 @@ def test_words_that_are_said_again_need_a_choice():
     assert find_span(TWICE, "founded draivo") == (27, 41)
     assert find_span("Who?", ("Who", 0)) == find_span("Who?", ("Who", "all")) == (0, 3)
     for number in (2, -3):
-        with pytest.raises(ModelError, match=f"2 times, so there is no occurrence {number}; pass a number from 0 to 1"):
+        with pytest.raises(DataError, match=f"2 times, so there is no occurrence {number}; pass a number from 0 to 1"):
             find_span(TWICE, ("Draivo Ltd", number))
-    with pytest.raises(ModelError, match="number of the occurrence is 'both', of type str"):
+    with pytest.raises(DataError, match="number of the occurrence is 'both', of type str"):
         find_span(TWICE, ("Draivo Ltd", "both"))
 
 

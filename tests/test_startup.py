@@ -22,7 +22,18 @@ from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
 from multrace.tracing.engine import cells, rows, scoring
 
-HEAVY = {"torch", "transformers", "tokenizers", "pandas", "matplotlib", "sklearn", "scipy", "peft", "accelerate"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "peft",
+    "pydantic",
+    "accelerate",
+}
 ROOMS = ("artefacts", "data", "models", "tracing", "editing", "workflow")
 
 

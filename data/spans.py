@@ -1,15 +1,15 @@
-"""Search for a phrase in a question regardless of spelling variants, and for its tokens by character offsets."""
+"""Search for a phrase in a question regardless of spelling variants."""
 
+import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
-from ..data.facts import Words
-from .errors import ModelError
-from .texts import check_text, whole_number
+from .errors import DataError
+from .facts import Words
 
 _LOOKALIKES = str.maketrans(
     {
@@ -39,25 +39,25 @@ def find_spans(question: str, span: Words) -> tuple[tuple[int, int], ...]:
             last; or (words, "all") for all of them.
 
     Raises:
-        ModelError: The question does not contain the words (the message shows the nearest ones), or repeats them
+        DataError: The question does not contain the words (the message shows the nearest ones), or repeats them
             and the span does not choose.
     """
     words, choice = _chosen(span)
     matches = _occurrences(question, words)
     if not matches:
-        raise ModelError(_absent(question, words))
+        raise DataError(_absent(question, words))
     if choice == "all":
         return matches
     if choice is None and len(matches) > 1:
         places = ", ".join(f"{start} to {end}" for start, end in matches)
-        raise ModelError(
+        raise DataError(
             f"the question {question!r} says {words!r} {len(matches)} times (characters {places}); pass more of the "
             f"words around one of them, or constraint=({words!r}, number) with a number from 0 to {len(matches) - 1}, "
             f'or ({words!r}, "all")'
         )
     number = choice or 0
     if not -len(matches) <= number < len(matches):
-        raise ModelError(
+        raise DataError(
             f"the question {question!r} says {words!r} {len(matches)} times, so there is no occurrence {number}; pass "
             f"a number from 0 to {len(matches) - 1}"
         )
@@ -74,7 +74,7 @@ def says_once(question: str, span: str) -> bool:
     """Return whether the question contains the words exactly once, so that no occurrence needs to be chosen."""
     try:
         return len(find_spans(question, span)) == 1
-    except ModelError:
+    except DataError:
         return False
 
 
@@ -90,23 +90,21 @@ def nearest_words(question: str, span: str) -> str:
     return max(runs, key=lambda run: SequenceMatcher(None, run.lower(), span.lower()).ratio(), default="")
 
 
-def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    """Return indices of the tokens that hold at least one character of [start, end).
-
-    A token that only holds the blank before the span is not among them; one that holds the blank and the first word is.
-    Special tokens that a tokenizer adds have empty offsets and are never among them.
-    """
-    return tuple(index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last)
-
-
 def _chosen(span: Words) -> tuple[str, int | Literal["all"] | None]:
     """Return the words of a span and the chosen occurrence; None for the only one."""
     words, choice = span if isinstance(span, tuple | list) and len(span) == 2 else (span, None)
-    if not check_text(words, "constraint").strip():
-        raise ModelError("the constraint is empty; pass the words of the question that name its subject")
+    if not isinstance(words, str):
+        raise DataError(f"the constraint is of type {type(words).__name__}, not a string; pass its words as a string")
+    if not words.strip():
+        raise DataError("the constraint is empty; pass the words of the question that name its subject")
     if choice is None or choice == "all":
         return words, choice
-    return words, whole_number(choice, "the number of the occurrence")
+    try:
+        return words, operator.index(choice)
+    except (TypeError, RuntimeError) as error:  # torch raises RuntimeError for a tensor of several numbers
+        raise DataError(
+            f"the number of the occurrence is {choice!r}, of type {type(choice).__name__}; pass a whole number"
+        ) from error
 
 
 def _occurrences(question: str, words: str) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,332 @@
+"""Our own lines: a file of questions and edit records, one JSON object per line, read and written by one definition."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .bounded_json import parse_json
+from .errors import DataError
+from .facts import (
+    NO_PICTURE,
+    RELATED_TEXT,
+    UNRELATED_TEXT,
+    EditRecord,
+    PictureSource,
+    Probe,
+    Question,
+)
+from .line_format import LISTS, EditLine, EntryLine, ProbeLine, QuestionLine, advice_on, checked, shown, without_nulls
+from .spans import says_once
+
+LONGEST_LINE = 1 << 26
+"""Largest number of bytes of a line; a longer one is not read into memory."""
+_MEANT = {
+    "image": ("img", "picture", "photo", "image_path", "image_url", "image_file", "images", "path"),
+    "question": ("prompt", "src", "text", "query"),
+    "target": ("alt", "target_new", "new", "new_answer", "new_target"),
+    "old": ("pred", "target_true", "old_answer"),
+    "rewrite_prompts": ("also",),
+    "preserve_prompts": ("keep",),
+    "spans": ("object", "object2", "true_option", "false_option", "text_constraint"),
+}
+"""Key of ours -> names that other files and people give it. Left alone they would be kept as remarks in silence."""
+_PICTURELESS = (NO_PICTURE, RELATED_TEXT, UNRELATED_TEXT)
+"""Kinds of probes that never show the record's picture."""
+_NAMES = {"text": "question"}
+"""Field of `Question` -> its key in a file, where they differ."""
+
+
+def read_lines(
+    path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None
+) -> Iterator[tuple[int, Question | EditRecord | DataError]]:
+    """Return an iterator over (line number from 1, record) of a file of JSON lines, read as it is consumed.
+
+    A line with "target" is an `EditRecord`, any other a `Question`. What is wrong with a line comes in its place, as
+    the `DataError` that describes it, and costs no other line. Blank lines are skipped. Unknown keys are kept in
+    `extra`, unless they look like a misspelt one. Pictures are not opened; `check_data` does that.
+
+    Args:
+        path: the file, in UTF-8.
+        images: the folder from which the paths of pictures count. Default: the file's own folder.
+
+    Returns:
+        Pairs of the line number and the record, or the `DataError` of a line that cannot be used.
+
+    Raises:
+        DataError: (at the first record) if there is no such file, if it cannot be read, or if it has no line.
+
+    Example:
+        >>> from multrace.data import Question, read_lines, write_lines
+        >>> path = write_lines("questions.jsonl", [Question(text="Who won?", answer="Ada")])
+        >>> list(read_lines(path))
+        [(1, Question('Who won?' -> 'Ada', no picture))]
+    """
+    path = Path(path)
+    folder = path.parent if images is None else Path(images)
+    known: dict[str, int] = {}
+    number = 0
+    for number, line in _raw_lines(path):
+        try:
+            record = read_line(line, folder)
+            if record.id and record.id in known:
+                raise DataError(f"the id {record.id!r} is that of line {known[record.id]} too; give each its own")
+            known[record.id] = number
+            yield number, record
+        except DataError as error:
+            yield number, DataError(f"line {number} of {str(path)!r}: {error}")
+    if not number:
+        raise DataError(f"no lines in {str(path)!r}: it is empty; write a JSON object per line")
+
+
+def read_line(line: bytes | str, folder: Path) -> Question | EditRecord:
+    """Return the record of one line; paths of pictures count from the folder. Raises `DataError`."""
+    if len(line) > LONGEST_LINE:
+        raise DataError(f"the line is longer than {LONGEST_LINE} bytes; write one record per line")
+    row = parse_json(line)
+    if isinstance(row, list):
+        raise DataError("a list instead of an object; write each of its objects on a line of its own")
+    if not isinstance(row, dict):
+        raise DataError(f'a {type(row).__name__} instead of an object; write {{"question": ...}}')
+    kind = EditLine if "target" in row else QuestionLine
+    row = _with_known_keys(row, kind)
+    if kind is EditLine:
+        row |= {name: [_inherited(entry, row, name) for entry in _objects(row, name)] for name in (*LISTS, "probes")}
+    value = checked(row, kind)
+    return _edit_record(value, folder) if kind is EditLine else _question(value, folder)
+
+
+def write_lines(path: str | os.PathLike[str], records: Iterable[Question | EditRecord]) -> Path:
+    """Write a file that `read_lines` reads to equal records, all of it or nothing, and return its path.
+
+    Paths of pictures inside the file's folder are written relative to it, others absolute.
+
+    Args:
+        path: the file to write; its folder is made if it is missing.
+        records: the questions and edit records; consumed one at a time.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: if a picture is in memory and not in a file, or if the file cannot be written.
+    """
+    path = Path(path)
+    lines = (json.dumps(line_of(record, path.parent), ensure_ascii=False) + "\n" for record in records)
+    return write_text(path, lines)
+
+
+def write_text(path: Path, parts: Iterable[str]) -> Path:
+    """Write the parts of a text one after another, the whole file or nothing, and return its path."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"cannot write {str(path)!r}: {reason}; choose a folder that you may write to") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"cannot write {str(path)!r}: a text holds half a surrogate pair; leave it out") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def line_of(record: Question | EditRecord, folder: Path) -> dict[str, Any]:
+    """Return the JSON object of a record, with paths relative to the folder where they are inside it."""
+    if isinstance(record, Question):
+        return _question_line(record, folder)
+    question = record.question
+    own = {"id": record.id} if record.id else {}
+    own |= {key: value for key, value in _question_line(question, folder).items() if key not in ("id", "extra")}
+    own["target"] = record.target
+    if record.old is not None:
+        own["old"] = record.old
+    for name in LISTS:
+        if entries := [_entry_line(entry, question, folder) for entry in getattr(record, name)]:
+            own[name] = entries
+    if record.probes:
+        own["probes"] = [_probe_line(probe, question, folder) for probe in record.probes]
+    rest = {"group": record.group, "question_id": question.id, "extra": record.extra, "question_extra": question.extra}
+    return own | {key: value if isinstance(value, str) else dict(value) for key, value in rest.items() if value}
+
+
+# ---- reading ----
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of each line that is not blank; of one that is too long, its beginning."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                rest = line
+                while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
+                    pass
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(
+            f"cannot read {str(path)!r}: {error.strerror or error}; pass a file with a JSON object per line"
+        ) from error
+
+
+def _with_known_keys(row: dict[str, Any], kind: type[EntryLine]) -> dict[str, Any]:
+    """Return the object with unknown keys moved into "extra". Raises `DataError` for keys that mean a known one."""
+    known = [each.name for each in fields(kind)]
+    unknown = {key: row[key] for key in row if key not in known}
+    if not unknown:
+        return dict(row)
+    for key in unknown:
+        meant = [name for name, others in _MEANT.items() if key.casefold() in others]
+        if near := [name for name in (*meant, *get_close_matches(key, known, n=1, cutoff=0.8)) if name not in row]:
+            raise DataError(f'no key {key[:40]!r}; did you mean {near[0]!r}? Write other remarks into "extra"')
+    extra = row.get("extra", {})
+    if not isinstance(extra, dict):
+        raise DataError(f"'extra' is {shown(extra)}; write {advice_on(kind)['extra']}")
+    return {key: row[key] for key in row if key in known} | {"extra": unknown | extra}
+
+
+def _objects(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the list of objects under this name, empty if there is none."""
+    entries = row.get(name) or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{name!r} is no list of objects; write {advice_on(EditLine)[name]}")
+    return entries
+
+
+def _inherited(entry: dict[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an entry of a record, completed from the record's own question."""
+    entry = _with_known_keys(entry, ProbeLine if name == "probes" else EntryLine)
+    if entry.get("kind") in _PICTURELESS:
+        entry = {"image": None} | entry
+    if not entry.keys() & {"image", "question"}:
+        raise DataError(f"an entry of {name!r} names neither 'image' nor 'question'; write at least one")
+    whole = {key: own.get(key) for key in ("question", "image", "template")} | entry
+    if "constraint" not in entry:
+        whole["constraint"] = _shared_constraint(whole["question"], own.get("question"), own.get("constraint"))
+    return without_nulls(whole)
+
+
+def _shared_constraint(text: Any, own_text: Any, constraint: Any) -> Any:
+    """Return the record's constraint if it marks the same words in this question, else None."""
+    if text == own_text:
+        return constraint
+    words = constraint[0] if isinstance(constraint, list | tuple) and constraint else constraint
+    return words if isinstance(words, str) and isinstance(text, str) and says_once(text, words) else None
+
+
+def _edit_record(line: EditLine, folder: Path) -> EditRecord:
+    entries = {name: tuple(_question(entry, folder) for entry in getattr(line, name)) for name in LISTS}
+    own = {"id": line.question_id, "extra": line.question_extra}
+    return EditRecord(
+        id=str(line.id),
+        question=_question(line, folder, **own),
+        target=line.target,
+        old=line.old,
+        probes=tuple(_probe(entry, folder) for entry in line.probes),
+        group=line.group,
+        extra=line.extra,
+        **entries,
+    )
+
+
+def _probe(line: ProbeLine, folder: Path) -> Probe:
+    # The answer is the probe's: what counts as right after the edit.
+    question = _question(line, folder, answer=None)
+    return Probe(kind=line.kind, question=question, answer=line.answer, hops=line.hops, needs=tuple(line.needs))
+
+
+def _question(line: EntryLine, folder: Path, **own: Any) -> Question:
+    values = {each.name: getattr(line, _NAMES.get(each.name, each.name)) for each in fields(Question)} | own
+    paths = [line.image] if isinstance(line.image, str) else line.image or []
+    if not all(path.strip() and "\0" not in path for path in paths):
+        raise DataError(
+            f"'image' is {shown(line.image)}; write the path of the picture, or null for a question without one"
+        )
+    pictures = tuple(folder / path for path in paths)
+    values["image"] = pictures[0] if isinstance(line.image, str) else pictures or None
+    values["id"] = str(values["id"])
+    values["corrupt"] = line.corrupt and _moved(line.corrupt, lambda path: str(folder / path))
+    return Question(**values | {name: tuple(values[name]) for name in ("answers", "boxes")})
+
+
+# ---- writing ----
+
+
+def _question_line(question: Question, folder: Path) -> dict[str, Any]:
+    """Return the object of a question; what has its default is left out."""
+    line: dict[str, Any] = {}
+    for each in fields(Question):
+        value, key = getattr(question, each.name), _NAMES.get(each.name, each.name)
+        if value is None or value == each.default or value in ((), {}):
+            continue
+        if each.name == "image":
+            value = _image_line(value, folder)
+        elif each.name == "corrupt":
+            value = _moved(value, lambda path: _relative(Path(path), folder))
+        line[key] = value
+    return {key: line[key] for key in ("id", "image") if key in line} | line
+
+
+def _image_line(image: PictureSource | tuple[PictureSource, ...], folder: Path) -> str | list[str]:
+    if isinstance(image, tuple):
+        return [_relative(each, folder) for each in image]
+    return _relative(image, folder)
+
+
+def _entry_line(entry: Question, own: Question, folder: Path) -> dict[str, Any]:
+    """Return the object of a question that belongs to an edit, without what it inherits from the edit's own."""
+    line = _question_line(entry, folder)
+    inherited = {"image": own.image, "template": own.template}
+    inherited["constraint"] = _shared_constraint(entry.text, own.text, own.constraint)
+    for name, value in inherited.items():
+        if getattr(entry, name) == value:
+            line.pop(name, None)
+        else:
+            line.setdefault(name, None)
+    if entry.text == own.text and "image" in line:
+        del line["question"]
+    return line
+
+
+def _probe_line(probe: Probe, own: Question, folder: Path) -> dict[str, Any]:
+    line = {"kind": probe.kind} | _entry_line(probe.question, own, folder)
+    if probe.kind in _PICTURELESS and probe.question.image is not None:
+        line["image"] = _image_line(probe.question.image, folder)
+    more = {"answer": probe.answer, "hops": probe.hops, "needs": list(probe.needs) or None}
+    return line | {key: value for key, value in more.items() if value is not None}
+
+
+def _moved(corrupt: str, move: Callable[[str], str]) -> str:
+    """Return a corruption with the paths of its pictures moved."""
+    kind, _, value = corrupt.partition(":")
+    paths = {"swap": [value], "mean": value.split(",")}.get(kind, [])
+    if not all(path.strip() for path in paths) or not paths:
+        return corrupt
+    return f"{kind}:{','.join(move(path.strip()) for path in paths)}"
+
+
+def _relative(path: PictureSource, folder: Path) -> str:
+    """Return the path from the folder, or from the root if it is not inside the folder."""
+    if isinstance(path, Image.Image):
+        raise DataError("a picture in memory cannot stand in a file of lines; save it and pass its path as image=")
+    try:
+        return Path(path).relative_to(folder).as_posix()
+    except ValueError:
+        return os.path.abspath(path)
