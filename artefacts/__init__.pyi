@@ -7,7 +7,14 @@ from .files import (
     write_json as write_json,
     write_tensors as write_tensors,
 )
-from .folders import ArtefactError as ArtefactError, replacing as replacing, write_whole as write_whole
+from .folders import (
+    ArtefactError as ArtefactError,
+    remove_leftovers as remove_leftovers,
+    replacing as replacing,
+    replacing_files as replacing_files,
+    replacing_folder as replacing_folder,
+    write_whole as write_whole,
+)
 from .results import Result as Result, load_fields as load_fields, save_fields as save_fields
 from .statistics import (
     auroc as auroc,
