@@ -1,0 +1,77 @@
+"""Reader of CCKEB (MemEIC): each row has a visual edit, a textual edit about its answer, and questions that need both.
+
+A row becomes two records of one group: the visual one, whose compositional probes (`port_type` "comp") need the textual
+one too, and the textual one, whose id ends in "-text".
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..errors import DataError
+from ..facts import PORTABILITY, REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
+from .mmedit import visual_edit
+from .rows import (
+    Outcome,
+    Row,
+    Source,
+    each_row,
+    json_rows,
+    probes_of,
+    rest_of,
+    rows_of,
+    text_of,
+    text_or_none,
+    texts_of,
+    without_prefix,
+)
+from .vlkeb import hops_of, question_and_answer
+
+_TEXTUAL = ("src", "alt", "rephrase", "loc", "loc_ans")
+
+
+def read_cckeb(source: Source) -> Iterator[tuple[int, Outcome]]:
+    """Return the edits of a file, two for each row, and a `DataError` for each unreadable row."""
+    return each_row(json_rows(source), lambda number, row: _records(source, row, str(number)))
+
+
+def _records(source: Source, row: Row, id: str) -> list[EditRecord]:
+    textual = row.get("textual_edit")
+    if textual is not None and not isinstance(textual, dict):
+        raise DataError(f"'textual_edit' is of type {type(textual).__name__}; it should be an object")
+    partner = () if textual is None else (f"{id}-text",)
+    probes = tuple(_portability(source, row, partner))
+    visual = replace(visual_edit(source, row, id, "port_new", "textual_edit", more=probes), group=id)
+    return [visual] if textual is None else [visual, _textual(textual, f"{id}-text", group=id)]
+
+
+def _portability(source: Source, row: Row, partner: tuple[str, ...]) -> Iterator[Probe]:
+    image = source.picture(text_of(row, "image"))
+    for entry in rows_of(row, "port_new"):
+        pair = question_and_answer(entry)
+        yield Probe(
+            kind=PORTABILITY,
+            question=Question(text=text_of(pair, "Question"), image=image, extra=rest_of(pair, "Question", "Answer")),
+            answer=text_of(pair, "Answer"),
+            hops=hops_of(entry),
+            needs=partner if entry.get("port_type") == "comp" else (),
+        )
+
+
+def _textual(row: Row, id: str, *, group: str) -> EditRecord:
+    targets = texts_of(row, "alt")
+    rephrase, loc = text_or_none(row, "rephrase"), text_or_none(row, "loc")
+    return EditRecord(
+        id=id,
+        question=Question(text=text_of(row, "src"), id=id, answers=targets),
+        target=text_of(row, "alt"),
+        probes=probes_of(
+            None if rephrase is None else Probe(kind=REPHRASE, question=Question(text=rephrase)),
+            None
+            if loc is None
+            else Probe(
+                kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
+            ),
+        ),
+        group=group,
+        extra=rest_of(row, *_TEXTUAL),
+    )

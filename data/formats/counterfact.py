@@ -1,0 +1,113 @@
+"""Reader of CounterFact (arXiv 2202.05262) in ROME's form and in EasyEdit's, and of EasyEdit's files of the same shape.
+
+The prompts are beginnings of sentences about a subject, without a picture. The subject is the constraint; where the
+prompt repeats it, the occurrence in the prompt's slot is meant. The true object is the present answer.
+"""
+
+from collections.abc import Iterator
+
+from ..errors import DataError
+from ..facts import OTHER_SUBJECT, PORTABILITY, REPHRASE, EditRecord, Probe, Question, Words
+from .rows import Outcome, Row, Source, each_row, json_rows, occurrences, rest_of, text_of, text_or_none, texts_of
+
+_EASYEDIT = (
+    *("case_id", "prompt", "src", "subject", "target_new", "alt", "ground_truth", "rephrase_prompt", "rephrase"),
+    *("locality_prompt", "locality_ground_truth", "portability", "locality"),
+)
+_ROME = ("case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
+
+
+def read_counterfact(source: Source) -> Iterator[tuple[int, Outcome]]:
+    """Return the edits of a file, and a `DataError` for each unreadable row."""
+    return each_row(
+        json_rows(source),
+        lambda number, row: [(_rome if "requested_rewrite" in row else easyedit)(row, str(number))],
+    )
+
+
+def _rome(row: Row, number: str) -> EditRecord:
+    rewrite = row["requested_rewrite"]
+    if not isinstance(rewrite, dict):
+        raise DataError(f"'requested_rewrite' is of type {type(rewrite).__name__}; it should be an object")
+    prompt, subject = text_of(rewrite, "prompt"), text_of(rewrite, "subject")
+    if prompt.count("{}") != 1:
+        raise DataError(f"the prompt {prompt!r} has {prompt.count('{}')} slots; it should have {{}} for the subject")
+    before = prompt.split("{}")[0]
+    text = prompt.replace("{}", subject)
+    true, new = (_object(rewrite, name) for name in ("target_true", "target_new"))
+    id = str(row.get("case_id", number))
+    neighbours = texts_of(row, "neighborhood_prompts")
+    return EditRecord(
+        id=id,
+        question=Question(text=text, id=id, constraint=_subject(text, subject, before), answer=true),
+        target=new,
+        old=true,
+        probes=(
+            *(_about(REPHRASE, text, subject) for text in texts_of(row, "paraphrase_prompts")),
+            *(Probe(kind=OTHER_SUBJECT, question=Question(text=text), answer=true) for text in neighbours),
+        ),
+        extra=rest_of(row, *_ROME) | rest_of(rewrite, "prompt", "subject", "target_new", "target_true"),
+    )
+
+
+def easyedit(row: Row, number: str) -> EditRecord:
+    """Return the edit of one object in EasyEdit's form for textual edits."""
+    text, subject = text_of(row, "prompt", "src"), text_or_none(row, "subject")
+    truths = texts_of(row, "ground_truth")
+    id = str(row.get("case_id", number))
+    places = zip(texts_of(row, "locality_prompt"), texts_of(row, "locality_ground_truth"), strict=False)
+    return EditRecord(
+        id=id,
+        question=Question(
+            text=text,
+            id=id,
+            constraint=None if subject is None else _subject(text, subject),
+            answer=truths[0] if truths else None,
+            answers=truths[1:] and truths,
+        ),
+        target=text_of(row, "target_new", "alt"),
+        old=truths[0] if truths else None,
+        probes=(
+            *(_about(REPHRASE, wording, subject) for wording in texts_of(row, "rephrase_prompt", "rephrase")),
+            *(Probe(kind=OTHER_SUBJECT, question=Question(text=text), answer=answer) for text, answer in places),
+            *_nested(row, "portability", PORTABILITY),
+            *_nested(row, "locality", OTHER_SUBJECT),
+        ),
+        extra=rest_of(row, *_EASYEDIT),
+    )
+
+
+def _nested(row: Row, name: str, kind: str) -> Iterator[Probe]:
+    """Probes of {"Reasoning": [{"prompt", "ground_truth"}]} or {"neighborhood": {"prompt", "ground_truth"}}."""
+    groups = row.get(name) or {}
+    if not isinstance(groups, dict):
+        raise DataError(f"{name!r} is of type {type(groups).__name__}; it should be an object of lists")
+    for entries in groups.values():
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, dict):
+                raise DataError(f"an entry of {name!r} is of type {type(entry).__name__}; it should be an object")
+            answers = texts_of(entry, "ground_truth")
+            for text in texts_of(entry, "prompt"):
+                yield Probe(
+                    kind=kind, question=Question(text=text, answers=answers), answer=answers[0] if answers else None
+                )
+
+
+def _about(kind: str, text: str, subject: str | None) -> Probe:
+    """A probe about the same subject, which is the constraint where the question says it."""
+    is_said = subject is not None and occurrences(text, subject)
+    return Probe(kind=kind, question=Question(text=text, constraint=_subject(text, subject) if is_said else None))
+
+
+def _subject(text: str, subject: str, before: str = "") -> Words:
+    """The subject, with the number of its occurrence where the question repeats it."""
+    if len(occurrences(text, subject)) < 2:
+        return subject
+    return subject, len(occurrences(before, subject))
+
+
+def _object(rewrite: Row, name: str) -> str:
+    value = rewrite.get(name)
+    if not isinstance(value, dict):
+        raise DataError(f"{name!r} is of type {type(value).__name__}; it should be an object with 'str'")
+    return text_of(value, "str")

@@ -1,0 +1,52 @@
+"""Reader of MMKE-Bench (arXiv 2502.19870): free-text knowledge of entities, visual meanings and users' own things.
+
+Besides the fields of MMEdit there are questions on the edited knowledge: `rel_1` and `rel_2` (or `rel`) without a
+picture, `m_rel_1` and `m_rel_2` (or `m_rel`) with the edited picture, which are asked about the second picture too.
+The answers are spelled `rel_ans_1` or `rel_1_ans`.
+"""
+
+from collections.abc import Iterator
+
+from ..facts import PORTABILITY, RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe, Question
+from .mmedit import visual_edit
+from .rows import Outcome, Row, Source, each_row, json_rows, rows_of, text_of, text_or_none
+from .vlkeb import hops_of, question_and_answer
+
+_RELATED = ("rel", "rel_1", "rel_2")
+_KNOWN = ("port_new", "one_hop_img", "image_rephrase_question")
+
+
+def read_mmke(source: Source) -> Iterator[tuple[int, Outcome]]:
+    """Return the edits of one of the JSON files, and a `DataError` for each unreadable row."""
+    return each_row(json_rows(source), lambda number, row: [_record(source, row, str(number))])
+
+
+def _record(source: Source, row: Row, id: str) -> EditRecord:
+    keys = [key for name in _RELATED for key in (name, *_answer_keys(name), f"m_{name}", *_answer_keys(f"m_{name}"))]
+    return visual_edit(source, row, id, *keys, *_KNOWN, more=(*_related(source, row), *_portability(source, row)))
+
+
+def _related(source: Source, row: Row) -> Iterator[Probe]:
+    pictures = [source.picture(name) for key in ("image", "image_rephrase") if (name := text_or_none(row, key))]
+    for name in _RELATED:
+        if (text := text_or_none(row, name)) is not None:
+            answer = text_of(row, *_answer_keys(name))
+            yield Probe(kind=RELATED_TEXT, question=Question(text=text), answer=answer)
+        if (text := text_or_none(row, f"m_{name}")) is not None:
+            answer = text_of(row, *_answer_keys(f"m_{name}"))
+            for picture in pictures:
+                yield Probe(kind=RELATED_PICTURE, question=Question(text=text, image=picture), answer=answer)
+
+
+def _portability(source: Source, row: Row) -> Iterator[Probe]:
+    image = source.picture(text_or_none(row, "one_hop_img") or text_of(row, "image"))
+    for entry in rows_of(row, "port_new"):
+        pair = question_and_answer(entry)
+        question = Question(text=text_of(pair, "Question"), image=image)
+        yield Probe(kind=PORTABILITY, question=question, answer=text_of(pair, "Answer"), hops=hops_of(entry))
+
+
+def _answer_keys(name: str) -> tuple[str, ...]:
+    """Both spellings of the key of an answer, such as rel_ans_1 and rel_1_ans."""
+    stem, _, number = name.rpartition("_")
+    return (f"{name}_ans", f"{stem}_ans_{number}") if number.isdecimal() else (f"{name}_ans",)

@@ -1,0 +1,107 @@
+"""Reader of OK-VQA: MMEdit's pool of locality questions, and the standard pair of questions and annotations.
+
+A question has the answers of ten annotators; the most frequent one is the answer, and all count as right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..facts import Question
+from .rows import Outcome, Row, Source, each_row, json_rows, parse_json, read_text, rest_of, text_of, texts_of
+
+_COCO = re.compile(r"(\d{12})(?:\.\w+)?$")
+
+
+def read_okvqa(source: Source) -> Iterator[tuple[int, Outcome]]:
+    """Return the questions of a pool, or of a file of questions whose annotations lie beside it."""
+    rows = json_rows(source) if read_text(source.path).lstrip()[:1] == "[" else _standard(source.path)
+    return each_row(rows, lambda number, row: [_question(source, row, str(number))])
+
+
+def answers_by_question(path: Path) -> Mapping[tuple[str, str], tuple[str, ...]]:
+    """Return the answers of a file, or of a folder's questions and annotations, by (question, picture)."""
+    source = Source(path=_questions_in(path) if path.is_dir() else path)
+    table = {}
+    for _, outcome in read_okvqa(source):
+        if isinstance(outcome, Question):
+            table[join_key(outcome.text, str(outcome.images[0]))] = outcome.answers
+    return table
+
+
+def join_key(question: str, image: str) -> tuple[str, str]:
+    """Return what a question of one file and the same question of another file have in common."""
+    number = _COCO.search(Path(image).name)
+    return " ".join(re.findall(r"\w+", question.casefold())), number.group(1) if number else Path(image).name
+
+
+def _question(source: Source, row: Row, number: str) -> Question:
+    answers = texts_of(row, "answer", "answers")
+    if not answers:
+        raise DataError("no 'answer'; fill it in or drop the row")
+    return Question(
+        id=str(row.get("question_id", number)),
+        text=text_of(row, "question"),
+        image=source.picture(text_of(row, "image")),
+        answer=Counter(answers).most_common(1)[0][0],
+        answers=answers,
+        extra=rest_of(row, "question_id", "question", "image", "answer", "answers"),
+    )
+
+
+def _standard(path: Path) -> Iterator[tuple[int, Row | DataError]]:
+    """The rows of a file of questions, joined with the annotations beside it."""
+    questions = _list(path, "questions")
+    annotations = {row.get("question_id"): row for row in _list(_annotations_of(path), "annotations")}
+    split = re.search(r"(train|val|test)(\d{4})", path.name)
+    folder = split.group(0) if split else "val2014"
+    for number, row in enumerate(questions, start=1):
+        annotation = annotations.get(row.get("question_id"))
+        if annotation is None:
+            yield number, DataError(f"question {row.get('question_id')!r} has no annotation; drop it")
+            continue
+        answers = [each.get("answer") for each in annotation.get("answers", ()) if isinstance(each, dict)]
+        image = f"{folder}/COCO_{folder}_{int(row.get('image_id', 0)):012d}.jpg"
+        yield (
+            number,
+            {
+                "question_id": row.get("question_id"),
+                "question": row.get("question"),
+                "image": image,
+                "answer": answers,
+            },
+        )
+
+
+def _list(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
+    content = parse_json(read_text(path), path, "")
+    rows = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(
+            f"{str(path)!r} has no list {name!r}; pass OK-VQA's file of questions, its annotations beside it"
+        )
+    return rows
+
+
+def _annotations_of(path: Path) -> Path:
+    beside = [each for each in sorted(path.parent.glob("*annotations*.json")) if _split(each) == _split(path)]
+    if not beside:
+        raise DataError(f"no annotations beside {str(path)!r}; put OK-VQA's file *annotations*.json into its folder")
+    return beside[0]
+
+
+def _questions_in(folder: Path) -> Path:
+    files = sorted(folder.glob("*questions*.json"))
+    if not files:
+        raise DataError(f"no *questions*.json in {str(folder)!r}; pass OK-VQA's folder, or its file of questions")
+    return files[0]
+
+
+def _split(path: Path) -> str:
+    split = re.search(r"(train|val|test)\d{4}", path.name)
+    return split.group(0) if split else ""

@@ -1,0 +1,189 @@
+"""One door to every data file: which format it has, and its records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+
+from ..errors import DataError
+from ..facts import EditRecord, Question
+from ..jsonl import read_lines
+from .cckeb import read_cckeb
+from .counterfact import read_counterfact
+from .gqa_flow import read_gqa_flow
+from .mmedit import read_mmedit
+from .mmke import read_mmke
+from .okvqa import read_okvqa
+from .rows import Outcome, Row, Source, csv_rows, json_rows, read_text
+from .vlkeb import read_vlkeb
+from .vqa_constraints import read_vqa_constraints
+from .zsre import read_zsre
+
+LINES = "lines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One form of data files."""
+
+    title: str
+    """What it is, for people."""
+    read: Callable[[Source], Iterator[tuple[int, Outcome]]]
+
+
+def _read_lines(source: Source) -> Iterator[tuple[int, Outcome]]:
+    return read_lines(source.path, images=source.images)
+
+
+FORMATS: Mapping[str, Format] = {
+    LINES: Format(title="multrace's own: one JSON object per line", read=_read_lines),
+    "vqa-constraints": Format(title="VQA-Constraints, a CSV file (arXiv 2406.04236)", read=read_vqa_constraints),
+    "mmedit": Format(title="E-VQA and E-IC of MMEdit (arXiv 2310.08475)", read=read_mmedit),
+    "vlkeb": Format(title="VLKEB: main, one-hop, multi-hop (arXiv 2403.07350)", read=read_vlkeb),
+    "mmke": Format(title="MMKE-Bench: entity, visual, user (arXiv 2502.19870)", read=read_mmke),
+    "cckeb": Format(title="CCKEB: visual and textual edits together (MemEIC)", read=read_cckeb),
+    "counterfact": Format(title="CounterFact in ROME's or EasyEdit's form (arXiv 2202.05262)", read=read_counterfact),
+    "zsre": Format(title="zsRE in MEND's form (arXiv 2110.11309)", read=read_zsre),
+    "okvqa": Format(title="OK-VQA: a pool of questions, or questions with annotations", read=read_okvqa),
+    "gqa-flow": Format(title="GQA subsets with boxes, a CSV file or a folder (arXiv 2411.18620)", read=read_gqa_flow),
+}
+"""The formats by the names that commands take."""
+
+
+def read_data(
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    images: str | PathLike[str] | None = None,
+    answers: str | PathLike[str] | None = None,
+) -> Iterator[tuple[int, Outcome]]:
+    """Return the records of a data file one by one, each with the number of its row or line.
+
+    No picture is opened; a row that cannot be read yields its `DataError`, and the others go on.
+
+    Args:
+        path: The file, or a folder of GQA's CSV files.
+        format: One of FORMATS; None to tell it by the content.
+        images: Folder of the pictures that the rows name; None for the file's own folder.
+        answers: File or folder of OK-VQA answers for the questions of VQA-Constraints.
+
+    Returns:
+        (row number from 1, or line number; a `Question`, an `EditRecord`, or the `DataError` of the row).
+
+    Raises:
+        DataError: The file cannot be read, is empty, or has an unknown format.
+
+    Example:
+        >>> from multrace.data import read_data
+        >>> with open("facts.jsonl", "w") as file:
+        ...     _ = file.write('{"id": "1", "question": "Who won?", "target": "Ada"}')
+        >>> list(read_data("facts.jsonl"))
+        [(1, EditRecord('Who won?' -> 'Ada', no picture))]
+    """
+    source = Source(
+        path=Path(path),
+        images=None if images is None else Path(images),
+        answers=None if answers is None else Path(answers),
+    )
+    name = format or detect_format(source.path)
+    if name not in FORMATS:
+        raise DataError(f"no format {name!r}; use one of {', '.join(FORMATS)}")
+    outcomes = FORMATS[name].read(source)
+    first = list(islice(outcomes, 1))
+    if not first:
+        raise DataError(f"{str(source.path)!r} has no records; it is empty")
+    yield from first
+    yield from outcomes
+
+
+def read_records(
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    images: str | PathLike[str] | None = None,
+    answers: str | PathLike[str] | None = None,
+    problems: list[str] | None = None,
+) -> tuple[Question | EditRecord, ...]:
+    """Return all records of a data file.
+
+    Args:
+        path: The file, or a folder of GQA's CSV files.
+        format: One of FORMATS; None to tell it by the content.
+        images: Folder of the pictures that the rows name; None for the file's own folder.
+        answers: File or folder of OK-VQA answers for the questions of VQA-Constraints.
+        problems: A list to which what is wrong with unreadable rows is appended; None to raise the first of them.
+
+    Raises:
+        DataError: The file or, without `problems`, a row cannot be read, or no row can.
+
+    Example:
+        >>> from multrace.data import read_records
+        >>> with open("facts.jsonl", "w") as file:
+        ...     _ = file.write('{"id": "1", "question": "Who won?"}')
+        >>> read_records("facts.jsonl")
+        (Question('Who won?', no picture),)
+    """
+    records, wrong = [], []
+    for number, outcome in read_data(path, format=format, images=images, answers=answers):
+        if not isinstance(outcome, DataError):
+            records.append(outcome)
+        elif problems is None:
+            raise DataError(f"{str(path)!r}, row {number}: {outcome}") from outcome
+        else:
+            wrong.append(f"row {number}: {outcome}")
+    if not records:
+        raise DataError(f"no row of {str(path)!r} can be read; {wrong[0]}")
+    if problems is not None:
+        problems.extend(wrong)
+    return tuple(records)
+
+
+def detect_format(path: str | PathLike[str]) -> str:
+    """Return which of FORMATS a file has, by its columns or by the keys of its first object.
+
+    Raises `DataError` if the file cannot be read, or if its columns or keys are not those of a known format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "gqa-flow"
+    if path.suffix.lower() == ".csv":
+        header = next((cells for _, cells in csv_rows(path)), [])
+        return "vqa-constraints" if isinstance(header, list) and "main_entity" in header else "gqa-flow"
+    text = read_text(path).lstrip()
+    if not text:
+        raise DataError(f"{str(path)!r} has no records; it is empty")
+    is_array = text.startswith("[{") or text[:1] == "[" and text[1:].lstrip()[:1] in ("{", "]")
+    if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
+        return "okvqa"
+    rows = (row for _, row in json_rows(Source(path=path)) if not isinstance(row, DataError))
+    row = next(rows, None) if is_array else next(islice(rows, 1), None)
+    name = None if row is None else _format_of(row)
+    if name is None and is_array:
+        keys = ", ".join(map(repr, row or ())) or "nothing"
+        raise DataError(
+            f"{str(path)!r} is a JSON array of objects with {keys[:200]}, which no known format has; pass the format "
+            f"({', '.join(FORMATS)}) or write one object per line ({LINES})"
+        )
+    return name or LINES
+
+
+def _format_of(row: Row) -> str | None:
+    """The public format whose objects have such keys; None if there is none."""
+    keys = row.keys()
+    if "textual_edit" in keys:
+        return "cckeb"
+    if "knowledge_type" in keys:
+        return "mmke"
+    if "requested_rewrite" in keys or {"prompt", "target_new"} <= keys:
+        return "counterfact"
+    if {"src", "alt", "image"} <= keys:
+        is_vlkeb = "port_new" in keys or str(row["image"]).startswith("m.")
+        return "vlkeb" if is_vlkeb else "mmedit"
+    if {"src", "alt"} <= keys:
+        return "zsre"
+    if {"question", "answer", "image", "question_id"} <= keys and isinstance(row["answer"], list):
+        return "okvqa"
+    return None

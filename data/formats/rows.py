@@ -1,0 +1,202 @@
+"""What the readers share: rows of JSON and CSV files, texts of a row, and paths of pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..facts import EditRecord, Probe, Question
+
+Row = Mapping[str, Any]
+Outcome = Question | EditRecord | DataError
+"""What became of a row: what it says, or why it cannot be read."""
+_UNDECODED = re.compile("[\ud800-\udfff]")  # what "surrogateescape" makes of bytes that are not UTF-8
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A file that is read, and where the pictures that it names lie."""
+
+    path: Path
+    images: Path | None = None
+    """Folder of the pictures; None: the file's own folder."""
+    answers: Path | None = None
+    """File or folder of answers that are joined to questions without one."""
+
+    def picture(self, name: str) -> Path:
+        """Return the path of a picture that a row names.
+
+        Where no file has exactly this name, a name in another Unicode normal form is looked for, and of a folder of
+        candidate pictures the first one by name is taken. A picture that is missing keeps its path, so that it is
+        noticed where it is asked for.
+        """
+        folder = self.path.parent if self.images is None else self.images
+        path = folder / name.strip().removeprefix("./")
+        if not path.exists():
+            path = next((each for each in _other_spellings(folder, path) if each.exists()), path)
+        candidates = pictures_in(path) if path.is_dir() else []
+        return candidates[0] if candidates else path
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures that lie in a folder, sorted by name."""
+    return sorted(each for each in folder.iterdir() if each.suffix.lower() in _PICTURES)
+
+
+def json_rows(source: Source) -> Iterator[tuple[int, Row | DataError]]:
+    """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line."""
+    text = read_text(source.path)
+    if text.lstrip()[:1] == "[":
+        content = parse_json(text, source.path, "")
+        yield from ((number, _object(row, number, source.path)) for number, row in enumerate(content, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, _object(parse_json(line, source.path, f", line {number}"), number, source.path)
+            except DataError as error:
+                yield number, error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str] | DataError]]:
+    """Return the cells of each row of a CSV file, or what is wrong with them, and the line where the row starts."""
+    text = _bytes(path).decode("utf-8-sig", errors="surrogateescape")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, DataError(f"this is not CSV: {error}; compare the row with the published file")
+            continue
+        if wrong := next((cell for cell in cells if _UNDECODED.search(cell)), None):
+            text = wrong.encode("ascii", "backslashreplace").decode()[:80]
+            yield line, DataError(f"{text!r} is not UTF-8; save the file as UTF-8")
+        elif cells:
+            yield line, cells
+
+
+def parse_json(text: str, path: Path, place: str) -> Any:
+    """Return the value of a JSON text. Raises `DataError` that names the file and the place in it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{str(path)!r}{place} is not JSON: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file. Raises `DataError` if it cannot be read or is not UTF-8."""
+    try:
+        return _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def each_row(
+    rows: Iterable[tuple[int, Row | DataError]], read: Callable[[int, Row], Sequence[Question | EditRecord]]
+) -> Iterator[tuple[int, Outcome]]:
+    """Return what `read` makes of each row, with ids that are unique in the file; a bad row costs only itself."""
+    known: dict[str, int] = {}
+    for number, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            records = read(number, row)
+        except DataError as error:
+            yield number, error
+            continue
+        for record in records:
+            known[record.id] = known.get(record.id, 0) + 1
+            count = known[record.id]
+            yield number, record if count == 1 else replace(record, id=f"{record.id}~{count}")
+
+
+def text_of(row: Row, *names: str) -> str:
+    """Return the text under the first of these keys that the row has. Raises `DataError` if there is none."""
+    if (text := text_or_none(row, *names)) is None:
+        keys = ", ".join(map(repr, row)) or "nothing"
+        raise DataError(f"no {' or '.join(map(repr, names))} (found {keys[:200]}); fill it in or drop the row")
+    return text
+
+
+def text_or_none(row: Row, *names: str) -> str | None:
+    """Return the text under the first of these keys that the row has; None if all are absent, null or empty."""
+    texts = texts_of(row, *names)
+    return texts[0] if texts else None
+
+
+def texts_of(row: Row, *names: str) -> tuple[str, ...]:
+    """Return the text, or the list of texts, under the first of these keys that the row has, without empty ones."""
+    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), ())
+    values = _flat(value if isinstance(value, list | tuple) else [value])
+    texts = [str(each) if type(each) in (int, float) else each for each in values]
+    if wrong := [each for each in texts if not isinstance(each, str)]:
+        kind = type(wrong[0]).__name__
+        raise DataError(f"{' or '.join(map(repr, names))} is of type {kind}; it should be a text or a list of texts")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def rows_of(row: Row, name: str) -> tuple[Row, ...]:
+    """Return the objects in the list under this key; none if the key is absent."""
+    value = row.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise DataError(f"{name!r} is not a list of objects; compare the row with the published file")
+    return tuple(value)
+
+
+def rest_of(row: Row, *names: str) -> dict[str, Any]:
+    """Return what the row says besides these keys, for the `extra` of a record."""
+    return {name: value for name, value in row.items() if name not in names and value not in (None, "")}
+
+
+def without_prefix(question: str) -> str:
+    """Return a question without the prefix that marks questions of Natural Questions for a T5 model."""
+    return question.strip().removeprefix("nq question:").strip()
+
+
+def occurrences(question: str, words: str) -> list[str]:
+    """Return every place where the question says these words, as it writes them: whole words, any case, any blanks."""
+    pattern = r"\s+".join(map(re.escape, words.split()))
+    return re.findall(rf"(?<!\w){pattern}(?!\w)", question, re.IGNORECASE) if pattern else []
+
+
+def probes_of(*probes: Probe | None) -> tuple[Probe, ...]:
+    """Return the probes that there are."""
+    return tuple(probe for probe in probes if probe is not None)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}; pass a data file") from error
+
+
+def _object(row: Any, number: int, path: Path) -> Row | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"entry {number} of {str(path)!r} is of type {type(row).__name__}, not an object; drop it")
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _other_spellings(folder: Path, path: Path) -> Iterator[Path]:
+    relative = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    return (folder / unicodedata.normalize(form, relative) for form in ("NFC", "NFD"))

@@ -1,0 +1,59 @@
+"""Reader of zsRE in MEND's form (arXiv 2110.11309): textual questions about a subject, with an unrelated question."""
+
+from collections.abc import Iterator
+
+from ..facts import REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
+from .rows import (
+    Outcome,
+    Row,
+    Source,
+    each_row,
+    json_rows,
+    occurrences,
+    probes_of,
+    rest_of,
+    text_of,
+    text_or_none,
+    texts_of,
+    without_prefix,
+)
+
+_KNOWN = ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans")
+
+
+def read_zsre(source: Source) -> Iterator[tuple[int, Outcome]]:
+    """Return the edits of a file, and a `DataError` for each unreadable row. `pred` and `cond` stay in `extra`."""
+    return each_row(json_rows(source), lambda number, row: [_record(row, str(number))])
+
+
+def _record(row: Row, id: str) -> EditRecord:
+    text, subject, truths = text_of(row, "src"), text_or_none(row, "subject"), texts_of(row, "answers")
+    rephrase, loc = text_or_none(row, "rephrase"), text_or_none(row, "loc")
+    return EditRecord(
+        id=id,
+        question=Question(
+            text=text,
+            id=id,
+            constraint=_constraint(text, subject),
+            answer=truths[0] if truths else None,
+            answers=truths[1:] and truths,
+        ),
+        target=text_of(row, "alt"),
+        old=truths[0] if truths else None,
+        probes=probes_of(
+            None
+            if rephrase is None
+            else Probe(kind=REPHRASE, question=Question(text=rephrase, constraint=_constraint(rephrase, subject))),
+            None
+            if loc is None
+            else Probe(
+                kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
+            ),
+        ),
+        extra=rest_of(row, *_KNOWN) | ({} if subject is None else {"subject": subject}),
+    )
+
+
+def _constraint(text: str, subject: str | None) -> str | None:
+    """The subject where the question says it once."""
+    return subject if subject is not None and len(occurrences(text, subject)) == 1 else None
