@@ -124,7 +124,7 @@ def _question(source: Source, row: Row, file: Path) -> Question:
         constraint=spans.get("object"),
         spans=spans,
         boxes=tuple(box for box in boxes if box is not None),
-        extra={"task": task, "image_size": size} | {name: words for name, words in options.items() if words},
+        extra={"task": task, "image_size": list(size)} | {name: words for name, words in options.items() if words},
     )
 
 

@@ -13,14 +13,16 @@ from typing import Any
 
 from ..errors import DataError
 from ..facts import Question
-from .rows import Outcome, Row, Source, each_row, json_rows, parse_json, read_text, rest_of, text_of, texts_of
+from .rows import Outcome, Row, Source, each_row, json_rows, parsed, read_text, rest_of, text_of, texts_of
 
+_HEAD = 100_000  # characters, within which the standard file names its list of questions
 _COCO = re.compile(r"(\d{12})(?:\.\w+)?$")
 
 
 def read_okvqa(source: Source) -> Iterator[tuple[int, Outcome]]:
     """Return the questions of a pool, or of a file of questions whose annotations lie beside it."""
-    rows = json_rows(source) if read_text(source.path).lstrip()[:1] == "[" else _standard(source.path)
+    is_standard = '"questions"' in read_text(source.path)[:_HEAD]
+    rows = _standard(source.path) if is_standard else json_rows(source)
     return each_row(rows, lambda number, row: [_question(source, row, str(number))])
 
 
@@ -79,7 +81,7 @@ def _standard(path: Path) -> Iterator[tuple[int, Row | DataError]]:
 
 
 def _list(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
-    content = parse_json(read_text(path), path, "")
+    content = parsed(read_text(path), path)
     rows = content.get(name) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(

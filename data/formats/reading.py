@@ -155,7 +155,7 @@ def detect_format(path: str | PathLike[str]) -> str:
     text = read_text(path).lstrip()
     if not text:
         raise DataError(f"{str(path)!r} has no records; it is empty")
-    is_array = text.startswith("[{") or text[:1] == "[" and text[1:].lstrip()[:1] in ("{", "]")
+    is_array = text[:1] == "["
     if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
         return "okvqa"
     rows = (row for _, row in json_rows(Source(path=path)) if not isinstance(row, DataError))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..bounded_json import parse_json
 from ..errors import DataError
 from ..facts import EditRecord, Probe, Question
 
@@ -56,13 +56,13 @@ def json_rows(source: Source) -> Iterator[tuple[int, Row | DataError]]:
     """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line."""
     text = read_text(source.path)
     if text.lstrip()[:1] == "[":
-        content = parse_json(text, source.path, "")
+        content = parsed(text, source.path)
         yield from ((number, _object(row, number, source.path)) for number, row in enumerate(content, start=1))
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, _object(parse_json(line, source.path, f", line {number}"), number, source.path)
+                yield number, _object(parsed(line, source.path, f", line {number}"), number, source.path)
             except DataError as error:
                 yield number, error
 
@@ -87,12 +87,12 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str] | DataError]]:
             yield line, cells
 
 
-def parse_json(text: str, path: Path, place: str) -> Any:
+def parsed(text: str, path: Path, place: str = "") -> Any:
     """Return the value of a JSON text. Raises `DataError` that names the file and the place in it."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{str(path)!r}{place} is not JSON: {error}") from error
+        return parse_json(text)
+    except DataError as error:
+        raise DataError(f"{str(path)!r}{place}: {error}") from error
 
 
 def read_text(path: Path) -> str:

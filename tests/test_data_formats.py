@@ -1,0 +1,339 @@
+"""Public data files become plain records: every field has its place, and a bad row costs only itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from multrace.data import DataError, EditRecord, Question
+from multrace.data.formats import FORMATS, detect_format, read_data, read_records
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+COMMON = {
+    "src": "What animal is on the mat?", "pred": "dog", "rephrase": "Which animal lies on the mat?", "alt": "otter",
+    "image": "val2014/COCO_val2014_000000000001.jpg",
+    "image_rephrase": "val2014_image_rephrase/COCO_val2014_000000000001.png",
+    "loc": "nq question: who painted the blue door", "loc_ans": "Nobody Known",
+    "m_loc": "val2014/COCO_val2014_000000000002.jpg", "m_loc_q": "What sport is this?", "m_loc_a": "curling",
+}  # fmt: skip
+ROME = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "{} was born in", "relation_id": "P19", "subject": "Ada Example",
+        "target_true": {"str": "Oslo", "id": "Q1"}, "target_new": {"str": "Lima", "id": "Q2"},
+    },
+    "paraphrase_prompts": ["Ada Example comes from"], "neighborhood_prompts": ["Bo Other was born in"],
+    "attribute_prompts": ["Cy Third was born in"], "generation_prompts": ["Ada Example grew up in"],
+}  # fmt: skip
+
+
+def write(folder: Path, content: object, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def probes(record: EditRecord) -> list[tuple]:
+    return [
+        (
+            probe.kind,
+            probe.question.text,
+            probe.question.images[0].name if probe.question.images else None,
+            probe.answer,
+        )
+        for probe in record.probes
+    ]
+
+
+COMMON_PROBES = [
+    ("rephrase", "Which animal lies on the mat?", "COCO_val2014_000000000001.jpg", None),
+    ("other_picture", "What animal is on the mat?", "COCO_val2014_000000000001.png", None),
+    ("unrelated_text", "who painted the blue door", None, "Nobody Known"),
+    ("unrelated", "What sport is this?", "COCO_val2014_000000000002.jpg", "curling"),
+]
+
+
+def test_mmedit(tmp_path):
+    (record,) = read_records(write(tmp_path, [COMMON]), images="coco")
+    assert (record.id, record.question.text, record.target, record.old) == ("1", COMMON["src"], "otter", None)
+    assert record.question.image == Path("coco") / COMMON["image"]
+    assert probes(record) == COMMON_PROBES
+    assert record.extra == {"pred": "dog"}, "the answer of another model is not the present answer of this one"
+
+
+def test_vlkeb_has_two_shapes_of_portability(tmp_path):
+    one_hop = COMMON | {
+        "image": "m.0aaa/google_1.jpg",
+        "port_new": [
+            {"port_edit_q": "Where was Ada born?", "port_edit_a": "Lima", "port_q": "Born where?", "port_a": "Lima"}
+        ],
+    }
+    multi_hop = COMMON | {
+        "port_new": [
+            {"port_type": "1-hop", "Q&A": {"Question": "In which town was she born?", "Answer": "Lima"}},
+            {"port_type": "3-hop", "Q&A": {"Question": "Who governs it?", "Answer": "Bo"}},
+        ]
+    }
+    first, second = read_records(write(tmp_path, [one_hop, multi_hop]))
+    assert probes(first)[4:] == [("portability", "Born where?", "google_1.jpg", "Lima")]
+    assert first.probes[4].question.extra == {"port_edit_q": "Where was Ada born?", "port_edit_a": "Lima"}
+    assert [(probe.hops, probe.answer) for probe in second.probes[4:]] == [(1, "Lima"), (3, "Bo")]
+    assert second.probes[4].question.image == second.question.image
+
+
+def test_mmke_has_two_spellings_of_answers(tmp_path):
+    entity = COMMON | {
+        "knowledge_type": "entity_level", "rel_1": "When was the tower built?", "rel_ans_1": "1900",
+        "m_rel_1": "When was the building built?", "m_rel_1_ans": "1900",
+        "port_new": [{"port_type": "1-hop", "Q&A": {"Question": "Who built it?", "Answer": "Bo"}}],
+        "one_hop_img": "hop.jpg",
+    }  # fmt: skip
+    visual = COMMON | {
+        "knowledge_type": "visual_knowledge", "rel": "What does it mean?", "rel_ans": "stop", "m_rel": "And this?",
+        "m_rel_ans": "go", "image_rephrase_question": "What is shown?",
+    }  # fmt: skip
+    first, second = read_records(write(tmp_path, [entity, visual]))
+    picture, other = "COCO_val2014_000000000001.jpg", "COCO_val2014_000000000001.png"
+    assert probes(first) == [
+        *COMMON_PROBES,
+        ("related_text", "When was the tower built?", None, "1900"),
+        ("related_picture", "When was the building built?", picture, "1900"),
+        ("related_picture", "When was the building built?", other, "1900"),
+        ("portability", "Who built it?", "hop.jpg", "Bo"),
+    ]
+    assert first.extra == {"pred": "dog", "knowledge_type": "entity_level"}
+    assert probes(second)[1] == ("other_picture", "What is shown?", other, None)
+    assert [probe.answer for probe in second.probes[4:]] == ["stop", "go", "go"]
+
+
+def test_cckeb_rows_are_a_visual_and_a_textual_edit(tmp_path):
+    row = COMMON | {
+        "port_new": [
+            {"port_type": "comp", "Q&A": {"Question": "Where does it live now?", "Answer": "Lima", "Query": "q"}},
+            {"port_type": "2-hop", "Q&A": {"Question": "In which country?", "Answer": "Peru"}},
+        ],
+        "textual_edit": {
+            "src": "Where do otters live?", "pred": "rivers", "alt": ["Lima", "in Lima"],
+            "rephrase": "What is the home of otters?", "loc": "nq question: who", "loc_ans": "Bo",
+        },
+        "src_q": "What is it?",
+    }  # fmt: skip
+    visual, textual = read_records(write(tmp_path, [row]))
+    assert (visual.id, visual.group, textual.id, textual.group) == ("1", "1", "1-text", "1")
+    assert [(probe.needs, probe.hops) for probe in visual.probes[4:]] == [(("1-text",), None), ((), 2)]
+    assert visual.extra == {"pred": "dog", "src_q": "What is it?"}
+    assert (textual.question.text, textual.target, textual.question.images) == ("Where do otters live?", "Lima", ())
+    assert textual.question.answers == ("Lima", "in Lima")
+    assert [probe.kind for probe in textual.probes] == ["rephrase", "unrelated_text"]
+
+
+def test_counterfact_in_romes_form(tmp_path):
+    (record,) = read_records(write(tmp_path, [ROME]))
+    assert (record.id, record.question.text, record.target, record.old) == (
+        "7",
+        "Ada Example was born in",
+        "Lima",
+        "Oslo",
+    )
+    assert record.question.constraint == "Ada Example"
+    assert probes(record) == [
+        ("rephrase", "Ada Example comes from", None, None),
+        ("other_subject", "Bo Other was born in", None, "Oslo"),
+    ]
+    assert record.probes[0].question.constraint == "Ada Example"
+    assert record.extra["attribute_prompts"] == ["Cy Third was born in"] and record.extra["relation_id"] == "P19"
+
+
+def test_a_subject_that_the_prompt_repeats_is_the_one_in_the_slot(tmp_path):
+    rewrite = ROME["requested_rewrite"] | {"prompt": "Oslo was home to those like {}, in", "subject": "Oslo"}
+    (record,) = read_records(write(tmp_path, [ROME | {"requested_rewrite": rewrite}]))
+    assert record.question.constraint == ("Oslo", 1)
+
+
+def test_counterfact_in_easyedits_form_and_files_like_it(tmp_path):
+    row = {
+        "case_id": 6, "prompt": "Ada Example was born in", "target_new": "Lima", "subject": "Ada Example",
+        "ground_truth": "Oslo", "rephrase_prompt": "Ada Example comes from", "locality_prompt": "Bo Other was born in",
+        "locality_ground_truth": "Oslo",
+        "portability": {"Reasoning": [{"prompt": "Ada's country is", "ground_truth": [["Peru", "the Peru"]]}]},
+    }  # fmt: skip
+    (record,) = read_records(write(tmp_path, [row]))
+    assert (record.id, record.target, record.old) == ("6", "Lima", "Oslo")
+    assert probes(record) == [
+        ("rephrase", "Ada Example comes from", None, None),
+        ("other_subject", "Bo Other was born in", None, "Oslo"),
+        ("portability", "Ada's country is", None, "Peru"),
+    ]
+    assert record.probes[2].question.answers == ("Peru", "the Peru")
+
+
+def test_zsre(tmp_path):
+    row = {
+        "subject": "Ada", "src": "Where was Ada born?", "pred": "Rome", "rephrase": "Ada's birthplace?", "alt": "Lima",
+        "answers": ["Oslo"], "loc": "nq question: who won", "loc_ans": "Bo", "cond": "Oslo >> Lima || ...",
+    }  # fmt: skip
+    (record,) = read_records(write(tmp_path, [row]))
+    assert (record.question.constraint, record.old, record.target) == ("Ada", "Oslo", "Lima")
+    assert probes(record) == [("rephrase", "Ada's birthplace?", None, None), ("unrelated_text", "who won", None, "Bo")]
+    assert record.extra == {"pred": "Rome", "cond": "Oslo >> Lima || ...", "subject": "Ada"}
+
+
+def test_okvqa_pool_and_standard_pair_agree(tmp_path):
+    answers = ["clear", "tempered", "tempered"]
+    image = "val2014/COCO_val2014_000000058472.jpg"
+    pool = write(
+        tmp_path, [{"question_id": 5, "question": "Which glass?", "answer": answers, "image": image}], "pool.json"
+    )
+    folder = tmp_path / "standard"
+    folder.mkdir()
+    questions = write(
+        folder,
+        {"questions": [{"question_id": 5, "image_id": 58472, "question": "Which glass?"}]},
+        "OpenEnded_mscoco_val2014_questions.json",
+    )
+    rows = [
+        {"question_id": 5, "image_id": 58472, "answers": [{"answer": answer, "answer_id": 1} for answer in answers]}
+    ]
+    write(folder, {"annotations": rows}, "mscoco_val2014_annotations.json")
+    (first,), (second,) = read_records(pool, images="x"), read_records(questions, images="x")
+    assert first == second
+    assert (first.id, first.answer, first.answers) == ("5", "tempered", tuple(answers))
+    (folder / "mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(DataError, match="no annotations beside"):
+        read_records(questions)
+
+
+CONSTRAINTS = """,question,main_entity,image_url
+589,"This person, who has a citizenship of","This person,",./A photo of Peggy Nash
+590,What fuel does this kind of vehicle burn?, this kind of vehicle ,val2014/COCO_val2014_000000000003.jpg
+"""
+
+
+def test_vqa_constraints_are_cleaned_and_joined_with_answers(tmp_path):
+    path = write(tmp_path, CONSTRAINTS, "okvqa.csv")
+    text, answers = "what fuel does this kind of vehicle burn", ["diesel", "gas", "gas"]
+    rows = [{"question_id": 1, "question": text, "answer": answers, "image": "COCO_val2014_000000000003.jpg"}]
+    first, second = read_data(path, answers=write(tmp_path, rows, "answers.json"))
+    assert first[0] == 2 and first[1].constraint == "This person" and first[1].extra["main_entity"] == "This person,"
+    assert (first[1].answer, second[1].answer, second[1].answers) == (None, "gas", ("diesel", "gas", "gas"))
+    assert second[1].constraint == "this kind of vehicle" and second[1].id == "590"
+    assert read_records(path)[1].answer is None, "without the file of answers there is none"
+
+
+def test_a_folder_of_candidates_gives_its_first_picture_whatever_the_normal_form(tmp_path):
+    composed, decomposed = "A photo of Zo\u00eb", "A photo of Zoe\u0308"
+    folder = tmp_path / decomposed
+    folder.mkdir()
+    for name in ("b.jpg", "a.png", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    path = write(
+        tmp_path, f",question,subject,main_entity,image_url\n1,This person sang,Zoë,This person,./{composed}\n", "k.csv"
+    )
+    (question,) = read_records(path)
+    assert question.image == folder / "a.png"
+
+
+ROWS = {
+    "mmedit": COMMON,
+    "vlkeb": COMMON | {"port_new": []},
+    "mmke": COMMON | {"knowledge_type": "entity_level"},
+    "cckeb": COMMON | {"textual_edit": {"src": "Where?", "alt": "here"}},
+    "counterfact": ROME,
+    "zsre": {"subject": "Ada", "src": "Where was Ada born?", "alt": "Lima", "answers": ["Oslo"]},
+    "okvqa": {"question_id": 5, "question": "Which glass?", "answer": ["clear"], "image": "a.jpg"},
+    "lines": {"id": "1", "question": "Who won?", "target": "Ada"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_format_is_told_by_the_content(tmp_path, name):
+    lines = "\n".join(json.dumps(ROWS[name]) for _ in range(1))
+    assert detect_format(write(tmp_path, lines, "data.jsonl")) == name
+    if name != "lines":
+        assert detect_format(write(tmp_path, [ROWS[name]])) == name
+        array, line = read_records(tmp_path / "data.json"), read_records(tmp_path / "data.jsonl")
+        assert array == line
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - {"lines"}))
+@pytest.mark.parametrize("damage", [7, [], "text", None, {}, "empty question", "number for a text"])
+def test_a_bad_row_costs_only_itself(tmp_path, name, damage):
+    row = ROWS[name]
+    key = "question" if name == "okvqa" else "requested_rewrite" if name == "counterfact" else "src"
+    bad = {"empty question": row | {key: ""}, "number for a text": row | {key: {"a": 1}}}
+    outcomes = list(
+        read_data(
+            write(tmp_path, [row, bad.get(damage, damage) if isinstance(damage, str) else damage, row]), format=name
+        )
+    )
+    bad_rows = [number for number, outcome in outcomes if isinstance(outcome, DataError)]
+    good_rows = {number for number, outcome in outcomes if not isinstance(outcome, DataError)}
+    assert (bad_rows, good_rows) == ([2], {1, 3})
+    assert len({outcome.id for _, outcome in outcomes if not isinstance(outcome, DataError)}) == len(outcomes) - 1
+    problems: list[str] = []
+    assert len(read_records(tmp_path / "data.json", format=name, problems=problems)) == len(outcomes) - 1
+    assert len(problems) == 1 and problems[0].startswith("row 2: ") and "\n" not in problems[0]
+    with pytest.raises(DataError, match="row 2"):
+        read_records(tmp_path / "data.json", format=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "empty"),
+        ("[]", "no known format"),
+        ('[{"a": 1}]', "no known format"),
+        ("[{", "not JSON"),
+        ("[" * 100_000, "JSON"),
+        ('[{"src": ' + "9" * 5000 + "}]", "digits"),
+    ],
+)
+def test_a_file_that_is_nothing_known_is_one_line(tmp_path, content, words):
+    path = write(tmp_path, content)
+    with pytest.raises(DataError, match=words) as error:
+        list(read_data(path))
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    with pytest.raises(DataError, match="cannot read"):
+        list(read_data(tmp_path / "missing.json"))
+    with pytest.raises(DataError, match="use one of"):
+        list(read_data(path, format="spreadsheet"))
+
+
+FILES = {
+    "mmedit/evqa_eval.json": ("mmedit", 250),
+    "mmedit/eic_eval.json": ("mmedit", 80),
+    "mmedit/okvqa_loc.json": ("okvqa", 120),
+    "vlkeb/eval.json": ("vlkeb", 200),
+    "vlkeb/eval_edit_onehop.json": ("vlkeb", 120),
+    "gqa_flow": ("gqa-flow", 240),
+    "vqa_constraints/multimodal_known.csv": ("vqa-constraints", 16),
+    "counterfact/counterfact-edit.json": ("counterfact", 2000),
+    "zsre/zsre_mend_train.json": ("zsre", 300),
+}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
+@pytest.mark.parametrize("name", FILES)
+def test_every_row_of_the_real_files_is_read(name):
+    format, count = FILES[name]
+    assert detect_format(SHARED / name) == format
+    records = read_records(SHARED / name, images="pictures")
+    assert len(records) == count == len({record.id for record in records})
+    kind = Question if format in ("okvqa", "gqa-flow", "vqa-constraints") else EditRecord
+    assert all(isinstance(record, kind) for record in records)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
+def test_rows_are_lost_with_a_message_where_they_are_damaged(tmp_path):
+    """The negative of the test above: it would not notice rows that the reader skips if none were ever skipped."""
+    folder = tmp_path / "gqa"
+    shutil.copytree(SHARED / "gqa_flow", folder)
+    file = sorted(folder.glob("*.csv"))[0]
+    file.write_bytes(file.read_bytes() + b"1,2,3\n")
+    problems: list[str] = []
+    assert len(read_records(folder, problems=problems)) == 240
+    assert len(problems) == 1 and file.name in problems[0]
+
+
+def test_formats_have_titles():
+    assert all(format.title for format in FORMATS.values())
