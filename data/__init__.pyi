@@ -2,6 +2,12 @@ from .bounded_json import parse_json as parse_json
 from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
+from .formats import (
+    FORMATS as FORMATS,
+    detect_format as detect_format,
+    read_data as read_data,
+    read_records as read_records,
+)
 from .gqa_flow import read_gqa_flow as read_gqa_flow
 from .jsonl import read_lines as read_lines, write_lines as write_lines
 from .line_format import schema as schema

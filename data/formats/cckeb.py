@@ -11,14 +11,14 @@ from ..errors import DataError
 from ..facts import PORTABILITY, REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
 from .mmedit import visual_edit
 from .rows import (
+    DataSource,
     Outcome,
     Row,
-    Source,
     each_row,
     json_rows,
+    objects_of,
     probes_of,
     rest_of,
-    rows_of,
     text_of,
     text_or_none,
     texts_of,
@@ -29,12 +29,12 @@ from .vlkeb import hops_of, question_and_answer
 _TEXTUAL = ("src", "alt", "rephrase", "loc", "loc_ans")
 
 
-def read_cckeb(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_cckeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of a file, two for each row, and a `DataError` for each unreadable row."""
     return each_row(json_rows(source), lambda number, row: _records(source, row, str(number)))
 
 
-def _records(source: Source, row: Row, id: str) -> list[EditRecord]:
+def _records(source: DataSource, row: Row, id: str) -> list[EditRecord]:
     textual = row.get("textual_edit")
     if textual is not None and not isinstance(textual, dict):
         raise DataError(f"'textual_edit' is of type {type(textual).__name__}; it should be an object")
@@ -44,9 +44,9 @@ def _records(source: Source, row: Row, id: str) -> list[EditRecord]:
     return [visual] if textual is None else [visual, _textual(textual, f"{id}-text", group=id)]
 
 
-def _portability(source: Source, row: Row, partner: tuple[str, ...]) -> Iterator[Probe]:
+def _portability(source: DataSource, row: Row, partner: tuple[str, ...]) -> Iterator[Probe]:
     image = source.picture(text_of(row, "image"))
-    for entry in rows_of(row, "port_new"):
+    for entry in objects_of(row, "port_new"):
         pair = question_and_answer(entry)
         yield Probe(
             kind=PORTABILITY,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..errors import DataError
 from ..facts import OTHER_SUBJECT, PORTABILITY, REPHRASE, EditRecord, Probe, Question, Words
-from .rows import Outcome, Row, Source, each_row, json_rows, occurrences, rest_of, text_of, text_or_none, texts_of
+from .rows import DataSource, Outcome, Row, each_row, json_rows, occurrences, rest_of, text_of, text_or_none, texts_of
 
 _EASYEDIT = (
     *("case_id", "prompt", "src", "subject", "target_new", "alt", "ground_truth", "rephrase_prompt", "rephrase"),
@@ -17,7 +17,7 @@ _EASYEDIT = (
 _ROME = ("case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
 
 
-def read_counterfact(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_counterfact(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of a file, and a `DataError` for each unreadable row."""
     return each_row(
         json_rows(source),

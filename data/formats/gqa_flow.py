@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..facts import PixelBox, Question
-from .rows import Outcome, Row, Source, csv_rows, each_row, occurrences
+from .rows import DataSource, Outcome, Row, csv_rows, each_row, occurrences
 
 _TASKS = {  # by the columns type_semantic and type_structural
     ("attr", "choose"): "ChooseAttr",
@@ -31,7 +31,7 @@ _OBJECTS = (("central object",), ("object1", "object2"))
 _NOTHING = ("", "-", "nan")
 
 
-def read_gqa_flow(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_gqa_flow(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the questions of one of the six CSV files, in its order, or of all CSV files of a folder, sorted by name.
 
     The pictures are IMG_ID.jpg. The task (ChooseAttr, ChooseCat, ChooseRel, CompareAttr, LogicalObj or QueryAttr) and
@@ -42,7 +42,7 @@ def read_gqa_flow(source: Source) -> Iterator[tuple[int, Outcome]]:
         yield from _read_file(source, file)
 
 
-def _read_file(source: Source, file: Path) -> Iterator[tuple[int, Outcome]]:
+def _read_file(source: DataSource, file: Path) -> Iterator[tuple[int, Outcome]]:
     for line, outcome in each_row(_rows(file), lambda line, row: [_question(source, row, file)]):
         yield line, DataError(f"{file}, line {line}: {outcome}") if isinstance(outcome, DataError) else outcome
 
@@ -100,7 +100,7 @@ def _check_header(header: list[str]) -> None:
         )
 
 
-def _question(source: Source, row: Row, file: Path) -> Question:
+def _question(source: DataSource, row: Row, file: Path) -> Question:
     task, size = _task(row, file), (_length(row, "image_w"), _length(row, "image_h"))
     boxes = [_box(row, name, size) for name in _objects(row)]
     question = _text(row, "question")

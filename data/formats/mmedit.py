@@ -16,17 +16,28 @@ from ..facts import (
     Probe,
     Question,
 )
-from .rows import Outcome, Row, Source, each_row, json_rows, probes_of, rest_of, text_of, text_or_none, without_prefix
+from .rows import (
+    DataSource,
+    Outcome,
+    Row,
+    each_row,
+    json_rows,
+    probes_of,
+    rest_of,
+    text_of,
+    text_or_none,
+    without_prefix,
+)
 
 FIELDS = ("src", "rephrase", "alt", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a")
 
 
-def read_mmedit(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_mmedit(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of an E-VQA or E-IC file with their row numbers, and a `DataError` for each unreadable row."""
     return each_row(json_rows(source), lambda number, row: [visual_edit(source, row, str(number))])
 
 
-def visual_edit(source: Source, row: Row, id: str, *known: str, more: tuple[Probe, ...] = ()) -> EditRecord:
+def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[Probe, ...] = ()) -> EditRecord:
     """Return the edit of one object with the fields that MMEdit, VLKEB, MMKE-Bench and CCKEB share.
 
     Args:
@@ -49,7 +60,7 @@ def visual_edit(source: Source, row: Row, id: str, *known: str, more: tuple[Prob
     )
 
 
-def common_probes(source: Source, row: Row, question: Question) -> tuple[Probe, ...]:
+def common_probes(source: DataSource, row: Row, question: Question) -> tuple[Probe, ...]:
     """Return the probes of the fields that all these files share, as far as the row has them."""
     rephrase, other = text_or_none(row, "rephrase"), text_or_none(row, "image_rephrase")
     asked_of_other = text_or_none(row, "image_rephrase_question")

@@ -9,24 +9,24 @@ from collections.abc import Iterator
 
 from ..facts import PORTABILITY, RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe, Question
 from .mmedit import visual_edit
-from .rows import Outcome, Row, Source, each_row, json_rows, rows_of, text_of, text_or_none
+from .rows import DataSource, Outcome, Row, each_row, json_rows, objects_of, text_of, text_or_none
 from .vlkeb import hops_of, question_and_answer
 
 _RELATED = ("rel", "rel_1", "rel_2")
 _KNOWN = ("port_new", "one_hop_img", "image_rephrase_question")
 
 
-def read_mmke(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_mmke(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of one of the JSON files, and a `DataError` for each unreadable row."""
     return each_row(json_rows(source), lambda number, row: [_record(source, row, str(number))])
 
 
-def _record(source: Source, row: Row, id: str) -> EditRecord:
+def _record(source: DataSource, row: Row, id: str) -> EditRecord:
     keys = [key for name in _RELATED for key in (name, *_answer_keys(name), f"m_{name}", *_answer_keys(f"m_{name}"))]
     return visual_edit(source, row, id, *keys, *_KNOWN, more=(*_related(source, row), *_portability(source, row)))
 
 
-def _related(source: Source, row: Row) -> Iterator[Probe]:
+def _related(source: DataSource, row: Row) -> Iterator[Probe]:
     pictures = [source.picture(name) for key in ("image", "image_rephrase") if (name := text_or_none(row, key))]
     for name in _RELATED:
         if (text := text_or_none(row, name)) is not None:
@@ -38,9 +38,9 @@ def _related(source: Source, row: Row) -> Iterator[Probe]:
                 yield Probe(kind=RELATED_PICTURE, question=Question(text=text, image=picture), answer=answer)
 
 
-def _portability(source: Source, row: Row) -> Iterator[Probe]:
+def _portability(source: DataSource, row: Row) -> Iterator[Probe]:
     image = source.picture(text_or_none(row, "one_hop_img") or text_of(row, "image"))
-    for entry in rows_of(row, "port_new"):
+    for entry in objects_of(row, "port_new"):
         pair = question_and_answer(entry)
         question = Question(text=text_of(pair, "Question"), image=image)
         yield Probe(kind=PORTABILITY, question=question, answer=text_of(pair, "Answer"), hops=hops_of(entry))

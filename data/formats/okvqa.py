@@ -13,13 +13,13 @@ from typing import Any
 
 from ..errors import DataError
 from ..facts import Question
-from .rows import Outcome, Row, Source, each_row, json_rows, parsed, read_text, rest_of, text_of, texts_of
+from .rows import DataSource, Outcome, Row, each_row, json_rows, parsed, read_text, rest_of, text_of, texts_of
 
 _HEAD = 100_000  # characters, within which the standard file names its list of questions
 _COCO = re.compile(r"(\d{12})(?:\.\w+)?$")
 
 
-def read_okvqa(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_okvqa(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the questions of a pool, or of a file of questions whose annotations lie beside it."""
     is_standard = '"questions"' in read_text(source.path)[:_HEAD]
     rows = _standard(source.path) if is_standard else json_rows(source)
@@ -28,7 +28,7 @@ def read_okvqa(source: Source) -> Iterator[tuple[int, Outcome]]:
 
 def answers_by_question(path: Path) -> Mapping[tuple[str, str], tuple[str, ...]]:
     """Return the answers of a file, or of a folder's questions and annotations, by (question, picture)."""
-    source = Source(path=_questions_in(path) if path.is_dir() else path)
+    source = DataSource(path=_questions_in(path) if path.is_dir() else path)
     table = {}
     for _, outcome in read_okvqa(source):
         if isinstance(outcome, Question):
@@ -42,7 +42,7 @@ def join_key(question: str, image: str) -> tuple[str, str]:
     return " ".join(re.findall(r"\w+", question.casefold())), number.group(1) if number else Path(image).name
 
 
-def _question(source: Source, row: Row, number: str) -> Question:
+def _question(source: DataSource, row: Row, number: str) -> Question:
     answers = texts_of(row, "answer", "answers")
     if not answers:
         raise DataError("no 'answer'; fill it in or drop the row")

@@ -17,7 +17,7 @@ from .gqa_flow import read_gqa_flow
 from .mmedit import read_mmedit
 from .mmke import read_mmke
 from .okvqa import read_okvqa
-from .rows import Outcome, Row, Source, csv_rows, json_rows, read_text
+from .rows import DataSource, Outcome, Row, csv_rows, json_rows, read_text
 from .vlkeb import read_vlkeb
 from .vqa_constraints import read_vqa_constraints
 from .zsre import read_zsre
@@ -31,10 +31,10 @@ class Format:
 
     title: str
     """What it is, for people."""
-    read: Callable[[Source], Iterator[tuple[int, Outcome]]]
+    read: Callable[[DataSource], Iterator[tuple[int, Outcome]]]
 
 
-def _read_lines(source: Source) -> Iterator[tuple[int, Outcome]]:
+def _read_lines(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     return read_lines(source.path, images=source.images)
 
 
@@ -83,7 +83,7 @@ def read_data(
         >>> list(read_data("facts.jsonl"))
         [(1, EditRecord('Who won?' -> 'Ada', no picture))]
     """
-    source = Source(
+    source = DataSource(
         path=Path(path),
         images=None if images is None else Path(images),
         answers=None if answers is None else Path(answers),
@@ -158,7 +158,7 @@ def detect_format(path: str | PathLike[str]) -> str:
     is_array = text[:1] == "["
     if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
         return "okvqa"
-    rows = (row for _, row in json_rows(Source(path=path)) if not isinstance(row, DataError))
+    rows = (row for _, row in json_rows(DataSource(path=path)) if not isinstance(row, DataError))
     row = next(rows, None) if is_array else next(islice(rows, 1), None)
     name = None if row is None else _format_of(row)
     if name is None and is_array:

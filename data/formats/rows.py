@@ -23,7 +23,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DataSource:
     """A file that is read, and where the pictures that it names lie."""
 
     path: Path
@@ -52,7 +52,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.suffix.lower() in _PICTURES)
 
 
-def json_rows(source: Source) -> Iterator[tuple[int, Row | DataError]]:
+def json_rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
     """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line."""
     text = read_text(source.path)
     if text.lstrip()[:1] == "[":
@@ -147,7 +147,7 @@ def texts_of(row: Row, *names: str) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def rows_of(row: Row, name: str) -> tuple[Row, ...]:
+def objects_of(row: Row, name: str) -> tuple[Row, ...]:
     """Return the objects in the list under this key; none if the key is absent."""
     value = row.get(name) or []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from ..errors import DataError
 from ..facts import PORTABILITY, Probe, Question
 from .mmedit import visual_edit
-from .rows import Outcome, Row, Source, each_row, json_rows, rest_of, rows_of, text_of
+from .rows import DataSource, Outcome, Row, each_row, json_rows, objects_of, rest_of, text_of
 
 
-def read_vlkeb(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of a main, one-hop or multi-hop file, and a `DataError` for each unreadable row."""
     return each_row(
         json_rows(source),
@@ -20,11 +20,11 @@ def read_vlkeb(source: Source) -> Iterator[tuple[int, Outcome]]:
     )
 
 
-def portability(source: Source, row: Row) -> tuple[Probe, ...]:
+def portability(source: DataSource, row: Row) -> tuple[Probe, ...]:
     """Return the portability probes of a row: questions about the edited picture that need the new fact."""
     image = source.picture(text_of(row, "image"))
     probes = []
-    for entry in rows_of(row, "port_new"):
+    for entry in objects_of(row, "port_new"):
         if "Q&A" in entry:
             pair, hops = question_and_answer(entry), hops_of(entry)
             question = Question(text=text_of(pair, "Question"), image=image)

@@ -13,12 +13,12 @@ from dataclasses import replace
 from ..errors import DataError
 from ..facts import Question
 from .okvqa import answers_by_question, join_key
-from .rows import Outcome, Row, Source, csv_rows, each_row, rest_of, text_of, text_or_none
+from .rows import DataSource, Outcome, Row, csv_rows, each_row, rest_of, text_of, text_or_none
 
 _NEEDED = ("question", "main_entity", "image_url")
 
 
-def read_vqa_constraints(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_vqa_constraints(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the questions of a file with their line numbers, and a `DataError` for each unreadable row."""
     answers = {} if source.answers is None else answers_by_question(source.answers)
 
@@ -32,7 +32,7 @@ def read_vqa_constraints(source: Source) -> Iterator[tuple[int, Outcome]]:
     return each_row(_rows(source), read)
 
 
-def _rows(source: Source) -> Iterator[tuple[int, Row | DataError]]:
+def _rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
     lines = csv_rows(source.path)
     _, header = next(lines, (1, []))
     if isinstance(header, DataError):
@@ -51,7 +51,7 @@ def _rows(source: Source) -> Iterator[tuple[int, Row | DataError]]:
             yield line, dict(zip(header, cells, strict=True))
 
 
-def _question(source: Source, row: Row, number: int) -> Question:
+def _question(source: DataSource, row: Row, number: int) -> Question:
     span = text_or_none(row, "main_entity")
     director = text_or_none(row, "director")
     return Question(

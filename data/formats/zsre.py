@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from ..facts import REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
 from .rows import (
+    DataSource,
     Outcome,
     Row,
-    Source,
     each_row,
     json_rows,
     occurrences,
@@ -21,7 +21,7 @@ from .rows import (
 _KNOWN = ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans")
 
 
-def read_zsre(source: Source) -> Iterator[tuple[int, Outcome]]:
+def read_zsre(source: DataSource) -> Iterator[tuple[int, Outcome]]:
     """Return the edits of a file, and a `DataError` for each unreadable row. `pred` and `cond` stay in `extra`."""
     return each_row(json_rows(source), lambda number, row: [_record(row, str(number))])
 
