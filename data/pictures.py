@@ -1,8 +1,8 @@
 """Pictures from paths and PIL images: read as upright eight-bit RGB on white, or inspected without being decoded.
 
 A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89,478,485 unless a program sets it) is refused before
-memory is allocated for its pixels. Set that number higher for larger pictures that you trust; None removes the limit. Pictures
-below it are read in full: a picture that PIL reduces while it reads it gives the model other pixels.
+memory is allocated for its pixels. Set that number higher for larger pictures that you trust; None removes the limit.
+Pictures below it are read in full: a picture that PIL reduces while it reads it gives the model other pixels.
 """
 
 import os

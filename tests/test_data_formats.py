@@ -106,6 +106,22 @@ def test_mmke_has_two_spellings_of_answers(tmp_path):
     assert [probe.answer for probe in second.probes[4:]] == ["stop", "go", "go"]
 
 
+def test_a_question_without_its_answer_costs_its_probe_and_not_the_row(tmp_path):
+    row = COMMON | {
+        "knowledge_type": "entity_level", "rel_1": "When?", "rel_2": "Where?", "rel_2_ans": "Lima",
+        "port_new": [{"port_type": "1-hop", "Q&A": {"Question": "Who?", "Answer": ""}}],
+    }  # fmt: skip
+    (record,) = read_records(write(tmp_path, [row]))
+    assert probes(record) == [*COMMON_PROBES, ("related_text", "Where?", None, "Lima")]
+
+
+def test_a_picture_named_on_windows_is_found(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "a.jpg").write_bytes(b"")
+    (record,) = read_records(write(tmp_path, [COMMON | {"image": "val2014\\a.jpg"}]))
+    assert record.question.image == tmp_path / "val2014" / "a.jpg"
+
+
 def test_cckeb_rows_are_a_visual_and_a_textual_edit(tmp_path):
     row = COMMON | {
         "port_new": [

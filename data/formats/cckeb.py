@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import DataError
-from ..facts import PORTABILITY, REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
+from ..facts import REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
 from .mmedit import visual_edit
 from .rows import (
     DataSource,
@@ -24,7 +24,7 @@ from .rows import (
     texts_of,
     without_prefix,
 )
-from .vlkeb import hops_of, question_and_answer
+from .vlkeb import hop
 
 _TEXTUAL = ("src", "alt", "rephrase", "loc", "loc_ans")
 
@@ -39,22 +39,19 @@ def _records(source: DataSource, row: Row, id: str) -> list[EditRecord]:
     if textual is not None and not isinstance(textual, dict):
         raise DataError(f"'textual_edit' is of type {type(textual).__name__}; it should be an object")
     partner = () if textual is None else (f"{id}-text",)
-    probes = tuple(_portability(source, row, partner))
+    probes = _portability(source, row, partner)
     visual = replace(visual_edit(source, row, id, "port_new", "textual_edit", more=probes), group=id)
     return [visual] if textual is None else [visual, _textual(textual, f"{id}-text", group=id)]
 
 
-def _portability(source: DataSource, row: Row, partner: tuple[str, ...]) -> Iterator[Probe]:
+def _portability(source: DataSource, row: Row, partner: tuple[str, ...]) -> tuple[Probe, ...]:
     image = source.picture(text_of(row, "image"))
-    for entry in objects_of(row, "port_new"):
-        pair = question_and_answer(entry)
-        yield Probe(
-            kind=PORTABILITY,
-            question=Question(text=text_of(pair, "Question"), image=image, extra=rest_of(pair, "Question", "Answer")),
-            answer=text_of(pair, "Answer"),
-            hops=hops_of(entry),
-            needs=partner if entry.get("port_type") == "comp" else (),
+    return probes_of(
+        *(
+            hop(entry, image, needs=partner if entry.get("port_type") == "comp" else ())
+            for entry in objects_of(row, "port_new")
         )
+    )
 
 
 def _textual(row: Row, id: str, *, group: str) -> EditRecord:

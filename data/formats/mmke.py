@@ -7,10 +7,10 @@ The answers are spelled `rel_ans_1` or `rel_1_ans`.
 
 from collections.abc import Iterator
 
-from ..facts import PORTABILITY, RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe, Question
+from ..facts import RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, each_row, json_rows, objects_of, text_of, text_or_none
-from .vlkeb import hops_of, question_and_answer
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, text_of, text_or_none
+from .vlkeb import hop
 
 _RELATED = ("rel", "rel_1", "rel_2")
 _KNOWN = ("port_new", "one_hop_img", "image_rephrase_question")
@@ -23,27 +23,22 @@ def read_mmke(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 def _record(source: DataSource, row: Row, id: str) -> EditRecord:
     keys = [key for name in _RELATED for key in (name, *_answer_keys(name), f"m_{name}", *_answer_keys(f"m_{name}"))]
-    return visual_edit(source, row, id, *keys, *_KNOWN, more=(*_related(source, row), *_portability(source, row)))
+    return visual_edit(
+        source, row, id, *keys, *_KNOWN, more=probes_of(*_related(source, row), *_portability(source, row))
+    )
 
 
-def _related(source: DataSource, row: Row) -> Iterator[Probe]:
+def _related(source: DataSource, row: Row) -> Iterator[Probe | None]:
     pictures = [source.picture(name) for key in ("image", "image_rephrase") if (name := text_or_none(row, key))]
     for name in _RELATED:
-        if (text := text_or_none(row, name)) is not None:
-            answer = text_of(row, *_answer_keys(name))
-            yield Probe(kind=RELATED_TEXT, question=Question(text=text), answer=answer)
-        if (text := text_or_none(row, f"m_{name}")) is not None:
-            answer = text_of(row, *_answer_keys(f"m_{name}"))
-            for picture in pictures:
-                yield Probe(kind=RELATED_PICTURE, question=Question(text=text, image=picture), answer=answer)
+        yield answered(RELATED_TEXT, row, name, _answer_keys(name))
+        for picture in pictures:
+            yield answered(RELATED_PICTURE, row, f"m_{name}", _answer_keys(f"m_{name}"), image=picture)
 
 
-def _portability(source: DataSource, row: Row) -> Iterator[Probe]:
+def _portability(source: DataSource, row: Row) -> Iterator[Probe | None]:
     image = source.picture(text_or_none(row, "one_hop_img") or text_of(row, "image"))
-    for entry in objects_of(row, "port_new"):
-        pair = question_and_answer(entry)
-        question = Question(text=text_of(pair, "Question"), image=image)
-        yield Probe(kind=PORTABILITY, question=question, answer=text_of(pair, "Answer"), hops=hops_of(entry))
+    return (hop(entry, image) for entry in objects_of(row, "port_new"))
 
 
 def _answer_keys(name: str) -> tuple[str, ...]:

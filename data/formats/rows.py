@@ -41,6 +41,8 @@ class DataSource:
         """
         folder = self.path.parent if self.images is None else self.images
         path = folder / name.strip().removeprefix("./")
+        if not path.exists() and "\\" in name:  # written on Windows
+            path = folder / name.strip().replace("\\", "/").removeprefix("./")
         if not path.exists():
             path = next((each for each in _other_spellings(folder, path) if each.exists()), path)
         candidates = pictures_in(path) if path.is_dir() else []
@@ -174,6 +176,19 @@ def occurrences(question: str, words: str) -> list[str]:
 def probes_of(*probes: Probe | None) -> tuple[Probe, ...]:
     """Return the probes that there are."""
     return tuple(probe for probe in probes if probe is not None)
+
+
+def answered(kind: str, row: Row, question: str, answers: tuple[str, ...], **parts: Any) -> Probe | None:
+    """Return a probe of the question and the answer under these keys; None if the row lacks one of them.
+
+    `image` and `extra` among the parts are those of the question, the others those of the probe. A row whose
+    question or answer is missing keeps its other probes; the doctor (`multrace data check`) reports it.
+    """
+    text, answer = text_or_none(row, question), text_or_none(row, *answers)
+    if text is None or answer is None:
+        return None
+    own = {name: parts.pop(name) for name in ("image", "extra") if name in parts}
+    return Probe(kind=kind, question=Question(text=text, **own), answer=answer, **parts)
 
 
 def _bytes(path: Path) -> bytes:

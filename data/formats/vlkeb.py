@@ -5,11 +5,12 @@ files have `port_new` with `port_type` ("1-hop" to "4-hop") and "Q&A".
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..errors import DataError
-from ..facts import PORTABILITY, Probe, Question
+from ..facts import PORTABILITY, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, each_row, json_rows, objects_of, rest_of, text_of
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, rest_of, text_of
 
 
 def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
@@ -26,14 +27,20 @@ def portability(source: DataSource, row: Row) -> tuple[Probe, ...]:
     probes = []
     for entry in objects_of(row, "port_new"):
         if "Q&A" in entry:
-            pair, hops = question_and_answer(entry), hops_of(entry)
-            question = Question(text=text_of(pair, "Question"), image=image)
-            probes.append(Probe(kind=PORTABILITY, question=question, answer=text_of(pair, "Answer"), hops=hops))
+            probes.append(hop(entry, image))
         else:
             extra = rest_of(entry, "port_q", "port_a")
-            question = Question(text=text_of(entry, "port_q"), image=image, extra=extra)
-            probes.append(Probe(kind=PORTABILITY, question=question, answer=text_of(entry, "port_a"), hops=1))
-    return tuple(probes)
+            probes.append(answered(PORTABILITY, entry, "port_q", ("port_a",), image=image, extra=extra, hops=1))
+    return probes_of(*probes)
+
+
+def hop(entry: Row, image: Path, needs: tuple[str, ...] = ()) -> Probe | None:
+    """Return the portability probe of an entry with "Q&A"; None if its question or answer is missing."""
+    pair = question_and_answer(entry)
+    extra = rest_of(pair, "Question", "Answer")
+    return answered(
+        PORTABILITY, pair, "Question", ("Answer",), image=image, extra=extra, hops=hops_of(entry), needs=needs
+    )
 
 
 def question_and_answer(entry: Row) -> Row:
