@@ -8,12 +8,10 @@ from torch import Tensor
 
 from ..models import Prompt
 from ..tracing import TraceError
-from ..tracing.attention.contributions import attention_contributions
-from ..tracing.attention.contributions_average import AverageContributions
+from ..tracing.attention.contributions import AverageContributions, attention_contributions
 from ..tracing.attention.contributions_result import AttentionContributions
 from ..tracing.averages import average
-from ..tracing.failure.features import FailureFeatures, failure_features
-from ..tracing.failure.prediction import predict_failure
+from ..tracing.failure.prediction import FailureFeatures, failure_features, predict_failure
 from ..tracing.failure.result import FailurePrediction
 from ..tracing.knockout.average import FilteredQuestion
 from .errors import CommandError

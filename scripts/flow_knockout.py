@@ -7,8 +7,7 @@ from typing import Any
 from ..models import Prompt
 from ..tracing import average
 from ..tracing.knockout.average import AverageKnockout, FilteredQuestion
-from ..tracing.knockout.groups import parse_flow
-from ..tracing.knockout.knockout import attention_knockout
+from ..tracing.knockout.knockout import attention_knockout, parse_flow
 from ..tracing.knockout.result import AttentionKnockout
 from .errors import CommandError
 from .flow_questions import FlowQuestion

@@ -7,10 +7,8 @@ from typing import Any
 from ..models import Prompt
 from ..tracing.averages import average
 from ..tracing.knockout.average import FilteredQuestion
-from ..tracing.lens.average import AverageLogitLens
-from ..tracing.lens.logit_lens import logit_lens
-from ..tracing.lens.plot import token_text
-from ..tracing.lens.result import LogitLens, state_name
+from ..tracing.lens.logit_lens import AverageLogitLens, logit_lens
+from ..tracing.lens.result import LogitLens, state_name, token_text
 from .errors import CommandError
 from .flow_questions import FlowQuestion
 from .flow_reading import Answered, Asked, Files, Reading, check_group

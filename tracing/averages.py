@@ -7,7 +7,7 @@ from typing import Any
 from ..artefacts.averages import averaged
 from ..artefacts.folders import ArtefactError
 from ..artefacts.results import Result
-from .attention.contributions_average import ContributionsAverager
+from .attention.contributions import ContributionsAverager
 from .attention.contributions_result import AttentionContributions
 from .attention.saliency import AttentionSaliency, SaliencyAverager
 from .attention.shares import AttentionShare, ShareAverager
@@ -15,7 +15,7 @@ from .causal.average import TraceAverager
 from .causal.result import CausalTrace
 from .knockout.average import KnockoutAverager
 from .knockout.result import AttentionKnockout
-from .lens.average import LogitLensAverager
+from .lens.logit_lens import LogitLensAverager
 from .lens.result import LogitLens
 from .pruning.average import PruningAverager
 from .pruning.result import ImagePruning

@@ -16,7 +16,7 @@ from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
 from ..engine.positions import Positions, group_positions, named_positions
 from ..errors import TraceError
-from ..knockout.styles import flow_styles
+from ..knockout.result import flow_styles
 from .image_reading import ImageReading, predicting_logits, reading_fields, with_answer
 from .shares import text_parts
 

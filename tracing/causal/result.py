@@ -1,5 +1,6 @@
 """The causal trace of one prompt: its scores and effects, and how to save, draw and export them."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import SITE_NAMES
+from ...artefacts.folders import write_whole
 from ...artefacts.results import long_frame, stacked_frame
 from ...models import Prompt
 from ..engine.cells import EngineReport
 from ..errors import TraceError
-from .rome import over_tokens, rome_kind, write_rome
 from .sites import EffectMap
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = ("kind", "row", "label", "positions", "column", "first_layer", "last_layer", "metric", "sample")
+_KINDS: Mapping[str, str | None] = {"hidden": None, "mlp": "mlp", "attention": "attn"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -308,3 +310,28 @@ class CausalTrace(EffectMap):
             fits += [self.spans[kind].shape == (columns, 2), has_layers]
             fits += [self.estimated[kind].shape == (rows, columns)] if kind in self.estimated else []
         return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"
+
+
+def rome_kind(kind: str) -> str | None:
+    """Return ROME's name of a kind of site. Raises `TraceError` if it has none."""
+    if kind not in _KINDS:
+        raise TraceError(f"ROME's layout knows no {kind!r}; ask for one of {', '.join(map(repr, _KINDS))}")
+    return _KINDS[kind]
+
+
+def over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    """Return (token, column): the scores of the rows that are one token each, NaN for every other token."""
+    single = [row for row, positions in enumerate(row_positions) if len(positions) == 1]
+    if not single:
+        raise TraceError('ROME\'s layout has one row per token, this trace only groups; trace with positions="tokens"')
+    spread = torch.full((count, scores.shape[1]), torch.nan, dtype=scores.dtype)
+    for row in single:
+        spread[row_positions[row][0]] = scores[row]
+    return spread
+
+
+def write_rome(path: str | Path, result: Mapping[str, Any]) -> Path:
+    """Write an npz file without pickled objects and return its path; None becomes the empty text, as in ROME."""
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray("" if value is None else value) for name, value in result.items()})
+    return write_whole(path, content.getvalue())

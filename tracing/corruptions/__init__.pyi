@@ -1,3 +1,3 @@
+from .corruption import CONSTRAINTS as CONSTRAINTS
 from .noise import LADDER as LADDER, Noise as Noise
 from .parsing import SPELLINGS as SPELLINGS
-from .words import CONSTRAINTS as CONSTRAINTS

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 
 from ..errors import TraceError
-from .ablation import MeanAblation, ZeroAblation
-from .corruption import Corruption
-from .noise import ImageNoise, Noise, PixelNoise, TextNoise
-from .pictures import BlankImage, BlurImage, Box, MaskBoxes, SwapImage
-from .words import ReplaceText
+from .corruption import BlankImage, BlurImage, Box, Corruption, MaskBoxes, ReplaceText, SwapImage
+from .noise import ImageNoise, MeanAblation, Noise, PixelNoise, TextNoise, ZeroAblation
 
 SPELLINGS = (
     "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "

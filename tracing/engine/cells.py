@@ -13,6 +13,10 @@ from ...models.replay.replay import Work
 from ..errors import TraceError
 
 ENGINES = ("auto", "replay", "plain")
+KINDS = ("hidden", "mlp", "attention")
+"""Kinds of sites of a decoder layer."""
+Measure = Callable[[Tensor], Tensor]
+"""A function from logits (row, scored position, vocab) to float64 scores (row, metric)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +107,6 @@ class EngineReport:
                 f"{self.largest_difference:.1e}{noise}"
             )
         return "; ".join(parts)
-
-
-KINDS = ("hidden", "mlp", "attention")
-"""Kinds of sites of a decoder layer."""
-
-Measure = Callable[[Tensor], Tensor]
-"""A function from logits (row, scored position, vocab) to float64 scores (row, metric)."""
 
 
 @dataclass(frozen=True, kw_only=True)

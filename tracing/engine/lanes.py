@@ -17,7 +17,6 @@ from .cells import EdgeCell, Engine, Runs, StateCell
 from .plan import Chunk, Lane, Plan, touched
 
 Target = Site | Projection
-
 _Start = tuple[int, str, int | None]
 """A first layer, the kind of cell and the head."""
 

@@ -21,6 +21,7 @@ from ..errors import TraceError
 from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, all_edges
 
 _Write = Callable[[Tensor], Tensor]
+_Inputs = Mapping[str, Tensor]
 
 
 def plain_scores(
@@ -185,9 +186,6 @@ def _in_turn(writes: Mapping[Key, Sequence[_Write]]) -> dict[Key, _Write]:
         return write
 
     return {key: all_of(functions) for key, functions in writes.items()}
-
-
-_Inputs = Mapping[str, Tensor]
 
 
 # ---- cells before the decoder ----

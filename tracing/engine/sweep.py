@@ -25,6 +25,9 @@ from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs, all_ed
 from .lanes import Edges, Recorded, States, record, record_once
 from .plan import Chunk, halved, make_plan
 
+_LAYOUT = "multrace sweep 2"
+_SECONDS_BETWEEN_WRITES = 5.0
+
 
 def sweep(
     vlm: VisionLanguageModel,
@@ -228,10 +231,6 @@ class _Sweep:
     def score(self, logits: Tensor) -> Tensor:
         """Return the scores (metric, sample) float64 on the CPU."""
         return self.measure(logits.expand(self.runs.samples, -1, -1)).double().T.cpu()
-
-
-_LAYOUT = "multrace sweep 2"
-_SECONDS_BETWEEN_WRITES = 5.0
 
 
 def is_out_of_memory(error: Exception) -> bool:

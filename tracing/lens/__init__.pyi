@@ -1,2 +1,2 @@
-from .average import QUANTITIES as QUANTITIES, AverageLogitLens as AverageLogitLens
+from .logit_lens import QUANTITIES as QUANTITIES, AverageLogitLens as AverageLogitLens
 from .result import NORMS as NORMS, FollowedTokens as FollowedTokens, LogitLens as LogitLens

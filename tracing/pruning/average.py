@@ -13,8 +13,16 @@ from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result
 from ..errors import TraceError
-from .plot import Levels, PruningLine, pruning_figure
-from .result import ImagePruning, index_of_keep, index_of_score, keep_label, lasting_from
+from .result import (
+    ImagePruning,
+    Levels,
+    PruningLine,
+    index_of_keep,
+    index_of_score,
+    keep_label,
+    lasting_from,
+    pruning_figure,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,24 +1,215 @@
-"""Image token pruning: the model's answer without some image tokens from one layer on, as in FastV."""
+"""Image token pruning: the model's answer without some image tokens from one layer on, as in FastV.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+Greedy answers are found by guess and verification: with a right guess, all tokens of all answers cost a single sweep.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Prompt, VisionLanguageModel
+from ...models import Prompt, ReplayError, VisionLanguageModel
+from ...models.replay.cuts import Cut
+from ...models.replay.observe import attending
 from ...models.texts import plain_number
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs
-from ..engine.measure import measure
+from ..engine.measure import measure, measure_once
 from ..engine.positions import group_positions
 from ..engine.scoring import FIRST, WHOLE, Scoring
 from ..errors import TraceError
-from .dropping import Drop, drop_others, kept_tokens
-from .greedy import Ids, Limits, greedy_ids, own_ids
 from .result import ImagePruning
 
+Ids = tuple[int, ...]
+Cells = Callable[[int], Sequence[EdgeCell]]
+"""The cells of a run with this number of tokens, always equally many and in the same order. Cuts also apply to the
+answer's tokens."""
+Likeliest = Callable[[Ids, int, Sequence[int]], Tensor]
+"""The likeliest token ids (cell, token) int64 of some cells at the places of these ids, from a start on; each id is
+predicted from the ids before it."""
+_UNKNOWN = 0  # placeholder for a token without a guess; the last id of a line is never read
 SCORES = (FIRST, WHOLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Tokens to which no other token attends from a layer on."""
+
+    tokens: frozenset[int]
+    """Positions of the tokens; empty for the run without changes."""
+    first: int
+    """The first layer without the tokens, which are also absent from all later layers."""
+
+    def cell(self, length: int, layers: int) -> EdgeCell:
+        """Return the edges that are missing in a run of this length and a decoder with this number of layers."""
+        rest = frozenset(range(length)) - self.tokens
+        return EdgeCell(cut=Cut(sources=self.tokens, targets=rest), first=self.first, last=layers - 1, is_dropped=True)
+
+
+def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
+    """Return the `Drop`, from this layer on, of all image positions except those in `kept` (image token,) booleans."""
+    tokens = frozenset(place for place, stays in zip(image, kept.tolist(), strict=True) if not stays)
+    return Drop(tokens=tokens, first=first if tokens else 0)
+
+
+def kept_tokens(
+    vlm: VisionLanguageModel,
+    embeddings: Tensor,
+    image: Sequence[int],
+    *,
+    keep: Sequence[int | str],
+    layers: Sequence[int],
+) -> Tensor:
+    """Return the tokens that stay, booleans (keep, layer, image token), if the top-ranked ones stay from each layer on.
+
+    The embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks the others; "all" keeps
+    every token. Raises `TraceError` if tokens have to be ranked and this model's attention cannot be read.
+    """
+    counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
+    kept = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
+    ranks = None
+    for row, count in enumerate(counts):
+        if count in (0, len(image)):
+            kept[row] = count > 0
+            continue
+        ranks = image_ranks(vlm, embeddings, image) if ranks is None else ranks
+        kept[row] = ranks[list(layers)] < count
+    return kept
+
+
+def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
+    """Return the rank (layer, image token) int64 of each image token for each first pruned layer, 0 for the best.
+
+    Tokens are ranked by the last token's attention to them, mean over heads, in the layer before, which still has all
+    tokens; for layer 0, in layer 0 itself. Ties go to the earlier token. The ranking is that of FastV (arXiv
+    2403.06764) as released.
+    """
+    try:
+        with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:
+            vlm.forward(inputs_embeds=embeddings, positions=[embeddings.shape[1] - 1])
+    except ReplayError as error:
+        raise TraceError(
+            f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}; pass keep=(0,), which needs no order"
+        ) from error
+    attended = torch.stack([each.weights[0, :, 0].mean(0)[list(image)] for each in seen]).cpu()
+    order = attended.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(image)).expand_as(order))
+    return torch.cat([ranks[:1], ranks[:-1]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits of an answer."""
+
+    ends: tuple[int, ...]
+    """Ids of the end-of-sequence tokens."""
+    tokens: int
+    """Largest number of tokens of an answer, including its end-of-sequence token."""
+
+    @classmethod
+    def of(cls, vlm: VisionLanguageModel, max_new_tokens: int) -> "Limits":
+        """Return limits with the end-of-sequence tokens at which this model's own generation stops."""
+        return cls(ends=vlm.end_ids, tokens=max_new_tokens)
+
+    def ended(self, ids: Sequence[int]) -> Ids:
+        """Return these ids as a complete answer: at most `tokens` ids, with an end token if there is room."""
+        return (*ids, *self.ends[:1])[: self.tokens]
+
+    def is_over(self, ids: Ids) -> bool:
+        """Return whether the answer is complete with these ids."""
+        return len(ids) >= self.tokens or (len(ids) > 0 and ids[-1] in self.ends)
+
+    def without_end(self, ids: Ids) -> Ids:
+        """Return the ids without a final end-of-sequence token."""
+        return ids[:-1] if ids and ids[-1] in self.ends else ids
+
+
+def own_ids(vlm: VisionLanguageModel, embeddings: Tensor, guess: Sequence[int], limits: Limits) -> Ids:
+    """Return the model's greedy answer to a prompt with embeddings (1, token, hidden), without any cut."""
+
+    def likeliest(ids: Ids, start: int, _cells: Sequence[int]) -> Tensor:
+        last = embeddings.shape[1] - 1
+        with torch.no_grad():
+            logits = vlm.forward(
+                inputs_embeds=vlm.extend(embeddings, ids), positions=range(last + start, last + len(ids))
+            )
+        return logits.argmax(-1)
+
+    return verified(likeliest, 1, limits.ended(guess), limits)[0]
+
+
+def greedy_ids(
+    vlm: VisionLanguageModel,
+    embeddings: Tensor,
+    cells: Cells,
+    *,
+    guess: Sequence[int],
+    limits: Limits,
+    engine: Engine,
+    bar: tqdm | None = None,
+) -> list[Ids]:
+    """Return the greedy answer of each cell to a prompt with embeddings (1, token, hidden).
+
+    Each step of an answer takes the likeliest token, up to and including an end-of-sequence token or up to the largest
+    length. The guess is a likely answer; a wrong guess only costs time. The engine's checks and checkpoint are not
+    used.
+    """
+    last, engine = embeddings.shape[1] - 1, replace(engine, checks=0, checkpoint=None)
+
+    def likeliest(ids: Ids, start: int, numbers: Sequence[int]) -> Tensor:
+        runs = Runs.of_one(vlm.extend(embeddings, ids), scored=range(last + start, last + len(ids)))
+        if bar is not None:
+            bar.total += len(numbers)
+        asked = cells(runs.length)
+        found = measure_once(vlm, runs, [asked[each] for each in numbers], _argmax, engine=engine, bar=bar)
+        return found.scores[..., 0].long()
+
+    return verified(likeliest, len(cells(last + 1)), limits.ended(guess), limits)
+
+
+def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> list[Ids]:
+    """Return the greedy answers of `count` cells.
+
+    All cells first follow the guess. Cells that depart from it with the same ids continue together, along the known
+    answer of another cell with the same beginning if there is one, otherwise by a single token.
+    """
+    found: dict[int, Ids] = {}
+    known = {guess}
+    waiting: dict[Ids, list[int]] = {(): list(range(count))}
+    while waiting:
+        said = min(waiting, key=len)
+        numbers, line = waiting.pop(said), _line(said, known)
+        for number, tokens in zip(numbers, likeliest(line, len(said), numbers).tolist(), strict=True):
+            answer = _followed(line, len(said), tokens, limits)
+            if limits.is_over(answer):
+                found[number] = answer
+                known.add(answer)
+            else:
+                waiting.setdefault(answer, []).append(number)
+    return [found[number] for number in range(count)]
+
+
+def _line(said: Ids, known: Collection[Ids]) -> Ids:
+    """Return the longest known answer that begins with these ids, otherwise these ids and one placeholder."""
+    longer = (each for each in known if len(each) > len(said) and each[: len(said)] == said)
+    return max(longer, key=len, default=(*said, _UNKNOWN))
+
+
+def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> Ids:
+    """Return the line's ids up to the first one with which the cell disagrees, and then the cell's own id."""
+    said = line[:start]
+    for place, token in enumerate(tokens, start):
+        said = (*line[:place], token)
+        if token != line[place] or limits.is_over(said):
+            break
+    return said
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Return the likeliest ids (row, scored position) as float64, from logits (row, scored position, vocab)."""
+    return logits.argmax(-1).double()
 
 
 def prune_image_tokens(
