@@ -37,7 +37,7 @@ REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/baselines/training.py": "torch.func.functional_call runs a module with other weights",
     "scripts/benchmarks/flow_cells.py": "compares with the plain `generate` of transformers",
 }
-HEAVY = {"matplotlib", "pandas", "peft", "pydantic", "scipy", "sklearn"}
+HEAVY = {"matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""
 FAMILY = re.compile(r"\b(family|model_type)(\.name)?$")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

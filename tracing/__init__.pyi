@@ -39,6 +39,7 @@ from .corruptions.noise import (
 from .corruptions.parsing import parse_corruption as parse_corruption
 from .engine.cells import Engine as Engine, EngineReport as EngineReport
 from .engine.positions import Blocks as Blocks, Box as Box, box_positions as box_positions
+from .engine.rows import parse_position as parse_position
 from .engine.scoring import same_answer as same_answer
 from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
 from .failure.prediction import (

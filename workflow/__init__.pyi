@@ -1,2 +1,14 @@
+from .analysis import (
+    Analysis as Analysis,
+    Outcome as Outcome,
+    RunningAverage as RunningAverage,
+    Summary as Summary,
+    Task as Task,
+    question_of_record as question_of_record,
+)
+from .joined_runs import compare as compare, merge as merge
 from .located_edit import LocatedEdit as LocatedEdit, TraceShift as TraceShift, locate_then_edit as locate_then_edit
+from .run_folder import RunError as RunError, Shard as Shard, StoredRecord as StoredRecord
+from .runs import ModelToLoad as ModelToLoad, RunReport as RunReport, read_rows as read_rows, run as run
 from .sites import Located as Located, locate as locate
+from .trace_run import TraceRun as TraceRun

@@ -44,6 +44,13 @@ def parse_corruption(text: str) -> Corruption:
     return found
 
 
+def corruption_pictures(corruption: Corruption) -> tuple[str, ...]:
+    """Return the paths of the pictures that a corruption from `parse_corruption` names."""
+    if isinstance(corruption, SwapImage):
+        return (str(corruption.image),)
+    return tuple(str(path) for path in corruption.references) if isinstance(corruption, MeanAblation) else ()
+
+
 def _noise(kind: type[Noise], value: str, text: str) -> Noise:
     """Return noise of the default scale, of a calibrated one ("auto") or of the given one."""
     if not value:

@@ -25,6 +25,28 @@ Item = str | int | Blocks | Box
 """One or several rows: "tokens", the name of a group or of image regions, a position, blocks of patches, or a box."""
 
 
+def parse_position(text: str) -> Item:
+    """Return the row that a text spells: a position, blocks of patches, a box, or a group's or region's name.
+
+    Raises `TraceError` for blocks or a box with other numbers than one or four.
+
+    Example:
+        >>> from multrace.tracing import parse_position
+        >>> [parse_position(text) for text in ("last", "-1", "blocks:3")]
+        ['last', -1, Blocks(size=3)]
+    """
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    kind, _, sizes = text.partition(":")
+    counts = {"blocks": 1, "box": 4}
+    if kind not in counts:
+        return text
+    numbers = [int(size) for size in sizes.split(",") if size.strip().isdecimal()]
+    if len(numbers) != counts[kind] or len(sizes.split(",")) != counts[kind]:
+        raise TraceError(f"no row {text!r}; write blocks:3 or box:0,0,50,50")
+    return Blocks(*numbers) if kind == "blocks" else Box(*numbers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Positions restored together."""

@@ -1,0 +1,468 @@
+"""Runs over many records: whatever happens on the way, the end is that of an undisturbed run, or one line says why."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from multrace import ModelError, VisionLanguageModel
+from multrace.data import DataError, EditRecord, Question, tiny_vlm_path
+from multrace.tracing import AverageTrace, TraceError, average
+from multrace.workflow import (
+    Analysis,
+    ModelToLoad,
+    Outcome,
+    RunError,
+    Shard,
+    Summary,
+    Task,
+    TraceRun,
+    compare,
+    merge,
+    question_of_record,
+    read_rows,
+    run,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+WORDS = ("red", "green", "blue", "large", "small", "round", "old")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Analysis):
+    """The log probability of an answer: an analysis that takes milliseconds."""
+
+    name: ClassVar[str] = "scores"
+    answer: str = "yes"
+    scale: float = 1.0
+
+    def sources(self, record: Question | EditRecord) -> Sequence[Any]:
+        return () if record.corrupt is None else (Path(record.corrupt),)
+
+    def check(self, record: Question | EditRecord) -> None:
+        if "impossible" in question_of_record(record).text:
+            raise DataError("this question cannot be asked")
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        question = question_of_record(task.record)
+        if "unanswerable" in question.text:
+            raise TraceError("there is no answer")
+        score = vlm.score(None, question.text, self.answer)
+        return Outcome(row={"question": question.text, "score": float(score.log_probability) * self.scale})
+
+    def summary(self) -> "MeanScore":
+        return MeanScore()
+
+
+class MeanScore(Summary):
+    def __init__(self) -> None:
+        self.total, self.order = 0.0, []
+
+    def add(self, record: Any) -> None:
+        self.total += record.row["score"]
+        self.order.append(record.id)
+
+    def files(self) -> Mapping[str, Callable[[Path], Any]]:
+        return {"mean.txt": lambda path: path.write_text(f"{self.total!r} {self.order}")}
+
+
+def questions(*words: str) -> Iterator[tuple[int, Question]]:
+    yield from enumerate((Question(text=f"Is the car {word}?", id=word) for word in words), start=1)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but those that say who works there."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def go(random_gpt2: VisionLanguageModel, tmp_path: Path) -> Callable[..., Any]:
+    """Runs the scores of some words in a folder."""
+
+    def start(*words: str, out: str = "out", vlm: Any = None, **options: Any) -> Any:
+        settings = {name: options.pop(name) for name in ("answer", "scale") if name in options}
+        model = random_gpt2 if vlm is None else vlm
+        return run(model, Scores(**settings), questions(*words), tmp_path / out, progress=False, **options)
+
+    return start
+
+
+# ---- one process ----
+
+
+def test_a_run_keeps_every_record_and_sums_them_up(go: Callable, tmp_path: Path, random_gpt2: VisionLanguageModel):
+    report = go(*WORDS[:3])
+    table = read_rows(tmp_path / "out")
+    expected = [float(random_gpt2.score(None, f"Is the car {word}?", "yes").log_probability) for word in WORDS[:3]]
+    assert (report.done, report.failed, report.missing) == (3, (), 0)
+    assert list(table["id"]) == list(WORDS[:3]) and list(table["score"]) == expected
+    assert (tmp_path / "out/summary/mean.txt").read_text() == f"{sum(expected)!r} {list(WORDS[:3])}"
+
+
+def test_a_second_start_computes_nothing_and_opens_no_model(go: Callable, tmp_path: Path, gpt2_path: Path):
+    @dataclass(frozen=True)
+    class Closed(ModelToLoad):
+        def open(self) -> VisionLanguageModel:
+            raise AssertionError("the model was opened")
+
+    go(*WORDS, vlm=ModelToLoad(gpt2_path))
+    before = content(tmp_path / "out")
+    report = go(*WORDS, vlm=Closed(gpt2_path))
+    assert report.done == len(WORDS) and content(tmp_path / "out") == before
+    with pytest.raises(AssertionError, match="was opened"):
+        go(*WORDS, out="new", vlm=Closed(gpt2_path))
+
+
+def test_more_records_continue_and_fewer_or_other_ones_are_refused(go: Callable, tmp_path: Path):
+    go(*WORDS[:3])
+    kept = (tmp_path / "out/records").stat().st_ino
+    assert go(*WORDS).done == len(WORDS) and (tmp_path / "out/records").stat().st_ino == kept
+    go(*WORDS, out="at once")
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
+    with pytest.raises(RunError, match="holds results of 6 records that this run does not have.*choose another folder"):
+        go(*WORDS[:1])
+
+
+def test_the_order_of_the_records_decides_over_the_order_of_computing(go: Callable, tmp_path: Path):
+    go(*WORDS[3:])
+    go(*WORDS)
+    go(*WORDS, out="at once")
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"answer": "no"}, "settings answer 'no' instead of 'yes'"),
+        ({"scale": 2.0}, "settings scale 2.0 instead of 1.0"),
+    ],
+)
+def test_other_settings_are_refused_by_name(go: Callable, tmp_path: Path, changed: dict[str, Any], words: str):
+    go(*WORDS[:1])
+    before = content(tmp_path / "out")
+    with pytest.raises(RunError, match=words):
+        go(*WORDS[:1], **changed)
+    assert content(tmp_path / "out") == before
+
+
+def test_a_folder_of_something_else_is_refused(go: Callable, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"belong to no run \(thesis.tex\); choose a new or empty folder"):
+        go(*WORDS[:1])
+
+
+def test_a_replaced_model_is_noticed_and_a_copied_one_is_welcome(go: Callable, tmp_path: Path, gpt2_path: Path):
+    model = shutil.copytree(gpt2_path, tmp_path / "model")
+    go(*WORDS[:2], vlm=ModelToLoad(model))
+    shutil.copytree(gpt2_path, tmp_path / "copy")
+    assert go(*WORDS[:3], vlm=ModelToLoad(tmp_path / "copy")).done == 3
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    save_file({**weights, name: weights[name] + 1}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="other settings: model [0-9a-f]{12} instead of [0-9a-f]{12}"):
+        go(*WORDS[:3], vlm=ModelToLoad(model))
+
+
+def test_an_edited_model_in_memory_is_another_model(go: Callable, random_gpt2: VisionLanguageModel):
+    go(*WORDS[:1])
+    weight = random_gpt2.weight(random_gpt2.down_projection(0).name)
+    saved = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0] += 1
+        with pytest.raises(RunError, match="other settings: model"):
+            go(*WORDS[:1])
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    assert go(*WORDS[:1]).done == 1
+
+
+# ---- records ----
+
+
+def test_a_failing_record_is_kept_with_its_error_and_the_others_go_on(go: Callable, tmp_path: Path):
+    report = go("red", "impossible", "unanswerable", "blue")
+    assert report.done == 2
+    assert report.failed == (("impossible", "this question cannot be asked"), ("unanswerable", "there is no answer"))
+    assert list(read_rows(tmp_path / "out")["id"]) == ["red", "blue"]
+    before = content(tmp_path / "out")
+    assert go("red", "impossible", "unanswerable", "blue") == report and content(tmp_path / "out") == before
+    assert go("red", "blue").failed == ()  # a failed record may be taken out
+
+
+def test_failed_records_are_tried_again_on_demand(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    go("red", "unanswerable")
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(Scores, "compute", lambda self, vlm, task: Outcome(row={"score": 1.0}))
+    go("red", "unanswerable")
+    assert content(tmp_path / "out") == before
+    assert go("red", "unanswerable", retry_failed=True).done == 2
+
+
+def test_nothing_but_failures_is_an_error(go: Callable):
+    with pytest.raises(
+        RunError, match="no scores of any record: impossible: this question cannot be asked; the errors"
+    ):
+        go("impossible", "unanswerable")
+
+
+def test_unreadable_rows_and_twins_are_reported(random_gpt2: VisionLanguageModel, tmp_path: Path):
+    (_, question), *_ = questions("red")
+    rows = [(1, question), (2, DataError("no JSON")), (3, question), (4, replace(question, id="other"))]
+    report = run(random_gpt2, Scores(), rows, tmp_path / "out", progress=False)
+    assert report.done == 2 and report.unreadable == ((2, "no JSON"), (3, "the same record as row 1"))
+    with pytest.raises(RunError, match="there is no record to analyse; row 2: no JSON"):
+        run(random_gpt2, Scores(), rows[1:2], tmp_path / "none", progress=False)
+
+
+def test_a_record_is_known_by_its_content_and_not_by_its_path(random_gpt2: VisionLanguageModel, tmp_path: Path):
+    def start(path: Path) -> Any:
+        question = Question(text="Is the car red?", id="red", corrupt=str(path))
+        return run(random_gpt2, Scores(), [(1, question)], tmp_path / "out", progress=False)
+
+    one, moved, other = (tmp_path / name for name in ("one.png", "moved.png", "other.png"))
+    Image.new("RGB", (8, 8), "red").save(one)
+    Image.new("RGB", (8, 8), "blue").save(other)
+    start(one)
+    before = content(tmp_path / "out")
+    one.rename(moved)
+    assert start(moved).done == 1 and content(tmp_path / "out") == before
+    with pytest.raises(RunError, match="holds results of 1 records that this run does not have"):
+        start(other)
+
+
+def test_a_missing_picture_fails_its_record_and_a_vanishing_one_stops_the_run(
+    random_gpt2: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
+    Image.new("RGB", (8, 8)).save(paths[0])
+    rows = [(n, Question(text="Is it red?", id=str(n), corrupt=str(path))) for n, path in enumerate(paths)]
+    report = run(random_gpt2, Scores(), rows, tmp_path / "out", progress=False)
+    assert report.done == 1 and "1.png': No such file" in report.failed[0][1]
+
+    def vanish(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        paths[0].unlink()
+        raise ModelError("cannot open the picture")
+
+    monkeypatch.setattr(Scores, "compute", vanish)
+    with pytest.raises(RunError, match="0.png': No such file.*was there when the run began"):
+        run(random_gpt2, Scores(), rows, tmp_path / "new", progress=False)
+
+
+def test_damaged_outcomes_are_computed_again(go: Callable, tmp_path: Path):
+    go(*WORDS[:3])
+    before = content(tmp_path / "out")
+    for name in ("red", "green"):
+        (path,) = (tmp_path / "out/records").glob(f"{name}-*/record.json")
+        path.write_bytes(path.read_bytes().replace(b"score", b"scare") if name == "red" else b"")
+    shutil.rmtree(tmp_path / "out/summary")
+    assert go(*WORDS[:3]).done == 3 and content(tmp_path / "out") == before
+
+
+# ---- the environment ----
+
+
+def test_two_processes_in_one_folder_are_refused_and_a_dead_one_is_not(
+    go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def again(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        with pytest.raises(RunError, match=rf"process {os.getpid()} on .* works in .* on shard 1-of-1 .* wait for it"):
+            go(*WORDS)
+        with pytest.raises(RunError, match="shard 1-of-1 of the same records"):
+            go(*WORDS, shard="2/3")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scores, "compute", again)
+        with pytest.raises(KeyboardInterrupt):
+            go(*WORDS)
+    assert (tmp_path / "out/.locks/1-of-1.lock").exists() and go(*WORDS).done == len(WORDS)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_what_is_done(go: Callable, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    go(*WORDS[:2])
+    before = content(tmp_path / "out")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(RunError, match="cannot write .*File too large"):
+            go(*WORDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [name for name in content(tmp_path / "out") if name not in before]
+    go(*WORDS)
+    go(*WORDS, out="at once")
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
+
+
+def test_a_vanished_folder_stops_the_run(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute = Scores.compute
+
+    def vanish(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        shutil.rmtree(tmp_path / "out")
+        return compute(self, vlm, task)
+
+    monkeypatch.setattr(Scores, "compute", vanish)
+    with pytest.raises(RunError, match="cannot write to .*No such file or directory.*start the run again"):
+        go(*WORDS)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- shards ----
+
+
+def test_shards_share_the_records() -> None:
+    for count in (1, 2, 3, 7):
+        shards = [Shard.parse(f"{index}/{count}") for index in range(1, count + 1)]
+        assert all(sum(shard.holds(place) for shard in shards) == 1 for place in range(20))
+    for one in (Shard(index, 4) for index in range(4)):
+        for other in (Shard(index, 6) for index in range(6)):
+            common = any(one.holds(place) and other.holds(place) for place in range(24))
+            assert one.overlaps(other) == common
+    parts = [Shard(1, 3).part(index, 2) for index in range(2)]
+    assert [place for place in range(20) if any(part.holds(place) for part in parts)] == list(range(1, 20, 3))
+    for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(RunError, match="write i/n"):
+            Shard.parse(text)
+
+
+def test_shards_in_one_folder_equal_one_run(go: Callable, tmp_path: Path):
+    first = go(*WORDS, shard="1/2")
+    assert (first.done, first.missing) == (4, 3) and not (tmp_path / "out/summary").exists()
+    assert go(*WORDS, shard="2/2").missing == 0
+    go(*WORDS, out="at once")
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
+
+
+def test_merged_shards_equal_one_run(go: Callable, tmp_path: Path):
+    def joined(*names: str, out: str = "merged") -> Any:
+        return merge([tmp_path / name for name in names], tmp_path / out, analyses=[Scores])
+
+    for index in (1, 2, 3):
+        go(*WORDS, "unanswerable", out=f"part{index}", shard=f"{index}/3")
+    with pytest.raises(RunError, match="2 of 8 records are in none of the folders.*run the missing shards first"):
+        joined("part1", "part2")
+    assert not (tmp_path / "merged").exists()
+    report = joined("part3", "part1", "part2")
+    go(*WORDS, "unanswerable", out="at once")
+    assert content(tmp_path / "merged") == content(tmp_path / "at once")
+    assert joined("part1", "part2", "part3") == report
+    go(*WORDS, "unanswerable", out="other", shard="3/3", answer="no")
+    with pytest.raises(RunError, match="other' is no shard of the run in .*settings answer 'no' instead of 'yes'"):
+        joined("part1", "part2", "other", out="mixed")
+    with pytest.raises(RunError, match="holds no run"):
+        joined("part1", "nowhere", out="mixed")
+
+
+def test_a_comparison_is_paired_over_common_records(go: Callable, tmp_path: Path):
+    go(*WORDS[:6], out="one")
+    go(*WORDS[1:], out="other", answer="no")
+    table = compare(tmp_path / "one", tmp_path / "other")
+    one, other = (read_rows(tmp_path / name).set_index("id")["score"] for name in ("one", "other"))
+    common = list(WORDS[1:6])
+    (row,) = table.to_dict("records")
+    assert (row["column"], row["records"]) == ("score", 5)
+    assert row["difference"] == pytest.approx((other[common] - one[common]).mean())
+    assert row["low"] <= row["difference"] <= row["high"] and row["low"] < row["high"]
+    assert table.attrs["settings"] == ["settings answer 'no' instead of 'yes'"]
+    same = compare(tmp_path / "one", tmp_path / "one")
+    assert np.allclose(same[["difference", "low", "high"]].to_numpy(), 0)
+    go("far", out="far")
+    with pytest.raises(RunError, match="no record in common"):
+        compare(tmp_path / "one", tmp_path / "far")
+
+
+# ---- killed processes, and several at once ----
+
+DRIVER = """
+import sys
+from multrace.data import Question, World
+from multrace.workflow import ModelToLoad, TraceRun, run
+
+world, (model, out, count) = World(), sys.argv[1:4]
+facts = [fact for fact in world.facts if fact.key[1] is None][: int(count)]
+asked = [world.question(fact) for fact in facts]
+rows = [Question(text=each.question, constraint=each.constraint, id=fact.id) for each, fact in zip(asked, facts)]
+settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden",), even_if_weak=True, checks=0)
+print(run(ModelToLoad(model), settings, enumerate(rows, 1), out, shard=(sys.argv[4:] or [None])[0], progress=False))
+"""
+
+
+def started(tiny: Path, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    script = out.parent / "driver.py"
+    script.write_text(DRIVER)
+    command = [sys.executable, *launcher, str(script), str(tiny), str(out), str(count), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int, longest: float) -> None:
+    """Start and kill the process so many times, each time once it has done a record and then worked for a while."""
+    generator = random.Random(0)
+    for _ in range(kills):
+        process, before = start(), len(list(out.glob("records/*-*/record.json")))
+        while process.poll() is None and len(list(out.glob("records/*-*/record.json"))) == before:
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(("kills", "count"), [(2, 20), pytest.param(20, 120, marks=pytest.mark.slow, id="20 kills")])
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kills: int, count: int):
+    one, other = tmp_path / "killed", tmp_path / "undisturbed"
+    kill_at_random(lambda: started(tiny_vlm_path(), one, count), one, kills, longest=0.5)
+    done = {path: path.stat().st_mtime_ns for path in one.glob("records/*-*/record.json")}
+    assert kills <= len(done)
+    finish(started(tiny_vlm_path(), one, count))
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
+    finish(started(tiny_vlm_path(), other, count))
+    assert content(one) == content(other) and len(read_rows(one)) == count
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_equal_one(tmp_path: Path):
+    one, other = tmp_path / "two", tmp_path / "one"
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531")
+    finish(started(tiny_vlm_path(), one, 9, launcher=launcher))
+    assert {path.name for path in (one / ".locks").glob("*.holder")} == {"1-of-2.holder", "2-of-2.holder"}
+    finish(started(tiny_vlm_path(), other, 9))
+    assert content(one) == content(other)
+
+
+def test_traces_average_to_the_average_of_the_traces(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    names = ("Kimdor", "Lovmis", "Draivo")
+    rows = [(n, Question(text=f"Who founded {each}?", constraint=each, id=each)) for n, each in enumerate(names)]
+    settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden", "mlp"), even_if_weak=True)
+    report = run(tiny_vlm, settings, rows, tmp_path / "out", progress=False)
+    traces = [settings.trace(tiny_vlm, question) for _, question in rows]
+    expected = average(traces)
+    expected.save(tmp_path / "expected.safetensors")
+    loaded = AverageTrace.load(tmp_path / "out/summary/average.safetensors")
+    assert torch.equal(loaded.means["mlp"].mean, expected.means["mlp"].mean) and loaded.count == 3
+    table = read_rows(tmp_path / "out")
+    assert list(table["total_effect"]) == [trace.total_effect for trace in traces]
+    assert report.lines[0].startswith("AverageTrace of") and json.loads((tmp_path / "out/settings.json").read_text())

@@ -1,0 +1,175 @@
+"""What a run computes: the protocol of an analysis of one record, and of what all records give together.
+
+To add an analysis, subclass `Analysis` as a frozen dataclass whose fields are its settings (plain values that JSON
+holds: text, numbers, booleans, None, tuples of these), and define `compute` and `summary`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class AnswerLength(Analysis):
+        name = "answer length"
+        max_new_tokens: int = 16
+
+        def compute(self, vlm, task):
+            question = question_of_record(task.record)
+            answer = vlm.answers([vlm.prompt_for(question)], max_new_tokens=self.max_new_tokens)[0]
+            return Outcome(row={"question": question.text, "answer": answer, "length": len(answer)})
+
+        def summary(self):
+            return Summary()
+
+`compute` must depend on nothing but the settings, the model and the task, so that a continued run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ..artefacts import ArtefactError, Averager, Result
+from ..data import DataError, EditRecord, Question
+from ..editing import EditError
+from ..models import ModelError, VisionLanguageModel
+from ..models.errors import gist
+from ..tracing import TraceError
+from .run_folder import StoredRecord
+
+Record = Question | EditRecord
+Rows = Iterable[tuple[int, Record | DataError]]
+"""Records with the number of their row or line in the file, and the errors of those that cannot be read."""
+INPUT_ERRORS = (ModelError, TraceError, EditError, ArtefactError, DataError)
+"""Errors that say something about one record, so that the others can go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One record to analyse."""
+
+    record: Record
+    number: int
+    """Its position in the run, from 0."""
+    calibration: Mapping[str, Any] | None = None
+    """What `Analysis.calibrate` returned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an analysis finds out about one record."""
+
+    row: Mapping[str, Any]
+    """One row of the table of the run: text, numbers, booleans and None by column."""
+    results: Mapping[str, Result] = field(default_factory=dict)
+    """Results by name; each is kept as NAME.safetensors."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the analysis that this record lacks, each with the reason."""
+    files: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
+    """More files, such as drawings: file name -> function that writes the file to a path."""
+
+
+class Summary:
+    """What the records of a run give together. The base class has nothing besides the table."""
+
+    def add(self, record: StoredRecord) -> None:
+        """Add a record that did not fail; records come in the order of the run and are not kept."""
+
+    def files(self) -> Mapping[str, Callable[[Path], Any]]:
+        """Return the files of the averages: file name -> function that writes the file to a path."""
+        return {}
+
+    def lines(self) -> list[str]:
+        """Return the averages as lines of text, and why an average is missing. Called after `files`."""
+        return []
+
+
+class RunningAverage:
+    """The average of the results of one name, which are added record by record."""
+
+    def __init__(self, name: str, kind: type[Result], averager: Averager[Any, Any]) -> None:
+        self.name, self.averager = name, averager
+        self.value: Any = None
+        """The average, once `files` was called."""
+        self.problem = ""
+        """Why there is no average."""
+        self._kind = kind
+
+    def add(self, record: StoredRecord) -> None:
+        """Add the result of a record that has one; a result that does not fit the others ends the average."""
+        if self.problem or not record.has(self.name):
+            return
+        try:
+            self.averager.add(record.load(self.name, self._kind))
+        except (TraceError, ArtefactError) as error:
+            self.problem = gist(error)
+
+    def files(self, name: str, *, at_least: int = 1) -> dict[str, Callable[[Path], Any]]:
+        """Return NAME.safetensors, NAME.png and NAME.csv of the average; nothing for fewer results than `at_least`."""
+        if not self.problem and self.averager.count < at_least:
+            self.problem = f"an average needs {at_least} results, there are {self.averager.count}"
+        if self.problem:
+            return {}
+        try:
+            self.value = self.averager.average()
+        except (TraceError, ArtefactError) as error:
+            self.problem = gist(error)
+            return {}
+        table = self.value.to_dataframe
+        return {
+            f"{name}.safetensors": self.value.save,
+            f"{name}.png": self.value.plot,
+            f"{name}.csv": lambda path: table().to_csv(path, index=False),
+        }
+
+
+class Analysis(ABC):
+    """What is computed of each record; a frozen dataclass whose fields are its settings."""
+
+    name: ClassVar[str]
+    """The name of the analysis in the folder of a run."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; a run with other ones cannot continue in the same folder."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the analysis with settings that `settings` gave."""
+        return cls(**{name: _tuples(value) for name, value in settings.items()})
+
+    def check(self, record: Record) -> None:  # noqa: B027 -- most analyses take every record
+        """Raise one of `INPUT_ERRORS` for a record that lacks what is needed, as far as that shows without the model."""
+
+    def sources(self, record: Record) -> Sequence[Any]:
+        """Return what else the outcome depends on: plain values, and paths of files that count by their content."""
+        return ()
+
+    def calibrate(self, vlm: VisionLanguageModel, records: Sequence[Record]) -> Mapping[str, Any] | None:
+        """Return plain values that are measured once over all records, or None if there is nothing to measure."""
+        return None
+
+    @abstractmethod
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the outcome of one record. Raise one of `INPUT_ERRORS` if it has none."""
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Return a new summary, to which the records are added."""
+
+
+def question_of_record(record: Record) -> Question:
+    """Return the question of a record; that of an edit has the record's id, and the present answer if it is known."""
+    if isinstance(record, Question):
+        return record
+    question = record.question
+    answer = question.answer if question.answer is not None else record.old
+    return replace(question, id=record.id or question.id, answer=answer)
+
+
+def plain(value: Any) -> Any:
+    """Return the value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

@@ -1,0 +1,470 @@
+"""Runs: one analysis of many records, resumable, in shards, with averages. The loop behind every command with --data.
+
+An `Analysis` (analysis.py) says what is computed of one record. `run` does that for every record of an iterable such as
+`multrace.data.read_data(...)`, and keeps each outcome in the folder of the run as soon as it is there
+(`run_folder.py` describes the files). A call that was stopped at any moment, even by SIGKILL, is continued by the next
+one, and the end result has the same bytes as that of an undisturbed run:
+
+* Each record has a folder of its own, which appears all at once. It is named by the record's id and by a SHA-256 of
+  everything that its outcome depends on besides the settings and the model, never by a line number or a path.
+* Averages are computed at the end, from the stored results in the order of the records, one at a time in memory.
+* The folder belongs to one analysis, one set of settings, one model (by a digest of its weights) and one version of
+  multrace. Other ones are refused with the difference, as is a folder with records that this run does not have. More
+  records than before are fine.
+* A record that cannot be analysed is kept with its error, and the run goes on. An error of the environment, such as a
+  full disk, a vanished folder or a vanished picture, stops the run with a `RunError`.
+* With `shard`, or under `torchrun` and `accelerate launch`, a process computes its share of the records. Processes may
+  use one folder, and the last one to end makes the summary; or each a folder of its own, and `merge` joins them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import distributed
+from tqdm import tqdm
+
+from ..artefacts.files import digest
+from ..data import DataError
+from ..models import VisionLanguageModel, load
+from ..models.errors import gist
+from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, Task, plain
+from .run_folder import (
+    CALIBRATION,
+    RECORDS,
+    ROWS,
+    SETTINGS,
+    Contents,
+    RunError,
+    RunFolder,
+    Shard,
+    StoredRecord,
+    differences,
+    record_name,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_WAIT = 60.0
+"""Seconds that the files of other machines may need to become visible here."""
+_PATIENCE = timedelta(days=30)
+"""How long a process waits for the others, which may have slower records."""
+
+
+@dataclass(frozen=True)
+class ModelToLoad:
+    """A model that is opened only if something has to be computed; the options are those of `multrace.load`."""
+
+    path_or_id: str | os.PathLike[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self) -> VisionLanguageModel:
+        """Return the model. Under torchrun, the device map "cuda" means the process's own accelerator."""
+        options = dict(self.options)
+        if options.get("device_map") == "cuda" and "LOCAL_RANK" in os.environ:
+            options["device_map"] = f"cuda:{os.environ['LOCAL_RANK']}"
+        return load(self.path_or_id, **options)
+
+    def source(self) -> dict[str, Any] | None:
+        """Return where the model lies, its options, and sizes and dates of its files; None if it is not here yet.
+
+        As long as these stay the same, the model is the same.
+        """
+        folder = self._folder()
+        if folder is None:
+            return None
+        states = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+        files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+        kept = {name: value for name, value in self.options.items() if name != "device_map"}
+        return {"folder": str(folder.absolute()), "options": plain(kept), "files": files}
+
+    def _folder(self) -> Path | None:
+        """The folder of the model's files, if they are on this machine."""
+        path = Path(self.path_or_id).expanduser()
+        if path.is_dir():
+            return path
+        try:
+            known = try_to_load_from_cache(str(self.path_or_id), "config.json", revision=self.options.get("revision"))
+        except ValueError:  # neither a folder nor an id: opening it explains that
+            return None
+        return Path(known).parent if isinstance(known, str) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run has done."""
+
+    folder: Path
+    done: int
+    """Number of records with an outcome, including those of earlier calls and other processes."""
+    failed: Sequence[tuple[str, str]]
+    """Id of each record that failed, with its error."""
+    unreadable: Sequence[tuple[int, str]]
+    """Row of each record that could not be read, with the error."""
+    skipped: Sequence[tuple[str, str, str]]
+    """Id, part of the analysis and reason for each part that a record lacks."""
+    missing: int
+    """Number of records that other shards have still to do; there is no summary before they are done."""
+    lines: Sequence[str]
+    """The averages in words."""
+    files: Sequence[str]
+    """Names of the files of the summary."""
+
+    def __repr__(self) -> str:
+        open_ = f", {self.missing} left to other shards" if self.missing else ""
+        return (
+            f"RunReport({str(self.folder)!r}: {self.done} done, {len(self.failed)} failed, {len(self.unreadable)} "
+            f"unreadable{open_})"
+        )
+
+
+def run(
+    vlm: VisionLanguageModel | ModelToLoad,
+    analysis: Analysis,
+    records: Rows,
+    folder: str | Path,
+    *,
+    shard: Shard | str | None = None,
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> RunReport:
+    """Analyse every record, keep each outcome in the folder, and return what was done.
+
+    Continues what an earlier call with the same settings began. Under `torchrun` or `accelerate launch` each process
+    computes its share of the records, and the first one makes the summary after all have ended.
+
+    Args:
+        vlm: The model, or a `ModelToLoad`, which is opened only if there is something to compute.
+        analysis: What is computed of each record.
+        records: Pairs of a row number and a record, or of a row number and the error of an unreadable record, such as
+            `read_data` yields or `enumerate(records, 1)`.
+        folder: The folder of the run: new, empty, or of an earlier call.
+        shard: The part of the records to compute, a `Shard` or text such as "2/8" (default: all).
+        retry_failed: Analyse records again that failed in an earlier call.
+        progress: Show a progress bar with the time left.
+
+    Returns:
+        The counts, errors, averages in words and files of the run.
+
+    Raises:
+        RunError: The folder belongs to another run or is in use, nothing could be analysed, or the environment failed.
+        ModelError: The model cannot be opened.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import Question, tiny_vlm_path
+        >>> from multrace.workflow import TraceRun, run
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> names = ("Kimdor", "Lovmis")
+        >>> questions = [Question(text=f"Who founded {name}?", constraint=name, id=name) for name in names]
+        >>> settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden",), even_if_weak=True)
+        >>> run(vlm, settings, enumerate(questions, 1), "run", progress=False)
+        RunReport('run': 2 done, 0 failed, 0 unreadable)
+    """
+    given = Shard.parse(shard) if isinstance(shard, str) else shard or Shard()
+    with _process_group() as (rank, size, barrier):
+        job = _Job(vlm, analysis, records, RunFolder(folder), progress=progress and rank == 0)
+        job.work(given.part(rank, size), retry_failed=retry_failed)
+        barrier()
+        if rank == 0:
+            job.summarise(wait=_WAIT if size > 1 else 0.0)
+        barrier()
+        return job.report()
+
+
+def read_rows(folder: str | Path) -> pd.DataFrame:
+    """Return the table of a finished run: `record`, `id` and `content`, then the columns of its analysis.
+
+    Raises `RunError` if the run is not finished or the table is damaged.
+    """
+    import pandas as pd
+
+    if RunFolder(folder).report() is None:
+        raise RunError(f"{str(folder)!r} holds no finished run; finish it with the same command first")
+    return pd.read_parquet(RunFolder(folder).summary / ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One record of the run, without and with the model."""
+
+    name: str
+    id: str
+    row: int
+    content: str
+    record: Record
+    problem: str | None
+    """Why its files cannot be read, or None."""
+
+
+class _Job:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel | ModelToLoad,
+        analysis: Analysis,
+        records: Rows,
+        folder: RunFolder,
+        *,
+        progress: bool,
+    ) -> None:
+        self.model, self.analysis, self.folder, self.progress = vlm, analysis, folder, progress
+        self.contents = Contents()
+        self.unreadable: list[list[Any]] = []
+        self.entries: dict[str, _Entry] = {}
+        self._take(records)
+
+    def _take(self, records: Rows) -> None:
+        for row, record in tqdm(records, desc="reading records", unit="record", leave=False, disable=not self.progress):
+            if isinstance(record, DataError):
+                self.unreadable.append([row, gist(record)])
+                continue
+            entry = self._entry(row, record)
+            if (twin := self.entries.get(entry.name)) is not None:
+                self.unreadable.append([row, f"the same record as row {twin.row}"])
+            else:
+                self.entries[entry.name] = entry
+        if not self.entries:
+            first = f"; row {self.unreadable[0][0]}: {self.unreadable[0][1]}" if self.unreadable else ""
+            raise RunError(f"there is no record to analyse{first}")
+
+    def _entry(self, row: int, record: Record) -> _Entry:
+        """The record with its name, and what is wrong with its files."""
+        id, problem = record.id or f"row_{row}", None
+        try:
+            content, key = self._keys(record)
+        except INPUT_ERRORS as error:
+            problem = gist(error)
+            content = key = Contents(by_path=True).key(record)
+        return _Entry(name=record_name(id, key), id=id, row=row, content=content, record=record, problem=problem)
+
+    def _keys(self, record: Record) -> tuple[str, str]:
+        """SHA-256 of the record's content, and of everything that its outcome depends on."""
+        content = self.contents.key(record)
+        return content, self.contents.key(content, *self.analysis.sources(record))
+
+    @cached_property
+    def vlm(self) -> VisionLanguageModel:
+        """The model, opened at the first use."""
+        return self.model.open() if isinstance(self.model, ModelToLoad) else self.model
+
+    def work(self, shard: Shard, *, retry_failed: bool) -> None:
+        """Analyse the records of a shard that are not done yet."""
+        self.folder.prepare()
+        with self.folder.working(shard):
+            self._begin()
+            mine = [name for place, name in enumerate(self.entries) if shard.holds(place)]
+            known = {name: self.folder.stored(name) for name in mine}
+            todo = [name for name, stored in known.items() if stored is None or (retry_failed and stored.error)]
+            if not todo:
+                return
+            self.folder.remove_summary()
+            calibration = self._calibration()
+            numbers = {name: number for number, name in enumerate(self.entries)}
+            done = len(mine) - len(todo)
+            words = {"desc": self.analysis.name, "unit": "record", "disable": not self.progress}
+            with tqdm(total=len(mine), initial=done, **words) as bar:
+                for name in todo:
+                    task = Task(record=self.entries[name].record, number=numbers[name], calibration=calibration)
+                    self._analyse(self.entries[name], task, shard)
+                    bar.update()
+
+    def _begin(self) -> None:
+        """Check that the folder belongs to this run, and write what identifies it."""
+        with self.folder.alone():
+            self._check_settings()
+            records = {"names": list(self.entries), "unreadable": self.unreadable}
+            if self.folder.read(RECORDS) == records:
+                return
+            stale = []
+            for name in set(self.folder.names()) - set(self.entries):
+                stored = self.folder.stored(name)
+                if stored is None or stored.error is not None:
+                    self.folder.remove(name)
+                else:
+                    stale.append(stored.id)
+            if stale:
+                raise RunError(
+                    f"{str(self.folder.path)!r} holds results of {len(stale)} records that this run does not have, such "
+                    f"as {min(stale)!r}: the data, their pictures or the limit differ; choose another folder"
+                )
+            self.folder.remove_summary()
+            self.folder.write(RECORDS, records)
+
+    def _check_settings(self) -> None:
+        """Write the settings, or compare them with those of the folder; opens the model only if its files changed."""
+        own = {"analysis": self.analysis.name, "version": _version(), "settings": plain(self.analysis.settings())}
+        known = self.folder.read(SETTINGS)
+        refusal = f"{str(self.folder.path)!r} holds a run with other settings"
+        if known is not None:
+            refuse_difference(own, {name: known[name] for name in own}, refusal)
+        source = self.model.source() if isinstance(self.model, ModelToLoad) else None
+        if known is not None and source is not None and source == known["source"]:
+            return
+        own["model"] = self.vlm.weights_digest(progress=self.progress)
+        if known is not None:
+            refuse_difference({"model": own["model"]}, {"model": known["model"]}, refusal)
+        self.folder.write(SETTINGS, {**own, "hash": digest(repr(own)), "source": source})
+
+    def _calibration(self) -> Mapping[str, Any] | None:
+        """What is measured once for all records; the first process measures, and the others read it."""
+        with self.folder.alone():
+            known = self.folder.read(CALIBRATION)
+            if known is None:
+                records = [entry.record for entry in self.entries.values() if self._problem(entry) is None]
+                known = {"values": self.analysis.calibrate(self.vlm, records)}
+                if known["values"] is not None:
+                    self.folder.write(CALIBRATION, known)
+            return known["values"]
+
+    def _analyse(self, entry: _Entry, task: Task, shard: Shard) -> None:
+        """Compute the outcome of a record and keep it, or its error."""
+        outcome, error = Outcome(row={}), self._problem(entry)
+        if error is None:
+            try:
+                outcome = self.analysis.compute(self.vlm, task)
+            except INPUT_ERRORS as cause:
+                self._check_unchanged(entry, cause)
+                error = gist(cause)
+        if error is not None and self.progress:
+            tqdm.write(f"{entry.id}: {error}")
+        self.folder.remove(entry.name)
+        with self.folder.new_record(entry.name, shard) as part:
+            for name, result in outcome.results.items():
+                result.save(part / f"{name}.safetensors")
+            for name, write in outcome.files.items():
+                write(part / name)
+            own = {"id": entry.id, "content": entry.content, "row": dict(outcome.row)}
+            self.folder.write_record(part, {**own, "skipped": dict(outcome.skipped), "error": error})
+
+    def _problem(self, entry: _Entry) -> str | None:
+        """Why the record cannot be analysed, as far as that shows without the model."""
+        try:
+            self.analysis.check(entry.record)
+        except INPUT_ERRORS as error:
+            return gist(error)
+        return entry.problem
+
+    def _check_unchanged(self, entry: _Entry, cause: Exception) -> None:
+        """Raise `RunError` if the record failed because its files vanished or changed while the run went on."""
+        try:
+            _, key = self._keys(entry.record)
+        except INPUT_ERRORS as error:
+            raise RunError(
+                f"{gist(error)}, which was there when the run began; bring it back and start again"
+            ) from cause
+        if record_name(entry.id, key) != entry.name:
+            raise RunError(f"a picture of {entry.id!r} changed while the run went on; start again") from cause
+
+    def summarise(self, *, wait: float) -> None:
+        """Make the summary once all records are done; `wait` is for files of other machines to become visible."""
+        end = time.monotonic() + wait
+        while self.folder.missing(self.entries) and time.monotonic() < end:
+            time.sleep(1)
+        if not self.folder.missing(self.entries):
+            with self.folder.alone():
+                summarise(self.folder, self.analysis)
+
+    def report(self) -> RunReport:
+        """Return what was done. Raises `RunError` if every record failed."""
+        return run_report(self.folder, self.analysis)
+
+
+def summarise(folder: RunFolder, analysis: Analysis) -> None:
+    """Write table, averages and report of a run whose records are all done, unless they are there already.
+
+    The results are read one record at a time.
+    """
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [folder.stored_or_refuse(name) for name in records["names"]]
+    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
+    known = folder.report()
+    if known is not None and known["records"] == own:
+        return
+    summary = analysis.summary()
+    for record in stored:
+        if record.error is None:
+            summary.add(record)
+    with folder.new_summary() as part:
+        _write_table(part / ROWS, stored)
+        for name, write in summary.files().items():
+            write(part / name)
+        folder.write_report(part, {"records": own, "lines": list(summary.lines())})
+
+
+def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
+    """Return the report of a run. Raises `RunError` if every record failed."""
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [record for name in records["names"] if (record := folder.stored(name)) is not None]
+    failed = {record.name: record for record in stored if record.error is not None}
+    if failed and len(failed) == len(records["names"]):
+        first = next(iter(failed.values()))
+        more = f"; the errors of all {len(failed)} records are in {str(folder.records)!r}" if len(failed) > 1 else ""
+        raise RunError(f"no {analysis.name} of any record: {first.id}: {first.error}{more}")
+    summary = folder.report() or {"lines": [], "files": {}}
+    return RunReport(
+        folder=folder.path,
+        done=len(stored) - len(failed),
+        failed=tuple((record.id, str(record.error)) for record in failed.values()),
+        unreadable=tuple((row, reason) for row, reason in records["unreadable"]),
+        skipped=tuple((record.id, part, reason) for record in stored for part, reason in record.skipped.items()),
+        missing=len(records["names"]) - len(stored),
+        lines=tuple(summary["lines"]),
+        files=(*summary["files"],),
+    )
+
+
+def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:
+    """Raise `RunError` with the refusal and the entries in which the two differ, if they do."""
+    if words := differences(one, other):
+        raise RunError(f"{refusal}: {'; '.join(words)}; choose another folder, or the same settings")
+
+
+def _version() -> str:
+    """The version of multrace; its root is above this floor, and has been imported whenever this runs."""
+    return sys.modules[__name__.partition(".")[0]].__version__
+
+
+def _write_table(path: Path, stored: Sequence[StoredRecord]) -> None:
+    """Write the rows of the records that did not fail, in order, as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"record": record.name, "id": record.id, "content": record.content, **record.row}
+        for record in stored
+        if record.error is None
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[int, int, Callable[[], None]]]:
+    """Yield the number of this process, how many there are, and a barrier; set up by torchrun or accelerate launch."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield 0, 1, lambda: None
+        return
+    is_ours = not distributed.is_initialized()
+    if is_ours:
+        distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield distributed.get_rank(), distributed.get_world_size(), distributed.barrier
+    finally:
+        if is_ours:
+            distributed.destroy_process_group()

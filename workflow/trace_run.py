@@ -1,0 +1,261 @@
+"""Causal traces of many questions: what `multrace trace` computes of each record, its table and its averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from ..data import EditRecord, Question, find_span
+from ..models import Prompt, VisionLanguageModel, open_images
+from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
+from ..tracing.causal.average import TraceAverager
+from ..tracing.corruptions.parsing import SPELLINGS, corruption_pictures
+from ..tracing.engine.cells import KINDS
+from ..tracing.engine.rows import Item, parse_position
+from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
+from .run_folder import StoredRecord
+
+TRACE, MAP, OVERLAY = "trace.safetensors", "trace.png", "overlay.png"
+_BLOCKS = 3
+"""Maximum number of causal blocks in a summary, per kind of site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRun(Analysis):
+    """A causal trace of each record, with these settings of `causal_trace`.
+
+    An edit record is traced for the answer that it replaces. Raises `TraceError` for a misspelt corruption.
+
+    Example:
+        >>> from multrace.workflow import TraceRun
+        >>> TraceRun(corrupt="text-noise:3", positions=("last",)).settings()["positions"]
+        ['last']
+    """
+
+    name: ClassVar[str] = "trace"
+
+    corrupt: str | None = None
+    """The corruption of records that name none, as `parse_corruption` reads it."""
+    window: int = 3
+    """Number of MLP or attention layers that are restored together."""
+    positions: tuple[Item, ...] | None = None
+    """The rows of the map as `causal_trace` takes them; None for each text token on its own."""
+    seed: int = 0
+    """Random seed of the noise."""
+    answer: str | None = None
+    """The answer that is scored where a record names none; None for the model's own answer."""
+    whole_answer: bool = False
+    """Score all tokens of the answer instead of its first."""
+    metrics: tuple[str, ...] = ("probability",)
+    sites: tuple[str, ...] = KINDS
+    direction: str = "restore"
+    effect: str = "total"
+    severed: str | None = None
+    exact_cells: int | None = None
+    even_if_weak: bool = False
+    engine: str = "auto"
+    checks: int = 2
+    memory: int = 2048
+    """MiB that the replay engine may use; it changes no result and is no part of the settings of a run."""
+    draw: bool = False
+    """Draw the map of each record, too."""
+
+    def __post_init__(self) -> None:
+        if self.corrupt is not None:
+            parse_corruption(self.corrupt)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, without those that change no result."""
+        values = {name: value for name, value in asdict(self).items() if name != "memory"}
+        rows = None if self.positions is None else [_spelled(item) for item in self.positions]
+        return {**values, "positions": rows}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the analysis with settings that `settings` gave."""
+        made = super().from_settings(settings)
+        rows = None if made.positions is None else tuple(parse_position(str(item)) for item in made.positions)
+        return replace(made, positions=rows)
+
+    def check(self, record: Question | EditRecord) -> None:
+        """Raise `TraceError` or `ModelError` for a record without a usable picture, constraint or corruption."""
+        question = question_of_record(record)
+        open_images(question.image)
+        for words in question.words.values():
+            find_span(question.text, words)
+        self.corruption(question)
+
+    def sources(self, record: Question | EditRecord) -> tuple[Any, ...]:
+        """Return the corruption of the record; its pictures count by their content."""
+        text = question_of_record(record).corrupt or self.corrupt
+        if text is None:
+            return ()
+        pictures = tuple(Path(path) for path in corruption_pictures(parse_corruption(text)))
+        return (text.partition(":")[0], *pictures) if pictures else (text,)
+
+    def corruption(self, question: Question) -> Corruption:
+        """Return the corruption of a question. Raises `TraceError` if there is none or the question does not fit it."""
+        text = question.corrupt or self.corrupt
+        if text is None:
+            raise TraceError(f"no corruption is given; pass one, or write 'corrupt' into the record: {SPELLINGS}")
+        corruption = parse_corruption(text)
+        group = getattr(corruption, "group", "image")
+        if group == "image" and not question.images:
+            raise TraceError(f"the corruption {text!r} needs a picture, and the question has none")
+        if group.startswith("constraint") and not question.words:
+            raise TraceError(f"the corruption {text!r} needs the words of the question to corrupt: its constraint")
+        for path in corruption_pictures(corruption):
+            open_images(path)
+        has_seed = any(each.name == "seed" for each in fields(cast(Any, corruption)))
+        return replace(cast(Any, corruption), seed=self.seed) if has_seed else corruption
+
+    def trace(
+        self,
+        vlm: VisionLanguageModel,
+        question: Question,
+        *,
+        prompt: Prompt | None = None,
+        checkpoint: Path | None = None,
+        progress: bool = False,
+    ) -> CausalTrace:
+        """Return the trace of one question.
+
+        Args:
+            vlm: The model.
+            question: The question; its `answer`, `foil` and `corrupt` overrule the settings.
+            prompt: The prompt of the question, if it has been made.
+            checkpoint: File that keeps the finished cells meanwhile.
+            progress: Show a progress bar over cells (default: none).
+        """
+        return causal_trace(
+            vlm,
+            vlm.prompt_for(question) if prompt is None else prompt,
+            corruption=self.corruption(question),
+            sites=self.sites,
+            window=self.window,
+            positions="tokens" if self.positions is None else self.positions,
+            answer=self.answer if question.answer is None else question.answer,
+            foil=question.foil,
+            whole_answer=self.whole_answer,
+            metrics=self.metrics,  # pyrefly: ignore[bad-argument-type] -- checked by causal_trace
+            direction=self.direction,
+            effect=self.effect,
+            severed=self.severed,
+            exact_cells=self.exact_cells,
+            even_if_weak=self.even_if_weak,
+            engine=Engine(name=self.engine, memory=self.memory, checks=self.checks, checkpoint=checkpoint),
+            progress=progress,
+        )
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the trace of a record, with its scores and its strongest cells in the row."""
+        question = question_of_record(task.record)
+        prompt = vlm.prompt_for(question)
+        trace = self.trace(vlm, question, prompt=prompt)
+        row = {
+            "question": trace.question,
+            "answer": trace.answer,
+            "foil": trace.foil,
+            "corruption": trace.corruption,
+            "clean": trace.clean,
+            "corrupted": float(trace.corrupted.mean()),
+            "total_effect": trace.total_effect,
+        }
+        for kind in trace.kinds:
+            peak = trace.best(kind)
+            row |= {f"{kind}_effect": peak.effect, f"{kind}_row": peak.row, f"{kind}_layer": peak.layer}
+        files = trace_files(trace, prompt) if self.draw else {}
+        drawings = {name: write for name, write in files.items() if name != TRACE}
+        return Outcome(row=row, results={"trace": trace}, files=drawings)
+
+    def summary(self) -> TraceSummary:
+        """Return the average of the traces."""
+        return TraceSummary()
+
+
+class TraceSummary(Summary):
+    """The average of all traces that have common rows."""
+
+    def __init__(self) -> None:
+        self._average = RunningAverage("trace", CausalTrace, TraceAverager())
+
+    def add(self, record: StoredRecord) -> None:
+        """Add a trace."""
+        self._average.add(record)
+
+    def files(self) -> Mapping[str, Callable[[Path], Any]]:
+        """Return the average, its map and its table; nothing for fewer than two traces."""
+        return self._average.files("average", at_least=2)
+
+    def lines(self) -> list[str]:
+        """Return the mean effect and the strongest cells, or why there is no average."""
+        average = self._average.value
+        return [f"no average: {self._average.problem}"] if average is None else repr(average).splitlines()
+
+
+def trace_files(trace: CausalTrace, prompt: Prompt) -> dict[str, Callable[[Path], Any]]:
+    """Return the files of one trace: itself, its map, and its overlay if parts of a picture were restored."""
+    files: dict[str, Callable[[Path], Any]] = {TRACE: trace.save, MAP: trace.plot}
+    places = {position for position, *_ in trace.patches}
+    if any(set(row) < places for row in trace.row_positions):
+        kind = "hidden" if "hidden" in trace.kinds else trace.kinds[0]
+        files[OVERLAY] = lambda path: trace.overlay(prompt, path, kind)
+    return files
+
+
+def trace_summary(trace: CausalTrace) -> list[str]:
+    """Return total effect, engine and, for each kind of site, the strongest causal blocks, as lines of text."""
+    verb = "restored" if trace.direction == "restore" else "corrupted"
+    rows = [(verb, "token", "layers", "indirect effect"), *_blocks(trace)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    against = f" against {trace.foil!r}" if trace.foil is not None else ""
+    return [
+        f"question      {trace.question}",
+        f"scored        {trace.answer!r}{against}",
+        f"corruption    {trace.corruption}",
+        f"total effect  {trace.total_effect:.3f} ({trace.metrics[0].replace('_', ' ')} {trace.clean:.3f} clean, "
+        f"{float(trace.corrupted.mean()):.3f} corrupted)",
+        f"traced        {trace.variant}",
+        f"engine        {trace.engine.summary()}",
+        *_estimates(trace),
+        "",
+        *table,
+    ]
+
+
+def _estimates(trace: CausalTrace) -> list[str]:
+    """How many cells are estimated, and how well the estimates rank cells whose exact values are known."""
+    count = sum(int(flags.sum()) for flags in trace.estimated.values())
+    if not count:
+        return []
+    ranks = ", ".join(f"{kind} {value:.2f}" for kind, value in trace.agreement.items())
+    return [f"estimated     {count} cells; rank agreement with exact ones: {ranks or 'unknown'}"]
+
+
+def _blocks(trace: CausalTrace) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for kind in trace.kinds:
+        blocks = trace.causal_blocks(kind)[:_BLOCKS]
+        rows += [
+            (kind, repr(block.row), _layers(block.layers[0], block.layers[-1]), _effect(block.effect, block.spread))
+            for block in blocks
+        ] or [(kind, "none", "-", "nothing brings the answer back")]
+    return rows
+
+
+def _effect(effect: float, spread: float | None) -> str:
+    return f"{effect:.3f}" if spread is None else f"{effect:.3f} (spread over samples {spread:.3f})"
+
+
+def _layers(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def _spelled(item: Item) -> str | int:
+    """The row as `parse_position` reads it."""
+    if isinstance(item, Blocks):
+        return f"blocks:{item.size}"
+    return f"box:{item.left},{item.top},{item.right},{item.bottom}" if isinstance(item, Box) else item
