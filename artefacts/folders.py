@@ -307,5 +307,8 @@ def _remove(path: Path) -> None:
 
 
 def _unwritable(path: str | Path, cause: Exception) -> str:
-    reason = getattr(cause, "strerror", None) or cause
-    return f"cannot write {str(path)!r}: {reason}; choose a folder that you may write to"
+    """Return why the path cannot be written, and what to do."""
+    reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+    is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+    hint = "make room on its disk, or choose another place" if is_full else "choose a folder that you may write to"
+    return f"cannot write {str(path)!r}: {reason}; {hint}"

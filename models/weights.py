@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +12,11 @@ from typing import Any
 from weakref import ref
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
 from .quiet import quiet_transformers
 
@@ -122,22 +120,16 @@ def save_directory(
         raise ModelError(
             f"the folder {str(target)!r} is not empty; pass another one, or overwrite=True to replace it whole"
         )
-    work: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        fresh = work / "new"
-        with quiet_transformers():
-            _write(model, processor, fresh, dtype=dtype)
-        _open_to_others(fresh)
-        _replace(target, fresh, old=work / "old")
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
+        with replacing_folder(target) as new:
+            with quiet_transformers():
+                _write(model, processor, new, dtype=dtype)
+            _open_to_others(new)
+    except ArtefactError as error:
         raise ModelError(
-            f"cannot save a model to {str(target)!r}: {gist(error)}; pass a folder on a disk with room for it"
+            f"cannot save a model to {str(target)!r}: {gist(error.__cause__ or error)}; pass a folder on a disk with "
+            "room for it"
         ) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
@@ -176,15 +168,3 @@ def _open_to_others(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
-
-
-def _replace(target: Path, fresh: Path, *, old: Path) -> None:
-    """Replace the target by the fresh folder; restore the target if that fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise

@@ -55,7 +55,7 @@ def demo(settings: Demo) -> tuple[Path, str]:
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
     same = vlm.fingerprint(untouched) == untouched
     layers = _every_layer(vlm, world, cases, located) if settings.every_layer else ""
-    with new_files(settings.out, names) as folder:
+    with new_files(settings.out, stale=[_edit_file(None)]) as folder:
         report = _report(settings, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
         cast(AverageTrace, located.average).save(folder / "trace.safetensors")
@@ -64,8 +64,9 @@ def demo(settings: Demo) -> tuple[Path, str]:
     return settings.out / "report.html", _table(report) + layers
 
 
-def _edit_file(number: int) -> str:
-    return f"edit_{number + 1:02d}.safetensors"
+def _edit_file(number: int | None) -> str:
+    """Return the name of an edit's file, counted from 0; None gives a pattern of all of them."""
+    return "edit_*.safetensors" if number is None else f"edit_{number + 1:02d}.safetensors"
 
 
 def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequest:

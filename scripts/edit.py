@@ -68,7 +68,7 @@ def run(settings: Edit) -> int:
     if settings.dry_run:
         print(*outcome.lines(), "", "nothing is written: this was a dry run", sep="\n")
         return 0
-    with new_files(settings.out, FILES) as folder:
+    with new_files(settings.out) as folder:
         made.delta.save(folder / EDIT)
         (folder / REPORT).write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
         if settings.save_model is not None:

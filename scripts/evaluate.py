@@ -174,8 +174,7 @@ def _evaluated(settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, edit
 
 
 def _write(folder: Path, report: EditReport) -> None:
-    names = FILES if report.curve is None else (*FILES, *CURVE_FILES)
-    with new_files(folder, names) as work:
+    with new_files(folder, stale=CURVE_FILES) as work:
         report.save(work / REPORT)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.generations())
         (work / GENERATIONS).write_text("".join(lines), encoding="utf-8")

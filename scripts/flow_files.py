@@ -25,11 +25,9 @@ _ANSWER = "answer.json"
 
 def write_files(folder: Path, files: Files, *, stale: Iterable[str] = ()) -> list[Path]:
     """Write all of the files or none, and return them; older files whose names are in `stale` are removed."""
-    with new_files(folder, list(files)) as work:
+    with new_files(folder, stale=sorted(stale)) as work:
         for name, write in files.items():
             write(work / name)
-    for name in set(stale) - set(files):
-        (folder / name).unlink(missing_ok=True)
     return [folder / name for name in files]
 
 

@@ -57,7 +57,7 @@ def run(settings: MomentOptions) -> int:
         progress=True,
     )
     seconds = time.monotonic() - started
-    with new_files(settings.out, FILES) as folder:
+    with new_files(settings.out) as folder:
         moments.save(folder / FILES[0])
     print(*_lines(moments, len(questions), skipped), sep="\n")
     print(f"time         {seconds:.1f} s", f"written: {settings.out / FILES[0]}", sep="\n")

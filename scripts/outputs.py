@@ -1,12 +1,12 @@
-"""Output folders of commands: checked before the long work, and written whole or not at all."""
+"""Output folders of commands: checked and cleared of leftovers before the long work, and written whole or not at all."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ..artefacts import remove_leftovers, replacing_files
 from .errors import CommandError
 
 
@@ -16,6 +16,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     An unnamed temporary file in the nearest folder is the proof: permission bits do not tell of read-only file
     systems, nor of the superuser. Nothing is left behind.
     """
+    remove_leftovers(folder)
     nearest = _nearest(folder)
     if not nearest.is_dir():
         raise CommandError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder; choose another place")
@@ -37,17 +38,13 @@ def check_new_folder(folder: Path) -> None:
         raise CommandError(f"the folder {str(folder)!r} is not empty; choose a new one")
 
 
-@contextmanager
-def new_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield a temporary folder for files of these names; they are moved to `folder` unless there is an error."""
-    work = Path(tempfile.mkdtemp(prefix=".multrace-", dir=_nearest(folder)))
-    try:
-        yield work
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (work / name).replace(folder / name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def new_files(folder: Path, *, stale: Sequence[str] = ()) -> AbstractContextManager[Path]:
+    """Return a context with a temporary folder, whose files go into `folder` together unless there is an error.
+
+    stale: names or patterns of files of earlier results, which are removed unless they are written anew. See
+    `replacing_files`.
+    """
+    return replacing_files(folder, stale=stale, error=CommandError)
 
 
 def _nearest(path: Path) -> Path:

@@ -52,15 +52,13 @@ def write_trace(trace: CausalTrace, prompt: Prompt, out: Path, others: Mapping[s
     """
     others = others or {}
     names = [TRACE, MAP, *([OVERLAY] if _has_picture_rows(trace) else []), *others]
-    with new_files(out, names) as folder:
+    with new_files(out, stale=FILES) as folder:
         trace.save(folder / TRACE)
         trace.plot(folder / MAP)
         if OVERLAY in names:
             trace.overlay(prompt, folder / OVERLAY, "hidden" if "hidden" in trace.kinds else trace.kinds[0])
         for name, text in others.items():
             (folder / name).write_text(text, encoding="utf-8")
-    if OVERLAY not in names:
-        (out / OVERLAY).unlink(missing_ok=True)
     return [out / name for name in names]
 
 

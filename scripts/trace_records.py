@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..artefacts.files import digest
-from ..artefacts.folders import ArtefactError
+from ..artefacts.folders import ArtefactError, write_whole
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
@@ -122,7 +122,7 @@ def _write_average(paths: Sequence[Path], out: Path) -> str | None:
         if len(paths) < 2:
             raise TraceError(f"an average needs two traces, there are {len(paths)}")
         mean = average(CausalTrace.load(path) for path in paths)
-        with new_files(out, AVERAGE) as folder:
+        with new_files(out) as folder:
             mean.save(folder / AVERAGE[0])
             mean.plot(folder / AVERAGE[1])
         return None
@@ -140,8 +140,7 @@ def _report(settings: TraceOptions, traced: Sequence[int], skipped: Mapping[int,
         "skipped": [{"line": line, "reason": text} for line, text in skipped.items()],
         "average": reason or AVERAGE[0],
     }
-    with new_files(settings.out, (REPORT,)) as folder:
-        (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(settings.out / REPORT, f"{json.dumps(content, indent=2)}\n".encode())
     if not traced:
         line, text = next(iter(skipped.items()))
         raise CommandError(

@@ -21,7 +21,7 @@ def run(settings: Undo) -> int:
             "one; ask it with multrace answer without --edit"
         )
         return 0
-    with new_files(settings.out, (file,)) as folder:
+    with new_files(settings.out) as folder:
         left.save(folder / file)
     print(*_lines(left), sep="\n")
     print("written:", settings.out / file)

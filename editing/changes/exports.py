@@ -1,9 +1,6 @@
 """Edits as files that other libraries open, a PEFT LoRA adapter or the edited model whole, and proof that they work."""
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...artefacts import files
+from ...artefacts import ArtefactError, replacing_folder, write_tensors
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ..errors import EditError
 from .weight_change import Change
@@ -94,19 +91,13 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
         _check_fits(change, vlm, name, (left.shape[0], right.shape[1]))
         for part, factor in (("lora_A", right), ("lora_B", left)):
             tensors[f"base_model.model.{name.removesuffix('.weight')}.{part}.weight"] = factor
-    temporary = None
+    text = json.dumps(_config(change, vlm, factors), indent=2) + "\n"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        files.write_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"}, error=EditError)
-        text = json.dumps(_config(change, vlm, factors), indent=2) + "\n"
-        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise EditError(f"cannot write the adapter to '{folder}': {error}; pass another folder") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with replacing_folder(folder) as new:
+            write_tensors(new / "adapter_model.safetensors", tensors, {"format": "pt"})
+            (new / "adapter_config.json").write_text(text, encoding="utf-8")
+    except ArtefactError as error:
+        raise EditError(f"cannot write the adapter to '{folder}': {error}") from error
     return folder
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import torch
 
+from ...artefacts import write_whole
 from ..options.bench_edit import BenchEdit
-from ..outputs import new_files
 from .edit_rows import EditRow, describe_edit, edit_markdown, edit_table
 from .edit_solves import ReuseCase, SolveCase
 from .edit_values import MomentCase, ValueCase
@@ -128,6 +128,5 @@ def _cases(settings: BenchEdit, shape: Shape) -> tuple[Case, ...]:
 def _write_markdown(settings: BenchEdit, text: str) -> None:
     """Write the Markdown if --markdown is given."""
     if settings.markdown is not None:
-        with new_files(settings.markdown.parent, [settings.markdown.name]) as work:
-            (work / settings.markdown.name).write_text(text)
+        write_whole(settings.markdown, text.encode())
         print("written:", settings.markdown)

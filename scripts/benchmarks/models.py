@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ...artefacts import write_whole
 from ...models import Prompt, VisionLanguageModel, load
 from ...models.loading.devices import check_device_map
 from ...models.quiet import quiet_transformers
 from ...tracing import Corruption, ImageNoise, TextNoise
 from ...tracing.engine.cells import Runs
 from ..options.benchmarks import BenchOptions
-from ..outputs import new_files
 
 PATCH = 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -293,6 +293,5 @@ def random_model(settings: BenchOptions, shape: Shape, samples: Mapping[str, int
 def write_json(settings: BenchOptions, content: Mapping[str, Any]) -> None:
     """Write the JSON if --json is given."""
     if settings.json is not None:
-        with new_files(settings.json.parent, [settings.json.name]) as work:
-            (work / settings.json.name).write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(settings.json, f"{json.dumps(content, indent=2)}\n".encode())
         print("written:", settings.json)
