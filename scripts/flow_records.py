@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..artefacts.folders import ArtefactError
+from ..data import DataError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import TraceError
@@ -21,7 +22,7 @@ from .flow_report import REPORT, Findings, Skip, report_findings, write_averages
 from .options.flow import FlowOptions
 from .outputs import check_files
 
-_ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
+_ERRORS = (CommandError, DataError, ModelError, TraceError, ArtefactError, OSError)
 _AT_ONCE = 16
 """Number of questions whose processed pictures are in memory at a time while they are answered."""
 _CHECKED = 3

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data import DataError
 from ..editing.moments import Moments, memory_of_moments, second_moments
 from ..models import ModelError, Prompt, VisionLanguageModel
 from ..models.errors import gist
@@ -75,7 +76,7 @@ def _questions(settings: MomentOptions) -> tuple[tuple[FlowQuestion, ...], tuple
         try:
             question.check()
             fit.append(question)
-        except (ModelError, OSError) as error:
+        except (DataError, ModelError, OSError) as error:
             skipped.append(f"{question.id}: {gist(error)}")
     if not fit:
         raise CommandError(f"none of the {len(questions)} records in {str(settings.data)!r} can be read; {skipped[0]}")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from ..artefacts.files import digest
 from ..artefacts.folders import ArtefactError, write_whole
+from ..data import DataError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import CausalTrace, Corruption, TraceError, average
@@ -23,7 +24,7 @@ _RECORD = "record.json"
 _KEYS = ("image", "question", "constraint", "answer", "foil", "corrupt")
 _PLACES = ("data", "limit", "out", "resume", "memory", "checks")
 """Options that change neither what is traced nor the result."""
-_ERRORS = (CommandError, ModelError, TraceError, ArtefactError, OSError)
+_ERRORS = (CommandError, DataError, ModelError, TraceError, ArtefactError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ... import data, models, tracing
+from ...data.spans import find_span
 from ..errors import CommandError
 from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
 from .option import option
@@ -107,7 +108,7 @@ class ConstraintOptions(QuestionOptions):
         """Raises `ModelError` also for words that are not in the question."""
         super().check_question()
         if self.constraint is not None and self.question.strip():  # an empty question has an error of its own
-            models.find_span(self.question, self.constraint)
+            find_span(self.question, self.constraint)
 
     def prompt(self, vlm: models.VisionLanguageModel) -> models.Prompt:
         """Return the question as a prompt of this model, with the constraint among its token groups."""
