@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError, Mean, mean_interval
+from multrace.artefacts import ArtefactError, Mean, mean_interval, read_tensors, write_tensors
 from multrace.artefacts.drawing import CYCLE, Curve, CurvePanel, LineStyle, curves_figure
 from multrace.tracing import (
     AttentionKnockout,
@@ -394,9 +394,11 @@ def test_other_and_broken_files_are_refused(tmp_path):
             AttentionKnockout.load(tmp_path / name)
     with pytest.raises(ArtefactError, match="not 'multrace average attention knockout 2'"):
         AverageKnockout.load(path)
-    raw = mean_path.read_bytes()
-    assert raw.count(b"generated") == 1
-    (tmp_path / "entry").write_bytes(raw.replace(b"generated", b"generatde"))
+    tensors, header = read_tensors(mean_path)
+    assert header["filtered"].count("generated") == 1
+    write_tensors(
+        tmp_path / "entry", tensors, header | {"filtered": header["filtered"].replace("generated", "generatde")}
+    )
     with pytest.raises(ArtefactError, match="KeyError: 'filtered.0.generated'"):
         AverageKnockout.load(tmp_path / "entry")
     assert AverageKnockout.load(mean_path).filtered[0].generated == "blue"

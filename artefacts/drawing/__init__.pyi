@@ -1,18 +1,23 @@
-from .curves import Curve as Curve, CurvePanel as CurvePanel, curves_figure as curves_figure, sample_line as sample_line
-from .figure import (
+from .figures import (
+    Curve as Curve,
+    CurvePanel as CurvePanel,
     add_colour_bar as add_colour_bar,
     add_legend as add_legend,
     add_picture as add_picture,
     check_format as check_format,
+    curves_figure as curves_figure,
     dress as dress,
     finished as finished,
+    sample_line as sample_line,
     titled_figure as titled_figure,
 )
-from .heat_map import Panel as Panel, heat_maps as heat_maps, show_numbers as show_numbers
-from .overlay import (
+from .maps import (
     Overlay as Overlay,
+    Panel as Panel,
+    heat_maps as heat_maps,
     over_patches as over_patches,
     overlays_figure as overlays_figure,
+    show_numbers as show_numbers,
     strongest as strongest,
 )
 from .styles import CYCLE as CYCLE, LineStyle as LineStyle
