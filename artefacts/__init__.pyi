@@ -15,7 +15,13 @@ from .folders import (
     replacing_folder as replacing_folder,
     write_whole as write_whole,
 )
-from .results import Result as Result, load_fields as load_fields, save_fields as save_fields
+from .results import (
+    Result as Result,
+    from_plain as from_plain,
+    load_fields as load_fields,
+    plain_fields as plain_fields,
+    save_fields as save_fields,
+)
 from .statistics import (
     auroc as auroc,
     bootstrap_counts as bootstrap_counts,

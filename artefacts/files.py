@@ -93,7 +93,7 @@ def read_tensors(
         layout, hint = text.get(LAYOUT, "something of another program"), "load another file"
         if LAYOUT in text:
             hint = "it is of another version of multrace, so make it again"
-        raise error(f"{str(path)!r} holds {layout!r}, and {problem}; {hint}")
+        raise error(f"{str(path)!r} holds {layout[:80]!r}, and {problem}; {hint}")
     if problem:
         raise error(f"{str(path)!r} is damaged ({problem}); make it again, or copy it again")
     return tensors, {name: value for name, value in text.items() if name != DIGEST}
@@ -151,7 +151,7 @@ def check_layout(
         return
     is_other_version = str(layout).rstrip("0123456789") == expected.rstrip("0123456789")
     hint = "it is of another version of multrace, so make it again" if is_other_version else "load another file"
-    raise error(f"{str(path)!r} holds {layout or 'something of another program'!r}, not {expected!r}; {hint}")
+    raise error(f"{str(path)!r} holds {str(layout or 'something of another program')[:80]!r}, not {expected!r}; {hint}")
 
 
 def digest(*parts: bytes | str | Tensor) -> str:

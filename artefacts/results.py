@@ -189,12 +189,41 @@ def load_fields(
         raise ArtefactError(f"the header of {str(path)!r} is corrupt ({error}); make the file again") from error
     try:
         record = _dataclass(kind, content, "", tensors)
-        problem = f"unexpected tensors {', '.join(tensors)}" if tensors else check(record)
+        problem = f"unexpected tensors {', '.join(tensors)[:_WIDTH]}" if tensors else check(record)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         raise ArtefactError(f"{str(path)!r} holds no whole {kind.__name__} ({problem}); make it again and save it")
     return record
+
+
+def from_plain(kind: type[Record], content: Any) -> Record:
+    """Return the dataclass whose fields are these plain values, as JSON has them; it has no tensors.
+
+    Raises TypeError if a value does not have the type of its field, and KeyError if one is missing.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from multrace.artefacts import from_plain
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Point:
+        ...     names: tuple[str, ...]
+        >>> from_plain(Point, {"names": ["a", "b"]})
+        Point(names=('a', 'b'))
+    """
+    return _dataclass(kind, content, "", {})
+
+
+def plain_fields(kind: type, content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return some of the fields of a dataclass from plain values. Raises TypeError and KeyError like `from_plain`."""
+    hints = typing.get_type_hints(kind)
+    return {name: _unpacked(hints[name], content[name], name, {}) for name in names}
+
+
+def _shown(value: Any) -> str:
+    """Return a text of at most a line for a value from a file, which may be of any size."""
+    text = repr(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ..."
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -233,7 +262,7 @@ def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> A
     if hint is Any or (hint is None and value is None) or (isinstance(hint, type) and type(value) is hint):
         return value
     raise TypeError(
-        f"{name} is {value!r}, not of type {hint.__name__ if isinstance(hint, type) and not options else hint}"
+        f"{name} is {_shown(value)}, not of type {hint.__name__ if isinstance(hint, type) and not options else hint}"
     )
 
 
@@ -249,13 +278,13 @@ def _one_of(options: Sequence[Any], value: Any, name: str, tensors: dict[str, Te
                 return _unpacked(option, value, name, tensors)
             except (TypeError, ValueError):
                 continue
-    raise TypeError(f"{name} is {value!r}, not of type {' | '.join(map(str, options))}")
+    raise TypeError(f"{name} is {_shown(value)}, not of type {' | '.join(map(str, options))}")
 
 
 def _dataclass(kind: type, value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return an instance of a dataclass from the mapping of its fields."""
     if not isinstance(value, dict):
-        raise TypeError(f"{name} is {value!r}, not the fields of {kind.__name__}")
+        raise TypeError(f"{name} is {_shown(value)}, not the fields of {kind.__name__}")
     hints, names = typing.get_type_hints(kind), [each.name for each in fields(kind)]
     prefix = f"{name}." if name else ""
     needed = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]

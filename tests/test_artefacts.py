@@ -9,7 +9,7 @@ import threading
 import tracemalloc
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,8 +28,10 @@ from multrace.artefacts import (
     averaged,
     digest,
     drawing,
+    from_plain,
     load_fields,
     mean_interval,
+    plain_fields,
     read_json,
     read_tensors,
     replacing,
@@ -477,3 +479,31 @@ def test_a_json_file_is_read_by_its_layout(tmp_path):
     path.write_text('{\n "seed": 0\n}')
     with pytest.raises(ArtefactError, match="run.json' is not a readable JSON file of multrace"):
         read_json(path, "run 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A dataclass of plain values."""
+
+    names: tuple[str, ...]
+    points: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    inner: Inner | None = None
+
+
+def test_plain_values_become_a_dataclass_as_its_hints_say():
+    made = from_plain(Plain, {"names": ["a"], "points": {"x": [1, 2.5]}, "inner": None})
+    assert made == Plain(names=("a",), points={"x": (1.0, 2.5)}, inner=None)
+    assert plain_fields(Plain, {"names": ["b"], "more": 3}, ["names"]) == {"names": ("b",)}
+    for content in ([], {}, {"names": "a"}, {"names": [1]}, {"names": [], "points": {"x": [1]}}, {"names": [], "z": 1}):
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            from_plain(Plain, content)
+
+
+def test_a_refusal_quotes_no_more_than_a_line_of_a_damaged_file(tmp_path):
+    path = toy(0.1).save(tmp_path / "toy")
+    tensors, text = read_tensors(path)
+    for changes in ({"rows": json.dumps("x" * 10**5)}, {LAYOUT: "x" * 10**5}, {"rows": "[" * 10**5}):
+        write_tensors(path, tensors, text | changes)
+        with pytest.raises(ArtefactError) as caught:
+            Toy.load(path)
+        assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
