@@ -31,6 +31,8 @@ class Frontend:
     dtype: torch.dtype
     limit: int | None = None
     """Number of positions that the model has, as `position_limit` reads it; None if it has no limit."""
+    vocab: int | None = None
+    """Number of tokens that the model has embeddings for; None if unknown."""
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         """Return the object itself, because a copied prompt belongs to the same model."""
@@ -50,6 +52,12 @@ class Frontend:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | {self.image_token or ""}
         return tuple(sorted((text for text in special if _is_markup(text)), key=len, reverse=True))
+
+    @property
+    def padding_id(self) -> int:
+        """A token id that fills masked positions: the padding token if the model has it, else one that it has."""
+        own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in own if token is not None and (self.vocab is None or token < self.vocab)), 0)
 
     @cached_property
     def vocabulary_digest(self) -> str:
@@ -116,6 +124,7 @@ class Frontend:
             encoded = self._processed(text, images, special)
         encoded = {name: value for name, value in encoded.items() if name not in self.dropped_inputs}
         length = encoded["input_ids"].shape[1]
+        self._check_ids(encoded["input_ids"][0].tolist())
         end = length - special * self._appended
         return to_device(
             {name: value[:, :end] if value.shape == (1, length) else value for name, value in encoded.items()},
@@ -137,8 +146,21 @@ class Frontend:
         prefix, _ = self.tokenize(text)
         whole, _ = self.tokenize(text + continuation)
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
-            return tuple(whole[len(prefix) :])
-        return tuple(self.tokenizer(continuation, add_special_tokens=False)["input_ids"])
+            ids = whole[len(prefix) :]
+        else:
+            ids = self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        self._check_ids(ids)
+        return tuple(ids)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raise `ModelError` if the tokenizer gives a token that the model has no embedding for."""
+        for token in ids:
+            if self.vocab is not None and token >= self.vocab and token != self.image_token_id:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise ModelError(
+                    f"the tokenizer of {self.tokenizer.name_or_path!r} reads {text!r} as token {token}, and the model "
+                    f"has {self.vocab} tokens; mend its tokenizer.json and tokenizer_config.json, or fetch them again"
+                )
 
     def _adds_special(self, text: str) -> bool:
         """Return whether to add special tokens: a chat template may already have written the first one."""

@@ -78,13 +78,13 @@ def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Gene
     own = model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     first_eos = next(iter(eos), None) if isinstance(eos, list | tuple) else eos
-    padding = (own.pad_token_id, tokenizer.pad_token_id, first_eos)
+    padding, vocab = (own.pad_token_id, tokenizer.pad_token_id, first_eos), model.config.get_text_config().vocab_size
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=eos,
-        pad_token_id=next((token for token in padding if token is not None and token >= 0), None),
+        pad_token_id=next((token for token in padding if token is not None and 0 <= token < vocab), None),
     )
 
 

@@ -402,9 +402,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
     _check_alike(prompts, tokenizer)
     longest = max(prompt.length for prompt in prompts)
     offsets = tuple(longest - prompt.length if side == "left" else 0 for prompt in prompts)
-    fills = {
-        "input_ids": next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    }
+    fills = {"input_ids": prompts[0].frontend.padding_id}
     batch: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt.inputs):
         values = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]

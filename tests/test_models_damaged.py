@@ -1,6 +1,7 @@
 """Model folders with one damaged or older file: what can be derived is; the rest is a ModelError naming the file."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,10 +130,10 @@ def test_the_error_names_the_fields_of_the_processor(damaged):
 
 
 CONFIGURATIONS = {
-    "an unknown activation": ({"hidden_act": "nosuch"}, "KeyError: "),
+    "an unknown activation": ({"hidden_act": "nosuch"}, "(text_config.hidden_act='nosuch')"),
     "a number for words": ({"hidden_act": 3}, "Field 'hidden_act' expected str, got int"),
     "words for a number": ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
-    "no heads": ({"num_attention_heads": 0}, "config.json"),
+    "no heads": ({"num_attention_heads": 0}, "(text_config.num_attention_heads=0)"),
     "a negative size": ({"intermediate_size": -64}, "config.json"),
     "more layers than memory holds": ({"num_hidden_layers": 2**31}, "names 2147483648 layers (num_hidden_layers)"),
     "more tokens than memory holds": ({"vocab_size": 2**31}, "describes a model of"),
@@ -154,10 +155,74 @@ def test_a_configuration_that_is_no_object(content, llava_llama_path, tmp_path):
     assert "no usable configuration in" in refusal(folder)
 
 
-def test_sizes_that_were_lost_are_not_made_up(damaged):
-    # Without its text_config, a LLaVA is one of seven billion weights: refused before any memory is taken.
-    message = refusal(damaged("config.json", without("text_config")))
-    assert "config.json" in message and "its files hold" in message
+LOST = {  # what the defaults of the lost sizes would make: seven billion weights, without the text_config
+    "text_config": "layers.0.self_attn.q_proj.weight' is (4096, 4096) there, and (32, 32) in the files",
+    "text_config.hidden_size": "layers.0.self_attn.q_proj.weight' is (32, 4096) there, and (32, 32) in the files",
+    "text_config.vocab_size": "embed_tokens.weight' is (32000, 32) there, and (400, 32) in the files",
+    "text_config.num_hidden_layers": "describes a model of",
+    "text_config.intermediate_size": "is (11008, 32) there, and (64, 32) in the files",
+    "vision_config": "describes a model of",
+}
+
+
+@pytest.mark.parametrize("field", LOST)
+def test_sizes_that_were_lost_are_not_made_up(field, damaged):
+    def edit(content: dict) -> None:
+        *above, name = field.split(".")
+        for part in above:
+            content = content[part]
+        del content[name]
+
+    folder = damaged("config.json", edit)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(folder)
+    assert "the config.json of" in message and "its files hold" in message and LOST[field] in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+@pytest.mark.parametrize("field", ["size", "crop_size"])
+@pytest.mark.parametrize("side", [10**5, 10**9, 0, -1])
+def test_pictures_that_would_fill_the_memory_are_not_made(field, side, damaged):
+    def edit(content: dict) -> None:
+        content["image_processor"][field] = {"height": side, "width": side}
+
+    message = refusal(damaged("processor_config.json", edit))
+    assert "the processor_config.json of" in message and f" has {field}=" in message and "image_size=32" in message
+
+
+def test_a_processor_that_fills_all_positions_is_named(damaged):
+    def edit(content: dict) -> None:
+        content["image_processor"]["crop_size"] = {"height": 256, "width": 256}
+
+    message = refusal(damaged("processor_config.json", edit))
+    assert "cannot be asked a short question: the prompt has 1" in message and "processor_config.json" in message
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(damaged, random_llava_llama, photo, other_photo):
+    vlm = multrace.load(damaged("tokenizer_config.json", lambda content: content.update(pad_token="<none>")))
+    assert vlm.tokenizer.pad_token_id == vlm.vocab == 400
+    prompts = [vlm.prompt(photo, QUESTION), vlm.prompt(other_photo, "Who?")]
+    expected = [random_llava_llama.prompt(photo, QUESTION), random_llava_llama.prompt(other_photo, "Who?")]
+    assert vlm.answers(prompts) == random_llava_llama.answers(expected)
+
+
+def test_a_word_that_the_model_lacks_is_refused(damaged):
+    def edit(content: dict) -> None:
+        content["added_tokens"].append(content["added_tokens"][0] | {"id": 400, "content": "Zyx", "special": False})
+
+    vlm = multrace.load(damaged("tokenizer.json", edit))
+    with pytest.raises(ModelError, match=r"reads 'Zyx' as token 400, and the model has 400 tokens; mend its tokenizer"):
+        vlm.prompt(None, "Who is Zyx?")
+    with pytest.raises(ModelError, match="as token 400"):
+        vlm.prompt(None, "Who?", answer="Zyx")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("bomb", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000])
+def test_json_without_end_is_one_line(name, bomb, llava_llama_path, tmp_path):
+    folder = Path(shutil.copytree(llava_llama_path, tmp_path / "damaged"))
+    (folder / name).write_text(bomb)
+    assert name in refusal(folder)
 
 
 def test_another_image_token_than_the_processor_writes(damaged):
@@ -193,6 +258,7 @@ SPECIAL_TOKENS = {
     "a truth": True,
     "beyond the vocabulary": 2**63,
     "a list of words": ["one"],
+    "a list of nothing": [None],
 }
 
 

@@ -120,6 +120,7 @@ def _assemble(
         device=model.device,
         dtype=model.dtype,
         limit=position_limit(model.config),
+        vocab=model.config.get_text_config().vocab_size,
     )
     return VisionLanguageModel(
         model=model,

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
-from ..errors import ModelError, quoted
+from ..errors import ModelError, gist, quoted
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 
+_MOST_TILES = 16
+"""Upper bound on the tiles side by side into which a processor cuts a picture."""
 _MOST_EXTRA_TOKENS = 64
 """Upper bound on the tokens per picture that are not patches (class token, registers) in any vision tower."""
 
@@ -37,6 +39,7 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
     """
     processor = vlm.processor
     _check_fields(processor, vlm.name)
+    _check_sizes(processor, vlm.config, vlm.name)
     if not vlm.has_vision or not hasattr(processor, "num_additional_image_tokens"):
         return
     if processor.patch_size and processor.vision_feature_select_strategy and processor.num_additional_image_tokens:
@@ -73,6 +76,31 @@ def _check_fields(processor: Any, name: str) -> None:
             )
 
 
+def _check_sizes(processor: Any, config: PretrainedConfig, name: str) -> None:
+    """Raise `ModelError` if the image processor would enlarge pictures far beyond what the vision tower takes."""
+    own = getattr(getattr(config, "vision_config", None), "image_size", None)
+    images = getattr(processor, "image_processor", None)
+    if not isinstance(own, int) or images is None:
+        return
+    for field in ("size", "crop_size", "image_grid_pinpoints"):
+        value = getattr(images, field, None)
+        if any(not 0 < side <= _MOST_TILES * own for side in _sides(value)):
+            raise ModelError(
+                f"the processor_config.json of {name!r} has {field}={quoted(value)}, and the vision_config of its "
+                f"config.json has image_size={own}; mend the wrong one, or fetch both again"
+            )
+
+
+def _sides(value: Any) -> list[float]:
+    """Return the sides, in pixels, of a size of an image processor (one dictionary or several pairs)."""
+    if isinstance(value, list | tuple):
+        return [side for item in value for side in _sides(item)]
+    if isinstance(value, int | float):
+        return [value]
+    sides = (getattr(value, name, None) for name in ("height", "width", "shortest_edge", "longest_edge"))
+    return [side for side in sides if isinstance(side, int | float)]
+
+
 def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:
     """Return how many image positions the processor makes, and how many features the model has for them."""
     with torch.no_grad():
@@ -94,7 +122,13 @@ def image_token_error(vlm: VisionLanguageModel, positions: int, features: int) -
 def probe_prompt(vlm: VisionLanguageModel, *, inverted: bool = False) -> Prompt:
     """Return the question used to verify a model; a model with vision also gets a gradient picture, or its negative."""
     picture = _gradient(inverted=inverted) if vlm.has_vision else None
-    return vlm.prompt(picture, "Which of these words is the one that comes last?", template="raw")
+    try:
+        return vlm.prompt(picture, "Which of these words is the one that comes last?", template="raw")
+    except ModelError as error:
+        raise ModelError(
+            f"{vlm.name!r} cannot be asked a short question: {gist(error)}; if that is no fault of its "
+            "config.json, mend its processor_config.json or tokenizer files, or fetch all of them again"
+        ) from error
 
 
 def _gradient(*, inverted: bool) -> Image.Image:

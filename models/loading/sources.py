@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class ModelSource:
         vocab = config.get_text_config().vocab_size
         for field in _SPECIAL_TOKENS:
             value = settings.get(field)
-            ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+            ids = value if isinstance(value, list) else [value] if value is not None else []
             if not all(isinstance(token, int) and not isinstance(token, bool) and token < vocab for token in ids):
                 raise ModelError(
                     f"the generation_config.json of {self.name!r} has {field}={quoted(value)}, which is no id of "
@@ -136,13 +136,13 @@ class ModelSource:
             raise self._refusal("configuration", error) from error
         described, stored = (
             sum(weight.numel() for weight in empty.parameters()),
-            sum(size for _, size in self._headers.values()),
+            sum(shape.numel() for _, shape in self._headers.values()),
         )
         is_quantised = getattr(config, "quantization_config", None) is not None
         if self.folder is not None and not is_quantised and described > _TOO_LARGE * stored:
             raise ModelError(
                 f"the config.json of {self.name!r} describes a model of {described:,} weights, and its files hold "
-                f"{stored:,}; a size is missing or wrong there, so fetch the model again"
+                f"{stored:,}{self._first_mismatch(empty)}; a size is missing or wrong there, so fetch the model again"
             )
 
     def stored_dtype(self, config: PretrainedConfig) -> torch.dtype | None:
@@ -221,9 +221,11 @@ class ModelSource:
                 f"{self.name!r} does not fit into memory ({gist(error)}); pass a smaller dtype, another device_map or "
                 "quantization="
             )
-        files = self._suspects(part)
+        files, hint = self._suspects(part), ""
+        if part == "configuration" and self.folder is not None and not _is_broken(self.folder / "config.json"):
+            hint = _hint(error, _json_object(self.folder / "config.json"))
         read = f" (read from {', '.join(files)})" if files else ""
-        return ModelError(f"no usable {part} in {self.name!r}: {reason(error)}{read}; {_NEXT_STEPS[part]}")
+        return ModelError(f"no usable {part} in {self.name!r}: {reason(error)}{hint}{read}; {_NEXT_STEPS[part]}")
 
     def _suspects(self, part: str) -> list[str]:
         """Return the files of a part in the folder, or only the broken one if it can be identified."""
@@ -234,15 +236,31 @@ class ModelSource:
         return broken or files
 
     @cached_property
-    def _headers(self) -> dict[str, tuple[str, int]]:
-        """Return the header's dtype name and the number of values for each tensor in the folder's files."""
-        headers: dict[str, tuple[str, int]] = {}
+    def _headers(self) -> dict[str, tuple[str, torch.Size]]:
+        """Return the header's dtype name and the shape of each tensor in the folder's files."""
+        headers: dict[str, tuple[str, torch.Size]] = {}
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
-                    headers[name] = (part.get_dtype(), torch.Size(part.get_shape()).numel())
+                    headers[name] = (part.get_dtype(), torch.Size(part.get_shape()))
         return headers
+
+    def _first_mismatch(self, model: nn.Module) -> str:
+        """Return words on the first weight of another shape than in the files; empty if none can be identified.
+
+        Classes name the module above a text stack or a vision tower in their own ways, so names are compared by their
+        last parts.
+        """
+        for parts in (4, 2):
+            shapes: dict[str, set[torch.Size]] = {}
+            for name, (_, shape) in self._headers.items():
+                shapes.setdefault(_tail(name, parts), set()).add(shape)
+            for name, weight in model.named_parameters():
+                stored = shapes.get(_tail(name, parts), set())
+                if len(stored) == 1 and weight.shape not in stored:
+                    return f" ({name!r} is {tuple(weight.shape)} there, and {tuple(*stored)} in the files)"
+        return ""
 
     def _check_depth(self, config: PretrainedConfig) -> None:
         """Raise `ModelError` if there are more layers than tensors in the folder; creating them could take hours."""
@@ -253,6 +271,30 @@ class ModelSource:
                 f"the config.json of {self.name!r} names {layers} layers (num_hidden_layers), and its files hold "
                 f"{len(self._headers)} tensors; fetch the model again"
             )
+
+
+def _hint(error: Exception, config: Mapping[str, Any]) -> str:
+    """Return the fields of a configuration that an error is about, where the libraries' message does not name them."""
+    fields = [
+        f"{path}={quoted(value)}"
+        for path, value in _fields(config)
+        if (isinstance(error, KeyError) and value in error.args)
+        or (isinstance(error, ZeroDivisionError) and value == 0 and path.rpartition(".")[2].startswith("num_"))
+    ]
+    return f" ({', '.join(fields)})" if fields else ""
+
+
+def _fields(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of every field that has a plain value."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{above}{name}.")
+        elif isinstance(value, str | int | float):
+            yield f"{above}{name}", value
+
+
+def _tail(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
 
 
 def _kind(family: Family) -> Any:
