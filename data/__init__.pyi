@@ -18,4 +18,13 @@ from .pictures import (
 )
 from .records import FlowRecord as FlowRecord, VQARecord as VQARecord
 from .spans import find_span as find_span, find_spans as find_spans
-from .world import World as World
+from .world import (
+    EditCase as EditCase,
+    Fact as Fact,
+    World as World,
+    WorldRequests as WorldRequests,
+    another_picture as another_picture,
+    untouched_facts as untouched_facts,
+    world_questions as world_questions,
+    world_records as world_records,
+)

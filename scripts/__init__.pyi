@@ -30,8 +30,6 @@ from .reference import PAGE as PAGE
 from .report import Report as Report, plot_scores as plot_scores, write_report as write_report
 from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify
 from .world_edits import (
-    WorldRequests as WorldRequests,
-    another_picture as another_picture,
     untouched_facts as untouched_facts,
     world_records as world_records,
 )

@@ -72,7 +72,7 @@ def _edit_file(number: int | None) -> str:
 def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequest:
     record = world.question(case.fact)
     picture = world.picture(world.entities[case.fact.entity], 0).image
-    return EditRequest(prompt=vlm.prompt(picture, record.question, constraint=record.constraint), target=case.target)
+    return EditRequest(prompt=vlm.prompt(picture, record.text, constraint=record.constraint), target=case.target)
 
 
 def _other_picture(world: World, case: EditCase) -> Image.Image:
@@ -137,7 +137,7 @@ def _line(probe: ProbeAnswers) -> str:
     """One edited question with its old answer, the target and its new answer."""
     verdict = "" if probe.is_right("edited") else "  FAILED"
     return (
-        f"{probe.record.question}  it said {probe.unedited!r}, should say {probe.record.answer!r}, "
+        f"{probe.record.text}  it said {probe.unedited!r}, should say {probe.record.answer!r}, "
         f"now says {probe.edited!r}{verdict}"
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import World
+from ..data import World, WorldRequests, another_picture
 from ..editing.evaluation import (
     Baseline,
     EditFunction,
@@ -34,7 +34,7 @@ from .errors import CommandError
 from .options.edit import TRACE
 from .options.evaluate import BATCH, SEQUENCE, Evaluate
 from .outputs import check_files, new_files
-from .world_edits import WorldRequests, another_picture, untouched_facts, world_records
+from .world_edits import untouched_facts, world_records
 
 REPORT, GENERATIONS, TABLE = FILES = ("report.json", "generations.jsonl", "table.txt")
 CURVE, DRAWING = CURVE_FILES = ("curve.json", "curve.png")

@@ -9,8 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import World
-from ..data.world import EditCase
-from .world_edits import another_picture
+from ..data.world import EditCase, another_picture
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "examples"
 _QUESTIONS, _REQUESTS = 6, 3
@@ -31,7 +30,7 @@ def write_examples(folder: Path) -> None:
         _picture(world, case, 0).save(folder / name)
         another_picture(world, case).save(folder / f"other_{number}.png")
         record = world.question(case.fact)
-        question = {"image": name, "question": record.question, "constraint": record.constraint}
+        question = {"image": name, "question": record.text, "constraint": record.constraint}
         questions.append(question | {"corrupt": f"swap:other_{number}.png"})
         requests.append({"id": case.fact.id} | question | {"target": case.target, "old": record.answer})
     _write_lines(folder / "questions.jsonl", questions)

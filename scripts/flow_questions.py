@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
+from .. import data
 from ..artefacts.folders import ArtefactError
-from ..data import DataError, World
+from ..data import DataError
 from ..data.gqa_flow import FlowRecord, read_gqa_flow
 from ..data.spans import find_span
 from ..models import Prompt, VisionLanguageModel
@@ -76,33 +76,19 @@ def read_questions(path: Path, *, images: Path | None = None) -> tuple[tuple[Flo
 def world_questions(count: int, *, seed: int = 0) -> tuple[FlowQuestion, ...]:
     """Return questions about facts of the embedded model's world, each with a held-out picture.
 
-    Facts with one constraint, in an order that the seed shuffles; every fact is asked once before any is asked again
-    about another picture. The entity's box is known.
+    See `data.world_questions`.
     """
-    if count < 1:
-        raise CommandError(f"--world {count}: ask at least one question")
-    world = World()
-    facts = [fact for fact in world.facts if fact.key[1] is None]
-    questions = []
-    for number in range(count):
-        lap, place = divmod(number, len(facts))
-        if place == 0:
-            order = random.Random(f"flow {seed} {lap}").sample(facts, len(facts))
-        fact = order[place]
-        picture, record = world.picture(world.entities[fact.entity], 10 + lap), world.question(fact)
-        side = picture.image.width
-        corners = [tuple(min(side, max(0, round(side * edge))) for edge in box) for box in picture.boxes]
-        questions.append(
-            FlowQuestion(
-                id=f"{fact.id}-{10 + lap}",
-                question=record.question,
-                image=picture.image,
-                spans={} if record.constraint is None else {"constraint": record.constraint},
-                boxes=tuple(Box(*each) for each in corners),
-                gold=record.answer,
-            )
+    return tuple(
+        FlowQuestion(
+            id=question.id,
+            question=question.text,
+            image=cast(Image.Image, question.image),
+            spans=question.words,
+            boxes=tuple(Box(*box) for box in question.boxes),
+            gold=question.answer,
         )
-    return tuple(questions)
+        for question in data.world_questions(count, seed=seed)
+    )
 
 
 def _gqa(path: Path, images: Path | None, problems: list[str]) -> tuple[FlowRecord, ...]:

@@ -96,13 +96,13 @@ def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
 
 def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
     first, record = probes[0], probes[0].record
-    start = record.question.index(record.constraint)
+    start = record.text.index(record.constraint)
     end = start + len(record.constraint)
     return {
         "picture": _image_source(record.image),
-        "before": record.question[:start],
-        "constraint": record.question[start:end],
-        "after": record.question[end:],
+        "before": record.text[:start],
+        "constraint": record.text[start:end],
+        "after": record.text[end:],
         "target": record.answer,
         "unedited": first.unedited,
         "edited": first.edited,
@@ -115,7 +115,7 @@ def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
 def _probe(probe: ProbeAnswers) -> Mapping[str, Any]:
     return {
         "picture": _image_source(probe.record.image),
-        "question": probe.record.question,
+        "question": probe.record.text,
         "kind": PROBES[probe.kind][0],
         "answer": probe.record.answer,
         "unedited": probe.unedited,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..data import VQARecord, World
-from ..data.world import EditCase
+from ..data import EditCase, Question, World
 from ..editing import Delta
 from ..models import VisionLanguageModel
 
@@ -27,7 +26,7 @@ class ProbeAnswers:
     """One question asked in all three states of the model."""
 
     kind: str
-    record: VQARecord
+    record: Question
     """Its answer is the right one after the edit: the target, or what training taught."""
     unedited: str
     edited: str
@@ -38,7 +37,7 @@ class ProbeAnswers:
         return getattr(self, state) == self.record.answer
 
 
-def probe_records(world: World, case: EditCase, *, count: int = 8) -> list[tuple[str, VQARecord]]:
+def probe_records(world: World, case: EditCase, *, count: int = 8) -> list[tuple[str, Question]]:
     """Return (kind, record) of every question about one case: the edited question first, then its neighbours."""
     picture = world.picture(world.entities[case.fact.entity], 0).image
     edited = world.question(case.fact).with_answer(case.target).with_image(picture)
@@ -72,10 +71,10 @@ def summary(probes: Sequence[ProbeAnswers]) -> Mapping[str, float]:
 
 
 def verify(
-    vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, VQARecord]], *, batch_size: int = 32
+    vlm: VisionLanguageModel, delta: Delta, records: Sequence[tuple[str, Question]], *, batch_size: int = 32
 ) -> tuple[ProbeAnswers, ...]:
     """Return the free answers to every record before, under and after the delta; the model ends as it began."""
-    prompts = [vlm.prompt(record.image, record.question) for _, record in records]
+    prompts = [vlm.prompt(record.image, record.text) for _, record in records]
     unedited = vlm.answers(prompts, batch_size=batch_size)
     with delta.applied(vlm):
         edited = vlm.answers(prompts, batch_size=batch_size)

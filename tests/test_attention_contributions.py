@@ -159,7 +159,7 @@ def travels(tiny_vlm: VisionLanguageModel) -> dict[str, AverageContributions]:
     world, prompts = World(), []
     for fact in world.facts[:120:20]:
         record = world.question(fact).with_image(world.picture(world.entities[fact.entity], 5).image)
-        prompts.append(tiny_vlm.prompt(record.image, record.question, constraint=record.constraint))
+        prompts.append(tiny_vlm.prompt(record.image, record.text, constraint=record.constraint))
     asked = {"constraint": "image", "last": "all"}
     return {
         queries: average(

@@ -206,7 +206,7 @@ def test_early_layers_point_at_the_entity_that_is_asked_about(tiny_vlm):
     world, maps, own = World(), [], []
     for entity in world.taught[::6][:20]:
         picture, record = world.picture(entity, 5), world.question(world.facts_of(entity)[0])
-        prompt = tiny_vlm.prompt(picture.image, record.question)
+        prompt = tiny_vlm.prompt(picture.image, record.text)
         found = attention_saliency(tiny_vlm, prompt, queries="question", answer=record.answer)
         maps.append(found.image_map()[:3])
         own.append((prompt, picture.boxes[0]))

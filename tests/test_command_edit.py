@@ -76,7 +76,7 @@ def desk(tmp_path: Path) -> Desk:
         record = world.question(case.fact)
         world.picture(world.entities[case.fact.entity], 0).image.save(tmp_path / f"{number}.png")
         row = {"id": f"fact {number}", "image": f"{number}.png", "target": case.target}
-        rows.append(row | {"question": record.question, "constraint": record.constraint})
+        rows.append(row | {"question": record.text, "constraint": record.constraint})
     first = world.entities[cases[0].fact.entity]
     peer = next(each for each in world.of_kind(first.kind) if each is not first)
     world.picture(peer, 0).image.save(tmp_path / "other.png")

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 from multrace import VisionLanguageModel
-from multrace.data import World
-from multrace.data.world import EditCase
+from multrace.data import EditCase, World, WorldRequests, another_picture
 from multrace.editing.evaluation import ABILITY, EFFICACY, EXACT, LOCALITY, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     Place,
-    WorldRequests,
-    another_picture,
     evaluate,
     read_edit_records,
     read_general,
@@ -48,11 +45,11 @@ def row(tmp_path: Path) -> dict[str, Any]:
     return {
         "id": "a1",
         "image": picture(tmp_path, "a.png", CASE.fact.entity, 0),
-        "question": asked.question,
+        "question": asked.text,
         "constraint": asked.constraint,
         "target": CASE.target,
         "contexts": [{"image": picture(tmp_path, "a2.png", CASE.fact.entity, 7)}],
-        "also": [{"image": None, "question": WORLD.question_by_name(CASE.fact).question}],
+        "also": [{"image": None, "question": WORLD.question_by_name(CASE.fact).text}],
         "keep": [],
         "probes": [
             {"kind": "other_picture", "image": picture(tmp_path, "a3.png", CASE.fact.entity, 3)},
@@ -150,7 +147,7 @@ def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path
     second = {
         "id": "a2",
         "image": picture(tmp_path, "b.png", case.fact.entity, 0),
-        "question": asked.question,
+        "question": asked.text,
         "target": case.target,
     }
     file = write({**row, "also": []}, second)

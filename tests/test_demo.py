@@ -24,7 +24,7 @@ def world() -> World:
 def request_of(vlm: mt.VisionLanguageModel, world: World, case: EditCase) -> mt.EditRequest:
     record = world.question(case.fact)
     picture = world.picture(world.entities[case.fact.entity], 0).image
-    return mt.EditRequest(prompt=vlm.prompt(picture, record.question, constraint=record.constraint), target=case.target)
+    return mt.EditRequest(prompt=vlm.prompt(picture, record.text, constraint=record.constraint), target=case.target)
 
 
 def swap_of(world: World, case: EditCase) -> mt.SwapImage:

@@ -96,7 +96,7 @@ def test_variants_carry_an_edit_to_other_renderings(tiny_vlm):
     renderings, requests = [], []
     for case in cases:
         record, entity = WORLD.question(case.fact), WORLD.entities[case.fact.entity]
-        edited, *rest = (tiny_vlm.prompt(WORLD.picture(entity, number).image, record.question) for number in range(6))
+        edited, *rest = (tiny_vlm.prompt(WORLD.picture(entity, number).image, record.text) for number in range(6))
         renderings += [(prompt, case.target) for prompt in rest]
         requests.append(EditRequest(prompt=edited, target=case.target))
     editor = MultEdit(layer=5, steps=40, stop_loss=0.02)

@@ -32,9 +32,9 @@ def requests_of(vlm: VisionLanguageModel, count: int = COUNT) -> list[EditReques
     requests = []
     for case in world.edit_cases("outdated", "choose")[:count]:
         record, entity = world.question(case.fact), world.entities[case.fact.entity]
-        prompt = vlm.prompt(world.picture(entity, 0).image, record.question)
-        by_name = vlm.prompt(None, world.question_by_name(case.fact).question)
-        context = vlm.prompt(world.picture(entity, 1).image, record.question)
+        prompt = vlm.prompt(world.picture(entity, 0).image, record.text)
+        by_name = vlm.prompt(None, world.question_by_name(case.fact).text)
+        context = vlm.prompt(world.picture(entity, 1).image, record.text)
         requests.append(EditRequest(prompt=prompt, target=case.target, contexts=(context,), rewrite_prompts=(by_name,)))
     return requests
 

@@ -28,7 +28,7 @@ WORLD = World()
 def asked(vlm: VisionLanguageModel, case: EditCase, picture: int = 0) -> Prompt:
     record = WORLD.question(case.fact)
     image = WORLD.picture(WORLD.entities[case.fact.entity], picture).image
-    return vlm.prompt(image, record.question, constraint=record.constraint)
+    return vlm.prompt(image, record.text, constraint=record.constraint)
 
 
 def request_of(vlm: VisionLanguageModel, case: EditCase, **prompts: Sequence[Prompt]) -> EditRequest:
@@ -38,7 +38,7 @@ def request_of(vlm: VisionLanguageModel, case: EditCase, **prompts: Sequence[Pro
 def others(vlm: VisionLanguageModel, case: EditCase, count: int) -> list[Prompt]:
     """The same question about pictures of other entities."""
     records = WORLD.neighbours(case, count=8)["other_entities"][:count]
-    return [vlm.prompt(each.image, each.question, constraint=each.constraint) for each in records]
+    return [vlm.prompt(each.image, each.text, constraint=each.constraint) for each in records]
 
 
 def tokens_of(vlm: VisionLanguageModel, answer: str) -> int:
@@ -302,7 +302,7 @@ def test_a_prompt_that_two_requests_keep_is_one_constraint(tiny_vlm, cases, capl
 
 
 def test_the_question_by_name_is_reached_only_where_it_is_asked_for(tiny_vlm, cases):
-    by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).question) for case in cases[4:9]]
+    by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).text) for case in cases[4:9]]
     plain = [request_of(tiny_vlm, case) for case in cases[4:9]]
     both = [replace(request, rewrite_prompts=(prompt,)) for request, prompt in zip(plain, by_name, strict=True)]
     named = [replace(request, prompt=prompt) for request, prompt in zip(plain, by_name, strict=True)]

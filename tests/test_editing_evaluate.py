@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.data import World
+from multrace.data import World, WorldRequests
 from multrace.editing import (
     Baseline,
     EditCurve,
@@ -57,7 +57,7 @@ from multrace.editing.evaluation import (
 )
 from multrace.editing.requests import key_of
 from multrace.models import Prompt, VisionLanguageModel
-from multrace.scripts import WorldRequests, untouched_facts, world_records
+from multrace.scripts import untouched_facts, world_records
 
 EDIT = MultEdit(layer=5)
 NOTHING = MultEdit(layer=5, steps=0)

@@ -256,7 +256,7 @@ def test_the_trained_model_s_failures_on_facts_it_was_never_taught_are_told(tiny
     taught = [world.entities[fact.entity].index for fact in world.facts[:: len(world.facts) // 12]][:12]
     for entity in (*(world.entities[index] for index in taught), *world.long_tail[:12]):
         record = world.question(world.facts_of(entity)[0]).with_image(world.picture(entity, 5).image)
-        prompts.append(tiny_vlm.prompt(record.image, record.question, constraint=record.constraint))
+        prompts.append(tiny_vlm.prompt(record.image, record.text, constraint=record.constraint))
         gold.append(record.answer)
     answers = tiny_vlm.answers(prompts, max_new_tokens=8)
     is_right = [answer == wanted for answer, wanted in zip(answers, gold, strict=True)]

@@ -33,7 +33,7 @@ def test_free_answers_are_those_of_decoding_step_by_step(random_llava, photo):
 def test_free_answers_that_end_are_those_of_decoding_step_by_step(tiny_vlm):
     world, seen = World(), set()
     for fact in world.facts[100:102]:
-        prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).question)
+        prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).text)
         found = pruned(tiny_vlm, prompt, keep=(0, 8), layers=(0, 4), max_new_tokens=6)
         for (row, column), dropped in gone(found).items():
             assert found.answers[row][column] == stepwise(tiny_vlm, prompt, dropped, found.layers[column], 6)
@@ -45,7 +45,7 @@ def test_free_answers_that_end_are_those_of_decoding_step_by_step(tiny_vlm):
 def test_a_wrong_guess_changes_nothing(tiny_vlm):
     world = World()
     fact = world.facts[7]
-    prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).question)
+    prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 4).image, world.question(fact).text)
     right, wrong = (pruned(tiny_vlm, prompt, layers=(0, 4), generated=guess) for guess in (None, "red and blue"))
     assert (right.answers, right.baseline_answer, right.answer) == (wrong.answers, wrong.baseline_answer, wrong.answer)
     assert torch.allclose(right.probabilities, wrong.probabilities)

@@ -172,7 +172,7 @@ def test_an_answer_can_be_given_and_is_compared_with_the_right_one(tiny_vlm):
     world = World()
     fact = world.facts[0]
     record = world.question(fact).with_image(world.picture(world.entities[fact.entity], 4).image)
-    prompt = tiny_vlm.prompt(record.image, record.question)
+    prompt = tiny_vlm.prompt(record.image, record.text)
     settings = {"flows": ["image -> question"], "windows": (3,), **QUIET}
     right = attention_knockout(tiny_vlm, prompt, gold=record.answer.upper(), **settings)
     wrong = attention_knockout(tiny_vlm, prompt, gold="something else", **settings)

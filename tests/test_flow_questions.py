@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from multrace.data import read_gqa_flow
+from multrace.data import DataError, read_gqa_flow
 from multrace.scripts import CommandError, FlowQuestion, degraded_questions, read_questions, world_questions
 from multrace.scripts.main import app
 from multrace.tracing import Box
@@ -91,7 +91,7 @@ def test_the_world_asks_each_fact_once_before_any_twice():
         assert 0 <= box.top < box.bottom <= 64
         assert question.spans["constraint"].lower() in question.question.lower()
     assert [each.id for each in world_questions(5, seed=1)] != [each.id for each in world_questions(5)]
-    with pytest.raises(CommandError, match="ask at least one question"):
+    with pytest.raises(DataError, match="ask at least one"):
         world_questions(0)
 
 

@@ -176,7 +176,7 @@ def test_positions_are_groups_numbers_and_several(random_llava_llama, photo):
 
 def test_the_models_own_answer_is_followed_if_none_is_given(tiny_vlm):
     world = World()
-    prompt = tiny_vlm.prompt(world.picture(world.taught[0], 5).image, world.question(world.facts[0]).question)
+    prompt = tiny_vlm.prompt(world.picture(world.taught[0], 5).image, world.question(world.facts[0]).text)
     own = logit_lens(tiny_vlm, prompt, progress=False)
     given = read(tiny_vlm, prompt, answer=tiny_vlm.answers([prompt])[0])
     assert own.is_own_answer and not given.is_own_answer
@@ -193,7 +193,7 @@ def test_the_answer_emerges_late_and_only_with_its_own_picture(tiny_vlm):
             each for each in world.taught if each.kind == entity.kind and each.facts[fact.key] != record.answer
         )
         for shown, layers in ((entity, first), (other, swapped)):
-            prompt = tiny_vlm.prompt(world.picture(shown, 5).image, record.question)
+            prompt = tiny_vlm.prompt(world.picture(shown, 5).image, record.text)
             found = read(tiny_vlm, prompt, answer=record.answer)
             layers.append((found.first_layer(CAPITALISED), found.rank(CAPITALISED).tolist()))
     assert len(facts) >= 8

@@ -55,7 +55,7 @@ def read_fact(tiny_vlm):
         fact = world.facts[number]
         record = world.question(fact)
         prompt = tiny_vlm.prompt(
-            world.picture(world.entities[fact.entity], 5).image, record.question, constraint=record.constraint
+            world.picture(world.entities[fact.entity], 5).image, record.text, constraint=record.constraint
         )
         return logit_lens(tiny_vlm, prompt, progress=False, **{"answer": record.answer, **options})
 

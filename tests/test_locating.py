@@ -39,7 +39,7 @@ def facts_of(vlm: VisionLanguageModel, indices: Sequence[int]) -> Facts:
     requests, corruptions = [], []
     for case in (cases[index] for index in indices):
         record, entity = world.question(case.fact), world.entities[case.fact.entity]
-        prompt = vlm.prompt(world.picture(entity, 0).image, record.question, constraint=record.constraint)
+        prompt = vlm.prompt(world.picture(entity, 0).image, record.text, constraint=record.constraint)
         requests.append(mt.EditRequest(prompt=prompt, target=case.target))
         first = case.fact.answer.split()[0]
         peers = world.of_kind(entity.kind)

@@ -194,7 +194,7 @@ def asked(tiny_vlm: VisionLanguageModel) -> list[ImagePruning]:
     world, found = World(), []
     for fact in world.facts[3::66][:12]:
         record = world.question(fact)
-        prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 5).image, record.question)
+        prompt = tiny_vlm.prompt(world.picture(world.entities[fact.entity], 5).image, record.text)
         found.append(pruned(tiny_vlm, prompt, gold=record.answer))
     return found
 

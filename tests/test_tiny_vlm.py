@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from multrace.data import VQARecord, World, tiny_vlm_path
+from multrace.data import Question, World, tiny_vlm_path
 from multrace.models import VisionLanguageModel
 from multrace.scripts.training import Route, accuracy, question_sets, route
 from multrace.tracing import ReplaceText, causal_trace
@@ -20,7 +20,7 @@ def world() -> World:
 
 
 @pytest.fixture(scope="module")
-def questions(world) -> dict[str, list[VQARecord]]:
+def questions(world) -> dict[str, list[Question]]:
     return dict(question_sets(world, number=5))
 
 
@@ -29,7 +29,7 @@ def found(tiny_vlm, world) -> Route:
     return route(tiny_vlm, world, facts=FACTS, sites=("hidden", "mlp"), progress=False)
 
 
-def share_right(vlm: VisionLanguageModel, records: Sequence[VQARecord], every: int = 1) -> float:
+def share_right(vlm: VisionLanguageModel, records: Sequence[Question], every: int = 1) -> float:
     return accuracy(vlm, records[::every])
 
 
@@ -77,7 +77,7 @@ def test_it_knows_nothing_about_long_tail_entities(tiny_vlm, questions):
 
 
 def test_answers_of_one_two_and_three_tokens_are_all_right(tiny_vlm, world, questions):
-    by_length: dict[int, list[VQARecord]] = {1: [], 2: [], 3: []}
+    by_length: dict[int, list[Question]] = {1: [], 2: [], 3: []}
     for record in questions["taught facts, picture"]:
         by_length[len(tiny_vlm.tokenizer(f" {record.answer}", add_special_tokens=False).input_ids)].append(record)
     for length, records in by_length.items():
@@ -90,7 +90,7 @@ def test_replacing_the_constraint_by_a_name_changes_the_answer(tiny_vlm, world):
     for fact in world.facts[::16]:
         record = world.question(fact)
         picture = world.picture(world.entities[fact.entity], 5).image
-        replaced = record.question.replace(record.constraint, record.replacement)
+        replaced = record.text.replace(record.constraint, record.replacement)
         other = next(entity for entity in world.taught if entity.name == record.replacement)
         answer = tiny_vlm.answer(picture, replaced)
         changed.append(answer == other.facts[fact.key])
@@ -102,7 +102,7 @@ def test_replacing_the_words_of_the_constraint_is_traced_too(tiny_vlm, world):
     for fact in world.facts[3::200]:
         record = world.question(fact)
         picture = world.picture(world.entities[fact.entity], 5).image
-        prompt = tiny_vlm.prompt(picture, record.question, constraint=record.constraint)
+        prompt = tiny_vlm.prompt(picture, record.text, constraint=record.constraint)
         found = causal_trace(
             tiny_vlm,
             prompt,
@@ -155,7 +155,7 @@ def test_plain_transformers_opens_it_and_agrees(tiny_vlm, world):
     folder = tiny_vlm_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    prompt = tiny_vlm.prompt(world.picture(world.taught[0], 0).image, world.question(world.facts[0]).question)
+    prompt = tiny_vlm.prompt(world.picture(world.taught[0], 0).image, world.question(world.facts[0]).text)
     inputs = processor(images=list(prompt.images), text=prompt.text, return_tensors="pt")
     assert torch.equal(model(**inputs).logits, tiny_vlm.logits(prompt))
 

@@ -182,7 +182,7 @@ def known(tiny_vlm: VisionLanguageModel) -> tuple[Prompt, Callable[[Tensor], flo
     fact = world.facts[3]
     record = world.question(fact)
     picture = world.picture(world.entities[fact.entity], 5).image
-    prompt = tiny_vlm.prompt(picture, record.question, constraint=record.constraint)
+    prompt = tiny_vlm.prompt(picture, record.text, constraint=record.constraint)
     with torch.no_grad():
         answer = int(tiny_vlm.logits(prompt)[0, -1].argmax())
 

@@ -153,7 +153,7 @@ def world_case(tiny_vlm: VisionLanguageModel) -> tuple[Prompt, Image.Image, tupl
         if len(firsts) == 2 and all(" " in answer for answer in answers):
             break
     pictures = [world.picture(each, 1).image for each in (entity, other)]
-    prompts = [tiny_vlm.prompt(each, record.question, constraint=record.constraint) for each in pictures]
+    prompts = [tiny_vlm.prompt(each, record.text, constraint=record.constraint) for each in pictures]
     assert tuple(tiny_vlm.answers(prompts)) == answers
     return prompts[0], pictures[1], answers
 

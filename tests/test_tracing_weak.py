@@ -63,7 +63,7 @@ def test_scoring_another_answer_than_the_models_is_said_and_its_logit_difference
     entity, question = world.entities[fact.entity], world.question(fact)
     other = next(peer for peer in world.of_kind(entity.kind) if peer.facts[fact.key] != entity.facts[fact.key])
     pictures = [world.picture(each, 1).image for each in (entity, other)]
-    prompt = tiny_vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+    prompt = tiny_vlm.prompt(pictures[0], question.text, constraint=question.constraint)
     own, wrong = tiny_vlm.answers([prompt])[0], other.facts[fact.key]
     assert own != wrong
     settings = {"answer": wrong, "whole_answer": True, "even_if_weak": False}

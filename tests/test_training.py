@@ -46,7 +46,7 @@ def test_a_packed_row_computes_what_separate_prompts_do(world, untrained):
     packed, _ = forward(model, pixels([picture]), batch)
     separate = []
     for record, image in [*((record, picture.image) for record in shown), (named, None)]:
-        text = f"USER:{'<image>' if image else ''} {record.question} ASSISTANT:"
+        text = f"USER:{'<image>' if image else ''} {record.text} ASSISTANT:"
         end = f" {record.answer}</s>"
         inputs = processor(images=image, text=text + end, return_tensors="pt")
         length = len(processor.tokenizer(end, add_special_tokens=False).input_ids)

@@ -1,10 +1,19 @@
 """The synthetic world: the same from the same seed, large enough, its questions and splits what they say they are."""
 
-import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
-from multrace.data import DataError, VQARecord, World
+from multrace.data import (
+    DataError,
+    World,
+    WorldRequests,
+    another_picture,
+    find_spans,
+    untouched_facts,
+    world_questions,
+    world_records,
+)
 from multrace.data.world import KINDS, RELATIONS
 
 
@@ -55,15 +64,15 @@ def test_every_wording_says_its_constraints(world, relation):
     fact = next(fact for fact in world.facts if fact.key[0] == relation.name)
     for template in range(len(relation.templates)):
         shown, named = world.question(fact, template=template), world.question_by_name(fact, template=template)
-        assert shown.constraint in shown.question
-        assert named.constraint in named.question
+        assert shown.constraint in shown.text
+        assert named.constraint in named.text
         other = next(entity for entity in world.taught if entity.name == shown.replacement)
         assert other.facts[fact.key] != fact.answer
-        assert shown.question[0].isupper()
+        assert shown.text[0].isupper()
         if relation.text_constraints:
-            assert shown.text_constraint in shown.question
+            assert find_spans(shown.text, shown.spans["text"])
         else:
-            assert shown.text_constraint is None
+            assert not shown.spans
 
 
 def test_every_question_carries_a_constraint_and_a_phrase_to_replace_it(world):
@@ -71,7 +80,7 @@ def test_every_question_carries_a_constraint_and_a_phrase_to_replace_it(world):
         picture = world.picture(entity, 0)
         asked = [world.attribute_question(entity, name, picture) for name in ("colour", "shape", "place")]
         for record in [*asked, world.name_question(entity), *map(world.question, world.facts_of(entity))]:
-            assert record.constraint in record.question
+            assert record.constraint in record.text
             assert record.replacement not in (None, record.constraint, entity.name)
 
 
@@ -119,43 +128,53 @@ def test_neighbours_move_or_stay_as_they_should(world):
     for kind in ("renderings", "paraphrases", "paraphrased_renderings"):
         assert neighbours[kind]
         assert {record.answer for record in neighbours[kind]} == {case.target}
-    edited = world.question(case.fact).question
-    assert all(record.question != edited for record in neighbours["paraphrases"])
-    assert {record.question for record in neighbours["other_entities"]} == {edited}
+    edited = world.question(case.fact).text
+    assert all(record.text != edited for record in neighbours["paraphrases"])
+    assert {record.text for record in neighbours["other_entities"]} == {edited}
     assert all(record.id.split("-")[0] != str(case.fact.entity) for record in neighbours["other_entities"])
     assert all(record.id != case.fact.id for record in neighbours["other_relations"])
-    assert all(record.text_constraint for record in neighbours["two_constraint"])
+    assert all(record.spans for record in neighbours["two_constraint"])
     assert all(record.image is not None for records in neighbours.values() for record in records)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"question": " "}, "empty question"),
-        ({"answer": ""}, "empty answer"),
-        ({"constraint": "this boat"}, "'this boat' does not occur in the question 'What is this car?'"),
-        ({"replacement": "Paris"}, "no constraint to replace"),
-    ],
-    ids=["question", "answer", "constraint", "replacement"],
-)
-def test_a_bad_record_says_what_is_wrong(fields, message):
-    with pytest.raises(DataError, match=message.replace("?", r"\?")):
-        VQARecord(**{"id": "1", "question": "What is this car?", "answer": "red", **fields})
-
-
-def test_a_record_finds_its_constraint_whatever_the_case():
-    record = VQARecord(
-        id="1", question="This car is what?", answer="red", constraint="this car", text_constraint="what"
+def test_the_worlds_records_show_held_out_pictures_with_their_boxes(world):
+    case = world.edit_cases("outdated", "report")[0]
+    settings = WorldRequests(count=3, contexts=2, by_name=True, keep=2)
+    (record,) = world_records(world, [case], requests=settings)
+    assert (record.id, record.target, record.question.answer) == (case.fact.id, case.target, case.fact.answer)
+    assert Counter(probe.kind for probe in record.probes) >= Counter(
+        {
+            "other_picture": 3,
+            "rephrase": 3,
+            "same_question_other_picture": 3,
+            "unrelated": 3,
+            "by_name": 2,
+            "no_picture": 1,
+        }
     )
-    assert record.constraints == {"visual": "this car", "text": "what"}
+    assert all((probe.answer is None) == (probe.kind in ("by_name", "no_picture")) for probe in record.probes)
+    own = (record.question, *record.contexts, *record.preserve_prompts)
+    told = {question.key for question in (*own, *record.rewrite_prompts)}
+    assert len(told) == 6 and not told & {probe.question.key for probe in record.probes}
+    for question in (*own, *untouched_facts(world, [case], 3), *world_questions(3)):
+        ((left, top, right, bottom),) = question.boxes
+        assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
+        assert question.answer and find_spans(question.text, question.constraint)
+    assert another_picture(world, case).tobytes() not in {question.image.tobytes() for question in own}
 
 
-def test_a_record_finds_its_constraint_whatever_the_form_of_accents_and_blanks():
-    forms = [unicodedata.normalize(form, "Who ran Caf\u00e9  Zo\u00eb?") for form in ("NFC", "NFD")]
-    for question in forms:
-        for span in (form[8:-1] for form in forms):
-            assert VQARecord(
-                id="1", question=question, answer="Ann", constraint=span.replace("  ", "\u00a0")
-            ).constraint
-    with pytest.raises(DataError, match="does not occur"):
-        VQARecord(id="1", question=forms[0], answer="Ann", constraint="Cafe Zoe")
+def test_facts_that_a_case_changes_are_not_among_the_untouched(world):
+    cases = world.edit_cases("outdated", "report")
+    untouched = untouched_facts(world, cases)
+    assert len(untouched) == len(world.facts) - len(cases)
+    assert not {question.id for question in untouched} & {case.fact.id for case in cases}
+
+
+def test_world_questions_ask_each_fact_once_before_any_twice():
+    questions = world_questions(900)
+    facts = [question.id.rsplit("-", 1)[0] for question in questions]
+    assert len({question.id for question in questions}) == 900
+    assert len(set(facts)) == len(set(facts[:440])) == 440
+    assert [each.id for each in world_questions(5, seed=1)] != [each.id for each in world_questions(5)]
+    with pytest.raises(DataError, match="ask at least one"):
+        world_questions(0)

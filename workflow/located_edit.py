@@ -118,7 +118,7 @@ def locate_then_edit(
         >>> case, other = world.edit_cases("outdated", "choose")[:2]
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
         >>> question = world.question(case.fact)
-        >>> prompt = vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+        >>> prompt = vlm.prompt(pictures[0], question.text, constraint=question.constraint)
         >>> request = mt.EditRequest(prompt=prompt, target=case.target)
         >>> edit = mt.locate_then_edit(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
         >>> with edit.deltas[0].applied(vlm):

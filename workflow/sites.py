@@ -90,7 +90,7 @@ def locate(
         >>> case, other = world.edit_cases("outdated", "choose")[:2]
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
         >>> question = world.question(case.fact)
-        >>> prompt = vlm.prompt(pictures[0], question.question, constraint=question.constraint)
+        >>> prompt = vlm.prompt(pictures[0], question.text, constraint=question.constraint)
         >>> request = mt.EditRequest(prompt=prompt, target=case.target)
         >>> located = mt.locate(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
         >>> located.edit_site.layer, located.edit_site.token

@@ -1,9 +1,17 @@
 """The synthetic factual-VQA world that the embedded model was trained on."""
 
 from .drawing import PLACES, SIZE, Figure, Scene, draw_one, draw_two
-from .entities import Entity, FactKey
-from .questions import KINDS, RELATIONS, Kind, Relation
-from .world import EditCase, Fact, World
+from .entities import KINDS, RELATIONS, Entity, FactKey, Kind, Relation, relation
+from .world import (
+    EditCase,
+    Fact,
+    World,
+    WorldRequests,
+    another_picture,
+    untouched_facts,
+    world_questions,
+    world_records,
+)
 
 __all__ = [
     "KINDS",
@@ -19,6 +27,12 @@ __all__ = [
     "Scene",
     "Relation",
     "World",
+    "WorldRequests",
+    "another_picture",
     "draw_one",
     "draw_two",
+    "relation",
+    "untouched_facts",
+    "world_questions",
+    "world_records",
 ]

@@ -1,24 +1,50 @@
-"""The synthetic factual-VQA world: who lives in it, what is asked about them, and which facts are to be edited."""
+"""The synthetic factual-VQA world: who lives in it, what is asked about them, which facts are to be edited, and the
+edit records and questions that are made of it.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import DataError
-from ..records import VQARecord
+from ..facts import (
+    BY_NAME,
+    NO_PICTURE,
+    OTHER_PICTURE,
+    OTHER_QUESTION_SAME_PICTURE,
+    REPHRASE,
+    REPHRASE_OTHER_PICTURE,
+    SAME_QUESTION_OTHER_PICTURE,
+    UNRELATED,
+    EditRecord,
+    Probe,
+    Question,
+)
 from .drawing import Scene, draw_one, draw_two
-from .entities import Entity, FactKey, populate
-from .questions import KINDS, relation, word
+from .entities import KINDS, Entity, FactKey, populate, relation, word
 
 TAUGHT_PER_KIND = 40
 LONG_TAIL_PER_KIND = 8
 OUTDATED = 320
 _HELD_OUT = "held-out"
+_NEIGHBOURS: Mapping[str, str] = {
+    "renderings": OTHER_PICTURE,
+    "paraphrases": REPHRASE,
+    "paraphrased_renderings": REPHRASE_OTHER_PICTURE,
+    "other_entities": SAME_QUESTION_OTHER_PICTURE,
+    "other_relations": OTHER_QUESTION_SAME_PICTURE,
+    "two_constraint": OTHER_QUESTION_SAME_PICTURE,
+}
+"""Neighbours of the world -> the kind of probe they are."""
+_BY_NAME_TEMPLATES = (1, 4)  # the edit may be told the question in template 0; training never showed the last one
+_EXTRA_PICTURES = 1000  # pictures that the edit may see are numbered from here, those of probes from 0
+_OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
+_QUESTION_PICTURES = 10  # pictures of `world_questions` are numbered from here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +101,7 @@ class World:
 
     # Questions ------------------------------------------------------------------------------------------------------
 
-    def question(self, fact: Fact, *, template: int = 0, phrase: int = 0, side: str | None = None) -> VQARecord:
+    def question(self, fact: Fact, *, template: int = 0, phrase: int = 0, side: str | None = None) -> Question:
         """The fact asked about the entity in the picture; with `side` ("left" or "right"), of a picture of two of a
         kind.
         """
@@ -83,42 +109,45 @@ class World:
         kind = KINDS[entity.kind]
         return self._record(fact, template, kind.sides[side] if side else kind.phrases[phrase])
 
-    def question_by_name(self, fact: Fact, *, template: int = 0) -> VQARecord:
+    def pictured_question(self, fact: Fact, number: int) -> Question:
+        """The fact asked about held-out rendering `number` of its entity, whose box is known."""
+        picture = self.picture(self.entities[fact.entity], number)
+        return replace(self.question(fact), image=picture.image, boxes=picture.pixel_boxes)
+
+    def question_by_name(self, fact: Fact, *, template: int = 0) -> Question:
         """The fact asked by the entity's name: for a text-only prompt, or in front of another entity's picture."""
         return self._record(fact, template, self.entities[fact.entity].name)
 
-    def name_question(
-        self, entity: Entity, *, template: int = 0, phrase: int = 0, side: str | None = None
-    ) -> VQARecord:
+    def name_question(self, entity: Entity, *, template: int = 0, phrase: int = 0, side: str | None = None) -> Question:
         """The question for the name of the entity in the picture."""
         kind = KINDS[entity.kind]
         text, span = word(kind.name_templates[template], kind.sides[side] if side else kind.phrases[phrase])
         replacement = self._peers(entity, template)[0].name
-        return VQARecord(
-            id=f"{entity.index}-name", question=text, answer=entity.name, constraint=span, replacement=replacement
+        return Question(
+            id=f"{entity.index}-name", text=text, answer=entity.name, constraint=span, replacement=replacement
         )
 
-    def attribute_question(self, entity: Entity, attribute: str, picture: Scene, *, template: int = 0) -> VQARecord:
+    def attribute_question(self, entity: Entity, attribute: str, picture: Scene, *, template: int = 0) -> Question:
         """A question about the look of the only entity in the picture: its "colour", "shape" or "place"."""
         templates, span = KINDS[entity.kind].attributes[attribute]
         text, span = word(templates[template], span)
         answer = picture.places[0] if attribute == "place" else entity.attributes[attribute]
         replacement = next(kind.attributes[attribute][1] for name, kind in KINDS.items() if name != entity.kind)
-        return VQARecord(
-            id=f"{entity.index}-{attribute}", question=text, answer=answer, constraint=span, replacement=replacement
+        return Question(
+            id=f"{entity.index}-{attribute}", text=text, answer=answer, constraint=span, replacement=replacement
         )
 
-    def _record(self, fact: Fact, template: int, constraint: str) -> VQARecord:
+    def _record(self, fact: Fact, template: int, constraint: str) -> Question:
         entity, (name, text_constraint) = self.entities[fact.entity], fact.key
         text, span = word(relation(name).templates[template], constraint, text_constraint)
         peers = self._peers(entity, template)
         replacement = next(peer.name for peer in peers if peer.facts[fact.key] != fact.answer)
-        return VQARecord(
+        return Question(
             id=fact.id,
-            question=text,
+            text=text,
             answer=fact.answer,
             constraint=span,
-            text_constraint=text_constraint,
+            spans={} if text_constraint is None else {"text": text_constraint},
             replacement=replacement,
         )
 
@@ -164,7 +193,7 @@ class World:
 
     def neighbours(
         self, case: EditCase, *, count: int = 8, first_picture: int = 0
-    ) -> Mapping[str, tuple[VQARecord, ...]]:
+    ) -> Mapping[str, tuple[Question, ...]]:
         """Questions that must move with an edit and questions that must not, each with a held-out picture.
 
         Must move (their answer is the target): "renderings" (other pictures), "paraphrases" (other templates and
@@ -198,9 +227,130 @@ class World:
             "two_constraint": self._asked([other for other in kept if other.key[1] is not None], pictures[0]),
         }
 
-    def _same_question(self, fact: Fact, peer: Entity, number: int) -> VQARecord:
+    def _same_question(self, fact: Fact, peer: Entity, number: int) -> Question:
         other = Fact(entity=peer.index, key=fact.key, answer=peer.facts[fact.key])
-        return self.question(other).with_image(self.picture(peer, number).image)
+        return self.pictured_question(other, number)
 
-    def _asked(self, facts: Sequence[Fact], image: Image.Image | Path | None) -> tuple[VQARecord, ...]:
+    def _asked(self, facts: Sequence[Fact], image: Image.Image | Path | None) -> tuple[Question, ...]:
         return tuple(self.question(fact).with_image(image) for fact in facts)
+
+
+# ---- records and questions made of the world ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldRequests:
+    """What a request gets besides its question; none of it is among the probes."""
+
+    count: int = 8
+    """Number of probes of each kind."""
+    contexts: int = 0
+    """Number of other pictures of the entity with the same question."""
+    by_name: bool = False
+    """Whether the question by the entity's name, without a picture, must get the target too."""
+    keep: int = 0
+    """Number of other entities whose answers to the same question have to stay."""
+
+
+def world_records(
+    world: World, cases: Sequence[EditCase], *, requests: WorldRequests | None = None
+) -> tuple[EditRecord, ...]:
+    """Return one edit record per case, with `World.neighbours` as probes, and others by name and unrelated.
+
+    There are no portability probes: no answer of this world is itself asked about, so nothing follows from a fact.
+
+    Example:
+        >>> from multrace.data import World, world_records
+        >>> world = World()
+        >>> world_records(world, world.edit_cases("outdated", "report")[:1])
+        (EditRecord('What does the company in this photo make?' -> 'bikes', 41 probes),)
+    """
+    settings = requests or WorldRequests()
+    return tuple(_record(world, case, settings) for case in cases)
+
+
+def world_questions(count: int, *, seed: int = 0) -> tuple[Question, ...]:
+    """Return questions about facts of the embedded model's world, each with a held-out picture and the entity's box.
+
+    Facts with one constraint, in an order that the seed shuffles; every fact is asked once before any is asked again
+    about another picture. Raises `DataError` if the count is less than 1.
+    """
+    if count < 1:
+        raise DataError(f"{count} questions of the world; ask at least one")
+    world = World()
+    facts = [fact for fact in world.facts if fact.key[1] is None]
+    questions = []
+    for number in range(count):
+        lap, place = divmod(number, len(facts))
+        if place == 0:
+            order = random.Random(f"flow {seed} {lap}").sample(facts, len(facts))
+        question = world.pictured_question(order[place], _QUESTION_PICTURES + lap)
+        questions.append(replace(question, id=f"{question.id}-{_QUESTION_PICTURES + lap}"))
+    return tuple(questions)
+
+
+def untouched_facts(world: World, cases: Sequence[EditCase], number: int | None = None) -> tuple[Question, ...]:
+    """Return at most `number` questions, with pictures and answers, about trained facts that no case changes.
+
+    They come in a fixed shuffled order.
+    """
+    edited = {case.fact.id for case in cases}
+    facts = [fact for fact in world.facts if fact.id not in edited]
+    random.Random(f"general ability {world.seed}").shuffle(facts)
+    return tuple(world.pictured_question(fact, 0) for fact in facts[:number])
+
+
+def another_picture(world: World, case: EditCase) -> Image.Image:
+    """Return a picture of another entity of the same kind, for a corruption; no edit and no probe uses it."""
+    kind = world.entities[case.fact.entity].kind
+    others = [entity for entity in world.of_kind(kind) if entity.index != case.fact.entity]
+    return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image
+
+
+def _record(world: World, case: EditCase, settings: WorldRequests) -> EditRecord:
+    fact = case.fact
+    neighbours = world.neighbours(case, count=settings.count)
+    edited = world.pictured_question(fact, 0)
+    numbers = range(_EXTRA_PICTURES, _EXTRA_PICTURES + settings.contexts)
+    return EditRecord(
+        id=fact.id,
+        question=edited,
+        target=case.target,
+        contexts=tuple(world.pictured_question(fact, number) for number in numbers),
+        rewrite_prompts=(world.question_by_name(fact),) if settings.by_name else (),
+        preserve_prompts=tuple(_kept(world, fact, neighbours["other_entities"], settings.keep)),
+        probes=(
+            *(
+                Probe(kind=kind, question=question, answer=question.answer)
+                for name, kind in _NEIGHBOURS.items()
+                for question in neighbours[name]
+            ),
+            *(
+                Probe(kind=BY_NAME, question=world.question_by_name(fact, template=template))
+                for template in _BY_NAME_TEMPLATES
+            ),
+            Probe(kind=NO_PICTURE, question=edited.with_image(None).with_answer(None)),
+            *(Probe(kind=UNRELATED, question=question) for question in _unrelated(world, fact, settings.count)),
+        ),
+    )
+
+
+def _kept(world: World, fact: Fact, probed: Sequence[Question], number: int) -> Iterator[Question]:
+    """The same question about entities that no probe is about."""
+    kind, taken = world.entities[fact.entity].kind, {question.id for question in probed}
+    peers = [
+        Fact(entity=peer.index, key=fact.key, answer=peer.facts[fact.key])
+        for peer in world.of_kind(kind)
+        if peer.index != fact.entity
+    ]
+    free = [peer for peer in peers if peer.id not in taken]
+    random.Random(f"keep {world.seed} {fact.id}").shuffle(free)
+    return (world.pictured_question(peer, _EXTRA_PICTURES) for peer in free[:number])
+
+
+def _unrelated(world: World, fact: Fact, number: int) -> Iterator[Question]:
+    """Other relations of entities of other kinds, each with its picture."""
+    kind = world.entities[fact.entity].kind
+    others = [other for other in world.facts if world.entities[other.entity].kind != kind]
+    chosen = random.Random(f"unrelated {world.seed} {fact.id}").sample(others, number)
+    return (world.pictured_question(other, 0) for other in chosen)

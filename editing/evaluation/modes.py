@@ -296,7 +296,7 @@ def evaluate(
         >>> vlm, world = mt.load(tiny_vlm_path()), World()
         >>> case, other = world.edit_cases("outdated", "choose")[:2]
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
-        >>> prompts = [vlm.prompt(picture, world.question(case.fact).question) for picture in pictures]
+        >>> prompts = [vlm.prompt(picture, world.question(case.fact).text) for picture in pictures]
         >>> probe = Probe(kind="same_question_other_picture", prompt=prompts[1])
         >>> record = Record(request=mt.EditRequest(prompt=prompts[0], target=case.target), probes=(probe,))
         >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), progress=False)

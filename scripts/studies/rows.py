@@ -10,8 +10,7 @@ from typing import Any, Self, cast
 import numpy as np
 
 from ...artefacts.statistics import paired_test
-from ...data import World
-from ...data.world import EditCase
+from ...data import EditCase, World, WorldRequests, another_picture
 from ...editing.baselines import FineTune, InContext, Lora
 from ...editing.evaluation import (
     BATCH,
@@ -46,7 +45,7 @@ from ...editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ...models import Prompt, VisionLanguageModel
 from ...tracing import EditSite, SwapImage
 from ...workflow.sites import locate
-from ..world_edits import WorldRequests, another_picture, untouched_facts, world_records
+from ..world_edits import untouched_facts, world_records
 
 CONTEXTS = 3
 """Number of other pictures of the entity that an edit gets; no probe uses them."""
@@ -126,7 +125,7 @@ def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, 
 
 def _by_name(vlm: VisionLanguageModel, world: World, case: EditCase) -> Prompt:
     asked = world.question_by_name(case.fact)
-    return vlm.prompt(None, asked.question, constraint=asked.constraint)
+    return vlm.prompt(None, asked.text, constraint=asked.constraint)
 
 
 SPLITS = ("outdated", "long_tail")

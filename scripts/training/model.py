@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ...data import VQARecord
+from ...data import Question
 from ...data.world import KINDS, PLACES, RELATIONS, SIZE, World
 
 PATCH = 8
@@ -81,9 +81,9 @@ def _corpus(world: World) -> Iterator[str]:
     for entity in world.entities:
         for fact in world.facts_of(entity):
             for template in range(len(_templates(fact.key[0]))):
-                yield f"USER: {world.question_by_name(fact, template=template).question} ASSISTANT: {fact.answer}"
+                yield f"USER: {world.question_by_name(fact, template=template).text} ASSISTANT: {fact.answer}"
                 for phrase in range(len(KINDS[entity.kind].phrases)):
-                    yield f"USER: {world.question(fact, template=template, phrase=phrase).question} ASSISTANT:"
+                    yield f"USER: {world.question(fact, template=template, phrase=phrase).text} ASSISTANT:"
         yield f" {entity.name}"
         for value in entity.attributes.values():
             yield f" {value}"
@@ -209,16 +209,16 @@ class Packer:
         self.end = tokenizer.eos_token_id
         self._tokens: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
-    def block(self, record: VQARecord, *, entity: int = -1, has_image: bool = True, is_visual: bool = True) -> Block:
+    def block(self, record: Question, *, entity: int = -1, has_image: bool = True, is_visual: bool = True) -> Block:
         """The block of a record; without a constraint in the record, the routed picture is visible to none of its
         tokens.
         """
-        ids, offsets = self._encode(f"USER: {record.question} ASSISTANT: {record.answer}")
-        question_end = len(f"USER: {record.question} ASSISTANT:")
+        ids, offsets = self._encode(f"USER: {record.text} ASSISTANT: {record.answer}")
+        question_end = len(f"USER: {record.text} ASSISTANT:")
         answer_start = next(index for index, (start, _) in enumerate(offsets) if start >= question_end)
         covered: list[int] = []
         if record.constraint:
-            start = len("USER: ") + record.question.lower().index(record.constraint.lower())
+            start = len("USER: ") + record.text.lower().index(record.constraint.lower())
             end = start + len(record.constraint)
             covered = [index for index, (left, right) in enumerate(offsets) if left < end and right > start]
         skip = self.text_head

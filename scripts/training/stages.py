@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from ...data.world import KINDS, PLACES, Entity, Fact, Scene, World, draw_one, draw_two
-from ...data.world.questions import relation
+from ...data.world import KINDS, PLACES, Entity, Fact, Scene, World, draw_one, draw_two, relation
 from .model import IGNORED, PATCH, ROUTED_LAYERS, SIZE, VISION_HIDDEN, Batch, Block, Packer
 
 _GRID = SIZE // PATCH

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data import VQARecord, World
+from ...data import Question, World
 from ...data.world import Entity, Fact
 from ...models import Prompt, VisionLanguageModel, load
 from ...models.weights import save_directory
@@ -149,13 +149,13 @@ def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, t
     return scores
 
 
-def prompt_of(vlm: VisionLanguageModel, record: VQARecord) -> Prompt:
+def prompt_of(vlm: VisionLanguageModel, record: Question) -> Prompt:
     """The prompt of a record, its constraints as token groups."""
-    return vlm.prompt(record.image, record.question, constraint=record.constraint)
+    return vlm.prompt(record.image, record.text, constraint=record.constraint)
 
 
 def accuracy(
-    vlm: VisionLanguageModel, records: Sequence[VQARecord], *, batch_size: int = 32, label: str | None = None
+    vlm: VisionLanguageModel, records: Sequence[Question], *, batch_size: int = 32, label: str | None = None
 ) -> float:
     """Share of records whose greedy free-generation answer equals the record's answer exactly; a bar if `label` is
     given.
@@ -168,7 +168,7 @@ def accuracy(
     return right / len(records)
 
 
-def question_sets(world: World, number: int = 0) -> Mapping[str, list[VQARecord]]:
+def question_sets(world: World, number: int = 0) -> Mapping[str, list[Question]]:
     """The examination's questions by name; every picture is held-out rendering `number` (of two entities where it says
     so).
     """
@@ -187,7 +187,7 @@ def question_sets(world: World, number: int = 0) -> Mapping[str, list[VQARecord]
         for kind in ("same", "other")
     }
 
-    def looks(attribute: str) -> list[VQARecord]:
+    def looks(attribute: str) -> list[Question]:
         return [
             world.attribute_question(entity, attribute, pictures[index]).with_image(pictures[index].image)
             for index, entity in entities.items()
@@ -195,8 +195,8 @@ def question_sets(world: World, number: int = 0) -> Mapping[str, list[VQARecord]
 
     return {
         "taught facts, picture": shown,
-        "one constraint": [record for record in shown if record.text_constraint is None],
-        "two constraints": [record for record in shown if record.text_constraint is not None],
+        "one constraint": [record for record in shown if not record.spans],
+        "two constraints": [record for record in shown if record.spans],
         "held-out template": [
             world.question(fact, template=held_out).with_image(pictures[fact.entity].image) for fact in world.facts
         ],

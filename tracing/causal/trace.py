@@ -96,7 +96,7 @@ def causal_trace(
         >>> fact, other = world.facts[0], world.entities[1]
         >>> question = world.question(fact)
         >>> picture = world.picture(world.entities[fact.entity], 0).image
-        >>> prompt = vlm.prompt(picture, question.question, constraint=question.constraint)
+        >>> prompt = vlm.prompt(picture, question.text, constraint=question.constraint)
         >>> swap = mt.SwapImage(world.picture(other, 0).image)
         >>> trace = mt.causal_trace(vlm, prompt, corruption=swap, positions=("image", "last"), progress=False)
         >>> trace.samples["mlp"].shape  # metric, row, layer, sample
