@@ -263,7 +263,7 @@ def world_records(
         >>> from multrace.data import World, world_records
         >>> world = World()
         >>> world_records(world, world.edit_cases("outdated", "report")[:1])
-        (EditRecord('What does the company in this photo make?' -> 'bikes', 41 probes),)
+        (EditRecord('Who was the chief of the company in this photo in 2000?' -> 'Pruro Raner', 49 probes),)
     """
     settings = requests or WorldRequests()
     return tuple(_record(world, case, settings) for case in cases)
