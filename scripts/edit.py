@@ -71,9 +71,9 @@ def run(settings: Edit) -> int:
     with new_files(settings.out) as folder:
         made.delta.save(folder / EDIT)
         (folder / REPORT).write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
-        if settings.save_model is not None:
-            with made.delta.applied(vlm):
-                vlm.save_pretrained(settings.save_model)
+    if settings.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
+        with made.delta.applied(vlm):
+            vlm.save_pretrained(settings.save_model)
     print(*outcome.lines(), sep="\n")
     written = [*(settings.out / name for name in FILES), *([settings.save_model] if settings.save_model else [])]
     print("written:", ", ".join(map(str, written)))

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -383,3 +384,20 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
 def test_editors_that_there_are_not(make: Callable[[], object], message: str):
     with pytest.raises(CommandError, match=message):
         make()
+
+
+@pytest.fixture
+def nearly_full_disk() -> Iterator[None]:
+    """No file can grow beyond two megabytes: an edit fits, the embedded model does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_the_model_loses_no_edit(desk, capsys, nearly_full_disk):
+    assert app(desk.asked(**QUICK, save_model=str(desk.folder / "model"))) == 2
+    assert "cannot save a model to" in capsys.readouterr().err
+    assert sorted(path.name for path in desk.out.iterdir()) == ["edit.safetensors", "report.json"]
+    assert len(mt.Delta.load(desk.out / "edit.safetensors").requests) == 1
+    assert not (desk.folder / "model").exists()
