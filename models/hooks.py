@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import ModelError
 from .families.addresses import Key
-from .lock import ModelLock
+from .guards import ModelLock
 
 AnyKey = TypeVar("AnyKey", bound=Key)
 

@@ -15,11 +15,8 @@ from ..data.errors import DataError
 from ..data.facts import PictureSource, Question, Words
 from ..data.pictures import Picture
 from ..data.spans import find_spans
-from .errors import ModelError
-from .frontend import Frontend, align
-from .images import open_images
-from .templates import frame
-from .texts import check_text, plain_number, whole_number
+from .errors import ModelError, check_text, plain_number, whole_number
+from .frontend import Frontend, align, frame, open_images
 
 _Value = TypeVar("_Value")
 

@@ -16,15 +16,14 @@ from transformers import Cache, PreTrainedModel
 
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
-from .errors import ModelError
+from .errors import ModelError, whole_number
 from .families.addresses import Addresses, Key, Projection
 from .families.table import Family
 from .frontend import Frontend, to_device
 from .generation import Score, generate, score_answer
+from .guards import ModelLock, evaluating
 from .hooks import first_input
-from .lock import ModelLock, evaluating
 from .prompts import Prompt, PromptInputs, build
-from .texts import whole_number
 from .weights import WeightDigests, digest_weight, save_directory
 
 Inputs = Prompt | Mapping[str, Tensor]

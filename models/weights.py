@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
-from .quiet import quiet_transformers
+from .guards import quiet_transformers
 
 _THREADS = 4
 """Number of weights that are read at once; hashing one needs a copy in main memory if it is on another device."""

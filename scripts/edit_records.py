@@ -12,9 +12,8 @@ from ..data.spans import find_span, says_once
 from ..editing import EditError
 from ..editing.evaluation import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
 from ..editing.requests import EditRequest
-from ..models import ModelError, Prompt, VisionLanguageModel
+from ..models import ModelError, Prompt, VisionLanguageModel, open_images
 from ..models.errors import gist
-from ..models.images import open_images
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ..models import VisionLanguageModel
-from ..models.images import open_images
+from ..models import VisionLanguageModel, open_images
 from ..tracing.engine.scoring import same_answer
 from .errors import CommandError
 from .flow_questions import FlowQuestion

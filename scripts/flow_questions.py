@@ -14,9 +14,8 @@ from ..artefacts.folders import ArtefactError
 from ..data import DataError
 from ..data.gqa_flow import FlowRecord, read_gqa_flow
 from ..data.spans import find_span
-from ..models import Prompt, VisionLanguageModel
+from ..models import Prompt, VisionLanguageModel, open_images
 from ..models.errors import ModelError, gist
-from ..models.images import open_images
 from ..tracing import Box, TraceError
 from .errors import CommandError
 from .json_lines import read_object, read_texts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from multrace import ModelError
-from multrace.models.quiet import is_terminal, quiet_transformers
+from multrace.models.guards import is_terminal, quiet_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging

@@ -10,7 +10,7 @@ import pytest
 import torch
 from multrace import BlankImage, Delta, EditRequest, MultEdit, Site, Trace, TraceDict, capture, causal_trace, patch
 from multrace.editing import FineTune, Ledger, RuntimeEdit
-from multrace.models.lock import ModelLock
+from multrace.models.guards import ModelLock
 from multrace.models.replay import masking, replaying
 
 QUESTION, OTHER = "Who founded the company in this photo?", "Which person runs this firm?"

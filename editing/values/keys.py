@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
+from ...models.errors import plain_number
 from ...models.replay.padded import PaddedBatch, at_columns
-from ...models.texts import plain_number
 from ..errors import EditError
 
 

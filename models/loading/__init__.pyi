@@ -1,2 +1,2 @@
-from .devices import check_in_memory as check_in_memory
+from .load import check_in_memory as check_in_memory
 from .proof import prove_addresses as prove_addresses

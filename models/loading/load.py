@@ -1,7 +1,7 @@
 """Opening a model from a directory or the hub, and verifying its addresses before they are used."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import Any
@@ -14,12 +14,13 @@ from ..families.addresses import Addresses
 from ..families.table import FAMILIES, Family, family_of
 from ..frontend import Frontend, position_limit
 from ..vlm import VisionLanguageModel
-from .devices import check_device_map, check_in_memory
-from .processors import complete_processor, find_image_token
-from .proof import prove_addresses
+from .proof import complete_processor, find_image_token, prove_addresses
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
+
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Names by which transformers chooses the devices itself."""
 
 
 @torch.inference_mode(False)  # otherwise gradients could never flow through its weights
@@ -168,3 +169,52 @@ def _torch_dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ModelError(f"cannot open {name!r} in dtype {dtype!r}; pass 'auto', 'float32', 'bfloat16' or 'float16'")
     return named
+
+
+def check_device_map(device_map: Any, name: str) -> None:
+    """Raise `ModelError` if the map names something that is not a device, or a device that torch or this machine lacks.
+
+    device_map: None, one of transformers' strategies, a device, or a mapping from module paths to devices.
+    """
+    if device_map is None or (isinstance(device_map, str) and device_map in _STRATEGIES):
+        return
+    devices = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    reasons = [f"{device!r} cannot be used here ({reason})" for device in devices if (reason := _why_not(device))]
+    if not devices or reasons:
+        usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), "auto"]
+        raise ModelError(
+            f"cannot open {name!r} with device_map={device_map!r}: {reasons[0] if reasons else 'it names no device'}; "
+            f"pass one of {', '.join(map(repr, usable))}, or leave device_map out for the CPU"
+        )
+
+
+def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:
+    """Raise `ModelError` if a weight has no values, because accelerate left it on disk for lack of memory."""
+    absent = [path for path, weight in model.named_parameters() if weight.is_meta]
+    if absent:
+        raise ModelError(
+            f"device_map={device_map!r} leaves {len(absent)} weights of {name!r} without values in memory, first "
+            f"{absent[0]!r}; pass a device with room for all of them, a smaller dtype, or device_map=None for the CPU"
+        )
+
+
+def _why_not(device: Any) -> str | None:
+    """Return the reason why no tensor can be made on the device; None if one can."""
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        return f"a device cannot be of type {type(device).__name__}"
+    if str(device) in ("meta", "disk"):
+        return "weights there cannot be read or changed"
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        return "torch knows no such device" if isinstance(device, str) else _first_sentence(error)
+    try:
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend raises its own error if it is absent
+        return _first_sentence(error)
+    return None
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the error's message without torch's advice about its own build."""
+    return str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

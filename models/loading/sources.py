@@ -26,7 +26,7 @@ from transformers import (
 
 from ..errors import ModelError, gist, quoted, reason
 from ..families.table import Family
-from ..quiet import quiet_transformers
+from ..guards import quiet_transformers
 
 logger = logging.getLogger("multrace")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, Site, VisionLanguageModel
-from ...models.quiet import quiet_transformers
+from ...models.guards import quiet_transformers
 from ...models.replay.cuts import Cut
 from ...tracing.engine.cells import EdgeCell, Measure, Runs
 from ...tracing.engine.rows import window_layers

@@ -28,8 +28,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ...artefacts import write_whole
 from ...models import Prompt, VisionLanguageModel, load
-from ...models.loading.devices import check_device_map
-from ...models.quiet import quiet_transformers
+from ...models.guards import quiet_transformers
+from ...models.loading.load import check_device_map
 from ...tracing import Corruption, ImageNoise, TextNoise
 from ...tracing.engine.cells import Runs
 from ..options.benchmarks import BenchOptions

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from torch import Tensor
 
-from ...models import Prompt, VisionLanguageModel
-from ...models.images import Picture, open_images
+from ...data.pictures import Picture
+from ...models import Prompt, VisionLanguageModel, open_images
+from ...models.errors import check_text
 from ...models.prompts import ReadOnly
-from ...models.texts import check_text
 from ..engine.positions import group_positions
 from ..errors import TraceError
 

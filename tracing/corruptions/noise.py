@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...models import Prompt, VisionLanguageModel
-from ...models.images import Picture, open_images
+from ...data.pictures import Picture
+from ...models import Prompt, VisionLanguageModel, open_images
 from ...models.prompts import ReadOnly
 from ..engine.positions import group_positions
 from ..errors import TraceError

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel, patch
+from ...models.errors import plain_number
 from ...models.hooks import first_input
 from ...models.prompts import Patch
-from ...models.texts import plain_number
 from ..errors import TraceError
 
 Positions = str | int | Sequence[str | int]

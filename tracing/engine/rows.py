@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...models import ModelError, Prompt, VisionLanguageModel
+from ...models.errors import plain_number
 from ...models.prompts import Patch
-from ...models.texts import plain_number
 from ..errors import TraceError
 from .cells import KINDS, StateCell
 from .positions import Blocks, Box, box_patches, group_positions

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, VisionLanguageModel
+from ...models.errors import plain_number
 from ...models.replay.cuts import Cut
 from ...models.replay.observe import attending
-from ...models.texts import plain_number
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs
 from ..engine.measure import measure, measure_once
 from ..engine.positions import group_positions
