@@ -394,13 +394,12 @@ def test_a_comparison_is_paired_over_common_records(go: Callable, tmp_path: Path
 
 DRIVER = """
 import sys
-from multrace.data import Question, World
+from dataclasses import replace
+from multrace.data import world_questions
 from multrace.workflow import ModelToLoad, TraceRun, run
 
-world, (model, out, count) = World(), sys.argv[1:4]
-facts = [fact for fact in world.facts if fact.key[1] is None][: int(count)]
-asked = [world.question(fact) for fact in facts]
-rows = [Question(text=each.question, constraint=each.constraint, id=fact.id) for each, fact in zip(asked, facts)]
+model, out, count = sys.argv[1:4]
+rows = [replace(question, image=None, boxes=(), answer=None) for question in world_questions(int(count))]
 settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden",), even_if_weak=True, checks=0)
 print(run(ModelToLoad(model), settings, enumerate(rows, 1), out, shard=(sys.argv[4:] or [None])[0], progress=False))
 """

@@ -14,7 +14,7 @@ from .attention.shares import (
     AverageShare as AverageShare,
     attention_share as attention_share,
 )
-from .averages import average as average
+from .averages import average as average, averager_of as averager_of
 from .causal.average import AverageTrace as AverageTrace
 from .causal.result import CausalTrace as CausalTrace
 from .causal.sites import CausalBlock as CausalBlock, EditSite as EditSite, Peak as Peak

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-from ..artefacts.averages import averaged
+from ..artefacts.averages import Averager, averaged
 from ..artefacts.folders import ArtefactError
 from ..artefacts.results import Result
 from .attention.contributions import ContributionsAverager
@@ -53,6 +53,14 @@ def average(results: Iterable[Result], **options: Any) -> Any:
     first = next(remaining, None)
     if first is None:
         raise ArtefactError("no results to average; pass at least one")
+    return averaged(averager_of(type(first), **options), chain([first], remaining))
+
+
+def averager_of(kind: type[Result], **options: Any) -> Averager[Any, Any]:
+    """Return an empty average for results of this kind, to which they are added one by one; options as in `average`.
+
+    Raises `ArtefactError` for a kind of result that has no average.
+    """
     averagers: dict[type, Any] = {
         AttentionContributions: ContributionsAverager,
         AttentionKnockout: KnockoutAverager,
@@ -62,7 +70,7 @@ def average(results: Iterable[Result], **options: Any) -> Any:
         ImagePruning: PruningAverager,
         LogitLens: LogitLensAverager,
     }
-    if type(first) not in averagers:
-        kinds = ", ".join(kind.__name__ for kind in averagers)
-        raise ArtefactError(f"a {type(first).__name__} has no average over prompts; pass results of one kind: {kinds}")
-    return averaged(averagers[type(first)](**options), chain([first], remaining))
+    if kind not in averagers:
+        kinds = ", ".join(each.__name__ for each in averagers)
+        raise ArtefactError(f"a {kind.__name__} has no average over prompts; pass results of one kind: {kinds}")
+    return averagers[kind](**options)

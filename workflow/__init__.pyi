@@ -6,9 +6,21 @@ from .analysis import (
     Task as Task,
     question_of_record as question_of_record,
 )
+from .flow_run import (
+    FlowAnswer as FlowAnswer,
+    FlowRun as FlowRun,
+    noise_for_errors as noise_for_errors,
+    with_noise as with_noise,
+)
 from .joined_runs import compare as compare, merge as merge
 from .located_edit import LocatedEdit as LocatedEdit, TraceShift as TraceShift, locate_then_edit as locate_then_edit
-from .run_folder import RunError as RunError, Shard as Shard, StoredRecord as StoredRecord
+from .run_folder import (
+    RunError as RunError,
+    Shard as Shard,
+    StoredRecord as StoredRecord,
+    check_result_folder as check_result_folder,
+    write_result_folder as write_result_folder,
+)
 from .runs import ModelToLoad as ModelToLoad, RunReport as RunReport, read_rows as read_rows, run as run
 from .sites import Located as Located, locate as locate
-from .trace_run import TraceRun as TraceRun
+from .trace_run import TraceRun as TraceRun, trace_files as trace_files, trace_summary as trace_summary

@@ -28,12 +28,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ..artefacts import ArtefactError, Averager, Result
+from ..artefacts import ArtefactError, Result
 from ..data import DataError, EditRecord, Question
 from ..editing import EditError
 from ..models import ModelError, VisionLanguageModel
 from ..models.errors import gist
-from ..tracing import TraceError
+from ..tracing import TraceError, averager_of
 from .run_folder import StoredRecord
 
 Record = Question | EditRecord
@@ -83,16 +83,27 @@ class Summary:
         return []
 
 
-class RunningAverage:
-    """The average of the results of one name, which are added record by record."""
+class RunningAverage(Summary):
+    """The average of the results of one name, which are added record by record.
 
-    def __init__(self, name: str, kind: type[Result], averager: Averager[Any, Any]) -> None:
-        self.name, self.averager = name, averager
+    Args:
+        name: The name of the results, and of the average's files unless `stem` says otherwise.
+        kind: The class of the results.
+        stem: The name of the average's files without suffix (default: `name`).
+        at_least: Number of results that an average needs (default 1).
+        options: Settings of this kind's average, as `multrace.average` takes them.
+    """
+
+    def __init__(
+        self, name: str, kind: type[Result], *, stem: str | None = None, at_least: int = 1, **options: Any
+    ) -> None:
+        self.name, self.stem = name, stem or name
+        self.averager = averager_of(kind, **options)
         self.value: Any = None
         """The average, once `files` was called."""
         self.problem = ""
         """Why there is no average."""
-        self._kind = kind
+        self._kind, self._at_least = kind, at_least
 
     def add(self, record: StoredRecord) -> None:
         """Add the result of a record that has one; a result that does not fit the others ends the average."""
@@ -103,23 +114,30 @@ class RunningAverage:
         except (TraceError, ArtefactError) as error:
             self.problem = gist(error)
 
-    def files(self, name: str, *, at_least: int = 1) -> dict[str, Callable[[Path], Any]]:
-        """Return NAME.safetensors, NAME.png and NAME.csv of the average; nothing for fewer results than `at_least`."""
-        if not self.problem and self.averager.count < at_least:
-            self.problem = f"an average needs {at_least} results, there are {self.averager.count}"
-        if self.problem:
-            return {}
-        try:
-            self.value = self.averager.average()
-        except (TraceError, ArtefactError) as error:
-            self.problem = gist(error)
-            return {}
-        table = self.value.to_dataframe
+    def files(self) -> dict[str, Callable[[Path], Any]]:
+        """Return the average, its figure and its table; nothing if there is no average."""
+        if not self.problem and self.averager.count < self._at_least:
+            self.problem = f"an average needs {self._at_least} results, there are {self.averager.count}"
+        if not self.problem:
+            try:
+                self.value = self.averager.average()
+            except (TraceError, ArtefactError) as error:
+                self.problem = gist(error)
+        return {} if self.problem else self._files(self.value)
+
+    def _files(self, value: Any) -> dict[str, Callable[[Path], Any]]:
         return {
-            f"{name}.safetensors": self.value.save,
-            f"{name}.png": self.value.plot,
-            f"{name}.csv": lambda path: table().to_csv(path, index=False),
+            f"{self.stem}.safetensors": value.save,
+            f"{self.stem}.png": value.plot,
+            f"{self.stem}.csv": lambda path: value.to_dataframe().to_csv(path, index=False),
         }
+
+    def lines(self) -> list[str]:
+        """Return the average in words, or why there is none."""
+        return [f"no average of {self.name}: {self.problem}"] if self.value is None else self._words(self.value)
+
+    def _words(self, value: Any) -> list[str]:
+        return repr(value).splitlines()
 
 
 class Analysis(ABC):
@@ -144,7 +162,9 @@ class Analysis(ABC):
         """Return what else the outcome depends on: plain values, and paths of files that count by their content."""
         return ()
 
-    def calibrate(self, vlm: VisionLanguageModel, records: Sequence[Record]) -> Mapping[str, Any] | None:
+    def calibrate(
+        self, vlm: VisionLanguageModel, records: Sequence[Record], *, progress: bool = True
+    ) -> Mapping[str, Any] | None:
         """Return plain values that are measured once over all records, or None if there is nothing to measure."""
         return None
 

@@ -20,18 +20,19 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from math import gcd
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..artefacts import ArtefactError, Result
+from ..artefacts import ArtefactError, Result, remove_leftovers, replacing_files, replacing_folder
 from ..artefacts.files import digest, read_json, write_json
 from ..data import DataError
 
@@ -42,7 +43,7 @@ SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
     "report.json",
     "rows.parquet",
 )
-CALIBRATION = "calibration.json"
+CALIBRATION, CONTENTS = "calibration.json", "contents.json"
 _LAYOUT = "multrace run {} 1"
 _FOLDERS = ("records", "summary", ".locks")
 _PART = ".part-"
@@ -298,21 +299,9 @@ class RunFolder:
         files = {path.name: [path.stat().st_size, file_digest(path)] for path in paths}
         write_json(part / RECORD, _layout(RECORD), {**content, "files": files}, error=RunError)
 
-    @contextmanager
-    def new_summary(self) -> Iterator[Path]:
-        """Yield a new folder that replaces the summary when the block ends without an error."""
-        part = self.records / f"{_PART}summary"
-        try:
-            _remove([part])
-            part.mkdir()
-            yield part
-            _remove([self.summary])
-            part.rename(self.summary)
-        except OSError as error:
-            raise RunError(_unwritable(self.path, error)) from error
-        finally:
-            with suppress(OSError):
-                _remove([part])
+    def new_summary(self) -> AbstractContextManager[Path]:
+        """Return a context with a new folder that replaces the summary when the block ends without an error."""
+        return replacing_folder(self.summary, error=RunError)
 
     def report(self) -> dict[str, Any] | None:
         """Return the report of a finished run, or None if there is none whose files are all there."""
@@ -332,6 +321,55 @@ class RunFolder:
     def remove_summary(self) -> None:
         """Remove the summary of an earlier set of records."""
         _remove([self.summary])
+
+
+def check_result_folder(folder: str | Path, *, spare: str = "") -> list[str]:
+    """Return the names of the files that `write_result_folder` wrote to the folder; none if it is new or empty.
+
+    Raises `RunError` if the folder cannot be written, or if it holds anything else. Files whose names start with
+    `spare` are no obstacle.
+    """
+    folder = Path(folder).absolute()
+    remove_leftovers(folder)
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with TemporaryFile(dir=nearest):  # permission bits do not tell of read-only file systems
+            pass
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise RunError(_unwritable(folder, error)) from error
+    listed: Mapping[str, Any] = {}
+    if CONTENTS in names:
+        listed = read_json(folder / CONTENTS, _layout(CONTENTS), error=RunError)["files"]
+    others = sorted(name for name in names - {CONTENTS, *listed} if not (spare and name.startswith(spare)))
+    if others:
+        raise RunError(
+            f"{str(folder)!r} holds files of something else ({_listed(others)}); choose a new or empty folder"
+        )
+    return sorted(listed)
+
+
+def write_result_folder(
+    folder: str | Path, files: Mapping[str, Callable[[Path], Any]], *, spare: str = ""
+) -> list[Path]:
+    """Write files that belong together to a folder of their own, and return their paths.
+
+    They replace an earlier set as a whole, with contents.json, which lists them with their digests; see
+    `check_result_folder`, whose errors this raises, for the folders that are refused.
+
+    Args:
+        folder: The folder of the files.
+        files: File name -> function that writes the file to a path.
+        spare: Files whose names start like this may be there, and go with the earlier set.
+    """
+    folder = Path(folder)
+    known = check_result_folder(folder, spare=spare)
+    with replacing_files(folder, stale=[*known, f"{spare}*"] if spare else known, error=RunError) as new:
+        for name, write in files.items():
+            write(new / name)
+        digests = {name: file_digest(new / name) for name in files}
+        write_json(new / CONTENTS, _layout(CONTENTS), {"files": digests}, error=RunError)
+    return [folder / name for name in files]
 
 
 def record_name(id: str, key: str) -> str:

@@ -38,7 +38,7 @@ from ..artefacts.files import digest
 from ..data import DataError
 from ..models import VisionLanguageModel, load
 from ..models.errors import gist
-from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, Task, plain
+from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, Task, plain, question_of_record
 from .run_folder import (
     CALIBRATION,
     RECORDS,
@@ -242,7 +242,7 @@ class _Job:
 
     def _entry(self, row: int, record: Record) -> _Entry:
         """The record with its name, and what is wrong with its files."""
-        id, problem = record.id or f"row_{row}", None
+        id, problem = record.id or question_of_record(record).text, None
         try:
             content, key = self._keys(record)
         except INPUT_ERRORS as error:
@@ -324,7 +324,7 @@ class _Job:
             known = self.folder.read(CALIBRATION)
             if known is None:
                 records = [entry.record for entry in self.entries.values() if self._problem(entry) is None]
-                known = {"values": self.analysis.calibrate(self.vlm, records)}
+                known = {"values": self.analysis.calibrate(self.vlm, records, progress=self.progress)}
                 if known["values"] is not None:
                     self.folder.write(CALIBRATION, known)
             return known["values"]

@@ -10,12 +10,10 @@ from typing import Any, ClassVar, Self, cast
 from ..data import EditRecord, Question, find_span
 from ..models import Prompt, VisionLanguageModel, open_images
 from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
-from ..tracing.causal.average import TraceAverager
 from ..tracing.corruptions.parsing import SPELLINGS, corruption_pictures
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item, parse_position
 from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
-from .run_folder import StoredRecord
 
 TRACE, MAP, OVERLAY = "trace.safetensors", "trace.png", "overlay.png"
 _BLOCKS = 3
@@ -170,29 +168,9 @@ class TraceRun(Analysis):
         drawings = {name: write for name, write in files.items() if name != TRACE}
         return Outcome(row=row, results={"trace": trace}, files=drawings)
 
-    def summary(self) -> TraceSummary:
-        """Return the average of the traces."""
-        return TraceSummary()
-
-
-class TraceSummary(Summary):
-    """The average of all traces that have common rows."""
-
-    def __init__(self) -> None:
-        self._average = RunningAverage("trace", CausalTrace, TraceAverager())
-
-    def add(self, record: StoredRecord) -> None:
-        """Add a trace."""
-        self._average.add(record)
-
-    def files(self) -> Mapping[str, Callable[[Path], Any]]:
-        """Return the average, its map and its table; nothing for fewer than two traces."""
-        return self._average.files("average", at_least=2)
-
-    def lines(self) -> list[str]:
-        """Return the mean effect and the strongest cells, or why there is no average."""
-        average = self._average.value
-        return [f"no average: {self._average.problem}"] if average is None else repr(average).splitlines()
+    def summary(self) -> Summary:
+        """Return the average of all traces, which needs two of them and common rows."""
+        return RunningAverage("trace", CausalTrace, stem="average", at_least=2)
 
 
 def trace_files(trace: CausalTrace, prompt: Prompt) -> dict[str, Callable[[Path], Any]]:

@@ -233,10 +233,13 @@ class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
     def add(self, result: AttentionKnockout) -> None:
         """Add a result to the average, or list its question if the answer is wrong."""
         if self._only_right and result.is_right is False:
-            question = FilteredQuestion(question=result.question, gold=result.gold, generated=result.generated)
-            self._filtered.append(question)
+            self.leave_out(FilteredQuestion(question=result.question, gold=result.gold, generated=result.generated))
         else:
             super().add(result)
+
+    def leave_out(self, question: FilteredQuestion) -> None:
+        """List a question as left out."""
+        self._filtered.append(question)
 
     def average(self) -> AverageKnockout:
         """Return the average so far. Raises `TraceError` if all questions were left out."""
