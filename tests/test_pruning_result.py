@@ -160,7 +160,7 @@ def test_the_overlay_fades_what_is_dropped(tmp_path, random_llava_llama, photo, 
             pictures.append(image.convert("RGB").tobytes())
     assert pictures[0] != pictures[1]
     text = svg(found.overlay(prompt))
-    assert "<!-- from layer 0 on -->" in text and "<!-- Image tokens that stay: the best 8 of 16 -->" in text
+    assert "<!-- from layer 0 on -->" in text and "Image tokens that stay: the best 8 of 16" in text
     with pytest.raises(TraceError, match=r"no layers \(9,\) here"):
         found.overlay(prompt, layers=(9,))
     with pytest.raises(TraceError, match="of another prompt"):

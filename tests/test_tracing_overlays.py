@@ -55,6 +55,21 @@ def test_a_patch_shows_the_effect_of_its_smallest_row(random_llava, photo, trace
     assert len(strongest(grid)) == 4 and sorted(strongest(grid)) == list(strongest(grid))
 
 
+def test_empty_layers_are_not_drawn_and_the_caption_states_the_rule(random_llava, photo, traced):
+    prompt = random_llava.prompt(photo, QUESTION)
+    effects = torch.zeros(16, 6)
+    effects[3, 1], effects[3, 2], effects[7, 4] = 0.4, 0.05, 0.03  # the last one is below a tenth of the largest
+    text = labels(trace_of(traced, prompt, "patches", effects).overlay(prompt))
+    assert [layer for layer in range(6) if f"<!-- hidden state, layer {layer} -->" in text] == [1, 2]
+    assert "shown: the 2 layers of 6 with at least a tenth of the largest effect" in " ".join(text.split())
+    many = labels(trace_of(traced, prompt, "patches", torch.linspace(0.5, 1, 6).expand(16, 6)).overlay(prompt))
+    assert many.count("<!-- hidden state, layer") == 4
+    assert "shown: the 4 of 6 layers with the largest effect" in " ".join(many.split())
+    nothing = labels(trace_of(traced, prompt, "patches", torch.zeros(16, 6)).overlay(prompt))
+    assert nothing.count("<!-- hidden state, layer") == 1 and "too small to be seen" in " ".join(nothing.split())
+    assert "shown:" not in labels(trace_of(traced, prompt, "patches", effects).overlay(prompt, layers=(0,)))
+
+
 def test_strong_patches_are_coloured_and_the_rest_is_the_picture(random_llava, traced, tmp_path):
     prompt = random_llava.prompt(Image.new("RGB", (48, 48), "white"), QUESTION)
 

@@ -23,6 +23,19 @@ def test_a_trace_is_drawn_with_constraint_rows_starred(traced, tmp_path):
     assert "<!-- MLP -->" in only and "<!-- hidden state -->" not in only
 
 
+def test_the_maps_of_one_figure_share_one_scale(traced):
+    weak = replace(
+        traced, samples=traced.samples | {"mlp": traced.corrupted + (traced.samples["mlp"] - traced.corrupted) / 4}
+    )
+
+    def scales(trace: CausalTrace, *kinds: str) -> list[tuple[float, float]]:
+        return [axes.collections[0].get_clim() for axes in trace.plot(kinds=kinds).axes if axes.get_title(loc="left")]
+
+    (alone,), (hidden, mlp) = scales(weak, "mlp"), scales(weak, "hidden", "mlp")
+    assert hidden == mlp == scales(weak, "hidden")[0]
+    assert alone[0] == mlp[0] and alone[1] < mlp[1]  # alone, the weak map would look as strong as the other
+
+
 def test_every_format_is_drawn_and_others_are_refused(traced, tmp_path):
     for name in ("trace.png", "trace.pdf", "trace.svg", "TRACE.PNG"):
         assert isinstance(traced.plot(tmp_path / name), Figure)

@@ -36,7 +36,12 @@ def test_a_corruption_that_does_not_lower_the_answer_is_reported_instead_of_trac
     expected = {"probability": logits.softmax(-1).max(), "log_probability": logits.log_softmax(-1).max()}
     assert clean == pytest.approx(float((expected | {"logit_difference": best - second})[metric]), rel=1e-2)
     assert corrupted == pytest.approx(clean, rel=1e-2)
-    assert isinstance(caught.value, TraceError) and "even_if_weak=True" in str(caught.value)
+    assert isinstance(caught.value, TraceError) and "even_if_weak=True (--even-if-weak)" in str(caught.value)
+    own = random_llava.decode([int(logits.argmax())]).strip()
+    named = (
+        f"the logit difference of {own!r} and" if metric == "logit_difference" else f"({own!r}, the model's own answer)"
+    )
+    assert named in str(caught.value)
     anyway = trace(random_llava, prompt, weak, **settings)
     assert anyway.total_effect != 0
     strong = trace(random_llava, prompt, BlankImage(), even_if_weak=False, **settings)
@@ -71,6 +76,7 @@ def test_scoring_another_answer_than_the_models_is_said_and_its_logit_difference
     with pytest.raises(WeakCorruption, match="does not lower the answer's probability") as caught:
         trace(tiny_vlm, prompt, swap, **settings)
     message = str(caught.value)
+    assert f"does not lower the answer's probability ({wrong!r}): " in message
     assert f"the model answers {own!r}, and you score {wrong!r}" in message
     assert f"answer={own!r}, foil={wrong!r} and metrics='logit_difference' (--answer, --foil, --metrics)" in message
     advised = settings | {"answer": own, "foil": wrong, "metrics": "logit_difference"}

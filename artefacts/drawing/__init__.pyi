@@ -12,8 +12,10 @@ from .figures import (
     titled_figure as titled_figure,
 )
 from .maps import (
+    FLOOR as FLOOR,
     Overlay as Overlay,
     Panel as Panel,
+    choice_in_words as choice_in_words,
     heat_maps as heat_maps,
     over_patches as over_patches,
     overlays_figure as overlays_figure,

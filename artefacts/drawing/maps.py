@@ -21,7 +21,9 @@ _TALLEST = 60  # largest height of all rows in inches, so that files with a row 
 _BAR = 0.95  # width of a colour bar with its labels in inches
 _SIDE, _SPACE = 2.2, 0.2  # inches: side of a picture, space between pictures
 _BRIGHTNESS = (0.299, 0.587, 0.114)  # perceived brightness of red, green and blue
-_FLOOR = 0.001  # the darkest colour is at least this share of the total effect; few patches have more
+FLOOR = 0.001
+"""The darkest colour of an overlay is at least this share of the total effect; few patches have more."""
+_VISIBLE = 0.1  # share of the largest effect below which a layer looks empty
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +51,7 @@ class Panel:
 
     @property
     def high(self) -> float:
-        """The value with the darkest colour."""
+        """The largest value, or a little more than `low` if all are tiny."""
         largest = float(self.values.nan_to_num(nan=self.low).max())
         return max(largest, self.low + 0.1 * abs(self.scale), self.low + 1e-9)
 
@@ -72,7 +74,10 @@ def heat_maps(
     titles: tuple[str, str],
     unit: str,
 ) -> Figure:
-    """Return a figure with panels side by side; panels may have different numbers of columns.
+    """Return a figure with panels side by side, over one scale; panels may have different numbers of columns.
+
+    The darkest colour of every panel stands for the largest value of all of them, so that shades can be compared
+    between panels.
 
     Args:
         panels: one heat map each.
@@ -89,8 +94,9 @@ def heat_maps(
     total = 0.3 + _LABEL_WIDTH * max(map(len, labels)) + sum(widths) + _BAR * len(widths)
     figure, body = titled_figure(total, height + 0.75, titles)
     every = body.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    ends = min(panel.low for panel in panels), max(panel.high for panel in panels)
     for index, (axes, panel) in enumerate(zip(every, panels, strict=True)):
-        add_colour_bar(_fill(axes, panel), axes, unit, height)
+        add_colour_bar(_fill(axes, panel, ends), axes, unit, height)
         _label_axes(axes, panel, labels if index == 0 else None)
         if numbers:
             _write_numbers(axes, panel)
@@ -104,11 +110,11 @@ def _width(panel: Panel, numbers: bool) -> float:
     return max(1.0 if columns == 1 else 2.2, cell * columns)
 
 
-def _fill(axes: Axes, panel: Panel) -> QuadMesh:
-    """Draw and return the coloured cells; estimates are hatched."""
+def _fill(axes: Axes, panel: Panel, ends: tuple[float, float]) -> QuadMesh:
+    """Draw and return the coloured cells; ends: values of the lightest and the darkest colour. Estimates are hatched."""
     axes.set_facecolor("#e4e4e4")
-    ends = {"vmin": panel.low, "vmax": panel.high}
-    mesh = axes.pcolormesh(panel.values.numpy(), cmap=colours_of(panel.kind), edgecolors="white", linewidth=0.4, **ends)
+    colours = {"cmap": colours_of(panel.kind), "vmin": ends[0], "vmax": ends[1]}
+    mesh = axes.pcolormesh(panel.values.numpy(), edgecolors="white", linewidth=0.4, **colours)
     axes.invert_yaxis()
     for row, column in [] if panel.estimated is None else panel.estimated.nonzero().tolist():
         hatch = Rectangle((column, row), 1, 1, fill=False, hatch="//", edgecolor="#00000055", linewidth=0)
@@ -200,10 +206,36 @@ def over_patches(
     return grid
 
 
-def strongest(grid: Tensor, count: int = 4) -> tuple[int, ...]:
-    """Return the indices of at most `count` columns with the largest effects, in ascending order."""
-    peaks = grid.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1).amax(1)
-    return tuple(sorted(peaks.topk(min(count, len(peaks))).indices.tolist()))
+def strongest(grid: Tensor, count: int = 4, *, least: float = 0.0) -> tuple[int, ...]:
+    """Return the indices of at most `count` layers that are not empty: those with the largest effects, ascending.
+
+    A layer counts if its largest effect is above `least` and at least a tenth of the largest one in the grid. If no
+    layer counts, the layer with the largest effect is returned.
+    """
+    peaks = _peaks(grid)
+    visible = int(_is_visible(peaks, least).sum())
+    return tuple(sorted(peaks.topk(min(count, max(1, visible))).indices.tolist()))
+
+
+def choice_in_words(grid: Tensor, layers: Sequence[int], *, least: float = 0.0, quantity: str = "effect") -> str:
+    """Return the rule by which `strongest` chose these layers, as a clause for a caption."""
+    visible, count = int(_is_visible(_peaks(grid), least).sum()), len(layers)
+    if not visible:
+        return f"the layer with the largest {quantity}, which is too small to be seen"
+    if visible > count:
+        return f"the {count} of {len(grid)} layers with the largest {quantity}"
+    shown = "layer" if count == 1 else f"{count} layers"
+    return f"the {shown} of {len(grid)} with at least a tenth of the largest {quantity}"
+
+
+def _peaks(grid: Tensor) -> Tensor:
+    """Return (layer,): the largest value of each layer."""
+    return grid.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1).amax(1)
+
+
+def _is_visible(peaks: Tensor, least: float) -> Tensor:
+    """Return (layer,) bool: whether the largest value of a layer can be seen beside those of the others."""
+    return (peaks > least) & (peaks >= _VISIBLE * peaks.max())
 
 
 def overlays_figure(
@@ -228,7 +260,7 @@ def overlays_figure(
         unit: caption of the colour bar.
     """
     largest = float(torch.stack([each.values for each in overlays]).nan_to_num(nan=0).max())
-    high = max(largest, _FLOOR * abs(scale), 1e-9)
+    high = max(largest, FLOOR * abs(scale), 1e-9)
     colours = ScalarMappable(Normalize(0, high), colours_of(kind))
     tallest = max(picture.shape[0] / picture.shape[1] for picture in pictures)
     width, height = max(3.4, (_SIDE + _SPACE) * len(overlays) + 0.8), (_SIDE * tallest + _SPACE) * len(pictures)

@@ -15,7 +15,7 @@ from ...artefacts.drawing.styles import name_of_model
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ..engine.positions import group_positions
 from ..errors import TraceError
-from .image_reading import ImageReading, predicting_logits, reading_fields, tiles_figure, with_answer
+from .image_reading import ImageReading, evenly_spread, predicting_logits, reading_fields, tiles_figure, with_answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,16 +71,21 @@ class RelevanceMap(ImageReading):
         Args:
             prompt: The prompt that was read.
             path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
-            layers: The layers to draw, one panel each; by default four layers with heat, spread over the depth.
+            layers: The layers to draw, one panel each; by default at most four layers with heat, evenly spread over the
+                depth, as the caption states.
 
         Raises:
             TraceError: If the prompt is another one, if a layer was not read, or if the image tokens form no grid.
             ArtefactError: If the file cannot be written.
         """
-        grid = self.over_picture(self.normalised)
-        rows = self._rows_of(layers, [layer for layer in self.layers if layer not in self.silent_layers])
+        grid, (title, subtitle) = self.over_picture(self.normalised), self._titles
+        if layers is None:
+            with_heat = [layer for layer in self.layers if layer not in self.silent_layers]
+            layers, rule = evenly_spread(with_heat or self.layers[:1], "layers with heat")
+            subtitle += f"\nshown: {rule}" if with_heat else "\nno layer has heat"
+        rows = self._rows_of(layers)
         overlays = [drawing.Overlay(title=self._caption(self.layers[row]), values=grid[row]) for row in rows]
-        return self._overlay(prompt, path, overlays, kind="mlp", titles=self._titles, unit="heat")
+        return self._overlay(prompt, path, overlays, kind="mlp", titles=(title, subtitle), unit="heat")
 
     def _axes(self) -> Mapping[str, Sequence[Any]]:
         return {"layer": self.layers, "image_token": range(len(self.image_positions))}

@@ -263,7 +263,8 @@ class AttentionContributions(Result):
         Args:
             prompt: The prompt that was read.
             path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
-            layers: The layers to draw, one panel each; by default the four strongest.
+            layers: The layers to draw, one panel each; by default those with at least a tenth of the largest value, at
+                most four. The caption states how they were chosen.
             of: The contribution or the attention weight.
 
         Raises:
@@ -275,7 +276,8 @@ class AttentionContributions(Result):
         numbers = drawing.strongest(grid) if layers is None else self._some(layers)
         overlays = [drawing.Overlay(title=f"layer {number}", values=grid[number]) for number in numbers]
         style = {"kind": "attention", "scale": 0.0, "unit": of}
-        titles = self.question, f"From the picture to {self._query_name}: {UNITS[of]}"
+        rule = "" if layers is not None else f"\nshown: {drawing.choice_in_words(grid, numbers, quantity=UNITS[of])}"
+        titles = self.question, f"From the picture to {self._query_name}: {UNITS[of]}{rule}"
         return drawing.finished(drawing.overlays_figure(prompt.seen_pictures(), overlays, titles=titles, **style), path)
 
     @property

@@ -106,12 +106,8 @@ class ImageReading(Result):
         figure = drawing.overlays_figure(pictures, overlays, kind=kind, titles=titles, scale=0.0, unit=unit)
         return drawing.finished(figure, path)
 
-    def _rows_of(self, layers: Sequence[int] | None, candidates: Sequence[int]) -> tuple[int, ...]:
-        """Return the rows of these layers; for None, those of at most four candidates, evenly spread."""
-        if layers is None:
-            among = tuple(candidates) or self.layers
-            steps = min(4, len(among))
-            layers = [among[round(step * (len(among) - 1) / max(steps - 1, 1))] for step in range(steps)]
+    def _rows_of(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return the rows of these layers. Raises `TraceError`, which lists the layers, for any other."""
         unknown = [layer for layer in layers if layer not in self.layers]
         if unknown or not layers:
             raise TraceError(f"no layers {tuple(layers)} here; pass some of {', '.join(map(str, self.layers))}")
@@ -123,6 +119,16 @@ class ImageReading(Result):
         own = torch.tensor([places.get(position, (-1, -1, -1)) for position in self.image_positions])
         columns = dict(zip(("image", "row", "column"), own.unbind(1), strict=True))
         return {"position": torch.tensor(self.image_positions)} | columns
+
+
+def evenly_spread(layers: Sequence[int], what: str) -> tuple[tuple[int, ...], str]:
+    """Return at most four of these layers, evenly spread over the depth, and this rule as a clause for a caption.
+
+    what: the layers in words, such as "layers with heat".
+    """
+    count = min(4, len(layers))
+    shown = tuple(layers[round(step * (len(layers) - 1) / max(count - 1, 1))] for step in range(count))
+    return shown, f"{count} of {len(layers)} {what}, evenly spread" if count < len(layers) else f"all {count} {what}"
 
 
 def over_grid(values: Tensor, positions: Sequence[int], patches: Sequence[tuple[int, int, int, int]]) -> Tensor:

@@ -105,7 +105,8 @@ class AttentionSaliency(ImageReading):
         Args:
             prompt: The prompt that was read.
             path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
-            layers: The layers to draw, one panel each; by default the four strongest.
+            layers: The layers to draw, one panel each; by default those with at least a tenth of the largest saliency,
+                at most four. The caption states how they were chosen.
             target: The queries that count, as in `image_map`.
 
         Raises:
@@ -113,10 +114,11 @@ class AttentionSaliency(ImageReading):
             ArtefactError: If the file cannot be written.
         """
         grid = self.over_picture(self.image_map(target))
-        rows = drawing.strongest(grid) if layers is None else self._rows_of(layers, ())
+        rows = drawing.strongest(grid) if layers is None else self._rows_of(layers)
         overlays = [drawing.Overlay(title=f"layer {self.layers[row]}", values=grid[row]) for row in rows]
         name = "all queries" if target is None else target if isinstance(target, str) else "some queries"
-        titles = self._titles(f"to {name}")
+        rule = "" if layers is not None else f"\nshown: {drawing.choice_in_words(grid, rows, quantity='saliency')}"
+        titles = self._titles(f"to {name}{rule}")
         return self._overlay(prompt, path, overlays, kind="attention", titles=titles, unit="saliency")
 
     def to_dataframe(self) -> "pd.DataFrame":

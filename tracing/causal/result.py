@@ -196,7 +196,8 @@ class CausalTrace(EffectMap):
             prompt: the prompt that was traced.
             path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
             kind: kind of site.
-            layers: columns of the map, one panel each; by default the strongest four.
+            layers: columns of the map, one panel each; by default those with at least a tenth of the largest effect,
+                at most four. The caption states how they were chosen.
 
         Raises:
             TraceError: for another prompt, and for layers or a kind that were not traced.
@@ -208,12 +209,16 @@ class CausalTrace(EffectMap):
         if (patches, ids) != (self.patches, self.input_ids):
             raise TraceError(f"this trace is of another prompt ({self.question!r}); pass the prompt that was traced")
         grid = drawing.over_patches(self.indirect_effect(kind), self.row_positions, self.patches)
-        columns = drawing.strongest(grid) if layers is None else tuple(layers)
+        least, rule = drawing.FLOOR * abs(self.total_effect), ""
+        columns = drawing.strongest(grid, least=least) if layers is None else tuple(layers)
         if not columns or not all(0 <= column < len(grid) for column in columns):
             raise TraceError(f"no layers {columns} of {kind!r} in this trace; pass some of 0 to {len(grid) - 1}")
         overlays = [drawing.Overlay(title=self._column_title(kind, column), values=grid[column]) for column in columns]
+        if layers is None:
+            rule = f"\nshown: {drawing.choice_in_words(grid, columns, least=least)}"
+        title, subtitle = self._titles(0)
         figure = drawing.overlays_figure(
-            prompt.seen_pictures(), overlays, kind=kind, titles=self._titles(0), scale=self.total_effect
+            prompt.seen_pictures(), overlays, kind=kind, titles=(title, subtitle + rule), scale=self.total_effect
         )
         return drawing.finished(figure, path)
 

@@ -175,7 +175,8 @@ class _Question:
         if metric == "logit_difference":
             return f"the logit difference of {answer!r} and {self.vlm.decode(list(self.scoring.foil_ids)).strip()!r}"
         if metric in ("probability", "log_probability"):
-            return f"the answer's {metric.replace('_', ' ')}"
+            whose = ", the model's own answer" if self.scoring.is_predicted else ""
+            return f"the answer's {metric.replace('_', ' ')} ({answer!r}{whose})"
         return f"the score {self.scoring.names[0]!r}"
 
     def _advice(self) -> str:

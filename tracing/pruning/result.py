@@ -13,7 +13,7 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import CYCLE, INK, LineStyle, name_of_model
 from ...artefacts.results import long_frame
 from ...models import Prompt
-from ..attention.image_reading import ImageReading, check_prompt
+from ..attention.image_reading import ImageReading, check_prompt, evenly_spread
 from ..engine.cells import EngineReport
 from ..engine.scoring import same_answer
 from ..errors import TraceError
@@ -209,7 +209,8 @@ class ImagePruning(ImageReading):
             prompt: The prompt that was pruned.
             path: File to which the figure is also written (png, pdf or svg by suffix); None writes no file.
             keep: The number of tokens that stay; by default the first number that keeps some tokens but not all.
-            layers: The layers to draw, one panel each; by default four of them.
+            layers: The layers to draw, one panel each; by default at most four of them, evenly spread, as the caption
+                states.
 
         Raises:
             TraceError: If the prompt is another one, or if the image tokens form no grid.
@@ -217,10 +218,14 @@ class ImagePruning(ImageReading):
         """
         row = self._partial() if keep is None else self._keep(keep)
         check_prompt(self, prompt)
-        places = self._rows_of(layers, ())
+        rule = ""
+        if layers is None:
+            layers, rule = evenly_spread(self.layers, "layers")
+        places = self._rows_of(layers)
         grid = self.over_picture(self.kept[row].double()) > 0
         captions = [f"from layer {self.layers[place]} on" for place in places]
-        titles = self.question, f"Image tokens that stay: the best {self.keep[row]} of {len(self.image_positions)}"
+        subtitle = f"Image tokens that stay: the best {self.keep[row]} of {len(self.image_positions)}"
+        titles = self.question, f"{subtitle}\nshown: {rule}" if rule else subtitle
         return drawing.finished(kept_figure(prompt, grid[list(places)], captions, titles=titles), path)
 
     def _keep(self, keep: int | str) -> int:
