@@ -153,26 +153,16 @@ def entries_changed(path: Path, rng: random.Random) -> tuple[dict[str, Any], dic
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         text = {name: value for name, value in file.metadata().items() if name != "digest"}
-    how = rng.random()
-    if how < 0.6 or not tensors:
+    name, how = rng.choice([*sorted(tensors), ""]), rng.random()
+    if how < 0.7 or not name:
         key = rng.choice(sorted(text))
         text[key] = _other_text(text[key], rng)
-    elif how < 0.7:
-        tensors.pop(rng.choice(sorted(tensors)))
     elif how < 0.8:
-        tensors["surprise"] = tensors.pop(rng.choice(sorted(tensors)))
+        tensors.pop(name)
+    elif how < 0.9:
+        tensors["surprise"] = tensors.pop(name)
     else:
-        name = rng.choice(sorted(tensors))
-        value = tensors[name]
-        others = [
-            value.double(),
-            value.long(),
-            value.bool(),
-            value.flatten(),
-            value[None],
-            value.T if value.ndim == 2 else value,
-        ]
-        tensors[name] = rng.choice([*others, value[:0] if value.ndim else value, value.double() * float("nan")])
+        tensors[name] = rng.choice([tensors[name].flatten(), tensors[name][None], tensors[name].reshape(-1)[:0]])
     return tensors, text
 
 
