@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ...artefacts import files
+from ...artefacts import files, plain_fields
+from ...data import parse_json
 from ...models import ModelError, VisionLanguageModel, capture, patch
 from ..errors import EditError
 from ..requests import counted, shortened
@@ -226,7 +227,7 @@ class Delta:
                 "pass a file that Delta.save wrote"
             )
         with damage_named(path):
-            return cls.assembled(tensors, {key: json.loads(value) for key, value in text.items() if key != "format"})
+            return cls.assembled(tensors, {key: parse_json(value) for key, value in text.items() if key != "format"})
 
     def words(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON takes it."""
@@ -248,8 +249,8 @@ class Delta:
         """The delta that `tensors` and `words` spell; KeyError, TypeError or EditError where something is missing."""
         parts = {name: {part: tensors[f"{prefix}{part}:{name}"] for part in PARTS} for name in words["fingerprints"]}
         changes = {name: WeightChange(**each) for name, each in parts.items()}
-        plain = {key: words[key] for key in ("fingerprints", "settings", "model", "revision")}
-        return cls(changes=changes, requests=tuple(words["requests"]), **plain)
+        plain = plain_fields(cls, words, ("fingerprints", "settings", "model", "revision", "requests"))
+        return cls(changes=changes, **plain)
 
 
 def requests_line(requests: Sequence[Mapping[str, str]]) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts import files
+from ...artefacts import files, plain_fields
+from ...data import parse_json
 from ...models import Prompt, VisionLanguageModel
 from ..errors import EditError
 from ..requests import counted
@@ -347,8 +348,8 @@ class Moments:
                     _, layer, kind = name.split(":")
                     sums.setdefault(int(layer), {})[kind] = tensors[name]
             words = {name: text[name] for name in _TEXTS} | {"revision": text["revision"] or None}
-            counts, settings = (json.loads(text[name]) for name in ("counts", "settings"))
-            words |= {"counts": counts, "settings": settings, "prompts": int(text["prompts"])}
+            words |= {name: parse_json(text[name]) for name in ("counts", "settings", "prompts")}
+            words = plain_fields(cls, words, list(words))
             return cls(sums=dict(sorted(sums.items())), convergence=curve_of(tensors), **words)
         except (KeyError, TypeError, ValueError) as error:
             raise EditError(f"the second moments in '{path}' are damaged ({error}); compute them again") from error
