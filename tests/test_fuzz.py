@@ -19,10 +19,13 @@ from typing import Any
 import multrace as mt
 import pytest
 import torch
-from fuzz import BOMBS, RAW, Damage, entries_changed, flipped, other_header, other_json, other_line, sections
+from conftest import draw_photo
+from fuzz import BOMBS, RAW, Damage, entries_changed, flipped, other_header, other_json, other_line, otherwise, sections
 from multrace.artefacts import LAYOUT, ArtefactError, Result, write_json, write_tensors
 from multrace.data import DataError, EditRecord, Question, read_data, tiny_vlm_path, write_lines
-from multrace.editing import Delta, EditCurve, EditReport, Moments, second_moments
+from multrace.editing import Delta, EditCurve, EditReport, Moments, WeightChange, second_moments
+from multrace.editing.evaluation.metrics import Interval
+from multrace.editing.evaluation.reports import ProbeRow, SequencePoint
 from multrace.models import ModelError
 from multrace.tracing import (
     attention_saliency,
@@ -108,8 +111,6 @@ def used(vlm: mt.VisionLanguageModel, delta: Delta) -> None:
 
 def edit_by_hand(vlm: mt.VisionLanguageModel) -> Delta:
     """An edit of two requests with random factors."""
-    from multrace.editing import WeightChange
-
     projection, generator = vlm.down_projection(1), torch.Generator().manual_seed(0)
     left, right = (torch.randn(shape, generator=generator) for shape in ((projection.hidden, 2), (2, projection.width)))
     owners = torch.arange(2)
@@ -127,8 +128,6 @@ def edit_by_hand(vlm: mt.VisionLanguageModel) -> Delta:
 @pytest.fixture(scope="module")
 def artefacts(random_llava_llama, random_llama, tmp_path_factory) -> dict[str, Base]:
     """A file of each kind that carries a digest."""
-    from conftest import draw_photo
-
     vlm, folder = random_llava_llama, tmp_path_factory.mktemp("bases")
     prompts = [ask(vlm, draw_photo(seed)) for seed in (1, 2)]
     traces = [trace(vlm, prompt, mt.BlankImage()) for prompt in prompts]
@@ -156,9 +155,6 @@ def artefacts(random_llava_llama, random_llama, tmp_path_factory) -> dict[str, B
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, Base]:
     """A report and a curve, with a digest in JSON."""
-    from multrace.editing.evaluation.metrics import Interval
-    from multrace.editing.evaluation.reports import ProbeRow, SequencePoint
-
     folder, band = tmp_path_factory.mktemp("reports"), Interval(mean=0.5, low=0.25, high=0.75, number=2, records=2)
     point = SequencePoint(
         edits=1, efficacy=band, generality=band, locality=band, first_holds=True, retention=1.0, growth=0.1
@@ -230,13 +226,10 @@ def rewritten(base: Base, count: int, seed: int) -> Counter:
     path = base.path.with_name(f"rewritten_{base.path.name}")
     for _ in range(count):
         if base.path.read_bytes().startswith(b"{"):
-            content = json.loads(other_json(base.path.read_bytes(), rng).decode("utf-8", "replace") or "{}")
-            if not isinstance(content, dict):
-                continue
-            layout = json.loads(base.path.read_text())[LAYOUT]
-            content = {name: value for name, value in content.items() if name not in ("digest", LAYOUT)}
+            whole = json.loads(base.path.read_text())
+            content = otherwise({name: value for name, value in whole.items() if name not in ("digest", LAYOUT)}, rng)
             if "\\ud" not in json.dumps(content):
-                write_json(path, layout, content)
+                write_json(path, whole[LAYOUT], content)
         else:
             write_tensors(path, *entries_changed(base.path, rng))
         counts[outcome(lambda: base.use(base.load(path)))] += 1

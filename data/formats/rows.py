@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,11 +42,11 @@ class DataSource:
         """
         folder = self.path.parent if self.images is None else self.images
         path = folder / name.strip().removeprefix("./")
-        if not path.exists() and "\\" in name:  # written on Windows
+        if not os.path.exists(path) and "\\" in name:  # written on Windows
             path = folder / name.strip().replace("\\", "/").removeprefix("./")
-        if not path.exists():
-            path = next((each for each in _other_spellings(folder, path) if each.exists()), path)
-        candidates = pictures_in(path) if path.is_dir() else []
+        if not os.path.exists(path):
+            path = next((each for each in _other_spellings(folder, path) if os.path.exists(each)), path)
+        candidates = pictures_in(path) if os.path.isdir(path) else []
         return candidates[0] if candidates else path
 
 

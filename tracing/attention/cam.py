@@ -115,6 +115,8 @@ class RelevanceMap(ImageReading):
 
     def _problem(self) -> str | None:
         fits = self.heat.shape == (len(self.layers), len(self.image_positions))
+        if self.samples and self.noise is None:
+            return f"it has {self.samples} noisy copies, but no noise"
         return None if fits else "its heat is of another shape than its layers and image tokens"
 
 

@@ -91,6 +91,8 @@ class AttentionShare(Result):
 
     def _problem(self) -> str | None:
         fits = self.heads.ndim == 3 and self.heads.shape[2] == len(self.parts)
+        if any(not 0 <= query < len(self.tokens) for query in self.queries):
+            return f"its queries are not among its {len(self.tokens)} tokens"
         return None if fits else "its shares are of another shape than its parts"
 
 

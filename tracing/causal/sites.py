@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -82,9 +82,9 @@ class EffectMap(Result):
     """Random seed of the noise; None if the corruption is not random."""
     metrics: tuple[str, ...] = ("probability",)
     """Names of the metrics; the first is the main one."""
-    direction: str = "restore"
+    direction: Literal["restore", "corrupt"] = "restore"
     """"restore" patches clean states into the corrupted run, "corrupt" corrupted states into the clean run."""
-    effect: str = "total"
+    effect: Literal["total", "direct"] = "total"
     """"total", or "direct" if the other image tokens were frozen at the run's own states, so that a patch acts on the
     text only."""
     severed: str | None = None
