@@ -25,7 +25,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def gist(error: Exception) -> str:
+def gist(error: BaseException) -> str:
     """Return the message up to its first blank line, on one line without a final stop, or the class if it is empty."""
     text = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".:")
     return f"{text[:_LONGEST]}..." if len(text) > _LONGEST else text or type(error).__name__

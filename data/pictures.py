@@ -227,8 +227,8 @@ def _is_sixteen_bit(image: Image.Image) -> bool:
 def _facts(path: Path, image: Image.Image, name: str) -> PictureFacts:
     turn = _orientation(image)
     width, height = image.size
-    if image.format == "TIFF":  # newer versions of PIL swap the two themselves when they open the file
-        width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+    if tags := getattr(image, "tag_v2", None):  # newer versions of PIL swap the two when they open a turned TIFF
+        width, height = tags[_WIDTH], tags[_HEIGHT]
     problem = None
     try:
         _check_size(image, name)

@@ -277,7 +277,7 @@ def build(
         patches=_patches(image_positions, inputs.get("pixel_values"), frontend.patch_size),
         template=template,
         sources=_sources(image, images),
-        words={name: tuple(span) if isinstance(span, list) else span for name, span in words.items()},
+        words={name: span if isinstance(span, str) else (span[0], span[1]) for name, span in words.items()},
         frontend=frontend,
     )
     return prompt if answer is None else prompt.with_answer(answer)
