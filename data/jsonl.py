@@ -322,6 +322,14 @@ def _moved(corrupt: str, move: Callable[[str], str]) -> str:
     return f"{kind}:{','.join(move(path.strip()) for path in paths)}"
 
 
+def pictures_of(corrupt: str | None) -> list[Path]:
+    """Return the pictures that a corruption, as the command line writes it, names."""
+    paths: list[Path] = []
+    if corrupt is not None:
+        _moved(corrupt, lambda path: paths.append(Path(path)) or path)
+    return paths
+
+
 def _relative(path: PictureSource, folder: Path) -> str:
     """Return the path from the folder, or from the root if it is not inside the folder."""
     if isinstance(path, Image.Image):

@@ -166,6 +166,9 @@ def _folded(text: str, fold: Callable[[str], str]) -> _Folded:
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
     """Yield each character with its combining marks: normal forms never move anything across these borders."""
+    if text.isascii():  # where nothing combines
+        yield from ((start, start + 1) for start in range(len(text)))
+        return
     start = 0
     for at in range(1, len(text) + 1):
         if at == len(text) or not unicodedata.combining(unicodedata.normalize("NFD", text[at])[0]):

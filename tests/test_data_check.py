@@ -1,0 +1,237 @@
+"""The doctor of data files: each fault is found in its row, a fix mends what it says, and a clean file has no findings."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from multrace.data import (
+    DataError,
+    EditRecord,
+    Question,
+    World,
+    WorldRequests,
+    check_data,
+    read_lines,
+    read_records,
+    world_records,
+    write_lines,
+)
+from multrace.data.check import ERROR, FINDINGS, SEVERITIES
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def kinds(report) -> list[tuple[int, str]]:
+    return [(finding.row, finding.kind) for finding in report.findings]
+
+
+def write(tmp_path: Path, *rows: object) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def save_pictures(folder: Path) -> None:
+    """Pictures that can be shown, but not as they are, and pictures that cannot."""
+    Image.new("I;16", (40, 30), 40_000).save(folder / "deep.png")
+    Image.new("RGBA", (40, 30), (9, 9, 9, 100)).save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (40, 30)).save(folder / "turned.jpg", exif=exif)
+    Image.new("1", (15_000, 15_000)).save(folder / "huge.png")
+    (folder / "text.png").write_bytes(b"no picture")
+
+
+def test_a_file_of_the_world_is_clean(tmp_path):
+    """Records of the built-in world, with their pictures in files, give the doctor nothing to say."""
+    world = World()
+    records = world_records(world, world.edit_cases("outdated", "report")[:2], requests=WorldRequests(count=2))
+
+    def filed(question: Question) -> Question:
+        if question.image is None:
+            return question
+        path = tmp_path / f"{question.key}.png"
+        question.image.save(path)
+        return replace(question, image=path)
+
+    rows = [
+        EditRecord(
+            id=record.id,
+            question=filed(record.question),
+            target=record.target,
+            probes=[replace(probe, question=filed(probe.question)) for probe in record.probes],
+        )
+        for record in records
+    ]
+    path = write_lines(tmp_path / "world.jsonl", rows)
+    report = check_data(path, fix=tmp_path / "clean.jsonl")
+    assert kinds(report) == [] and report.rows == report.written == 2
+    assert (tmp_path / "clean.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_pictures_are_looked_at_without_being_decoded(tmp_path, photo):
+    save_pictures(tmp_path)
+    names = ["photo.png", "deep.png", "clear.png", "turned.jpg", "huge.png", "text.png", "none.png"]
+    path = write(tmp_path, *({"question": f"What is in {name}?", "image": name} for name in names))
+    report = check_data(path, fix=tmp_path / "clean.jsonl")
+    assert kinds(report) == [
+        (2, "picture_sixteen_bit"),
+        (3, "picture_transparent"),
+        (4, "picture_turned"),
+        (5, "picture_unusable"),
+        (6, "picture_unusable"),
+        (7, "picture_missing"),
+    ]
+    assert "225.0 megapixels" in report.findings[3].message
+    assert [record.images[0].name for record in read_records(tmp_path / "clean.jsonl")] == names[:4]
+    assert report.written == 4 and not report.remaining_errors
+    assert [finding.row for finding in check_data(path).remaining_errors] == [5, 6, 7], (
+        "nothing is mended without a fix"
+    )
+    assert kinds(check_data(path, pictures=False)) == []
+
+
+def test_a_missing_picture_of_a_probe_costs_the_probe(tmp_path, photo):
+    probes = [{"kind": "other_picture", "image": "none.png"}, {"kind": "no_picture"}]
+    row = {"question": "Who is it?", "image": "photo.png", "target": "Ada", "probes": probes, "corrupt": "swap:no.png"}
+    report = check_data(write(tmp_path, row, row | {"corrupt": None}), fix=tmp_path / "clean.jsonl")
+    found = [(finding.row, finding.kind, finding.place, finding.fix) for finding in report.findings]
+    assert found == [
+        (1, "picture_missing", None, "the row is left out"),
+        (1, "picture_missing", ("probes", 0), "the question is left out"),
+        (2, "picture_missing", ("probes", 0), "the question is left out"),
+        (2, "duplicate", None, "the row is left out"),
+    ]
+    assert report.written == 0 and not (tmp_path / "clean.jsonl").exists()
+    report = check_data(write(tmp_path, row | {"corrupt": None}), fix=tmp_path / "clean.jsonl")
+    (record,) = read_records(tmp_path / "clean.jsonl")
+    assert [probe.kind for probe in record.probes] == ["no_picture"] and not report.remaining_errors
+
+
+SPANS = {  # question, span -> findings, span after a fix
+    ("Is the car red?", "the car"): ([], "the car"),
+    ("Is the car red?", "the car,"): (["span_spelling"], "the car"),
+    ("Is the car red?", " The  Car "): (["span_spelling"], "the car"),
+    ("Is the car red?", "'the car'"): (["span_spelling"], "the car"),
+    ("Is Plus! red?", "Plus!"): ([], "Plus!"),
+    ("Is the car, red?", "the car,"): (["span_spelling"], "the car"),
+    ("Is the car red?", "is the"): (["span_spelling", "span_cut_off"], "Is the"),
+    ("Is the car red?", "the boat"): (["span_absent"], "the boat"),
+    ("Is a car a car?", "car"): (["span_repeated"], "car"),
+    ("Is a car a car?", ("car", 1)): ([], ("car", 1)),
+    ("Is a car a car?", ("Car,", 1)): (["span_spelling"], ("car", 1)),
+    ("Is a car a car?", ("car", 2)): (["span_repeated"], ("car", 2)),
+}
+
+
+@pytest.mark.parametrize(("question", "span"), SPANS)
+def test_spans_are_compared_with_the_question(question, span, tmp_path):
+    found, cleaned = SPANS[question, span]
+    path = write_lines(tmp_path / "data.jsonl", [Question(text=question, constraint=span, spans={"object": span})])
+    report = check_data(path, fix=tmp_path / "clean.jsonl")
+    assert [kind for _, kind in kinds(report)] == found * 2
+    (record,) = read_records(tmp_path / "clean.jsonl")
+    assert record.constraint == record.spans["object"] == cleaned
+    again = [kind for _, kind in kinds(check_data(tmp_path / "clean.jsonl"))]
+    assert again == [kind for kind in found * 2 if kind != "span_spelling"]
+
+
+def test_targets_rephrases_and_other_rows_are_compared(tmp_path):
+    edit = {"question": "Who won?", "target": "Ada", "probes": [{"kind": "rephrase", "question": "who  won ?"}]}
+    path = write(
+        tmp_path,
+        edit | {"id": "a", "old": "ada."},
+        edit | {"id": "b"},
+        edit | {"id": "c", "target": "Bo", "probes": [{"kind": "portability", "question": "Why?", "answer": "x", "needs": ["a", "z"]}]},
+        {"question": "Who won?", "answer": "Ada"},
+        {"question": "Who won?", "answer": "the Ada"},
+        {"question": "Who won?", "answer": "Bo"},
+        {"question": "What colour?", "answer": "red", "answers": ["blue", "Green", "green"]},
+        {"question": "What colour is it?", "answer": "blue", "answers": ["blue", "Green", "green"]},
+        '{"question": ',
+    )  # fmt: skip
+    report = check_data(path, fix=tmp_path / "clean.jsonl")
+    assert kinds(report) == [
+        (1, "target_is_old"),
+        (1, "rephrase_is_source"),
+        (2, "rephrase_is_source"),
+        (2, "duplicate"),
+        (3, "contradiction"),
+        (3, "needs_unknown"),
+        (5, "duplicate"),
+        (6, "other_answer"),
+        (7, "answer_not_annotated"),
+        (8, "not_annotators_choice"),
+        (9, "unreadable_row"),
+    ]
+    assert "the target of 'Who won?' is 'Bo' here and 'Ada' in row 1" in report.findings[4].message
+    assert report.findings[-1].message.startswith("this is not JSON"), "the row is named once"
+    assert [finding.kind for finding in report.remaining_errors] == ["contradiction", "needs_unknown"]
+    cleaned = [record for _, record in read_lines(tmp_path / "clean.jsonl")]
+    assert [record.id for record in cleaned[:2]] == ["a", "c"] and len(cleaned) == report.written == 6
+    assert cleaned[0].probes == ()
+
+
+def test_texts_and_boxes_that_no_model_can_use(tmp_path, photo):
+    path = write(
+        tmp_path,
+        {"question": "What does </s> mean?"},
+        {"question": "Who?", "target": "Ada <|im_end|>"},
+        {"question": "Why " + "so " * 1000 + "long?"},
+        {"question": "Is 3 < 4 and <b> a tag?"},
+        {"question": "Where?", "image": "photo.png", "boxes": [[0, 0, 40, 30], [30, 0, 50, 30], [40, 0, 50, 9]]},
+        {"question": "Where else", "image": "photo.png"},
+    )
+    report = check_data(path, fix=tmp_path / "clean.jsonl")
+    assert kinds(report) == [
+        (1, "special_token"),
+        (2, "special_token"),
+        (3, "text_long"),
+        (5, "box_outside"),
+        (5, "box_outside"),
+        (6, "no_question_mark"),
+    ]
+    assert read_records(tmp_path / "clean.jsonl")[4].boxes == ((0, 0, 40, 30), (30, 0, 40, 30))
+
+
+def test_answers_are_compared_with_those_of_annotators_in_another_file(tmp_path, photo):
+    pool = [{"question_id": 1, "question": "What sport?", "image": "photo.png", "answer": ["golf"] * 9 + ["tennis"]}]
+    (tmp_path / "pool.json").write_text(json.dumps(pool))
+    probe = {"kind": "unrelated", "question": "What sport?", "image": "photo.png"}
+    rows = [
+        {"question": f"Who {number}?", "image": None, "target": "Ada", "probes": [probe | {"answer": answer}]}
+        for number, answer in enumerate(("golf", "tennis", "chess"))
+    ]
+    report = check_data(write(tmp_path, *rows), answers=tmp_path / "pool.json")
+    assert kinds(report) == [(2, "not_annotators_choice"), (3, "answer_not_annotated")]
+    assert "'chess' to 'What sport?' is none of 'golf', 'tennis'" in report.findings[1].message
+
+
+def test_a_report_counts_by_kind_and_is_json(tmp_path):
+    report = check_data(write(tmp_path, "{", "[", {"question": "Who?"}))
+    assert dict(report.counts) == {"unreadable_row": 2} and report.rows == 3
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["counts"] == {"unreadable_row": 2} and content["findings"][0]["severity"] == ERROR
+    assert {kind.severity for kind in FINDINGS.values()} == set(SEVERITIES)
+    with pytest.raises(DataError, match="cannot read"):
+        check_data(tmp_path / "none.jsonl")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
+def test_the_traps_of_published_files_are_reported(tmp_path):
+    pool = SHARED / "mmedit" / "okvqa_loc.json"
+    counts = {
+        name: dict(check_data(SHARED / name, answers=pool, pictures=False).counts)
+        for name in ("mmedit/evqa_eval.json", "counterfact/counterfact-edit.json", "zsre/zsre_mend_train.json")
+    }
+    assert counts["mmedit/evqa_eval.json"] == {"target_is_old": 10, "rephrase_is_source": 6, "not_annotators_choice": 2}
+    assert counts["counterfact/counterfact-edit.json"] == {"contradiction": 1, "rephrase_is_source": 8}
+    assert counts["zsre/zsre_mend_train.json"] == {"target_is_old": 8, "rephrase_is_source": 4}
