@@ -6,6 +6,7 @@ from . import (
     tracing as tracing,
     workflow as workflow,
 )
+from .data import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
 from .editing import (
     EMMET as EMMET,
     MEMIT as MEMIT,
@@ -13,7 +14,6 @@ from .editing import (
     AlphaEdit as AlphaEdit,
     Delta as Delta,
     EditError as EditError,
-    EditRequest as EditRequest,
     Ledger as Ledger,
     MultEdit as MultEdit,
     evaluate as evaluate,

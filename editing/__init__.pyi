@@ -13,11 +13,11 @@ from .changes.history import Ledger as Ledger, load_edit as load_edit
 from .changes.weight_change import AppliedDelta as AppliedDelta, WeightChange as WeightChange
 from .errors import EditError as EditError
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
-from .evaluation.modes import NormBound as NormBound, evaluate as evaluate
-from .evaluation.questions import EvaluationSettings as EvaluationSettings, Probe as Probe, Record as Record
+from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
+from .evaluation.questions import EvaluationSettings as EvaluationSettings
 from .evaluation.reports import EditCurve as EditCurve, EditReport as EditReport
+from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
-from .requests import EditRequest as EditRequest
 from .solve.closed_form import ClosedFormEditor as ClosedFormEditor
 from .solve.editors import EMMET as EMMET, MEMIT as MEMIT, ROME as ROME, AlphaEdit as AlphaEdit, MultEdit as MultEdit

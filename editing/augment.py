@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image, ImageChops, ImageEnhance, ImageStat
 
-from ..models import Prompt
+from ..data.facts import EditRequest, Question
+from ..models import open_images
 from .errors import EditError
-from .requests import EditRequest
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -57,22 +57,22 @@ class Augmentation:
         found += [_shifted(image, self.reach, draw) for _ in range(self.shifts)]
         return tuple(found)
 
-    def prompts(self, prompt: Prompt) -> Iterator[Prompt]:
-        """The prompt with each variant of its picture (of all its pictures, where it has several) in turn."""
-        variants = [self.pictures(image) for image in prompt.images]
-        yield from (prompt.with_images(images) for images in zip(*variants, strict=True))
+    def questions(self, question: Question) -> Iterator[Question]:
+        """Yield the question with each variant of its picture (of all its pictures, where it has several) in turn."""
+        variants = [self.pictures(image) for image in open_images(question.images)]
+        yield from (question.with_image(images) for images in zip(*variants, strict=True))
 
     def of(self, request: EditRequest) -> EditRequest:
-        """The request with its prompt's variants after its other contexts: keys are averaged, values hold in all.
+        """Return the request with variants of its question after its other contexts: keys are averaged over them.
 
-        EditError if the prompt has no picture.
+        Raises `EditError` if the question has no picture, and `ModelError` if the picture cannot be read.
         """
-        if not request.prompt.images:
+        if not request.question.images:
             raise EditError(
-                f"{request.prompt.question!r} has no picture to make variants of; pass a prompt with one, "
+                f"{request.question.text!r} has no picture to make variants of; pass a question with one, "
                 "or leave the augmentation out"
             )
-        return replace(request, contexts=(*request.contexts, *self.prompts(request.prompt)))
+        return replace(request, contexts=(*request.contexts, *self.questions(request.question)))
 
 
 class _Draw:

@@ -29,7 +29,3 @@ from .flow_questions import (
 from .reference import PAGE as PAGE
 from .report import Report as Report, plot_scores as plot_scores, write_report as write_report
 from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify
-from .world_edits import (
-    untouched_facts as untouched_facts,
-    world_records as world_records,
-)

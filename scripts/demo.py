@@ -9,9 +9,9 @@ from typing import cast
 from PIL import Image
 from tqdm import tqdm
 
-from ..data import World, tiny_vlm_path
+from ..data import EditRequest, World, tiny_vlm_path
 from ..data.world import EditCase
-from ..editing import Delta, EditRequest, MultEdit
+from ..editing import Delta, MultEdit
 from ..models import VisionLanguageModel, load
 from ..tracing import AverageTrace, CausalTrace, SwapImage, causal_trace
 from ..workflow.located_edit import LocatedEdit, locate_then_edit
@@ -46,10 +46,10 @@ def demo(settings: Demo) -> tuple[Path, str]:
     cases = cases[: settings.limit]  # the first ones, no picking
     names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
     check_files(settings.out, names)
-    requests = [_request(vlm, world, case) for case in cases]
+    requests = [_request(world, case) for case in cases]
     corruptions = [SwapImage(_other_picture(world, case)) for case in cases]
     located = locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
-    tokens = causal_trace(vlm, requests[0].prompt, corruption=corruptions[0])
+    tokens = causal_trace(vlm, vlm.prompt_for(requests[0].question), corruption=corruptions[0])
     untouched = vlm.fingerprint(name for name, _ in vlm.named_parameters())
     pairs = list(zip(cases, located.deltas, strict=True))
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
@@ -69,10 +69,10 @@ def _edit_file(number: int | None) -> str:
     return "edit_*.safetensors" if number is None else f"edit_{number + 1:02d}.safetensors"
 
 
-def _request(vlm: VisionLanguageModel, world: World, case: EditCase) -> EditRequest:
+def _request(world: World, case: EditCase) -> EditRequest:
     record = world.question(case.fact)
     picture = world.picture(world.entities[case.fact.entity], 0).image
-    return EditRequest(prompt=vlm.prompt(picture, record.text, constraint=record.constraint), target=case.target)
+    return EditRequest(question=record.with_image(picture), target=case.target)
 
 
 def _other_picture(world: World, case: EditCase) -> Image.Image:
@@ -151,7 +151,7 @@ def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCas
         probes = [
             probe
             for case in cases
-            for probe in verify(vlm, editor.edit(vlm, [_request(vlm, world, case)]), probe_records(world, case))
+            for probe in verify(vlm, editor.edit(vlm, [_request(world, case)]), probe_records(world, case))
         ]
         label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))

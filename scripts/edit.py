@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..data import EditRequest
 from ..editing.changes import Delta
 from ..editing.moments import Moments
-from ..editing.requests import EditRequest
+from ..editing.requests import room_for_targets
 from ..editing.solve import ClosedFormEditor
 from ..editing.values import key_positions
 from ..models import ModelError, Projection, VisionLanguageModel
@@ -124,7 +125,8 @@ def _placed(
     except ModelError as error:
         raise CommandError(f"cannot edit at --where {settings.where}: {error}") from error
     for request in requests:
-        key_positions(request.prompts[0], place.token)  # says what is wrong with the token before any work
+        asked = vlm.prompt_for(request.question).with_answer(request.target)
+        key_positions(asked, place.token)  # says what is wrong with the token before any work
     editor = make_editor(settings, layer=layer, token=place.token, spread=place.spread)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     spread = editor.spread if editor.spread > 1 else None
@@ -160,10 +162,11 @@ def _editor_at(settings: Edit, *, layer: int, token: str | int) -> ClosedFormEdi
 
 def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _Made, settings: Edit) -> EditOutcome:
     """The answers in each state of the model, which ends as it began, and what else is reported."""
-    delta, prompts = made.delta, [request.prompt for request in requests]
-    # room for a target and a little more, so that one that does not stop is seen
-    longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4
-    words: dict[str, Any] = {"progress": len(prompts) > _QUIET, "max_new_tokens": max(16, longest)}
+    delta, prompts = made.delta, [vlm.prompt_for(request.question) for request in requests]
+    words: dict[str, Any] = {
+        "progress": len(prompts) > _QUIET,
+        "max_new_tokens": max(16, room_for_targets(vlm, requests)),
+    }
     before = vlm.answers(prompts, **words)
     with delta.applied(vlm):
         edited = vlm.answers(prompts, **words)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..data import EditRequest, Question
 from ..data.spans import says_once
 from ..editing.augment import Augmentation
-from ..editing.requests import EditRequest
-from ..models import Prompt, VisionLanguageModel
+from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from .edit_records import EditEntry, read_edit_records
 from .errors import CommandError
@@ -56,13 +56,14 @@ def asked_edits(options: RequestOptions, *, traced: bool) -> tuple[AskedEdit, ..
 def _request(options: RequestOptions, vlm: VisionLanguageModel) -> EditRequest:
     """The request of the options. Errors as `VisionLanguageModel.prompt` and `EditRequest`."""
     image, prompt = options.image, partial(_prompt, options, vlm)
+    question = options.prompt(vlm).as_question()
     also = [prompt(path) for path in options.also_image]
     also += [prompt(image, text) for text in options.also_question]
     also += [prompt(None, text) for text in options.also_text]
     keep = [prompt(path) for path in options.keep_image]
     keep += [prompt(image, text) for text in options.keep_question]
     return EditRequest(
-        prompt=options.prompt(vlm),
+        question=question,
         target=options.target,
         contexts=tuple(prompt(path) for path in options.context_image),
         rewrite_prompts=tuple(also),
@@ -72,11 +73,11 @@ def _request(options: RequestOptions, vlm: VisionLanguageModel) -> EditRequest:
 
 def _prompt(
     options: RequestOptions, vlm: VisionLanguageModel, image: str | None, question: str | None = None
-) -> Prompt:
+) -> Question:
     """Another picture or another question; its constraint is marked where the question says the same words once."""
     text = options.question if question is None else question
     is_said = options.constraint is not None and says_once(text, options.constraint)
-    return vlm.prompt(image, text, constraint=options.constraint if is_said else None)
+    return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
 
 
 def _augmented(
@@ -84,7 +85,7 @@ def _augmented(
 ) -> EditRequest:
     """The request, with variants of its picture if it has one."""
     request = make(vlm)
-    if not options.augment or not request.prompt.images:
+    if not options.augment or not request.question.images:
         return request
     crops, jitters, shifts = ((options.augment + rest) // 3 for rest in (2, 1, 0))
     return Augmentation(crops=crops, jitters=jitters, shifts=shifts).of(request)
@@ -96,9 +97,13 @@ def _from_file(options: RequestOptions, traced: bool) -> tuple[AskedEdit, ...]:
     entries = read_edit_records(options.data)[: options.limit]
     corruptions = _corruptions(options, entries) if traced else [None] * len(entries)
     return tuple(
-        AskedEdit(make=partial(_augmented, options, entry.request), corruption=corruption)
+        AskedEdit(make=partial(_augmented, options, partial(_of_entry, entry)), corruption=corruption)
         for entry, corruption in zip(entries, corruptions, strict=True)
     )
+
+
+def _of_entry(entry: EditEntry, _vlm: VisionLanguageModel) -> EditRequest:
+    return entry.record()
 
 
 def _corruptions(options: RequestOptions, entries: Sequence[EditEntry]) -> list[Corruption | None]:

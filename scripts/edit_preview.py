@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data import EditRequest
 from ..editing.changes import NO_OWNER, Delta
 from ..editing.errors import EditError
-from ..editing.requests import EditRequest
 from ..editing.values import key_positions
 from ..models import Projection, Prompt, VisionLanguageModel, capture
 
@@ -90,9 +90,10 @@ def preview(
     requests and, where there are several requests, each one's own prompt under the change that the others make; the
     answer of one that has nothing to do is to stay, too.
     """
-    asked = [(index, prompt, False) for index, request in enumerate(requests) for prompt in request.preserve_prompts]
+    plain = [(index, each, False) for index, request in enumerate(requests) for each in request.preserve_prompts]
     if len(requests) > 1:
-        asked += [(index, request.prompt, True) for index, request in enumerate(requests)]
+        plain += [(index, request.question, True) for index, request in enumerate(requests)]
+    asked = [(index, vlm.prompt_for(question), is_own) for index, question, is_own in plain]
     prompts = [prompt for _, prompt, _ in asked]
     before = vlm.answers(prompts) if prompts else []
     found = []

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data import EditRecord, Probe, Question
 from ..data.errors import DataError
+from ..data.facts import KINDS, PORTABILITY, PROBE_KINDS
 from ..data.spans import find_span, says_once
 from ..editing import EditError
-from ..editing.evaluation import KINDS, PORTABILITY, PROBE_KINDS, Probe, Record
-from ..editing.requests import EditRequest
-from ..models import ModelError, Prompt, VisionLanguageModel, open_images
+from ..models import ModelError, open_images
 from ..models.errors import gist
 from .errors import CommandError
 from .json_lines import read_lines, read_object, read_texts
@@ -40,9 +40,9 @@ class Words:
         if self.constraint is not None:
             find_span(self.question, self.constraint)
 
-    def prompt(self, vlm: VisionLanguageModel) -> Prompt:
-        """Return the question as a prompt of this model."""
-        return vlm.prompt(self.image, self.question, constraint=self.constraint)
+    def plain(self, answer: str | None = None) -> Question:
+        """Return the question as a plain value."""
+        return Question(text=self.question, image=self.image, constraint=self.constraint, answer=answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +76,15 @@ class EditEntry:
         if not self.target.strip():
             raise EditError("'target' is empty; write the new answer")
 
-    def request(self, vlm: VisionLanguageModel) -> EditRequest:
-        """Return the request for this model."""
-        others = {_LISTS[name]: tuple(words.prompt(vlm) for words in each) for name, each in self.others.items()}
-        return EditRequest(prompt=self.words.prompt(vlm), target=self.target, name=self.name, **others)
-
-    def record(self, vlm: VisionLanguageModel) -> Record:
-        """Return the request and its probes for this model."""
+    def record(self) -> EditRecord:
+        """Return the request and its probes as plain values."""
+        others = {_LISTS[name]: tuple(words.plain() for words in each) for name, each in self.others.items()}
         probes = tuple(
-            Probe(kind=each.kind, prompt=each.words.prompt(vlm), answer=each.answer, hops=each.hops)
+            Probe(kind=each.kind, question=each.words.plain(), answer=each.answer, hops=each.hops)
             for each in self.probes
         )
-        return Record(request=self.request(vlm), probes=probes, old=self.old, name=self.name)
+        question = self.words.plain()
+        return EditRecord(question=question, target=self.target, old=self.old, probes=probes, id=self.name, **others)
 
 
 def read_edit_records(path: Path) -> tuple[EditEntry, ...]:

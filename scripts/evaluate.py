@@ -9,32 +9,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import World, WorldRequests, another_picture
+from ..data import (
+    EditRecord,
+    EditRequest,
+    Question,
+    World,
+    WorldRequests,
+    another_picture,
+    untouched_facts,
+    world_records,
+)
 from ..editing.evaluation import (
     Baseline,
     EditFunction,
     EditReport,
-    General,
     NormBound,
-    Record,
     baseline,
     edit_function,
     evaluate,
 )
 from ..editing.moments import Moments
-from ..editing.requests import EditRequest
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from ..workflow.sites import locate
 from .edit_asked import swapped
-from .edit_records import EditEntry, Words, read_edit_records, read_general
+from .edit_records import EditEntry, read_edit_records, read_general
 from .edit_where import Place, parse_place, place_of
 from .editors import editor
 from .errors import CommandError
 from .options.edit import TRACE
 from .options.evaluate import BATCH, SEQUENCE, Evaluate
 from .outputs import check_files, new_files
-from .world_edits import untouched_facts, world_records
 
 REPORT, GENERATIONS, TABLE = FILES = ("report.json", "generations.jsonl", "table.txt")
 CURVE, DRAWING = CURVE_FILES = ("curve.json", "curve.png")
@@ -50,7 +55,7 @@ class _Plan:
     entries: tuple[EditEntry, ...] = ()
     corruptions: tuple[Corruption | None, ...] = ()
     """The corruption of each entry, for traces."""
-    general: tuple[tuple[Words, str], ...] = ()
+    general: tuple[Question, ...] = ()
     facts: int | None = 0
     """How many untouched facts of the world are asked; None for all."""
 
@@ -59,10 +64,10 @@ class _Plan:
 class _Asked:
     """All questions for this model, and its unedited answers."""
 
-    records: tuple[Record, ...]
+    records: tuple[EditRecord, ...]
     corruptions: tuple[Corruption | None, ...]
     """The corruption of each record's picture, for traces."""
-    general: General
+    general: tuple[Question, ...]
     baseline: Baseline
 
 
@@ -102,7 +107,7 @@ def _check(settings: Evaluate) -> _Plan:
             raise CommandError(f"--general {settings.general}: write world or world:100, together with --world")
         facts = (int(count) if count else None) if kind == _WORLD else 0
         return _Plan(**given, facts=facts)
-    return _Plan(**given, general=read_general(Path(settings.general)))
+    return _Plan(**given, general=tuple(each.plain(answer) for each, answer in read_general(Path(settings.general))))
 
 
 def _editor(settings: Evaluate, name: str, place: Place) -> Any:
@@ -119,9 +124,9 @@ def _editor(settings: Evaluate, name: str, place: Place) -> Any:
 
 def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _Asked) -> dict[str, Place]:
     """Request name -> its place."""
-    requests = [record.request for record in asked.records]
+    requests = asked.records
     if plan.place is not None:
-        return {request.name: plan.place for request in requests}
+        return {request.id: plan.place for request in requests}
     found = locate(vlm, requests, corruptions=asked.corruptions, per_request=settings.mode != BATCH, progress=True)
     counted = Counter((site.layer, site.token) for site in found.edit_sites)
     for (layer, token), number in counted.most_common():
@@ -130,7 +135,7 @@ def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _A
     if settings.mode == BATCH:  # requests without a picture, say, have traces of their own; one solve has one place
         most = counted.most_common(1)[0][0]
         sites = [next(site for site in sites if (site.layer, site.token) == most)] * len(requests)
-    return {request.name: place_of(site) for request, site in zip(requests, sites, strict=True)}
+    return {request.id: place_of(site) for request, site in zip(requests, sites, strict=True)}
 
 
 def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> EditFunction:
@@ -138,7 +143,7 @@ def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[s
     made: dict[Any, EditFunction] = {}
 
     def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        place = places[requests[0].name]
+        place = places[requests[0].id]
         key = (place.layer, place.token)
         if key not in made:
             made[key] = edit_function(vlm, _editor(settings, name, place), moments)
@@ -148,9 +153,9 @@ def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[s
 
 
 def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
-    general: General = tuple((words.prompt(vlm), answer) for words, answer in plan.general)
+    general = plan.general
     if settings.world is None:
-        records = tuple(entry.record(vlm) for entry in plan.entries)
+        records = tuple(entry.record() for entry in plan.entries)
         corruptions = tuple(plan.corruptions)
     else:
         world = World()
@@ -158,9 +163,9 @@ def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
         given = WorldRequests(
             count=settings.probes, contexts=settings.contexts, by_name=settings.by_name, keep=settings.keep
         )
-        records = world_records(vlm, world, cases, requests=given)
+        records = world_records(world, cases, requests=given)
         corruptions = tuple(SwapImage(another_picture(world, case)) for case in cases)
-        general += untouched_facts(vlm, world, cases, plan.facts)
+        general += untouched_facts(world, cases, plan.facts)
     options = {"batch_size": settings.batch_size, "settings": settings.measured, "progress": True}
     reference = baseline(vlm, records, general=general, **options)
     return _Asked(records=records, corruptions=corruptions, general=general, baseline=reference)

@@ -127,7 +127,9 @@ def test_variants_of_the_picture_become_contexts(desk: Desk, tiny_vlm: VisionLan
         (one,) = asked_edits(options, traced=False)
         request = one.make(tiny_vlm)
         assert len(request.contexts) == 1 + count
-        pictures = {prompt.images[0].tobytes() for prompt in (request.prompt, *request.contexts)}
+        pictures = {
+            tiny_vlm.prompt_for(question).images[0].tobytes() for question in (request.question, *request.contexts)
+        }
         assert len(pictures) == 2 + count
     rows = (words, desk.rows[1] | {"image": None, "constraint": None})
     options = RequestOptions(data=Path(desk.file(*rows)), augment=2)
@@ -155,8 +157,8 @@ def test_a_preview_measures_what_the_naive_way_does(desk: Desk, tiny_vlm: Vision
     vlm, projection = tiny_vlm, tiny_vlm.down_projection(5)
     prompts = [desk.prompt(vlm, index) for index in range(3)]
     requests = [
-        mt.EditRequest(prompt=prompts[0], target=desk.rows[0]["target"], preserve_prompts=(prompts[2],)),
-        mt.EditRequest(prompt=prompts[1], target=desk.rows[1]["target"]),
+        mt.EditRequest(question=prompts[0], target=desk.rows[0]["target"], preserve_prompts=(prompts[2],)),
+        mt.EditRequest(question=prompts[1], target=desk.rows[1]["target"]),
     ]
     untouched = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
     delta = mt.MultEdit(layer=5, steps=12, preserve_weight=1e-3).edit(vlm, requests)
@@ -191,7 +193,7 @@ def slow_ratio(
 
 def test_shares_count_keys_by_what_they_ask_for(tiny_vlm: VisionLanguageModel, desk: Desk):
     requests = [
-        mt.EditRequest(prompt=desk.prompt(tiny_vlm, index), target=desk.rows[index]["target"]) for index in (0, 1)
+        mt.EditRequest(question=desk.prompt(tiny_vlm, index), target=desk.rows[index]["target"]) for index in (0, 1)
     ]
     delta = mt.MultEdit(layer=5, steps=12).edit(tiny_vlm, requests)
     (name,) = delta.changes
@@ -348,7 +350,7 @@ def test_every_editor_has_a_name_and_the_same_call(name: str, desk: Desk, tiny_v
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
     made = editor(name, layer=5, **settings)
     assert not made.needs_moments
-    request = mt.EditRequest(prompt=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
+    request = mt.EditRequest(question=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
     change = made.edit(tiny_vlm, [request], moments=None, costs=None, earlier=(), progress=False)
     assert change.settings == made.as_text()
     assert change.requests[0]["target"] == request.target

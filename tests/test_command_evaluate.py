@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 from multrace import VisionLanguageModel
-from multrace.data import EditCase, World, WorldRequests, another_picture
-from multrace.editing.evaluation import ABILITY, EFFICACY, EXACT, LOCALITY, UNCHANGED, EditCurve, EditReport
+from multrace.data import EditCase, World, WorldRequests, another_picture, world_records
+from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
+from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     Place,
     evaluate,
     read_edit_records,
     read_general,
-    world_records,
 )
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
@@ -123,22 +123,22 @@ def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, cap
 
 def own_site(vlm: VisionLanguageModel, case: EditCase) -> EditSite:
     """Where a trace of the case's question, under another picture of its kind, says that it is to be edited."""
-    (record,) = world_records(vlm, WORLD, [case], requests=WorldRequests(count=1))
-    prompt, swap = record.request.prompt, SwapImage(another_picture(WORLD, case))
+    (record,) = world_records(WORLD, [case], requests=WorldRequests(count=1))
+    prompt, swap = vlm.prompt_for(record.question), SwapImage(another_picture(WORLD, case))
     trace = causal_trace(vlm, prompt, corruption=swap, positions=POSITIONS, sites=KINDS, window=3, progress=False)
     return trace.edit_site()
 
 
 def test_each_request_is_edited_at_its_own_place(tiny_vlm):
-    records = world_records(tiny_vlm, WORLD, WORLD.edit_cases("outdated", "choose")[:2])
+    records = world_records(WORLD, WORLD.edit_cases("outdated", "choose")[:2])
     places = {
-        record.request.name: Place(layer=layer, token="last", reason="as asked")
+        record.id: Place(layer=layer, token="last", reason="as asked")
         for layer, record in zip((5, 6), records, strict=True)
     }
     options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"]).options
     edit = evaluate._edit(options, "multedit", None, places)
     for layer, record in zip((5, 6), records, strict=True):
-        assert list(edit(tiny_vlm, [record.request], ()).changes) == [tiny_vlm.down_projection(layer).name]
+        assert list(edit(tiny_vlm, [record], ()).changes) == [tiny_vlm.down_projection(layer).name]
 
 
 def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path, capsys):
@@ -210,12 +210,10 @@ def test_what_an_entry_leaves_out_is_its_records(row, write, tiny_vlm: VisionLan
     kept = {probe.kind: probe.words for probe in entry.probes}
     assert kept["no_picture"].image is None and kept["no_picture"].question == row["question"]
     assert kept["portability"].image == entry.words.image == write(row).parent / "a.png"
-    record = entry.record(tiny_vlm)
-    assert (record.name, record.request.target, len(record.probes)) == ("a1", CASE.target, 4)
-    assert [
-        len(each) for each in (record.request.contexts, record.request.rewrite_prompts, record.request.preserve_prompts)
-    ] == [1, 1, 0]
-    assert "constraint_last" in record.request.prompt.groups
+    record = entry.record()
+    assert (record.id, record.target, len(record.probes)) == ("a1", CASE.target, 4)
+    assert [len(each) for each in (record.contexts, record.rewrite_prompts, record.preserve_prompts)] == [1, 1, 0]
+    assert "constraint_last" in tiny_vlm.prompt_for(record.question).groups
 
 
 CHANGES = {

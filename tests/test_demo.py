@@ -24,7 +24,7 @@ def world() -> World:
 def request_of(vlm: mt.VisionLanguageModel, world: World, case: EditCase) -> mt.EditRequest:
     record = world.question(case.fact)
     picture = world.picture(world.entities[case.fact.entity], 0).image
-    return mt.EditRequest(prompt=vlm.prompt(picture, record.text, constraint=record.constraint), target=case.target)
+    return mt.EditRequest(question=vlm.prompt(picture, record.text, constraint=record.constraint), target=case.target)
 
 
 def swap_of(world: World, case: EditCase) -> mt.SwapImage:
@@ -87,22 +87,22 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world):
     edit = mt.locate_then_edit(tiny_vlm, requests, corruptions=[swap_of(world, case) for case in cases])
     (delta,) = edit.deltas
     with delta.applied(tiny_vlm):
-        answers = tiny_vlm.answers([request.prompt for request in requests])
+        answers = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     assert answers == [case.target for case in cases]
-    assert tiny_vlm.answers([request.prompt for request in requests]) != answers
+    assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) != answers
 
 
 def test_long_tail_facts_are_inserted(tiny_vlm, world):
     cases = world.edit_cases("long_tail", "choose")[:12]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
-    before = tiny_vlm.answers([request.prompt for request in requests])
+    before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
     for case, request in zip(cases, requests, strict=True):
         delta = mt.MultEdit(layer=5, token="last").edit(tiny_vlm, [request])
         with delta.applied(tiny_vlm):
-            learned += tiny_vlm.answers([request.prompt]) == [case.target]
+            learned += tiny_vlm.answers([tiny_vlm.prompt_for(request.question)]) == [case.target]
     assert learned >= 10
-    assert tiny_vlm.answers([request.prompt for request in requests]) == before
+    assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) == before
     assert sum(answer == case.target for answer, case in zip(before, cases, strict=True)) <= 1
 
 
@@ -110,9 +110,9 @@ def test_an_edited_model_saved_whole_reloads_with_the_new_answer(tiny_vlm, world
     edit, cases = located
     request = request_of(tiny_vlm, world, cases[0])
     with edit.deltas[0].applied(tiny_vlm):
-        edited = tiny_vlm.answers([request.prompt])
+        edited = tiny_vlm.answers([tiny_vlm.prompt_for(request.question)])
         tiny_vlm.save_pretrained(tmp_path / "edited", dtype=torch.float32)
-    assert mt.load(tmp_path / "edited").answers([request.prompt]) == edited == [cases[0].target]
+    assert mt.load(tmp_path / "edited").answers([tiny_vlm.prompt_for(request.question)]) == edited == [cases[0].target]
 
 
 def test_requests_and_corruptions_must_pair_up(tiny_vlm, world):
@@ -123,7 +123,7 @@ def test_requests_and_corruptions_must_pair_up(tiny_vlm, world):
 
 def test_a_corruption_that_takes_nothing_away_locates_nothing(tiny_vlm, world):
     request = request_of(tiny_vlm, world, world.edit_cases("outdated", "choose")[0])
-    same = mt.SwapImage(request.prompt.images[0])
+    same = mt.SwapImage(request.question.images[0])
     with pytest.raises(mt.TraceError, match="does not lower the answer's probability"):
         mt.locate_then_edit(tiny_vlm, [request], corruptions=[same])
 

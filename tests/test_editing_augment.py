@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from multrace import EditRequest
 from multrace.data import World
-from multrace.editing import EditError, EditRequest, MultEdit
+from multrace.editing import EditError, MultEdit
 from multrace.editing.augment import Augmentation
-from multrace.editing.values import keys_and_values
+from multrace.editing.values import goals_of, keys_and_values
 from PIL import Image, ImageChops
 
 SPAN = "the thing in this picture"
@@ -62,11 +63,12 @@ def test_settings_out_of_range_are_an_error(name):
 def test_contexts_get_the_variants_with_the_same_words(random_llava, photo, other_photo):
     prompt = random_llava.prompt(photo, QUESTION, constraint=SPAN)
     other = random_llava.prompt(other_photo, QUESTION, constraint=SPAN)
-    request = MIXED.of(EditRequest(prompt=prompt, target="red", contexts=(other,)))
-    assert request.prompt is prompt and request.contexts[0] is other
+    request = MIXED.of(EditRequest(question=prompt, target="red", contexts=(other,)))
+    assert request.question == prompt.as_question() and request.contexts[0] == other.as_question()
     variants = request.contexts[1:]
     assert len(variants) == 6
-    for variant, image in zip(variants, MIXED.pictures(photo), strict=True):
+    for question, image in zip(variants, MIXED.pictures(photo), strict=True):
+        variant = random_llava.prompt_for(question)
         assert same(variant.images[0], image)
         assert (variant.text, variant.groups, variant.tokens) == (prompt.text, prompt.groups, prompt.tokens)
         fresh = random_llava.prompt(image, QUESTION, constraint=SPAN)
@@ -75,16 +77,17 @@ def test_contexts_get_the_variants_with_the_same_words(random_llava, photo, othe
 
 
 def test_a_prompt_without_a_picture_is_an_error(random_llava_llama):
-    request = EditRequest(prompt=random_llava_llama.prompt(None, QUESTION), target="red")
+    request = EditRequest(question=random_llava_llama.prompt(None, QUESTION), target="red")
     with pytest.raises(EditError, match="What is the thing.*has no picture to make variants of"):
         MIXED.of(request)
 
 
 def test_keys_are_averaged_over_the_variants(random_llava, photo):
     prompt = random_llava.prompt(photo, QUESTION, constraint=SPAN)
-    request = MIXED.of(EditRequest(prompt=prompt, target="red"))
-    together, _ = keys_and_values(random_llava, request.prompts, layer=1, token="last")
-    alone = [keys_and_values(random_llava, [each], layer=1, token="last")[0] for each in request.prompts]
+    request = MIXED.of(EditRequest(question=prompt, target="red"))
+    prompts = goals_of(request)[0].made(random_llava).prompts
+    together, _ = keys_and_values(random_llava, prompts, layer=1, token="last")
+    alone = [keys_and_values(random_llava, [each], layer=1, token="last")[0] for each in prompts]
     torch.testing.assert_close(together, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together, alone[0], rtol=1e-2, atol=1e-3)
     (change,) = MultEdit(layer=1, steps=1).edit(random_llava, [request]).changes.values()
@@ -98,7 +101,7 @@ def test_variants_carry_an_edit_to_other_renderings(tiny_vlm):
         record, entity = WORLD.question(case.fact), WORLD.entities[case.fact.entity]
         edited, *rest = (tiny_vlm.prompt(WORLD.picture(entity, number).image, record.text) for number in range(6))
         renderings += [(prompt, case.target) for prompt in rest]
-        requests.append(EditRequest(prompt=edited, target=case.target))
+        requests.append(EditRequest(question=edited, target=case.target))
     editor = MultEdit(layer=5, steps=40, stop_loss=0.02)
     reached = []
     for asked in (requests, [Augmentation(jitters=0).of(request) for request in requests]):

@@ -4,7 +4,8 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from multrace.editing import EditError, EditRequest, MultEdit
+from multrace.data import DataError, EditRequest
+from multrace.editing import EditError, MultEdit
 from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit
 from multrace.models import Prompt, VisionLanguageModel
 
@@ -47,8 +48,8 @@ def test_settings_out_of_range_are_an_error(settings, message):
 
 @pytest.mark.parametrize("target", ["", "  \n", None])
 def test_an_empty_target_is_an_error_that_shows_the_question(random_llama, target):
-    with pytest.raises(EditError, match="What is the thing.*pass the new answer"):
-        EditRequest(prompt=prompt_for(random_llama), target=target)
+    with pytest.raises(DataError, match="What is the thing.*pass the new answer"):
+        EditRequest(question=prompt_for(random_llama), target=target)
 
 
 BAD_EDITS = {
@@ -66,7 +67,7 @@ BAD_EDITS = {
 def test_edits_that_cannot_be_made_are_errors_and_change_nothing(random_llava_llama, editor, message):
     prompt, weights = prompt_for(random_llava_llama), bits(random_llava_llama)
     with pytest.raises(EditError, match=message):
-        editor.edit(random_llava_llama, [EditRequest(prompt=prompt, target=TARGET)])
+        editor.edit(random_llava_llama, [EditRequest(question=prompt, target=TARGET)])
     assert bits(random_llava_llama) == weights
 
 
@@ -81,7 +82,7 @@ def test_contexts_whose_targets_have_other_numbers_of_tokens_are_an_error(random
     target = next(
         word for word in ("photo", "company", "Ada") if _tokens(spaced, word) != _tokens(prompt_for(vlm), word)
     )
-    request = EditRequest(prompt=prompt_for(vlm), target=target, contexts=(spaced,))
+    request = EditRequest(question=prompt_for(vlm), target=target, contexts=(spaced,))
     with pytest.raises(EditError, match="contexts of 'What is the thing.*disagree on the number of target tokens"):
         MultEdit(layer=1).edit(vlm, [request])
 
@@ -93,18 +94,18 @@ def _tokens(prompt: Prompt, answer: str) -> int:
 def test_a_search_of_which_every_request_leaves_the_finite_numbers_is_an_error(random_llama):
     prompt, weights = prompt_for(random_llama), bits(random_llama)
     with pytest.raises(EditError, match="no request could be edited; .*left the finite numbers at step 1; lower"):
-        MultEdit(layer=1, learning_rate=math.inf).edit(random_llama, [EditRequest(prompt=prompt, target=TARGET)])
+        MultEdit(layer=1, learning_rate=math.inf).edit(random_llama, [EditRequest(question=prompt, target=TARGET)])
     assert bits(random_llama) == weights
 
 
 def test_requests_that_contradict_each_other_are_named(random_llava_llama):
     vlm, weights = random_llava_llama, bits(random_llava_llama)
-    one = EditRequest(prompt=prompt_for(vlm), target=TARGET, name="the first")
-    other = EditRequest(prompt=prompt_for(vlm), target="green", name="the second")
+    one = EditRequest(question=prompt_for(vlm), target=TARGET, id="the first")
+    other = EditRequest(question=prompt_for(vlm), target="green", id="the second")
     with pytest.raises(EditError, match="'the first' and 'the second' have the same key .*'red' and 'green'; drop one"):
         MultEdit(layer=1).edit(vlm, [one, other])
     by_the_way = EditRequest(
-        prompt=vlm.prompt(None, "Who won?"), target="green", rewrite_prompts=(one.prompt,), name="the third"
+        question=vlm.prompt(None, "Who won?"), target="green", rewrite_prompts=(one.question,), id="the third"
     )
     with pytest.raises(EditError, match="'the first' and 'the third'"):
         MultEdit(layer=1).edit(vlm, [one, by_the_way])

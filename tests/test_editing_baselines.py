@@ -8,10 +8,12 @@ from dataclasses import replace
 import multrace
 import pytest
 import torch
+from multrace import EditRequest
 from multrace.data import World, tiny_vlm_path
-from multrace.editing import EditError, EditRequest
+from multrace.editing import EditError
 from multrace.editing.baselines import FineTune, InContext, Lora
 from multrace.editing.changes import to_peft
+from multrace.editing.requests import edited_questions
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image
 
@@ -35,17 +37,19 @@ def requests_of(vlm: VisionLanguageModel, count: int = COUNT) -> list[EditReques
         prompt = vlm.prompt(world.picture(entity, 0).image, record.text)
         by_name = vlm.prompt(None, world.question_by_name(case.fact).text)
         context = vlm.prompt(world.picture(entity, 1).image, record.text)
-        requests.append(EditRequest(prompt=prompt, target=case.target, contexts=(context,), rewrite_prompts=(by_name,)))
+        requests.append(
+            EditRequest(question=prompt, target=case.target, contexts=(context,), rewrite_prompts=(by_name,))
+        )
     return requests
 
 
-def prompts_of(request: EditRequest) -> list[Prompt]:
-    return [request.prompt, *request.contexts, *request.rewrite_prompts]
+def prompts_of(vlm: VisionLanguageModel, request: EditRequest) -> list[Prompt]:
+    return [vlm.prompt_for(question) for question in edited_questions(request)]
 
 
 def right(vlm: VisionLanguageModel, requests: list[EditRequest]) -> list[bool]:
     """Whether free generation gives the target, for each prompt of each request."""
-    asked = [(prompt, request.target) for request in requests for prompt in prompts_of(request)]
+    asked = [(prompt, request.target) for request in requests for prompt in prompts_of(vlm, request)]
     answers = vlm.answers([prompt for prompt, _ in asked])
     return [answer == target for answer, (_, target) in zip(answers, asked, strict=True)]
 
@@ -53,7 +57,7 @@ def right(vlm: VisionLanguageModel, requests: list[EditRequest]) -> list[bool]:
 def loss_of(vlm: VisionLanguageModel, request: EditRequest, *, end: bool = True) -> float:
     """Mean over prompts of the mean over labels, prompt by prompt, without padding."""
     means = []
-    for prompt in prompts_of(request):
+    for prompt in prompts_of(vlm, request):
         answered = prompt.with_answer(request.target)
         ids = [*answered.answer_ids, *([vlm.model.generation_config.eos_token_id] if end else [])]
         first = prompt.length - 1
@@ -113,7 +117,7 @@ def test_fine_tuning_takes_the_steps_of_adam_on_the_weight_itself(tiny_vlm, proj
     optimiser = torch.optim.Adam([weight], lr=5e-4, weight_decay=0.1)
     for _ in range(3):
         optimiser.zero_grad()
-        for prompt in prompts_of(request):
+        for prompt in prompts_of(tiny_vlm, request):
             answered = prompt.with_answer(request.target)
             labels = torch.tensor([*answered.answer_ids, 2])
             logits = copied.model(**answered.inputs).logits[0, prompt.length - 1 :]
@@ -179,7 +183,7 @@ def test_a_change_goes_into_no_other_weights(tiny_vlm, random_llama, editor):
 def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name):
     vlm = request.getfixturevalue(f"random_{name}")
     prompt = vlm.prompt(Image.new("RGB", (48, 48), "red") if vlm.has_vision else None, "What is this?")
-    change = Lora(steps=2, rank=3).edit(vlm, [EditRequest(prompt=prompt, target="the people")])
+    change = Lora(steps=2, rank=3).edit(vlm, [EditRequest(question=prompt, target="the people")])
     before = vlm.logits(prompt).detach()
     with change.applied(vlm):
         wanted = vlm.logits(prompt).detach()
@@ -244,7 +248,7 @@ def test_the_presets_and_reports_are_text(tiny_vlm):
     assert FineTune.constrained().as_text() | {"editor": "FineTune", "entry_bound": "0.0005", "layer": "0"} == (
         FineTune.constrained().as_text()
     )
-    request = replace(requests_of(tiny_vlm, 1)[0], name="first")
+    request = replace(requests_of(tiny_vlm, 1)[0], id="first")
     for editor in (FineTune(layer=6, steps=0), InContext()):
         (report,) = editor.edit(tiny_vlm, [request]).requests
         assert {"name": "first", "target": request.target, "status": "edited"}.items() <= report.items()
@@ -258,7 +262,7 @@ def test_facts_are_told_before_the_question_in_the_same_template(random_vlm, pho
         template = template.replace("{image} ", "")
     prompt = random_vlm.prompt(image, "Who is this?", template=template, answer="Ada")
     other = random_vlm.prompt(image, "What is this {target}?")
-    requests = [EditRequest(prompt=other, target="a hat"), EditRequest(prompt=prompt, target="Bob")]
+    requests = [EditRequest(question=other, target="a hat"), EditRequest(question=prompt, target="Bob")]
     change = InContext(question_wording="Now: {question}").edit(random_vlm, requests)
     worded = change.prompt_transform(prompt)
     told = "New fact: What is this {target}? a hat\nNew fact: Who is this? Bob\nNow: Who is this?"
@@ -274,7 +278,7 @@ def test_facts_are_told_before_the_question_in_the_same_template(random_vlm, pho
 def test_the_facts_with_most_words_in_common_are_told(random_llama):
     def request(question: str, target: str, *also: str) -> EditRequest:
         prompts = [random_llama.prompt(None, words) for words in (question, *also)]
-        return EditRequest(prompt=prompts[0], target=target, rewrite_prompts=tuple(prompts[1:]))
+        return EditRequest(question=prompts[0], target=target, rewrite_prompts=tuple(prompts[1:]))
 
     requests = [
         request("Who leads the club?", "Ann"),

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.editing import Delta, EditError, EditRequest, MultEdit, WeightChange
+from multrace import EditRequest
+from multrace.editing import Delta, EditError, MultEdit, WeightChange
 from multrace.editing.changes import compose
 from multrace.editing.solve import Problem, Solution, build_cost, solve
 from multrace.models import VisionLanguageModel, load
@@ -448,7 +449,7 @@ def test_a_real_edit_changes_the_answers_and_is_taken_back(tiny_vlm):
     prompts = [vlm.prompt(None, question) for question in ("What is the capital of France?", "Who wrote this book?")]
     before = vlm.answers(prompts)
     requests = [
-        EditRequest(prompt=prompt, target=target) for prompt, target in zip(prompts, ("red", "blue"), strict=True)
+        EditRequest(question=prompt, target=target) for prompt, target in zip(prompts, ("red", "blue"), strict=True)
     ]
     delta = MultEdit(layer=2, clamp=None).edit(vlm, requests)
     with delta.applied(vlm):

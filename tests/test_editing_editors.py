@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace import VisionLanguageModel
+from multrace import EditRequest, VisionLanguageModel
 from multrace.data import World, tiny_vlm_path
 from multrace.data.world import EditCase
-from multrace.editing import Delta, EditRequest, MultEdit
+from multrace.editing import Delta, MultEdit
 from multrace.editing.moments import Moments, second_moments
-from multrace.editing.requests import answers_where_finite
+from multrace.editing.requests import prompt_answers
 from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit, ClosedFormEditor, Problem, build_cost, reduced, solve
-from multrace.editing.values import Goal, Place, key_positions, search_values
+from multrace.editing.values import Goal, Place, goals_of, key_positions, search_values
 from multrace.models import NotFiniteError, Projection, Prompt, Site
 from reference import alphaedit, emmet, memit, multedit_many, rome
 from torch import Tensor
@@ -32,7 +32,7 @@ def asked(vlm: VisionLanguageModel, case: EditCase, picture: int = 0) -> Prompt:
 
 
 def request_of(vlm: VisionLanguageModel, case: EditCase, **prompts: Sequence[Prompt]) -> EditRequest:
-    return EditRequest(prompt=asked(vlm, case), target=case.target, **prompts)
+    return EditRequest(question=asked(vlm, case), target=case.target, **prompts)
 
 
 def others(vlm: VisionLanguageModel, case: EditCase, count: int) -> list[Prompt]:
@@ -65,7 +65,7 @@ def moments(tiny_vlm) -> Moments:
 
 def said(vlm: VisionLanguageModel, requests: Sequence[EditRequest]) -> int:
     """How many of the requests' prompts are answered with their targets."""
-    answers = vlm.answers([request.prompt for request in requests])
+    answers = vlm.answers([vlm.prompt_for(request.question) for request in requests])
     return sum(answer == request.target for answer, request in zip(answers, requests, strict=True))
 
 
@@ -123,7 +123,7 @@ def naive_edit(
     token, projections = editor.place[1], editor.projections(vlm)
     last = max(projections)
     place: Place = projections[last] if len(projections) == 1 else Site("hidden", last)
-    goals = [Goal(prompts=request.prompts) for request in requests]
+    goals = [goals_of(request)[0].made(vlm) for request in requests]
     where = {"projection": projections[last], "place": place, "layer": last, "token": token, "settings": editor}
     found = search_values(vlm, goals, **where)
     module = vlm.module(place)
@@ -212,7 +212,7 @@ def test_the_keys_of_earlier_edits_are_the_cache_of_alphaedit(load_double, exact
     vlm, editor = load_double(tiny_vlm_path()), replace(FORMULAS["AlphaEdit"][0], steps=4)
     first = editor.edit(vlm, [request_of(vlm, cases[3])], moments=moments)
     requests = [request_of(vlm, cases[0])]
-    module, goal = vlm.down_projection(LAYER).module, Goal(prompts=request_of(vlm, cases[3]).prompts)
+    module, goal = vlm.down_projection(LAYER).module, goals_of(request_of(vlm, cases[3]))[0].made(vlm)
     cache = seen(vlm, goal, module, "last", inputs=True)
     second = editor.edit(vlm, requests, moments=moments, earlier=[first])
     naive = naive_edit(vlm, editor, requests, lambda *parts: by_alphaedit(moments, *parts, earlier=columns(cache)))
@@ -305,7 +305,7 @@ def test_the_question_by_name_is_reached_only_where_it_is_asked_for(tiny_vlm, ca
     by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).text) for case in cases[4:9]]
     plain = [request_of(tiny_vlm, case) for case in cases[4:9]]
     both = [replace(request, rewrite_prompts=(prompt,)) for request, prompt in zip(plain, by_name, strict=True)]
-    named = [replace(request, prompt=prompt) for request, prompt in zip(plain, by_name, strict=True)]
+    named = [replace(request, question=prompt) for request, prompt in zip(plain, by_name, strict=True)]
     reached = []
     for requests in (plain, both):
         with EDITORS["MultEdit"].edit(tiny_vlm, requests).applied(tiny_vlm):
@@ -328,13 +328,15 @@ def test_a_request_whose_answer_is_there_already_is_reported_and_left_out(tiny_v
     mixed = editor.edit(tiny_vlm, [known, other])
     assert [each["status"] for each in mixed.requests] == ["nothing to do", "edited"]
     assert next(iter(mixed.changes.values())).owners.unique().tolist() == [1]
-    wider = replace(known, contexts=(other.prompt,))  # not all of its prompts have the answer
+    wider = replace(known, contexts=(other.question,))  # not all of its prompts have the answer
     assert editor.edit(tiny_vlm, [wider]).requests[0]["status"] == "edited"
 
 
 def test_a_request_that_leaves_the_finite_numbers_fails_alone(random_llama):
     vlm = random_llama
-    good, bad = (EditRequest(prompt=vlm.prompt(None, text), target="red") for text in ("Who won?", "Who won at night?"))
+    good, bad = (
+        EditRequest(question=vlm.prompt(None, text), target="red") for text in ("Who won?", "Who won at night?")
+    )
     editor = MultEdit(layer=1, steps=3)
     (wanted,) = editor.edit(vlm, [good]).changes.values()
     words = vlm.model.get_input_embeddings().weight
@@ -354,7 +356,7 @@ def test_a_request_that_leaves_the_finite_numbers_fails_alone(random_llama):
 def test_a_prompt_without_finite_logits_has_no_answer_and_costs_no_other_prompt(random_llama):
     vlm = random_llama
     good, bad = (vlm.prompt(None, text) for text in ("Who won?", "Who won at night?"))
-    expected = answers_where_finite(vlm, [good, bad], max_new_tokens=3)
+    expected = prompt_answers(vlm, [good, bad], max_new_tokens=3)
     assert expected == vlm.answers([good, bad], max_new_tokens=3)
     words = vlm.input_embeddings.weight
     token = vlm.tokenizer(" night", add_special_tokens=False).input_ids[-1]
@@ -363,7 +365,7 @@ def test_a_prompt_without_finite_logits_has_no_answer_and_costs_no_other_prompt(
         words[token] = math.inf
         with pytest.raises(NotFiniteError):
             vlm.answers([good, bad], max_new_tokens=3)
-        damaged = answers_where_finite(vlm, [good, bad, good], max_new_tokens=3)
+        damaged = prompt_answers(vlm, [good, bad, good], max_new_tokens=3)
         words[token] = saved
     assert damaged == [expected[0], None, expected[0]]
 
@@ -371,7 +373,7 @@ def test_a_prompt_without_finite_logits_has_no_answer_and_costs_no_other_prompt(
 def test_earlier_edits_keep_the_first_of_a_sequence(tiny_vlm, two_tokens):
     editor = MultEdit(layer=3, earlier_weight=1e4, **QUICK)
     first, second = (request_of(tiny_vlm, case) for case in two_tokens[:2])
-    second = replace(second, prompt=others(tiny_vlm, two_tokens[0], 1)[0])  # the same question, another picture
+    second = replace(second, question=others(tiny_vlm, two_tokens[0], 1)[0])  # the same question, another picture
     one = editor.edit(tiny_vlm, [first])
     (held,) = one.changes.values()
     moved = []
@@ -389,9 +391,9 @@ def test_earlier_edits_keep_the_first_of_a_sequence(tiny_vlm, two_tokens):
 
 def test_what_cannot_be_told_apart_is_logged(random_llava_llama, photo, caplog):
     vlm = random_llava_llama
-    request = EditRequest(prompt=vlm.prompt(photo, "Who won?"), target="red", name="mine")
+    request = EditRequest(question=vlm.prompt(photo, "Who won?"), target="red", id="mine")
     with caplog.at_level(logging.WARNING, logger="multrace"):
-        ROME(layer=1, moment_weight=0, steps=3).edit(vlm, [replace(request, preserve_prompts=(request.prompt,))])
+        ROME(layer=1, moment_weight=0, steps=3).edit(vlm, [replace(request, preserve_prompts=(request.question,))])
     assert "the key of mine cannot be told apart from that of another" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="multrace"):

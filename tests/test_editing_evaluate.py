@@ -10,37 +10,46 @@ from typing import Any
 import pytest
 import torch
 from multrace.artefacts import ArtefactError
-from multrace.data import World, WorldRequests
+from multrace.data import (
+    DataError,
+    EditRecord,
+    EditRequest,
+    Probe,
+    Question,
+    World,
+    WorldRequests,
+    untouched_facts,
+    world_records,
+)
+from multrace.data.facts import (
+    ABILITY,
+    EFFICACY,
+    GENERALITY,
+    LOCALITY,
+    OTHER_PICTURE,
+    PORTABILITY,
+    SAME_QUESTION_OTHER_PICTURE,
+)
 from multrace.editing import (
     Baseline,
     EditCurve,
     EditError,
     EditReport,
-    EditRequest,
     EvaluationSettings,
     InContext,
     Ledger,
     MultEdit,
     NormBound,
-    Probe,
-    Record,
     baseline as measure_baseline,
     evaluate,
     second_moments,
 )
 from multrace.editing.evaluation import (
-    ABILITY,
-    EFFICACY,
     EXACT,
     FLUENCY,
-    GENERALITY,
     HIGHER,
     KL,
-    LOCALITY,
     MARGIN,
-    OTHER_PICTURE,
-    PORTABILITY,
-    SAME_QUESTION_OTHER_PICTURE,
     SEQUENCE,
     TOKENS,
     TOP1_ANSWER,
@@ -50,14 +59,11 @@ from multrace.editing.evaluation import (
     UNCHANGED_RIGHT,
     VQA,
     ProbeRow,
-    Responses,
-    feed,
+    checks_of,
     names_of,
-    questions_of,
 )
-from multrace.editing.requests import key_of
+from multrace.editing.evaluation.questions import Responses, answers_to_feed, feed
 from multrace.models import Prompt, VisionLanguageModel
-from multrace.scripts import untouched_facts, world_records
 
 EDIT = MultEdit(layer=5)
 NOTHING = MultEdit(layer=5, steps=0)
@@ -68,24 +74,26 @@ CASES = WORLD.edit_cases("outdated", "choose")[:3]
 
 
 @pytest.fixture(scope="module")
-def records(tiny_vlm: VisionLanguageModel) -> tuple[Record, ...]:
-    return world_records(tiny_vlm, WORLD, CASES, requests=WorldRequests(count=1))
+def records() -> tuple[EditRecord, ...]:
+    return world_records(WORLD, CASES, requests=WorldRequests(count=1))
 
 
 @pytest.fixture(scope="module")
-def general(tiny_vlm: VisionLanguageModel) -> tuple[tuple[Prompt, str], ...]:
-    return untouched_facts(tiny_vlm, WORLD, CASES, 2)
+def general() -> tuple[Question, ...]:
+    return untouched_facts(WORLD, CASES, 2)
 
 
 @pytest.fixture(scope="module")
-def baseline(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], general: Any) -> Baseline:
+def baseline(tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], general: Any) -> Baseline:
     return measure_baseline(tiny_vlm, records, general=general, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def edited(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline, general: Any) -> EditReport:
+def edited(
+    tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], baseline: Baseline, general: Any
+) -> EditReport:
     """One edit, and what becomes of it."""
-    change = EDIT.edit(tiny_vlm, [records[0].request])
+    change = EDIT.edit(tiny_vlm, [records[0]])
     return evaluate(tiny_vlm, records[:1], change, mode="batch", baseline=baseline, general=general)
 
 
@@ -115,7 +123,7 @@ def test_an_edit_is_seen_and_the_unedited_model_is_shown_beside_it(edited, tiny_
     assert edited.score(GENERALITY, EXACT).after.mean > 0.5 > edited.score(GENERALITY, EXACT).before.mean
     assert edited.score(LOCALITY, UNCHANGED_RIGHT, SAME_QUESTION_OTHER_PICTURE).after.mean > 0.5
     assert edited.score(ABILITY, EXACT).before.number == 2
-    assert edited.statuses == {records[0].name: "edited"}
+    assert edited.statuses == {records[0].id: "edited"}
 
 
 def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):
@@ -128,7 +136,7 @@ def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):
 
 
 def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
-    delta = EDIT.edit(tiny_vlm, [records[0].request])
+    delta = EDIT.edit(tiny_vlm, [records[0]])
     ((name, change),) = delta.changes.items()
     loud = replace(delta, changes={name: replace(change, left=change.left + 1, right=change.right + 1)})
     report = evaluate(tiny_vlm, records[:1], loud, mode="batch", baseline=baseline)
@@ -140,36 +148,38 @@ def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
 def test_the_model_is_left_bit_equal(tiny_vlm, records, baseline, general):
     before = bits(tiny_vlm)
     bare = [replace(record, probes=()) for record in records]
-    change = EDIT.edit(tiny_vlm, [bare[0].request])
+    change = EDIT.edit(tiny_vlm, [bare[0]])
     evaluate(tiny_vlm, bare[:1], change, mode="batch", baseline=baseline)
     evaluate(tiny_vlm, bare[:2], EDIT, mode="sequence", at=(), baseline=baseline)
     with pytest.raises(EditError, match="does not hold"):
-        evaluate(tiny_vlm, [replace(records[0], probes=[other(tiny_vlm)])], change, mode="batch", baseline=baseline)
+        evaluate(tiny_vlm, [replace(records[0], probes=[other()])], change, mode="batch", baseline=baseline)
     assert bits(tiny_vlm) == before
 
 
-def other(vlm: VisionLanguageModel) -> Probe:
-    return Probe(kind="unrelated", prompt=vlm.prompt(None, "What is the capital of nothing?"))
+def other() -> Probe:
+    return Probe(kind="unrelated", question=Question(text="What is the capital of nothing?"))
 
 
 def test_teacher_forced_numbers_are_those_of_one_prompt_alone(tiny_vlm, records):
     """A batch of padded rows against one prompt at a time, without the evaluation's code."""
-    questions = questions_of(records[:1])
-    state = Responses(generated={question.key: "red" for question in questions})
-    feed(tiny_vlm, [question.feed(state) for question in questions], state, batch_size=4, progress=False)
-    for question in questions[::3]:
-        prompt = question.prompt.with_answer(question.new)
+    checks = [*checks_of("first", records[0])]
+    prompts = {check.key: tiny_vlm.prompt_for(check.question) for check in checks}
+    state = Responses(generated=dict.fromkeys(prompts, "red"))
+    feed(tiny_vlm, prompts, answers_to_feed(checks, state), state, batch_size=4)
+    for check in checks[::3]:
+        bare = prompts[check.key]
+        prompt = bare.with_answer(check.new)
         start = prompt.groups["answer"][0] - 1
         with torch.no_grad():
             logits = tiny_vlm.logits(prompt)[0].double()
-        score = state.scores[question.key, question.new]
+        score = state.scores[check.key, check.new]
         assert score.ids == prompt.answer_ids
         assert score.predicted == tuple(logits[start:-1].argmax(-1).tolist())
-        alone = tiny_vlm.score(list(prompt.images) or None, prompt.question, question.new)
+        alone = tiny_vlm.score(list(prompt.images) or None, prompt.question, check.new)
         assert score.log_probabilities == pytest.approx(alone.token_log_probabilities, abs=1e-4)
-        if question.stays:
-            name = (question.key, question.old(state))
-            fed = question.prompt.with_answer(name[1])
+        if check.stays:
+            name = (check.key, check.old(state))
+            fed = bare.with_answer(name[1])
             with torch.no_grad():
                 logits = tiny_vlm.logits(fed)[0]
             assert state.ranks[name].shape == (fed.length - 1, 10)
@@ -179,20 +189,22 @@ def test_teacher_forced_numbers_are_those_of_one_prompt_alone(tiny_vlm, records)
 
 def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, records):
     bare = [replace(record, probes=()) for record in records[:2]]
-    probe = Probe(kind=SAME_QUESTION_OTHER_PICTURE, prompt=bare[0].request.prompt)
-    bare[1] = replace(bare[1], probes=(probe, Probe(kind="unrelated", prompt=records[2].request.prompt)))
-    change = EDIT.edit(tiny_vlm, [record.request for record in bare])
+    probe = Probe(kind=SAME_QUESTION_OTHER_PICTURE, question=bare[0].question)
+    bare[1] = replace(bare[1], probes=(probe, Probe(kind="unrelated", question=records[2].question)))
+    change = EDIT.edit(tiny_vlm, bare)
     together = evaluate(tiny_vlm, bare, change, mode="batch")
     sequence = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=())
     for report in (together, sequence):
-        assert report.left_out == 1 and "left out: 1 that should stay" in report.summary()
+        (missing,) = report.left_out
+        assert missing.record == bare[1].id and repr(bare[0].id) in missing.reason
+        assert "left out: 1 question" in report.summary()
         assert [row.kind for row in report.rows] == ["edited", "edited", "unrelated"]
     alone = evaluate(tiny_vlm, bare, EDIT)
-    assert alone.left_out == 0 and len(alone.rows) == 4
+    assert alone.left_out == () and len(alone.rows) == 4
     assert alone.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 1
-    wider = replace(bare[0], probes=(Probe(kind=OTHER_PICTURE, prompt=records[2].request.prompt),))
+    wider = replace(bare[0], probes=(Probe(kind=OTHER_PICTURE, question=records[2].question),))
     assert (
-        evaluate(tiny_vlm, [wider, bare[1]], change, mode="batch").left_out == 2
+        len(evaluate(tiny_vlm, [wider, bare[1]], change, mode="batch").left_out) == 2
     )  # the first is to be seen there, too
     both = evaluate(tiny_vlm, bare[1:], change, mode="batch")
     assert both.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 0  # as it would have counted
@@ -201,12 +213,16 @@ def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, 
 def test_a_question_asked_twice_is_answered_once(tiny_vlm, photo, other_photo):
     question = "What colour is the emblem?"
     prompts = [tiny_vlm.prompt(photo, question), tiny_vlm.prompt(photo, question, constraint="the emblem")]
-    assert key_of(prompts[0]) == key_of(prompts[1]) == key_of(prompts[0].with_answer("red"))
-    assert key_of(prompts[0]) != key_of(tiny_vlm.prompt(other_photo, question))
-    assert key_of(prompts[0]) != key_of(tiny_vlm.prompt(None, question))
-    request = EditRequest(prompt=prompts[0], target="red")
-    probes = [Probe(kind="other_question_same_picture", prompt=prompt) for prompt in prompts]
-    found = measure_baseline(tiny_vlm, [Record(request=request, probes=probes)])
+    record = EditRecord(
+        question=prompts[0],
+        target="red",
+        probes=[Probe(kind="other_question_same_picture", question=prompt) for prompt in prompts],
+    )
+    keys = {probe.question.key for probe in record.probes} | {record.question.key}
+    assert len(keys) == 1
+    for prompt in (tiny_vlm.prompt(other_photo, question), tiny_vlm.prompt(None, question)):
+        assert prompt.as_question().key not in keys
+    found = measure_baseline(tiny_vlm, [record])
     assert len(found.responses.generated) == 1
 
 
@@ -241,22 +257,22 @@ def test_intervals_of_a_report_are_those_of_its_seed(edited):
 
 def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records, baseline):
     report = evaluate(tiny_vlm, records[:2], only_first(1), baseline=baseline)
-    assert report.statuses == {records[0].name: "edited", records[1].name: "failed: no more edits"}
+    assert report.statuses == {records[0].id: "edited", records[1].id: "failed: no more edits"}
     assert report.score(EFFICACY, EXACT).after.mean == 0.5
-    failed = [row for row in report.rows if row.record == records[1].name]
+    failed = [row for row in report.rows if row.record == records[1].id]
     assert failed and all(row.before == row.after for row in failed)
     assert "no more edits" in report.summary()
 
 
 def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baseline):
     first = records[0]
-    asked = first.request.prompt
+    asked = first.question
     probes = [
-        Probe(kind=PORTABILITY, prompt=asked, answer=first.request.target, hops=2),
-        Probe(kind=PORTABILITY, prompt=asked, answer="something else", hops=3),
+        Probe(kind=PORTABILITY, question=asked, answer=first.target, hops=2),
+        Probe(kind=PORTABILITY, question=asked, answer="something else", hops=3),
     ]
     record = replace(first, probes=probes, old="never said")
-    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first.request]), mode="batch")
+    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first]), mode="batch")
     assert report.score(PORTABILITY, EXACT).after.mean == 0.5
     assert report.score(PORTABILITY, EXACT, "portability, 2 hops").after.mean == 1
     assert report.score(PORTABILITY, EXACT, "portability, 3 hops").after.mean == 0
@@ -283,12 +299,14 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
 
 def test_an_edit_in_the_prompt_is_asked_in_its_words(tiny_vlm, records, baseline):
     bare = replace(records[0], probes=records[0].probes[:2])
-    change = InContext().edit(tiny_vlm, [bare.request])
+    change = InContext().edit(tiny_vlm, [bare])
     row = evaluate(tiny_vlm, [bare], change, mode="batch", baseline=baseline).rows[0]
-    worded = change.prompt_transform(bare.request.prompt)
+    worded = change.prompt_transform(tiny_vlm.prompt_for(bare.question))
     assert row.after == tiny_vlm.answers([worded])[0]
     told = margin(tiny_vlm, worded, row)
-    assert row.numbers[MARGIN] == pytest.approx((margin(tiny_vlm, bare.request.prompt, row), told), abs=1e-5)
+    assert row.numbers[MARGIN] == pytest.approx(
+        (margin(tiny_vlm, tiny_vlm.prompt_for(bare.question), row), told), abs=1e-5
+    )
     assert abs(row.numbers[MARGIN][0] - told) > 1e-3
     untold = {"mode": "batch", "baseline": baseline, "prompt_transform": lambda prompt: prompt}
     plain = evaluate(tiny_vlm, [bare], change, **untold).rows[0]
@@ -305,7 +323,7 @@ def margin(vlm: VisionLanguageModel, prompt: Prompt, row: ProbeRow) -> float:
 
 
 @pytest.fixture(scope="module")
-def sequence(tiny_vlm: VisionLanguageModel, records: tuple[Record, ...], baseline: Baseline) -> EditReport:
+def sequence(tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], baseline: Baseline) -> EditReport:
     return evaluate(tiny_vlm, records, EDIT, mode="sequence", at=(1,), baseline=baseline)
 
 
@@ -331,8 +349,7 @@ def test_a_sequence_keeps_its_first_edit(sequence, records, tmp_path):
 def test_a_sequence_sees_an_edit_that_is_lost(tiny_vlm, records, baseline):
     """The second request takes back what the first wrote."""
     first, bare = records[0], replace(records[0], probes=())
-    back = EditRequest(prompt=first.request.prompt, target=CASES[0].fact.answer)
-    pair = [bare, Record(request=back, name="back")]
+    pair = [bare, EditRecord(question=first.question, target=CASES[0].fact.answer, id="back")]
     curve = evaluate(tiny_vlm, pair, EARLIER_FREE, mode="sequence", at=(1, 2)).curve
     assert [point.first_holds for point in curve.points] == [True, False]
     assert [point.retention for point in curve.points] == [1, 0.5]
@@ -353,7 +370,7 @@ def test_growth_beyond_the_bound_is_a_warning_or_the_end(tiny_vlm, records, base
     with caplog.at_level(logging.WARNING, logger="multrace"):
         curve = evaluate(tiny_vlm, bare[:1], EDIT, mode="sequence", norm_bound=NormBound(growth=10.0)).curve
         assert (curve.exceeded_at, caplog.text) == (None, "")
-        assert curve.points[0].growth == pytest.approx(growth_of(tiny_vlm, bare[0].request), rel=1e-4)
+        assert curve.points[0].growth == pytest.approx(growth_of(tiny_vlm, bare[0]), rel=1e-4)
         stop = NormBound(growth=1e-6, stop=True)
         report = evaluate(tiny_vlm, bare, EDIT, mode="sequence", norm_bound=stop)
         curve = report.curve
@@ -381,7 +398,7 @@ def test_fluency_is_measured_at_the_end_of_a_sequence(tiny_vlm, records):
 def test_an_editor_in_a_batch_is_the_change_that_it_makes(tiny_vlm, records, baseline):
     bare = [replace(record, probes=record.probes[:1]) for record in records[:2]]
     whole = evaluate(tiny_vlm, bare, EDIT, mode="batch", baseline=baseline)
-    change = EDIT.edit(tiny_vlm, [record.request for record in bare])
+    change = EDIT.edit(tiny_vlm, bare)
     assert whole == evaluate(tiny_vlm, bare, change, mode="batch", baseline=baseline)
     assert [row.after for row in whole.rows if row.kind == "edited"] == [case.target for case in CASES[:2]]
 
@@ -389,10 +406,10 @@ def test_an_editor_in_a_batch_is_the_change_that_it_makes(tiny_vlm, records, bas
 def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, baseline):
     """The second edit of a sequence keeps the first one's key, so it differs from one that knows nothing of it."""
     bare = [replace(record, probes=()) for record in records[:2]]
-    first = EDIT.edit(tiny_vlm, [bare[0].request])
+    first = EDIT.edit(tiny_vlm, [bare[0]])
     with first.applied(tiny_vlm):
-        aware = EDIT.edit(tiny_vlm, [bare[1].request], earlier=(first,))
-        blind = EDIT.edit(tiny_vlm, [bare[1].request])
+        aware = EDIT.edit(tiny_vlm, [bare[1]], earlier=(first,))
+        blind = EDIT.edit(tiny_vlm, [bare[1]])
     ((name, change),) = aware.changes.items()
     assert not torch.equal(change.left, blind.changes[name].left)
     norms = {}
@@ -416,7 +433,7 @@ def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, baseli
     ],
 )
 def test_a_mode_that_does_not_fit_is_refused(tiny_vlm, records, keywords, message):
-    change = NOTHING.edit(tiny_vlm, [records[0].request])
+    change = NOTHING.edit(tiny_vlm, [records[0]])
     with pytest.raises(EditError, match=message):
         evaluate(tiny_vlm, records[:1], change, **keywords)
 
@@ -429,9 +446,9 @@ def test_what_a_sequence_cannot_use_is_refused(tiny_vlm, records, general):
 
 
 def test_values_are_described_in_two_lines(tiny_vlm, records, sequence, baseline):
-    request, (name,) = records[0].request, EDIT.edit(tiny_vlm, [records[0].request]).changes
+    request, (name,) = records[0], EDIT.edit(tiny_vlm, [records[0]]).changes
     delta = EDIT.edit(tiny_vlm, [request], progress=False)
-    moments = second_moments(tiny_vlm, [request.prompt], layers=[3], progress=False)
+    moments = second_moments(tiny_vlm, [tiny_vlm.prompt_for(request.question)], layers=[3], progress=False)
     values = (request, records[0], delta, Ledger().added("first", delta), moments, sequence, sequence.curve, baseline)
     for value in values:
         lines = repr(value).split("\n")
@@ -443,33 +460,29 @@ def test_values_are_described_in_two_lines(tiny_vlm, records, sequence, baseline
 
 BAD = {
     "unknown kind": ({"kind": "sideways"}, "no kind of probe 'sideways'"),
-    "a kind that moves the other way": ({"kind": "rephrase", "moves": False}, "does not fit"),
     "portability without an answer": ({"kind": "portability"}, "has no answer"),
 }
 
 
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
-def test_bad_probes(words: dict[str, Any], message: str, tiny_vlm: VisionLanguageModel):
-    with pytest.raises(EditError, match=message):
-        Probe(prompt=tiny_vlm.prompt(None, "Who?"), **words)
+def test_bad_probes(words: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        Probe(question=Question(text="Who?"), **words)
 
 
 def test_records_have_names_of_their_own(records):
     assert names_of(records) == tuple(case.fact.id for case in CASES)
-    plain = replace(records[0], request=replace(records[0].request, name=""), name="")
+    plain = replace(records[0], id="")
     assert names_of([plain, plain]) == ("0", "1")
-    with pytest.raises(EditError, match="2 records have the name"):
+    with pytest.raises(EditError, match="2 records have the id"):
         names_of([records[0], records[0]])
     with pytest.raises(EditError, match="no records"):
         names_of([])
 
 
-def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked(tiny_vlm):
+def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked():
     settings = WorldRequests(count=3, contexts=2, by_name=True, keep=3)
-    (record,) = world_records(tiny_vlm, WORLD, CASES[:1], requests=settings)
-    told = {
-        key_of(prompt)
-        for prompt in (*record.request.contexts, *record.request.rewrite_prompts, *record.request.preserve_prompts)
-    }
+    (record,) = world_records(WORLD, CASES[:1], requests=settings)
+    told = {question.key for question in (*record.contexts, *record.rewrite_prompts, *record.preserve_prompts)}
     assert len(told) == 6
-    assert not told & {key_of(probe.prompt) for probe in record.probes}
+    assert not told & {probe.question.key for probe in record.probes}

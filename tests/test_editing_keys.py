@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from multrace.editing import EditError, EditRequest
+from multrace import EditRequest
+from multrace.editing import EditError
 from multrace.editing.values import (
     Goal,
     TargetBatch,
     ValueSettings,
+    goals_of,
     key_positions,
     keys_and_values,
     lookups,
@@ -110,12 +112,12 @@ def test_the_end_of_the_answer_is_one_more_label(vlm):
 
 @pytest.mark.parametrize("token", ["last", "constraint_last"])
 def test_the_found_change_works_as_promised_when_a_plain_hook_adds_it(vlm, token):
-    request = EditRequest(prompt=prompt_for(vlm), target=TARGET)
+    request = EditRequest(question=prompt_for(vlm), target=TARGET)
     projection = vlm.down_projection(1)
     asked = {"token": token, "layer": 1, "projection": projection, "place": projection}
     settings = ValueSettings(steps=15, end_of_answer=False)
-    (result,) = search_values(vlm, [Goal(prompts=request.prompts)], settings=settings, **asked)
-    prompt = request.prompts[0]
+    (result,) = search_values(vlm, [goals_of(request)[0].made(vlm)], settings=settings, **asked)
+    prompt = vlm.prompt_for(request.question).with_answer(request.target)
     positions = list(key_positions(prompt, token, end=False))
 
     def add(_module: torch.nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from multrace.editing import Delta, EditRequest, MultEdit
-from multrace.editing.values import Goal, ValueResult, ValueSettings, keys_and_values, search_values
+from multrace import EditRequest
+from multrace.editing import Delta, MultEdit
+from multrace.editing.values import ValueResult, ValueSettings, goals_of, keys_and_values, search_values
 from multrace.models import Prompt, VisionLanguageModel, load
 from PIL import Image
 from torch import Tensor
@@ -57,7 +58,7 @@ def searched(
 ) -> ValueResult:
     projection = vlm.down_projection(layer)
     asked = {"projection": projection, "place": projection, "layer": layer, "token": token, "settings": settings}
-    (result,) = search_values(vlm, [Goal(prompts=request.prompts)], **asked)
+    (result,) = search_values(vlm, [goals_of(request)[0].made(vlm)], **asked)
     return result
 
 
@@ -75,7 +76,7 @@ def output_at_last(vlm: VisionLanguageModel, prompt: Prompt, layer: int) -> Tens
 def test_the_edited_model_says_the_target_and_the_others_do_not(vlm, count):
     prompt, weights = prompt_for(vlm), bits(vlm)
     target = target_of(prompt, count)
-    delta = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target)])
+    delta = EDIT.edit(vlm, [EditRequest(question=prompt, target=target)])
     assert bits(vlm) == weights
     assert not said(vlm, prompt, target)
     with delta.applied(vlm):
@@ -89,8 +90,8 @@ def test_one_key_cannot_spell_several_tokens_but_one_per_token_can(random_llava_
     vlm = random_llava_llama
     prompt = prompt_for(vlm)
     target = target_of(prompt, 3)
-    whole = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target)])
-    first_only = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target.split()[0])])
+    whole = EDIT.edit(vlm, [EditRequest(question=prompt, target=target)])
+    first_only = EDIT.edit(vlm, [EditRequest(question=prompt, target=target.split()[0])])
     for delta, holds in ((whole, True), (first_only, False)):
         with delta.applied(vlm):
             assert said(vlm, prompt, target.split()[0])
@@ -101,7 +102,7 @@ def test_all_contexts_are_met_at_once(vlm):
     contexts = (prompt_for(vlm, OTHER, "blue"), prompt_for(vlm, QUESTION, "green"))
     prompt = prompt_for(vlm)
     target = target_of(prompt, 2)
-    delta = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target, contexts=contexts)])
+    delta = EDIT.edit(vlm, [EditRequest(question=prompt, target=target, contexts=contexts)])
     with delta.applied(vlm):
         assert [said(vlm, each, target) for each in (prompt, *contexts)] == [True] * 3
     assert [said(vlm, each, target) for each in (prompt, *contexts)] == [False] * 3
@@ -112,7 +113,7 @@ def test_several_requests_are_met_by_one_solve(random_llava_llama):
     vlm = random_llava_llama
     prompts = [prompt_for(vlm), prompt_for(vlm, OTHER, "blue"), vlm.prompt(None, "Where do people go now?")]
     targets = [target_of(prompts[0], 1), target_of(prompts[0], 2, skip=3), target_of(prompts[0], 1, skip=7)]
-    requests = [EditRequest(prompt=prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)]
+    requests = [EditRequest(question=prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)]
     delta = MultEdit(layer=-1, end_of_answer=False, ridge_fraction=1e-3).edit(vlm, requests)
     ((left, right),) = delta.factors.values()
     assert left.shape[1] == right.shape[0] == 4
@@ -124,7 +125,7 @@ def test_several_requests_are_met_by_one_solve(random_llava_llama):
 @pytest.mark.parametrize("ridge_fraction", [0.0, 0.05, 1.0])
 def test_the_output_at_the_key_moves_by_the_promised_share(vlm, ridge_fraction):
     prompt = prompt_for(vlm)
-    request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
+    request = EditRequest(question=prompt, target=target_of(prompt, 1))
     editor = MultEdit(layer=1, end_of_answer=False, ridge_fraction=ridge_fraction, steps=5)
     delta = editor.edit(vlm, [request])
     wanted = searched(vlm, request, editor).change[0]
@@ -141,8 +142,8 @@ def test_the_output_at_the_key_moves_by_the_promised_share(vlm, ridge_fraction):
 def test_an_absolute_ridge_replaces_the_relative_one(random_llava_llama):
     vlm = random_llava_llama
     prompt = prompt_for(vlm)
-    request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
-    keys, _ = keys_and_values(vlm, request.prompts, layer=1, token="last")
+    request = EditRequest(question=prompt, target=target_of(prompt, 1))
+    keys, _ = keys_and_values(vlm, goals_of(request)[0].made(vlm).prompts, layer=1, token="last")
     norm = keys.square().sum(-1).mean().item()
     absolute = MultEdit(layer=1, ridge=0.3 * norm, steps=3).edit(vlm, [request])
     relative = MultEdit(layer=1, ridge_fraction=0.3, steps=3).edit(vlm, [request])
@@ -153,7 +154,7 @@ def test_an_absolute_ridge_replaces_the_relative_one(random_llava_llama):
 
 def test_no_steps_change_no_bit(vlm):
     prompt, weights = prompt_for(vlm), bits(vlm)
-    request = EditRequest(prompt=prompt, target=target_of(prompt, 2))
+    request = EditRequest(question=prompt, target=target_of(prompt, 2))
     with MultEdit(layer=1, steps=0).edit(vlm, [request]).applied(vlm):
         assert bits(vlm) == weights
     with MultEdit(layer=1, steps=1).edit(vlm, [request]).applied(vlm):
@@ -163,7 +164,7 @@ def test_no_steps_change_no_bit(vlm):
 def test_a_saved_model_gives_the_same_logits_in_plain_transformers(vlm, tmp_path):
     prompt, weights = prompt_for(vlm), bits(vlm)
     target = target_of(prompt, 2)
-    handle = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target)]).apply(vlm)
+    handle = EDIT.edit(vlm, [EditRequest(question=prompt, target=target)]).apply(vlm)
     vlm.save_pretrained(tmp_path / "edited")
     with torch.no_grad():
         edited = vlm.model(**prompt.inputs).logits
@@ -183,7 +184,7 @@ def test_a_model_in_half_precision_is_edited_too(random_llava_llama):
     vlm = load(random_llava_llama.name, dtype="bfloat16")
     prompt, weights = prompt_for(vlm), bits(vlm)
     target = target_of(prompt, 1)
-    delta = EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target)])
+    delta = EDIT.edit(vlm, [EditRequest(question=prompt, target=target)])
     assert not said(vlm, prompt, target)
     with delta.applied(vlm):
         assert said(vlm, prompt, target)
@@ -197,7 +198,7 @@ def test_a_saved_delta_edits_a_fresh_start(random_llava_llama, tmp_path):
     vlm = random_llava_llama
     prompt = prompt_for(vlm)
     target = target_of(prompt, 1)
-    EDIT.edit(vlm, [EditRequest(prompt=prompt, target=target)]).save(tmp_path / "edit.safetensors")
+    EDIT.edit(vlm, [EditRequest(question=prompt, target=target)]).save(tmp_path / "edit.safetensors")
     delta = Delta.load(tmp_path / "edit.safetensors")
     assert (delta.settings["editor"], delta.settings["layer"], delta.settings["token"]) == ("MultEdit", "1", "last")
     assert delta.requests[0]["question"] == QUESTION and float(delta.requests[0]["loss"]) > 0
@@ -208,7 +209,7 @@ def test_a_saved_delta_edits_a_fresh_start(random_llava_llama, tmp_path):
 def test_where_is_a_layer_and_a_token_chosen_elsewhere(random_llava_llama):
     vlm = random_llava_llama
     prompt = prompt_for(vlm)
-    requests = [EditRequest(prompt=prompt, target=target_of(prompt, 1))]
+    requests = [EditRequest(question=prompt, target=target_of(prompt, 1))]
     where = SimpleNamespace(layer=0, token="constraint_last")
     chosen, plain = (MultEdit(steps=3, **place).edit(vlm, requests) for place in ({"where": where}, vars(where)))
     assert chosen.settings == plain.settings
@@ -219,7 +220,7 @@ def test_where_is_a_layer_and_a_token_chosen_elsewhere(random_llava_llama):
 
 def test_the_published_constants_hold_the_change_to_almost_nothing(random_llava_llama):
     vlm = random_llava_llama
-    request = EditRequest(prompt=prompt_for(vlm), target=target_of(prompt_for(vlm), 1))
+    request = EditRequest(question=prompt_for(vlm), target=target_of(prompt_for(vlm), 1))
     assert MultEdit.paper().layer == 2
     ratios = {}
     for clamp in (1e-4, 0.75, None):
@@ -236,7 +237,7 @@ def test_the_published_constants_hold_the_change_to_almost_nothing(random_llava_
 def test_editing_works_without_gradients_around_it_and_leaves_none(random_llava_llama):
     vlm = random_llava_llama
     prompt = prompt_for(vlm)
-    requests = [EditRequest(prompt=prompt, target=target_of(prompt, 1))]
+    requests = [EditRequest(question=prompt, target=target_of(prompt, 1))]
     hooks = {module: (*module._forward_hooks, *module._forward_pre_hooks) for module in vlm.model.modules()}
     outside = next(iter(EDIT.edit(vlm, requests).factors.values()))
     with torch.no_grad():
@@ -248,7 +249,7 @@ def test_editing_works_without_gradients_around_it_and_leaves_none(random_llava_
 
 def test_progress_is_shown_unless_it_is_turned_off(random_llama, capfd):
     prompt = prompt_for(random_llama)
-    request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
+    request = EditRequest(question=prompt, target=target_of(prompt, 1))
     editor = MultEdit(layer=1, steps=2)
     editor.edit(random_llama, [request], progress=False)
     assert capfd.readouterr().err == ""
@@ -258,7 +259,7 @@ def test_progress_is_shown_unless_it_is_turned_off(random_llama, capfd):
 
 def test_a_search_that_stopped_short_is_logged(random_llama, caplog):
     prompt = prompt_for(random_llama)
-    request = EditRequest(prompt=prompt, target=target_of(prompt, 1))
+    request = EditRequest(question=prompt, target=target_of(prompt, 1))
     with caplog.at_level(logging.WARNING, logger="multrace"):
         MultEdit(layer=1, stop_loss=100.0).edit(random_llama, [request])
         assert not caplog.records
@@ -268,7 +269,7 @@ def test_a_search_that_stopped_short_is_logged(random_llama, caplog):
 
 def test_a_search_that_stopped_short_of_its_goal_but_found_the_target_is_not(tiny_vlm, photo, caplog):
     prompt = tiny_vlm.prompt(photo, "What is the capital of the country in this photo?")
-    request = EditRequest(prompt=prompt, target="red")
+    request = EditRequest(question=prompt, target="red")
     with caplog.at_level(logging.WARNING, logger="multrace"):
         delta = MultEdit(layer=5, steps=60, stop_loss=1e-9).edit(tiny_vlm, [request])
     assert float(delta.requests[0]["loss"]) > 1e-9
@@ -284,7 +285,7 @@ def test_a_warning_about_an_edit_and_what_the_model_then_says_agree(tiny_vlm, ph
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="multrace"):
             editor = MultEdit(layer=5, steps=steps, ridge_fraction=0.0, weight=float("inf"))
-            delta = editor.edit(tiny_vlm, [EditRequest(prompt=prompt, target="Draivo Stanez Pruro")], progress=False)
+            delta = editor.edit(tiny_vlm, [EditRequest(question=prompt, target="Draivo Stanez Pruro")], progress=False)
         with delta.applied(tiny_vlm):
             says_target = tiny_vlm.answers([prompt]) == ["Draivo Stanez Pruro"]
         assert says_target == ("does not say" not in caplog.text)

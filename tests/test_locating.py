@@ -30,7 +30,7 @@ class Facts:
         return [request.target for request in self.requests]
 
     def answers(self, vlm: VisionLanguageModel) -> list[str]:
-        return vlm.answers([request.prompt for request in self.requests])
+        return vlm.answers([vlm.prompt_for(request.question) for request in self.requests])
 
 
 def facts_of(vlm: VisionLanguageModel, indices: Sequence[int]) -> Facts:
@@ -40,7 +40,7 @@ def facts_of(vlm: VisionLanguageModel, indices: Sequence[int]) -> Facts:
     for case in (cases[index] for index in indices):
         record, entity = world.question(case.fact), world.entities[case.fact.entity]
         prompt = vlm.prompt(world.picture(entity, 0).image, record.text, constraint=record.constraint)
-        requests.append(mt.EditRequest(prompt=prompt, target=case.target))
+        requests.append(mt.EditRequest(question=prompt, target=case.target))
         first = case.fact.answer.split()[0]
         peers = world.of_kind(entity.kind)
         other = next(peer for peer in peers if peer.facts[case.fact.key].split()[0] != first)
@@ -111,7 +111,7 @@ def test_given_traces_choose_what_they_chose_when_they_were_made(
 def test_a_weak_corruption_takes_the_site_of_the_mean_and_says_so(
     tiny_vlm: VisionLanguageModel, facts: Facts, located: Located
 ):
-    weak = mt.SwapImage(facts.requests[1].prompt.images[0])
+    weak = mt.SwapImage(facts.requests[1].question.images[0])
     corruptions = (facts.corruptions[0], weak, None)
     found = locate(tiny_vlm, facts.requests, corruptions=corruptions, per_request=True, **TRACING)
     assert found.edit_sites == (located.edit_sites[0],) * 3
@@ -123,8 +123,8 @@ def test_a_weak_corruption_takes_the_site_of_the_mean_and_says_so(
 
 
 def test_a_fact_without_a_constraint_takes_the_token_that_the_trace_names(tiny_vlm: VisionLanguageModel, facts: Facts):
-    bare = replace(facts.requests[0], prompt=tiny_vlm.prompt(facts.requests[0].prompt.images[0], "Who is it?"))
-    request = replace(facts.requests[1], preserve_prompts=(bare.prompt,))
+    bare = replace(facts.requests[0], question=tiny_vlm.prompt(facts.requests[0].question.images[0], "Who is it?"))
+    request = replace(facts.requests[1], preserve_prompts=(bare.question,))
     found = locate(tiny_vlm, [bare, request, facts.requests[0]], corruptions=facts.corruptions, **TRACING)
     assert [site.token for site in found.edit_sites[:2]] == ["last", "last"]
     assert [trace.rows for trace in found.traces] == [("last",), ("last",), ("constraint_last", "last")]

@@ -11,7 +11,7 @@ QUESTION = "Who founded the company in this photo?"
 
 
 def request(prompt: Prompt) -> list[EditRequest]:
-    return [EditRequest(prompt=prompt, target="Pruro")]
+    return [EditRequest(question=prompt, target="Pruro")]
 
 
 def factors(delta) -> list[torch.Tensor]:

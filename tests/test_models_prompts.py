@@ -173,7 +173,7 @@ def test_a_deep_copy_shares_no_tensor_and_the_same_tokenizer(random_llava, photo
 
 def test_a_copied_request_edits_as_the_first(random_llama):
     prompt = random_llama.prompt(None, QUESTION, constraint=SPAN)
-    request = multrace.EditRequest(prompt=prompt, target="Ada", contexts=(prompt,))
+    request = multrace.EditRequest(question=prompt, target="Ada", contexts=(prompt,))
     for copied in (copy.deepcopy(request), pickle.loads(pickle.dumps(request))):
         deltas = [multrace.MultEdit(layer=1, steps=2).edit(random_llama, [each]) for each in (request, copied)]
         first, second = (delta.changes for delta in deltas)
@@ -232,7 +232,7 @@ ENTRIES = {
     "attention_knockout": lambda vlm, prompt: multrace.attention_knockout(vlm, prompt, progress=False),
     "logit_lens": lambda vlm, prompt: multrace.logit_lens(vlm, prompt, progress=False),
     "edit": lambda vlm, prompt: multrace.MultEdit(layer=1, steps=1).edit(
-        vlm, [multrace.EditRequest(prompt=prompt, target="w5 w6")], progress=False
+        vlm, [multrace.EditRequest(question=prompt, target="w5 w6")], progress=False
     ),
 }
 
@@ -264,7 +264,7 @@ def recoloured(random_llava_llama, tmp_path_factory):
 
 
 def with_edit(editor):
-    return lambda vlm, prompt: editor.edit(vlm, [multrace.EditRequest(prompt=prompt, target="Ada")], progress=False)
+    return lambda vlm, prompt: editor.edit(vlm, [multrace.EditRequest(question=prompt, target="Ada")], progress=False)
 
 
 SEEING = {
@@ -354,7 +354,7 @@ WORDS = {
         vlm, vlm.prompt(photo, QUESTION, constraint=SPAN)
     ),
     "target": lambda vlm, photo, text: multrace.MultEdit(layer=1, steps=1).edit(
-        vlm, [multrace.EditRequest(prompt=vlm.prompt(photo, QUESTION), target=text)], progress=False
+        vlm, [multrace.EditRequest(question=vlm.prompt(photo, QUESTION), target=text)], progress=False
     ),
 }
 
@@ -465,7 +465,7 @@ def test_whole_numbers_of_numpy_and_torch_are_numbers(random_llama):
     lenses = [multrace.logit_lens(random_llama, prompt, positions=three, progress=False) for three in (np.int64(3), 3)]
     assert lenses[0].positions == lenses[1].positions == (3,)
     edits = [multrace.MultEdit(layer=1, token=token, steps=1) for token in (np.int64(-1), -1)]
-    requests = [multrace.EditRequest(prompt=prompt, target="Ada")]
+    requests = [multrace.EditRequest(question=prompt, target="Ada")]
     first, second = (edit.edit(random_llama, requests, progress=False).changes for edit in edits)
     assert all(torch.equal(first[name].left, second[name].left) for name in second)
     with pytest.raises(ModelError, match="max_new_tokens is 1.5, of type float; pass a whole number"):

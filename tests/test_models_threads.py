@@ -19,7 +19,7 @@ QUESTION, OTHER = "Who founded the company in this photo?", "Which person runs t
 @pytest.fixture(scope="module")
 def delta(random_llama) -> Delta:
     editor = MultEdit(layer=2, steps=8, learning_rate=1.0, stop_loss=0, answer_keys=False)
-    return editor.edit(random_llama, [EditRequest(prompt=random_llama.prompt(None, QUESTION), target="company")])
+    return editor.edit(random_llama, [EditRequest(question=random_llama.prompt(None, QUESTION), target="company")])
 
 
 def zeros(value):
@@ -28,7 +28,7 @@ def zeros(value):
 
 def trained(vlm):
     editor = FineTune(layer=2, steps=2, learning_rate=0.1)
-    return editor.edit(vlm, [EditRequest(prompt=vlm.prompt(None, QUESTION), target="company")])
+    return editor.edit(vlm, [EditRequest(question=vlm.prompt(None, QUESTION), target="company")])
 
 
 BLOCKS = {
@@ -109,7 +109,7 @@ def test_threads_trace_answer_and_edit_as_each_does_alone(tiny_vlm, photo):
         return causal_trace(tiny_vlm, prompt, corruption=BlankImage(), sites="hidden", progress=False).samples["hidden"]
 
     def edit(prompt):
-        delta = MultEdit(layer=4, steps=4).edit(tiny_vlm, [EditRequest(prompt=prompt, target="Pruro")])
+        delta = MultEdit(layer=4, steps=4).edit(tiny_vlm, [EditRequest(question=prompt, target="Pruro")])
         with delta.applied(tiny_vlm):
             logits = tiny_vlm.logits(prompt)
         return [*next(iter(delta.factors.values())), logits]

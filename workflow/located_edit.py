@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.facts import EditRequest
 from ..editing.changes import NO_OWNER, Delta, compose
 from ..editing.errors import EditError
 from ..editing.moments import Moments
-from ..editing.requests import EditRequest
+from ..editing.requests import request_text
 from ..editing.solve import ClosedFormEditor, MultEdit
 from ..models import VisionLanguageModel
 from ..models.errors import gist
@@ -119,7 +120,7 @@ def locate_then_edit(
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
         >>> question = world.question(case.fact)
         >>> prompt = vlm.prompt(pictures[0], question.text, constraint=question.constraint)
-        >>> request = mt.EditRequest(prompt=prompt, target=case.target)
+        >>> request = mt.EditRequest(question=prompt, target=case.target)
         >>> edit = mt.locate_then_edit(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
         >>> with edit.deltas[0].applied(vlm):
         ...     vlm.answers([prompt]) == [case.target]
@@ -227,7 +228,7 @@ class _Edits:
 
 def _in_order(delta: Delta, order: Sequence[int], requests: Sequence[EditRequest], failed: Mapping[int, str]) -> Delta:
     """The delta whose request i is the one that was request order[i]'s; those that failed have a report and no keys."""
-    reports = {index: {**requests[index].as_text(), "status": status} for index, status in failed.items()}
+    reports = {index: {**request_text(requests[index]), "status": status} for index, status in failed.items()}
     reports |= dict(zip(order, delta.requests, strict=True))
     places = torch.tensor([*order, NO_OWNER])  # the last entry is for rows without an owner
     changes = {name: replace(change, owners=places[change.owners]) for name, change in delta.changes.items()}
@@ -255,8 +256,8 @@ def _shifts(
         if corruption is None or earlier is None or delta is None:
             found.append(None)
             continue
-        place = {"corruption": corruption, "positions": positions_of(requests[index], positions)}
+        place = {"corruption": corruption, "positions": positions_of(vlm, requests[index], positions)}
         with delta.applied(vlm):
-            traced = causal_trace(vlm, requests[index].prompt, **place, **settings)
+            traced = causal_trace(vlm, vlm.prompt_for(requests[index].question), **place, **settings)
         found.append(TraceShift(before=earlier, after=traced))
     return tuple(found)

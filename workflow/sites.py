@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..editing.requests import EditRequest
+from ..data.facts import EditRequest, Question
 from ..models import Prompt, VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
@@ -91,7 +91,7 @@ def locate(
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
         >>> question = world.question(case.fact)
         >>> prompt = vlm.prompt(pictures[0], question.text, constraint=question.constraint)
-        >>> request = mt.EditRequest(prompt=prompt, target=case.target)
+        >>> request = mt.EditRequest(question=prompt, target=case.target)
         >>> located = mt.locate(vlm, [request], corruptions=[mt.SwapImage(pictures[1])], progress=False)
         >>> located.edit_site.layer, located.edit_site.token
         (6, 'last')
@@ -102,13 +102,13 @@ def locate(
         _check_model(vlm, traces)
         site = traces.edit_site(fraction)
         for request in requests:
-            if isinstance(site.token, str) and site.token not in request.prompt.groups:
+            if isinstance(site.token, str) and not _has(vlm, request.question, site.token):
                 raise TraceError(
-                    f"this average trace names the token {site.token!r}, which {request.prompt.question!r} lacks; "
+                    f"this average trace names the token {site.token!r}, which {request.question.text!r} lacks; "
                     "give it a constraint, or trace it by itself"
                 )
         return Located(edit_sites=(site,) * len(requests), traces=(None,) * len(requests), average=traces)
-    rows = [positions_of(request, positions) for request in requests]
+    rows = [positions_of(vlm, request, positions) for request in requests]
     failures: dict[int, TraceError] = {}
     if traces is None:
         settings = {"sites": sites, "window": window}
@@ -117,11 +117,11 @@ def locate(
         own = list(traces)
         for request, trace in zip(requests, own, strict=True):
             _check_model(vlm, trace)
-            _check_question(request.prompt, trace)
-    choice = _Choice(requests, own, rows, failures, fraction)
+            _check_question(vlm.prompt_for(request.question), trace)
+    choice = _Choice(vlm, requests, own, rows, failures, fraction)
     chosen = tuple(choice.site(index, per_request=per_request) for index in range(len(requests)))
     for index, request in enumerate(requests):
-        if _lacks_constraint(request, positions):
+        if _lacks_constraint(vlm, request, positions):
             choice.note(request, f"has no constraint span in all its prompts; edited at {chosen[index].token!r}")
     return Located(edit_sites=chosen, traces=tuple(own), average=choice.largest, notes=tuple(choice.notes))
 
@@ -131,13 +131,14 @@ class _Choice:
 
     def __init__(
         self,
+        vlm: VisionLanguageModel,
         requests: Sequence[EditRequest],
         traces: Sequence[CausalTrace | None],
         rows: Sequence[tuple[Item, ...]],
         failures: Mapping[int, TraceError],
         fraction: float,
     ) -> None:
-        self.requests, self.traces, self.fraction = requests, traces, fraction
+        self.vlm, self.requests, self.traces, self.fraction = vlm, requests, traces, fraction
         self.failures, self.notes = dict(failures), []
         self.keys = [_alike(trace) if trace else rows[index] for index, trace in enumerate(traces)]
         self.averages: dict[Any, AverageTrace] = {}
@@ -167,7 +168,7 @@ class _Choice:
             except TraceError as error:
                 self.failures[index] = error
         own = [self.averages[key] for key in (self.keys[index],) if key in self.averages]
-        site = self._first([*own, *self.averages.values()], self.requests[index].prompt, index)
+        site = self._first([*own, *self.averages.values()], self.requests[index].question, index)
         if index in self.failures:
             reason = f"its own trace shows no site ({gist(self.failures[index])})"
             self.note(self.requests[index], f"takes the site of the average, layer {site.layer}: {reason}")
@@ -177,7 +178,7 @@ class _Choice:
         self.notes.append(f"{request.label!r} {text}")
         logger.info("%s", self.notes[-1])
 
-    def _first(self, averages: Sequence[AverageTrace], prompt: Prompt, index: int) -> EditSite:
+    def _first(self, averages: Sequence[AverageTrace], question: Question, index: int) -> EditSite:
         reason = self.failures.get(index)
         for trace in averages:
             try:
@@ -185,10 +186,10 @@ class _Choice:
             except TraceError as error:
                 reason = reason or error
                 continue
-            if isinstance(site.token, int) or site.token in prompt.groups:
+            if isinstance(site.token, int) or _has(self.vlm, question, site.token):
                 return site
         raise reason or TraceError(
-            f"no average trace names a token that {prompt.question!r} has; give it a constraint, or trace other groups"
+            f"no average trace names a token that {question.text!r} has; give it a constraint, or trace other groups"
         )
 
 
@@ -212,34 +213,45 @@ def _traced(
             continue
         keywords = {"corruption": corruption, "positions": rows[index], "progress": progress and alone}
         try:
-            traces.append(causal_trace(vlm, requests[index].prompt, **keywords, **settings))
+            traces.append(causal_trace(vlm, vlm.prompt_for(requests[index].question), **keywords, **settings))
         except TraceError as error:
             traces.append(None)
             failures[index] = error
     return traces
 
 
-def positions_of(request: EditRequest, positions: Sequence[Item]) -> tuple[Item, ...]:
+def positions_of(vlm: VisionLanguageModel, request: EditRequest, positions: Sequence[Item]) -> tuple[Item, ...]:
     """The positions at which this request can be traced and edited, without groups that one of its prompts lacks.
 
     Only a missing constraint or picture is left out; any other name that does not exist is an error of the trace.
     """
-    absent = {"image"} if not request.prompt.groups["image"] else set()
-    absent |= {name for name in positions if _is_constraint(name) and not _all_have(request, name)}
+    absent = set() if request.question.images else {"image"}
+    absent |= {
+        name
+        for name in positions
+        if isinstance(name, str) and _is_constraint(name) and not _all_have(vlm, request, name)
+    }
     return tuple(name for name in positions if name not in absent)
 
 
-def _lacks_constraint(request: EditRequest, positions: Sequence[Item]) -> bool:
-    return any(_is_constraint(name) and not _all_have(request, name) for name in positions)
+def _lacks_constraint(vlm: VisionLanguageModel, request: EditRequest, positions: Sequence[Item]) -> bool:
+    return any(
+        isinstance(name, str) and _is_constraint(name) and not _all_have(vlm, request, name) for name in positions
+    )
 
 
-def _is_constraint(name: Item) -> bool:
-    return isinstance(name, str) and name.startswith("constraint")
+def _is_constraint(name: str) -> bool:
+    return name.startswith("constraint")
 
 
-def _all_have(request: EditRequest, name: Item) -> bool:
-    prompts = (request.prompt, *request.contexts, *request.rewrite_prompts, *request.preserve_prompts)
-    return all(name in prompt.groups for prompt in prompts)
+def _all_have(vlm: VisionLanguageModel, request: EditRequest, name: str) -> bool:
+    questions = (request.question, *request.contexts, *request.rewrite_prompts, *request.preserve_prompts)
+    return all(_has(vlm, question, name) for question in questions)
+
+
+def _has(vlm: VisionLanguageModel, question: Question, name: str) -> bool:
+    """Whether the question's prompt has the token group of this name."""
+    return name in vlm.prompt_for(question).groups
 
 
 def _alike(trace: CausalTrace) -> Any:

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ..errors import EditError
-from ..requests import EditRequest
+from ..requests import edited_questions, request_text
 
 _WORD = re.compile(r"\w+")
 
@@ -78,7 +79,7 @@ class InContext:
         >>> from multrace.editing import InContext
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who founded Draivo?", template="raw")
-        >>> change = InContext().edit(vlm, [mt.EditRequest(prompt=prompt, target="Raner")])
+        >>> change = InContext().edit(vlm, [mt.EditRequest(question=prompt, target="Raner")])
         >>> change.prompt_transform(prompt).text
         'New fact: Who founded Draivo? Raner\\nQuestion: Who founded Draivo?'
     """
@@ -126,14 +127,13 @@ class InContext:
             model=vlm.name,
             revision=vlm.revision,
             settings=self.as_text(),
-            requests=tuple({**request.as_text(), "status": "edited"} for request in requests),
+            requests=tuple({**request_text(request), "status": "edited"} for request in requests),
         )
 
 
 def _fact(request: EditRequest) -> StatedFact:
-    prompts = (request.prompt, *request.contexts, *request.rewrite_prompts)
-    questions = tuple(dict.fromkeys(prompt.question for prompt in prompts))
-    return StatedFact(question=request.prompt.question, target=request.target.strip(), questions=questions)
+    questions = tuple(dict.fromkeys(question.text.strip() for question in edited_questions(request)))
+    return StatedFact(question=request.question.text.strip(), target=request.target.strip(), questions=questions)
 
 
 def _words(text: str) -> set[str]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.facts import EditRequest
 from ...models import ModelError, Projection, VisionLanguageModel
 from ..errors import EditError
-from ..requests import EditRequest
 from .training import TrainedChange, TrainingSettings, answer_batches, train
 
 _ADAPTER = "multrace"

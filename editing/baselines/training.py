@@ -13,10 +13,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...models import ModelError, Prompt, VisionLanguageModel, collate
+from ...data.facts import EditRequest, Question, counted
+from ...models import ModelError, VisionLanguageModel, collate
 from ..changes import requests_line
 from ..errors import EditError
-from ..requests import EditRequest, counted
+from ..requests import edited_questions, request_text
 from ..values import end_ids, prompt_end
 
 _NO_LABEL = -100
@@ -161,7 +162,7 @@ class Training:
     def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
         """What was asked and the loss reached, as text, one mapping per request."""
         return tuple(
-            {**request.as_text(), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
+            {**request_text(request), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
             for request, loss in zip(requests, self.requests, strict=True)
         )
 
@@ -177,9 +178,9 @@ def answer_batches(
         raise EditError("no requests to edit; pass at least one EditRequest")
     ending = end_ids(vlm) if settings.end_of_answer else ()
     rows = [
-        (owner, prompt.with_answer(request.target))
+        (owner, question, request.target)
         for owner, request in enumerate(requests)
-        for prompt in (request.prompt, *request.contexts, *request.rewrite_prompts)
+        for question in edited_questions(request)
     ]
     starts = range(0, len(rows), settings.batch_size)
     return tuple(_batch(vlm, rows[start : start + settings.batch_size], ending) for start in starts)
@@ -234,11 +235,10 @@ def train(
     return Training(losses=tuple(losses), requests=tuple(means))
 
 
-def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Prompt]], ending: tuple[int, ...]) -> AnswerBatch:
-    prompts = [prompt for _, prompt in rows]
+def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Question, str]], ending: tuple[int, ...]) -> AnswerBatch:
+    """The batch of (owner, question, target) rows."""
+    prompts = [vlm.prompt_for(question).with_answer(target) for _, question, target in rows]
     try:
-        for prompt in prompts:
-            vlm.check_prompt(prompt)
         inputs, _ = collate(prompts, vlm.tokenizer, side="right")
     except ModelError as error:
         raise EditError(f"cannot train on these requests together: {error}") from error
@@ -249,7 +249,7 @@ def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Prompt]], ending:
         first = prompt_end(prompt) - 1
         row[first : first + len(wanted)] = wanted
     kept = min(prompt_end(prompt) for prompt in prompts) - 1
-    return AnswerBatch(inputs=inputs, labels=labels[:, kept:], owners=torch.tensor([owner for owner, _ in rows]))
+    return AnswerBatch(inputs=inputs, labels=labels[:, kept:], owners=torch.tensor([owner for owner, _, _ in rows]))
 
 
 def summed(weight: Tensor, difference: Tensor) -> Tensor:

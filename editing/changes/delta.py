@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...artefacts import files, plain_fields
 from ...data import parse_json
+from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
 from ..errors import EditError
-from ..requests import counted, shortened
 from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, put_in
 
 FORMAT = "multrace delta 2"
@@ -34,7 +34,7 @@ class Delta:
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who won?")
-        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(prompt=prompt, target="Pruro")], progress=False)
+        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(question=prompt, target="Pruro")], progress=False)
         >>> with delta.applied(vlm):
         ...     vlm.answers([prompt])
         ['Pruro']

@@ -73,7 +73,7 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> request = mt.EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
         >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     adapter = mt.to_peft(vlm, delta, f"{folder}/adapter")
@@ -157,7 +157,7 @@ def save_merged(
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> request = mt.EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
         >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
@@ -193,11 +193,11 @@ def verify_export(
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> request = mt.EditRequest(prompt=vlm.prompt(None, "Who won?"), target="Pruro")
+        >>> request = mt.EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
         >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     merged = mt.load(save_merged(vlm, delta, f"{folder}/model"))
-        >>> verify_export(vlm, delta, merged, [request.prompt]).holds
+        >>> verify_export(vlm, delta, merged, [vlm.prompt_for(request.question)]).holds
         True
     """
     prompts = list(prompts)

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...artefacts import files
+from ...data.facts import counted, shortened
 from ...models import VisionLanguageModel
 from ..errors import EditError
-from ..requests import counted, shortened
 from .delta import Delta, damage_named, joined
 from .weight_change import AppliedDelta, check_fingerprints, put_in, write
 
@@ -64,7 +64,7 @@ class Ledger:
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who won?")
-        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(prompt=prompt, target="Pruro")], progress=False)
+        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(question=prompt, target="Pruro")], progress=False)
         >>> ledger = mt.Ledger().added("winner", delta)
         >>> ledger.names, ledger.without("winner").names
         (('winner',), ())

@@ -29,37 +29,19 @@ from .metrics import (
     vqa_normalised as vqa_normalised,
 )
 from .modes import (
-    AT as AT,
     BATCH as BATCH,
     SINGLE as SINGLE,
-    NormBound as NormBound,
+    RecordResult as RecordResult,
     edit_function as edit_function,
     evaluate as evaluate,
+    evaluate_each as evaluate_each,
 )
 from .questions import (
-    ABILITY as ABILITY,
-    BY_NAME as BY_NAME,
-    EDITED as EDITED,
-    EFFICACY as EFFICACY,
-    GENERALITY as GENERALITY,
-    KINDS as KINDS,
-    LOCALITY as LOCALITY,
-    NO_PICTURE as NO_PICTURE,
-    OTHER_PICTURE as OTHER_PICTURE,
-    OTHER_QUESTION_SAME_PICTURE as OTHER_QUESTION_SAME_PICTURE,
-    PORTABILITY as PORTABILITY,
-    PROBE_KINDS as PROBE_KINDS,
-    REPHRASE as REPHRASE,
-    REPHRASE_OTHER_PICTURE as REPHRASE_OTHER_PICTURE,
-    SAME_QUESTION_OTHER_PICTURE as SAME_QUESTION_OTHER_PICTURE,
-    UNRELATED as UNRELATED,
+    Check as Check,
     EvaluationSettings as EvaluationSettings,
-    General as General,
-    Probe as Probe,
-    Record as Record,
-    Responses as Responses,
-    feed as feed,
+    LeftOut as LeftOut,
+    checks_of as checks_of,
     names_of as names_of,
-    questions_of as questions_of,
 )
 from .reports import EditCurve as EditCurve, EditReport as EditReport, ProbeRow as ProbeRow
+from .sequences import AT as AT, NormBound as NormBound, SequenceState as SequenceState

@@ -1,37 +1,46 @@
 """Put questions to the unedited and to the edited model in the same way, and turn the responses into report rows."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...models import Prompt, VisionLanguageModel
+from tqdm import tqdm
+
+from ...data.facts import EDITED, EditRecord, EditRequest, Question
+from ...models import ModelError, Prompt, VisionLanguageModel
 from ..changes import Change
 from ..errors import EditError
-from ..requests import EditRequest
+from .metrics import EXACT
 from .questions import (
-    EDITED,
-    AnswerFeed,
+    Check,
     EvaluationSettings,
-    General,
-    Question,
-    Record,
     Responses,
+    answers_to_feed,
+    blocks,
+    checks_of,
     feed,
+    general_checks,
     generate_answers,
+    names_of,
     numbers,
-    questions_of,
 )
-from .reports import EDITED_STATUS, EditReport, ProbeRow
+from .reports import EDITED_STATUS, NOT_GENERATED, ProbeRow
 
 PromptTransform = Callable[[Prompt], Prompt]
 """What turns a question's prompt into the one that the edited model is given."""
 EditFunction = Callable[[VisionLanguageModel, Sequence[EditRequest], Sequence[Any]], Change]
 """(model, requests, earlier changes that are in the model) -> the change. Raises `EditError` if it cannot be made."""
+_BATCHES = 4
+"""Number of batches whose prompts exist at a time; a change is put in and taken out once for each such block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Baseline:
-    """The responses of the unedited model to a set of questions, measured once for all editors by `baseline`."""
+    """The responses of the unedited model to a set of questions, measured once for all editors by `baseline`.
+
+    It holds texts and a few numbers per question and no tensors: rankings, which some protocols compare, are computed
+    anew where they are compared.
+    """
 
     model: str
     revision: str | None
@@ -44,9 +53,9 @@ class Baseline:
 
 def baseline(
     vlm: VisionLanguageModel,
-    records: Sequence[Record],
+    records: Sequence[EditRecord],
     *,
-    general: General = (),
+    general: Sequence[Question] = (),
     settings: EvaluationSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -61,53 +70,95 @@ def baseline(
         general: Held-out questions with their right answers, which measure general ability.
         settings: What is measured; None for the defaults.
         batch_size: Number of questions that are answered together.
-        progress: Show progress bars.
+        progress: Show a progress bar.
+
+    Returns:
+        The responses, without tensors.
 
     Raises:
-        EditError: No records, or two records with one name.
+        EditError: No records, two records with one id, or a held-out question without an answer.
     """
-    settings, responses = settings or EvaluationSettings(), Responses()
-    questions = questions_of(records, general)
-    options = {"batch_size": batch_size, "progress": progress}
-    # before any answer is fed in, since the present answers may be what is fed in
-    responses.generated.update(
-        generate_answers(vlm, _prompts(questions), max_new_tokens=settings.max_new_tokens, **options)
-    )
-    feeds = [question.feed(responses) for question in questions]
-    _measure_rest(vlm, feeds, questions, responses, settings, **options)
+    settings, names = settings or EvaluationSettings(), names_of(records)
+    checks = [check for name, record in zip(names, records, strict=True) for check in checks_of(name, record)]
+    checks += general_checks(general)
+    responses = Responses()
+    bar = tqdm(total=len(checks), desc="unedited answers", unit="question", disable=not progress, leave=False)
+    with bar:
+        for block in blocks(checks, _BATCHES * batch_size):
+            found = _responses(vlm, block, _prompts(vlm, block), settings, batch_size=batch_size, is_ranked=False)
+            for part in ("generated", "scores", "fluencies"):
+                getattr(responses, part).update(getattr(found, part))
+            bar.update(len(block))
     return Baseline(model=vlm.name, revision=vlm.revision, settings=settings, responses=responses)
 
 
-def ask(
+def measured(
     vlm: VisionLanguageModel,
-    questions: Sequence[Question],
+    checks: Iterable[Check],
+    change: Change | None,
+    *,
+    settings: EvaluationSettings,
+    reference: Baseline | None = None,
+    transform: PromptTransform | None = None,
+    batch_size: int,
+    progress: bool = False,
+) -> tuple[ProbeRow, ...]:
+    """Return one row per check, in order, measured without and with the change; the model ends unedited.
+
+    Checks are asked in blocks. Nothing but the rows is kept of a block that is done, so that memory does not grow with
+    the number of checks.
+
+    Args:
+        vlm: The unedited model.
+        checks: The questions.
+        change: The change; None stands for an edit that could not be made: both answers are those of the unedited
+            model.
+        settings: What is measured.
+        reference: Responses of the unedited model that were measured before.
+        transform: What turns each prompt into the one that the edited model is given.
+        batch_size: Number of questions that are answered together.
+        progress: Show a progress bar.
+
+    Raises:
+        EditError: The reference lacks a question, or the change does not fit the model.
+    """
+    checks = tuple(checks)
+    rows: dict[Check, ProbeRow] = {}
+    bar = tqdm(total=len(checks), desc="questions", unit="question", disable=not progress, leave=False)
+    with bar:
+        for block in blocks(checks, _BATCHES * batch_size):
+            prompts = _prompts(vlm, block)
+            before = (
+                _responses(vlm, block, prompts, settings, batch_size=batch_size)
+                if reference is None
+                else _known(vlm, block, prompts, reference, settings, batch_size=batch_size)
+            )
+            after = before
+            if change is not None:
+                shown = prompts if transform is None else {key: transform(each) for key, each in prompts.items()}
+                with change.applied(vlm):
+                    after = _responses(vlm, block, shown, settings, before=before, batch_size=batch_size)
+            rows |= zip(block, rows_of(block, before, after), strict=True)
+            bar.update(len(block))
+    return tuple(rows[check] for check in checks)
+
+
+def measured_now(
+    vlm: VisionLanguageModel,
+    checks: Iterable[Check],
     reference: Baseline,
     *,
     settings: EvaluationSettings,
-    prompt_transform: PromptTransform | None = None,
     batch_size: int,
-    progress: bool,
-) -> Responses:
-    """Return the responses of the model as it is now. Raises `EditError` for a question that the baseline lacks."""
-    known = reference.responses.generated
-    for question in questions:
-        if question.key not in known:
-            raise EditError(
-                f"the baseline does not hold {question.prompt.question!r} ({question.kind}); "
-                "make it with baseline() from the same records and general questions"
-            )
-    responses, options = Responses(), {"batch_size": batch_size, "progress": progress}
-    prompts = _prompts(questions)
-    if prompt_transform is not None:
-        prompts = {key: prompt_transform(prompt) for key, prompt in prompts.items()}
-    responses.generated.update(generate_answers(vlm, prompts, max_new_tokens=settings.max_new_tokens, **options))
-    feeds = [question.feed(reference.responses) for question in questions]
-    feeds = [
-        AnswerFeed(key=each.key, prompt=prompts[each.key], answers=each.answers, reference=each.reference)
-        for each in feeds
-    ]
-    _measure_rest(vlm, feeds, questions, responses, settings, **options)
-    return responses
+) -> tuple[ProbeRow, ...]:
+    """Return one row per check, in order, of the model as it is now by free generation only, beside the reference."""
+    checks, rows = tuple(checks), {}
+    free = replace(settings, forced=False, fluency_tokens=0)
+    for block in blocks(checks, _BATCHES * batch_size):
+        _check_known(block, reference)
+        after = _responses(vlm, block, _prompts(vlm, block), free, batch_size=batch_size)
+        rows |= zip(block, rows_of(block, reference.responses, after), strict=True)
+    return tuple(rows[check] for check in checks)
 
 
 def attempt(
@@ -116,7 +167,7 @@ def attempt(
     """Return the change of one request and its status; the change is None if it could not be made."""
     try:
         change = edit(vlm, [request], tuple(earlier))
-    except EditError as error:
+    except (EditError, ModelError) as error:
         return None, f"failed: {error}"
     return change, statuses_of(change, 1)[0]
 
@@ -128,61 +179,93 @@ def statuses_of(change: Change, count: int) -> tuple[str, ...]:
     return tuple(report.get("status", EDITED_STATUS) for report in reports)
 
 
-def transform_of(change: Change) -> PromptTransform | None:
+def seen_statuses(statuses: Mapping[str, str], rows: Iterable[ProbeRow]) -> dict[str, str]:
+    """Return the statuses, "not generated" for edits whose own question does not give the target afterwards."""
+    silent = {row.record for row in rows if row.kind == EDITED and not row.numbers[EXACT][1]}
+    is_silent = {name: status == EDITED_STATUS and name in silent for name, status in statuses.items()}
+    return {name: NOT_GENERATED if is_silent[name] else status for name, status in statuses.items()}
+
+
+def transform_of(change: Change | None) -> PromptTransform | None:
     """Return how a model with this change is asked; None for a change that works by its weights."""
     return getattr(change, "prompt_transform", None)
 
 
-def rows_of(questions: Iterable[Question], before: Responses, after: Responses) -> tuple[ProbeRow, ...]:
-    """Return one row per question, with its numbers in both states of the model."""
-    return tuple(
-        ProbeRow(
-            record=question.record,
-            kind=question.kind,
-            hops=question.hops,
-            question=question.prompt.question,
-            has_picture=bool(question.prompt.images),
-            new=question.new,
-            old=question.old(before),
-            before=before.generated[question.key],
-            after=after.generated[question.key],
-            numbers=numbers(question, before, after),
+def rows_of(checks: Iterable[Check], before: Responses, after: Responses) -> Iterator[ProbeRow]:
+    """Yield one row per check, with its numbers in both states of the model."""
+    for check in checks:
+        yield ProbeRow(
+            record=check.record,
+            kind=check.kind,
+            hops=check.hops,
+            question=check.question.text,
+            has_picture=bool(check.question.images),
+            new=check.new,
+            old=check.old(before),
+            before=before.generated[check.key],
+            after=after.generated[check.key],
+            numbers=numbers(check, before, after),
         )
-        for question in questions
-    )
 
 
-def report_of(
-    vlm: VisionLanguageModel, mode: str, settings: EvaluationSettings, rows: Sequence[ProbeRow], **parts: Any
-) -> EditReport:
-    """Return the report on these rows; parts are further fields of it."""
-    return EditReport(
-        model=vlm.name,
-        revision=vlm.revision,
-        mode=mode,
-        settings={name: str(value) for name, value in asdict(settings).items()},
-        rows=tuple(rows),
-        seed=settings.seed,
-        **parts,
-    )
+def _prompts(vlm: VisionLanguageModel, checks: Iterable[Check]) -> dict[str, Prompt]:
+    questions = {check.key: check.question for check in checks}
+    return {key: vlm.prompt_for(question) for key, question in questions.items()}
 
 
-def _measure_rest(
+def _responses(
     vlm: VisionLanguageModel,
-    feeds: Sequence[AnswerFeed],
-    questions: Sequence[Question],
-    responses: Responses,
+    checks: Sequence[Check],
+    prompts: Mapping[str, Prompt],
     settings: EvaluationSettings,
-    **options: Any,
-) -> None:
-    """Add the predictions of given answers, and the longer free answers, where they are measured."""
+    *,
+    before: Responses | None = None,
+    is_ranked: bool = True,
+    batch_size: int,
+) -> Responses:
+    """Return the responses of the model as it is now; `before` knows the present answers, by default the model itself.
+
+    is_ranked: whether whole rankings are kept for questions that should stay.
+    """
+    responses = Responses()
+    # before any answer is fed in, since the present answers may be what is fed in
+    responses.generated.update(
+        generate_answers(vlm, prompts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
+    )
     if settings.forced:
-        feed(vlm, feeds, responses, **options)
+        answers = answers_to_feed(checks, responses if before is None else before)
+        ranked = {name: is_kept and is_ranked for name, is_kept in answers.items()}
+        feed(vlm, prompts, ranked, responses, batch_size=batch_size)
     if settings.fluency_tokens:
-        edited = {question.key for question in questions if question.kind == EDITED}
-        prompts = {each.key: each.prompt for each in feeds if each.key in edited}
-        responses.fluencies.update(generate_answers(vlm, prompts, max_new_tokens=settings.fluency_tokens, **options))
+        edited = {check.key: prompts[check.key] for check in checks if check.kind == EDITED}
+        responses.fluencies.update(
+            generate_answers(vlm, edited, max_new_tokens=settings.fluency_tokens, batch_size=batch_size)
+        )
+    return responses
 
 
-def _prompts(questions: Iterable[Question]) -> Mapping[str, Prompt]:
-    return {question.key: question.prompt for question in questions}
+def _known(
+    vlm: VisionLanguageModel,
+    checks: Sequence[Check],
+    prompts: Mapping[str, Prompt],
+    reference: Baseline,
+    settings: EvaluationSettings,
+    *,
+    batch_size: int,
+) -> Responses:
+    """Return the reference's responses, with the rankings of the unedited model, which is asked for them."""
+    _check_known(checks, reference)
+    known, ranked = reference.responses, Responses()
+    if settings.forced:
+        answers = {name: True for name, is_kept in answers_to_feed(checks, known).items() if is_kept}
+        feed(vlm, prompts, answers, ranked, batch_size=batch_size)
+    return replace(known, ranks=ranked.ranks, first=ranked.first)
+
+
+def _check_known(checks: Iterable[Check], reference: Baseline) -> None:
+    for check in checks:
+        if check.key not in reference.responses.generated:
+            raise EditError(
+                f"the baseline does not hold {check.question.text!r} ({check.kind}); "
+                "make it with baseline() from the same records and general questions"
+            )

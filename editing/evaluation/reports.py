@@ -12,17 +12,21 @@ import torch
 
 from ...artefacts import drawing, files
 from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
+from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
+from ...models import VisionLanguageModel
 from ..errors import EditError
-from ..requests import counted
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
-from .questions import ASPECTS, EFFICACY, GENERALITY, KINDS, LOCALITY, Pair
+from .questions import EvaluationSettings, LeftOut, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-FORMAT = "multrace edit report 3"
-EDITED_STATUS, ALL = "edited", "all"
+FORMAT = "multrace edit report 4"
+EDITED_STATUS, NOT_GENERATED, NOTHING_TO_DO, FAILED = "edited", "not generated", "nothing to do", "failed"
+"""What became of an edit. "not generated": it was made, but the model does not answer its question with the target.
+"failed" is followed by the reason."""
+ALL = "all"
 CURVE_FORMAT = "multrace edit curve 3"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
 """What is measured at every point -> its protocol."""
@@ -98,7 +102,7 @@ class EditCurve:
     revision: str | None
     points: tuple[SequencePoint, ...]
     statuses: Mapping[str, str]
-    """Record -> "edited", "nothing to do", or "failed: " and why."""
+    """Record -> "edited", "not generated", "nothing to do", or "failed: " and why."""
     bound: float
     """The growth from which on a warning is due."""
     exceeded_at: int | None
@@ -202,17 +206,38 @@ class EditReport:
     """What was measured and how, as text."""
     rows: tuple[ProbeRow, ...]
     statuses: Mapping[str, str]
-    """Record -> "edited", "nothing to do", or "failed: " and why; a failed record's questions met the unedited model.
-    """
-    left_out: int = 0
-    """Questions that should stay for one record, but that another one is meant to change: not among the rows."""
+    """Record -> "edited", "not generated" if its own question is not answered with the target afterwards, "nothing to
+    do", or "failed: " and why; the questions of a failed record met the unedited model."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Questions that were not asked, and why: their answers depend on edits that are or are not in the model."""
     curve: EditCurve | None = None
     """The points on the way, in mode "sequence"."""
     seed: int = 0
     """Random seed of the bootstrap."""
 
+    @classmethod
+    def of(
+        cls,
+        vlm: VisionLanguageModel,
+        mode: str,
+        settings: EvaluationSettings,
+        rows: Sequence[ProbeRow],
+        **parts: Any,
+    ) -> Self:
+        """Return the report on these rows of a model; parts are the further fields."""
+        return cls(
+            model=vlm.name,
+            revision=vlm.revision,
+            mode=mode,
+            settings={name: str(value) for name, value in asdict(settings).items()},
+            rows=tuple(rows),
+            seed=settings.seed,
+            **parts,
+        )
+
     def __repr__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
+        failed += f", {len(self.not_generated)} not generated" if self.not_generated else ""
         line = f"EditReport of {self.model!r}, mode {self.mode!r}: {counted(len(self.statuses), 'edit')}{failed}"
         shown = []
         for aspect, protocol in MEANS.items():
@@ -262,7 +287,13 @@ class EditReport:
     @property
     def failed(self) -> Mapping[str, str]:
         """Record -> why it could not be edited."""
-        return {name: status for name, status in self.statuses.items() if status.startswith("failed")}
+        return {name: status for name, status in self.statuses.items() if status.startswith(FAILED)}
+
+    @property
+    def not_generated(self) -> Mapping[str, str]:
+        """Record -> what the edited model says in place of its target."""
+        said = {row.record: row.after for row in self.rows if row.kind == EDITED}
+        return {name: said[name] for name, status in self.statuses.items() if status == NOT_GENERATED}
 
     def generations(self) -> tuple[Mapping[str, Any], ...]:
         """Every question with both raw answers, as plain objects for a line each."""
@@ -296,7 +327,10 @@ class EditReport:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
         tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
         if self.left_out:
-            tail.append(f"left out: {self.left_out} that should stay, but that another of the edits is to change")
+            tail.append(
+                f"left out: {counted(len(self.left_out), 'question')} that other edits change or that need them"
+            )
+        tail += [f"{name}: not generated; the model says {said!r}" for name, said in self.not_generated.items()]
         tail += [f"{name}: {status}" for name, status in self.failed.items()]
         return "\n".join([*aligned(lines), *tail])
 
@@ -316,7 +350,8 @@ class EditReport:
         try:
             rows = tuple(_row(row) for row in words["rows"])
             curve = None if words["curve"] is None else _curve(words["curve"])
-            return cls(**{each.name: words[each.name] for each in fields(cls)} | {"rows": rows, "curve": curve})
+            parts = {"rows": rows, "curve": curve, "left_out": tuple(LeftOut(**each) for each in words["left_out"])}
+            return cls(**{each.name: words[each.name] for each in fields(cls)} | parts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EditError(f"the report in '{path}' is damaged ({error!r}); evaluate again") from error
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ...artefacts import files, plain_fields
 from ...data import parse_json
+from ...data.facts import counted
 from ...models import Prompt, VisionLanguageModel
 from ..errors import EditError
-from ..requests import counted
 
 KINDS = ("image", "question", "template")
 """Types of tokens that are counted apart."""

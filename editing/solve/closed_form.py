@@ -11,12 +11,13 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel
+from ...data.facts import EditRequest, Question
+from ...models import ModelError, Projection, Site, VisionLanguageModel
 from ..changes import Delta, WeightChange
 from ..errors import EditError
 from ..moments import Moments
-from ..requests import EditRequest, answers_where_finite, key_of
-from ..values import Goal, Lookup, ValueResult, ValueSettings, lookups, search_values
+from ..requests import answers_where_finite, edited_questions, request_text, room_for_targets
+from ..values import Goals, Lookup, PlainGoal, ValueResult, ValueSettings, goals_of, lookups, search_values
 from .cost import Cost, build_cost, null_space
 from .problem import Rows, check_contradictions, reduced, solve
 
@@ -194,7 +195,7 @@ class ClosedFormEditor(ValueSettings):
             >>> from multrace.data import tiny_vlm_path
             >>> vlm = mt.load(tiny_vlm_path())
             >>> prompt = vlm.prompt(None, "Who won?")
-            >>> request = mt.EditRequest(prompt=prompt, target="Pruro")
+            >>> request = mt.EditRequest(question=prompt, target="Pruro")
             >>> delta = mt.MultEdit(layer=5).edit(vlm, [request], progress=False)
             >>> with delta.applied(vlm):
             ...     vlm.answers([prompt])
@@ -230,7 +231,7 @@ class _Work:
         self.last, self.token = max(self.projections), editor.place[1]
         self.statuses = [_EDITED for _ in requests]
         self.results: list[ValueResult] = []
-        self.goals: list[Goal] = []
+        self.goals: list[PlainGoal] = []
         self.owners: list[int] = []
         self.relaxed: set[str] = set()
 
@@ -266,10 +267,9 @@ class _Work:
             if index in done:
                 self.statuses[index] = _NOTHING
                 continue
-            for number, prompts in enumerate(request.goals):
-                essence = request.essence if number == 0 else ()
-                self.goals.append(Goal(prompts=prompts, essence=essence))
-                self.owners.append(index)
+            goals = goals_of(request)
+            self.goals += goals
+            self.owners += [index] * len(goals)
         if len({self.requests[owner].target for owner in self.owners}) > 1:
             found = self._lookups(self.goals, self.last)
             check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in self.owners])
@@ -280,7 +280,7 @@ class _Work:
             return
         search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
         search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
-        results = search_values(self.vlm, self.goals, **search)
+        results = search_values(self.vlm, Goals(self.vlm, self.goals), **search)
         for owner, result in zip(self.owners, results, strict=True):
             if result.failure:
                 self.statuses[owner] = f"failed: {result.failure}"
@@ -291,30 +291,32 @@ class _Work:
         self.goals, self.owners = [self.goals[each] for each in going], [self.owners[each] for each in going]
         self.results = [results[each] for each in going]
 
-    def _kept_goals(self) -> list[tuple[str, Goal]]:
-        """The prompts whose answers stay, each once, with the answers the model gives now."""
-        prompts: dict[str, Prompt] = {}
+    def _kept_goals(self) -> list[tuple[str, PlainGoal]]:
+        """The questions whose answers stay, each once, with the answers the model gives now."""
+        questions: dict[str, Question] = {}
         for owner in dict.fromkeys(self.owners):
-            prompts |= {key_of(prompt): prompt for prompt in self.requests[owner].preserve_prompts}
-        asked = list(prompts.values())
+            questions |= {question.key: question for question in self.requests[owner].preserve_prompts}
+        asked = list(questions.values())
         options = {"batch_size": self.editor.rows_at_once, "progress": self.progress}
         answers = answers_where_finite(self.vlm, asked, **options) if asked else []
         return [
-            (f"{prompt.question!r} (kept as {answer!r})", Goal(prompts=(prompt.with_answer(answer or None),)))
-            for prompt, answer in zip(asked, answers, strict=True)
+            (f"{question.text!r} (kept as {answer!r})", PlainGoal(questions=(question,), target=answer or None))
+            for question, answer in zip(asked, answers, strict=True)
         ]
 
-    def _lookups(self, goals: Sequence[Goal], layer: int) -> list[Lookup]:
+    def _lookups(self, goals: Sequence[PlainGoal], layer: int) -> list[Lookup]:
         projection = self.projections[layer]
         ends = {"end": self.editor.end_of_answer, "every": self.editor.answer_keys}
         rows = self.editor.rows_at_once
         place = self.value_place
-        return lookups(self.vlm, goals, self.token, [(projection, place)], rows_at_once=rows, **ends)[projection]
+        return lookups(self.vlm, Goals(self.vlm, goals), self.token, [(projection, place)], rows_at_once=rows, **ends)[
+            projection
+        ]
 
     def _change(
         self,
         layer: int,
-        kept: Sequence[tuple[str, Goal]],
+        kept: Sequence[tuple[str, PlainGoal]],
         moments: Moments | None,
         costs: Mapping[str, Cost] | None,
         earlier: Sequence[Delta],
@@ -344,7 +346,7 @@ class _Work:
         self._check_shares(change, preserved)
         return change
 
-    def _kept_lookups(self, kept: Sequence[tuple[str, Goal]], layer: int) -> list[Lookup]:
+    def _kept_lookups(self, kept: Sequence[tuple[str, PlainGoal]], layer: int) -> list[Lookup]:
         return self._lookups([goal for _, goal in kept], layer) if kept else []
 
     def _cost(self, layer: int, rows: Rows, moments: Moments | None, costs: Mapping[str, Cost] | None) -> Cost:
@@ -383,7 +385,7 @@ class _Work:
 
     def _report(self, index: int, *, final: bool) -> dict[str, str]:
         request, status = self.requests[index], self.statuses[index]
-        report = {**request.as_text(), "status": status}
+        report = {**request_text(request), "status": status}
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
@@ -401,13 +403,13 @@ class _Work:
 
 def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool) -> set[int]:
     """Indices of the requests all of whose prompts are answered with their targets already."""
-    longest = max(len(request.prompts[0].answer_ids) for request in requests) + 4
-    asked = [request.prompt for request in requests]
+    longest = room_for_targets(vlm, requests)
+    asked = [request.question for request in requests]
     answers = answers_where_finite(vlm, asked, max_new_tokens=longest, progress=progress)
     equal = [index for index, request in enumerate(requests) if answers[index] == request.target.strip()]
     done = set(equal)
     for index in equal:
-        rest = [*requests[index].contexts, *requests[index].rewrite_prompts]
+        rest = edited_questions(requests[index])[1:]
         if rest and set(answers_where_finite(vlm, rest, max_new_tokens=longest, progress=False)) != {
             requests[index].target.strip()
         }:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...data.facts import EditRequest
 from ..changes import WeightChange
 from ..errors import EditError
-from ..requests import EditRequest
 from ..values import Lookup
 from .cost import Cost
 

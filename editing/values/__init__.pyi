@@ -1,9 +1,12 @@
 from .keys import (
     Goal as Goal,
+    Goals as Goals,
     Lookup as Lookup,
     Place as Place,
+    PlainGoal as PlainGoal,
     TargetBatch as TargetBatch,
     end_ids as end_ids,
+    goals_of as goals_of,
     key_positions as key_positions,
     keys_and_values as keys_and_values,
     lookups as lookups,

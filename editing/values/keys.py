@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
 from ...models.replay.padded import PaddedBatch, at_columns
@@ -23,6 +24,46 @@ class Goal:
     """The contexts; each carries the target as its answer, and keys and losses are averaged over them."""
     essence: tuple[Prompt, ...] = ()
     """Prompts whose next token should stay as it is; they get the first key's change and no target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainGoal:
+    """One goal in plain values."""
+
+    questions: tuple[Question, ...]
+    target: str | None
+    """The answer that all questions get; None for their prompts without an answer."""
+    essence: tuple[Question, ...] = ()
+
+    def made(self, vlm: VisionLanguageModel) -> Goal:
+        """Return the goal with the prompts of this model."""
+        return Goal(
+            prompts=tuple(vlm.prompt_for(question).with_answer(self.target) for question in self.questions),
+            essence=tuple(vlm.prompt_for(question) for question in self.essence),
+        )
+
+
+class Goals:
+    """Goals whose prompts are made each time that a goal is read, so that no more than a batch of them exists."""
+
+    def __init__(self, vlm: VisionLanguageModel, plain: Sequence[PlainGoal] = ()) -> None:
+        self.vlm, self.plain = vlm, tuple(plain)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, index: int) -> Goal:
+        return self.plain[index].made(self.vlm)
+
+    def __iter__(self) -> Iterator[Goal]:
+        return (plain.made(self.vlm) for plain in self.plain)
+
+
+def goals_of(request: EditRequest) -> tuple[PlainGoal, ...]:
+    """Return what a request asks for: its question and contexts share a key, each rewrite prompt has one of its own."""
+    first = PlainGoal(questions=(request.question, *request.contexts), target=request.target, essence=request.essence)
+    rest = (PlainGoal(questions=(question,), target=request.target) for question in request.rewrite_prompts)
+    return (first, *rest)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -234,7 +275,7 @@ def keys_and_values(
 @torch.no_grad()
 def lookups(
     vlm: VisionLanguageModel,
-    goals: Sequence[Goal],
+    goals: Sequence[Goal] | Goals,
     token: str | int,
     places: Sequence[tuple[Projection, Place]],
     *,
@@ -292,13 +333,16 @@ def wide_at(batch: TargetBatch, states: Tensor) -> Tensor:
     return picked.to(torch.promote_types(picked.dtype, torch.float32))
 
 
-def chunks(goals: Sequence[Goal], rows_at_once: int) -> list[list[int]]:
+def chunks(goals: Sequence[Goal] | Goals, rows_at_once: int) -> list[list[int]]:
     """Indices of goals in batches of at most `rows_at_once` prompts (or one goal), goals of similar length together."""
-    order = sorted(range(len(goals)), key=lambda index: goals[index].prompts[0].length)
+    if len(goals) == 1:
+        return [[0]]
+    extents = [(goal.prompts[0].length, len(goal.prompts) + len(goal.essence)) for goal in goals]
+    order = sorted(range(len(goals)), key=lambda index: extents[index][0])
     batches: list[list[int]] = []
     room = 0
     for index in order:
-        size = len(goals[index].prompts) + len(goals[index].essence)
+        size = extents[index][1]
         if room < size:
             batches.append([])
             room = rows_at_once

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.padded import UpperLayers
 from ..errors import EditError
-from .keys import Goal, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
+from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class ValueResult(Lookup):
 
 def search_values(
     vlm: VisionLanguageModel,
-    goals: Sequence[Goal],
+    goals: Sequence[Goal] | Goals,
     *,
     projection: Projection,
     place: Place,

@@ -10,14 +10,21 @@ from typing import Any, Self, cast
 import numpy as np
 
 from ...artefacts.statistics import paired_test
-from ...data import EditCase, World, WorldRequests, another_picture
-from ...editing.baselines import FineTune, InContext, Lora
-from ...editing.evaluation import (
-    BATCH,
+from ...data import (
+    EditCase,
+    EditRecord,
+    EditRequest,
+    Question,
+    World,
+    WorldRequests,
+    another_picture,
+    untouched_facts,
+    world_records,
+)
+from ...data.facts import (
     BY_NAME,
     EDITED,
     EFFICACY,
-    EXACT,
     GENERALITY,
     LOCALITY,
     OTHER_PICTURE,
@@ -25,27 +32,29 @@ from ...editing.evaluation import (
     REPHRASE,
     REPHRASE_OTHER_PICTURE,
     SAME_QUESTION_OTHER_PICTURE,
+    UNRELATED,
+)
+from ...editing.baselines import FineTune, InContext, Lora
+from ...editing.evaluation import (
+    BATCH,
+    EXACT,
     SEQUENCE,
     SINGLE,
     UNCHANGED,
-    UNRELATED,
     Baseline,
     EditCurve,
     EditFunction,
     EditReport,
     EvaluationSettings,
-    Record,
     baseline,
     edit_function,
     evaluate,
 )
 from ...editing.moments import Moments, second_moments
-from ...editing.requests import EditRequest
 from ...editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
-from ...models import Prompt, VisionLanguageModel
+from ...models import VisionLanguageModel
 from ...tracing import EditSite, SwapImage
 from ...workflow.sites import locate
-from ..world_edits import untouched_facts, world_records
 
 CONTEXTS = 3
 """Number of other pictures of the entity that an edit gets; no probe uses them."""
@@ -58,21 +67,21 @@ class Bench:
 
     world: World
     cases: tuple[EditCase, ...]
-    records: tuple[Record, ...]
+    records: tuple[EditRecord, ...]
     """As the default edits them: with other pictures as contexts."""
     baseline: Baseline
     moments: Moments
     """Second moments of keys over questions that training taught, in all layers, by projection of the MLP."""
     sites: tuple[EditSite, ...] = field(repr=False)
     """Where each request's own trace, under the picture of another entity, says that it is to be edited."""
-    named: Mapping[str, Prompt] = field(default_factory=dict, repr=False)
+    named: Mapping[str, Question] = field(default_factory=dict, repr=False)
     """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
     notes: tuple[str, ...] = ()
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def first(self, number: int) -> Self:
         """Return the same with the first requests only."""
-        names = tuple(repr(record.request.label) for record in self.records[:number])  # as notes begin
+        names = tuple(repr(record.label) for record in self.records[:number])  # as notes begin
         return replace(
             self,
             cases=self.cases[:number],
@@ -86,12 +95,12 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
     """Return the first `number` requests of a split's part, with `probes` questions of each kind."""
     world = World()
     cases = _cases(world, split, part, number)
-    records = world_records(vlm, world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
+    records = world_records(world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
     settings = EvaluationSettings(forced=False)
-    facts = untouched_facts(vlm, world, cases, _MOMENT_FACTS)
+    facts = untouched_facts(world, cases, _MOMENT_FACTS)
     found = locate(
         vlm,
-        [record.request for record in records],
+        records,
         corruptions=[SwapImage(another_picture(world, case)) for case in cases],
         per_request=True,
         progress=True,
@@ -101,9 +110,9 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
         cases=cases,
         records=records,
         baseline=baseline(vlm, records, settings=settings, batch_size=64, progress=True),
-        moments=second_moments(vlm, [prompt for prompt, _ in facts], progress=True),
+        moments=second_moments(vlm, [vlm.prompt_for(fact) for fact in facts], progress=True),
         sites=found.edit_sites,
-        named={case.fact.id: _by_name(vlm, world, case) for case in cases},
+        named={case.fact.id: _by_name(world, case) for case in cases},
         notes=found.notes,
         settings=settings,
     )
@@ -111,7 +120,7 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
 
 def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
     """The site of each request by its name."""
-    return {record.request.name: site for record, site in zip(bench.records, bench.sites, strict=True)}
+    return {record.id: site for record, site in zip(bench.records, bench.sites, strict=True)}
 
 
 def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, ...]:
@@ -123,9 +132,8 @@ def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, 
     return (*world.edit_cases(split, part), *reversed(world.edit_cases(split, other)))[:number]
 
 
-def _by_name(vlm: VisionLanguageModel, world: World, case: EditCase) -> Prompt:
-    asked = world.question_by_name(case.fact)
-    return vlm.prompt(None, asked.text, constraint=asked.constraint)
+def _by_name(world: World, case: EditCase) -> Question:
+    return world.question_by_name(case.fact)
 
 
 SPLITS = ("outdated", "long_tail")
@@ -152,7 +160,7 @@ class EditorRow:
     """Description for the table."""
     edit: Callable[[VisionLanguageModel, Bench, Sequence[EditRequest], Sequence[Any]], Any]
     """(model, bench, requests, earlier changes) -> change."""
-    shown: Callable[[Bench, EditRequest], EditRequest] = lambda _bench, request: request
+    shown: Callable[[Bench, EditRecord], EditRecord] = lambda _bench, record: record
     """Function that changes a request before the editor gets it."""
     batches: bool = True
     sequences: bool = False
@@ -248,13 +256,13 @@ def _found(row: EditorRow, report: EditReport) -> dict[str, Any]:
         "scores": scores,
         "splits": dict(report.split_shares()),
         "statuses": dict(report.statuses),
-        "left_out": report.left_out,
+        "left_out": len(report.left_out),
         "requests": len(report.statuses),
     }
 
 
-def _records(bench: Bench, row: EditorRow) -> list[Record]:
-    return [replace(record, request=row.shown(bench, record.request)) for record in bench.records]
+def _records(bench: Bench, row: EditorRow) -> list[EditRecord]:
+    return [row.shown(bench, record) for record in bench.records]
 
 
 def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
@@ -290,16 +298,16 @@ def _with_moments(
 
 def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
     sites = site_by_request(bench)
-    votes = [sites[request.name] for request in requests]
+    votes = [sites[request.id] for request in requests]
     return max(votes, key=lambda each: sum((each.layer, each.token) == (one.layer, one.token) for one in votes))
 
 
-def _named(bench: Bench, request: EditRequest) -> EditRequest:
+def _named(bench: Bench, request: EditRecord) -> EditRecord:
     """The request with the question by name, in a wording that no probe uses."""
-    return replace(request, rewrite_prompts=(bench.named[request.name],))
+    return replace(request, rewrite_prompts=(bench.named[request.id],))
 
 
-def _bare(_bench: Bench, request: EditRequest) -> EditRequest:
+def _bare(_bench: Bench, request: EditRecord) -> EditRecord:
     return replace(request, contexts=())
 
 
@@ -325,7 +333,7 @@ class Paired:
 
 def sites_of(_vlm: VisionLanguageModel, bench: Bench) -> Mapping[str, Any]:
     """{"sites": {request: [layer, token, onset]}, "notes": [...]} of each request's own trace."""
-    names = [record.request.name for record in bench.records]
+    names = [record.id for record in bench.records]
     sites = {name: [site.layer, site.token, site.onset] for name, site in zip(names, bench.sites, strict=True)}
     return {"sites": sites, "notes": list(bench.notes)}
 
@@ -339,12 +347,12 @@ def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str)
     report = evaluate(vlm, bench.records, editor, baseline=bench.baseline, batch_size=64)
     found: dict[str, Any] = {}
     for record in bench.records:
-        rows = [row for row in report.rows if row.record == record.name]
+        rows = [row for row in report.rows if row.record == record.id]
         moved = [row.numbers[EXACT][1] for row in rows if row.aspect == EFFICACY]
         spread = [row.numbers[EXACT][1] for row in rows if row.aspect == GENERALITY and row.kind != BY_NAME]
         stayed = [(row.kind, row.numbers[UNCHANGED][1]) for row in rows if row.aspect == LOCALITY]
         entities = [value for kind, value in stayed if kind == SAME_QUESTION_OTHER_PICTURE]
-        found[record.request.name] = [*moved, *map(_mean, (spread, entities, [value for _, value in stayed]))]
+        found[record.id] = [*moved, *map(_mean, (spread, entities, [value for _, value in stayed]))]
     return found
 
 
