@@ -1,12 +1,9 @@
 from . import (
     answer as answer,
+    bench as bench,
     demo as demo,
-    edit as edit,
-    evaluate as evaluate,
     export as export,
-    flow as flow,
     moments as moments,
-    trace as trace,
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite
@@ -27,5 +24,4 @@ from .flow_questions import (
     world_questions as world_questions,
 )
 from .reference import PAGE as PAGE
-from .report import Report as Report, plot_scores as plot_scores, write_report as write_report
 from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify

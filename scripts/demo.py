@@ -1,67 +1,88 @@
-"""Run `multrace demo`."""
+"""Show outdated facts of the embedded model, trace, edit, verify and undo them, and write a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from cyclopts import App, Parameter
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from ..data import EditRequest, World, tiny_vlm_path
-from ..data.world import EditCase
-from ..editing import Delta, MultEdit
-from ..models import VisionLanguageModel, load
-from ..tracing import AverageTrace, CausalTrace, SwapImage, causal_trace
-from ..workflow.located_edit import LocatedEdit, locate_then_edit
+from .. import data, editing, models, tracing, workflow
 from .errors import CommandError
-from .options.demo import Demo
+from .options.asking import GeneralOptions
 from .outputs import check_files, new_files
-from .report import Report, plot_scores, write_report
-from .verification import PROBES, SUMMARIES, ProbeAnswers, probe_records, scores, summary, verify
+from .verification import PROBES, SUMMARIES, ProbeAnswers, ProbeScore, probe_records, scores, summary, verify
 
+if TYPE_CHECKING:
+    from ..data import EditCase
+
+EXAMPLE = """examples:
+  multrace demo                                the first ten outdated facts, into out/demo
+  multrace demo --seed 3 --out out/demo3       other facts
+  multrace demo --limit 20 --every-layer       twenty facts, edited at the traced layer and at all others
+"""
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
+app = App(name="demo", help=__doc__, help_epilogue=EXAMPLE)
 
 
-def run(settings: Demo) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Demo(GeneralOptions):
+    """Options of `multrace demo`."""
+
+    out: Annotated[Path, Parameter(help="folder for the report")] = Path("out/demo")
+    seed: Annotated[int, Parameter(help="random seed of the choice of facts")] = 0
+    limit: Annotated[int, Parameter(help="number of facts to edit, one at a time", metavar="N")] = 10
+    every_layer: Annotated[
+        bool, Parameter(help="also edit at every other layer, to show what locating is worth (takes minutes more)")
+    ] = False
+
+
+@app.default
+def run(options: Demo = Demo()) -> int:
     """Run the demo and print its table."""
-    page, table = demo(settings)
+    page, table = demo(options)
     print(table)
     print(f"\nreport: {page}")
     return 0
 
 
-def demo(settings: Demo) -> tuple[Path, str]:
+def demo(options: Demo) -> tuple[Path, str]:
     """Return (path of the HTML report, the table as text); writes the report, PNGs, the trace and one file per edit.
 
     CommandError for a number of facts that there is not, or a folder that cannot be written (before any work).
     """
-    vlm, world = load(tiny_vlm_path()), World()
-    cases = world.edit_cases("outdated", "report", settings.seed)
-    if not 1 <= settings.limit <= len(cases):
+    vlm, world = models.load(data.tiny_vlm_path()), data.World()
+    cases = world.edit_cases("outdated", "report", options.seed)
+    if not 1 <= options.limit <= len(cases):
         raise CommandError(
-            f"--limit {settings.limit}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
+            f"--limit {options.limit}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
         )
-    cases = cases[: settings.limit]  # the first ones, no picking
+    cases = cases[: options.limit]  # the first ones, no picking
     names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
-    check_files(settings.out, names)
+    check_files(options.out, names)
     requests = [_request(world, case) for case in cases]
-    corruptions = [SwapImage(_other_picture(world, case)) for case in cases]
-    located = locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
-    tokens = causal_trace(vlm, vlm.prompt_for(requests[0].question), corruption=corruptions[0])
+    corruptions = [tracing.SwapImage(_other_picture(world, case)) for case in cases]
+    located = workflow.locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
+    tokens = tracing.causal_trace(vlm, vlm.prompt_for(requests[0].question), corruption=corruptions[0])
     untouched = vlm.fingerprint(name for name, _ in vlm.named_parameters())
     pairs = list(zip(cases, located.deltas, strict=True))
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
     same = vlm.fingerprint(untouched) == untouched
-    layers = _every_layer(vlm, world, cases, located) if settings.every_layer else ""
-    with new_files(settings.out, stale=[_edit_file(None)]) as folder:
-        report = _report(settings, folder, located, tokens, probes, same)
+    layers = _every_layer(vlm, world, cases, located) if options.every_layer else ""
+    with new_files(options.out, stale=[_edit_file(None)]) as folder:
+        report = _report(options, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
-        cast(AverageTrace, located.average).save(folder / "trace.safetensors")
-        for number, delta in enumerate(cast(tuple[Delta, ...], located.deltas)):
+        cast(tracing.AverageTrace, located.average).save(folder / "trace.safetensors")
+        for number, delta in enumerate(cast(tuple[editing.Delta, ...], located.deltas)):
             delta.save(folder / _edit_file(number))
-    return settings.out / "report.html", _table(report) + layers
+    return options.out / "report.html", _table(report) + layers
 
 
 def _edit_file(number: int | None) -> str:
@@ -69,13 +90,13 @@ def _edit_file(number: int | None) -> str:
     return "edit_*.safetensors" if number is None else f"edit_{number + 1:02d}.safetensors"
 
 
-def _request(world: World, case: EditCase) -> EditRequest:
+def _request(world: data.World, case: EditCase) -> data.EditRequest:
     record = world.question(case.fact)
     picture = world.picture(world.entities[case.fact.entity], 0).image
-    return EditRequest(question=record.with_image(picture), target=case.target)
+    return data.EditRequest(question=record.with_image(picture), target=case.target)
 
 
-def _other_picture(world: World, case: EditCase) -> Image.Image:
+def _other_picture(world: data.World, case: EditCase) -> Image.Image:
     """A picture of the next entity of the kind whose answer has another first token, which the trace scores."""
     entity = world.entities[case.fact.entity]
     peers = world.of_kind(entity.kind)
@@ -86,16 +107,16 @@ def _other_picture(world: World, case: EditCase) -> Image.Image:
 
 
 def _report(
-    settings: Demo,
+    options: Demo,
     folder: Path,
-    located: LocatedEdit,
-    tokens: CausalTrace,
+    located: workflow.LocatedEdit,
+    tokens: tracing.CausalTrace,
     probes: Sequence[Sequence[ProbeAnswers]],
     same: bool,
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
     chart = plot_scores(table, folder / "scores.png")
-    cast(AverageTrace, located.average).plot(folder / "trace.png")
+    cast(tracing.AverageTrace, located.average).plot(folder / "trace.png")
     tokens.plot(folder / "tokens.png")
     plots = [
         (
@@ -107,7 +128,7 @@ def _report(
     ]
     return Report(
         title="multrace: outdated facts, found and changed",
-        subtitle=f"{len(probes)} outdated facts of the embedded model (seed {settings.seed}), "
+        subtitle=f"{len(probes)} outdated facts of the embedded model (seed {options.seed}), "
         "edited one at a time with MultEdit.",
         reason=f"Edited: the MLP of layer {located.edit_site.layer} at the token group {located.edit_site.token!r}, "
         f"because {located.edit_site.reason}.",
@@ -142,12 +163,14 @@ def _line(probe: ProbeAnswers) -> str:
     )
 
 
-def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCase], located: LocatedEdit) -> str:
+def _every_layer(
+    vlm: models.VisionLanguageModel, world: data.World, cases: Sequence[EditCase], located: workflow.LocatedEdit
+) -> str:
     """A table of the results of editing the same facts at the same token in each layer."""
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
-        editor = MultEdit(layer=layer, token=located.edit_site.token)
+        editor = editing.MultEdit(layer=layer, token=located.edit_site.token)
         probes = [
             probe
             for case in cases
@@ -156,3 +179,122 @@ def _every_layer(vlm: VisionLanguageModel, world: World, cases: Sequence[EditCas
         label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
     return "\n".join([*lines, "other entities and relations: of the answers that were right before"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything the page shows; texts are plain and escaped when the page is made."""
+
+    title: str
+    subtitle: str
+    reason: str
+    """Why the trace chose the site."""
+    undo: str
+    """Whether undoing restored the weights."""
+    scores: Sequence[ProbeScore]
+    chart: tuple[Path, str]
+    """The scores as a picture: (picture file, caption)."""
+    plots: Sequence[tuple[Path, str]]
+    """The traces as pictures: (picture file, caption)."""
+    facts: Sequence[Sequence[ProbeAnswers]]
+    """The probes of every fact, the edited question first."""
+
+
+def write_report(report: Report, path: Path) -> Path:
+    """Write the page and return its path."""
+    environment = Environment(
+        loader=PackageLoader("multrace.scripts", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=report.title,
+        subtitle=report.subtitle,
+        reason=report.reason,
+        undo=report.undo,
+        scores=_score_rows(report.scores),
+        chart=_figure(*report.chart),
+        plots=[_figure(file, caption) for file, caption in report.plots],
+        facts=[_fact(probes) for probes in report.facts],
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def plot_scores(scores: Sequence[ProbeScore], path: Path) -> Path:
+    """Return the written PNG: for every kind of probe, the shares of right answers unedited, edited and undone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.62 * len(scores) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"unedited": "#b8c0cc", "edited": "#2f6f4f", "undone": "#7c8797"}
+    for offset, (state, colour) in enumerate(colours.items()):
+        places = [row + (offset - 1) * 0.27 for row in range(len(scores))]
+        shares = [getattr(score, state) for score in scores]
+        bars = axes.barh(places, shares, height=0.25, color=colour, label=state)
+        axes.bar_label(bars, labels=[f"{share:.0%}" for share in shares], padding=3, fontsize=8)
+    axes.set_yticks(range(len(scores)), [PROBES[score.kind][0] for score in scores])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12)
+    axes.set_xlabel("share of answers that are right after the edit")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+    return path
+
+
+def _figure(file: Path, caption: str) -> Mapping[str, str]:
+    return {"caption": caption, "source": _file_source(file)}
+
+
+def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
+    kept = [score.kind for score in scores if not PROBES[score.kind][1]]
+    return [
+        {
+            "label": PROBES[score.kind][0],
+            "number": score.number,
+            "starts_locality": kept[:1] == [score.kind],
+            **{state: f"{getattr(score, state):.0%}" for state in ("unedited", "edited", "undone")},
+        }
+        for score in scores
+    ]
+
+
+def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
+    first, record = probes[0], probes[0].record
+    start = record.text.index(record.constraint)
+    end = start + len(record.constraint)
+    return {
+        "picture": _image_source(record.image),
+        "before": record.text[:start],
+        "constraint": record.text[start:end],
+        "after": record.text[end:],
+        "target": record.answer,
+        "unedited": first.unedited,
+        "edited": first.edited,
+        "is_right": first.is_right("edited"),
+        "failures": sum(not probe.is_right("edited") for probe in probes[1:]),
+        "probes": [_probe(probe) for probe in probes[1:]],
+    }
+
+
+def _probe(probe: ProbeAnswers) -> Mapping[str, Any]:
+    return {
+        "picture": _image_source(probe.record.image),
+        "question": probe.record.text,
+        "kind": PROBES[probe.kind][0],
+        "answer": probe.record.answer,
+        "unedited": probe.unedited,
+        "edited": probe.edited,
+        "is_right": probe.is_right("edited"),
+    }
+
+
+def _image_source(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _file_source(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

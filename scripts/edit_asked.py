@@ -14,7 +14,6 @@ from ..tracing import Corruption, SwapImage
 from .edit_records import EditEntry, read_edit_records
 from .errors import CommandError
 from .options.edit import RequestOptions
-from .options.option import flag
 
 NEXT = "swap:next"
 """What --corrupt spells for the picture of another record."""
@@ -93,7 +92,9 @@ def _augmented(
 
 def _from_file(options: RequestOptions, traced: bool) -> tuple[AskedEdit, ...]:
     if given := [name for name in _OF_ONE if getattr(options, name)]:
-        raise CommandError(f"{flag(given[0])} belongs to one request; with --data, write it into each line")
+        raise CommandError(
+            f"--{given[0].replace('_', '-')} belongs to one request; with --data, write it into each line"
+        )
     entries = read_edit_records(options.data)[: options.limit]
     corruptions = _corruptions(options, entries) if traced else [None] * len(entries)
     return tuple(

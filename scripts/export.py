@@ -1,60 +1,110 @@
-"""Run `multrace export`: write a saved edit, open it again and compare."""
+"""Write a saved edit as a PEFT adapter or as a whole model, open that again and compare it with the edited model."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import torch
+from cyclopts import App, Parameter
 
-from ..editing import Delta
-from ..editing.changes import Change, Ledger, RuntimeEdit, load_edit, save_merged, to_peft, verify_export, with_adapters
-from ..models import Prompt, VisionLanguageModel, load
+from .. import editing, models
 from .errors import CommandError
-from .options.export import QUESTIONS, Export
+from .options.asking import ModelOptions
+from .outputs import check_new_folder
+
+EXAMPLE = """examples:
+  multrace export --edit out/edit/edit.safetensors --peft out/adapter
+  multrace export --model llava-hf/llava-1.5-7b-hf --edit out/ledger.safetensors --merged out/edited_model
+
+The model must be the unedited model that the edit was made for, in the same dtype; a merged model is written in that
+dtype. In half precision a merged model loses what its weights round away; an adapter keeps it.
+"""
+QUESTIONS = 8
+"""How many questions of the edit are compared by default."""
+app = App(name="export", help=__doc__, help_epilogue=EXAMPLE)
 
 
-def run(settings: Export) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Export(ModelOptions):
+    """Options of `multrace export`."""
+
+    edit: Annotated[Path, Parameter(help="saved edit or ledger; a ledger is written as one edit", metavar="FILE")]
+    peft: Annotated[Path | None, Parameter(help="new folder for a PEFT LoRA adapter", metavar="DIR")] = None
+    merged: Annotated[Path | None, Parameter(help="new folder for the whole edited model", metavar="DIR")] = None
+    question: Annotated[
+        str | None,
+        Parameter(
+            help=f"question whose answers are compared (default: the first {QUESTIONS} questions of the edit, without picture)"
+        ),
+    ] = None
+    image: Annotated[str | None, Parameter(help="picture in front of --question")] = None
+
+    def check(self) -> None:
+        """Raises `CommandError` or `ModelError` for every mistake that can be found without the model."""
+        folders = [folder for folder in (self.peft, self.merged) if folder is not None]
+        if not folders:
+            raise CommandError("nothing to write; pass --peft DIR, --merged DIR or both")
+        if len({folder.absolute() for folder in folders}) < len(folders):
+            raise CommandError(f"--peft and --merged are both {str(self.peft)!r}; choose two folders")
+        for folder in folders:
+            check_new_folder(folder)
+        if self.peft is not None and self.peft.exists():
+            raise CommandError(f"the folder {str(self.peft)!r} is there already; choose a new one")
+        if self.image is not None and self.question is None:
+            raise CommandError(f"--image {self.image!r} needs --question: what to ask about it")
+        models.open_images(self.image)
+
+
+@app.default
+def run(options: Export) -> int:
     """Write the export, open it again and print how it compares with the edited model."""
-    settings.check()
-    edit = load_edit(settings.edit)
-    delta = edit.composed() if isinstance(edit, Ledger) else edit
-    vlm = settings.open_model()
+    options.check()
+    edit = editing.load_edit(options.edit)
+    delta = edit.composed() if isinstance(edit, editing.Ledger) else edit
+    vlm = options.open_model()
     delta.check_fits(vlm)
-    prompts = _prompts(vlm, delta, settings)
+    prompts = _prompts(vlm, delta, options)
     print(*delta.report(delta.retained(vlm)), sep="\n")
-    if settings.peft is not None:
-        to_peft(vlm, delta, settings.peft)
+    if options.peft is not None:
+        editing.to_peft(vlm, delta, options.peft)
         # in half precision an adapter keeps what the weights round away: it stands for the edit beside the weights
-        change = delta if torch.finfo(vlm.dtype).bits >= 32 else RuntimeEdit(delta=delta)
-        _compare(change, vlm, with_adapters(settings.open_model(), settings.peft), prompts, settings.peft)
-    if settings.merged is not None:
-        save_merged(vlm, delta, settings.merged, dtype=vlm.dtype)
-        reopened = load(
-            settings.merged,
+        change = delta if vlm.dtype.itemsize >= 4 else editing.RuntimeEdit(delta=delta)
+        _compare(change, vlm, editing.with_adapters(options.open_model(), options.peft), prompts, options.peft)
+    if options.merged is not None:
+        editing.save_merged(vlm, delta, options.merged, dtype=vlm.dtype)
+        reopened = models.load(
+            options.merged,
             dtype=vlm.dtype,
-            device_map=settings.device_map,
-            trust_remote_code=settings.trust_remote_code,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
         )
-        _compare(delta, vlm, reopened, prompts, settings.merged)
+        _compare(delta, vlm, reopened, prompts, options.merged)
     return 0
 
 
-def _prompts(vlm: VisionLanguageModel, delta: Delta, settings: Export) -> list[Prompt]:
-    if settings.question is not None:
-        return [vlm.prompt(settings.image, settings.question)]
+def _prompts(vlm: models.VisionLanguageModel, delta: editing.Delta, options: Export) -> list[models.Prompt]:
+    if options.question is not None:
+        return [vlm.prompt(options.image, options.question)]
     questions = dict.fromkeys(request["question"] for request in delta.requests if request.get("question"))
     if not questions:
-        raise CommandError(f"{str(settings.edit)!r} names no question to compare answers to; say --question")
+        raise CommandError(f"{str(options.edit)!r} names no question to compare answers to; pass --question")
     return [vlm.prompt(None, question) for question in list(questions)[:QUESTIONS]]
 
 
 def _compare(
-    change: Change, vlm: VisionLanguageModel, reopened: VisionLanguageModel, prompts: Sequence[Prompt], folder: Path
+    change: editing.Delta | editing.RuntimeEdit,
+    vlm: models.VisionLanguageModel,
+    reopened: models.VisionLanguageModel,
+    prompts: Sequence[models.Prompt],
+    folder: Path,
 ) -> None:
     """Print the comparison. Raises `CommandError` if the export does not do what the edit does."""
-    found = verify_export(vlm, change, reopened, prompts)
-    if not found.holds:
+    comparison = editing.verify_export(vlm, change, reopened, prompts)
+    if not comparison.holds:
         raise CommandError(
-            f"{str(folder)!r} was written, but does not do what the edit does: {found}; "
+            f"{str(folder)!r} was written, but does not do what the edit does: {comparison}; "
             "do not use it; in half precision the rounding of activations can be the reason: try --dtype float32"
         )
-    print(f"written: {folder}", f"verified: {found}", sep="\n")
+    print(f"written: {folder}", f"verified: {comparison}", sep="\n")

@@ -1,144 +1,133 @@
-"""multrace: the command line. Whatever cannot be done as asked gets one line on stderr and exit code 2."""
+"""The command line. Whatever cannot be done as requested gets one line on stderr and exit code 2.
 
-import argparse
+A command is one file of this folder with the command's name; `undo.py` is a short one. It holds, in this order:
+
+- a docstring: what the command does, shown at the top of its help;
+- `EXAMPLE`: calls to copy, and what the command writes, shown at the end of its help (a test parses every call);
+- a frozen dataclass of options under `@Parameter(name="*")`, which derives from `GeneralOptions` or from the groups in
+  `options.asking` (`ModelOptions`, `QuestionOptions`, ...). A field is an option: its type says how the text is read,
+  `Annotated[..., Parameter(help=..., metavar=..., choices=...)]` describes it, its default is its default.
+  `max_new_tokens` is spelt --max-new-tokens, and a tuple takes several values. A method `check` refuses what can be
+  refused before the model is opened;
+- `app = App(name=..., help=__doc__, help_epilogue=EXAMPLE)` and `@app.default def run(options) -> int`, the exit code.
+  If every option has a default, so has `options`: `def run(options: Demo = Demo())`.
+
+The line that `multrace --help` shows for the command stands in `COMMANDS` below. Only the command that runs is imported,
+and no command file imports torch at its top: rooms are imported whole (`from .. import editing`) and used by attribute
+(`editing.Delta`), because their faces import nothing until a name is used. So help and misspelt options take no time.
+Commands raise the errors of the rooms, `CommandError` among them, and print their results.
+"""
+
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
-from .. import scripts
+from cyclopts import App, CycloptsError
+
+from .. import __version__, scripts
 from ..artefacts import ArtefactError
 from ..data import DataError
 from ..editing import EditError
 from ..models import ModelError
 from ..tracing import TraceError
-from . import benchmarks
+from . import options
 from .errors import CommandError
-from .options import answer, bench, demo, edit, evaluate, export, flow, moments, trace, undo
-from .options.option import add_options, read
+from .options.asking import STYLE, GeneralOptions
 
-COMMANDS: Mapping[str, ModuleType] = {
-    "answer": answer,
-    "trace": trace,
-    "flow": flow,
-    "edit": edit,
-    "evaluate": evaluate,
-    "undo": undo,
-    "export": export,
-    "moments": moments,
-    "demo": demo,
-    "bench": bench,
+COMMANDS: Mapping[str, str] = {
+    "answer": "print a model's greedy answer to a question",
+    "trace": "trace an answer to tokens and layers, and draw the map",
+    "flow": "follow image information through the layers: knockout, lens, contributions, relevance",
+    "edit": "change what a model answers, at the place that a trace finds",
+    "evaluate": "measure what edits do: efficacy, generality, locality, portability, beside the unedited model",
+    "undo": "take requests out of a saved edit, or edits out of a ledger",
+    "export": "write a saved edit as a PEFT adapter or as a whole model, and check it",
+    "moments": "collect second moments of layer inputs over a corpus of pictures and texts",
+    "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
+    "bench": "measure speed and memory against the usual way",
 }
-"""Each module has HELP (one line), EXAMPLE, and either OPTIONS, a dataclass, or COMMANDS of its own."""
+"""Command -> the line that `multrace --help` shows for it."""
 EXAMPLE = """examples:
   multrace answer --image photo.jpg --question "Who founded the company in this photo?"
   multrace trace --help
 """
 BAD_INPUT, INTERRUPTED = 2, 130
-_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+_ASIDE = ("--help", "-h", "--version")
+_GENERAL = ("--debug", "--verbose", "-v")
 _ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, ArtefactError, OSError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of a command."""
-
-    module: str
-    """Name of the module in `multrace.scripts` whose `run` takes the options."""
-    options: Any
-    verbose: bool
-    debug: bool
 
 
 def app(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code of one command: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
-    arguments: the arguments after the program's name, by default those of the process. Like argparse, the function
-    raises SystemExit after --help (0) and misspelt options (2). Only the command that runs is imported.
+    arguments: the arguments after the program's name; by default those of the process.
     """
-    call = parse(arguments)
-    is_bench = call.module in benchmarks.__all__
-    return _run(call, getattr(benchmarks, call.module) if is_bench else getattr(scripts, call.module).run)
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    return execute(make_app(*tokens), tokens)
 
 
-def run_alone(module: ModuleType, arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code of a module with HELP, EXAMPLE, OPTIONS and `run` that is no command: `python -m` runs it."""
-    parser = _Parser(description=module.__doc__, epilog=module.EXAMPLE, parents=[_common()], **_RAW)
-    parser.set_defaults(shows_traceback=False, is_verbose=False)
-    add_options(parser, module.OPTIONS)
-    found = parser.parse_args(arguments)
-    options = read(module.OPTIONS, found)
-    call = Call(module="", options=options, verbose=found.is_verbose, debug=found.shows_traceback)
-    return _run(call, module.run)
-
-
-def _run(call: Call, work: Callable[[Any], int]) -> int:
-    with _log(verbose=call.verbose):
+def execute(commands: App, tokens: Sequence[str]) -> int:
+    """Return the exit code of the command that the tokens call, as `app` does for all commands."""
+    try:
+        work, given = parse(tokens, commands)
+    except CycloptsError as error:
+        chain = " ".join((commands.name[0], *(error.command_chain or ())))
+        return _fail(f"{_one_line(error)} See {chain} --help", BAD_INPUT, debug=False)
+    if given is None:
+        if not {*_ASIDE} & {*tokens}:
+            return _fail(
+                f"COMMAND is missing. See {' '.join((commands.name[0], *tokens))} --help", BAD_INPUT, debug=False
+            )
+        work()
+        return 0
+    with _log(verbose=given.verbose):
         try:
-            return work(call.options)
+            return work(given)
         except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED, debug=call.debug)
+            return _fail("interrupted", INTERRUPTED, debug=given.debug)
+        except BrokenPipeError:
+            raise  # the reader of the output has left; nothing was wrong with the input
         except _ERRORS as error:
-            return _fail(_one_line(error), BAD_INPUT, debug=call.debug)
+            return _fail(_one_line(error), BAD_INPUT, debug=given.debug)
 
 
-def parse(arguments: Sequence[str] | None = None) -> Call:
-    """Return the command that the arguments call. Raises SystemExit like argparse."""
-    found = make_parser().parse_args(arguments)
-    return Call(
-        module=found.module, options=read(found.kind, found), verbose=found.is_verbose, debug=found.shows_traceback
+def parse(tokens: Sequence[str], commands: App | None = None) -> tuple[Callable[..., Any], GeneralOptions | None]:
+    """Return the command that the tokens call, and its options; None where it takes none, as --help does.
+
+    commands: where the command is looked up; by default among all commands.
+
+    Raises `CycloptsError` for misspelt commands, options and values.
+    """
+    tokens, leading = list(tokens), []
+    while tokens and tokens[0] in _GENERAL:  # what every command takes may stand before the command, too
+        leading.append(tokens.pop(0))
+    commands = commands or make_app(*tokens)
+    work, bound, _ = commands.parse_args([*tokens, *leading], exit_on_error=False, print_error=False)
+    bound.apply_defaults()
+    if (given := bound.arguments.get("options")) is not None:
+        return work, given
+    return lambda: work(*bound.args, **bound.kwargs), None
+
+
+def make_app(*tokens: str) -> App:
+    """Return the commands. Only the first one that the tokens name is imported; the others have a name and a line."""
+    commands = App(
+        name="multrace",
+        help="Find where a vision-language model keeps a fact, and change it there.",
+        help_epilogue=EXAMPLE,
+        version=__version__,
+        **STYLE,
     )
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    description = "Find where a vision-language model keeps a fact, and change it there."
-    parser = _Parser(prog="multrace", description=description, epilog=EXAMPLE, parents=[_common()], **_RAW)
-    parser.set_defaults(shows_traceback=False, is_verbose=False)
-    # options of their own: the defaults just set would otherwise overrule what stands before the command
-    _add_commands(parser, COMMANDS, _common(), ())
-    return parser
-
-
-def _add_commands(
-    parser: argparse.ArgumentParser,
-    commands: Mapping[str, ModuleType],
-    common: argparse.ArgumentParser,
-    above: tuple[str, ...],
-) -> None:
-    """Adds one command per module, and the commands below it; above: the names of the commands that lead here."""
-    rows = parser.add_subparsers(dest="_".join((*above, "command")), required=True, metavar="COMMAND")
-    for name, module in commands.items():
-        row = rows.add_parser(
-            name, help=module.HELP, description=module.__doc__, epilog=module.EXAMPLE, parents=[common], **_RAW
-        )
-        path = (*above, name.replace("-", "_"))
-        if hasattr(module, "COMMANDS"):
-            _add_commands(row, module.COMMANDS, common, path)
-        else:
-            add_options(row, module.OPTIONS)
-            row.set_defaults(module="_".join(path), kind=module.OPTIONS)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports wrong options in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"multrace: {message}; see {self.prog} --help\n")
-
-
-def _common() -> argparse.ArgumentParser:
-    """The options that every command takes, before and after its name."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--debug", dest="shows_traceback", action="store_true", help="show the traceback of an error")
-    common.add_argument(
-        "-v", "--verbose", dest="is_verbose", action="store_true", help="log what loading has proven about the model"
-    )
-    return common
+    called = next((token for token in tokens if not token.startswith("-")), None)
+    for position, (name, line) in enumerate(COMMANDS.items()):
+        room = scripts if name in scripts.__all__ else options
+        command = getattr(room, name).app if name == called else App(name=name, help=line)
+        command.sort_key = position
+        commands.command(command)
+    return commands
 
 
 @contextmanager

@@ -1,89 +1,173 @@
-"""Run `multrace moments`."""
+"""Collect second moments of the inputs of a model's projections over a corpus, for editors that weigh old keys."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import lazy_loader
+from cyclopts import App, Parameter
 from tqdm import tqdm
 
-from ..data import DataError
-from ..editing.moments import Moments, memory_of_moments, second_moments
-from ..models import ModelError, Prompt, VisionLanguageModel
-from ..models.errors import gist
+from .. import data, editing, models
+from ..data.errors import gist
+from ..editing import moments as moment_sums
 from .errors import CommandError
-from .flow_questions import FlowQuestion, read_questions, world_questions
-from .options.moments import MomentOptions
+from .options.asking import ModelOptions
+from .options.choices import PROJECTIONS
 from .outputs import check_files, new_files
 
+EXAMPLE = """examples:
+  multrace moments --world --limit 400 --layers 1-3 --out out/moments        the embedded model and its world
+  multrace moments --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --device-map cuda:0 \\
+      --data records.jsonl --layers 5-9 --tolerance 0.05 --cache out/parts --out out/moments
+
+A line of records.jsonl: {"image": "photo.jpg", "question": "Who founded the company in this photo?"}
+("image" may be null or left out for a text; paths are relative to the folder of the file, or to --images).
+
+The command writes OUT/moments.safetensors (multrace.editing.Moments.load).
+"""
 FILES = ("moments.safetensors",)
 _SHOWN = 8
 """Maximum number of readings of convergence, or of skipped lines, that are printed."""
+_asked: Any = lazy_loader.load("multrace.scripts.flow_questions", suppress_warning=True)  # needs torch
+app = App(name="moments", help=__doc__, help_epilogue=EXAMPLE)
 
 
-class _Prompts(Sequence[Prompt]):
-    """Prompts that are made on demand, since all pictures of a corpus would fill the memory."""
+@dataclass(frozen=True, kw_only=True)
+class MomentOptions(ModelOptions):
+    """Options of `multrace moments`."""
 
-    def __init__(self, vlm: VisionLanguageModel, questions: Sequence[FlowQuestion]) -> None:
-        self._vlm, self._questions = vlm, questions
+    data: Annotated[
+        Path | None,
+        Parameter(
+            help="file with one JSON object per line, or the study's CSV files as in multrace flow", metavar="FILE"
+        ),
+    ] = None
+    images: Annotated[Path | None, Parameter(help="folder of the pictures that the records name", metavar="DIR")] = None
+    world: Annotated[
+        bool, Parameter(help="read questions about the embedded model's world instead of --data; --limit says how many")
+    ] = False
+    limit: Annotated[
+        int | None, Parameter(help="maximum number of records or questions (default: all records)", metavar="N")
+    ] = None
+    seed: Annotated[int, Parameter(help="random seed of the order of --world")] = 0
+    layers: Annotated[str | None, Parameter(help="layers such as 5, 3-7 or 0,2,5-7 (default: all)")] = None
+    projection: Annotated[
+        str,
+        Parameter(
+            help="weights whose inputs are read: mlp (down projections) or attention (output projections)",
+            choices=PROJECTIONS,
+        ),
+    ] = "mlp"
+    batch_size: Annotated[int, Parameter(help="number of prompts that run together", metavar="N")] = 8
+    memory: Annotated[
+        int | None,
+        Parameter(
+            help="MiB for the sums of one pass; with less than all layers need, layers are read in groups, one pass each "
+            "(default: no limit)",
+            metavar="MIB",
+        ),
+    ] = None
+    tolerance: Annotated[
+        float | None, Parameter(help="stop once the moments move by less than this share (default: read everything)")
+    ] = None
+    every: Annotated[
+        int | None,
+        Parameter(
+            help="number of prompts between two readings of convergence (default: a sixteenth of all, at most 256)",
+            metavar="N",
+        ),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        Parameter(
+            help="folder for intermediate sums: an interrupted call continues from them, and a finished result is reused",
+            metavar="DIR",
+        ),
+    ] = None
+    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/moments")
 
-    def __len__(self) -> int:
-        return len(self._questions)
+    def check(self) -> None:
+        """Raises `CommandError` unless there is exactly one source, and for numbers out of range."""
+        if (self.data is None) != self.world:
+            raise CommandError("pass one of --data FILE and --world, so that there is something to read")
+        if self.world and self.limit is None:
+            raise CommandError("--world has no end; pass the number of questions as --limit N")
+        if self.limit is not None and self.limit < 1:
+            raise CommandError(f"--limit {self.limit}: read at least one question")
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._questions[index].prompt(self._vlm)
+    def layer_numbers(self) -> tuple[int, ...] | None:
+        """Return the layers of --layers; None for all. Raises `CommandError` for text that names none."""
+        return None if self.layers is None else parse_layers(self.layers)
 
 
-def run(settings: MomentOptions) -> int:
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return the layers that a text such as "5", "3-7" or "0,2,5-7" names. Raises `CommandError` for other text."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise CommandError(f"no layers {text!r}; write --layers 5, --layers 3-7 or --layers 0,2,5-7")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+@app.default
+def run(options: MomentOptions = MomentOptions()) -> int:
     """Compute the moments, write them, print the counts and the convergence."""
-    settings.check()
-    layers = settings.layer_numbers()
-    check_files(settings.out, FILES)
-    if settings.cache is not None:
-        check_files(settings.cache, ())
-    questions, skipped = _questions(settings)
-    vlm = settings.open_model()
-    needed = memory_of_moments(vlm, layers, projection=settings.projection)
+    options.check()
+    layers = options.layer_numbers()
+    check_files(options.out, FILES)
+    if options.cache is not None:
+        check_files(options.cache, ())
+    questions, skipped = _questions(options)
+    vlm = options.open_model()
+    needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection)
     print(f"reading {len(questions)} prompts; all layers in one pass take {needed:.3g} MiB", flush=True)
     started = time.monotonic()
-    moments = second_moments(
+    moments = editing.second_moments(
         vlm,
         _Prompts(vlm, questions),
         layers=layers,
-        projection=settings.projection,
-        batch_size=settings.batch_size,
-        memory=settings.memory,
-        tolerance=settings.tolerance,
-        every=settings.every,
-        cache=settings.cache,
+        projection=options.projection,
+        batch_size=options.batch_size,
+        memory=options.memory,
+        tolerance=options.tolerance,
+        every=options.every,
+        cache=options.cache,
         progress=True,
     )
     seconds = time.monotonic() - started
-    with new_files(settings.out) as folder:
+    with new_files(options.out) as folder:
         moments.save(folder / FILES[0])
     print(*_lines(moments, len(questions), skipped), sep="\n")
-    print(f"time         {seconds:.1f} s", f"written: {settings.out / FILES[0]}", sep="\n")
+    print(f"time         {seconds:.1f} s", f"written: {options.out / FILES[0]}", sep="\n")
     return 0
 
 
-def _questions(settings: MomentOptions) -> tuple[tuple[FlowQuestion, ...], tuple[str, ...]]:
+def _questions(options: MomentOptions) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The questions, and why lines were skipped. Raises `CommandError` if no question is left."""
-    if settings.world:
-        return world_questions(settings.limit, seed=settings.seed), ()
-    questions, problems = read_questions(settings.data, images=settings.images)
-    questions = questions[: settings.limit]
+    if options.world:
+        return _asked.world_questions(options.limit, seed=options.seed), ()
+    questions, problems = _asked.read_questions(options.data, images=options.images)
+    questions = questions[: options.limit]
     fit, skipped = [], list(problems)
     for question in tqdm(questions, desc="checking pictures", unit="question", leave=False):
         try:
             question.check()
             fit.append(question)
-        except (DataError, ModelError, OSError) as error:
+        except (data.DataError, models.ModelError, OSError) as error:
             skipped.append(f"{question.id}: {gist(error)}")
     if not fit:
-        raise CommandError(f"none of the {len(questions)} records in {str(settings.data)!r} can be read; {skipped[0]}")
+        raise CommandError(f"none of the {len(questions)} records in {str(options.data)!r} can be read; {skipped[0]}")
     return tuple(fit), tuple(skipped)
 
 
-def _lines(moments: Moments, offered: int, skipped: Sequence[str]) -> Iterator[str]:
+def _lines(moments: editing.Moments, offered: int, skipped: Sequence[str]) -> Iterator[str]:
     yield f"layers       {', '.join(map(str, moments.layers))} ({moments.projection})"
     yield f"prompts      {moments.prompts} of {offered}" + (f"; {len(skipped)} records left out" if skipped else "")
     yield from (f"  {line}" for line in skipped[:_SHOWN])
@@ -96,3 +180,16 @@ def _lines(moments: Moments, offered: int, skipped: Sequence[str]) -> Iterator[s
         change = max(reading.change)
         shown = "-" if change == float("inf") else f"{change:.2%}"
         yield f"             {reading.prompts:7d}  {max(reading.halves):12.2%}  {shown:>6}"
+
+
+class _Prompts(Sequence):
+    """Prompts that are made on demand, since all pictures of a corpus would fill the memory."""
+
+    def __init__(self, vlm: models.VisionLanguageModel, questions: Sequence[Any]) -> None:
+        self._vlm, self._questions = vlm, questions
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._questions[index].prompt(self._vlm)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..data import EditCase, Question, World
-from ..editing import Delta
-from ..models import VisionLanguageModel
+if TYPE_CHECKING:
+    from ..data import EditCase, Question, World
+    from ..editing import Delta
+    from ..models import VisionLanguageModel
 
 PROBES: Mapping[str, tuple[str, bool]] = {
     "edited": ("the edited question and picture (efficacy)", True),

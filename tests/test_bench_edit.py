@@ -48,8 +48,8 @@ from multrace.scripts.benchmarks import (
     write_model,
     write_with_undo,
 )
+from multrace.scripts.benchmarks.options import BenchEdit
 from multrace.scripts.main import app
-from multrace.scripts.options import BenchEdit
 
 CPU = torch.device("cpu")
 SHAPE = Shape(

@@ -14,10 +14,10 @@ from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     Place,
-    evaluate,
     read_edit_records,
     read_general,
 )
+from multrace.scripts.evaluate import _edit
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
@@ -28,7 +28,8 @@ CASE = WORLD.edit_cases("outdated", "choose")[0]
 
 
 def run(*arguments: object) -> int:
-    return evaluate.run(parse(["evaluate", *map(str, arguments)]).options)
+    work, options = parse(["evaluate", *map(str, arguments)])
+    return work(options)
 
 
 def picture(folder: Path, name: str, entity: int, number: int) -> str:
@@ -135,8 +136,8 @@ def test_each_request_is_edited_at_its_own_place(tiny_vlm):
         record.id: Place(layer=layer, token="last", reason="as asked")
         for layer, record in zip((5, 6), records, strict=True)
     }
-    options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"]).options
-    edit = evaluate._edit(options, "multedit", None, places)
+    options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"])[1]
+    edit = _edit(options, "multedit", None, places)
     for layer, record in zip((5, 6), records, strict=True):
         assert list(edit(tiny_vlm, [record], ()).changes) == [tiny_vlm.down_projection(layer).name]
 

@@ -1,40 +1,59 @@
 """The help of every command: each name, class and option that it mentions exists, and its examples can be asked."""
 
-import argparse
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 import multrace
 import pytest
-from multrace.scripts.main import COMMANDS, make_parser, parse
+from cyclopts import App
+from multrace.scripts.main import COMMANDS, app, make_app, parse
+from multrace.scripts.options.asking import STYLE
+from multrace.scripts.studies import results
+from multrace.scripts.training import train_tiny
 
 
-def parsers(
-    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Every parser with the names of the commands that lead to it."""
-    yield path, parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from parsers(below, (*path, name))
+@dataclass(frozen=True, kw_only=True)
+class Help:
+    """What the help of one command says."""
+
+    text: str
+    """Description, help texts of the options and examples."""
+    options: dict[str, Any]
+    """Spelling -> cyclopts' argument, for each option."""
 
 
-PARSERS = dict(parsers(make_parser()))
-EVERY = pytest.mark.parametrize("path", PARSERS, ids=lambda path: " ".join(path) or "multrace")
+def help_of(command: App) -> Help:
+    arguments = [
+        argument
+        for argument in (
+            command.assemble_argument_collection(default_parameter=STYLE["default_parameter"])
+            if command.default_command
+            else ()
+        )
+        if not is_dataclass(argument.hint)
+    ]
+    helps = [argument.parameter.help or "" for argument in arguments]
+    text = "\n".join([command.help, *helps, (command.help_epilogue or "").replace("\\\n", " ")])
+    return Help(text=text, options={name: argument for argument in arguments for name in argument.names})
 
 
-def flags(path: tuple[str, ...]) -> set[str]:
-    return {flag for action in PARSERS[path]._actions for flag in action.option_strings}
+def every_help() -> dict[tuple[str, ...], Help]:
+    """The help of each command by the names that lead to it, and of the programs that `python -m` runs."""
+    helps = {(): help_of(make_app())}
+    for name in COMMANDS:
+        command = make_app(name)[name]
+        helps[name,] = help_of(command)
+        helps |= {(name, below): help_of(command[below]) for below in command if not below.startswith("-")}
+    return helps
 
 
-def text(path: tuple[str, ...]) -> str:
-    """What the help says, on lines that are not broken by its width."""
-    parser = PARSERS[path]
-    helps = [action.help or "" for action in parser._actions]
-    return "\n".join([parser.description or "", *helps, (parser.epilog or "").replace("\\\n", " ")])
+HELPS = every_help()
+ALONE = {module.app.name[0]: module.app for module in (results, importlib.import_module(train_tiny.__module__))}
+EVERY = pytest.mark.parametrize("path", HELPS, ids=lambda path: " ".join(path) or "multrace")
 
 
 def missing_names(text: str) -> list[str]:
@@ -61,42 +80,71 @@ def missing_flags(path: tuple[str, ...], text: str) -> list[str]:
     """Options that the text mentions and neither this command has nor one that is named on the same line."""
     missing = []
     for line in text.splitlines():
-        named = [other for other in PARSERS if other and re.search(rf"\bmultrace {' '.join(other)}\b", line)]
-        known = flags(path).union(*map(flags, named))
+        named = [other for other in HELPS if other and re.search(rf"\bmultrace {' '.join(other)}\b", line)]
+        known = {"--help"}.union(HELPS[path].options, *(HELPS[other].options for other in named))
         missing += [flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line) if flag not in known]
     return missing
 
 
-def examples(text: str) -> list[list[str]]:
-    """The arguments of each example; what stands behind two spaces explains it."""
-    lines = [line.strip() for line in text.splitlines() if line.startswith("  multrace ")]
+def examples(text: str, program: str = "multrace") -> list[list[str]]:
+    """The arguments of each example; what stands behind three spaces explains it."""
+    lines = [line.strip() for line in text.splitlines() if line.startswith(f"  {program} ")]
     return [shlex.split(re.sub(r" +", " ", re.split(r" {3,}(?=[^\s\"-])", line)[0])) for line in lines]
 
 
 @EVERY
 def test_what_the_help_mentions_exists(path: tuple[str, ...]):
-    assert missing_names(text(path)) == []
-    assert missing_flags(path, text(path)) == []
+    assert missing_names(HELPS[path].text) == []
+    assert missing_flags(path, HELPS[path].text) == []
 
 
 @EVERY
 def test_the_examples_can_be_asked(path: tuple[str, ...]):
-    found = examples(text(path))
-    assert found, "there is no example"
-    for program, *arguments in found:
+    calls = examples(HELPS[path].text)
+    assert calls, "there is no example"
+    for program, *arguments in calls:
         assert program == "multrace"
         if "--help" not in arguments:
-            parse(arguments)
+            assert parse(arguments)[1] is not None
+
+
+@pytest.mark.parametrize("program", ALONE)
+def test_the_examples_of_programs_that_are_no_commands_can_be_asked(program: str):
+    command = ALONE[program]
+    calls = examples(help_of(command).text, program)
+    assert calls, "there is no example"
+    assert missing_names(help_of(command).text) == []
+    for words in calls:
+        assert parse(words[len(program.split()) :], command)[1] is not None
 
 
 @EVERY
 def test_help_texts_are_phrases_of_one_form(path: tuple[str, ...]):
-    """A help text is no fragment that begins with "of", has no final stop, and writes its default as (default: ...)."""
-    for action in PARSERS[path]._actions:
-        if action.help and action.help is not argparse.SUPPRESS:
-            assert not action.help.startswith("of "), action.help
-            assert not action.help.endswith("."), action.help
-            assert "(default " not in action.help, action.help
+    """Each option has a help text: no fragment that begins with "of", without a final stop, "(default: ...)" in words.
+
+    Words are for what the default value does not say; what it says is shown beside the text.
+    """
+    for flag, argument in HELPS[path].options.items():
+        text, default = argument.parameter.help, argument.field_info.default
+        assert text, flag
+        assert not text.startswith("of "), text
+        assert not text.endswith("."), text
+        assert "(default " not in text, text
+        if default not in (None, (), False):
+            assert f"(default: {default})" not in text, "the default is shown already"
+
+
+@EVERY
+def test_help_shows_what_it_describes(path: tuple[str, ...], capsys: pytest.CaptureFixture):
+    """Description, options with their defaults and choices, and the examples stand in the printed help."""
+    assert app([*path, "--help"]) == 0
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for flag, argument in HELPS[path].options.items():
+        assert flag in shown
+        assert " ".join(argument.parameter.help.split()) in shown
+        if isinstance(argument.field_info.default, int | Path) and not isinstance(argument.field_info.default, bool):
+            assert f"[default: {argument.field_info.default}]" in shown
+    assert "examples: multrace" in shown
 
 
 def test_a_wrong_name_and_a_wrong_option_are_noticed():
@@ -110,14 +158,27 @@ def test_a_wrong_name_and_a_wrong_option_are_noticed():
 
 
 def test_options_of_one_name_mean_the_same_in_every_command():
-    assert {"--records", "--groups", "--number", "--synthetic"}.isdisjoint(set().union(*map(flags, PARSERS)))
-    for path, parser in PARSERS.items():
-        for action in parser._actions:
-            for flag in action.option_strings:
-                if flag == "--seed":
-                    assert (action.type, action.default) == (int, 0), path
-                if flag == "--memory":
-                    assert (action.type, action.metavar) == (int, "MIB"), path
-                if flag == "--limit":
-                    assert (action.type, action.metavar) == (int, "N"), path
-    assert set(COMMANDS) == {path[0] for path in PARSERS if path}
+    assert {"--records", "--groups", "--number", "--synthetic"}.isdisjoint(
+        set().union(*(h.options for h in HELPS.values()))
+    )
+    for path, shown in HELPS.items():
+        for flag, argument in shown.options.items():
+            if flag == "--seed":
+                assert (argument.hint, argument.field_info.default) == (int, 0), path
+            if flag == "--memory":
+                assert argument.parameter.metavar == "MIB" and argument.hint in (int, int | None), path
+            if flag == "--limit":
+                assert argument.parameter.metavar == "N" and argument.hint in (int, int | None), path
+    assert set(COMMANDS) == {path[0] for path in HELPS if path}
+
+
+def test_options_are_frozen_and_named_after_their_fields():
+    for path, shown in HELPS.items():
+        if shown.options:
+            _, options = parse(
+                [*path, *(word for flag, a in shown.options.items() if a.required for word in (flag, "1"))]
+            )
+            names = {f"--{row.name.replace('_', '-')}" for row in fields(options)}
+            assert names == set(shown.options) - {"-v"}, path
+            with pytest.raises(AttributeError):
+                options.debug = True

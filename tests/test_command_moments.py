@@ -12,7 +12,7 @@ from multrace.editing.moments import Moments, second_moments
 from multrace.models import ModelError
 from multrace.scripts import CommandError, moments as command, world_questions
 from multrace.scripts.main import parse
-from multrace.scripts.options import parse_layers
+from multrace.scripts.moments import parse_layers
 from PIL import Image
 
 QUESTIONS = ("Who founded the company in this photo?", "Which sport does the person in the picture play?", "Who won?")
@@ -31,7 +31,7 @@ def records(tmp_path: Path, make_photo: Callable[[int], Image.Image]) -> Path:
 
 
 def run(*words: object) -> int:
-    return command.run(parse(["moments", *map(str, words)]).options)
+    return command.run(parse(["moments", *map(str, words)])[1])
 
 
 def test_records_become_moments(

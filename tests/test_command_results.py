@@ -4,7 +4,7 @@ import json
 
 import pytest
 from multrace.data import World
-from multrace.scripts.main import run_alone
+from multrace.scripts.main import execute
 from multrace.scripts.studies import results
 from multrace.scripts.studies.results import LABELS, document
 from multrace.scripts.studies.rows import EditorRow, _cases, by_onset, comparisons, editor_rows, paired
@@ -19,13 +19,13 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
         lambda: (_counted(_row("multedit-5"), edited),),
     )
     arguments = ["--out", str(tmp_path), "--limit", "2", "--probes", "1", "--parts", "editors"]
-    assert run_alone(results, [*arguments, "--splits", "outdated"]) == 0
+    assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
     row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())
     assert row["scores"]["efficacy"][0] == 0 and row["scores"]["efficacy"][2] == 1
     assert f"| {LABELS['multedit-5']} | 100 [100, 100] |" in (tmp_path / "results.md").read_text()
     made = len(edited)
     assert made == 2
-    assert run_alone(results, [*arguments, "--splits", "outdated"]) == 0
+    assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
     assert len(edited) == made
 
 
@@ -40,7 +40,7 @@ def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
 def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
     monkeypatch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (_row("multedit-moments"),))
     arguments = ["--out", str(tmp_path), "--limit", "1", "--together", "2", "--probes", "1"]
-    assert run_alone(results, [*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
+    assert execute(results.app, [*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
     assert {name: row["requests"] for name, row in rows.items() if "multedit-moments" in name} == {
         "outdated batch multedit-moments": 1,
@@ -73,7 +73,7 @@ def _counted(row: EditorRow, edited: list[str]) -> EditorRow:
 
 
 def test_unknown_parts_are_an_error(tmp_path, capsys):
-    assert run_alone(results, ["--out", str(tmp_path), "--parts", "nonsense"]) == 2
+    assert execute(results.app, ["--out", str(tmp_path), "--parts", "nonsense"]) == 2
     assert "parts are editors" in capsys.readouterr().err
 
 

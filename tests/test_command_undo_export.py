@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multrace import scripts
+from multrace import editing
 from multrace.data import tiny_vlm_path
 from multrace.editing import Delta, WeightChange
 from multrace.editing.changes import Ledger, load_edit, save_merged
@@ -22,8 +22,8 @@ def multrace() -> Run:
     """The commands, as the command line runs them, with errors let through."""
 
     def run(*arguments: object) -> int:
-        call = parse([str(argument) for argument in arguments])
-        return getattr(scripts, call.module).run(call.options)
+        work, options = parse([str(argument) for argument in arguments])
+        return work(options)
 
     return run
 
@@ -167,7 +167,7 @@ def test_in_half_precision_an_export_is_checked_in_half_precision(multrace, tiny
 def test_an_export_that_does_something_else_is_an_error(multrace, edit, tiny_vlm, tmp_path, monkeypatch):
     other = made(tiny_vlm, seed=7)
     monkeypatch.setattr(
-        scripts.export,
+        editing,
         "save_merged",
         lambda model, _delta, *rest, **keywords: save_merged(model, other, *rest, **keywords),
     )

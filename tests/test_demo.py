@@ -8,10 +8,9 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.data.world import EditCase
-from multrace.scripts import CommandError, Report, plot_scores, probe_records, scores, summary, verify, write_report
-from multrace.scripts.demo import demo
+from multrace.scripts import CommandError, probe_records, scores, summary, verify
+from multrace.scripts.demo import Demo, Report, demo, plot_scores, write_report
 from multrace.scripts.main import app
-from multrace.scripts.options import Demo
 
 CASES = 8
 

@@ -53,8 +53,7 @@ def test_every_command_runs_as_printed_one_after_the_other(clone: Path, capsys: 
         program, *arguments = shlex.split(line)
         assert program == "multrace"
         if arguments[0] == "bench":  # takes a minute, so only its options are checked
-            with pytest.raises(SystemExit, match="0"):
-                app([*arguments, "--help"])
+            assert app([*arguments, "--help"]) == 0
             continue
         assert app(arguments) == 0, f"{line}\n{capsys.readouterr().err}"
     assert (clone / "out" / "without" / "edit.safetensors").is_file()

@@ -9,12 +9,12 @@ from dataclasses import asdict
 import torch
 
 from ...artefacts import write_whole
-from ..options.bench_edit import BenchEdit
 from .edit_rows import EditRow, describe_edit, edit_markdown, edit_table
 from .edit_solves import ReuseCase, SolveCase
 from .edit_values import MomentCase, ValueCase
 from .machine import describe_machine, in_new_process, machine_facts
 from .models import Recipe, Shape, check_settings, chosen_shape, open_subject, random_model, write_json
+from .options import BenchEdit
 from .trace_cells import chosen_cases
 
 Case = ValueCase | MomentCase | SolveCase | ReuseCase

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from ...tracing.engine.cells import CellScores, EdgeCell, Engine, Measure, Runs
 from ...tracing.engine.plain import plain_scores
 from ...tracing.engine.sweep import sweep
-from ..options.bench_flow import BenchFlow
 from .flow_cells import FlowCase, Saving, make_flow_cases, measure_saving, published_scores
 from .machine import (
     Clock,
@@ -38,6 +37,7 @@ from .machine import (
     peak_mb,
 )
 from .models import Recipe, Subject, check_settings, chosen_shape, open_subject, random_model, write_json
+from .options import BenchFlow
 from .trace_cells import chosen_cases
 
 REPEATS = 3

@@ -32,7 +32,7 @@ from ...models.guards import quiet_transformers
 from ...models.loading.load import check_device_map
 from ...tracing import Corruption, ImageNoise, TextNoise
 from ...tracing.engine.cells import Runs
-from ..options.benchmarks import BenchOptions
+from .options import BenchOptions
 
 PATCH = 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tracing.engine.cells import Runs, StateCell
-from ..options.bench_trace import BenchTrace
 from .machine import (
     Clock,
     aligned,
@@ -34,6 +33,7 @@ from .machine import (
     peak_mb,
 )
 from .models import Recipe, Subject, check_settings, chosen_shape, open_subject, random_model, write_json
+from .options import BenchTrace
 from .trace_cells import Case, chosen_cases, frozen_states, make_cases, run_naive, run_strong, run_sweep
 
 

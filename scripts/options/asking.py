@@ -1,52 +1,78 @@
 """The options that commands share: which model, which question, and which corruption."""
 
-from __future__ import annotations
-
-import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from cyclopts import Group, Parameter, Token
 
 from ... import data, models, tracing
 from ...data.spans import find_span
 from ..errors import CommandError
 from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
-from .option import option
 
 if TYPE_CHECKING:
     from ...tracing.engine.rows import Item
 
 
+MODEL, ENGINE, EDITOR, GENERAL = (
+    Group(name, sort_key=position) for position, name in enumerate(("Model", "Engine", "Editor", "General"), start=1)
+)
+"""Headings in the help, after the command's own options."""
+
+
+def _shown(default: Any) -> str | None:
+    """The default as it is typed; None for what is off or left out."""
+    if default is None or default is False or default == ():
+        return None
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+STYLE: Mapping[str, Any] = {
+    "group_parameters": Group("Options", sort_key=0),
+    "help_format": "plaintext",
+    "default_parameter": Parameter(
+        consume_multiple=1, negative=(), show_default=_shown, show_env_var=False, allow_leading_hyphen=False
+    ),
+}
+"""How options are spelt and shown: --windows 1 4 for several values, no --no-... flags, no environment variables."""
+
+
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class GeneralOptions:
+    """What every command takes."""
+
+    debug: Annotated[bool, Parameter(help="show the traceback of an error", group=GENERAL)] = False
+    verbose: Annotated[
+        bool,
+        Parameter(help="log what loading has proven about the model", group=GENERAL, alias="-v", allow_repeating=True),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(GeneralOptions):
     """Which model is opened, and how."""
 
-    model: str | None = option(
-        "directory or hub id of the model (default: the embedded model)",
-        default=None,
-        metavar="DIR_OR_ID",
-        is_about_model=True,
-    )
-    revision: str | None = option("branch, tag or commit of a hub id", default=None, is_about_model=True)
-    dtype: str = option(
-        "float32, bfloat16, float16 or auto (default: auto, the dtype of the file, but float32 instead of half "
-        "precision on the CPU)",
-        default="auto",
-        is_about_model=True,
-    )
-    device_map: str | None = option(
-        "where the model is placed: cpu, cuda:0, auto, ... (default: the CPU)",
-        default=None,
-        metavar="MAP",
-        is_about_model=True,
-    )
-    trust_remote_code: bool = option(
-        "run code that comes with the model (default: never)",
-        default=False,
-        action="store_true",
-        is_about_model=True,
-    )
+    model: Annotated[
+        str | None,
+        Parameter(
+            help="directory or hub id of the model (default: the embedded model)", group=MODEL, metavar="DIR_OR_ID"
+        ),
+    ] = None
+    revision: Annotated[str | None, Parameter(help="branch, tag or commit of a hub id", group=MODEL)] = None
+    dtype: Annotated[str, Parameter(help="float32, bfloat16, float16 or auto", group=MODEL)] = "auto"
+    device_map: Annotated[
+        str | None,
+        Parameter(
+            help="where the model is placed: cpu, cuda:0, auto, ... (default: the CPU)", group=MODEL, metavar="MAP"
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Parameter(help="run code that comes with the model (default: never)", group=MODEL)
+    ] = False
 
-    def open_model(self) -> models.VisionLanguageModel:
+    def open_model(self) -> "models.VisionLanguageModel":
         """Return the loaded model, its addresses proven."""
         return models.load(
             data.tiny_vlm_path() if self.model is None else self.model,
@@ -58,42 +84,49 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(GeneralOptions):
     """The options of commands whose cells the tracing engine answers."""
 
-    engine: str = option(
-        "replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model "
-        "allows it (default)",
-        default="auto",
-        choices=ENGINES,
-    )
-    memory: int = option(
-        f"MiB that the replay engine may use beside the model and the recorded runs (default: {ENGINE_MEMORY})",
-        default=ENGINE_MEMORY,
-        type=int,
-        metavar="MIB",
-    )
-    checks: int = option(
-        "number of random cells that are computed again the plain way as a check; many questions of `flow` are checked "
-        f"in the first three only (default: {ENGINE_CHECKS})",
-        default=ENGINE_CHECKS,
-        type=int,
-        metavar="N",
-    )
+    engine: Annotated[
+        str,
+        Parameter(
+            help="replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model allows it",
+            group=ENGINE,
+            choices=ENGINES,
+        ),
+    ] = "auto"
+    memory: Annotated[
+        int,
+        Parameter(
+            help="MiB that the replay engine may use beside the model and the recorded runs",
+            group=ENGINE,
+            metavar="MIB",
+        ),
+    ] = ENGINE_MEMORY
+    checks: Annotated[
+        int,
+        Parameter(
+            help="number of random cells that are computed again the plain way as a check; many questions of `flow` are checked in the first three only",
+            group=ENGINE,
+            metavar="N",
+        ),
+    ] = ENGINE_CHECKS
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionOptions:
+class QuestionOptions(GeneralOptions):
     """What the model is asked."""
 
-    question: str = option("question to ask")
-    image: str | None = option("picture in front of the question (default: none, a text-only question)", default=None)
+    question: Annotated[str, Parameter(help="question to ask")]
+    image: Annotated[
+        str | None, Parameter(help="picture in front of the question (default: none, a text-only question)")
+    ] = None
 
     def check_question(self) -> None:
         """Raises `ModelError` for a picture that cannot be read, before the model is opened, which can take minutes."""
         models.open_images(self.image)
 
-    def prompt(self, vlm: models.VisionLanguageModel) -> models.Prompt:
+    def prompt(self, vlm: "models.VisionLanguageModel") -> "models.Prompt":
         """Return the question as a prompt of this model."""
         return vlm.prompt(self.image, self.question)
 
@@ -102,7 +135,9 @@ class QuestionOptions:
 class ConstraintOptions(QuestionOptions):
     """What the model is asked, and which words of the question name the thing asked about."""
 
-    constraint: str | None = option("words of the question that name its subject", default=None, metavar="WORDS")
+    constraint: Annotated[
+        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
+    ] = None
 
     def check_question(self) -> None:
         """Raises `ModelError` also for words that are not in the question."""
@@ -110,12 +145,17 @@ class ConstraintOptions(QuestionOptions):
         if self.constraint is not None and self.question.strip():  # an empty question has an error of its own
             find_span(self.question, self.constraint)
 
-    def prompt(self, vlm: models.VisionLanguageModel) -> models.Prompt:
+    def prompt(self, vlm: "models.VisionLanguageModel") -> "models.Prompt":
         """Return the question as a prompt of this model, with the constraint among its token groups."""
         return vlm.prompt(self.image, self.question, constraint=self.constraint)
 
 
-def parse_row(text: str) -> Item:
+def parse_rows(_type: Any, tokens: Sequence[Token]) -> "tuple[Item, ...]":
+    """Return what each token of --positions names, as `parse_row` reads it."""
+    return tuple(parse_row(token.value) for token in tokens)
+
+
+def parse_row(text: str) -> "Item":
     """Return a position, blocks of patches, a box of the picture, or the name of a token group or of image regions."""
     if text.removeprefix("-").isdecimal():
         return int(text)
@@ -124,7 +164,7 @@ def parse_row(text: str) -> Item:
     for name, count in (("blocks", 1), ("box", 4)):
         if kind == name:
             if len(numbers) != count or len(sizes.split(",")) != count:
-                raise argparse.ArgumentTypeError(f"{text!r}: write blocks:3 or box:0,0,50,50")
+                raise ValueError(f"{text!r}: write blocks:3 or box:0,0,50,50")
             return (tracing.Blocks if name == "blocks" else tracing.Box)(*numbers)
     return text
 
@@ -133,20 +173,23 @@ def parse_row(text: str) -> Item:
 class CorruptionOptions(ConstraintOptions):
     """What a trace corrupts and what it restores."""
 
-    corrupt: str | None = option(f"corruption of the question or its picture: {SPELLINGS}", default=None, metavar="HOW")
-    window: int = option("number of MLP or attention layers restored together (default: 3)", default=3, type=int)
-    positions: tuple[Item, ...] | None = option(
-        "what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
-        "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
-        "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
-        default=None,
-        nargs="+",
-        type=parse_row,
-        metavar="GROUP",
-    )
-    seed: int = option("random seed of the noise (default: 0)", default=0, type=int)
+    corrupt: Annotated[
+        str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
+    ] = None
+    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together")] = 3
+    positions: Annotated[
+        tuple[Any, ...] | None,
+        Parameter(
+            help="what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
+            "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
+            "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
+            metavar="GROUP",
+            converter=parse_rows,
+        ),
+    ] = None
+    seed: Annotated[int, Parameter(help="random seed of the noise")] = 0
 
-    def corruption(self) -> tracing.Corruption:
+    def corruption(self) -> "tracing.Corruption":
         """Return the corruption that --corrupt spells.
 
         Raises `CommandError` or `TraceError` if it is missing, misspelt or needs another option.
@@ -164,7 +207,7 @@ class CorruptionOptions(ConstraintOptions):
         has_seed = any(row.name == "seed" for row in fields(cast(Any, corruption)))
         return replace(cast(Any, corruption), seed=self.seed) if has_seed else corruption
 
-    def rows(self, default: str | tuple[Item, ...]) -> str | tuple[Item, ...]:
+    def rows(self, default: "str | tuple[Item, ...]") -> "str | tuple[Item, ...]":
         """Return the rows of the map, as `causal_trace` takes them."""
         return default if self.positions is None else self.positions
 
@@ -173,7 +216,7 @@ class CorruptionOptions(ConstraintOptions):
             raise CommandError(f"--corrupt {self.corrupt!r} needs {flag}: {what}")
 
 
-def pictures_of(corruption: tracing.Corruption) -> tuple[str, ...]:
+def pictures_of(corruption: "tracing.Corruption") -> tuple[str, ...]:
     """Return the paths of pictures that a corruption from the command line names."""
     if isinstance(corruption, tracing.SwapImage):
         return (cast(str, corruption.image),)

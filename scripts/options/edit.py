@@ -1,18 +1,20 @@
-"""multrace edit: give questions new answers by closed-form weight changes, and check that undoing them is exact."""
+"""Give questions new answers by closed-form weight changes, and check that undoing them is exact."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import lazy_loader
+from cyclopts import App, Parameter
 
 from ... import models
 from ..errors import CommandError
 from .asking import CorruptionOptions, ModelOptions
 from .choices import EDITORS
 from .editors import EditorOptions
-from .option import option
 
-HELP = "change what a model answers, at the place that a trace finds"
 FORMAT = """The file of --data has one JSON object per line:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
    "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
@@ -44,47 +46,63 @@ EXAMPLE = f"""examples:
 The command writes OUT/edit.safetensors (multrace.Delta.load, or multrace answer --edit FILE) and OUT/report.json.
 
 {FORMAT}"""
+app = App(name="edit", help=__doc__, help_epilogue=EXAMPLE)
+_work: Any = lazy_loader.load("multrace.scripts.edit", suppress_warning=True)  # needs torch
 TRACE = "trace"
 """What --where spells for the place that traces find."""
-
-
-def _several(help: str, metavar: str) -> tuple[str, ...]:
-    return option(help, default=(), nargs="+", metavar=metavar)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions(CorruptionOptions):
     """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
 
-    data: Path | None = option(
-        "edit every line of this file instead, in one edit; the format is described below, and --corrupt swap:next "
-        "replaces each picture by the next record's",
-        default=None,
-        type=Path,
-        metavar="FILE.jsonl",
-    )
-    limit: int | None = option("edit only the first N lines of --data", default=None, type=int, metavar="N")
+    data: Annotated[
+        Path | None,
+        Parameter(
+            help="edit every line of this file instead, in one edit; the format is described below, and --corrupt swap:next "
+            "replaces each picture by the next record's",
+            metavar="FILE.jsonl",
+        ),
+    ] = None
+    limit: Annotated[int | None, Parameter(help="edit only the first N lines of --data", metavar="N")] = None
     # pyrefly: ignore[bad-override] -- not needed where records are given
-    question: str | None = option("question to ask", default=None)
-    target: str | None = option("new answer", default=None)
-    context_image: tuple[str, ...] = _several(
-        "other pictures of the same thing; keys are averaged over them, and the new answer has to hold for all", "FILE"
-    )
-    also_image: tuple[str, ...] = _several(
-        "pictures for which --question must get the new answer too, with keys of their own", "FILE"
-    )
-    also_question: tuple[str, ...] = _several("other wordings about --image that must get the new answer too", "TEXT")
-    also_text: tuple[str, ...] = _several(
-        "questions without a picture, for example by name, that must get the new answer too", "TEXT"
-    )
-    keep_image: tuple[str, ...] = _several("pictures for which --question must keep its present answer", "FILE")
-    keep_question: tuple[str, ...] = _several("other questions about --image whose answers must stay", "TEXT")
-    augment: int = option(
-        "number of variants of each picture (crops, jitters, shifts) that keys are averaged over as well (default: 0)",
-        default=0,
-        type=int,
-        metavar="N",
-    )
+    question: Annotated[str | None, Parameter(help="question to ask")] = None
+    target: Annotated[str | None, Parameter(help="new answer")] = None
+    context_image: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="other pictures of the same thing; keys are averaged over them, and the new answer has to hold for all",
+            metavar="FILE",
+        ),
+    ] = ()
+    also_image: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="pictures for which --question must get the new answer too, with keys of their own", metavar="FILE"
+        ),
+    ] = ()
+    also_question: Annotated[
+        tuple[str, ...], Parameter(help="other wordings about --image that must get the new answer too", metavar="TEXT")
+    ] = ()
+    also_text: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="questions without a picture, for example by name, that must get the new answer too", metavar="TEXT"
+        ),
+    ] = ()
+    keep_image: Annotated[
+        tuple[str, ...], Parameter(help="pictures for which --question must keep its present answer", metavar="FILE")
+    ] = ()
+    keep_question: Annotated[
+        tuple[str, ...], Parameter(help="other questions about --image whose answers must stay", metavar="TEXT")
+    ] = ()
+    augment: Annotated[
+        int,
+        Parameter(
+            help="number of variants of each picture (crops, jitters, shifts) that keys are averaged over as well",
+            metavar="N",
+        ),
+    ] = 0
 
     def check_request(self) -> None:
         """Raises `CommandError` for options that do not fit together."""
@@ -106,39 +124,42 @@ class RequestOptions(CorruptionOptions):
 class Edit(EditorOptions, RequestOptions, ModelOptions):
     """Options of `multrace edit`."""
 
-    editor: str = option(
-        f"editor (default: multedit): {', '.join(EDITORS)}", default="multedit", choices=EDITORS, metavar="NAME"
+    editor: Annotated[str, Parameter(help=f"editor: {', '.join(EDITORS)}", choices=EDITORS, metavar="NAME")] = (
+        "multedit"
     )
-    where: str = option(
-        "place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --positions "
-        "names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or FIRST-LAST:TOKEN "
-        "(layers that share the change); default: trace",
-        default=TRACE,
-    )
-    trace: tuple[Path, ...] | None = option(
-        "traces made before, one for each request or an average for all, which replace the tracing",
-        default=None,
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-    )
-    each: bool = option(
-        "edit each request at the place of its own trace (default: one place, from the mean of the traces)",
-        default=False,
-        action="store_true",
-    )
-    trace_after: bool = option(
-        "trace again with the edit in place, and report what moved", default=False, action="store_true"
-    )
-    dry_run: bool = option(
-        "write nothing; report how much the weights would change, and how the prompts to keep would be affected",
-        default=False,
-        action="store_true",
-    )
-    out: Path = option("folder for the result (default: out/edit)", default=Path("out/edit"), type=Path)
-    save_model: Path | None = option(
-        "also write the whole edited model to this new folder", default=None, type=Path, metavar="DIR"
-    )
+    where: Annotated[
+        str,
+        Parameter(
+            help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or FIRST-LAST:TOKEN (layers that share the change)"
+        ),
+    ] = TRACE
+    trace: Annotated[
+        tuple[Path, ...] | None,
+        Parameter(
+            help="traces made before, one for each request or an average for all, which replace the tracing",
+            metavar="FILE",
+        ),
+    ] = None
+    each: Annotated[
+        bool,
+        Parameter(
+            help="edit each request at the place of its own trace (default: one place, from the mean of the traces)"
+        ),
+    ] = False
+    trace_after: Annotated[bool, Parameter(help="trace again with the edit in place, and report what moved")] = False
+    dry_run: Annotated[
+        bool,
+        Parameter(
+            help="write nothing; report how much the weights would change, and how the prompts to keep would be affected"
+        ),
+    ] = False
+    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/edit")
+    save_model: Annotated[
+        Path | None, Parameter(help="also write the whole edited model to this new folder", metavar="DIR")
+    ] = None
 
 
-OPTIONS = Edit
+@app.default
+def run(options: Edit = Edit()) -> int:
+    """Run the command."""
+    return _work.run(options)

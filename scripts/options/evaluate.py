@@ -1,18 +1,20 @@
-"""multrace evaluate: make edits, ask the model about and around them, and compare with the unedited model."""
+"""Make edits, ask the model about and around them, and compare with the unedited model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import lazy_loader
+from cyclopts import App, Parameter
 
 from ... import editing
 from ..errors import CommandError
 from .asking import ModelOptions
 from .choices import SEQUENCE_LENGTHS, SPLITS
 from .editors import NAMES, EditorOptions
-from .option import option
 
-HELP = "measure what edits do: efficacy, generality, locality, portability, beside the unedited model"
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
           each edit of the file on its own, by two editors
@@ -27,6 +29,8 @@ For each editor the command writes OUT/EDITOR/report.json (multrace.editing.Edit
 question with both raw answers) and table.txt; for sequences also curve.json and curve.png. multrace edit --help
 describes the file of --data.
 """
+app = App(name="evaluate", help=__doc__, help_epilogue=EXAMPLE)
+_work: Any = lazy_loader.load("multrace.scripts.evaluate", suppress_warning=True)  # needs torch
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 
 
@@ -34,86 +38,76 @@ SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 class Evaluate(ModelOptions, EditorOptions):
     """Options of `multrace evaluate`."""
 
-    data: Path | None = option(
-        "file of edits with their probes, one JSON object per line", default=None, type=Path, metavar="FILE.jsonl"
-    )
-    world: str | None = option(
-        "use edits of the built-in world instead: outdated or long_tail facts", default=None, choices=SPLITS
-    )
-    part: str = option(
-        "half of the world's edits: choose (for choosing settings, the default) or report (for results)",
-        default="choose",
-        choices=("choose", "report"),
-    )
-    probes: int = option(
-        "number of probes of each kind for each of the world's edits (default: 8)", default=8, type=int, metavar="N"
-    )
-    contexts: int = option(
-        "number of other pictures that each of the world's edits is given (default: 0)",
-        default=0,
-        type=int,
-        metavar="N",
-    )
-    by_name: bool = option(
-        "the world's edits also rewrite the question that asks by name", default=False, action="store_true"
-    )
-    keep: int = option(
-        "number of other entities that each of the world's edits has to keep (default: 0)",
-        default=0,
-        type=int,
-        metavar="N",
-    )
-    limit: int | None = option("use only the first N edits", default=None, type=int, metavar="N")
+    data: Annotated[
+        Path | None, Parameter(help="file of edits with their probes, one JSON object per line", metavar="FILE.jsonl")
+    ] = None
+    world: Annotated[
+        str | None,
+        Parameter(help="use edits of the built-in world instead: outdated or long_tail facts", choices=SPLITS),
+    ] = None
+    part: Annotated[
+        str,
+        Parameter(
+            help="half of the world's edits: choose (for choosing settings) or report (for results)",
+            choices=("choose", "report"),
+        ),
+    ] = "choose"
+    probes: Annotated[
+        int, Parameter(help="number of probes of each kind for each of the world's edits", metavar="N")
+    ] = 8
+    contexts: Annotated[
+        int, Parameter(help="number of other pictures that each of the world's edits is given", metavar="N")
+    ] = 0
+    by_name: Annotated[bool, Parameter(help="the world's edits also rewrite the question that asks by name")] = False
+    keep: Annotated[
+        int, Parameter(help="number of other entities that each of the world's edits has to keep", metavar="N")
+    ] = 0
+    limit: Annotated[int | None, Parameter(help="use only the first N edits", metavar="N")] = None
     # pyrefly: ignore[bad-override] -- several editors are compared
-    editor: tuple[str, ...] = option(
-        f"one or more editors (default: multedit): {', '.join(NAMES)}",
-        default=("multedit",),
-        nargs="+",
-        choices=NAMES,
-        metavar="NAME",
-    )
-    where: str = option(
-        "place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace of each "
-        "edit's question under the picture of another edit leads (in the built-in world: of another thing of its "
-        "kind); a batch has one place, from the mean of the traces"
-    )
-    mode: str = option(
-        "single: each edit on its own (default); batch: all at once; sequence: one on top of the other",
-        default=SINGLE,
-        choices=MODES,
-    )
-    at: tuple[int, ...] = option(
-        f"sequence: numbers of edits after which to measure (default: {' '.join(map(str, SEQUENCE_LENGTHS))} and all)",
-        default=SEQUENCE_LENGTHS,
-        nargs="+",
-        type=int,
-        metavar="N",
-    )
-    growth: float = option(
-        "sequence: warn once a weight's norm has grown by this share (default: 0.1)", default=0.1, type=float
-    )
-    stop: bool = option("sequence: stop at that point instead", default=False, action="store_true")
-    general: str | None = option(
-        "held-out questions asked before and after: a file with image, question and answer per line, or, of the "
-        "built-in world, world or world:N (facts that no edit is about)",
-        default=None,
-        metavar="FILE",
-    )
-    free_only: bool = option(
-        "generate freely only and skip teacher forcing, which halves the time", default=False, action="store_true"
-    )
-    max_new_tokens: int = option(
-        "maximum number of tokens of an answer (default: 16)", default=16, type=int, metavar="N"
-    )
-    fluency_tokens: int = option(
-        "length in tokens of the answers whose fluency is measured (default: 0, not measured)",
-        default=0,
-        type=int,
-        metavar="N",
-    )
-    batch_size: int = option("number of questions answered together (default: 32)", default=32, type=int, metavar="N")
-    seed: int = option("random seed of the bootstrap (default: 0)", default=0, type=int)
-    out: Path = option("folder for the results (default: out/eval)", default=Path("out/eval"), type=Path)
+    editor: Annotated[
+        tuple[str, ...], Parameter(help=f"one or more editors: {', '.join(NAMES)}", choices=NAMES, metavar="NAME")
+    ] = ("multedit",)
+    where: Annotated[
+        str,
+        Parameter(
+            help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace of each "
+            "edit's question under the picture of another edit leads (in the built-in world: of another thing of its "
+            "kind); a batch has one place, from the mean of the traces"
+        ),
+    ]
+    mode: Annotated[
+        str,
+        Parameter(
+            help="single: each edit on its own; batch: all at once; sequence: one on top of the other", choices=MODES
+        ),
+    ] = SINGLE
+    at: Annotated[
+        tuple[int, ...],
+        Parameter(
+            help=f"sequence: numbers of edits after which to measure (default: {' '.join(map(str, SEQUENCE_LENGTHS))} and all)",
+            metavar="N",
+        ),
+    ] = SEQUENCE_LENGTHS
+    growth: Annotated[float, Parameter(help="sequence: warn once a weight's norm has grown by this share")] = 0.1
+    stop: Annotated[bool, Parameter(help="sequence: stop at that point instead")] = False
+    general: Annotated[
+        str | None,
+        Parameter(
+            help="held-out questions asked before and after: a file with image, question and answer per line, or, of the "
+            "built-in world, world or world:N (facts that no edit is about)",
+            metavar="FILE",
+        ),
+    ] = None
+    free_only: Annotated[
+        bool, Parameter(help="generate freely only and skip teacher forcing, which halves the time")
+    ] = False
+    max_new_tokens: Annotated[int, Parameter(help="maximum number of tokens of an answer", metavar="N")] = 16
+    fluency_tokens: Annotated[
+        int, Parameter(help="length in tokens of the answers whose fluency is measured", metavar="N")
+    ] = 0
+    batch_size: Annotated[int, Parameter(help="number of questions answered together", metavar="N")] = 32
+    seed: Annotated[int, Parameter(help="random seed of the bootstrap")] = 0
+    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/eval")
 
     @property
     def measured(self) -> editing.EvaluationSettings:
@@ -140,4 +134,7 @@ class Evaluate(ModelOptions, EditorOptions):
         self.measured  # noqa: B018  raises for numbers out of range
 
 
-OPTIONS = Evaluate
+@app.default
+def run(options: Evaluate) -> int:
+    """Run the command."""
+    return _work.run(options)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import App, Parameter
 from tqdm import tqdm
 
 from ... import data
@@ -19,9 +20,9 @@ from ...data import tiny_vlm_path
 from ...editing.errors import EditError
 from ...models import VisionLanguageModel, load
 from ..errors import CommandError
-from ..main import run_alone
+from ..main import execute
+from ..options.asking import STYLE, GeneralOptions
 from ..options.choices import SPLITS
-from ..options.option import option
 from ..outputs import check_files
 from .rows import (
     AT,
@@ -38,7 +39,6 @@ from .rows import (
     sites_of,
 )
 
-HELP = "measure every editor and baseline on the embedded model (the tables of docs/results.md)"
 EXAMPLE = """examples:
   python -m multrace.scripts.studies.results --out out/results                        everything, some hours on one core
   python -m multrace.scripts.studies.results --out out/results --limit 10             a quick look
@@ -46,27 +46,23 @@ EXAMPLE = """examples:
 
 The command writes OUT/rows/*.json (one per measured row, reused on the next run) and OUT/results.md.
 """
+app = App(name="python -m multrace.scripts.studies.results", help=__doc__, help_epilogue=EXAMPLE, **STYLE)
 PARTS = ("editors", "batch", "sequence", "locating")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(GeneralOptions):
     """Options of the results."""
 
-    out: Path = option("folder for the rows and the tables", type=Path)
-    limit: int = option("number of requests of each split (default: 100)", default=100, type=int, metavar="N")
-    together: int = option(
-        "number of edits of a sequence and of the largest batch (default: 160, all of one half of the outdated split)",
-        default=160,
-        type=int,
-        metavar="N",
+    out: Annotated[Path, Parameter(help="folder for the rows and the tables")]
+    limit: Annotated[int, Parameter(help="number of requests of each split", metavar="N")] = 100
+    together: Annotated[int, Parameter(help="number of edits of a sequence and of the largest batch", metavar="N")] = (
+        160
     )
-    probes: int = option("number of probes of each kind per request (default: 4)", default=4, type=int, metavar="N")
-    parts: tuple[str, ...] = option(
-        f"parts to measure: {', '.join(PARTS)} (default: all)", default=PARTS, nargs="+", metavar="PART"
-    )
-    splits: tuple[str, ...] = option(
-        f"splits to measure: {', '.join(SPLITS)} (default: both)", default=SPLITS, nargs="+", metavar="SPLIT"
+    probes: Annotated[int, Parameter(help="number of probes of each kind per request", metavar="N")] = 4
+    parts: Annotated[tuple[str, ...], Parameter(help=f"parts to measure: {', '.join(PARTS)}", metavar="PART")] = PARTS
+    splits: Annotated[tuple[str, ...], Parameter(help=f"splits to measure: {', '.join(SPLITS)}", metavar="SPLIT")] = (
+        SPLITS
     )
 
     def check(self) -> None:
@@ -86,27 +82,25 @@ class Results:
         return max(self.limit, min(self.together, len(data.World().edit_cases(split, "report"))))
 
 
-OPTIONS = Results
-
-
-def run(settings: Results) -> int:
+@app.default
+def run(options: Results) -> int:
     """Measure the rows that are missing, and write the tables of all rows."""
-    settings.check()
+    options.check()
     vlm = load(tiny_vlm_path())
-    for split in settings.splits:
+    for split in options.splits:
         bench: Bench | None = None
-        todo = [(name, make) for name, make in _work(settings, split) if not _file(settings, split, name).is_file()]
+        todo = [(name, make) for name, make in _work(options, split) if not _file(options, split, name).is_file()]
         for name, measure in tqdm(todo, desc=f"{split}: rows", unit="row"):
-            bench = bench or make_bench(vlm, split, "report", settings.most(split), settings.probes)
+            bench = bench or make_bench(vlm, split, "report", options.most(split), options.probes)
             try:
                 found = measure(vlm, bench)
             except EditError as error:  # one row that cannot be made, such as a batch that contradicts itself
                 tqdm.write(f"{split} {name}: left out, {error}")
                 continue
-            write_whole(_file(settings, split, name), json.dumps(found, indent=1).encode())
-    rows = {split: _measured(settings, split) for split in SPLITS}
-    text = document(rows, number=settings.limit, probes=settings.probes)
-    target = write_whole(settings.out / "results.md", text.encode())
+            write_whole(_file(options, split, name), json.dumps(found, indent=1).encode())
+    rows = {split: _measured(options, split) for split in SPLITS}
+    text = document(rows, number=options.limit, probes=options.probes)
+    target = write_whole(options.out / "results.md", text.encode())
     print(f"written: {target}")
     return 0
 
@@ -330,4 +324,4 @@ def _grid(grid: Mapping[tuple[int, str], Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_alone(sys.modules[__name__]))
+    sys.exit(execute(app, sys.argv[1:]))

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from cyclopts import App, Parameter
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,8 +27,8 @@ from ...models.weights import save_directory
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
 from ...workflow.sites import POSITIONS
 from ..errors import CommandError
-from ..main import run_alone
-from ..options.option import option
+from ..main import execute
+from ..options.asking import STYLE, GeneralOptions
 from ..outputs import check_new_folder
 from .model import (
     HEADS,
@@ -43,7 +45,6 @@ from .model import (
 )
 from .stages import Phase, held_out_accuracy, train_joint, train_tower
 
-HELP = "train the embedded model from scratch (about an hour on two cores)"
 EXAMPLE = """examples:
   python -m multrace.scripts.training.train_tiny --out out/tiny_vlm                 the full recipe
   python -m multrace.scripts.training.train_tiny --out out/trial --share 0.01       one hundredth of the steps, to see it run
@@ -51,18 +52,16 @@ EXAMPLE = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTiny:
+class TrainTiny(GeneralOptions):
     """Options of the training."""
 
-    out: Path = option("folder to write; must be new or empty", type=Path)
-    seed: int = option("random seed of weights, pictures and questions (default: 0)", default=0, type=int)
-    threads: int = option("number of CPU threads (default: 2)", default=2, type=int, metavar="N")
-    share: float = option("share of the recipe's steps to take (default: 1.0)", default=1.0, type=float)
+    out: Annotated[Path, Parameter(help="folder to write; must be new or empty")]
+    seed: Annotated[int, Parameter(help="random seed of weights, pictures and questions")] = 0
+    threads: Annotated[int, Parameter(help="number of CPU threads", metavar="N")] = 2
+    share: Annotated[float, Parameter(help="share of the recipe's steps to take")] = 1.0
 
 
-OPTIONS = TrainTiny
-
-
+app = App(name="python -m multrace.scripts.training.train_tiny", help=__doc__, help_epilogue=EXAMPLE, **STYLE)
 TOWER_STEPS = 900
 PHASES = (
     Phase(steps=1300, routed=1.0, peak=2e-3),
@@ -70,14 +69,15 @@ PHASES = (
 )
 
 
-def run(settings: TrainTiny) -> int:
+@app.default
+def run(options: TrainTiny) -> int:
     """Train and write the model; after a full run also test it, write its card and print its scores."""
-    minutes = train_tiny(settings)
-    print(f"written to {settings.out} after {minutes:.0f} minutes")
-    if settings.share < 1:
+    minutes = train_tiny(options)
+    print(f"written to {options.out} after {minutes:.0f} minutes")
+    if options.share < 1:
         print("a trial run of a share of the steps: not examined, no card written")
         return 0
-    for name, (share, count) in examine(settings, World(), minutes).items():
+    for name, (share, count) in examine(options, World(), minutes).items():
         print(f"{name:32s} {share:7.1%} of {count}")
     return 0
 
@@ -389,4 +389,4 @@ def _effects(trace: AverageTrace, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_alone(sys.modules[__name__]))
+    sys.exit(execute(app, sys.argv[1:]))
