@@ -279,15 +279,15 @@ def _question_line(question: Question, folder: Path) -> dict[str, Any]:
         if each.name == "image":
             value = _image_line(value, folder)
         elif each.name == "corrupt":
-            value = _moved(value, lambda path: _relative(Path(path), folder))
+            value = _moved(value, lambda path: relative_path(Path(path), folder))
         line[key] = value
     return {key: line[key] for key in ("id", "image") if key in line} | line
 
 
 def _image_line(image: PictureSource | tuple[PictureSource, ...], folder: Path) -> str | list[str]:
     if isinstance(image, tuple):
-        return [_relative(each, folder) for each in image]
-    return _relative(image, folder)
+        return [relative_path(each, folder) for each in image]
+    return relative_path(image, folder)
 
 
 def _entry_line(entry: Question, own: Question, folder: Path) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def pictures_of(corrupt: str | None) -> list[Path]:
     return paths
 
 
-def _relative(path: PictureSource, folder: Path) -> str:
+def relative_path(path: PictureSource, folder: Path) -> str:
     """Return the path from the folder, or from the root if it is not inside the folder."""
     if isinstance(path, Image.Image):
         raise DataError("a picture in memory cannot stand in a file of lines; save it and pass its path as image=")
