@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ _BLACK_IS_ZERO = 1
 _ON_ITS_SIDE = range(5, 9)
 """Values of the orientation tag that exchange width and height."""
 _WHOLE = "is it a whole image file?"
+_OPENING = threading.Lock()
+"""Held while the filters of warnings are changed, which threads share: they would restore each other's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +132,15 @@ def _opened(path: str | PathLike[str]) -> Iterator[tuple[Image.Image, str]]:
     except TypeError as error:  # its __fspath__ does not return text
         raise _wrong_type(path) from error
     name = repr(str(file))
-    with _reading(name, _WHOLE), Image.open(file) as image:
+    with _reading(name, _WHOLE), _header(file) as image:
         yield image, name
+
+
+def _header(file: Path) -> Image.Image:
+    """Return the image of a file, not yet decoded. PIL warns above its limit and raises above twice that; both raise."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _existing(text: str) -> Path:
@@ -168,10 +178,7 @@ def _wrong_type(image: object) -> DataError:
 def _reading(name: str, advice: str) -> Iterator[None]:
     """Turn every error that PIL raises inside the block, while it reads this picture, into a `DataError`."""
     try:
-        with warnings.catch_warnings():
-            # PIL warns above its limit and raises an error only above twice that many pixels.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

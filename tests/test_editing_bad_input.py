@@ -113,6 +113,12 @@ def test_requests_that_contradict_each_other_are_named(random_llava_llama):
     assert MultEdit(layer=1, steps=1).edit(vlm, [one, one]).requests[1]["status"] == "edited"  # they agree
 
 
+def test_a_blank_behind_a_target_contradicts_nothing(random_llava_llama):
+    one, other = (EditRequest(question=prompt_for(random_llava_llama), target=text) for text in ("red", " red\n"))
+    delta = MultEdit(layer=1, steps=1).edit(random_llava_llama, [one, other])
+    assert [(row["status"], row["target"]) for row in delta.requests] == 2 * [("edited", "red")]
+
+
 def test_a_ridge_relative_to_keys_makes_no_metric_of_a_moment_before_there_are_any(random_llama):
     with pytest.raises(EditError, match="MultEdit adds a ridge from the keys.*pass an absolute ridge="):
         MultEdit(layer=3, moment_weight=1.0).costs(random_llama, None)

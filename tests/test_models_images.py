@@ -4,7 +4,9 @@ import io
 import json
 import resource
 import struct
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +297,16 @@ def test_a_header_that_claims_many_pixels_takes_no_memory(size, random_llava_lla
         random_llava_llama.prompt(tmp_path / "claim.bmp", QUESTION)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB; the pixels are 500 MiB
     assert not recwarn.list  # PIL's own warning is this error
+
+
+def test_threads_that_read_pictures_leave_the_filters_of_warnings(tmp_path):
+    (tmp_path / "claim.bmp").write_bytes(header_of_a_bmp(13000, 13000))
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        facts = list(pool.map(inspect_picture, [tmp_path / "claim.bmp", tmp_path / "small.png"] * 200))
+    assert [each.problem is None for each in facts] == [False, True] * 200
+    assert list(warnings.filters) == before
 
 
 def test_a_picture_below_the_limit_is_not_reduced(look, make_photo, tmp_path):
