@@ -198,6 +198,9 @@ def _swap(work: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         new.rename(target)
         return
+    state = target.stat()
+    with suppress(OSError):  # only the superuser may give files away
+        os.chown(new, state.st_uid, state.st_gid)
     shutil.copymode(target, new)
     if _exchanged(new, target):
         return
