@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
 
-from ...artefacts import drawing, files
+from ...artefacts import drawing, files, from_plain
 from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
 from ...models import VisionLanguageModel
@@ -21,6 +21,8 @@ from .questions import EvaluationSettings, LeftOut, Pair
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+_Kind = TypeVar("_Kind")
 
 FORMAT = "multrace edit report 4"
 EDITED_STATUS, NOT_GENERATED, NOTHING_TO_DO, FAILED = "edited", "not generated", "nothing to do", "failed"
@@ -186,11 +188,7 @@ class EditCurve:
     @classmethod
     def load(cls, path: str | Path) -> "EditCurve":
         """The curve in a file that save wrote. EditError if it is missing or damaged."""
-        words = files.read_json(path, CURVE_FORMAT, error=EditError)
-        try:
-            return _curve(words)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EditError(f"the curve in '{path}' is damaged ({error!r}); evaluate again") from error
+        return _loaded(cls, path, files.read_json(path, CURVE_FORMAT, error=EditError))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -347,13 +345,11 @@ class EditReport:
     def load(cls, path: str | Path) -> Self:
         """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
         words = files.read_json(path, FORMAT, error=EditError)
-        try:
-            rows = tuple(_row(row) for row in words["rows"])
-            curve = None if words["curve"] is None else _curve(words["curve"])
-            parts = {"rows": rows, "curve": curve, "left_out": tuple(LeftOut(**each) for each in words["left_out"])}
-            return cls(**{each.name: words[each.name] for each in fields(cls)} | parts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EditError(f"the report in '{path}' is damaged ({error!r}); evaluate again") from error
+        words.pop("scores", None)  # they follow from the rows
+        report = _loaded(cls, path, words)
+        if unknown := sorted({row.kind for row in report.rows} - KINDS.keys()):
+            raise EditError(f"the report in '{path}' has questions of unknown kinds ({unknown[0]!r}); evaluate again")
+        return report
 
     def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> EditScore:
         chosen = [row for row in rows if protocol in row.numbers]
@@ -372,8 +368,14 @@ def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def _row(words: Mapping[str, Any]) -> ProbeRow:
-    return ProbeRow(**{**words, "numbers": {name: (pair[0], pair[1]) for name, pair in words["numbers"].items()}})
+def _loaded(kind: type[_Kind], path: str | Path, words: Mapping[str, Any]) -> _Kind:
+    """Return a report or a curve from its plain values. Raises `EditError` if they do not have the right types."""
+    try:
+        return from_plain(kind, words)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EditError(
+            f"what '{path}' holds is no whole {kind.__name__} ({str(error)[:200]}); evaluate again"
+        ) from error
 
 
 def _name(row: ProbeRow) -> str:
@@ -392,11 +394,3 @@ def _columns(state: str, interval: Interval) -> dict[str, float]:
 def _text(protocol: str, value: float) -> str:
     """In percent if the number is a share."""
     return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"
-
-
-def _curve(words: Mapping[str, Any]) -> EditCurve:
-    return EditCurve(**{**words, "points": tuple(map(_point, words["points"]))})
-
-
-def _point(words: Mapping[str, Any]) -> SequencePoint:
-    return SequencePoint(**{**words, **{name: Interval(**words[name]) for name in MEANS}})
