@@ -347,8 +347,8 @@ class EditReport:
         words = files.read_json(path, FORMAT, error=EditError)
         words.pop("scores", None)  # they follow from the rows
         report = _loaded(cls, path, words)
-        if unknown := sorted({row.kind for row in report.rows} - KINDS.keys()):
-            raise EditError(f"the report in '{path}' has questions of unknown kinds ({unknown[0]!r}); evaluate again")
+        if report.seed < 0 or not {row.kind for row in report.rows} <= KINDS.keys():
+            raise EditError(f"the report in '{path}' has a negative seed or questions of unknown kinds; evaluate again")
         return report
 
     def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> EditScore:

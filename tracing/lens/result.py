@@ -333,7 +333,7 @@ class LogitLens(Result):
         fits += [part.shape == (*leading, top) for part in (self.top_ids, self.top_probabilities)]
         fits += [len(self.position_roles) == len(self.positions), states > 1]
         fits += [max(self.positions) < len(self.tokens)]
-        fits += [len(part) == followed for part in (self.followed.words, self.followed.roles)]
+        fits += [len(getattr(self.followed, name)) == followed for name in ("texts", "words", "roles")]
         fits += [str(token) in self.texts for token in self.top_ids.unique().tolist()]
         return None if all(fits) else "its tensors are of other shapes than its positions and followed tokens"
 
