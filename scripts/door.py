@@ -1,4 +1,4 @@
-"""The door of the command line: sets up the process before torch is imported, and leaves quietly when interrupted."""
+"""The door of the command line: sets up the process before torch is imported, and leaves quietly when it has to stop."""
 
 import os
 import sys
@@ -7,20 +7,24 @@ from typing import Any
 
 import lazy_loader
 
-_commands: Any = lazy_loader.load(
-    "multrace.scripts.main", suppress_warning=True
-)  # imported where main() can be interrupted
-INTERRUPTED = 130
+# imported where `main` can be interrupted
+_commands: Any = lazy_loader.load("multrace.scripts.main", suppress_warning=True)
+INTERRUPTED, UNREAD = 130, 1
 
 
 def main() -> int:
-    """Return the exit code of the command line, 130 for an interruption at any time."""
+    """Return the exit code of the command line: 130 for an interruption at any time, 1 if nobody reads the output."""
     try:
         be_polite(os.environ)
-        return _commands.app()
+        code = _commands.app()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("multrace: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `multrace ... | head -1`: whoever read the output has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        return UNREAD
 
 
 def be_polite(environment: MutableMapping[str, str]) -> None:

@@ -138,6 +138,34 @@ def test_an_interruption_while_starting_is_one_line(module: str):
     assert (done.returncode, done.stderr) == (130, "multrace: interrupted\n")
 
 
+UNREAD = """
+import sys
+from multrace.scripts.{module} import {name}
+sys.argv = ["multrace", *{arguments!r}]
+sys.exit({name}())
+"""
+
+
+def unread(module: str, name: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command whose output nobody reads, as at the left of `| head -0`."""
+    command = [sys.executable, "-c", UNREAD.format(module=module, name=name, arguments=arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["trace", "--help"], ["answer", "--question", "Why?"]], ids=" ".join)
+def test_a_reader_who_leaves_ends_the_command_quietly(arguments: list[str]):
+    assert unread("door", "main", *arguments) == (1, "")
+
+
+def test_without_the_door_a_reader_who_leaves_gets_a_traceback():
+    code, said = unread("main", "app", "answer", "--question", "Why?")
+    assert code and "BrokenPipeError" in said
+
+
 # ---- threads ----
 
 
