@@ -1,6 +1,6 @@
 from .bounded_json import parse_json as parse_json
-from .check import CheckReport as CheckReport, Finding as Finding, check_data as check_data
-from .convert import ConvertReport as ConvertReport, convert_data as convert_data
+from .check import FINDINGS as FINDINGS, CheckReport as CheckReport, Finding as Finding, check_data as check_data
+from .convert import FORMS as FORMS, ConvertReport as ConvertReport, convert_data as convert_data
 from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question

@@ -1,6 +1,7 @@
 from . import (
     answer as answer,
     bench as bench,
+    data as data,
     demo as demo,
     export as export,
     moments as moments,

@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "measure what edits do: efficacy, generality, locality, portability, beside the unedited model",
     "undo": "take requests out of a saved edit, or edits out of a ledger",
     "export": "write a saved edit as a PEFT adapter or as a whole model, and check it",
+    "data": "check, mend and convert files of questions and edits",
     "moments": "collect second moments of layer inputs over a corpus of pictures and texts",
     "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
     "bench": "measure speed and memory against the usual way",

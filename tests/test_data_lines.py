@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from multrace.data import DataError, EditRecord, Probe, Question, read_lines, schema, write_lines
+from multrace.data import DataError, EditRecord, Probe, Question, check_data, read_lines, schema, write_lines
 from multrace.data.facts import PROBE_KINDS
 from PIL import Image
 
@@ -340,8 +340,10 @@ def check_damaged(tmp_path: Path, number: int) -> int:
                 if isinstance(record, DataError):
                     errors += 1
                     assert "\n" not in str(record) and len(str(record)) < 1500
+            report = check_data(path, fix=tmp_path / "clean.jsonl")
+            assert report.rows and sum(finding.kind == "unreadable_row" for finding in report.findings) <= report.rows
         except DataError as error:
-            assert "it is empty" in str(error)
+            assert "\n" not in str(error) and ("empty" in str(error) or "format" in str(error)), error
     return errors
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import multrace
 import pytest
+from multrace import data
 from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.evaluation import AT
 from multrace.editing.moments import KINDS as TOKEN_KINDS
@@ -102,6 +103,8 @@ def test_help_and_misspelt_options_import_nothing_heavy():
 
 def test_what_options_choose_from_is_what_the_library_has():
     assert cells.ENGINES == choices.ENGINES
+    assert tuple(data.FORMATS) == choices.DATA_FORMATS
+    assert data.FORMS == choices.DATA_FORMS
     assert (Engine().memory, Engine().checks) == (choices.ENGINE_MEMORY, choices.ENGINE_CHECKS)
     assert cells.KINDS == choices.KINDS
     assert rows.SITES == choices.SITES

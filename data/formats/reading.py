@@ -152,7 +152,12 @@ def detect_format(path: str | PathLike[str]) -> str:
     if path.suffix.lower() == ".csv":
         header = next((cells for _, cells in csv_rows(path)), [])
         return "vqa-constraints" if isinstance(header, list) and "main_entity" in header else "gqa-flow"
-    text = read_text(path).lstrip()
+    try:
+        text = read_text(path).lstrip()
+    except DataError:
+        if _starts_with_object(path):  # one line that is not UTF-8 costs only itself
+            return LINES
+        raise
     if not text:
         raise DataError(f"{str(path)!r} has no records; it is empty")
     is_array = text[:1] == "["
@@ -168,6 +173,14 @@ def detect_format(path: str | PathLike[str]) -> str:
             f"({', '.join(FORMATS)}) or write one object per line ({LINES})"
         )
     return name or LINES
+
+
+def _starts_with_object(path: Path) -> bool:
+    """Whether the file is there and begins like one with a JSON object per line."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _format_of(row: Row) -> str | None:

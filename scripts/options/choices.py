@@ -29,3 +29,18 @@ SHAPES = ("base", "small", "llava-7b")
 """Sizes of the random models that benchmarks run on."""
 SOLVE_WIDTH = 11008
 """Width of the weight that the benchmark of the solve uses by default."""
+DATA_FORMATS = (
+    "lines",
+    "vqa-constraints",
+    "mmedit",
+    "vlkeb",
+    "mmke",
+    "cckeb",
+    "counterfact",
+    "zsre",
+    "okvqa",
+    "gqa-flow",
+)
+"""Formats of data files that are read."""
+DATA_FORMS = ("lines", "mmedit", "counterfact", "zsre")
+"""Forms in which data files are written."""
