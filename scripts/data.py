@@ -82,7 +82,7 @@ class ReadOptions(GeneralOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(ReadOptions, OneFile):
+class CheckOptions(ReadOptions, OneFile):
     """Options of `multrace data check`."""
 
     no_pictures: Annotated[bool, Parameter(help="leave the pictures alone")] = False
@@ -92,14 +92,14 @@ class Check(ReadOptions, OneFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(ReadOptions, TwoFiles):
+class ConvertOptions(ReadOptions, TwoFiles):
     """Options of `multrace data convert`."""
 
     to: Annotated[str, Parameter(help="form of the written file", choices=DATA_FORMS)] = "lines"
 
 
 @app.command(name="check", help=CHECK, help_epilogue=CHECK_EXAMPLE)
-def run_check(options: Check) -> int:
+def run_check(options: CheckOptions) -> int:
     """Print the findings by kind; 1 if errors remain."""
     report = data.check_data(
         options.file,
@@ -116,7 +116,7 @@ def run_check(options: Check) -> int:
 
 
 @app.command(name="convert", help=CONVERT, help_epilogue=CONVERT_EXAMPLE)
-def run_convert(options: Convert) -> int:
+def run_convert(options: ConvertOptions) -> int:
     """Write the file and print what was left out and lost; 1 if a row was left out."""
     report = data.convert_data(
         options.file,
@@ -137,7 +137,7 @@ def run_schema(options: GeneralOptions = GeneralOptions()) -> int:
     return 0
 
 
-def _lines(report: data.CheckReport, options: Check) -> Iterator[str]:
+def _lines(report: data.CheckReport, options: CheckOptions) -> Iterator[str]:
     yield str(report)
     kinds = {kind: data.FINDINGS[kind] for kind in report.counts}
     width = max((len(kind.title) for kind in kinds.values()), default=0)
