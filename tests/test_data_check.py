@@ -1,11 +1,13 @@
 """The doctor of data files: each fault is found in its row, a fix mends what it says, and a clean file has no findings."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from multrace.data import (
+    FINDINGS,
+    FORMATS,
     DataError,
     EditRecord,
     Question,
@@ -17,7 +19,8 @@ from multrace.data import (
     world_records,
     write_lines,
 )
-from multrace.data.check import ERROR, FINDINGS, SEVERITIES
+from multrace.data.check import ERROR, SEVERITIES
+from multrace.data.line_format import EditLine, ProbeLine, QuestionLine
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -235,3 +238,17 @@ def test_the_traps_of_published_files_are_reported(tmp_path):
     assert counts["mmedit/evqa_eval.json"] == {"target_is_old": 10, "rephrase_is_source": 6, "not_annotators_choice": 2}
     assert counts["counterfact/counterfact-edit.json"] == {"contradiction": 1, "rephrase_is_source": 8}
     assert counts["zsre/zsre_mend_train.json"] == {"target_is_old": 8, "rephrase_is_source": 4}
+
+
+def test_the_page_about_data_files_names_every_key_format_and_finding(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    lines = page.split("```json\n")[1].split("```")[0]
+    (tmp_path / "page.jsonl").write_text(lines)
+    assert [type(record) for record in read_records(tmp_path / "page.jsonl")] == [Question, EditRecord]
+    for kind, finding in FINDINGS.items():
+        assert (
+            f"| {finding.severity} | `{kind}` | {finding.title} | {finding.fix or 'nothing: decide yourself'} |" in page
+        )
+    for line in (QuestionLine, EditLine, ProbeLine):
+        assert all(f"| `{each.name}` | {each.metadata['description']} |" in page for each in fields(line))
+    assert all(f"| `{name}` | {form.title} |" in page for name, form in FORMATS.items())
