@@ -6,6 +6,7 @@ from cyclopts import App
 
 from . import benchmarks
 from .benchmarks.options import BenchEdit, BenchFlow, BenchTrace
+from .options.asking import STYLE, paragraphs
 
 EXAMPLE = """examples:
   multrace bench trace --quick
@@ -13,7 +14,7 @@ EXAMPLE = """examples:
   multrace bench edit --quick
   multrace bench trace --help
 """
-app = App(name="bench", help=__doc__, help_epilogue=EXAMPLE)
+app = App(name="bench", help=__doc__, help_epilogue=EXAMPLE, group_parameters=STYLE["group_parameters"])
 
 
 TRACE = """Time causal tracing by the sweep and by the two usual ways, on a LLaVA-shaped random model.
@@ -33,7 +34,7 @@ TRACE_EXAMPLE = """examples:
 """
 
 
-@app.command(name="trace", help=TRACE, help_epilogue=TRACE_EXAMPLE)
+@app.command(name="trace", help=paragraphs(TRACE), help_epilogue=TRACE_EXAMPLE)
 def run_trace(options: BenchTrace = BenchTrace()) -> int:
     """Measure and print every row and the table, and write the files."""
     return benchmarks.bench_trace(options)
@@ -57,7 +58,7 @@ FLOW_EXAMPLE = """examples:
 """
 
 
-@app.command(name="flow", help=FLOW, help_epilogue=FLOW_EXAMPLE)
+@app.command(name="flow", help=paragraphs(FLOW), help_epilogue=FLOW_EXAMPLE)
 def run_flow(options: BenchFlow = BenchFlow()) -> int:
     """Measure and print every row and the table, and write the files."""
     return benchmarks.bench_flow(options)
@@ -80,7 +81,7 @@ EDIT_EXAMPLE = """examples:
 """
 
 
-@app.command(name="edit", help=EDIT, help_epilogue=EDIT_EXAMPLE)
+@app.command(name="edit", help=paragraphs(EDIT), help_epilogue=EDIT_EXAMPLE)
 def run_edit(options: BenchEdit = BenchEdit()) -> int:
     """Measure and print every row and the table, and write the files."""
     return benchmarks.bench_edit(options)

@@ -25,14 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lazy_loader
 from cyclopts import App, CycloptsError
 
-from .. import __version__, scripts
-from ..artefacts import ArtefactError
-from ..data import DataError
-from ..editing import EditError
-from ..models import ModelError
-from ..tracing import TraceError
+from .. import __version__, artefacts, data, editing, models, scripts, tracing
 from . import options
 from .errors import CommandError
 from .options.asking import STYLE, GeneralOptions
@@ -56,9 +52,9 @@ EXAMPLE = """examples:
   multrace trace --help
 """
 BAD_INPUT, INTERRUPTED = 2, 130
+_rich: Any = lazy_loader.load("rich.console", suppress_warning=True)  # help alone needs it
 _ASIDE = ("--help", "-h", "--version")
 _GENERAL = ("--debug", "--verbose", "-v")
-_ERRORS = (CommandError, DataError, EditError, ModelError, TraceError, ArtefactError, OSError)
 
 
 def app(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +87,7 @@ def execute(commands: App, tokens: Sequence[str]) -> int:
             return _fail("interrupted", INTERRUPTED, debug=given.debug)
         except BrokenPipeError:
             raise  # the reader of the output has left; nothing was wrong with the input
-        except _ERRORS as error:
+        except _refusals() as error:
             return _fail(_one_line(error), BAD_INPUT, debug=given.debug)
 
 
@@ -110,6 +106,8 @@ def parse(tokens: Sequence[str], commands: App | None = None) -> tuple[Callable[
     bound.apply_defaults()
     if (given := bound.arguments.get("options")) is not None:
         return work, given
+    # soft wrapping leaves the lines of examples whole, so that they can be copied from a narrow terminal
+    bound.arguments["console"] = _rich.Console(soft_wrap=True)
     return lambda: work(*bound.args, **bound.kwargs), None
 
 
@@ -145,6 +143,12 @@ def _log(*, verbose: bool) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """The errors that say what is wrong with the input; every other one is a bug of ours and keeps its traceback."""
+    rooms = (artefacts.ArtefactError, data.DataError, editing.EditError, models.ModelError, tracing.TraceError)
+    return (CommandError, *rooms, OSError)
 
 
 def _fail(message: str, code: int, *, debug: bool) -> int:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from cyclopts import Group, Parameter, Token
 
 from ... import data, models, tracing
-from ...data.spans import find_span
 from ..errors import CommandError
 from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
 
@@ -36,6 +35,11 @@ STYLE: Mapping[str, Any] = {
     ),
 }
 """How options are spelt and shown: --windows 1 4 for several values, no --no-... flags, no environment variables."""
+
+
+def paragraphs(text: str) -> str:
+    """Return the text with one line per paragraph, so that the terminal's width decides where lines break."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 @Parameter(name="*")
@@ -143,7 +147,7 @@ class ConstraintOptions(QuestionOptions):
         """Raises `ModelError` also for words that are not in the question."""
         super().check_question()
         if self.constraint is not None and self.question.strip():  # an empty question has an error of its own
-            find_span(self.question, self.constraint)
+            data.find_span(self.question, self.constraint)
 
     def prompt(self, vlm: "models.VisionLanguageModel") -> "models.Prompt":
         """Return the question as a prompt of this model, with the constraint among its token groups."""

@@ -19,9 +19,7 @@ PAPER = "paper"
 class EditorOptions(GeneralOptions):
     """Which editor, and its settings; None leaves a setting as the editor (or the preset) has it."""
 
-    editor: Annotated[
-        str, Parameter(help=f"editor: {', '.join(NAMES)}", group=EDITOR, choices=NAMES, metavar="NAME")
-    ] = "multedit"
+    editor: Annotated[str, Parameter(help="editor", group=EDITOR, choices=NAMES, metavar="NAME")] = "multedit"
     preset: Annotated[
         str | None,
         Parameter(

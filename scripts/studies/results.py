@@ -21,7 +21,7 @@ from ...editing.errors import EditError
 from ...models import VisionLanguageModel, load
 from ..errors import CommandError
 from ..main import execute
-from ..options.asking import STYLE, GeneralOptions
+from ..options.asking import STYLE, GeneralOptions, paragraphs
 from ..options.choices import SPLITS
 from ..outputs import check_files
 from .rows import (
@@ -46,7 +46,7 @@ EXAMPLE = """examples:
 
 The command writes OUT/rows/*.json (one per measured row, reused on the next run) and OUT/results.md.
 """
-app = App(name="python -m multrace.scripts.studies.results", help=__doc__, help_epilogue=EXAMPLE, **STYLE)
+app = App(name="python -m multrace.scripts.studies.results", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE)
 PARTS = ("editors", "batch", "sequence", "locating")
 
 

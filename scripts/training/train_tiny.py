@@ -28,7 +28,7 @@ from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_
 from ...workflow.sites import POSITIONS
 from ..errors import CommandError
 from ..main import execute
-from ..options.asking import STYLE, GeneralOptions
+from ..options.asking import STYLE, GeneralOptions, paragraphs
 from ..outputs import check_new_folder
 from .model import (
     HEADS,
@@ -61,7 +61,9 @@ class TrainTiny(GeneralOptions):
     share: Annotated[float, Parameter(help="share of the recipe's steps to take")] = 1.0
 
 
-app = App(name="python -m multrace.scripts.training.train_tiny", help=__doc__, help_epilogue=EXAMPLE, **STYLE)
+app = App(
+    name="python -m multrace.scripts.training.train_tiny", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE
+)
 TOWER_STEPS = 900
 PHASES = (
     Phase(steps=1300, routed=1.0, peak=2e-3),
