@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 from .errors import DataError, quoted
 from .facts import REPHRASE, REPHRASE_OTHER_PICTURE, UNRELATED, EditRecord, Probe, Question, Words, counted, shortened
 from .formats.okvqa import answers_by_question, join_key
-from .formats.reading import detect_format, read_data
-from .formats.rows import pictures_in
+from .formats.reading import LINES, detect_format, read_data
+from .formats.rows import DataSource, Row, json_rows, pictures_in, unanswered
 from .jsonl import pictures_of, write_lines
 from .pictures import PictureFacts, inspect_picture
 from .spans import find_spans
@@ -63,6 +64,7 @@ FINDINGS: Mapping[str, FindingKind] = {
     "special_token": FindingKind(severity=ERROR, title="a text holds a special token"),
     "contradiction": FindingKind(severity=ERROR, title="another row gives the same question another target"),
     "needs_unknown": FindingKind(severity=ERROR, title="a probe needs a record that is not there"),
+    "unanswered": FindingKind(severity=WARNING, title="a question or its answer is missing; the pair is not read"),
     "target_is_old": FindingKind(severity=WARNING, title="the target is the present answer"),
     "rephrase_is_source": FindingKind(severity=WARNING, title="a rephrase is the question itself", fix=_DROP_ENTRY),
     "answer_not_annotated": FindingKind(severity=WARNING, title="an answer is none of the annotators'"),
@@ -192,6 +194,8 @@ def check_data(
         record = doctor.examine(row, outcome)
         if fix is not None and record is not None:
             cleaned.append(record)
+    if name not in (LINES, "okvqa") and Path(path).suffix.lower() != ".csv" and Path(path).is_file():
+        doctor.pairs(json_rows(DataSource(path=Path(path))))
     doctor.finish()
     if fix is not None and cleaned:
         write_lines(fix, cleaned)
@@ -246,6 +250,15 @@ class _Doctor:
             return None
         dropped = {finding.place for finding in found if finding.fix == _DROP_ENTRY}
         return _rebuilt(record, cleaned, dropped)
+
+    def pairs(self, rows: Iterable[tuple[int, Row | DataError]]) -> None:
+        """Note the questions without an answer in the rows of a public file, which their reader leaves out."""
+        for number, row in rows:
+            if isinstance(row, DataError):
+                continue
+            with suppress(DataError):  # such a row is unreadable, which has been noted
+                for key in unanswered(row):
+                    self.add(number, "unanswered", f"{key!r} has a question without an answer, or the reverse")
 
     def finish(self) -> None:
         """Note what only the whole file shows."""

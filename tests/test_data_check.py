@@ -218,6 +218,24 @@ def test_answers_are_compared_with_those_of_annotators_in_another_file(tmp_path,
     assert "'chess' to 'What sport?' is none of 'golf', 'tennis'" in report.findings[1].message
 
 
+def test_a_public_row_with_a_question_but_no_answer_says_so(tmp_path):
+    row = {"src": "Who?", "alt": "Ada", "image": "a.jpg", "rephrase": "Who is it?", "loc": "why", "loc_ans": ""}
+    row |= {
+        "m_loc": "b.jpg",
+        "m_loc_q": "What?",
+        "m_loc_a": "tea",
+        "rel_1": "When?",
+        "rel_1_ans": "1900",
+        "m_rel_2": "Is it?",
+    }
+    hops = [{"port_type": "1-hop", "Q&A": {"Question": "Where?", "Answer": answer}} for answer in ("Oslo", None)]
+    (tmp_path / "a.json").write_text(json.dumps([row, row | {"src": "Why?", "loc_ans": "so", "port_new": hops}]))
+    report = check_data(tmp_path / "a.json", format="vlkeb", pictures=False)
+    found = [(finding.row, finding.message.split()[0]) for finding in report.findings]
+    assert found == [(1, "'loc'"), (1, "'m_rel_2'"), (2, "'m_rel_2'"), (2, "'port_new'")]
+    assert {kind for _, kind in kinds(report)} == {"unanswered"}
+
+
 def test_a_report_counts_by_kind_and_is_json(tmp_path):
     report = check_data(write(tmp_path, "{", "[", {"question": "Who?"}))
     assert dict(report.counts) == {"unreadable_row": 2} and report.rows == 3

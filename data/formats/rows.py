@@ -20,6 +20,8 @@ Row = Mapping[str, Any]
 Outcome = Question | EditRecord | DataError
 """What became of a row: what it says, or why it cannot be read."""
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what "surrogateescape" makes of bytes that are not UTF-8
+_ASKED = re.compile(r"loc|(m_)?rel(_\d)?")
+"""Keys of questions whose answers have keys like them, such as "rel_1" with "rel_ans_1" or "rel_1_ans"."""
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -190,6 +192,36 @@ def answered(kind: str, row: Row, question: str, answers: tuple[str, ...], **par
         return None
     own = {name: parts.pop(name) for name in ("image", "extra") if name in parts}
     return Probe(kind=kind, question=Question(text=text, **own), answer=answer, **parts)
+
+
+def unanswered(row: Row) -> Iterator[str]:
+    """Yield the keys of the row's questions that have no answer, and of answers without a question.
+
+    Readers leave out such pairs; what else the row says stays.
+    """
+    for key in row:
+        names = _answer_keys(key)
+        if names and (text_or_none(row, key) is None) != (text_or_none(row, *names) is None):
+            yield key
+    for entry in objects_of(row, "port_new"):
+        pair = entry.get("Q&A", entry)
+        if not isinstance(pair, dict):
+            yield "port_new"
+            continue
+        asked, said = text_or_none(pair, "Question", "port_q"), text_or_none(pair, "Answer", "port_a")
+        if asked is None or said is None:
+            yield "port_new"
+    if isinstance(row.get("textual_edit"), dict):
+        yield from unanswered(row["textual_edit"])
+
+
+def _answer_keys(key: str) -> tuple[str, ...]:
+    """The keys under which the answer to the question under this key stands; none if it is no key of a question."""
+    if key == "m_loc_q":
+        return ("m_loc_a",)
+    if not _ASKED.fullmatch(key):
+        return ()
+    return (f"{key}_ans", key.replace("rel_", "rel_ans_")) if "rel_" in key else (f"{key}_ans",)
 
 
 def _bytes(path: Path) -> bytes:
