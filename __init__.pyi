@@ -14,7 +14,7 @@ from .editing import (
     AlphaEdit as AlphaEdit,
     Delta as Delta,
     EditError as EditError,
-    Ledger as Ledger,
+    History as History,
     MultEdit as MultEdit,
     evaluate as evaluate,
     load_edit as load_edit,

@@ -9,8 +9,12 @@ from .changes.exports import (
     verify_export as verify_export,
     with_adapters as with_adapters,
 )
-from .changes.history import Ledger as Ledger, load_edit as load_edit
-from .changes.weight_change import AppliedDelta as AppliedDelta, WeightChange as WeightChange
+from .changes.history import History as History, load_edit as load_edit
+from .changes.weight_change import (
+    AppliedDelta as AppliedDelta,
+    EditSession as EditSession,
+    WeightChange as WeightChange,
+)
 from .errors import EditError as EditError
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
 from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
@@ -19,5 +23,13 @@ from .evaluation.reports import EditCurve as EditCurve, EditReport as EditReport
 from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
-from .solve.closed_form import ClosedFormEditor as ClosedFormEditor
-from .solve.editors import EMMET as EMMET, MEMIT as MEMIT, ROME as ROME, AlphaEdit as AlphaEdit, MultEdit as MultEdit
+from .solve.editors import (
+    EMMET as EMMET,
+    MEMIT as MEMIT,
+    ROME as ROME,
+    AlphaEdit as AlphaEdit,
+    ClosedFormEditor as ClosedFormEditor,
+    Editor as Editor,
+    EditorByRequest as EditorByRequest,
+    MultEdit as MultEdit,
+)

@@ -1,8 +1,9 @@
-"""What surrounds the use of a model: one thread at a time, eval mode, and no log lines or bars of transformers."""
+"""What surrounds the use of a model: one thread at a time, eval mode, undoing that is never cut short, quiet libraries."""
 
+import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -44,8 +45,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        uninterrupted(lambda: [setattr(module, "training", True) for module in training])
+
+
+def uninterrupted(undo: Callable[[], object]) -> None:
+    """Call a function that puts something back, and let no interrupt leave it half done.
+
+    An interrupt (Ctrl-C) that arrives meanwhile takes effect when the function is done; one that still gets in, before
+    its handler is out of the way, makes the function run again. The function must therefore do no harm if it is called
+    twice. Only the main thread receives interrupts, so elsewhere the function is just called.
+    """
+    try:
+        _shielded(undo)
+    except (KeyboardInterrupt, SystemExit):
+        _shielded(undo)
+        raise
+
+
+def _shielded(undo: Callable[[], object]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        undo()
+        return
+    late: list[tuple[Any, Any]] = []
+    signal.signal(signal.SIGINT, lambda *received: late.append(received))
+    try:
+        undo()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if late:
+        before(*late[-1])
 
 
 @contextmanager

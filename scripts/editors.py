@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..editing.baselines import FineTune, InContext, Lora
-from ..editing.requests import EditRequest
 from ..editing.solve import EDITORS, ClosedFormEditor
-from ..models import VisionLanguageModel
 from .errors import CommandError
 from .options.editors import NAMES, PAPER, EditorOptions
 
 _PLACE = ("layer", "token", "spread", "where")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineEditor:
-    """A baseline with the interface of the closed-form editors; it trains on the model and needs nothing else."""
-
-    settings: FineTune | Lora | InContext
-    needs_moments: bool = False
-    has_fixed_cost: bool = False
-
-    def edit(
-        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = False, **_unused: Any
-    ) -> Any:
-        """The baseline's change. Moments, costs and earlier edits make no difference to it. EditError as its edit."""
-        return self.settings.edit(vlm, requests, progress=progress)
-
-    def as_text(self) -> dict[str, str]:
-        """Return the editor's name and its settings."""
-        return self.settings.as_text()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +49,8 @@ def editor(
     spread: int | None = None,
     preset: str | None = None,
     **settings: Any,
-) -> ClosedFormEditor | BaselineEditor:
-    """Return the editor of this name; all of them have the same `edit`.
+) -> ClosedFormEditor | FineTune | Lora | InContext:
+    """Return the editor of this name; all of them start sessions.
 
     Args:
         name: One of `NAMES`.
@@ -104,7 +83,7 @@ def editor(
     if base is None:
         raise CommandError(f"{name} has no published constants; leave the preset out")
     _check_settings(name, row.kind, settings)
-    return BaselineEditor(settings=replace(base(layer), **settings))
+    return replace(base(layer), **settings)
 
 
 def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:

@@ -19,13 +19,12 @@ from ..data import (
     untouched_facts,
     world_records,
 )
+from ..editing import ClosedFormEditor, Editor, EditorByRequest
 from ..editing.evaluation import (
     Baseline,
-    EditFunction,
     EditReport,
     NormBound,
     baseline,
-    edit_function,
     evaluate,
 )
 from ..editing.moments import Moments
@@ -35,7 +34,7 @@ from ..workflow.sites import locate
 from .edit_asked import swapped
 from .edit_records import EditEntry, read_edit_records, read_general
 from .edit_where import Place, parse_place, place_of
-from .editors import editor
+from .editors import editor as editor_of
 from .errors import CommandError
 from .options.edit import TRACE
 from .options.evaluate import BATCH, SEQUENCE, Evaluate
@@ -79,8 +78,7 @@ def run(settings: Evaluate) -> int:
     asked = _asked(settings, plan, vlm)
     places = _places(settings, plan, vlm, asked)
     for name in settings.editor:
-        edit = _edit(settings, name, moments, places)
-        report = _evaluated(settings, vlm, asked, edit)
+        report = _evaluated(settings, vlm, asked, _by_place(settings, name, places), moments)
         if len(report.failed) == len(report.statuses):
             raise CommandError(f"{name}: none of {len(report.failed)} edits could be made; {_first(report)}")
         _write(settings.out / name, report)
@@ -113,8 +111,8 @@ def _check(settings: Evaluate) -> _Plan:
 def _editor(settings: Evaluate, name: str, place: Place) -> Any:
     spread = settings.spread if place.spread is None else place.spread
     at = {"layer": place.layer, "token": place.token, "spread": spread, "preset": settings.preset}
-    made = editor(name, **at, **settings.settings())
-    if made.needs_moments and settings.moments is None:
+    made = editor_of(name, **at, **settings.settings())
+    if isinstance(made, ClosedFormEditor) and made.needs_moments and settings.moments is None:
         raise CommandError(
             f"{name} weighs old keys by their second moments: collect them with multrace moments and pass "
             "--moments FILE, or do without by --moment-weight 0"
@@ -138,18 +136,16 @@ def _places(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel, asked: _A
     return {request.id: place_of(site) for request, site in zip(requests, sites, strict=True)}
 
 
-def _edit(settings: Evaluate, name: str, moments: Moments | None, places: dict[str, Place]) -> EditFunction:
-    """The editor of this name at each request's place; requests that are edited together share one place."""
-    made: dict[Any, EditFunction] = {}
+def _by_place(settings: Evaluate, name: str, places: dict[str, Place]) -> Editor:
+    """Return the editor of this name at each request's place; requests that are edited together share one place."""
 
-    def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        place = places[requests[0].id]
-        key = (place.layer, place.token)
-        if key not in made:
-            made[key] = edit_function(vlm, _editor(settings, name, place), moments)
-        return made[key](vlm, requests, earlier)
+    def choose(requests: Sequence[EditRequest]) -> Any:
+        return _editor(settings, name, places[requests[0].id])
 
-    return edit
+    first = _editor(settings, name, next(iter(places.values())))
+    if len({(place.layer, place.token) for place in places.values()}) == 1:
+        return first
+    return EditorByRequest(choose=choose, closed_form=isinstance(first, ClosedFormEditor))
 
 
 def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
@@ -171,11 +167,13 @@ def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
     return _Asked(records=records, corruptions=corruptions, general=general, baseline=reference)
 
 
-def _evaluated(settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, edit: EditFunction) -> EditReport:
-    options = {"mode": settings.mode, "baseline": asked.baseline, "batch_size": settings.batch_size}
+def _evaluated(
+    settings: Evaluate, vlm: VisionLanguageModel, asked: _Asked, editor: Editor, moments: Moments | None
+) -> EditReport:
+    options = {"moments": moments, "mode": settings.mode, "baseline": asked.baseline, "batch_size": settings.batch_size}
     if settings.mode == SEQUENCE:
         options |= {"at": settings.at, "norm_bound": NormBound(growth=settings.growth, stop=settings.stop)}
-    return evaluate(vlm, asked.records, edit, general=asked.general, **options)
+    return evaluate(vlm, asked.records, editor, general=asked.general, **options)
 
 
 def _write(folder: Path, report: EditReport) -> None:

@@ -16,7 +16,7 @@ from .outputs import check_new_folder
 
 EXAMPLE = """examples:
   multrace export --edit out/edit/edit.safetensors --peft out/adapter
-  multrace export --model llava-hf/llava-1.5-7b-hf --edit out/ledger.safetensors --merged out/edited_model
+  multrace export --model llava-hf/llava-1.5-7b-hf --edit out/history --merged out/edited_model
 
 The model must be the unedited model that the edit was made for, in the same dtype; a merged model is written in that
 dtype. In half precision a merged model loses what its weights round away; an adapter keeps it.
@@ -30,7 +30,9 @@ app = App(name="export", help=__doc__, help_epilogue=EXAMPLE)
 class Export(ModelOptions):
     """Options of `multrace export`."""
 
-    edit: Annotated[Path, Parameter(help="saved edit or ledger; a ledger is written as one edit", metavar="FILE")]
+    edit: Annotated[
+        Path, Parameter(help="saved edit, or the folder of a history, which is written as one edit", metavar="PATH")
+    ]
     peft: Annotated[Path | None, Parameter(help="new folder for a PEFT LoRA adapter", metavar="DIR")] = None
     merged: Annotated[Path | None, Parameter(help="new folder for the whole edited model", metavar="DIR")] = None
     question: Annotated[
@@ -62,7 +64,7 @@ def run(options: Export) -> int:
     """Write the export, open it again and print how it compares with the edited model."""
     options.check()
     edit = editing.load_edit(options.edit)
-    delta = edit.composed() if isinstance(edit, editing.Ledger) else edit
+    delta = edit.composed() if isinstance(edit, editing.History) else edit
     vlm = options.open_model()
     delta.check_fits(vlm)
     prompts = _prompts(vlm, delta, options)

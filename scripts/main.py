@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, str] = {
     "flow": "follow image information through the layers: knockout, lens, contributions, relevance",
     "edit": "change what a model answers, at the place that a trace finds",
     "evaluate": "measure what edits do: efficacy, generality, locality, portability, beside the unedited model",
-    "undo": "take requests out of a saved edit, or edits out of a ledger",
+    "undo": "take requests out of a saved edit, or edits out of a history",
     "export": "write a saved edit as a PEFT adapter or as a whole model, and check it",
     "data": "check, mend and convert files of questions and edits",
     "moments": "collect second moments of layer inputs over a corpus of pictures and texts",

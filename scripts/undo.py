@@ -1,4 +1,4 @@
-"""Take requests out of a saved edit, or edits out of a ledger; no model is needed."""
+"""Take requests out of a saved edit, or edits out of a history; no model is needed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .outputs import check_files, new_files
 
 EXAMPLE = """examples:
   multrace undo --edit out/edit/edit.safetensors --request 3 --out out/less
-  multrace undo --edit out/ledger.safetensors --name monday --resolve --out out/less
+  multrace undo --edit out/history --name monday --resolve --out out/less
 
-The command writes OUT/edit.safetensors (or OUT/ledger.safetensors); the given file stays as it is. The model's own
+The command writes OUT/edit.safetensors, or the folder OUT/history; what was given stays as it is. The model's own
 files are never changed, so a whole edit is undone by answering without it: if no request is left, nothing is written.
 """
 app = App(name="undo", help=__doc__, help_epilogue=EXAMPLE)
@@ -27,9 +27,9 @@ app = App(name="undo", help=__doc__, help_epilogue=EXAMPLE)
 class Undo(GeneralOptions):
     """Options of `multrace undo`."""
 
-    edit: Annotated[Path, Parameter(help="saved edit or ledger", metavar="FILE")]
+    edit: Annotated[Path, Parameter(help="saved edit, or the folder of a history", metavar="PATH")]
     name: Annotated[
-        str | None, Parameter(help="edit of the ledger that is taken out, or that --request belongs to")
+        str | None, Parameter(help="edit of the history that is taken out, or that --request belongs to")
     ] = None
     request: Annotated[
         tuple[int, ...] | None,
@@ -46,19 +46,22 @@ class Undo(GeneralOptions):
 
 @app.default
 def run(options: Undo) -> int:
-    """Write the edit or ledger without the named parts, and list the rest."""
+    """Write the edit or history without the named parts, and list the rest."""
     edit = editing.load_edit(options.edit)
-    file = "ledger.safetensors" if isinstance(edit, editing.Ledger) else "edit.safetensors"
+    file = "history" if isinstance(edit, editing.History) else "edit.safetensors"
     check_files(options.out, (file,))
-    left = _from_ledger(edit, options) if isinstance(edit, editing.Ledger) else _from_delta(edit, options)
+    left = _from_history(edit, options) if isinstance(edit, editing.History) else _from_delta(edit, options)
     if isinstance(left, editing.Delta) and not left.requests:
         print(
             f"no request of {options.edit} is left, so nothing is written: the model without the edit is the original "
             "one; ask it with multrace answer without --edit"
         )
         return 0
-    with new_files(options.out) as folder:
-        left.save(folder / file)
+    if isinstance(left, editing.History):
+        left.saved(options.out / file)
+    else:
+        with new_files(options.out) as folder:
+            left.save(folder / file)
     print(*_lines(left), sep="\n")
     print("written:", options.out / file)
     return 0
@@ -74,20 +77,21 @@ def _from_delta(delta: editing.Delta, options: Undo) -> editing.Delta:
     return delta.without(*options.request, resolve=options.resolve)
 
 
-def _from_ledger(ledger: editing.Ledger, options: Undo) -> editing.Ledger:
+def _from_history(history: editing.History, options: Undo) -> editing.History:
     if options.name is None:
         raise CommandError(
-            f"say which edit to take out of the ledger {str(options.edit)!r}: --name with one of "
-            f"{', '.join(ledger.names) or 'none'}"
+            f"say which edit to take out of the history {str(options.edit)!r}: --name with one of "
+            f"{', '.join(history.names) or 'none'}"
         )
-    left = ledger if options.request else ledger.without(options.name)
+    history = history.in_memory()  # what is in the folder stays as it is
+    left = history if options.request else history.without(options.name)
     for index in options.request or ():
         left = left.without(options.name, request=index)
     return left.resolved() if options.resolve else left
 
 
-def _lines(left: editing.Delta | editing.Ledger) -> list[str]:
-    if isinstance(left, editing.Ledger):
+def _lines(left: editing.Delta | editing.History) -> list[str]:
+    if isinstance(left, editing.History):
         return left.listing.splitlines()
     return [
         f"{index}  {request.get('question', '')!r} -> {request.get('target', '')!r}"

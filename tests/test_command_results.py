@@ -4,6 +4,7 @@ import json
 
 import pytest
 from multrace.data import World
+from multrace.editing import EditorByRequest, MultEdit
 from multrace.scripts.main import execute
 from multrace.scripts.studies import results
 from multrace.scripts.studies.results import LABELS, document
@@ -65,11 +66,14 @@ def _row(name: str) -> EditorRow:
 
 
 def _counted(row: EditorRow, edited: list[str]) -> EditorRow:
-    def edit(vlm, bench, requests, earlier):
-        edited.extend(request.name for request in requests)
-        return row.edit(vlm, bench, requests, earlier)
+    def editor(bench):
+        def choose(requests):
+            edited.extend(request.id for request in requests)
+            return MultEdit(layer=5)
 
-    return EditorRow(name=row.name, text=row.text, edit=edit)
+        return EditorByRequest(choose=choose)
+
+    return EditorRow(name=row.name, text=row.text, editor=editor)
 
 
 def test_unknown_parts_are_an_error(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from multrace import editing
 from multrace.data import tiny_vlm_path
 from multrace.editing import Delta, WeightChange
-from multrace.editing.changes import Ledger, load_edit, save_merged
+from multrace.editing.changes import History, load_edit, save_merged
 from multrace.models import VisionLanguageModel, load
 from multrace.scripts import CommandError
 from multrace.scripts.main import parse
@@ -49,10 +49,10 @@ def edit(tiny_vlm: VisionLanguageModel, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ledger(tiny_vlm: VisionLanguageModel, tmp_path: Path) -> Path:
-    first = Ledger().added("monday", made(tiny_vlm))
+def history(tiny_vlm: VisionLanguageModel, tmp_path: Path) -> Path:
+    first = History().added("monday", made(tiny_vlm))
     with first.applied(tiny_vlm):
-        return first.added("tuesday", made(tiny_vlm, seed=1)).save(tmp_path / "ledger.safetensors")
+        return first.added("tuesday", made(tiny_vlm, seed=1)).saved(tmp_path / "history").folder
 
 
 def factors(delta: Delta) -> list[torch.Tensor]:
@@ -82,17 +82,17 @@ def test_undo_takes_requests_out_of_an_edit(resolve, multrace, edit, tmp_path, c
 
 
 @pytest.mark.parametrize("resolve", [False, True])
-def test_undo_takes_edits_out_of_a_ledger(resolve, multrace, ledger, tmp_path, capsys):
+def test_undo_takes_edits_out_of_a_history(resolve, multrace, history, tmp_path, capsys):
     flags = ["--resolve"] if resolve else []
-    assert multrace("undo", "--edit", ledger, "--name", "monday", *flags, "--out", tmp_path / "less") == 0
+    assert multrace("undo", "--edit", history, "--name", "monday", *flags, "--out", tmp_path / "less") == 0
     listing = capsys.readouterr().out
     assert ("monday" in listing) is not resolve and "tuesday" in listing
-    found, before = load_edit(tmp_path / "less" / "ledger.safetensors"), load_edit(ledger)
-    assert isinstance(found, Ledger) and found.names == ("tuesday",)
+    found, before = load_edit(tmp_path / "less" / "history"), load_edit(history)
+    assert isinstance(found, History) and found.names == ("tuesday",)
     later = before.entries[1].delta
     assert torch.equal(factors(found.composed())[0], factors(later)[0]) is not resolve
-    assert multrace("undo", "--edit", ledger, "--name", "tuesday", "--request", 1, "--out", tmp_path / "some") == 0
-    assert load_edit(tmp_path / "some" / "ledger.safetensors").entries[1].withdrawn == (1,)
+    assert multrace("undo", "--edit", history, "--name", "tuesday", "--request", 1, "--out", tmp_path / "some") == 0
+    assert load_edit(tmp_path / "some" / "history").entries[1].withdrawn == (1,)
 
 
 def test_export_writes_checks_and_says_so(multrace, edit, tmp_path, capsys, tiny_vlm):
@@ -110,10 +110,10 @@ def test_export_writes_checks_and_says_so(multrace, edit, tmp_path, capsys, tiny
     assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_ledger_is_exported_as_one_model(multrace, ledger, tmp_path, tiny_vlm):
+def test_a_history_is_exported_as_one_model(multrace, history, tmp_path, tiny_vlm):
     merged = tmp_path / "merged"
-    assert multrace("export", "--edit", ledger, "--merged", merged, "--question", "What is number 1?") == 0
-    prompt, whole = tiny_vlm.prompt(None, "What is number 1?"), load_edit(ledger)
+    assert multrace("export", "--edit", history, "--merged", merged, "--question", "What is number 1?") == 0
+    prompt, whole = tiny_vlm.prompt(None, "What is number 1?"), load_edit(history)
     with whole.applied(tiny_vlm):
         edited = tiny_vlm.logits(prompt)
     torch.testing.assert_close(load(merged).logits(prompt), edited, rtol=1e-4, atol=1e-3)
@@ -123,8 +123,8 @@ BAD = {
     "nothing to take out": (["undo", "--edit", "EDIT"], "say which of its 3 requests"),
     "a name in an edit": (["undo", "--edit", "EDIT", "--name", "a"], "nothing has a name"),
     "a request out of range": (["undo", "--edit", "EDIT", "--request", "7"], "it has 3 requests"),
-    "no name in a ledger": (["undo", "--edit", "LEDGER"], "one of monday, tuesday"),
-    "an unknown name": (["undo", "--edit", "LEDGER", "--name", "sunday"], "there are: monday, tuesday"),
+    "no name in a history": (["undo", "--edit", "HISTORY"], "one of monday, tuesday"),
+    "an unknown name": (["undo", "--edit", "HISTORY", "--name", "sunday"], "there are: monday, tuesday"),
     "no file": (["undo", "--edit", "missing", "--request", "0"], "missing"),
     "a truncated file": (["undo", "--edit", "TRUNCATED", "--request", "0"], "truncated"),
     "nothing to write": (["export", "--edit", "EDIT"], "--peft DIR, --merged DIR"),
@@ -137,14 +137,14 @@ BAD = {
 
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
 def test_what_cannot_be_done_is_one_error_and_writes_nothing(
-    words, message, multrace, edit, ledger, gpt2_path, tmp_path, monkeypatch
+    words, message, multrace, edit, history, gpt2_path, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     truncated, used = tmp_path / "truncated", tmp_path / "used"
     truncated.write_bytes(edit.read_bytes()[:-50])
     used.mkdir()
     (used / "file").write_text("taken")
-    places = {"EDIT": edit, "LEDGER": ledger, "TRUNCATED": truncated, "USED": used, "GPT2": gpt2_path}
+    places = {"EDIT": edit, "HISTORY": history, "TRUNCATED": truncated, "USED": used, "GPT2": gpt2_path}
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):
         multrace(*(places.get(word, word) for word in words))

@@ -119,10 +119,7 @@ def test_a_blank_behind_a_target_contradicts_nothing(random_llava_llama):
     assert [(row["status"], row["target"]) for row in delta.requests] == 2 * [("edited", "red")]
 
 
-def test_a_ridge_relative_to_keys_makes_no_metric_of_a_moment_before_there_are_any(random_llama):
-    with pytest.raises(EditError, match="MultEdit adds a ridge from the keys.*pass an absolute ridge="):
-        MultEdit(layer=3, moment_weight=1.0).costs(random_llama, None)
+def test_a_session_without_the_moments_that_it_needs_is_refused(random_llama):
     with pytest.raises(EditError, match="AlphaEdit weighs old keys.*none is given"):
-        AlphaEdit(layer=3).costs(random_llama, None)
-    (cost,) = MultEdit(layer=3, ridge=0.5).costs(random_llama, None).values()
-    assert cost.ridge == 0.5
+        AlphaEdit(layer=3).start(random_llama)
+    assert AlphaEdit(layer=3, null_threshold=None).start(random_llama).history.names == ()

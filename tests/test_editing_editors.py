@@ -10,7 +10,7 @@ import torch
 from multrace import EditRequest, VisionLanguageModel
 from multrace.data import World, tiny_vlm_path
 from multrace.data.world import EditCase
-from multrace.editing import Delta, MultEdit
+from multrace.editing import Delta, History, MultEdit
 from multrace.editing.moments import Moments, second_moments
 from multrace.editing.requests import prompt_answers
 from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit, ClosedFormEditor, Problem, build_cost, reduced, solve
@@ -214,10 +214,11 @@ def test_the_keys_of_earlier_edits_are_the_cache_of_alphaedit(load_double, exact
     requests = [request_of(vlm, cases[0])]
     module, goal = vlm.down_projection(LAYER).module, goals_of(request_of(vlm, cases[3]))[0].made(vlm)
     cache = seen(vlm, goal, module, "last", inputs=True)
-    second = editor.edit(vlm, requests, moments=moments, earlier=[first])
-    naive = naive_edit(vlm, editor, requests, lambda *parts: by_alphaedit(moments, *parts, earlier=columns(cache)))
+    with editor.start(vlm, moments=moments, history=History().added("first", first)) as session:
+        second = session.propose(requests)
+        naive = naive_edit(vlm, editor, requests, lambda *parts: by_alphaedit(moments, *parts, earlier=columns(cache)))
+        ((alone, _),) = editor.edit(vlm, requests, moments=moments).factors.values()
     assert_equal(second, naive)
-    ((alone, _),) = editor.edit(vlm, requests, moments=moments).factors.values()
     ((left, _),) = second.factors.values()
     assert (left - alone).norm() > 1e-3 * alone.norm()
 
@@ -282,12 +283,14 @@ def test_kept_prompts_are_held_exactly(tiny_vlm, cases, moments, editor):
     assert moved[3] < 1e-3 < 1e-2 < moved[0]
 
 
-def test_metrics_made_before_give_the_same_edit(tiny_vlm, cases, moments):
+def test_the_second_edit_of_a_session_is_that_of_a_new_one(tiny_vlm, cases, moments):
+    """What the session keeps of the cost is what a new session makes; without moments the edit is another one."""
     request = request_of(tiny_vlm, cases[0])
-    for editor in (AlphaEdit(layer=5, spread=1, steps=5), ROME(layer=5, steps=5)):
-        assert editor.has_fixed_cost
+    for editor in (AlphaEdit(layer=5, spread=1, steps=5), ROME(layer=5, steps=5), MEMIT(layer=5, steps=5)):
         anew = editor.edit(tiny_vlm, [request], moments=moments)
-        made = editor.edit(tiny_vlm, [request], costs=editor.costs(tiny_vlm, moments))
+        session = editor.start(tiny_vlm, moments=moments)
+        session.propose([request_of(tiny_vlm, cases[1])])
+        made = session.propose([request])
         free = replace(editor, null_threshold=None, moment_weight=0).edit(tiny_vlm, [request])
         for name, (left, right) in anew.factors.items():
             product = left @ right
@@ -377,15 +380,16 @@ def test_earlier_edits_keep_the_first_of_a_sequence(tiny_vlm, two_tokens):
     one = editor.edit(tiny_vlm, [first])
     (held,) = one.changes.values()
     moved = []
+
+    def moved_by(delta: Delta) -> float:
+        (change,) = delta.changes.values()
+        return change.moved(held.keys).norm().item()
+
     with one.applied(tiny_vlm):
-        for earlier in ((), (one,)):
-            two = editor.edit(tiny_vlm, [second], earlier=earlier)
-            (change,) = two.changes.values()
-            moved.append(change.moved(held.keys).norm().item())
-            with two.applied(tiny_vlm):
-                assert said(tiny_vlm, [second]) == 1
-                if earlier:
-                    assert said(tiny_vlm, [first]) == 1
+        moved.append(moved_by(editor.edit(tiny_vlm, [second])))
+    with editor.start(tiny_vlm, history=History().added("one", one)) as session:
+        moved.append(moved_by(session.edit([second])))
+        assert said(tiny_vlm, [first]) == said(tiny_vlm, [second]) == 1
     assert moved[1] < 0.05 * moved[0]
 
 

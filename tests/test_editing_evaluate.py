@@ -34,10 +34,11 @@ from multrace.editing import (
     Baseline,
     EditCurve,
     EditError,
+    EditorByRequest,
     EditReport,
     EvaluationSettings,
+    History,
     InContext,
-    Ledger,
     MultEdit,
     NormBound,
     baseline as measure_baseline,
@@ -101,17 +102,17 @@ def bits(vlm: VisionLanguageModel) -> dict[str, str]:
     return vlm.fingerprint([name for name, _ in vlm.model.named_parameters()])
 
 
-def only_first(count: int) -> Any:
+def only_first(count: int) -> EditorByRequest:
     """An editor that refuses all but so many requests."""
     made = []
 
-    def edit(vlm: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+    def choose(requests: Sequence[EditRequest]) -> MultEdit:
         made.append(requests)
         if len(made) > count:
             raise EditError("no more edits")
-        return EDIT.edit(vlm, requests)
+        return EARLIER_FREE
 
-    return edit
+    return EditorByRequest(choose=choose)
 
 
 def test_an_edit_is_seen_and_the_unedited_model_is_shown_beside_it(edited, tiny_vlm, records, baseline):
@@ -407,9 +408,8 @@ def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, baseli
     """The second edit of a sequence keeps the first one's key, so it differs from one that knows nothing of it."""
     bare = [replace(record, probes=()) for record in records[:2]]
     first = EDIT.edit(tiny_vlm, [bare[0]])
-    with first.applied(tiny_vlm):
-        aware = EDIT.edit(tiny_vlm, [bare[1]], earlier=(first,))
-        blind = EDIT.edit(tiny_vlm, [bare[1]])
+    with EDIT.start(tiny_vlm, history=History().added("first", first)) as session:
+        aware, blind = session.propose([bare[1]]), EDIT.edit(tiny_vlm, [bare[1]])
     ((name, change),) = aware.changes.items()
     assert not torch.equal(change.left, blind.changes[name].left)
     norms = {}
@@ -449,12 +449,12 @@ def test_values_are_described_in_two_lines(tiny_vlm, records, sequence, baseline
     request, (name,) = records[0], EDIT.edit(tiny_vlm, [records[0]]).changes
     delta = EDIT.edit(tiny_vlm, [request], progress=False)
     moments = second_moments(tiny_vlm, [tiny_vlm.prompt_for(request.question)], layers=[3], progress=False)
-    values = (request, records[0], delta, Ledger().added("first", delta), moments, sequence, sequence.curve, baseline)
+    values = (request, records[0], delta, History().added("first", delta), moments, sequence, sequence.curve, baseline)
     for value in values:
         lines = repr(value).split("\n")
         assert len(lines) <= 2 and all(len(line) <= 250 for line in lines)
     assert repr(request.target) in repr(request) and name in repr(delta) and repr(request.target) in repr(delta)
-    assert "1 edit in effect (first)" in repr(Ledger().added("first", delta))
+    assert "1 edit in effect (first)" in repr(History().added("first", delta))
     assert "efficacy 100% (unedited 0%)" in repr(sequence)
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from multrace import BlankImage, Delta, EditRequest, MultEdit, Site, Trace, TraceDict, capture, causal_trace, patch
-from multrace.editing import FineTune, Ledger, RuntimeEdit
+from multrace.editing import FineTune, History, RuntimeEdit
 from multrace.models.guards import ModelLock
 from multrace.models.replay import masking, replaying
 
@@ -165,12 +165,12 @@ class WatchedDelta(Delta):
         return super().retained(vlm, **options)
 
 
-def test_no_thread_sees_a_ledger_half_written(random_llama, delta):
+def test_no_thread_sees_a_history_half_written(random_llama, delta):
     clean, runs = random_llama.logits(random_llama.prompt(None, QUESTION)), []
     with ThreadPoolExecutor(4) as pool:
         parts = {field.name: getattr(delta, field.name) for field in fields(delta)}
         watched = WatchedDelta(**parts | {"settings": {"pool": pool, "runs": runs}})
-        Ledger().added("one", watched).added("two", watched).verify(random_llama, progress=False)
+        History().added("one", watched).added("two", watched).verify(random_llama, progress=False)
     assert [is_done for _, is_done in runs] == [False, False]
     assert all(torch.equal(run.result(), clean) for run, _ in runs)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from ..editing.changes import NO_OWNER, Delta, compose
 from ..editing.errors import EditError
 from ..editing.moments import Moments
 from ..editing.requests import request_text
-from ..editing.solve import ClosedFormEditor, MultEdit
+from ..editing.solve import ClosedFormEditor, EditorByRequest, MultEdit
 from ..models import VisionLanguageModel
 from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
@@ -155,10 +153,10 @@ class _Edits:
         *,
         progress: bool,
     ) -> None:
-        self.vlm, self.requests, self.moments, self.progress = vlm, requests, moments, progress
+        self.requests, self.progress = requests, progress
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
-        self.costs: dict[ClosedFormEditor, Any] = {}
+        self.session = EditorByRequest(choose=self._editor_of).start(vlm, moments=moments)
 
     def one_by_one(self) -> tuple[Delta | None, ...]:
         """A delta per request, each for the model as it is."""
@@ -166,7 +164,7 @@ class _Edits:
         errors: list[EditError] = []
         for index in tqdm(range(len(self.requests)), desc="editing facts", disable=not self.progress):
             try:
-                found.append(self._edit([index], (), progress=False))
+                found.append(self.session.propose([self.requests[index]]))
             except EditError as error:
                 found.append(None)
                 errors.append(error)
@@ -184,30 +182,23 @@ class _Edits:
         order: list[int] = []
         failed: dict[int, str] = {}
         errors: list[EditError] = []
-        with ExitStack() as stack:
+        with self.session as session:
             for _, members in sorted(groups.items(), key=lambda pair: pair[0].place[0]):
                 try:
-                    deltas.append(self._edit(members, deltas, progress=self.progress))
+                    deltas.append(session.edit([self.requests[index] for index in members], progress=self.progress))
                 except EditError as error:
                     errors.append(error)
                     failed |= dict.fromkeys(members, f"failed: {gist(error)}")
                     continue
                 order += members
-                stack.enter_context(deltas[-1].applied(self.vlm))
         if not deltas:
             raise errors[0]
         for index, reason in failed.items():
             self.notes.append(f"{self.requests[index].label!r} {reason}")
         return _in_order(compose(*deltas), order, self.requests, failed)
 
-    def _edit(self, members: Sequence[int], earlier: Sequence[Delta], *, progress: bool) -> Delta:
-        editor = self.editors[members[0]]
-        options: dict[str, Any] = {"moments": self.moments, "earlier": earlier, "progress": progress}
-        if self.moments is not None and editor.has_fixed_cost:
-            if editor not in self.costs:
-                self.costs[editor] = editor.costs(self.vlm, self.moments)
-            options["costs"] = self.costs[editor]
-        return editor.edit(self.vlm, [self.requests[index] for index in members], **options)
+    def _editor_of(self, requests: Sequence[EditRequest]) -> ClosedFormEditor:
+        return next(editor for editor, own in zip(self.editors, self.requests, strict=True) if own is requests[0])
 
     def _at(self, site: EditSite, editor: EditorAt) -> ClosedFormEditor:
         """The editor at a site, its work spread over no layer below the onset."""

@@ -1,14 +1,17 @@
 """In-context editing: no weight changes; the new facts are written in front of the question."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
+from ..changes import EditSession, History
 from ..errors import EditError
+from ..moments import Moments
 from ..requests import edited_questions, request_text
+from .training import check_no_history
 
 _WORD = re.compile(r"\w+")
 
@@ -119,16 +122,65 @@ class InContext:
         requests = tuple(requests)
         if not requests:
             raise EditError("no requests to edit; pass at least one EditRequest")
+        reports = tuple({**request_text(request), "status": "edited"} for request in requests)
+        return self.stating(vlm, [_fact(request) for request in requests], reports)
+
+    def start(
+        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+    ) -> "ContextSession":
+        """Return a session whose `prompt_transform` states the facts of all its edits.
+
+        moments: not needed. history: must be None, since a history holds the factors of closed-form edits alone; raises
+        `EditError` otherwise.
+        """
+        check_no_history(self, history)
+        return ContextSession(vlm, self)
+
+    def stating(
+        self, vlm: VisionLanguageModel, facts: Sequence[StatedFact], requests: Sequence[Mapping[str, str]]
+    ) -> ContextChange:
+        """Return the change that states these facts. requests: what was asked, as text."""
         return ContextChange(
-            facts=tuple(_fact(request) for request in requests),
+            facts=tuple(facts),
             max_facts=self.max_facts,
             fact_wording=self.fact_wording,
             question_wording=self.question_wording,
             model=vlm.name,
             revision=vlm.revision,
             settings=self.as_text(),
-            requests=tuple({**request_text(request), "status": "edited"} for request in requests),
+            requests=tuple(requests),
         )
+
+
+class ContextSession(EditSession):
+    """A session whose edits are facts to state: the model is unchanged, and `prompt_transform` states all of them."""
+
+    def __init__(self, vlm: VisionLanguageModel, editor: InContext) -> None:
+        super().__init__(vlm, lambda requests, progress: editor.edit(vlm, requests, progress=progress))
+        self._editor = editor
+        self._stated: dict[str, tuple[StatedFact, Mapping[str, str]]] = {}
+        """Key of a request's question -> its fact; a question that is edited again has the new fact only."""
+
+    @property
+    def prompt_transform(self) -> Callable[[Prompt], Prompt] | None:
+        """How the edited model has to be asked: after the facts of all edits of the session."""
+        if not self._stated:
+            return None
+        facts, requests = zip(*self._stated.values(), strict=True)
+        return self._editor.stating(self.vlm, facts, requests).prompt_transform
+
+    def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> ContextChange:
+        """Return the change that states these facts alone, and state them with the others from now on."""
+        self._open_handle()
+        change = self.propose(requests, progress=progress)
+        for request, fact, report in zip(requests, change.facts, change.requests, strict=True):
+            self._stated.pop(request.question.key, None)
+            self._stated[request.question.key] = (fact, report)
+        return change
+
+    def _end(self) -> None:
+        self._stated = {}
+        super()._end()
 
 
 def _fact(request: EditRequest) -> StatedFact:

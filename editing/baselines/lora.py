@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...data.facts import EditRequest
 from ...models import ModelError, Projection, VisionLanguageModel
+from ...models.guards import uninterrupted
 from ..errors import EditError
 from .training import TrainedChange, TrainingSettings, answer_batches, train
 
@@ -131,6 +132,15 @@ class Lora(TrainingSettings):
             fan_in_fan_out=vlm.stores_transposed,
         )
         flags = [(parameter, parameter.requires_grad) for _, parameter in vlm.named_parameters()]
+
+        def put_back() -> None:
+            for projection in projections:
+                above, _, leaf = projection.path.rpartition(".")
+                setattr(vlm.model.get_submodule(above), leaf, projection.module)
+            vars(vlm.model).pop("peft_config", None)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
         devices = [vlm.device] if vlm.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
@@ -138,12 +148,7 @@ class Lora(TrainingSettings):
                 LoraModel(vlm.model, config, _ADAPTER)
             yield [vlm.module(projection.path) for projection in projections]
         finally:
-            for projection in projections:
-                above, _, leaf = projection.path.rpartition(".")
-                setattr(vlm.model.get_submodule(above), leaf, projection.module)
-            vars(vlm.model).pop("peft_config", None)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            uninterrupted(put_back)
 
 
 def _factors(adapter: Any) -> tuple[Tensor, Tensor]:

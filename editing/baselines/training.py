@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from ...data.facts import EditRequest, Question, counted
 from ...models import ModelError, VisionLanguageModel, collate
-from ..changes import requests_line
+from ..changes import AppliedDelta, Change, EditSession, History, held, overwrite, requests_line
 from ..errors import EditError
+from ..moments import Moments
 from ..requests import edited_questions, request_text
 from ..values import end_ids, prompt_end
 
@@ -51,21 +52,21 @@ class TrainedChange(ABC):
     def difference(self, name: str) -> Tensor:
         """What is added to the parameter of this name: float32, in the layout in which the model stores it."""
 
-    @contextmanager
-    def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
-        """The model with this change in its weights; on any exit every touched weight is bit-equal to before.
+    def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
+        """Yield the model with this change in its weights; on any exit every touched weight is bit-equal to before.
 
-        Sums are taken in float32 or wider and rounded once to the dtype of the weight. EditError, with nothing
+        Sums are taken in float32 or wider and rounded once to the dtype of the weight. Raises `EditError`, with nothing
         changed, if the model lacks a weight, if a weight is not the one that was trained, or if it would overflow.
         """
-        with vlm.lock:
-            changed = self._changed(vlm)
-            saved = {name: vlm.weight(name).detach().clone() for name in changed}
-            try:
-                _write(vlm, changed)
-                yield vlm
-            finally:
-                _write(vlm, saved)
+        return held(vlm, self._put_in)
+
+    def write(self, vlm: VisionLanguageModel) -> None:
+        """Write the change into the model's weights; the caller holds the way back. Raises as `applied`."""
+        overwrite(vlm, self._changed(vlm))
+
+    def _put_in(self, handle: AppliedDelta) -> None:
+        changed = self._changed(handle.vlm)
+        handle.put_in(changed, lambda: overwrite(handle.vlm, changed))
 
     def _changed(self, vlm: VisionLanguageModel) -> dict[str, Tensor]:
         try:
@@ -90,7 +91,7 @@ class TrainedChange(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(ABC):
     """How something is trained on the answers wanted. EditError for a setting out of range."""
 
     steps: int = 25
@@ -114,6 +115,21 @@ class TrainingSettings:
             }
         )
 
+    def start(
+        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+    ) -> EditSession:
+        """Return a session, in which each change is trained on top of the earlier ones and stays in effect.
+
+        moments: not needed. history: must be None, since a history holds the factors of closed-form edits alone; raises
+        `EditError` otherwise.
+        """
+        check_no_history(self, history)
+        return EditSession(vlm, lambda requests, progress: self.edit(vlm, requests, progress=progress))
+
+    @abstractmethod
+    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> Change:
+        """Return the change after which the requests' questions get their targets; the model is left unchanged."""
+
     def as_text(self) -> dict[str, str]:
         """The editor's name and its settings, for reports."""
         settings = {field.name: str(getattr(self, field.name)) for field in fields(self)}
@@ -124,6 +140,14 @@ class TrainingSettings:
             if not holds:
                 name = wanted.split()[0]
                 raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)!r}; pass {wanted}")
+
+
+def check_no_history(editor: object, history: History | None) -> None:
+    """Raise `EditError` if there is a history, which cannot hold the changes of this editor."""
+    if history is not None:
+        raise EditError(
+            f"a history holds the edits of closed-form editors, not those of {type(editor).__name__}; leave history out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -256,12 +280,6 @@ def summed(weight: Tensor, difference: Tensor) -> Tensor:
     """A copy of the weight plus the difference, in its dtype and on its device; autograd reaches the difference."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return (wide + difference.to(wide.device)).to(weight.dtype)
-
-
-@torch.no_grad()
-def _write(vlm: VisionLanguageModel, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        vlm.weight(name).copy_(value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -1,4 +1,6 @@
-"""Made edits as values: factors of weights, files, exports and the history of a model's edits. The names are listed in `__init__.pyi`."""
+"""Made edits as values: factors of weights, files, exports, the history of a model's edits.
+
+The names are listed in `__init__.pyi`."""
 
 import lazy_loader
 

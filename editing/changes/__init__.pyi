@@ -6,5 +6,19 @@ from .exports import (
     verify_export as verify_export,
     with_adapters as with_adapters,
 )
-from .history import Ledger as Ledger, load_edit as load_edit
-from .weight_change import NO_OWNER as NO_OWNER, Change as Change, WeightChange as WeightChange
+from .history import (
+    INDEX as INDEX,
+    History as History,
+    HistoryEntry as HistoryEntry,
+    load_edit as load_edit,
+)
+from .weight_change import (
+    NO_OWNER as NO_OWNER,
+    AppliedDelta as AppliedDelta,
+    Change as Change,
+    EditSession as EditSession,
+    WeightChange as WeightChange,
+    held as held,
+    overwrite as overwrite,
+    write as write,
+)

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from ...data import parse_json
 from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
 from ..errors import EditError
-from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, put_in
+from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, held, write_all
 
 FORMAT = "multrace delta 2"
 _EDITED = "edited"
@@ -86,24 +87,33 @@ class Delta:
         that was edited (another model, or an edit already applied to it): on_other_weights=True adds the change all
         the same. The weights are as they were when an error is raised.
         """
+        handle = AppliedDelta(vlm)
         with vlm.lock:
-            self.check_fits(vlm)
-            if not on_other_weights:
-                check_fingerprints(vlm, self.fingerprints, self.model)
-            return put_in(vlm, [self.changes])
+            self._put_in(handle, on_other_weights=on_other_weights)
+        return handle
 
-    @contextmanager
-    def applied(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> Iterator[VisionLanguageModel]:
-        """The model with this change in its weights; on any exit every touched weight is bit-equal to before.
+    def applied(
+        self, vlm: VisionLanguageModel, *, on_other_weights: bool = False
+    ) -> AbstractContextManager[VisionLanguageModel]:
+        """Yield the model with this change in its weights; on any exit every touched weight is bit-equal to before.
 
-        Whatever else was written to the same weights inside the block is taken back with it. Errors as in apply.
+        Whatever else was written to the same weights inside the block is taken back with it. Raises as `apply`.
         """
-        with vlm.lock:
-            handle = self.apply(vlm, on_other_weights=on_other_weights)
-            try:
-                yield vlm
-            finally:
-                handle.restore()
+        return held(vlm, partial(self._put_in, on_other_weights=on_other_weights))
+
+    def write(self, vlm: VisionLanguageModel) -> None:
+        """Add the change to the model's weights, whatever they are; the caller holds the way back.
+
+        Raises `EditError` if it does not fit the model, or if a weight overflows, with part of it written.
+        """
+        self.check_fits(vlm)
+        write_all(vlm, [self.changes])
+
+    def _put_in(self, handle: AppliedDelta, *, on_other_weights: bool) -> None:
+        self.check_fits(handle.vlm)
+        if not on_other_weights:
+            check_fingerprints(handle.vlm, self.fingerprints, self.model)
+        handle.put_in(self.changes, lambda: self.write(handle.vlm))
 
     def retained(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
         """Return the share of the requested change that applying would achieve, (key,) float32 per parameter.
@@ -229,6 +239,13 @@ class Delta:
         with damage_named(path):
             return cls.assembled(tensors, {key: parse_json(value) for key, value in text.items() if key != "format"})
 
+    @property
+    def digest(self) -> str:
+        """A SHA-256 (hex) of everything that the delta holds."""
+        tensors = self.tensors()
+        words = json.dumps([self.words(), [*tensors]], sort_keys=True)
+        return files.digest(words, *tensors.values())
+
     def words(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON takes it."""
         parts = {"fingerprints": dict(self.fingerprints), "settings": dict(self.settings)}
@@ -283,8 +300,7 @@ def joined(deltas: Sequence[Delta], below: Sequence[Sequence[int]]) -> Delta:
     """As compose; below says for each delta which of the earlier ones were in place when it was made."""
     if not deltas:
         raise EditError("no deltas to compose; pass at least one")
-    if len({(each.model, each.revision) for each in deltas}) > 1:
-        raise EditError(f"cannot compose edits of different models: {sorted({each.model for each in deltas})}")
+    _check_one_model(deltas)
     rows: dict[str, list[WeightChange]] = {}
     requests: list[Mapping[str, str]] = []
     for delta, earlier in zip(deltas, below, strict=True):
@@ -306,6 +322,25 @@ def joined(deltas: Sequence[Delta], below: Sequence[Sequence[int]]) -> Delta:
         settings=settings[0] if alike else {"editor": "composed", "parts": json.dumps(settings)},
         requests=tuple(requests),
     )
+
+
+def _check_one_model(deltas: Sequence[Delta]) -> None:
+    """EditError if the hashes of the weights show that two deltas were made on different models.
+
+    A path says nothing: one model may be opened from two folders. Of a weight that several deltas change, the first may
+    have been changed by the time of the second, so that its hash is another one; then the name of the model, or the
+    hash of another weight, has to say that it is the same.
+    """
+    base: dict[str, str] = {}
+    for delta in deltas:
+        shared = [name for name in delta.fingerprints if name in base]
+        is_same = (delta.model, delta.revision) == (deltas[0].model, deltas[0].revision)
+        if shared and not is_same and all(delta.fingerprints[name] != base[name] for name in shared):
+            raise EditError(
+                f"cannot compose edits of different models: '{deltas[0].model}' and '{delta.model}' have other weights "
+                f"in {shared[0]}; compose edits of one model"
+            )
+        base = {**delta.fingerprints, **base}
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Many edits of one model, in order, by name: any of them can be taken out, and what came after it solved anew."""
+"""The edits of one model in order, by name, in memory or in a folder that only grows; any of them can be taken out."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,53 +12,105 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts import files
 from ...data.facts import counted, shortened
 from ...models import VisionLanguageModel
+from ...models.guards import uninterrupted
 from ..errors import EditError
-from .delta import Delta, damage_named, joined
-from .weight_change import AppliedDelta, check_fingerprints, put_in, write
+from .delta import Delta, joined
+from .index import append_line, check_length, damaged_line, whole_lines
+from .weight_change import AppliedDelta, check_fingerprints, held, write_all
 
-FORMAT = "multrace ledger 1"
+INDEX = "index.jsonl"
+_LAYOUT = "multrace history 1"
+_EDIT, _WITHDRAWAL, _STATE = "edit", "withdrawal", "state"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
-    """One edit of a ledger, as it was made, and how much of it is still in effect."""
+class HistoryEntry:
+    """One edit of a history, as it was made, and how much of it is still in effect."""
 
     name: str
-    delta: Delta
-    """As it was made: nothing that is withdrawn is forgotten."""
-    after: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The entries that were in place when it was made, each with the requests that were by then taken out of it."""
-    withdrawn: tuple[int, ...] = ()
-    """Indices in delta.requests of requests that were taken out."""
-    dropped: bool = False
-    """All of it was taken out."""
+    source: Delta | Path
+    """The edit as it was made, or its file: nothing that is taken out is forgotten."""
+    digest: str = ""
+    """`Delta.digest` of an edit that is in a file, which loading checks."""
+    model: str
+    revision: str | None = None
+    fingerprints: Mapping[str, str]
+    """Hash of each weight that it touches, before the edit."""
+    requests: tuple[Mapping[str, str], ...] = ()
+    """As `Delta.requests`."""
+    step: int
+    """Number of changes of the history before this edit was added."""
+    on_top: bool = False
+    """Whether all edits that were in effect at that step were in place when it was made."""
+    gone: Mapping[int, int] = field(default_factory=dict)
+    """Index of each request that was taken out, with the step at which it was."""
+    dropped: int | None = None
+    """Step at which all of it was taken out; None while it is in effect."""
+
+    @classmethod
+    def of(cls, name: str, delta: Delta, *, step: int, on_top: bool) -> Self:
+        """Return the entry of a new edit."""
+        own = {"model": delta.model, "revision": delta.revision, "requests": delta.requests}
+        return cls(name=name, source=delta, step=step, on_top=on_top, fingerprints=dict(delta.fingerprints), **own)
+
+    @property
+    def delta(self) -> Delta:
+        """The edit as it was made, read from its file if it is in one. Raises `EditError` if the file is damaged."""
+        if isinstance(self.source, Delta):
+            return self.source
+        delta = Delta.load(self.source)
+        if delta.digest != self.digest:
+            raise EditError(f"{str(self.source)!r} is not the file of the edit {self.name!r} that the history names")
+        return delta
+
+    @property
+    def withdrawn(self) -> tuple[int, ...]:
+        """Indices of the requests that were taken out, in the order in which they were."""
+        return tuple(self.gone)
 
     @property
     def in_effect(self) -> Delta | None:
-        """What is left of it, its requests renumbered; None once dropped."""
-        return None if self.dropped else self.delta.without(*self.withdrawn) if self.withdrawn else self.delta
+        """The edit without what was taken out, its requests renumbered; None once it is dropped."""
+        if self.dropped is not None:
+            return None
+        return self.delta.without(*self.withdrawn) if self.gone else self.delta
+
+    def words(self, file: str) -> dict[str, Any]:
+        """Return the entry as JSON takes it, with the name of its file."""
+        words = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "source"}
+        return words | {"file": file, "gone": [*map(list, self.gone.items())]}
+
+    @classmethod
+    def from_words(cls, words: Mapping[str, Any], folder: Path) -> Self:
+        """Return the entry that `words` spelled."""
+        parts = {name: value for name, value in words.items() if name not in ("file", "gone", "requests")}
+        if Path(words["file"]).name != words["file"]:
+            raise ValueError(f"the file {words['file']!r} is not in the folder")
+        gone = {int(index): int(step) for index, step in words["gone"]}
+        return cls(source=folder / words["file"], gone=gone, requests=tuple(words["requests"]), **parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Checked:
-    """What `Ledger.verify` found out about one entry."""
+class VerifiedEdit:
+    """What `History.verify` learned about one edit."""
 
     name: str
     as_made: bool
-    """The weights below it are bit by bit those it was made on (as edits of another device or dtype need not be)."""
+    """Whether the weights below it are bit by bit those it was made on (another device or dtype may differ)."""
     retained: Mapping[str, Tensor]
-    """As Delta.retained, on the weights below it."""
+    """As `Delta.retained`, on the weights below it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Ledger:
+class History:
     """Named edits of one model, in the order in which they were made.
 
-    Start with `Ledger()` and add edits with `added`. A ledger is a value: `added`, `without` and `resolved` return new
-    ones.
+    `History()` is kept in memory, `History.open(folder)` in a folder: one file per edit and an index to which each
+    change appends one line, so that a crash loses at most the edit that was being made, and adding an edit costs the
+    same however many there are. A history is a value: `added`, `without` and `resolved` return the next one (and append
+    to the folder, if there is one); only the newest one of a folder can be continued.
 
     Example:
         >>> import multrace as mt
@@ -65,239 +118,321 @@ class Ledger:
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who won?")
         >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(question=prompt, target="Pruro")], progress=False)
-        >>> ledger = mt.Ledger().added("winner", delta)
-        >>> ledger.names, ledger.without("winner").names
+        >>> history = mt.History().added("winner", delta)
+        >>> history.names, history.without("winner").names
         (('winner',), ())
     """
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[HistoryEntry, ...] = ()
     base: Mapping[str, str] = field(default_factory=dict)
     """Hash of each touched weight before any of the edits."""
-
-    def __post_init__(self) -> None:
-        names = [entry.name for entry in self.entries]
-        if len({*names}) < len(names):
-            raise EditError(f"two edits of a ledger have one name: {names}; choose another name for one of them")
+    step: int = 0
+    """Number of changes so far: edits added, parts taken out, edits solved again."""
+    folder: Path | None = None
+    """Where it is kept; None: in memory."""
+    length: int = 0
+    """Length of the part of the folder's index that this history stands for, in bytes."""
 
     def __repr__(self) -> str:
         if not self.entries:
-            return "Ledger without edits"
-        gone = sum(entry.dropped for entry in self.entries)
+            return "History without edits"
+        gone = sum(entry.dropped is not None for entry in self.entries)
         names = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
-        model, count = shortened(self.entries[0].delta.model), counted(len(self.names), "edit")
-        line = f"Ledger of {model}: {count} in effect ({names})"
+        model, count = shortened(self.entries[0].model), counted(len(self.names), "edit")
+        place = "" if self.folder is None else f" in {shortened(str(self.folder))}"
+        line = f"History of {model}{place}: {count} in effect ({names})"
         return f"{line}, {gone} taken out; {counted(len(self.base), 'weight')}"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Return the history in a folder, or an empty one that will be kept there if the folder is new or empty.
+
+        A last line of the index that was not written to its end is left out, with a warning; the next change replaces
+        it. Raises `EditError` if the folder holds something else, or if the index is damaged.
+        """
+        folder = Path(folder)
+        index = folder / INDEX
+        if not index.is_file():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise EditError(f"{str(folder)!r} is no history: it has no {INDEX}; pass a new folder, or one of ours")
+            return cls(folder=folder)
+        return _read(cls(folder=folder), index)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the edits in effect, in order."""
-        return tuple(entry.name for entry in self.entries if not entry.dropped)
+        """Names of the edits in effect, in order."""
+        return tuple(entry.name for entry in self.entries if entry.dropped is None)
 
     @property
     def listing(self) -> str:
-        """A line per edit: its name, its requests, its weights, and what was taken out of it."""
+        """One line per edit: its name, its requests, its weights, and what was taken out of it."""
         lines = []
         for entry in self.entries:
-            left = len(entry.delta.requests) - len(entry.withdrawn)
-            gone = f"without {', '.join(map(str, entry.withdrawn))}" if entry.withdrawn else "whole"
-            state = "taken out" if entry.dropped else gone
-            lines.append(f"{entry.name}  {left} requests  {', '.join(entry.delta.changes)}  {state}")
+            left = len(entry.requests) - len(entry.gone)
+            gone = f"without {', '.join(map(str, entry.withdrawn))}" if entry.gone else "whole"
+            state = gone if entry.dropped is None else "taken out"
+            lines.append(f"{entry.name}  {left} requests  {', '.join(entry.fingerprints)}  {state}")
         return "\n".join(lines)
 
-    def added(self, name: str, delta: Delta) -> Self:
-        """The ledger with one more edit, made on the base weights or with all edits in effect in place.
+    def below(self, entry: HistoryEntry) -> dict[str, tuple[int, ...]]:
+        """Return the edits that were in place when this one was made, each with the requests then taken out of it."""
+        if not entry.on_top:
+            return {}
+        step = entry.step
+        earlier = [each for each in self.entries if each.step < step and not (each.dropped or step) < step]
+        return {each.name: tuple(index for index, when in each.gone.items() if when < step) for each in earlier}
 
-        Its fingerprints tell which of the two. EditError for a name in use, or an edit of another model.
+    def added(self, name: str, delta: Delta, *, on_top: bool | None = None) -> Self:
+        """Return the history with one more edit.
+
+        Args:
+            name: Name of the edit, unique in the history.
+            delta: The edit, made on the base weights or with all edits in effect in place.
+            on_top: Which of the two; None tells by the fingerprints of the edit.
+
+        Raises:
+            EditError: The name is in use, or the edit was made on another model.
         """
-        model = self.entries[0].delta if self.entries else delta
-        made_after = any(self.base.get(weight, digest) != digest for weight, digest in delta.fingerprints.items())
-        if made_after and (delta.model, delta.revision) != (model.model, model.revision):
-            raise EditError(
-                f"the edit {name!r} was made on '{delta.model}', on other weights than this ledger's of "
-                f"'{model.model}'; keep a ledger for each model"
-            )
-        after = {each.name: each.withdrawn for each in self.entries if made_after and not each.dropped}
-        entry = Entry(name=name, delta=delta, after=after)
-        return replace(self, entries=(*self.entries, entry), base={**delta.fingerprints, **self.base})
+        if any(entry.name == name for entry in self.entries):
+            raise EditError(f"two edits of a history have one name: {name!r} is there; choose another name")
+        is_later = any(self.base.get(weight, digest) != digest for weight, digest in delta.fingerprints.items())
+        if is_later and self.entries:
+            first = self.entries[0]
+            is_known = any(self.base.get(weight) == digest for weight, digest in delta.fingerprints.items())
+            if on_top is None and not is_known and (delta.model, delta.revision) != (first.model, first.revision):
+                raise EditError(
+                    f"the edit {name!r} was made on '{delta.model}', on other weights than this history's of "
+                    f"'{first.model}'; keep a history for each model"
+                )
+        entry = HistoryEntry.of(name, delta, step=self.step, on_top=is_later if on_top is None else on_top)
+        if self.folder is not None:
+            entry = self._stored(entry)
+        changed = self._with(entry)
+        return changed if self.folder is None else changed._appended(_EDIT, entry.words(entry.source.name))
 
     def without(self, name: str, *, request: int | None = None) -> Self:
-        """The ledger without one edit, or without one request of it (counted from 0 as the edit was made).
+        """Return the history without one edit, or without one request of it (counted from 0 as the edit was made).
 
-        Its own factors are taken out; later edits stay as they were solved, with it in place. EditError for an edit
-        or a request that is not there any more.
+        Its own factors are taken out; later edits stay as they were solved, with it in place. Raises `EditError` for an
+        edit or a request that is not there any more.
         """
-        index = self._index(name)
-        entry = self.entries[index]
-        if request is None:
-            changed = replace(entry, dropped=True)
-        else:
+        entry = self.entries[self._index(name)]
+        if request is not None:
             entry.delta.owned(request)
-            if request in entry.withdrawn:
-                raise EditError(f"request {request} of the edit {name!r} is already taken out of this ledger")
-            changed = replace(entry, withdrawn=(*entry.withdrawn, request))
-        return replace(self, entries=(*self.entries[:index], changed, *self.entries[index + 1 :]))
+            if request in entry.gone:
+                raise EditError(f"request {request} of the edit {name!r} is already taken out of this history")
+        changed = self._withdrawn(name, request)
+        return changed if self.folder is None else changed._appended(_WITHDRAWAL, {"name": name, "request": request})
 
     def resolved(self) -> Self:
-        """The ledger with its edits solved anew as if what was taken out had never been made; that is forgotten now.
+        """Return the history with its edits solved again as if what was taken out had never been made.
 
-        The output that an edit wanted at its keys stays: what an earlier edit no longer adds there, the edit adds
-        itself. Where the output was to stay, it is to stay. Needs no model, and is exact while one weight is edited,
-        since the keys of a weight do not depend on its own change. An edit that was made without what was taken out
-        is left as it is. EditError where an edit to be solved anew, or one below it, changes another weight: its keys
-        would have to be read anew from the model.
+        What was taken out is forgotten. The output that an edit wanted at its keys stays: what an earlier edit no
+        longer adds there, the edit adds itself. Where the output was to stay, it is to stay. This needs no model, and
+        it is exact while one weight is edited, since the keys of a weight do not depend on its own change. An edit that
+        was made without what was taken out is left as it is. Raises `EditError` if an edit to be solved again, or one
+        below it, changes another weight: its keys would have to be read again from the model.
         """
-        fresh: dict[str, Entry] = {}
+        fresh: dict[str, HistoryEntry] = {}
         changed: set[str] = set()
         for entry in self.entries:
-            below = changed & entry.after.keys()
-            if entry.dropped:
+            below = self.below(entry)
+            touched = changed & below.keys()
+            if entry.dropped is not None:
                 changed.add(entry.name)
-            elif entry.withdrawn or below:
-                self._check_one_weight(entry, below)
-                fresh[entry.name] = self._solved(entry, fresh)
+            elif entry.gone or touched:
+                self._check_one_weight(entry, touched)
+                fresh[entry.name] = self._solved(entry, below, fresh)
                 changed.add(entry.name)
             else:
                 fresh[entry.name] = entry
-        return replace(self, entries=tuple(fresh.values()))
+        after = replace(self, entries=tuple(fresh.values()), step=self.step + 1)
+        return after if self.folder is None else after._state_appended()
+
+    def saved(self, folder: str | Path) -> Self:
+        """Return this history in a new folder, which holds a copy of every edit."""
+        if Path(folder).exists():
+            raise EditError(f"{str(folder)!r} is there already; pass a new folder for the history")
+        return replace(self, folder=Path(folder), length=0)._state_appended()
+
+    def in_memory(self) -> Self:
+        """Return the same history, whose next changes are not written to its folder."""
+        return replace(self, folder=None, length=0)
 
     def composed(self) -> Delta:
-        """One delta of all edits in effect, for the base weights; EditError if there is none."""
-        left = [entry for entry in self.entries if not entry.dropped]
-        self._need_entries(left)
+        """Return one delta of all edits in effect, for the base weights. Raises `EditError` if there is none."""
+        left = self._left()
         places = {entry.name: index for index, entry in enumerate(left)}
-        below = [[places[name] for name in entry.after if name in places] for entry in left]
+        below = [[places[name] for name in self.below(entry) if name in places] for entry in left]
         delta = joined([entry.in_effect for entry in left], below)
         return replace(delta, fingerprints={name: self.base[name] for name in delta.changes})
 
     def apply(self, vlm: VisionLanguageModel) -> AppliedDelta:
-        """A handle whose undo() takes all edits back bit by bit; they are in the weights, in order, until then.
+        """Return a handle whose undo() takes all edits back bit by bit; until then they are in the weights, in order.
 
-        One copy is kept of each touched weight, however many edits there are. EditError if a touched weight is not
-        the base's, or as Delta.apply; the weights are then as they were.
+        One copy is kept of each touched weight, however many edits there are. Raises `EditError` if a touched weight is
+        not the base's, or as `Delta.apply`; the weights are then as they were.
         """
-        with vlm.lock:
-            return put_in(vlm, [delta.changes for delta in self._checked(vlm)])
-
-    @contextmanager
-    def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
-        """The model with all edits in its weights; on any exit every touched weight is bit-equal to before."""
-        with vlm.lock:
-            handle = self.apply(vlm)
-            try:
-                yield vlm
-            finally:
-                handle.restore()
-
-    def verify(self, vlm: VisionLanguageModel, *, progress: bool = True) -> tuple[Checked, ...]:
-        """What each edit in effect meets and achieves when they are put on in order; the model ends as it began.
-
-        EditError as `apply`.
-        """
-        with vlm.lock:
-            return self._verified(vlm, progress)
-
-    def _verified(self, vlm: VisionLanguageModel, progress: bool) -> tuple[Checked, ...]:
-        deltas, found = self._checked(vlm), []
         handle = AppliedDelta(vlm)
-        bar = tqdm(
-            zip(self.names, deltas, strict=True), "edits checked", len(deltas), disable=not progress, leave=False
-        )
-        try:
-            for name, delta in bar:
-                handle.keep(delta.changes)
-                prints = vlm.fingerprint(delta.changes)
-                as_made = all(digest in (prints[each], self.base[each]) for each, digest in delta.fingerprints.items())
-                retained = delta.retained(vlm, on_other_weights=True)
-                found.append(Checked(name=name, as_made=as_made, retained=retained))
-                for each, change in delta.changes.items():
-                    write(vlm, each, change)
-        finally:
-            handle.restore()
-        return tuple(found)
+        with vlm.lock:
+            self.put_in(handle)
+        return handle
 
-    def save(self, path: str | Path) -> Path:
-        """The path of the one safetensors file written (whole or not at all). EditError where it cannot be written."""
-        tensors: dict[str, Tensor] = {}
-        entries: list[dict[str, Any]] = []
-        for index, entry in enumerate(self.entries):
-            tensors |= entry.delta.tensors(f"{index}:")
-            own = {"after": dict(entry.after), "withdrawn": entry.withdrawn, "dropped": entry.dropped}
-            entries.append({"name": entry.name, **own, "delta": entry.delta.words()})
-        text = {"format": FORMAT, "base": json.dumps(dict(self.base)), "entries": json.dumps(entries)}
-        return files.write_tensors(path, tensors, text, error=EditError)
+    def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
+        """Yield the model with all edits in its weights; on any exit every touched weight is bit-equal to before."""
+        return held(vlm, self.put_in)
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The ledger in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
-        tensors, text = files.read_tensors(path, error=EditError)
-        if text.get("format") != FORMAT:
-            raise EditError(
-                f"'{path}' is no ledger: its header says {text.get('format')!r}, not {FORMAT!r}; "
-                "pass a file that Ledger.save wrote"
-            )
-        with damage_named(path):
-            entries = []
-            for index, words in enumerate(json.loads(text["entries"])):
-                delta = Delta.assembled(tensors, words["delta"], f"{index}:")
-                own = {"withdrawn": tuple(words["withdrawn"]), "dropped": words["dropped"]}
-                after = {name: tuple(gone) for name, gone in words["after"].items()}
-                entries.append(Entry(name=words["name"], delta=delta, after=after, **own))
-            return cls(entries=tuple(entries), base=json.loads(text["base"]))
+    def put_in(self, handle: AppliedDelta) -> None:
+        """Add all edits in effect to the weights of the handle's model; the handle holds the way back."""
+        vlm = handle.vlm
+        handle.put_in(self._checked(vlm), lambda: write_all(vlm, (delta.changes for _, delta in self.edits(vlm))))
+
+    def edits(self, vlm: VisionLanguageModel | None = None) -> Iterator[tuple[HistoryEntry, Delta]]:
+        """Yield each edit in effect with its entry, one at a time. Raises `EditError` if one does not fit the model."""
+        for entry in self.entries:
+            delta = entry.in_effect
+            if delta is not None:
+                if vlm is not None:
+                    delta.check_fits(vlm)
+                yield entry, delta
+
+    def verify(self, vlm: VisionLanguageModel, *, progress: bool = True) -> tuple[VerifiedEdit, ...]:
+        """Return what each edit in effect achieves when the edits are applied in order; the model ends as it began.
+
+        Raises `EditError` as `apply`.
+        """
+        with vlm.lock:
+            self._checked(vlm)
+            verified = []
+            handle = AppliedDelta(vlm)
+            edits = tqdm(self.edits(vlm), "edits checked", len(self.names), disable=not progress, leave=False)
+            try:
+                for entry, delta in edits:
+                    handle.keep(delta.changes)
+                    prints, made = vlm.fingerprint(delta.changes), delta.fingerprints
+                    as_made = all(made[name] in (prints[name], self.base[name]) for name in made)
+                    retained = delta.retained(vlm, on_other_weights=True)
+                    verified.append(VerifiedEdit(name=entry.name, as_made=as_made, retained=retained))
+                    write_all(vlm, [delta.changes])
+            finally:
+                uninterrupted(handle.restore)
+        return tuple(verified)
+
+    def _with(self, entry: HistoryEntry) -> Self:
+        base = {**entry.fingerprints, **self.base}
+        return replace(self, entries=(*self.entries, entry), base=base, step=self.step + 1)
+
+    def _withdrawn(self, name: str, request: int | None) -> Self:
+        index = self._index(name)
+        entry = self.entries[index]
+        gone = {"dropped": self.step} if request is None else {"gone": {**entry.gone, request: self.step}}
+        changed = replace(entry, **gone)
+        entries = (*self.entries[:index], changed, *self.entries[index + 1 :])
+        return replace(self, entries=entries, step=self.step + 1)
+
+    def _left(self) -> list[HistoryEntry]:
+        if not self.names:
+            raise EditError("no edit is in effect in this history; add one: History().added('name', delta)")
+        return [entry for entry in self.entries if entry.dropped is None]
 
     def _index(self, name: str) -> int:
         for index, entry in enumerate(self.entries):
-            if entry.name == name and not entry.dropped:
+            if entry.name == name and entry.dropped is None:
                 return index
-        raise EditError(f"no edit {name!r} in effect in this ledger; there are: {', '.join(self.names) or 'none'}")
+        raise EditError(f"no edit {name!r} in effect in this history; there are: {', '.join(self.names) or 'none'}")
 
-    def _checked(self, vlm: VisionLanguageModel) -> list[Delta]:
-        """The deltas in effect, once it is known that they fit this model and that it is unedited."""
-        deltas = [delta for entry in self.entries if (delta := entry.in_effect) is not None]
-        self._need_entries(deltas)
-        for delta in deltas:
-            delta.check_fits(vlm)
-        touched = {name: self.base[name] for delta in deltas for name in delta.changes}
-        check_fingerprints(vlm, touched, deltas[0].model)
-        return deltas
+    def _checked(self, vlm: VisionLanguageModel) -> tuple[str, ...]:
+        """Names of the weights that the edits touch, once it is known that the model fits and is unedited."""
+        left = self._left()
+        for _ in self.edits(vlm):
+            pass
+        touched = {name: self.base[name] for entry in left for name in entry.fingerprints}
+        check_fingerprints(vlm, touched, left[0].model)
+        return tuple(touched)
 
-    def _check_one_weight(self, entry: Entry, changed: Set[str]) -> None:
-        others = [each.delta for each in self.entries if each.name in changed]
-        if len({weight for delta in (entry.delta, *others) for weight in delta.changes}) > 1:
+    def _check_one_weight(self, entry: HistoryEntry, changed: Set[str]) -> None:
+        others = [each for each in self.entries if each.name in changed]
+        if len({weight for each in (entry, *others) for weight in each.fingerprints}) > 1:
             raise EditError(
                 f"the edit {entry.name!r} and those it was made on change several weights, and the keys of one depend "
                 "on the change of another; solving anew needs the model: edit again from the requests that are left"
             )
 
-    def _solved(self, entry: Entry, fresh: Mapping[str, Entry]) -> Entry:
+    def _solved(
+        self, entry: HistoryEntry, after: Mapping[str, tuple[int, ...]], fresh: Mapping[str, HistoryEntry]
+    ) -> HistoryEntry:
         """The entry without its withdrawn requests, solved on top of what is left of those it was made on."""
-        ((weight, change),) = entry.delta.changes.items()
-        kept, left = torch.ones(change.rank, dtype=torch.bool), entry.delta.without(*entry.withdrawn)
+        own = entry.delta
+        ((weight, change),) = own.changes.items()
+        kept, left = torch.ones(change.rank, dtype=torch.bool), own.without(*entry.withdrawn)
         for index in entry.withdrawn:
-            kept &= ~entry.delta.owned(index)[weight]
-        made = {each.name: each.delta for each in self.entries if each.name in entry.after}
-        before = [made[name].without(*withdrawn) for name, withdrawn in entry.after.items()]
-        below = [fresh[name].delta for name in entry.after if name in fresh]
+            kept &= ~own.owned(index)[weight]
+        made = {each.name: each for each in self.entries if each.name in after}
+        before = [made[name].delta.without(*withdrawn) for name, withdrawn in after.items()]
+        below = [fresh[name].delta for name in after if name in fresh]
         keys, residuals = change.keys[kept], change.residuals[kept].double()
         lost = _moved(before, weight, keys) - _moved(below, weight, keys)
         solved = change.resolved(kept, residuals + residuals.any(dim=-1, keepdim=True) * lost)
         delta = replace(
             left,
             changes={weight: replace(solved, owners=left.changes[weight].owners)},
-            fingerprints=entry.delta.fingerprints if below else {weight: self.base[weight]},
+            fingerprints=own.fingerprints if below else {weight: self.base[weight]},
         )
-        return Entry(name=entry.name, delta=delta, after={name: () for name in entry.after if name in fresh})
+        return HistoryEntry.of(entry.name, delta, step=entry.step, on_top=bool(below))
 
-    def _need_entries(self, left: list[Any]) -> None:
-        if not left:
-            raise EditError("no edit is in effect in this ledger; add one: Ledger().added('name', delta)")
+    def _stored(self, entry: HistoryEntry) -> HistoryEntry:
+        """The entry with its edit in a file of the folder, which without a line of the index counts for nothing."""
+        if isinstance(entry.source, Path) and entry.source.parent == self.folder:
+            return entry
+        check_length(self.folder / INDEX, self.length)
+        delta = entry.delta
+        digest = delta.digest
+        path = self.folder / f"{entry.step:06d}-{digest[:12]}.safetensors"
+        delta.save(path)
+        return replace(entry, source=path, digest=digest)
+
+    def _state_appended(self) -> Self:
+        """The history with a line that says all of it, each edit in a file of this folder."""
+        entries = tuple(map(self._stored, self.entries))
+        words = {"edits": [entry.words(entry.source.name) for entry in entries], "base": dict(self.base)}
+        return replace(self, entries=entries)._appended(_STATE, {**words, "step": self.step})
+
+    def _appended(self, kind: str, content: Mapping[str, Any]) -> Self:
+        """This history, once its last change is a line of the folder's index."""
+        index = self.folder / INDEX
+        return replace(self, length=append_line(index, self.length, {"kind": kind, **content}, layout=_LAYOUT))
 
 
-def load_edit(path: str | Path) -> Delta | Ledger:
-    """The delta or the ledger in a file. EditError if it holds neither."""
-    _tensors, text = files.read_tensors(path, error=EditError)
-    return Ledger.load(path) if text.get("format") == FORMAT else Delta.load(path)
+def load_edit(path: str | Path) -> Delta | History:
+    """Return the edit in a file, or the history in a folder. Raises `EditError` if it is neither."""
+    path = Path(path)
+    if path.name == INDEX or path.is_dir():
+        folder = path.parent if path.name == INDEX else path
+        if not (folder / INDEX).is_file():
+            raise EditError(f"{str(folder)!r} is no history: it has no {INDEX}; pass a saved edit, or another folder")
+        return History.open(folder)
+    return Delta.load(path)
 
 
 def _moved(deltas: Sequence[Delta], weight: str, keys: Tensor) -> Tensor | float:
     """What these deltas together add to a weight's outputs at the keys."""
     return sum(delta.changes[weight].moved(keys) for delta in deltas if weight in delta.changes)
+
+
+def _read(history: History, index: Path) -> History:
+    """The history that the lines of an index make of an empty one."""
+    apply: dict[str, Callable[[History, dict[str, Any]], History]] = {
+        _EDIT: lambda state, words: state._with(HistoryEntry.from_words(words, history.folder)),
+        _WITHDRAWAL: lambda state, words: state._withdrawn(words["name"], words["request"]),
+        _STATE: lambda state, words: replace(
+            state,
+            entries=tuple(HistoryEntry.from_words(each, history.folder) for each in words["edits"]),
+            base=words["base"],
+            step=words["step"],
+        ),
+    }
+    lines, length = whole_lines(index, layout=_LAYOUT)
+    for number, words in lines:
+        with damaged_line(index, number):
+            history = apply[words.pop("kind")](history, words)
+    return replace(history, length=length)

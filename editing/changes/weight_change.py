@@ -1,14 +1,23 @@
-"""The change of one weight as low-rank factors, and how changes get into a model's weights and out of them again."""
+"""The change of one weight as low-rank factors, and how changes get into a model's weights and out of them again.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+`AppliedDelta` is the way back: it holds copies. `held` puts something in for the length of a block, and an `EditSession`
+keeps one edit after the other in effect until it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ...models import VisionLanguageModel
+from ...data.facts import EditRequest
+from ...models import Prompt, VisionLanguageModel
+from ...models.guards import uninterrupted
 from ..errors import EditError
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
@@ -31,7 +40,18 @@ class Change(Protocol):
     """
 
     def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
-        """A block in which the model has the change."""
+        """Return a block in which the model has the change."""
+
+
+@runtime_checkable
+class WritesWeights(Protocol):
+    """A change of weights that a session can keep in the model beside others."""
+
+    fingerprints: Mapping[str, str]
+    """Hash of each weight that it touches, before the change."""
+
+    def write(self, vlm: VisionLanguageModel) -> None:
+        """Add the change to the model's weights; the caller holds the way back."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -170,19 +190,36 @@ class AppliedDelta:
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
         self.fingerprints: Mapping[str, str] = {}
+        """Hash of each touched weight with the change in it."""
         self._saved: dict[str, Tensor] = {}
 
     def keep(self, names: Iterable[str]) -> None:
-        """Also copies these weights, unless they are kept already; restore puts them back as they are now."""
+        """Also copy these weights, unless they are copied already; `restore` puts them back as they are now."""
         for name in names:
             if name not in self._saved:
                 self._saved[name] = self.vlm.weight(name).detach().clone()
 
-    def undo(self) -> None:
-        """Puts the touched weights back, bit-equal to before. EditError if already undone, or if one was changed since.
+    @torch.no_grad()
+    def put_in(self, names: Iterable[str], write: Callable[[], None]) -> None:
+        """Copy these weights, call `write`, which changes them, and note what became of them.
 
-        A later change of the same weight has to be undone first; silently dropping it, or keeping half of it, would
-        be worse.
+        If `write` fails, or is interrupted, every touched weight is as it was before the handle touched it.
+        """
+        names = tuple(names)
+        with self.vlm.lock:
+            try:
+                self.keep(names)
+                write()
+                self.fingerprints = {**self.fingerprints, **self.vlm.fingerprint(names)}
+            except BaseException:
+                uninterrupted(self.restore)
+                raise
+
+    def undo(self) -> None:
+        """Put the touched weights back, bit-equal to before.
+
+        A later change of the same weight has to be undone first; to drop it silently, or to keep half of it, would be
+        worse. Raises `EditError` if the change is already undone, or if a weight was changed since.
         """
         if not self._saved:
             raise EditError(f"this edit of '{self.vlm.name}' is already undone; apply it again for a new handle")
@@ -194,37 +231,59 @@ class AppliedDelta:
                     f"cannot undo this edit of '{self.vlm.name}': {', '.join(changed)} was changed after it; "
                     "undo the later change first (last in, first out)"
                 )
-            self.restore()
+            uninterrupted(self.restore)
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Puts the touched weights back whatever was written to them since; does nothing once undone."""
+        """Put the touched weights back, whatever was written to them since; do nothing once they are back."""
         with self.vlm.lock:
-            for name, value in self._saved.items():
-                self.vlm.weight(name).copy_(value)
+            overwrite(self.vlm, self._saved)
             self._saved = {}
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Names of the weights that are copied."""
+        return tuple(self._saved)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightState:
+    """Some weights of a model in one state, which can be put into it again for the length of a block."""
+
+    weights: Mapping[str, Tensor]
+    """Copies by parameter name, in the dtype and on the device of the weights."""
+
+    def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
+        """Yield the model with these weights; on any exit every one of them is bit-equal to before."""
+        return held(vlm, lambda handle: handle.put_in(self.weights, lambda: overwrite(vlm, self.weights)))
+
+
+@contextmanager
+def held(vlm: VisionLanguageModel, put_in: Callable[[AppliedDelta], None]) -> Iterator[VisionLanguageModel]:
+    """Yield the model with what `put_in` puts into it; on any exit every touched weight is bit-equal to before.
+
+    Other threads wait for the block to end. An interrupt does not leave the model half restored.
+    """
+    with vlm.lock:
+        handle = AppliedDelta(vlm)
+        try:
+            put_in(handle)
+            yield vlm
+        finally:
+            uninterrupted(handle.restore)
 
 
 @torch.no_grad()
-def put_in(vlm: VisionLanguageModel, steps: Sequence[Mapping[str, WeightChange]]) -> AppliedDelta:
-    """A handle on changes by parameter name, just written to the model in this order.
+def overwrite(vlm: VisionLanguageModel, values: Mapping[str, Tensor]) -> None:
+    """Write these values into the weights of these names."""
+    for name, value in values.items():
+        vlm.weight(name).copy_(value)
 
-    The way back is one copy of each touched weight, however many steps there are. The changes must
-    fit. EditError if a weight leaves the finite numbers of its dtype; the weights are then as they were.
-    """
-    names = {name: None for changes in steps for name in changes}
-    handle = AppliedDelta(vlm)
-    with vlm.lock:
-        try:
-            handle.keep(names)
-            for changes in steps:
-                for name, change in changes.items():
-                    write(vlm, name, change)
-            handle.fingerprints = vlm.fingerprint(names)
-        except BaseException:
-            handle.restore()
-            raise
-    return handle
+
+def write_all(vlm: VisionLanguageModel, steps: Iterable[Mapping[str, WeightChange]]) -> None:
+    """Add changes by parameter name to the model's weights, in this order. Raises `EditError` as `write`."""
+    for changes in steps:
+        for name, change in changes.items():
+            write(vlm, name, change)
 
 
 @torch.no_grad()
@@ -248,3 +307,135 @@ def check_fingerprints(vlm: VisionLanguageModel, wanted: Mapping[str, str], mode
                 f"({vlm.dtype}) it has {found[name][:12]}: another model or precision, or an edit is applied; "
                 "go back to the weights that were edited, or pass on_other_weights=True to add the change to these"
             )
+
+
+class EditSession:
+    """Edits of one model, made one on top of the other, which stay in effect until the session ends.
+
+    `editor.start(vlm)` gives one, and `with` begins and ends it: inside the block the model has every edit that the
+    session has made, other threads wait for it, and on any exit each touched weight is bit-equal to before. One copy is
+    held of each touched weight, however many edits there are.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> first, second = (vlm.prompt(None, text) for text in ("Who won?", "Who lost?"))
+        >>> with mt.MultEdit(layer=5).start(vlm) as session:
+        ...     _ = session.edit([mt.EditRequest(question=first, target="Pruro")])
+        ...     _ = session.edit([mt.EditRequest(question=second, target="Draivo")])
+        ...     vlm.answers([first, second])
+        ['Pruro', 'Draivo']
+    """
+
+    prompt_transform: Callable[[Prompt], Prompt] | None = None
+    """How the edited model has to be asked; None for edits that are in its weights."""
+
+    def __init__(
+        self, vlm: VisionLanguageModel, make: Callable[[tuple[EditRequest, ...], bool], WritesWeights]
+    ) -> None:
+        """Prepare a session. `make` turns requests into a change, and is told whether to show progress bars."""
+        self.vlm, self._make = vlm, make
+        self._handle: AppliedDelta | None = None
+        self._prints: dict[str, tuple[str, Tensor, int | None]] = {}
+        """Of each weight that this session wrote, the hash, the weight, and torch's count of changes of it."""
+
+    def __enter__(self) -> Self:
+        if self._handle is not None:
+            raise EditError(f"this session of '{self.vlm.name}' is open already; start another one after its end")
+        self.vlm.lock.__enter__()
+        self._handle = AppliedDelta(self.vlm)
+        try:
+            self._begin(self._handle)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Names of the weights that the session has changed."""
+        return self._open_handle().touched
+
+    def propose(self, requests: Sequence[EditRequest], *, progress: bool = False) -> Change:
+        """Return the change that would make these edits in the model as it is now, and leave the model unchanged.
+
+        Args:
+            requests: The facts to write.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: There are no requests, or no edit can be made.
+        """
+        requests = tuple(requests)
+        if not requests:
+            raise EditError("no requests to edit; pass at least one EditRequest")
+        return self._make(requests, progress)
+
+    def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Change:
+        """Return the change that makes these edits; it is in effect until the session ends.
+
+        Args:
+            requests: The facts to write.
+            name: Name of the edit in the session's history; by default its number.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: As `propose`; the session is not inside a `with`; or a weight overflows. The model is then as it
+                was before this edit.
+        """
+        handle = self._open_handle()
+        change = self.propose(requests, progress=progress)
+        self._put_in(handle, change)
+        return change
+
+    def state(self) -> WeightState:
+        """Return copies of the weights that the session has changed, as they are now."""
+        return WeightState(weights={name: self.vlm.weight(name).detach().clone() for name in self.touched})
+
+    def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hash of each weight; one that only this session has written is not read again."""
+        return {name: self._known(name) or self.vlm.fingerprint([name])[name] for name in names}
+
+    def _known(self, name: str) -> str | None:
+        digest, weight, version = self._prints.get(name, (None, None, None))
+        return digest if weight is self.vlm.weight(name) and version == _version(weight) is not None else None
+
+    def _begin(self, handle: AppliedDelta) -> None:
+        """What is put into the model when the session begins."""
+
+    def _put_in(self, handle: AppliedDelta, change: WritesWeights) -> AppliedDelta:
+        """Write the change, and return the way back to the state before it."""
+        names = tuple(change.fingerprints)
+        handle.keep(names)
+        own = AppliedDelta(self.vlm)
+        own.put_in(names, lambda: change.write(self.vlm))
+        for name, digest in own.fingerprints.items():
+            weight = self.vlm.weight(name)
+            self._prints[name] = (digest, weight, _version(weight))
+        return own
+
+    def _open_handle(self) -> AppliedDelta:
+        if self._handle is None:
+            raise EditError(
+                "this session has not begun, or has ended; use it in a block: with editor.start(vlm) as session: ..."
+            )
+        return self._handle
+
+    def _end(self) -> None:
+        try:
+            uninterrupted(self._open_handle().restore)
+        finally:
+            self._handle = None
+            self._prints = {}
+            self.vlm.lock.__exit__(None, None, None)
+
+
+def _version(weight: Tensor) -> int | None:
+    """Torch's count of changes in place; None where it does not count them."""
+    return None if weight.is_inference() else weight._version

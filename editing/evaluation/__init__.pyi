@@ -1,4 +1,4 @@
-from .asking import Baseline as Baseline, EditFunction as EditFunction, baseline as baseline
+from .asking import Baseline as Baseline, baseline as baseline
 from .metrics import (
     EXACT as EXACT,
     FLUENCY as FLUENCY,
@@ -32,7 +32,6 @@ from .modes import (
     BATCH as BATCH,
     SINGLE as SINGLE,
     RecordResult as RecordResult,
-    edit_function as edit_function,
     evaluate as evaluate,
     evaluate_each as evaluate_each,
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -28,8 +27,6 @@ from .reports import EDITED_STATUS, NOT_GENERATED, ProbeRow
 
 PromptTransform = Callable[[Prompt], Prompt]
 """What turns a question's prompt into the one that the edited model is given."""
-EditFunction = Callable[[VisionLanguageModel, Sequence[EditRequest], Sequence[Any]], Change]
-"""(model, requests, earlier changes that are in the model) -> the change. Raises `EditError` if it cannot be made."""
 _BATCHES = 4
 """Number of batches whose prompts exist at a time; a change is put in and taken out once for each such block."""
 
@@ -161,12 +158,10 @@ def measured_now(
     return tuple(rows[check] for check in checks)
 
 
-def attempt(
-    vlm: VisionLanguageModel, edit: EditFunction, request: EditRequest, earlier: Sequence[Change]
-) -> tuple[Change | None, str]:
+def attempt(make: Callable[[Sequence[EditRequest]], Change], request: EditRequest) -> tuple[Change | None, str]:
     """Return the change of one request and its status; the change is None if it could not be made."""
     try:
-        change = edit(vlm, [request], tuple(earlier))
+        change = make([request])
     except (EditError, ModelError) as error:
         return None, f"failed: {error}"
     return change, statuses_of(change, 1)[0]

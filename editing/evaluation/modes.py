@@ -2,19 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from ...data.facts import EditRecord, EditRequest, Question
+from ...data.facts import EditRecord, Question
 from ...models import VisionLanguageModel
-from ..changes import Change
+from ..changes import Change, EditSession
 from ..errors import EditError
 from ..moments import Moments
-from ..solve import ClosedFormEditor
+from ..solve import Editor
 from .asking import (
     Baseline,
-    EditFunction,
     PromptTransform,
     attempt,
     baseline as measure_baseline,
@@ -28,14 +27,6 @@ from .reports import FAILED, EditReport, ProbeRow
 from .sequences import AT, NormBound, sequence_report, sequence_states
 
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
-
-
-@runtime_checkable
-class Editor(Protocol):
-    """Anything that makes a change out of requests, such as `MultEdit` or `FineTune`."""
-
-    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool) -> Change:
-        """Return the change; the model is left unchanged. Raises `EditError` if it cannot be made."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +44,7 @@ class RecordResult:
 def evaluate(
     vlm: VisionLanguageModel,
     records: Sequence[EditRecord],
-    editor: Editor | EditFunction | Change,
+    editor: Editor | Change,
     *,
     mode: Literal["single", "batch", "sequence"] = "single",
     moments: Moments | None = None,
@@ -79,10 +70,9 @@ def evaluate(
     Args:
         vlm: The unedited model.
         records: The edits to make, each with the questions about it.
-        editor: The editor that makes the edits; or a function (model, requests, earlier changes) -> change; or, in mode
-            "batch", a change that was made before.
+        editor: The editor that makes the edits, in one session; or, in mode "batch", a change that was made before.
         mode: "single" makes, measures and undoes one edit at a time. "batch" puts all edits into the model at once.
-            "sequence" makes each edit on top of the earlier ones, which closed-form editors are told about.
+            "sequence" makes each edit on top of the earlier ones, whose keys closed-form editors know.
         moments: Second moments of keys, for editors that need them.
         baseline: The responses of the unedited model, from `baseline` with the same questions and settings; measured
             here by default. Pass one where several editors are evaluated on the same records.
@@ -124,18 +114,17 @@ def evaluate(
     names = names_of(records)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if mode == BATCH:
-        change = editor if is_change else edit_function(vlm, editor, moments)(vlm, records, ())
+        change = editor if is_change else editor.start(vlm, moments=moments).propose(records)
         transform = prompt_transform or transform_of(change)
         options |= {"settings": settings, "reference": baseline, "transform": transform}
         return _evaluate_batch(vlm, dict(zip(names, records, strict=True)), change, general, **options)
-    edit = edit_function(vlm, editor, moments)
     if mode == SEQUENCE:
         reference = baseline or measure_baseline(vlm, records, settings=settings, **options)
-        bound = norm_bound or NormBound()
-        found = [*sequence_states(vlm, records, edit, reference, at=at, norm_bound=bound, **options)]
+        bound, session = norm_bound or NormBound(), editor.start(vlm, moments=moments)
+        found = [*sequence_states(vlm, records, session, reference, at=at, norm_bound=bound, **options)]
         return sequence_report(vlm, found, reference, number=len(records), bound=bound.growth)
     given = {"baseline": baseline, "general": general, "settings": settings}
-    results = [*evaluate_each(vlm, records, edit, **given, **options)]
+    results = [*evaluate_each(vlm, records, editor, moments=moments, **given, **options)]
     return EditReport.of(
         vlm,
         SINGLE,
@@ -149,7 +138,7 @@ def evaluate(
 def evaluate_each(
     vlm: VisionLanguageModel,
     records: Iterable[EditRecord],
-    editor: Editor | EditFunction,
+    editor: Editor,
     *,
     moments: Moments | None = None,
     baseline: Baseline | None = None,
@@ -177,7 +166,7 @@ def evaluate_each(
     Raises:
         EditError: A baseline that lacks a question or was measured with other settings, or two records with one id.
     """
-    settings, edit = _settings(settings, baseline), edit_function(vlm, editor, moments)
+    settings, session = _settings(settings, baseline), editor.start(vlm, moments=moments)
     options = {"settings": settings, "reference": baseline, "batch_size": batch_size}
     ids: set[str] = set()
     for index, record in enumerate(tqdm(records, desc="edits, one at a time", unit="edit", disable=not progress)):
@@ -185,38 +174,24 @@ def evaluate_each(
         if name in ids:
             raise EditError(f"two records have the id {name!r}; give each one its own, or none an id")
         ids.add(name)
-        yield _evaluate_record(vlm, name, record, edit, general, **options)
+        yield _evaluate_record(vlm, name, record, session, general, **options)
 
 
 def _evaluate_record(
     vlm: VisionLanguageModel,
     name: str,
     record: EditRecord,
-    edit: EditFunction,
+    session: EditSession,
     general: Sequence[Question],
     **options: Any,
 ) -> RecordResult:
-    change, status = attempt(vlm, edit, record, ())
+    change, status = attempt(session.propose, record)
     edited = () if change is None else (name,)
     checks = [*checks_of(name, record), *general_checks(general, record=name)]
     left_out = tuple(missing for check in checks if (missing := lacking(check, edited)))
     asked = [check for check in checks if not lacking(check, edited)]
     rows = measured(vlm, asked, change, transform=transform_of(change), **options)
     return RecordResult(record=name, status=seen_statuses({name: status}, rows)[name], rows=rows, left_out=left_out)
-
-
-def edit_function(
-    vlm: VisionLanguageModel, editor: Editor | EditFunction, moments: Moments | None = None
-) -> EditFunction:
-    """Return the editor as a function; a cost that no edit changes is factorised once for all edits."""
-    if isinstance(editor, ClosedFormEditor):
-        options: dict[str, Any] = {"moments": moments, "progress": False}
-        if moments is not None and editor.has_fixed_cost:
-            options["costs"] = editor.costs(vlm, moments)
-        return lambda model, requests, earlier: editor.edit(model, requests, earlier=tuple(earlier), **options)
-    if isinstance(editor, Editor):
-        return lambda model, requests, _earlier: editor.edit(model, requests, progress=False)
-    return editor
 
 
 def _evaluate_batch(

@@ -2,18 +2,16 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ...data.facts import EFFICACY, EditRecord
 from ...models import VisionLanguageModel
-from ..changes import Change, Delta
+from ..changes import Change, EditSession
 from ..errors import EditError
-from .asking import Baseline, EditFunction, attempt, measured, measured_now, seen_statuses, transform_of
+from .asking import Baseline, attempt, measured, measured_now, seen_statuses
 from .metrics import EXACT, Interval, bootstrap_interval
 from .questions import Check, LeftOut, asked_together, checks_of, names_of
 from .reports import MEANS, EditCurve, EditReport, ProbeRow, SequencePoint
@@ -61,7 +59,6 @@ class _Progress:
 
     records: dict[str, EditRecord] = field(default_factory=dict)
     statuses: dict[str, str] = field(default_factory=dict)
-    changes: list[Change] = field(default_factory=list)
     edited: set[str] = field(default_factory=set)
     """Records whose edits are in the model."""
     worked: dict[str, bool] = field(default_factory=dict)
@@ -78,7 +75,7 @@ class _Progress:
 def sequence_states(
     vlm: VisionLanguageModel,
     records: Sequence[EditRecord],
-    edit: EditFunction,
+    session: EditSession,
     reference: Baseline,
     *,
     at: Sequence[int],
@@ -88,16 +85,16 @@ def sequence_states(
 ) -> Iterator[SequenceState]:
     """Yield the state of a sequence after as many edits as `at` says, and after the last edit.
 
-    All questions of all edits so far are asked by free generation; the other measurements are made at the last
+    session: the session that makes the edits, which begins and ends here. All questions of all edits so far are asked by free generation; the other measurements are made at the last
     checkpoint. The model ends bit-equal to how it began.
     """
     settings, names = reference.settings, names_of(records)
     run, options = _Progress(), {"settings": settings, "batch_size": batch_size}
-    with _standing(vlm) as standing:
+    with session:
         norms = _norms(vlm, _matrices(vlm))
         bar = tqdm(records, desc="edits in sequence", unit="edit", disable=not progress)
         for count, (name, record) in enumerate(zip(names, bar, strict=True), start=1):
-            _make(standing, run, name, record, edit, norms)
+            _make(session, run, name, record, norms)
             own = next(checks_of(name, record))
             (row,) = measured_now(vlm, [own], reference, **options)
             run.worked[name] = row.numbers[EXACT][1] == 1
@@ -108,7 +105,7 @@ def sequence_states(
                 checks, left_out = run.checks()
                 rows = measured_now(vlm, checks, reference, **options)
                 yield _checkpoint(run, count, rows, left_out, settings.seed, is_last=False)
-        edited = standing.state()
+        edited = session.state()
     checks, left_out = run.checks()
     rows = measured(vlm, checks, edited, reference=reference, progress=progress, **options)
     yield _checkpoint(run, count, rows, left_out, settings.seed, is_last=True)
@@ -137,21 +134,20 @@ def sequence_report(
 
 
 def _make(
-    standing: "_Standing",
+    session: EditSession,
     run: _Progress,
     name: str,
     record: EditRecord,
-    edit: EditFunction,
     norms: dict[str, float],
 ) -> None:
     """Make one edit on top of the others."""
     run.records[name] = record
-    change, run.statuses[name] = attempt(standing.vlm, edit, record, run.changes)
+    change, run.statuses[name] = attempt(session.edit, record)
+    if session.prompt_transform is not None:
+        raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
     if change is not None:
-        standing.put_in(change)
-        run.changes.append(change)
         run.edited.add(name)
-        run.growth = max(run.growth, _growth(standing.vlm, change, norms))
+        run.growth = max(run.growth, _growth(session.vlm, change, norms))
 
 
 def _checkpoint(
@@ -165,71 +161,6 @@ def _checkpoint(
         exceeded_at=run.exceeded_at,
         is_last=is_last,
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _State:
-    """Weights of a model in some state, which can be put back into it."""
-
-    weights: dict[str, Tensor]
-
-    @contextmanager
-    def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
-        """The model with these weights; on exit every one of them is bit-equal to before."""
-        with vlm.lock:
-            saved = {name: vlm.weight(name).detach().clone() for name in self.weights}
-            try:
-                for name, weight in self.weights.items():
-                    _restore(vlm.weight(name), weight)
-                yield vlm
-            finally:
-                for name, weight in saved.items():
-                    _restore(vlm.weight(name), weight)
-
-
-@contextmanager
-def _standing(vlm: VisionLanguageModel) -> Iterator["_Standing"]:
-    """A block in which changes are put in one on top of the other; on exit every weight is bit-equal to before.
-
-    One copy is held of each weight that deltas change, however many deltas there are.
-    """
-    with vlm.lock, ExitStack() as stack:
-        yield _Standing(vlm=vlm, stack=stack)
-
-
-@dataclass(kw_only=True)
-class _Standing:
-    """Changes in a model, one on top of the other."""
-
-    vlm: VisionLanguageModel
-    stack: ExitStack
-    saved: set[str] = field(default_factory=set)
-    """Weights of which the unedited copy is held."""
-    touched: set[str] = field(default_factory=set)
-    """Weights that may differ from those of the unedited model."""
-
-    def put_in(self, change: Change) -> None:
-        """Put in one more change. Raises `EditError` for a change that works in the prompt."""
-        vlm = self.vlm
-        if transform_of(change) is not None:
-            raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
-        self.touched |= set(getattr(change, "fingerprints", None) or _matrices(vlm))
-        if not isinstance(change, Delta):
-            self.stack.enter_context(change.applied(vlm))
-            return
-        for name in change.changes.keys() - self.saved:
-            self.stack.callback(_restore, vlm.weight(name), vlm.weight(name).detach().clone())
-            self.saved.add(name)
-        change.apply(vlm)  # the copies in its handle go at once, ours are enough
-
-    def state(self) -> _State:
-        """Return the weights as they are now."""
-        return _State(weights={name: self.vlm.weight(name).detach().clone() for name in self.touched})
-
-
-@torch.no_grad()
-def _restore(weight: Tensor, saved: Tensor) -> None:
-    weight.copy_(saved)
 
 
 def _matrices(vlm: VisionLanguageModel) -> list[str]:

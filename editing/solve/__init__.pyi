@@ -1,4 +1,3 @@
-from .closed_form import ClosedFormEditor as ClosedFormEditor
 from .cost import Cost as Cost, build_cost as build_cost, null_space as null_space
 from .editors import (
     EDITORS as EDITORS,
@@ -6,6 +5,10 @@ from .editors import (
     MEMIT as MEMIT,
     ROME as ROME,
     AlphaEdit as AlphaEdit,
+    ClosedFormEditor as ClosedFormEditor,
+    Editor as Editor,
+    EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
 from .problem import Problem as Problem, Solution as Solution, reduced as reduced, solve as solve
+from .session import ClosedFormSession as ClosedFormSession

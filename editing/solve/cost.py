@@ -3,7 +3,7 @@
 M = lambda I + mu C is factorised once; D Q^T = 0 for the protected directions, the rows of Q. See `problem.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -15,6 +15,7 @@ from ..errors import EditError
 _TINY = torch.finfo(torch.float64).tiny
 _EPSILON = torch.finfo(torch.float64).eps
 _REFINED = 1e-12  # the residual, relative to the key, at which a refined solution is as good as a float64 one
+_SPANNED = 1e-12  # share of the largest eigenvalue of a Gram matrix above which a direction belongs to its keys
 _ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so this many rounds always suffice
 
 
@@ -55,6 +56,42 @@ class Cost:
             )
         whole = self._inverse(keys.double())
         return whole, whole if self.protected is None else self._projected(whole)
+
+    def holding(self, gram: Tensor, weight: float) -> "Cost":
+        """Return the cost of a change that also moves what the weight puts out at other keys as little as `weight` says.
+
+        A key k whose output is to stay, a row with residual zero and weight w in the least-squares problem, adds
+        w D k k^T D^T to what is minimised. All of them together are their Gram matrix in M, whatever their number:
+        M = lambda I + mu C + w K^T K gives the same change as the rows do. An infinite weight, or any weight in a free
+        cost, protects the directions that the keys span.
+
+        Args:
+            gram: K^T K (width, width), float64, of the keys K (key, width).
+            weight: w, above 0; inf for exact.
+
+        Raises:
+            EditError: The keys and the protected directions leave no direction to edit in.
+        """
+        if self.is_free or weight == float("inf"):
+            return replace(self, protected=self._protected_with(gram))
+        moment = gram * weight
+        if self.moment is not None:
+            moment = moment + self.moment.to(moment) * self.moment_weight
+        return replace(self, moment=moment, moment_weight=1.0)
+
+    def _protected_with(self, gram: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(gram)
+        spanned = vectors[:, values > _SPANNED * values[-1]].T
+        if self.protected is not None:
+            own = self.protected.to(spanned)
+            _, sizes, rest = torch.linalg.svd(_without(_without(spanned, own), own), full_matrices=False)
+            spanned = torch.cat([own, rest[sizes > _SPANNED**0.5]])
+        if len(spanned) >= self.width:
+            raise EditError(
+                f"the keys of earlier edits leave none of {self.width} directions to edit in; pass a finite "
+                "earlier_weight with a ridge, or edit another layer"
+            )
+        return spanned
 
     def _inverse(self, keys: Tensor) -> Tensor:
         if self.moment is None:

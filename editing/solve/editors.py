@@ -1,9 +1,103 @@
 """The editors: frozen settings of one closed-form solve, with the constants of their papers as presets."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Protocol, Self, runtime_checkable
 
-from .closed_form import ClosedFormEditor
+from ...data.facts import EditRequest
+from ...models import VisionLanguageModel
+from ..changes import Change, Delta, EditSession, History
+from ..errors import EditError
+from ..moments import Moments
+from .session import ClosedFormSession
+from .settings import ClosedFormSettings
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """Anything that makes changes out of requests, such as `MultEdit` or `FineTune`: frozen settings."""
+
+    def start(
+        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+    ) -> EditSession:
+        """Return a session of edits of this model. Raises `EditError` if the editor does not fit the model.
+
+        moments: second moments of keys, for editors that weigh old keys by them. history: the edits that the session
+        begins with, to which it adds its own; None for an empty one in memory.
+        """
+
+    def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> Change:
+        """Return one change that makes these edits; the model is left unchanged."""
+
+
+class ClosedFormEditor(ClosedFormSettings):
+    """An editor that writes facts in closed form: settings that can start a session, or make one edit."""
+
+    def start(
+        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+    ) -> ClosedFormSession:
+        """Return a session, in which each edit is made on top of the earlier ones and stays in effect.
+
+        Args:
+            vlm: The model to edit.
+            moments: Second moments of keys, for editors that weigh old keys by them.
+            history: The edits that the session begins with, to which it adds its own; None for an empty one in memory.
+                `History.open(folder)` keeps them on disk.
+
+        Raises:
+            EditError: Moments are missing.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> question = mt.Question(text="Who won?")
+            >>> with mt.MultEdit(layer=5).start(vlm) as session:
+            ...     for target in ("Pruro", "Draivo"):  # a fact that is edited again gets its new target
+            ...         _ = session.edit([mt.EditRequest(question=question, target=target)])
+            ...     vlm.answers([vlm.prompt_for(question)])
+            ['Draivo']
+        """
+        self.check_moments(moments)
+        return ClosedFormSession(vlm, lambda _requests: self, moments=moments, history=history)
+
+    def edit(
+        self,
+        vlm: VisionLanguageModel,
+        requests: Sequence[EditRequest],
+        *,
+        moments: Moments | None = None,
+        progress: bool = True,
+    ) -> Delta:
+        """Return the change after which the model answers each request's questions with its target.
+
+        The model is left unchanged; `Delta.applied` puts the change into it. `Delta.requests` says what became of each
+        request: "edited", "nothing to do" if the model gives the target already, or "failed: ..." if its value search
+        left the finite numbers, while the others go on. A target that the model does not say even with its value, and
+        keys that cannot be told apart, are logged as warnings.
+
+        Args:
+            vlm: The model to edit.
+            requests: The facts to write, all in one solve.
+            moments: Second moments of keys, for editors that weigh old keys by them.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: There are no requests, a layer or token does not exist, contexts disagree, requests contradict
+                each other, moments are missing, or every request fails.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> prompt = vlm.prompt(None, "Who won?")
+            >>> request = mt.EditRequest(question=prompt, target="Pruro")
+            >>> delta = mt.MultEdit(layer=5).edit(vlm, [request], progress=False)
+            >>> with delta.applied(vlm):
+            ...     vlm.answers([prompt])
+            ['Pruro']
+        """
+        return self.start(vlm, moments=moments).propose(requests, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +187,7 @@ class EMMET(ClosedFormEditor):
 class AlphaEdit(ClosedFormEditor):
     """AlphaEdit (arXiv 2410.02355): changes only where old keys hardly reach, and keeps the keys of earlier edits.
 
-    Its running cache of keys is `earlier`: pass the edits that are in the model, in a sequence.
+    Its running cache of keys is that of a session (`start`).
     """
 
     spread: int = 3
@@ -120,3 +214,37 @@ EDITORS: dict[str, type[ClosedFormEditor]] = {
     "alphaedit": AlphaEdit,
 }
 """Closed-form editors by the names that commands take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorByRequest:
+    """Editors chosen request by request, such as one at the place of each request's own trace.
+
+    One session of it holds the edits of all of them.
+    """
+
+    choose: Callable[[Sequence[EditRequest]], Any]
+    """The editor of requests that are edited together."""
+    closed_form: bool = True
+    """Whether these are closed-form editors, whose session knows the keys of earlier edits and keeps a history."""
+
+    def start(
+        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+    ) -> EditSession:
+        """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history."""
+        if self.closed_form:
+            return ClosedFormSession(vlm, self.choose, moments=moments, history=history)
+        if history is not None:
+            raise EditError("a history holds the edits of closed-form editors alone; leave history out")
+        return EditSession(vlm, lambda requests, progress: self.choose(requests).edit(vlm, requests, progress=progress))
+
+    def edit(
+        self,
+        vlm: VisionLanguageModel,
+        requests: Sequence[EditRequest],
+        *,
+        moments: Moments | None = None,
+        progress: bool = True,
+    ) -> Change:
+        """Return the change that makes these edits, as `ClosedFormEditor.edit`."""
+        return self.start(vlm, moments=moments).propose(requests, progress=progress)

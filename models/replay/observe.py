@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ModelError, ReplayError
+from ..guards import uninterrupted
 from ..vlm import VisionLanguageModel
 from .witness import Witness
 
@@ -41,15 +42,20 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
         raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
     name = f"multrace_{id(attend)}"
     with vlm.running():
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)  # transformers makes no masks without an entry of this name
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
+        before = config._attn_implementation
+
+        def put_back() -> None:
             config._attn_implementation = before
             for interface in (AttentionInterface, AttentionMaskInterface):
                 interface._global_mapping.pop(name, None)
+
+        try:
+            AttentionInterface.register(name, attend)
+            AttentionMaskInterface.register(name, sdpa_mask)  # transformers makes no masks without such an entry
+            config._attn_implementation = name
+            yield
+        finally:
+            uninterrupted(put_back)
 
 
 @contextmanager
@@ -168,8 +174,7 @@ def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list
         try:
             yield recorder.attentions
         finally:
-            for handle in handles:
-                handle.remove()
+            uninterrupted(lambda: [handle.remove() for handle in handles])
 
 
 class _Recorder:

@@ -34,22 +34,21 @@ from ...data.facts import (
     SAME_QUESTION_OTHER_PICTURE,
     UNRELATED,
 )
+from ...editing import Editor, EditorByRequest
 from ...editing.baselines import FineTune, InContext, Lora
 from ...editing.evaluation import (
     BATCH,
     EXACT,
-    SEQUENCE,
     SINGLE,
     UNCHANGED,
     Baseline,
     EditCurve,
-    EditFunction,
     EditReport,
     EvaluationSettings,
     baseline,
-    edit_function,
     evaluate,
 )
+from ...editing.evaluation.modes import SEQUENCE
 from ...editing.moments import Moments, second_moments
 from ...editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ...models import VisionLanguageModel
@@ -158,8 +157,8 @@ class EditorRow:
     name: str
     text: str
     """Description for the table."""
-    edit: Callable[[VisionLanguageModel, Bench, Sequence[EditRequest], Sequence[Any]], Any]
-    """(model, bench, requests, earlier changes) -> change."""
+    editor: Callable[[Bench], Editor]
+    """Function that makes the editor for a bench."""
     shown: Callable[[Bench, EditRecord], EditRecord] = lambda _bench, record: record
     """Function that changes a request before the editor gets it."""
     batches: bool = True
@@ -172,23 +171,25 @@ def editor_rows() -> tuple[EditorRow, ...]:
         EditorRow(
             name="multedit-trace",
             text="MultEdit, layer and token of each request by its trace (default settings)",
-            edit=_traced,
+            editor=_traced,
             sequences=True,
         ),
         EditorRow(
             name="multedit-moments",
             text="the same, old keys weighed by their second moments (`moment_weight=10`, `ridge_fraction=0.002`, "
             "`stop_loss=0.02`)",
-            edit=_with_moments,
+            editor=_with_moments,
             sequences=True,
         ),
         EditorRow(
             name="multedit-named",
             text="the same, told the question by name too (`rewrite_prompts`)",
-            edit=_traced,
+            editor=_traced,
             shown=_named,
         ),
-        EditorRow(name="multedit-bare", text="the same without other pictures (`contexts`)", edit=_traced, shown=_bare),
+        EditorRow(
+            name="multedit-bare", text="the same without other pictures (`contexts`)", editor=_traced, shown=_bare
+        ),
         _row("multedit-5", "MultEdit at layer 5, last token", MultEdit(layer=5), sequences=True),
         _row("multedit-attention", "the same on the attention output", MultEdit(layer=5, projection="attention")),
         _row("multedit-early", "control: layer 0, last token, no kept keys", MultEdit(layer=0), batches=False),
@@ -203,36 +204,27 @@ def editor_rows() -> tuple[EditorRow, ...]:
         _row("memit", "MEMIT, layers 4 to 6", MEMIT(layer=6), sequences=True),
         _row("emmet", "EMMET at layer 5", EMMET(layer=5), sequences=True),
         _row("alphaedit", "AlphaEdit, layers 4 to 6", AlphaEdit(layer=6), sequences=True),
-        _baseline("ft", "fine-tuning of layer 5's down projection", FineTune(layer=5, learning_rate=5e-3)),
-        _baseline(
+        _row("ft", "fine-tuning of layer 5's down projection", FineTune(layer=5, learning_rate=5e-3)),
+        _row(
             "ft-l",
             "the same, no weight moved by more than 0.02",
             FineTune(layer=5, learning_rate=5e-3, entry_bound=2e-2),
         ),
-        _baseline("lora", "LoRA of rank 8 through PEFT, all layers", Lora()),
-        _baseline("in-context", "the fact told before the question", InContext()),
+        _row("lora", "LoRA of rank 8 through PEFT, all layers", Lora()),
+        _row("in-context", "the fact told before the question", InContext()),
     )
 
 
 def measure_editor(vlm: VisionLanguageModel, bench: Bench, row: EditorRow, *, together: bool) -> Mapping[str, Any]:
     """The scores of one editor, each edit alone or all in one batch: {column: [unedited, low, edited, high]}."""
-    records = _records(bench, row)
-
-    def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        return row.edit(model, bench, requests, earlier)
-
-    mode = BATCH if together else SINGLE
-    return _found(row, evaluate(vlm, records, edit, mode=mode, baseline=bench.baseline, batch_size=64))
+    options = {"mode": BATCH if together else SINGLE, "moments": bench.moments, "baseline": bench.baseline}
+    return _found(row, evaluate(vlm, _records(bench, row), row.editor(bench), batch_size=64, **options))
 
 
 def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> Mapping[str, Any]:
     """The curve of one editor over a sequence, and its scores after the last edit."""
-
-    def edit(model: VisionLanguageModel, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        return row.edit(model, bench, requests, earlier)
-
-    options = {"mode": SEQUENCE, "baseline": bench.baseline, "batch_size": 64, "at": AT}
-    report = evaluate(vlm, _records(bench, row), edit, **options)
+    options = {"mode": SEQUENCE, "moments": bench.moments, "baseline": bench.baseline, "batch_size": 64, "at": AT}
+    report = evaluate(vlm, _records(bench, row), row.editor(bench), **options)
     return {
         **_found(row, report),
         "curve": json_ready(cast(EditCurve, report.curve).to_dataframe().to_dict(orient="records")),
@@ -265,35 +257,19 @@ def _records(bench: Bench, row: EditorRow) -> list[EditRecord]:
     return [row.shown(bench, record) for record in bench.records]
 
 
-def _row(name: str, text: str, editor: Any, **options: Any) -> EditorRow:
-    functions: list[EditFunction] = []  # made by the first edit, since its costs depend on no keys
-
-    def edit(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
-        if not functions:
-            functions.append(edit_function(vlm, editor, bench.moments if editor.needs_moments else None))
-        return functions[0](vlm, requests, earlier)
-
-    return EditorRow(name=name, text=text, edit=edit, **options)
+def _row(name: str, text: str, editor: Editor, **options: Any) -> EditorRow:
+    return EditorRow(name=name, text=text, editor=lambda _bench: editor, **options)
 
 
-def _baseline(name: str, text: str, editor: Any) -> EditorRow:
-    def edit(vlm: VisionLanguageModel, _bench: Bench, requests: Sequence[EditRequest], _earlier: Sequence[Any]) -> Any:
-        return editor.edit(vlm, requests, progress=False)
-
-    return EditorRow(name=name, text=text, edit=edit)
-
-
-def _traced(vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]) -> Any:
+def _traced(bench: Bench) -> Editor:
     """Each request at its own site; several at once at the site that most of their traces choose."""
-    return MultEdit(where=_site(bench, requests)).edit(vlm, requests, earlier=tuple(earlier), progress=False)
+    return EditorByRequest(choose=lambda requests: MultEdit(where=_site(bench, requests)))
 
 
-def _with_moments(
-    vlm: VisionLanguageModel, bench: Bench, requests: Sequence[EditRequest], earlier: Sequence[Any]
-) -> Any:
+def _with_moments(bench: Bench) -> Editor:
     """The same for many edits: what other questions look up counts too, and values go no further than they must."""
-    editor = MultEdit(where=_site(bench, requests), moment_weight=10.0, ridge_fraction=0.002, stop_loss=0.02)
-    return editor.edit(vlm, requests, earlier=tuple(earlier), moments=bench.moments, progress=False)
+    options = {"moment_weight": 10.0, "ridge_fraction": 0.002, "stop_loss": 0.02}
+    return EditorByRequest(choose=lambda requests: MultEdit(where=_site(bench, requests), **options))
 
 
 def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:

@@ -1,0 +1,399 @@
+"""Histories: in order and back bit by bit, any edit dropped, the later ones solved anew, saved whole, refusals."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from multrace.editing import Delta, EditError, History, WeightChange, load_edit
+from multrace.models import VisionLanguageModel, load
+from torch import Tensor
+
+LAYER = 1
+
+
+def solved(keys: Tensor, residuals: Tensor) -> Tensor:
+    """The dense least-squares change at a ridge of one, in plain form and float64."""
+    keys, residuals = keys.double(), residuals.double()
+    return residuals.T @ torch.linalg.inv(keys @ keys.T + torch.eye(len(keys), dtype=torch.float64)) @ keys
+
+
+def made(vlm: VisionLanguageModel, seed: int, *, layer: int = LAYER, count: int = 2, size: float = 1.0) -> Delta:
+    """A delta for the model's present weights: one key for each request, random residuals, and one preserved key."""
+    projection, generator = vlm.down_projection(layer), torch.Generator().manual_seed(seed)
+    owners = torch.tensor([*range(count), -1])
+    common = torch.randn(projection.width, generator=torch.Generator().manual_seed(99))  # makes edits meet each other
+    keys = 0.3 * torch.randn(count + 1, projection.width, generator=generator) + 0.1 * common
+    residuals = size * torch.randn(count + 1, projection.hidden, generator=generator) * (owners >= 0)[:, None]
+    left = torch.linalg.solve(
+        keys.double() @ keys.double().T + torch.eye(count + 1, dtype=torch.float64), residuals.double()
+    ).T.float()
+    parts = {"keys": keys, "residuals": residuals, "weights": torch.ones(count + 1), "owners": owners}
+    return Delta(
+        changes={projection.name: WeightChange(left=left, right=keys, **parts)},
+        fingerprints=vlm.fingerprint([projection.name]),
+        model=vlm.name,
+        settings={"editor": "by hand", "seed": str(seed)},
+        requests=tuple({"question": f"{seed}.{index}", "target": "red"} for index in range(count)),
+    )
+
+
+def dense(delta: Delta) -> Tensor:
+    ((left, right),) = delta.factors.values()
+    return left.double() @ right.double()
+
+
+def bits(vlm: VisionLanguageModel) -> dict[str, str]:
+    return vlm.fingerprint([name for name, _ in vlm.model.named_parameters()])
+
+
+def in_turn(vlm: VisionLanguageModel, count: int = 3) -> History:
+    """Edits a, b, c, each made with the ones before in place; the model ends unedited."""
+    history = History()
+    for seed, name in enumerate("abcdef"[:count]):
+        if history.entries:
+            with history.applied(vlm):
+                history = history.added(name, made(vlm, seed))
+        else:
+            history = history.added(name, made(vlm, seed))
+    return history
+
+
+@pytest.fixture
+def vlm(random_vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """Each family in turn."""
+    return random_vlm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_edits_go_on_in_order_and_come_off_bit_by_bit_in_every_dtype(dtype, random_llava_llama):
+    vlm = load(random_llava_llama.name)
+    vlm.model.to(dtype)
+    weights, history = bits(vlm), in_turn(vlm)
+    a, b, c = (entry.delta for entry in history.entries)
+    with a.applied(vlm), b.applied(vlm), c.applied(vlm):
+        wanted = bits(vlm)
+    handle = history.apply(vlm)
+    assert bits(vlm) == wanted != weights
+    handle.undo()
+    with history.applied(vlm):
+        assert bits(vlm) == wanted
+    assert bits(vlm) == weights
+
+
+def test_dropping_one_of_many_equals_applying_the_others(vlm):
+    weights, history = bits(vlm), in_turn(vlm)
+    less = history.without("b")
+    assert history.names == ("a", "b", "c") and less.names == ("a", "c")
+    a, _b, c = (entry.delta for entry in history.entries)
+    with a.applied(vlm), c.applied(vlm, on_other_weights=True):
+        wanted = bits(vlm)
+    with less.applied(vlm):
+        assert bits(vlm) == wanted
+    with history.applied(vlm):
+        assert bits(vlm) != wanted
+    some = history.without("b", request=1)
+    with a.applied(vlm), history.entries[1].delta.without(1).applied(vlm), c.applied(vlm, on_other_weights=True):
+        wanted = bits(vlm)
+    with some.applied(vlm):
+        assert bits(vlm) == wanted
+    assert bits(vlm) == weights
+
+
+def from_the_start(history: History, kept: dict[str, list[int]]) -> Tensor:
+    """The dense sum of edits solved in order in float64 for these rows only, each to the output it first asked for."""
+    total = old = torch.zeros(())
+    for entry in history.entries:
+        (change,) = entry.delta.changes.values()
+        rows = kept.get(entry.name, [])
+        keys, residuals = change.keys[rows].double(), change.residuals[rows].double()
+        asked = residuals.any(-1, keepdim=True)
+        # z = (W + old) k + r is what is wanted; W + total is what is there
+        wanted = residuals + asked * (keys @ (old - total).T if old.ndim else 0)
+        total = total + solved(keys, wanted) if rows else total
+        old = old + dense(entry.delta)
+    return total
+
+
+DROPS = {
+    "the first": ({"a": None}, {"b": [0, 1, 2], "c": [0, 1, 2]}),
+    "the one between": ({"b": None}, {"a": [0, 1, 2], "c": [0, 1, 2]}),
+    "a request of the first": ({"a": 0}, {"a": [1, 2], "b": [0, 1, 2], "c": [0, 1, 2]}),
+    "two of them": ({"a": None, "b": 1}, {"b": [0, 2], "c": [0, 1, 2]}),
+}
+
+
+@pytest.mark.parametrize(("dropped", "kept"), DROPS.values(), ids=DROPS)
+def test_resolving_equals_solving_the_remaining_from_the_start(dropped, kept, random_llava_llama):
+    vlm = random_llava_llama
+    history = less = in_turn(vlm)
+    for name, request in dropped.items():
+        less = less.without(name, request=request)
+    wanted, anew = from_the_start(history, kept), less.resolved()
+    scale = wanted.abs().max()
+    assert (dense(anew.composed()) - wanted).abs().max() < 2e-6 * scale
+    assert (dense(less.composed()) - wanted).abs().max() > 1e-2 * scale
+    assert anew.names == less.names and not any(entry.withdrawn or entry.dropped is not None for entry in anew.entries)
+    before, whole = vlm.weight(vlm.down_projection(LAYER).name).detach().clone(), bits(vlm)
+    with anew.applied(vlm):
+        torch.testing.assert_close(
+            (vlm.weight(vlm.down_projection(LAYER).name) - before).double(), wanted, rtol=0, atol=1e-6
+        )
+    assert bits(vlm) == whole
+    assert dense(anew.resolved().composed()).equal(dense(anew.composed()))
+
+
+def test_an_edit_made_while_part_of_another_was_out_is_solved_anew_for_that(random_llava_llama):
+    vlm = random_llava_llama
+    history = History().added("a", made(vlm, 0)).without("a", request=0)
+    with history.applied(vlm):
+        history = history.added("b", made(vlm, 1))
+    a, b = (entry.delta for entry in history.entries)
+    (rest, last) = (next(iter(each.changes.values())) for each in (a.without(0), b))
+    anew = history.resolved()
+    first = solved(rest.keys, rest.residuals)
+    asked = last.residuals.any(-1, keepdim=True)
+    wanted = first + solved(last.keys, last.residuals + asked * (last.keys.double() @ (dense(a.without(0)) - first).T))
+    assert (dense(anew.composed()) - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+def test_edits_made_side_by_side_are_left_as_they_are_by_resolving(random_llama):
+    history = History().added("a", made(random_llama, 0)).added("b", made(random_llama, 1))
+    anew = history.without("a").resolved()
+    assert anew.entries == history.entries[1:]
+
+
+def test_resolving_over_several_weights_is_refused(random_llama):
+    vlm = random_llama
+    history = History().added("a", made(vlm, 0))
+    with history.applied(vlm):
+        both = History().added("low", made(vlm, 2, layer=0)).composed()
+        wide = replace(
+            both,
+            changes=dict(both.changes) | dict(made(vlm, 1).changes),
+            fingerprints=dict(both.fingerprints) | dict(made(vlm, 1).fingerprints),
+        )
+    two = history.added("b", wide).without("a")
+    with pytest.raises(EditError, match="edit again from the requests"):
+        two.resolved()
+    assert two.composed().changes.keys() == wide.changes.keys()
+
+
+def test_verifying_says_which_edits_are_as_made_and_what_they_achieve(random_llava_llama):
+    vlm = random_llava_llama
+    weights, history = bits(vlm), in_turn(vlm)
+    found = history.verify(vlm)
+    assert [each.name for each in found] == ["a", "b", "c"] and all(each.as_made for each in found)
+    ((_, share),) = found[0].retained.items()
+    assert share.shape == (3,) and (share > 0.5).all()
+    assert [each.as_made for each in history.without("a").verify(vlm)] == [False, False]
+    assert bits(vlm) == weights
+
+
+def assert_same(one: History, other: History) -> None:
+    assert other.listing == one.listing and other.base == one.base and other.step == one.step
+    for first, second in zip(one.entries, other.entries, strict=True):
+        parts = ("name", "withdrawn", "dropped", "on_top", "step", "fingerprints")
+        assert [getattr(first, part) for part in parts] == [getattr(second, part) for part in parts]
+        assert one.below(first) == other.below(second)
+        assert first.delta.words() == second.delta.words()
+        assert all(torch.equal(value, second.delta.tensors()[name]) for name, value in first.delta.tensors().items())
+
+
+def test_a_history_in_a_folder_is_the_same_history(vlm, tmp_path):
+    history = in_turn(vlm).without("c").without("b", request=1)
+    folder = tmp_path / "new" / "history"
+    saved = history.saved(folder)
+    for again in (saved, load_edit(folder), load_edit(folder / "index.jsonl")):
+        assert_same(history, again)
+    weights = vlm.down_projection(LAYER).name
+    assert history.listing.splitlines() == [
+        f"a  2 requests  {weights}  whole",
+        f"b  1 requests  {weights}  without 1",
+        f"c  2 requests  {weights}  taken out",
+    ]
+    assert isinstance(load_edit(history.composed().save(tmp_path / "delta.safetensors")), Delta)
+    with pytest.raises(EditError, match="there already"):
+        history.saved(folder)
+
+
+def test_each_change_of_a_history_in_a_folder_is_one_more_line(random_llama, tmp_path):
+    """Lines that are there stay byte for byte, and files of edits are never written again."""
+    vlm, folder = random_llama, tmp_path / "history"
+    kept, memory = History.open(folder), History()
+    steps = [lambda history, seed=seed: history.added("abc"[seed], made(vlm, seed)) for seed in range(3)]
+    steps += [lambda history: history.without("b"), lambda history: history.without("c", request=0)]
+    steps += [lambda history: history.resolved()]
+    before, files = b"", {}
+    for count, change in enumerate(steps, start=1):
+        kept, memory = change(kept), change(memory)
+        index = (folder / "index.jsonl").read_bytes()
+        assert index.startswith(before) and index.count(b"\n") == count + 1
+        assert all((folder / name).read_bytes() == content for name, content in files.items())
+        before = index
+        files = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        assert_same(memory, kept)
+        assert_same(memory, History.open(folder))
+    assert len(files) == 4, "three edits, and one that was solved again"
+
+
+def test_a_line_that_was_cut_short_is_left_out_with_a_warning_and_replaced(random_llama, tmp_path, caplog):
+    """Whatever is left of the last line: the edits before it are there, and the next one can be added."""
+    vlm, folder = random_llama, tmp_path / "history"
+    two = History.open(folder).added("a", made(vlm, 0)).added("b", made(vlm, 1))
+    whole, index = (folder / "index.jsonl").read_bytes(), folder / "index.jsonl"
+    start = whole[:-1].rfind(b"\n") + 1
+    for length in range(start, len(whole), 97):
+        index.write_bytes(whole[:length])
+        caplog.clear()
+        one = History.open(folder)
+        assert one.names == ("a",) and ("left out" in caplog.text) == (length > start)
+        one.added("b", made(vlm, 1))
+        assert index.read_bytes() == whole
+    assert_same(two, History.open(folder))
+
+
+def killed_at(number: int, action: Callable[[], object]) -> bool:
+    """Whether a copy of this process was killed at the file operation of this number, before it was done with it."""
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(10**6))
+
+        def watch(name: str, _arguments: Any) -> None:
+            if name in ("open", "os.rename", "os.truncate") and next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        action()
+        os._exit(7)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 7
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_at_any_file_operation_loses_at_most_the_edit_that_was_being_made(random_llama, tmp_path):
+    vlm, folder = random_llama, tmp_path / "history"
+    two, edit = History.open(folder).added("a", made(vlm, 0)).added("b", made(vlm, 1)), made(vlm, 2)
+    for number in range(40):
+        copy = shutil.copytree(folder, tmp_path / str(number))
+        killed = killed_at(number, lambda copy=copy: History.open(copy).added("c", edit))
+        left = History.open(copy)
+        assert left.names == ("a", "b") if killed else ("a", "b", "c")
+        if killed:
+            assert_same(two, left)
+            left = left.added("c", edit)
+        assert left.names == History.open(copy).names == ("a", "b", "c")
+        if not killed:
+            break
+    assert 4 < number < 39
+
+
+def test_an_old_value_of_a_history_in_a_folder_cannot_be_continued(random_llama, tmp_path):
+    old = History.open(tmp_path / "history").added("a", made(random_llama, 0))
+    new = old.added("b", made(random_llama, 1))
+    with pytest.raises(EditError, match="open it again"):
+        old.added("c", made(random_llama, 2))
+    assert_same(new, History.open(tmp_path / "history"))
+    assert old.in_memory().added("c", made(random_llama, 2)).names == ("a", "c")
+
+
+DAMAGES = {
+    "a bit of the index": lambda folder: flip(folder / "index.jsonl", 300),
+    "a line taken out": lambda folder: cut_line(folder / "index.jsonl", 1),
+    "no header": lambda folder: cut_line(folder / "index.jsonl", 0),
+    "another version": lambda folder: relabel(folder / "index.jsonl"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_index_is_one_error_that_names_it(damage, random_llama, tmp_path):
+    History.open(tmp_path).added("a", made(random_llama, 0)).added("b", made(random_llama, 1)).without("a")
+    damage(tmp_path)
+    with pytest.raises(EditError, match=r"line \d of .*index.jsonl.* is damaged"):
+        History.open(tmp_path)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def cut_line(path: Path, number: int) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+
+
+def relabel(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[1], *lines[1:]]))
+
+
+def test_a_damaged_edit_of_a_history_is_found_when_it_is_used(random_llama, tmp_path):
+    history = History.open(tmp_path).added("a", made(random_llama, 0)).added("b", made(random_llama, 1))
+    one, other = sorted(tmp_path.glob("*.safetensors"))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(EditError, match="not the file of the edit 'a'"):
+        history.composed()
+    one.unlink()
+    with pytest.raises(EditError, match="no file"):
+        history.composed()
+    one.write_bytes(content)
+    assert history.composed().requests
+
+
+def test_a_folder_of_something_else_is_no_history(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for use in (History.open, load_edit):
+        with pytest.raises(EditError, match="is no history"):
+            use(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_refusals_change_nothing(random_llama, random_gpt2, random_llava_llama):
+    vlm, history = random_llama, in_turn(random_llama, 2)
+    for other in (random_gpt2, random_llava_llama):
+        weights = bits(other)
+        with pytest.raises(EditError, match="does not fit"):
+            history.apply(other)
+        assert bits(other) == weights
+    stranger = load(vlm.name)
+    with torch.no_grad():
+        stranger.weight(stranger.down_projection(LAYER).name)[0, 0] += 1
+    weights = bits(stranger)
+    for use in (history.apply, history.verify):
+        with pytest.raises(EditError, match="another model or precision"):
+            use(stranger)
+    with pytest.raises(EditError, match="keep a history for each model"):
+        history.added("c", replace(made(stranger, 3), model="another"))
+    assert bits(stranger) == weights
+    huge = history.added("c", made(vlm, 3, size=1e37)).added("d", made(vlm, 4, size=1e37))
+    changes = {name: replace(each, right=each.right * 1e3) for name, each in huge.entries[2].delta.changes.items()}
+    overflowing = history.added("c", replace(huge.entries[2].delta, changes=changes))
+    weights = bits(vlm)
+    with pytest.raises(EditError, match="overflows"):
+        overflowing.apply(vlm)
+    assert bits(vlm) == weights
+
+
+BAD_USES = {
+    "a name twice": (lambda history: history.added("a", history.entries[0].delta), "have one name"),
+    "a name that is not there": (lambda history: history.without("z"), "there are: a, b"),
+    "dropped twice": (lambda history: history.without("a").without("a"), "there are: b"),
+    "a request out of range": (lambda history: history.without("a", request=5), "it has 2 requests"),
+    "a request twice": (lambda history: history.without("a", request=0).without("a", request=0), "already taken out"),
+    "nothing left to compose": (lambda history: history.without("a").without("b").composed(), "no edit is in effect"),
+}
+
+
+@pytest.mark.parametrize(("use", "message"), BAD_USES.values(), ids=BAD_USES)
+def test_what_cannot_be_done_with_a_history_is_an_error(use, message, random_llama):
+    with pytest.raises(EditError, match=message):
+        use(in_turn(random_llama, 2))
