@@ -165,7 +165,7 @@ def test_as_many_cells_are_checked_as_are_asked_for_and_computed(random_llava, p
     assert found.engine.checked_cells == min(checks, found.engine.cells - found.engine.free_cells)
     assert 0 <= found.engine.largest_difference < 2e-5
     assert 0 <= found.engine.plain_noise < 2e-5
-    assert f"{found.engine.checked_cells} cells recomputed the plain way" in found.engine.summary()
+    assert f"{found.engine.checked_cells} cells recomputed by plain forward passes" in found.engine.summary()
 
 
 def test_where_all_cells_are_free_nothing_is_checked(random_llava, photo):
@@ -192,7 +192,7 @@ def test_a_broken_engine_is_noticed(random_llava, photo, monkeypatch, error):
     prompt, corruption = ask(random_llava, photo), TextNoise(samples=2)
     sound = trace(random_llava, prompt, corruption, **settings)
     monkeypatch.setattr(measuring, "sweep", wrong_by(error))
-    with pytest.warns(UserWarning, match=r"away from the plain way on 4 checked cells.*Engine\(name='plain'\)"):
+    with pytest.warns(UserWarning, match=r"from plain forward passes on 4 checked cells.*Engine\(name='plain'\)"):
         broken = trace(random_llava, prompt, corruption, **settings)
     assert sound.engine.largest_difference < 2e-5
     assert not broken.engine.largest_difference < 5e-4

@@ -172,7 +172,8 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
 def test_an_engine_report_is_one_line(full, traced):
     assert full.engine.summary() == (
         "replay engine; 100 cells, 7 of them free; 12345 token-layers; batch halved 1 times; "
-        "4 cells recomputed the plain way, largest difference 3.3e-08 (the plain way's own noise: 0.0e+00)"
+        "4 cells recomputed by plain forward passes, largest difference 3.3e-08 (plain passes among themselves: "
+        "0.0e+00)"
     )
     assert traced.engine.summary() == "plain engine (made by hand); 48 cells"
 

@@ -110,7 +110,7 @@ class EngineOptions(GeneralOptions):
     checks: Annotated[
         int,
         Parameter(
-            help="number of random cells that are computed again the plain way as a check; many questions of `flow` are checked in the first three only",
+            help="number of random cells that are computed again by plain forward passes as a check; many questions of `flow` are checked in the first three only",
             group=ENGINE,
             metavar="N",
         ),

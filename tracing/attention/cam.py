@@ -184,7 +184,7 @@ def llava_cam(
             heat += _heat(vlm, answered, _batch(answered.inputs, group), layers).sum(1) / len(copies)
             bar.update(len(group))
     return RelevanceMap(
-        answer=answered.answer,
+        answer=str(answered.answer),
         answer_ids=answered.answer_ids,
         layers=layers,
         samples=samples,

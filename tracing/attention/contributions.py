@@ -1,4 +1,4 @@
-"""The contributions of each token's values to other tokens through attention, of one prompt and averaged over prompts."""
+"""The contributions of each token to other tokens through attention, of one prompt and averaged over prompts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -407,8 +407,8 @@ class ContributionsAverager(Averager[AttentionContributions, AverageContribution
     def _average(self) -> AverageContributions:
         means = {of: self._mean(of) for of in UNITS if of in self._means}
         names = self._labels("contribution", "group") if means else ()
-        held = [index for index in range(len(names)) if int(means["contribution"].count[index].max()) == self.count]
-        if not held:
+        common = [index for index in range(len(names)) if int(means["contribution"].count[index].max()) == self.count]
+        if not common:
             raise TraceError("these results have no group of sources in common; pass groups=, or read the same sources")
         has_images = len(self._image_counts) == self.count
         is_one_size = has_images and len(set(self._image_counts)) == 1
@@ -417,10 +417,10 @@ class ContributionsAverager(Averager[AttentionContributions, AverageContribution
             revision=self.first.revision,
             queries=self.first.queries,
             reduction=self._reduction,
-            groups=tuple(names[index] for index in held),
+            groups=tuple(names[index] for index in common),
             count=self.count,
-            contributions=means["contribution"][held],
-            weights=means["weight"][held],
+            contributions=means["contribution"][common],
+            weights=means["weight"][common],
             share=self._share,
             image_tokens=self._mean("image tokens") if has_images else None,
             image_count=self._image_counts[0] if is_one_size else None,

@@ -29,7 +29,7 @@ Reduction = Literal["max", "sum", "mean"]
 REDUCED: Mapping[str, str] = {"max": "largest token", "sum": "sum over tokens", "mean": "mean over tokens"}
 NAMES: Mapping[str, str] = {"last": "the last token", "constraint": "the constraint", "image": "the picture"}
 """Readable names of groups; other groups keep their own names."""
-UNITS: Mapping[str, str] = {"contribution": "length of contribution", "weight": "attention weight"}
+UNITS: Mapping[Quantity, str] = {"contribution": "length of contribution", "weight": "attention weight"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,8 +103,8 @@ class AttentionContributions(Result):
     @property
     def source_groups(self) -> tuple[str, ...]:
         """Names of the groups whose tokens are all among the sources, the requested group first, without "all"."""
-        held = set(self.source_positions)
-        names = [name for name, places in self.groups.items() if name != "all" and set(places) <= held]
+        sources = set(self.source_positions)
+        names = [name for name, places in self.groups.items() if name != "all" and set(places) <= sources]
         return tuple(sorted(names, key=lambda name: name != self.sources))
 
     def by_layer(
@@ -198,7 +198,7 @@ class AttentionContributions(Result):
         frame = long_frame(axes, {"contribution": lengths, "weight": weights})
         for name in ("source", "query"):
             texts = [self.tokens[position] for position in frame[name]]
-            frame.insert(frame.columns.get_loc(name) + 1, f"{name}_token", texts)
+            frame.insert(list(frame.columns).index(name) + 1, f"{name}_token", texts)
         return frame
 
     def plot(
@@ -224,7 +224,7 @@ class AttentionContributions(Result):
             )
             for of in UNITS
         ]
-        kinds = UNITS if self.head_contributions is not None else ["weight"]
+        kinds: Sequence[Quantity] = tuple(UNITS) if self.head_contributions is not None else ("weight",)
         maps = [HeadMap(kind=of, values=self.by_head(names[0], of=of, reduction=reduction).T) for of in kinds]
         what = f"{REDUCED[reduction]} of each group of sources; heads: from {name_of(names[0])}"
         titles = self.question, f"What attention contributes to {self._query_name}; {what}"
@@ -304,9 +304,9 @@ class AttentionContributions(Result):
         index = {position: number for number, position in enumerate(positions)}
         places = self.groups.get(group, ())
         if not places or not set(places) <= set(index):
-            held = ", ".join(each for each, members in self.groups.items() if set(members) <= set(index))
+            whole = ", ".join(each for each, members in self.groups.items() if set(members) <= set(index))
             raise TraceError(
-                f"the {name} do not hold all of a group {group!r}; they hold {held or 'no whole group'}: "
+                f"the {name} do not hold all of a group {group!r}; they hold {whole or 'no whole group'}: "
                 f"ask for one of these, or read the prompt again with other {name}"
             )
         return [index[position] for position in places]
@@ -327,9 +327,9 @@ class AttentionContributions(Result):
     def _drawn(self, groups: Sequence[str] | None) -> tuple[str, ...]:
         if groups is not None:
             return tuple(groups)
-        held = self.source_groups
-        usual = [name for name in ("constraint", "image", "last") if name in held]
-        names = (self.sources,) if self.sources in held else tuple(usual)
+        available = self.source_groups
+        usual = [name for name in ("constraint", "image", "last") if name in available]
+        names = (self.sources,) if self.sources in available else tuple(usual)
         if not names:
             raise TraceError("the sources hold no whole group of tokens to draw; pass groups= or read other sources")
         return names
@@ -377,10 +377,10 @@ def tokens_for_share(mass: Tensor, share: float) -> Tensor:
     if not 0 < share <= 1:
         raise TraceError(f"no share {share} of the picture's mass; pass one above 0 and at most 1, such as 0.8")
     ordered = mass.double().sort(-1, descending=True).values
-    wanted = share * ordered.sum(-1, keepdim=True)
-    reached = ordered.cumsum(-1) >= wanted * (1 - 1e-12)  # a share of one is reached in spite of rounding
+    target = share * ordered.sum(-1, keepdim=True)
+    reached = ordered.cumsum(-1) >= target * (1 - 1e-12)  # a share of one is reached in spite of rounding
     first = torch.where(reached, torch.arange(1, mass.shape[-1] + 1), mass.shape[-1]).min(-1).values
-    return torch.where(wanted[..., 0] > 0, first, 0)
+    return torch.where(target[..., 0] > 0, first, 0)
 
 
 def name_of(group: str | None) -> str:

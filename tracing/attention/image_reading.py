@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..errors import TraceError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 _ACROSS, _SIDE = 8, 1.1  # number of square maps in a line, and size in inches of a map with its margins
@@ -192,7 +193,7 @@ def _fill(axes: "Axes", values: Tensor, colours: "ScalarMappable") -> None:
     """Draw one map (row, column) without labels."""
     axes.set_axis_on()
     axes.set_facecolor("#e4e4e4")
-    axes.imshow(values.numpy(), cmap=colours.get_cmap(), norm=colours.norm, interpolation="nearest")
+    axes.imshow(values.numpy(), cmap=colours.get_cmap(), norm=cast("Normalize", colours.norm), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -338,5 +338,6 @@ def over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count:
 def write_rome(path: str | Path, result: Mapping[str, Any]) -> Path:
     """Write an npz file without pickled objects and return its path; None becomes the empty text, as in ROME."""
     content = io.BytesIO()
-    np.savez(content, **{name: np.asarray("" if value is None else value) for name, value in result.items()})
+    arrays: dict[str, Any] = {name: np.asarray("" if value is None else value) for name, value in result.items()}
+    np.savez(content, **arrays)
     return write_whole(path, content.getvalue())

@@ -211,8 +211,7 @@ class EffectMap(Result):
             )
         effects, best = _present(self.indirect_effect("mlp")), None
         for row, token in enumerate(self.row_tokens):
-            onset = None if token is None else self.onset(row, fraction)
-            if onset is None:
+            if token is None or (onset := self.onset(row, fraction)) is None:
                 continue
             layer = onset + int(effects[row, onset:].argmax())
             if best is None or effects[row, layer] > best.effect:
@@ -273,10 +272,12 @@ class EffectMap(Result):
             return self.rows.index(row)
         if isinstance(row, str) and row not in self.rows and self.row_tokens.count(row) == 1:
             return self.row_tokens.index(row)
-        found = (
+        problem = (
             "several rows have that label" if row in self.rows else f"the rows are {', '.join(map(repr, self.rows))}"
         )
-        raise TraceError(f"no single row {row!r} in this trace: {found}; pass an index from 0 to {len(self.rows) - 1}")
+        raise TraceError(
+            f"no single row {row!r} in this trace: {problem}; pass an index from 0 to {len(self.rows) - 1}"
+        )
 
     def _check_kind(self, kind: str) -> str:
         """Return the kind if it was traced."""

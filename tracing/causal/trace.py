@@ -120,9 +120,9 @@ def causal_trace(
         cells = grid.cells if chosen is None else [grid.cells[number] for number in chosen.exact]
         if any(map(is_before_decoder, cells)):
             settings["pictures"] = question.pictures
-        found = measure(vlm, question.runs, cells, scoring, bar=bar, **settings)
-    variant = {"window": window, "direction": direction, "effect": effect, "severed": severed}
-    return _result(question, grid, found, chosen, variant)
+        result = measure(vlm, question.runs, cells, scoring, bar=bar, **settings)
+    variant: dict[str, Any] = {"window": window, "direction": direction, "effect": effect, "severed": severed}
+    return _result(question, grid, result, chosen, variant)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -250,12 +250,12 @@ def _best(question: _Question, grid: Grid, count: int) -> _Best:
     return _Best(exact=tuple(chosen.tolist()), changes=changes)
 
 
-def _filled(grid: Grid, found: CellScores, best: _Best) -> tuple[Tensor, dict[str, Any]]:
+def _filled(grid: Grid, measured: CellScores, best: _Best) -> tuple[Tensor, dict[str, Any]]:
     """Return scores (cell, metric, sample) with estimates for cells not computed, and the result's fields on these."""
-    scores = found.base + best.changes
-    scores[list(best.exact)] = found.scores
+    scores = measured.base + best.changes
+    scores[list(best.exact)] = measured.scores
     is_exact = torch.zeros(len(grid.cells), dtype=torch.bool).index_fill(0, torch.tensor(best.exact), True)
-    estimates, exact = best.changes[:, 0].mean(-1), (scores - found.base)[:, 0].mean(-1)
+    estimates, exact = best.changes[:, 0].mean(-1), (scores - measured.base)[:, 0].mean(-1)
     maps = [grid.maps(each.unsqueeze(-1)) for each in (estimates, exact, is_exact)]
     agreement = {}
     for kind in grid.spans:
@@ -267,14 +267,14 @@ def _filled(grid: Grid, found: CellScores, best: _Best) -> tuple[Tensor, dict[st
 
 
 def _result(
-    question: _Question, grid: Grid, found: CellScores, best: _Best | None, variant: Mapping[str, Any]
+    question: _Question, grid: Grid, measured: CellScores, best: _Best | None, variant: Mapping[str, Any]
 ) -> CausalTrace:
     """Return the trace with these scores."""
     vlm, prompt, corrupted, scoring = question.vlm, question.prompt, question.corrupted, question.scoring
-    scores, estimates = found.scores, {"estimated": {}, "agreement": {}}
+    scores, estimates = measured.scores, dict[str, Any](estimated={}, agreement={})
     if best is not None:
-        scores, estimates = _filled(grid, found, best)
-    clean, damaged = question.ordered(found.base, found.source)
+        scores, estimates = _filled(grid, measured, best)
+    clean, damaged = question.ordered(measured.base, measured.source)
     length = question.clean.shape[1]
     return CausalTrace(
         model=vlm.name,
@@ -303,7 +303,7 @@ def _result(
         clean_scores=clean.mean(-1),  # samples differ only by rounding
         corrupted_scores=damaged,
         samples=grid.maps(scores),
-        engine=found.report,
+        engine=measured.report,
         **estimates,
         **variant,
     )

@@ -207,14 +207,14 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
 def _rgb(colour: Colour) -> tuple[int, int, int]:
     """Return red, green and blue. Raises `TraceError` for an unknown colour."""
     try:
-        found = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
+        parts = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
     except (TypeError, ValueError):
-        found = ()
-    if len(found) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in found):
+        parts = ()
+    if len(parts) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in parts):
         raise TraceError(
             f"no colour {colour!r}; pass red, green and blue from 0 to 255, such as {GREY}, or a name, such as 'grey'"
         )
-    return found
+    return parts
 
 
 def _image_name(image: Picture | Sequence[Picture]) -> str:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -66,9 +66,9 @@ class Noise(ABC):
         generator = torch.Generator().manual_seed(int(self.seed))
         return torch.randn(self.samples, *shape, generator=generator, dtype=torch.float64)
 
-    def _corrupted(self, scale: float, deviation: float, where: str, **found: object) -> Corrupted:
+    def _corrupted(self, scale: float, deviation: float, where: str, **details: Any) -> Corrupted:
         description = f"noise of {scale:g} standard deviations {where}, {self.samples} samples"
-        return Corrupted(description=description, seed=self.seed, scale=scale, deviation=deviation, **found)
+        return Corrupted(description=description, seed=self.seed, scale=scale, deviation=deviation, **details)
 
     def _on_tokens(self, clean: Tensor, positions: list[int], entries: Tensor, where: str) -> Callable[..., Corrupted]:
         """Return noise on positions of clean embeddings (1, token, hidden) by scale, in deviations of these entries."""
@@ -214,16 +214,17 @@ def calibrate(
     lowest, best = math.inf, None
     for scale in LADDER:
         corrupted = noised(scale)
-        found = _finite(score(corrupted.embeddings), f"noise of scale {scale:g}")
-        if found <= half:
+        value = _finite(score(corrupted.embeddings), f"noise of scale {scale:g}")
+        if value <= half:
             return _described(corrupted, "calibrated")
-        if found < lowest:
-            lowest, best = found, corrupted
+        if value < lowest:
+            lowest, best = value, corrupted
+    assert best is not None, "every score is finite, so some scale has the lowest one"
     return _described(best, "calibrated (no scale tried halves the score)")
 
 
-def _described(corrupted: Corrupted, found: str) -> Corrupted:
-    return replace(corrupted, description=f"{corrupted.description}, {found}")
+def _described(corrupted: Corrupted, text: str) -> Corrupted:
+    return replace(corrupted, description=f"{corrupted.description}, {text}")
 
 
 def _finite(score: float, what: str) -> float:
@@ -279,7 +280,7 @@ class MeanAblation:
         if image.issuperset(positions):
             kind, entries = "pictures", _image_embeddings(vlm, prompt, references)
         elif image.isdisjoint(positions):
-            kind, entries = "phrases", word_embeddings(vlm, references)
+            kind, entries = "phrases", word_embeddings(vlm, cast("Sequence[str]", references))
         else:
             raise TraceError(
                 f"group {self.group!r} holds image tokens and words, which have no mean in common; ask for 'image' or "

@@ -38,10 +38,10 @@ def parse_corruption(text: str) -> Corruption:
         "zero": lambda value, _: ZeroAblation(group=value) if value else ZeroAblation(),
         "mean": lambda value, _: _mean(value),
     }
-    found = readers[kind](value.strip(), text) if kind in readers else None
-    if found is None:
+    corruption = readers[kind](value.strip(), text) if kind in readers else None
+    if corruption is None:
         raise TraceError(f"no corruption {text!r}; write {SPELLINGS}")
-    return found
+    return corruption
 
 
 def corruption_pictures(corruption: Corruption) -> tuple[str, ...]:

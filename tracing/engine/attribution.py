@@ -7,12 +7,13 @@ see Kramar et al., arXiv 2403.00745.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ...models import Site, VisionLanguageModel, capture
-from ...models.families.addresses import Projection
+from ...models.families.addresses import Kind, Projection
 from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..errors import TraceError
@@ -64,7 +65,7 @@ def _estimate(
         return torch.zeros(())
     where, total = places(changed, live, torch.device("cpu")), torch.zeros(())
     for layer in range(cell.first, cell.last + 1):
-        key = vlm.attention_projection(layer) if cell.kind == "head" else Site(cell.kind, layer)
+        key = vlm.attention_projection(layer) if cell.kind == "head" else Site(cast(Kind, cell.kind), layer)
         total = total + effects[key][..., cell.head or 0][..., where].sum(-1)
     return total
 
@@ -73,11 +74,11 @@ def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: 
     """Return the runs' difference times the gradient, (metric, sample, position, head) float64; a site has one head."""
     base, source = recorded.base, recorded.source
     gradients = _gradients(replay, runs, recorded, row, measure)
-    lent_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
+    source_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
     effects = {}
     for key, gradient in gradients.items():
-        lent, own = (each.at(_stored(each, key), recorded.changed) for each in (source, base))
-        difference = (lent[lent_rows] - own[row : row + 1]).double()
+        patched, own = (each.at(_stored(each, key), recorded.changed) for each in (source, base))
+        difference = (patched[source_rows] - own[row : row + 1]).double()
         heads = 1 if isinstance(key, Site) else replay.vlm.heads
         effects[key] = (gradient.double() * difference).unflatten(-1, (heads, -1)).sum(-1).cpu()
     return effects
@@ -108,11 +109,11 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
             logits = logits.index_copy(1, torch.tensor(here, device=logits.device), computed)
         values |= {**written, **read}
         scores = measure(logits)[0]
-        found = [
+        gradients = [
             torch.autograd.grad(score, list(values.values()), retain_graph=True, materialize_grads=True)
             for score in scores
         ]
-    return {key: torch.stack(parts) for key, parts in zip(values, zip(*found, strict=True), strict=True)}
+    return {key: torch.stack(parts) for key, parts in zip(values, zip(*gradients, strict=True), strict=True)}
 
 
 def rank_agreement(first: Tensor, second: Tensor) -> float:

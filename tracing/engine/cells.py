@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any, TypeGuard, cast
 
 from torch import Tensor
 
@@ -101,9 +102,9 @@ class EngineReport:
         if self.halvings:
             parts.append(f"batch halved {self.halvings} times")
         if self.largest_difference is not None:
-            noise = "" if self.plain_noise is None else f" (the plain way's own noise: {self.plain_noise:.1e})"
+            noise = "" if self.plain_noise is None else f" (plain passes among themselves: {self.plain_noise:.1e})"
             parts.append(
-                f"{self.checked_cells} cells recomputed the plain way, largest difference "
+                f"{self.checked_cells} cells recomputed by plain forward passes, largest difference "
                 f"{self.largest_difference:.1e}{noise}"
             )
         return "; ".join(parts)
@@ -165,7 +166,7 @@ class Runs:
     """Positions whose logits are scored, ascending: the prompt's last token and all answer tokens but the last."""
     frozen: tuple[int, ...] = ()
     """Positions that direct cells freeze: the image tokens."""
-    keywords: Mapping[str, Tensor] = field(default_factory=dict)
+    keywords: Mapping[str, Any] = field(default_factory=dict)
     """attention_mask (1, 1, token, token) and position_ids (1, token); without them the model makes its own."""
 
     @classmethod
@@ -210,8 +211,13 @@ class CellScores:
     """Counted work of the cells beyond that; zero for the plain engine."""
 
 
-def all_edges(cells: Sequence[Cell]) -> bool:
+def all_edges(cells: Sequence[Cell]) -> TypeGuard[Sequence[EdgeCell]]:
     """Return whether these are edge cells; a sweep computes cells of one kind only."""
     kinds = {type(cell) for cell in cells}
     assert len(kinds) < 2, "a sweep answers state cells or edge cells, not both"
     return EdgeCell in kinds
+
+
+def state_cells(cells: Sequence[Cell]) -> Sequence[StateCell]:
+    """Return the cells of a sweep whose cells are not edge cells (`all_edges`), under their narrower type."""
+    return cast("Sequence[StateCell]", cells)

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ...models import Site, VisionLanguageModel, patch
-from ...models.families.addresses import Projection
+from ...models.families.addresses import Kind, Projection
 from ...models.replay.cuts import Cut, CutSpan
 from ...models.replay.recording import Queries, Recording, Source, Span, neighbours, places
 from ...models.replay.replay import Replay
@@ -52,12 +53,12 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
     entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
     differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
     sites, projections = _needed(replay, cells)
-    settings = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
+    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
     # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
-    kept = tuple(range(min(differs, default=runs.length), runs.length))
-    full = replay.record(first, kept=kept, **settings)
+    possible = tuple(range(min(differs, default=runs.length), runs.length))
+    full = replay.record(first, kept=possible, **settings)
     changed = replay.masks.reach(differs)
-    if not set(changed) <= set(kept):
+    if not set(changed) <= set(possible):
         full = replay.record(first, kept=changed, **settings)
     other = full
     if changed:
@@ -84,7 +85,7 @@ def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], lis
             spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
     projections = [vlm.attention_projection(layer) for layer in sorted(spans.pop("head", ()))]
     spans.pop("hidden", None)  # the input states of layers are always kept
-    return [Site(kind, layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
+    return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
 
 
 class States:
@@ -101,13 +102,13 @@ class States:
 
     def prepare(self, plan: Plan) -> None:
         """Decide whether each first layer is computed once for the whole sweep, or once for each chunk."""
-        wanted: dict[_Start, set[int]] = {}
+        starts: dict[_Start, set[int]] = {}
         for chunk in plan.chunks:
             for lane in chunk.lanes:
                 if lane.leader is None and self._cells[lane.cell].kind != "hidden":
-                    wanted.setdefault(self._start(lane), set()).update(_put(lane, chunk))
-        if self._settings.may_share(self._vlm, self._samples * sum(map(len, wanted.values()))):
-            self._shared = {start: tuple(sorted(each)) for start, each in wanted.items()}
+                    starts.setdefault(self._start(lane), set()).update(_put(lane, chunk))
+        if self._settings.may_share(self._vlm, self._samples * sum(map(len, starts.values()))):
+            self._shared = {start: tuple(sorted(each)) for start, each in starts.items()}
 
     @contextmanager
     def acting(self, layer: int, chunk: Chunk, lanes: Sequence[Lane], here: tuple[int, ...]) -> Iterator[Queries]:
@@ -130,10 +131,10 @@ class States:
             if put := _put(lane, chunk):
                 members.setdefault(self._start(lane), {})[slot] = put
         for start, each in members.items():
-            wanted = self._shared.get(start) or tuple(sorted({place for put in each.values() for place in put}))
-            values = self._values(start, wanted)
+            positions = self._shared.get(start) or tuple(sorted({place for put in each.values() for place in put}))
+            values = self._values(start, positions)
             for slot, put in each.items():
-                here, there = (places(within, put, values.device) for within in (chunk.computed, wanted))
+                here, there = (places(within, put, values.device) for within in (chunk.computed, positions))
                 states[:, slot, here] = values[:, there]
 
     def scored_together(self, chunk: Chunk, active: int, step: int) -> list[list[int]]:
@@ -151,7 +152,7 @@ class States:
             self._span = key, self._recorded.span(self._replay, chunk.computed, chunk.merged)
         return self._span[1]
 
-    def _values(self, start: _Start, wanted: tuple[int, ...]) -> Tensor:
+    def _values(self, start: _Start, positions: tuple[int, ...]) -> Tensor:
         """Return (sample or 1, position, hidden): a layer's output at some positions, all of which are patched.
 
         A state patched in at one position does not affect this layer's output at another, so the result is valid for
@@ -160,12 +161,12 @@ class States:
         layer, kind, head = start
         base, source = self._recorded.base, self._recorded.source
         if kind == "hidden":
-            return source.at(source.states[layer + 1], wanted)
+            return source.at(source.states[layer + 1], positions)
         if start in self._kept:
             return self._kept[start]
         step, outputs = max(1, self._settings.call_tokens(self._vlm) // self._samples), []
-        for first in range(0, len(wanted), step):
-            block = wanted[first : first + step]
+        for first in range(0, len(positions), step):
+            block = positions[first : first + step]
             writes = Writes(samples=self._samples, here=block)
             writes.add(*_site(self._vlm, kind, layer, head), 0, block, source)
             states = base.at(base.states[layer], block).expand(self._samples, -1, -1)
@@ -190,7 +191,7 @@ def _put(lane: Lane, chunk: Chunk) -> list[int]:
 def _site(vlm: VisionLanguageModel, kind: str, layer: int, head: int | None) -> tuple[Target, slice]:
     """Return the module in which a kind of cell writes in a layer, and the columns that it writes."""
     if kind != "head":
-        return Site(kind, layer), slice(None)
+        return Site(cast(Kind, kind), layer), slice(None)
     projection = vlm.attention_projection(layer)
     size = projection.width // vlm.heads
     return projection, slice(head * size, (head + 1) * size)
@@ -249,9 +250,9 @@ class Writes:
         return write
 
 
-def _numbers(within: Sequence[int], wanted: Sequence[int]) -> list[int]:
+def _numbers(within: Sequence[int], positions: Sequence[int]) -> list[int]:
     number = {place: index for index, place in enumerate(within)}
-    return [number[place] for place in wanted]
+    return [number[place] for place in positions]
 
 
 # ---- edge cells ----
@@ -259,7 +260,7 @@ def _numbers(within: Sequence[int], wanted: Sequence[int]) -> list[int]:
 
 def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
     """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
-    settings = {"read": runs.scored, **runs.keywords}
+    settings: dict[str, Any] = {"read": runs.scored, **runs.keywords}
     first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
     clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
     if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
@@ -274,9 +275,7 @@ class Edges:
     them.
     """
 
-    def __init__(
-        self, replay: Replay, runs: Runs, cells: Sequence[EdgeCell], recorded: Recorded, _settings: Engine
-    ) -> None:
+    def __init__(self, replay: Replay, runs: Runs, cells: Sequence[EdgeCell], recorded: Recorded) -> None:
         self._replay, self._runs, self._cells, self._base = replay, runs, cells, recorded.base
         self._spans: dict[tuple[tuple[int, ...], tuple[Cut, ...]], CutSpan] = {}
 

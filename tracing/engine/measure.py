@@ -2,9 +2,11 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,12 +73,13 @@ def measure(
         judge = look if accept is not None and not parts else None
         part = measure_once(vlm, along, others, score, engine=settings, accept=judge, bar=bar)
         if any(before):
+            assert pictures is not None, "cells before the decoder need the model inputs of both runs"
             part = with_pictures(vlm, pictures, along, cells, score, measured=part, bar=bar)
         parts.append(part)
     scores, base, source = (
         scoring.joined([getattr(part, name) for part in parts]) for name in ("scores", "base", "source")
     )
-    report = _together([part.report for part in parts])
+    report = _joint_report([part.report for part in parts])
     return CellScores(scores=scores, base=base, source=source, free=parts[0].free, report=report)
 
 
@@ -97,18 +100,18 @@ def measure_once(
     reason = "asked for" if cells else "the vision tower cannot be replayed"
     if cells and engine.name != "plain":
         try:
-            found = sweep(vlm, runs, cells, score, settings=engine, accept=accept, bar=bar)
-            return replace(found, report=replace(found.report, **_checked(vlm, runs, cells, score, (engine, found))))
+            result = sweep(vlm, runs, cells, score, settings=engine, accept=accept, bar=bar)
+            return replace(result, report=replace(result.report, **_checked(vlm, runs, cells, score, (engine, result))))
         except ReplayError as error:
             _both(vlm, runs, score)  # logits that are not finite raise their own error
             if engine.name == "replay":
                 raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
             reason = str(error)
             _warn(f"tracing one forward pass per cell, which is slow: {reason}")
-    return _plainly(vlm, runs, cells, score, (engine, reason), accept, bar)
+    return _measure_plain(vlm, runs, cells, score, (engine, reason), accept, bar)
 
 
-def _plainly(
+def _measure_plain(
     vlm: VisionLanguageModel,
     runs: Runs,
     cells: Sequence[Cell],
@@ -131,8 +134,8 @@ def _plainly(
         if bar is not None:
             bar.update(len(known))
         try:
-            for number, found in each_plain(vlm, runs, cells, score, known=known):
-                scores[number] = found
+            for number, values in each_plain(vlm, runs, cells, score, known=known):
+                scores[number] = values
                 checkpoint.finish(number)
                 if bar is not None:
                     bar.update()
@@ -157,25 +160,28 @@ def _both(vlm: VisionLanguageModel, runs: Runs, score: Measure) -> list[Tensor]:
 
 def _checked(
     vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Cell], score: Measure, done: tuple[Engine, CellScores]
-) -> dict[str, int | float]:
+) -> dict[str, Any]:
     """Return how far a few sweep scores are from plain ones, and how far plain ones vary with the batch size.
 
     Warns once if they are further apart than rounding can explain.
     """
-    engine, found = done
-    computed = (~found.free).nonzero().flatten()
+    engine, result = done
+    computed = (~result.free).nonzero().flatten()
     order = torch.randperm(len(computed), generator=torch.Generator().manual_seed(0))
     chosen = computed[order[: engine.checks]].tolist()
     if not chosen:
         return {}
     again = [cells[number] for number in chosen]
     plain, other = (plain_scores(vlm, each, again, score) for each in (runs, _in_another_batch(runs)))
-    difference, noise = _furthest(found.scores[chosen], plain), _furthest(plain[..., :1], other[..., :1])
+    difference, noise = (
+        _largest_difference(result.scores[chosen], plain),
+        _largest_difference(plain[..., :1], other[..., :1]),
+    )
     size = float(plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max())
     if difference > max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, size):
         _warn(
-            f"the fast engine is {difference:.1e} away from the plain way on {len(chosen)} checked cells, "
-            f"whose own noise is {noise:.1e}; trace again with Engine(name='plain') and report this model"
+            f"the fast engine differs by {difference:.1e} from plain forward passes on {len(chosen)} checked cells, "
+            f"which differ by {noise:.1e} among themselves; trace again with Engine(name='plain') and report this model"
         )
     return {"checked_cells": len(chosen), "largest_difference": difference, "plain_noise": noise}
 
@@ -187,7 +193,7 @@ def _in_another_batch(runs: Runs) -> Runs:
     return replace(runs, base=runs.base[:1], source=runs.source[:1])
 
 
-def _furthest(first: Tensor, second: Tensor) -> float:
+def _largest_difference(first: Tensor, second: Tensor) -> float:
     """Return the largest difference in the first and in the last metric, which is a probability in every trace.
 
     Where both scores are equally infinite or both are NaN, they do not differ.
@@ -208,19 +214,22 @@ def _warn(message: str) -> None:
 # ---- several sequences of tokens ----
 
 
-def _branch_file(checkpoint: Path | None, branch: int) -> Path | None:
+def _branch_file(checkpoint: str | PathLike[str] | None, branch: int) -> Path | None:
     """Return the checkpoint path of one of several token sequences."""
-    return checkpoint if checkpoint is None or not branch else checkpoint.with_name(f"{checkpoint.name}.{branch}")
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name}.{branch}") if branch else path
 
 
-def _together(reports: Sequence[EngineReport]) -> EngineReport:
+def _joint_report(reports: Sequence[EngineReport]) -> EngineReport:
     """Return one report for all sequences, with the sums of the counts and the largest differences."""
     first = reports[0]
-    counts: Mapping[str, int] = {
+    counts: dict[str, Any] = {
         name: sum(getattr(each, name) or 0 for each in reports)
         for name in ("cells", "free_cells", "token_layers", "halvings", "checked_cells")
     }
-    worst = {
+    worst: dict[str, Any] = {
         name: max((value for each in reports if (value := getattr(each, name)) is not None), default=None)
         for name in ("largest_difference", "plain_noise")
     }

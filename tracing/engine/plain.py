@@ -8,17 +8,18 @@ before the decoder (layers of the vision tower, and the projector) have no other
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
-from ...models.families.addresses import Key
+from ...models.families.addresses import Key, Kind
 from ...models.replay.cuts import Cut
 from ...models.replay.observe import masking
 from ..errors import TraceError
-from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, all_edges
+from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, all_edges, state_cells
 
 _Write = Callable[[Tensor], Tensor]
 _Inputs = Mapping[str, Tensor]
@@ -29,8 +30,8 @@ def plain_scores(
 ) -> Tensor:
     """Return the scores (cell, metric, sample), float64 on the CPU, of the base run with each cell's change."""
     scores = []
-    for _, found in each_plain(vlm, runs, cells, measure):
-        scores.append(found)
+    for _, values in each_plain(vlm, runs, cells, measure):
+        scores.append(values)
         if bar is not None:
             bar.update()
     return torch.stack(scores)
@@ -44,13 +45,13 @@ def each_plain(
     For state cells, every layer's outputs of the kinds that they name, (sample, token, width) each, are held in memory.
     Raises `ReplayError` if edges are to be cut in a model whose attention cannot be masked.
     """
-    changing = _masked(vlm, runs) if all_edges(cells) else _put_in(vlm, runs, cells)
+    changing: Any = _masked(vlm, runs) if all_edges(cells) else _put_in(vlm, runs, state_cells(cells))
     base = runs.base.expand(runs.samples, -1, -1).contiguous()
     for number, cell in enumerate(cells):
         if number not in known:
             with changing(cell):
-                found = run_scores(vlm, base, runs, measure)
-            yield number, found
+                values = run_scores(vlm, base, runs, measure)
+            yield number, values
 
 
 def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
@@ -95,14 +96,14 @@ def _put_in(
     """Return a function that gives the context in which a cell's source states are patched in and others are frozen."""
     base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
     keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
-    lent = _states(vlm, source, keys, runs)
+    sources = _states(vlm, source, keys, runs)
     frozen_keys = {cell.severed: _keys(vlm, cell.severed) for cell in cells if cell.severed}
     if any(cell.is_direct for cell in cells):
         frozen_keys["hidden"] = _keys(vlm, "hidden")
     own = _states(vlm, base, frozen_keys, runs)
 
     def changing(cell: StateCell) -> AbstractContextManager:
-        put, frozen = _writes(vlm, cell, runs, (keys[cell.kind], lent), (frozen_keys, own))
+        put, frozen = _writes(vlm, cell, runs, (keys[cell.kind], sources), (frozen_keys, own))
         stack = ExitStack()
         stack.enter_context(patch(vlm, _in_turn(put), inputs=cell.kind == "head"))
         stack.enter_context(patch(vlm, _in_turn(frozen)))
@@ -115,7 +116,7 @@ def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
     """Return each layer's module whose output, or for heads whose input, a kind of cell reads and writes."""
     if kind == "head":
         return [vlm.attention_projection(layer) for layer in range(vlm.layers)]
-    return [Site(kind, layer) for layer in range(vlm.layers)]
+    return [Site(cast(Kind, kind), layer) for layer in range(vlm.layers)]
 
 
 def _states(
@@ -142,8 +143,8 @@ def _writes(
     vlm: VisionLanguageModel,
     cell: StateCell,
     runs: Runs,
-    lent: tuple[list[Key], dict[Key, Tensor]],
-    own: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
+    source: tuple[list[Key], dict[Key, Tensor]],
+    base: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
 ) -> tuple[dict[Key, list[_Write]], dict[Key, list[_Write]]]:
     """Return the writes that patch in the cell's states and those that freeze other states."""
     put: dict[Key, list[_Write]] = {}
@@ -152,14 +153,14 @@ def _writes(
     if cell.kind == "head":
         size = vlm.attention_projection(cell.first).width // vlm.heads
         columns = slice(cell.head * size, (cell.head + 1) * size)
-    for key in lent[0][cell.first : cell.last + 1]:
-        put.setdefault(key, []).append(_write(lent[1][key], list(cell.positions), columns))
+    for key in source[0][cell.first : cell.last + 1]:
+        put.setdefault(key, []).append(_write(source[1][key], list(cell.positions), columns))
     if cell.severed:
-        for key in own[0][cell.severed][cell.last + 1 :]:
-            frozen.setdefault(key, []).append(_write(own[1][key], list(cell.positions), slice(None)))
+        for key in base[0][cell.severed][cell.last + 1 :]:
+            frozen.setdefault(key, []).append(_write(base[1][key], list(cell.positions), slice(None)))
     others = sorted(set(runs.frozen) - set(cell.positions)) if cell.is_direct else []
-    for key in own[0]["hidden"] if others else []:
-        frozen.setdefault(key, []).append(_write(own[1][key], others, slice(None)))
+    for key in base[0]["hidden"] if others else []:
+        frozen.setdefault(key, []).append(_write(base[1][key], others, slice(None)))
     return put, frozen
 
 
@@ -218,9 +219,9 @@ def with_pictures(
     """
     parts = {cell: _parts(vlm, cell) for cell in cells if is_before_decoder(cell)}
     modules = list(dict.fromkeys(part for each in parts.values() for part in each))
-    lent = [_written(vlm, inputs.prompt, each, modules) for each in inputs.source]
+    sources = [_written(vlm, inputs.prompt, each, modules) for each in inputs.source]
     masks = {
-        cell: {part: restored_tokens(inputs.prompt, cell, lent[0][part].shape[:-1]) for part in each}
+        cell: {part: restored_tokens(inputs.prompt, cell, sources[0][part].shape[:-1]) for part in each}
         for cell, each in parts.items()
     }
     others, scores, passes = iter(measured.scores), [], 0
@@ -228,7 +229,7 @@ def with_pictures(
         if cell not in parts:
             scores.append(next(others))
             continue
-        embeddings = _embeddings(vlm, inputs, runs, lent, masks[cell])
+        embeddings = _embeddings(vlm, inputs, runs, sources, masks[cell])
         known = _known(embeddings, runs, measured)
         scores.append(run_scores(vlm, embeddings, runs, measure) if known is None else known)
         passes += known is None
@@ -241,7 +242,7 @@ def with_pictures(
     return replace(measured, scores=torch.stack(scores), free=free, report=report)
 
 
-def is_before_decoder(cell: Cell) -> bool:
+def is_before_decoder(cell: Cell) -> TypeGuard[StateCell]:
     """Return whether the cell restores states of the vision tower or of the projector."""
     return isinstance(cell, StateCell) and cell.kind in ("vision", "projector")
 
@@ -286,38 +287,38 @@ def _written(
     vlm: VisionLanguageModel, prompt: Prompt, inputs: _Inputs, modules: Sequence[nn.Module]
 ) -> dict[nn.Module, Tensor]:
     """Return these modules' outputs for these inputs. Raises `TraceError` if a module does not run exactly once."""
-    found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+    recorded: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
     def recorder(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def record(output: Tensor) -> Tensor:
-            found[module].append(output.clone())
+            recorded[module].append(output.clone())
             return output
 
         return record
 
     with patch(vlm, {module: recorder(module) for module in modules}, ahead=True):
         vlm.embed(prompt, inputs)
-    for module, outputs in found.items():
+    for module, outputs in recorded.items():
         if len(outputs) != 1:
             raise TraceError(
                 f"{vlm.path(module)!r} of {vlm.name!r} ran {len(outputs)} times for one prompt, not once, so its "
                 "states cannot be restored; leave out 'vision' and 'projector'"
             )
-    return {module: outputs[0] for module, outputs in found.items()}
+    return {module: outputs[0] for module, outputs in recorded.items()}
 
 
 def _embeddings(
     vlm: VisionLanguageModel,
     inputs: Shown,
     runs: Runs,
-    lent: Sequence[Mapping[nn.Module, Tensor]],
+    sources: Sequence[Mapping[nn.Module, Tensor]],
     masks: Mapping[nn.Module, Tensor],
 ) -> Tensor:
     """Return (sample, token, hidden): the decoder's input with source states patched in; the answer's words stay."""
     rows = []
     for sample in range(runs.samples):
         base = inputs.base[sample % len(inputs.base)]  # a single input serves all samples
-        states = lent[sample % len(lent)]
+        states = sources[sample % len(sources)]
         with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
             rows.append(vlm.embed(inputs.prompt, base))
     changed = torch.cat(rows)

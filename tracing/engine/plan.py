@@ -12,7 +12,7 @@ import torch
 from ...models.replay.cuts import Cut
 from ...models.replay.recording import Masks
 from ..errors import TraceError
-from .cells import Cell, EdgeCell, StateCell, all_edges
+from .cells import Cell, EdgeCell, StateCell, all_edges, state_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def make_plan(
     if all_edges(cells):
         effects, copies = _edge_effects(cells, masks)
     else:
-        effects, copies = dict(enumerate(_state_effects(cells, masks, changed, frozen))), {}
+        effects, copies = dict(enumerate(_state_effects(state_cells(cells), masks, changed, frozen))), {}
     free: dict[int, tuple[int, ...]] = {}
     groups: dict[_Group, list[_Member]] = {}
     for number, effect in effects.items():
@@ -158,10 +158,10 @@ def touched(
     cells: Sequence[StateCell], *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()
 ) -> tuple[int, ...]:
     """Return the ascending positions whose states any cell computes or patches in; only these need to be recorded."""
-    found: set[int] = set()
+    positions: set[int] = set()
     for effect in {id(each): each for each in _state_effects(cells, masks, changed, frozen)}.values():
-        found.update(effect.computed, effect.live)
-    return tuple(sorted(found))
+        positions.update(effect.computed, effect.live)
+    return tuple(sorted(positions))
 
 
 def _state_effects(
@@ -228,13 +228,13 @@ def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
         mask = masks.layers[layer]
         everything = torch.arange(masks.length)
         device = targets.device if mask is None else mask.device
-        seen = masks.block(layer, targets.to(device), everything.to(device)).cpu()
-        if bool((seen.sum(1) == seen[:, sources].sum(1)).any()):
+        visible = masks.block(layer, targets.to(device), everything.to(device)).cpu()
+        if bool((visible.sum(1) == visible[:, sources].sum(1)).any()):
             raise TraceError(
                 "some token would see nothing at all, not even itself, if these edges were cut; leave it out of the "
                 "targets, or itself or the first token out of the sources"
             )
-        met |= seen[:, sources]
+        met |= visible[:, sources]
     return Cut(
         sources=frozenset(sources[met.any(0)].tolist()),
         targets=frozenset(targets[met.any(1)].tolist()),

@@ -118,12 +118,13 @@ def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
     processor cuts the picture off.
     """
     _check_box(prompt, box)
-    if not prompt.patches:
+    side = prompt.patch_size
+    if not prompt.patches or side is None:
         raise TraceError(
             f"no patches for {box}: the image tokens do not form a grid; pass group names or positions, "
             "such as those of box_positions(vlm, prompt, box)"
         )
-    side, own = prompt.patch_size, [patch for patch in prompt.patches if patch.image == box.image]
+    own = [patch for patch in prompt.patches if patch.image == box.image]
     light = _pooled(_pixel_light(prompt, box)[box.image][None], side)[0]
     brightest = float(light.max())
     if brightest == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,13 +215,13 @@ class Grid:
 
     def maps(self, values: Tensor) -> dict[str, Tensor]:
         """Return values (..., row, column, sample) by kind, from values (cell, ..., sample)."""
-        found, start = {}, 0
+        maps, start = {}, 0
         for kind, spans in self.spans.items():
             stop = start + len(self.rows) * len(spans)
             part = values[start:stop].unflatten(0, (len(self.rows), len(spans)))
-            found[kind] = part.movedim((0, 1), (-3, -2)).contiguous()
+            maps[kind] = part.movedim((0, 1), (-3, -2)).contiguous()
             start = stop
-        return found
+        return maps
 
 
 def make_grid(
@@ -260,20 +261,20 @@ def window_layers(center: int, window: int, layers: int) -> range:
 
 def _kinds(vlm: VisionLanguageModel, prompt: Prompt, sites: str | Sequence[str]) -> tuple[str, ...]:
     """Return the kinds of maps, with one kind for each head."""
-    asked = tuple(dict.fromkeys((sites,) if isinstance(sites, str) else sites))
+    requested = tuple(dict.fromkeys((sites,) if isinstance(sites, str) else sites))
     heads = tuple(f"head {number}" for number in range(vlm.heads))
-    unknown = [kind for kind in asked if kind not in SITES and kind not in heads]
-    if unknown or not asked:
+    unknown = [kind for kind in requested if kind not in SITES and kind not in heads]
+    if unknown or not requested:
         raise TraceError(
             f"no kind of site {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(SITES)}, "
             f"or single heads ('head 0' to 'head {vlm.heads - 1}')"
         )
-    if not prompt.groups["image"] and set(asked) & set(BEFORE_DECODER):
+    if not prompt.groups["image"] and set(requested) & set(BEFORE_DECODER):
         raise TraceError("'vision' and 'projector' need a picture, which this prompt does not have; leave them out")
-    return tuple(dict.fromkeys(kind for each in asked for kind in (heads if each == "heads" else (each,))))
+    return tuple(dict.fromkeys(kind for each in requested for kind in (heads if each == "heads" else (each,))))
 
 
-def _site(kind: str) -> dict[str, str | int]:
+def _site(kind: str) -> dict[str, Any]:
     name, _, number = kind.partition(" ")
     return {"kind": name, "head": int(number)} if number else {"kind": name}
 

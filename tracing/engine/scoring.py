@@ -101,10 +101,10 @@ def _name(metric: Metric) -> str:
 def _called(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     scores = metric(logits)
     if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise TraceError(
             f"the metric {_name(metric)} must turn logits {tuple(logits.shape)} into one score per row, "
-            f"({len(logits)},); it returned {found}"
+            f"({len(logits)},); it returned {shape}"
         )
     if logits.requires_grad and not scores.requires_grad:
         raise TraceError(
@@ -152,18 +152,18 @@ def choose_scoring(
 
 
 def _checked(metrics: Metric | Sequence[Metric]) -> tuple[Metric, ...]:
-    found = (metrics,) if isinstance(metrics, str) or callable(metrics) else tuple(metrics)
-    unknown = [metric for metric in found if not callable(metric) and metric not in METRICS]
-    if unknown or not found:
+    chosen = (metrics,) if isinstance(metrics, str) or callable(metrics) else tuple(metrics)
+    unknown = [metric for metric in chosen if not callable(metric) and metric not in METRICS]
+    if unknown or not chosen:
         raise TraceError(
             f"no metric {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(METRICS)}, or a "
             "function from logits (row, answer position, vocab) to scores (row,)"
         )
-    found = tuple(dict.fromkeys(found))
-    names = [_name(metric) for metric in found]
+    chosen = tuple(dict.fromkeys(chosen))
+    names = [_name(metric) for metric in chosen]
     if len(set(names)) < len(names):
         raise TraceError(f"several metrics of one name among {', '.join(names)}; give each function a name of its own")
-    return found
+    return chosen
 
 
 def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int, ...]:

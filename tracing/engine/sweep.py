@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ...models import VisionLanguageModel
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
-from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs, all_edges
+from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs, all_edges, state_cells
 from .lanes import Edges, Recorded, States, record, record_once
 from .plan import Chunk, halved, make_plan
 
@@ -60,7 +61,10 @@ def sweep(
     settings = settings or Engine()
     with torch.no_grad(), replaying(vlm) as replay:
         try:
-            recorded = (record_once if all_edges(cells) else record)(replay, runs, cells)
+            if all_edges(cells):
+                recorded = record_once(replay, runs, cells)
+            else:
+                recorded = record(replay, runs, state_cells(cells))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -89,7 +93,10 @@ class _Sweep:
     ) -> None:
         self.replay, self.runs, self.cells, self.measure, self.settings = replay, runs, cells, measure, settings
         self.recorded, self.vlm, self.halvings = recorded, replay.vlm, 0
-        self.acts = (Edges if all_edges(cells) else States)(replay, runs, cells, recorded, settings)
+        if all_edges(cells):
+            self.acts = Edges(replay, runs, cells, recorded)
+        else:
+            self.acts = States(replay, runs, state_cells(cells), recorded, settings)
 
     def run(self, base: Tensor, source: Tensor, bar: tqdm | None) -> CellScores:
         """Return the scores after planning the sweep, scoring the free cells and computing chunk after chunk."""
@@ -221,9 +228,9 @@ class _Sweep:
             each.logits.expand(self.runs.samples, -1, -1) for each in (self.recorded.base, self.recorded.source)
         )
         logits = base.clone() if computed is None else base[owners]
-        lent = [index for index, place in enumerate(scored) if place in set(merged)]
-        if lent:
-            logits[:, lent] = source[:, lent] if computed is None else source[owners][:, lent]
+        from_source = [index for index, place in enumerate(scored) if place in set(merged)]
+        if from_source:
+            logits[:, from_source] = source[:, from_source] if computed is None else source[owners][:, from_source]
         if computed is not None:
             logits[:, [scored.index(place) for place in computed[0]]] = computed[1]
         return logits
@@ -257,8 +264,8 @@ class _Finished:
 class Checkpoint:
     """The file with the finished cells of one sweep; without a path, nothing is kept."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: str | PathLike[str] | None = None) -> None:
+        self._path = None if path is None else Path(path)
         self._identity = ""
         self._scores: Tensor | None = None
         self._finished = torch.zeros(0, dtype=torch.bool)
@@ -276,13 +283,13 @@ class Checkpoint:
         self._finished = torch.zeros(len(chunks), dtype=torch.bool)
         if self._path is None or not self._path.exists():
             return
-        found = load_fields(self._path, _LAYOUT, _Finished)
-        if found.identity != self._identity:
+        earlier = load_fields(self._path, _LAYOUT, _Finished)
+        if earlier.identity != self._identity:
             raise TraceError(
                 f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
                 "memory setting); trace with the same settings to go on, or name another file"
             )
-        self._finished, self._earlier = found.finished.bool(), found.scores
+        self._finished, self._earlier = earlier.finished.bool(), earlier.scores
 
     @contextmanager
     def writing(self, scores: Tensor) -> Iterator[None]:

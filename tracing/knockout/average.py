@@ -179,13 +179,13 @@ class AverageKnockout(FlowMap):
         """Return one line on a flow and window."""
         peak, centre = self.peak(flow, window, score), self.centre(flow, window, score)
         ends = "" if peak.interval is None else " [{:+.1f}, {:+.1f}]".format(*peak.interval)
-        found = f"{peak.change:+.1f} %{ends} at {place_words(peak)}" if peak.change else "changes nothing at any layer"
+        text = f"{peak.change:+.1f} %{ends} at {place_words(peak)}" if peak.change else "changes nothing at any layer"
         if peak.change and not peak.is_clear:
-            found += ", not clear of zero"
+            text += ", not clear of zero"
         elif centre is not None and peak.change < 0:
             between = "" if centre.interval is None else " [{:.1f}, {:.1f}]".format(*centre.interval)
-            found += f", centre of the loss at layer {centre.layer:.1f}{between}"
-        return f"{flow:<{max(map(len, self.flows))}}  window {window}: {found}, {_questions(peak.count)}"
+            text += f", centre of the loss at layer {centre.layer:.1f}{between}"
+        return f"{flow:<{max(map(len, self.flows))}}  window {window}: {text}, {_questions(peak.count)}"
 
     def _titles(self, score: str | None) -> tuple[str, str]:
         """Return title and subtitle of figures."""
@@ -199,11 +199,11 @@ class AverageKnockout(FlowMap):
 
     def _lines(self) -> tuple[str, str]:
         peaks = sorted((self.peak(flow) for flow in self.flows), key=lambda peak: -abs(peak.change))
-        said = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
+        changes = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
         left_out = f", {len(self.filtered)} left out for a wrong answer" if self.filtered else ""
         return (
             f"AverageKnockout of {self.model} over {_questions(self.count)}{left_out}",
-            f"mean p = {float(self.clean.mean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(said)}",
+            f"mean p = {float(self.clean.mean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(changes)}",
         )
 
     def _problem(self) -> str | None:
@@ -232,8 +232,9 @@ class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
 
     def add(self, result: AttentionKnockout) -> None:
         """Add a result to the average, or list its question if the answer is wrong."""
-        if self._only_right and result.is_right is False:
-            self.leave_out(FilteredQuestion(question=result.question, gold=result.gold, generated=result.generated))
+        gold, generated = result.gold, result.generated
+        if self._only_right and result.is_right is False and gold is not None and generated is not None:
+            self.leave_out(FilteredQuestion(question=result.question, gold=gold, generated=generated))
         else:
             super().add(result)
 

@@ -98,15 +98,15 @@ class Groups:
         "object"; "true option", "false option" and any other named constraint by its name, with a blank for each
         underscore; "options"; "question without options".
         """
-        found = self._named(group) if isinstance(group, str) else self.prompt.positions(group)
-        if not found:
+        places = self._named(group) if isinstance(group, str) else self.prompt.positions(group)
+        if not places:
             raise TraceError(f"no tokens in the group {group!r} of this prompt; groups with tokens: {self._known()}")
-        if group != "last" and max(found) > self.prompt.groups["last"][0]:
+        if group != "last" and max(places) > self.prompt.groups["last"][0]:
             raise TraceError(
                 f"{group!r} reaches beyond the prompt's last token (position {self.prompt.groups['last'][0]}) into the "
                 "answer; ask for groups of the prompt"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(places))
 
     def _named(self, name: str) -> tuple[int, ...]:
         groups = self.prompt.groups
@@ -145,7 +145,9 @@ class Groups:
         names = ["separators", "system", "template", "object words", "options", "question without options"]
         derived = [name for name in names if self._named(name)]
         others = [
-            name.removeprefix("constraint:").replace("_", " ") for name, held in self.prompt.groups.items() if held
+            name.removeprefix("constraint:").replace("_", " ")
+            for name, members in self.prompt.groups.items()
+            if members
         ]
         return ", ".join([*others, *derived, *(("object", "other patches") if self.boxes else ())])
 
@@ -285,20 +287,20 @@ def _by_head(
     if not flows:
         raise TraceError('no flows to cut; pass some, such as ["image -> last"], or None for those of the study')
     if heads is None:
-        wanted: list[tuple[str, tuple[int, ...]]] = [("", ())]
+        variants: list[tuple[str, tuple[int, ...]]] = [("", ())]
     elif isinstance(heads, str):
         if heads != "each":
             raise TraceError(f"no heads {heads!r}; pass 'each', numbers from 0 to {vlm.heads - 1}, or None for all")
-        wanted = [(f", head {head}", (head,)) for head in range(vlm.heads)]
+        variants = [(f", head {head}", (head,)) for head in range(vlm.heads)]
     else:
         numbers = tuple(dict.fromkeys(heads))
         if not numbers or not all(0 <= head < vlm.heads for head in numbers):
             raise TraceError(f"no heads {list(numbers)}; this model has heads 0 to {vlm.heads - 1}")
-        wanted = [(f", heads {', '.join(map(str, numbers))}", numbers)]
+        variants = [(f", heads {', '.join(map(str, numbers))}", numbers)]
     return [
         (edges.name + label, Cut(sources=frozenset(edges.sources), targets=frozenset(edges.targets), heads=numbers))
         for edges in flows
-        for label, numbers in wanted
+        for label, numbers in variants
     ]
 
 

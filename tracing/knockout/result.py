@@ -272,10 +272,10 @@ class AttentionKnockout(FlowMap):
 
     def _lines(self) -> tuple[str, str]:
         peaks = sorted((self.strongest(flow) for flow in self.flows), key=lambda peak: -abs(peak.change))
-        said = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
+        changes = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
         return (
             f"AttentionKnockout of {self.model}: {self.question!r} -> {self.answer.strip()!r}",
-            f"p = {float(self.clean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(said)}",
+            f"p = {float(self.clean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(changes)}",
         )
 
     def _problem(self) -> str | None:
@@ -300,8 +300,8 @@ def place_words(peak: FlowPeak) -> str:
 
 def _peak_line(peak: FlowPeak, name: int) -> str:
     """Return one line on a flow's strongest change, with the flow's name padded to `name` letters."""
-    found = f"{peak.change:+.1f} % at {place_words(peak)}" if peak.change else "changes nothing at any layer"
-    return f"{peak.flow:<{name}}  window {peak.window}: {found}"
+    text = f"{peak.change:+.1f} % at {place_words(peak)}" if peak.change else "changes nothing at any layer"
+    return f"{peak.flow:<{name}}  window {peak.window}: {text}"
 
 
 def _index(kind: str, labels: Sequence[Any], label: Any) -> int:

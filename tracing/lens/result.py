@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ _MOST_COLUMNS = 60
 _CELL_WIDTH, _CELL_HEIGHT = 0.82, 0.25  # inches
 _LETTERS = 11  # number of letters that fit into a cell
 _FRAME = "#d55e00"
-_Style = tuple[str, str | tuple[float, tuple[float, float]]]  # colour and dashes
+_Style = tuple[str, Any]  # colour, and dashes as matplotlib spells them
 NORMS = (True, False)
 """The first axis of all tensors: with the model's final norm before the output head, and without it."""
 NORM_NAMES = ("with the final norm", "without the final norm")
@@ -420,7 +420,7 @@ def _styled(curves: Sequence[LensCurve]) -> Iterator[tuple[LensCurve, _Style]]:
         yield curve, (colours[0] if colours else next(others), (0, (3, 1.5)) if only_capital else "-")
 
 
-def _sample(style: _Style, marker: str = "o", **more: object) -> "Line2D":
+def _sample(style: _Style, marker: str = "o", **more: Any) -> "Line2D":
     """Return a line of this style without points."""
     from matplotlib.lines import Line2D
 

@@ -310,11 +310,8 @@ class PruningAverager(Averager[ImagePruning, AveragePruning]):
         self._add("operation_shares", result.operations_kept(), axes)
 
     def _average(self) -> AveragePruning:
-        return AveragePruning(
-            **{name: getattr(self.first, name) for name in self.alike},
-            count=self.count,
-            **{name: self._mean(name) for name in self._means},
-        )
+        means: dict[str, Any] = {name: self._mean(name) for name in self._means}
+        return AveragePruning(**{name: getattr(self.first, name) for name in self.alike}, count=self.count, **means)
 
 
 def _number(claim: bool | None) -> float:

@@ -68,15 +68,15 @@ def kept_tokens(
     every token. Raises `TraceError` if tokens have to be ranked and this model's attention cannot be read.
     """
     counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
-    kept = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
+    stays = torch.zeros(len(counts), len(layers), len(image), dtype=torch.bool)
     ranks = None
     for row, count in enumerate(counts):
         if count in (0, len(image)):
-            kept[row] = count > 0
+            stays[row] = count > 0
             continue
         ranks = image_ranks(vlm, embeddings, image) if ranks is None else ranks
-        kept[row] = ranks[list(layers)] < count
-    return kept
+        stays[row] = ranks[list(layers)] < count
+    return stays
 
 
 def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
@@ -87,13 +87,13 @@ def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[in
     2403.06764) as released.
     """
     try:
-        with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as seen:
+        with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as attention:
             vlm.forward(inputs_embeds=embeddings, positions=[embeddings.shape[1] - 1])
     except ReplayError as error:
         raise TraceError(
             f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}; pass keep=(0,), which needs no order"
         ) from error
-    attended = torch.stack([each.weights[0, :, 0].mean(0)[list(image)] for each in seen]).cpu()
+    attended = torch.stack([each.weights[0, :, 0].mean(0)[list(image)] for each in attention]).cpu()
     order = attended.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(image)).expand_as(order))
     return torch.cat([ranks[:1], ranks[:-1]])
@@ -162,9 +162,9 @@ def greedy_ids(
         runs = Runs.of_one(vlm.extend(embeddings, ids), scored=range(last + start, last + len(ids)))
         if bar is not None:
             bar.total += len(numbers)
-        asked = cells(runs.length)
-        found = measure_once(vlm, runs, [asked[each] for each in numbers], _argmax, engine=engine, bar=bar)
-        return found.scores[..., 0].long()
+        candidates = cells(runs.length)
+        result = measure_once(vlm, runs, [candidates[each] for each in numbers], _argmax, engine=engine, bar=bar)
+        return result.scores[..., 0].long()
 
     return verified(likeliest, len(cells(last + 1)), limits.ended(guess), limits)
 
@@ -175,36 +175,36 @@ def verified(likeliest: Likeliest, count: int, guess: Ids, limits: Limits) -> li
     All cells first follow the guess. Cells that depart from it with the same ids continue together, along the known
     answer of another cell with the same beginning if there is one, otherwise by a single token.
     """
-    found: dict[int, Ids] = {}
+    answers: dict[int, Ids] = {}
     known = {guess}
     waiting: dict[Ids, list[int]] = {(): list(range(count))}
     while waiting:
-        said = min(waiting, key=len)
-        numbers, line = waiting.pop(said), _line(said, known)
-        for number, tokens in zip(numbers, likeliest(line, len(said), numbers).tolist(), strict=True):
-            answer = _followed(line, len(said), tokens, limits)
+        prefix = min(waiting, key=len)
+        numbers, line = waiting.pop(prefix), _line(prefix, known)
+        for number, tokens in zip(numbers, likeliest(line, len(prefix), numbers).tolist(), strict=True):
+            answer = _follow(line, len(prefix), tokens, limits)
             if limits.is_over(answer):
-                found[number] = answer
+                answers[number] = answer
                 known.add(answer)
             else:
                 waiting.setdefault(answer, []).append(number)
-    return [found[number] for number in range(count)]
+    return [answers[number] for number in range(count)]
 
 
-def _line(said: Ids, known: Collection[Ids]) -> Ids:
+def _line(prefix: Ids, known: Collection[Ids]) -> Ids:
     """Return the longest known answer that begins with these ids, otherwise these ids and one placeholder."""
-    longer = (each for each in known if len(each) > len(said) and each[: len(said)] == said)
-    return max(longer, key=len, default=(*said, _UNKNOWN))
+    longer = (each for each in known if len(each) > len(prefix) and each[: len(prefix)] == prefix)
+    return max(longer, key=len, default=(*prefix, _UNKNOWN))
 
 
-def _followed(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> Ids:
+def _follow(line: Ids, start: int, tokens: Sequence[int], limits: Limits) -> Ids:
     """Return the line's ids up to the first one with which the cell disagrees, and then the cell's own id."""
-    said = line[:start]
+    ids = line[:start]
     for place, token in enumerate(tokens, start):
-        said = (*line[:place], token)
-        if token != line[place] or limits.is_over(said):
+        ids = (*line[:place], token)
+        if token != line[place] or limits.is_over(ids):
             break
-    return said
+    return ids
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -354,25 +354,25 @@ def _scored_ids(prompt: Prompt, answer: str | None, own: Ids) -> Ids:
 
 def _checked_keep(keep: int | str | Sequence[int | str]) -> tuple[int | str, ...]:
     keep = plain_number(keep)
-    found = tuple(dict.fromkeys(map(plain_number, (keep,) if isinstance(keep, int | str) else keep)))
-    wrong = [each for each in found if each != "all" and (not isinstance(each, int) or each < 0)]
-    if wrong or not found:
+    counts = tuple(dict.fromkeys(map(plain_number, (keep,) if isinstance(keep, int | str) else keep)))
+    wrong = [each for each in counts if each != "all" and (not isinstance(each, int) or each < 0)]
+    if wrong or not counts:
         raise TraceError(
             f"cannot keep {wrong[0] if wrong else 'no number of'!r} image tokens; pass numbers from 0 on, or 'all', "
             "such as keep=(0, 64)"
         )
-    return found
+    return counts
 
 
 def _checked_layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> Ids:
-    found = tuple(range(vlm.layers)) if layers is None else tuple(sorted(set(layers)))
-    wrong = [layer for layer in found if not 0 <= layer < vlm.layers]
-    if wrong or not found:
+    chosen = tuple(range(vlm.layers)) if layers is None else tuple(sorted(set(layers)))
+    wrong = [layer for layer in chosen if not 0 <= layer < vlm.layers]
+    if wrong or not chosen:
         raise TraceError(
             f"cannot drop image tokens from {f'layer {wrong[0]}' if wrong else 'no layer'} on: {vlm.name!r} has layers "
             f"0 to {vlm.layers - 1}; pass some of these, or None for all"
         )
-    return found
+    return chosen
 
 
 def _checked_limits(vlm: VisionLanguageModel, max_new_tokens: int) -> Limits:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _LEGEND_HEAD, _LETTER = 0.7, 0.066  # inches: a sample in the legend with its ma
 _SIDE = 2.2  # size in inches of a picture with its margins
 _FADED = 0.16  # share of the contrast that a dropped patch keeps
 _PAPER = 0.93  # brightness towards which dropped patches fade
-_LEVELS = {
+_LEVELS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseline": ("every image token (baseline)", {"linestyle": "-", "color": "#8a8a8a", "linewidth": 1.2}),
     "floor": ("no image token at all (floor)", {"linestyle": (0, (1, 1.5)), "color": "#8a8a8a", "linewidth": 1.4}),
 }
@@ -172,7 +172,8 @@ class ImagePruning(ImageReading):
         frame = long_frame(axes, values | {"dropped": self.dropped} | work)
         answers = [answer for row in self.answers for answer in row] * len(self.scores)
         is_right = [None if self.gold is None else same_answer(answer, self.gold) for answer in answers]
-        return frame.assign(answer=answers, is_right=is_right)
+        columns: dict[str, Any] = {"answer": answers, "is_right": is_right}
+        return frame.assign(**columns)
 
     def plot(self, path: str | Path | None = None, score: str | None = None) -> "Figure":
         """Return a figure with the probability by layer, one line per `keep`, and the saved operations below.
@@ -272,8 +273,8 @@ class ImagePruning(ImageReading):
 
 def lasting_from(layers: Sequence[int], claims: Sequence[bool]) -> int | None:
     """Return the first layer from which all claims (one per layer) are true; None if the last claim is false."""
-    held = len(claims) - next((number for number, holds in enumerate(reversed(claims)) if not holds), len(claims))
-    return layers[held] if held < len(layers) else None
+    start = len(claims) - next((number for number, holds in enumerate(reversed(claims)) if not holds), len(claims))
+    return layers[start] if start < len(layers) else None
 
 
 def keep_label(keep: int | str) -> str:
@@ -409,7 +410,9 @@ def _draw_cliffs(panels: "tuple[Axes, Axes]", cliffs: Mapping[str, int | None]) 
     for colour, layer in cliffs.items():
         sharing = [name for name, other in cliffs.items() if other == layer]
         dashes = 2 * sharing.index(colour), (2, 2 * max(1, len(sharing) - 1))
-        for axes in panels if layer is not None else ():
+        if layer is None:
+            continue
+        for axes in panels:
             axes.axvline(layer, color=colour, linestyle=dashes, linewidth=1.2, zorder=1)
 
 
