@@ -1,10 +1,8 @@
 """Damaged input of every kind: an error of ours in one line, or the same content; no traceback, no hang, no false content."""
 
 import json
-import os
 import random
 import resource
-import shutil
 import signal
 import time
 import warnings
@@ -22,7 +20,7 @@ import torch
 from conftest import draw_photo
 from fuzz import BOMBS, RAW, Damage, entries_changed, flipped, other_header, other_json, other_line, otherwise, sections
 from multrace.artefacts import LAYOUT, ArtefactError, Result, write_json, write_tensors
-from multrace.data import DataError, EditRecord, Question, read_data, tiny_vlm_path, write_lines
+from multrace.data import DataError, EditRecord, Question, read_data, write_lines
 from multrace.editing import Delta, EditCurve, EditReport, Moments, WeightChange, second_moments
 from multrace.editing.evaluation.metrics import Interval
 from multrace.editing.evaluation.reports import ProbeRow, SequencePoint
@@ -295,7 +293,7 @@ def test_damaged_files_of_records_cost_an_error_or_their_rows(tmp_path):
             damage(base, (*RAW, *3 * (other_line if form == "lines" else other_json,)), 700, seed=9)
 
 
-# Pictures and models
+# Pictures (test_models_mutations.py has the models)
 
 
 def pictures(folder: Path, photo: Image.Image) -> list[Path]:
@@ -329,32 +327,3 @@ def test_damaged_pictures_are_errors_of_ours_or_pictures(random_llava_llama, pho
     (tmp_path / "good").mkdir()
     with no_memory_taken():
         damage_pictures(random_llava_llama, pictures(tmp_path / "good", photo), tmp_path / "damaged", 120, seed=11)
-
-
-def damage_model(source: Path, folder: Path, count: int, seed: int) -> Counter:
-    """Return how often a model with one damaged file was accepted and refused; an accepted one answers."""
-    names = sorted(path.name for path in source.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
-    rng, counts = random.Random(seed), Counter()
-    for _ in range(count):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for path in source.iterdir():
-            os.link(path, folder / path.name)
-        name = rng.choice(names)
-        content = (source / name).read_bytes()
-        makers = (*RAW, *4 * (other_json,)) if name.endswith(".json") else RAW
-        (folder / name).unlink()
-        (folder / name).write_bytes(rng.choice(makers)(content, rng))
-        counts[outcome(lambda: mt.load(folder).answer(None, "Who won?"))] += 1
-    return counts
-
-
-def test_a_damaged_model_is_an_error_of_ours_or_answers(llava_llama_path, tmp_path):
-    assert damage_model(llava_llama_path, tmp_path / "model", 10, seed=12)["refused"]
-
-
-@pytest.mark.slow
-def test_damaged_models_are_errors_of_ours_or_answer(llava_llama_path, tmp_path):
-    with no_memory_taken():
-        assert damage_model(tiny_vlm_path(), tmp_path / "model", 60, seed=13)["refused"]
-        assert damage_model(llava_llama_path, tmp_path / "model", 60, seed=14)["refused"]
