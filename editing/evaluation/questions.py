@@ -312,7 +312,7 @@ def _note(responses: Responses, name: tuple[str, str], prompt: Prompt, logits: T
     if is_kept:
         # the last position predicts what follows the answer, which no protocol compares
         responses.ranks[name] = logits[:-1].topk(RANKS, dim=-1).indices.int().cpu()
-        responses.first[name] = predicting[0].float().cpu()
+        responses.first[name] = predicting[0].to("cpu", torch.float32, copy=True)  # a view would keep all logits
 
 
 def _place(prompt: Prompt) -> tuple[bool, int]:
