@@ -189,7 +189,8 @@ def check_data(
     for row, outcome in read_data(path, format=name, images=images, answers=answers):
         rows += 1
         if isinstance(outcome, DataError):
-            doctor.add(row, "unreadable_row", str(outcome).removeprefix(f"line {row} of {str(path)!r}: "))
+            message = str(outcome).removeprefix(f"line {row} of {str(path)!r}: ").removeprefix(f"{path}, line {row}: ")
+            doctor.add(row, "unreadable_row", message)
             continue
         record = doctor.examine(row, outcome)
         if fix is not None and record is not None:
