@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from multrace.artefacts import ArtefactError, Mean, mean_interval, read_tensors, write_tensors
-from multrace.artefacts.drawing import CYCLE, Curve, CurvePanel, LineStyle, curves_figure
+from multrace.artefacts.drawing import CYCLE, FLOW_STYLES, Curve, CurvePanel, LineStyle, curves_figure, flow_styles
 from multrace.tracing import (
     AttentionKnockout,
     AverageKnockout,
@@ -16,7 +16,7 @@ from multrace.tracing import (
     average,
     same_answer,
 )
-from multrace.tracing.knockout import FLOW_STYLES, centre_of_loss, flow_styles
+from multrace.tracing.knockout import centre_of_loss
 from pictures import labels, pixels
 from safetensors.torch import save_file
 

@@ -22,4 +22,4 @@ from .maps import (
     show_numbers as show_numbers,
     strongest as strongest,
 )
-from .styles import CYCLE as CYCLE, LineStyle as LineStyle
+from .styles import CYCLE as CYCLE, FLOW_STYLES as FLOW_STYLES, LineStyle as LineStyle, flow_styles as flow_styles

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
-from ...artefacts.drawing.styles import name_of_model
+from ...artefacts.drawing.styles import flow_styles, name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.observe import attending
 from ..engine.positions import Positions, group_positions, named_positions
 from ..errors import TraceError
-from ..knockout.result import flow_styles
 from .image_reading import ImageReading, predicting_logits, reading_fields, with_answer
 from .shares import text_parts
 

@@ -6,4 +6,4 @@ from .knockout import (
     attention_knockout as attention_knockout,
     parse_flow as parse_flow,
 )
-from .result import FLOW_STYLES as FLOW_STYLES, AttentionKnockout as AttentionKnockout, flow_styles as flow_styles
+from .result import AttentionKnockout as AttentionKnockout

@@ -1,4 +1,4 @@
-"""Attention knockout of one question as a value, and the line styles of flows, the same in every figure."""
+"""Attention knockout of one question: the answer's probability with each flow cut, layer by layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...artefacts import drawing
-from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle, cycled, name_of_model
+from ...artefacts.drawing.styles import flow_styles, name_of_model
 from ...artefacts.results import Result
 from ..engine.cells import EngineReport
 from ..engine.scoring import same_answer
@@ -17,29 +17,6 @@ from ..errors import TraceError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FLOW_STYLES = {
-    "question -> last": LineStyle(colour="#0072B2", marker="o"),
-    "image -> last": LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
-    "image -> question": LineStyle(colour="#D55E00", dashes=DASH_DOT, marker="^"),
-    "last -> last": LineStyle(colour="#6E6E6E", dashes=DOTTED, marker="X"),
-    "object -> question": LineStyle(colour="#009E73", marker="D"),
-    "other patches -> question": LineStyle(colour="#CC79A7", dashes=DASHED, marker="v"),
-    "true option -> last": LineStyle(colour="#56B4E9", marker="P"),
-    "false option -> last": LineStyle(colour="#882255", dashes=DASHED, marker="<"),
-    "options -> last": LineStyle(colour="#222222", dashes=DASH_DOT, marker="h"),
-    "question without options -> last": LineStyle(colour="#8A8A00", dashes=DOTTED, marker=">"),
-}
-"""The fixed styles of the flows of arXiv 2411.18620 (sections 4 and 5)."""
-_OTHERS = (  # from Tol's muted scheme and Okabe and Ito's, alternately dark and light
-    LineStyle(colour="#332288", marker="p"),
-    LineStyle(colour="#44AA99", dashes=DASHED, marker="*"),
-    LineStyle(colour="#AA4499", dashes=DASH_DOT, marker="d"),
-    LineStyle(colour="#999933", marker="8"),
-    LineStyle(colour="#661100", dashes=DASHED, marker="H"),
-    LineStyle(colour="#88AADD", dashes=DASH_DOT, marker="P"),
-    LineStyle(colour="#117733", dashes=DOTTED, marker="s"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,10 +289,3 @@ def _index(kind: str, labels: Sequence[Any], label: Any) -> int:
             "pass one of these, or compute it again with that one"
         )
     return labels.index(label)
-
-
-def flow_styles(flows: Sequence[str]) -> tuple[LineStyle, ...]:
-    """Return a style per flow: the fixed one in `FLOW_STYLES`, or for other names the next one of a cycle."""
-    others = [flow for flow in flows if flow not in FLOW_STYLES]
-    cycle = {flow: cycled(_OTHERS, index) for index, flow in enumerate(others)}
-    return tuple((FLOW_STYLES | cycle)[flow] for flow in flows)
