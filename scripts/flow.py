@@ -1,66 +1,255 @@
-"""Run `multrace flow` for one question or for many."""
+"""Trace how image information reaches the answer, layer by layer."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from ..artefacts.folders import ArtefactError
-from ..models import ModelError
-from ..models.errors import gist
-from ..tracing import TraceError
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter, Token
+
+from .. import data, workflow
 from .errors import CommandError
-from .flow_analyses import check_settings, readings_of
-from .flow_asking import one_question
-from .flow_files import result_files, write_files
-from .flow_reading import Asked, Reading
-from .flow_records import flow_records
-from .options.flow import FlowOptions
-from .outputs import check_files
+from .options.asking import EngineOptions
+from .options.running import RunOptions
+
+EXAMPLE = """examples:
+  multrace flow --world --limit 20 --out out/world
+  multrace flow --world --limit 90 --contributions --degrade --out out/failure
+  multrace flow --image photo.jpg --question "What colour is the car?" --answer red --box 40,60,210,180
+  multrace flow --image photo.jpg --question "What colour is the car?" --answer red --constraint "the car" \\
+      --knockout --lens --contributions --relevance --smooth 10 --keep 0 64
+  multrace flow --image photo.jpg --question "Is the car red or blue?" --flows "image -> last" "object -> last" \\
+      --box 40,60,210,180 --windows 1 9 --heads each
+  multrace flow --data questions.jsonl --knockout --lens --out out/all
+  multrace flow --data csv/ChooseAttr.csv --images gqa/images --limit 100 --model llava-hf/llava-1.5-7b-hf
+
+For one question the command writes each result to OUT as NAME.safetensors, with its pictures:
+  --knockout       knockout.safetensors, .png (all flows in one plot, at most the strongest 12) and .csv
+  --lens           lens.safetensors, .png and lens_tokens.png (the likeliest token at each position)
+  --contributions  contributions.safetensors and .png (to the last token); image_to_constraint.safetensors and .png
+                   (over the picture), image_tokens.png (by index of the image token)
+  --relevance      cam, share, saliency and pruning: .safetensors and .png; where the image tokens form a grid,
+                   cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, pruning_overlay.png
+For many questions it writes to OUT/summary/ the averages as .safetensors, .png and .csv: knockout, lens, contributions,
+  image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, saliency (geometric
+  means), pruning; and rows.parquet with one row per question. The results of each question are in OUT/records/ID-...
+  (contributions as means over heads); cam has no average and is drawn there. The same command again continues an
+  interrupted run. Questions that the model answers wrongly count for contributions only, unless --all is given.
+The classes of multrace.tracing read the .safetensors: AttentionKnockout.load(path), AverageKnockout.load(path), ...
+"""
+app = App(name="flow", help=__doc__, help_epilogue=EXAMPLE)
+_OF_ONE = ("image", "constraint", "answer", "foil", "box")
+_OF_DATA = ("format", "images")
+_OF_MANY = (*_OF_DATA, "limit", "shard", "retry_failed", "degrade", "all", "draw")
+_OF_ANALYSIS = {
+    "knockout": ("flows", "windows", "heads", "whole_answer"),
+    "lens": ("positions", "foil"),
+    "contributions": ("degrade",),
+    "relevance": ("smooth", "keep"),
+}
 
 
-def run(settings: FlowOptions) -> int:
+def _boxes(_type: Any, tokens: Sequence[Token]) -> tuple[tuple[int, int, int, int], ...]:
+    return tuple(_box(token.value) for token in tokens)
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    """A rectangle of the picture."""
+    edges = [int(edge) for edge in text.split(",") if edge.strip().isdecimal()]
+    if len(edges) != 4 or text.count(",") != 3:
+        raise ValueError(f"{text!r}: write LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,50,50")
+    left, top, right, bottom = edges
+    return left, top, right, bottom
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions(RunOptions, EngineOptions):
+    """Options of `multrace flow`."""
+
+    question: Annotated[str | None, Parameter(help="question to ask")] = None
+    image: Annotated[Path | None, Parameter(help="picture in front of the question")] = None
+    constraint: Annotated[
+        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
+    ] = None
+    answer: Annotated[str | None, Parameter(help="right answer, if it is known")] = None
+    foil: Annotated[str | None, Parameter(help="wrong answer that the lens follows too", metavar="ANSWER")] = None
+    box: Annotated[
+        tuple[Any, ...] | None,
+        Parameter(
+            help="where the object asked about is, in pixels of the picture; once for each rectangle",
+            metavar="LEFT,TOP,RIGHT,BOTTOM",
+            converter=_boxes,
+        ),
+    ] = None
+    world: Annotated[
+        bool,
+        Parameter(
+            help="ask questions about the world of the embedded model, with held-out pictures (for that model and edited "
+            "copies of it); --limit says how many"
+        ),
+    ] = False
+    degrade: Annotated[
+        bool,
+        Parameter(
+            help="contributions: add noise to all pictures until a third of the answers is wrong, so that there is "
+            "failure to predict"
+        ),
+    ] = False
+    all: Annotated[bool, Parameter(help="keep the questions that the model answers wrongly")] = False
+    seed: Annotated[int, Parameter(help="random seed of the noise and of the order of --world")] = 0
+    knockout: Annotated[
+        bool, Parameter(help="cut attention from one group of tokens to another, layer by layer (the default)")
+    ] = False
+    lens: Annotated[bool, Parameter(help="read what the output head would say after every layer")] = False
+    contributions: Annotated[
+        bool,
+        Parameter(
+            help="measure what attention carries from the picture to the constraint and on to the answer; with many "
+            "questions, also whether that tells right answers from wrong ones"
+        ),
+    ] = False
+    relevance: Annotated[
+        bool,
+        Parameter(
+            help="compute LLaVA-CAM, attention shares, attention x gradient, and drop image tokens from each layer on"
+        ),
+    ] = False
+    flows: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            help='knockout: "source -> target" by token groups (image, question, last, constraint, object, other '
+            "patches, separators, system, template, ...) or positions (default: the flows of the study that fit the "
+            "question)",
+            metavar="FLOW",
+        ),
+    ] = None
+    windows: Annotated[
+        tuple[int, ...] | None,
+        Parameter(
+            help="knockout: numbers of layers that are cut together (default: 1, and the same share of all layers as 9 "
+            "of 40)",
+            metavar="N",
+        ),
+    ] = None
+    heads: Annotated[
+        tuple[int | str, ...] | None,
+        Parameter(
+            help="knockout: cut the edges of these heads only, or of each head on its own (default: of all heads "
+            "together)",
+            metavar="each|HEAD",
+        ),
+    ] = None
+    whole_answer: Annotated[bool, Parameter(help="knockout: score all tokens of the answer besides its first")] = False
+    positions: Annotated[
+        tuple[int | str, ...] | None,
+        Parameter(
+            help="lens: token groups or positions to read; averages use the first (default: last; for one question also "
+            "question)",
+            metavar="GROUP",
+        ),
+    ] = None
+    smooth: Annotated[
+        int, Parameter(help="relevance: number of noisy copies that LLaVA-CAM is averaged over", metavar="N")
+    ] = 0
+    keep: Annotated[
+        tuple[int | str, ...],
+        Parameter(help="relevance: numbers of image tokens that stay, those with most attention, or all", metavar="N"),
+    ] = (0,)
+    draw: Annotated[bool, Parameter(help="draw the results of each of many questions, too")] = False
+    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/flow")
+
+    @property
+    def analyses(self) -> tuple[str, ...]:
+        """The analyses that are computed."""
+        return tuple(name for name in _OF_ANALYSIS if getattr(self, name)) or ("knockout",)
+
+    def check(self) -> None:
+        """Raises `CommandError` for options that do not fit together."""
+        self._check_words("heads", self.heads or (), "each")
+        self._check_words("keep", self.keep, "all")
+        sources = self.given(("question", "data", "world"))
+        if len(sources) != 1:
+            found = " and ".join(sources) or "nothing to ask"
+            raise CommandError(f"found {found}; pass one of --question, --data FILE and --world")
+        others = {
+            "--question": [(_OF_MANY, "many questions (--data or --world)")],
+            "--data": [(_OF_ONE, "one question; write it into each record")],
+            "--world": [(_OF_ONE, "one question"), (_OF_DATA, "--data")],
+        }
+        for names, meaning in others[sources[0]]:
+            if wrong := self.given(names):
+                raise CommandError(f"{wrong[0]} cannot go with {sources[0]}: it is for {meaning}")
+        for analysis, names in _OF_ANALYSIS.items():
+            if analysis not in self.analyses and (wrong := self.given(names)):
+                raise CommandError(f"{wrong[0]} belongs to --{analysis}, which is not asked for; add it")
+        if self.world and self.limit is None:
+            raise CommandError("--world has no end; pass the number of questions as --limit N")
+        self.check_run()
+        if self.heads and "each" in self.heads and len(self.heads) > 1:
+            raise CommandError("--heads takes 'each' or numbers of heads, not both")
+
+    def _check_words(self, name: str, values: tuple[int | str, ...], word: str) -> None:
+        if wrong := [value for value in values if isinstance(value, str) and value != word]:
+            raise CommandError(f"--{name} {wrong[0]}: pass {word!r} or numbers")
+
+    def asked(self) -> data.Question:
+        """Return the question of the command line. Raises `DataError` for an empty one."""
+        return data.Question(
+            text=self.question or "",
+            image=self.image,
+            constraint=self.constraint,
+            answer=self.answer,
+            foil=self.foil,
+            boxes=self.box or (),
+            id="question",
+        )
+
+    def settings(self) -> workflow.FlowRun:
+        """Return the settings of the readings. Raises `TraceError` for those that no model could follow."""
+        is_one = self.question is not None
+        own = {"analyses": self.analyses, "keep_wrong": self.all, "by_head": is_one}
+        own["heads"] = "each" if self.heads == ("each",) else self.heads
+        own["positions"] = self.positions or (("last", "question") if is_one else ("last",))
+        names = {row.name for row in fields(workflow.FlowRun)} - own.keys()
+        return workflow.FlowRun(**own, **{name: getattr(self, name) for name in names})
+
+
+@app.default
+def run(options: FlowOptions = FlowOptions()) -> int:
     """Analyse one question or many; write results and pictures, print a summary."""
-    check_settings(settings)
-    return _flow_one(settings) if settings.is_one else flow_records(settings)
+    options.check()
+    settings = options.settings()
+    if options.world:
+        questions = data.world_questions(options.limit, seed=options.seed)
+        return options.run(settings, enumerate(questions, start=1), options.out)
+    if options.data is not None:
+        return options.run(settings, options.records(), options.out)
+    return _one(options, settings)
 
 
-def _flow_one(settings: FlowOptions) -> int:
-    question, readings = one_question(settings), readings_of(settings)
-    for reading in readings:
+def _one(options: FlowOptions, settings: workflow.FlowRun) -> int:
+    question = options.asked()
+    settings.check(question)
+    for reading in settings.readings(of_one=True):
         reading.check(question)
-    known = [name for reading in readings for name in (reading.file, *reading.drawings)]
-    check_files(settings.out, known)
-    vlm = settings.open_model()
-    prompt = question.prompt(vlm)
-    generated = vlm.answers([prompt])[0]
-    engine = settings.engine_settings(checked=True)
-    asked = Asked(vlm=vlm, question=question, prompt=prompt, generated=generated, engine=engine, progress=True)
-    results, failed = _results(readings, asked)
-    if not results:
-        raise _said(failed)
-    files = {}
-    for reading, result in results.items():
-        files |= result_files(reading, result, prompt)
-    written = write_files(settings.out, files, stale=known)
-    print(f"question  {question.question}\nanswer    {asked.answered.verdict}")
-    for reading, result in results.items():
-        print(f"\n{reading.name}", *(f"  {line}" for line in reading.told(result)), sep="\n")
-    print(f"\nwritten to {settings.out}:", ", ".join(path.name for path in written))
-    if failed:
-        raise _said(failed)
+    workflow.check_result_folder(options.out)
+    vlm = options.open_model()
+    prompt = vlm.prompt_for(question)
+    answer = settings.analyse(vlm, question, prompt, of_one=True, progress=True)
+    problems = "; ".join(f"no {name}: {reason}" for name, reason in answer.skipped.items())
+    if not answer.results:
+        raise CommandError(problems)
+    with workflow.result_folder(options.out) as new:
+        for reading, result in answer.results.items():
+            result.save(new / f"{reading.name}.safetensors")
+            for name, draw in reading.files(result, prompt).items():
+                draw(new / name)
+    print(f"question  {question.text}\nanswer    {answer.verdict(question)}")
+    for reading, result in answer.results.items():
+        print(f"\n{reading.name}", *(f"  {line}" for line in reading.lines(result)), sep="\n")
+    print(f"\nwritten to {options.out}:", ", ".join(sorted(path.name for path in options.out.iterdir())))
+    if problems:
+        raise CommandError(problems)
     return 0
-
-
-def _results(readings: Sequence[Reading], asked: Asked) -> tuple[dict[Reading, Any], dict[str, str]]:
-    """The result of each reading, and why others failed; a failure does not affect the other readings."""
-    results, failed = {}, {}
-    for reading in readings:
-        try:
-            results[reading] = reading.compute(asked)
-        except (CommandError, ModelError, TraceError, ArtefactError) as error:
-            failed[reading.name] = gist(error)
-    return results, failed
-
-
-def _said(failed: Mapping[str, str]) -> CommandError:
-    """The error that names each reading without a result, with the reason."""
-    return CommandError("; ".join(f"no {name}: {reason}" for name, reason in failed.items()))

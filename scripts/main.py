@@ -28,7 +28,7 @@ from typing import Any
 import lazy_loader
 from cyclopts import App, CycloptsError
 
-from .. import __version__, artefacts, data, editing, models, scripts, tracing
+from .. import __version__, artefacts, data, editing, models, scripts, tracing, workflow
 from . import options
 from .errors import CommandError
 from .options.asking import STYLE, GeneralOptions
@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, str] = {
     "answer": "print a model's greedy answer to a question",
     "trace": "trace an answer to tokens and layers, and draw the map",
     "flow": "follow image information through the layers: knockout, lens, contributions, relevance",
+    "merge": "join the shards of one run over many records",
+    "compare": "compare two runs on the records that both have",
     "edit": "change what a model answers, at the place that a trace finds",
     "evaluate": "measure what edits do: efficacy, generality, locality, portability, beside the unedited model",
     "undo": "take requests out of a saved edit, or edits out of a history",
@@ -148,7 +150,7 @@ def _log(*, verbose: bool) -> Iterator[None]:
 def _refusals() -> tuple[type[Exception], ...]:
     """The errors that say what is wrong with the input; every other one is a bug of ours and keeps its traceback."""
     rooms = (artefacts.ArtefactError, data.DataError, editing.EditError, models.ModelError, tracing.TraceError)
-    return (CommandError, *rooms, OSError)
+    return (CommandError, workflow.RunError, *rooms, OSError)
 
 
 def _fail(message: str, code: int, *, debug: bool) -> int:

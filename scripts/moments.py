@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import lazy_loader
 from cyclopts import App, Parameter
 from tqdm import tqdm
 
-from .. import data, editing, models
+from .. import data, editing, models, workflow
 from ..data.errors import gist
 from ..editing import moments as moment_sums
 from .errors import CommandError
@@ -33,7 +33,6 @@ The command writes OUT/moments.safetensors (multrace.editing.Moments.load).
 FILES = ("moments.safetensors",)
 _SHOWN = 8
 """Maximum number of readings of convergence, or of skipped lines, that are printed."""
-_asked: Any = lazy_loader.load("multrace.scripts.flow_questions", suppress_warning=True)  # needs torch
 app = App(name="moments", help=__doc__, help_epilogue=EXAMPLE)
 
 
@@ -152,18 +151,20 @@ def run(options: MomentOptions = MomentOptions()) -> int:
 def _questions(options: MomentOptions) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The questions, and why lines were skipped. Raises `CommandError` if no question is left."""
     if options.world:
-        return _asked.world_questions(options.limit, seed=options.seed), ()
-    questions, problems = _asked.read_questions(options.data, images=options.images)
-    questions = questions[: options.limit]
-    fit, skipped = [], list(problems)
-    for question in tqdm(questions, desc="checking pictures", unit="question", leave=False):
+        return data.world_questions(options.limit, seed=options.seed), ()
+    fit, skipped = [], []
+    rows = islice(data.read_data(options.data, images=options.images), options.limit)
+    for row, record in tqdm(rows, desc="checking pictures", unit="question", leave=False):
         try:
-            question.check()
+            if isinstance(record, data.DataError):
+                raise record
+            question = workflow.question_of_record(record)
+            models.open_images(question.image)
             fit.append(question)
         except (data.DataError, models.ModelError, OSError) as error:
-            skipped.append(f"{question.id}: {gist(error)}")
+            skipped.append(f"row {row}: {gist(error)}")
     if not fit:
-        raise CommandError(f"none of the {len(questions)} records in {str(options.data)!r} can be read; {skipped[0]}")
+        raise CommandError(f"none of the {len(skipped)} records in {str(options.data)!r} can be read; {skipped[0]}")
     return tuple(fit), tuple(skipped)
 
 
@@ -192,4 +193,4 @@ class _Prompts(Sequence):
         return len(self._questions)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._questions[index].prompt(self._vlm)
+        return self._vlm.prompt_for(self._questions[index])

@@ -1,26 +1,170 @@
-"""Run `multrace trace` for one question or for every line of a file."""
+"""Find the states that bring the answer back after the picture or the constraint was corrupted."""
 
-from .options.trace import TraceOptions
-from .outputs import check_files
-from .trace_files import FILES, compute_trace, forget_cells, summary, write_trace
-from .trace_records import trace_records
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from .. import data, tracing, workflow
+from .errors import CommandError
+from .options.asking import EngineOptions, parse_rows
+from .options.choices import DIRECTIONS, EFFECTS, KINDS, METRICS, SITES, SPELLINGS
+from .options.running import RunOptions
+
+EXAMPLE = """examples:
+  multrace trace --image photo.jpg --question "Who founded the company in this photo?" \\
+      --constraint "the company in this photo" --corrupt swap:other.jpg --out out/trace
+  multrace trace --image photo.jpg --question "Who founded the company in this photo?" \\
+      --constraint "the company in this photo" --corrupt text-noise:auto --window 1 \\
+      --positions image constraint_last last
+  multrace trace --image photo.jpg --question "What is this?" --corrupt image-noise:3 \\
+      --positions patches --effect direct --sites hidden
+  multrace trace --data questions.jsonl --corrupt image-noise:3 --positions image constraint_last last --out out/all
+  multrace trace --data questions.jsonl --corrupt blank --shard 1/8 --out out/array
+
+For one question the command writes OUT/trace.safetensors (multrace.tracing.CausalTrace.load), OUT/trace.png and, if parts
+of the picture were restored, OUT/overlay.png. For --data it writes OUT/records/ID-.../trace.safetensors for each record,
+OUT/summary/rows.parquet (one row per record) and the average of all traces as OUT/summary/average.safetensors
+(multrace.tracing.AverageTrace.load), .png and .csv. A record may name its own answer, foil and corrupt; that of an edit is
+traced for the answer that it replaces. The same command again continues an interrupted run. Under torchrun or accelerate
+launch it spreads the records over the processes; --device-map cuda then gives each process the GPU of its own.
+"""
+app = App(name="trace", help=__doc__, help_epilogue=EXAMPLE)
+_CELLS = "trace.unfinished"
+_OF_ONE = ("image", "constraint", "foil", "resume")
+_OF_MANY = ("format", "images", "limit", "shard", "retry_failed", "draw")
 
 
-def run(settings: TraceOptions) -> int:
-    """Trace one question or every line of a file; write traces and maps, print effects and causal blocks."""
-    settings.check()
-    return trace_records(settings) if settings.question is None else _trace_one(settings)
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(RunOptions, EngineOptions):
+    """Options of `multrace trace`."""
+
+    question: Annotated[str | None, Parameter(help="question to ask")] = None
+    image: Annotated[Path | None, Parameter(help="picture in front of the question")] = None
+    constraint: Annotated[
+        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
+    ] = None
+    corrupt: Annotated[
+        str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
+    ] = None
+    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together")] = 3
+    positions: Annotated[
+        tuple[Any, ...] | None,
+        Parameter(
+            help="what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
+            "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
+            "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
+            metavar="GROUP",
+            converter=parse_rows,
+        ),
+    ] = None
+    seed: Annotated[int, Parameter(help="random seed of the noise")] = 0
+    answer: Annotated[
+        str | None,
+        Parameter(help="answer whose first token is scored (default: the model's own answer)", metavar="ANSWER"),
+    ] = None
+    whole_answer: Annotated[bool, Parameter(help="score all tokens of the answer instead of its first")] = False
+    foil: Annotated[
+        str | None,
+        Parameter(
+            help="answer that a logit difference compares with (default: the answer of the corrupted run)",
+            metavar="ANSWER",
+        ),
+    ] = None
+    metrics: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help=f"scores to compute, the main one first: {', '.join(METRICS)}", choices=METRICS, metavar="METRIC"
+        ),
+    ] = ("probability",)
+    sites: Annotated[
+        tuple[str, ...], Parameter(help=f"kinds of sites to restore: {', '.join(SITES)}", choices=SITES, metavar="KIND")
+    ] = KINDS
+    direction: Annotated[
+        str,
+        Parameter(
+            help="restore: patch clean states into the corrupted run; corrupt: patch corrupted states into the clean run",
+            choices=DIRECTIONS,
+        ),
+    ] = "restore"
+    effect: Annotated[
+        str,
+        Parameter(
+            help="total: the patch acts through all later tokens; direct: the other image tokens keep their states, so "
+            "that the patch acts on the text only",
+            choices=EFFECTS,
+        ),
+    ] = "total"
+    severed: Annotated[
+        str | None,
+        Parameter(
+            help="kind of module that keeps its output of the unpatched run at the restored tokens in later layers",
+            choices=("mlp", "attention"),
+        ),
+    ] = None
+    exact_cells: Annotated[
+        int | None,
+        Parameter(
+            help="number of cells to compute exactly, the most promising by one backward pass; the others are estimated "
+            "(default: all)",
+            metavar="N",
+        ),
+    ] = None
+    even_if_weak: Annotated[
+        bool, Parameter(help="trace even if the corruption does not lower the answer's score in the main metric")
+    ] = False
+    draw: Annotated[bool, Parameter(help="draw the map of each record of --data, too")] = False
+    resume: Annotated[
+        bool,
+        Parameter(
+            help="one question: keep finished cells in OUT while tracing, and continue from those of an interrupted call"
+        ),
+    ] = False
+    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/trace")
+
+    def check(self) -> None:
+        """Raises `CommandError` unless either a question or a file is given, each with options that belong to it."""
+        if (self.question is None) == (self.data is None):
+            raise CommandError("pass either --question or --data FILE")
+        if self.data is not None and (wrong := self.given(_OF_ONE)):
+            raise CommandError(f"{wrong[0]} belongs to one question; with --data, write it into each record")
+        if self.data is None and (wrong := self.given(_OF_MANY)):
+            raise CommandError(f"{wrong[0]} belongs to --data FILE")
+        self.check_run()
+
+    def asked(self) -> data.Question:
+        """Return the question of the command line. Raises `DataError` for an empty one."""
+        return data.Question(
+            text=self.question or "", image=self.image, constraint=self.constraint, foil=self.foil, id="question"
+        )
+
+    def settings(self) -> workflow.TraceRun:
+        """Return the settings of the trace. Raises `TraceError` for a misspelt corruption."""
+        return workflow.TraceRun(**{row.name: getattr(self, row.name) for row in fields(workflow.TraceRun)})
 
 
-def _trace_one(settings: TraceOptions) -> int:
-    settings.check_question()
-    corruption = settings.corruption()
-    check_files(settings.out, FILES)
-    vlm = settings.open_model()
-    prompt = settings.prompt(vlm)
-    trace = compute_trace(settings, vlm, prompt, corruption)
-    written = write_trace(trace, prompt, settings.out)
-    forget_cells(settings.out)
-    print(*summary(trace), sep="\n")
-    print("written:", ", ".join(map(str, written)))
+@app.default
+def run(options: TraceOptions = TraceOptions()) -> int:
+    """Trace one question or every record of a file; write traces and maps, print effects and causal blocks."""
+    options.check()
+    settings = options.settings()
+    if options.question is None:
+        return options.run(settings, options.records(), options.out)
+    question = options.asked()
+    settings.check(question)
+    workflow.check_result_folder(options.out, spare=_CELLS)
+    vlm = options.open_model()
+    prompt = vlm.prompt_for(question)
+    arguments = settings.arguments(question, checkpoint=options.out / _CELLS if options.resume else None)
+    trace = tracing.causal_trace(vlm, prompt, **arguments)
+    with workflow.result_folder(options.out, spare=_CELLS) as new:
+        trace.save(new / "trace.safetensors")
+        trace.plot(new / "trace.png")
+        if trace.has_overlay:
+            trace.overlay(prompt, new / "overlay.png")
+    print(*workflow.trace_summary(trace), sep="\n")
+    print("written:", ", ".join(str(path) for path in sorted(options.out.iterdir())))
     return 0

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from multrace import VisionLanguageModel
+from multrace.data import DataError, world_questions
 from multrace.editing.moments import Moments, second_moments
 from multrace.models import ModelError
-from multrace.scripts import CommandError, moments as command, world_questions
+from multrace.scripts import CommandError, moments as command
 from multrace.scripts.main import parse
 from multrace.scripts.moments import parse_layers
 from PIL import Image
@@ -51,7 +52,7 @@ def test_records_become_moments(
     printed = capsys.readouterr().out
     for words in ("layers       1, 2, 3 (mlp)", "prompts      3 of 3; 2 records left out", "image 32", "none.png"):
         assert words in printed
-    assert re.search(r"line 5: no 'question'", printed)
+    assert re.search(r"row 5: line 5 .*question", printed)
     assert re.search(r"\n +2 +\d+\.\d\d% +-\n", printed)
     assert re.search(r"time +\d", printed)
 
@@ -62,7 +63,7 @@ def test_the_world_is_read_without_data(
     options = ["--projection", "attention", "--layers", 2, "--seed", 3, "--out", tmp_path]
     assert run("--world", "--limit", 6, *options) == 0
     found = Moments.load(tmp_path / "moments.safetensors")
-    prompts = [question.prompt(tiny_vlm) for question in world_questions(6, seed=3)]
+    prompts = [tiny_vlm.prompt_for(question) for question in world_questions(6, seed=3)]
     expected = second_moments(tiny_vlm, prompts, layers=[2], projection="attention")
     assert torch.equal(found.matrix(2), expected.matrix(2))
     assert found.count("image") == 6 * 64
@@ -82,7 +83,7 @@ def test_the_world_is_read_without_data(
     ],
 )
 def test_what_cannot_be_read_is_said_before_a_model_is_opened(words: list, match: str, tmp_path: Path):
-    with pytest.raises(CommandError, match=match):
+    with pytest.raises((CommandError, DataError), match=match):
         run(*words, "--model", tmp_path / "no-model", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -2,18 +2,20 @@
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from multrace import VisionLanguageModel
-from multrace.scripts import trace_records
 from multrace.scripts.main import app
-from multrace.scripts.options import CorruptionOptions, TraceOptions
+from multrace.scripts.options import CorruptionOptions
 from multrace.tracing import AverageTrace, Blocks, Box, CausalTrace, ImageNoise, SwapImage, average, causal_trace
 from multrace.tracing.engine import Engine
+from multrace.workflow import Outcome, Task, TraceRun, read_rows
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 QUESTION = "Who founded the company in this photo?"
 CONSTRAINT = "the company in this photo"
@@ -110,7 +112,7 @@ def test_direct_effects_of_patches_get_an_overlay(ask: Callable[..., list[str]],
     assert app(ask(*options, "--effect=direct")) == 0
     direct = found(folder)
     assert (direct.effect, len(direct.rows)) == ("direct", 16)
-    assert names(folder / "out") == ["overlay.png", "trace.png", "trace.safetensors"]
+    assert names(folder / "out") == ["contents.json", "overlay.png", "trace.png", "trace.safetensors"]
     with Image.open(folder / "out" / "overlay.png") as picture:
         picture.load()
     printed = capsys.readouterr().out
@@ -125,7 +127,16 @@ def test_an_overlay_of_an_earlier_trace_does_not_stay(ask: Callable[..., list[st
     assert app(ask(corrupt, "--positions", "image_quadrants")) == 0
     assert "overlay.png" in names(folder / "out")
     assert app(ask(corrupt, "--positions", "image", "last")) == 0
-    assert names(folder / "out") == ["trace.png", "trace.safetensors"]
+    assert names(folder / "out") == ["contents.json", "trace.png", "trace.safetensors"]
+
+
+def test_a_folder_of_something_else_is_refused_before_the_model_is_opened(
+    ask: Callable[..., list[str]], folder: Path, capsys
+):
+    (folder / "out").mkdir()
+    (folder / "out" / "knockout.safetensors").write_text("of another question")
+    assert app(ask("--corrupt=image-noise:3", "--positions", "last")) == 2
+    assert "holds files of something else (knockout.safetensors)" in capsys.readouterr().err
 
 
 def test_layers_of_the_vision_tower(ask: Callable[..., list[str]], folder: Path):
@@ -163,7 +174,7 @@ def test_an_interrupted_trace_goes_on(ask: Callable[..., list[str]], folder: Pat
     asked = ask(f"--corrupt=swap:{folder / 'other.png'}", "--resume")
     assert app(asked) == 0
     whole = found(folder)
-    assert names(folder / "out") == ["trace.png", "trace.safetensors"], "finished cells stay behind"
+    assert names(folder / "out") == ["contents.json", "trace.png", "trace.safetensors"], "finished cells stay behind"
     for name in names(folder / "out"):
         (folder / "out" / name).unlink()
 
@@ -175,15 +186,15 @@ def test_an_interrupted_trace_goes_on(ask: Callable[..., list[str]], folder: Pat
         assert app(asked) == 130
     assert names(folder / "out") == ["trace.unfinished"]
     assert app([*asked, "--checks=0"]) == 0
-    assert names(folder / "out") == ["trace.png", "trace.safetensors"]
+    assert names(folder / "out") == ["contents.json", "trace.png", "trace.safetensors"]
     for kind in whole.kinds:
         assert torch.equal(found(folder).samples[kind], whole.samples[kind])
 
 
 ONE_LINE: dict[str, tuple[list[str], str]] = {
-    "noise on words without a constraint": (["--corrupt=zero:constraint"], "needs --constraint"),
-    "zeros on no picture": (["--corrupt=zero"], "needs --image"),
-    "blur of no picture": (["--corrupt=blur:3"], "needs --image"),
+    "noise on words without a constraint": (["--corrupt=zero:constraint"], "needs the words of the question"),
+    "zeros on no picture": (["--corrupt=zero"], "needs a picture"),
+    "blur of no picture": (["--corrupt=blur:3"], "needs a picture"),
     "nothing to trace": ([], "pass either --question or --data"),
 }
 
@@ -198,7 +209,7 @@ def test_what_lacks_an_option_is_one_line(arguments: list[str], message: str, ca
 @pytest.mark.parametrize("group", ["blocks:0", "blocks:", "box:1,2,3", "box:a,b,c,d"])
 def test_misspelt_regions_are_one_line(group: str, capsys: pytest.CaptureFixture):
     assert app(["trace", "--question", QUESTION, "--positions", group]) == 2
-    assert group in capsys.readouterr().err
+    assert group.replace("blocks:0", "no blocks of 0") in capsys.readouterr().err
 
 
 def test_groups_of_a_command_are_the_librarys_rows():
@@ -210,29 +221,28 @@ def test_groups_of_a_command_are_the_librarys_rows():
 # ---- records ----
 
 GOOD = [
-    {"image": "photo.png", "question": QUESTION, "constraint": CONSTRAINT, "corrupt": "swap:third.png"},
-    {"image": "other.png", "question": OTHER_QUESTION, "constraint": PERSON, "id": 3, "answer": "chess"},
+    {"id": "one", "image": "photo.png", "question": QUESTION, "constraint": CONSTRAINT, "corrupt": "swap:third.png"},
+    {"id": "two", "image": "other.png", "question": OTHER_QUESTION, "constraint": PERSON, "answer": "chess"},
 ]
-BAD: dict[str, tuple[object, str]] = {  # name: a line, and the reason for skipping it
-    "no JSON": ("{'question': 1}", "no JSON"),
+UNREADABLE: dict[str, tuple[object, str]] = {  # name: a line, and what is said of it
+    "no JSON": ("{'question': 1}", "not JSON"),
     "no object": ([1, 2], "a list instead of an object"),
-    "no question": ({"image": "photo.png"}, "no 'question' (found 'image')"),
-    "misspelt key": ({"questoin": QUESTION}, "no key 'questoin'; did you mean 'question'?"),
-    "question that is no string": ({"question": 7}, "'question' is of type int"),
-    "missing picture": ({"image": "gone.png", "question": QUESTION}, "no picture at"),
-    "picture cut short": ({"image": "cut.png", "question": QUESTION}, "cannot read picture"),
-    "no picture": ({"question": QUESTION}, "needs --image"),
-    "absent constraint": (
-        {"image": "photo.png", "question": QUESTION, "constraint": "the moon"},
-        "'the moon' is not in",
-    ),
-    "misspelt corruption": ({"image": "photo.png", "question": QUESTION, "corrupt": "smear"}, "no corruption 'smear'"),
-    "missing picture to swap": ({"image": "photo.png", "question": QUESTION, "corrupt": "swap:gone.png"}, "gone.png"),
-    "weak corruption": (
+    "no question": ({"image": "photo.png"}, "question"),
+    "misspelt key": ({"questoin": QUESTION}, "'questoin'"),
+    "question that is no string": ({"question": 7}, "question"),
+}
+BAD: dict[str, tuple[object, str]] = {  # id: a line, and why it cannot be traced
+    "gone": ({"image": "gone.png", "question": QUESTION}, "no picture at"),
+    "cut": ({"image": "cut.png", "question": QUESTION}, "cannot read picture"),
+    "blind": ({"question": QUESTION}, "needs a picture"),
+    "moon": ({"image": "photo.png", "question": QUESTION, "constraint": "the moon"}, "'the moon' is not in"),
+    "smear": ({"image": "photo.png", "question": QUESTION, "corrupt": "smear"}, "no corruption 'smear'"),
+    "swap": ({"image": "photo.png", "question": QUESTION, "corrupt": "swap:lost.png"}, "lost.png"),
+    "weak": (
         {"image": "photo.png", "question": QUESTION, "constraint": CONSTRAINT, "corrupt": "image-noise:0.0001"},
         "does not lower the answer's probability",
     ),
-    "no such group": ({"image": "third.png", "question": QUESTION}, "no token group 'constraint_last'"),
+    "group": ({"image": "third.png", "question": QUESTION}, "no token group 'constraint_last'"),
 }
 
 
@@ -243,18 +253,24 @@ def write_records(folder: Path, records: list[object]) -> Path:
     return path
 
 
-def trace_file(path: Path, model: Path, *more: str) -> int:
-    options = {"model": model, "data": path, "corrupt": "image-noise:3", "out": path.parent / "out"}
-    rows = ["--positions", "image", "constraint_last", "last", "--sites", "hidden", "mlp"]
-    return app(["trace", *(f"--{name}={value}" for name, value in options.items()), *rows, *more])
+ROWS = ("image", "constraint_last", "last")
+
+
+def trace_file(path: Path, model: Path, *more: str, out: str = "out", rows: Sequence[str] = ROWS) -> int:
+    options = {"model": model, "data": path, "corrupt": "image-noise:3", "out": path.parent / out}
+    sites = ["--positions", *rows, "--sites", "hidden", "mlp"]
+    return app(["trace", *(f"--{name}={value}" for name, value in options.items()), *sites, *more])
+
+
+def record(folder: Path, id: str) -> CausalTrace:
+    (path,) = (folder / "out" / "records").glob(f"{id}-*/trace.safetensors")
+    return CausalTrace.load(path)
 
 
 def test_records_are_traced_each_into_its_folder(
     folder: Path, llava_llama_path: Path, random_llava_llama: VisionLanguageModel
 ):
     assert trace_file(write_records(folder, [GOOD[0], "", GOOD[1]]), llava_llama_path) == 0
-    out = folder / "out"
-    assert names(out) == ["average.png", "average.safetensors", "line_0001", "line_0003", "report.json"]
     vlm, options = random_llava_llama, {"sites": ("hidden", "mlp"), "positions": ("image", "constraint_last", "last")}
     first = vlm.prompt(folder / "photo.png", QUESTION, constraint=CONSTRAINT)
     second = vlm.prompt(folder / "other.png", OTHER_QUESTION, constraint=PERSON)
@@ -262,51 +278,63 @@ def test_records_are_traced_each_into_its_folder(
         causal_trace(vlm, first, corruption=SwapImage(folder / "third.png"), progress=False, **options),
         causal_trace(vlm, second, corruption=ImageNoise(scale=3.0, seed=0), answer="chess", progress=False, **options),
     ]
-    traces = [found(out, name) for name in ("line_0001", "line_0003")]
+    traces = [record(folder, id) for id in ("one", "two")]
     for trace, each in zip(traces, expected, strict=True):
         assert (trace.question, trace.answer_ids, trace.corruption) == (each.question, each.answer_ids, each.corruption)
         assert torch.equal(trace.samples["mlp"], each.samples["mlp"])
-    mean = AverageTrace.load(out / "average.safetensors")
+    summary = folder / "out" / "summary"
+    mean = AverageTrace.load(summary / "average.safetensors")
     assert mean.count == 2
     assert torch.equal(mean.indirect_effect("hidden"), average(expected).indirect_effect("hidden"))
-    report = json.loads((out / "report.json").read_text())
-    assert report["traced"] == [{"line": 1, "folder": "line_0001"}, {"line": 3, "folder": "line_0003"}]
-    assert (report["skipped"], report["average"]) == ([], "average.safetensors")
+    table = read_rows(folder / "out")
+    assert list(table["id"]) == ["one", "two"]
+    assert list(table["total_effect"]) == [each.total_effect for each in expected]
+    assert names(summary) == ["average.csv", "average.png", "average.safetensors", "report.json", "rows.parquet"]
 
 
-def test_a_limit_traces_the_first_lines_only(folder: Path, llava_llama_path: Path):
+def test_maps_of_records_are_drawn_on_demand(folder: Path, llava_llama_path: Path):
+    assert trace_file(write_records(folder, GOOD[:1]), llava_llama_path, "--draw") == 0
+    (own,) = (folder / "out" / "records").iterdir()
+    assert names(own) == ["record.json", "trace.png", "trace.safetensors"]
+
+
+def test_a_limit_traces_the_first_lines_only(folder: Path, llava_llama_path: Path, capsys):
     assert trace_file(write_records(folder, [GOOD[0], "", GOOD[1]]), llava_llama_path, "--limit=1") == 0
-    assert names(folder / "out") == ["line_0001", "report.json"]
+    assert list(read_rows(folder / "out")["id"]) == ["one"]
+    assert "no average of trace: an average needs 2 results, there are 1" in capsys.readouterr().out
+    assert names(folder / "out" / "summary") == ["report.json", "rows.parquet"]
 
 
 def test_bad_records_are_named_and_cost_no_other(folder: Path, llava_llama_path: Path, capsys):
-    lines = [GOOD[0], *(line for line, _ in BAD.values()), GOOD[1]]
+    bad = [{"id": id, **line} for id, (line, _) in BAD.items()]
+    lines = [GOOD[0], *(line for line, _ in UNREADABLE.values()), *bad, GOOD[1]]
     assert trace_file(write_records(folder, lines), llava_llama_path) == 0
-    report = json.loads((folder / "out" / "report.json").read_text())
-    assert [each["line"] for each in report["traced"]] == [1, len(lines)]
-    assert [each["line"] for each in report["skipped"]] == list(range(2, len(lines)))
     printed = capsys.readouterr().out
-    for (_, message), each in zip(BAD.values(), report["skipped"], strict=True):
-        assert message in each["reason"]
-        assert f"  line {each['line']}: {each['reason']}\n" in printed
-    assert f"2 records traced, {len(BAD)} skipped" in printed
-    assert names(folder / "out") == ["average.png", "average.safetensors", "line_0001", "line_0015", "report.json"]
+    assert f"2 records done, {len(BAD)} failed, {len(UNREADABLE)} rows unreadable" in printed
+    for id, (_, message) in BAD.items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {id}: ")]
+        assert message in line
+    for number, (_, message) in enumerate(UNREADABLE.values(), start=2):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  row {number}: ")]
+        assert message in line
+    assert list(read_rows(folder / "out")["id"]) == ["one", "two"]
 
 
 def test_records_none_of_which_can_be_traced_are_an_error(folder: Path, llava_llama_path: Path, capsys):
-    weak = BAD["weak corruption"][0]
-    assert trace_file(write_records(folder, [BAD["no JSON"][0], weak]), llava_llama_path) == 2
+    weak = {"id": "weak", **BAD["weak"][0]}
+    assert trace_file(write_records(folder, [UNREADABLE["no JSON"][0], weak]), llava_llama_path) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("multrace: none of the 2 records")
-    assert "line 1: no JSON" in said
-    report = json.loads((folder / "out" / "report.json").read_text())
-    assert (report["traced"], len(report["skipped"])) == ([], 2)
+    assert said.startswith("multrace: no trace of any of the 1 records; weak: ")
+    assert "does not lower the answer's probability" in said
 
 
 def test_a_model_is_opened_only_for_a_record_that_can_be_traced(folder: Path, capsys):
     gone = folder / "gone"
-    assert trace_file(write_records(folder, [BAD["no JSON"][0]]), gone) == 2
-    assert "none of the 1 records" in capsys.readouterr().err
+    assert trace_file(write_records(folder, [UNREADABLE["no JSON"][0]]), gone) == 2
+    assert "there is no record to analyse; row 1" in capsys.readouterr().err
+    assert trace_file(write_records(folder, [{"id": "blind", **BAD["blind"][0]}]), gone) == 2
+    assert "no trace of any of the 1 records; blind: " in capsys.readouterr().err
+    assert not (folder / "out").exists()
     assert trace_file(write_records(folder, GOOD), gone) == 2
     assert "no model directory" in capsys.readouterr().err
 
@@ -315,65 +343,106 @@ def test_finished_records_are_not_traced_again(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     path, traced = write_records(folder, GOOD[:1]), []
-    original = trace_records.compute_trace
+    original = TraceRun.compute
 
-    def noted(settings: TraceOptions, *arguments: object) -> CausalTrace:
-        traced.append(settings.out.name)
-        return original(settings, *arguments)
+    def noted(self: TraceRun, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        traced.append(task.record.id)
+        return original(self, vlm, task)
 
-    monkeypatch.setattr(trace_records, "compute_trace", noted)
+    monkeypatch.setattr(TraceRun, "compute", noted)
     assert trace_file(path, llava_llama_path) == 0
     write_records(folder, GOOD)
-    assert trace_file(path, llava_llama_path) == 0
-    assert traced == ["line_0001", "line_0002"]
-    assert "line 1: done before: " in capsys.readouterr().out
-    assert AverageTrace.load(folder / "out" / "average.safetensors").count == 2
-
-    assert trace_file(path, llava_llama_path, "--window=1") == 0  # other settings: nothing is done before
-    assert traced[2:] == ["line_0001", "line_0002"]
-    assert found(folder / "out", "line_0001").window == 1
+    assert trace_file(path, llava_llama_path, "--memory=64") == 0
+    assert traced == ["one", "two"]
+    assert AverageTrace.load(folder / "out" / "summary" / "average.safetensors").count == 2
+    assert trace_file(path, llava_llama_path, "--window=1") == 2
+    assert "holds a run with other settings: settings window 1 instead of 3" in capsys.readouterr().err
+    assert trace_file(write_records(folder, GOOD[1:]), llava_llama_path) == 2
+    assert "holds results of 1 records that this run does not have, such as 'one'" in capsys.readouterr().err
     Image.open(folder / "third.png").rotate(90).save(folder / "other.png")  # another picture under the same name
-    (folder / "out" / "line_0001" / "trace.safetensors").write_bytes(b"broken")
-    assert trace_file(path, llava_llama_path, "--window=1") == 0
-    assert traced[4:] == ["line_0001", "line_0002"]
+    assert trace_file(write_records(folder, GOOD), llava_llama_path) == 2
+    assert "such as 'two': the data, their pictures or the limit differ" in capsys.readouterr().err
+    assert traced == ["one", "two"]
+
+
+def test_a_model_that_was_edited_since_is_noticed(folder: Path, llava_llama_path: Path, capsys):
+    model = shutil.copytree(llava_llama_path, folder / "model")
+    path = write_records(folder, GOOD[:1])
+    assert trace_file(path, model) == 0
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    save_file({**weights, name: -weights[name]}, model / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert trace_file(path, model) == 2
+    assert "holds a run with other settings: model " in capsys.readouterr().err
+    assert trace_file(path, model, out="new") == 0
 
 
 def test_what_is_done_stays_when_a_run_is_interrupted(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = trace_records.write_trace
+    original = TraceRun.compute
 
-    def second_breaks(trace: CausalTrace, *arguments: object) -> list[Path]:
-        if trace.question == OTHER_QUESTION:
+    def second_breaks(self: TraceRun, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        if task.record.id == "two":
             raise KeyboardInterrupt
-        return original(trace, *arguments)
+        return original(self, vlm, task)
 
     path = write_records(folder, GOOD)
     with monkeypatch.context() as patched:
-        patched.setattr(trace_records, "write_trace", second_breaks)
+        patched.setattr(TraceRun, "compute", second_breaks)
         assert trace_file(path, llava_llama_path) == 130
-    assert names(folder / "out") == ["line_0001"]
+    assert [name.split("-")[0] for name in names(folder / "out" / "records")] == ["one"]
+    assert not (folder / "out" / "summary").exists()
     assert trace_file(path, llava_llama_path) == 0
-    assert AverageTrace.load(folder / "out" / "average.safetensors").count == 2
+    assert AverageTrace.load(folder / "out" / "summary" / "average.safetensors").count == 2
 
 
-def test_rows_that_differ_have_no_average_and_leave_no_old_one(folder: Path, llava_llama_path: Path, capsys):
-    assert trace_file(write_records(folder, GOOD), llava_llama_path) == 0
-    path = write_records(folder, [{key: each[key] for key in ("image", "question")} for each in GOOD])
-    assert trace_file(path, llava_llama_path, "--positions", "tokens") == 0  # tokens are averaged by their constraint
-    assert "average: none: " in capsys.readouterr().out
-    assert names(folder / "out") == ["line_0001", "line_0002", "report.json"]
-    assert json.loads((folder / "out" / "report.json").read_text())["average"] != "average.safetensors"
+def test_shards_are_merged_and_compared(folder: Path, llava_llama_path: Path, capsys):
+    path = write_records(folder, GOOD)
+    for shard in ("1/2", "2/2"):
+        assert trace_file(path, llava_llama_path, f"--shard={shard}", out=shard[0]) == 0
+        assert "1 left to other shards" in capsys.readouterr().out
+    assert app(["merge", str(folder / "1"), str(folder / "2"), f"--out={folder / 'merged'}"]) == 0
+    assert "2 records done" in capsys.readouterr().out
+    assert trace_file(path, llava_llama_path) == 0
+    merged, whole = (
+        {
+            path.relative_to(top): path.read_bytes()
+            for path in top.rglob("*.*")
+            if path.is_file() and ".locks" not in path.parts
+        }
+        for top in (folder / "merged", folder / "out")
+    )
+    assert merged == whole
+    assert trace_file(path, llava_llama_path, "--window=1", out="narrow") == 0
+    capsys.readouterr()
+    csv = folder / "difference.csv"
+    assert app(["compare", str(folder / "out"), str(folder / "narrow"), f"--csv={csv}"]) == 0
+    printed = capsys.readouterr().out
+    assert "differs in settings window 1 instead of 3" in printed
+    assert re.search(r"^ *total_effect +2 ", printed, re.MULTILINE) and csv.read_text().startswith("column,records")
+    assert app(["merge", str(folder / "1"), f"--out={folder / 'half'}"]) == 2
+    assert "run the missing shards first" in capsys.readouterr().err
+
+
+def test_rows_that_differ_have_no_average(folder: Path, llava_llama_path: Path, capsys):
+    path = write_records(folder, [{key: each[key] for key in ("id", "image", "question")} for each in GOOD])
+    assert trace_file(path, llava_llama_path, rows=["tokens"]) == 0  # tokens are averaged by their constraint
+    assert "no average of trace: traces over single tokens" in capsys.readouterr().out
+    assert names(folder / "out" / "summary") == ["report.json", "rows.parquet"]
 
 
 RECORD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "both": (["--question", QUESTION, "--data", "{file}"], "either --question or --data"),
     "a picture for all": (["--data", "{file}", "--image", "photo.png"], "--image belongs to one question"),
-    "a limit of one question": (["--question", QUESTION, "--limit", "1"], "--limit 1: pass at least 1, together with"),
-    "no lines": (["--data", "{file}", "--limit", "0"], "--limit 0: pass at least 1"),
-    "no file": (["--data", "{file}.gone"], "cannot read the records"),
-    "an empty file": (["--data", "{empty}"], "it is empty"),
-    "no place": (["--data", "{file}", "--out", "{file}/out"], "is not a folder"),
+    "a limit of one question": (["--question", QUESTION, "--limit", "1"], "--limit belongs to --data"),
+    "no lines": (["--data", "{file}", "--limit", "0"], "--limit 0: take at least one record"),
+    "no such shard": (["--data", "{file}", "--shard", "3/2"], "no shard '3/2'; write i/n"),
+    "no such format": (["--data", "{file}", "--format", "xml"], "no format 'xml'"),
+    "no file": (["--data", "{file}.gone"], "records.jsonl.gone"),
+    "an empty file": (["--data", "{empty}"], "empty"),
+    "no place": (["--data", "{file}", "--out", "{file}/out"], "cannot write to"),
 }
 
 
@@ -387,5 +456,5 @@ def test_records_that_cannot_begin_are_one_line(arguments: list[str], message: s
     assert app(["trace", "--corrupt=image-noise:3", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
-    assert said.count("\n") == 1
+    assert len(said.strip().splitlines()[-1:]) == 1 and "Traceback" not in said
     assert names(folder) == before

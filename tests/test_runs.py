@@ -19,7 +19,7 @@ import pytest
 import torch
 from multrace import ModelError, VisionLanguageModel
 from multrace.data import DataError, EditRecord, Question, tiny_vlm_path
-from multrace.tracing import AverageTrace, TraceError, average
+from multrace.tracing import AverageTrace, TraceError, average, causal_trace
 from multrace.workflow import (
     Analysis,
     ModelToLoad,
@@ -457,7 +457,10 @@ def test_traces_average_to_the_average_of_the_traces(tiny_vlm: VisionLanguageMod
     rows = [(n, Question(text=f"Who founded {each}?", constraint=each, id=each)) for n, each in enumerate(names)]
     settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden", "mlp"), even_if_weak=True)
     report = run(tiny_vlm, settings, rows, tmp_path / "out", progress=False)
-    traces = [settings.trace(tiny_vlm, question) for _, question in rows]
+    traces = [
+        causal_trace(tiny_vlm, tiny_vlm.prompt_for(each), **settings.arguments(each), progress=False)
+        for _, each in rows
+    ]
     expected = average(traces)
     expected.save(tmp_path / "expected.safetensors")
     loaded = AverageTrace.load(tmp_path / "out/summary/average.safetensors")

@@ -1,7 +1,7 @@
 """Runs of information flow: each reading is what the library computes, wrong answers are left out, averages stream."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from multrace import VisionLanguageModel
-from multrace.data import DataError, EditRecord, Question, world_questions
+from multrace.data import DataError, EditRecord, Question, read_data, world_questions
+from multrace.scripts.main import app
 from multrace.tracing import (
     AttentionKnockout,
     AverageKnockout,
@@ -29,11 +30,13 @@ from multrace.workflow import (
     check_result_folder,
     noise_for_errors,
     read_rows,
+    result_folder,
     run,
     with_noise,
-    write_result_folder,
 )
 from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "gqa_flow"
 
 
 @pytest.fixture(scope="module")
@@ -166,29 +169,66 @@ def test_questions_that_cannot_be_asked_are_refused_without_the_model(
         FlowRun().check(replace(questions[0], **changes))
 
 
+def test_the_world_asks_each_fact_once_before_any_twice():
+    questions = world_questions(900)
+    first = [question.id.rsplit("-", 1)[0] for question in questions]
+    assert len({question.id for question in questions}) == 900
+    count = len(set(first))
+    assert len(set(first[:count])) == count == 440
+    for question in questions[:40]:
+        ((left, top, right, bottom),) = question.boxes
+        assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
+        assert question.constraint.lower() in question.text.lower()
+    assert [each.id for each in world_questions(5, seed=1)] != [each.id for each in world_questions(5)]
+    with pytest.raises(DataError, match="ask at least one"):
+        world_questions(0)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data/gqa_flow")
+def test_the_studys_own_questions_go_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Their pictures are not at hand, so others stand in for them."""
+    (file,) = SHARED.glob("*ChooseAttr.csv")
+    records = [record for _, record in islice(read_data(file, images=tmp_path), 3)]
+    for number, record in enumerate(records):
+        side = max([max(box) for box in record.boxes], default=64) + 1
+        Image.new("RGB", (side, side), (90 * number, 50, 200)).save(record.image)
+    out = tmp_path / "out"
+    asked = ["flow", "--data", str(file), "--images", str(tmp_path), "--limit", "4", "--out", str(out)]
+    assert app([*asked, "--all", "--windows", "2", "--checks", "0"]) == 0
+    average = AverageKnockout.load(out / "summary" / "knockout.safetensors")
+    assert average.count == 3
+    expected = {"image -> question", "object -> question", "other patches -> question", "true option -> last"}
+    assert expected <= set(average.flows)
+    printed = capsys.readouterr().out
+    assert "no picture at" in printed and "3 records done, 1 failed" in printed
+
+
 # ---- the folder of one question ----
 
 
 def test_files_that_belong_together_change_together(tmp_path: Path):
-    def writes(text: str) -> Callable[[Path], Any]:
-        return lambda path: path.write_text(text)
-
     folder = tmp_path / "out"
-    write_result_folder(folder, {"a.txt": writes("1"), "b.txt": writes("1")})
-    write_result_folder(folder, {"a.txt": writes("2"), "c.txt": writes("2")})
+
+    def write(*names: str) -> None:
+        with result_folder(folder, spare="cells") as new:
+            for name in names:
+                if name == "full":
+                    raise OSError(28, "No space left on device")
+                (new / name).write_text(name)
+
+    write("a.txt", "b.txt")
+    (folder / "cells.1").write_text("")
+    write("a.txt", "c.txt")
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "c.txt", "contents.json"]
-
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
     with pytest.raises(RunError, match="cannot write .*No space left on device"):
-        write_result_folder(folder, {"a.txt": writes("3"), "c.txt": full})
-    assert (folder / "a.txt").read_text() == "2" and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+        write("d.txt", "full")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "c.txt", "contents.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (folder / "notes.txt").write_text("mine")
-    for refuse in (lambda: check_result_folder(folder), lambda: write_result_folder(folder, {"a.txt": full})):
+    for refuse in (lambda: check_result_folder(folder), lambda: write("a.txt")):
         with pytest.raises(RunError, match=r"files of something else \(notes.txt\)"):
             refuse()
-    check_result_folder(folder, spare="notes")
+    assert check_result_folder(folder, spare="notes") == ["a.txt", "c.txt"]
     (folder / "contents.json").write_text("{}")
     with pytest.raises(RunError, match="no digest"):
         check_result_folder(folder)

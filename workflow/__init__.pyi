@@ -19,8 +19,8 @@ from .run_folder import (
     Shard as Shard,
     StoredRecord as StoredRecord,
     check_result_folder as check_result_folder,
-    write_result_folder as write_result_folder,
+    result_folder as result_folder,
 )
 from .runs import ModelToLoad as ModelToLoad, RunReport as RunReport, read_rows as read_rows, run as run
 from .sites import Located as Located, locate as locate
-from .trace_run import TraceRun as TraceRun, trace_files as trace_files, trace_summary as trace_summary
+from .trace_run import TraceRun as TraceRun, trace_summary as trace_summary

@@ -116,7 +116,7 @@ class RunningAverage(Summary):
 
     def files(self) -> dict[str, Callable[[Path], Any]]:
         """Return the average, its figure and its table; nothing if there is no average."""
-        if not self.problem and self.averager.count < self._at_least:
+        if not self.problem and self.averager.count < self._at_least > 1:
             self.problem = f"an average needs {self._at_least} results, there are {self.averager.count}"
         if not self.problem:
             try:

@@ -53,8 +53,14 @@ class FlowAnswer:
     left_out: bool
     """Whether readings were left out because the answer is wrong."""
     results: Mapping[FlowReading, Any]
+    """Each reading with its result."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Name of each reading without a result, with the reason."""
+
+    def verdict(self, question: Question) -> str:
+        """Return the answer, and whether it is right, as text."""
+        words = {None: "", True: ", right", False: f", wrong: the right answer is {question.answer!r}"}
+        return f"{self.generated!r}{words[self.is_right]}"
 
 
 @dataclass(frozen=True, kw_only=True)

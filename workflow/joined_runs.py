@@ -128,7 +128,8 @@ def _compared(name: str, left: pd.Series, right: pd.Series, seed: int) -> dict[s
 
 def _is_number(*columns: pd.Series) -> bool:
     """Whether the columns hold numbers or truth values, and gaps."""
-    return all(column.dropna().map(lambda value: isinstance(value, bool | int | float)).all() for column in columns)
+    values = [column.dropna() for column in columns]
+    return all(len(each) and each.map(lambda value: isinstance(value, bool | int | float)).all() for each in values)
 
 
 def _head(folder: RunFolder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -324,7 +324,7 @@ class RunFolder:
 
 
 def check_result_folder(folder: str | Path, *, spare: str = "") -> list[str]:
-    """Return the names of the files that `write_result_folder` wrote to the folder; none if it is new or empty.
+    """Return the names of the files that `result_folder` put into the folder; none if it is new or empty.
 
     Raises `RunError` if the folder cannot be written, or if it holds anything else. Files whose names start with
     `spare` are no obstacle.
@@ -349,27 +349,33 @@ def check_result_folder(folder: str | Path, *, spare: str = "") -> list[str]:
     return sorted(listed)
 
 
-def write_result_folder(
-    folder: str | Path, files: Mapping[str, Callable[[Path], Any]], *, spare: str = ""
-) -> list[Path]:
-    """Write files that belong together to a folder of their own, and return their paths.
+@contextmanager
+def result_folder(folder: str | Path, *, spare: str = "") -> Iterator[Path]:
+    """Yield a new folder for files that belong together; they replace an earlier set as a whole when the block ends.
 
-    They replace an earlier set as a whole, with contents.json, which lists them with their digests; see
-    `check_result_folder`, whose errors this raises, for the folders that are refused.
+    contents.json lists them with their digests, and tells them from files of something else, which are refused.
 
     Args:
-        folder: The folder of the files.
-        files: File name -> function that writes the file to a path.
+        folder: The folder that the files are for.
         spare: Files whose names start like this may be there, and go with the earlier set.
+
+    Raises:
+        RunError: As `check_result_folder`.
+
+    Example:
+        >>> from multrace.workflow import result_folder
+        >>> for name in ("old.txt", "new.txt"):
+        ...     with result_folder("results") as new:
+        ...         _ = (new / name).write_text("text")
+        >>> import os
+        >>> sorted(os.listdir("results"))
+        ['contents.json', 'new.txt']
     """
-    folder = Path(folder)
     known = check_result_folder(folder, spare=spare)
     with replacing_files(folder, stale=[*known, f"{spare}*"] if spare else known, error=RunError) as new:
-        for name, write in files.items():
-            write(new / name)
-        digests = {name: file_digest(new / name) for name in files}
+        yield new
+        digests = {path.name: file_digest(path) for path in sorted(new.iterdir())}
         write_json(new / CONTENTS, _layout(CONTENTS), {"files": digests}, error=RunError)
-    return [folder / name for name in files]
 
 
 def record_name(id: str, key: str) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -56,6 +56,8 @@ from .run_folder import (
 if TYPE_CHECKING:
     import pandas as pd
 
+_NAMED = 5
+"""Maximum number of records that are listed for the same problem."""
 _WAIT = 60.0
 """Seconds that the files of other machines may need to become visible here."""
 _PATIENCE = timedelta(days=30)
@@ -120,6 +122,18 @@ class RunReport:
     """The averages in words."""
     files: Sequence[str]
     """Names of the files of the summary."""
+
+    def summary(self) -> list[str]:
+        """Return the averages, the counts and what went wrong, grouped by reason, as lines of text."""
+        counts = [f"{self.done} records done"]
+        counts += [f"{len(self.failed)} failed"] if self.failed else []
+        counts += [f"{len(self.unreadable)} rows unreadable"] if self.unreadable else []
+        counts += [f"{self.missing} left to other shards"] if self.missing else []
+        lines = [*self.lines, *([""] if self.lines else []), ", ".join(counts)]
+        lines += _grouped((f"{reason}", id) for id, reason in self.failed)
+        lines += _grouped((f"no {part}: {reason}", id) for id, part, reason in self.skipped)
+        lines += _grouped((reason, f"row {row}") for row, reason in self.unreadable)
+        return lines
 
     def __repr__(self) -> str:
         open_ = f", {self.missing} left to other shards" if self.missing else ""
@@ -227,7 +241,8 @@ class _Job:
         self._take(records)
 
     def _take(self, records: Rows) -> None:
-        for row, record in tqdm(records, desc="reading records", unit="record", leave=False, disable=not self.progress):
+        words = {"desc": "reading records", "unit": "record", "leave": False, "delay": 1.0}
+        for row, record in tqdm(records, disable=not self.progress, **words):
             if isinstance(record, DataError):
                 self.unreadable.append([row, gist(record)])
                 continue
@@ -262,6 +277,7 @@ class _Job:
 
     def work(self, shard: Shard, *, retry_failed: bool) -> None:
         """Analyse the records of a shard that are not done yet."""
+        self._check_any()
         self.folder.prepare()
         with self.folder.working(shard):
             self._begin()
@@ -280,6 +296,15 @@ class _Job:
                     task = Task(record=self.entries[name].record, number=numbers[name], calibration=calibration)
                     self._analyse(self.entries[name], task, shard)
                     bar.update()
+
+    def _check_any(self) -> None:
+        """Raise `RunError` if no record can be analysed, as far as that shows before the model is opened."""
+        problem = ""
+        for entry in self.entries.values():
+            if (reason := self._problem(entry)) is None:
+                return
+            problem = problem or f"{entry.id}: {reason}"
+        raise RunError(f"no {self.analysis.name} of any of the {len(self.entries)} records; {problem}")
 
     def _begin(self) -> None:
         """Check that the folder belongs to this run, and write what identifies it."""
@@ -413,8 +438,8 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     failed = {record.name: record for record in stored if record.error is not None}
     if failed and len(failed) == len(records["names"]):
         first = next(iter(failed.values()))
-        more = f"; the errors of all {len(failed)} records are in {str(folder.records)!r}" if len(failed) > 1 else ""
-        raise RunError(f"no {analysis.name} of any record: {first.id}: {first.error}{more}")
+        more = f"; the errors of all are in {str(folder.records)!r}" if len(failed) > 1 else ""
+        raise RunError(f"no {analysis.name} of any of the {len(failed)} records; {first.id}: {first.error}{more}")
     summary = folder.report() or {"lines": [], "files": {}}
     return RunReport(
         folder=folder.path,
@@ -426,6 +451,19 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
         lines=tuple(summary["lines"]),
         files=(*summary["files"],),
     )
+
+
+def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines that name the records with the same problem together."""
+    together: dict[str, list[str]] = {}
+    for reason, name in problems:
+        together.setdefault(reason, []).append(name)
+    shown = {reason: ", ".join(names[:_NAMED]) for reason, names in together.items()}
+    more = {reason: len(names) - _NAMED for reason, names in together.items()}
+    return [
+        f"  {names}{f' and {more[reason]} more' if more[reason] > 0 else ''}: {reason}"
+        for reason, names in shown.items()
+    ]
 
 
 def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:

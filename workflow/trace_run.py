@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from ..data import EditRecord, Question, find_span
-from ..models import Prompt, VisionLanguageModel, open_images
+from ..models import VisionLanguageModel, open_images
 from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
 from ..tracing.corruptions.parsing import SPELLINGS, corruption_pictures
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item, parse_position
 from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
 
-TRACE, MAP, OVERLAY = "trace.safetensors", "trace.png", "overlay.png"
 _BLOCKS = 3
 """Maximum number of causal blocks in a summary, per kind of site."""
 
@@ -109,49 +108,33 @@ class TraceRun(Analysis):
         has_seed = any(each.name == "seed" for each in fields(cast(Any, corruption)))
         return replace(cast(Any, corruption), seed=self.seed) if has_seed else corruption
 
-    def trace(
-        self,
-        vlm: VisionLanguageModel,
-        question: Question,
-        *,
-        prompt: Prompt | None = None,
-        checkpoint: Path | None = None,
-        progress: bool = False,
-    ) -> CausalTrace:
-        """Return the trace of one question.
+    def arguments(self, question: Question, *, checkpoint: Path | None = None) -> dict[str, Any]:
+        """Return the arguments of `causal_trace` for a question, whose `answer`, `foil` and `corrupt` come first.
 
-        Args:
-            vlm: The model.
-            question: The question; its `answer`, `foil` and `corrupt` overrule the settings.
-            prompt: The prompt of the question, if it has been made.
-            checkpoint: File that keeps the finished cells meanwhile.
-            progress: Show a progress bar over cells (default: none).
+        checkpoint: file that keeps the finished cells meanwhile.
         """
-        return causal_trace(
-            vlm,
-            vlm.prompt_for(question) if prompt is None else prompt,
-            corruption=self.corruption(question),
-            sites=self.sites,
-            window=self.window,
-            positions="tokens" if self.positions is None else self.positions,
-            answer=self.answer if question.answer is None else question.answer,
-            foil=question.foil,
-            whole_answer=self.whole_answer,
-            metrics=self.metrics,  # pyrefly: ignore[bad-argument-type] -- checked by causal_trace
-            direction=self.direction,
-            effect=self.effect,
-            severed=self.severed,
-            exact_cells=self.exact_cells,
-            even_if_weak=self.even_if_weak,
-            engine=Engine(name=self.engine, memory=self.memory, checks=self.checks, checkpoint=checkpoint),
-            progress=progress,
-        )
+        return {
+            "corruption": self.corruption(question),
+            "sites": self.sites,
+            "window": self.window,
+            "positions": "tokens" if self.positions is None else self.positions,
+            "answer": self.answer if question.answer is None else question.answer,
+            "foil": question.foil,
+            "whole_answer": self.whole_answer,
+            "metrics": self.metrics,
+            "direction": self.direction,
+            "effect": self.effect,
+            "severed": self.severed,
+            "exact_cells": self.exact_cells,
+            "even_if_weak": self.even_if_weak,
+            "engine": Engine(name=self.engine, memory=self.memory, checks=self.checks, checkpoint=checkpoint),
+        }
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the trace of a record, with its scores and its strongest cells in the row."""
         question = question_of_record(task.record)
         prompt = vlm.prompt_for(question)
-        trace = self.trace(vlm, question, prompt=prompt)
+        trace = causal_trace(vlm, prompt, **self.arguments(question), progress=False)
         row = {
             "question": trace.question,
             "answer": trace.answer,
@@ -164,23 +147,16 @@ class TraceRun(Analysis):
         for kind in trace.kinds:
             peak = trace.best(kind)
             row |= {f"{kind}_effect": peak.effect, f"{kind}_row": peak.row, f"{kind}_layer": peak.layer}
-        files = trace_files(trace, prompt) if self.draw else {}
-        drawings = {name: write for name, write in files.items() if name != TRACE}
+        drawings: dict[str, Callable[[Path], Any]] = {}
+        if self.draw:
+            drawings["trace.png"] = trace.plot
+            if trace.has_overlay:
+                drawings["overlay.png"] = lambda path: trace.overlay(prompt, path)
         return Outcome(row=row, results={"trace": trace}, files=drawings)
 
     def summary(self) -> Summary:
         """Return the average of all traces, which needs two of them and common rows."""
         return RunningAverage("trace", CausalTrace, stem="average", at_least=2)
-
-
-def trace_files(trace: CausalTrace, prompt: Prompt) -> dict[str, Callable[[Path], Any]]:
-    """Return the files of one trace: itself, its map, and its overlay if parts of a picture were restored."""
-    files: dict[str, Callable[[Path], Any]] = {TRACE: trace.save, MAP: trace.plot}
-    places = {position for position, *_ in trace.patches}
-    if any(set(row) < places for row in trace.row_positions):
-        kind = "hidden" if "hidden" in trace.kinds else trace.kinds[0]
-        files[OVERLAY] = lambda path: trace.overlay(prompt, path, kind)
-    return files
 
 
 def trace_summary(trace: CausalTrace) -> list[str]:

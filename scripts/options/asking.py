@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Group, Parameter, Token
 
-from ... import data, models, tracing
+from ... import data, models, tracing, workflow
 from ..errors import CommandError
-from .choices import DATA_FORMATS, ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
+from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
 
 if TYPE_CHECKING:
     from ...tracing.engine.rows import Item
@@ -79,25 +79,19 @@ class ModelOptions(GeneralOptions):
 
     def open_model(self) -> "models.VisionLanguageModel":
         """Return the loaded model, its addresses proven."""
-        return models.load(
-            data.tiny_vlm_path() if self.model is None else self.model,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return models.load(self._path, **self._loading)
 
+    def model_to_load(self) -> "workflow.ModelToLoad":
+        """Return the model, which is opened only if something has to be computed with it."""
+        return workflow.ModelToLoad(self._path, self._loading)
 
-@dataclass(frozen=True, kw_only=True)
-class FileOptions(GeneralOptions):
-    """How a data file is read."""
+    @property
+    def _path(self) -> "str | PathLike[str]":
+        return data.tiny_vlm_path() if self.model is None else self.model
 
-    format: Annotated[
-        str | None, Parameter(help="format of the data file (default: told by its content)", choices=DATA_FORMATS)
-    ] = None
-    images: Annotated[
-        Path | None, Parameter(help="folder of the pictures (default: the data file's own folder)", metavar="DIR")
-    ] = None
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,22 +162,8 @@ class ConstraintOptions(QuestionOptions):
 
 
 def parse_rows(_type: Any, tokens: Sequence[Token]) -> "tuple[Item, ...]":
-    """Return what each token of --positions names, as `parse_row` reads it."""
-    return tuple(parse_row(token.value) for token in tokens)
-
-
-def parse_row(text: str) -> "Item":
-    """Return a position, blocks of patches, a box of the picture, or the name of a token group or of image regions."""
-    if text.removeprefix("-").isdecimal():
-        return int(text)
-    kind, _, sizes = text.partition(":")
-    numbers = [int(size) for size in sizes.split(",") if size.strip().isdecimal()]
-    for name, count in (("blocks", 1), ("box", 4)):
-        if kind == name:
-            if len(numbers) != count or len(sizes.split(",")) != count:
-                raise ValueError(f"{text!r}: write blocks:3 or box:0,0,50,50")
-            return (tracing.Blocks if name == "blocks" else tracing.Box)(*numbers)
-    return text
+    """Return what each token of --positions names, as `parse_position` reads it."""
+    return tuple(tracing.parse_position(token.value) for token in tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

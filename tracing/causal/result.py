@@ -183,11 +183,17 @@ class CausalTrace(EffectMap):
         figure = drawing.heat_maps(panels, rows=rows, stars=stars, titles=self._titles(index), unit=unit)
         return drawing.finished(figure, path)
 
+    @property
+    def has_overlay(self) -> bool:
+        """Whether some row is a part of a picture, and not all of it, so that an overlay shows something."""
+        places = {position for position, *_ in self.patches}
+        return any(set(row) < places for row in self.row_positions)
+
     def overlay(
         self,
         prompt: Prompt,
         path: str | Path | None = None,
-        kind: str = "hidden",
+        kind: str | None = None,
         layers: Sequence[int] | None = None,
     ) -> "Figure":
         """Return a figure with the indirect effects of image patches over the picture that the model saw.
@@ -195,7 +201,7 @@ class CausalTrace(EffectMap):
         Args:
             prompt: the prompt that was traced.
             path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
-            kind: kind of site.
+            kind: kind of site; by default "hidden" if that was traced, else the first one.
             layers: columns of the map, one panel each; by default those with at least a tenth of the largest effect,
                 at most four. The caption states how they were chosen.
 
@@ -208,6 +214,7 @@ class CausalTrace(EffectMap):
         ids = tuple(prompt.inputs["input_ids"][0, : len(self.input_ids)].tolist())
         if (patches, ids) != (self.patches, self.input_ids):
             raise TraceError(f"this trace is of another prompt ({self.question!r}); pass the prompt that was traced")
+        kind = kind or ("hidden" if "hidden" in self.kinds else self.kinds[0])
         grid = drawing.over_patches(self.indirect_effect(kind), self.row_positions, self.patches)
         least, rule = drawing.FLOOR * abs(self.total_effect), ""
         columns = drawing.strongest(grid, least=least) if layers is None else tuple(layers)

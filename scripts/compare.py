@@ -1,0 +1,50 @@
+"""Compare two runs over many records, paired by the records that both have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from .. import artefacts, workflow
+from .options.asking import GeneralOptions
+
+EXAMPLE = """examples:
+  multrace compare out/one out/other
+  multrace compare out/one out/other --csv out/difference.csv
+
+The folders are those of finished runs over many records, such as those of trace and flow. For each number of their tables the
+command prints the means over the records that both have, the difference (other minus one), and its 95 % interval from a
+paired bootstrap; and the settings in which the runs differ.
+"""
+app = App(name="compare", help=__doc__, help_epilogue=EXAMPLE)
+
+
+@dataclass(frozen=True)
+class TwoRuns:
+    """The runs; a base of the options that comes last, so that they can be named without --one and --other."""
+
+    one: Annotated[Path, Parameter(help="folder of a finished run", metavar="DIR")]
+    other: Annotated[Path, Parameter(help="folder of another one", metavar="DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(GeneralOptions, TwoRuns):
+    """Options of `multrace compare`."""
+
+    seed: Annotated[int, Parameter(help="random seed of the bootstrap")] = 0
+    csv: Annotated[Path | None, Parameter(help="also write the table to this file", metavar="FILE")] = None
+
+
+@app.default
+def run(options: Compare) -> int:
+    """Print how the numbers of the runs differ."""
+    table = workflow.compare(options.one, options.other, seed=options.seed)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(*(f"differs in {line}" for line in table.attrs["settings"] or ["nothing but the records"]), sep="\n")
+    if options.csv is not None:
+        with artefacts.replacing(options.csv) as path:
+            table.to_csv(path, index=False)
+    return 0

@@ -1,0 +1,43 @@
+"""Join the shards of one run over many records that were computed in several folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from .. import workflow
+from .options.asking import GeneralOptions
+
+EXAMPLE = """examples:
+  multrace merge out/part1 out/part2 out/part3 --out out/merged
+
+The folders are shards of one run: the same command, model and data, for the parts 1/3, 2/3 and 3/3 of the records. OUT
+becomes what that command would have written for all records, bit for bit. Shards in one folder need no merging.
+"""
+app = App(name="merge", help=__doc__, help_epilogue=EXAMPLE)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of the shards; a base of the options that comes last, so that they can be named without --folders."""
+
+    folders: Annotated[tuple[Path, ...], Parameter(help="folders of the shards", metavar="DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(GeneralOptions, Folders):
+    """Options of `multrace merge`."""
+
+    out: Annotated[Path, Parameter(help="folder for the whole run")] = Path("out/merged")
+
+
+@app.default
+def run(options: Merge) -> int:
+    """Join the shards and print what they give together."""
+    report = workflow.merge(options.folders, options.out)
+    print(*report.summary(), sep="\n")
+    print(f"in {options.out}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
+    return 0
