@@ -1,10 +1,9 @@
-from .baukit_names import Trace as Trace, TraceDict as TraceDict
 from .errors import ModelError as ModelError, NotFiniteError as NotFiniteError, ReplayError as ReplayError
 from .families.addresses import Projection as Projection, Site as Site
 from .families.table import FAMILIES as FAMILIES, Family as Family
 from .frontend import open_images as open_images
 from .generation import Score as Score
-from .hooks import capture as capture, patch as patch
+from .hooks import Trace as Trace, TraceDict as TraceDict, capture as capture, patch as patch
 from .loading.load import load as load
 from .prompts import Patch as Patch, Prompt as Prompt, collate as collate
 from .vlm import VisionLanguageModel as VisionLanguageModel

@@ -67,7 +67,7 @@ def _shielded(undo: Callable[[], object]) -> None:
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         undo()
         return
-    late: list[tuple[Any, Any]] = []
+    late: list[tuple[Any, ...]] = []
     signal.signal(signal.SIGINT, lambda *received: late.append(received))
     try:
         undo()
