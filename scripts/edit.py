@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..artefacts import write_json
 from ..data import EditRequest
 from ..editing.changes import Delta
 from ..editing.moments import Moments
@@ -27,6 +27,7 @@ from .options.edit import TRACE, Edit
 from .outputs import check_files, check_new_folder, new_files
 
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
+_LAYOUT = "multrace edit outcome 1"
 _CANDIDATES = ("constraint_last", "last")
 """Names instead of positions: they mean the same token in other wordings, where the edit has to work too."""
 _KINDS = ("hidden", "mlp")
@@ -71,7 +72,7 @@ def run(settings: Edit) -> int:
         return 0
     with new_files(settings.out) as folder:
         made.delta.save(folder / EDIT)
-        (folder / REPORT).write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / REPORT, _LAYOUT, outcome.as_json())
     if settings.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
         with made.delta.applied(vlm):
             vlm.save_pretrained(settings.save_model)
