@@ -1,5 +1,11 @@
 from .bounded_json import parse_json as parse_json
-from .check import FINDINGS as FINDINGS, CheckReport as CheckReport, Finding as Finding, check_data as check_data
+from .check import (
+    FINDINGS as FINDINGS,
+    CheckReport as CheckReport,
+    Finding as Finding,
+    check_data as check_data,
+    questions_of as questions_of,
+)
 from .convert import FORMS as FORMS, ConvertReport as ConvertReport, convert_data as convert_data
 from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError

@@ -189,7 +189,8 @@ def check_data(
     for row, outcome in read_data(path, format=name, images=images, answers=answers):
         rows += 1
         if isinstance(outcome, DataError):
-            doctor.add(row, "unreadable_row", str(outcome).removeprefix(f"line {row} of {str(path)!r}: "))
+            message = str(outcome).removeprefix(f"line {row} of {str(path)!r}: ").removeprefix(f"{path}, line {row}: ")
+            doctor.add(row, "unreadable_row", message)
             continue
         record = doctor.examine(row, outcome)
         if fix is not None and record is not None:
@@ -235,7 +236,7 @@ class _Doctor:
         self._row, self._id = row, record.id
         self.ids.add(record.id)
         cleaned: dict[tuple[str, int] | None, Question] = {}
-        for place, question in _questions(record):
+        for place, question in questions_of(record):
             cleaned[place] = self._question(place, question)
         if isinstance(record, EditRecord):
             self._edit(record)
@@ -428,8 +429,8 @@ class _Doctor:
             self.add(self._row, kind, message)
 
 
-def _questions(record: Question | EditRecord) -> Iterator[tuple[tuple[str, int] | None, Question]]:
-    """Yield every question of a record with its place."""
+def questions_of(record: Question | EditRecord) -> Iterator[tuple[tuple[str, int] | None, Question]]:
+    """Yield every question of a record with its list and index; None for the record's own."""
     if isinstance(record, Question):
         yield None, record
         return

@@ -192,10 +192,13 @@ def _with_known_keys(row: dict[str, Any], kind: type[EntryLine]) -> dict[str, An
     unknown = {key: row[key] for key in row if key not in known}
     if not unknown:
         return dict(row)
-    for key in unknown:
+    names = known if kind is not QuestionLine else [each.name for each in fields(EditLine)]
+    for key in (key for key in unknown if key not in names):
         meant = [name for name, others in _MEANT.items() if key.casefold() in others]
-        if near := [name for name in (*meant, *get_close_matches(key, known, n=1, cutoff=0.8)) if name not in row]:
+        if near := [name for name in (*meant, *get_close_matches(key, names, n=1, cutoff=0.8)) if name not in row]:
             raise DataError(f'no key {key[:40]!r}; did you mean {near[0]!r}? Write other remarks into "extra"')
+    if edits := [key for key in unknown if key in names and key != "group"]:
+        raise DataError(f"{edits[0]!r} belongs to an edit (found {', '.join(map(repr, row))[:200]}); add 'target'")
     extra = row.get("extra", {})
     if not isinstance(extra, dict):
         raise DataError(f"'extra' is {shown(extra)}; write {advice_on(kind)['extra']}")

@@ -12,9 +12,13 @@ from . import (
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite
-from .edit_asked import NEXT as NEXT, asked_edits as asked_edits
+from .edit_asked import (
+    NEXT as NEXT,
+    asked_edits as asked_edits,
+    read_edits as read_edits,
+    read_general as read_general,
+)
 from .edit_preview import preview as preview, sizes as sizes
-from .edit_records import read_edit_records as read_edit_records, read_general as read_general
 from .edit_where import Place as Place, parse_place as parse_place
 from .editors import BASELINES as BASELINES, editor as editor
 from .errors import CommandError as CommandError

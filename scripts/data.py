@@ -11,8 +11,8 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import artefacts, data
-from .options.asking import GeneralOptions
-from .options.choices import DATA_FORMATS, DATA_FORMS
+from .options.asking import FileOptions, GeneralOptions
+from .options.choices import DATA_FORMS
 
 EXAMPLE = """examples:
   multrace data check corrections.jsonl
@@ -67,24 +67,12 @@ class TwoFiles(OneFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions(GeneralOptions):
-    """How the file is read."""
+class CheckOptions(FileOptions, OneFile):
+    """Options of `multrace data check`."""
 
-    format: Annotated[
-        str | None, Parameter(help="format of the file (default: told by its content)", choices=DATA_FORMATS)
-    ] = None
-    images: Annotated[
-        Path | None, Parameter(help="folder of the pictures (default: the file's own folder)", metavar="DIR")
-    ] = None
     answers: Annotated[
         Path | None, Parameter(help="file or folder of OK-VQA with the answers of annotators", metavar="FILE")
     ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions(ReadOptions, OneFile):
-    """Options of `multrace data check`."""
-
     no_pictures: Annotated[bool, Parameter(help="leave the pictures alone")] = False
     fix: Annotated[Path | None, Parameter(help="write a cleaned file of our own lines", metavar="FILE")] = None
     show: Annotated[int, Parameter(help="maximum number of rows that are shown of each kind of finding")] = 3
@@ -92,9 +80,12 @@ class CheckOptions(ReadOptions, OneFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(ReadOptions, TwoFiles):
+class ConvertOptions(FileOptions, TwoFiles):
     """Options of `multrace data convert`."""
 
+    answers: Annotated[
+        Path | None, Parameter(help="file or folder of OK-VQA with the answers of annotators", metavar="FILE")
+    ] = None
     to: Annotated[str, Parameter(help="form of the written file", choices=DATA_FORMS)] = "lines"
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
-from ..data import EditRequest, Question
+from ..data import DataError, EditRecord, EditRequest, Question, find_spans, inspect_picture, questions_of, read_data
 from ..data.spans import says_once
 from ..editing.augment import Augmentation
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
-from .edit_records import EditEntry, read_edit_records
 from .errors import CommandError
 from .options.edit import RequestOptions
 
@@ -95,7 +96,7 @@ def _from_file(options: RequestOptions, traced: bool) -> tuple[AskedEdit, ...]:
         raise CommandError(
             f"--{given[0].replace('_', '-')} belongs to one request; with --data, write it into each line"
         )
-    entries = read_edit_records(options.data)[: options.limit]
+    entries = read_edits(options.data, format=options.format, images=options.images)[: options.limit]
     corruptions = _corruptions(options, entries) if traced else [None] * len(entries)
     return tuple(
         AskedEdit(make=partial(_augmented, options, partial(_of_entry, entry)), corruption=corruption)
@@ -103,11 +104,60 @@ def _from_file(options: RequestOptions, traced: bool) -> tuple[AskedEdit, ...]:
     )
 
 
-def _of_entry(entry: EditEntry, _vlm: VisionLanguageModel) -> EditRequest:
-    return entry.record()
+def _of_entry(entry: EditRecord, _vlm: VisionLanguageModel) -> EditRequest:
+    return entry
 
 
-def _corruptions(options: RequestOptions, entries: Sequence[EditEntry]) -> list[Corruption | None]:
+def read_edits(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[EditRecord, ...]:
+    """Return the edits of a data file; all rows are checked, with their spans and the headers of their pictures.
+
+    Raises `CommandError` for the first row that cannot be used, which says how many others there are.
+    """
+    edits = _usable(path, EditRecord, "no 'target'; add the new answer", format=format, images=images)
+    return tuple(cast(EditRecord, edit) for edit in edits)
+
+
+def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[Question, ...]:
+    """Return held-out questions with their right answers. Raises `CommandError` as `read_edits`."""
+    questions = _usable(path, Question, "a 'target'; held-out questions have an 'answer'", format=format, images=images)
+    return tuple(cast(Question, question) for question in questions)
+
+
+def _usable(path: Path, kind: type, other: str, **where: Any) -> list[Question | EditRecord]:
+    """The records of a file, all of this kind."""
+    records: list[Question | EditRecord] = []
+    problems: list[str] = []
+    for row, record in read_data(path, **where):
+        try:
+            if isinstance(record, DataError):
+                raise record
+            if not isinstance(record, kind):
+                raise DataError(f"it has {other}")
+            _check(record)
+            records.append(record if record.id else replace(record, id=f"line_{row}"))
+        except DataError as error:
+            message = str(error)
+            problems.append(message if f"{str(path)!r}: " in message else f"line {row} of {str(path)!r}: {message}")
+    if problems:
+        rows = len(problems) + len(records)
+        more = f" ({len(problems) - 1} more of {rows} lines are wrong)" if len(problems) > 1 else ""
+        raise CommandError(f"{problems[0]}{more}; multrace data check lists all, and --fix leaves them out")
+    return records
+
+
+def _check(record: Question | EditRecord) -> None:
+    """Raises `DataError` for what no model could use."""
+    if isinstance(record, Question) and record.answer is None:
+        raise DataError(f"no 'answer' to {record.text!r}; add the right one")
+    for _, question in questions_of(record):
+        for image in question.images:
+            if isinstance(image, Path) and (problem := inspect_picture(image).problem):
+                raise DataError(problem)
+        for words in question.words.values():
+            find_spans(question.text, words)
+
+
+def _corruptions(options: RequestOptions, entries: Sequence[EditRecord]) -> list[Corruption | None]:
     """What corrupts each entry's picture or constraint; None for an entry that has none."""
     if options.corrupt == NEXT:
         return [swapped(entries, index) for index in range(len(entries))]
@@ -115,9 +165,11 @@ def _corruptions(options: RequestOptions, entries: Sequence[EditEntry]) -> list[
     replace(options, image="any", constraint="any", data=None).corruption()
     corruptions: list[Corruption | None] = []
     for entry in entries:
-        image = None if entry.words.image is None else str(entry.words.image)
+        image = str(entry.question.images[0]) if entry.question.images else None
+        words = entry.question.constraint
+        constraint = words[0] if isinstance(words, tuple) else words
         try:
-            corruptions.append(replace(options, image=image, constraint=entry.words.constraint).corruption())
+            corruptions.append(replace(options, image=image, constraint=constraint).corruption())
         except CommandError:
             corruptions.append(None)
     if not any(corruptions):
@@ -125,20 +177,20 @@ def _corruptions(options: RequestOptions, entries: Sequence[EditEntry]) -> list[
     return corruptions
 
 
-def swapped(entries: Sequence[EditEntry], index: int) -> SwapImage | None:
+def swapped(entries: Sequence[EditRecord], index: int) -> SwapImage | None:
     """Return the picture of the next entry with another picture, with the same question if possible.
 
     A picture of another kind of thing would also corrupt the kind, which the words of the question reveal early. Raises
     `CommandError` if all entries have the same picture.
     """
-    own = entries[index].words
+    own = entries[index].question
     if own.image is None:
         return None
-    others = [entry.words for entry in (*entries[index + 1 :], *entries[:index])]
-    shown = [words for words in others if words.image not in (None, own.image)]
+    others = [entry.question for entry in (*entries[index + 1 :], *entries[:index])]
+    shown = [other for other in others if other.images and other.image != own.image]
     if not shown:
         raise CommandError(
             "a trace under the next record's picture needs records with different pictures; all have "
-            f"{str(own.image)!r}; add records, or name the place by --where LAYER:TOKEN"
+            f"{str(own.images[0])!r}; add records, or name the place by --where LAYER:TOKEN"
         )
-    return SwapImage(next((words for words in shown if words.question == own.question), shown[0]).image)
+    return SwapImage(next((other for other in shown if other.text == own.text), shown[0]).images[0])

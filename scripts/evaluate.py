@@ -31,8 +31,7 @@ from ..editing.moments import Moments
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from ..workflow.sites import locate
-from .edit_asked import swapped
-from .edit_records import EditEntry, read_edit_records, read_general
+from .edit_asked import read_edits, read_general, swapped
 from .edit_where import Place, parse_place, place_of
 from .editors import editor as editor_of
 from .errors import CommandError
@@ -51,7 +50,7 @@ class _Plan:
 
     place: Place | None
     """None: the place that traces find."""
-    entries: tuple[EditEntry, ...] = ()
+    entries: tuple[EditRecord, ...] = ()
     corruptions: tuple[Corruption | None, ...] = ()
     """The corruption of each entry, for traces."""
     general: tuple[Question, ...] = ()
@@ -95,7 +94,8 @@ def _check(settings: Evaluate) -> _Plan:
     for name in settings.editor:
         _editor(settings, name, place or Place(layer=0, token="last", reason="to be traced", spread=1))
         check_files(settings.out / name, _names(settings))
-    entries = () if settings.data is None else read_edit_records(settings.data)
+    where = {"format": settings.format, "images": settings.images}
+    entries = () if settings.data is None else read_edits(settings.data, **where)
     corruptions = [swapped(entries, index) if place is None else None for index in range(len(entries))]
     few = slice(settings.limit)
     given = {"place": place, "entries": entries[few], "corruptions": tuple(corruptions[few])}
@@ -105,7 +105,7 @@ def _check(settings: Evaluate) -> _Plan:
             raise CommandError(f"--general {settings.general}: write world or world:100, together with --world")
         facts = (int(count) if count else None) if kind == _WORLD else 0
         return _Plan(**given, facts=facts)
-    return _Plan(**given, general=tuple(each.plain(answer) for each, answer in read_general(Path(settings.general))))
+    return _Plan(**given, general=read_general(Path(settings.general)))
 
 
 def _editor(settings: Evaluate, name: str, place: Place) -> Any:
@@ -151,7 +151,7 @@ def _by_place(settings: Evaluate, name: str, places: dict[str, Place]) -> Editor
 def _asked(settings: Evaluate, plan: _Plan, vlm: VisionLanguageModel) -> _Asked:
     general = plan.general
     if settings.world is None:
-        records = tuple(entry.record() for entry in plan.entries)
+        records = plan.entries
         corruptions = tuple(plan.corruptions)
     else:
         world = World()

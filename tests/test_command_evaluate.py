@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 from multrace import VisionLanguageModel
-from multrace.data import EditCase, World, WorldRequests, another_picture, world_records
+from multrace.data import DataError, EditCase, World, WorldRequests, another_picture, world_records
 from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
 from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     Place,
-    read_edit_records,
+    read_edits,
     read_general,
 )
-from multrace.scripts.evaluate import _edit
+from multrace.scripts.evaluate import _by_place
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
@@ -50,8 +50,8 @@ def row(tmp_path: Path) -> dict[str, Any]:
         "constraint": asked.constraint,
         "target": CASE.target,
         "contexts": [{"image": picture(tmp_path, "a2.png", CASE.fact.entity, 7)}],
-        "also": [{"image": None, "question": WORLD.question_by_name(CASE.fact).text}],
-        "keep": [],
+        "rewrite_prompts": [{"image": None, "question": WORLD.question_by_name(CASE.fact).text}],
+        "preserve_prompts": [],
         "probes": [
             {"kind": "other_picture", "image": picture(tmp_path, "a3.png", CASE.fact.entity, 3)},
             {"kind": "same_question_other_picture", "image": "c.png", "answer": other.answer},
@@ -137,9 +137,9 @@ def test_each_request_is_edited_at_its_own_place(tiny_vlm):
         for layer, record in zip((5, 6), records, strict=True)
     }
     options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"])[1]
-    edit = _edit(options, "multedit", None, places)
+    editor = _by_place(options, "multedit", places)
     for layer, record in zip((5, 6), records, strict=True):
-        assert list(edit(tiny_vlm, [record], ()).changes) == [tiny_vlm.down_projection(layer).name]
+        assert list(editor.edit(tiny_vlm, [record], progress=False).changes) == [tiny_vlm.down_projection(layer).name]
 
 
 def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path
         "question": asked.text,
         "target": case.target,
     }
-    file = write({**row, "also": []}, second)
+    file = write({**row, "rewrite_prompts": []}, second)
     assert run("--data", file, "--where", "trace", "--mode", "batch", "--free-only", "--out", tmp_path / "out") == 0
     report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
     assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 1)
@@ -178,7 +178,7 @@ BAD_OPTIONS = {
     "no probes": (["--world", "outdated", "--probes", "0"], "--probes is 0"),
     "no place": (["--world", "outdated", "--where", "nowhere"], "no place 'nowhere'"),
     "measuring after none": (["--world", "outdated", "--at", "0"], "--at is 0"),
-    "no such file": (["--data", "gone.jsonl"], "cannot read the edit records"),
+    "no such file": (["--data", "gone.jsonl"], "cannot read .gone.jsonl"),
     "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
     "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),
     "no moments": (["--world", "outdated", "--editor", "memit"], "multrace moments"),
@@ -189,7 +189,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_bad_options_are_found_before_the_model_is_opened(arguments: list[str], message: str, tmp_path: Path):
     where = [] if "--where" in arguments else ["--where", "5:last"]
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises((CommandError, DataError), match=message):
         run(*arguments, *where, "--model", "/gone", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -203,34 +203,22 @@ def test_a_place_that_does_not_exist_is_an_error_and_not_a_result(row, write, tm
 # ---- the file ----
 
 
-def test_what_an_entry_leaves_out_is_its_records(row, write, tiny_vlm: VisionLanguageModel):
-    (entry,) = read_edit_records(write(row))
-    assert entry.others["contexts"][0].question == row["question"]
-    assert entry.others["contexts"][0].constraint == row["constraint"]
-    assert (entry.others["also"][0].image, entry.others["also"][0].constraint) == (None, None)
-    kept = {probe.kind: probe.words for probe in entry.probes}
-    assert kept["no_picture"].image is None and kept["no_picture"].question == row["question"]
-    assert kept["portability"].image == entry.words.image == write(row).parent / "a.png"
-    record = entry.record()
+def test_the_edits_of_a_file_become_prompts(row, write, tiny_vlm: VisionLanguageModel):
+    (record,) = read_edits(write(row))
     assert (record.id, record.target, len(record.probes)) == ("a1", CASE.target, 4)
     assert [len(each) for each in (record.contexts, record.rewrite_prompts, record.preserve_prompts)] == [1, 1, 0]
     assert "constraint_last" in tiny_vlm.prompt_for(record.question).groups
+    nameless = {key: value for key, value in row.items() if key != "id"}
+    assert [each.id for each in read_edits(write(nameless, "", nameless))] == ["line_1", "line_3"]
 
 
 CHANGES = {
-    "no target": ({"target": None}, "no 'target' .*'probes'.*; add 'target'"),
-    "no id": ({"id": None}, "add 'id'"),
-    "empty target": ({"target": " "}, "'target' is empty"),
-    "a number for a question": ({"question": 3}, "'question' is of type int"),
-    "misspelt key": ({"targets": "x"}, "did you mean 'target'"),
+    "no target": ({"target": None}, "'contexts' belongs to an edit .*; add 'target'"),
+    "misspelt key": ({"targets": "x", "target": None}, "did you mean 'target'"),
     "picture that is not there": ({"image": "gone.png"}, "no picture at"),
     "constraint that is not said": ({"constraint": "the moon"}, "the moon"),
+    "a span that is not said": ({"spans": {"object": "the sun"}}, "the sun"),
     "contexts that are no list": ({"contexts": {"image": "a.png"}}, "'contexts' is no list"),
-    "an entry of nothing": ({"also": [{"constraint": "x"}]}, "neither 'image' nor 'question'"),
-    "an entry with more": ({"also": [{"image": None, "target": "x"}]}, "an entry has 'target'"),
-    "unknown probe": ({"probes": [{"kind": "sideways"}]}, "kind 'sideways' .*other_picture"),
-    "portability without an answer": ({"probes": [{"kind": "portability", "question": "q"}]}, "no 'answer'"),
-    "hops of nothing": ({"probes": [{"kind": "portability", "answer": "x", "hops": 0}]}, "'hops'"),
     "a probe's picture that is not there": ({"probes": [{"kind": "other_picture", "image": "z.png"}]}, "z.png"),
 }
 
@@ -240,21 +228,30 @@ def test_a_bad_record_is_named_by_its_line(change: dict[str, Any], message: str,
     bad = {**row, "id": "b", **change}
     bad = {key: value for key, value in bad.items() if value is not None}
     with pytest.raises(CommandError, match=f"^line 2 of '.*records.jsonl': .*{message}"):
-        read_edit_records(write(row, bad))
+        read_edits(write(row, bad))
 
 
 def test_all_lines_are_checked_and_ids_are_their_own(row, write):
-    with pytest.raises(CommandError, match=r"^line 2 of .*no JSON.*\(1 more of 3 lines are wrong\)"):
-        read_edit_records(write(row, "{", {"id": "c"}))
+    with pytest.raises(
+        CommandError, match=r"^line 2 of .*not JSON.*\(1 more of 3 lines are wrong\); multrace data check"
+    ):
+        read_edits(write(row, "{", {"id": "c"}))
     with pytest.raises(CommandError, match="the id 'a1' is that of line 1 too"):
-        read_edit_records(write(row, row))
-    with pytest.raises(CommandError, match="add 'image'; null for a question without a picture|add 'image'"):
-        read_edit_records(write({key: value for key, value in row.items() if key != "image"}))
-    with pytest.raises(CommandError, match="it is empty"):
-        read_edit_records(write("", " "))
+        read_edits(write(row, row))
+    with pytest.raises(DataError, match="it is empty"):
+        read_edits(write("", " "))
+
+
+def test_the_edits_of_a_public_file_are_read(tmp_path, row):
+    public = {"src": "Who is it?", "alt": "Ada", "image": "a.png", "rephrase": "Who?", "m_loc": "c.png"}
+    (tmp_path / "vlkeb.json").write_text(json.dumps([public]))
+    (record,) = read_edits(tmp_path / "vlkeb.json")
+    assert record.target == "Ada" and [probe.kind for probe in record.probes] == ["rephrase"]
+    with pytest.raises(CommandError, match="line 1 of .*: no picture at .*elsewhere"):
+        read_edits(tmp_path / "vlkeb.json", images=tmp_path / "elsewhere")
 
 
 def test_held_out_questions_need_an_answer(write, tmp_path):
-    assert read_general(write({"question": "Who?", "answer": "Ada"}))[0][1] == "Ada"
+    assert read_general(write({"question": "Who?", "answer": "Ada"}))[0].answer == "Ada"
     with pytest.raises(CommandError, match="line 1 of .*no 'answer'"):
         read_general(write({"question": "Who?"}))

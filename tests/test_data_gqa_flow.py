@@ -1,15 +1,11 @@
 """The six GQA layouts of the information-flow study: invented rows in each, broken ones, and the published slices."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from multrace.data import DataError, VQARecord
-from multrace.data.gqa_flow import read_gqa_flow
-from multrace.data.records import FlowRecord
+from multrace.data import DataError, Question, read_data, read_records
 from multrace.models import ModelError
-from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gqa_flow"
 needs_slices = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data/gqa_flow")
@@ -60,34 +56,35 @@ def write(folder, task, text=None):
     return path
 
 
+def read(path, **options):
+    return read_records(path, format="gqa-flow", **options)
+
+
 def one(tmp_path, task, *changes):
     """The first record of a sample in which these words are replaced."""
     text = SAMPLES[task]
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
-    return read_gqa_flow(write(tmp_path, task, text))[0]
+    return read(write(tmp_path, task, text))[0]
 
 
 def test_a_choice_between_two_answers_names_both_and_the_object(tmp_path):
-    record, other = read_gqa_flow(write(tmp_path, "ChooseCat"), images=tmp_path / "pictures")
-    assert record == FlowRecord(
+    question, other = read(write(tmp_path, "ChooseCat"), images=tmp_path / "pictures")
+    assert question == Question(
         id="0012",  # as it stands: as a number it would lose its zeros
-        question="Which animal is this, a puppy or a cat?",
+        text="Which animal is this, a puppy or a cat?",
         answer="cat",
+        foil="puppy",
         constraint="animal",
+        spans={"object": "animal", "true_option": "cat", "false_option": "puppy"},
         image=tmp_path / "pictures" / "7.jpg",
-        task="ChooseCat",
-        true_option="cat",
-        false_option="puppy",
-        objects=("animal",),
         boxes=((81, 99, 81 + 391, 99 + 158),),
-        image_size=(500, 333),
+        extra={"task": "ChooseCat", "image_size": [500, 333], "true_option": "cat", "false_option": "puppy"},
     )
-    assert list(record.spans.items()) == [("object", "animal"), ("true_option", "cat"), ("false_option", "puppy")]
-    assert isinstance(record, VQARecord) and record.constraints == {"visual": "animal"}
-    assert other.objects == (None,) and other.constraint is None, "the question says the plural"
-    assert other.spans == {"true_option": "giraffes"} and other.false_option == "elephant"
+    assert list(question.spans) == ["object", "true_option", "false_option"]
+    assert other.constraint is None, "the question says the plural"
+    assert other.spans == {"true_option": "giraffes"} and other.foil == "elephant"
 
 
 EXPECTED = {
@@ -108,51 +105,50 @@ EXPECTED = {
 
 @pytest.mark.parametrize("task", SAMPLES)
 def test_each_layout_gives_its_task_spans_and_boxes(tmp_path, task):
-    record = one(tmp_path, task)
-    assert record.task == task and record.image is None
-    assert (record.spans, record.boxes) == EXPECTED[task]
-    assert (record.true_option is not None) == task.startswith("Choose")
+    question = one(tmp_path, task)
+    assert question.extra["task"] == task
+    assert (question.spans, question.boxes) == EXPECTED[task]
+    assert (question.foil is not None) == task.startswith("Choose")
 
 
 def test_words_that_the_question_says_twice_point_at_nothing(tmp_path):
-    record = read_gqa_flow(write(tmp_path, "QueryAttr"))[1]
-    assert record.objects == ("picture",), "it stands there"
-    assert record.spans == {} and record.constraint is None, "but as the whole picture first"
+    question = read(write(tmp_path, "QueryAttr"))[1]
+    assert "picture" in question.text
+    assert question.spans == {} and question.constraint is None, "but as the whole picture first"
 
 
 def test_spans_are_written_as_in_the_question(tmp_path):
-    record = one(tmp_path, "ChooseAttr", ("Do the snow pants look yellow", "Snow  Pants: are they YELLOW"))
-    assert record.spans == {"object": "Snow  Pants", "true_option": "red", "false_option": "YELLOW"}
-    assert replace(record, question="The snow pantsuit?", constraint=None, objects=()).spans == {}
+    question = one(tmp_path, "ChooseAttr", ("Do the snow pants look yellow", "Snow  Pants: are they YELLOW"))
+    assert question.spans == {"object": "Snow  Pants", "true_option": "red", "false_option": "YELLOW"}
+    assert "object" not in one(tmp_path, "ChooseAttr", ("the snow pants look", "the snow pantsuit look")).spans
 
 
 def test_spans_name_the_groups_of_a_prompt(tmp_path, tiny_vlm, photo):
-    record = read_gqa_flow(write(tmp_path, "ChooseCat"), images=tmp_path)[0]
-    prompt = tiny_vlm.prompt(photo, record.question, constraint=record.spans)
+    question = read(write(tmp_path, "ChooseCat"), images=tmp_path)[0]
+    prompt = tiny_vlm.prompt_for(question.with_image(photo))
     ids = prompt.inputs["input_ids"][0]
     for group, words in (("constraint", "animal"), ("constraint:true_option", "cat"), ("constraint:object", "animal")):
         assert words in tiny_vlm.decode([ids[position] for position in prompt.groups[group]])
     with pytest.raises(ModelError, match=re.escape("7.jpg")):  # noticed now, not when the file was read
-        tiny_vlm.prompt(record.image, record.question)
-    assert record.with_image(photo).boxes == record.boxes
+        tiny_vlm.prompt_for(question)
 
 
 def test_a_folder_is_read_whole_and_in_order(tmp_path):
     for task in SAMPLES:
         write(tmp_path, task)
-    records = read_gqa_flow(tmp_path)
-    assert [record.id for record in records] == ["21", "0012", "0013", "31", "41", "51", "61", "62"]
-    assert {record.task for record in records} == set(SAMPLES)
+    questions = read_records(tmp_path)
+    assert [question.id for question in questions] == ["21", "0012", "0013", "31", "41", "51", "61", "62"]
+    assert {question.extra["task"] for question in questions} == set(SAMPLES)
 
 
 def test_the_task_is_read_off_the_file_name_where_no_type_says_it(tmp_path):
     text = SAMPLES["QueryAttr"].replace("type_semantic", "kind")
     path = tmp_path / "my_queryattr.csv"
     path.write_text(text)
-    assert read_gqa_flow(path)[0].task == "QueryAttr"
+    assert read(path)[0].extra["task"] == "QueryAttr"
     path = path.rename(tmp_path / "mine.csv")
     with pytest.raises(DataError, match=r"line 2: no task: .* looked for attr choose.* none of ChooseAttr, ChooseCat"):
-        read_gqa_flow(path)
+        read(path)
 
 
 BOX = {  # the cells of the box, in a picture of 500 x 375
@@ -167,14 +163,14 @@ BOX = {  # the cells of the box, in a picture of 500 x 375
 
 @pytest.mark.parametrize(("cells", "box"), BOX.values(), ids=BOX)
 def test_boxes_are_cut_to_the_picture_or_not_there(tmp_path, cells, box):
-    record = one(tmp_path, "QueryAttr", ("70,137,430,166", cells))
-    assert record.boxes == (() if box is None else (box,))
-    assert record.objects == ("end table",)
+    question = one(tmp_path, "QueryAttr", ("70,137,430,166", cells))
+    assert question.boxes == (() if box is None else (box,))
+    assert question.constraint == "end table"
 
 
 def test_a_name_that_is_no_name_is_no_object(tmp_path):
-    record = one(tmp_path, "LogicalObj", ("umbrellas or pillows", "umbrellas - or so -"), (",pillows,", ",-,"))
-    assert record.objects == (None, None)
+    question = one(tmp_path, "LogicalObj", ("umbrellas or pillows", "umbrellas - or so -"), (",pillows,", ",-,"))
+    assert question.spans == {} and question.constraint is None
 
 
 BROKEN = {
@@ -187,12 +183,12 @@ BROKEN = {
     "endless box": ("QueryAttr", ("430,166", "430,inf"), "line 2: central object y is 'inf'"),
     "box outside": ("QueryAttr", ("430,166", "501,166"), r"line 2: the box .* outside the picture of 500 x 375 pixels"),
     "flat box": ("QueryAttr", ("70,137,430", "0,137,430"), "line 2: the box .* is empty or outside"),
-    "no width": ("QueryAttr", ("500,375,70", "-,375,70"), "line 2: image_w is '-'; it should be a number of pixels"),
+    "no width": ("QueryAttr", ("500,375,70", "-,375,70"), "line 2: image_w is '-'; it should be a number"),
     "width of 0": ("QueryAttr", ("500,375,70", "0,375,70"), "line 2: image_w is '0'; .* 1 or more"),
     "cell too many": ("QueryAttr", ("430,166", "430,166,1"), "line 2: 19 cells instead of 18"),
     "cell too few": ("QueryAttr", ("430,166", "430"), "line 2: 17 cells instead of 18"),
     "third row": ("ChooseCat", ('elephants?",giraffes', 'elephants?",'), "line 5: no answer"),
-    "open quotation mark": ("ChooseCat", ('a mat."', "a mat."), "line 2: no CSV: .*; compare"),
+    "open quotation mark": ("ChooseCat", ('a mat."', "a mat."), "line 2: this is not CSV: .*; compare"),
     "no column": ("QueryAttr", ("answer,", "reply,"), "line 1: no column 'answer' in the header 'question_id"),
     "no box column": ("ChooseRel", ("object2 h", "height"), "line 1: no column 'object2 h' .* 'object1' and 'object2'"),
     "half the options": ("ChooseAttr", ("false option", "lie"), "line 1: no column 'false option'"),
@@ -206,7 +202,7 @@ def test_what_is_not_as_published_is_refused_with_file_and_line(tmp_path, task, 
 
 
 FILES = {
-    "empty": (b"", "line 1: no CSV: it is empty"),
+    "empty": (b"", "line 1: the file is empty"),
     "header only": (SAMPLES["QueryAttr"].splitlines()[0].encode(), "line 1: no rows below the header"),
     "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: .* is not UTF-8"),
     "JSON": (b'{"rows": 1}\n', "line 1: no column 'question_id', 'img_id'"),
@@ -220,21 +216,22 @@ def test_files_of_another_kind_are_refused(tmp_path, content, message):
     path = tmp_path / "QueryAttr.csv"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_gqa_flow(path)
-    problems = []
-    assert len(read_gqa_flow(path, problems=problems)) == ("caf" in message) and len(problems) == 1
+        read(path)
+    outcomes = [outcome for _, outcome in read_data(path, format="gqa-flow")]
+    assert [isinstance(outcome, Question) for outcome in outcomes] == [False, True][: len(outcomes)]
+    assert len(outcomes) == 1 + ("caf" in message)
 
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path):
     for path, message in ((tmp_path / "none.csv", "no file or folder"), (tmp_path, r"no \*.csv in the folder")):
         with pytest.raises(DataError, match=message):
-            read_gqa_flow(path, problems=[])
+            read(path, problems=[])
 
 
 def test_utf8_with_a_mark_and_windows_lines_is_read(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbf" + SAMPLES["ChooseCat"].replace("\n", "\r\n").encode())
-    assert read_gqa_flow(path) == read_gqa_flow(write(tmp_path, "ChooseCat"))
+    assert read(path) == read(write(tmp_path, "ChooseCat"))
 
 
 def test_bad_rows_cost_themselves_only_where_problems_are_collected(tmp_path):
@@ -243,24 +240,13 @@ def test_bad_rows_cost_themselves_only_where_problems_are_collected(tmp_path):
     path = write(tmp_path, "QueryAttr", "\n".join([header, bad[0], *rows * 3, bad[1], bad[2], rows[1], ""]))
     write(tmp_path, "ChooseRel", "nothing,of,use\n1,2,3\n")
     problems = []
-    records = read_gqa_flow(tmp_path, problems=problems)
-    assert [record.id for record in records] == ["61", "62"] * 3 + ["62"]
+    questions = read(tmp_path, problems=problems)
+    assert [question.text.split()[-1] for question in questions] == ["table?", "picture?"] * 3 + ["picture?"]
+    assert [question.id for question in questions] == ["61", "62", "61~2", "62~2", "61~3", "62~3", "62~4"]
     places = [re.search(r"sample_(\w+)\.csv, line (\d+)", problem).groups() for problem in problems]
     assert places == [("ChooseRel", "1"), ("QueryAttr", "2"), ("QueryAttr", "9"), ("QueryAttr", "10")]
     with pytest.raises(DataError, match="line 2: no answer"):
-        read_gqa_flow(path)
-
-
-def test_a_record_checks_itself(tmp_path):
-    record = one(tmp_path, "QueryAttr")
-    with pytest.raises(DataError, match="the object 'sofa' does not stand in the question"):
-        replace(record, objects=("sofa",))
-    with pytest.raises(DataError, match="the object '' does not stand"):
-        replace(record, objects=("",))
-    for box in ((430, 166, 501, 303), (9, 9, 9, 20), (-1, 0, 5, 5)):
-        with pytest.raises(DataError, match="leaves the picture of 500 x 375 pixels; give 0 <= left"):
-            replace(record, boxes=(box,))
-    assert replace(record, boxes=((430, 166, 501, 303),), image_size=None).boxes
+        read(path)
 
 
 # The published files, of which forty rows each may lie beside the checkout.
@@ -269,24 +255,27 @@ def test_a_record_checks_itself(tmp_path):
 @needs_slices
 def test_every_published_row_is_read():
     problems = []
-    records = read_gqa_flow(SHARED, images="pictures", problems=problems)
-    assert problems == [] and len(records) == 6 * 40
-    assert {task: sum(record.task == task for record in records) for task in SAMPLES} == dict.fromkeys(SAMPLES, 40)
-    assert len({record.id for record in records}) == 6 * 40
-    assert all(record.image.parent == Path("pictures") and record.image.suffix == ".jpg" for record in records)
-    for record in records:
-        assert len(record.boxes) == (2 if record.task in ("ChooseRel", "CompareAttr") else 1)
-        assert (record.true_option == record.answer) == record.task.startswith("Choose")
-        Image.new("L", record.image_size).crop(record.boxes[0])
+    questions = read_records(SHARED, images="pictures", problems=problems)
+    assert problems == [] and len(questions) == 6 * 40
+    tasks = [question.extra["task"] for question in questions]
+    assert {task: tasks.count(task) for task in SAMPLES} == dict.fromkeys(SAMPLES, 40)
+    assert len({question.id for question in questions}) == 6 * 40
+    assert all(question.image.parent == Path("pictures") and question.image.suffix == ".jpg" for question in questions)
+    for task, question in zip(tasks, questions, strict=True):
+        assert len(question.boxes) == (2 if task in ("ChooseRel", "CompareAttr") else 1)
+        assert (question.extra.get("true_option") == question.answer) == task.startswith("Choose")
+        width, height = question.extra["image_size"]
+        assert all(right <= width and bottom <= height for _, _, right, bottom in question.boxes)
 
 
 @needs_slices
 def test_published_spans_are_found_by_a_prompt(tiny_vlm):
-    for record in read_gqa_flow(SHARED):
-        if record.spans:
-            prompt = tiny_vlm.prompt(None, record.question, constraint=record.spans)
-            assert {f"constraint:{name}" for name in record.spans} < set(prompt.groups)
-    spans = [(record.task, *record.spans) for record in read_gqa_flow(SHARED)]
+    questions = read_records(SHARED)
+    for question in questions:
+        if question.spans:
+            prompt = tiny_vlm.prompt_for(question.with_image(None))
+            assert {f"constraint:{name}" for name in question.spans} < set(prompt.groups)
+    spans = [(question.extra["task"], *question.spans) for question in questions]
     assert spans.count(("ChooseAttr", "object", "true_option", "false_option")) == 40
     assert spans.count(("CompareAttr", "object", "object2")) == 40
     assert spans.count(("LogicalObj",)) == 28, "most of its questions ask in the plural"

@@ -246,6 +246,8 @@ BAD = {  # line -> what its error says
     '{"question": "Q?", "target": "x", "probes": [{"image": "x"}]}': "no 'kind' of 'probes' 1 (found 'question', 'image')",
     '{"question": "Q?", "target": "x", "probes": [{"kind": "x", "image": "x"}]}': "no kind of probe 'x'; use one of",
     '{"question": "Q?", "target": "x", "probes": [{"kind": "portability", "image": "x"}]}': "has no answer; add",
+    '{"question": "Q?", "targets": "x"}': "no key 'targets'; did you mean 'target'?",
+    '{"question": "Q?", "probes": []}': "'probes' belongs to an edit (found 'question', 'probes'); add 'target'",
     "[1]": "a list instead of an object; write each of its objects on a line of its own",
     "5": "a int instead of an object",
     "nul": "this is not JSON that can be used",

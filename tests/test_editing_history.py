@@ -319,6 +319,25 @@ def test_a_damaged_index_is_one_error_that_names_it(damage, random_llama, tmp_pa
         History.open(tmp_path)
 
 
+def test_an_index_that_lost_its_end_is_refused(random_llama, tmp_path):
+    """One edit may be there without its line, since a crash can come between them; a second one cannot."""
+    history, index = History.open(tmp_path), tmp_path / "index.jsonl"
+    for number, name in enumerate("abc"):
+        history = history.added(name, made(random_llama, number))
+    whole = index.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == 10]
+    for end, names in ((ends[3], "abc"), (ends[2], "ab")):
+        index.write_bytes(whole[:end])
+        assert History.open(tmp_path).names == tuple(names)
+    for end in (0, ends[0] - 5, ends[0], ends[1] - 5, ends[1], ends[2] - 5):
+        index.write_bytes(whole[:end])
+        with pytest.raises(EditError, match="index.jsonl' has lost its end: it tells of . change"):
+            History.open(tmp_path)
+    index.write_bytes(whole[:-1] + b"\x0b")
+    with pytest.raises(EditError, match="the last line of .* is damaged"):
+        History.open(tmp_path)
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1

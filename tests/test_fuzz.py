@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from conftest import draw_photo
 from fuzz import BOMBS, RAW, Damage, entries_changed, flipped, other_header, other_json, other_line, otherwise, sections
 from multrace.artefacts import LAYOUT, ArtefactError, Result, write_json, write_tensors
 from multrace.data import DataError, EditRecord, Question, read_data, write_lines
-from multrace.editing import Delta, EditCurve, EditReport, Moments, WeightChange, second_moments
+from multrace.editing import Delta, EditCurve, EditReport, History, Moments, WeightChange, second_moments
 from multrace.editing.evaluation.metrics import Interval
 from multrace.editing.evaluation.reports import ProbeRow, SequencePoint
 from multrace.models import ModelError
@@ -172,6 +172,20 @@ def reports(tmp_path_factory) -> dict[str, Base]:
     }
 
 
+def history_files(vlm: mt.VisionLanguageModel, folder: Path) -> list[Base]:
+    """The index of a history of two edits, and the file of one of them; a damaged copy takes its place."""
+
+    def opened(_: Path) -> History:
+        history = History.open(folder)
+        assert history.names and [entry.delta for entry in history.entries]
+        return history
+
+    first, second = (replace(edit_by_hand(vlm), settings={"editor": name}) for name in "ab")
+    History.open(folder).added("a", first).added("b", second).without("a", request=0)
+    paths = [folder / "index.jsonl", min(folder.glob("*.safetensors"))]
+    return [Base(path=path, load=opened, use=lambda history: history.composed()) for path in paths]
+
+
 def damage(base: Base, makers: tuple[Damage, ...], count: int, seed: int, *, place: Path | None = None) -> Counter:
     """Return how often a damaged copy of a file was accepted and refused; what was accepted has to be usable."""
     content, rng, counts = base.path.read_bytes(), random.Random(f"{seed} {base.path.name}"), Counter()
@@ -182,6 +196,7 @@ def damage(base: Base, makers: tuple[Damage, ...], count: int, seed: int, *, pla
             continue
         path.write_bytes(changed)
         counts[outcome(lambda: base.use(base.load(path)))] += 1
+        path.write_bytes(content)
     return counts
 
 
@@ -216,6 +231,14 @@ def test_two_hundred_flipped_bits_of_each_part_of_each_file_are_refused(artefact
                 assert outcome(partial(base.load, path)) == "refused", name
     for base in reports.values():
         assert damage(base, (flipped,), 200, seed=5) == {"refused": 200}
+
+
+def test_a_flipped_bit_in_a_history_is_refused_and_other_damage_is_no_traceback(random_llama, tmp_path):
+    """An index that was cut short stands for a history that is shorter; any other damage of it is an error."""
+    for base in history_files(random_llama, tmp_path):
+        assert damage(base, (flipped,), 40, seed=5, place=base.path) == {"refused": 40}
+        makers = (*RAW, other_line) if base.path.suffix == ".jsonl" else (*RAW, other_header)
+        damage(base, makers, 60, seed=5, place=base.path)
 
 
 def rewritten(base: Base, count: int, seed: int) -> Counter:

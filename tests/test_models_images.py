@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from multrace import ModelError
-from multrace.data import PictureFacts, inspect_picture
+from multrace.data import PictureFacts, inspect_picture, read_pictures
 from multrace.scripts.main import app
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
@@ -148,6 +148,22 @@ def test_pictures_are_turned_upright(orientation, look, photo, tmp_path):
     with Image.open(tmp_path / "turned.png") as opened:
         assert np.array_equal(look(opened), shades(ImageOps.exif_transpose(opened)))
     assert look(tmp_path / "turned.png").shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_a_picture_that_was_read_is_read_again_as_it_is(mode, orientation, suffix, look, photo, tmp_path):
+    tags, path = Image.Exif(), tmp_path / f"turned.{suffix}"
+    tags[0x0112] = orientation
+    kept = mode if suffix in ("png", "tif") else "RGB"
+    photo.crop((0, 0, 40, 24)).convert(kept).save(path, exif=tags)
+    (once,) = read_pictures(path)
+    (twice,) = read_pictures(once)
+    assert np.array_equal(shades(once), shades(twice)) and np.array_equal(shades(once), look(path))
+    with Image.open(path) as opened:
+        assert np.array_equal(shades(*read_pictures(opened)), shades(once))
+        assert np.array_equal(shades(*read_pictures(opened)), shades(once))  # the picture itself is left alone
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])

@@ -23,6 +23,8 @@ from .weight_change import AppliedDelta, check_fingerprints, held, write_all
 INDEX = "index.jsonl"
 _LAYOUT = "multrace history 1"
 _EDIT, _WITHDRAWAL, _STATE = "edit", "withdrawal", "state"
+_FILES = "[0-9][0-9][0-9][0-9][0-9][0-9]*-*.safetensors"
+"""Pattern of the files of edits, which begin with the number of changes before the edit was added."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -435,4 +437,10 @@ def _read(history: History, index: Path) -> History:
     for number, words in lines:
         with damaged_line(index, number):
             history = apply[words.pop("kind")](history, words)
+    later = [path.name for path in history.folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
+    if later:  # the file of one edit, that of the next change, may be there without its line
+        raise EditError(
+            f"{str(index)!r} has lost its end: it tells of {counted(history.step, 'change')}, but {min(later)!r} was added "
+            "after more; restore it from a copy"
+        )
     return replace(history, length=length)

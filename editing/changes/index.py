@@ -53,6 +53,10 @@ def whole_lines(path: Path, *, layout: str) -> tuple[list[tuple[int, dict[str, A
     """
     raw = path.read_bytes()
     length = raw.rfind(b"\n") + 1
+    if _is_whole(raw[length:-1]):
+        raise EditError(
+            f"the last line of {str(path)!r} is damaged: it does not end as it should; restore it from a copy"
+        )
     if length < len(raw):
         logger.warning(
             "the last line of %s was not written to its end and is left out: what was being added when the program "
@@ -115,6 +119,15 @@ def _line(content: Mapping[str, Any]) -> bytes:
     """One line, with a digest of its content."""
     body = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return (json.dumps({"digest": files.digest(body), "content": body}, ensure_ascii=False) + "\n").encode()
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether this is a line with its digest."""
+    try:
+        _content(line)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _content(line: bytes) -> dict[str, Any]:

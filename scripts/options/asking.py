@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Group, Parameter, Token
 
 from ... import data, models, tracing, workflow
 from ..errors import CommandError
-from .choices import ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
+from .choices import DATA_FORMATS, ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
 
 if TYPE_CHECKING:
     from ...tracing.engine.rows import Item
@@ -92,6 +93,18 @@ class ModelOptions(GeneralOptions):
     @property
     def _loading(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(GeneralOptions):
+    """How a data file is read."""
+
+    format: Annotated[
+        str | None, Parameter(help="format of the data file (default: told by its content)", choices=DATA_FORMATS)
+    ] = None
+    images: Annotated[
+        Path | None, Parameter(help="folder of the pictures (default: the data file's own folder)", metavar="DIR")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,19 @@ from cyclopts import App, Parameter
 
 from ... import models
 from ..errors import CommandError
-from .asking import CorruptionOptions, ModelOptions
+from .asking import CorruptionOptions, FileOptions, ModelOptions
 from .choices import EDITORS
 from .editors import EditorOptions
 
-FORMAT = """The file of --data has one JSON object per line:
+FORMAT = """The file of --data has one JSON object per line, or is in one of the public formats; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
    "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
-   "also": [{"image": null, "question": "Who founded Example Works?"}], "keep": [{"image": "b.jpg"}],
+   "rewrite_prompts": [{"image": null, "question": "Who founded Example Works?"}],
+   "preserve_prompts": [{"image": "b.jpg"}],
    "probes": [{"kind": "other_picture", "image": "a3.jpg"},
               {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
-The keys id, image, question and target are required ("image": null is a question without a picture). Entries of
-contexts, also, keep, essence and probes inherit what they leave out from their record; "image": null means no picture.
-Paths are relative to the file.
+Entries of the lists inherit what they leave out from their record; "image": null means no picture. Paths are relative to
+the file, or to --images.
 """
 EXAMPLE = f"""examples:
   multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
@@ -53,7 +53,7 @@ TRACE = "trace"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestOptions(CorruptionOptions):
+class RequestOptions(CorruptionOptions, FileOptions):
     """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
 
     data: Annotated[
@@ -61,7 +61,7 @@ class RequestOptions(CorruptionOptions):
         Parameter(
             help="edit every line of this file instead, in one edit; the format is described below, and --corrupt swap:next "
             "replaces each picture by the next record's",
-            metavar="FILE.jsonl",
+            metavar="FILE",
         ),
     ] = None
     limit: Annotated[int | None, Parameter(help="edit only the first N lines of --data", metavar="N")] = None

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from ... import editing
 from ..errors import CommandError
-from .asking import ModelOptions
+from .asking import FileOptions, ModelOptions
 from .choices import SEQUENCE_LENGTHS, SPLITS
 from .editors import NAMES, EditorOptions
 
@@ -35,12 +35,12 @@ SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(ModelOptions, EditorOptions):
+class Evaluate(ModelOptions, EditorOptions, FileOptions):
     """Options of `multrace evaluate`."""
 
-    data: Annotated[
-        Path | None, Parameter(help="file of edits with their probes, one JSON object per line", metavar="FILE.jsonl")
-    ] = None
+    data: Annotated[Path | None, Parameter(help="file of edits with their probes, of any format", metavar="FILE")] = (
+        None
+    )
     world: Annotated[
         str | None,
         Parameter(help="use edits of the built-in world instead: outdated or long_tail facts", choices=SPLITS),

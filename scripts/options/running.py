@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 
 from ... import data, workflow
 from ..errors import CommandError
-from .asking import ModelOptions
+from .asking import FileOptions, ModelOptions
 
 if TYPE_CHECKING:
     from ...workflow.analysis import Rows
@@ -20,7 +20,7 @@ RUN = Group("Many records", sort_key=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ModelOptions):
+class RunOptions(ModelOptions, FileOptions):
     """Which records a run is over, and which of them this process computes."""
 
     data: Annotated[
@@ -30,13 +30,6 @@ class RunOptions(ModelOptions):
             group=RUN,
             metavar="FILE",
         ),
-    ] = None
-    format: Annotated[
-        str | None, Parameter(help="format of --data, if its content does not tell it", group=RUN, metavar="NAME")
-    ] = None
-    images: Annotated[
-        Path | None,
-        Parameter(help="folder of the pictures that --data names (default: its own folder)", group=RUN, metavar="DIR"),
     ] = None
     limit: Annotated[int | None, Parameter(help="take only the first N records", group=RUN, metavar="N")] = None
     shard: Annotated[
