@@ -20,7 +20,7 @@ from .edit_asked import (
 )
 from .edit_preview import preview as preview, sizes as sizes
 from .edit_where import Place as Place, parse_place as parse_place
-from .editors import BASELINES as BASELINES, editor as editor
+from .editors import NAMES as NAMES, editor as editor
 from .errors import CommandError as CommandError
 from .examples import write_examples as write_examples
 from .reference import PAGE as PAGE

@@ -14,9 +14,10 @@ from multrace.data import World
 from multrace.editing.changes import WeightChange
 from multrace.editing.moments import second_moments
 from multrace.models import VisionLanguageModel, capture
-from multrace.scripts import BASELINES, NEXT, CommandError, Place, asked_edits, editor, parse_place, preview, sizes
+from multrace.scripts import NAMES, NEXT, CommandError, Place, asked_edits, editor, parse_place, preview, sizes
 from multrace.scripts.main import app
-from multrace.scripts.options import NAMES, RequestOptions
+from multrace.scripts.options import RequestOptions
+from multrace.scripts.options.choices import BASELINES
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
 
@@ -349,9 +350,9 @@ def test_every_editor_has_a_name_and_the_same_call(name: str, desk: Desk, tiny_v
     settings = {"in-context": {}}.get(name, {"steps": 1})
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
     made = editor(name, layer=5, **settings)
-    assert not made.needs_moments
     request = mt.EditRequest(question=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
-    change = made.edit(tiny_vlm, [request], moments=None, costs=None, earlier=(), progress=False)
+    with made.start(tiny_vlm) as session:
+        change = session.edit([request], progress=False)
     assert change.settings == made.as_text()
     assert change.requests[0]["target"] == request.target
     with change.applied(tiny_vlm):

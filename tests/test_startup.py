@@ -14,7 +14,7 @@ from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.evaluation import AT
 from multrace.editing.moments import KINDS as TOKEN_KINDS
 from multrace.editing.solve import EDITORS
-from multrace.scripts import BASELINES, available_cores, be_polite
+from multrace.scripts import available_cores, be_polite, editor
 from multrace.scripts.benchmarks import SHAPES, WIDTH
 from multrace.scripts.main import COMMANDS
 from multrace.scripts.options import choices
@@ -113,8 +113,7 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert DIRECTIONS == choices.DIRECTIONS
     assert SPELLINGS == choices.SPELLINGS
     assert tuple(EDITORS) == choices.EDITORS
-    assert tuple(BASELINES) == choices.BASELINES
-    assert {FineTune, Lora, InContext} == {row.kind for row in BASELINES.values()}
+    assert {FineTune, Lora, InContext} == {type(editor(name, layer=1)) for name in choices.BASELINES}
     assert AT == choices.SEQUENCE_LENGTHS
     assert {"all", "text", *TOKEN_KINDS} == set(choices.MOMENT_KINDS)
     assert Moments is multrace.editing.Moments

@@ -10,10 +10,10 @@ import lazy_loader
 from cyclopts import App, Parameter
 
 from ... import models
+from ..editors import EditorOptions
 from ..errors import CommandError
 from .asking import CorruptionOptions, FileOptions, ModelOptions
 from .choices import EDITORS
-from .editors import EditorOptions
 
 FORMAT = """The file of --data has one JSON object per line, or is in one of the public formats; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",

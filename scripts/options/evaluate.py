@@ -10,10 +10,10 @@ import lazy_loader
 from cyclopts import App, Parameter
 
 from ... import editing
+from ..editors import NAMES, EditorOptions
 from ..errors import CommandError
 from .asking import FileOptions, ModelOptions
 from .choices import SEQUENCE_LENGTHS, SPLITS
-from .editors import NAMES, EditorOptions
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
