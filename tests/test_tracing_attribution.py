@@ -18,7 +18,8 @@ from multrace.tracing import (
     TraceError,
     causal_trace,
 )
-from multrace.tracing.engine import Engine, Runs, StateCell, estimated_changes, plain_scores, rank_agreement, run_scores
+from multrace.tracing.causal import estimated_changes, rank_agreement
+from multrace.tracing.engine import Engine, Runs, StateCell, plain_scores, run_scores
 from PIL import Image
 from torch import Tensor
 

@@ -1,4 +1,3 @@
-from .attribution import estimated_changes as estimated_changes, rank_agreement as rank_agreement
 from .cells import (
     KINDS as KINDS,
     CellScores as CellScores,
