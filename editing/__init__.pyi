@@ -18,6 +18,7 @@ from .changes.weight_change import (
 from .errors import EditError as EditError
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
 from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
+from .evaluation.preview import preview as preview, verify as verify
 from .evaluation.questions import EvaluationSettings as EvaluationSettings
 from .evaluation.reports import EditCurve as EditCurve, EditReport as EditReport
 from .evaluation.sequences import NormBound as NormBound

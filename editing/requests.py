@@ -1,13 +1,18 @@
 """Requests to edit as a model sees them: their prompts, the answers to them, and their text for headers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..data.facts import EditRequest, Question
 from ..models import NotFiniteError, Prompt, VisionLanguageModel
 
+EDITED, NOT_GENERATED, NOTHING_TO_DO, FAILED = "edited", "not generated", "nothing to do", "failed"
+"""What became of a request. "not generated": its edit was made, but the model does not answer its question with the
+target. "failed" is followed by the reason."""
 _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 
@@ -35,17 +40,19 @@ def answers_where_finite(
     questions: Sequence[Question],
     *,
     batch_size: int = 16,
+    transform: Callable[[Prompt], Prompt] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> list[str | None]:
     """Return the model's answers, None for questions whose logits are not finite.
 
-    Prompts are made batch by batch. The other options are those of `VisionLanguageModel.answers`.
+    Prompts are made batch by batch. transform: what turns each into the one that the model is given. The other options are those of `VisionLanguageModel.answers`.
     """
     answers: list[str | None] = []
     bar = tqdm(total=len(questions), desc="answering", unit="question", disable=not progress, leave=False)
     with bar:
         for prompts in prompt_batches(vlm, questions, batch_size):
+            prompts = prompts if transform is None else [transform(prompt) for prompt in prompts]
             answers += prompt_answers(vlm, prompts, batch_size=batch_size, **options)
             bar.update(len(prompts))
     return answers
@@ -68,3 +75,41 @@ def prompt_answers(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **option
         if len(prompts) == 1:
             return [None]
         return [answer for prompt in prompts for answer in prompt_answers(vlm, [prompt], **options)]
+
+
+def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[EditRequest]) -> Any:
+    """Return the change with what its requests' own questions show: one that is not answered with its target is not
+    "edited" but "not generated", with what the model `says` instead and the `probability` of the target.
+
+    vlm: The model without the change, which it has for the length of the questions.
+    """
+    edited = [index for index, report in enumerate(change.requests) if report.get("status") == EDITED]
+    if not edited or len(change.requests) != len(requests):
+        return change
+    reports = [dict(report) for report in change.requests]
+    own, transform = [requests[index] for index in edited], getattr(change, "prompt_transform", None)
+    with change.applied(vlm):
+        for index, request, prompt in zip(edited, own, _asked_prompts(vlm, own, transform), strict=True):
+            (said,) = prompt_answers(vlm, [prompt], max_new_tokens=4 + len(prompt.answer_tokens(request.target)))
+            if said != request.target.strip():
+                probability = target_probability(vlm, prompt.with_answer(request.target))
+                reports[index] |= {"status": NOT_GENERATED, "says": said or "", "probability": probability}
+    return replace(change, requests=tuple(reports))
+
+
+@torch.no_grad()
+def target_probability(vlm: VisionLanguageModel, prompt: Prompt) -> float:
+    """Return the probability of all tokens of the prompt's answer, without the end of the answer."""
+    first = prompt.groups["answer"][0]
+    logits = vlm.logits(prompt)[0, first - 1 : first - 1 + len(prompt.answer_ids)].double().log_softmax(-1)
+    ids = torch.tensor(prompt.answer_ids, device=logits.device)
+    return logits.gather(-1, ids[:, None]).sum().exp().item()
+
+
+def _asked_prompts(
+    vlm: VisionLanguageModel, requests: Sequence[EditRequest], transform: Callable[[Prompt], Prompt] | None
+) -> Iterator[Prompt]:
+    """Yield the prompt of each request's question, as the edited model is asked."""
+    for request in requests:
+        prompt = vlm.prompt_for(request.question)
+        yield prompt if transform is None else transform(prompt)

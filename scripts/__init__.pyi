@@ -18,7 +18,6 @@ from .edit_asked import (
     read_edits as read_edits,
     read_general as read_general,
 )
-from .edit_preview import preview as preview, sizes as sizes
 from .edit_where import Place as Place, parse_place as parse_place
 from .editors import NAMES as NAMES, editor as editor
 from .errors import CommandError as CommandError

@@ -10,15 +10,15 @@ from typing import Any
 from ..artefacts import write_json
 from ..data import EditRequest
 from ..editing.changes import Delta
+from ..editing.evaluation.preview import preview, sizes
 from ..editing.moments import Moments
 from ..editing.requests import room_for_targets
 from ..editing.solve import ClosedFormEditor
 from ..editing.values import key_positions
-from ..models import ModelError, Projection, VisionLanguageModel
+from ..models import ModelError, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace
 from ..workflow.located_edit import TraceShift, locate_then_edit
 from .edit_asked import AskedEdit, asked_edits
-from .edit_preview import preview, sizes
 from .edit_report import EditOutcome
 from .edit_where import Place, load_traces, parse_place, place_of
 from .editors import make_editor
@@ -28,6 +28,8 @@ from .outputs import check_files, check_new_folder, new_files
 
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 _LAYOUT = "multrace edit outcome 1"
+NOT_ALL = 1
+"""Exit code if some of the edits do not make the model say their targets."""
 _CANDIDATES = ("constraint_last", "last")
 """Names instead of positions: they mean the same token in other wordings, where the edit has to work too."""
 _KINDS = ("hidden", "mlp")
@@ -79,7 +81,7 @@ def run(settings: Edit) -> int:
     print(*outcome.lines(), sep="\n")
     written = [*(settings.out / name for name in FILES), *([settings.save_model] if settings.save_model else [])]
     print("written:", ", ".join(map(str, written)))
-    return 0
+    return NOT_ALL if outcome.missed else 0
 
 
 def _check(settings: Edit) -> _Plan:
@@ -175,7 +177,7 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
     found = None
     if settings.dry_run:
         tokens = [place.token for place in made.places]
-        found = preview(vlm, delta, requests, tokens, _projections(vlm, delta), progress=True)
+        found = preview(vlm, requests, delta, tokens=tokens)
     return EditOutcome(
         delta=delta,
         places=made.places,
@@ -187,9 +189,3 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
         sizes=sizes(vlm, delta),
         preview=found,
     )
-
-
-def _projections(vlm: VisionLanguageModel, delta: Delta) -> list[Projection]:
-    """The projections whose weights the edit changes."""
-    found = [find(layer) for layer in range(vlm.layers) for find in (vlm.down_projection, vlm.attention_projection)]
-    return [each for each in found if each.name in delta.changes]

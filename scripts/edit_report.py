@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..editing.changes import Delta
+from ..editing.evaluation.preview import Preview, Size, preview_lines
+from ..editing.requests import EDITED, NOT_GENERATED
 from ..workflow.located_edit import TraceShift
-from .edit_preview import Preview, Size, preview_lines
 from .edit_where import Place
 
 _SHOWN = 20
@@ -40,6 +41,11 @@ class EditOutcome:
         """Return how many requests were edited."""
         return sum(request["status"] == "edited" for request in self.delta.requests)
 
+    @property
+    def missed(self) -> int:
+        """Return for how many requests the edited model does not say the target."""
+        return sum(not self._says_target(index) for index in range(len(self.answers)))
+
     def as_json(self) -> dict[str, Any]:
         """Return the outcome as plain values."""
         requests = [
@@ -66,8 +72,8 @@ class EditOutcome:
         yield from () if self.is_undone else ("after undo some weights differ!",)
         if any(share is not None and share < _MOSTLY for share in self.shares):
             yield "less than 90% is retained; a higher precision, a smaller ridge or export --peft gives the rest"
-        if missed := sum(not self._says_target(index) for index in range(len(self.answers))):
-            yield f"{missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
+        if self.missed:
+            yield f"{self.missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
         for shift in self._all_shifts()[:_SHOWN]:
             yield from (f"{'traced again':<15}  {line}" for line in (shift.lines() if shift else ()))
         yield from (f"{'note':<15}  {note}" for note in self.notes)
@@ -93,7 +99,11 @@ class EditOutcome:
         yield ""
         rows = [("", "question", "target", *_STATES, "retained")]
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
-            said = self.answers[index] if request["status"] == "edited" else (self.answers[index][0], request["status"])
+            said = (
+                self.answers[index]
+                if request["status"] in (EDITED, NOT_GENERATED)
+                else (self.answers[index][0], request["status"])
+            )
             row = (str(index), request["question"], request["target"], *said)
             rows.append((*row, *[""] * (6 - len(row)), _share(self.shares[index])))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -104,7 +114,7 @@ class EditOutcome:
             yield f"and {len(self.answers) - _SHOWN} more, in the report"
 
     def _says_target(self, index: int) -> bool:
-        return self.answers[index][1] == self.delta.requests[index]["target"].strip()
+        return self.answers[index][1] == str(self.delta.requests[index]["target"]).strip()
 
     def _all_shifts(self) -> tuple[TraceShift | None, ...]:
         return self.shifts or (None,) * len(self.answers)

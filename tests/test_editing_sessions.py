@@ -345,7 +345,7 @@ def test_requests_find_their_own_editors_in_one_session(tiny_vlm):
 
 def test_a_session_is_used_inside_its_block(tiny_vlm):
     session = MultEdit(**QUICK).start(tiny_vlm)
-    assert session.propose([request_of(0)]).requests[0]["status"] == "edited"
+    assert session.propose([request_of(0)]).requests[0]["status"] == "not generated"
     with pytest.raises(EditError, match="use it in a block"):
         session.edit([request_of(0)])
     with session, pytest.raises(EditError, match="open already"), session:

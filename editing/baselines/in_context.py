@@ -44,7 +44,7 @@ class ContextChange:
     revision: str | None = None
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
-    requests: tuple[Mapping[str, str], ...]
+    requests: tuple[Mapping[str, str | float], ...]
     """Each request as text, one mapping per request."""
 
     @contextmanager

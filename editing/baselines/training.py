@@ -38,7 +38,7 @@ class TrainedChange(ABC):
     revision: str | None = None
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
-    requests: tuple[Mapping[str, str], ...]
+    requests: tuple[Mapping[str, str | float], ...]
     """What was asked, and the loss that was reached in nats per label, as text, one mapping per request."""
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and prompt, before each step and after the last."""

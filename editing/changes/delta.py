@@ -50,7 +50,7 @@ class Delta:
     revision: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """The editor and its hyper-parameters, as text."""
-    requests: tuple[Mapping[str, str], ...] = ()
+    requests: tuple[Mapping[str, str | float], ...] = ()
     """What was asked, what became of it and how far the value search came, as text, one mapping per request."""
 
     def __post_init__(self) -> None:
@@ -270,11 +270,13 @@ class Delta:
         return cls(changes=changes, **plain)
 
 
-def requests_line(requests: Sequence[Mapping[str, str]]) -> str:
+def requests_line(requests: Sequence[Mapping[str, str | float]]) -> str:
     """Return one line on the requests of a change: how many, the first of them, and how many were not edited."""
     if not requests:
         return "no requests"
-    first = f"{shortened(requests[0].get('question', ''), 40)} -> {shortened(requests[0].get('target', ''), 30)}"
+    first = (
+        f"{shortened(str(requests[0].get('question', '')), 40)} -> {shortened(str(requests[0].get('target', '')), 30)}"
+    )
     other = sum(request.get("status", _EDITED) != _EDITED for request in requests)
     return f"{counted(len(requests), 'request')}: {first}{', ...' if len(requests) > 1 else ''}" + (
         f"; {other} not edited" if other else ""

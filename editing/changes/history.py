@@ -40,7 +40,7 @@ class HistoryEntry:
     revision: str | None = None
     fingerprints: Mapping[str, str]
     """Hash of each weight that it touches, before the edit."""
-    requests: tuple[Mapping[str, str], ...] = ()
+    requests: tuple[Mapping[str, str | float], ...] = ()
     """As `Delta.requests`."""
     step: int
     """Number of changes of the history before this edit was added."""

@@ -19,6 +19,7 @@ from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..errors import EditError
+from ..requests import with_answers_seen
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
 NO_OWNER = -1
@@ -375,7 +376,7 @@ class EditSession:
         requests = tuple(requests)
         if not requests:
             raise EditError("no requests to edit; pass at least one EditRequest")
-        return self._make(requests, progress)
+        return with_answers_seen(self.vlm, self._make(requests, progress), requests)
 
     def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Change:
         """Return the change that makes these edits; it is in effect until the session ends.

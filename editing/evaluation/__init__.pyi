@@ -35,6 +35,13 @@ from .modes import (
     evaluate as evaluate,
     evaluate_each as evaluate_each,
 )
+from .preview import (
+    Preview as Preview,
+    VerifiedAnswer as VerifiedAnswer,
+    preview as preview,
+    sizes as sizes,
+    verify as verify,
+)
 from .questions import (
     Check as Check,
     EvaluationSettings as EvaluationSettings,

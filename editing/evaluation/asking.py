@@ -9,6 +9,7 @@ from ...data.facts import EDITED, EditRecord, EditRequest, Question
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ..changes import Change
 from ..errors import EditError
+from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED
 from .metrics import EXACT
 from .questions import (
     Check,
@@ -23,7 +24,7 @@ from .questions import (
     names_of,
     numbers,
 )
-from .reports import EDITED_STATUS, NOT_GENERATED, ProbeRow
+from .reports import ProbeRow
 
 PromptTransform = Callable[[Prompt], Prompt]
 """What turns a question's prompt into the one that the edited model is given."""

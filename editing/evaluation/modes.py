@@ -11,6 +11,7 @@ from ...models import VisionLanguageModel
 from ..changes import Change, EditSession
 from ..errors import EditError
 from ..moments import Moments
+from ..requests import FAILED
 from ..solve import Editor
 from .asking import (
     Baseline,
@@ -23,7 +24,7 @@ from .asking import (
     transform_of,
 )
 from .questions import EvaluationSettings, LeftOut, asked_together, checks_of, general_checks, lacking, names_of
-from .reports import FAILED, EditReport, ProbeRow
+from .reports import EditReport, ProbeRow
 from .sequences import AT, NormBound, sequence_report, sequence_states
 
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")

@@ -15,6 +15,7 @@ from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
 from ...models import VisionLanguageModel
 from ..errors import EditError
+from ..requests import FAILED, NOT_GENERATED
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
 from .questions import EvaluationSettings, LeftOut, Pair
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 _Kind = TypeVar("_Kind")
 
 FORMAT = "multrace edit report 4"
-EDITED_STATUS, NOT_GENERATED, NOTHING_TO_DO, FAILED = "edited", "not generated", "nothing to do", "failed"
-"""What became of an edit. "not generated": it was made, but the model does not answer its question with the target.
-"failed" is followed by the reason."""
 ALL = "all"
 CURVE_FORMAT = "multrace edit curve 3"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}

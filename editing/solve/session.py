@@ -16,7 +16,15 @@ from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, HistoryEntry, WeightChange, held, write
 from ..errors import EditError
 from ..moments import Moments
-from ..requests import answers_where_finite, edited_questions, request_text, room_for_targets
+from ..requests import (
+    EDITED,
+    NOT_GENERATED,
+    NOTHING_TO_DO,
+    answers_where_finite,
+    edited_questions,
+    request_text,
+    room_for_targets,
+)
 from ..values import Goals, Lookup, PlainGoal, ValueResult, goals_of, lookups, search_values
 from .cost import Cost
 from .problem import Rows, check_contradictions, reduced, solve
@@ -24,8 +32,6 @@ from .settings import ClosedFormSettings
 
 logger = logging.getLogger("multrace")
 _ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
-_EDITED = "edited"
-_NOTHING = "nothing to do"
 _KEY = 32  # digits of a question's key
 _FACTS = "facts"
 """The entry of a request's text that holds the keys of its questions."""
@@ -197,7 +203,7 @@ class _Edit:
         self.editor, self.requests, self.progress = editor, requests, progress
         self.projections = editor.projections(self.vlm)
         self.last, self.token = max(self.projections), editor.place[1]
-        self.statuses = [_EDITED for _ in requests]
+        self.statuses = [EDITED for _ in requests]
         self.results: list[ValueResult] = []
         self.goals: list[PlainGoal] = []
         self.owners: list[int] = []
@@ -237,7 +243,7 @@ class _Edit:
         done = _answered(self.vlm, self.requests, self.progress)
         for index, request in enumerate(self.requests):
             if index in done:
-                self.statuses[index] = _NOTHING
+                self.statuses[index] = NOTHING_TO_DO
                 continue
             goals = goals_of(request)
             self.goals += goals
@@ -256,7 +262,7 @@ class _Edit:
         for owner, result in zip(self.owners, results, strict=True):
             if result.failure:
                 self.statuses[owner] = f"failed: {result.failure}"
-        going = [index for index, owner in enumerate(self.owners) if self.statuses[owner] == _EDITED]
+        going = [index for index, owner in enumerate(self.owners) if self.statuses[owner] == EDITED]
         if not going:
             reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
             raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
@@ -338,13 +344,17 @@ class _Edit:
                 *(100 * met[own].sum().item() / asked, self.requests[owner].label, names[likeness.amax(0).argmax()]),
             )
 
-    def _report(self, index: int) -> dict[str, str]:
+    def _report(self, index: int) -> dict[str, str | float]:
         request, status = self.requests[index], self.statuses[index]
-        report = {**request_text(request), _FACTS: " ".join(_facts_of(request)), "status": status}
+        report: dict[str, str | float] = {
+            **request_text(request),
+            _FACTS: " ".join(_facts_of(request)),
+            "status": status,
+        }
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
-            report |= {"loss": f"{worst.loss:.6g}", "probability": f"{worst.probability:.6g}"}
+            report |= {"loss": f"{worst.loss:.6g}", "probability": worst.probability}
             report["steps"] = str(max(result.steps for result in results))
             silent = [each for each in results if each.loss > self.editor.stop_loss and not each.says_target]
             if silent and self.editor.steps:
@@ -385,9 +395,9 @@ def _facts_of(request: EditRequest) -> tuple[str, ...]:
 def _edited_facts(entry: HistoryEntry) -> dict[int, list[str]]:
     """The keys of the questions of each request that was edited."""
     return {
-        index: request.get(_FACTS, "").split()
+        index: str(request.get(_FACTS, "")).split()
         for index, request in enumerate(entry.requests)
-        if request.get("status", _EDITED) == _EDITED
+        if request.get("status", EDITED) in (EDITED, NOT_GENERATED)
     }
 
 
