@@ -16,7 +16,6 @@ from .formats import (
     read_data as read_data,
     read_records as read_records,
 )
-from .gqa_flow import read_gqa_flow as read_gqa_flow
 from .jsonl import read_lines as read_lines, write_lines as write_lines
 from .line_format import schema as schema
 from .pictures import (
@@ -24,7 +23,6 @@ from .pictures import (
     inspect_picture as inspect_picture,
     read_pictures as read_pictures,
 )
-from .records import FlowRecord as FlowRecord, VQARecord as VQARecord
 from .spans import find_span as find_span, find_spans as find_spans
 from .world import (
     EditCase as EditCase,
