@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError, VisionLanguageModel
-from multrace.data import DataError, EditRecord, Question, tiny_vlm_path
+from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
 from multrace.tracing import AverageTrace, TraceError, average, causal_trace
 from multrace.workflow import (
     Analysis,
@@ -392,24 +392,31 @@ def test_a_comparison_is_paired_over_common_records(go: Callable, tmp_path: Path
 
 # ---- killed processes, and several at once ----
 
-DRIVER = """
-import sys
-from dataclasses import replace
-from multrace.data import world_questions
-from multrace.workflow import ModelToLoad, TraceRun, run
+COMMANDS = {
+    "trace": [
+        "--corrupt",
+        "text-noise:3",
+        "--positions",
+        "last",
+        "--sites",
+        "hidden",
+        "--even-if-weak",
+        "--checks",
+        "0",
+    ],
+    "flow": ["--lens", "--knockout", "--flows", "question -> last", "--windows", "1"],
+}
 
-model, out, count = sys.argv[1:4]
-rows = [replace(question, image=None, boxes=(), answer=None) for question in world_questions(int(count))]
-settings = TraceRun(corrupt="text-noise:3", positions=("last",), sites=("hidden",), even_if_weak=True, checks=0)
-print(run(ModelToLoad(model), settings, enumerate(rows, 1), out, shard=(sys.argv[4:] or [None])[0], progress=False))
-"""
 
-
-def started(tiny: Path, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    script = out.parent / "driver.py"
-    script.write_text(DRIVER)
-    command = [sys.executable, *launcher, str(script), str(tiny), str(out), str(count), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(command: str, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    """The command over questions without pictures, in a process of its own."""
+    data = out.parent / "questions.jsonl"
+    if not data.exists():
+        asked = (replace(each, image=None, boxes=(), answer=None) for each in world_questions(count))
+        write_lines(data, asked)
+    arguments = [command, *COMMANDS[command], "--data", str(data), "--out", str(out), *more]
+    words = [sys.executable, *launcher, "-m", "multrace.scripts.main", *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -430,26 +437,45 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
         process.communicate()
 
 
-@pytest.mark.parametrize(("kills", "count"), [(2, 20), pytest.param(20, 120, marks=pytest.mark.slow, id="20 kills")])
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, kills: int, count: int):
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("kills", "count"), [(2, 12), pytest.param(20, 100, marks=pytest.mark.slow)], ids=["2 kills", "20 kills"]
+)
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str, kills: int, count: int):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
-    kill_at_random(lambda: started(tiny_vlm_path(), one, count), one, kills, longest=0.5)
+    kill_at_random(lambda: started(command, one, count), one, kills, longest=0.5)
     done = {path: path.stat().st_mtime_ns for path in one.glob("records/*-*/record.json")}
     assert kills <= len(done)
-    finish(started(tiny_vlm_path(), one, count))
+    finish(started(command, one, count))
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
-    finish(started(tiny_vlm_path(), other, count))
+    finish(started(command, other, count))
     assert content(one) == content(other) and len(read_rows(one)) == count
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_equal_one(tmp_path: Path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_processes_of_torchrun_equal_one(tmp_path: Path, command: str):
     one, other = tmp_path / "two", tmp_path / "one"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531")
-    finish(started(tiny_vlm_path(), one, 9, launcher=launcher))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(started(command, one, 9, launcher=launcher))
     assert {path.name for path in (one / ".locks").glob("*.holder")} == {"1-of-2.holder", "2-of-2.holder"}
-    finish(started(tiny_vlm_path(), other, 9))
+    finish(started(command, other, 9))
     assert content(one) == content(other)
+
+
+@pytest.mark.slow
+def test_a_thousand_records_need_the_memory_of_one(tmp_path: Path):
+    """The peak of a run over 1,000 records is that over 50, up to their plain questions and rows."""
+    peaks = {}
+    for count in (50, 1000):
+        out = tmp_path / str(count)
+        out.mkdir()
+        process = started("trace", out / "run", count)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks[count] = usage.ru_maxrss / 1024
+        assert len(read_rows(out / "run")) == count
+    assert peaks[1000] - peaks[50] < 60, peaks
 
 
 def test_traces_average_to_the_average_of_the_traces(tiny_vlm: VisionLanguageModel, tmp_path: Path):
