@@ -257,6 +257,8 @@ def _unpacked(hint: Any, value: Any, name: str, tensors: dict[str, Tensor]) -> A
         return tuple(_unpacked(each, part, f"{name}.{index}", tensors) for index, (each, part) in enumerate(pairs))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: _unpacked(options[1], part, f"{name}.{key}", tensors) for key, part in value.items()}
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise TypeError(f"{name} is {_shown(value)}, beyond 64 bits")
     if hint is float and type(value) is int:
         return float(value)
     if hint is Any or (hint is None and value is None) or (isinstance(hint, type) and type(value) is hint):

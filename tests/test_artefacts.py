@@ -219,6 +219,7 @@ def test_every_kind_of_field_comes_back(tmp_path):
         ("side", '"up"', "side is 'up', not of type"),
         ("maybe", "1", "maybe is 1, not of type"),
         ("token", "0.5", "token is 0.5, not of type"),
+        ("pair", "[9223372036854775808, 0.5]", "pair.0 is 9223372036854775808, beyond 64 bits"),
         ("inner", '{"name": "x", "size": 3}', "unknown field inner.size"),
         ("inner", '{"values": null}', "KeyError: 'inner.name'"),
         ("inners", '{"0": 1}', "inners is"),
