@@ -6,6 +6,7 @@ from .analysis import (
     Task as Task,
     question_of_record as question_of_record,
 )
+from .evaluate_run import EvaluateRun as EvaluateRun
 from .flow_run import (
     FlowAnswer as FlowAnswer,
     FlowRun as FlowRun,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .analysis import Analysis
+from .evaluate_run import EvaluateRun
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, SETTINGS, RunError, RunFolder, Shard, differences
 from .runs import RunReport, read_rows, refuse_difference, run_report, summarise
@@ -19,7 +20,7 @@ from .trace_run import TraceRun
 if TYPE_CHECKING:
     import pandas as pd
 
-ANALYSES: tuple[type[Analysis], ...] = (TraceRun, FlowRun)
+ANALYSES: tuple[type[Analysis], ...] = (TraceRun, FlowRun, EvaluateRun)
 """The analyses of multrace."""
 _SHARED = ("analysis", "version", "settings", "model")
 """What the shards of one run have in common."""
