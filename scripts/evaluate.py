@@ -30,6 +30,7 @@ from ..editing.evaluation import (
 from ..editing.moments import Moments
 from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
+from ..workflow import EvaluateRun
 from ..workflow.sites import locate
 from .edit_asked import read_edits, read_general, swapped
 from .edit_where import Place, parse_place, place_of
@@ -72,6 +73,8 @@ class _Asked:
 def run(settings: Evaluate) -> int:
     """Evaluate each editor and write its report; print the table of free generation for each."""
     plan = _check(settings)
+    if settings.is_run and plan.place is not None:
+        return _run(settings, plan, plan.place)
     vlm = settings.open_model()
     moments = settings.open_moments(vlm)
     asked = _asked(settings, plan, vlm)
@@ -87,15 +90,31 @@ def run(settings: Evaluate) -> int:
     return 0
 
 
+def _run(settings: Evaluate, plan: _Plan, place: Place) -> int:
+    """Evaluate each record of the file by itself, by each editor in a folder of its own."""
+    for name in settings.editor:
+        analysis = EvaluateRun(
+            editor=_editor(settings, name, place),
+            moments=settings.moments,
+            general=plan.general,
+            evaluation=settings.measured,
+            batch_size=settings.batch_size,
+        )
+        print(f"{name}, {settings.mode}")
+        settings.run(analysis, settings.records(), settings.out / name)
+    return 0
+
+
 def _check(settings: Evaluate) -> _Plan:
     """The plan. Every error that needs no model is raised here."""
     settings.check()
     place = None if settings.where == TRACE else parse_place(settings.where)
     for name in settings.editor:
         _editor(settings, name, place or Place(layer=0, token="last", reason="to be traced", spread=1))
-        check_files(settings.out / name, _names(settings))
+        if not settings.is_run:
+            check_files(settings.out / name, _names(settings))
     where = {"format": settings.format, "images": settings.images}
-    entries = () if settings.data is None else read_edits(settings.data, **where)
+    entries = () if settings.data is None or settings.is_run else read_edits(settings.data, **where)
     corruptions = [swapped(entries, index) if place is None else None for index in range(len(entries))]
     few = slice(settings.limit)
     given = {"place": place, "entries": entries[few], "corruptions": tuple(corruptions[few])}

@@ -21,6 +21,7 @@ from multrace.scripts.evaluate import _by_place
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
+from multrace.workflow import RunError, merge
 from multrace.workflow.sites import POSITIONS
 
 WORLD = World()
@@ -81,20 +82,20 @@ def test_a_file_is_evaluated_by_two_editors(row, write, tmp_path, capsys):
     arguments = ("--data", write(row), "--where", "5:last", "--general", general, "--out", tmp_path / "out")
     assert run(*arguments, "--editor", "multedit", "in-context") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in-context", "multedit"]
-    report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
+    report = EditReport.load(tmp_path / "out" / "multedit" / "summary" / "evaluation.json")
     score = report.score(EFFICACY, EXACT)
     assert (score.before.mean, score.after.mean, report.mode) == (0, 1, "single")
     assert report.score(LOCALITY, UNCHANGED, "same_question_other_picture").after.mean == 1
     ability = report.score(ABILITY, EXACT)
     assert (ability.before.mean, ability.after.mean) == (1, 0)  # the held-out question is the edited one
-    lines = (tmp_path / "out" / "multedit" / "generations.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "multedit" / "summary" / "generations.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [dict(each) for each in report.generations()]
     assert json.loads(lines[0])["after"] == CASE.target
-    told = EditReport.load(tmp_path / "out" / "in-context" / "report.json")
+    told = EditReport.load(tmp_path / "out" / "in-context" / "summary" / "evaluation.json")
     assert told.score(EFFICACY, EXACT).after.mean == 0  # this model does not read facts in the prompt
     printed = capsys.readouterr().out
     assert "multedit, single" in printed and "free generation, exact match" in printed
-    assert "teacher-forced" in (tmp_path / "out" / "multedit" / "table.txt").read_text()
+    assert "teacher-forced" in (tmp_path / "out" / "multedit" / "summary" / "table.txt").read_text()
 
 
 def test_the_world_in_sequence(tmp_path, capsys):
@@ -174,7 +175,7 @@ def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
 BAD_OPTIONS = {
     "neither data nor world": ([], "pass either --data"),
     "both": (["--data", "x.jsonl", "--world", "outdated"], "pass either --data"),
-    "no edits": (["--world", "outdated", "--limit", "0"], "--limit is 0"),
+    "no edits": (["--world", "outdated", "--limit", "0"], "--limit 0"),
     "no probes": (["--world", "outdated", "--probes", "0"], "--probes is 0"),
     "no place": (["--world", "outdated", "--where", "nowhere"], "no place 'nowhere'"),
     "measuring after none": (["--world", "outdated", "--at", "0"], "--at is 0"),
@@ -195,9 +196,33 @@ def test_bad_options_are_found_before_the_model_is_opened(arguments: list[str], 
 
 
 def test_a_place_that_does_not_exist_is_an_error_and_not_a_result(row, write, tmp_path):
-    with pytest.raises(CommandError, match="none of 1 edits could be made; a1: failed: .*layer 99"):
+    with pytest.raises(RunError, match="layer 99"):
         run("--data", write(row), "--where", "99:last", "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_goes_on_where_it_stopped(row, write, tmp_path, capsys):
+    """A bad line and a record that cannot be edited cost only themselves; two shards are the whole, bit for bit."""
+    other = {**row, "id": "a2", "question": row["question"].replace("Who", "Which person"), "contexts": []}
+    other |= {name: [] for name in ("rewrite_prompts", "probes")} | {"constraint": None}
+    data = write(row, {"id": "bad"}, other)
+    arguments = ("--data", data, "--where", "5:last", "--free-only")
+    assert run(*arguments, "--limit", "1", "--out", tmp_path / "out") == 0
+    first = tmp_path / "out" / "multedit" / "records"
+    (folder,) = first.iterdir()
+    changed = folder.stat().st_mtime_ns
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    assert folder.stat().st_mtime_ns == changed, "the first record was evaluated again"
+    assert len([*first.iterdir()]) == 2
+    for shard in ("1/2", "2/2"):
+        assert run(*arguments, "--shard", shard, "--out", tmp_path / shard[0]) == 0
+    merge([tmp_path / name / "multedit" for name in "12"], tmp_path / "whole")
+    for name in ("evaluation.json", "rows.parquet"):
+        whole = (tmp_path / "whole" / "summary" / name).read_bytes()
+        assert whole == (tmp_path / "out" / "multedit" / "summary" / name).read_bytes()
+    with pytest.raises(RunError, match="steps|settings|editor"):
+        run(*arguments, "--steps", "4", "--out", tmp_path / "out")
+    with pytest.raises(CommandError, match="--shard needs --data"):
+        run("--world", "outdated", "--where", "5:last", "--shard", "1/2", "--out", tmp_path / "other")
 
 
 # ---- the file ----

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from ..artefacts.files import digest
 from ..data import EditRecord, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
-from ..editing import Editor, EditError, EditReport, EvaluationSettings, Moments
+from ..editing import EditError, Editor, EditReport, EvaluationSettings, Moments
 from ..editing.evaluation import EXACT, UNCHANGED, ProbeRow, evaluate_each
 from ..models import VisionLanguageModel
 from .analysis import Analysis, Outcome, Record, Summary, Task
@@ -75,7 +75,12 @@ class EvaluateRun(Analysis):
         self.check(record)
         options = {"general": self.general, "settings": self.evaluation, "batch_size": self.batch_size}
         (result,) = evaluate_each(
-            vlm, [record], self.editor, moments=self._moments, progress=False, **options  # pyrefly: ignore
+            vlm,
+            [record],
+            self.editor,
+            moments=self._moments,
+            progress=False,
+            **options,  # pyrefly: ignore
         )
         if result.status.startswith("failed"):
             raise EditError(result.status.removeprefix("failed: "))

@@ -12,12 +12,15 @@ from cyclopts import App, Parameter
 from ... import editing
 from ..editors import NAMES, EditorOptions
 from ..errors import CommandError
-from .asking import FileOptions, ModelOptions
 from .choices import SEQUENCE_LENGTHS, SPLITS
+from .edit import TRACE
+from .running import RunOptions
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
           each edit of the file on its own, by two editors
+  multrace evaluate --data records.jsonl --where 5:last --shard 1/8 --out out/array
+          the first of eight parts, for a job array
   multrace evaluate --world outdated --limit 20 --where 5:last --general world:200
           outdated facts of the built-in world, and how 200 facts fare that no edit is about
   multrace evaluate --world outdated --limit 20 --where trace
@@ -25,9 +28,12 @@ EXAMPLE = """examples:
   multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last
           one edit on top of the other, measured after 1, 10, 20, 30 and 100
 
-For each editor the command writes OUT/EDITOR/report.json (multrace.editing.EditReport.load), generations.jsonl (every
-question with both raw answers) and table.txt; for sequences also curve.json and curve.png. multrace edit --help
-describes the file of --data.
+With --data, --mode single and a place in --where, OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the
+report on one record, and summary/ has evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every
+question with both raw answers), table.txt and rows.parquet (one row per record). The same command again continues an
+interrupted run, --shard and torchrun share it, and records that fail are kept with their errors. In other cases the
+command writes OUT/EDITOR/report.json, generations.jsonl and table.txt at the end; for sequences also curve.json and
+curve.png. docs/formats.md describes the file of --data.
 """
 app = App(name="evaluate", help=__doc__, help_epilogue=EXAMPLE)
 _work: Any = lazy_loader.load("multrace.scripts.evaluate", suppress_warning=True)  # needs torch
@@ -35,12 +41,9 @@ SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(ModelOptions, EditorOptions, FileOptions):
+class Evaluate(RunOptions, EditorOptions):
     """Options of `multrace evaluate`."""
 
-    data: Annotated[Path | None, Parameter(help="file of edits with their probes, of any format", metavar="FILE")] = (
-        None
-    )
     world: Annotated[
         str | None,
         Parameter(help="use edits of the built-in world instead: outdated or long_tail facts", choices=SPLITS),
@@ -62,7 +65,6 @@ class Evaluate(ModelOptions, EditorOptions, FileOptions):
     keep: Annotated[
         int, Parameter(help="number of other entities that each of the world's edits has to keep", metavar="N")
     ] = 0
-    limit: Annotated[int | None, Parameter(help="use only the first N edits", metavar="N")] = None
     # pyrefly: ignore[bad-override] -- several editors are compared
     editor: Annotated[
         tuple[str, ...], Parameter(help=f"one or more editors: {', '.join(NAMES)}", choices=NAMES, metavar="NAME")
@@ -110,6 +112,11 @@ class Evaluate(ModelOptions, EditorOptions, FileOptions):
     out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/eval")
 
     @property
+    def is_run(self) -> bool:
+        """Whether every record is measured by itself, so that a run can be interrupted and shared."""
+        return self.data is not None and self.mode == SINGLE and self.where != TRACE
+
+    @property
     def measured(self) -> editing.EvaluationSettings:
         """What is measured. Raises `EditError` for numbers out of range."""
         return editing.EvaluationSettings(
@@ -123,8 +130,9 @@ class Evaluate(ModelOptions, EditorOptions, FileOptions):
         """Raises `CommandError` or `EditError` for options that do not fit together or numbers out of range."""
         if (self.data is None) == (self.world is None):
             raise CommandError("pass either --data FILE or --world outdated (or long_tail)")
-        if self.limit is not None and self.limit < 1:
-            raise CommandError(f"--limit is {self.limit}; pass at least 1")
+        self.check_run()
+        if not self.is_run and (given := self.given(("shard", "retry_failed"))):
+            raise CommandError(f"{given[0]} needs --data, --mode single and a place to edit, such as --where 5:last")
         if self.probes < 1 or min(self.contexts, self.keep) < 0:
             raise CommandError(f"--probes is {self.probes}; pass at least 1 (--contexts and --keep at least 0)")
         if min(self.at) < 1:
