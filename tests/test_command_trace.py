@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from multrace import VisionLanguageModel
 from multrace.scripts.main import app
 from multrace.scripts.options import CorruptionOptions
@@ -16,7 +18,9 @@ from multrace.tracing.engine import Engine
 from multrace.workflow import Outcome, Task, TraceRun, read_rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+ROOMS = ("workflow", "tracing", "editing", "models", "artefacts", "data")
 QUESTION = "Who founded the company in this photo?"
 CONSTRAINT = "the company in this photo"
 OTHER_QUESTION = "Which sport does the person in the picture play?"
@@ -216,6 +220,36 @@ def test_groups_of_a_command_are_the_librarys_rows():
     options = CorruptionOptions(question=QUESTION, positions=("tokens", -1, Blocks(2)))
     assert options.rows("image") == ("tokens", -1, Blocks(2))
     assert CorruptionOptions(question=QUESTION).rows(("image",)) == ("image",)
+
+
+def files_on_the_way(top: str) -> tuple[str, ...]:
+    """The files of multrace on the stack from this one down, each once."""
+    paths = [frame.filename.partition("/multrace/")[2] for frame in traceback.extract_stack()]
+    paths = [path for path in dict.fromkeys(paths) if path.split("/")[0] in ("scripts", *ROOMS)]
+    return tuple(paths[paths.index(top) :])
+
+
+def test_a_request_passes_few_files_to_the_decoder_and_to_the_picture(
+    ask: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decoder, picture, calls = LlamaMLP.forward, Figure.savefig, {"decoder": set(), "picture": set()}
+
+    def noted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        calls["decoder"].add(files_on_the_way("scripts/main.py"))
+        return decoder(self, x)
+
+    def drawn(self: Figure, *arguments: object, **words: object) -> None:
+        calls["picture"].add(files_on_the_way("scripts/main.py"))
+        picture(self, *arguments, **words)
+
+    monkeypatch.setattr(LlamaMLP, "forward", noted)
+    monkeypatch.setattr(Figure, "savefig", drawn)
+    assert app(ask(f"--corrupt=swap:{folder / 'other.png'}", "--positions", "last", "--checks=0")) == 0
+    cells = [
+        path for path in calls["decoder"] if path[-1] == "models/replay/replay.py" and path[-2].endswith("sweep.py")
+    ]
+    assert cells and all(len(path[1:]) <= 5 for path in cells), cells  # from the file of the command
+    assert calls["picture"] and all(len(path) <= 4 for path in calls["picture"]), calls["picture"]
 
 
 # ---- records ----

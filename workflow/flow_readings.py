@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,7 +215,7 @@ def _flow_plot(result: Any) -> Callable[[Path], Any]:
     """Draws all flows, or those that change the answer most, in their order."""
     peaks = result.change().nan_to_num(nan=0).abs().flatten(1).amax(1)
     flows = tuple(result.flows[index] for index in sorted(peaks.topk(min(_DRAWN, len(peaks))).indices.tolist()))
-    return lambda path: result.plot(path, flows=flows)
+    return partial(result.plot, flows=flows)
 
 
 def _left_undrawn(result: Any) -> list[str]:
