@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..data.facts import EditRequest, Question
@@ -17,9 +18,15 @@ _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 
 def request_text(request: EditRequest) -> dict[str, str]:
-    """Return the request as text, for the header of a saved edit."""
+    """Return the request as text, for the header of a saved edit: how often there is a picture, and where it lies."""
     counts = {part: str(len(getattr(request, part))) for part in _PARTS}
-    return {"name": request.id, "question": request.question.text, "target": request.target, **counts}
+    question = request.question
+    paths = [str(image) for image in question.images if not isinstance(image, Image.Image)]
+    asked = {"template": question.template} if question.template is not None else {}
+    if question.images:
+        asked["pictures"] = str(len(question.images))
+        asked |= {"image": paths[0]} if len(paths) == len(question.images) == 1 else {}
+    return {"name": request.id, "question": question.text, "target": request.target, **counts, **asked}
 
 
 def edited_questions(request: EditRequest) -> tuple[Question, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from .. import editing, models
+from .. import data, editing, models
 from .errors import CommandError
 from .options.asking import ModelOptions
 from .outputs import check_new_folder
@@ -38,7 +38,8 @@ class Export(ModelOptions):
     question: Annotated[
         str | None,
         Parameter(
-            help=f"question whose answers are compared (default: the first {QUESTIONS} questions of the edit, without picture)"
+            help=f"question whose answers are compared (default: the first {QUESTIONS} questions of the edit, with the "
+            "pictures that were edited, if their files are still there)"
         ),
     ] = None
     image: Annotated[str | None, Parameter(help="picture in front of --question")] = None
@@ -89,10 +90,28 @@ def run(options: Export) -> int:
 def _prompts(vlm: models.VisionLanguageModel, delta: editing.Delta, options: Export) -> list[models.Prompt]:
     if options.question is not None:
         return [vlm.prompt(options.image, options.question)]
-    questions = dict.fromkeys(request["question"] for request in delta.requests if request.get("question"))
-    if not questions:
+    requests = {_question(request): request for request in delta.requests if request.get("question")}
+    if not requests:
         raise CommandError(f"{str(options.edit)!r} names no question to compare answers to; pass --question")
-    return [vlm.prompt(None, question) for question in list(questions)[:QUESTIONS]]
+    chosen = list(requests)[:QUESTIONS]
+    blind = sum(question.image is None and "pictures" in requests[question] for question in chosen)
+    if blind:
+        print(
+            f"compared without the picture of {blind} of {len(chosen)} questions, which is not where it was; "
+            "pass --question and --image to compare with a picture"
+        )
+    return [vlm.prompt_for(question) for question in chosen]
+
+
+def _question(request: Mapping[str, str | float]) -> data.Question:
+    """The question of an edit, with its picture if that is a file that is there."""
+    image, template = request.get("image"), request.get("template")
+    is_there = isinstance(image, str) and Path(image).is_file()
+    return data.Question(
+        text=str(request["question"]),
+        image=Path(str(image)) if is_there else None,
+        template=None if template is None else str(template),
+    )
 
 
 def _compare(

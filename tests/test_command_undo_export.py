@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from multrace import editing
-from multrace.data import tiny_vlm_path
-from multrace.editing import Delta, WeightChange
+from multrace.data import EditRequest, Question, tiny_vlm_path
+from multrace.editing import Delta, MultEdit, WeightChange
 from multrace.editing.changes import History, load_edit, save_merged
 from multrace.models import VisionLanguageModel, load
 from multrace.scripts import CommandError
@@ -173,3 +173,21 @@ def test_an_export_that_does_something_else_is_an_error(multrace, edit, tiny_vlm
     )
     with pytest.raises(CommandError, match="does not do what the edit does"):
         multrace("export", "--edit", edit, "--merged", tmp_path / "merged")
+
+
+def test_an_export_is_compared_with_the_picture_that_was_edited(
+    multrace, tiny_vlm, photo, tmp_path, capsys, monkeypatch
+):
+    """A path in the header brings the picture back; without the file the output says what was not compared."""
+    photo.save(tmp_path / "photo.png")
+    question = Question(text="Who founded the company in this photo?", image=tmp_path / "photo.png")
+    delta = MultEdit(layer=5, steps=3).edit(tiny_vlm, [EditRequest(question=question, target="Pruro")], progress=False)
+    path = delta.save(tmp_path / "edit.safetensors")
+    asked = []
+    compare = editing.verify_export
+    monkeypatch.setattr(editing, "verify_export", lambda *given: asked.extend(given[-1]) or compare(*given))
+    assert multrace("export", "--edit", path, "--merged", tmp_path / "one") == 0
+    assert len(asked[0].images) == 1 and "without the picture" not in capsys.readouterr().out
+    (tmp_path / "photo.png").unlink()
+    assert multrace("export", "--edit", path, "--merged", tmp_path / "two") == 0
+    assert not asked[1].images and "compared without the picture of 1 of 1" in capsys.readouterr().out
