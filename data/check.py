@@ -174,7 +174,7 @@ def check_data(
         DataError: if the file as a whole cannot be read, or the cleaned file cannot be written.
 
     Example:
-        >>> from multrace.data import Question, check_data, write_lines
+        >>> from multrace.data import Question, check_data, read_records, write_lines
         >>> path = write_lines("cars.jsonl", [Question(text="Is the car red?", constraint="the car,")])
         >>> report = check_data(path, fix="clean.jsonl")
         >>> print(report.findings[0])
