@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..data.errors import DataError
 from ..data.pictures import Picture, read_pictures
-from .errors import ModelError, check_text, gist
+from .errors import ModelError, check_text, gist, quoted, reason
+from .guards import without_panics
 
 _MARK = "\ue000"  # a private-use character: no template and no question contains it
 
@@ -200,7 +201,7 @@ class Frontend:
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids and character offsets of the text, with one token per picture, as the processor reads it."""
         special = self._adds_special(text)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        encoded = self._tokenized(text, return_offsets_mapping=True, add_special_tokens=special)
         end = len(encoded["input_ids"]) - special * self._appended
         return encoded["input_ids"][:end], encoded["offset_mapping"][:end]
 
@@ -212,7 +213,7 @@ class Frontend:
         """
         special = self._adds_special(text)
         if self.image_token_id is None:
-            encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=special)
+            encoded = self._tokenized(text, return_tensors="pt", add_special_tokens=special)
         else:
             encoded = self._processed(text, images, special)
         encoded = {name: value for name, value in encoded.items() if name not in self.dropped_inputs}
@@ -241,7 +242,7 @@ class Frontend:
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
             ids = whole[len(prefix) :]
         else:
-            ids = self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            ids = self._tokenized(continuation, add_special_tokens=False)["input_ids"]
         self._check_ids(ids)
         return tuple(ids)
 
@@ -262,13 +263,25 @@ class Frontend:
     @cached_property
     def _appended(self) -> int:
         """The number of special tokens that the tokenizer appends to a text."""
-        mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        mask = self._tokenized("a", return_special_tokens_mask=True)["special_tokens_mask"]
         return next((count for count, is_special in enumerate(reversed(mask)) if not is_special), 0)
+
+    def _tokenized(self, text: str, **options: Any) -> Mapping[str, Any]:
+        """Return what the tokenizer makes of the text. Raise `ModelError` if it fails."""
+        try:
+            with without_panics():
+                return self.tokenizer(text, **options)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ModelError(
+                f"the tokenizer of {self.tokenizer.name_or_path!r} cannot read {quoted(text)}: {reason(error)}; mend its "
+                "tokenizer.json, or fetch it again"
+            ) from error
 
     def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> Mapping[str, Tensor]:
         pictures = list(images) or None
         try:
-            return self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
+            with without_panics():
+                return self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
         except Exception as error:  # a processor may run third-party code, which can raise anything
             raise ModelError(
                 f"the processor cannot turn {len(images)} pictures and the text {text!r} into model inputs: "

@@ -12,6 +12,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from torch import nn
 from transformers.utils import logging
 
+from .errors import gist
+
 
 class ModelLock:
     """A lock that one thread holds at a time and may take again while it holds it.
@@ -93,6 +95,17 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # also enables the hub's progress bars
             if not hub_had_bars:
                 disable_progress_bars()
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Raise a `RuntimeError` for a panic inside a library in Rust, which no `except Exception` would catch."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 offers no name to import
+            raise
+        raise RuntimeError(gist(error)) from error
 
 
 def is_terminal(stream: Any) -> bool:

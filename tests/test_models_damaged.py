@@ -11,7 +11,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 from multrace import ModelError
+from multrace.models.guards import without_panics
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 QUESTION = "Who founded the company in this photo?"
 Edit = Callable[[dict], object]
@@ -241,6 +243,7 @@ TOKENIZERS = {
     "another model": lambda content: content["model"].update(type="NoSuchModel"),
     "words for ids": lambda content: content["model"].update(vocab={"a": "b"}),
     "no such normalizer": lambda content: content.update(normalizer={"type": "NoSuchNormalizer"}),
+    "a prefix longer than its words": lambda content: content["model"].update(continuing_subword_prefix="a" * 100),
     "merges of unknown tokens": lambda content: content["model"].update(merges=[["\u4e00", "\u4e01"]]),
 }
 
@@ -384,3 +387,14 @@ def test_a_damaged_model_of_the_hub(case, cached):
     assert multrace.load("org/model").layers == 4
     (cached / name).write_text(content)
     assert found in refusal("org/model")
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(damaged):
+    path = damaged("tokenizer.json", lambda content: content["model"].update(continuing_subword_prefix="a" * 100))
+    with pytest.raises(BaseException, match="out of range") as caught:
+        Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert not isinstance(caught.value, Exception)  # which is why it needs a guard of its own
+    with pytest.raises(RuntimeError, match="out of range"), without_panics():
+        Tokenizer.from_file(str(path / "tokenizer.json"))
+    with pytest.raises(KeyboardInterrupt), without_panics():
+        raise KeyboardInterrupt

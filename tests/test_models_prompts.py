@@ -231,9 +231,6 @@ ENTRIES = {
     ),
     "attention_knockout": lambda vlm, prompt: multrace.attention_knockout(vlm, prompt, progress=False),
     "logit_lens": lambda vlm, prompt: multrace.logit_lens(vlm, prompt, progress=False),
-    "edit": lambda vlm, prompt: multrace.MultEdit(layer=1, steps=1).edit(
-        vlm, [multrace.EditRequest(question=prompt, target="w5 w6")], progress=False
-    ),
 }
 
 
@@ -263,10 +260,6 @@ def recoloured(random_llava_llama, tmp_path_factory):
     return multrace.load(folder, verify=False)
 
 
-def with_edit(editor):
-    return lambda vlm, prompt: editor.edit(vlm, [multrace.EditRequest(question=prompt, target="Ada")], progress=False)
-
-
 SEEING = {
     "logits": lambda vlm, prompt: vlm.logits(prompt),
     "logits of a batch": lambda vlm, prompt: vlm.logits(collate([prompt, prompt], vlm.tokenizer)[0]),
@@ -286,8 +279,6 @@ SEEING = {
     "attention_saliency": lambda vlm, prompt: tracing.attention_saliency(vlm, prompt),
     "attention_share": lambda vlm, prompt: tracing.attention_share(vlm, prompt),
     "failure_features": lambda vlm, prompt: tracing.failure_features(vlm, prompt),
-    "MultEdit": with_edit(multrace.MultEdit(layer=1, steps=1)),
-    "FineTune": with_edit(editing.FineTune(layer=1, steps=1)),
     "second_moments": lambda vlm, prompt: editing.second_moments(vlm, [prompt], layers=[1], progress=False),
 }
 
@@ -297,6 +288,16 @@ def test_pictures_of_another_image_processor_are_refused(case, recoloured, rando
     prompt = random_llava_llama.prompt(photo, QUESTION, constraint=SPAN)
     with pytest.raises((ModelError, editing.EditError), match="image processor"):
         SEEING[case](recoloured, prompt)
+
+
+def test_an_edit_asks_the_question_of_another_models_prompt_anew(recoloured, random_llava_llama, photo):
+    editor = multrace.MultEdit(layer=1, steps=1)
+    deltas = [
+        editor.edit(recoloured, [multrace.EditRequest(question=vlm.prompt(photo, QUESTION), target="Ada")])
+        for vlm in (random_llava_llama, recoloured)
+    ]
+    (one,), (other,) = (delta.factors.values() for delta in deltas)
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 def test_words_without_a_picture_need_the_same_vocabulary_only(recoloured, random_llava_llama):

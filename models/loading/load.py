@@ -13,6 +13,7 @@ from ..errors import ModelError, gist, reason
 from ..families.addresses import Addresses
 from ..families.table import FAMILIES, Family, family_of
 from ..frontend import Frontend, position_limit
+from ..guards import without_panics
 from ..vlm import VisionLanguageModel
 from .proof import complete_processor, find_image_token, prove_addresses
 from .sources import ModelSource, out_of_memory
@@ -138,7 +139,8 @@ def _assemble(
 def _first_use(name: str) -> Iterator[None]:
     """Turn every library error inside the block, the first use of an opened model, into a `ModelError`."""
     try:
-        yield
+        with without_panics():
+            yield
     except ModelError:
         raise
     except Exception as error:  # valid files that do not fit together can fail anywhere in the libraries

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..errors import ModelError, gist, quoted, reason
 from ..families.table import Family
-from ..guards import quiet_transformers
+from ..guards import quiet_transformers, without_panics
 
 logger = logging.getLogger("multrace")
 
@@ -186,7 +186,8 @@ class ModelSource:
     def _open(self, part: str, opener: Any, options: dict[str, Any]) -> Any:
         where = str(self.folder) if self.folder else self.name
         try:
-            return opener(where, local_files_only=True, **self.options, **options)
+            with without_panics():
+                return opener(where, local_files_only=True, **self.options, **options)
         except Exception as error:
             if self.folder is not None or not isinstance(error, OSError | ValueError):
                 raise self._refusal(part, error) from error
@@ -198,7 +199,8 @@ class ModelSource:
                     "switched off (HF_HUB_OFFLINE)"
                 ) from error
         try:
-            return opener(where, **self.options, **options)
+            with without_panics():
+                return opener(where, **self.options, **options)
         except Exception as error:
             if not isinstance(error, OSError | ValueError):
                 raise self._refusal(part, error) from error
@@ -348,7 +350,8 @@ def _is_broken(path: Path) -> bool:
     """Return whether the file is not a JSON object, or not a tokenizer although it should be one."""
     try:
         if path.name == "tokenizer.json":
-            Tokenizer.from_file(str(path))
+            with without_panics():
+                Tokenizer.from_file(str(path))
         else:
             _json_object(path)
     except Exception:  # tokenizers raises Exception itself
