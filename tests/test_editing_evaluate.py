@@ -44,6 +44,7 @@ from multrace.editing import (
     baseline as measure_baseline,
     evaluate,
     second_moments,
+    verify,
 )
 from multrace.editing.evaluation import (
     EXACT,
@@ -486,3 +487,34 @@ def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked():
     told = {question.key for question in (*record.contexts, *record.rewrite_prompts, *record.preserve_prompts)}
     assert len(told) == 6
     assert not told & {probe.question.key for probe in record.probes}
+
+
+def test_a_probe_that_needs_another_edit_is_asked_where_that_edit_is(tiny_vlm, records):
+    needy = Probe(kind=PORTABILITY, question=records[2].question, answer="nobody", needs=(records[1].id,))
+    pair = [replace(records[0], probes=(needy,)), replace(records[1], probes=())]
+    alone = evaluate(tiny_vlm, pair, NOTHING, settings=EvaluationSettings(forced=False), progress=False)
+    (missing,) = alone.left_out
+    assert (missing.record, missing.kind) == (records[0].id, PORTABILITY) and repr(records[1].id) in missing.reason
+    assert [row.kind for row in alone.rows] == ["edited", "edited"]
+    together = evaluate(tiny_vlm, pair, NOTHING, mode="batch", settings=EvaluationSettings(forced=False))
+    assert together.left_out == () and [row.kind for row in together.rows] == ["edited", PORTABILITY, "edited"]
+
+
+def test_an_edit_that_is_not_said_is_not_edited(tiny_vlm, records):
+    bare = replace(records[0], probes=())
+    change = NOTHING.edit(tiny_vlm, [bare])
+    (request,) = change.requests
+    assert (request["status"], request["says"]) == ("not generated", CASES[0].fact.answer)
+    assert isinstance(request["probability"], float) and request["probability"] < 0.5
+    report = evaluate(tiny_vlm, [bare], NOTHING, settings=EvaluationSettings(forced=False), progress=False)
+    assert report.statuses == {bare.id: "not generated"}
+    assert report.not_generated == {bare.id: CASES[0].fact.answer} and "1 not generated" in repr(report)
+    assert EDIT.edit(tiny_vlm, [bare]).requests[0]["status"] == "edited"
+
+
+def test_verification_asks_before_under_and_after_a_change(tiny_vlm, records):
+    record = replace(records[0], probes=records[0].probes[:2])
+    answers = verify(tiny_vlm, EDIT.edit(tiny_vlm, [record]), [record])
+    first = answers[0]
+    assert (first.unedited, first.edited, first.undone) == (CASES[0].fact.answer, CASES[0].target, first.unedited)
+    assert first.is_right("edited") and not first.is_right("undone") and len(answers) == 3

@@ -4,7 +4,7 @@ import copy
 import gc
 import itertools
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from multrace import EditRecord, Probe, Question, VisionLanguageModel
 from multrace.data import World
-from multrace.editing import EditReport, EvaluationSettings, evaluate
+from multrace.editing import EditReport, EditSession, EvaluationSettings, evaluate
 
 BYTES_PER_RECORD = 20_000
 """The rows of one record with three questions: texts, and about fifteen numbers per question."""
@@ -23,15 +23,21 @@ class Nothing:
     """A change that changes nothing."""
 
     fingerprints: ClassVar[dict[str, str]] = {}
+    requests = ()
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
         yield vlm
 
+    def write(self, vlm: VisionLanguageModel) -> None:
+        """Nothing to write."""
 
-def nothing(_vlm: VisionLanguageModel, _requests: Sequence[Any], _earlier: Sequence[Any]) -> Nothing:
+
+class NoEditor:
     """An editor that changes nothing."""
-    return Nothing()
+
+    def start(self, vlm: VisionLanguageModel, *, moments: Any = None, history: Any = None) -> EditSession:
+        return EditSession(vlm, lambda _requests, _progress: Nothing())
 
 
 @contextmanager
@@ -80,7 +86,7 @@ def records(count: int) -> list[EditRecord]:
 
 def evaluated(vlm: VisionLanguageModel, mode: str, count: int, every: int) -> tuple[int, EditReport]:
     """The peak of live tensor bytes above those that were there before, and the report."""
-    asked, editor = records(count), Nothing() if mode == "batch" else nothing
+    asked, editor = records(count), Nothing() if mode == "batch" else NoEditor()
     gc.collect()
     before = live_bytes()
     with peak_of(vlm, every) as peak:
