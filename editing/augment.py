@@ -15,25 +15,27 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How many variants of a picture there are, and how far they go. EditError for a setting out of range.
+    """How many variants of a picture are made, and how far they differ from it.
 
     Every variant has the size of its picture. The same seed gives the same variants. On the embedded model crops and
-    shifts carry an edit to other renderings, and jitters alone do nothing.
+    shifts carry an edit to other renderings, and jitters alone do nothing. Raises `EditError` for a setting out of
+    range.
     """
 
     crops: int = 2
-    """Squares of the picture's own shape cut out at random and enlarged again."""
+    """Number of random cutouts with the shape of the picture, enlarged to its size again."""
     jitters: int = 1
-    """Variants in brightness, contrast and colour."""
+    """Number of variants in brightness, contrast and colour."""
     shifts: int = 2
-    """Variants moved sideways and up or down, the gap filled with the picture's mean colour."""
+    """Number of variants moved sideways and up or down, with the gap filled with the mean colour of the picture."""
     smallest: float = 0.8
-    """Side of the smallest crop as a share of the picture's, above 0 and at most 1."""
+    """Side of the smallest crop as a share of the side of the picture, above 0 and at most 1."""
     strength: float = 0.15
     """Brightness, contrast and colour are multiplied by a factor between 1 - strength and 1 + strength."""
     reach: float = 0.12
-    """Longest shift in each direction, as a share of the picture's side, at least 0 and below 1."""
+    """Longest shift in each direction as a share of the side of the picture, at least 0 and below 1."""
     seed: int = 0
+    """Random seed of the variants."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -50,7 +52,7 @@ class Augmentation:
                 raise EditError(f"Augmentation got {name}={getattr(self, name)}; pass {wanted}")
 
     def pictures(self, image: Image.Image) -> tuple[Image.Image, ...]:
-        """The variants of an RGB picture, crops first, then jitters, then shifts; the picture is left as it is."""
+        """Return the variants of an RGB picture: crops, then jitters, then shifts. The picture is not changed."""
         draw = _Draw(self.seed)
         found = [_cropped(image, draw.between(self.smallest, 1), draw) for _ in range(self.crops)]
         found += [_jittered(image, self.strength, draw) for _ in range(self.jitters)]
@@ -58,7 +60,7 @@ class Augmentation:
         return tuple(found)
 
     def questions(self, question: Question) -> Iterator[Question]:
-        """Yield the question with each variant of its picture (of all its pictures, where it has several) in turn."""
+        """Yield the question with each variant of its picture in turn (of all its pictures, if it has several)."""
         variants = [self.pictures(image) for image in open_images(question.images)]
         yield from (question.with_image(images) for images in zip(*variants, strict=True))
 
@@ -76,7 +78,7 @@ class Augmentation:
 
 
 class _Draw:
-    """Numbers drawn from a seed."""
+    """Random numbers from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What surrounds the use of a model: one thread at a time, eval mode, undoing that is never cut short, quiet libraries."""
+"""What surrounds the use of a model: one thread at a time, eval mode, undoing without interrupts, quiet libraries."""
 
 import signal
 import sys

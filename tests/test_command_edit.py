@@ -348,7 +348,7 @@ def test_bad_input_is_one_line(changes: dict[str, object], message: str, desk: D
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_editor_has_a_name_and_the_same_call(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
+def test_every_editor_has_a_name_and_sessions(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
     settings = {"in-context": {}}.get(name, {"steps": 1})
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
     made = editor(name, layer=5, **settings)

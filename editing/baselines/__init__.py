@@ -1,4 +1,7 @@
-"""Editors that train or prompt instead of solving: fine-tuning, LoRA and facts in the context. The names are listed in `__init__.pyi`."""
+"""Editors that train or prompt instead of solving: fine-tuning, LoRA and facts in the context.
+
+The names are listed in `__init__.pyi`.
+"""
 
 import lazy_loader
 

@@ -24,14 +24,12 @@ class LowRankChange(TrainedChange):
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     """(left, right) per parameter name: float32 (hidden, rank) and (rank, width) on the CPU, oriented as in y = W x.
-
-    The adapter's scale is in left.
-    """
+    The scale of the adapter is in left."""
     transposed: bool
-    """The model stores its weights (width, hidden)."""
+    """Whether the model stores its weights as (width, hidden)."""
 
     def difference(self, name: str) -> Tensor:
-        """left @ right of the parameter of this name, in the layout in which the model stores it."""
+        """Return left @ right of the parameter of this name, in the layout in which the model stores it."""
         left, right = self.factors[name]
         return (left @ right).T if self.transposed else left @ right
 
@@ -40,24 +38,24 @@ class LowRankChange(TrainedChange):
 class Lora(TrainingSettings):
     """LoRA (arXiv 2106.09685) through PEFT, trained by Adam on the target tokens.
 
-    By default in the down projection and the attention's output map of every decoder layer: those that every family
-    has under a name of ours. EditError for a setting out of range.
+    By default the down projection and the output projection of attention of every decoder layer get adapters. Raises
+    `EditError` for a setting out of range.
     """
 
     steps: int = 60
-    """At most so many, each with the gradient of all requests; 0 asks for no change."""
+    """Largest number of steps, each with the gradient of all requests; 0 changes nothing."""
     learning_rate: float = 5e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
     rank: int = 8
-    """Of each adapter."""
+    """Rank of each adapter."""
     alpha: float = 16.0
-    """The adapters' product is scaled by alpha / rank."""
+    """The product of an adapter is scaled by alpha / rank."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers that get adapters, negative from the end; None: all."""
+    """Decoder layers that get adapters, negative from the end; None for all."""
     projections: tuple[str, ...] = _PROJECTIONS
-    """Which projections get them: "mlp" writes a layer's MLP into the residual stream, "attention" its attention."""
+    """The projections that get adapters: "mlp" is the down projection of the MLP, "attention" the output projection."""
     seed: int = 0
-    """Of the adapters' random beginnings; the global generator is left as it is."""
+    """Random seed of the initial adapters; the global generator is not touched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,11 +72,11 @@ class Lora(TrainingSettings):
     def edit(
         self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True
     ) -> LowRankChange:
-        """The change after which the requests' prompts, contexts and `rewrite_prompts` prompts get their targets.
+        """Return the change after which the questions, contexts and rewrite prompts of the requests get their targets.
 
-        The adapters are float32 whatever the model's dtype. The model ends with the modules, flags and weights that it
-        had, also after an error. EditError where PEFT is not installed, for no requests, a layer that does not exist,
-        pictures that do not fit into one batch, or a loss that stops being finite.
+        The adapters are float32 whatever the dtype of the model, which ends with the modules, flags and weights that it
+        had, also after an error. Raises `EditError` if PEFT is not installed, and for no requests, a layer that
+        does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
         """
         requests = tuple(requests)
         projections = self._projections(vlm)

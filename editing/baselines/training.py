@@ -1,4 +1,4 @@
-"""Training by gradient descent on the targets of requests, and the fine-tuning of one projection as the plain baseline."""
+"""Training on the targets of requests by gradient descent, and the fine-tuning of one projection as a baseline."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ from ..values import end_ids, prompt_end
 _NO_LABEL = -100
 
 Forward = Callable[..., Any]
-"""Model inputs by keyword, to the model's output with its logits."""
+"""A function from model inputs by keyword to the output of the model with its logits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TrainedChange(ABC):
-    """What training changed in a model, per weight; it is put into no other weights than those it was trained on."""
+    """What training changed in a model, per weight; it is put only into the weights on which it was trained."""
 
     fingerprints: Mapping[str, str]
     """Hash of each touched weight before the change, per parameter name."""
@@ -39,7 +39,7 @@ class TrainedChange(ABC):
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
     requests: tuple[Mapping[str, str | float], ...]
-    """What was asked, and the loss that was reached in nats per label, as text, one mapping per request."""
+    """For each request: what was asked, as text, and the loss that was reached, in nats per label."""
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
 
@@ -50,7 +50,7 @@ class TrainedChange(ABC):
 
     @abstractmethod
     def difference(self, name: str) -> Tensor:
-        """What is added to the parameter of this name: float32, in the layout in which the model stores it."""
+        """Return what is added to the parameter of this name, float32 in the layout in which the model stores it."""
 
     def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
         """Yield the model with this change in its weights; on any exit every touched weight is bit-equal to before.
@@ -92,18 +92,18 @@ class TrainedChange(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(ABC):
-    """How something is trained on the answers wanted. EditError for a setting out of range."""
+    """How something is trained on the targets. Raises `EditError` for a setting out of range."""
 
     steps: int = 25
-    """At most so many, each with the gradient of all requests; 0 asks for no change."""
+    """Largest number of steps, each with the gradient of all requests; 0 changes nothing."""
     learning_rate: float = 5e-4
-    """Of Adam."""
+    """Learning rate of Adam."""
     stop_loss: float = 1e-2
-    """Enough when the mean negative log-probability per label, in nats, is at most this."""
+    """Training ends when the mean negative log-probability per label, in nats, is at most this."""
     batch_size: int = 16
-    """Prompts run at a time; it bounds memory and leaves the result as it is, up to rounding."""
+    """Number of prompts that run together; it bounds memory and does not change the result beyond rounding."""
     end_of_answer: bool = True
-    """Also ask for the end-of-sequence token after the target, in models that have one: the answer stops there."""
+    """Whether the end-of-sequence token after the target is trained too, in models that have one."""
 
     def __post_init__(self) -> None:
         self._check(
@@ -152,17 +152,17 @@ def check_no_history(editor: object, history: History | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerBatch:
-    """Prompts with their wanted answers, padded on the right, and what has to be predicted in them."""
+    """Prompts followed by their targets, padded on the right, and what has to be predicted in them."""
 
     inputs: Mapping[str, Tensor]
     """Model inputs, among them input_ids and attention_mask (row, token)."""
     labels: Tensor
-    """(row, column), the id that each of the last columns has to predict; -100 for those that predict no answer."""
+    """(row, column) int64, the id that each of the last columns has to predict; -100 for no target."""
     owners: Tensor
-    """(row,), the request that a row belongs to."""
+    """(row,) int64, the index of the request that a row belongs to."""
 
     def losses(self, forward: Forward) -> Tensor:
-        """(row,) float32, mean negative log-probability in nats per label, with the answer fed in."""
+        """Return the mean negative log-probability per label with the target fed in, in nats, (row,) float32."""
         logits = forward(**self.inputs, use_cache=False, logits_to_keep=self.labels.shape[1]).logits.float()
         labels = self.labels.to(logits.device)
         spread = cross_entropy(logits.transpose(1, 2), labels, ignore_index=_NO_LABEL, reduction="none")
@@ -171,20 +171,20 @@ class AnswerBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a training went."""
+    """The course of a training."""
 
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
     requests: tuple[float, ...]
-    """The same for each request, after the last step."""
+    """Mean negative log-probability in nats per label of each request, after the last step."""
 
     @property
     def steps(self) -> int:
-        """How many steps were taken."""
+        """Number of steps that were taken."""
         return len(self.losses) - 1
 
     def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
-        """What was asked and the loss reached, as text, one mapping per request."""
+        """Return what was asked and the loss that was reached, as text, one mapping per request."""
         return tuple(
             {**request_text(request), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
             for request, loss in zip(requests, self.requests, strict=True)
@@ -221,11 +221,21 @@ def train(
     bound: Callable[[], None] | None = None,
     progress: bool = False,
 ) -> Training:
-    """How the training of the parameters went, which Adam changes in place; forward has to depend on them.
+    """Train parameters in place by Adam, and return how it went.
 
-    The loss is the mean over prompts of the mean negative log-probability per label. pull gives what is added to the
-    parameters' gradients, and bound puts them back into their bounds, at each step. EditError where the loss stops
-    being finite.
+    The loss is the mean over prompts of the mean negative log-probability per label.
+
+    Args:
+        forward: The model as a function of its inputs, which has to depend on the parameters.
+        batches: What has to be predicted.
+        parameters: The tensors to train.
+        settings: Number of steps, learning rate and so on.
+        pull: Gives what is added to the gradient of each parameter in each step; None adds nothing.
+        bound: Puts the parameters back into their bounds after each step; None for no bounds.
+        progress: Show a progress bar.
+
+    Raises:
+        EditError: The loss stops being finite.
     """
     count = sum(len(batch.owners) for batch in batches)
     optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
@@ -277,7 +287,7 @@ def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Question, str]], 
 
 
 def summed(weight: Tensor, difference: Tensor) -> Tensor:
-    """A copy of the weight plus the difference, in its dtype and on its device; autograd reaches the difference."""
+    """Return weight plus difference in the dtype and on the device of the weight; gradients reach the difference."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return (wide + difference.to(wide.device)).to(weight.dtype)
 
@@ -287,10 +297,10 @@ class DenseChange(TrainedChange):
     """A change of whole weight matrices."""
 
     differences: Mapping[str, Tensor]
-    """What is added to each parameter: float32 on the CPU, in the layout in which the model stores it."""
+    """What is added to each parameter, float32 on the CPU, in the layout in which the model stores it."""
 
     def difference(self, name: str) -> Tensor:
-        """What is added to the parameter of this name."""
+        """Return what is added to the parameter of this name."""
         return self.differences[name]
 
 
@@ -298,18 +308,18 @@ class DenseChange(TrainedChange):
 class FineTune(TrainingSettings):
     """Fine-tuning of one projection by Adam on the target tokens, as ROME and MEMIT use it as their baseline.
 
-    Unlike theirs it asks for the end of the answer too, and each step has the gradient of all requests. EditError for
-    a setting out of range.
+    Unlike theirs it trains the end of the answer too, and each step has the gradient of all requests. Raises
+    `EditError` for a setting out of range.
     """
 
     layer: int
     """The layer whose projection is trained, negative from the end."""
     projection: Literal["mlp", "attention"] = "mlp"
-    """The map that writes the layer's MLP, or its attention, into the residual stream."""
+    """The weight that is trained: "mlp" is the down projection of the MLP, "attention" the output projection."""
     weight_decay: float = 0.0
-    """Times the weight itself, added to its gradient (Adam's L2 penalty)."""
+    """Factor with which the weight itself is added to its gradient (the L2 penalty of Adam)."""
     entry_bound: float | None = None
-    """Largest change of any entry of the weight, put back into the bound after each step; None: any."""
+    """Largest change of any entry of the weight, enforced after each step; None for no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,7 +333,9 @@ class FineTune(TrainingSettings):
 
     @classmethod
     def paper(cls, *, layer: int = 1) -> Self:
-        """Unconstrained, as published for GPT-2 XL (ROME, arXiv 2202.05262): layer 1, 25 steps of Adam at 5e-4.
+        """Return unconstrained fine-tuning as published for GPT-2 XL (ROME, arXiv 2202.05262).
+
+        Layer 1, 25 steps of Adam at 5e-4.
 
         Without end of the answer; the layer was found for that model and is no advice for another.
         """
@@ -331,7 +343,7 @@ class FineTune(TrainingSettings):
 
     @classmethod
     def constrained(cls, *, layer: int = 0, entry_bound: float = 5e-4) -> Self:
-        """As published for GPT-2 XL with each entry held within 5e-4 of what it was (5e-5 was used for GPT-J).
+        """Return fine-tuning as published for GPT-2 XL, each entry within 5e-4 of what it was (5e-5 for GPT-J).
 
         Layer 0, 25 steps of Adam at 5e-4, without end of the answer (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229).
         """
@@ -340,10 +352,11 @@ class FineTune(TrainingSettings):
         )
 
     def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> DenseChange:
-        """The change after which the requests' prompts, contexts and `rewrite_prompts` prompts get their targets.
+        """Return the change after which the questions, contexts and rewrite prompts of the requests get their targets.
 
-        Trained in float32 whatever the model's dtype; the model is left as it is. EditError for no requests, a layer
-        that does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
+        It is trained in float32 whatever the dtype of the model, which is left unchanged. Raises `EditError` for no
+        requests, a layer that does not exist, pictures that do not fit into one batch, or a loss that stops being
+        finite.
         """
         requests = tuple(requests)
         name = self._name(vlm)

@@ -42,7 +42,7 @@ class Delta:
     """
 
     changes: Mapping[str, WeightChange]
-    """One change per parameter name."""
+    """The change of each weight, by parameter name."""
     fingerprints: Mapping[str, str]
     """Hash of each touched weight before the edit."""
     model: str
@@ -51,7 +51,7 @@ class Delta:
     settings: Mapping[str, str] = field(default_factory=dict)
     """The editor and its hyper-parameters, as text."""
     requests: tuple[Mapping[str, str | float], ...] = ()
-    """What was asked, what became of it and how far the value search came, as text, one mapping per request."""
+    """For each request: what was asked and what became of it, as text, and numbers of the value search."""
 
     def __post_init__(self) -> None:
         if not self.changes or set(self.changes) != set(self.fingerprints):
@@ -79,13 +79,16 @@ class Delta:
         return {name: (change.left, change.right) for name, change in self.changes.items()}
 
     def apply(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> AppliedDelta:
-        """A handle whose undo() takes the change back bit by bit; the model's weights are changed in place until then.
+        """Change the weights of the model in place, and return a handle whose `undo()` takes that back bit by bit.
 
         The sum is taken in float64 and rounded once, by runs of rows: one copy of each touched weight, kept for undo,
-        is all the memory that grows with the weight. Deltas on the same weight stack, and are undone in reverse order;
-        on different weights the order is free. EditError if the model lacks a weight, or if a weight is not the one
-        that was edited (another model, or an edit already applied to it): on_other_weights=True adds the change all
-        the same. The weights are as they were when an error is raised.
+        is all the memory that grows with the weight. Deltas of the same weight stack and are undone in reverse order;
+        on different weights the order is free. on_other_weights: add the change to weights that are not those that were
+        edited, too.
+
+        Raises:
+            EditError: The model lacks a weight, a weight overflows, or a weight is not the one that was edited (another
+                model, or an edit is applied already). The weights are then as they were.
         """
         handle = AppliedDelta(vlm)
         with vlm.lock:
@@ -130,10 +133,9 @@ class Delta:
             return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """One line per request, from the shares that `retained` (or a runtime edit) gives: what became of it.
+        """Return one line per request on what became of it, from the shares that `retained` (or a runtime edit) gives.
 
-        The share is that of `shares`; less than nine tenths is pointed out. A delta whose keys belong to no request has
-        one line per weight.
+        A share below nine tenths is pointed out. A delta whose keys belong to no request has one line per weight.
         """
         if not self.requests:
             return tuple(f"{name}: {_share(share.min().item())}" for name, share in shares.items() if share.numel())
@@ -144,10 +146,10 @@ class Delta:
         return tuple(lines)
 
     def shares(self, retained: Mapping[str, Tensor]) -> tuple[float | None, ...]:
-        """What is retained of each request over all its keys, which count by what they ask for; None for no keys.
+        """Return the share that is retained of each request over all its keys; None for a request without keys.
 
-        retained: shares per key, as `retained` gives them. A key that asks for next to nothing, as where an answer ends
-        anyway, says little by itself.
+        Keys count by the size of what they ask for, since a key that asks for next to nothing (where an answer ends
+        anyway) says little. retained: the shares per key, as `retained` gives them.
         """
         found: list[float | None] = []
         for index in range(len(self.requests)):
@@ -161,9 +163,9 @@ class Delta:
         return tuple(found)
 
     def owned(self, index: int) -> dict[str, Tensor]:
-        """(rank,) boolean per parameter name: the keys that serve this request.
+        """Return the keys that serve this request, (rank,) boolean per parameter name.
 
-        EditError for an index out of range, or for an edited request of which no key is known.
+        Raises `EditError` for an index out of range, or for an edited request of which no key is known.
         """
         if not 0 <= index < len(self.requests):
             raise EditError(
@@ -179,11 +181,11 @@ class Delta:
         return own
 
     def without(self, *indices: int, resolve: bool = False) -> Self:
-        """The delta without these requests, counted from 0; the later ones move up.
+        """Return the delta without these requests, counted from 0; the later ones move up.
 
-        Their own factors are taken out and the others stay as they were solved, together with those now gone; resolve
-        solves the others anew, as if these requests had never been made. EditError as `owned`, and on resolving a
-        change of several weights: what a deeper layer has to add depends on what a lower one does.
+        Their own factors are taken out, and the others stay as they were solved. resolve: solve the others again, as if
+        these requests had never been made. Raises `EditError` as `owned`, and for `resolve` with a change of several
+        weights, since what a deeper layer has to add depends on what a lower one does.
         """
         gone = {index: self.owned(index) for index in indices}
         if resolve:
@@ -201,7 +203,7 @@ class Delta:
         return replace(self, changes=changes, requests=tuple(self.requests[index] for index in left))
 
     def check_solvable(self) -> None:
-        """EditError if the delta changes several weights, so that no part of it can be solved anew from its factors."""
+        """Raise `EditError` if the delta changes several weights, so that no part of it can be solved again."""
         if len(self.changes) > 1:
             raise EditError(
                 f"this edit of '{self.model}' changes {len(self.changes)} weights, and the keys of one depend on the "
@@ -209,7 +211,7 @@ class Delta:
             )
 
     def check_fits(self, vlm: VisionLanguageModel) -> None:
-        """EditError unless the model has weights of these names and shapes."""
+        """Raise `EditError` unless the model has weights of these names and shapes."""
         for name, change in self.changes.items():
             try:
                 weight = vlm.weight(name)
@@ -223,13 +225,13 @@ class Delta:
                 )
 
     def save(self, path: str | Path) -> Path:
-        """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
+        """Write a safetensors file, whole or not at all, and return its path. Raises `EditError` if that fails."""
         text = {"format": FORMAT} | {key: json.dumps(value) for key, value in self.words().items()}
         return files.write_tensors(path, self.tensors(), text, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The delta in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
+        """Return the delta in a file that `save` wrote. Raises `EditError` if the file is missing or damaged."""
         tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != FORMAT:
             raise EditError(
@@ -247,7 +249,7 @@ class Delta:
         return files.digest(words, *tensors.values())
 
     def words(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON takes it."""
+        """Return everything but the tensors, as JSON takes it."""
         parts = {"fingerprints": dict(self.fingerprints), "settings": dict(self.settings)}
         return parts | {
             "model": self.model,
@@ -284,11 +286,11 @@ def requests_line(requests: Sequence[Mapping[str, str | float]]) -> str:
 
 
 def compose(*deltas: Delta) -> Delta:
-    """One delta that does what these do one after the other; their requests follow each other in this order.
+    """Return one delta that does what these do one after the other; their requests follow each other in this order.
 
-    A delta whose fingerprint differs from the first one's on the same weight was made with the earlier ones in place:
-    what it asked for is restated against the first one's weights. Applying rounds once, where one after the other
-    rounds each time. EditError for none, or for edits of different models.
+    A delta whose fingerprint of a weight differs from that of the first one was made with the earlier ones in place:
+    what it asked for is restated for the weights of the first one. The sum is rounded once when it is applied, not once
+    per delta. Raises `EditError` for no deltas, or for edits of different models.
     """
     below = []
     for index, delta in enumerate(deltas):
@@ -299,7 +301,7 @@ def compose(*deltas: Delta) -> Delta:
 
 
 def joined(deltas: Sequence[Delta], below: Sequence[Sequence[int]]) -> Delta:
-    """As compose; below says for each delta which of the earlier ones were in place when it was made."""
+    """As `compose`. below: for each delta, the indices of the earlier ones that were in place when it was made."""
     if not deltas:
         raise EditError("no deltas to compose; pass at least one")
     _check_one_model(deltas)
@@ -361,20 +363,20 @@ def _share(share: float) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuntimeEdit:
-    """A delta that is added to what its weights compute, by forward hooks; no weight is touched.
+    """A delta that forward hooks add to what its weights compute; no weight is touched.
 
-    bfloat16 has 8 significant bits, so a weight takes up no change below a few thousandths of itself. The low-rank
-    term is computed in float32 from what the weight reads, and the sum is rounded once, as an output. It costs two
-    thin products per call. Use it wherever a change is taken, like a Delta.
+    bfloat16 has 8 significant bits, so that a weight takes up no change below a few thousandths of itself. Here the
+    low-rank term is computed in float32 from what the weight reads, and the sum is rounded once, as an output. It costs
+    two thin products per call. It can be used wherever a change is expected, like a `Delta`.
     """
 
     delta: Delta
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> Iterator[VisionLanguageModel]:
-        """The model with the change beside its weights; on exit the hooks are gone.
+        """Yield the model with the change beside its weights; on exit the hooks are removed.
 
-        EditError as Delta.applied, though nothing can overflow.
+        Raises `EditError` as `Delta.applied`, except that nothing can overflow.
         """
         paths = {name.removesuffix(".weight"): change for name, change in self.delta.changes.items()}
         with vlm.lock:
@@ -388,9 +390,9 @@ class RuntimeEdit:
 
     @torch.no_grad()
     def retained(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Tensor]:
-        """The share of the requested output change that this achieves, as Delta.retained gives it for the weights.
+        """Return the share of the requested change of outputs that this achieves, as `Delta.retained` for weights.
 
-        Measured on what the edited modules put out for the keys, keys and outputs in the model's dtype.
+        It is measured on what the edited modules put out for the keys, with keys and outputs in the dtype of the model.
         """
         outputs = {name: vlm.module(name.removesuffix(".weight")) for name in self.delta.changes}
         inputs = {name: change.keys.to(vlm.weight(name)) for name, change in self.delta.changes.items()}

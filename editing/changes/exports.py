@@ -147,6 +147,9 @@ def save_merged(
             file rounds part of the edit away.
         overwrite: Replace an existing directory.
 
+    Returns:
+        The directory.
+
     Raises:
         ModelError: The directory cannot be written.
         EditError: The change cannot be applied to this model.

@@ -1,7 +1,7 @@
 """The change of one weight as low-rank factors, and how changes get into a model's weights and out of them again.
 
-`AppliedDelta` is the way back: it holds copies. `held` puts something in for the length of a block, and an `EditSession`
-keeps one edit after the other in effect until it ends.
+`AppliedDelta` is the way back: it holds copies. `held` puts something in for the length of a block, and an
+`EditSession` keeps one edit after the other in effect until it ends.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ class WritesWeights(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class WeightChange:
-    """The change of one weight W in y = W k: column i of left and row i of right are there for key i.
+    """The change of one weight W in y = W k; column i of `left` and row i of `right` belong to key i.
 
-    EditError if shapes or dtypes disagree.
+    Raises `EditError` if shapes or dtypes disagree.
     """
 
     left: Tensor
-    """(hidden, rank) float32"""
+    """(hidden, rank) float32."""
     right: Tensor
     """(rank, mlp) float32; left @ right is added to W, transposed where the model stores W transposed (Conv1D)."""
     keys: Tensor
-    """(rank, mlp) float32, the inputs at which the output is to change, or to stay."""
+    """(rank, mlp) float32, the inputs at which the output is to change or to stay."""
     residuals: Tensor
-    """(rank, hidden) float32, the change of the output that was asked for at each key; 0 where it is to stay."""
+    """(rank, hidden) float32, the change of the output that was asked for at each key; 0 if it is to stay."""
     weights: Tensor = field(default_factory=_none_given)
-    """(rank,) float32, the weight of each key in the least-squares problem, inf where it is met exactly (default)."""
+    """(rank,) float32, the weight of each key in the least-squares problem; inf (default) is met exactly."""
     owners: Tensor = field(default_factory=_none_given)
-    """(rank,) int64, the index in Delta.requests of the request that a key serves; -1 (default) for none."""
+    """(rank,) int64, the index in `Delta.requests` of the request that a key serves; -1 (default) for none."""
 
     def __post_init__(self) -> None:
         rank = self.left.shape[-1]
@@ -117,15 +117,15 @@ class WeightChange:
         return self.right.shape[0]
 
     def moved(self, keys: Tensor) -> Tensor:
-        """(n, hidden) float64, what the change adds to the output at keys (n, mlp)."""
+        """Return what the change adds to the output at keys (n, mlp), (n, hidden) float64."""
         return keys.double() @ self.right.double().T @ self.left.double().T
 
     def rows(self, weight: Tensor, *, transposed: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of rows of the stored weight and what they become, in its dtype and on its device.
+        """Yield runs of rows of the stored weight with their new values, in its dtype and on its device.
 
-        The sum is taken in float64 and rounded once. Only so many rows are widened at a time that the extra memory
-        does not grow with the weight; each run is computed from the weight as it then is, so a caller may write it
-        back at once.
+        The sum is taken in float64 and rounded once. Few rows are widened at a time, so that the extra memory does not
+        grow with the weight. Each run is computed from the weight as it is at that moment, so that a caller may write
+        the run back at once.
         """
         across, along = (self.right.T, self.left.T) if transposed else (self.left, self.right)
         across, along = (factor.to(weight.device, torch.float64) for factor in (across, along))
@@ -135,7 +135,7 @@ class WeightChange:
             yield run, torch.addmm(weight.detach()[run].double(), across[run], along).to(weight.dtype)
 
     def retained(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """(rank,) float32 on the CPU, the share of each residual that rounding and the ridge leave; 1 where it is 0."""
+        """Return the share of each residual that rounding and the ridge leave, (rank,) float32 on the CPU; 1 for 0."""
         keys = self.keys.to(weight.device, torch.float64)
         moved = keys.new_zeros(self.rank, self.shape[0])
         for run, changed in self.rows(weight, transposed=transposed):
@@ -147,23 +147,26 @@ class WeightChange:
         return self.share(moved)
 
     def share(self, moved: Tensor) -> Tensor:
-        """(rank,) float32 on the CPU, how much of its residual each output moved (rank, hidden) by; 1 where it is 0."""
+        """Return the share of its residual by which each output moved, (rank,) float32 on the CPU; 1 for 0.
+
+        moved: the change of each output, (rank, hidden).
+        """
         residuals = self.residuals.double()
         wanted = residuals.square().sum(-1)
         share = (moved.cpu().double() * residuals).sum(-1) / wanted
         return torch.where(wanted > 0, share, torch.ones_like(share)).float()
 
     def only(self, kept: Tensor) -> Self:
-        """The change with these rows only, (rank,) boolean; the factors of the others are taken out and that is all."""
+        """Return the change with these rows only, (rank,) boolean; their factors stay as they are."""
         rest = {name: getattr(self, name)[kept] for name in PARTS if name != "left"}
         return replace(self, left=self.left[:, kept], **rest)
 
     def resolved(self, kept: Tensor, residuals: Tensor) -> Self:
-        """The change that meets new residuals (kept rows, hidden) at the kept rows alone: (rank,) boolean.
+        """Return the change that meets new residuals (kept rows, hidden) at the kept rows alone, (rank,) boolean.
 
-        The solver's X in (K right^T + diag(1/weights)) X = R, left = X^T, needs nothing but what is stored: a row of
-        right is its key (or direction) through the solver's cost, whatever other keys there are. Solved in float64.
-        EditError if the stored factors do not solve these equations themselves.
+        The X of the solver in (K right^T + diag(1/weights)) X = R, left = X^T, needs only what is stored, since
+        a row of `right` is its key (or direction) divided by the cost, whatever other keys there are. It is
+        solved in float64. Raises `EditError` if the stored factors do not solve these equations themselves.
         """
         gram = self.keys.double() @ self.right.double().T + torch.diag(1 / self.weights.double())
         missed = gram @ self.left.double().T - self.residuals.double()
@@ -180,7 +183,7 @@ class WeightChange:
 
     @classmethod
     def stacked(cls, changes: Sequence[Self]) -> Self:
-        """The sum of changes of one weight: their rows one after the other."""
+        """Return the sum of changes of one weight: their rows one after the other."""
         rows = {name: torch.cat([getattr(change, name) for change in changes]) for name in PARTS if name != "left"}
         return cls(left=torch.cat([change.left for change in changes], dim=1), **rows)
 
@@ -289,7 +292,7 @@ def write_all(vlm: VisionLanguageModel, steps: Iterable[Mapping[str, WeightChang
 
 @torch.no_grad()
 def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
-    """Adds the change to the model's weight in place. EditError if it overflows, with part of it written."""
+    """Add the change to the model's weight in place. Raises `EditError` if it overflows, with part of it written."""
     weight = vlm.weight(name)
     for run, rows in change.rows(weight, transposed=vlm.stores_transposed):
         if not torch.isfinite(rows).all():
@@ -299,7 +302,7 @@ def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
 
 
 def check_fingerprints(vlm: VisionLanguageModel, wanted: Mapping[str, str], model: str) -> None:
-    """EditError unless the weights of these names are bit by bit the ones that were edited."""
+    """Raise `EditError` unless the weights of these names are bit by bit those that were edited."""
     found = vlm.fingerprint(wanted)
     for name, digest in wanted.items():
         if found[name] != digest:

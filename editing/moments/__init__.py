@@ -1,4 +1,7 @@
-"""Second moments of keys: collected over prompts, watched while they converge, kept in a cache. The names are listed in `__init__.pyi`."""
+"""Second moments of keys: collected over prompts, watched while they converge, kept in a cache.
+
+The names are listed in `__init__.pyi`.
+"""
 
 import lazy_loader
 

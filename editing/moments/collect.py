@@ -127,8 +127,25 @@ def memory_of_moments(
 ) -> float:
     """Return how many MiB one pass over these layers needs beside the model and its activations.
 
-    A float64 sum per layer and type of token (types: how many of image, question and template there are), one product,
-    and the small matrices from which convergence is read. ModelError for a layer that does not exist.
+    These are a float64 sum for each layer and type of token, one product, and the small matrices from which convergence
+    is read.
+
+    Args:
+        vlm: The model.
+        layers: Layers, negative from the end; None for all.
+        projection: "mlp" or "attention", as in `second_moments`.
+        types: Number of types of token that occur (image, question, template), at most 3.
+
+    Raises:
+        ModelError: A layer does not exist.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing.moments import memory_of_moments
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> memory_of_moments(vlm, [5]) < memory_of_moments(vlm) < 100
+        True
     """
     widths = [_projection(vlm, layer, projection).width for layer in _layers(vlm, layers)]
     return (_fixed(widths) + sum(8 * types * width**2 for width in widths)) / _MIB
@@ -136,7 +153,7 @@ def memory_of_moments(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Collection:
-    """What all passes share."""
+    """What all passes over the prompts share."""
 
     vlm: VisionLanguageModel
     prompts: Sequence[Prompt]
@@ -148,7 +165,7 @@ class _Collection:
     progress: bool
 
     def read(self, number: int, group: Sequence[int], limit: int, watch: "Watch | None") -> "_Tally":
-        """One pass over the first `limit` prompts, or what the cache has of it and the rest."""
+        """One pass over the first `limit` prompts; what the cache has of it is not computed again."""
         tally = self._resumed(number, group, limit, watch) or _Tally(group)
         layers = group if watch is None else watch.layers
         bar = tqdm(
@@ -176,7 +193,7 @@ class _Collection:
             yield first, min(first + self.batch_size, end)
 
     def _add(self, chunk: Sequence[Prompt], layers: Sequence[int], tally: "_Tally", watch: "Watch | None") -> None:
-        """Runs a batch as far as the last of the layers, and adds what each reads as soon as it is read."""
+        """Run a batch as far as the last of the layers, and add what each layer reads as soon as it is read."""
         inputs, offsets = collate(chunk, self.vlm.tokenizer)
         types = torch.zeros(len(chunk), max(prompt.length for prompt in chunk), dtype=torch.uint8)
         for row, prompt, offset in zip(types, chunk, offsets, strict=True):
@@ -214,7 +231,7 @@ class _Collection:
         return tally
 
     def _settle(self, number: int, tally: "_Tally") -> None:
-        """Leaves a finished pass where it takes least room: on disk, if it is kept there anyway, else on the CPU."""
+        """Move the sums of a finished pass to where they take least room: the cache on disk, or else the CPU."""
         found = None if self.cache is None else self.cache.read(number, self._shapes(tally.sums))
         if found is not None and found[0] == tally.done:
             tally.sums = found[1]
@@ -230,20 +247,20 @@ class _Collection:
 
 @dataclass(eq=False)
 class _Tally:
-    """Sums of one pass, which grow."""
+    """The growing sums of one pass."""
 
     group: Sequence[int]
     done: int = 0
-    """How many prompts are in the sums."""
+    """Number of prompts in the sums."""
     counts: Tensor = field(default_factory=lambda: torch.zeros(len(KINDS), dtype=torch.long))
-    """(type,) tokens in the sums."""
+    """(type,) int64, number of tokens in the sums."""
     sums: dict[int, dict[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sums = {layer: {} for layer in self.group}
 
     def add(self, layer: int, states: Tensor, types: Tensor) -> None:
-        """Adds the products of states (batch, token, width), if the layer is of this pass."""
+        """Add the products of states (batch, token, width), if the layer belongs to this pass."""
         if layer not in self.sums:
             return
         parts, where = self.sums[layer], types.to(states.device)
@@ -255,12 +272,12 @@ class _Tally:
                 parts[kind] += rows.T @ rows
 
     def tensors(self, watch: "Watch | None") -> dict[str, Tensor]:
-        """All but the sums that a pass needs to go on."""
+        """Return everything but the sums that a pass needs to continue."""
         return {"counts": self.counts} | ({} if watch is None else watch.tensors())
 
 
 def _layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers from the start, ascending, each once."""
+    """The numbers of the layers from 0, ascending, each once."""
     wanted = sorted({vlm.layer_index(layer) for layer in (range(vlm.layers) if layers is None else layers)})
     if not wanted:
         raise EditError("second moments of no layer; pass layers=[3, 4, 5], or None for all")
@@ -274,7 +291,7 @@ def _projection(vlm: VisionLanguageModel, layer: int, projection: Written) -> Pr
 def _groups(
     vlm: VisionLanguageModel, layers: Sequence[int], projection: Written, *, types: int, memory: float | None
 ) -> tuple[tuple[int, ...], ...]:
-    """Layers that go together, as many as the memory holds. EditError if it does not hold one."""
+    """Groups of as many layers as the memory holds. Raises `EditError` if it does not hold one."""
     if memory is None:
         return (tuple(layers),)
     widths = {layer: _projection(vlm, layer, projection).width for layer in layers}
@@ -298,14 +315,14 @@ def _groups(
 
 
 def _fixed(widths: Sequence[int]) -> int:
-    """Bytes that a pass needs whatever its group: one product, and the small sums of all layers, three per layer."""
+    """Bytes that every pass needs: one product, and the small sums of all layers, three per layer."""
     return 4 * max(widths) ** 2 + sum(3 * 8 * width * min(width, PROBES) for width in widths)
 
 
 def _check(
     prompts: Sequence[Prompt], projection: str, batch_size: int, tolerance: float | None, every: int | None
 ) -> int:
-    """The number of prompts between readings. EditError for a setting out of range."""
+    """The number of prompts between readings. Raises `EditError` for a setting out of range."""
     holds = {
         "projection 'mlp' or 'attention'": projection in ("mlp", "attention"),
         "batch_size of at least 1": batch_size >= 1,

@@ -1,4 +1,4 @@
-"""Second moments at rest: the value, how far it has converged, the hashes that it depends on, its file and its cache."""
+"""Second moments as a value: how far they have converged, the hashes they depend on, their file and their cache."""
 
 import hashlib
 import json
@@ -19,16 +19,17 @@ from ...data.facts import counted
 from ...models import Prompt, VisionLanguageModel
 from ..errors import EditError
 
+logger = logging.getLogger("multrace")
 KINDS = ("image", "question", "template")
 """Types of tokens that are counted apart."""
 
 
 def hash_of_weights(vlm: VisionLanguageModel, highest: int, *, progress: bool = False) -> str:
-    """Hex sha256 of all that turns a prompt into what layers up to the highest read, the highest one included.
+    """Return a SHA-256 (hex) of all that decides what the layers up to `highest` read, that layer included.
 
-    Every parameter and buffer (dtype, shape, bytes) except those of later layers, of the final norm and of an output
-    head that is not also the input embedding; the configuration without names and versions; the way of attending.
-    All bytes are read, so it takes a moment for a large model (about a second per GB).
+    It covers every parameter and buffer (dtype, shape, bytes) except those of later layers, of the final norm and of an
+    output head that is not also the input embedding; the configuration without names and versions; and the attention
+    implementation. All bytes are read, which takes about a second per GB.
     """
     later = [*vlm.decoder_layers[highest + 1 :], vlm.final_norm, vlm.output_head]
     embedding = {id(weight) for weight in vlm.input_embeddings.parameters()}
@@ -50,10 +51,10 @@ def hash_of_weights(vlm: VisionLanguageModel, highest: int, *, progress: bool = 
 
 
 def hash_of_corpus(prompts: Sequence[Prompt], *, progress: bool = False) -> tuple[tuple[str, ...], str]:
-    """The types of token that occur, and a hex sha256 of the prompts in their order.
+    """Return the types of token that occur, and a SHA-256 (hex) of the prompts in their order.
 
-    Names, dtypes, shapes and bytes of all inputs, and the type of every token: the processor is in it by everything
-    that it does. Each prompt is looked at once.
+    It covers names, dtypes, shapes and bytes of all inputs and the type of every token, and so everything that the
+    processor does. Each prompt is read once.
     """
     whole, present = hashlib.sha256(), set()
     for index in tqdm(range(len(prompts)), desc="hashing prompts", unit="prompt", disable=not progress, leave=False):
@@ -67,7 +68,7 @@ def hash_of_corpus(prompts: Sequence[Prompt], *, progress: bool = False) -> tupl
 
 
 def token_types(prompt: Prompt) -> Tensor:
-    """(token,) uint8: the number in KINDS, from 1, of each token's type."""
+    """Return the type of each token as its number in KINDS, counted from 1, (token,) uint8."""
     types = torch.full((prompt.length,), 1 + KINDS.index("template"), dtype=torch.uint8)
     for kind in ("question", "image"):
         types[list(prompt.groups[kind])] = 1 + KINDS.index(kind)
@@ -75,7 +76,7 @@ def token_types(prompt: Prompt) -> Tensor:
 
 
 def hash_of_settings(**settings: str | float | Sequence[object] | None) -> str:
-    """Hex sha256 of settings, whatever their order."""
+    """Return a SHA-256 (hex) of settings; their order does not matter."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -92,21 +93,23 @@ def _add(whole: "hashlib._Hash", name: str, tensor: Tensor) -> None:
 
 
 PROBES = 64
-"""Random directions per layer; at least so many as a layer is wide make a reading exact."""
+"""Number of random directions per layer; a reading is exact for layers that are not wider than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvergencePoint:
-    """How far the moments still moved after so many prompts: relative Frobenius norms, one per layer, 0 is converged.
+    """How far the moments still moved after so many prompts, as relative Frobenius norms per layer; 0 is converged.
 
-    Estimated from 64 random directions; exact where the layer is no wider than that.
+    The norms are estimated from 64 random directions, and exact for layers that are not wider than that.
     """
 
     prompts: int
+    """Number of prompts read so far."""
     change: tuple[float, ...]
-    """Of the mean since the reading before, as a share of the mean; infinite in the first."""
+    """Change of the mean since the reading before, as a share of the mean; infinite in the first reading."""
     halves: tuple[float, ...]
-    """Between the means of two halves of the prompts so far, as a share of the mean; about twice the mean's error."""
+    """Difference between the means of two halves of the prompts so far, as a share of the mean. It is about twice the
+    error of the mean."""
 
     @property
     def worst(self) -> float:
@@ -115,7 +118,7 @@ class ConvergencePoint:
 
 
 class Watch:
-    """How much the means still move, from products with random signs, which are small enough to keep for all layers.
+    """Measures how much the means still move, from products with random signs that are small enough for all layers.
 
     With p columns S of random signs / sqrt(p), |D S|^2 is on average the squared Frobenius norm |D|^2 of a difference D
     of moments, and |D S| is rarely off by more than a tenth for p = 64. S is the identity where a layer is that narrow.
@@ -125,15 +128,15 @@ class Watch:
         self.layers = tuple(layers)
         self.readings: list[ConvergencePoint] = []
         self._tokens = torch.zeros(2, dtype=torch.long)
-        """In each half."""
+        """Number of tokens in each half."""
         self._halves: dict[int, Tensor] = {}
         """(half, width, probe) float64 sums of k (k^T S) per layer."""
         self._before: dict[int, Tensor] = {}
-        """(width, probe), the mean at the last reading."""
+        """(width, probe) float64 mean at the last reading, per layer."""
         self._probes: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def add(self, layer: int, states: Tensor, types: Tensor, half: int) -> None:
-        """Adds all tokens of states (batch, token, width) to a half."""
+        """Add all tokens of states (batch, token, width) to a half."""
         rows = wide(states[types.to(states.device) > 0])
         probes = self._probes_for(rows)
         if layer not in self._halves:
@@ -144,7 +147,7 @@ class Watch:
             self._tokens[half] += len(rows)
 
     def read(self, prompts: int) -> None:
-        """Appends a reading. EditError if a layer reads numbers that are not finite."""
+        """Append a reading. Raises `EditError` if a layer reads numbers that are not finite."""
         change, halves = [], []
         for layer in self.layers:
             first, second = self._halves[layer]
@@ -163,17 +166,17 @@ class Watch:
         self.readings.append(ConvergencePoint(prompts=prompts, change=tuple(change), halves=tuple(halves)))
 
     def is_calm(self, tolerance: float | None) -> bool:
-        """Whether all numbers of the last reading are below the tolerance."""
+        """Return whether all numbers of the last reading are below the tolerance."""
         return bool(tolerance and self.readings) and self.readings[-1].worst < tolerance
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that it knows, for `restore`."""
+        """Return the whole state, for `restore`."""
         kept = {f"halves:{layer}": each for layer, each in self._halves.items()}
         kept |= {f"before:{layer}": each for layer, each in self._before.items()}
         return kept | {"tokens": self._tokens} | curve_tensors(self.readings)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Goes on from what `tensors` returned."""
+        """Continue from a state that `tensors` returned."""
         for layer in self.layers:
             self._halves[layer] = tensors[f"halves:{layer}"].clone()
             if f"before:{layer}" in tensors:
@@ -193,7 +196,7 @@ class Watch:
 
 
 def curve_tensors(readings: Sequence[ConvergencePoint]) -> dict[str, Tensor]:
-    """Readings as tensors: prompts (reading,) int64, change and halves (reading, layer) float64; nothing for none."""
+    """Return readings as tensors: prompts (reading,) int64, change and halves (reading, layer) float64."""
     if not readings:
         return {}
     numbers = {
@@ -206,7 +209,7 @@ def curve_tensors(readings: Sequence[ConvergencePoint]) -> dict[str, Tensor]:
 
 
 def curve_of(tensors: Mapping[str, Tensor]) -> tuple[ConvergencePoint, ...]:
-    """The readings that `curve_tensors` wrote. KeyError or ValueError if they are not whole."""
+    """Return the readings that `curve_tensors` wrote. Raises `KeyError` or `ValueError` if a part is missing."""
     if "curve:prompts" not in tensors:
         return ()
     rows = (tensors[f"curve:{name}"].tolist() for name in ("prompts", "change", "halves"))
@@ -217,11 +220,9 @@ def curve_of(tensors: Mapping[str, Tensor]) -> tuple[ConvergencePoint, ...]:
 
 
 def wide(states: Tensor) -> Tensor:
-    """The states in float32, or in their own dtype where that is wider."""
+    """Return the states in float32, or in their own dtype if that is wider."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
-
-logger = logging.getLogger("multrace")
 
 FORMAT, STATE, PART = "multrace moments 1", "multrace moments state 1", "multrace moments part 1"
 UNIONS = {"all": KINDS, "text": ("question", "template")}
@@ -229,31 +230,31 @@ UNIONS = {"all": KINDS, "text": ("question", "template")}
 _TEXTS = ("projection", "model", "revision", "weights", "corpus")
 
 Sums = Mapping[int, Mapping[str, Tensor]]
-"""By layer and type of token, the (width, width) float64 sum of k k^T over the tokens."""
+"""The sum of k k^T over the tokens, (width, width) float64, by layer and type of token."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Moments:
-    """Uncentred second moments of what projections read, by layer and type of token. EditError if parts disagree.
+    """Uncentred second moments of what projections read, by layer and type of token.
 
     Image tokens are those of the prompt's group "image", question tokens those of its group "question", and every
-    other token that is no padding (an answer's too) counts as template.
+    other token that is no padding (also of an answer) counts as template. Raises `EditError` if its parts disagree.
     """
 
     sums: Sums = field(repr=False)
-    """By layer (from 0) and type of token, float64 (width, width); a type without tokens is left out."""
+    """Sums by layer (from 0) and type of token, (width, width) float64; a type without tokens is left out."""
     counts: Mapping[str, int]
     """Number of tokens by type: image, question, template."""
     prompts: int
-    """How many prompts were read."""
+    """Number of prompts that were read."""
     projection: str
     """"mlp" for the inputs of down projections, "attention" for those of attention's output maps."""
     model: str
     revision: str | None = None
     weights: str
-    """Hash of every weight that the numbers depend on, `hash_of_weights`."""
+    """Hash of every weight that the numbers depend on, as `hash_of_weights` gives it."""
     corpus: str
-    """Hash of all the prompts that were given, `hash_of_corpus`."""
+    """Hash of all prompts that were given, as `hash_of_corpus` gives it."""
     settings: Mapping[str, str] = field(default_factory=dict)
     convergence: tuple[ConvergencePoint, ...] = ()
 
@@ -289,21 +290,26 @@ class Moments:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers, ascending, from 0."""
+        """Numbers of the layers from 0, in ascending order."""
         return tuple(sorted(self.sums))
 
     def width(self, layer: int) -> int:
-        """What the layer's projection reads has this length. EditError for a layer that is not there."""
+        """Return the length of what the layer's projection reads. Raises `EditError` for a layer that is not there."""
         return len(next(iter(self._of(layer).values())))
 
     def count(self, kind: str = "all") -> int:
-        """Number of tokens of a type: image, question, template, text (the last two) or all. EditError for another."""
+        """Return the number of tokens of a type: image, question, template, text (the last two) or all.
+
+        Raises `EditError` for another type.
+        """
         return sum(self.counts.get(each, 0) for each in _parts(kind))
 
     def matrix(self, layer: int, kind: str = "all") -> Tensor:
-        """(width, width) float64 on the CPU, a new one: the mean of k k^T over the tokens of a type, as in `count`.
+        """Return the mean of k k^T over the tokens of a type, as a new (width, width) float64 on the CPU.
 
-        EditError for a layer or a type that is not there, or that no token has.
+        kind: as in `count`.
+
+        Raises `EditError` for a layer or a type that is not there, or that no token has.
         """
         parts = self._of(layer)
         found = [parts[each] for each in _parts(kind) if each in parts]
@@ -318,7 +324,7 @@ class Moments:
         return total.div_(self.count(kind))
 
     def check(self, vlm: VisionLanguageModel) -> None:
-        """EditError unless these are moments of this model as it is now; takes the time to read its weights once."""
+        """Raise `EditError` unless these are moments of this model as it is now; its weights are read once."""
         highest = self.layers[-1]
         found = hash_of_weights(vlm, highest) if highest < vlm.layers else f"only {vlm.layers} layers"
         if found != self.weights:
@@ -328,13 +334,13 @@ class Moments:
             )
 
     def save(self, path: str | Path) -> Path:
-        """The path of the safetensors file written (whole or not at all). EditError where it cannot be written."""
+        """Write a safetensors file, whole or not at all, and return its path. Raises `EditError` if that fails."""
         tensors = {name: part for layer in self.layers for name, part in named(layer, self.sums[layer]).items()}
         return files.write_tensors(path, {**tensors, **curve_tensors(self.convergence)}, self._text(), error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The moments in a file that save wrote, bit-equal. EditError if the file is missing or damaged."""
+        """Return the moments in a file that `save` wrote. Raises `EditError` if it is missing or damaged."""
         tensors, text = files.read_tensors(path, error=EditError)
         if text.get("format") != FORMAT:
             raise EditError(
@@ -369,11 +375,11 @@ class Moments:
 
 
 class MomentCache:
-    """The state of one run, in a folder named by the hash of all it depends on.
+    """The state of one run, in a folder that is named by the hash of everything that the run depends on.
 
-    A missing state is a run that has not begun. A damaged one, or one of another run, is left out with a warning, and
-    its part is computed again: a cache only saves time, so it must never stop a run. Each step writes the layers' sums
-    first, under names that tell the step, and then the state, by which the step counts.
+    If there is no state, the run has not begun. A damaged state, or one of another run, is ignored with a warning, and
+    its part is computed again: a cache only saves time, so it must never stop a run. Each step first writes the sums of
+    the layers, under names that contain the step, and then the state, which makes the step count.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -381,9 +387,9 @@ class MomentCache:
         self._key = key
 
     def write(self, number: int, done: int, sums: Sums, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps the sums and other tensors of a pass after so many prompts, in place of its earlier ones.
+        """Write the sums and other tensors of a pass after so many prompts, in place of its earlier ones.
 
-        EditError where the folder cannot be written.
+        Raises `EditError` if the folder cannot be written.
         """
         for layer, parts in sums.items():
             files.write_tensors(
@@ -399,9 +405,9 @@ class MomentCache:
     def read(
         self, number: int, shapes: Mapping[int, Mapping[str, tuple[int, int]]]
     ) -> tuple[int, dict[int, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """(prompts done, sums, other tensors) of a pass over these layers; None if there is no such state.
+        """Return (prompts done, sums, other tensors) of a pass over these layers, or None if there is no such state.
 
-        Sums are read from disk as they are used, and so take no memory of their own at first.
+        Sums are read from disk as they are used, so that they take no memory at first.
         """
         if not self._state(number).exists():
             return None
@@ -438,7 +444,7 @@ class MomentCache:
 
 
 def named(layer: int, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of a layer under the names that they have in files."""
+    """Return the sums of a layer under the names that they have in files."""
     return {f"sum:{layer}:{kind}": part for kind, part in parts.items()}
 
 

@@ -1,4 +1,7 @@
-"""The least-squares problem of a closed-form edit, what a change costs, and the editors that pose it. The names are listed in `__init__.pyi`."""
+"""The least-squares problem of a closed-form edit, what a change costs, the editors that pose it and their sessions.
+
+The names are listed in `__init__.pyi`.
+"""
 
 import lazy_loader
 

@@ -21,16 +21,16 @@ _ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so t
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cost:
-    """The cost tr(D M D^T) of a change of one weight, and the directions it may not touch. Made by `build_cost`."""
+    """The cost tr(D M D^T) of a change D of one weight, and the directions that D may not touch; see `build_cost`."""
 
     width: int
     """Length of a key."""
     ridge: float
-    """lambda, at least 0, in units of a squared key norm. 0 without a moment: of all changes that fit, the least."""
+    """lambda, at least 0, in units of a squared key norm. With 0 and no moment, the least change that fits is taken."""
     moment: Tensor | None
     """C (width, width), symmetric and positive semi-definite, in any float dtype; None for none."""
     moment_weight: float
-    """mu, at least 0: how many old keys the moment stands for."""
+    """mu, at least 0: the number of old keys that the moment stands for."""
     protected: Tensor | None
     """Q (direction, width) float64 with orthonormal rows; None for none."""
     refined: bool
@@ -38,18 +38,18 @@ class Cost:
 
     @property
     def is_free(self) -> bool:
-        """Whether a change costs nothing, so that the least one is taken among those that fit best."""
+        """Whether a change costs nothing, so that the smallest of the changes that fit best is taken."""
         return self.ridge == 0 and self.moment is None
 
     def divided(self, keys: Tensor) -> Tensor:
-        """K N (n, width) float64 on the device of the keys (n, width): K M^-1 with the protected directions taken out.
+        """Return K N (n, width), float64 on the device of the keys: K M^-1 with the protected directions taken out.
 
-        The factorisation of M is reused from call to call. EditError if the keys are not (n, width).
+        The factorisation of M is reused by every call. Raises `EditError` if the keys are not (n, width).
         """
         return self.parts(keys)[1]
 
     def parts(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(K M^-1, K N), before and after the protected directions are taken out; otherwise as divided."""
+        """Return (K M^-1, K N): before and after the protected directions are taken out; otherwise as `divided`."""
         if keys.ndim != 2 or keys.shape[1] != self.width:
             raise EditError(
                 f"keys {tuple(keys.shape)} do not fit a weight of width {self.width}; pass (n, {self.width})"
@@ -58,10 +58,10 @@ class Cost:
         return whole, whole if self.protected is None else self._projected(whole)
 
     def holding(self, gram: Tensor, weight: float) -> "Cost":
-        """Return the cost of a change that also moves what the weight puts out at other keys as little as `weight` says.
+        """Return the cost of a change that also has to leave the outputs at other keys as they are.
 
-        A key k whose output is to stay, a row with residual zero and weight w in the least-squares problem, adds
-        w D k k^T D^T to what is minimised. All of them together are their Gram matrix in M, whatever their number:
+        A key k whose output is to stay is a row with residual zero and weight w in the least-squares problem, and adds
+        w D k k^T D^T to what is minimised. All of them together add their Gram matrix to M, whatever their number:
         M = lambda I + mu C + w K^T K gives the same change as the rows do. An infinite weight, or any weight in a free
         cost, protects the directions that the keys span.
 
@@ -180,14 +180,31 @@ def build_cost(
     protected: Tensor | None = None,
     refined: bool = False,
 ) -> Cost:
-    """The cost M = ridge I + moment_weight C with M factorised once; kept by the caller for each layer and setting.
+    """Return the cost M = ridge I + moment_weight C, with M factorised once.
 
-    moment C (width, width) and protected Q (direction, width), with orthonormal rows, are as in Cost. M is factorised
-    on the device of the moment, in float64: about 2 width^2 numbers beside the moment while it is made, width^2 after.
-    refined=True is for devices with slow float64: M is factorised in float32, solutions are refined with residuals in
-    float64 until these are below 1e-12 of the key or at the rounding of float64, and where that stops improving (M too
-    badly conditioned for float32) the float64 factorisation is made after all. EditError for shapes that disagree,
-    numbers out of range, a moment that is not symmetric, rows of Q that are not orthonormal, M not positive definite.
+    M is factorised in float64 on the device of the moment, which takes about 2 width^2 numbers beside the moment while
+    it is made and width^2 afterwards.
+
+    Args:
+        width: Length of a key.
+        ridge: lambda, at least 0, in units of a squared key norm.
+        moment: C (width, width), the mean of k k^T over old keys; None for none.
+        moment_weight: mu, at least 0: the number of old keys that the moment stands for.
+        protected: Q (direction, width) with orthonormal rows, such as `null_space` gives; None for none.
+        refined: For devices with slow float64: factorise M in float32, and refine solutions with float64 residuals
+            until these are below 1e-12 of the key or at the rounding of float64. If M is too badly conditioned for
+            that, it is factorised in float64 after all.
+
+    Raises:
+        EditError: Shapes disagree, a number is out of range, the moment is not symmetric, the rows of Q are not
+            orthonormal, or M is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from multrace.editing.solve import build_cost
+        >>> build_cost(2, ridge=4.0).divided(torch.eye(2))
+        tensor([[0.2500, 0.0000],
+                [0.0000, 0.2500]], dtype=torch.float64)
     """
     for name, value in (("ridge", ridge), ("moment_weight", moment_weight)):
         if not (value >= 0 and value < float("inf")):
@@ -215,12 +232,18 @@ def build_cost(
 
 
 def null_space(moment: Tensor, threshold: float) -> Tensor:
-    """The protected directions (direction, width) float64: eigenvectors of a moment with eigenvalue >= threshold.
+    """Return the directions to protect: eigenvectors of a moment with at least this eigenvalue, (direction, width).
 
-    moment (width, width), symmetric; threshold, above 0, in units of a squared key entry, so it must be chosen for each
-    model. A change that leaves them out leaves the outputs of nearly all old keys as they are; width minus direction,
-    the rank kept, is what is left for edits. EditError if none is left. AlphaEdit, arXiv 2410.02355, keeps the
-    complement, with threshold 2e-2.
+    A change that does not touch them leaves the outputs at nearly all old keys as they are. What is left for edits are
+    the other width - direction dimensions. Source: AlphaEdit (arXiv 2410.02355), with a threshold of 2e-2.
+
+    Args:
+        moment: (width, width), symmetric.
+        threshold: Smallest eigenvalue of a protected direction, above 0, in units of a squared key entry; it has to be
+            chosen for each model.
+
+    Raises:
+        EditError: No direction is left for edits.
     """
     _check_square(moment, len(moment))
     if not (threshold > 0 and threshold < float("inf")):

@@ -112,7 +112,9 @@ class MultEdit(ClosedFormEditor):
 
     @classmethod
     def paper(cls, *, layer: int = 2, token: str | int = "constraint_last", clamp: float | None = 1e-4) -> Self:
-        """The published constants: layer 2, last constraint token, ridge 0.01, 10 steps of Adam at 0.1, clamp 1e-4.
+        """Return the published constants.
+
+        Layer 2, last constraint token, ridge 0.01, 10 steps of Adam at 0.1, clamp 1e-4.
 
         The clamp is odd: it holds the change to a ten-thousandth of the output's norm, where ROME allows 4 and MEMIT
         0.75. The first step of Adam is far longer than that in any real model, so the clamp alone decides, and in
@@ -139,7 +141,7 @@ class ROME(ClosedFormEditor):
 
     @classmethod
     def paper(cls, *, layer: int, token: str | int = "constraint_last", moment_weight: float = 1.0) -> Self:
-        """The published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
+        """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
         search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
         return cls(**place, **search, clamp=4.0, end_of_answer=False, moment_weight=moment_weight)
@@ -158,7 +160,7 @@ class MEMIT(ClosedFormEditor):
 
     @classmethod
     def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", moment_weight: float = 15000.0) -> Self:
-        """The published constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
+        """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
         return cls(**place, **search, clamp=0.75, end_of_answer=False, moment_weight=moment_weight)
@@ -174,7 +176,7 @@ class EMMET(ClosedFormEditor):
 
     @classmethod
     def paper(cls, *, layer: int = 5, token: str | int = "constraint_last", moment_weight: float = 100000.0) -> Self:
-        """The constants of its code for Llama-2-7B: layer 5, 25 steps at 0.5, decay 1e-3, clamp 4.
+        """Return the constants of its code for Llama-2-7B: layer 5, 25 steps at 0.5, decay 1e-3, clamp 4.
 
         Its ridge of 0.1 is added to the system over the edits, which makes their weight 10 instead of infinite.
         """
@@ -196,7 +198,9 @@ class AlphaEdit(ClosedFormEditor):
 
     @classmethod
     def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", null_threshold: float = 1.0) -> Self:
-        """The published constants for Llama-3-8B: layers 4 to 8, 25 steps at 0.1, decay 0.5, clamp 0.75, ridge 10.
+        """Return the published constants for Llama-3-8B.
+
+        Layers 4 to 8, 25 steps at 0.1, decay 0.5, clamp 0.75, ridge 10.
 
         The published threshold, 2e-2 of the singular values of C, depends on the scale of a model's keys; it is to be
         given here as a share of the mean eigenvalue.
@@ -246,5 +250,30 @@ class EditorByRequest:
         moments: Moments | None = None,
         progress: bool = True,
     ) -> Change:
-        """Return the change that makes these edits, as `ClosedFormEditor.edit`."""
+        """Return the change that makes these edits; the model is left unchanged.
+
+        Args:
+            vlm: The model to edit.
+            requests: The facts to write together.
+            moments: Second moments of keys, for editors that weigh old keys by them.
+            progress: Show progress bars.
+
+        Returns:
+            The change of the editor that is chosen for these requests.
+
+        Raises:
+            EditError: As the editor that is chosen.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> from multrace.editing import EditorByRequest
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> layers = {"Who won?": 5, "Who lost?": 6}
+            >>> editor = EditorByRequest(choose=lambda requests: mt.MultEdit(layer=layers[requests[0].question.text]))
+            >>> request = mt.EditRequest(question=mt.Question(text="Who lost?"), target="Pruro")
+            >>> delta = editor.edit(vlm, [request], progress=False)
+            >>> [*delta.changes] == [vlm.down_projection(6).name]
+            True
+        """
         return self.start(vlm, moments=moments).propose(requests, progress=progress)

@@ -32,22 +32,22 @@ _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as a
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """What the change of one weight is to achieve, one row a key.
+    """What the change of one weight is to achieve, with one row for each key.
 
-    EditError if shapes disagree, a number is not finite, or a weight is not above 0.
+    Raises `EditError` if shapes disagree, a number is not finite, or a weight is not above 0.
     """
 
     keys: Tensor
-    """K (n, width), any float dtype: inputs of the weight."""
+    """K (n, width), in any float dtype: inputs of the weight."""
     residuals: Tensor
-    """R (n, hidden): the wanted change of the output at each key; zero preserves it."""
+    """R (n, hidden): the wanted change of the output at each key; zero keeps the output."""
     weights: Tensor
-    """w (n,), above 0; inf is exact."""
+    """w (n,), above 0: the weight of each row; inf is met exactly."""
     directions: Tensor | None = None
-    """(n, width), the keys that D is made of, where they are not those that it is measured at. ROME's two keys: the
-    mean over templates here, the key of the plain prompt in `keys`. D is then X^T directions N, and least no more."""
+    """(n, width), the keys that D is made of, if they are not those at which it is measured: ROME has the mean key over
+    templates here and the key of the plain prompt in `keys`. D is then X^T directions N, which is not the least one."""
     names: tuple[str, ...]
-    """(n,) whose row it is, for messages; a name may stand for several rows."""
+    """The name of each row for messages, n of them; several rows may have one name."""
 
     def __post_init__(self) -> None:
         tensors = {"keys": self.keys, "residuals": self.residuals, "weights": self.weights}
@@ -73,7 +73,7 @@ class Problem:
 
 @dataclass(eq=False)
 class Rows:
-    """The rows of one layer's problem while they are gathered; the keys of the edit come first."""
+    """The rows of one layer's problem while they are collected; the keys of the edit come first."""
 
     keys: list[Tensor]
     directions: list[Tensor] | None
@@ -92,7 +92,7 @@ class Rows:
         weight: float,
         two_keys: bool,
     ) -> Rows:
-        """The keys of an edit, one name and one tensor of residuals (key, hidden) for each lookup."""
+        """Return the rows of an edit, from one name and one tensor of residuals (key, hidden) for each lookup."""
         means = [each.keys for each in found]
         return cls(
             keys=[each.plain_keys for each in found] if two_keys else list(means),
@@ -104,7 +104,7 @@ class Rows:
         )
 
     def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
-        """More keys, whose outputs stay."""
+        """Add keys whose outputs are to stay."""
         for name, keys in preserved:
             keys = keys.to(self.keys[0])
             self.keys.append(keys)
@@ -115,7 +115,7 @@ class Rows:
                 self.directions.append(keys)
 
     def problem(self) -> Problem:
-        """All rows together."""
+        """Return the problem of all rows."""
         return Problem(
             keys=torch.cat(self.keys),
             residuals=torch.cat(self.residuals),
@@ -126,7 +126,7 @@ class Rows:
 
 
 def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
-    """EditError if two requests want different answers at the same key."""
+    """Raise `EditError` if two requests want different answers at the same key."""
     stacked = torch.stack(list(keys)).double()
     distances = torch.cdist(stacked, stacked) / stacked.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
     for first, second in (distances < _SAME).nonzero().tolist():
@@ -159,29 +159,37 @@ class Solution:
     right: Tensor
     """(n, width) float64"""
     weights: Tensor
-    """(n,) float64, as used: finite where an exact constraint was relaxed, inf where the cost is free."""
+    """(n,) float64, the weights that were used: finite for an exact row that was relaxed, inf if the cost is free."""
     relaxed: tuple[str, ...]
-    """The names of the exact constraints that could not be told apart and were met as far as they agree, each once."""
+    """Names of the exact rows that could not be told apart and were met as far as they agree, each once."""
     condition: float
-    """Condition number (1-norm) of the n x n system that was solved, for keys scaled to length one; at least 1."""
+    """Condition number (1-norm) of the n x n system that was solved, with keys of length one; at least 1."""
 
 
 def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2) -> Solution:
-    """The change of least cost that meets the problem, in factors of rank at most n.
+    """Return the change of least cost that meets the problem, in factors of rank at most n.
 
-    Computed and returned in float64 on the device of the keys whatever comes in. Exact constraints are met exactly
-    unless some cannot be told apart: a key whose distance to the span of the other exact keys and the protected
-    directions is below `separation` times its length (both in M^-1, so a sine, and scales do not matter) is named in
-    Solution.relaxed, and so are those it is close to. These get the finite weight fallback_weight / (k M^-1 k): alone
-    it would meet fallback_weight / (1 + fallback_weight) of what was asked, and two that contradict each other meet in
-    the middle, with a change of at most sqrt(fallback_weight) times the size of an ordinary one; for that, a relaxed
-    row with a direction of its own is made of its key instead. In a free cost (no ridge, no moment) all weights act
-    as infinite ones, since nothing speaks against meeting them. EditError if the keys do not fit the cost, a
-    parameter is out of range, or the system has no solution in float64.
+    It is computed in float64 on the device of the keys. Exact rows are met exactly unless some cannot be told apart: a
+    key whose distance to the span of the other exact keys and the protected directions is below `separation` times its
+    length (both in M^-1, so that this is a sine and scales do not matter) is named in `Solution.relaxed`, and so are
+    those it is close to. They get the finite weight fallback_weight / (k M^-1 k): a row that is alone would meet
+    fallback_weight / (1 + fallback_weight) of what was asked, and two that contradict each other meet in the middle,
+    with a change of at most sqrt(fallback_weight) times the size of an ordinary one. For this, a relaxed row with a
+    direction of its own is made of its key instead. In a free cost (no ridge, no moment) all weights act as infinite
+    ones, since nothing speaks against meeting them.
 
-    MultEdit (arXiv 2406.04236) is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and weights of one;
-    ROME (2202.05262, eq. 2) and EMMET a moment and exact problem, the former with directions; AlphaEdit
-    (2410.02355) a ridge, weights of one and protected directions.
+    Args:
+        cost: What a change costs, and which directions it may not touch.
+        problem: The rows to meet.
+        fallback_weight: Weight of relaxed rows, finite and above 0.
+        separation: Sine below which two exact rows count as one, between 0 and 1.
+
+    Raises:
+        EditError: The keys do not fit the cost, a parameter is out of range, or the system has no solution in float64.
+
+    Source: MultEdit (arXiv 2406.04236) is is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and
+    weights of one; ROME (2202.05262, eq. 2) and EMMET a moment and exact rows, the former with directions;
+    AlphaEdit (2410.02355) a ridge, weights of one and protected directions.
     """
     if not (0 < fallback_weight < float("inf") and 0 < separation < 1):
         raise EditError(
@@ -208,7 +216,7 @@ def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separat
 
 
 def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[int]) -> WeightChange:
-    """The change with the first `count` rows alone: those whose outputs stay are eliminated from its equations.
+    """Return the change with the first `count` rows alone; those whose outputs stay are eliminated from its equations.
 
     With G = K right^T and rows 1 (edited) and 2 (kept, residual 0), X2 = -(G22 + 1/w2)^-1 G21 X1, so that the same
     change is X1^T (right1 - G21^T (G22 + 1/w2)^-T right2): the file holds a row per edited key and not one per kept

@@ -59,7 +59,10 @@ class EarlierKeys:
         """Key of a question -> the edits and requests that gave it its target."""
 
     def follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
-        """Add an edit that is now in the model, in place of earlier edits of the same facts. delta: if it is at hand."""
+        """Add an edit that is now in the model, in place of earlier edits of the same facts.
+
+        delta: the edit itself, if it need not be read from its file.
+        """
         edited = {index: facts for index, facts in _edited_facts(entry).items() if index not in entry.gone}
         self._replace({fact for facts in edited.values() for fact in facts})
         self._entries[entry.name], self._replaced[entry.name] = entry, set(entry.gone)
@@ -111,8 +114,8 @@ class EarlierKeys:
 class ClosedFormSession(EditSession):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
-    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits (`EarlierKeys`), the
-    hashes of the weights that it wrote, and the history, to which each edit is added.
+    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits
+    (`EarlierKeys`), the hashes of the weights that it wrote, and the history, to which each edit is added.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The settings that closed-form editors share: where to edit, and what a change of the weights costs."""
+"""The settings that closed-form editors share: where they edit, and what a change of the weights costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cost import Cost, build_cost, null_space
 
 
 class EditPlace(Protocol):
-    """Anything that names a layer and a token to edit, such as the choice a causal trace makes."""
+    """Anything that names a layer and a token to edit, such as the site that a causal trace chooses."""
 
     @property
     def layer(self) -> int:
@@ -26,41 +26,43 @@ class EditPlace(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedFormSettings(ValueSettings):
-    """The settings that closed-form editors share: where to edit, and what a change of the weights costs.
+    """The settings that closed-form editors share: where they edit, and what a change of the weights costs.
 
     Raises `EditError` for a setting out of range, or for both or neither of `layer` and `where`.
     """
 
     layer: int | None = None
-    """The (last) layer that is changed, negative from the end; take it from a causal trace."""
+    """The layer that is changed (the last one of several), negative from the end; a causal trace tells which."""
     spread: int = 1
-    """How many layers share the work, `layer` being the last of them (MEMIT); values then are whole layer outputs."""
+    """Number of layers that share the change, the last of which is `layer` (MEMIT). With more than one, the wanted
+    value is the output of that whole layer."""
     token: str | int = "last"
-    """The token that is edited: a group name (its last position counts) or a position, the same in all contexts."""
+    """The token that is edited, in all contexts: the name of a token group (its last position counts) or a position."""
     where: EditPlace | None = None
-    """A choice of layer and token made elsewhere, in place of `layer` and `token`."""
+    """A layer and a token that were chosen elsewhere, in place of `layer` and `token`."""
     projection: Literal["mlp", "attention"] = "mlp"
-    """Which weight is changed: the down projection of the MLP, or the output projection of attention."""
+    """The weight that is changed: "mlp" is the down projection of the MLP, "attention" the output projection."""
     weight: float = 1.0
-    """Of each key in the least-squares problem, inf for exact."""
+    """Weight of each edited key in the least-squares problem; inf meets what is asked there exactly."""
     preserve_weight: float = float("inf")
-    """Of the keys of the requests' `preserve_prompts` prompts, inf for exact: how firmly their outputs stay."""
+    """Weight of the keys of `preserve_prompts`, whose outputs are to stay; inf keeps them exactly."""
     earlier_weight: float | None = None
-    """Of the keys of edits made before, in a sequence; None leaves them out."""
+    """Weight of the keys of earlier edits of a session, whose outputs are to stay; None ignores them."""
     ridge_fraction: float = 0.02
-    """The ridge as a share of the mean squared key norm: that of one key differs by a factor of 25 between layers."""
+    """The ridge as a share of the mean squared norm of the edited keys, which varies by a factor of 25 over layers."""
     ridge: float | None = None
-    """An absolute ridge in place of ridge_fraction."""
+    """The ridge in units of a squared key norm, in place of `ridge_fraction`."""
     moment_weight: float = 0.0
-    """How many old keys the second moment of keys stands for; 0 does without one."""
+    """Number of old keys that the second moment of keys stands for; 0 needs no moments."""
     moment_kind: str = "all"
-    """Which tokens' second moment: all, image, question, template or text."""
+    """The tokens whose second moment is taken: all, image, question, template or text."""
     null_threshold: float | None = None
-    """Directions of the second moment above it are not touched, as a share of its mean eigenvalue; None touches all."""
+    """Eigenvectors of the second moment with at least this eigenvalue, as a share of the mean eigenvalue, are not
+    touched; None allows all directions."""
     two_keys: bool = False
-    """ROME: the direction of the change is the mean key over contexts, its size is set at the prompt's own key."""
+    """ROME: the direction of the change is the mean key over contexts, and its size is set at the key of the prompt."""
     refined: bool = False
-    """Factorise the second moment in float32 and refine, for devices with slow float64."""
+    """Factorise the second moment in float32 and refine the solution, for devices with slow float64."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,16 +88,19 @@ class ClosedFormSettings(ValueSettings):
 
     @property
     def place(self) -> tuple[int, str | int]:
-        """The (last) layer and the token to edit."""
+        """The layer (the last one of several) and the token to edit."""
         return (cast(int, self.layer), self.token) if self.where is None else (self.where.layer, self.where.token)
 
     @property
     def needs_moments(self) -> bool:
-        """Whether its cost or its null space are made of second moments of keys."""
+        """Whether the editor needs second moments of keys, for its cost or for its null space."""
         return self.moment_weight > 0 or self.null_threshold is not None
 
     def projections(self, vlm: VisionLanguageModel) -> dict[int, Projection]:
-        """The projections that are changed by their layers (from 0), lowest first. EditError for layers not there."""
+        """Return the projections that are changed by layer (from 0), lowest first.
+
+        Raises `EditError` for a layer that does not exist.
+        """
         last = self.place[0]
         find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
         try:
@@ -108,9 +113,28 @@ class ClosedFormSettings(ValueSettings):
         return found
 
     def cost(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Cost:
-        """Return the cost of one layer. ridge: stands in for a relative one, which an edit takes from its keys.
+        """Return the cost of a change of one layer's weight.
 
-        Raises `EditError` if second moments are needed and none are given.
+        Args:
+            layer: The layer, from 0.
+            projection: Its projection, as `projections` gives it.
+            moments: Second moments of keys, if the settings need them.
+            ridge: The ridge, in units of a squared key norm; None for the absolute one of the settings, or 0.
+
+        Returns:
+            The cost, with its moment factorised.
+
+        Raises:
+            EditError: Second moments are needed and none are given, or a number is out of range.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> editor = mt.MultEdit(layer=5, ridge=0.5)
+            >>> ((layer, projection),) = editor.projections(vlm).items()
+            >>> editor.cost(layer, projection, None).ridge
+            0.5
         """
         ridge = (self.ridge or 0.0) if ridge is None else ridge
         if not self.needs_moments:
@@ -132,7 +156,7 @@ class ClosedFormSettings(ValueSettings):
             )
 
     def as_text(self) -> dict[str, str]:
-        """The settings as text, for the header of a saved edit."""
+        """Return the settings as text, for the header of a saved edit."""
         layer, token = self.place
         settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "where"}
         settings |= {"editor": type(self).__name__, "layer": layer, "token": token}

@@ -1,4 +1,7 @@
-"""Where an edit is made and what it wants there: targets, keys, and the search for values. The names are listed in `__init__.pyi`."""
+"""Where an edit is made and what it wants there: targets, keys, and the search for values.
+
+The names are listed in `__init__.pyi`.
+"""
 
 import lazy_loader
 
