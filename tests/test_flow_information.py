@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from multrace import Box, Engine, ModelError, TraceError
-from multrace.data import World
+from multrace.data import World, world_questions
 from multrace.models.replay import Cut
-from multrace.scripts import world_questions
 from multrace.tracing import average
 from multrace.tracing.engine import EdgeCell, Runs, plain_scores
 from multrace.tracing.knockout import PAPER_FLOWS, AttentionKnockout, Flow, Groups, attention_knockout, parse_flow
@@ -239,8 +238,8 @@ def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
     flows = ["image -> question", "constraint -> last", "image -> last", "question -> last", "object -> question"]
     found = [
         attention_knockout(
-            tiny_vlm, question.prompt(tiny_vlm), flows=flows, windows=(1, 4), boxes=question.boxes,
-            gold=question.gold, engine=Engine(checks=0), **QUIET,
+            tiny_vlm, tiny_vlm.prompt_for(question), flows=flows, windows=(1, 4),
+            boxes=[Box(*box) for box in question.boxes], gold=question.answer, engine=Engine(checks=0), **QUIET,
         )
         for question in world_questions(24, seed=3)
     ]  # fmt: skip

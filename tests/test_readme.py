@@ -8,7 +8,7 @@ from pathlib import Path
 import multrace
 import pytest
 from multrace.scripts import write_examples
-from multrace.scripts.main import app
+from multrace.scripts.main import app, parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -44,6 +44,29 @@ def test_the_example_runs_and_the_edit_takes(clone: Path, capsys: pytest.Capture
     exec(compile(code, "README.md", "exec"), {})
     assert "after: Pruro Raner\nundone: Draivo Stanez\n" in capsys.readouterr().out
     assert {file.name for file in clone.iterdir()} == {"docs", "trace.png", "edit.safetensors"}
+
+
+def test_the_tutorial_runs_and_says_what_it_prints(clone: Path, capsys: pytest.CaptureFixture[str]):
+    page = (ROOT / "docs" / "tutorials" / "first_edit.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile("\n".join(blocks), "first_edit.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("Draivo Stanez\n")
+    assert "the same picture: Pruro Raner\nanother picture:  Pruro Raner\n" in printed
+    assert printed.endswith("afterwards:       Draivo Stanez\n")
+
+
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_guide_has_options_that_exist(page: Path):
+    blocks = re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "multrace " in line]
+    assert lines
+    for line in lines:
+        arguments = shlex.split(line[line.index("multrace ") :])[1:]
+        assert parse(arguments), line
 
 
 def test_every_command_runs_as_printed_one_after_the_other(clone: Path, capsys: pytest.CaptureFixture[str]):
