@@ -209,7 +209,7 @@ class FlowOptions(RunOptions, EngineOptions):
     def settings(self) -> workflow.FlowRun:
         """Return the settings of the readings. Raises `TraceError` for those that no model could follow."""
         is_one = self.question is not None
-        own = {"analyses": self.analyses, "keep_wrong": self.all, "by_head": is_one}
+        own: dict[str, Any] = {"analyses": self.analyses, "keep_wrong": self.all, "by_head": is_one}
         own["heads"] = "each" if self.heads == ("each",) else self.heads
         own["positions"] = self.positions or (("last", "question") if is_one else ("last",))
         names = {row.name for row in fields(workflow.FlowRun)} - own.keys()

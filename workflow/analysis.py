@@ -98,7 +98,7 @@ class RunningAverage(Summary):
         self, name: str, kind: type[Result], *, stem: str | None = None, at_least: int = 1, **options: Any
     ) -> None:
         self.name, self.stem = name, stem or name
-        self.averager = averager_of(kind, **options)
+        self.averager: Any = averager_of(kind, **options)
         self.value: Any = None
         """The average, once `files` was called."""
         self.problem = ""

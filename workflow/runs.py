@@ -501,8 +501,12 @@ def _process_group() -> Iterator[tuple[int, int, Callable[[], None]]]:
     is_ours = not distributed.is_initialized()
     if is_ours:
         distributed.init_process_group("gloo", timeout=_PATIENCE)
+
+    def wait() -> None:
+        distributed.barrier()
+
     try:
-        yield distributed.get_rank(), distributed.get_world_size(), distributed.barrier
+        yield int(distributed.get_rank()), int(distributed.get_world_size()), wait
     finally:
         if is_ours:
             distributed.destroy_process_group()
