@@ -412,6 +412,13 @@ def test_a_model_that_was_edited_since_is_noticed(folder: Path, llava_llama_path
     assert trace_file(path, model, out="new") == 0
 
 
+def test_a_copy_of_the_model_goes_on_with_the_run(folder: Path, llava_llama_path: Path):
+    assert trace_file(write_records(folder, GOOD[:1]), llava_llama_path) == 0
+    copy = shutil.copytree(llava_llama_path, folder / "copy")
+    assert trace_file(write_records(folder, GOOD), copy) == 0
+    assert AverageTrace.load(folder / "out" / "summary" / "average.safetensors").count == 2
+
+
 def test_what_is_done_stays_when_a_run_is_interrupted(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -313,6 +313,25 @@ def test_a_full_disk_stops_the_run_and_leaves_what_is_done(go: Callable, tmp_pat
     assert content(tmp_path / "out") == content(tmp_path / "at once")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), OSError(5, "Input/output error")])
+def test_what_no_record_is_to_blame_for_stops_the_run(
+    go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    compute = Scores.compute
+
+    def fail(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        if task.record.id == WORDS[1]:
+            raise error
+        return compute(self, vlm, task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scores, "compute", fail)
+        with pytest.raises(RunError, match=f"stopped at {WORDS[1]}: .*; what is done is kept"):
+            go(*WORDS)
+    assert len(list((tmp_path / "out/records").iterdir())) == 1
+    assert go(*WORDS).done == len(WORDS)
+
+
 def test_a_vanished_folder_stops_the_run(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compute = Scores.compute
 

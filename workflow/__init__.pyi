@@ -2,6 +2,7 @@ from .analysis import (
     Analysis as Analysis,
     Outcome as Outcome,
     RunningAverage as RunningAverage,
+    RunReport as RunReport,
     Summary as Summary,
     Task as Task,
     question_of_record as question_of_record,
@@ -22,6 +23,6 @@ from .run_folder import (
     check_result_folder as check_result_folder,
     result_folder as result_folder,
 )
-from .runs import ModelToLoad as ModelToLoad, RunReport as RunReport, read_rows as read_rows, run as run
+from .runs import ModelToLoad as ModelToLoad, read_rows as read_rows, run as run
 from .sites import Located as Located, locate as locate
 from .trace_run import TraceRun as TraceRun, trace_summary as trace_summary

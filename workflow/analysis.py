@@ -39,6 +39,8 @@ from .run_folder import StoredRecord
 Record = Question | EditRecord
 Rows = Iterable[tuple[int, Record | DataError]]
 """Records with the number of their row or line in the file, and the errors of those that cannot be read."""
+_NAMED = 5
+"""Maximum number of records that are listed for the same problem."""
 INPUT_ERRORS = (ModelError, TraceError, EditError, ArtefactError, DataError)
 """Errors that say something about one record, so that the others can go on."""
 
@@ -104,13 +106,19 @@ class RunningAverage(Summary):
         self.problem = ""
         """Why there is no average."""
         self._kind, self._at_least = kind, at_least
+        self._model: str | None = None
 
     def add(self, record: StoredRecord) -> None:
         """Add the result of a record that has one; a result that does not fit the others ends the average."""
         if self.problem or not record.has(self.name):
             return
+        result: Any = record.load(self.name, self._kind)
+        model = getattr(result, "model", None)
+        self._model = self._model or model
+        if model != self._model:  # a run has one model by its weights, which may have been moved meanwhile
+            result = replace(result, model=self._model)
         try:
-            self.averager.add(record.load(self.name, self._kind))
+            self.averager.add(result)
         except (TraceError, ArtefactError) as error:
             self.problem = gist(error)
 
@@ -193,3 +201,56 @@ def plain(value: Any) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run has done."""
+
+    folder: Path
+    done: int
+    """Number of records with an outcome, including those of earlier calls and other processes."""
+    failed: Sequence[tuple[str, str]]
+    """Id of each record that failed, with its error."""
+    unreadable: Sequence[tuple[int, str]]
+    """Row of each record that could not be read, with the error."""
+    skipped: Sequence[tuple[str, str, str]]
+    """Id, part of the analysis and reason for each part that a record lacks."""
+    missing: int
+    """Number of records that other shards have still to do; there is no summary before they are done."""
+    lines: Sequence[str]
+    """The averages in words."""
+    files: Sequence[str]
+    """Names of the files of the summary."""
+
+    def summary(self) -> list[str]:
+        """Return the averages, the counts and what went wrong, grouped by reason, as lines of text."""
+        counts = [f"{self.done} records done"]
+        counts += [f"{len(self.failed)} failed"] if self.failed else []
+        counts += [f"{len(self.unreadable)} rows unreadable"] if self.unreadable else []
+        counts += [f"{self.missing} left to other shards"] if self.missing else []
+        lines = [*self.lines, *([""] if self.lines else []), ", ".join(counts)]
+        lines += _grouped((f"{reason}", id) for id, reason in self.failed)
+        lines += _grouped((f"no {part}: {reason}", id) for id, part, reason in self.skipped)
+        lines += _grouped((reason, f"row {row}") for row, reason in self.unreadable)
+        return lines
+
+    def __repr__(self) -> str:
+        open_ = f", {self.missing} left to other shards" if self.missing else ""
+        return (
+            f"RunReport({str(self.folder)!r}: {self.done} done, {len(self.failed)} failed, {len(self.unreadable)} "
+            f"unreadable{open_})"
+        )
+
+
+def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines that name the records with the same problem together."""
+    together: dict[str, list[str]] = {}
+    for reason, name in problems:
+        together.setdefault(reason, []).append(name)
+    shown = {reason: ", ".join(names[:_NAMED]) for reason, names in together.items()}
+    more = {reason: len(names) - _NAMED for reason, names in together.items()}
+    return [
+        f"  {names}{f' and {more[reason]} more' if more[reason] > 0 else ''}: {reason}"
+        for reason, names in shown.items()
+    ]

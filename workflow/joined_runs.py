@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .analysis import Analysis
+from .analysis import Analysis, RunReport
 from .evaluate_run import EvaluateRun
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, SETTINGS, RunError, RunFolder, Shard, differences
-from .runs import RunReport, read_rows, refuse_difference, run_report, summarise
+from .runs import read_rows, refuse_difference, run_report, summarise
 from .trace_run import TraceRun
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import distributed
 from tqdm import tqdm
@@ -38,7 +39,7 @@ from ..artefacts.files import digest
 from ..data import DataError
 from ..models import VisionLanguageModel, load
 from ..models.errors import gist
-from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, Task, plain, question_of_record
+from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, RunReport, Task, plain, question_of_record
 from .run_folder import (
     CALIBRATION,
     RECORDS,
@@ -56,8 +57,6 @@ from .run_folder import (
 if TYPE_CHECKING:
     import pandas as pd
 
-_NAMED = 5
-"""Maximum number of records that are listed for the same problem."""
 _WAIT = 60.0
 """Seconds that the files of other machines may need to become visible here."""
 _PATIENCE = timedelta(days=30)
@@ -101,46 +100,6 @@ class ModelToLoad:
         except ValueError:  # neither a folder nor an id: opening it explains that
             return None
         return Path(known).parent if isinstance(known, str) else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunReport:
-    """What a run has done."""
-
-    folder: Path
-    done: int
-    """Number of records with an outcome, including those of earlier calls and other processes."""
-    failed: Sequence[tuple[str, str]]
-    """Id of each record that failed, with its error."""
-    unreadable: Sequence[tuple[int, str]]
-    """Row of each record that could not be read, with the error."""
-    skipped: Sequence[tuple[str, str, str]]
-    """Id, part of the analysis and reason for each part that a record lacks."""
-    missing: int
-    """Number of records that other shards have still to do; there is no summary before they are done."""
-    lines: Sequence[str]
-    """The averages in words."""
-    files: Sequence[str]
-    """Names of the files of the summary."""
-
-    def summary(self) -> list[str]:
-        """Return the averages, the counts and what went wrong, grouped by reason, as lines of text."""
-        counts = [f"{self.done} records done"]
-        counts += [f"{len(self.failed)} failed"] if self.failed else []
-        counts += [f"{len(self.unreadable)} rows unreadable"] if self.unreadable else []
-        counts += [f"{self.missing} left to other shards"] if self.missing else []
-        lines = [*self.lines, *([""] if self.lines else []), ", ".join(counts)]
-        lines += _grouped((f"{reason}", id) for id, reason in self.failed)
-        lines += _grouped((f"no {part}: {reason}", id) for id, part, reason in self.skipped)
-        lines += _grouped((reason, f"row {row}") for row, reason in self.unreadable)
-        return lines
-
-    def __repr__(self) -> str:
-        open_ = f", {self.missing} left to other shards" if self.missing else ""
-        return (
-            f"RunReport({str(self.folder)!r}: {self.done} done, {len(self.failed)} failed, {len(self.unreadable)} "
-            f"unreadable{open_})"
-        )
 
 
 def run(
@@ -363,6 +322,10 @@ class _Job:
             except INPUT_ERRORS as cause:
                 self._check_unchanged(entry, cause)
                 error = gist(cause)
+            except (OSError, MemoryError, torch.OutOfMemoryError) as cause:
+                raise RunError(
+                    f"the run stopped at {entry.id}: {gist(cause)}; what is done is kept, so mend that and start again"
+                ) from cause
         if error is not None and self.progress:
             tqdm.write(f"{entry.id}: {error}")
         self.folder.remove(entry.name)
@@ -451,19 +414,6 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
         lines=tuple(summary["lines"]),
         files=(*summary["files"],),
     )
-
-
-def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines that name the records with the same problem together."""
-    together: dict[str, list[str]] = {}
-    for reason, name in problems:
-        together.setdefault(reason, []).append(name)
-    shown = {reason: ", ".join(names[:_NAMED]) for reason, names in together.items()}
-    more = {reason: len(names) - _NAMED for reason, names in together.items()}
-    return [
-        f"  {names}{f' and {more[reason]} more' if more[reason] > 0 else ''}: {reason}"
-        for reason, names in shown.items()
-    ]
 
 
 def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:
