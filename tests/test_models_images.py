@@ -338,16 +338,20 @@ def test_a_picture_below_the_limit_is_not_reduced(look, make_photo, tmp_path):
 
 def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, llava_llama_path, tmp_path, capsys):
     lines = [
-        {"image": str(path), "question": QUESTION, "constraint": "the company"}
-        for path in (photo_path, huge_path, photo_path)
+        {"id": name, "image": str(path), "question": QUESTION, "constraint": words}
+        for name, path, words in (
+            ("one", photo_path, "the company"),
+            ("two", huge_path, "the company"),
+            ("three", photo_path, "this photo"),
+        )
     ]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = ["--corrupt", "blank", "--sites", "hidden", "--positions", "last", "--even-if-weak"]
     records = ["--model", str(llava_llama_path), "--data", str(tmp_path / "records.jsonl")]
     assert app(["trace", *records, *options, "--out", str(tmp_path / "out")]) == 0
     printed = "".join(capsys.readouterr())
-    assert "2 records traced, 1 skipped" in printed and "line 2: cannot read picture" in printed
-    assert "line 1:" in printed and "line 3:" in printed
+    assert "2 records done, 1 failed" in printed
+    assert "two: cannot read picture" in printed and "it has 225.0 megapixels" in printed
 
 
 # ---- inspection without decoding ----

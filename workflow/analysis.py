@@ -30,9 +30,9 @@ from typing import Any, ClassVar, Self
 
 from ..artefacts import ArtefactError, Result
 from ..data import DataError, EditRecord, Question
+from ..data.errors import gist
 from ..editing import EditError
 from ..models import ModelError, VisionLanguageModel
-from ..models.errors import gist
 from ..tracing import TraceError, averager_of
 from .run_folder import StoredRecord
 

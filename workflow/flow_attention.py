@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..artefacts import ArtefactError
 from ..data import Question
+from ..data.errors import gist
 from ..models import Prompt
-from ..models.errors import gist
 from ..tracing import (
     AttentionContributions,
     AttentionSaliency,

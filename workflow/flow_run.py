@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import EditRecord, Question, find_span
+from ..data.errors import gist
 from ..models import ModelError, Prompt, VisionLanguageModel, open_images
-from ..models.errors import gist
 from ..tracing import Engine, TraceError, same_answer
 from .analysis import INPUT_ERRORS, Analysis, Outcome, Summary, Task, question_of_record
 from .flow_attention import (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.errors import gist
 from ..data.facts import EditRequest
 from ..editing.changes import NO_OWNER, Delta, compose
 from ..editing.errors import EditError
@@ -17,7 +18,6 @@ from ..editing.moments import Moments
 from ..editing.requests import request_text
 from ..editing.solve import ClosedFormEditor, EditorByRequest, MultEdit
 from ..models import VisionLanguageModel
-from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item

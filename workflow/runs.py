@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from ..artefacts.files import digest
 from ..data import DataError
+from ..data.errors import gist
 from ..models import VisionLanguageModel, load
-from ..models.errors import gist
 from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, RunReport, Task, plain, question_of_record
 from .run_folder import (
     CALIBRATION,

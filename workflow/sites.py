@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.errors import gist
 from ..data.facts import EditRequest, Question
 from ..models import Prompt, VisionLanguageModel
-from ..models.errors import gist
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.rows import Item
