@@ -4,6 +4,7 @@ from . import (
     compare as compare,
     data as data,
     demo as demo,
+    edit as edit,
     export as export,
     flow as flow,
     merge as merge,
@@ -12,13 +13,15 @@ from . import (
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite
-from .edit_asked import (
+from .edit_requests import (
     NEXT as NEXT,
+    Place as Place,
+    RequestOptions as RequestOptions,
     asked_edits as asked_edits,
+    parse_place as parse_place,
     read_edits as read_edits,
     read_general as read_general,
 )
-from .edit_where import Place as Place, parse_place as parse_place
 from .editors import NAMES as NAMES, editor as editor
 from .errors import CommandError as CommandError
 from .examples import write_examples as write_examples

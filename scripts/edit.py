@@ -1,30 +1,220 @@
-"""Run `multrace edit`: locate, edit, write the edit, and check that undoing it is exact."""
+"""Give questions new answers by closed-form weight changes, and check that undoing them is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from ..artefacts import write_json
-from ..data import EditRequest
-from ..editing.changes import Delta
-from ..editing.evaluation.preview import preview, sizes
-from ..editing.moments import Moments
-from ..editing.requests import room_for_targets
-from ..editing.solve import ClosedFormEditor
-from ..editing.values import key_positions
-from ..models import ModelError, VisionLanguageModel
-from ..tracing import AverageTrace, CausalTrace
-from ..workflow.located_edit import TraceShift, locate_then_edit
-from .edit_asked import AskedEdit, asked_edits
-from .edit_report import EditOutcome
-from .edit_where import Place, load_traces, parse_place, place_of
-from .editors import make_editor
+import lazy_loader
+from cyclopts import App, Parameter
+
+from .. import artefacts, data, editing, models, tracing, workflow
+from ..editing import values
+from .edit_requests import AskedEdit, Place, RequestOptions, asked_edits, load_traces, parse_place, place_of
+from .editors import EditorOptions, make_editor
 from .errors import CommandError
-from .options.edit import TRACE, Edit
+from .options.asking import ModelOptions
+from .options.choices import EDITORS
 from .outputs import check_files, check_new_folder, new_files
+
+_rules: Any = lazy_loader.load("multrace.editing.requests", suppress_warning=True)  # both need torch
+_previews: Any = lazy_loader.load("multrace.editing.evaluation.preview", suppress_warning=True)
+FORMAT = """The file of --data has one JSON object per line, or is in one of the public formats; docs/formats.md describes both:
+  {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
+   "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
+   "rewrite_prompts": [{"image": null, "question": "Who founded Example Works?"}],
+   "preserve_prompts": [{"image": "b.jpg"}],
+   "probes": [{"kind": "other_picture", "image": "a3.jpg"},
+              {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
+Entries of the lists inherit what they leave out from their record; "image": null means no picture. Paths are relative to
+the file, or to --images.
+"""
+EXAMPLE = f"""examples:
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
+      --constraint "the company in this photo" --target "Ada Example" \\
+      --where trace --corrupt swap:other.jpg --out out/edit
+          trace the answer under another picture, and edit at or after the layer where the picture arrives
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --where 4:last --keep-image other.jpg --keep-question "What colour is the sign?" --dry-run
+          edit layer 4 at the last token, keep two answers, and only report what would happen
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --also-text "Who founded Example Works?" --editor memit --moments out/moments/moments.safetensors \\
+      --where 3-5 --save-model out/edited_model
+          spread the change over layers 3 to 5, weigh old keys, and write the edited model as well
+  multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
+      --trace out/trace/trace.safetensors
+          edit at the place that an earlier multrace trace found
+  multrace edit --data edits.jsonl --where trace --corrupt swap:next --out out/edits
+          write all edits of a file in one, at the place that the mean of their traces shows
+
+The command writes OUT/edit.safetensors (multrace.Delta.load, or multrace answer --edit FILE) and OUT/report.json.
+
+{FORMAT}"""
+app = App(name="edit", help=__doc__, help_epilogue=EXAMPLE)
+TRACE = "trace"
+"""What --where spells for the place that traces find."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(EditorOptions, RequestOptions, ModelOptions):
+    """Options of `multrace edit`."""
+
+    editor: Annotated[str, Parameter(help=f"editor: {', '.join(EDITORS)}", choices=EDITORS, metavar="NAME")] = (
+        "multedit"
+    )
+    where: Annotated[
+        str,
+        Parameter(
+            help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or FIRST-LAST:TOKEN (layers that share the change)"
+        ),
+    ] = TRACE
+    trace: Annotated[
+        tuple[Path, ...] | None,
+        Parameter(
+            help="traces made before, one for each request or an average for all, which replace the tracing",
+            metavar="FILE",
+        ),
+    ] = None
+    each: Annotated[
+        bool,
+        Parameter(
+            help="edit each request at the place of its own trace (default: one place, from the mean of the traces)"
+        ),
+    ] = False
+    trace_after: Annotated[bool, Parameter(help="trace again with the edit in place, and report what moved")] = False
+    dry_run: Annotated[
+        bool,
+        Parameter(
+            help="write nothing; report how much the weights would change, and how the prompts to keep would be affected"
+        ),
+    ] = False
+    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/edit")
+    save_model: Annotated[
+        Path | None, Parameter(help="also write the whole edited model to this new folder", metavar="DIR")
+    ] = None
+
+
+_SHOWN = 20
+"""Maximum number of requests, neighbours or shifts that are printed; the report has all."""
+_MOSTLY = 0.9
+_STATES = ("before", "with the edit", "after undo")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EditOutcome:
+    """A finished edit and its results."""
+
+    delta: editing.Delta
+    places: tuple[Place, ...]
+    """The place of each request."""
+    notes: tuple[str, ...]
+    shifts: tuple[workflow.TraceShift | None, ...]
+    answers: tuple[tuple[str, ...], ...]
+    """(before, with the edit, after undo) of each request."""
+    shares: tuple[float | None, ...]
+    """Of what each request asked for, over all its keys, after rounding to the model's dtype; None without keys."""
+    is_undone: bool
+    """Whether every touched weight is bit-identical to what it was."""
+    sizes: tuple[Any, ...]
+    preview: Any | None = None
+
+    @property
+    def edited(self) -> int:
+        """Return how many requests were edited."""
+        return sum(request["status"] == "edited" for request in self.delta.requests)
+
+    @property
+    def missed(self) -> int:
+        """Return for how many requests the edited model does not say the target."""
+        return sum(not self._says_target(index) for index in range(len(self.answers)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the outcome as plain values."""
+        requests = [
+            {
+                **request,
+                "place": asdict(place),
+                "answers": dict(zip(_STATES, answers, strict=True)),
+                "says_target": self._says_target(index),
+                "retained": share,
+                "shift": None if shift is None else list(shift.lines()),
+            }
+            for index, (request, place, answers, share, shift) in enumerate(
+                zip(self.delta.requests, self.places, self.answers, self.shares, self._all_shifts(), strict=True)
+            )
+        ]
+        made = {"model": self.delta.model, "revision": self.delta.revision, "settings": dict(self.delta.settings)}
+        sizes = [asdict(each) for each in self.sizes]
+        found = {"requests": requests, "weights": sizes, "undone_bit_for_bit": self.is_undone}
+        return made | found | {"notes": list(self.notes)}
+
+    def lines(self) -> Iterator[str]:
+        """Yield what was edited where, the answers in each state of the model, and notes."""
+        yield from self._one() if len(self.answers) == 1 else self._many()
+        yield from () if self.is_undone else ("after undo some weights differ!",)
+        if any(share is not None and share < _MOSTLY for share in self.shares):
+            yield "less than 90% is retained; a higher precision, a smaller ridge or export --peft gives the rest"
+        if self.missed:
+            yield f"{self.missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
+        for shift in self._all_shifts()[:_SHOWN]:
+            yield from (f"{'traced again':<15}  {line}" for line in (shift.lines() if shift else ()))
+        yield from (f"{'note':<15}  {note}" for note in self.notes)
+        if self.preview is not None:
+            yield ""
+            yield from _previews.preview_lines(self.preview, _SHOWN)
+
+    def _one(self) -> Iterator[str]:
+        (request,) = self.delta.requests
+        yield f"question   {request['question']}"
+        yield f"target     {request['target']}"
+        yield f"edited at  {self.places[0]}"
+        yield from () if request["status"] == "edited" else (f"status     {request['status']}",)
+        yield ""
+        yield from (f"{state:<15}  {answer}" for state, answer in zip(_STATES, self.answers[0], strict=True))
+        yield f"{'retained':<15}  {_share(self.shares[0])} of the requested change"
+
+    def _many(self) -> Iterator[str]:
+        right = sum(self._says_target(index) for index in range(len(self.answers)))
+        for place, count in _counted(self.places):
+            yield f"edited at  {place}" + (f" ({count} requests)" if count < len(self.places) else "")
+        yield f"edited     {self.edited} of {len(self.answers)} requests; {right} now say their target"
+        yield ""
+        rows = [("", "question", "target", *_STATES, "retained")]
+        for index, request in enumerate(self.delta.requests[:_SHOWN]):
+            said = (
+                self.answers[index]
+                if request["status"] in (_rules.EDITED, _rules.NOT_GENERATED)
+                else (self.answers[index][0], request["status"])
+            )
+            row = (str(index), request["question"], request["target"], *said)
+            rows.append((*row, *[""] * (6 - len(row)), _share(self.shares[index])))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        yield from (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+        if len(self.answers) > _SHOWN:
+            yield f"and {len(self.answers) - _SHOWN} more, in the report"
+
+    def _says_target(self, index: int) -> bool:
+        return self.answers[index][1] == str(self.delta.requests[index]["target"]).strip()
+
+    def _all_shifts(self) -> tuple[workflow.TraceShift | None, ...]:
+        return self.shifts or (None,) * len(self.answers)
+
+
+def _counted(places: Sequence[Place]) -> list[tuple[str, int]]:
+    """Places in words and how many requests have them; the reason where all have the same."""
+    alike = len(set(places)) == 1
+    words = [str(place) if alike else str(place).partition(":")[0] for place in places]
+    return sorted(((each, words.count(each)) for each in set(words)), key=lambda pair: -pair[1])
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
 
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 _LAYOUT = "multrace edit outcome 1"
@@ -44,42 +234,43 @@ class _Plan:
     asked: tuple[AskedEdit, ...]
     place: Place | None = None
     """None: the place that traces find."""
-    traces: tuple[CausalTrace, ...] | AverageTrace | None = None
+    traces: tuple[tracing.CausalTrace, ...] | tracing.AverageTrace | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Made:
     """The change, and how its place was found."""
 
-    delta: Delta
+    delta: editing.Delta
     places: tuple[Place, ...]
     notes: tuple[str, ...] = ()
-    shifts: tuple[TraceShift | None, ...] = field(default=())
+    shifts: tuple[workflow.TraceShift | None, ...] = field(default=())
 
 
-def run(settings: Edit) -> int:
+@app.default
+def run(options: Edit = Edit()) -> int:
     """Edit, write the edit (and the model), print the answers before, with the edit and after undo."""
-    plan = _check(settings)
-    vlm = settings.open_model()
+    plan = _check(options)
+    vlm = options.open_model()
     requests = [each.make(vlm) for each in plan.asked]
-    moments = settings.open_moments(vlm)
+    moments = options.open_moments(vlm)
     made = (
-        _traced(vlm, requests, plan, settings, moments)
+        _traced(vlm, requests, plan, options, moments)
         if plan.place is None
-        else (_placed(vlm, requests, plan.place, settings, moments))
+        else (_placed(vlm, requests, plan.place, options, moments))
     )
-    outcome = _outcome(vlm, requests, made, settings)
-    if settings.dry_run:
+    outcome = _outcome(vlm, requests, made, options)
+    if options.dry_run:
         print(*outcome.lines(), "", "nothing is written: this was a dry run", sep="\n")
         return 0
-    with new_files(settings.out) as folder:
+    with new_files(options.out) as folder:
         made.delta.save(folder / EDIT)
-        write_json(folder / REPORT, _LAYOUT, outcome.as_json())
-    if settings.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
+        artefacts.write_json(folder / REPORT, _LAYOUT, outcome.as_json())
+    if options.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
         with made.delta.applied(vlm):
-            vlm.save_pretrained(settings.save_model)
+            vlm.save_pretrained(options.save_model)
     print(*outcome.lines(), sep="\n")
-    written = [*(settings.out / name for name in FILES), *([settings.save_model] if settings.save_model else [])]
+    written = [*(options.out / name for name in FILES), *([options.save_model] if options.save_model else [])]
     print("written:", ", ".join(map(str, written)))
     return NOT_ALL if outcome.missed else 0
 
@@ -116,20 +307,20 @@ def _check_outputs(settings: Edit) -> None:
 
 
 def _placed(
-    vlm: VisionLanguageModel,
-    requests: Sequence[EditRequest],
+    vlm: models.VisionLanguageModel,
+    requests: Sequence[data.EditRequest],
     place: Place,
     settings: Edit,
-    moments: Moments | None,
+    moments: editing.Moments | None,
 ) -> _Made:
     """Edit all requests at the place of --where."""
     try:
         layer = vlm.layer_index(place.layer)
-    except ModelError as error:
+    except models.ModelError as error:
         raise CommandError(f"cannot edit at --where {settings.where}: {error}") from error
     for request in requests:
         asked = vlm.prompt_for(request.question).with_answer(request.target)
-        key_positions(asked, place.token)  # says what is wrong with the token before any work
+        values.key_positions(asked, place.token)  # says what is wrong with the token before any work
     editor = make_editor(settings, layer=layer, token=place.token, spread=place.spread)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     spread = editor.spread if editor.spread > 1 else None
@@ -138,10 +329,14 @@ def _placed(
 
 
 def _traced(
-    vlm: VisionLanguageModel, requests: Sequence[EditRequest], plan: _Plan, settings: Edit, moments: Moments | None
+    vlm: models.VisionLanguageModel,
+    requests: Sequence[data.EditRequest],
+    plan: _Plan,
+    settings: Edit,
+    moments: editing.Moments | None,
 ) -> _Made:
     """Edit all requests at the places that traces find."""
-    found = locate_then_edit(
+    found = workflow.locate_then_edit(
         vlm,
         requests,
         corruptions=[each.corruption for each in plan.asked] if plan.traces is None or settings.trace_after else None,
@@ -159,16 +354,18 @@ def _traced(
     return _Made(delta=found.deltas[0], places=places, notes=found.notes, shifts=found.shifts)
 
 
-def _editor_at(settings: Edit, *, layer: int, token: str | int) -> ClosedFormEditor:
+def _editor_at(settings: Edit, *, layer: int, token: str | int) -> editing.ClosedFormEditor:
     return make_editor(settings, layer=layer, token=token)
 
 
-def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _Made, settings: Edit) -> EditOutcome:
+def _outcome(
+    vlm: models.VisionLanguageModel, requests: Sequence[data.EditRequest], made: _Made, settings: Edit
+) -> EditOutcome:
     """The answers in each state of the model, which ends as it began, and what else is reported."""
     delta, prompts = made.delta, [vlm.prompt_for(request.question) for request in requests]
     words: dict[str, Any] = {
         "progress": len(prompts) > _QUIET,
-        "max_new_tokens": max(16, room_for_targets(vlm, requests)),
+        "max_new_tokens": max(16, _rules.room_for_targets(vlm, requests)),
     }
     before = vlm.answers(prompts, **words)
     with delta.applied(vlm):
@@ -177,7 +374,7 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
     found = None
     if settings.dry_run:
         tokens = [place.token for place in made.places]
-        found = preview(vlm, requests, delta, tokens=tokens)
+        found = editing.preview(vlm, requests, delta, tokens=tokens)
     return EditOutcome(
         delta=delta,
         places=made.places,
@@ -186,6 +383,6 @@ def _outcome(vlm: VisionLanguageModel, requests: Sequence[EditRequest], made: _M
         answers=tuple(zip(before, edited, after, strict=True)),
         shares=delta.shares(delta.retained(vlm)),
         is_undone=vlm.fingerprint(delta.changes) == delta.fingerprints,
-        sizes=sizes(vlm, delta),
+        sizes=_previews.sizes(vlm, delta),
         preview=found,
     )

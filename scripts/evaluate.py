@@ -32,11 +32,10 @@ from ..models import VisionLanguageModel
 from ..tracing import Corruption, SwapImage
 from ..workflow import EvaluateRun
 from ..workflow.sites import locate
-from .edit_asked import read_edits, read_general, swapped
-from .edit_where import Place, parse_place, place_of
+from .edit import TRACE
+from .edit_requests import Place, parse_place, place_of, read_edits, read_general, swapped
 from .editors import editor as editor_of
 from .errors import CommandError
-from .options.edit import TRACE
 from .options.evaluate import BATCH, SEQUENCE, Evaluate
 from .outputs import check_files, new_files
 

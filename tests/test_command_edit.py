@@ -16,9 +16,8 @@ from multrace.editing.changes import WeightChange
 from multrace.editing.evaluation import sizes
 from multrace.editing.moments import second_moments
 from multrace.models import VisionLanguageModel, capture
-from multrace.scripts import NAMES, NEXT, CommandError, Place, asked_edits, editor, parse_place
+from multrace.scripts import NAMES, NEXT, CommandError, Place, RequestOptions, asked_edits, editor, parse_place
 from multrace.scripts.main import app
-from multrace.scripts.options import RequestOptions
 from multrace.scripts.options.choices import BASELINES
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
