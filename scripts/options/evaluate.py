@@ -10,10 +10,10 @@ import lazy_loader
 from cyclopts import App, Parameter
 
 from ... import editing
+from ..edit import TRACE
 from ..editors import NAMES, EditorOptions
 from ..errors import CommandError
 from .choices import SEQUENCE_LENGTHS, SPLITS
-from .edit import TRACE
 from .running import RunOptions
 
 EXAMPLE = """examples:
