@@ -24,6 +24,7 @@ from .evaluation.reports import EditCurve as EditCurve, EditReport as EditReport
 from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
+from .requests import EDITED as EDITED, NOT_GENERATED as NOT_GENERATED, room_for_targets as room_for_targets
 from .solve.editors import (
     EMMET as EMMET,
     MEMIT as MEMIT,

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import lazy_loader
 from cyclopts import App, Parameter
 
 from .. import artefacts, data, editing, models, tracing, workflow
-from ..editing import values
+from ..editing import evaluation, values
 from .edit_requests import AskedEdit, Place, RequestOptions, asked_edits, load_traces, parse_place, place_of
 from .editors import EditorOptions, make_editor
 from .errors import CommandError
@@ -20,8 +19,6 @@ from .options.asking import ModelOptions
 from .options.choices import EDITORS
 from .outputs import check_files, check_new_folder, new_files
 
-_rules: Any = lazy_loader.load("multrace.editing.requests", suppress_warning=True)  # both need torch
-_previews: Any = lazy_loader.load("multrace.editing.evaluation.preview", suppress_warning=True)
 FORMAT = """The file of --data has one JSON object per line, or is in one of the public formats; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
    "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
@@ -164,7 +161,7 @@ class EditOutcome:
         yield from (f"{'note':<15}  {note}" for note in self.notes)
         if self.preview is not None:
             yield ""
-            yield from _previews.preview_lines(self.preview, _SHOWN)
+            yield from evaluation.preview_lines(self.preview, _SHOWN)
 
     def _one(self) -> Iterator[str]:
         (request,) = self.delta.requests
@@ -186,7 +183,7 @@ class EditOutcome:
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
             said = (
                 self.answers[index]
-                if request["status"] in (_rules.EDITED, _rules.NOT_GENERATED)
+                if request["status"] in (editing.EDITED, editing.NOT_GENERATED)
                 else (self.answers[index][0], request["status"])
             )
             row = (str(index), request["question"], request["target"], *said)
@@ -365,7 +362,7 @@ def _outcome(
     delta, prompts = made.delta, [vlm.prompt_for(request.question) for request in requests]
     words: dict[str, Any] = {
         "progress": len(prompts) > _QUIET,
-        "max_new_tokens": max(16, _rules.room_for_targets(vlm, requests)),
+        "max_new_tokens": max(16, editing.room_for_targets(vlm, requests)),
     }
     before = vlm.answers(prompts, **words)
     with delta.applied(vlm):
@@ -383,6 +380,6 @@ def _outcome(
         answers=tuple(zip(before, edited, after, strict=True)),
         shares=delta.shares(delta.retained(vlm)),
         is_undone=vlm.fingerprint(delta.changes) == delta.fingerprints,
-        sizes=_previews.sizes(vlm, delta),
+        sizes=evaluation.sizes(vlm, delta),
         preview=found,
     )

@@ -39,6 +39,7 @@ from .preview import (
     Preview as Preview,
     VerifiedAnswer as VerifiedAnswer,
     preview as preview,
+    preview_lines as preview_lines,
     sizes as sizes,
     verify as verify,
 )
