@@ -11,9 +11,13 @@ from tqdm import tqdm
 from ..data.facts import EditRequest, Question
 from ..models import NotFiniteError, Prompt, VisionLanguageModel
 
-EDITED, NOT_GENERATED, NOTHING_TO_DO, FAILED = "edited", "not generated", "nothing to do", "failed"
-"""What became of a request. "not generated": its edit was made, but the model does not answer its question with the
-target. "failed" is followed by the reason."""
+EDITED = "edited"
+"""What became of a request: its edit was made, and the model answers its question with the target."""
+NOT_GENERATED = "not generated"
+"""Its edit was made, but the model does not answer its question with the target."""
+NOTHING_TO_DO = "nothing to do"
+FAILED = "failed"
+"""Followed by the reason."""
 _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 
 
