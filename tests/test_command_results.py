@@ -10,6 +10,7 @@ from multrace.scripts.studies import results
 from multrace.scripts.studies.results import LABELS, document
 from multrace.scripts.studies.rows import EditorRow, _cases, by_onset, comparisons, editor_rows, paired
 
+RUN = {"weights": "0" * 64, "version": "0", "limit": 4, "together": 8, "probes": 1}
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]
 
 
@@ -21,13 +22,24 @@ def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatc
     )
     arguments = ["--out", str(tmp_path), "--limit", "2", "--probes", "1", "--parts", "editors"]
     assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
-    row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())
+    row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())["row"]
     assert row["scores"]["efficacy"][0] == 0 and row["scores"]["efficacy"][2] == 1
     assert f"| {LABELS['multedit-5']} | 100 [100, 100] |" in (tmp_path / "results.md").read_text()
     made = len(edited)
     assert made == 2
     assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
     assert len(edited) == made
+
+
+def test_rows_of_another_run_are_refused_instead_of_reported_under_its_header(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (_row("multedit-5"),))
+    arguments = ["--out", str(tmp_path), "--parts", "editors", "--splits", "outdated", "--probes", "1"]
+    assert execute(results.app, [*arguments, "--limit", "1"]) == 0
+    page = (tmp_path / "results.md").read_text()
+    assert "--limit 1 --together 160 --probes 1" in page and "1 requests, one edit at a time" in page
+    assert execute(results.app, [*arguments, "--limit", "2"]) == 2
+    assert "is a row of another run: limit 1 instead of 2" in capsys.readouterr().err
+    assert (tmp_path / "results.md").read_text() == page
 
 
 def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
@@ -42,7 +54,7 @@ def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
     monkeypatch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (_row("multedit-moments"),))
     arguments = ["--out", str(tmp_path), "--limit", "1", "--together", "2", "--probes", "1"]
     assert execute(results.app, [*arguments, "--parts", "batch", "sequence", "--splits", "outdated"]) == 0
-    rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    rows = {path.stem: json.loads(path.read_text())["row"] for path in (tmp_path / "rows").iterdir()}
     assert {name: row["requests"] for name, row in rows.items() if "multedit-moments" in name} == {
         "outdated batch multedit-moments": 1,
         "outdated whole multedit-moments": 2,
@@ -96,10 +108,10 @@ def test_the_page_shows_every_place_that_was_edited():
     sites = {f"{index}": [1, "last", 1] for index in range(4)}
     cells = {f"grid {layer} {token}": dict.fromkeys(sites, BAD) for layer in range(8) for token in ("last", "image")}
     cells["grid 1 last"] = {name: [float(name == "0"), 1.0, 0.5, 0.25] for name in sites}
-    page = document({"outdated": {"sites": {"sites": sites}, **cells}}, number=4, probes=1)
+    page = document({"outdated": {"sites": {"sites": sites}, **cells}}, **RUN)
     assert "| last | 1 | 25 | 100 | 50 | 25 |" in page and page.count("| image | ") == 8
-    assert "`make results` (`--limit 4 --probes 1`)" in page
-    assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}}, number=4, probes=1)
+    assert "`make results` (`--limit 4 --together 8 --probes 1`)" in page
+    assert "Does locating help?" not in document({"outdated": {"sites": {"sites": sites}}}, **RUN)
 
 
 def test_differences_by_chance_are_not_significant():

@@ -4,7 +4,6 @@ Settings were chosen on the "choose" halves of the world's edit splits; everythi
 halves. Each measured row is kept in OUT, so that an interrupted run continues where it was.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 from tqdm import tqdm
 
-from ... import data
-from ...artefacts.folders import write_whole
+from ... import __version__, data
+from ...artefacts import read_json, write_json, write_whole
 from ...data import tiny_vlm_path
 from ...editing.errors import EditError
 from ...models import VisionLanguageModel, load
+from ...workflow.run_folder import differences
 from ..errors import CommandError
 from ..main import execute
 from ..options.asking import STYLE, GeneralOptions, paragraphs
@@ -47,6 +47,7 @@ EXAMPLE = """examples:
 The command writes OUT/rows/*.json (one per measured row, reused on the next run) and OUT/results.md.
 """
 app = App(name="python -m multrace.scripts.studies.results", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE)
+LAYOUT = "multrace results row 1"
 PARTS = ("editors", "batch", "sequence", "locating")
 
 
@@ -87,6 +88,8 @@ def run(options: Results) -> int:
     """Measure the rows that are missing, and write the tables of all rows."""
     options.check()
     vlm = load(tiny_vlm_path())
+    identity = _identity(options, vlm)
+    _refuse_other_rows(options, identity)
     for split in options.splits:
         bench: Bench | None = None
         todo = [(name, make) for name, make in _work(options, split) if not _file(options, split, name).is_file()]
@@ -97,9 +100,9 @@ def run(options: Results) -> int:
             except EditError as error:  # one row that cannot be made, such as a batch that contradicts itself
                 tqdm.write(f"{split} {name}: left out, {error}")
                 continue
-            write_whole(_file(options, split, name), json.dumps(found, indent=1).encode())
+            write_json(_file(options, split, name), LAYOUT, {"run": identity, "row": found})
     rows = {split: _measured(options, split) for split in SPLITS}
-    text = document(rows, number=options.limit, probes=options.probes)
+    text = document(rows, **identity)
     target = write_whole(options.out / "results.md", text.encode())
     print(f"written: {target}")
     return 0
@@ -139,10 +142,31 @@ def _file(settings: Results, split: str, name: str) -> Path:
     return settings.out / "rows" / f"{split} {name}.json"
 
 
+def _identity(settings: Results, vlm: VisionLanguageModel) -> dict[str, Any]:
+    """What all rows of a folder have in common: the model by its weights, the version, and the numbers of the header."""
+    return {
+        "weights": vlm.weights_digest(),
+        "version": __version__,
+        "limit": settings.limit,
+        "together": settings.together,
+        "probes": settings.probes,
+    }
+
+
+def _refuse_other_rows(settings: Results, identity: Mapping[str, Any]) -> None:
+    """Raises `CommandError` if a row in the folder was measured with other numbers, or on another model or version."""
+    for file in sorted((settings.out / "rows").glob("*.json")):
+        if different := differences(read_json(file, LAYOUT)["run"], identity):
+            raise CommandError(
+                f"{str(file)!r} is a row of another run: {'; '.join(different)}; pass another folder as --out, or "
+                "remove this one"
+            )
+
+
 def _measured(settings: Results, split: str) -> dict[str, Any]:
     """Every measured row of a split, by name."""
     files = sorted((settings.out / "rows").glob(f"{split} *.json"))
-    return {file.stem.removeprefix(f"{split} "): json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem.removeprefix(f"{split} "): read_json(file, LAYOUT)["row"] for file in files}
 
 
 _TITLES = {"outdated": "Outdated facts", "long_tail": "Long-tail facts"}
@@ -180,7 +204,8 @@ _CURVES = {
 }
 _HEADER = """# Editing results
 
-Made by `make results` (`--limit {number} --probes {probes}`) on the embedded model and its own world of facts.
+Made by `make results` (`--limit {limit} --together {together} --probes {probes}`) on the embedded model (weights
+{weights:.12}, multrace {version}) and its own world of facts.
 Settings were chosen on one half of each edit split and are reported on the other. Where that half has fewer facts
 than needed (80 long-tail facts), the last ones of the first half follow, on which nothing was chosen.
 
@@ -205,10 +230,10 @@ brackets.
 """
 
 
-def document(rows: Mapping[str, Mapping[str, Any]], *, number: int, probes: int) -> str:
-    """Return the whole page, with whatever is measured for this many requests and probes of each kind."""
+def document(rows: Mapping[str, Mapping[str, Any]], **identity: Any) -> str:
+    """Return the whole page, with whatever is measured; identity: the weights, version and numbers of its header."""
     legend = "\n".join(f"| {LABELS[row.name]} | {row.text} |" for row in editor_rows())
-    parts = [_HEADER.format(number=number, probes=probes, legend=legend)]
+    parts = [_HEADER.format(**identity, legend=legend)]
     for split, results in rows.items():
         parts += _split(split, results)
     return "\n".join(parts)
