@@ -448,8 +448,8 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
     """Start and kill the process so many times, each time once it has done a record and then worked for a while."""
     generator = random.Random(0)
     for _ in range(kills):
-        process, before = start(), len(list(out.glob("records/*-*/record.json")))
-        while process.poll() is None and len(list(out.glob("records/*-*/record.json"))) == before:
+        process, before = start(), len(list(out.glob("records/[!.]*-*/record.json")))
+        while process.poll() is None and len(list(out.glob("records/[!.]*-*/record.json"))) == before:
             time.sleep(0.02)
         time.sleep(generator.uniform(0, longest))
         process.send_signal(signal.SIGKILL)
@@ -463,7 +463,7 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str, kills: int, count: int):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
     kill_at_random(lambda: started(command, one, count), one, kills, longest=0.5)
-    done = {path: path.stat().st_mtime_ns for path in one.glob("records/*-*/record.json")}
+    done = {path: path.stat().st_mtime_ns for path in one.glob("records/[!.]*-*/record.json")}
     assert kills <= len(done)
     finish(started(command, one, count))
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
