@@ -1,5 +1,6 @@
 """The weights of a model: digests of their values, and atomic writing of a model as a Hugging Face directory."""
 
+import copy
 import hashlib
 import json
 import os
@@ -111,9 +112,16 @@ def save_directory(
         overwrite: replace a folder that is not empty.
 
     Raises:
-        ModelError: if the place is in use or cannot be written, or the disk is full. The previous content stays.
+        ModelError: if the place is in use or cannot be written, the disk is full, or modules of the model were replaced,
+            as PEFT does, so that the folder would not open again. The previous content stays.
     """
     target = Path(directory)
+    if foreign := _foreign_weight(model):
+        raise ModelError(
+            f"cannot save a model to {str(target)!r}: its modules were replaced, as those of adapters are (it has the weight "
+            f"{foreign!r}), so that the folder would not open again; merge the adapters first (merge_and_unload), or save them "
+            "with PEFT's own save_pretrained"
+        )
     if target.exists() and not target.is_dir():
         raise ModelError(f"cannot save a model to {str(target)!r}: it is a file; pass a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -130,6 +138,17 @@ def save_directory(
             f"cannot save a model to {str(target)!r}: {gist(error.__cause__ or error)}; pass a folder on a disk with "
             "room for it"
         ) from error
+
+
+def _foreign_weight(model: PreTrainedModel) -> str | None:
+    """Return the first weight that a new model of this class and configuration would not have, or None."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if hasattr(model, "hf_quantizer"):  # it renames weights of its own, and transformers writes and opens those
+        return next((name for name in names if ".base_layer." in name), None)
+    with torch.device("meta"), quiet_transformers():
+        unchanged = type(model)(copy.deepcopy(model.config))
+    own = {name for name, _ in unchanged.named_parameters(remove_duplicate=False)}
+    return next((name for name in names if name not in own), None)
 
 
 def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:

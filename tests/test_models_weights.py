@@ -59,6 +59,38 @@ def test_a_changed_weight_is_saved_and_a_fingerprint_tells(random_llava_llama, l
     assert not torch.equal(again.logits(prompt), random_llava_llama.logits(prompt))
 
 
+ADAPTERS = {
+    "lora": lambda peft: peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    "ia3": lambda peft: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "a projector trained whole": lambda peft: peft.LoraConfig(
+        r=2, target_modules=["v_proj"], modules_to_save=["multi_modal_projector"]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what PEFT calls of transformers
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_model_that_carries_adapters_is_not_saved_until_they_are_merged(kind, llava_llama_path, photo, tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    vlm = multrace.load(llava_llama_path)
+    wrapped = peft.get_peft_model(vlm.model, ADAPTERS[kind](peft)).eval()
+    with pytest.raises(ModelError, match=r"its modules were replaced.*merge the adapters first"):
+        vlm.save_pretrained(tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+    wrapped.merge_and_unload()
+    vlm.save_pretrained(tmp_path / "saved")
+    prompt = vlm.prompt(photo, QUESTION)
+    assert torch.equal(multrace.load(tmp_path / "saved").logits(prompt), vlm.logits(prompt))
+
+
+def test_a_model_with_parametrized_weights_is_not_saved(llava_llama_path, tmp_path):
+    vlm = multrace.load(llava_llama_path)
+    torch.nn.utils.parametrizations.weight_norm(vlm.module(vlm.down_projection(1).path))
+    with pytest.raises(ModelError, match=r"its modules were replaced.*parametrizations"):
+        vlm.save_pretrained(tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_a_half_precision_file_stays_one(stored, random_llava_phi, tmp_path):
     dtype = getattr(torch, stored)
