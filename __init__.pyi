@@ -6,7 +6,7 @@ from . import (
     tracing as tracing,
     workflow as workflow,
 )
-from .data import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
+from .data import EditRecord as EditRecord, EditRequest as EditRequest, Question as Question
 from .editing import (
     EMMET as EMMET,
     MEMIT as MEMIT,
@@ -24,7 +24,6 @@ from .editing import (
 from .models import (
     ModelError as ModelError,
     Prompt as Prompt,
-    Site as Site,
     Trace as Trace,
     TraceDict as TraceDict,
     VisionLanguageModel as VisionLanguageModel,

@@ -1,7 +1,7 @@
 """Files and folders that are replaced whole or not at all, with the permissions of the umask.
 
-A process that is killed leaves the old content or the new one, and at most a hidden file or folder that ends in ".part",
-which the next writer removes. Errors name the path that the caller gave, never a temporary one.
+A process that is killed leaves the old content or the new one, and at most a hidden file or folder that ends in
+".part", which the next writer removes. Errors name the path that the caller gave, never a temporary one.
 """
 
 import ctypes

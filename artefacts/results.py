@@ -1,4 +1,4 @@
-"""The base of every result: a dataclass that is saved, loaded and checked by its fields, printed, tabled and plotted."""
+"""The base of every result: a dataclass that is saved, loaded, checked by its fields, printed, tabled and plotted."""
 
 import base64
 import html

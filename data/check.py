@@ -164,8 +164,9 @@ def check_data(
         answers: a file or folder of OK-VQA; its annotators' answers are compared with those of questions about the same
             pictures. Default None: only with the answers that the file itself has.
         pictures: read the header of each picture. Default True.
-        fix: a file of our own lines to write: without unreadable rows, duplicates, questions whose pictures cannot be
-            used, and rephrases that repeat the question; with cleaned spans and boxes. Default None: nothing is written.
+        fix: a file of our own lines to write: without unreadable rows, duplicates, questions whose pictures cannot
+            be used, and rephrases that repeat the question; with cleaned spans and boxes. Default None: nothing is
+            written.
 
     Returns:
         The findings in the order of the rows.

@@ -137,7 +137,7 @@ def _opened(path: str | PathLike[str]) -> Iterator[tuple[Image.Image, str]]:
 
 
 def _header(file: Path) -> Image.Image:
-    """Return the image of a file, not yet decoded. PIL warns above its limit and raises above twice that; both raise."""
+    """Return a file's image, not yet decoded. PIL warns above its limit and raises above twice that; both raise."""
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(file)

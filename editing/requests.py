@@ -57,7 +57,8 @@ def answers_where_finite(
 ) -> list[str | None]:
     """Return the model's answers, None for questions whose logits are not finite.
 
-    Prompts are made batch by batch. transform: what turns each into the one that the model is given. The other options are those of `VisionLanguageModel.answers`.
+    Prompts are made batch by batch. transform: what turns each into the one that the model is given. The
+    other options are those of `VisionLanguageModel.answers`.
     """
     answers: list[str | None] = []
     bar = tqdm(total=len(questions), desc="answering", unit="question", disable=not progress, leave=False)

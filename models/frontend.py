@@ -273,8 +273,8 @@ class Frontend:
                 return self.tokenizer(text, **options)
         except Exception as error:  # tokenizers raises Exception itself
             raise ModelError(
-                f"the tokenizer of {self.tokenizer.name_or_path!r} cannot read {quoted(text)}: {reason(error)}; mend its "
-                "tokenizer.json, or fetch it again"
+                f"the tokenizer of {self.tokenizer.name_or_path!r} cannot read {quoted(text)}: {reason(error)}; mend "
+                "its tokenizer.json, or fetch it again"
             ) from error
 
     def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> Mapping[str, Tensor]:

@@ -1,8 +1,8 @@
 """Read and replace what modules compute for the length of a `with` block.
 
 A module may pass on a tensor or a tuple, and take its states as a positional or as a keyword argument; hooks keep
-everything else in the tuple or call. `capture` and `patch` are the plain way; `Trace` and `TraceDict` do the same with the
-names and the behaviour that code written for baukit expects.
+everything else in the tuple or call. `capture` and `patch` are the plain way; `Trace` and `TraceDict` do the same with
+the names and the behaviour that code written for baukit expects.
 """
 
 import inspect
@@ -59,11 +59,12 @@ def capture(
     Example:
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.models import Site
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "What colour is this?")
-        >>> with mt.capture(vlm, [mt.Site("mlp", 3), vlm.down_projection(3)]) as states:
+        >>> with mt.capture(vlm, [Site("mlp", 3), vlm.down_projection(3)]) as states:
         ...     logits = vlm.logits(prompt)
-        >>> states[mt.Site("mlp", 3)].shape == (1, prompt.length, vlm.hidden)
+        >>> states[Site("mlp", 3)].shape == (1, prompt.length, vlm.hidden)
         True
     """
     modules = {key: vlm.module(key) for key in keys}
@@ -113,10 +114,11 @@ def patch(
     Example:
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.models import Site
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "What colour is this?")
         >>> clean = vlm.logits(prompt)
-        >>> with mt.patch(vlm, {mt.Site("mlp", 3): lambda output: 0 * output}):
+        >>> with mt.patch(vlm, {Site("mlp", 3): lambda output: 0 * output}):
         ...     patched = vlm.logits(prompt)
         >>> bool((patched != clean).any()), bool((vlm.logits(prompt) == clean).all())
         (True, True)
@@ -274,8 +276,9 @@ class Trace:
     Example:
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.models import Site
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> with mt.Trace(vlm, mt.Site("mlp", 3)) as trace:
+        >>> with mt.Trace(vlm, Site("mlp", 3)) as trace:
         ...     logits = vlm.logits(vlm.prompt(None, "What colour is this?"))
         >>> trace.output.shape[-1] == vlm.hidden
         True
@@ -362,8 +365,9 @@ class TraceDict(dict[Any, Trace]):
     Example:
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.models import Site
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> with mt.TraceDict(vlm, [mt.Site("hidden", 1), mt.Site("hidden", 2)], stop=True) as traces:
+        >>> with mt.TraceDict(vlm, [Site("hidden", 1), Site("hidden", 2)], stop=True) as traces:
         ...     logits = vlm.logits(vlm.prompt(None, "What colour is this?"))
         >>> [str(site) for site in traces]
         ['hidden 1', 'hidden 2']

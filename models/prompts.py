@@ -95,7 +95,7 @@ class Prompt:
     sources: tuple[PictureSource, ...] = ()
     """For each picture, the path that it was read from, or the picture in `images` if it came without a path."""
     words: Mapping[str, Words] = field(default_factory=dict)
-    """Words of the question by name, as `vlm.prompt(constraint=...)` took them; "constraint" is the constraint itself."""
+    """Words of the question by name, as `vlm.prompt(constraint=...)` takes them; "constraint" is the constraint."""
     answer: str | None = None
     answer_ids: tuple[int, ...] = ()
     """Tokens of the answer, without an end-of-sequence token."""

@@ -15,9 +15,9 @@ EXAMPLE = """examples:
   multrace compare out/one out/other
   multrace compare out/one out/other --csv out/difference.csv
 
-The folders are those of finished runs over many records, such as those of trace and flow. For each number of their tables the
-command prints the means over the records that both have, the difference (other minus one), and its 95 % interval from a
-paired bootstrap; and the settings in which the runs differ.
+The folders are those of finished runs over many records, such as those of trace and flow. For each number of their
+tables the command prints the means over the records that both have, the difference (other minus one), and its 95 %
+interval from a paired bootstrap; and the settings in which the runs differ.
 """
 app = App(name="compare", help=__doc__, help_epilogue=EXAMPLE)
 

@@ -23,10 +23,10 @@ docs/formats.md describes our own lines, the public formats that are read, and e
 """
 CHECK = """Look at every row of a data file: can it be read, can its pictures be used, does it say what it should?
 
-The pictures' headers are read, not their pixels. Spans are looked for in the questions, targets are compared with present
-answers, rephrases with their questions, answers with those of annotators, and rows with one another. Errors keep a row,
-or a question of it, from being used; warnings say that a number may mislead; notes are worth knowing. The exit code is 1
-if errors remain.
+The pictures' headers are read, not their pixels. Spans are looked for in the questions, targets are compared with
+present answers, rephrases with their questions, answers with those of annotators, and rows with one another. Errors
+keep a row, or a question of it, from being used; warnings say that a number may mislead; notes are worth knowing. The
+exit code is 1 if errors remain.
 """
 CHECK_EXAMPLE = """examples:
   multrace data check corrections.jsonl

@@ -1,4 +1,4 @@
-"""The door of the command line: sets up the process before torch is imported, and leaves quietly when it has to stop."""
+"""The door of the command line: sets up the process before torch is imported, and exits quietly when it has to stop."""
 
 import os
 import sys

@@ -19,15 +19,15 @@ from .options.asking import ModelOptions
 from .options.choices import EDITORS
 from .outputs import check_files, check_new_folder, new_files
 
-FORMAT = """The file of --data has one JSON object per line, or is in one of the public formats; docs/formats.md describes both:
+FORMAT = """The file of --data has one JSON object per line or is in a public format; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
    "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
    "rewrite_prompts": [{"image": null, "question": "Who founded Example Works?"}],
    "preserve_prompts": [{"image": "b.jpg"}],
    "probes": [{"kind": "other_picture", "image": "a3.jpg"},
               {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
-Entries of the lists inherit what they leave out from their record; "image": null means no picture. Paths are relative to
-the file, or to --images.
+Entries of the lists inherit what they leave out from their record; "image": null means no picture. Paths are relative
+to the file, or to --images.
 """
 EXAMPLE = f"""examples:
   multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
@@ -65,7 +65,9 @@ class Edit(EditorOptions, RequestOptions, ModelOptions):
     where: Annotated[
         str,
         Parameter(
-            help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless --positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or FIRST-LAST:TOKEN (layers that share the change)"
+            help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless "
+            "--positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or "
+            "FIRST-LAST:TOKEN (layers that share the change)"
         ),
     ] = TRACE
     trace: Annotated[
@@ -85,7 +87,7 @@ class Edit(EditorOptions, RequestOptions, ModelOptions):
     dry_run: Annotated[
         bool,
         Parameter(
-            help="write nothing; report how much the weights would change, and how the prompts to keep would be affected"
+            help="write nothing; report how much the weights would change, and how prompts to keep would be affected"
         ),
     ] = False
     out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/edit")
@@ -155,7 +157,7 @@ class EditOutcome:
         if any(share is not None and share < _MOSTLY for share in self.shares):
             yield "less than 90% is retained; a higher precision, a smaller ridge or export --peft gives the rest"
         if self.missed:
-            yield f"{self.missed} of {len(self.answers)} do not say their target; another --where or more --steps may help"
+            yield f"{self.missed} of {len(self.answers)} do not say their target; try another --where or more --steps"
         for shift in self._all_shifts()[:_SHOWN]:
             yield from (f"{'traced again':<15}  {line}" for line in (shift.lines() if shift else ()))
         yield from (f"{'note':<15}  {note}" for note in self.notes)

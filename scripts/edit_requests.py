@@ -91,8 +91,8 @@ class RequestOptions(CorruptionOptions, FileOptions):
     data: Annotated[
         Path | None,
         Parameter(
-            help="edit every line of this file instead, in one edit; the format is described below, and --corrupt swap:next "
-            "replaces each picture by the next record's",
+            help="edit every line of this file instead, in one edit; the format is described below, and --corrupt "
+            "swap:next replaces each picture by the next record's",
             metavar="FILE",
         ),
     ] = None
@@ -103,7 +103,7 @@ class RequestOptions(CorruptionOptions, FileOptions):
     context_image: Annotated[
         tuple[str, ...],
         Parameter(
-            help="other pictures of the same thing; keys are averaged over them, and the new answer has to hold for all",
+            help="other pictures of the same thing; keys are averaged over them, and the new answer must hold for all",
             metavar="FILE",
         ),
     ] = ()

@@ -37,7 +37,8 @@ class EditorOptions(GeneralOptions):
     moments: Annotated[
         Path | None,
         Parameter(
-            help="second moments of keys (made by multrace moments), by which rome, memit, emmet and alphaedit weigh old keys",
+            help="second moments of keys (made by multrace moments), by which rome, memit, emmet and alphaedit weigh "
+            "old keys",
             group=EDITOR,
             metavar="FILE",
         ),
@@ -53,8 +54,8 @@ class EditorOptions(GeneralOptions):
     spread: Annotated[
         int | None,
         Parameter(
-            help="number of layers that share the change; the last of them is the layer to edit (default: the editor's own; 1 "
-            "for multedit)",
+            help="number of layers that share the change; the last of them is the layer to edit (default: the editor's "
+            "own; 1 for multedit)",
             group=EDITOR,
             metavar="N",
         ),

@@ -86,8 +86,8 @@ class FlowOptions(RunOptions, EngineOptions):
     world: Annotated[
         bool,
         Parameter(
-            help="ask questions about the world of the embedded model, with held-out pictures (for that model and edited "
-            "copies of it); --limit says how many"
+            help="ask questions about the world of the embedded model, with held-out pictures (for that model and "
+            "edited copies of it); --limit says how many"
         ),
     ] = False
     degrade: Annotated[
@@ -145,8 +145,8 @@ class FlowOptions(RunOptions, EngineOptions):
     positions: Annotated[
         tuple[int | str, ...] | None,
         Parameter(
-            help="lens: token groups or positions to read; averages use the first (default: last; for one question also "
-            "question)",
+            help="lens: token groups or positions to read; averages use the first (default: last; for one question "
+            "also question)",
             metavar="GROUP",
         ),
     ] = None

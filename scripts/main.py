@@ -12,9 +12,10 @@ A command is one file of this folder with the command's name; `undo.py` is a sho
 - `app = App(name=..., help=__doc__, help_epilogue=EXAMPLE)` and `@app.default def run(options) -> int`, the exit code.
   If every option has a default, so has `options`: `def run(options: Demo = Demo())`.
 
-The line that `multrace --help` shows for the command stands in `COMMANDS` below. Only the command that runs is imported,
-and no command file imports torch at its top: rooms are imported whole (`from .. import editing`) and used by attribute
-(`editing.Delta`), because their faces import nothing until a name is used. So help and misspelt options take no time.
+The line that `multrace --help` shows for the command stands in `COMMANDS` below. Only the command that runs is
+imported, and no command file imports torch at its top: rooms are imported whole (`from .. import editing`) and used by
+attribute (`editing.Delta`), because their faces import nothing until a name is used. So help and misspelt options
+take no time.
 Commands raise the errors of the rooms, `CommandError` among them, and print their results.
 """
 

@@ -66,8 +66,8 @@ class MomentOptions(ModelOptions):
     memory: Annotated[
         int | None,
         Parameter(
-            help="MiB for the sums of one pass; with less than all layers need, layers are read in groups, one pass each "
-            "(default: no limit)",
+            help="MiB for the sums of one pass; with less than all layers need, layers are read in groups, one pass "
+            "each (default: no limit)",
             metavar="MIB",
         ),
     ] = None
@@ -84,7 +84,7 @@ class MomentOptions(ModelOptions):
     cache: Annotated[
         Path | None,
         Parameter(
-            help="folder for intermediate sums: an interrupted call continues from them, and a finished result is reused",
+            help="folder for intermediate sums: an interrupted call continues from them; a finished result is reused",
             metavar="DIR",
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""Output folders of commands: checked and cleared of leftovers before the long work, and written whole or not at all."""
+"""Output folders of commands: checked and cleared of leftovers before long work, and written whole or not at all."""
 
 import os
 import tempfile

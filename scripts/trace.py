@@ -25,12 +25,12 @@ EXAMPLE = """examples:
   multrace trace --data questions.jsonl --corrupt image-noise:3 --positions image constraint_last last --out out/all
   multrace trace --data questions.jsonl --corrupt blank --shard 1/8 --out out/array
 
-For one question the command writes OUT/trace.safetensors (multrace.tracing.CausalTrace.load), OUT/trace.png and, if parts
-of the picture were restored, OUT/overlay.png. For --data it writes OUT/records/ID-.../trace.safetensors for each record,
-OUT/summary/rows.parquet (one row per record) and the average of all traces as OUT/summary/average.safetensors
-(multrace.tracing.AverageTrace.load), .png and .csv. A record may name its own answer, foil and corrupt; that of an edit is
-traced for the answer that it replaces. The same command again continues an interrupted run. Under torchrun or accelerate
-launch it spreads the records over the processes; --device-map cuda then gives each process the GPU of its own.
+For one question the command writes OUT/trace.safetensors (multrace.tracing.CausalTrace.load), OUT/trace.png and, if
+parts of the picture were restored, OUT/overlay.png. For --data it writes OUT/records/ID-.../trace.safetensors for each
+record, OUT/summary/rows.parquet (one row per record) and the average of all traces as OUT/summary/average.safetensors
+(multrace.tracing.AverageTrace.load), .png and .csv. A record may name its own answer, foil and corrupt; that of an edit
+is traced for the answer that it replaces. The same command again continues an interrupted run. Under torchrun or
+accelerate launch it spreads the records over the processes; --device-map cuda then gives each process a GPU of its own.
 """
 app = App(name="trace", help=__doc__, help_epilogue=EXAMPLE)
 _CELLS = "trace.unfinished"
@@ -86,7 +86,8 @@ class TraceOptions(RunOptions, EngineOptions):
     direction: Annotated[
         str,
         Parameter(
-            help="restore: patch clean states into the corrupted run; corrupt: patch corrupted states into the clean run",
+            help="restore: patch clean states into the corrupted run; corrupt: patch corrupted states into the clean "
+            "run",
             choices=DIRECTIONS,
         ),
     ] = "restore"
@@ -108,8 +109,8 @@ class TraceOptions(RunOptions, EngineOptions):
     exact_cells: Annotated[
         int | None,
         Parameter(
-            help="number of cells to compute exactly, the most promising by one backward pass; the others are estimated "
-            "(default: all)",
+            help="number of cells to compute exactly, the most promising by one backward pass; the others are "
+            "estimated (default: all)",
             metavar="N",
         ),
     ] = None
@@ -120,7 +121,7 @@ class TraceOptions(RunOptions, EngineOptions):
     resume: Annotated[
         bool,
         Parameter(
-            help="one question: keep finished cells in OUT while tracing, and continue from those of an interrupted call"
+            help="one question: keep finished cells in OUT while tracing, and continue from those of an earlier call"
         ),
     ] = False
     out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/trace")

@@ -1,4 +1,4 @@
-"""Files that belong together change together, at whatever moment a process is killed, a disk is full or a folder goes."""
+"""Files that belong together change together, whenever a process is killed, a disk is full or a folder goes."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""The doctor of data files: each fault is found in its row, a fix mends what it says, and a clean file has no findings."""
+"""The doctor of data files: each fault is found in its row, a fix mends what it says, a clean file has no findings."""
 
 import json
 from dataclasses import fields, replace
@@ -153,7 +153,12 @@ def test_targets_rephrases_and_other_rows_are_compared(tmp_path):
         tmp_path,
         edit | {"id": "a", "old": "ada."},
         edit | {"id": "b"},
-        edit | {"id": "c", "target": "Bo", "probes": [{"kind": "portability", "question": "Why?", "answer": "x", "needs": ["a", "z"]}]},
+        edit
+        | {
+            "id": "c",
+            "target": "Bo",
+            "probes": [{"kind": "portability", "question": "Why?", "answer": "x", "needs": ["a", "z"]}],
+        },
         {"question": "Who won?", "answer": "Ada"},
         {"question": "Who won?", "answer": "the Ada"},
         {"question": "Who won?", "answer": "Bo"},

@@ -243,7 +243,8 @@ BAD = {  # line -> what its error says
     '{"question": "Q?", "target": "x", "probes": [3]}': "'probes' is no list of objects; write questions that check",
     '{"question": "Q?", "target": "x", "contexts": [{"answer": "y"}]}': "names neither 'image' nor 'question'",
     '{"question": "Q?", "target": "x", "probes": [{"kind": 1, "image": "x"}]}': "'kind' of 'probes' 1 is 1; write the",
-    '{"question": "Q?", "target": "x", "probes": [{"image": "x"}]}': "no 'kind' of 'probes' 1 (found 'question', 'image')",
+    '{"question": "Q?", "target": "x", "probes": [{"image": "x"}]}': "no 'kind' of 'probes' 1 "
+    "(found 'question', 'image')",
     '{"question": "Q?", "target": "x", "probes": [{"kind": "x", "image": "x"}]}': "no kind of probe 'x'; use one of",
     '{"question": "Q?", "target": "x", "probes": [{"kind": "portability", "image": "x"}]}': "has no answer; add",
     '{"question": "Q?", "targets": "x"}': "no key 'targets'; did you mean 'target'?",

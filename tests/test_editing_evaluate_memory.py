@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from multrace import EditRecord, Probe, Question, VisionLanguageModel
-from multrace.data import World
+from multrace import EditRecord, Question, VisionLanguageModel
+from multrace.data import Probe, World
 from multrace.editing import EditReport, EditSession, EvaluationSettings, evaluate
 
 BYTES_PER_RECORD = 20_000

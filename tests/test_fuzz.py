@@ -1,4 +1,4 @@
-"""Damaged input of every kind: an error of ours in one line, or the same content; no traceback, no hang, no false content."""
+"""Damaged input of any kind: an error of ours in one line, or the same content; no traceback, hang or false content."""
 
 import json
 import random

@@ -10,8 +10,8 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace import ModelError, Site, capture
-from multrace.models import collate
+from multrace import ModelError, capture
+from multrace.models import Site, collate
 from transformers import WatermarkingConfig
 
 QUESTIONS = (

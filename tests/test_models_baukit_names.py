@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from multrace import ModelError, Site, Trace, TraceDict
+from multrace import ModelError, Trace, TraceDict
+from multrace.models import Site
 from torch import nn
 
 QUESTION = "Who founded the company in this photo?"

@@ -3,7 +3,8 @@
 import multrace
 import pytest
 import torch
-from multrace import ModelError, Site, capture, patch
+from multrace import ModelError, capture, patch
+from multrace.models import Site
 from multrace.models.hooks import main_tensor, replace_main
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput

@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from multrace import BlankImage, Delta, EditRequest, MultEdit, Site, Trace, TraceDict, capture, causal_trace, patch
+from multrace import BlankImage, Delta, EditRequest, MultEdit, Trace, TraceDict, capture, causal_trace, patch
 from multrace.editing import FineTune, History, RuntimeEdit
+from multrace.models import Site
 from multrace.models.guards import ModelLock
 from multrace.models.replay import masking, replaying
 

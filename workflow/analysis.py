@@ -164,7 +164,7 @@ class Analysis(ABC):
         return cls(**{name: _tuples(value) for name, value in settings.items()})
 
     def check(self, record: Record) -> None:  # noqa: B027 -- most analyses take every record
-        """Raise one of `INPUT_ERRORS` for a record that lacks what is needed, as far as that shows without the model."""
+        """Raise one of `INPUT_ERRORS` for a record that lacks what is needed, as far as it shows without the model."""
 
     def sources(self, record: Record) -> Sequence[Any]:
         """Return what else the outcome depends on: plain values, and paths of files that count by their content."""

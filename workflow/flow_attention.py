@@ -144,7 +144,7 @@ class ConstraintReading(_ContributionsReading):
         ]
 
     def row(self, result: AttentionContributions) -> dict[str, Any]:
-        """Return the layer where the picture contributes most to the constraint, and how many tokens hold most of it."""
+        """Return the layer where the picture contributes most to the constraint and how many tokens hold most of it."""
         layer = int(result.image_mass().sum(1).argmax())
         return {"image_layer": layer, "image_tokens": result.tokens_for(_SHARE, layer=layer)}
 

@@ -145,7 +145,8 @@ class Contents:
     def key(self, *values: Any) -> str:
         """Return a SHA-256 of plain values, in which paths and pictures count by the content of their files.
 
-        The corruption that a question names is left out, since it names files; an analysis that uses it adds it. Raises `DataError` if a file cannot be read.
+        The corruption that a question names is left out, since it names files; an analysis that uses it adds it.
+        Raises `DataError` if a file cannot be read.
         """
         return hashlib.sha256(repr([self._plain(value) for value in values]).encode()).hexdigest()
 

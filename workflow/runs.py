@@ -281,8 +281,8 @@ class _Job:
                     stale.append(stored.id)
             if stale:
                 raise RunError(
-                    f"{str(self.folder.path)!r} holds results of {len(stale)} records that this run does not have, such "
-                    f"as {min(stale)!r}: the data, their pictures or the limit differ; choose another folder"
+                    f"{str(self.folder.path)!r} holds results of {len(stale)} records that this run does not have, "
+                    f"such as {min(stale)!r}: the data, their pictures or the limit differ; choose another folder"
                 )
             self.folder.remove_summary()
             self.folder.write(RECORDS, records)

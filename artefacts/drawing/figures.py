@@ -1,4 +1,4 @@
-"""Figures with title, subtitle and matplotlib's own layout engine, and curves with bands, several panels side by side."""
+"""Figures with title, subtitle and matplotlib's layout engine, and curves with bands, several panels side by side."""
 
 import io
 import textwrap

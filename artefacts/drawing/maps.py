@@ -111,7 +111,7 @@ def _width(panel: Panel, numbers: bool) -> float:
 
 
 def _fill(axes: Axes, panel: Panel, ends: tuple[float, float]) -> QuadMesh:
-    """Draw and return the coloured cells; ends: values of the lightest and the darkest colour. Estimates are hatched."""
+    """Draw and return the coloured cells; ends: values of the lightest and darkest colour. Estimates are hatched."""
     axes.set_facecolor("#e4e4e4")
     colours = {"cmap": colours_of(panel.kind), "vmin": ends[0], "vmax": ends[1]}
     mesh = axes.pcolormesh(panel.values.numpy(), edgecolors="white", linewidth=0.4, **colours)

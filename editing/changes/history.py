@@ -440,7 +440,7 @@ def _read(history: History, index: Path) -> History:
     later = [path.name for path in history.folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
     if later:  # the file of one edit, that of the next change, may be there without its line
         raise EditError(
-            f"{str(index)!r} has lost its end: it tells of {counted(history.step, 'change')}, but {min(later)!r} was added "
-            "after more; restore it from a copy"
+            f"{str(index)!r} has lost its end: it tells of {counted(history.step, 'change')}, but {min(later)!r} was "
+            "added after more; restore it from a copy"
         )
     return replace(history, length=length)

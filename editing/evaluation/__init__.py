@@ -1,4 +1,4 @@
-"""What an edit did: questions asked before and after it, the metrics, and the reports. The names are listed in `__init__.pyi`."""
+"""What an edit did: questions asked before and after it, metrics, and reports. `__init__.pyi` lists the names."""
 
 import lazy_loader
 

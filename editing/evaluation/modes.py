@@ -97,13 +97,13 @@ def evaluate(
 
     Example:
         >>> import multrace as mt
-        >>> from multrace.data import World, tiny_vlm_path
+        >>> from multrace.data import Probe, World, tiny_vlm_path
         >>> vlm, world = mt.load(tiny_vlm_path()), World()
         >>> case, other = world.edit_cases("outdated", "choose")[:2]
         >>> pictures = [world.picture(world.entities[each.fact.entity], 0).image for each in (case, other)]
         >>> text = world.question(case.fact).text
         >>> questions = [mt.Question(text=text, image=picture) for picture in pictures]
-        >>> probe = mt.Probe(kind="same_question_other_picture", question=questions[1])
+        >>> probe = Probe(kind="same_question_other_picture", question=questions[1])
         >>> record = mt.EditRecord(question=questions[0], target=case.target, probes=[probe])
         >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), progress=False)
         >>> report.rows[0].after == case.target

@@ -162,7 +162,7 @@ def preview_lines(found: Preview, most: int) -> Iterator[str]:
         yield f"{'neighbours':<15}  {flips} of {found.staying} answers that should stay would change"
     else:
         yield f"{'neighbours':<15}  no questions were given whose answers should stay"
-    yield "how much the edit moves what the changed weights write at other questions, in percent of what they write now:"
+    yield "how far the edit moves what the changed weights write at other questions, in percent of what they write:"
     yield "  at the edited token  largest at any token  question"
     for each in found.neighbours[:most]:
         at = "-" if each.at_token is None else f"{each.at_token:.2%}"

@@ -85,8 +85,9 @@ def sequence_states(
 ) -> Iterator[SequenceState]:
     """Yield the state of a sequence after as many edits as `at` says, and after the last edit.
 
-    session: the session that makes the edits, which begins and ends here. All questions of all edits so far are asked by free generation; the other measurements are made at the last
-    checkpoint. The model ends bit-equal to how it began.
+    session: the session that makes the edits, which begins and ends here. All questions of all edits so far are
+    asked by free generation; the other measurements are made at the last checkpoint. The model ends bit-equal to how it
+    began.
     """
     settings, names = reference.settings, names_of(records)
     run, options = _Progress(), {"settings": settings, "batch_size": batch_size}

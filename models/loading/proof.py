@@ -1,4 +1,4 @@
-"""Verification at load time: processor and model agree on image tokens, and the model behaves as its family row says."""
+"""Verification at load time: processor and model agree on image tokens, and the model does what its family row says."""
 
 import math
 from collections.abc import Callable

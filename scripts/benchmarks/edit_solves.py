@@ -1,4 +1,4 @@
-"""The solve of MultEdit's edits: in its thin form, with the explicit inverse, and in batches that share a second moment.
+"""The solve of MultEdit's edits: in its thin form, with the explicit inverse, and in batches with one second moment.
 
 As published (arXiv 2406.04236) the new weight is (lambda W + Z K^T)(lambda I + K K^T)^-1, keys and wanted outputs being
 columns. Seconds are of the change as factors for ours, of the new weight for the usual way; the cost of writing the

@@ -102,14 +102,16 @@ class BenchTrace(BenchOptions):
     image_samples: Annotated[
         int | None,
         Parameter(
-            help=f"number of noise samples of the image corruption (default: {_FULL_TRACE['image_samples']}; 2 with --quick)",
+            help="number of noise samples of the image corruption "
+            f"(default: {_FULL_TRACE['image_samples']}; 2 with --quick)",
             metavar="N",
         ),
     ] = None
     cells: Annotated[
         tuple[str, ...] | None,
         Parameter(
-            help="measure only the rows of the table whose label contains one of these words (default: all; two with --quick)",
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; two with --quick)",
             metavar="WORDS",
         ),
     ] = None
@@ -141,7 +143,8 @@ class BenchFlow(BenchOptions):
     flows: Annotated[
         tuple[str, ...] | None,
         Parameter(
-            help="measure only the rows of the table whose label contains one of these words (default: all; four with --quick)",
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; four with --quick)",
             metavar="WORDS",
         ),
     ] = None
@@ -201,7 +204,8 @@ class BenchEdit(BenchOptions):
     prompts: Annotated[
         int | None,
         Parameter(
-            help=f"number of prompts that second moments are taken over (default: {_FULL_EDIT['prompts']}; 4 with --quick)",
+            help="number of prompts that second moments are taken over "
+            f"(default: {_FULL_EDIT['prompts']}; 4 with --quick)",
             metavar="N",
         ),
     ] = None
@@ -215,7 +219,8 @@ class BenchEdit(BenchOptions):
     rows: Annotated[
         tuple[str, ...] | None,
         Parameter(
-            help="measure only the rows of the table whose label contains one of these words (default: all; five with --quick)",
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; five with --quick)",
             metavar="WORDS",
         ),
     ] = None

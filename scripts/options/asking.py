@@ -114,7 +114,8 @@ class EngineOptions(GeneralOptions):
     engine: Annotated[
         str,
         Parameter(
-            help="replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the model allows it",
+            help="replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the "
+            "model allows it",
             group=ENGINE,
             choices=ENGINES,
         ),
@@ -130,7 +131,8 @@ class EngineOptions(GeneralOptions):
     checks: Annotated[
         int,
         Parameter(
-            help="number of random cells that are computed again by plain forward passes as a check; many questions of `flow` are checked in the first three only",
+            help="number of random cells that are computed again by plain forward passes as a check; many questions of "
+            "`flow` are checked in the first three only",
             group=ENGINE,
             metavar="N",
         ),

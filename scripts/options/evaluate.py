@@ -28,8 +28,8 @@ EXAMPLE = """examples:
   multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last
           one edit on top of the other, measured after 1, 10, 20, 30 and 100
 
-With --data, --mode single and a place in --where, OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the
-report on one record, and summary/ has evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every
+With --data, --mode single and a place in --where, OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is
+the report on one record, and summary/ has evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every
 question with both raw answers), table.txt and rows.parquet (one row per record). The same command again continues an
 interrupted run, --shard and torchrun share it, and records that fail are kept with their errors. In other cases the
 command writes OUT/EDITOR/report.json, generations.jsonl and table.txt at the end; for sequences also curve.json and
@@ -72,9 +72,9 @@ class Evaluate(RunOptions, EditorOptions):
     where: Annotated[
         str,
         Parameter(
-            help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace of each "
-            "edit's question under the picture of another edit leads (in the built-in world: of another thing of its "
-            "kind); a batch has one place, from the mean of the traces"
+            help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace "
+            "of each edit's question under the picture of another edit leads (in the built-in world: of another thing "
+            "of its kind); a batch has one place, from the mean of the traces"
         ),
     ]
     mode: Annotated[
@@ -86,7 +86,8 @@ class Evaluate(RunOptions, EditorOptions):
     at: Annotated[
         tuple[int, ...],
         Parameter(
-            help=f"sequence: numbers of edits after which to measure (default: {' '.join(map(str, SEQUENCE_LENGTHS))} and all)",
+            help="sequence: numbers of edits after which to measure "
+            f"(default: {' '.join(map(str, SEQUENCE_LENGTHS))} and all)",
             metavar="N",
         ),
     ] = SEQUENCE_LENGTHS
@@ -95,8 +96,8 @@ class Evaluate(RunOptions, EditorOptions):
     general: Annotated[
         str | None,
         Parameter(
-            help="held-out questions asked before and after: a file with image, question and answer per line, or, of the "
-            "built-in world, world or world:N (facts that no edit is about)",
+            help="held-out questions asked before and after: a file with image, question and answer per line, or, of "
+            "the built-in world, world or world:N (facts that no edit is about)",
             metavar="FILE",
         ),
     ] = None

@@ -35,8 +35,8 @@ class RunOptions(ModelOptions, FileOptions):
     shard: Annotated[
         str | None,
         Parameter(
-            help="compute the i-th of n parts of the records, such as 1/8, in a job array; the parts may share --out, or "
-            "have folders of their own, which multrace merge joins",
+            help="compute the i-th of n parts of the records, such as 1/8, in a job array; the parts may share --out, "
+            "or have folders of their own, which multrace merge joins",
             group=RUN,
             metavar="I/N",
         ),

@@ -143,7 +143,7 @@ def _file(settings: Results, split: str, name: str) -> Path:
 
 
 def _identity(settings: Results, vlm: VisionLanguageModel) -> dict[str, Any]:
-    """What all rows of a folder have in common: the model by its weights, the version, and the numbers of the header."""
+    """Return what all rows of a folder share: the model by its weights, the version, the numbers of the header."""
     return {
         "weights": vlm.weights_digest(),
         "version": __version__,

@@ -47,7 +47,7 @@ from .stages import Phase, held_out_accuracy, train_joint, train_tower
 
 EXAMPLE = """examples:
   python -m multrace.scripts.training.train_tiny --out out/tiny_vlm                 the full recipe
-  python -m multrace.scripts.training.train_tiny --out out/trial --share 0.01       one hundredth of the steps, to see it run
+  python -m multrace.scripts.training.train_tiny --out out/trial --share 0.01       1% of the steps, to see it run
 """
 
 
@@ -332,7 +332,8 @@ def _recipe(seed: int, tower_steps: int, phases: Sequence[Phase], minutes: float
     )
     return f"""## Recipe
 
-`python -m multrace.scripts.training.train_tiny --out DIR --seed {seed}`: {minutes:.0f} minutes on two CPU cores, float32.
+`python -m multrace.scripts.training.train_tiny --out DIR --seed {seed}`: {minutes:.0f} minutes on two CPU cores,
+float32.
 
 1. the vision tower alone, {tower_steps} steps of 96 pictures: parts, place and identity from the mean of an entity's
    patches;
