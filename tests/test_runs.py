@@ -427,7 +427,9 @@ COMMANDS = {
 }
 
 
-def started(command: str, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+def started(
+    command: str, out: Path, count: int, *more: str, launcher: Sequence[str] = (), output: int = subprocess.PIPE
+) -> subprocess.Popen:
     """The command over questions without pictures, in a process of its own."""
     data = out.parent / "questions.jsonl"
     if not data.exists():
@@ -435,7 +437,7 @@ def started(command: str, out: Path, count: int, *more: str, launcher: Sequence[
         write_lines(data, asked)
     arguments = [command, *COMMANDS[command], "--data", str(data), "--out", str(out), *more]
     words = [sys.executable, *launcher, "-m", "multrace.scripts.main", *arguments]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -489,7 +491,7 @@ def test_a_thousand_records_need_the_memory_of_one(tmp_path: Path):
     for count in (50, 1000):
         out = tmp_path / str(count)
         out.mkdir()
-        process = started("trace", out / "run", count)
+        process = started("trace", out / "run", count, output=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         peaks[count] = usage.ru_maxrss / 1024
