@@ -101,6 +101,16 @@ def test_help_and_misspelt_options_import_nothing_heavy():
     assert heavy_after(ASK.format(calls=[[*path, "--colour", "red"] for path in PATHS], code=2)) == set()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "edit", "trace", "flow"])
+def test_each_command_over_a_file_starts_in_a_fresh_process(command: str, tmp_path: Path):
+    place = ["--where", "5:last"] if command in ("evaluate", "edit") else []
+    tokens = [command, "--data", str(tmp_path / "none.jsonl"), *place, "--out", str(tmp_path / "out")]
+    done = python(f"import sys\nsys.argv[1:] = {tokens}\nfrom multrace.scripts.door import main\nsys.exit(main())")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("multrace: ") and "none.jsonl" in line
+
+
 def test_what_options_choose_from_is_what_the_library_has():
     assert cells.ENGINES == choices.ENGINES
     assert tuple(data.FORMATS) == choices.DATA_FORMATS
