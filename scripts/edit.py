@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -48,9 +49,12 @@ EXAMPLE = f"""examples:
           write all edits of a file in one, at the place that the mean of their traces shows
 
 The command writes OUT/edit.safetensors (multrace.Delta.load, or multrace answer --edit FILE) and OUT/report.json.
+With --data it keeps the values that it has searched for in OUT/values until the edit is written: the same command goes
+on from there after a crash.
 
 {FORMAT}"""
 app = App(name="edit", help=__doc__, help_epilogue=EXAMPLE)
+VALUES = "values"
 TRACE = "trace"
 """What --where spells for the place that traces find."""
 
@@ -94,6 +98,11 @@ class Edit(EditorOptions, RequestOptions, ModelOptions):
     save_model: Annotated[
         Path | None, Parameter(help="also write the whole edited model to this new folder", metavar="DIR")
     ] = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that keeps searched values until the edit of a file is written; None where nothing is kept."""
+        return None if self.data is None or self.dry_run else self.out / VALUES
 
 
 _SHOWN = 20
@@ -265,6 +274,8 @@ def run(options: Edit = Edit()) -> int:
     with new_files(options.out) as folder:
         made.delta.save(folder / EDIT)
         artefacts.write_json(folder / REPORT, _LAYOUT, outcome.as_json())
+    if options.checkpoint is not None:
+        shutil.rmtree(options.checkpoint, ignore_errors=True)
     if options.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
         with made.delta.applied(vlm):
             vlm.save_pretrained(options.save_model)
@@ -321,7 +332,7 @@ def _placed(
         asked = vlm.prompt_for(request.question).with_answer(request.target)
         values.key_positions(asked, place.token)  # says what is wrong with the token before any work
     editor = make_editor(settings, layer=layer, token=place.token, spread=place.spread)
-    delta = editor.edit(vlm, requests, moments=moments, progress=True)
+    delta = editor.edit(vlm, requests, moments=moments, checkpoint=settings.checkpoint, progress=True)
     spread = editor.spread if editor.spread > 1 else None
     found = Place(layer=layer, token=place.token, reason=place.reason, spread=spread)
     return _Made(delta=delta, places=(found,) * len(requests))
@@ -347,6 +358,7 @@ def _traced(
         sites=_KINDS,
         window=settings.window,
         trace_after=settings.trace_after,
+        checkpoint=settings.checkpoint,
         progress=True,
     )
     places = tuple(map(place_of, found.edit_sites))

@@ -3,6 +3,10 @@
 import json
 import math
 import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -405,3 +409,22 @@ def test_no_room_for_the_model_loses_no_edit(desk, capsys, nearly_full_disk):
     assert sorted(path.name for path in desk.out.iterdir()) == ["edit.safetensors", "report.json"]
     assert len(mt.Delta.load(desk.out / "edit.safetensors").requests) == 1
     assert not (desk.folder / "model").exists()
+
+
+def test_a_killed_edit_of_a_file_goes_on_and_ends_with_the_same_bytes(desk: Desk):
+    """The value search is kept batch by batch; without the kept values, the same call would search again."""
+    whole, killed = desk.folder / "whole", desk.folder / "killed"
+    code = app(desk.all(steps="60", out=str(whole)))
+    again = desk.all(steps="60", out=str(killed))
+    program = [sys.executable, "-m", "multrace.scripts.main", *again]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((killed / "values").glob("*.safetensors")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (killed / "edit.safetensors").exists()
+    kept = {file.name: file.stat().st_mtime_ns for file in (killed / "values").glob("*.safetensors")}
+    assert kept
+    assert app(again) == code
+    assert (killed / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
+    assert (killed / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+    assert not (killed / "values").exists()

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import multrace as mt
 import pytest
 import torch
 from conftest import draw_photo
 from multrace import VisionLanguageModel
+from multrace.data import World, world_records
 from multrace.editing.values import (
     Goal,
     Place,
@@ -401,3 +403,30 @@ def test_a_goal_that_is_done_is_not_spoilt_by_one_that_fails_later(random_llama)
         assert bool(result.failure) is is_last
         assert not result.change.any()
         assert result.loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_values_that_were_searched_for_are_kept_and_found_again_with_the_same_bits(tiny_vlm, tmp_path):
+    world = World()
+    records = world_records(world, world.edit_cases("outdated", "choose")[:3])
+    editor = mt.MultEdit(layer=5, steps=20, rows_at_once=1)
+
+    def edited(checkpoint=None, editor=editor):
+        (change,) = editor.edit(tiny_vlm, records, checkpoint=checkpoint, progress=False).changes.values()
+        return [getattr(change, part) for part in ("left", "right", "keys", "residuals")]
+
+    def same(one, other):
+        return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+    plain = edited()
+    assert same(edited(tmp_path), plain)
+    files = sorted(tmp_path.glob("values_*.safetensors"))
+    times = {file: file.stat().st_mtime_ns for file in files}
+    assert len(files) == 3
+    assert same(edited(tmp_path), plain) and {file: file.stat().st_mtime_ns for file in files} == times
+    damaged = bytearray(files[0].read_bytes())
+    damaged[-3] ^= 1
+    files[0].write_bytes(damaged)
+    assert same(edited(tmp_path), plain), "a damaged file is searched for again"
+    assert [file for file in files if file.stat().st_mtime_ns != times[file]] == [files[0]]
+    assert not same(edited(tmp_path, replace(editor, steps=10)), plain), "other settings have files of their own"
+    assert len(list(tmp_path.glob("values_*.safetensors"))) == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def locate_then_edit(
     window: int = 3,
     fraction: float = 0.25,
     trace_after: bool = False,
+    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> LocatedEdit:
     """Trace the facts, edit them where their traces say, and return traces, sites and deltas.
@@ -101,6 +103,7 @@ def locate_then_edit(
         window: As in `locate`.
         fraction: As in `locate`.
         trace_after: Trace each prompt once more with the edit in place, under the same corruptions.
+        checkpoint: A folder that keeps the values which are searched for, so that an edit that was stopped goes on.
         progress: Show progress bars.
 
     Returns:
@@ -130,7 +133,7 @@ def locate_then_edit(
     tracing = {"positions": positions, "sites": sites, "window": window, "progress": progress}
     choice = {"per_request": per_request, "fraction": fraction}
     located = locate(vlm, requests, corruptions=corruptions, traces=traces, **choice, **tracing)
-    work = _Edits(vlm, requests, located.edit_sites, editor, moments, progress=progress)
+    work = _Edits(vlm, requests, located.edit_sites, editor, moments, checkpoint=checkpoint, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
     shifts: tuple[TraceShift | None, ...] = ()
     if trace_after and corruptions is not None:
@@ -151,12 +154,13 @@ class _Edits:
         editor: EditorAt,
         moments: Moments | None,
         *,
+        checkpoint: Path | None,
         progress: bool,
     ) -> None:
         self.requests, self.progress = requests, progress
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
-        self.session = EditorByRequest(choose=self._editor_of).start(vlm, moments=moments)
+        self.session = EditorByRequest(choose=self._editor_of).start(vlm, moments=moments, checkpoint=checkpoint)
 
     def one_by_one(self) -> tuple[Delta | None, ...]:
         """A delta per request, each for the model as it is."""

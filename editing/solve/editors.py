@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from ...data.facts import EditRequest
@@ -34,7 +35,12 @@ class ClosedFormEditor(ClosedFormSettings):
     """An editor that writes facts in closed form: settings that can start a session, or make one edit."""
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self,
+        vlm: VisionLanguageModel,
+        *,
+        moments: Moments | None = None,
+        history: History | None = None,
+        checkpoint: Path | None = None,
     ) -> ClosedFormSession:
         """Return a session, in which each edit is made on top of the earlier ones and stays in effect.
 
@@ -43,6 +49,8 @@ class ClosedFormEditor(ClosedFormSettings):
             moments: Second moments of keys, for editors that weigh old keys by them.
             history: The edits that the session begins with, to which it adds its own; None for an empty one in memory.
                 `History.open(folder)` keeps them on disk.
+            checkpoint: A folder that keeps the values which are searched for, so that an edit that was stopped goes on;
+                None keeps nothing.
 
         Raises:
             EditError: Moments are missing.
@@ -59,7 +67,7 @@ class ClosedFormEditor(ClosedFormSettings):
             ['Draivo']
         """
         self.check_moments(moments)
-        return ClosedFormSession(vlm, lambda _requests: self, moments=moments, history=history)
+        return ClosedFormSession(vlm, lambda _requests: self, moments=moments, history=history, checkpoint=checkpoint)
 
     def edit(
         self,
@@ -67,6 +75,7 @@ class ClosedFormEditor(ClosedFormSettings):
         requests: Sequence[EditRequest],
         *,
         moments: Moments | None = None,
+        checkpoint: Path | None = None,
         progress: bool = True,
     ) -> Delta:
         """Return the change after which the model answers each request's questions with its target.
@@ -80,6 +89,8 @@ class ClosedFormEditor(ClosedFormSettings):
             vlm: The model to edit.
             requests: The facts to write, all in one solve.
             moments: Second moments of keys, for editors that weigh old keys by them.
+            checkpoint: A folder that keeps the values which are searched for, batch by batch: the value search is nearly
+                all of the work, and a call that was stopped goes on from there with the same bits. None keeps nothing.
             progress: Show progress bars.
 
         Raises:
@@ -97,7 +108,7 @@ class ClosedFormEditor(ClosedFormSettings):
             ...     vlm.answers([prompt])
             ['Pruro']
         """
-        return self.start(vlm, moments=moments).propose(requests, progress=progress)
+        return self.start(vlm, moments=moments, checkpoint=checkpoint).propose(requests, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +244,17 @@ class EditorByRequest:
     """Whether these are closed-form editors, whose session knows the keys of earlier edits and keeps a history."""
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self,
+        vlm: VisionLanguageModel,
+        *,
+        moments: Moments | None = None,
+        history: History | None = None,
+        checkpoint: Path | None = None,
     ) -> EditSession:
-        """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history."""
+        """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history and
+        use a checkpoint."""
         if self.closed_form:
-            return ClosedFormSession(vlm, self.choose, moments=moments, history=history)
+            return ClosedFormSession(vlm, self.choose, moments=moments, history=history, checkpoint=checkpoint)
         if history is not None:
             raise EditError("a history holds the edits of closed-form editors alone; leave history out")
         return EditSession(vlm, lambda requests, progress: self.choose(requests).edit(vlm, requests, progress=progress))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,9 +126,12 @@ class ClosedFormSession(EditSession):
         *,
         moments: Moments | None = None,
         history: History | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         """Prepare a session. choose: gives the editor of requests that are edited together."""
         super().__init__(vlm, self._made)
+        self.checkpoint = checkpoint
+        """The folder that keeps the values which were searched for, or None."""
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
@@ -261,6 +265,7 @@ class _Edit:
             return
         search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
         search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
+        search["checkpoint"] = self.session.checkpoint
         results = search_values(self.vlm, Goals(self.vlm, self.goals), **search)
         for owner, result in zip(self.owners, results, strict=True):
             if result.failure:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ...artefacts import ArtefactError, load_fields, save_fields
+from ...artefacts.files import digest
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.padded import UpperLayers
 from ..errors import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
+
+_LAYOUT = "multrace searched values 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,13 @@ class ValueResult(Lookup):
         return min(self.losses)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredValues:
+    """The results of one batch of goals, as a checkpoint keeps them."""
+
+    results: tuple[ValueResult, ...]
+
+
 def search_values(
     vlm: VisionLanguageModel,
     goals: Sequence[Goal] | Goals,
@@ -103,6 +116,7 @@ def search_values(
     layer: int,
     token: str | int,
     settings: ValueSettings,
+    checkpoint: Path | None = None,
     progress: bool = False,
 ) -> list[ValueResult]:
     """Return for each goal the change of output with which the model answers with the goal's target.
@@ -120,6 +134,9 @@ def search_values(
         layer: The layer that holds both; layers below it are not run again.
         token: The token that is edited, as in `key_positions`.
         settings: The settings of the search.
+        checkpoint: A folder in which the results of each batch are kept as soon as they are there, by a digest of the
+            weights, the settings and the goals. A search that finds its batch there returns the same bits. None (the
+            default) keeps nothing.
         progress: Whether to show a progress bar (default False).
 
     Returns:
@@ -147,16 +164,71 @@ def search_values(
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
     with vlm.gradients(), bar:
         for chunk in chunks(goals, settings.rows_at_once):
-            with torch.no_grad():
-                options = {"end": settings.end_of_answer, "every": settings.answer_keys}
-                batch = target_batch(vlm, [goals[index] for index in chunk], token, **options)
-                with watched(vlm, [(projection, place)]) as captured:
-                    upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=number)
-                lookups = split(batch, *captured(projection, place))
-                upper = upper.checked(logits, batch.label_mask)
-            search = _Search(upper, batch, lookups, logits, place, settings)
-            results.update(zip(chunk, search.run(bar), strict=True))
+            own = [goals[index] for index in chunk]
+            file = (
+                None if checkpoint is None else checkpoint / _name(vlm, own, projection, place, number, token, settings)
+            )
+            stored = None if file is None else _stored(file, vlm.weight(projection.name).device)
+            if stored is None:
+                stored = _searched(vlm, own, projection, place, number, token, settings, bar)
+                if file is not None:
+                    save_fields(file, _LAYOUT, StoredValues(results=tuple(stored)))
+            else:
+                bar.update(len(chunk))
+            results.update(zip(chunk, stored, strict=True))
     return [results[index] for index in range(len(goals))]
+
+
+def _searched(
+    vlm: VisionLanguageModel,
+    goals: Sequence[Goal],
+    projection: Projection,
+    place: Place,
+    layer: int,
+    token: str | int,
+    settings: ValueSettings,
+    bar: tqdm,
+) -> list[ValueResult]:
+    """The results of one batch of goals."""
+    with torch.no_grad():
+        options = {"end": settings.end_of_answer, "every": settings.answer_keys}
+        batch = target_batch(vlm, goals, token, **options)
+        with watched(vlm, [(projection, place)]) as captured:
+            upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=layer)
+        lookups = split(batch, *captured(projection, place))
+        upper = upper.checked(logits, batch.label_mask)
+    return _Search(upper, batch, lookups, logits, place, settings).run(bar)
+
+
+def _name(
+    vlm: VisionLanguageModel,
+    goals: Sequence[Goal],
+    projection: Projection,
+    place: Place,
+    layer: int,
+    token: str | int,
+    settings: ValueSettings,
+) -> str:
+    """The file of a batch: everything that its results depend on."""
+    questions = [
+        [(prompt.as_question().key, prompt.answer) for prompt in (*goal.prompts, *goal.essence)] for goal in goals
+    ]
+    numbers = {each.name: getattr(settings, each.name) for each in fields(ValueSettings)}
+    where = [projection.name, place.name if isinstance(place, Projection) else repr(place), layer, token]
+    text = json.dumps([questions, numbers, where, [len(goal.prompts) for goal in goals]], default=str)
+    return f"values_{digest(vlm.weights_digest(), text)[:32]}.safetensors"
+
+
+def _stored(file: Path, device: torch.device) -> list[ValueResult] | None:
+    """The results in a file, on the device of the weight; None if there are none, or they are damaged."""
+    if not file.is_file():
+        return None
+    try:
+        stored = load_fields(file, _LAYOUT, StoredValues)
+    except ArtefactError:
+        return None
+    tensors = ("keys", "plain_keys", "before", "change")
+    return [replace(each, **{name: getattr(each, name).to(device) for name in tensors}) for each in stored.results]
 
 
 class _Search:
