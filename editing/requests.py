@@ -1,6 +1,6 @@
 """Requests to edit as a model sees them: their prompts, the answers to them, and their text for headers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..data.facts import EditRequest, Question
 from ..models import NotFiniteError, Prompt, VisionLanguageModel
+from .errors import EditError
 
 EDITED = "edited"
 """What became of a request: its edit was made, and the model answers its question with the target."""
@@ -36,6 +37,18 @@ def request_text(request: EditRequest) -> dict[str, str]:
 def edited_questions(request: EditRequest) -> tuple[Question, ...]:
     """Return all questions that must get the target: the request's own, its contexts and its rewrite prompts."""
     return (request.question, *request.contexts, *request.rewrite_prompts)
+
+
+def listed_requests(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    """Return the requests as a tuple. Raises `EditError` if there are none, or if something else stands among them."""
+    if isinstance(requests, EditRequest) or not isinstance(requests, Iterable):
+        raise EditError(f"the requests are of type {type(requests).__name__}; pass a list of EditRequest")
+    listed = tuple(requests)
+    if not listed:
+        raise EditError("no requests to edit; pass at least one EditRequest")
+    if foreign := [request for request in listed if not isinstance(request, EditRequest)]:
+        raise EditError(f"among the requests is one of type {type(foreign[0]).__name__}; pass a list of EditRequest")
+    return listed
 
 
 def room_for_targets(vlm: VisionLanguageModel, requests: Sequence[EditRequest]) -> int:

@@ -37,6 +37,7 @@ from multrace.editing import (
     EditorByRequest,
     EditReport,
     EvaluationSettings,
+    FineTune,
     History,
     InContext,
     MultEdit,
@@ -479,6 +480,21 @@ def test_records_have_names_of_their_own(records):
         names_of([records[0], records[0]])
     with pytest.raises(EditError, match="no records"):
         names_of([])
+
+
+def test_what_is_not_a_list_of_records_or_requests_is_refused(tiny_vlm, records):
+    editor = MultEdit(layer=5)
+    with pytest.raises(EditError, match="the records are of type generator; pass a list"):
+        evaluate(tiny_vlm, (record for record in records), editor)
+    with pytest.raises(EditError, match="the records are of type EditRecord; pass a list"):
+        evaluate(tiny_vlm, records[0], editor)
+    with pytest.raises(EditError, match="one of type Question; pass a list of EditRecord"):
+        evaluate(tiny_vlm, [records[0].question], editor)
+    for edit in (editor.edit, FineTune(layer=5).edit, InContext().edit):
+        with pytest.raises(EditError, match="the requests are of type EditRecord; pass a list"):
+            edit(tiny_vlm, records[0])
+        with pytest.raises(EditError, match="one of type Question; pass a list of EditRequest"):
+            edit(tiny_vlm, [records[0].question])
 
 
 def test_what_the_worlds_edits_are_told_is_not_what_they_are_asked():

@@ -10,7 +10,7 @@ from ...models import Prompt, VisionLanguageModel
 from ..changes import EditSession, History
 from ..errors import EditError
 from ..moments import Moments
-from ..requests import edited_questions, request_text
+from ..requests import edited_questions, listed_requests, request_text
 from .training import check_no_history
 
 _WORD = re.compile(r"\w+")
@@ -119,9 +119,7 @@ class InContext:
         Raises:
             EditError: There are no requests.
         """
-        requests = tuple(requests)
-        if not requests:
-            raise EditError("no requests to edit; pass at least one EditRequest")
+        requests = listed_requests(requests)
         reports = tuple({**request_text(request), "status": "edited"} for request in requests)
         return self.stating(vlm, [_fact(request) for request in requests], reports)
 

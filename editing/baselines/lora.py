@@ -12,6 +12,7 @@ from ...data.facts import EditRequest
 from ...models import ModelError, Projection, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..errors import EditError
+from ..requests import listed_requests
 from .training import TrainedChange, TrainingSettings, answer_batches, train
 
 _ADAPTER = "multrace"
@@ -78,7 +79,7 @@ class Lora(TrainingSettings):
         had, also after an error. Raises `EditError` if PEFT is not installed, and for no requests, a layer that
         does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
         """
-        requests = tuple(requests)
+        requests = listed_requests(requests)
         projections = self._projections(vlm)
         with vlm.gradients(), self._adapted(vlm, projections) as adapters:
             batches = answer_batches(vlm, requests, self)

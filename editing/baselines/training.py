@@ -18,7 +18,7 @@ from ...models import ModelError, VisionLanguageModel, collate
 from ..changes import AppliedDelta, Change, EditSession, History, held, overwrite, requests_line
 from ..errors import EditError
 from ..moments import Moments
-from ..requests import edited_questions, request_text
+from ..requests import edited_questions, listed_requests, request_text
 from ..values import end_ids, prompt_end
 
 _NO_LABEL = -100
@@ -196,10 +196,8 @@ def answer_batches(
 ) -> tuple[AnswerBatch, ...]:
     """Return all prompts of the requests, contexts and rewrite prompts too, with their targets in batches.
 
-    EditError for no requests, and for pictures that do not fit into one batch.
+    EditError for pictures that do not fit into one batch.
     """
-    if not requests:
-        raise EditError("no requests to edit; pass at least one EditRequest")
     ending = end_ids(vlm) if settings.end_of_answer else ()
     rows = [
         (owner, question, request.target)
@@ -358,7 +356,7 @@ class FineTune(TrainingSettings):
         requests, a layer that does not exist, pictures that do not fit into one batch, or a loss that stops being
         finite.
         """
-        requests = tuple(requests)
+        requests = listed_requests(requests)
         name = self._name(vlm)
         weight = vlm.weight(name)
 

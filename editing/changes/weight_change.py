@@ -19,7 +19,7 @@ from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..errors import EditError
-from ..requests import with_answers_seen
+from ..requests import listed_requests, with_answers_seen
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
 NO_OWNER = -1
@@ -376,9 +376,7 @@ class EditSession:
         Raises:
             EditError: There are no requests, or no edit can be made.
         """
-        requests = tuple(requests)
-        if not requests:
-            raise EditError("no requests to edit; pass at least one EditRequest")
+        requests = listed_requests(requests)
         return with_answers_seen(self.vlm, self._make(requests, progress), requests)
 
     def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Change:

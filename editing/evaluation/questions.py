@@ -46,8 +46,12 @@ Pair = tuple[float, float]
 def names_of(records: Sequence[EditRecord]) -> tuple[str, ...]:
     """Return the ids of the records in order; a record without one is called by its place in the sequence.
 
-    Raises `EditError` if there are no records, or if two of them have the same id.
+    Raises `EditError` if there are no records, if something else stands among them, or if two of them have the same id.
     """
+    if not isinstance(records, Sequence):  # a generator would be used up after the first look at it
+        raise EditError(f"the records are of type {type(records).__name__}; pass a list of EditRecord")
+    if foreign := [record for record in records if not isinstance(record, EditRecord)]:
+        raise EditError(f"among the records is one of type {type(foreign[0]).__name__}; pass a list of EditRecord")
     if not records:
         raise EditError("no records to evaluate; pass at least one EditRecord")
     names = tuple(record.id or str(index) for index, record in enumerate(records))
