@@ -112,15 +112,15 @@ def save_directory(
         overwrite: replace a folder that is not empty.
 
     Raises:
-        ModelError: if the place is in use or cannot be written, the disk is full, or modules of the model were replaced,
-            as PEFT does, so that the folder would not open again. The previous content stays.
+        ModelError: if the place is in use or cannot be written, the disk is full, or modules of the model were
+            replaced, as PEFT does, so that the folder would not open again. The previous content stays.
     """
     target = Path(directory)
     if foreign := _foreign_weight(model):
         raise ModelError(
-            f"cannot save a model to {str(target)!r}: its modules were replaced, as those of adapters are (it has the weight "
-            f"{foreign!r}), so that the folder would not open again; merge the adapters first (merge_and_unload), or save them "
-            "with PEFT's own save_pretrained"
+            f"cannot save a model to {str(target)!r}: its modules were replaced, as those of adapters are (it has the "
+            f"weight {foreign!r}), so that the folder would not open again; merge the adapters first "
+            "(merge_and_unload), or save them with PEFT's own save_pretrained"
         )
     if target.exists() and not target.is_dir():
         raise ModelError(f"cannot save a model to {str(target)!r}: it is a file; pass a folder")

@@ -89,8 +89,8 @@ class ClosedFormEditor(ClosedFormSettings):
             vlm: The model to edit.
             requests: The facts to write, all in one solve.
             moments: Second moments of keys, for editors that weigh old keys by them.
-            checkpoint: A folder that keeps the values which are searched for, batch by batch: the value search is nearly
-                all of the work, and a call that was stopped goes on from there with the same bits. None keeps nothing.
+            checkpoint: A folder that keeps the values which are searched for, batch by batch: the value search is most
+                of the work, and a call that was stopped goes on from there with the same bits. None keeps nothing.
             progress: Show progress bars.
 
         Raises:
