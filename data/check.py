@@ -449,7 +449,7 @@ def _rebuilt(
     """Return the record with cleaned questions and without dropped ones."""
     if isinstance(record, Question):
         return cleaned[None]
-    lists = {
+    lists: dict[str, Any] = {
         name: tuple(cleaned[name, index] for index in range(len(getattr(record, name))) if (name, index) not in dropped)
         for name in ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
     }

@@ -23,7 +23,7 @@ def _key(description: str, default: Any = MISSING, *, make: Any = MISSING) -> An
     return field(default=default, default_factory=make, metadata={"description": description})
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EntryLine:
     """A question that belongs to an edit. "image", "question", "constraint" and "template" may be left out: they are
     the record's, the constraint only if the question says it once."""
@@ -53,7 +53,7 @@ class EntryLine:
     extra: dict[str, Any] = _key("an object with whatever else there is to remember", make=dict)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeLine(EntryLine):
     """A question that checks an edit."""
 
@@ -62,14 +62,14 @@ class ProbeLine(EntryLine):
     needs: list[str] = _key("a list of the ids of other records whose edits the answer needs", make=list)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class QuestionLine(EntryLine):
     """A question to trace or to answer."""
 
     question: str = _key("what to ask, as text")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EditLine(QuestionLine):
     """An edit to make: a line with a "target"."""
 
@@ -147,7 +147,7 @@ def checked(row: dict[str, Any], kind: type[EntryLine]) -> Any:
     try:
         return _adapter(kind).validate_json(json.dumps(without_nulls(row)), strict=True)
     except pydantic.ValidationError as error:
-        place = error.errors(include_url=False)[0]["loc"]
+        place: tuple[Any, ...] = error.errors(include_url=False)[0]["loc"]
     inside = place[0] in (*LISTS, "probes") and len(place) > 2
     holder, key = (row[place[0]][place[1]], place[2]) if inside else (row, place[0])
     where = f" of {place[0]!r} {place[1] + 1}" if inside else ""

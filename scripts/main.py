@@ -125,7 +125,7 @@ def make_app(*tokens: str) -> App:
     )
     called = next((token for token in tokens if not token.startswith("-")), None)
     for position, (name, line) in enumerate(COMMANDS.items()):
-        room = scripts if name in scripts.__all__ else options
+        room = scripts if name in dir(scripts) else options
         command = getattr(room, name).app if name == called else App(name=name, help=line)
         command.sort_key = position
         commands.command(command)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from ..artefacts.files import digest
 from ..data import EditRecord, Question
@@ -23,6 +23,13 @@ _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: U
 """What a row of the table shows of each aspect -> its protocol."""
 
 
+class _NamedEditor(Editor, Protocol):
+    """An editor that can name its settings, which belong to those of the run."""
+
+    def as_text(self) -> Mapping[str, str]:
+        """Return the editor's name and its settings as text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRun(Analysis):
     """One edit at a time, with these settings of `evaluate`: the report of each record, and of all together.
@@ -36,7 +43,7 @@ class EvaluateRun(Analysis):
 
     name: ClassVar[str] = "evaluate"
 
-    editor: Editor | None = None
+    editor: _NamedEditor | None = None
     """What makes the edits; None for a run that is only summed up."""
     moments: Path | None = None
     """File of second moments of keys, for editors that need them."""
@@ -71,8 +78,8 @@ class EvaluateRun(Analysis):
         """Return the report on one record. Raises `EditError` if its edit cannot be made."""
         if self.editor is None:
             raise EditError("this analysis has no editor and can only sum up what is there; pass editor=")
-        record = task.record
-        self.check(record)
+        self.check(task.record)
+        record = cast(EditRecord, task.record)
         options = {"general": self.general, "settings": self.evaluation, "batch_size": self.batch_size}
         (result,) = evaluate_each(
             vlm,

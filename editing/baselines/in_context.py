@@ -150,7 +150,7 @@ class InContext:
         )
 
 
-class ContextSession(EditSession):
+class ContextSession(EditSession[ContextChange]):
     """A session whose edits are facts to state: the model is unchanged, and `prompt_transform` states all of them."""
 
     def __init__(self, vlm: VisionLanguageModel, editor: InContext) -> None:

@@ -79,8 +79,9 @@ class HistoryEntry:
             return None
         return self.delta.without(*self.withdrawn) if self.gone else self.delta
 
-    def words(self, file: str) -> dict[str, Any]:
-        """Return the entry as JSON takes it, with the name of its file."""
+    def words(self) -> dict[str, Any]:
+        """Return the entry as JSON takes it, with the name of its file; None for an edit in memory."""
+        file = self.source.name if isinstance(self.source, Path) else None
         words = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "source"}
         return words | {"file": file, "gone": [*map(list, self.gone.items())]}
 
@@ -146,7 +147,7 @@ class History:
         return f"{line}, {gone} taken out; {counted(len(self.base), 'weight')}"
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path) -> History:
         """Return the history in a folder, or an empty one that will be kept there if the folder is new or empty.
 
         A last line of the index that was not written to its end is left out, with a warning; the next change replaces
@@ -210,7 +211,7 @@ class History:
         if self.folder is not None:
             entry = self._stored(entry)
         changed = self._with(entry)
-        return changed if self.folder is None else changed._appended(_EDIT, entry.words(entry.source.name))
+        return changed if self.folder is None else changed._appended(_EDIT, entry.words())
 
     def without(self, name: str, *, request: int | None = None) -> Self:
         """Return the history without one edit, or without one request of it (counted from 0 as the edit was made).
@@ -396,7 +397,7 @@ class History:
     def _state_appended(self) -> Self:
         """The history with a line that says all of it, each edit in a file of this folder."""
         entries = tuple(map(self._stored, self.entries))
-        words = {"edits": [entry.words(entry.source.name) for entry in entries], "base": dict(self.base)}
+        words = {"edits": [entry.words() for entry in entries], "base": dict(self.base)}
         return replace(self, entries=entries)._appended(_STATE, {**words, "step": self.step})
 
     def _appended(self, kind: str, content: Mapping[str, Any]) -> Self:
@@ -423,12 +424,13 @@ def _moved(deltas: Sequence[Delta], weight: str, keys: Tensor) -> Tensor | float
 
 def _read(history: History, index: Path) -> History:
     """The history that the lines of an index make of an empty one."""
+    folder = index.parent
     apply: dict[str, Callable[[History, dict[str, Any]], History]] = {
-        _EDIT: lambda state, words: state._with(HistoryEntry.from_words(words, history.folder)),
+        _EDIT: lambda state, words: state._with(HistoryEntry.from_words(words, folder)),
         _WITHDRAWAL: lambda state, words: state._withdrawn(words["name"], words["request"]),
         _STATE: lambda state, words: replace(
             state,
-            entries=tuple(HistoryEntry.from_words(each, history.folder) for each in words["edits"]),
+            entries=tuple(HistoryEntry.from_words(each, folder) for each in words["edits"]),
             base=words["base"],
             step=words["step"],
         ),
@@ -437,7 +439,7 @@ def _read(history: History, index: Path) -> History:
     for number, words in lines:
         with damaged_line(index, number):
             history = apply[words.pop("kind")](history, words)
-    later = [path.name for path in history.folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
+    later = [path.name for path in folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
     if later:  # the file of one edit, that of the next change, may be there without its line
         raise EditError(
             f"{str(index)!r} has lost its end: it tells of {counted(history.step, 'change')}, but {min(later)!r} was "

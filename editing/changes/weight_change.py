@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Generic, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Change(Protocol):
 
     def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
         """Return a block in which the model has the change."""
+
+
+Made = TypeVar("Made", bound=Change, covariant=True)
+"""The kind of change that a session makes."""
 
 
 @runtime_checkable
@@ -313,7 +317,7 @@ def check_fingerprints(vlm: VisionLanguageModel, wanted: Mapping[str, str], mode
             )
 
 
-class EditSession:
+class EditSession(Generic[Made]):
     """Edits of one model, made one on top of the other, which stay in effect until the session ends.
 
     `editor.start(vlm)` gives one, and `with` begins and ends it: inside the block the model has every edit that the
@@ -332,12 +336,7 @@ class EditSession:
         ['Pruro', 'Draivo']
     """
 
-    prompt_transform: Callable[[Prompt], Prompt] | None = None
-    """How the edited model has to be asked; None for edits that are in its weights."""
-
-    def __init__(
-        self, vlm: VisionLanguageModel, make: Callable[[tuple[EditRequest, ...], bool], WritesWeights]
-    ) -> None:
+    def __init__(self, vlm: VisionLanguageModel, make: Callable[[tuple[EditRequest, ...], bool], Made]) -> None:
         """Prepare a session. `make` turns requests into a change, and is told whether to show progress bars."""
         self.vlm, self._make = vlm, make
         self._handle: AppliedDelta | None = None
@@ -362,11 +361,16 @@ class EditSession:
         self._end()
 
     @property
+    def prompt_transform(self) -> Callable[[Prompt], Prompt] | None:
+        """How the edited model has to be asked; None for edits that are in its weights."""
+        return None
+
+    @property
     def touched(self) -> tuple[str, ...]:
         """Names of the weights that the session has changed."""
         return self._open_handle().touched
 
-    def propose(self, requests: Sequence[EditRequest], *, progress: bool = False) -> Change:
+    def propose(self, requests: Sequence[EditRequest], *, progress: bool = False) -> Made:
         """Return the change that would make these edits in the model as it is now, and leave the model unchanged.
 
         Args:
@@ -379,7 +383,7 @@ class EditSession:
         requests = listed_requests(requests)
         return with_answers_seen(self.vlm, self._make(requests, progress), requests)
 
-    def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Change:
+    def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Made:
         """Return the change that makes these edits; it is in effect until the session ends.
 
         Args:
@@ -393,7 +397,7 @@ class EditSession:
         """
         handle = self._open_handle()
         change = self.propose(requests, progress=progress)
-        self._put_in(handle, change)
+        self._put_in(handle, cast(WritesWeights, change))  # a session of changes in the prompt has an `edit` of its own
         return change
 
     def state(self) -> WeightState:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tqdm import tqdm
 
@@ -109,23 +109,23 @@ def evaluate(
         >>> report.rows[0].after == case.target
         True
     """
-    is_change = hasattr(editor, "applied")
+    is_change, maker = hasattr(editor, "applied"), cast(Editor, editor)
     _check_mode(mode, type(editor).__name__ if is_change else "", general, prompt_transform)
     settings = _settings(settings, baseline)
     names = names_of(records)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if mode == BATCH:
-        change = editor if is_change else editor.start(vlm, moments=moments).propose(records)
+        change = cast(Change, editor) if is_change else maker.start(vlm, moments=moments).propose(records)
         transform = prompt_transform or transform_of(change)
         options |= {"settings": settings, "reference": baseline, "transform": transform}
         return _evaluate_batch(vlm, dict(zip(names, records, strict=True)), change, general, **options)
     if mode == SEQUENCE:
         reference = baseline or measure_baseline(vlm, records, settings=settings, **options)
-        bound, session = norm_bound or NormBound(), editor.start(vlm, moments=moments)
+        bound, session = norm_bound or NormBound(), maker.start(vlm, moments=moments)
         found = [*sequence_states(vlm, records, session, reference, at=at, norm_bound=bound, **options)]
         return sequence_report(vlm, found, reference, number=len(records), bound=bound.growth)
     given = {"baseline": baseline, "general": general, "settings": settings}
-    results = [*evaluate_each(vlm, records, editor, moments=moments, **given, **options)]
+    results = [*evaluate_each(vlm, records, maker, moments=moments, **given, **options)]
     return EditReport.of(
         vlm,
         SINGLE,

@@ -221,7 +221,7 @@ class AlphaEdit(ClosedFormEditor):
         return cls(**place, **search, clamp=0.75, end_of_answer=False, ridge=10.0, null_threshold=null_threshold)
 
 
-EDITORS: dict[str, type[ClosedFormEditor]] = {
+EDITORS: dict[str, type[MultEdit | ROME | MEMIT | EMMET | AlphaEdit]] = {
     "multedit": MultEdit,
     "rome": ROME,
     "memit": MEMIT,

@@ -112,7 +112,7 @@ class EarlierKeys:
             self._facts.pop(fact, None)
 
 
-class ClosedFormSession(EditSession):
+class ClosedFormSession(EditSession[Delta]):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
     That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits

@@ -217,7 +217,7 @@ class Packer:
         question_end = len(f"USER: {record.text} ASSISTANT:")
         answer_start = next(index for index, (start, _) in enumerate(offsets) if start >= question_end)
         covered: list[int] = []
-        if record.constraint:
+        if isinstance(record.constraint, str) and record.constraint:
             start = len("USER: ") + record.text.lower().index(record.constraint.lower())
             end = start + len(record.constraint)
             covered = [index for index, (left, right) in enumerate(offsets) if left < end and right > start]
