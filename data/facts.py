@@ -101,7 +101,7 @@ class Question:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
-            raise DataError(f"question {self.id!r} is empty; write what to ask" if self.id else "a question is empty")
+            raise DataError("the question is empty; write what to ask" + (f" (id {self.id!r})" if self.id else ""))
         _strip(self, "text", "answer", "answers", "foil", "replacement")
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))

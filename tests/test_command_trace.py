@@ -480,7 +480,7 @@ RECORD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "a limit of one question": (["--question", QUESTION, "--limit", "1"], "--limit belongs to --data"),
     "no lines": (["--data", "{file}", "--limit", "0"], "--limit 0: take at least one record"),
     "no such shard": (["--data", "{file}", "--shard", "3/2"], "no shard '3/2'; write i/n"),
-    "no such format": (["--data", "{file}", "--format", "xml"], "no format 'xml'"),
+    "no such format": (["--data", "{file}", "--format", "xml"], '"xml" for --format'),
     "no file": (["--data", "{file}.gone"], "records.jsonl.gone"),
     "an empty file": (["--data", "{empty}"], "empty"),
     "no place": (["--data", "{file}", "--out", "{file}/out"], "cannot write to"),

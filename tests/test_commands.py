@@ -136,7 +136,7 @@ def test_trace_writes_the_librarys_trace(
 ):
     words = {"question": "Which sport?", "constraint": "sport"}  # few rows
     assert app(desk.asked("trace", positions=None, sites=None, **words)) == 0
-    assert sorted(path.name for path in desk.out.iterdir()) == ["trace.png", "trace.safetensors"]
+    assert sorted(path.name for path in desk.out.iterdir()) == ["contents.json", "trace.png", "trace.safetensors"]
     with Image.open(desk.out / "trace.png") as picture:
         picture.load()
     prompt = random_llava_llama.prompt(desk.photo, **words)
@@ -232,19 +232,26 @@ def test_a_place_is_a_layer_and_a_token(where: str, place: tuple[int, str | int]
 
 
 def test_edit_at_a_place(desk: Desk):
-    assert app(desk.asked("edit", where="-2:20", corrupt=None)) == 0
+    assert app(desk.asked("edit", where="-2:20", corrupt=None)) == 1  # a random model does not say the target
     delta = Delta.load(desk.out / "edit.safetensors")
     assert (delta.settings["layer"], delta.settings["token"]) == ("2", "20")
     assert [*delta.changes] == ["model.language_model.layers.2.mlp.down_proj.weight"]
 
 
-def test_results_replace_older_ones_and_spare_the_rest_of_the_folder(desk: Desk):
-    out = desk.folder / "full"
+def test_results_replace_older_ones_and_leave_a_folder_of_something_else_alone(
+    desk: Desk, capsys: pytest.CaptureFixture
+):
+    out = desk.folder / "results"
+    assert app(desk.asked("trace", out=str(out))) == 0
     (out / "trace.png").write_text("old")
     assert app(desk.asked("trace", out=str(out))) == 0
-    assert (out / "something.txt").read_text() == "mine"
     assert (out / "trace.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["something.txt", "trace.png", "trace.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["contents.json", "trace.png", "trace.safetensors"]
+    full = desk.folder / "full"
+    before = sorted(path.name for path in full.iterdir())
+    assert app(desk.asked("trace", out=str(full))) == 2
+    assert "holds files of something else" in capsys.readouterr().err
+    assert sorted(path.name for path in full.iterdir()) == before and (full / "something.txt").read_text() == "mine"
 
 
 # ---- bad input: one line, exit code 2, nothing left behind ----
@@ -273,11 +280,15 @@ BAD: dict[str, tuple[str, dict[str, str | None], str]] = {  # name: command, cha
     "absent span in an edit": ("edit", {"constraint": "the moon"}, "'the moon' is not in the question"),
     "empty span": ("trace", {"constraint": " "}, "the constraint is empty"),
     "misspelt corruption": ("trace", {"corrupt": "smear:3"}, "no corruption 'smear:3'"),
-    "no corruption": ("trace", {"corrupt": None}, "needs --corrupt"),
+    "no corruption": ("trace", {"corrupt": None}, "no corruption is given; pass one"),
     "no corruption to trace an edit": ("edit", {"corrupt": None, "where": "trace"}, "needs --corrupt"),
     "noise without a number": ("trace", {"corrupt": "text-noise:loud"}, "'loud'"),
-    "noise on no words": ("trace", {"corrupt": "text-noise:3", "constraint": None}, "needs --constraint"),
-    "noise on no picture": ("trace", {"corrupt": "image-noise:3", "image": None}, "needs --image"),
+    "noise on no words": (
+        "trace",
+        {"corrupt": "text-noise:3", "constraint": None},
+        "needs the words of the question to corrupt",
+    ),
+    "noise on no picture": ("trace", {"corrupt": "image-noise:3", "image": None}, "needs a picture"),
     "window of no layers": ("trace", {"window": "0"}, "no window of 0 layers"),
     "window of too many layers": ("trace", {"window": "5"}, "no window of 5 layers: the decoder has 4"),
     "unknown group": ("trace", {"positions": "nowhere"}, "no token group 'nowhere'"),
@@ -369,10 +380,10 @@ def test_a_file_system_that_cannot_be_written_is_one_line(command: str, desk: De
 
 
 def test_a_folder_in_the_place_of_a_result_is_one_line(desk: Desk, capsys: pytest.CaptureFixture):
-    (desk.folder / "full" / "trace.png").mkdir()
+    (desk.folder / "taken" / "trace.png").mkdir(parents=True)
     before = desk.files()
-    assert app(desk.asked("trace", out=str(desk.folder / "full"))) == 2
-    assert "a folder has that name" in capsys.readouterr().err
+    assert app(desk.asked("trace", out=str(desk.folder / "taken"))) == 2
+    assert "holds files of something else (trace.png)" in capsys.readouterr().err
     assert desk.files() == before
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from multrace.data import DataError, EditRecord, Question
 from multrace.data.formats import FORMATS, detect_format, read_data, read_records
+from multrace.data.formats.rows import DataSource
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COMMON = {
@@ -353,3 +354,14 @@ def test_rows_are_lost_with_a_message_where_they_are_damaged(tmp_path):
 
 def test_formats_have_titles():
     assert all(format.title for format in FORMATS.values())
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
+def test_a_device_is_no_data_file_and_is_not_read():
+    with pytest.raises(DataError, match="'/dev/zero' is not a regular file"):
+        list(read_data("/dev/zero"))
+
+
+def test_pictures_of_a_folder_of_files_lie_in_it(tmp_path):
+    assert DataSource(path=tmp_path).picture("1.jpg") == tmp_path / "1.jpg"
+    assert DataSource(path=tmp_path / "a.csv").picture("1.jpg") == tmp_path / "1.jpg"

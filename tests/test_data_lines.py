@@ -224,7 +224,7 @@ BAD = {  # line -> what its error says
     '{"question": 5}': "'question' is 5; write what to ask",
     '{"question": null}': "no 'question' (found nothing); add what to ask",
     '{"id": "a", "target": "x"}': "no 'question' (found 'id', 'target'); add",
-    '{"question": " "}': "a question is empty",
+    '{"question": " "}': "the question is empty",
     '{"question": "Q?", "target": null}': "no 'target' (found 'question'); add the new answer",
     '{"question": "Q?", "target": " "}': "the target of the edit of 'Q?' is ' '",
     '{"question": "Q?", "target": ["x"]}': "'target' is [\"x\"]; write the new answer, as text",

@@ -428,6 +428,8 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _unwritable(path: Path, error: Exception) -> str:
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"cannot write to {str(path)!r}: {str(path)!r} is not a folder; choose another place"
     reason = getattr(error, "strerror", None) or error
     return f"cannot write to {str(path)!r}: {reason}; make room or choose another folder, and start the run again"
 

@@ -42,7 +42,8 @@ class DataSource:
         candidate pictures the first one by name is taken. A picture that is missing keeps its path, so that it is
         noticed where it is asked for.
         """
-        folder = self.path.parent if self.images is None else self.images
+        own = self.path if self.path.is_dir() else self.path.parent
+        folder = own if self.images is None else self.images
         path = folder / name.strip().removeprefix("./")
         if not os.path.exists(path) and "\\" in name:  # written on Windows
             path = folder / name.strip().replace("\\", "/").removeprefix("./")
@@ -225,6 +226,8 @@ def _answer_keys(key: str) -> tuple[str, ...]:
 
 
 def _bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        raise DataError(f"{str(path)!r} is not a regular file; pass a data file, or save its content as one")
     try:
         return path.read_bytes()
     except OSError as error:
