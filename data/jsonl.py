@@ -170,6 +170,8 @@ def line_of(record: Question | EditRecord, folder: Path) -> dict[str, Any]:
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each line that is not blank; of one that is too long, its beginning."""
+    if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        raise DataError(f"{str(path)!r} is not a regular file; pass a data file, or save its content as one")
     try:
         with path.open("rb") as file:
             number = 0

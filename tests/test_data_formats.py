@@ -360,6 +360,8 @@ def test_formats_have_titles():
 def test_a_device_is_no_data_file_and_is_not_read():
     with pytest.raises(DataError, match="'/dev/zero' is not a regular file"):
         list(read_data("/dev/zero"))
+    with pytest.raises(DataError, match="'/dev/zero' is not a regular file"):
+        list(read_data("/dev/zero", format="lines"))
 
 
 def test_pictures_of_a_folder_of_files_lie_in_it(tmp_path):
