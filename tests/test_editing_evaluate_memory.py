@@ -97,9 +97,8 @@ def evaluated(vlm: VisionLanguageModel, mode: str, count: int, every: int) -> tu
     return peak[0] - before, report
 
 
-@pytest.mark.parametrize(
-    "mode", ["single", pytest.param("batch", marks=pytest.mark.slow), pytest.param("sequence", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["single", "batch", "sequence"])
 def test_tensors_do_not_grow_with_the_records(tiny_vlm, mode):
     small, large = (evaluated(tiny_vlm, mode, count, every=7)[0] for count in (4, 12))
     assert 0 < large <= 1.15 * small

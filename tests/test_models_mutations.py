@@ -83,6 +83,7 @@ def test_damaged_folders_answer_or_are_one_line(outcomes, llava_llama_path):
     assert counts["refused"] > 75 and counts["same"] > 15, counts
 
 
+@pytest.mark.slow
 def test_every_field_can_be_lost(outcomes, llava_llama_path):
     counts = outcomes(losses(llava_llama_path))
     assert counts["refused"] > 10 and counts["same"] > 40, counts
