@@ -295,7 +295,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no questions": (["--world", "--limit=0"], "--limit 0: take at least one"),
     "no such file": (["--data", "gone.jsonl"], "gone.jsonl"),
     "no such CSV": (["--data", "gone.csv"], "gone.csv"),
-    "no place": ([*HERE, "--out", "{0}/out"], "Not a directory"),
+    "no place": ([*HERE, "--out", "{0}/out"], "is not a folder"),
     "no memory": ([*HERE, "--memory", "0"], "memory=0 is too small"),
     "negative keep": ([*HERE, "--relevance", "--keep", "-1"], "cannot be kept"),
 }

@@ -50,6 +50,7 @@ def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
     assert _cases(world, "outdated", "report", 3) == world.edit_cases("outdated", "report")[:3]
 
 
+@pytest.mark.slow
 def test_a_batch_a_larger_one_and_a_sequence(tmp_path, monkeypatch):
     monkeypatch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (_row("multedit-moments"),))
     arguments = ["--out", str(tmp_path), "--limit", "1", "--together", "2", "--probes", "1"]

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import multrace as mt
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -224,7 +225,9 @@ def test_groups_of_a_command_are_the_librarys_rows():
 
 def files_on_the_way(top: str) -> tuple[str, ...]:
     """The files of multrace on the stack from this one down, each once."""
-    paths = [frame.filename.partition("/multrace/")[2] for frame in traceback.extract_stack()]
+    root = Path(mt.__file__).resolve().parent  # a checkout may have any name
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
+    paths = [file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)]
     paths = [path for path in dict.fromkeys(paths) if path.split("/")[0] in ("scripts", *ROOMS)]
     return tuple(paths[paths.index(top) :])
 

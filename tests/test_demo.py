@@ -146,6 +146,7 @@ def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
     assert mt.Delta.load(tmp_path / "demo" / "edit_02.safetensors").requests
 
 
+@pytest.mark.slow
 def test_another_seed_takes_other_facts(tmp_path):
     tables = [demo(Demo(out=tmp_path / str(seed), seed=seed, limit=1)) for seed in (0, 1)]
     pages = [page.read_text(encoding="utf-8") for page, _ in tables]

@@ -79,8 +79,8 @@ def outcomes(llava_llama_path: Path, photo: Any, tmp_path: Path) -> Callable[[It
 
 
 def test_damaged_folders_answer_or_are_one_line(outcomes, llava_llama_path):
-    counts = outcomes(islice(mutations(llava_llama_path, seed=0), 150))
-    assert counts["refused"] > 75 and counts["same"] > 15, counts
+    counts = outcomes(islice(mutations(llava_llama_path, seed=0), 60))
+    assert counts["refused"] > 30 and counts["same"] > 5, counts
 
 
 @pytest.mark.slow
