@@ -458,9 +458,12 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
         process.communicate()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("kills", "count"), [(2, 12), pytest.param(20, 100, marks=pytest.mark.slow)], ids=["2 kills", "20 kills"]
+    ("command", "kills", "count"),
+    [
+        pytest.param("trace", 2, 12, id="trace-2 kills"),
+        *(pytest.param(command, 20, 100, marks=pytest.mark.slow, id=f"{command}-20 kills") for command in COMMANDS),
+    ],
 )
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str, kills: int, count: int):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
