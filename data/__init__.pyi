@@ -1,4 +1,3 @@
-from .bounded_json import parse_json as parse_json
 from .check import (
     FINDINGS as FINDINGS,
     CheckReport as CheckReport,
@@ -7,7 +6,6 @@ from .check import (
     questions_of as questions_of,
 )
 from .convert import FORMS as FORMS, ConvertReport as ConvertReport, convert_data as convert_data
-from .embedded import tiny_vlm_path as tiny_vlm_path
 from .errors import DataError as DataError
 from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
 from .formats import (
@@ -16,8 +14,12 @@ from .formats import (
     read_data as read_data,
     read_records as read_records,
 )
-from .jsonl import read_lines as read_lines, write_lines as write_lines
-from .line_format import schema as schema
+from .jsonl import (
+    parse_json as parse_json,
+    read_lines as read_lines,
+    schema as schema,
+    write_lines as write_lines,
+)
 from .pictures import (
     PictureFacts as PictureFacts,
     inspect_picture as inspect_picture,
@@ -30,6 +32,7 @@ from .world import (
     World as World,
     WorldRequests as WorldRequests,
     another_picture as another_picture,
+    tiny_vlm_path as tiny_vlm_path,
     untouched_facts as untouched_facts,
     world_questions as world_questions,
     world_records as world_records,

@@ -20,7 +20,7 @@ from multrace.data import (
     write_lines,
 )
 from multrace.data.check import ERROR, SEVERITIES
-from multrace.data.line_format import EditLine, ProbeLine, QuestionLine
+from multrace.data.jsonl import EditLine, ProbeLine, QuestionLine
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bounded_json import parse_json
 from ..errors import DataError
 from ..facts import EditRecord, Probe, Question
+from ..jsonl import parse_json
 
 Row = Mapping[str, Any]
 Outcome = Question | EditRecord | DataError

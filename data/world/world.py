@@ -1,5 +1,5 @@
 """The synthetic factual-VQA world: who lives in it, what is asked about them, which facts are to be edited, and the
-edit records and questions that are made of it.
+edit records and questions that are made of it; and where the embedded model lies, which was trained on it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ _BY_NAME_TEMPLATES = (1, 4)  # the edit may be told the question in template 0; 
 _EXTRA_PICTURES = 1000  # pictures that the edit may see are numbered from here, those of probes from 0
 _OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
 _QUESTION_PICTURES = 10  # pictures of `world_questions` are numbered from here
+
+
+def tiny_vlm_path() -> Path:
+    """Return the folder of the embedded vision-language model, an ordinary Hugging Face directory."""
+    return Path(__file__).resolve().parents[1] / "tiny_vlm"
 
 
 @dataclass(frozen=True, kw_only=True)
