@@ -5,6 +5,7 @@ from . import (
     data as data,
     demo as demo,
     edit as edit,
+    evaluate as evaluate,
     export as export,
     flow as flow,
     merge as merge,

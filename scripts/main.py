@@ -30,7 +30,6 @@ import lazy_loader
 from cyclopts import App, CycloptsError
 
 from .. import __version__, artefacts, data, editing, models, scripts, tracing, workflow
-from . import options
 from .errors import CommandError
 from .options.asking import STYLE, GeneralOptions
 
@@ -125,8 +124,7 @@ def make_app(*tokens: str) -> App:
     )
     called = next((token for token in tokens if not token.startswith("-")), None)
     for position, (name, line) in enumerate(COMMANDS.items()):
-        room = scripts if name in dir(scripts) else options
-        command = getattr(room, name).app if name == called else App(name=name, help=line)
+        command = getattr(scripts, name).app if name == called else App(name=name, help=line)
         command.sort_key = position
         commands.command(command)
     return commands
