@@ -23,6 +23,7 @@ from .jsonl import (
 from .pictures import (
     PictureFacts as PictureFacts,
     inspect_picture as inspect_picture,
+    megapixel_limit as megapixel_limit,
     read_pictures as read_pictures,
 )
 from .spans import find_span as find_span, find_spans as find_spans

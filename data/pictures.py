@@ -1,10 +1,14 @@
 """Pictures from paths and PIL images: read as upright eight-bit RGB on white, or inspected without being decoded.
 
 A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89,478,485 unless a program sets it) is refused before
-memory is allocated for its pixels. Set that number higher for larger pictures that you trust; None removes the limit.
-Pictures below it are read in full: a picture that PIL reduces while it reads it gives the model other pixels.
+memory is allocated for its pixels. `multrace.data.megapixel_limit(200)` is a `with` block that raises the limit for
+larger pictures that you trust; `megapixel_limit(None)` removes it. Pictures below the limit are read in full: a picture
+that PIL reduces while it reads it gives the model other pixels.
 """
 
+import ctypes
+import logging
+import math
 import os
 import re
 import stat
@@ -12,7 +16,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,6 +26,8 @@ from PIL import Image, ImageOps
 
 from .errors import DataError, gist, quoted, reason
 
+_TIFF_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+"""What libtiff calls with the part of it that has a message, the message's format, and the format's arguments."""
 Picture = str | PathLike[str] | Image.Image
 
 _LONGEST_NAME = 255
@@ -34,8 +40,35 @@ _BLACK_IS_ZERO = 1
 _ON_ITS_SIDE = range(5, 9)
 """Values of the orientation tag that exchange width and height."""
 _WHOLE = "is it a whole image file?"
-_OPENING = threading.Lock()
-"""Held while the filters of warnings are changed, which threads share: they would restore each other's."""
+_QUIET = threading.Lock()
+"""Held while the ways of warnings and messages are changed, which threads share: they would restore each other's."""
+
+
+@contextmanager
+def megapixel_limit(megapixels: float | None) -> Iterator[None]:
+    """Read pictures of up to so many million pixels inside the block; None removes the limit.
+
+    The limit is PIL's own, `PIL.Image.MAX_IMAGE_PIXELS`, which all threads share; it is put back when the block ends.
+    Raises `DataError` unless the limit is a number above 0.
+
+    Example:
+        >>> from multrace.data import inspect_picture, megapixel_limit
+        >>> from PIL import Image
+        >>> Image.new("L", (2000, 1000)).save("large.png")
+        >>> with megapixel_limit(1.5):
+        ...     inspect_picture("large.png").problem
+        "cannot read picture 'large.png': it has 2.0 megapixels, more than the limit of 1.5 megapixels; make it \
+smaller, or raise the limit (multrace.data.megapixel_limit) if you trust it"
+    """
+    is_number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool)
+    if megapixels is not None and not (is_number and 0 < megapixels < math.inf):
+        raise DataError(f"the limit of megapixels is {megapixels!r}; pass a number above 0, or None for no limit")
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if megapixels is None else max(1, round(megapixels * 1e6))
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +135,7 @@ def read_pictures(image: Picture | Sequence[Picture] | None) -> tuple[Image.Imag
     Raises:
         DataError: A picture is of another type (bytes, arrays, open files), a URL or base64 text, a file that is
             missing, damaged or not a picture, or a PIL image whose file was closed before it was read; or it has no
-            pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million unless you set it).
+            pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million, or what `megapixel_limit` sets).
     """
     if image is None:
         return ()
@@ -138,9 +171,22 @@ def _opened(path: str | PathLike[str]) -> Iterator[tuple[Image.Image, str]]:
 
 def _header(file: Path) -> Image.Image:
     """Return a file's image, not yet decoded. PIL warns above its limit and raises above twice that; both raise."""
-    with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _quiet():
         return Image.open(file)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Raise PIL's warning of too many pixels, and drop its other warnings and log records, which are about damage."""
+    logger = logging.getLogger("PIL.TiffImagePlugin")
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        was_disabled, logger.disabled = logger.disabled, True
+        try:
+            yield
+        finally:
+            logger.disabled = was_disabled
 
 
 def _existing(text: str) -> Path:
@@ -200,7 +246,7 @@ def _too_large(name: str, megapixels: float | None) -> DataError:
     limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.1f}"
     return DataError(
         f"cannot read picture {name}: it has {size} than the limit of {limit} megapixels; make it smaller, or raise "
-        "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        "the limit (multrace.data.megapixel_limit) if you trust it"
     )
 
 
@@ -267,7 +313,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _converted(image: Image.Image, name: str) -> Image.Image:
     _check_size(image, name)
-    image.load()
+    with _tiff_damage(name) if image.format == "TIFF" else nullcontext():
+        image.load()
     _check_size(image, name)  # a file of icons decodes one of another size than its header names
     _check_range(image, name)
     upright = _upright(image)
@@ -277,6 +324,28 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
         return upright.convert("RGB")
     layer = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+@contextmanager
+def _tiff_damage(name: str) -> Iterator[None]:
+    """Raise `DataError` if libtiff finds damage inside the block.
+
+    libtiff goes on after some kinds of damage and writes its messages to the standard error stream of the process.
+    """
+    parts: list[str] = []
+    note = _TIFF_HANDLER(lambda part, *_: parts.append((part or b"").decode("ascii", "replace")))
+    ignore = _TIFF_HANDLER(lambda *_: None)
+    library = ctypes.CDLL(Image.core.__file__)
+    with _quiet(), ExitStack() as stack:
+        for setter, handler in (("TIFFSetErrorHandler", note), ("TIFFSetWarningHandler", ignore)):
+            if hasattr(library, setter):  # it is absent where PIL is built with a libtiff of its own inside
+                replace = getattr(library, setter)
+                replace.argtypes, replace.restype = [ctypes.c_void_p], ctypes.c_void_p
+                before = replace(ctypes.cast(handler, ctypes.c_void_p))
+                stack.callback(replace, before)
+        yield
+    if parts:
+        raise DataError(f"cannot read picture {name}: libtiff finds it damaged ({parts[0][:40]}); {_WHOLE}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -29,8 +29,8 @@ def open_images(image: Picture | Sequence[Picture] | None) -> tuple[Image.Image,
         One image per picture, in the order given.
 
     Raises:
-        ModelError: A picture cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million unless
-            you set it); the message says what was found and what to do.
+        ModelError: A picture cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million, or
+            what `multrace.data.megapixel_limit` sets); the message says what was found and what to do.
     """
     try:
         return read_pictures(image)

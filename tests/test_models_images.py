@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from multrace import ModelError
-from multrace.data import PictureFacts, inspect_picture, read_pictures
+from multrace.data import DataError, PictureFacts, inspect_picture, megapixel_limit, read_pictures
 from multrace.scripts.main import app
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
@@ -296,12 +296,57 @@ def test_more_pixels_than_the_limit(huge_path, random_llava_llama, look, monkeyp
     for limit in (500, 1000):  # PIL raises an error itself for more than twice its limit, and warns below
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         for picture in (huge_path, Image.new("1", (40, 40))):
-            with pytest.raises(ModelError, match="raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"):
+            with pytest.raises(ModelError, match="raise the limit .multrace.data.megapixel_limit. if you trust it"):
                 random_llava_llama.prompt(picture, QUESTION)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
     assert look(huge_path).shape == (40, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert look(huge_path).shape == (40, 40, 3)
+
+
+def test_a_limit_of_megapixels_holds_inside_its_block(huge_path):
+    before = Image.MAX_IMAGE_PIXELS
+    Image.new("1", (1500, 1000)).save(huge_path)
+    with megapixel_limit(1.4):
+        with pytest.raises(
+            DataError, match="1.5 megapixels, more than the limit of 1.4 megapixels; make it smaller, or"
+        ):
+            read_pictures(huge_path)
+        with megapixel_limit(1.5):
+            assert read_pictures(huge_path)[0].size == (1500, 1000)
+        with megapixel_limit(None):
+            assert inspect_picture(huge_path).problem is None
+        assert Image.MAX_IMAGE_PIXELS == 1_400_000
+    assert Image.MAX_IMAGE_PIXELS == before
+    for limit in (0, -1, float("nan"), float("inf"), True, "200"):
+        with pytest.raises(DataError, match="pass a number above 0, or None for no limit"), megapixel_limit(limit):
+            pass
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "group4"])
+def test_a_damaged_tiff_is_one_error_and_writes_nothing_of_its_own(compression, tmp_path, capfd):
+    """libtiff writes about damage to the standard error stream of the process, and goes on after some of it."""
+    photo = Image.effect_noise((160, 120), 60).convert("1" if compression == "group4" else "RGB")
+    photo.save(tmp_path / "whole.tif", compression=compression)
+    assert read_pictures(tmp_path / "whole.tif")[0].size == (160, 120)
+    raw = (tmp_path / "whole.tif").read_bytes()
+    for start in range(600, 1500, 300):
+        (tmp_path / "damaged.tif").write_bytes(raw[:start] + b"\xff" * 60 + raw[start + 60 :])
+        with pytest.raises(DataError, match=r"cannot read picture '.*damaged.tif': .*; is it a whole image file"):
+            read_pictures(tmp_path / "damaged.tif")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_messages_of_libtiff_go_their_old_way_outside(tmp_path, capfd):
+    photo = Image.effect_noise((160, 120), 60).convert("1")
+    photo.save(tmp_path / "whole.tif", compression="group4")
+    raw = (tmp_path / "whole.tif").read_bytes()
+    (tmp_path / "damaged.tif").write_bytes(raw[:200] + b"\xff" * 40 + raw[240:])
+    with pytest.raises(DataError, match="damaged.tif': libtiff finds it damaged .Fax4Decode.; is it a whole image"):
+        read_pictures(tmp_path / "damaged.tif")
+    assert capfd.readouterr().err == ""
+    Image.open(tmp_path / "damaged.tif").load()
+    assert "Fax4Decode" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("size", [(13000, 13000), (2**31 - 1, 2**31 - 1)])
