@@ -1,7 +1,6 @@
 from .augment import Augmentation as Augmentation
 from .baselines.in_context import InContext as InContext
-from .baselines.lora import Lora as Lora
-from .baselines.training import FineTune as FineTune
+from .baselines.training import FineTune as FineTune, Lora as Lora
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
 from .changes.exports import (
     save_merged as save_merged,
@@ -15,16 +14,22 @@ from .changes.weight_change import (
     EditSession as EditSession,
     WeightChange as WeightChange,
 )
-from .errors import EditError as EditError
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
-from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
-from .evaluation.preview import preview as preview, verify as verify
-from .evaluation.questions import EvaluationSettings as EvaluationSettings
-from .evaluation.reports import EditCurve as EditCurve, EditReport as EditReport
-from .evaluation.sequences import NormBound as NormBound
+from .evaluation.dry_run import preview as preview, verify as verify
+from .evaluation.modes import NormBound as NormBound, evaluate as evaluate, evaluate_each as evaluate_each
+from .evaluation.reports import (
+    EditCurve as EditCurve,
+    EditReport as EditReport,
+    EvaluationSettings as EvaluationSettings,
+)
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
-from .requests import EDITED as EDITED, NOT_GENERATED as NOT_GENERATED, room_for_targets as room_for_targets
+from .requests import (
+    EDITED as EDITED,
+    NOT_GENERATED as NOT_GENERATED,
+    EditError as EditError,
+    room_for_targets as room_for_targets,
+)
 from .solve.editors import (
     EMMET as EMMET,
     MEMIT as MEMIT,

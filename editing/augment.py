@@ -8,7 +8,7 @@ from PIL import Image, ImageChops, ImageEnhance, ImageStat
 
 from ..data.facts import EditRequest, Question
 from ..models import open_images
-from .errors import EditError
+from .requests import EditError
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 

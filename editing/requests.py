@@ -1,4 +1,4 @@
-"""Requests to edit as a model sees them: their prompts, the answers to them, and their text for headers."""
+"""Requests to edit as a model sees them: their prompts, answers and text for headers; and the error of this room."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from ..data.facts import EditRequest, Question
 from ..models import NotFiniteError, Prompt, VisionLanguageModel
-from .errors import EditError
 
 EDITED = "edited"
 """What became of a request: its edit was made, and the model answers its question with the target."""
@@ -20,6 +19,10 @@ NOTHING_TO_DO = "nothing to do"
 FAILED = "failed"
 """Followed by the reason."""
 _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
+
+
+class EditError(ValueError):
+    """An edit that cannot be made, applied, undone, saved or loaded: what was asked, what was found, what to do."""
 
 
 def request_text(request: EditRequest) -> dict[str, str]:

@@ -65,7 +65,7 @@ from multrace.editing.evaluation import (
     checks_of,
     names_of,
 )
-from multrace.editing.evaluation.questions import Responses, answers_to_feed, feed
+from multrace.editing.evaluation.asking import Responses, answers_to_feed, feed
 from multrace.models import Prompt, VisionLanguageModel
 
 EDIT = MultEdit(layer=5)

@@ -9,7 +9,7 @@ import multrace
 import pytest
 import torch
 from multrace.artefacts import read_tensors, write_tensors
-from multrace.editing.errors import EditError
+from multrace.editing import EditError
 from multrace.editing.moments import PROBES, Moments, Watch, memory_of_moments, second_moments
 from multrace.models import Prompt, VisionLanguageModel
 from PIL import Image

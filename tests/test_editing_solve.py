@@ -5,7 +5,7 @@ import math
 import pytest
 import reference
 import torch
-from multrace.editing.errors import EditError
+from multrace.editing import EditError
 from multrace.editing.solve import Cost, Problem, Solution, build_cost, null_space, solve
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile

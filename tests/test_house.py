@@ -33,8 +33,7 @@ INSIDE = {"addresses", "frontend"}  # what only the room of models reaches for, 
 INSIDE_VLM = {"model", "family"}  # the same on a loaded model, whose face is `VisionLanguageModel`
 REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/changes/exports.py": "PEFT wraps the module",
-    "editing/baselines/lora.py": "PEFT puts its layers into the module",
-    "editing/baselines/training.py": "torch.func.functional_call runs a module with other weights",
+    "editing/baselines/training.py": "functional_call runs a module with other weights; PEFT puts layers into it",
     "scripts/benchmarks/flow_cells.py": "compares with the plain `generate` of transformers",
 }
 HEAVY = {"matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn"}
@@ -440,7 +439,7 @@ GOOD = {
     "tests/test_a.py": "import multrace.scripts.main\nfrom multrace.models import load\n",
     "models/prompts.py": "x = vlm.model, vlm.family, vlm.addresses, prompt.frontend\n",
     "workflow/locate.py": "x = trace.model, vlm.config, args.family\n",
-    "editing/baselines/lora.py": "LoraModel(vlm.model)\n",
+    "editing/baselines/training.py": "LoraModel(vlm.model)\n",
     "long.py": "def f():\n" + "  x = 1\n" * (LONGEST_FUNCTION - 1),
 }
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from ..data.errors import gist
 from ..data.facts import EditRequest
 from ..editing.changes import NO_OWNER, Delta, compose
-from ..editing.errors import EditError
 from ..editing.moments import Moments
-from ..editing.requests import request_text
+from ..editing.requests import EditError, request_text
 from ..editing.solve import ClosedFormEditor, EditorByRequest, MultEdit
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ..changes import EditSession, History
-from ..errors import EditError
 from ..moments import Moments
-from ..requests import edited_questions, listed_requests, request_text
+from ..requests import EditError, edited_questions, listed_requests, request_text
 from .training import check_no_history
 
 _WORD = re.compile(r"\w+")

@@ -15,7 +15,7 @@ from ...artefacts import files, plain_fields
 from ...data import parse_json
 from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
-from ..errors import EditError
+from ..requests import EditError
 from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, held, write_all
 
 FORMAT = "multrace delta 2"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...artefacts import ArtefactError, replacing_folder, write_tensors
 from ...models import ModelError, Prompt, VisionLanguageModel
-from ..errors import EditError
+from ..requests import EditError
 from .weight_change import Change
 
 _ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by

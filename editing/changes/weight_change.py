@@ -18,8 +18,7 @@ from torch import Tensor
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ...models.guards import uninterrupted
-from ..errors import EditError
-from ..requests import listed_requests, with_answers_seen
+from ..requests import EditError, listed_requests, with_answers_seen
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
 NO_OWNER = -1

@@ -1,4 +1,20 @@
-from .asking import Baseline as Baseline, baseline as baseline
+from .asking import (
+    Baseline as Baseline,
+    Check as Check,
+    EvaluationSettings as EvaluationSettings,
+    LeftOut as LeftOut,
+    baseline as baseline,
+    checks_of as checks_of,
+    names_of as names_of,
+)
+from .dry_run import (
+    Preview as Preview,
+    VerifiedAnswer as VerifiedAnswer,
+    preview as preview,
+    preview_lines as preview_lines,
+    sizes as sizes,
+    verify as verify,
+)
 from .metrics import (
     EXACT as EXACT,
     FLUENCY as FLUENCY,
@@ -29,26 +45,13 @@ from .metrics import (
     vqa_normalised as vqa_normalised,
 )
 from .modes import (
+    AT as AT,
     BATCH as BATCH,
     SINGLE as SINGLE,
+    NormBound as NormBound,
     RecordResult as RecordResult,
+    SequenceState as SequenceState,
     evaluate as evaluate,
     evaluate_each as evaluate_each,
 )
-from .preview import (
-    Preview as Preview,
-    VerifiedAnswer as VerifiedAnswer,
-    preview as preview,
-    preview_lines as preview_lines,
-    sizes as sizes,
-    verify as verify,
-)
-from .questions import (
-    Check as Check,
-    EvaluationSettings as EvaluationSettings,
-    LeftOut as LeftOut,
-    checks_of as checks_of,
-    names_of as names_of,
-)
 from .reports import EditCurve as EditCurve, EditReport as EditReport, ProbeRow as ProbeRow
-from .sequences import AT as AT, NormBound as NormBound, SequenceState as SequenceState

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...artefacts import statistics
-from ..errors import EditError
+from ..requests import EditError
 
 EXACT = "free generation, exact match"
 VQA = "free generation, VQA-normalised"

@@ -14,10 +14,8 @@ from ...artefacts import drawing, files, from_plain
 from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
 from ...models import VisionLanguageModel
-from ..errors import EditError
-from ..requests import FAILED, NOT_GENERATED
+from ..requests import FAILED, NOT_GENERATED, EditError
 from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
-from .questions import EvaluationSettings, LeftOut, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +35,40 @@ _STYLES = {
     "retention": LineStyle(colour="#CC79A7", dashes=DOTTED, marker="D"),
 }
 _HEADLINES = (EXACT, UNCHANGED)
+Pair = tuple[float, float]
+"""A number of the unedited and of the edited model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What an evaluation measures. Raises `EditError` for numbers out of range."""
+
+    forced: bool = True
+    """Also measure how the model predicts given answers (teacher forcing), which about doubles the time. False
+    measures free generation only."""
+    max_new_tokens: int = 16
+    """Maximum length of a free answer in tokens."""
+    fluency_tokens: int = 0
+    """Length in tokens of the free answers whose fluency is measured, for edited questions; 0 skips fluency."""
+    seed: int = 0
+    """Random seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.fluency_tokens < 0:
+            raise EditError(
+                f"got max_new_tokens={self.max_new_tokens} and fluency_tokens={self.fluency_tokens}; "
+                "pass at least 1 and at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A question that was not asked, and why."""
+
+    record: str
+    kind: str
+    question: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

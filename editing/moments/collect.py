@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...models import Projection, Prompt, VisionLanguageModel, collate, patch
 from ...models.hooks import StopForward
-from ..errors import EditError
+from ..requests import EditError
 from .moments import (
     KINDS,
     PROBES,

@@ -17,7 +17,7 @@ from ...artefacts import files, plain_fields
 from ...data import parse_json
 from ...data.facts import counted
 from ...models import Prompt, VisionLanguageModel
-from ..errors import EditError
+from ..requests import EditError
 
 logger = logging.getLogger("multrace")
 KINDS = ("image", "question", "template")

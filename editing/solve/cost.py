@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import EditError
+from ..requests import EditError
 
 _TINY = torch.finfo(torch.float64).tiny
 _EPSILON = torch.finfo(torch.float64).eps

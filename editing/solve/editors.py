@@ -8,8 +8,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 from ...data.facts import EditRequest
 from ...models import VisionLanguageModel
 from ..changes import Change, Delta, EditSession, History
-from ..errors import EditError
 from ..moments import Moments
+from ..requests import EditError
 from .session import ClosedFormSession
 from .settings import ClosedFormSettings
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...data.facts import EditRequest
 from ..changes import WeightChange
-from ..errors import EditError
+from ..requests import EditError
 from ..values import Lookup
 from .cost import Cost
 

@@ -15,12 +15,12 @@ from ...data.facts import EditRequest, Question
 from ...models import Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, HistoryEntry, WeightChange, held, write
-from ..errors import EditError
 from ..moments import Moments
 from ..requests import (
     EDITED,
     NOT_GENERATED,
     NOTHING_TO_DO,
+    EditError,
     answers_where_finite,
     edited_questions,
     request_text,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Literal, Protocol, cast
 
 from ...models import ModelError, Projection, VisionLanguageModel
-from ..errors import EditError
 from ..moments import Moments
+from ..requests import EditError
 from ..values import ValueSettings
 from .cost import Cost, build_cost, null_space
 

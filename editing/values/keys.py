@@ -13,7 +13,7 @@ from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
 from ...models.replay.padded import PaddedBatch, at_columns
-from ..errors import EditError
+from ..requests import EditError
 
 
 @dataclass(frozen=True, kw_only=True)

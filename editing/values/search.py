@@ -16,7 +16,7 @@ from ...artefacts import ArtefactError, load_fields, save_fields
 from ...artefacts.files import digest
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.padded import UpperLayers
-from ..errors import EditError
+from ..requests import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 
 _LAYOUT = "multrace searched values 1"

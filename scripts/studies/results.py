@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ... import __version__, data
 from ...artefacts import read_json, write_json, write_whole
 from ...data import tiny_vlm_path
-from ...editing.errors import EditError
+from ...editing.requests import EditError
 from ...models import VisionLanguageModel, load
 from ...workflow.run_folder import differences
 from ..errors import CommandError

@@ -14,12 +14,11 @@ from tqdm import tqdm
 from ...data.facts import EditRecord, EditRequest
 from ...models import Projection, Prompt, VisionLanguageModel, capture
 from ..changes import NO_OWNER, Change, Delta
-from ..errors import EditError
 from ..moments import Moments
-from ..requests import EDITED, NOT_GENERATED, answers_where_finite
+from ..requests import EDITED, NOT_GENERATED, EditError, answers_where_finite
 from ..solve import Editor
 from ..values import key_positions
-from .questions import checks_of, names_of
+from .asking import checks_of, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
