@@ -1,6 +1,9 @@
 """multrace results: a real row of the tables, kept and reused; the paired comparison by hand."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from multrace.data import World
@@ -14,32 +17,47 @@ RUN = {"weights": "0" * 64, "version": "0", "limit": 4, "together": 8, "probes":
 GOOD, BAD = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]
 
 
-def test_a_row_is_measured_once_and_written_into_the_tables(tmp_path, monkeypatch, capsys):
-    edited = []
-    monkeypatch.setattr(
-        "multrace.scripts.studies.results.editor_rows",
-        lambda: (_counted(_row("multedit-5"), edited),),
-    )
-    arguments = ["--out", str(tmp_path), "--limit", "2", "--probes", "1", "--parts", "editors"]
-    assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
-    row = json.loads((tmp_path / "rows" / "outdated single multedit-5.json").read_text())["row"]
+@dataclass(frozen=True)
+class MeasuredTables:
+    """A folder of two measured requests, and how to run the study into it again."""
+
+    out: Path
+    edited: list[str]
+    """The requests that an editor was given, from the first run on."""
+
+    def again(self, limit: int = 2) -> int:
+        arguments = ["--out", str(self.out), "--limit", str(limit), "--probes", "1"]
+        return execute(results.app, [*arguments, "--parts", "editors", "--splits", "outdated"])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeasuredTables]:
+    """The study with one row; few second moments, which no assertion here is about."""
+    tables = MeasuredTables(out=tmp_path_factory.mktemp("results"), edited=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multrace.scripts.studies.rows._MOMENT_FACTS", 16)
+        row = _counted(_row("multedit-5"), tables.edited)
+        patch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (row,))
+        assert tables.again() == 0
+        yield tables
+
+
+def test_a_row_is_measured_once_and_written_into_the_tables(measured):
+    row = json.loads((measured.out / "rows" / "outdated single multedit-5.json").read_text())["row"]
     assert row["scores"]["efficacy"][0] == 0 and row["scores"]["efficacy"][2] == 1
-    assert f"| {LABELS['multedit-5']} | 100 [100, 100] |" in (tmp_path / "results.md").read_text()
-    made = len(edited)
-    assert made == 2
-    assert execute(results.app, [*arguments, "--splits", "outdated"]) == 0
-    assert len(edited) == made
+    page = (measured.out / "results.md").read_text()
+    assert f"| {LABELS['multedit-5']} | 100 [100, 100] |" in page
+    assert "--limit 2 --together 160 --probes 1" in page and "2 requests, one edit at a time" in page
+    assert len(measured.edited) == 2
+    assert measured.again() == 0
+    assert len(measured.edited) == 2 and (measured.out / "results.md").read_text() == page
 
 
-def test_rows_of_another_run_are_refused_instead_of_reported_under_its_header(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("multrace.scripts.studies.results.editor_rows", lambda: (_row("multedit-5"),))
-    arguments = ["--out", str(tmp_path), "--parts", "editors", "--splits", "outdated", "--probes", "1"]
-    assert execute(results.app, [*arguments, "--limit", "1"]) == 0
-    page = (tmp_path / "results.md").read_text()
-    assert "--limit 1 --together 160 --probes 1" in page and "1 requests, one edit at a time" in page
-    assert execute(results.app, [*arguments, "--limit", "2"]) == 2
-    assert "is a row of another run: limit 1 instead of 2" in capsys.readouterr().err
-    assert (tmp_path / "results.md").read_text() == page
+def test_rows_of_another_run_are_refused_instead_of_reported_under_its_header(measured, capsys):
+    page = (measured.out / "results.md").read_text()
+    assert measured.again(limit=1) == 2
+    assert "is a row of another run: limit 2 instead of 1" in capsys.readouterr().err
+    assert (measured.out / "results.md").read_text() == page and len(measured.edited) == 2
 
 
 def test_more_requests_than_a_half_holds_come_from_the_end_of_the_other():
