@@ -11,6 +11,7 @@ from multrace.data.world import EditCase
 from multrace.scripts import CommandError, probe_records, scores, summary, verify
 from multrace.scripts.demo import Demo, Report, demo, plot_scores, write_report
 from multrace.scripts.main import app
+from multrace.scripts.verification import ProbeAnswers
 
 CASES = 8
 
@@ -42,13 +43,19 @@ def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, .
     return mt.locate_then_edit(tiny_vlm, requests, corruptions=corruptions, jointly=False), cases
 
 
-def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(tiny_vlm, world, located):
+@pytest.fixture(scope="module")
+def verified(tiny_vlm, world, located) -> list[list[ProbeAnswers]]:
+    """The answers around each located edit."""
     edit, cases = located
-    probes = [
-        probe
+    return [
+        list(verify(tiny_vlm, delta, probe_records(world, case, count=4)))
         for case, delta in zip(cases, edit.deltas, strict=True)
-        for probe in verify(tiny_vlm, delta, probe_records(world, case, count=4))
     ]
+
+
+def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(located, verified):
+    edit, _ = located
+    probes = [probe for rows in verified for probe in rows]
     shares = summary(probes)
     assert edit.edit_site.token == "last"
     assert edit.edit_site.layer >= edit.edit_site.onset
@@ -62,22 +69,19 @@ def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(tiny_
     assert summary([replace(probe, edited=probe.unedited) for probe in probes])["efficacy"] == 0  # without it, nothing
 
 
-def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, located):
+def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, located, verified):
     edit, cases = located
-    kept = {}
-    for layer in (0, edit.edit_site.layer):
-        editor = mt.MultEdit(layer=layer, token="last")
-        probes = [
-            probe
-            for case in cases
-            for probe in verify(
-                tiny_vlm,
-                editor.edit(tiny_vlm, [request_of(tiny_vlm, world, case)]),
-                [pair for pair in probe_records(world, case, count=6) if pair[0] in ("edited", "other_entities")],
-            )
-        ]
-        kept[layer] = summary(probes)["other entities"]
-    assert kept[0] < kept[edit.edit_site.layer] - 0.2
+    early = []
+    for case, probes in zip(cases, verified, strict=True):
+        others = [probe for probe in probes if probe.kind in ("edited", "other_entities")]
+        prompts = [tiny_vlm.prompt_for(probe.record) for probe in others]
+        delta = mt.MultEdit(layer=0, token="last").edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
+        with delta.applied(tiny_vlm):
+            answers = tiny_vlm.answers(prompts)
+        early += [replace(probe, edited=answer) for probe, answer in zip(others, answers, strict=True)]
+    traced = summary([probe for probes in verified for probe in probes])["other entities"]
+    assert edit.edit_site.onset > 0
+    assert summary(early)["efficacy"] >= 0.9 and summary(early)["other entities"] < traced - 0.2
 
 
 def test_facts_edited_jointly_all_take(tiny_vlm, world):
@@ -92,7 +96,7 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world):
 
 
 def test_long_tail_facts_are_inserted(tiny_vlm, world):
-    cases = world.edit_cases("long_tail", "choose")[:12]
+    cases = world.edit_cases("long_tail", "choose")[:8]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
@@ -100,7 +104,7 @@ def test_long_tail_facts_are_inserted(tiny_vlm, world):
         delta = mt.MultEdit(layer=5, token="last").edit(tiny_vlm, [request])
         with delta.applied(tiny_vlm):
             learned += tiny_vlm.answers([tiny_vlm.prompt_for(request.question)]) == [case.target]
-    assert learned >= 10
+    assert learned >= 7
     assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) == before
     assert sum(answer == case.target for answer, case in zip(before, cases, strict=True)) <= 1
 
