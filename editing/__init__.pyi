@@ -40,3 +40,4 @@ from .solve.editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .values.search import RequestValues as RequestValues

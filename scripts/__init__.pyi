@@ -16,12 +16,13 @@ from . import (
 from .door import available_cores as available_cores, be_polite as be_polite
 from .edit_requests import (
     NEXT as NEXT,
-    Place as Place,
     RequestOptions as RequestOptions,
-    asked_edits as asked_edits,
+    edit_rows as edit_rows,
     parse_place as parse_place,
     read_edits as read_edits,
     read_general as read_general,
+    request_of as request_of,
+    variants as variants,
 )
 from .editors import NAMES as NAMES, editor as editor
 from .errors import CommandError as CommandError

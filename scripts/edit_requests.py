@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,32 +11,17 @@ from typing import Annotated, Any, cast
 
 from cyclopts import Parameter
 
-from .. import artefacts, data, editing, models, tracing
+from .. import data, editing, models, tracing, workflow
 from ..data import spans
 from .errors import CommandError
-from .options.asking import CorruptionOptions, FileOptions
+from .options.asking import CorruptionOptions
+from .options.running import RunOptions
 
 _PLACE = re.compile(r"(?P<first>-?\d+)(?:-(?P<last>\d+))?(?::(?P<token>.+))?")
 _NUMBER = re.compile(r"-?\d+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The (last) layer and the token to edit, and why."""
-
-    layer: int
-    token: str | int
-    reason: str
-    spread: int | None = None
-    """How many layers share the change, if --where says so."""
-
-    def __str__(self) -> str:
-        first = self.layer if self.spread is None else self.layer - self.spread + 1
-        layers = f"layer {self.layer}" if first == self.layer else f"layers {first} to {self.layer}"
-        return f"{layers}, token {self.token!r}: {self.reason}"
-
-
-def parse_place(where: str) -> Place:
+def parse_place(where: str) -> workflow.Place:
     """Return the place that LAYER, LAYER:TOKEN, FIRST-LAST or FIRST-LAST:TOKEN spells; the default token is the last.
 
     CommandError for anything else.
@@ -48,7 +33,7 @@ def parse_place(where: str) -> Place:
             f"no place {where!r}; write --where trace, --where 4, --where 4:constraint_last or --where 3-5:last"
         )
     token = found["token"] or "last"
-    return Place(
+    return workflow.Place(
         layer=first if last is None else last,
         token=int(token) if _NUMBER.fullmatch(token) else token,
         spread=None if last is None else last - first + 1,
@@ -56,47 +41,10 @@ def parse_place(where: str) -> Place:
     )
 
 
-def place_of(site: tracing.EditSite) -> Place:
-    """Return the place that a trace chose."""
-    return Place(layer=site.layer, token=site.token, reason=site.reason)
-
-
-def load_traces(paths: Sequence[Path]) -> tuple[tracing.CausalTrace, ...] | tracing.AverageTrace:
-    """Return the traces in these files, one for each request, or an average for all of them.
-
-    TraceError if a file is missing, damaged or no trace; CommandError for an average beside other files.
-    """
-    found = [_load(path) for path in paths]
-    averages = [trace for trace in found if isinstance(trace, tracing.AverageTrace)]
-    traces = [trace for trace in found if isinstance(trace, tracing.CausalTrace)]
-    if averages and len(found) > 1:
-        raise CommandError("--trace takes one trace for each request, or one average for all of them, not both")
-    return averages[0] if averages else tuple(traces)
-
-
-def _load(path: Path) -> tracing.CausalTrace | tracing.AverageTrace:
-    try:
-        return tracing.CausalTrace.load(path)
-    except (tracing.TraceError, artefacts.ArtefactError) as error:
-        try:
-            return tracing.AverageTrace.load(path)
-        except (tracing.TraceError, artefacts.ArtefactError):
-            raise error from None
-
-
 @dataclass(frozen=True, kw_only=True)
-class RequestOptions(CorruptionOptions, FileOptions):
+class RequestOptions(CorruptionOptions, RunOptions):
     """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
 
-    data: Annotated[
-        Path | None,
-        Parameter(
-            help="edit every line of this file instead, in one edit; the format is described below, and --corrupt "
-            "swap:next replaces each picture by the next record's",
-            metavar="FILE",
-        ),
-    ] = None
-    limit: Annotated[int | None, Parameter(help="edit only the first N lines of --data", metavar="N")] = None
     # pyrefly: ignore[bad-override] -- not needed where records are given
     question: Annotated[str | None, Parameter(help="question to ask")] = None
     target: Annotated[str | None, Parameter(help="new answer")] = None
@@ -140,10 +88,18 @@ class RequestOptions(CorruptionOptions, FileOptions):
         """Raises `CommandError` for options that do not fit together."""
         if (self.question is None) == (self.data is None):
             raise CommandError("pass either --question with --target, or --data FILE.jsonl")
-        if self.limit is not None and (self.data is None or self.limit < 1):
-            raise CommandError(f"--limit {self.limit}: pass at least 1, together with --data")
+        if self.data is None and (wrong := self.given(_OF_MANY)):
+            raise CommandError(f"{wrong[0]} belongs to --data FILE")
+        if self.data is not None and (wrong := self.given(_OF_ONE)):
+            raise CommandError(f"{wrong[0]} belongs to one request; with --data, write it into each line")
         if self.augment < 0 or (self.augment and self.data is None and self.image is None):
             raise CommandError(f"--augment {self.augment} needs a picture and a number of at least 0")
+        self.check_run()
+
+    def check_target(self) -> None:
+        """Raises `CommandError` for a request without a target."""
+        if self.target is None or not self.target.strip():
+            raise CommandError(f"the target of the edit is {self.target!r}; pass the new answer, as --target Paris")
 
     def check_question(self) -> None:
         """Raises `ModelError` also for another picture that cannot be read."""
@@ -156,41 +112,11 @@ NEXT = "swap:next"
 """What --corrupt spells for the picture of another record."""
 _OF_ONE = ("image", "constraint", "target", "context_image", "also_image", "also_question", "also_text")
 _OF_ONE += ("keep_image", "keep_question")
+_OF_MANY = ("format", "images", "limit", "shard", "retry_failed")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AskedEdit:
-    """One edit as it is known before the model is opened."""
-
-    make: Callable[[models.VisionLanguageModel], data.EditRequest]
-    """Function that makes the request for a model."""
-    corruption: tracing.Corruption | None = None
-    """What a trace of it corrupts; None if it has no picture or constraint to corrupt, or if nothing is traced."""
-
-
-def asked_edits(options: RequestOptions, *, traced: bool) -> tuple[AskedEdit, ...]:
-    """Return what is to be edited, checked as far as that goes without the model.
-
-    Args:
-        options: The request, or the file of requests.
-        traced: Whether each request is to be traced, under --corrupt.
-
-    Raises:
-        CommandError: Options that do not fit together.
-        ModelError: A picture that cannot be read, or words that are not in the question.
-    """
-    options.check_request()
-    if options.data is not None:
-        return _from_file(options, traced)
-    options.check_question()
-    if options.target is None or not options.target.strip():
-        raise CommandError(f"the target of the edit is {options.target!r}; pass the new answer, as --target Paris")
-    make = partial(_augmented, options, partial(_request, options))
-    return (AskedEdit(make=make, corruption=options.corruption() if traced else None),)
-
-
-def _request(options: RequestOptions, vlm: models.VisionLanguageModel) -> data.EditRequest:
-    """The request of the options. Errors as `VisionLanguageModel.prompt` and `EditRequest`."""
+def request_of(options: RequestOptions, vlm: models.VisionLanguageModel) -> data.EditRequest:
+    """Return the one request of the options. Errors as `VisionLanguageModel.prompt` and `EditRequest`."""
     image, prompt = options.image, partial(_prompt, options, vlm)
     question = options.prompt(vlm).as_question()
     also = [prompt(path) for path in options.also_image]
@@ -207,6 +133,51 @@ def _request(options: RequestOptions, vlm: models.VisionLanguageModel) -> data.E
     )
 
 
+def variants(count: int) -> editing.Augmentation | None:
+    """Return an augmentation with so many variants of a picture, or None for none."""
+    crops, jitters, shifts = ((count + rest) // 3 for rest in (2, 1, 0))
+    return editing.Augmentation(crops=crops, jitters=jitters, shifts=shifts) if count else None
+
+
+def edit_rows(options: RequestOptions, *, traced: bool) -> tuple[tuple[int, Any], ...]:
+    """Return the records of --data with their rows; a row that cannot be edited has its `DataError` instead.
+
+    traced: whether each record is traced, so that it needs a corruption; --corrupt swap:next gives it the next one's
+    picture.
+
+    Raises `CommandError` if no record names a corruption and --corrupt is missing, or if all have one picture.
+    """
+    rows = [(row, _usable_edit(record)) for row, record in options.records()]
+    edits = [record for _, record in rows if isinstance(record, data.EditRecord)]
+    if not traced:
+        return tuple(rows)
+    if options.corrupt is None and edits and not any(edit.question.corrupt for edit in edits):
+        options.corruption()
+    if options.corrupt != NEXT:
+        return tuple(rows)
+    next_pictures = {id(edit): swapped(edits, index) for index, edit in enumerate(edits)}
+    return tuple((row, _under(record, next_pictures.get(id(record)))) for row, record in rows)
+
+
+def _usable_edit(record: Any) -> Any:
+    """The record, or the error that says why it cannot be edited."""
+    try:
+        if isinstance(record, data.Question):
+            raise data.DataError(f"{record.text!r} has no 'target'; add the new answer")
+        if isinstance(record, data.EditRecord):
+            _check(record)
+    except data.DataError as error:
+        return error
+    return record
+
+
+def _under(record: Any, corruption: tracing.SwapImage | None) -> Any:
+    """The record with a corruption of its question, unless it names one of its own."""
+    if corruption is None or record.question.corrupt is not None:
+        return record
+    return replace(record, question=replace(record.question, corrupt=f"swap:{corruption.image}"))
+
+
 def _prompt(
     options: RequestOptions, vlm: models.VisionLanguageModel, image: str | None, question: str | None = None
 ) -> data.Question:
@@ -214,36 +185,6 @@ def _prompt(
     text = options.question if question is None else question
     is_said = options.constraint is not None and spans.says_once(text, options.constraint)
     return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
-
-
-def _augmented(
-    options: RequestOptions,
-    make: Callable[[models.VisionLanguageModel], data.EditRequest],
-    vlm: models.VisionLanguageModel,
-) -> data.EditRequest:
-    """The request, with variants of its picture if it has one."""
-    request = make(vlm)
-    if not options.augment or not request.question.images:
-        return request
-    crops, jitters, shifts = ((options.augment + rest) // 3 for rest in (2, 1, 0))
-    return editing.Augmentation(crops=crops, jitters=jitters, shifts=shifts).of(request)
-
-
-def _from_file(options: RequestOptions, traced: bool) -> tuple[AskedEdit, ...]:
-    if given := [name for name in _OF_ONE if getattr(options, name)]:
-        raise CommandError(
-            f"--{given[0].replace('_', '-')} belongs to one request; with --data, write it into each line"
-        )
-    entries = read_edits(options.data, format=options.format, images=options.images)[: options.limit]
-    corruptions = _corruptions(options, entries) if traced else [None] * len(entries)
-    return tuple(
-        AskedEdit(make=partial(_augmented, options, partial(_of_entry, entry)), corruption=corruption)
-        for entry, corruption in zip(entries, corruptions, strict=True)
-    )
-
-
-def _of_entry(entry: data.EditRecord, _vlm: models.VisionLanguageModel) -> data.EditRequest:
-    return entry
 
 
 def read_edits(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[data.EditRecord, ...]:
@@ -295,26 +236,6 @@ def _check(record: data.Question | data.EditRecord) -> None:
                 raise data.DataError(problem)
         for words in question.words.values():
             data.find_spans(question.text, words)
-
-
-def _corruptions(options: RequestOptions, entries: Sequence[data.EditRecord]) -> list[tracing.Corruption | None]:
-    """What corrupts each entry's picture or constraint; None for an entry that has none."""
-    if options.corrupt == NEXT:
-        return [swapped(entries, index) for index in range(len(entries))]
-    # what is wrong with the option itself is found on an entry that has everything
-    replace(options, image="any", constraint="any", data=None).corruption()
-    corruptions: list[tracing.Corruption | None] = []
-    for entry in entries:
-        image = str(entry.question.images[0]) if entry.question.images else None
-        words = entry.question.constraint
-        constraint = words[0] if isinstance(words, tuple) else words
-        try:
-            corruptions.append(replace(options, image=image, constraint=constraint).corruption())
-        except CommandError:
-            corruptions.append(None)
-    if not any(corruptions):
-        raise CommandError(f"no record in {str(options.data)!r} has what --corrupt {options.corrupt} corrupts")
-    return corruptions
 
 
 def swapped(entries: Sequence[data.EditRecord], index: int) -> tracing.SwapImage | None:

@@ -19,6 +19,8 @@ _PLACE = ("layer", "token", "spread", "where")
 NAMES = (*EDITORS, *BASELINES)
 """Every name that --editor takes."""
 PAPER = "paper"
+ANY_LAYER = 10**6
+"""A layer that has every number of layers below it, for editors whose layer is chosen later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +189,11 @@ def editor(
     if name in EDITORS:
         kind = solve.EDITORS[name]
         _check_settings(name, kind, settings)
-        place = {"layer": layer, "token": token}
+        place = {"layer": ANY_LAYER, "token": token}  # presets spread the change over no more layers than there are
         made = kind.paper(**place) if preset else kind(**place)
         if spread is None:
             spread = min(made.spread, layer + 1) if layer >= 0 else made.spread
-        return replace(made, spread=spread, **settings)
+        return replace(made, layer=layer, spread=spread, **settings)
     if name not in BASELINES:
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = _BASELINES[name]

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, models, tracing, workflow
 from .edit import TRACE
-from .edit_requests import Place, parse_place, place_of, read_edits, read_general, swapped
+from .edit_requests import parse_place, read_edits, read_general, swapped
 from .editors import NAMES, EditorOptions, editor as editor_of
 from .errors import CommandError
 from .options.choices import SEQUENCE_LENGTHS, SPLITS
@@ -153,7 +153,7 @@ class Evaluate(RunOptions, EditorOptions):
 class _Plan:
     """What can be known before the model is opened."""
 
-    place: Place | None
+    place: workflow.Place | None
     """None: the place that traces find."""
     entries: tuple[data.EditRecord, ...] = ()
     corruptions: tuple[tracing.Corruption | None, ...] = ()
@@ -195,7 +195,7 @@ def run(options: Evaluate) -> int:
     return 0
 
 
-def _run(settings: Evaluate, plan: _Plan, place: Place) -> int:
+def _run(settings: Evaluate, plan: _Plan, place: workflow.Place) -> int:
     """Evaluate each record of the file by itself, by each editor in a folder of its own."""
     for name in settings.editor:
         analysis = workflow.EvaluateRun(
@@ -215,7 +215,7 @@ def _check(settings: Evaluate) -> _Plan:
     settings.check()
     place = None if settings.where == TRACE else parse_place(settings.where)
     for name in settings.editor:
-        _editor(settings, name, place or Place(layer=0, token="last", reason="to be traced", spread=1))
+        _editor(settings, name, place or workflow.Place(layer=0, token="last", reason="to be traced", spread=1))
         if not settings.is_run:
             check_files(settings.out / name, _names(settings))
     where = {"format": settings.format, "images": settings.images}
@@ -232,7 +232,7 @@ def _check(settings: Evaluate) -> _Plan:
     return _Plan(**given, general=read_general(Path(settings.general)))
 
 
-def _editor(settings: Evaluate, name: str, place: Place) -> Any:
+def _editor(settings: Evaluate, name: str, place: workflow.Place) -> Any:
     spread = settings.spread if place.spread is None else place.spread
     at = {"layer": place.layer, "token": place.token, "spread": spread, "preset": settings.preset}
     made = editor_of(name, **at, **settings.settings())
@@ -244,7 +244,9 @@ def _editor(settings: Evaluate, name: str, place: Place) -> Any:
     return made
 
 
-def _places(settings: Evaluate, plan: _Plan, vlm: models.VisionLanguageModel, asked: _Asked) -> dict[str, Place]:
+def _places(
+    settings: Evaluate, plan: _Plan, vlm: models.VisionLanguageModel, asked: _Asked
+) -> dict[str, workflow.Place]:
     """Request name -> its place."""
     requests = asked.records
     if plan.place is not None:
@@ -259,10 +261,10 @@ def _places(settings: Evaluate, plan: _Plan, vlm: models.VisionLanguageModel, as
     if settings.mode == BATCH:  # requests without a picture, say, have traces of their own; one solve has one place
         most = counted.most_common(1)[0][0]
         sites = [next(site for site in sites if (site.layer, site.token) == most)] * len(requests)
-    return {request.id: place_of(site) for request, site in zip(requests, sites, strict=True)}
+    return {request.id: workflow.Place.of_site(site) for request, site in zip(requests, sites, strict=True)}
 
 
-def _by_place(settings: Evaluate, name: str, places: dict[str, Place]) -> editing.Editor:
+def _by_place(settings: Evaluate, name: str, places: dict[str, workflow.Place]) -> editing.Editor:
     """Return the editor of this name at each request's place; requests that are edited together share one place."""
 
     def choose(requests: Sequence[data.EditRequest]) -> Any:

@@ -3,11 +3,7 @@
 import json
 import math
 import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +16,20 @@ from multrace.editing.changes import WeightChange
 from multrace.editing.evaluation import sizes
 from multrace.editing.moments import second_moments
 from multrace.models import VisionLanguageModel, capture
-from multrace.scripts import NAMES, NEXT, CommandError, Place, RequestOptions, asked_edits, editor, parse_place
+from multrace.scripts import (
+    NAMES,
+    NEXT,
+    CommandError,
+    RequestOptions,
+    edit_rows,
+    editor,
+    parse_place,
+    request_of,
+    variants,
+)
 from multrace.scripts.main import app
 from multrace.scripts.options.choices import BASELINES
+from multrace.workflow import Place
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
 
@@ -55,9 +62,9 @@ class Desk:
                 words += [f"--{name.replace('_', '-')}", *(str(each) for each in values)]
         return words
 
-    def all(self, **changes: str | list[str] | None) -> list[str]:
+    def all(self, rows: Sequence[dict[str, object]] = (), **changes: str | list[str] | None) -> list[str]:
         """Arguments that edit every row."""
-        return self.asked(data=self.file(), question=None, constraint=None, target=None, image=None, **changes)
+        return self.asked(data=self.file(*rows), question=None, constraint=None, target=None, image=None, **changes)
 
     def file(self, *rows: dict[str, object]) -> str:
         path = self.folder / "edits.jsonl"
@@ -69,6 +76,10 @@ class Desk:
 
     def report(self) -> dict[str, object]:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
+
+    def edits(self) -> dict[str, object]:
+        """The report of a file of edits."""
+        return json.loads((self.out / "summary" / "edit.json").read_text(encoding="utf-8"))
 
     def prompt(self, vlm: VisionLanguageModel, index: int) -> mt.Prompt:
         return vlm.prompt(self.picture(index), self.rows[index]["question"], constraint=self.rows[index]["constraint"])
@@ -130,18 +141,19 @@ def test_variants_of_the_picture_become_contexts(desk: Desk, tiny_vlm: VisionLan
     asked = {"question": words["question"], "target": words["target"], "constraint": words["constraint"]}
     for count in (0, 1, 4):
         options = RequestOptions(image=desk.picture(0), context_image=(desk.picture(1),), augment=count, **asked)
-        (one,) = asked_edits(options, traced=False)
-        request = one.make(tiny_vlm)
+        request, augmentation = request_of(options, tiny_vlm), variants(count)
+        request = request if augmentation is None else augmentation.of(request)
         assert len(request.contexts) == 1 + count
         pictures = {
             tiny_vlm.prompt_for(question).images[0].tobytes() for question in (request.question, *request.contexts)
         }
         assert len(pictures) == 2 + count
-    rows = (words, desk.rows[1] | {"image": None, "constraint": None})
-    options = RequestOptions(data=Path(desk.file(*rows)), augment=2)
-    made = [each.make(tiny_vlm) for each in asked_edits(options, traced=False)]
-    assert [len(request.contexts) for request in made] == [2, 0]
-    assert len(asked_edits(replace(options, limit=1), traced=False)) == 1
+
+
+def test_variants_of_a_file_count_for_records_with_a_picture(desk: Desk):
+    rows = (desk.rows[0], desk.rows[1] | {"image": None, "constraint": None})
+    assert app(desk.all(rows=rows, augment="2", **QUICK)) == 1  # too few steps
+    assert [request["contexts"] for request in desk.edits()["requests"]] == ["2", "0"]
 
 
 @pytest.mark.parametrize(("weight", "flips"), [("0.001", 1), ("inf", 0)])
@@ -219,20 +231,20 @@ def test_a_file_of_edits_is_one_edit(desk: Desk, tiny_vlm: VisionLanguageModel, 
     path = desk.file(*desk.rows[:2], done)
     alone = {"question": None, "constraint": None, "target": None, "image": None}
     assert app(desk.asked(data=path, where="trace", corrupt=NEXT, **alone)) == 0
-    printed, report = capsys.readouterr().out, desk.report()
+    printed, report = capsys.readouterr().out, desk.edits()
     assert [request["status"] for request in report["requests"]] == ["edited", "edited", "nothing to do"]
     assert "edited     2 of 3 requests; 3 now say their target" in printed
     assert [request["name"] for request in report["requests"]] == ["fact 0", "fact 1", "fact 2"]
     assert any("no constraint span" in note for note in report["notes"])
-    with mt.Delta.load(desk.out / "edit.safetensors").applied(tiny_vlm):
+    with mt.Delta.load(desk.out / "summary" / "edit.safetensors").applied(tiny_vlm):
         answers = tiny_vlm.answers([desk.prompt(tiny_vlm, index) for index in range(3)])
     assert answers == [desk.rows[0]["target"], desk.rows[1]["target"], desk.answers[2]]
 
 
 def test_pictures_are_swapped_among_records_of_one_question_if_they_can(desk: Desk):
     def swaps(*rows: dict[str, str | None]) -> list[str | None]:
-        asked = asked_edits(RequestOptions(data=Path(desk.file(*rows)), corrupt=NEXT), traced=True)
-        return [None if each.corruption is None else str(each.corruption.image) for each in asked]
+        asked = edit_rows(RequestOptions(data=Path(desk.file(*rows)), corrupt=NEXT), traced=True)
+        return [record.question.corrupt and record.question.corrupt.removeprefix("swap:") for _, record in asked]
 
     first, second, third = desk.rows
     assert first["question"] == second["question"] != third["question"]
@@ -251,17 +263,18 @@ def test_a_picture_swapped_for_itself_takes_the_place_of_the_others(desk: Desk, 
     assert not desk.out.exists()
 
 
-def test_wrong_lines_are_told_before_the_model_is_opened(desk: Desk, capsys: pytest.CaptureFixture):
-    desk_rows = [desk.rows[0], desk.rows[1] | {"target": " "}, desk.rows[2] | {"image": "gone.png"}]
-    words = desk.all(model=str(desk.folder / "no model"))
-    desk.file(*desk_rows)
-    assert app(words) == 2
-    said = capsys.readouterr().err
-    assert "line 2" in said
-    assert "1 more of 3 lines" in said
-    desk.file()
-    assert app(words) == 2
-    assert "no model directory" in capsys.readouterr().err  # with good lines, the model is the error
+def test_wrong_lines_are_skipped_and_listed(desk: Desk, capsys: pytest.CaptureFixture):
+    rows = [desk.rows[0], desk.rows[1] | {"target": " "}, desk.rows[2] | {"image": "gone.png"}]
+    words = desk.all(rows=rows)
+    assert app(words) == 1
+    printed = capsys.readouterr().out
+    assert "1 records done, 2 rows unreadable" in printed
+    assert "line 2" in printed and "no picture at" in printed
+    assert [request["name"] for request in desk.edits()["requests"]] == ["fact 0"]
+    desk.file(desk.rows[0])
+    assert app(words) == 0  # unreadable rows may be taken out
+    assert app(desk.all(rows=rows[1:], out=str(desk.folder / "none"), model=str(desk.folder / "no model"))) == 2
+    assert "there is no record to analyse; row 1" in capsys.readouterr().err  # the file is read before the model
 
 
 # ---- where ----
@@ -409,22 +422,3 @@ def test_no_room_for_the_model_loses_no_edit(desk, capsys, nearly_full_disk):
     assert sorted(path.name for path in desk.out.iterdir()) == ["edit.safetensors", "report.json"]
     assert len(mt.Delta.load(desk.out / "edit.safetensors").requests) == 1
     assert not (desk.folder / "model").exists()
-
-
-def test_a_killed_edit_of_a_file_goes_on_and_ends_with_the_same_bytes(desk: Desk):
-    """The value search is kept batch by batch; without the kept values, the same call would search again."""
-    whole, killed = desk.folder / "whole", desk.folder / "killed"
-    code = app(desk.all(steps="60", out=str(whole)))
-    again = desk.all(steps="60", out=str(killed))
-    program = [sys.executable, "-m", "multrace.scripts.main", *again]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((killed / "values").glob("*.safetensors")):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and not (killed / "edit.safetensors").exists()
-    kept = {file.name: file.stat().st_mtime_ns for file in (killed / "values").glob("*.safetensors")}
-    assert kept
-    assert app(again) == code
-    assert (killed / "edit.safetensors").read_bytes() == (whole / "edit.safetensors").read_bytes()
-    assert (killed / "report.json").read_bytes() == (whole / "report.json").read_bytes()
-    assert not (killed / "values").exists()

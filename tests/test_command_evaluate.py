@@ -13,7 +13,6 @@ from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
 from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
-    Place,
     read_edits,
     read_general,
 )
@@ -21,7 +20,7 @@ from multrace.scripts.evaluate import _by_place
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
-from multrace.workflow import RunError, merge
+from multrace.workflow import Place, RunError, merge
 from multrace.workflow.sites import POSITIONS
 
 WORLD = World()

@@ -6,6 +6,15 @@ from .analysis import (
     Summary as Summary,
     Task as Task,
     question_of_record as question_of_record,
+    read_rows as read_rows,
+)
+from .edit_outcome import EditOutcome as EditOutcome, Place as Place
+from .edit_run import (
+    CANDIDATES as CANDIDATES,
+    SITES as SITES,
+    EditRun as EditRun,
+    EditTrace as EditTrace,
+    load_traces as load_traces,
 )
 from .evaluate_run import EvaluateRun as EvaluateRun
 from .flow_run import (
@@ -23,6 +32,6 @@ from .run_folder import (
     check_result_folder as check_result_folder,
     result_folder as result_folder,
 )
-from .runs import ModelToLoad as ModelToLoad, read_rows as read_rows, run as run
+from .runs import ModelToLoad as ModelToLoad, run as run
 from .sites import Located as Located, locate as locate
 from .trace_run import TraceRun as TraceRun, trace_summary as trace_summary

@@ -26,15 +26,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..artefacts import ArtefactError, Result
+from ..artefacts.files import digest
 from ..data import DataError, EditRecord, Question
 from ..data.errors import gist
 from ..editing import EditError
 from ..models import ModelError, VisionLanguageModel
 from ..tracing import TraceError, averager_of
-from .run_folder import StoredRecord
+from .run_folder import RECORDS, ROWS, RunError, RunFolder, StoredRecord, differences
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Record = Question | EditRecord
 Rows = Iterable[tuple[int, Record | DataError]]
@@ -50,6 +54,8 @@ class Task:
     """One record to analyse."""
 
     record: Record
+    name: str = ""
+    """The name of its folder."""
     number: int
     """Its position in the run, from 0."""
     calibration: Mapping[str, Any] | None = None
@@ -76,6 +82,12 @@ class Summary:
     def add(self, record: StoredRecord) -> None:
         """Add a record that did not fail; records come in the order of the run and are not kept."""
 
+    def finish(self, vlm: VisionLanguageModel, tasks: Sequence[Task], *, progress: bool = True) -> None:
+        """Compute what needs the model and all records that did not fail, once they are added.
+
+        Called only if the analysis `ends_with_model`.
+        """
+
     def files(self) -> Mapping[str, Callable[[Path], Any]]:
         """Return the files of the averages: file name -> function that writes the file to a path."""
         return {}
@@ -83,6 +95,15 @@ class Summary:
     def lines(self) -> list[str]:
         """Return the averages as lines of text, and why an average is missing. Called after `files`."""
         return []
+
+    def columns(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return more columns of the table, which all records together give: name of a record -> its values."""
+        return {}
+
+    @property
+    def missed(self) -> int:
+        """The number of records that did not fail, but whose outcome is not what was asked for."""
+        return 0
 
 
 class RunningAverage(Summary):
@@ -153,6 +174,17 @@ class Analysis(ABC):
 
     name: ClassVar[str]
     """The name of the analysis in the folder of a run."""
+    ends_with_model: ClassVar[bool] = False
+    """Whether the summary is computed with the model from all records (`Summary.finish`)."""
+
+    @property
+    def together(self) -> int:
+        """The number of records that go through the model together (default 1).
+
+        Records are grouped in the order of the run, without those that `check` refuses. A group is computed by one
+        process, and its outcomes appear at the same moment.
+        """
+        return 1
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values; a run with other ones cannot continue in the same folder."""
@@ -170,15 +202,50 @@ class Analysis(ABC):
         """Return what else the outcome depends on: plain values, and paths of files that count by their content."""
         return ()
 
-    def calibrate(
-        self, vlm: VisionLanguageModel, records: Sequence[Record], *, progress: bool = True
-    ) -> Mapping[str, Any] | None:
-        """Return plain values that are measured once over all records, or None if there is nothing to measure."""
+    def traces(self) -> Analysis | None:
+        """Return an analysis whose outcomes of all records are needed before this one begins, or None.
+
+        It is a run of its own in the folder "traces" of the run, and shares its records among the same processes.
+        """
         return None
+
+    def calibrate(
+        self,
+        vlm: VisionLanguageModel,
+        records: Mapping[str, Record],
+        *,
+        traces: Mapping[str, StoredRecord],
+        known: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Mapping[str, Any] | None:
+        """Return plain values that are measured once over all records, or None if there is nothing to measure.
+
+        Args:
+            vlm: The model.
+            records: The records that `check` accepts, by the names of their folders.
+            traces: The outcomes of `traces`, by the same names.
+            known: Values of an earlier call that do not hold for these records (`holds`).
+            progress: Show progress bars.
+        """
+        return None
+
+    def holds(self, calibration: Mapping[str, Any], names: Sequence[str]) -> bool:
+        """Return whether values that were measured in an earlier call hold for the records of these names."""
+        return True
 
     @abstractmethod
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the outcome of one record. Raise one of `INPUT_ERRORS` if it has none."""
+
+    def compute_together(self, vlm: VisionLanguageModel, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
+        """Return the outcome of each record of a group, or the one of `INPUT_ERRORS` that says why it has none."""
+        outcomes: list[Outcome | ValueError] = []
+        for task in tasks:
+            try:
+                outcomes.append(self.compute(vlm, task))
+            except INPUT_ERRORS as error:
+                outcomes.append(error)
+        return outcomes
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -222,6 +289,13 @@ class RunReport:
     """The averages in words."""
     files: Sequence[str]
     """Names of the files of the summary."""
+    missed: int = 0
+    """Number of records that did not fail, but whose outcome is not what was asked for."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every record was readable, did not fail and has the outcome that was asked for."""
+        return not (self.failed or self.unreadable or self.missed)
 
     def summary(self) -> list[str]:
         """Return the averages, the counts and what went wrong, grouped by reason, as lines of text."""
@@ -241,6 +315,93 @@ class RunReport:
             f"RunReport({str(self.folder)!r}: {self.done} done, {len(self.failed)} failed, {len(self.unreadable)} "
             f"unreadable{open_})"
         )
+
+
+def read_rows(folder: str | Path) -> pd.DataFrame:
+    """Return the table of a finished run: `record`, `id` and `content`, then the columns of its analysis.
+
+    Raises `RunError` if the run is not finished or the table is damaged.
+    """
+    import pandas as pd
+
+    if RunFolder(folder).report() is None:
+        raise RunError(f"{str(folder)!r} holds no finished run; finish it with the same command first")
+    return pd.read_parquet(RunFolder(folder).summary / ROWS)
+
+
+def summarise(
+    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
+) -> None:
+    """Write table, averages and report of a run whose records are all done, unless they are there already.
+
+    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
+    records of these names; without it, a run that ends with the model gets no summary yet.
+    """
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [folder.stored_or_refuse(name) for name in records["names"]]
+    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
+    known = folder.report()
+    done = [record for record in stored if record.error is None]
+    if (known is not None and known["records"] == own) or (analysis.ends_with_model and (finish is None or not done)):
+        return
+    summary = analysis.summary()
+    for record in done:
+        summary.add(record)
+    if analysis.ends_with_model and finish is not None:
+        finish(summary, [record.name for record in done])
+    with folder.new_summary() as part:
+        files, columns = summary.files(), summary.columns()
+        _write_table(part / ROWS, done, columns)
+        for name, write in files.items():
+            write(part / name)
+        folder.write_report(part, {"records": own, "lines": list(summary.lines()), "missed": summary.missed})
+
+
+def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
+    """Return the report of a run. Raises `RunError` if every record failed."""
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [record for name in records["names"] if (record := folder.stored(name)) is not None]
+    failed = {record.name: record for record in stored if record.error is not None}
+    if failed and len(failed) == len(records["names"]):
+        first = next(iter(failed.values()))
+        more = f"; the errors of all are in {str(folder.records)!r}" if len(failed) > 1 else ""
+        raise RunError(f"no {analysis.name} of any of the {len(failed)} records; {first.id}: {first.error}{more}")
+    missing = len(records["names"]) - len(stored)
+    summary = folder.report() or {"lines": [], "files": {}, "missed": 0}
+    if analysis.ends_with_model and not missing and not summary["files"]:
+        summary["lines"] = ["all records are there; start the command of this run with this folder once more to end it"]
+    return RunReport(
+        folder=folder.path,
+        done=len(stored) - len(failed),
+        failed=tuple((record.id, str(record.error)) for record in failed.values()),
+        unreadable=tuple((row, reason) for row, reason in records["unreadable"]),
+        skipped=tuple((record.id, part, reason) for record in stored for part, reason in record.skipped.items()),
+        missing=missing,
+        lines=tuple(summary["lines"]),
+        files=(*summary["files"],),
+        missed=summary["missed"],
+    )
+
+
+def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:
+    """Raise `RunError` with the refusal and the entries in which the two differ, if they do."""
+    if words := differences(one, other):
+        raise RunError(f"{refusal}: {'; '.join(words)}; choose another folder, or the same settings")
+
+
+def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the rows of the records that did not fail, in order, as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"record": each.name, "id": each.id, "content": each.content, **each.row, **columns.get(each.name, {})}
+        for each in done
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:

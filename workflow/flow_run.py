@@ -151,12 +151,18 @@ class FlowRun(Analysis):
             raise TraceError(str(problems[0]))
 
     def calibrate(
-        self, vlm: VisionLanguageModel, records: Sequence[Question | EditRecord], *, progress: bool = True
+        self,
+        vlm: VisionLanguageModel,
+        records: Mapping[str, Question | EditRecord],
+        *,
+        traces: Mapping[str, StoredRecord],
+        known: Mapping[str, Any] | None = None,
+        progress: bool = True,
     ) -> Mapping[str, Any] | None:
-        """Return how strong the noise has to be, if it is asked for."""
+        """Return how strong the noise has to be, if it is asked for. It stays as it is when records are added."""
         if not self.degrade:
             return None
-        questions = [question_of_record(record) for record in records]
+        questions = [question_of_record(record) for record in records.values()]
         return noise_for_errors(vlm, questions, seed=self.seed, progress=progress)
 
     def analyse(

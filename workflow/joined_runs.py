@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .analysis import Analysis, RunReport
+from .analysis import Analysis, RunReport, read_rows, refuse_difference, run_report, summarise
+from .edit_run import EditRun, EditTrace
 from .evaluate_run import EvaluateRun
 from .flow_run import FlowRun
-from .run_folder import CALIBRATION, RECORDS, SETTINGS, RunError, RunFolder, Shard, differences
-from .runs import read_rows, refuse_difference, run_report, summarise
+from .run_folder import CALIBRATION, RECORDS, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
 from .trace_run import TraceRun
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ANALYSES: tuple[type[Analysis], ...] = (TraceRun, FlowRun, EvaluateRun)
+ANALYSES: tuple[type[Analysis], ...] = (TraceRun, FlowRun, EvaluateRun, EditRun, EditTrace)
 """The analyses of multrace."""
 _SHARED = ("analysis", "version", "settings", "model")
 """What the shards of one run have in common."""
@@ -35,7 +35,8 @@ def merge(
     """Join the shards of one run that were computed in several folders, and return the report of the whole.
 
     The records are linked or copied, and the averages are computed anew in the order of the records, so that the
-    result equals that of a single run bit for bit.
+    result equals that of a single run bit for bit. The last step of an edit, the solve, needs the model: start the
+    command of the run once more with the new folder.
 
     Args:
         folders: The folders of the shards.
@@ -71,9 +72,11 @@ def merge(
         for name in names:
             if target.stored(name) is None:
                 homes[name].stored_or_refuse(name)
-                target.remove(name)
-                with target.new_record(name, Shard()) as part:
-                    _copy(homes[name].records / name, part)
+                with target.new_records(Shard()) as part:
+                    (part / name).mkdir()
+                    _copy(homes[name].records / name, part / name)
+        if (shards[0].path / TRACES).is_dir():
+            merge([shard.path / TRACES for shard in shards], target.path / TRACES)
         summarise(target, analysis)
     return run_report(target, analysis)
 

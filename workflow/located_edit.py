@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from ..data.facts import EditRequest
 from ..editing.changes import NO_OWNER, Delta, compose
 from ..editing.moments import Moments
 from ..editing.requests import EditError, request_text
-from ..editing.solve import ClosedFormEditor, EditorByRequest, MultEdit
+from ..editing.solve import ClosedFormEditor, ClosedFormSession, MultEdit
+from ..editing.values import RequestValues
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
 from ..tracing.engine.cells import KINDS
@@ -77,7 +77,6 @@ def locate_then_edit(
     window: int = 3,
     fraction: float = 0.25,
     trace_after: bool = False,
-    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> LocatedEdit:
     """Trace the facts, edit them where their traces say, and return traces, sites and deltas.
@@ -102,7 +101,6 @@ def locate_then_edit(
         window: As in `locate`.
         fraction: As in `locate`.
         trace_after: Trace each prompt once more with the edit in place, under the same corruptions.
-        checkpoint: A folder that keeps the values which are searched for, so that an edit that was stopped goes on.
         progress: Show progress bars.
 
     Returns:
@@ -132,37 +130,40 @@ def locate_then_edit(
     tracing = {"positions": positions, "sites": sites, "window": window, "progress": progress}
     choice = {"per_request": per_request, "fraction": fraction}
     located = locate(vlm, requests, corruptions=corruptions, traces=traces, **choice, **tracing)
-    work = _Edits(vlm, requests, located.edit_sites, editor, moments, checkpoint=checkpoint, progress=progress)
+    work = EditsAtSites(vlm, requests, located.edit_sites, editor=editor, moments=moments, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
     shifts: tuple[TraceShift | None, ...] = ()
     if trace_after and corruptions is not None:
         first = located if traces is None else locate(vlm, requests, corruptions=corruptions, **tracing)
-        shifts = _shifts(vlm, requests, corruptions, first.traces, deltas, **tracing)
+        shifts = trace_shifts(vlm, requests, corruptions, first.traces, deltas, **tracing)
     parts = {"edit_sites": located.edit_sites, "traces": located.traces, "average": located.average}
     return LocatedEdit(deltas=deltas, shifts=shifts, notes=(*located.notes, *work.notes), **parts)
 
 
-class _Edits:
-    """Requests with their sites, edited."""
+class EditsAtSites:
+    """Edits of requests, each at its own site.
+
+    values: what a value search found for each request on the unedited model; None to search when an edit is made.
+    """
 
     def __init__(
         self,
         vlm: VisionLanguageModel,
         requests: Sequence[EditRequest],
         sites: Sequence[EditSite],
-        editor: EditorAt,
-        moments: Moments | None,
         *,
-        checkpoint: Path | None,
+        editor: EditorAt,
+        moments: Moments | None = None,
+        values: Sequence[RequestValues] | None = None,
         progress: bool,
     ) -> None:
-        self.requests, self.progress = requests, progress
+        self.requests, self.values, self.progress = requests, values, progress
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
-        self.session = EditorByRequest(choose=self._editor_of).start(vlm, moments=moments, checkpoint=checkpoint)
+        self.session = ClosedFormSession(vlm, self._editor_of, moments=moments)
 
     def one_by_one(self) -> tuple[Delta | None, ...]:
-        """A delta per request, each for the model as it is."""
+        """Return a delta per request, each for the model as it is."""
         found: list[Delta | None] = []
         errors: list[EditError] = []
         for index in tqdm(range(len(self.requests)), desc="editing facts", disable=not self.progress):
@@ -177,7 +178,7 @@ class _Edits:
         return tuple(found)
 
     def jointly(self) -> Delta:
-        """One delta for all, whose requests are in the order given."""
+        """Return one delta for all, whose requests are in the order given."""
         groups: dict[ClosedFormEditor, list[int]] = {}
         for index, editor in enumerate(self.editors):
             groups.setdefault(editor, []).append(index)
@@ -187,8 +188,10 @@ class _Edits:
         errors: list[EditError] = []
         with self.session as session:
             for _, members in sorted(groups.items(), key=lambda pair: pair[0].place[0]):
+                own = [self.requests[index] for index in members]
+                values = None if self.values is None else [self.values[index] for index in members]
                 try:
-                    deltas.append(session.edit([self.requests[index] for index in members], progress=self.progress))
+                    deltas.append(session.edit(own, values=values, progress=self.progress))
                 except EditError as error:
                     errors.append(error)
                     failed |= dict.fromkeys(members, f"failed: {gist(error)}")
@@ -204,20 +207,22 @@ class _Edits:
         return next(editor for editor, own in zip(self.editors, self.requests, strict=True) if own is requests[0])
 
     def _at(self, site: EditSite, editor: EditorAt) -> ClosedFormEditor:
-        """The editor at a site, its work spread over no layer below the onset."""
-        place = {"layer": site.layer, "token": site.token}
-        made = replace(editor, where=None, **place) if isinstance(editor, ClosedFormEditor) else editor(**place)
-        room = site.layer - site.onset + 1
-        if made.spread <= room:
-            return made
-        note = (
-            f"the edit at layer {site.layer} is spread over {room} layers and not {made.spread}: the picture arrives "
-        )
-        note += f"at {site.token!r} in layer {site.onset}"
-        if note not in self.notes:
+        made, note = editor_at(editor, site)
+        if note and note not in self.notes:
             self.notes.append(note)
             logger.info("%s", note)
-        return replace(made, spread=room)
+        return made
+
+
+def editor_at(editor: EditorAt, site: EditSite) -> tuple[ClosedFormEditor, str]:
+    """Return the editor at a site, its work spread over no layer below the onset, and a note if that shortens it."""
+    place = {"layer": site.layer, "token": site.token}
+    made = replace(editor, where=None, **place) if isinstance(editor, ClosedFormEditor) else editor(**place)
+    room = site.layer - site.onset + 1
+    if made.spread <= room:
+        return made, ""
+    note = f"the edit at layer {site.layer} is spread over {room} layers and not {made.spread}: the picture arrives "
+    return replace(made, spread=room), f"{note}at {site.token!r} in layer {site.onset}"
 
 
 def _in_order(delta: Delta, order: Sequence[int], requests: Sequence[EditRequest], failed: Mapping[int, str]) -> Delta:
@@ -229,7 +234,7 @@ def _in_order(delta: Delta, order: Sequence[int], requests: Sequence[EditRequest
     return replace(delta, changes=changes, requests=tuple(reports[index] for index in range(len(requests))))
 
 
-def _shifts(
+def trace_shifts(
     vlm: VisionLanguageModel,
     requests: Sequence[EditRequest],
     corruptions: Sequence[Corruption | None],

@@ -5,11 +5,14 @@
       records.json         the names of all records of the run, in order, and the rows that could not be read
       calibration.json     what was measured once for all records, if the analysis needs that
       records/NAME/        one record: record.json with its row of the table or its error, and the files of its results
+      traces/              a run of its own, whose outcomes of all records the analysis needs before it begins
       summary/             report.json, rows.parquet and the averages, once every record is done
       .locks/              which processes are at work
 
 A record's folder appears all at once, under a name made of the record's id and of a SHA-256 of its content, so that a
-process that is killed at any moment leaves nothing half done. Every JSON and safetensors file carries a digest of its
+process that is killed at any moment leaves nothing half done. So do the folders of records that are computed together:
+they are written into one hidden folder, which gets the name of a whole one and is then emptied into records/, by the
+next process if this one is killed. Every JSON and safetensors file carries a digest of its
 own content, and record.json holds the sizes and digests of the files beside it.
 """
 
@@ -44,10 +47,11 @@ SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
     "rows.parquet",
 )
 CALIBRATION, CONTENTS = "calibration.json", "contents.json"
+TRACES = "traces"
 _LAYOUT = "multrace run {} 1"
-_FOLDERS = ("records", "summary", ".locks")
-_PART = ".part-"
-"""The name of a record's folder while it is written starts with this."""
+_FOLDERS = ("records", "summary", TRACES, ".locks")
+_PART, _WHOLE = ".part-", ".whole-"
+"""The name of a folder of new records starts with this while it is written, and once it is whole."""
 _ID_LENGTH, _KEY_LENGTH = 60, 16
 _NAMED = 3
 """Maximum number of differences or names in an error."""
@@ -56,6 +60,10 @@ _Kind = TypeVar("_Kind", bound=Result)
 
 class RunError(ValueError):
     """Raised when a run cannot start or cannot go on; the message says what was found and what to do next."""
+
+
+class FolderInUseError(RunError):
+    """Raised when another process works on the same records in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +225,14 @@ class RunFolder:
         with ExitStack() as stack:
             with FileLock(locks / "start.lock"):
                 for path in sorted(locks.glob("*-of-*.lock")):
-                    index, count = (int(part) for part in path.stem.split("-of-"))
-                    if shard.overlaps(Shard(index - 1, count)):
+                    if shard.overlaps(_shard_of(path.stem)):
                         _take(path, self.path).release()
                 lock = _take(locks / f"{shard.name}.lock", self.path)
                 stack.callback(lock.release)
                 _remove(self.records.glob(f"{_PART}{'*' if shard.count == 1 else shard.name}"))
+                for path in sorted(self.records.glob(f"{_WHOLE}*")):
+                    if shard.overlaps(_shard_of(path.name.removeprefix(_WHOLE))):
+                        self._deliver(path)
                 holder = f"process {os.getpid()} on {socket.gethostname()}"
                 (locks / f"{shard.name}.holder").write_text(holder, encoding="utf-8")
             yield
@@ -271,7 +281,7 @@ class RunFolder:
     def names(self) -> list[str]:
         """Return the names of the records that are done, sorted."""
         try:
-            return sorted(name for name in os.listdir(self.records) if not name.startswith(_PART))
+            return sorted(name for name in os.listdir(self.records) if not name.startswith("."))
         except OSError as error:
             raise RunError(f"the folder {str(self.records)!r} has vanished: {error.strerror or error}") from error
 
@@ -280,19 +290,30 @@ class RunFolder:
         _remove([self.records / name])
 
     @contextmanager
-    def new_record(self, name: str, shard: Shard) -> Iterator[Path]:
-        """Yield a new folder that becomes the record's folder when the block ends without an error."""
-        part = self.records / f"{_PART}{shard.name}"
+    def new_records(self, shard: Shard) -> Iterator[Path]:
+        """Yield a new folder, whose folders become those of records when the block ends without an error, all at once.
+
+        They replace what was stored of the same records.
+        """
+        part, whole = (self.records / f"{state}{shard.name}" for state in (_PART, _WHOLE))
         try:
             _remove([part])
             part.mkdir()
             yield part
-            part.rename(self.records / name)
+            part.rename(whole)
+            self._deliver(whole)
         except (OSError, ArtefactError, RunError) as error:
             raise RunError(f"{_unwritable(self.path, error)}; what is done is kept") from error
         finally:
             with suppress(OSError):
                 _remove([part])
+
+    def _deliver(self, whole: Path) -> None:
+        """Move the folders of finished records to their places; a process that is killed meanwhile leaves the rest."""
+        for path in sorted(whole.iterdir()):
+            self.remove(path.name)
+            path.rename(self.records / path.name)
+        whole.rmdir()
 
     def write_record(self, part: Path, content: Mapping[str, Any]) -> None:
         """Write record.json of a new record, after the files of its results: the fields of a `StoredRecord`."""
@@ -406,11 +427,17 @@ def _take(path: Path, folder: Path) -> FileLock:
     except Timeout as error:
         holder = path.with_suffix(".holder")
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-        raise RunError(
+        raise FolderInUseError(
             f"{who} works in {str(folder)!r} on shard {path.stem} of the same records; wait for it, or choose another "
             "folder"
         ) from error
     return lock
+
+
+def _shard_of(name: str) -> Shard:
+    """The shard of this name, such as "2-of-8"."""
+    index, count = (int(part) for part in name.split("-of-"))
+    return Shard(index - 1, count)
 
 
 def _layout(name: str) -> str:

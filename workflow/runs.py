@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -39,23 +39,37 @@ from ..artefacts.files import digest
 from ..data import DataError
 from ..data.errors import gist
 from ..models import VisionLanguageModel, load
-from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Rows, RunReport, Task, plain, question_of_record
+from .analysis import (
+    INPUT_ERRORS,
+    Analysis,
+    Outcome,
+    Record,
+    Rows,
+    RunReport,
+    Summary,
+    Task,
+    plain,
+    question_of_record,
+    refuse_difference,
+    run_report,
+    summarise,
+)
 from .run_folder import (
     CALIBRATION,
     RECORDS,
-    ROWS,
     SETTINGS,
+    TRACES,
     Contents,
+    FolderInUseError,
     RunError,
     RunFolder,
     Shard,
     StoredRecord,
-    differences,
     record_name,
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 _WAIT = 60.0
 """Seconds that the files of other machines may need to become visible here."""
@@ -156,18 +170,6 @@ def run(
         return job.report()
 
 
-def read_rows(folder: str | Path) -> pd.DataFrame:
-    """Return the table of a finished run: `record`, `id` and `content`, then the columns of its analysis.
-
-    Raises `RunError` if the run is not finished or the table is damaged.
-    """
-    import pandas as pd
-
-    if RunFolder(folder).report() is None:
-        raise RunError(f"{str(folder)!r} holds no finished run; finish it with the same command first")
-    return pd.read_parquet(RunFolder(folder).summary / ROWS)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
     """One record of the run, without and with the model."""
@@ -192,7 +194,10 @@ class _Job:
         folder: RunFolder,
         *,
         progress: bool,
+        is_part: bool = False,
     ) -> None:
+        """Read the records. is_part: the run is part of another one, which says when records may be missing."""
+        self.is_part = is_part
         self.model, self.analysis, self.folder, self.progress = vlm, analysis, folder, progress
         self.contents = Contents()
         self.unreadable: list[list[Any]] = []
@@ -234,27 +239,52 @@ class _Job:
         """The model, opened at the first use."""
         return self.model.open() if isinstance(self.model, ModelToLoad) else self.model
 
-    def work(self, shard: Shard, *, retry_failed: bool) -> None:
+    def work(self, shard: Shard, *, retry_failed: bool = False) -> None:
         """Analyse the records of a shard that are not done yet."""
         self._check_any()
         self.folder.prepare()
         with self.folder.working(shard):
             self._begin()
-            mine = [name for place, name in enumerate(self.entries) if shard.holds(place)]
-            known = {name: self.folder.stored(name) for name in mine}
-            todo = [name for name, stored in known.items() if stored is None or (retry_failed and stored.error)]
+            groups = [group for place, group in enumerate(self._groups()) if shard.holds(place)]
+            known = {name: self.folder.stored(name) for group in groups for name in group}
+            todo = {name for name, stored in known.items() if stored is None or (retry_failed and stored.error)}
             if not todo:
                 return
             self.folder.remove_summary()
-            calibration = self._calibration()
-            numbers = {name: number for number, name in enumerate(self.entries)}
-            done = len(mine) - len(todo)
+            calibration = self._calibration(shard)
             words = {"desc": self.analysis.name, "unit": "record", "disable": not self.progress}
-            with tqdm(total=len(mine), initial=done, **words) as bar:
-                for name in todo:
-                    task = Task(record=self.entries[name].record, number=numbers[name], calibration=calibration)
-                    self._analyse(self.entries[name], task, shard)
-                    bar.update()
+            with tqdm(total=len(known), initial=len(known) - len(todo), **words) as bar:
+                for group in groups:
+                    if names := [name for name in group if name in todo]:
+                        self._analyse(group, names, calibration, shard)
+                        bar.update(len(names))
+
+    def _work_on_all(self, shard: Shard) -> None:
+        """Analyse the records of a shard, and then those of other shards that no other process is analysing."""
+        shards = [shard, *(Shard(index, shard.count) for index in range(shard.count) if index != shard.index)]
+        while True:
+            for each in shards:
+                with suppress(FolderInUseError):
+                    self.work(each)
+            if not self.folder.missing(self.entries):
+                return
+            time.sleep(1)
+
+    def _groups(self) -> list[list[str]]:
+        """The names of all records, those that go through the model together in one list."""
+        size = self.analysis.together
+        if size == 1:
+            return [[name] for name in self.entries]
+        groups: list[list[str]] = [[]]
+        count = 0
+        for name, entry in self.entries.items():
+            is_ready = self._problem(entry) is None
+            if is_ready and count == size:
+                groups.append([])
+                count = 0
+            groups[-1].append(name)
+            count += is_ready
+        return groups
 
     def _check_any(self) -> None:
         """Raise `RunError` if no record can be analysed, as far as that shows before the model is opened."""
@@ -275,7 +305,7 @@ class _Job:
             stale = []
             for name in set(self.folder.names()) - set(self.entries):
                 stored = self.folder.stored(name)
-                if stored is None or stored.error is not None:
+                if stored is None or stored.error is not None or self.is_part:
                     self.folder.remove(name)
                 else:
                     stale.append(stored.id)
@@ -302,40 +332,88 @@ class _Job:
             refuse_difference({"model": own["model"]}, {"model": known["model"]}, refusal)
         self.folder.write(SETTINGS, {**own, "hash": digest(repr(own)), "source": source})
 
-    def _calibration(self) -> Mapping[str, Any] | None:
+    def _calibration(self, shard: Shard) -> Mapping[str, Any] | None:
         """What is measured once for all records; the first process measures, and the others read it."""
+        entries = [entry for entry in self.entries.values() if self._problem(entry) is None]
+        names = [entry.name for entry in entries]
+        known = self._known_calibration(names)
+        if known is not None:
+            return known
+        traces = self._traces(entries, shard)
         with self.folder.alone():
-            known = self.folder.read(CALIBRATION)
-            if known is None:
-                records = [entry.record for entry in self.entries.values() if self._problem(entry) is None]
-                known = {"values": self.analysis.calibrate(self.vlm, records, progress=self.progress)}
-                if known["values"] is not None:
-                    self.folder.write(CALIBRATION, known)
-            return known["values"]
+            if (known := self._known_calibration(names)) is None:
+                stored = self.folder.read(CALIBRATION)
+                known = self.analysis.calibrate(
+                    self.vlm,
+                    {entry.name: entry.record for entry in entries},
+                    traces=traces,
+                    known=None if stored is None else stored["values"],
+                    progress=self.progress,
+                )
+                if known is not None:
+                    self.folder.write(CALIBRATION, {"values": plain(known)})
+            return known
 
-    def _analyse(self, entry: _Entry, task: Task, shard: Shard) -> None:
-        """Compute the outcome of a record and keep it, or its error."""
-        outcome, error = Outcome(row={}), self._problem(entry)
-        if error is None:
-            try:
-                outcome = self.analysis.compute(self.vlm, task)
-            except INPUT_ERRORS as cause:
-                self._check_unchanged(entry, cause)
-                error = gist(cause)
-            except (OSError, MemoryError, torch.OutOfMemoryError) as cause:
-                raise RunError(
-                    f"the run stopped at {entry.id}: {gist(cause)}; what is done is kept, so mend that and start again"
-                ) from cause
+    def _known_calibration(self, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """What an earlier call or another process has measured, if it holds for these records."""
+        stored = self.folder.read(CALIBRATION)
+        return stored["values"] if stored is not None and self.analysis.holds(stored["values"], names) else None
+
+    def _traces(self, entries: Sequence[_Entry], shard: Shard) -> dict[str, StoredRecord]:
+        """The outcomes of the analysis that comes first, by the names that the records have here."""
+        analysis = self.analysis.traces()
+        if analysis is None:
+            return {}
+        rows = [(entry.row, entry.record) for entry in entries]
+        job = _Job(self.vlm, analysis, rows, RunFolder(self.folder.path / TRACES), progress=self.progress, is_part=True)
+        job._work_on_all(shard)
+        job.summarise(wait=0)
+        stored = [job.folder.stored_or_refuse(name) for name in job.entries]
+        return {entry.name: each for entry, each in zip(entries, stored, strict=True)}
+
+    def _analyse(
+        self, group: Sequence[str], names: Sequence[str], calibration: Mapping[str, Any] | None, shard: Shard
+    ) -> None:
+        """Compute the outcomes of a group of records, and keep those of these names, or their errors, all at once."""
+        numbers = {name: number for number, name in enumerate(self.entries)}
+        errors = {name: self._problem(self.entries[name]) for name in group}
+        tasks = [
+            Task(record=self.entries[name].record, name=name, number=numbers[name], calibration=calibration)
+            for name in group
+            if errors[name] is None
+        ]
+        outcomes: dict[str, Outcome] = {}
+        if any(task.name in names for task in tasks):
+            for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
+                if isinstance(outcome, Outcome):
+                    outcomes[task.name] = outcome
+                elif task.name in names:
+                    self._check_unchanged(self.entries[task.name], outcome)
+                    errors[task.name] = gist(outcome)
+        with self.folder.new_records(shard) as part:
+            for name in names:
+                self._keep(self.entries[name], outcomes.get(name, Outcome(row={})), errors[name], part / name)
+
+    def _outcomes(self, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
+        try:
+            return self.analysis.compute_together(self.vlm, tasks)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as cause:
+            entry = self.entries[tasks[0].name]
+            raise RunError(
+                f"the run stopped at {entry.id}: {gist(cause)}; what is done is kept, so mend that and start again"
+            ) from cause
+
+    def _keep(self, entry: _Entry, outcome: Outcome, error: str | None, folder: Path) -> None:
+        """Write what there is of a record into a new folder."""
         if error is not None and self.progress:
             tqdm.write(f"{entry.id}: {error}")
-        self.folder.remove(entry.name)
-        with self.folder.new_record(entry.name, shard) as part:
-            for name, result in outcome.results.items():
-                result.save(part / f"{name}.safetensors")
-            for name, write in outcome.files.items():
-                write(part / name)
-            own = {"id": entry.id, "content": entry.content, "row": dict(outcome.row)}
-            self.folder.write_record(part, {**own, "skipped": dict(outcome.skipped), "error": error})
+        folder.mkdir()
+        for name, result in outcome.results.items():
+            result.save(folder / f"{name}.safetensors")
+        for name, write in outcome.files.items():
+            write(folder / name)
+        own = {"id": entry.id, "content": entry.content, "row": dict(outcome.row)}
+        self.folder.write_record(folder, {**own, "skipped": dict(outcome.skipped), "error": error})
 
     def _problem(self, entry: _Entry) -> str | None:
         """Why the record cannot be analysed, as far as that shows without the model."""
@@ -363,82 +441,27 @@ class _Job:
             time.sleep(1)
         if not self.folder.missing(self.entries):
             with self.folder.alone():
-                summarise(self.folder, self.analysis)
+                summarise(self.folder, self.analysis, finish=self._finish)
+
+    def _finish(self, summary: Summary, names: Sequence[str]) -> None:
+        """Compute the part of the summary that needs the model."""
+        stored = self.folder.read(CALIBRATION)
+        calibration = None if stored is None else stored["values"]
+        tasks = [
+            Task(record=self.entries[name].record, name=name, number=number, calibration=calibration)
+            for number, name in enumerate(self.entries)
+            if name in names
+        ]
+        summary.finish(self.vlm, tasks, progress=self.progress)
 
     def report(self) -> RunReport:
         """Return what was done. Raises `RunError` if every record failed."""
         return run_report(self.folder, self.analysis)
 
 
-def summarise(folder: RunFolder, analysis: Analysis) -> None:
-    """Write table, averages and report of a run whose records are all done, unless they are there already.
-
-    The results are read one record at a time.
-    """
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
-    stored = [folder.stored_or_refuse(name) for name in records["names"]]
-    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
-    known = folder.report()
-    if known is not None and known["records"] == own:
-        return
-    summary = analysis.summary()
-    for record in stored:
-        if record.error is None:
-            summary.add(record)
-    with folder.new_summary() as part:
-        _write_table(part / ROWS, stored)
-        for name, write in summary.files().items():
-            write(part / name)
-        folder.write_report(part, {"records": own, "lines": list(summary.lines())})
-
-
-def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
-    """Return the report of a run. Raises `RunError` if every record failed."""
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
-    stored = [record for name in records["names"] if (record := folder.stored(name)) is not None]
-    failed = {record.name: record for record in stored if record.error is not None}
-    if failed and len(failed) == len(records["names"]):
-        first = next(iter(failed.values()))
-        more = f"; the errors of all are in {str(folder.records)!r}" if len(failed) > 1 else ""
-        raise RunError(f"no {analysis.name} of any of the {len(failed)} records; {first.id}: {first.error}{more}")
-    summary = folder.report() or {"lines": [], "files": {}}
-    return RunReport(
-        folder=folder.path,
-        done=len(stored) - len(failed),
-        failed=tuple((record.id, str(record.error)) for record in failed.values()),
-        unreadable=tuple((row, reason) for row, reason in records["unreadable"]),
-        skipped=tuple((record.id, part, reason) for record in stored for part, reason in record.skipped.items()),
-        missing=len(records["names"]) - len(stored),
-        lines=tuple(summary["lines"]),
-        files=(*summary["files"],),
-    )
-
-
-def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:
-    """Raise `RunError` with the refusal and the entries in which the two differ, if they do."""
-    if words := differences(one, other):
-        raise RunError(f"{refusal}: {'; '.join(words)}; choose another folder, or the same settings")
-
-
 def _version() -> str:
     """The version of multrace; its root is above this floor, and has been imported whenever this runs."""
     return sys.modules[__name__.partition(".")[0]].__version__
-
-
-def _write_table(path: Path, stored: Sequence[StoredRecord]) -> None:
-    """Write the rows of the records that did not fail, in order, as a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {"record": record.name, "id": record.id, "content": record.content, **record.row}
-        for record in stored
-        if record.error is None
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 @contextmanager

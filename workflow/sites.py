@@ -46,7 +46,7 @@ def locate(
     requests: Sequence[EditRequest],
     *,
     corruptions: Sequence[Corruption | None] | None = None,
-    traces: Sequence[CausalTrace] | AverageTrace | None = None,
+    traces: Sequence[CausalTrace | TraceError] | AverageTrace | None = None,
     per_request: bool = False,
     positions: Sequence[Item] = POSITIONS,
     sites: Sequence[str] = KINDS,
@@ -66,7 +66,8 @@ def locate(
         requests: The facts to locate.
         corruptions: One corruption per request; None for a request that cannot be corrupted. Use a picture of something
             else (`SwapImage`), since only a corruption of the picture shows where the picture arrives.
-        traces: Traces made before, in place of corruptions: one per request, or one average for all.
+        traces: Traces made before, in place of corruptions: one per request (or the error of a request that could not
+            be traced), or one average for all.
         per_request: Choose a site for each request from its own trace. By default all requests get the site of the
             mean trace.
         positions: Token groups or positions to trace.
@@ -114,10 +115,12 @@ def locate(
         settings = {"sites": sites, "window": window}
         own = _traced(vlm, requests, corruptions or (), rows, failures, settings, progress)
     else:
-        own = list(traces)
+        failures = {index: trace for index, trace in enumerate(traces) if isinstance(trace, TraceError)}
+        own = [None if isinstance(trace, TraceError) else trace for trace in traces]
         for request, trace in zip(requests, own, strict=True):
-            _check_model(vlm, trace)
-            _check_question(vlm.prompt_for(request.question), trace)
+            if trace is not None:
+                _check_model(vlm, trace)
+                _check_question(vlm.prompt_for(request.question), trace)
     choice = _Choice(vlm, requests, own, rows, failures, fraction)
     chosen = tuple(choice.site(index, per_request=per_request) for index in range(len(requests)))
     for index, request in enumerate(requests):

@@ -1,8 +1,9 @@
-"""What a change of one weight costs: a ridge, a second moment of old keys, and directions that it may not touch.
+"""What a change of one weight costs: a ridge, old keys, directions that it may not touch, and keys of earlier edits.
 
 M = lambda I + mu C is factorised once; D Q^T = 0 for the protected directions, the rows of Q. See `problem.py`.
 """
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -10,7 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..requests import EditError
+from ...data.facts import EditRequest
+from ..changes import Delta, HistoryEntry
+from ..requests import EDITED, NOT_GENERATED, EditError, edited_questions
 
 _TINY = torch.finfo(torch.float64).tiny
 _EPSILON = torch.finfo(torch.float64).eps
@@ -285,3 +288,103 @@ def _check_protected(protected: Tensor, width: int) -> None:
     drawn = torch.randn(len(protected), generator=generator, dtype=torch.float64).to(protected.device)
     if not ((drawn @ protected) @ protected.T - drawn).norm() <= 1e-6 * drawn.norm():
         raise EditError("the protected directions are not orthonormal; pass those of null_space, or the Q^T of a QR")
+
+
+_KEY = 32  # digits of a question's key
+FACTS = "facts"
+"""The entry of a request's text that holds the keys of its questions."""
+
+
+class EarlierKeys:
+    """The keys of the edits that are in a model, as one running Gram matrix K^T K for each weight.
+
+    Where the outputs of earlier edits are to stay, their keys count only through this matrix (`Cost.holding`), so that
+    an edit costs the same however many came before it. A matrix is made when it is first needed, and then follows.
+
+    A fact that is edited again gets its new target: the keys of its earlier edits are subtracted from the matrix, since
+    they would hold the outputs at the old target just where the new one is wanted. The earlier change stays in the
+    weights, and the new one is measured from there. Two requests are of one fact if they share a question, with its
+    picture, that is to get the target.
+    """
+
+    def __init__(self) -> None:
+        self._grams: dict[str, Tensor] = {}
+        """(width, width) float64 by parameter name, on the device of the weight."""
+        self._entries: dict[str, HistoryEntry] = {}
+        self._replaced: dict[str, set[int]] = {}
+        """Requests of each edit whose facts were edited again, or that were taken out of the history."""
+        self._facts: dict[str, set[tuple[str, int]]] = {}
+        """Key of a question -> the edits and requests that gave it its target."""
+
+    def follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
+        """Add an edit that is now in the model, in place of earlier edits of the same facts.
+
+        delta: the edit itself, if it need not be read from its file.
+        """
+        edited = {index: facts for index, facts in _edited_facts(entry).items() if index not in entry.gone}
+        self._replace({fact for facts in edited.values() for fact in facts})
+        self._entries[entry.name], self._replaced[entry.name] = entry, set(entry.gone)
+        for index, facts in edited.items():
+            for fact in facts:
+                self._facts.setdefault(fact, set()).add((entry.name, index))
+        for weight in self._grams.keys() & entry.fingerprints.keys():
+            self._grams[weight] += self._of_entry(entry.name, weight, like=self._grams[weight], delta=delta)
+
+    def gram(self, weight: Tensor, name: str, facts: Set[str]) -> Tensor | None:
+        """Return the matrix of a weight without the keys of these facts, which are edited again; None for no keys."""
+        touching = [entry.name for entry in self._entries.values() if name in entry.fingerprints]
+        if not touching:
+            return None
+        if name not in self._grams:
+            width = self._entries[touching[0]].delta.changes[name].shape[1]
+            self._grams[name] = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+            for entry in touching:
+                self._grams[name] += self._of_entry(entry, name, like=self._grams[name])
+        gram = self._grams[name]
+        for entry, requests in self._places(facts).items():
+            if name in self._entries[entry].fingerprints:
+                gram = gram - _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own).to(gram)
+        return gram
+
+    def _of_entry(self, entry: str, name: str, *, like: Tensor, delta: Delta | None = None) -> Tensor:
+        replaced = self._replaced[entry]
+        delta = self._entries[entry].delta if delta is None else delta
+        return _gram(delta, name, lambda owner: owner not in replaced).to(like)
+
+    def _places(self, facts: Set[str]) -> dict[str, set[int]]:
+        """The edits and their requests that gave these facts the targets that they have."""
+        places: dict[str, set[int]] = {}
+        for fact in facts:
+            for entry, request in self._facts.get(fact, ()):
+                places.setdefault(entry, set()).add(request)
+        return {entry: requests - self._replaced[entry] for entry, requests in places.items()}
+
+    def _replace(self, facts: Set[str]) -> None:
+        for entry, requests in self._places(facts).items():
+            for name in self._grams.keys() & self._entries[entry].fingerprints.keys():
+                own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
+                self._grams[name] -= own.to(self._grams[name])
+            self._replaced[entry] |= requests
+        for fact in facts:
+            self._facts.pop(fact, None)
+
+
+def facts_of(request: EditRequest) -> tuple[str, ...]:
+    """Return short keys of the questions that are to get the target."""
+    return tuple(dict.fromkeys(question.key[:_KEY] for question in edited_questions(request)))
+
+
+def _edited_facts(entry: HistoryEntry) -> dict[int, list[str]]:
+    """The keys of the questions of each request that was edited."""
+    return {
+        index: str(request.get(FACTS, "")).split()
+        for index, request in enumerate(entry.requests)
+        if request.get("status", EDITED) in (EDITED, NOT_GENERATED)
+    }
+
+
+def _gram(delta: Delta, name: str, is_counted: Callable[[int], bool]) -> Tensor:
+    """K^T K (width, width) float64 of the keys in a delta whose requests count."""
+    change = delta.changes[name]
+    keys = change.keys[[is_counted(owner) for owner in change.owners.tolist()]].double()
+    return keys.T @ keys

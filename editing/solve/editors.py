@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from ...data.facts import EditRequest
@@ -10,6 +9,7 @@ from ...models import VisionLanguageModel
 from ..changes import Change, Delta, EditSession, History
 from ..moments import Moments
 from ..requests import EditError
+from ..values import RequestValues
 from .session import ClosedFormSession
 from .settings import ClosedFormSettings
 
@@ -40,7 +40,6 @@ class ClosedFormEditor(ClosedFormSettings):
         *,
         moments: Moments | None = None,
         history: History | None = None,
-        checkpoint: Path | None = None,
     ) -> ClosedFormSession:
         """Return a session, in which each edit is made on top of the earlier ones and stays in effect.
 
@@ -49,8 +48,6 @@ class ClosedFormEditor(ClosedFormSettings):
             moments: Second moments of keys, for editors that weigh old keys by them.
             history: The edits that the session begins with, to which it adds its own; None for an empty one in memory.
                 `History.open(folder)` keeps them on disk.
-            checkpoint: A folder that keeps the values which are searched for, so that an edit that was stopped goes on;
-                None keeps nothing.
 
         Raises:
             EditError: Moments are missing.
@@ -67,7 +64,7 @@ class ClosedFormEditor(ClosedFormSettings):
             ['Draivo']
         """
         self.check_moments(moments)
-        return ClosedFormSession(vlm, lambda _requests: self, moments=moments, history=history, checkpoint=checkpoint)
+        return ClosedFormSession(vlm, lambda _requests: self, moments=moments, history=history)
 
     def edit(
         self,
@@ -75,7 +72,7 @@ class ClosedFormEditor(ClosedFormSettings):
         requests: Sequence[EditRequest],
         *,
         moments: Moments | None = None,
-        checkpoint: Path | None = None,
+        values: Sequence[RequestValues] | None = None,
         progress: bool = True,
     ) -> Delta:
         """Return the change after which the model answers each request's questions with its target.
@@ -89,8 +86,7 @@ class ClosedFormEditor(ClosedFormSettings):
             vlm: The model to edit.
             requests: The facts to write, all in one solve.
             moments: Second moments of keys, for editors that weigh old keys by them.
-            checkpoint: A folder that keeps the values which are searched for, batch by batch: the value search is most
-                of the work, and a call that was stopped goes on from there with the same bits. None keeps nothing.
+            values: What `search` found for each request; None to search now.
             progress: Show progress bars.
 
         Raises:
@@ -108,7 +104,34 @@ class ClosedFormEditor(ClosedFormSettings):
             ...     vlm.answers([prompt])
             ['Pruro']
         """
-        return self.start(vlm, moments=moments, checkpoint=checkpoint).propose(requests, progress=progress)
+        return self.start(vlm, moments=moments).propose(requests, values=values, progress=progress)
+
+    def search(
+        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True
+    ) -> tuple[RequestValues, ...]:
+        """Return what the value search finds for each request: most of the work of an edit, which `edit` takes.
+
+        Args:
+            vlm: The model to edit.
+            requests: The facts to write; requests that are searched together do not influence each other.
+            progress: Show a progress bar.
+
+        Raises:
+            EditError: There are no requests, a layer or token does not exist, or contexts disagree.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> request = mt.EditRequest(question=mt.Question(text="Who won?"), target="Pruro")
+            >>> editor = mt.MultEdit(layer=5)
+            >>> values = editor.search(vlm, [request], progress=False)
+            >>> values[0].status
+            'edited'
+            >>> editor.edit(vlm, [request], values=values, progress=False).requests[0]["status"]
+            'edited'
+        """
+        return ClosedFormSession(vlm, lambda _requests: self).search(requests, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,12 +272,10 @@ class EditorByRequest:
         *,
         moments: Moments | None = None,
         history: History | None = None,
-        checkpoint: Path | None = None,
     ) -> EditSession:
-        """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history and
-        use a checkpoint."""
+        """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history."""
         if self.closed_form:
-            return ClosedFormSession(vlm, self.choose, moments=moments, history=history, checkpoint=checkpoint)
+            return ClosedFormSession(vlm, self.choose, moments=moments, history=history)
         if history is not None:
             raise EditError("a history holds the edits of closed-form editors alone; leave history out")
         return EditSession(vlm, lambda requests, progress: self.choose(requests).edit(vlm, requests, progress=progress))

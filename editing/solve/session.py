@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,102 +13,37 @@ from torch import Tensor
 from ...data.facts import EditRequest, Question
 from ...models import Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
-from ..changes import AppliedDelta, Delta, EditSession, History, HistoryEntry, WeightChange, held, write
+from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
 from ..moments import Moments
 from ..requests import (
     EDITED,
-    NOT_GENERATED,
+    FAILED,
     NOTHING_TO_DO,
     EditError,
     answers_where_finite,
     edited_questions,
+    listed_requests,
     request_text,
     room_for_targets,
+    with_answers_seen,
 )
-from ..values import Goals, Lookup, PlainGoal, ValueResult, goals_of, lookups, search_values
-from .cost import Cost
+from ..values import (
+    Goals,
+    Lookup,
+    PlainGoal,
+    RequestValues,
+    ValueResult,
+    check_goals,
+    goals_of,
+    lookups,
+    search_values,
+)
+from .cost import FACTS, Cost, EarlierKeys, facts_of
 from .problem import Rows, check_contradictions, reduced, solve
 from .settings import ClosedFormSettings
 
 logger = logging.getLogger("multrace")
 _ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
-_KEY = 32  # digits of a question's key
-_FACTS = "facts"
-"""The entry of a request's text that holds the keys of its questions."""
-
-
-class EarlierKeys:
-    """The keys of the edits that are in a model, as one running Gram matrix K^T K for each weight.
-
-    Where the outputs of earlier edits are to stay, their keys count only through this matrix (`Cost.holding`), so that
-    an edit costs the same however many came before it. A matrix is made when it is first needed, and then follows.
-
-    A fact that is edited again gets its new target: the keys of its earlier edits are subtracted from the matrix, since
-    they would hold the outputs at the old target just where the new one is wanted. The earlier change stays in the
-    weights, and the new one is measured from there. Two requests are of one fact if they share a question, with its
-    picture, that is to get the target.
-    """
-
-    def __init__(self) -> None:
-        self._grams: dict[str, Tensor] = {}
-        """(width, width) float64 by parameter name, on the device of the weight."""
-        self._entries: dict[str, HistoryEntry] = {}
-        self._replaced: dict[str, set[int]] = {}
-        """Requests of each edit whose facts were edited again, or that were taken out of the history."""
-        self._facts: dict[str, set[tuple[str, int]]] = {}
-        """Key of a question -> the edits and requests that gave it its target."""
-
-    def follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
-        """Add an edit that is now in the model, in place of earlier edits of the same facts.
-
-        delta: the edit itself, if it need not be read from its file.
-        """
-        edited = {index: facts for index, facts in _edited_facts(entry).items() if index not in entry.gone}
-        self._replace({fact for facts in edited.values() for fact in facts})
-        self._entries[entry.name], self._replaced[entry.name] = entry, set(entry.gone)
-        for index, facts in edited.items():
-            for fact in facts:
-                self._facts.setdefault(fact, set()).add((entry.name, index))
-        for weight in self._grams.keys() & entry.fingerprints.keys():
-            self._grams[weight] += self._of_entry(entry.name, weight, like=self._grams[weight], delta=delta)
-
-    def gram(self, weight: Tensor, name: str, facts: Set[str]) -> Tensor | None:
-        """Return the matrix of a weight without the keys of these facts, which are edited again; None for no keys."""
-        touching = [entry.name for entry in self._entries.values() if name in entry.fingerprints]
-        if not touching:
-            return None
-        if name not in self._grams:
-            width = self._entries[touching[0]].delta.changes[name].shape[1]
-            self._grams[name] = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-            for entry in touching:
-                self._grams[name] += self._of_entry(entry, name, like=self._grams[name])
-        gram = self._grams[name]
-        for entry, requests in self._places(facts).items():
-            if name in self._entries[entry].fingerprints:
-                gram = gram - _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own).to(gram)
-        return gram
-
-    def _of_entry(self, entry: str, name: str, *, like: Tensor, delta: Delta | None = None) -> Tensor:
-        replaced = self._replaced[entry]
-        delta = self._entries[entry].delta if delta is None else delta
-        return _gram(delta, name, lambda owner: owner not in replaced).to(like)
-
-    def _places(self, facts: Set[str]) -> dict[str, set[int]]:
-        """The edits and their requests that gave these facts the targets that they have."""
-        places: dict[str, set[int]] = {}
-        for fact in facts:
-            for entry, request in self._facts.get(fact, ()):
-                places.setdefault(entry, set()).add(request)
-        return {entry: requests - self._replaced[entry] for entry, requests in places.items()}
-
-    def _replace(self, facts: Set[str]) -> None:
-        for entry, requests in self._places(facts).items():
-            for name in self._grams.keys() & self._entries[entry].fingerprints.keys():
-                own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
-                self._grams[name] -= own.to(self._grams[name])
-            self._replaced[entry] |= requests
-        for fact in facts:
-            self._facts.pop(fact, None)
 
 
 class ClosedFormSession(EditSession[Delta]):
@@ -126,22 +60,72 @@ class ClosedFormSession(EditSession[Delta]):
         *,
         moments: Moments | None = None,
         history: History | None = None,
-        checkpoint: Path | None = None,
     ) -> None:
         """Prepare a session. choose: gives the editor of requests that are edited together."""
         super().__init__(vlm, self._made)
-        self.checkpoint = checkpoint
-        """The folder that keeps the values which were searched for, or None."""
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
 
-    def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> Delta:
-        """As `EditSession.edit`; the edit is added to the history. Raises `EditError` too if that cannot be written."""
+    def search(self, requests: Sequence[EditRequest], *, progress: bool = False) -> tuple[RequestValues, ...]:
+        """Return what the value search finds for each request in the model as it is now.
+
+        It is most of the work of an edit; `propose` and `edit` take its result as `values`. Raises `EditError` if a
+        token does not exist in a prompt, or if contexts disagree.
+        """
+        requests = listed_requests(requests)
+        with self.vlm.gradients():
+            return _Edit(self, self._choose(requests), requests, progress=progress).search()
+
+    def check(self, request: EditRequest) -> None:
+        """Raise the `EditError` that the value search of a request would raise, without running the model."""
+        editor = self._choose((request,))
+        ends = {"end": editor.end_of_answer, "every": editor.answer_keys}
+        check_goals(self.vlm, Goals(self.vlm, goals_of(request)), editor.place[1], **ends)
+
+    def propose(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        values: Sequence[RequestValues] | None = None,
+        progress: bool = False,
+    ) -> Delta:
+        """Return the change that would make these edits in the model as it is now, and leave the model unchanged.
+
+        Args:
+            requests: The facts to write.
+            values: What `search` found for each request; None to search now.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: There are no requests, or no edit can be made.
+        """
+        requests = listed_requests(requests)
+        return with_answers_seen(self.vlm, self._made(requests, progress, values), requests)
+
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        name: str = "",
+        values: Sequence[RequestValues] | None = None,
+        progress: bool = False,
+    ) -> Delta:
+        """Return the change that makes these edits; it is in effect until the session ends, and is in the history.
+
+        Args:
+            requests: The facts to write.
+            name: Name of the edit in the session's history; by default its number.
+            values: What `search` found for each request; None to search now.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: As `EditSession.edit`, or if the history cannot be written.
+        """
         handle = self._open_handle()
-        delta = self.propose(requests, progress=progress)
+        delta = self.propose(requests, values=values, progress=progress)
         own = self._put_in(handle, delta)
         try:
             self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
@@ -169,11 +153,18 @@ class ClosedFormSession(EditSession[Delta]):
         gram = self._keys.gram(self.vlm.weight(name), name, facts)
         return cost if gram is None else cost.holding(gram, editor.earlier_weight)
 
-    def _made(self, requests: tuple[EditRequest, ...], progress: bool) -> Delta:
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model has edits of this session at the moment."""
+        return self._handle is not None and bool(self._handle.touched)
+
+    def _made(
+        self, requests: tuple[EditRequest, ...], progress: bool, values: Sequence[RequestValues] | None = None
+    ) -> Delta:
         editor = self._choose(requests)
         editor.check_moments(self._moments)
         with self.vlm.gradients():
-            return _Edit(self, editor, requests, progress=progress).run()
+            return _Edit(self, editor, requests, progress=progress).run(values)
 
     def _begin(self, handle: AppliedDelta) -> None:
         if not self.history.names:
@@ -215,16 +206,20 @@ class _Edit:
         self.goals: list[PlainGoal] = []
         self.owners: list[int] = []
         self.relaxed: set[str] = set()
+        self.is_current = True
+        """Whether the outputs in `results` are those of the model as it is now."""
 
     @property
     def value_place(self) -> Projection | Site:
         """Where the wanted value is put: the output of the one projection, or of the last of several layers."""
         return self.projections[self.last] if len(self.projections) == 1 else Site("hidden", self.last)
 
-    def run(self) -> Delta:
+    def run(self, values: Sequence[RequestValues] | None = None) -> Delta:
+        """Return the change that puts these values, or those of a new search, at the keys of the requests."""
         fingerprints = self.session.fingerprint([each.name for each in self.projections.values()])
-        self._choose()
-        self._search()
+        # outputs that were looked up before other edits of the session are not those of now
+        self.is_current = values is None or not self.session.is_changed
+        self._take(self.search(check=True) if values is None else values)
         kept = self._kept_goals() if self.goals else []
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
@@ -245,37 +240,50 @@ class _Edit:
             requests=tuple(map(self._report, range(len(self.requests)))),
         )
 
-    def _choose(self) -> None:
-        """Goals of the requests that have something to do. EditError if two of them contradict each other."""
+    def search(self, *, check: bool = False) -> tuple[RequestValues, ...]:
+        """Return the wanted values of each request.
+
+        check: raise `EditError` before the search if two requests contradict each other.
+        """
         done = _answered(self.vlm, self.requests, self.progress)
-        for index, request in enumerate(self.requests):
-            if index in done:
-                self.statuses[index] = NOTHING_TO_DO
+        own = {index: goals_of(request) for index, request in enumerate(self.requests) if index not in done}
+        goals = [goal for each in own.values() for goal in each]
+        owners = [index for index, each in own.items() for _ in each]
+        if check and len({self.requests[owner].target for owner in owners}) > 1:
+            found = self._lookups(goals, self.last)
+            check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in owners])
+        results: dict[int, list[ValueResult]] = {}
+        if goals:
+            search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
+            search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
+            for owner, result in zip(owners, search_values(self.vlm, Goals(self.vlm, goals), **search), strict=True):
+                results.setdefault(owner, []).append(result)
+        return tuple(_values_of(results.get(index)) for index in range(len(self.requests)))
+
+    def _take(self, values: Sequence[RequestValues]) -> None:
+        """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""
+        if len(values) != len(self.requests):
+            raise EditError(f"{len(values)} values for {len(self.requests)} requests; pass one for each request")
+        device = self.projections[self.last].weight.device
+        for index, own in enumerate(values):
+            self.statuses[index] = own.status
+            if own.status != EDITED:
                 continue
-            goals = goals_of(request)
+            goals = goals_of(self.requests[index])
+            if len(goals) != len(own.results):
+                raise EditError(
+                    f"{len(own.results)} values for the {len(goals)} goals of {self.requests[index].label}; search for "
+                    "the values of this request again"
+                )
             self.goals += goals
             self.owners += [index] * len(goals)
-        if len({self.requests[owner].target for owner in self.owners}) > 1:
-            found = self._lookups(self.goals, self.last)
-            check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in self.owners])
-
-    def _search(self) -> None:
-        """Wanted values; requests whose search failed are left out."""
-        if not self.goals:
-            return
-        search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
-        search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
-        search["checkpoint"] = self.session.checkpoint
-        results = search_values(self.vlm, Goals(self.vlm, self.goals), **search)
-        for owner, result in zip(self.owners, results, strict=True):
-            if result.failure:
-                self.statuses[owner] = f"failed: {result.failure}"
-        going = [index for index, owner in enumerate(self.owners) if self.statuses[owner] == EDITED]
-        if not going:
+            self.results += own.on(device).results
+        if not self.goals and set(self.statuses) != {NOTHING_TO_DO}:
             reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
             raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
-        self.goals, self.owners = [self.goals[each] for each in going], [self.owners[each] for each in going]
-        self.results = [results[each] for each in going]
+        if len({self.requests[owner].target for owner in self.owners}) > 1:
+            keys = [result.keys[0] for result in self.results]
+            check_contradictions(keys, [self.requests[each] for each in self.owners])
 
     def _kept_goals(self) -> list[tuple[str, PlainGoal]]:
         """The questions whose answers stay, each once, with the answers the model gives now."""
@@ -306,7 +314,8 @@ class _Edit:
             sizes = {"left": (projection.hidden, 0), "right": (0, projection.width)}
             sizes |= {"keys": (0, projection.width), "residuals": (0, projection.hidden)}
             return WeightChange(**{part: torch.zeros(size) for part, size in sizes.items()})
-        found = self.results if len(self.projections) == 1 else self._lookups(self.goals, layer)
+        is_known = len(self.projections) == 1 and self.is_current
+        found = self.results if is_known else self._lookups(self.goals, layer)
         share = self.last - layer + 1
         residuals = [(wanted.values - now.before) / share for wanted, now in zip(self.results, found, strict=True)]
         preserved = [(name, each.keys) for (name, _), each in zip(kept, self._kept_lookups(kept, layer), strict=True)]
@@ -329,7 +338,7 @@ class _Edit:
         editor, projection = self.editor, self.projections[layer]
         ridge = editor.ridge_fraction * rows.mean_square if editor.ridge is None else editor.ridge
         cost = self.session.cost(editor, layer, projection, ridge)
-        facts = {fact for owner in self.owners for fact in _facts_of(self.requests[owner])}
+        facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
         return self.session.holding(cost, editor, projection.name, facts)
 
     def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
@@ -356,7 +365,7 @@ class _Edit:
         request, status = self.requests[index], self.statuses[index]
         report: dict[str, str | float] = {
             **request_text(request),
-            _FACTS: " ".join(_facts_of(request)),
+            FACTS: " ".join(facts_of(request)),
             "status": status,
         }
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
@@ -372,6 +381,16 @@ class _Edit:
                     *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report
+
+
+def _values_of(results: Sequence[ValueResult] | None) -> RequestValues:
+    """What a search says of one request; None: the model gives its target already."""
+    if results is None:
+        return RequestValues(status=NOTHING_TO_DO)
+    failures = [result.failure for result in results if result.failure]
+    if failures:
+        return RequestValues(status=f"{FAILED}: {failures[-1]}")
+    return RequestValues(status=EDITED, results=tuple(results))
 
 
 def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool) -> set[int]:
@@ -393,24 +412,3 @@ def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progres
 def _in_place(vlm: VisionLanguageModel, name: str, change: WeightChange) -> AbstractContextManager[VisionLanguageModel]:
     """A block in which the model has the change of one weight."""
     return held(vlm, lambda handle: handle.put_in([name], lambda: write(vlm, name, change)))
-
-
-def _facts_of(request: EditRequest) -> tuple[str, ...]:
-    """Short keys of the questions that are to get the target."""
-    return tuple(dict.fromkeys(question.key[:_KEY] for question in edited_questions(request)))
-
-
-def _edited_facts(entry: HistoryEntry) -> dict[int, list[str]]:
-    """The keys of the questions of each request that was edited."""
-    return {
-        index: str(request.get(_FACTS, "")).split()
-        for index, request in enumerate(entry.requests)
-        if request.get("status", EDITED) in (EDITED, NOT_GENERATED)
-    }
-
-
-def _gram(delta: Delta, name: str, is_counted: Callable[[int], bool]) -> Tensor:
-    """K^T K (width, width) float64 of the keys in a delta whose requests count."""
-    change = delta.changes[name]
-    keys = change.keys[[is_counted(owner) for owner in change.owners.tolist()]].double()
-    return keys.T @ keys

@@ -5,6 +5,7 @@ from .keys import (
     Place as Place,
     PlainGoal as PlainGoal,
     TargetBatch as TargetBatch,
+    check_goals as check_goals,
     end_ids as end_ids,
     goals_of as goals_of,
     key_positions as key_positions,
@@ -13,4 +14,9 @@ from .keys import (
     prompt_end as prompt_end,
     target_batch as target_batch,
 )
-from .search import ValueResult as ValueResult, ValueSettings as ValueSettings, search_values as search_values
+from .search import (
+    RequestValues as RequestValues,
+    ValueResult as ValueResult,
+    ValueSettings as ValueSettings,
+    search_values as search_values,
+)

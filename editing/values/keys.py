@@ -117,11 +117,8 @@ def target_batch(
     Raises:
         EditError: As `key_positions`, and if the target of a goal has different numbers of tokens in its contexts.
     """
-    rows = [(index, prompt, False) for index, goal in enumerate(goals) for prompt in goal.prompts]
-    rows += [(index, prompt.with_answer(None), True) for index, goal in enumerate(goals) for prompt in goal.essence]
     ending = end_ids(vlm) if end else ()
-    keys = [key_positions(prompt, token, end=bool(ending), every=every and not bare) for _, prompt, bare in rows]
-    _check_contexts(rows, keys, token)
+    rows, keys = _edited_rows(goals, token, end=bool(ending), every=every)
     embedded = [vlm.embeddings(prompt.inputs)[0] for _, prompt, _ in rows]
     start = max(each[0] for each in keys)
     shifts = [start - each[0] for each in keys]
@@ -140,6 +137,25 @@ def target_batch(
         labels=labels,
         label_mask=label_mask,
     )
+
+
+def check_goals(
+    vlm: VisionLanguageModel, goals: Sequence[Goal] | Goals, token: str | int, *, end: bool = True, every: bool = True
+) -> None:
+    """Raise the `EditError` that `target_batch` would raise for these goals, without running the model."""
+    for goal in goals:
+        _edited_rows([goal], token, end=end and bool(end_ids(vlm)), every=every)
+
+
+def _edited_rows(
+    goals: Sequence[Goal], token: str | int, *, end: bool, every: bool
+) -> tuple[list[tuple[int, Prompt, bool]], list[tuple[int, ...]]]:
+    """Rows of a batch (goal, prompt, whether it has no target), and the positions to edit in each."""
+    rows = [(index, prompt, False) for index, goal in enumerate(goals) for prompt in goal.prompts]
+    rows += [(index, prompt.with_answer(None), True) for index, goal in enumerate(goals) for prompt in goal.essence]
+    keys = [key_positions(prompt, token, end=end, every=every and not bare) for _, prompt, bare in rows]
+    _check_contexts(rows, keys, token)
+    return rows, keys
 
 
 def key_positions(prompt: Prompt, token: str | int, *, end: bool = True, every: bool = True) -> tuple[int, ...]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...artefacts import ArtefactError, load_fields, save_fields
-from ...artefacts.files import digest
+from ...artefacts import load_fields, save_fields
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.padded import UpperLayers
 from ..requests import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 
-_LAYOUT = "multrace searched values 1"
+_LAYOUT = "multrace values 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,29 @@ class ValueResult(Lookup):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StoredValues:
-    """The results of one batch of goals, as a checkpoint keeps them."""
+class RequestValues:
+    """What the value search found for one request, so that the solve can be made later, with other requests."""
 
-    results: tuple[ValueResult, ...]
+    status: str
+    """"edited", "nothing to do" if the model gives the target already, or "failed: " and why."""
+    results: tuple[ValueResult, ...] = ()
+    """One result for each goal of the request; empty unless the status is "edited"."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the values as a safetensors file and return the path."""
+        return save_fields(path, _LAYOUT, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Return values that `save` wrote, on the CPU. Raises `ArtefactError` for a missing or damaged file."""
+        return load_fields(path, _LAYOUT, cls)
+
+    def on(self, device: torch.device) -> Self:
+        """Return the values on a device."""
+        tensors = ("keys", "plain_keys", "before", "change")
+        moved = [{name: getattr(result, name).to(device) for name in tensors} for result in self.results]
+        results = tuple(replace(result, **own) for result, own in zip(self.results, moved, strict=True))
+        return replace(self, results=results)
 
 
 def search_values(
@@ -116,7 +134,6 @@ def search_values(
     layer: int,
     token: str | int,
     settings: ValueSettings,
-    checkpoint: Path | None = None,
     progress: bool = False,
 ) -> list[ValueResult]:
     """Return for each goal the change of output with which the model answers with the goal's target.
@@ -134,9 +151,6 @@ def search_values(
         layer: The layer that holds both; layers below it are not run again.
         token: The token that is edited, as in `key_positions`.
         settings: The settings of the search.
-        checkpoint: A folder in which the results of each batch are kept as soon as they are there, by a digest of the
-            weights, the settings and the goals. A search that finds its batch there returns the same bits. None (the
-            default) keeps nothing.
         progress: Whether to show a progress bar (default False).
 
     Returns:
@@ -165,17 +179,9 @@ def search_values(
     with vlm.gradients(), bar:
         for chunk in chunks(goals, settings.rows_at_once):
             own = [goals[index] for index in chunk]
-            file = (
-                None if checkpoint is None else checkpoint / _name(vlm, own, projection, place, number, token, settings)
+            results.update(
+                zip(chunk, _searched(vlm, own, projection, place, number, token, settings, bar), strict=True)
             )
-            stored = None if file is None else _stored(file, vlm.weight(projection.name).device)
-            if stored is None:
-                stored = _searched(vlm, own, projection, place, number, token, settings, bar)
-                if file is not None:
-                    save_fields(file, _LAYOUT, StoredValues(results=tuple(stored)))
-            else:
-                bar.update(len(chunk))
-            results.update(zip(chunk, stored, strict=True))
     return [results[index] for index in range(len(goals))]
 
 
@@ -198,37 +204,6 @@ def _searched(
         lookups = split(batch, *captured(projection, place))
         upper = upper.checked(logits, batch.label_mask)
     return _Search(upper, batch, lookups, logits, place, settings).run(bar)
-
-
-def _name(
-    vlm: VisionLanguageModel,
-    goals: Sequence[Goal],
-    projection: Projection,
-    place: Place,
-    layer: int,
-    token: str | int,
-    settings: ValueSettings,
-) -> str:
-    """The file of a batch: everything that its results depend on."""
-    questions = [
-        [(prompt.as_question().key, prompt.answer) for prompt in (*goal.prompts, *goal.essence)] for goal in goals
-    ]
-    numbers = {each.name: getattr(settings, each.name) for each in fields(ValueSettings)}
-    where = [projection.name, place.name if isinstance(place, Projection) else repr(place), layer, token]
-    text = json.dumps([questions, numbers, where, [len(goal.prompts) for goal in goals]], default=str)
-    return f"values_{digest(vlm.weights_digest(), text)[:32]}.safetensors"
-
-
-def _stored(file: Path, device: torch.device) -> list[ValueResult] | None:
-    """The results in a file, on the device of the weight; None if there are none, or they are damaged."""
-    if not file.is_file():
-        return None
-    try:
-        stored = load_fields(file, _LAYOUT, StoredValues)
-    except ArtefactError:
-        return None
-    tensors = ("keys", "plain_keys", "before", "change")
-    return [replace(each, **{name: getattr(each, name).to(device) for name in tensors}) for each in stored.results]
 
 
 class _Search:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 RUN = Group("Many records", sort_key=1)
 """The heading of these options in the help."""
+NOT_ALL = 1
+"""Exit code if a record failed, was unreadable, or has another outcome than was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class RunOptions(ModelOptions, FileOptions):
         report = workflow.run(self.model_to_load(), analysis, records, out, **options)
         print(*report.summary(), sep="\n")
         print(f"in {out}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
-        return 0
+        return 0 if report.is_clean else NOT_ALL
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Return those of the options that have another value than their default, as they are spelt."""
