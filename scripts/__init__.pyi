@@ -25,7 +25,6 @@ from .edit_requests import (
     variants as variants,
 )
 from .editors import NAMES as NAMES, editor as editor
-from .errors import CommandError as CommandError
-from .examples import write_examples as write_examples
-from .reference import PAGE as PAGE
+from .options import CommandError as CommandError
+from .reference import PAGE as PAGE, write_examples as write_examples
 from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import editing, models
-from .options.asking import ModelOptions, QuestionOptions
+from .options import ModelOptions, QuestionOptions
 
 EXAMPLE = """examples:
   multrace answer --image photo.jpg --question "Who founded the company in this photo?"

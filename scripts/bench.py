@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from cyclopts import App
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
 
+from cyclopts import App, Parameter
+
+from .. import artefacts
 from . import benchmarks
-from .benchmarks.options import BenchEdit, BenchFlow, BenchTrace
-from .options.asking import STYLE, paragraphs
+from .options import SHAPES, SOLVE_WIDTH, STYLE, CommandError, GeneralOptions, check_files, paragraphs
 
 EXAMPLE = """examples:
   multrace bench trace --quick
@@ -15,6 +23,265 @@ EXAMPLE = """examples:
   multrace bench trace --help
 """
 app = App(name="bench", help=__doc__, help_epilogue=EXAMPLE, group_parameters=STYLE["group_parameters"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(GeneralOptions):
+    """Options of every `multrace bench` command; each is a subclass."""
+
+    QUICK: ClassVar[Mapping[str, Any]]
+    """Values with --quick of options that were not given."""
+    FULL: ClassVar[Mapping[str, Any]]
+    """Values without it."""
+
+    quick: Annotated[bool, Parameter(help="use a small model and less of everything; other options override this")] = (
+        False
+    )
+    shape: Annotated[
+        str | None, Parameter(help=f"sizes of the model: {', '.join(SHAPES)} (default: base)", choices=SHAPES)
+    ] = None
+    layers: Annotated[int | None, Parameter(help="number of decoder layers, instead of the shape's", metavar="N")] = (
+        None
+    )
+    width: Annotated[
+        int | None, Parameter(help="hidden width, instead of the shape's; MLP and heads follow", metavar="N")
+    ] = None
+    seed: Annotated[int, Parameter(help="random seed of weights, prompt, noise and the choice of timed cells")] = 0
+    baseline_cells: Annotated[
+        int | None,
+        Parameter(help="number of cells that the other two ways compute (default: 3; 1 with --quick)", metavar="N"),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        Parameter(
+            help="float32, bfloat16 or float16 (default: the shape's)", choices=("float32", "bfloat16", "float16")
+        ),
+    ] = None
+    device: Annotated[str | None, Parameter(help="device: cpu, cuda:0, ... (default: the CPU)")] = None
+    json: Annotated[Path | None, Parameter(help="also write the table to this file", metavar="FILE")] = None
+
+    def value(self, name: str) -> Any:
+        """Return the value of an option that has another default with --quick."""
+        given = getattr(self, name)
+        return (self.QUICK if self.quick else self.FULL)[name] if given is None else given
+
+    def model_shape(self) -> benchmarks.Shape:
+        """Return the sizes of the model: the shape's, but for those that were given."""
+        shape = benchmarks.SHAPES[self.value("shape")]
+        return benchmarks.resized(shape, layers=self.layers, width=self.width, dtype=self.dtype)
+
+    def check(self) -> None:
+        """Raises `CommandError` for numbers that no model can have and files that cannot be written."""
+        self.check_least("layers", 2)
+        self.check_least("baseline_cells", 1)
+        if self.width is not None and (self.width < 16 or self.width % 16):
+            raise CommandError(f"--width {self.width}: pass a multiple of 16, such as 512")
+        if self.json is not None:
+            check_files(self.json.parent, [self.json.name])
+
+    def check_least(self, name: str, least: int) -> None:
+        """Raises `CommandError` for a number below the least one."""
+        given = getattr(self, name)
+        if given is not None and given < least:
+            raise CommandError(f"--{name.replace('_', '-')} {given}: pass at least {least}")
+
+
+_FULL_TRACE = {"shape": "base", "samples": 10, "image_samples": 5, "baseline_cells": 3, "cells": ()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrace(BenchOptions):
+    """Options of `multrace bench trace`."""
+
+    QUICK = {
+        "shape": "small",
+        "samples": 3,
+        "image_samples": 2,
+        "baseline_cells": 1,
+        "cells": ("text tokens, hidden", "text tokens, mlp, window 10"),
+    }
+    FULL = _FULL_TRACE
+
+    samples: Annotated[
+        int | None,
+        Parameter(
+            help=f"number of noise samples of the text corruption (default: {_FULL_TRACE['samples']}; 3 with --quick)",
+            metavar="N",
+        ),
+    ] = None
+    image_samples: Annotated[
+        int | None,
+        Parameter(
+            help="number of noise samples of the image corruption "
+            f"(default: {_FULL_TRACE['image_samples']}; 2 with --quick)",
+            metavar="N",
+        ),
+    ] = None
+    cells: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; two with --quick)",
+            metavar="WORDS",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raises `CommandError` also for a corruption without samples."""
+        for name in ("samples", "image_samples"):
+            self.check_least(name, 1)
+        super().check()
+
+
+_WIDE = 9
+"""The window that the study's figures use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchFlow(BenchOptions):
+    """Options of `multrace bench flow`."""
+
+    QUICK = {"shape": "small", "baseline_cells": 1, "flows": ("image -> last", "question and", "dropped")}
+    FULL = {"shape": "base", "baseline_cells": 3, "flows": ()}
+
+    windows: Annotated[
+        tuple[int, ...] | None,
+        Parameter(
+            help=f"numbers of layers that are cut together (default: 1 and {_WIDE}, at most all)", metavar="LAYERS"
+        ),
+    ] = None
+    flows: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; four with --quick)",
+            metavar="WORDS",
+        ),
+    ] = None
+
+    def chosen_windows(self, layers: int) -> tuple[int, ...]:
+        """Return the windows without repetitions. Raises `CommandError` for one above the number of layers."""
+        windows = (1, min(_WIDE, layers)) if self.windows is None else self.windows
+        wrong = [window for window in windows if not 1 <= window <= layers]
+        if wrong:
+            raise CommandError(f"--windows {wrong[0]}: the decoder has {layers} layers; pass some of 1 to {layers}")
+        return tuple(dict.fromkeys(windows))
+
+
+_FULL_EDIT = {
+    "shape": "base",
+    "baseline_cells": 2,
+    "facts": 8,
+    "steps": 20,
+    "prompts": 16,
+    "solve_width": SOLVE_WIDTH,
+    "rows": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEdit(BenchOptions):
+    """Options of `multrace bench edit`."""
+
+    QUICK = {
+        "shape": "small",
+        "baseline_cells": 1,
+        "facts": 4,
+        "steps": 10,
+        "prompts": 4,
+        "solve_width": 1376,
+        "rows": ("lower third", "second moments", "1 edit, float32", "price of C"),
+    }
+    FULL = _FULL_EDIT
+
+    baseline_cells: Annotated[
+        int | None,
+        Parameter(help="number of facts that the usual way searches for (default: 2; 1 with --quick)", metavar="N"),
+    ] = None
+    facts: Annotated[
+        int | None,
+        Parameter(
+            help=f"number of facts that multrace searches for (default: {_FULL_EDIT['facts']}; 4 with --quick)",
+            metavar="N",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        Parameter(
+            help=f"number of steps of each search (default: {_FULL_EDIT['steps']}; 10 with --quick)", metavar="N"
+        ),
+    ] = None
+    prompts: Annotated[
+        int | None,
+        Parameter(
+            help="number of prompts that second moments are taken over "
+            f"(default: {_FULL_EDIT['prompts']}; 4 with --quick)",
+            metavar="N",
+        ),
+    ] = None
+    solve_width: Annotated[
+        int | None,
+        Parameter(
+            help=f"input width of the solved weight (default: {SOLVE_WIDTH}, which takes minutes; 1376 with --quick)",
+            metavar="N",
+        ),
+    ] = None
+    rows: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            help="measure only the rows of the table whose label contains one of these words "
+            "(default: all; five with --quick)",
+            metavar="WORDS",
+        ),
+    ] = None
+    markdown: Annotated[Path | None, Parameter(help="also write the table as Markdown", metavar="FILE")] = None
+
+    def check(self) -> None:
+        """Raises `CommandError` also for searches, moments and solves of nothing."""
+        least = {"facts": 1, "steps": 1, "prompts": 1, "solve_width": 16}
+        for name, number in least.items():
+            self.check_least(name, number)
+        super().check()
+        if self.markdown is not None:
+            check_files(self.markdown.parent, [self.markdown.name])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """How the rows of a benchmark are shown."""
+
+    describe: Callable[[Any], Sequence[str]]
+    """One row in words."""
+    lines: Callable[[Sequence[Any]], Sequence[str]]
+    """All rows as a table."""
+    record: Callable[[Any], Mapping[str, Any]] = asdict
+    """One row as it stands in the JSON."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the JSON says besides the machine, the shape, the seed and the rows."""
+
+
+def _bench(
+    options: BenchOptions,
+    shape: benchmarks.Shape,
+    measure: Callable[[benchmarks.Recipe], Iterable[Any]],
+    table: _Table,
+    *,
+    samples: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """Measure the rows on a random model, print each of them and the table, write the JSON; return facts and rows."""
+    rows = []
+    with benchmarks.random_model(shape, device=options.device, seed=options.seed, samples=samples) as recipe:
+        facts = benchmarks.machine_facts(options.device or "cpu") | {"shape": asdict(shape)}
+        print(*benchmarks.describe_machine(facts), "", sep="\n", flush=True)
+        for row in measure(recipe):
+            print(*table.describe(row), "", sep="\n", flush=True)
+            rows.append(row)
+    print(*table.lines(rows), sep="\n")
+    if options.json is not None:
+        content = {**facts, **table.facts, "seed": options.seed, "rows": [table.record(row) for row in rows]}
+        artefacts.write_whole(options.json, f"{json.dumps(content, indent=2)}\n".encode())
+        print("written:", options.json)
+    return facts, rows
 
 
 TRACE = """Time causal tracing by the sweep and by the two usual ways, on a LLaVA-shaped random model.
@@ -37,7 +304,13 @@ TRACE_EXAMPLE = """examples:
 @app.command(name="trace", help=paragraphs(TRACE), help_epilogue=TRACE_EXAMPLE)
 def run_trace(options: BenchTrace = BenchTrace()) -> int:
     """Measure and print every row and the table, and write the files."""
-    return benchmarks.bench_trace(options)
+    options.check()
+    shape, samples = options.model_shape(), {"text": options.value("samples"), "image": options.value("image_samples")}
+    cases = benchmarks.chosen_cases(benchmarks.make_cases(shape), options.value("cells"))
+    table = _Table(benchmarks.describe_row, benchmarks.table, facts={"samples": samples})
+    work = partial(benchmarks.trace_rows, cases=cases, timed_cells=options.value("baseline_cells"))
+    _bench(options, shape, work, table, samples=samples)
+    return 0
 
 
 FLOW = """Time attention knockout by the sweep and by the two usual ways, on a LLaVA-shaped random model.
@@ -61,7 +334,14 @@ FLOW_EXAMPLE = """examples:
 @app.command(name="flow", help=paragraphs(FLOW), help_epilogue=FLOW_EXAMPLE)
 def run_flow(options: BenchFlow = BenchFlow()) -> int:
     """Measure and print every row and the table, and write the files."""
-    return benchmarks.bench_flow(options)
+    options.check()
+    shape = options.model_shape()
+    windows = options.chosen_windows(shape.layers)
+    cases = benchmarks.chosen_cases(benchmarks.make_flow_cases(shape, windows), options.value("flows"))
+    table = _Table(benchmarks.describe_flow, benchmarks.flow_table, facts={"windows": windows})
+    work = partial(benchmarks.flow_rows, cases=cases, timed_cells=options.value("baseline_cells"))
+    _bench(options, shape, work, table)
+    return 0
 
 
 EDIT = """Measure each step of closed-form editing beside the usual way to the same result.
@@ -84,4 +364,15 @@ EDIT_EXAMPLE = """examples:
 @app.command(name="edit", help=paragraphs(EDIT), help_epilogue=EDIT_EXAMPLE)
 def run_edit(options: BenchEdit = BenchEdit()) -> int:
     """Measure and print every row and the table, and write the files."""
-    return benchmarks.bench_edit(options)
+    options.check()
+    shape = options.model_shape()
+    sizes = {name: options.value(name) for name in ("facts", "steps", "prompts")}
+    sizes |= {"timed_facts": options.value("baseline_cells"), "width": options.value("solve_width")}
+    cases = benchmarks.make_edit_cases(shape, **sizes, seed=options.seed)
+    cases = benchmarks.chosen_cases(cases, options.value("rows"))
+    table = _Table(benchmarks.describe_edit, benchmarks.edit_table, record=benchmarks.EditRow.record)
+    facts, rows = _bench(options, shape, partial(benchmarks.edit_rows, cases=cases), table)
+    if options.markdown is not None:
+        artefacts.write_whole(options.markdown, benchmarks.edit_markdown(rows, facts).encode())
+        print("written:", options.markdown)
+    return 0

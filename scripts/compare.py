@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import artefacts, workflow
-from .options.asking import GeneralOptions
+from .options import GeneralOptions
 
 EXAMPLE = """examples:
   multrace compare out/one out/other

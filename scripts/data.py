@@ -11,8 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import artefacts, data
-from .options.asking import FileOptions, GeneralOptions
-from .options.choices import DATA_FORMS
+from .options import DATA_FORMS, FileOptions, GeneralOptions
 
 EXAMPLE = """examples:
   multrace data check corrections.jsonl

@@ -15,9 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import data, editing, models, tracing, workflow
-from .errors import CommandError
-from .options.asking import GeneralOptions
-from .outputs import check_files, new_files
+from .options import CommandError, GeneralOptions, check_files, new_files
 from .verification import PROBES, SUMMARIES, ProbeAnswers, ProbeScore, probe_records, scores, summary, verify
 
 if TYPE_CHECKING:

@@ -14,10 +14,7 @@ from .. import data, editing, models, tracing, workflow
 from ..editing import values
 from .edit_requests import NEXT, RequestOptions, edit_rows, parse_place, request_of, variants
 from .editors import ANY_LAYER, EditorOptions, make_editor
-from .errors import CommandError
-from .options.choices import EDITORS
-from .options.running import NOT_ALL
-from .outputs import check_files, check_new_folder, new_files
+from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files
 
 FORMAT = """The file of --data has one JSON object per line or is in a public format; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",

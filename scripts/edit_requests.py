@@ -13,9 +13,7 @@ from cyclopts import Parameter
 
 from .. import data, editing, models, tracing, workflow
 from ..data import spans
-from .errors import CommandError
-from .options.asking import CorruptionOptions
-from .options.running import RunOptions
+from .options import CommandError, CorruptionOptions, RunOptions
 
 _PLACE = re.compile(r"(?P<first>-?\d+)(?:-(?P<last>\d+))?(?::(?P<token>.+))?")
 _NUMBER = re.compile(r"-?\d+")

@@ -11,9 +11,7 @@ from cyclopts import Parameter
 
 from .. import editing, models
 from ..editing import solve
-from .errors import CommandError
-from .options.asking import EDITOR, GeneralOptions
-from .options.choices import BASELINES, EDITORS, MOMENT_KINDS, PROJECTIONS
+from .options import BASELINES, EDITOR, EDITORS, MOMENT_KINDS, PROJECTIONS, CommandError, GeneralOptions
 
 _PLACE = ("layer", "token", "spread", "where")
 NAMES = (*EDITORS, *BASELINES)

@@ -15,10 +15,7 @@ from .. import data, editing, models, tracing, workflow
 from .edit import TRACE
 from .edit_requests import parse_place, read_edits, read_general, swapped
 from .editors import NAMES, EditorOptions, editor as editor_of
-from .errors import CommandError
-from .options.choices import SEQUENCE_LENGTHS, SPLITS
-from .options.running import RunOptions
-from .outputs import check_files, new_files
+from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, check_files, new_files
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval

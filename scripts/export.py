@@ -10,9 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import data, editing, models
-from .errors import CommandError
-from .options.asking import ModelOptions
-from .outputs import check_new_folder
+from .options import CommandError, ModelOptions, check_new_folder
 
 EXAMPLE = """examples:
   multrace export --edit out/edit/edit.safetensors --peft out/adapter

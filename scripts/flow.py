@@ -10,9 +10,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter, Token
 
 from .. import data, workflow
-from .errors import CommandError
-from .options.asking import EngineOptions
-from .options.running import RunOptions
+from .options import CommandError, EngineOptions, RunOptions
 
 EXAMPLE = """examples:
   multrace flow --world --limit 20 --out out/world

@@ -5,7 +5,7 @@ A command is one file of this folder with the command's name; `undo.py` is a sho
 - a docstring: what the command does, shown at the top of its help;
 - `EXAMPLE`: calls to copy, and what the command writes, shown at the end of its help (a test parses every call);
 - a frozen dataclass of options under `@Parameter(name="*")`, which derives from `GeneralOptions` or from the groups in
-  `options.asking` (`ModelOptions`, `QuestionOptions`, ...). A field is an option: its type says how the text is read,
+  `options` (`ModelOptions`, `QuestionOptions`, ...). A field is an option: its type says how the text is read,
   `Annotated[..., Parameter(help=..., metavar=..., choices=...)]` describes it, its default is its default.
   `max_new_tokens` is spelt --max-new-tokens, and a tuple takes several values. A method `check` refuses what can be
   refused before the model is opened;
@@ -30,8 +30,7 @@ import lazy_loader
 from cyclopts import App, CycloptsError
 
 from .. import __version__, artefacts, data, editing, models, scripts, tracing, workflow
-from .errors import CommandError
-from .options.asking import STYLE, GeneralOptions
+from .options import STYLE, CommandError, GeneralOptions
 
 COMMANDS: Mapping[str, str] = {
     "answer": "print a model's greedy answer to a question",

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import workflow
-from .options.asking import GeneralOptions
+from .options import GeneralOptions
 
 EXAMPLE = """examples:
   multrace merge out/part1 out/part2 out/part3 --out out/merged

@@ -15,10 +15,7 @@ from tqdm import tqdm
 from .. import data, editing, models, workflow
 from ..data.errors import gist
 from ..editing import moments as moment_sums
-from .errors import CommandError
-from .options.asking import ModelOptions
-from .options.choices import PROJECTIONS
-from .outputs import check_files, new_files
+from .options import PROJECTIONS, CommandError, ModelOptions, check_files, new_files
 
 EXAMPLE = """examples:
   multrace moments --world --limit 400 --layers 1-3 --out out/moments        the embedded model and its world

@@ -1,19 +1,29 @@
-"""Write docs/reference.md, the reference of every public name, from the docstrings.
+"""Make the generated parts of docs/: the reference of every public name, and the example pictures and records.
 
-Run it with `python -m multrace.scripts.reference`. The sources are read and not imported. A test compares the page
-with what this module makes of the present sources.
+`python -m multrace.scripts.reference` writes docs/reference.md from the docstrings; the sources are read and not
+imported. `python -m multrace.scripts.reference examples` writes docs/examples from the built-in world. Tests compare
+both with what this module makes of the present sources.
 """
 
+import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import griffe
+from PIL import Image
+
+from ..data import World
+from ..data.world import EditCase, another_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference.md"
+EXAMPLES = ROOT / "docs" / "examples"
+_QUESTIONS, _REQUESTS = 6, 3
+"""Numbers of records in the example files."""
 ROOMS = {
     "models": "The model under study",
     "tracing": "Experiments that read",
@@ -166,6 +176,40 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
+def write_examples(folder: Path) -> None:
+    """Write the pictures of a few outdated facts, and files of questions and of edit requests about them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World()
+    cases = world.edit_cases("outdated", "report")[:_QUESTIONS]
+    first = cases[0]
+    _picture(world, first, 0).save(folder / "photo.png")
+    _picture(world, first, 1).save(folder / "another.png")
+    another_picture(world, first).save(folder / "other.png")
+    questions, requests = [], []
+    for number, case in enumerate(cases):
+        name = f"photo_{number}.png"
+        _picture(world, case, 0).save(folder / name)
+        another_picture(world, case).save(folder / f"other_{number}.png")
+        record = world.question(case.fact)
+        question = {"image": name, "question": record.text, "constraint": record.constraint}
+        questions.append(question | {"corrupt": f"swap:other_{number}.png"})
+        requests.append({"id": case.fact.id} | question | {"target": case.target, "old": record.answer})
+    _write_lines(folder / "questions.jsonl", questions)
+    _write_lines(folder / "requests.jsonl", requests[:_REQUESTS])
+
+
+def _picture(world: World, case: EditCase, number: int) -> Image.Image:
+    return world.picture(world.entities[case.fact.entity], number).image
+
+
+def _write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(reference(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    if sys.argv[1:] == ["examples"]:
+        write_examples(EXAMPLES)
+        print(f"wrote {EXAMPLES}")
+    else:
+        PAGE.write_text(reference(), encoding="utf-8")
+        print(f"wrote {PAGE}")

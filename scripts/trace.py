@@ -9,10 +9,18 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from .. import data, tracing, workflow
-from .errors import CommandError
-from .options.asking import EngineOptions, parse_rows
-from .options.choices import DIRECTIONS, EFFECTS, KINDS, METRICS, SITES, SPELLINGS
-from .options.running import RunOptions
+from .options import (
+    DIRECTIONS,
+    EFFECTS,
+    KINDS,
+    METRICS,
+    SITES,
+    SPELLINGS,
+    CommandError,
+    EngineOptions,
+    RunOptions,
+    parse_rows,
+)
 
 EXAMPLE = """examples:
   multrace trace --image photo.jpg --question "Who founded the company in this photo?" \\

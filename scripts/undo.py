@@ -9,9 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import editing
-from .errors import CommandError
-from .options.asking import GeneralOptions
-from .outputs import check_files, new_files
+from .options import CommandError, GeneralOptions, check_files, new_files
 
 EXAMPLE = """examples:
   multrace undo --edit out/edit/edit.safetensors --request 3 --out out/less

@@ -10,6 +10,7 @@ import torch
 from multrace.editing.values import search_values
 from multrace.models import ModelError, VisionLanguageModel
 from multrace.scripts import CommandError
+from multrace.scripts.bench import BenchEdit
 from multrace.scripts.benchmarks import (
     SHAPES,
     WIDTH,
@@ -48,7 +49,6 @@ from multrace.scripts.benchmarks import (
     write_model,
     write_with_undo,
 )
-from multrace.scripts.benchmarks.options import BenchEdit
 from multrace.scripts.main import app
 
 CPU = torch.device("cpu")

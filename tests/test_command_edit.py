@@ -28,7 +28,7 @@ from multrace.scripts import (
     variants,
 )
 from multrace.scripts.main import app
-from multrace.scripts.options.choices import BASELINES
+from multrace.scripts.options import BASELINES
 from multrace.workflow import Place
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes

@@ -11,7 +11,7 @@ import multrace
 import pytest
 from cyclopts import App
 from multrace.scripts.main import COMMANDS, app, make_app, parse
-from multrace.scripts.options.asking import STYLE
+from multrace.scripts.options import STYLE
 from multrace.scripts.studies import results
 from multrace.scripts.training import train_tiny
 

@@ -34,7 +34,7 @@ INSIDE_VLM = {"model", "family"}  # the same on a loaded model, whose face is `V
 REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/changes/exports.py": "PEFT wraps the module",
     "editing/baselines/training.py": "functional_call runs a module with other weights; PEFT puts layers into it",
-    "scripts/benchmarks/flow_cells.py": "compares with the plain `generate` of transformers",
+    "scripts/benchmarks/flow.py": "compares with the plain `generate` of transformers",
 }
 HEAVY = {"matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""

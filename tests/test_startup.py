@@ -14,10 +14,9 @@ from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.evaluation import AT
 from multrace.editing.moments import KINDS as TOKEN_KINDS
 from multrace.editing.solve import EDITORS
-from multrace.scripts import available_cores, be_polite, editor
+from multrace.scripts import available_cores, be_polite, editor, options as choices
 from multrace.scripts.benchmarks import SHAPES, WIDTH
 from multrace.scripts.main import COMMANDS
-from multrace.scripts.options import choices
 from multrace.tracing import Engine
 from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
@@ -144,7 +143,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["cyclopts", "multrace.scripts.options.asking", "multrace.scripts.answer", "torch"])
+@pytest.mark.parametrize("module", ["cyclopts", "multrace.scripts.options", "multrace.scripts.answer", "torch"])
 def test_an_interruption_while_starting_is_one_line(module: str):
     done = python(INTERRUPT.format(module=module))
     assert (done.returncode, done.stderr) == (130, "multrace: interrupted\n")

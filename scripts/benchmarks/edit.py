@@ -1,21 +1,264 @@
-"""The editing benchmark: value searches, second moments and solves, each beside the usual way."""
+"""The editing benchmark: value searches, second moments and solves, each beside the usual way.
+
+As published (arXiv 2406.04236) the new weight is (lambda W + Z K^T)(lambda I + K K^T)^-1, where keys and wanted outputs
+are columns. For ours the seconds are those of the change as factors, for the usual way those of the new weight; the
+cost of writing the factors into a weight is listed separately. Batches of edits with a second moment C take one
+factorisation of C, or one width x width solve each.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
-from ...artefacts import write_whole
-from .edit_rows import EditRow, describe_edit, edit_markdown, edit_table
-from .edit_solves import ReuseCase, SolveCase
+from ...editing.changes import WeightChange
+from ...editing.solve import Problem, Solution, build_cost, solve
 from .edit_values import MomentCase, ValueCase
-from .machine import describe_machine, in_new_process, machine_facts
-from .models import Recipe, Shape, check_settings, chosen_shape, open_subject, random_model, write_json
-from .options import BenchEdit
-from .trace_cells import chosen_cases
+from .machine import EditRow, apart, extra_mb, in_new_process, now
+from .models import Recipe, Shape, Subject, measured_rows, open_subject
+
+TOLERANCE = {"float32": 1e-2, "float64": 1e-8}
+"""Of the change. An inverse in float32 errs by so many roundings of W itself, beside which the change is small."""
+_WRITTEN_TOLERANCE = {"float32": 1e-2, "float64": 1e-6}  # a change is stored as float32 factors
+_RIDGE_FRACTION = 0.05
+_REPEATS = 5
+_DEVIATION = 0.02  # of weights, as in real models
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolveInputs:
+    """What is to be solved: a weight, keys and the outputs that they are to have."""
+
+    weight: Tensor
+    """W (hidden, width) of y = W k."""
+    keys: Tensor
+    """K (n, width)"""
+    wanted: Tensor
+    """Z (n, hidden)"""
+    ridge: float
+    """lambda"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveCase:
+    """One row: so many edits of one weight at once."""
+
+    needs_model: ClassVar[bool] = False
+
+    label: str
+    edits: int
+    width: int
+    hidden: int
+    dtype: str
+    """Of the weight and of the explicit inverse; ours is float64 whatever comes in."""
+    seed: int
+
+    def measure(self, device: torch.device) -> EditRow:
+        """The row. Ours is the median of five, and so is writing; the explicit inverse is computed once."""
+        thin(make_problem(2, 32, 16, torch.float64, device, self.seed))  # what a first solve sets up is nobody's cost
+        problem = make_problem(self.edits, self.width, self.hidden, getattr(torch, self.dtype), device, self.seed)
+        memory = {"extra_mb_solve": extra_mb(lambda: thin(problem), device)}
+        seconds, solution = _timed(lambda: thin(problem), device)
+        change = as_change(problem, solution)
+        ours = problem.weight.clone()
+        memory["extra_mb_write"] = extra_mb(lambda: write(change, ours), device)
+        writing, _ = _timed(lambda: write(change, ours.copy_(problem.weight)), device)
+        memory["extra_mb_write_with_undo"] = extra_mb(lambda: write_with_undo(change, ours), device)
+        write(change, ours.copy_(problem.weight))
+        started = now(device)
+        found: list[Tensor] = []
+        memory["extra_mb_usual"] = extra_mb(lambda: found.append(explicit(problem)), device)
+        usual = now(device) - started
+        (theirs,) = found
+        step = theirs.double() - problem.weight.double()
+        written = apart(ours, theirs, scale=step, tolerance=_WRITTEN_TOLERANCE[self.dtype], label=self.label)
+        tolerance = TOLERANCE[self.dtype]
+        return EditRow(
+            label=self.label,
+            seconds=seconds,
+            seconds_usual=usual,
+            unit="GFLOP",
+            work=thin_flops(self.edits, self.width, self.hidden) / 1e9,
+            work_usual=explicit_flops(self.edits, self.width, self.hidden) / 1e9,
+            difference=apart(solution.left @ solution.right, step, tolerance=tolerance, label=self.label),
+            tolerance=tolerance,
+            details={
+                "edits": self.edits,
+                "width": self.width,
+                "hidden": self.hidden,
+                "dtype": self.dtype,
+                "seconds_write": writing,
+                "difference_written": written,
+                "ratio_with_write": usual / (seconds + writing),
+                "matrix_mb": self.width * self.hidden * 8 / 2**20,
+                **memory,
+            },
+        )
+
+
+def make_problem(
+    edits: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> SolveInputs:
+    """A weight as large as real ones are, normal keys, and wanted outputs as far away as the present ones are long."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(hidden, width, dtype=dtype).normal_(0, _DEVIATION, generator=generator).to(device)
+    keys = torch.randn(edits, width, generator=generator).to(device, dtype)
+    present = keys @ weight.T
+    wanted = present + present.std() * torch.randn(edits, hidden, generator=generator).to(present)
+    ridge = _RIDGE_FRACTION * keys.double().square().sum(-1).mean().item()
+    return SolveInputs(weight=weight, keys=keys, wanted=wanted, ridge=ridge)
+
+
+def thin(inputs: SolveInputs) -> Solution:
+    """Ours: the change as factors, from what the weight gives now to what is wanted."""
+    count = len(inputs.keys)
+    problem = Problem(
+        keys=inputs.keys,
+        residuals=inputs.wanted - inputs.keys @ inputs.weight.T,
+        weights=torch.ones(count, dtype=torch.float64, device=inputs.keys.device),
+        names=tuple(f"edit {index}" for index in range(count)),
+    )
+    return solve(build_cost(inputs.keys.shape[1], ridge=inputs.ridge), problem)
+
+
+def explicit(inputs: SolveInputs) -> Tensor:
+    """The new weight (hidden, width), by the published formula, in the weight's dtype."""
+    keys = inputs.keys
+    inverse = torch.linalg.inv(
+        inputs.ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ keys
+    )
+    return (inputs.ridge * inputs.weight + inputs.wanted.T @ keys) @ inverse
+
+
+def as_change(inputs: SolveInputs, solution: Solution) -> WeightChange:
+    """The solution as a delta holds it."""
+    parts = {"left": solution.left, "right": solution.right, "keys": inputs.keys}
+    parts["residuals"] = inputs.wanted - inputs.keys @ inputs.weight.T
+    return WeightChange(**{name: part.float().cpu().contiguous() for name, part in parts.items()})
+
+
+@torch.no_grad()
+def write(change: WeightChange, weight: Tensor) -> None:
+    """Adds the change to the weight in place, by runs of rows, as applying a delta does."""
+    for run, rows in change.rows(weight, transposed=False):
+        weight[run] = rows
+
+
+def write_with_undo(change: WeightChange, weight: Tensor) -> None:
+    """The same with the copy that undo puts back, which it does."""
+    saved = weight.clone()
+    write(change, weight)
+    weight.copy_(saved)
+
+
+def thin_flops(edits: int, width: int, hidden: int) -> float:
+    """Of `thin`: what the weight gives at the keys, the Gram matrix, its factorisation, a solve per output."""
+    return 2.0 * edits * width * hidden + 2.0 * edits**2 * width + edits**3 / 3 + 2.0 * edits**2 * hidden
+
+
+def explicit_flops(edits: int, width: int, hidden: int) -> float:
+    """Of `explicit`: two sums of outer products, the inverse (2 width^3), and the product with it."""
+    return 2.0 * edits * width * (width + hidden) + 2.0 * width**3 + 2.0 * hidden * width**2
+
+
+def _timed(work: Callable[[], _Result], device: torch.device) -> tuple[float, _Result]:
+    """The median of five runs in seconds, and the last result."""
+    seconds = []
+    for _ in range(_REPEATS):
+        started = now(device)
+        found = work()
+        seconds.append(now(device) - started)
+    return median(seconds), found
+
+
+REUSE_TOLERANCE = 1e-8
+"""Of the changes; both are in float64."""
+_WEIGHT = 100.0  # old keys that C stands for
+_KEYS_PER_WIDTH = 2  # tokens that C is the mean of, so that it has full rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseCase:
+    """One row: so many batches of so many edits of one weight."""
+
+    needs_model: ClassVar[bool] = False
+
+    label: str
+    batches: int
+    edits: int
+    width: int
+    hidden: int
+    seed: int
+
+    def measure(self, device: torch.device) -> EditRow:
+        """The row; both ways go through the batches one by one, as edits in a sequence do."""
+        moment = _moment(self.width, device, self.seed)
+        batches = [_batch(self, device, index) for index in range(self.batches)]
+        started = now(device)
+        cost = build_cost(self.width, ridge=0.0, moment=moment, moment_weight=_WEIGHT)
+        factorised = now(device)
+        solutions = [solve(cost, batch) for batch in batches]
+        ended = now(device)
+        usual = [published(moment, batch) for batch in batches]
+        seconds_usual = now(device) - ended
+        differences = [
+            apart(mine.left @ mine.right, theirs, tolerance=REUSE_TOLERANCE, label=f"{self.label}, batch {index}")
+            for index, (mine, theirs) in enumerate(zip(solutions, usual, strict=True))
+        ]
+        edits, width, hidden = self.edits, self.width, self.hidden
+        each = 2.0 * edits * width**2 + 2.0 * edits**2 * width + edits**3 / 3 + 2.0 * edits**2 * hidden
+        each_usual = 2 / 3 * width**3 + 4.0 * edits * width**2 + 2.0 * edits * width * hidden
+        return EditRow(
+            label=self.label,
+            seconds=ended - started,
+            seconds_usual=seconds_usual,
+            unit="GFLOP",
+            work=(width**3 / 3 + self.batches * each) / 1e9,
+            work_usual=self.batches * each_usual / 1e9,
+            difference=max(differences),
+            tolerance=REUSE_TOLERANCE,
+            details={
+                "batches": self.batches,
+                "edits": edits,
+                "width": width,
+                "hidden": hidden,
+                "seconds_factorise": factorised - started,
+                "seconds_per_batch": (ended - factorised) / self.batches,
+                "seconds_per_batch_usual": seconds_usual / self.batches,
+            },
+        )
+
+
+def published(moment: Tensor, problem: Problem) -> Tensor:
+    """R K^T (mu C + K K^T)^-1 (hidden, width), as MEMIT's code has it (arXiv 2210.07229, eq. 14): one solve a batch."""
+    keys, residuals = problem.keys.double(), problem.residuals.double()
+    return residuals.T @ torch.linalg.solve(_WEIGHT * moment + keys.T @ keys, keys.T).T
+
+
+def _moment(width: int, device: torch.device, seed: int) -> Tensor:
+    """The mean of k k^T over random keys, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(_KEYS_PER_WIDTH * width, width, generator=generator).to(device)
+    return (keys.T @ keys).double() / len(keys)
+
+
+def _batch(case: ReuseCase, device: torch.device, index: int) -> Problem:
+    problem = make_problem(case.edits, case.width, case.hidden, torch.float64, device, case.seed + 1 + index)
+    return Problem(
+        keys=problem.keys,
+        residuals=problem.wanted - problem.keys @ problem.weight.T,
+        weights=torch.ones(case.edits, dtype=torch.float64, device=device),
+        names=tuple(f"edit {number}" for number in range(case.edits)),
+    )
+
 
 Case = ValueCase | MomentCase | SolveCase | ReuseCase
 
@@ -72,6 +315,17 @@ def hidden_of(width: int) -> int:
     return math.ceil(width * _HIDDEN / WIDTH)
 
 
+def edit_rows(recipe: Recipe, cases: Sequence[Case]) -> Iterator[EditRow]:
+    """Yield the row of each case as soon as it is measured."""
+    return measured_rows(
+        recipe, cases, _measure_edit, lambda recipe, case: in_new_process(measure_edit_anew, recipe, case)
+    )
+
+
+def _measure_edit(subject: Subject, case: Case) -> EditRow:
+    return case.measure(subject if case.needs_model else subject.vlm.device)
+
+
 def measure_edit_anew(recipe: Recipe, case: Case) -> EditRow:
     """The row, measured from opening the model on, where it needs one."""
     if case.needs_model:
@@ -81,52 +335,3 @@ def measure_edit_anew(recipe: Recipe, case: Case) -> EditRow:
 
 def _counted(edits: int) -> str:
     return "1 edit" if edits == 1 else f"{edits} edits"
-
-
-def bench_edit(settings: BenchEdit) -> int:
-    """Create the model in a temporary folder, measure and print each row and the table, write the files."""
-    check_settings(settings)
-    shape = chosen_shape(settings)
-    cases = _cases(settings, shape)
-    facts = machine_facts(settings.device or "cpu") | {"shape": asdict(shape)}
-    print(*describe_machine(facts), "", sep="\n", flush=True)
-    rows = []
-    with random_model(settings, shape, {}) as recipe:
-        for row in _measured(settings, recipe, cases):
-            print(*describe_edit(row), "", sep="\n", flush=True)
-            rows.append(row)
-    print(*edit_table(rows), sep="\n")
-    write_json(settings, {**facts, "seed": settings.seed, "rows": [row.record() for row in rows]})
-    _write_markdown(settings, edit_markdown(rows, facts))
-    return 0
-
-
-def _measured(settings: BenchEdit, recipe: Recipe, cases: Sequence[Case]) -> Iterator[EditRow]:
-    """Yield each row as soon as it is measured."""
-    if not settings.runs_on_cuda:
-        yield from (in_new_process(measure_edit_anew, recipe, case) for case in cases)
-        return
-    subject = open_subject(recipe) if any(case.needs_model for case in cases) else None
-    device = torch.device(settings.device)
-    yield from (case.measure(subject if case.needs_model else device) for case in cases)
-
-
-def _cases(settings: BenchEdit, shape: Shape) -> tuple[Case, ...]:
-    """The chosen rows. The `CommandError` for an unknown row lists the labels."""
-    made = make_edit_cases(
-        shape,
-        facts=settings.value("facts"),
-        timed_facts=settings.value("baseline_cells"),
-        steps=settings.value("steps"),
-        prompts=settings.value("prompts"),
-        width=settings.value("solve_width"),
-        seed=settings.seed,
-    )
-    return chosen_cases(made, settings.value("rows"))
-
-
-def _write_markdown(settings: BenchEdit, text: str) -> None:
-    """Write the Markdown if --markdown is given."""
-    if settings.markdown is not None:
-        write_whole(settings.markdown, text.encode())
-        print("written:", settings.markdown)

@@ -28,8 +28,7 @@ from ...editing.moments import second_moments
 from ...editing.values import Goal, ValueSettings, end_ids, key_positions, prompt_end, search_values
 from ...models import Prompt, VisionLanguageModel, collate
 from ...models.hooks import StopForward
-from .edit_rows import EditRow, apart
-from .machine import TokenLayers, counted_token_layers, now
+from .machine import EditRow, TokenLayers, apart, counted_token_layers, now
 from .models import Subject, prompt_words
 
 _TARGET_WORDS = 2

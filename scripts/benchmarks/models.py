@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -26,13 +25,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ...artefacts import write_whole
 from ...models import Prompt, VisionLanguageModel, load
 from ...models.guards import quiet_transformers
 from ...models.loading.load import check_device_map
 from ...tracing import Corruption, ImageNoise, TextNoise
 from ...tracing.engine.cells import Runs
-from .options import BenchOptions
+from ..options import CommandError
 
 PATCH = 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -263,35 +261,65 @@ def _picture(side: int, seed: int) -> Image.Image:
     return Image.frombytes("RGB", (side, side), random.Random(seed).randbytes(3 * side * side))
 
 
-def check_settings(settings: BenchOptions) -> None:
-    """Raises `CommandError` or `ModelError` for numbers that no model can have and devices that are not there."""
-    settings.check()
-    check_device_map(settings.device, "the random model")
+class Labelled(Protocol):
+    """A row of some table."""
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
 
 
-def chosen_shape(settings: BenchOptions) -> Shape:
-    """Return the preset with the sizes that were given; MLP and heads keep their relation to the width."""
-    shape = SHAPES[settings.value("shape")]
-    if settings.width is not None:
-        size, mlp = shape.width // shape.heads, 16 * math.ceil(shape.mlp / shape.width * settings.width / 16)
-        heads = 1 if settings.width % size else settings.width // size
-        shape = replace(shape, width=settings.width, mlp=mlp, heads=heads)
-    changes = {"layers": settings.layers, "dtype": settings.dtype}
+_Row = TypeVar("_Row", bound=Labelled)
+
+
+def chosen_cases(cases: Sequence[_Row], words: Sequence[str]) -> tuple[_Row, ...]:
+    """The cases whose label holds one of the words; all without words. CommandError lists the labels."""
+    found = tuple(case for case in cases if not words or any(word in case.label for word in words))
+    if not found:
+        labels = "; ".join(case.label for case in cases)
+        raise CommandError(f"no row of the table holds {' or '.join(map(repr, words))}; the rows are: {labels}")
+    return found
+
+
+_Case = TypeVar("_Case")
+_Measured = TypeVar("_Measured")
+
+
+def measured_rows(
+    recipe: Recipe,
+    cases: Sequence[_Case],
+    measure: Callable[[Subject, _Case], _Measured],
+    measure_anew: Callable[[Recipe, _Case], _Measured],
+) -> Iterator[_Measured]:
+    """Yield the row of each case as soon as it is measured.
+
+    On a CUDA device one process measures all rows, with the model opened once; elsewhere `measure_anew` gives each row
+    a process of its own.
+    """
+    if torch.device(recipe.device or "cpu").type == "cuda":
+        subject = open_subject(recipe)
+        yield from (measure(subject, case) for case in cases)
+    else:
+        yield from (measure_anew(recipe, case) for case in cases)
+
+
+def resized(shape: Shape, *, layers: int | None = None, width: int | None = None, dtype: str | None = None) -> Shape:
+    """Return the shape with the sizes that are given; MLP and heads keep their relation to the width."""
+    if width is not None:
+        size, mlp = shape.width // shape.heads, 16 * math.ceil(shape.mlp / shape.width * width / 16)
+        shape = replace(shape, width=width, mlp=mlp, heads=1 if width % size else width // size)
+    changes = {"layers": layers, "dtype": dtype}
     return replace(shape, **{name: value for name, value in changes.items() if value is not None})
 
 
 @contextmanager
-def random_model(settings: BenchOptions, shape: Shape, samples: Mapping[str, int]) -> Iterator[Recipe]:
-    """Yields how to open the model, which lies in a temporary folder as long as the block lasts."""
+def random_model(shape: Shape, *, device: str | None, seed: int, samples: Mapping[str, int]) -> Iterator[Recipe]:
+    """Yield how to open a random model of this shape, which lies in a temporary folder while the block lasts.
+
+    Raises `ModelError` for a device that is not there.
+    """
+    check_device_map(device, "the random model")
     with tempfile.TemporaryDirectory(prefix="multrace-bench-") as folder:
-        device, seed = settings.device, settings.seed
         recipe = Recipe(folder=Path(folder), shape=shape, device=device, seed=seed, samples=samples)
         write_model(shape, recipe.folder, seed=seed, device=torch.device(device or "cpu"))
         yield recipe
-
-
-def write_json(settings: BenchOptions, content: Mapping[str, Any]) -> None:
-    """Write the JSON if --json is given."""
-    if settings.json is not None:
-        write_whole(settings.json, f"{json.dumps(content, indent=2)}\n".encode())
-        print("written:", settings.json)

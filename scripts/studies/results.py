@@ -19,11 +19,8 @@ from ...data import tiny_vlm_path
 from ...editing.requests import EditError
 from ...models import VisionLanguageModel, load
 from ...workflow.run_folder import differences
-from ..errors import CommandError
 from ..main import execute
-from ..options.asking import STYLE, GeneralOptions, paragraphs
-from ..options.choices import SPLITS
-from ..outputs import check_files
+from ..options import SPLITS, STYLE, CommandError, GeneralOptions, check_files, paragraphs
 from .rows import (
     AT,
     COLUMNS,

@@ -26,10 +26,8 @@ from ...models import Prompt, VisionLanguageModel, load
 from ...models.weights import save_directory
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
 from ...workflow.sites import POSITIONS
-from ..errors import CommandError
 from ..main import execute
-from ..options.asking import STYLE, GeneralOptions, paragraphs
-from ..outputs import check_new_folder
+from ..options import STYLE, CommandError, GeneralOptions, check_new_folder, paragraphs
 from .model import (
     HEADS,
     HIDDEN,

@@ -1,25 +1,86 @@
-"""The options that commands share: which model, which question, and which corruption."""
+"""What commands share: their options, the error of the command line, and the check of the folders they write to.
 
-from collections.abc import Mapping, Sequence
+Nothing here imports torch, so that help and misspelt options take no time: rooms are imported whole and used by
+attribute (`models.load`), because their faces import nothing until a name is used.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Group, Parameter, Token
 
-from ... import data, models, tracing, workflow
-from ..errors import CommandError
-from .choices import DATA_FORMATS, ENGINE_CHECKS, ENGINE_MEMORY, ENGINES, SPELLINGS
+from .. import artefacts, data, models, tracing, workflow
 
 if TYPE_CHECKING:
-    from ...tracing.engine.rows import Item
+    from ..tracing.engine.rows import Item
+    from ..workflow.analysis import Rows
+
+
+class CommandError(ValueError):
+    """Options that do not fit together, or an output that cannot be written; the message says what to do."""
+
+
+# The choices of options. The library has the same lists beside its code, which needs torch; a test compares them.
+ENGINES = ("auto", "replay", "plain")
+ENGINE_MEMORY = 2048
+"""MiB that the replay engine may use by default."""
+ENGINE_CHECKS = 2
+"""Cells that an engine checks by default."""
+KINDS = ("hidden", "mlp", "attention")
+"""Kinds of sites that a trace restores by default."""
+SITES = (*KINDS, "heads", "vision", "projector")
+METRICS = ("probability", "log_probability", "logit_difference")
+DIRECTIONS = ("restore", "corrupt")
+EFFECTS = ("total", "direct")
+SPELLINGS = (
+    "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "
+    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise of :auto is calibrated"
+)
+"""One example of each corruption."""
+PROJECTIONS = ("mlp", "attention")
+MOMENT_KINDS = ("all", "image", "question", "template", "text")
+EDITORS = ("multedit", "rome", "memit", "emmet", "alphaedit")
+"""Closed-form editors."""
+BASELINES = ("ft", "ft-l", "lora", "in-context")
+SEQUENCE_LENGTHS = (1, 10, 20, 30, 100, 200, 300, 500, 1000)
+"""Numbers of edits after which a sequence is measured by default."""
+SPLITS = ("outdated", "long_tail")
+"""Edits of the built-in world."""
+SHAPES = ("base", "small", "llava-7b")
+"""Sizes of the random models that benchmarks run on."""
+SOLVE_WIDTH = 11008
+"""Width of the weight that the benchmark of the solve uses by default."""
+DATA_FORMATS = (
+    "lines",
+    "vqa-constraints",
+    "mmedit",
+    "vlkeb",
+    "mmke",
+    "cckeb",
+    "counterfact",
+    "zsre",
+    "okvqa",
+    "gqa-flow",
+)
+"""Formats of data files that are read."""
+DATA_FORMS = ("lines", "mmedit", "counterfact", "zsre")
+"""Forms in which data files are written."""
 
 
 MODEL, ENGINE, EDITOR, GENERAL = (
     Group(name, sort_key=position) for position, name in enumerate(("Model", "Engine", "Editor", "General"), start=1)
 )
+RUN = Group("Many records", sort_key=1)
 """Headings in the help, after the command's own options."""
+NOT_ALL = 1
+"""Exit code if a record failed, was unreadable, or has another outcome than was asked for."""
 
 
 def _shown(default: Any) -> str | None:
@@ -233,3 +294,98 @@ def pictures_of(corruption: "tracing.Corruption") -> tuple[str, ...]:
     if isinstance(corruption, tracing.SwapImage):
         return (cast(str, corruption.image),)
     return cast(tuple[str, ...], tuple(corruption.references)) if isinstance(corruption, tracing.MeanAblation) else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions, FileOptions):
+    """Which records a run is over, and which of them this process computes."""
+
+    data: Annotated[
+        Path | None,
+        Parameter(
+            help="do this for every record of a file: our own JSON lines, or a public data set, told by its content",
+            group=RUN,
+            metavar="FILE",
+        ),
+    ] = None
+    limit: Annotated[int | None, Parameter(help="take only the first N records", group=RUN, metavar="N")] = None
+    shard: Annotated[
+        str | None,
+        Parameter(
+            help="compute the i-th of n parts of the records, such as 1/8, in a job array; the parts may share --out, "
+            "or have folders of their own, which multrace merge joins",
+            group=RUN,
+            metavar="I/N",
+        ),
+    ] = None
+    retry_failed: Annotated[bool, Parameter(help="try the records again that failed in an earlier call", group=RUN)] = (
+        False
+    )
+
+    def check_run(self) -> None:
+        """Raises `CommandError` or `RunError` for options of a run that do not fit together."""
+        if self.limit is not None and self.limit < 1:
+            raise CommandError(f"--limit {self.limit}: take at least one record")
+        if self.shard is not None:
+            workflow.Shard.parse(self.shard)
+
+    def records(self) -> "Rows":
+        """Return the first records of --data. Raises `DataError` if the file cannot be read."""
+        assert self.data is not None, "a check before says that there is a file"
+        return islice(data.read_data(self.data, format=self.format, images=self.images), self.limit)
+
+    def run(self, analysis: "workflow.Analysis", records: "Rows", out: Path) -> int:
+        """Analyse the records and print what was done; the exit code."""
+        options = {"shard": self.shard, "retry_failed": self.retry_failed}
+        report = workflow.run(self.model_to_load(), analysis, records, out, **options)
+        print(*report.summary(), sep="\n")
+        print(f"in {out}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
+        return 0 if report.is_clean else NOT_ALL
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Return those of the options that have another value than their default, as they are spelt."""
+        defaults: dict[str, Any] = {row.name: row.default for row in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+
+
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Raises `CommandError` unless files of these names can be written to the folder, which need not exist yet.
+
+    An unnamed temporary file in the nearest folder is the proof: permission bits do not tell of read-only file
+    systems, nor of the superuser. Nothing is left behind.
+    """
+    artefacts.remove_leftovers(folder)
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise CommandError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder; choose another place")
+    for name in names:
+        if (folder / name).is_dir():
+            raise CommandError(f"cannot write {str(folder / name)!r}: a folder has that name; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise CommandError(f"cannot write to {str(folder)!r}: {reason}; choose another place") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises `CommandError` unless the folder can be created, or exists and is empty."""
+    check_files(folder, ())
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CommandError(f"the folder {str(folder)!r} is not empty; choose a new one")
+
+
+def new_files(folder: Path, *, stale: Sequence[str] = ()) -> AbstractContextManager[Path]:
+    """Return a context with a temporary folder, whose files go into `folder` together unless there is an error.
+
+    stale: names or patterns of files of earlier results, which are removed unless they are written anew. See
+    `replacing_files`.
+    """
+    return artefacts.replacing_files(folder, stale=stale, error=CommandError)
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest parent that exists (a dangling link counts as existing)."""
+    path = path.absolute()
+    return path if os.path.lexists(path) else _nearest(path.parent)

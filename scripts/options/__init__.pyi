@@ -1,2 +1,0 @@
-from .asking import CorruptionOptions as CorruptionOptions, ModelOptions as ModelOptions
-from .running import RunOptions as RunOptions
