@@ -9,6 +9,7 @@ import griffe
 import matplotlib
 import multrace
 import pytest
+from multrace.data import tiny_vlm_path
 from multrace.scripts import PAGE
 from multrace.scripts.reference import reference
 
@@ -105,12 +106,31 @@ EXAMPLES = _examples()
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 25
+    assert len(EXAMPLES) >= 25 and set(OWN_MODEL) < set(EXAMPLES)
+
+
+OWN_MODEL = ("models.load", "models.VisionLanguageModel.weights_digest")
+"""Examples that really load a model: the first is about that, the second changes a weight for good."""
+
+
+@pytest.fixture(scope="module")
+def load_once(tiny_vlm: multrace.VisionLanguageModel) -> Iterator[Callable]:
+    """`load`, which returns the one embedded model wherever an example opens it; its weights must be as they were."""
+    load = multrace.load
+    untouched = tiny_vlm.fingerprint(name for name, _ in tiny_vlm.named_parameters())
+
+    def once(path: object, **settings: object) -> multrace.VisionLanguageModel:
+        return tiny_vlm if path == tiny_vlm_path() and not settings else load(path, **settings)
+
+    yield once
+    assert tiny_vlm.fingerprint(untouched) == untouched
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
-def test_an_example_runs_as_printed(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_an_example_runs_as_printed(name: str, load_once: Callable, tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    if name not in OWN_MODEL:
+        monkeypatch.setattr(multrace, "load", load_once)
     matplotlib.use("Agg")
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

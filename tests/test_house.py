@@ -312,9 +312,14 @@ RULES = {
 }
 
 
+@pytest.fixture(scope="module")
+def sources() -> list[Source]:
+    """Every file of the project, parsed once for all rules, which only read."""
+    return read(ROOT)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_house_keeps_its_rules(rule: Callable[[list[Source]], list[str]]):
-    sources = read(ROOT)
+def test_the_house_keeps_its_rules(sources: list[Source], rule: Callable[[list[Source]], list[str]]):
     assert {source.room for source in sources} == set(FLOORS), "a room was not read"
     assert rule(sources) == []
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from multrace import ModelError, VisionLanguageModel
 from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
+from multrace.scripts.main import app
 from multrace.tracing import AverageTrace, TraceError, average, causal_trace
 from multrace.workflow import (
     Analysis,
@@ -427,16 +428,19 @@ COMMANDS = {
 }
 
 
-def started(
-    command: str, out: Path, count: int, *more: str, launcher: Sequence[str] = (), output: int = subprocess.PIPE
-) -> subprocess.Popen:
-    """The command over questions without pictures, in a process of its own."""
+def asked(command: str, out: Path, count: int) -> list[str]:
+    """The command over questions without pictures."""
     data = out.parent / "questions.jsonl"
     if not data.exists():
-        asked = (replace(each, image=None, boxes=(), answer=None) for each in world_questions(count))
-        write_lines(data, asked)
-    arguments = [command, *COMMANDS[command], "--data", str(data), "--out", str(out), *more]
-    words = [sys.executable, *launcher, "-m", "multrace.scripts.main", *arguments]
+        write_lines(data, (replace(each, image=None, boxes=(), answer=None) for each in world_questions(count)))
+    return [command, *COMMANDS[command], "--data", str(data), "--out", str(out)]
+
+
+def started(
+    command: str, out: Path, count: int, *, launcher: Sequence[str] = (), output: int = subprocess.PIPE
+) -> subprocess.Popen:
+    """The same in a process of its own."""
+    words = [sys.executable, *launcher, "-m", "multrace.scripts.main", *asked(command, out, count)]
     return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
@@ -470,9 +474,9 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str,
     kill_at_random(lambda: started(command, one, count), one, kills, longest=0.5)
     done = {path: path.stat().st_mtime_ns for path in one.glob("records/[!.]*-*/record.json")}
     assert kills <= len(done)
-    finish(started(command, one, count))
+    assert app(asked(command, one, count)) == 0
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
-    finish(started(command, other, count))
+    assert app(asked(command, other, count)) == 0
     assert content(one) == content(other) and len(read_rows(one)) == count
 
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,10 +55,12 @@ def heavy_after(code: str) -> set[str]:
 # ---- the faces ----
 
 
-def test_importing_the_package_and_its_rooms_imports_nothing_heavy():
+def test_importing_the_package_and_its_rooms_imports_nothing_heavy_and_leaves_the_environment_alone():
     rooms = "".join(f", multrace.{room}" for room in ROOMS)
     assert heavy_after(f"import multrace{rooms}\nassert 'load' in dir(multrace)\nmultrace.__version__") == set()
-    assert "torch" in heavy_after("from multrace import load")  # a name that needs torch would be noticed
+    code = "import os\nbefore = dict(os.environ)\nfrom multrace import load\nassert dict(os.environ) == before"
+    assert "torch" in heavy_after(code)  # a name that needs torch would be noticed; it leaves the environment alone
+    assert "environ" not in (Path(multrace.__file__).parent / "__init__.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("face", ["multrace", *(f"multrace.{room}" for room in ROOMS)])
@@ -100,14 +103,35 @@ def test_help_and_misspelt_options_import_nothing_heavy():
     assert heavy_after(ASK.format(calls=[[*path, "--colour", "red"] for path in PATHS], code=2)) == set()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "edit", "trace", "flow"])
-def test_each_command_over_a_file_starts_in_a_fresh_process(command: str, tmp_path: Path):
-    place = ["--where", "5:last"] if command in ("evaluate", "edit") else []
-    tokens = [command, "--data", str(tmp_path / "none.jsonl"), *place, "--out", str(tmp_path / "out")]
-    done = python(f"import sys\nsys.argv[1:] = {tokens}\nfrom multrace.scripts.door import main\nsys.exit(main())")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("multrace: ") and "none.jsonl" in line
+EACH_FRESH = """
+import os, sys
+import cyclopts, pandas, pydantic, torch, transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+for tokens in {calls!r}:
+    child = os.fork()
+    if not child:
+        assert not [name for name in sys.modules if name.startswith("multrace")]
+        sys.argv[1:] = tokens
+        from multrace.scripts.door import main
+        code = main()
+        sys.stderr.flush()
+        os._exit(code)
+    print("left with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_each_command_over_a_file_starts_in_a_fresh_process(tmp_path: Path):
+    """No command needs that another one has been imported; the libraries are there before, to import them once."""
+    commands = {"evaluate": ["--where", "5:last"], "edit": ["--where", "5:last"], "trace": [], "flow": []}
+    files = {command: str(tmp_path / f"none_{command}.jsonl") for command in commands}
+    calls = [
+        [command, "--data", files[command], *place, "--out", str(tmp_path / "out")]
+        for command, place in commands.items()
+    ]
+    done = python(EACH_FRESH.format(calls=calls), OMP_NUM_THREADS="1")
+    assert re.findall(r"^left with (\d+)$", done.stdout, flags=re.MULTILINE) == ["2"] * len(commands), done.stderr
+    for file, line in zip(files.values(), done.stderr.splitlines(), strict=True):
+        assert line.startswith("multrace: ") and Path(file).name in line
 
 
 def test_what_options_choose_from_is_what_the_library_has():
@@ -132,6 +156,7 @@ def test_what_options_choose_from_is_what_the_library_has():
 
 INTERRUPT = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interruptions
 class Finder:
     def find_spec(self, name, *_):
         if name == {module!r}:
@@ -187,10 +212,3 @@ def test_the_command_line_lets_waiting_threads_sleep_unless_the_user_says_otherw
     chosen = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
     be_polite(chosen)
     assert chosen == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
-
-
-def test_the_library_leaves_the_environment_alone():
-    code = "import os\nbefore = dict(os.environ)\nimport multrace\nmultrace.load\nassert dict(os.environ) == before"
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert "environ" not in (Path(multrace.__file__).parent / "__init__.py").read_text(encoding="utf-8")
