@@ -7,15 +7,17 @@ itself). Prompts with tensors are made from it where they are needed, batch by b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import operator
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, Self, runtime_checkable
 
 from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, quoted
 
 PixelBox = tuple[int, int, int, int]
 """Left, top, right and bottom of a rectangle in pixels of the original picture; right and bottom are exclusive."""
@@ -64,7 +66,8 @@ _ANSWERED = (PORTABILITY, RELATED_TEXT, RELATED_PICTURE)
 class Question:
     """One question, its picture, and what is known about both. It needs no model and no torch.
 
-    Raises `DataError` if the question is empty, or if a box is.
+    A picture may be named by its path as text, and lists become tuples. Raises `DataError` if the question is empty, if
+    a box is, or if a value is of another type than its field.
 
     Example:
         >>> from multrace.data import Question
@@ -100,11 +103,18 @@ class Question:
     """Whatever else a file says about the question, as JSON values."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text.strip():
+        _check_texts(self, "text", "id")
+        _check_texts(self, "replacement", "answer", "foil", "corrupt", "template", or_none=True)
+        _check_texts(self, "answers", several=True)
+        _check_mappings(self, "spans", "extra")
+        if not self.text.strip():
             raise DataError("the question is empty; write what to ask" + (f" (id {self.id!r})" if self.id else ""))
+        for name, words in self.words.items():
+            if not (isinstance(words, str) or isinstance(words, tuple | list) and words and isinstance(words[0], str)):
+                _refuse(self, name, words, 'the words of the question as text, or (words, number or "all")')
         _strip(self, "text", "answer", "answers", "foil", "replacement")
-        if isinstance(self.image, list):
-            object.__setattr__(self, "image", tuple(self.image))
+        object.__setattr__(self, "image", _picture_sources(self))
+        object.__setattr__(self, "boxes", tuple(_box(self, box) for box in _items(self, "boxes")))
         for left, top, right, bottom in self.boxes:
             if not (0 <= left < right and 0 <= top < bottom):
                 raise DataError(
@@ -189,9 +199,10 @@ class EditRequest:
     """Name of the request in reports and files; unique within a file."""
 
     def __post_init__(self) -> None:
+        _check_texts(self, "id")
         object.__setattr__(self, "question", question_of(self.question))
         for part in ("contexts", "rewrite_prompts", "preserve_prompts", "essence"):
-            object.__setattr__(self, part, tuple(question_of(value) for value in getattr(self, part)))
+            object.__setattr__(self, part, tuple(question_of(value) for value in _items(self, part)))
         if not isinstance(self.target, str) or not self.target.strip():
             raise DataError(
                 f"the target of the edit of {self.question.text!r} is {self.target!r}; "
@@ -237,6 +248,8 @@ class Probe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", question_of(self.question))
+        _check_texts(self, "answer", or_none=True)
+        _check_texts(self, "needs", several=True)
         _strip(self, "answer")
         if self.kind not in PROBE_KINDS:
             kinds = "; ".join(f"{name} ({KINDS[name][1]})" for name in PROBE_KINDS)
@@ -245,8 +258,10 @@ class Probe:
             object.__setattr__(self, "answer", self.question.answer)
         if self.question.answer is not None:
             object.__setattr__(self, "question", replace(self.question, answer=None))
-        if self.hops is not None and self.hops < 1:
-            raise DataError(f"the hops of a {self.kind} probe are {self.hops}; give a whole number of at least 1")
+        if self.hops is not None and (type(self.hops) is not int or self.hops < 1):
+            raise DataError(
+                f"the hops of a {self.kind} probe are {quoted(self.hops)}; give a whole number of at least 1"
+            )
         if self.kind in _ANSWERED and self.answer is None:
             raise DataError(
                 f"the {self.kind} probe {self.question.text!r} has no answer; add the answer that follows from the "
@@ -281,8 +296,14 @@ class EditRecord(EditRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_texts(self, "old", or_none=True)
+        _check_texts(self, "group")
+        _check_mappings(self, "extra")
         _strip(self, "old")
-        object.__setattr__(self, "probes", tuple(self.probes))
+        object.__setattr__(self, "probes", tuple(_items(self, "probes")))
+        for probe in self.probes:
+            if not isinstance(probe, Probe):
+                _refuse(self, "probes", probe, "a tuple of Probe(kind=..., question=...)")
 
     def _more(self) -> str:
         return f", {counted(len(self.probes), 'probe')}" if self.probes else ""
@@ -305,6 +326,63 @@ def counted(number: int, noun: str) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """Return the text in quotes, cut to so many characters, for lines that describe values."""
     return repr(text if len(text) <= length else f"{text[: length - 3]}...")
+
+
+def _refuse(owner: object, name: str, value: object, advice: str) -> NoReturn:
+    """Raise the error of a field that holds a value of another type."""
+    raise DataError(
+        f"{type(owner).__name__}.{name} cannot be {quoted(value)}, of type {type(value).__name__}; pass {advice}"
+    )
+
+
+def _check_texts(owner: object, *names: str, or_none: bool = False, several: bool = False) -> None:
+    """Raise `DataError` unless these fields hold texts, or None where that is allowed, or several texts."""
+    for name in names:
+        if several:
+            object.__setattr__(owner, name, tuple(_items(owner, name)))
+        for text in getattr(owner, name) if several else (getattr(owner, name),):
+            if not isinstance(text, str) and not (or_none and text is None):
+                _refuse(owner, name, text, "a tuple of texts" if several else "a text" + " or None" * or_none)
+
+
+def _check_mappings(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            _refuse(owner, name, value, "a dictionary whose keys are texts")
+
+
+def _items(owner: object, name: str) -> Iterable[Any]:
+    """Return the field, which holds a list, a tuple or another iterable of values that is no value itself."""
+    value = getattr(owner, name)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        _refuse(owner, name, value, "a tuple, also for one value")
+    return value
+
+
+def _picture_sources(question: Question) -> PictureSource | tuple[PictureSource, ...] | None:
+    """Return the picture or pictures of a question, with paths that are texts as paths."""
+    image = question.image
+    if image is None or isinstance(image, Image.Image | Path):
+        return image
+    several = isinstance(image, list | tuple)
+    sources = []
+    for each in image if several else (image,):
+        if isinstance(each, str | os.PathLike):
+            each = Path(each)
+        elif not isinstance(each, Image.Image):
+            _refuse(question, "image", each, "a path, a PIL image, a tuple of these, or None")
+        sources.append(each)
+    return tuple(sources) if several else sources[0]
+
+
+def _box(question: Question, box: object) -> PixelBox:
+    """Return a box as whole numbers."""
+    try:
+        left, top, right, bottom = map(operator.index, box)
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for a tensor of several numbers
+        _refuse(question, "boxes", box, "boxes (left, top, right, bottom), in whole pixels")
+    return left, top, right, bottom
 
 
 def _strip(value: object, *names: str) -> None:
