@@ -21,7 +21,7 @@ from .formats.reading import LINES, detect_format, read_data
 from .formats.rows import DataSource, Row, json_rows, pictures_in, unanswered
 from .jsonl import pictures_of, write_lines
 from .pictures import PictureFacts, inspect_picture
-from .spans import find_spans
+from .spans import find_spans, noun_after
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
@@ -77,6 +77,7 @@ FINDINGS: Mapping[str, FindingKind] = {
     "span_spelling": FindingKind(
         severity=NOTE, title="a span is not spelt as in the question, or ends with a mark", fix=_SPANS
     ),
+    "span_unfinished": FindingKind(severity=NOTE, title="a constraint seems to end before its noun"),
     "not_annotators_choice": FindingKind(severity=NOTE, title="an answer is not the one of most annotators"),
     "no_question_mark": FindingKind(severity=NOTE, title="a question about a picture does not end with a mark"),
     "picture_turned": FindingKind(severity=NOTE, title="a picture is turned by its EXIF data"),
@@ -276,6 +277,7 @@ class _Doctor:
         texts = {"question": question.text, "answer": question.answer, "foil": question.foil}
         self._texts(place, texts)
         question = self._spans(place, question)
+        self._noun(place, question)
         if not self.looks_at_pictures:
             return question
         sizes = [self._picture(place, image) for image in question.images if isinstance(image, Path)]
@@ -326,6 +328,17 @@ class _Doctor:
         is_said = str(problem).startswith("the question ")  # which says it several times
         self.add(self._row, "span_repeated" if is_said else "span_absent", str(problem), place)
         return words
+
+    def _noun(self, place: tuple[str, int] | None, question: Question) -> None:
+        """Note a constraint of a question about a picture after which the noun seems to come."""
+        if question.constraint is None or not question.images:
+            return
+        with suppress(DataError):  # a constraint that is not there has been noted
+            start, end = find_spans(question.text, question.constraint)[0]
+            if noun := noun_after(question.text, end):
+                span = question.text[start:end]
+                message = f"the constraint {span!r} goes on with {noun!r} in {shortened(question.text)}; is it whole?"
+                self.add(self._row, "span_unfinished", message, place)
 
     # ---- pictures ----
 

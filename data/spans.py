@@ -24,6 +24,22 @@ _LOOKALIKES = str.maketrans(
 )
 """Quotation marks, apostrophes and dashes that are used interchangeably."""
 
+_AUXILIARIES = frozenset("is are was were has have had does did can could will would may might must should".split())
+_NO_NOUNS = _AUXILIARIES | frozenset(
+    "a an the this that these those i you he she it we they who whom whose which what when where why how "
+    "of in on at by for from to with without into onto over under up down off out about above below behind beside "
+    "between near like as than and or but nor not no so if because while be been being do "
+    "first last also most more best often still just now then here there usually always never ever only even both all "
+    "born known made shown worn grown seen held taken eaten found used called come came get got go went won wrote took "
+    "began left met led sang ran sold built lost look use eat live take make fall happen cost taste feel cause".split()
+)
+"""Words that follow a whole span: particles, pronouns, adverbs, and verbs that no ending tells."""
+_ADJECTIVE = re.compile(r"\b(?:\w+-(?:\w*ed|known|old)|\w{3,}(?:ical|ious|eous|less|itional|ational)|bald)$")
+"""The end of a span whose last word is an adjective by its ending."""
+_DEMONSTRATIVES = ("this", "these", "that", "those", "the")
+_LONGEST_OPENING = 3
+"""Largest number of words of a span that opens a question."""
+
 
 def find_spans(question: str, span: Words) -> tuple[tuple[int, int], ...]:
     """Return (start, end) of each place in the question that the span names, in characters, the end exclusive.
@@ -90,6 +106,36 @@ def nearest_words(question: str, span: str) -> str:
     return max(runs, key=lambda run: SequenceMatcher(None, run.lower(), span.lower()).ratio(), default="")
 
 
+def noun_after(question: str, end: int) -> str | None:
+    """Return the words with which the question goes on if they seem to be the noun that a span lacks, else None.
+
+    "This operating system is made by" goes on with "system" after the span "This operating". No language model is
+    asked: the next word is no verb, particle or adverb as far as lists and endings tell, and it ends with "'s"; or an
+    auxiliary verb, a comma or, if the span opens the question, another verb follows it or the word after it; or the
+    span ends with an adjective that its ending tells.
+
+    Args:
+        question: The text.
+        end: Where the span ends, in characters.
+
+    Example:
+        >>> from multrace.data.spans import noun_after
+        >>> noun_after("The capital of this short-lived state was", 30), noun_after("This person died in", 11)
+        ('state', None)
+    """
+    span, after = question[:end], question[end:].replace("\u2019", "'")
+    words = re.match(r" +([\w-]+)('s)?(?: +([\w-]+))?(?: +([\w-]+))?", after)
+    if words is None or not span or span.endswith(("'s", "\u2019s")) or not _may_be_noun(words[1]):
+        return None
+    noun, possessive, second, third = words.groups()
+    opens = len(span.split()) <= _LONGEST_OPENING and span.split()[0].casefold() in _DEMONSTRATIVES
+    if possessive or _ADJECTIVE.search(span.casefold()) or _ends_noun(after[words.end(1) :], second, opens):
+        return noun
+    if second is not None and _may_be_noun(second) and _ends_noun(after[words.end(3) :], third, False):
+        return f"{noun} {second}"
+    return None
+
+
 def _chosen(span: Words) -> tuple[str, int | Literal["all"] | None]:
     """Return the words of a span and the chosen occurrence; None for the only one."""
     words, choice = span if isinstance(span, tuple | list) and len(span) == 2 else (span, None)
@@ -105,6 +151,19 @@ def _chosen(span: Words) -> tuple[str, int | Literal["all"] | None]:
         raise DataError(
             f"the number of the occurrence is {choice!r}, of type {type(choice).__name__}; pass a whole number"
         ) from error
+
+
+def _may_be_noun(word: str) -> bool:
+    """Return whether a word may be a noun in the singular: lists and endings show no other kind of word."""
+    word = word.casefold()
+    may_be_verb = word.endswith("s") and not word.endswith(("ss", "us", "is", "series", "species"))
+    return word[:1].isalpha() and word not in _NO_NOUNS and not may_be_verb and not word.endswith(("ing", "ed", "ly"))
+
+
+def _ends_noun(after: str, following: str | None, opens: bool) -> bool:
+    """Return whether what comes after a noun shows its end: a comma, an auxiliary verb or, in an opening, any verb."""
+    verb = (following or "").casefold()
+    return after.startswith(",") or verb in _AUXILIARIES or opens and verb.endswith(("s", "ed"))
 
 
 def _occurrences(question: str, words: str) -> tuple[tuple[int, int], ...]:
