@@ -147,6 +147,42 @@ def test_spans_are_compared_with_the_question(question, span, tmp_path):
     assert again == [kind for kind in found * 2 if kind != "span_spelling"]
 
 
+UNFINISHED = {  # question with the constraint in brackets -> what it goes on with, as published rows do
+    "The capital of [this short-lived] state was": "state",
+    "The headquarter of [this religious] organization is in": "organization",
+    "[This TV] series debuted on": "series",
+    "[This library] software system, a product of the former": "software system",
+    "[This news] agency's articles are written in": "agency",
+    "[This flooring] material, that originated in": "material",
+    "[This streaming] service started in": "service",
+    "Who is [the bald] man in this photo?": "man",
+    "[This person] died in the city of": None,
+    "[This person's] expertise is in the field of": None,
+    "[This glacier] belongs to the continent of": None,
+    "What is [this surf trick] called?": None,
+    "What musical instrument is [this man] playing?": None,
+    "How long does [this animal] usually live?": None,
+    "In what year was [this desert] first introduced?": None,
+    "Are [these animals] mammals or insects?": None,
+    "What is [the person in the photo] wearing?": None,
+}
+
+
+@pytest.mark.parametrize("marked", UNFINISHED)
+def test_a_constraint_that_ends_before_its_noun_is_noted(marked, tmp_path, photo):
+    start, end = marked.index("["), marked.index("]") - 1
+    question, noun = marked.replace("[", "").replace("]", ""), UNFINISHED[marked]
+    words = question[start:end]
+    path = write_lines(tmp_path / "data.jsonl", [Question(text=question, constraint=words, image=tmp_path / "p.png")])
+    findings = [finding for finding in check_data(path, pictures=False).findings if finding.kind == "span_unfinished"]
+    assert [finding.message.split(" goes on with ")[1].split(" in ")[0] for finding in findings] == (
+        [] if noun is None else [repr(noun)]
+    )
+    assert all(finding.severity == "note" and not finding.fix for finding in findings)
+    write_lines(path, [Question(text=question, constraint=words)])
+    assert not [finding for finding in check_data(path).findings if finding.kind == "span_unfinished"], "no picture"
+
+
 def test_targets_rephrases_and_other_rows_are_compared(tmp_path):
     edit = {"question": "Who won?", "target": "Ada", "probes": [{"kind": "rephrase", "question": "who  won ?"}]}
     path = write(

@@ -294,6 +294,57 @@ def test_a_kill_at_any_file_operation_loses_at_most_the_edit_that_was_being_made
     assert 4 < number < 39
 
 
+def test_a_kill_while_the_first_edit_is_added_leaves_a_folder_that_can_be_used(random_llama, tmp_path, caplog):
+    edit, files = made(random_llama, 0), 0
+    for number in range(40):
+        folder = tmp_path / str(number)
+        killed = killed_at(number, lambda folder=folder: History.open(folder).added("a", edit))
+        caplog.clear()
+        left = History.open(folder)
+        assert left.names == (() if killed else ("a",))
+        if not killed:
+            break
+        stray = sorted(path.name for path in folder.glob("*.safetensors")) if folder.exists() else []
+        files += len(stray)
+        assert all(name in caplog.text for name in stray) and ("in no line of the index" in caplog.text) == bool(stray)
+        assert_same(left.added("a", edit), History.open(folder))
+    assert 4 < number < 39 and files > 0
+
+
+def test_the_file_of_an_edit_without_a_line_is_named_until_its_edit_is_added_or_the_file_deleted(
+    random_llama, tmp_path, caplog
+):
+    History.open(tmp_path).added("a", made(random_llama, 0)).added("b", made(random_llama, 1))
+    cut_line(tmp_path / "index.jsonl", 2)
+    (stray,) = tmp_path.glob("000001-*.safetensors")
+    one = History.open(tmp_path)
+    assert one.names == ("a",) and f"'{stray.name}'" in caplog.text and "in no line of the index" in caplog.text
+    caplog.clear()
+    assert_same(one.added("b", load_edit(stray)), History.open(tmp_path))
+    assert not caplog.text and len(list(tmp_path.glob("*.safetensors"))) == 2
+    cut_line(tmp_path / "index.jsonl", 2)
+    other = History.open(tmp_path).added("c", made(random_llama, 2))
+    caplog.clear()
+    assert_same(other, History.open(tmp_path))
+    assert f"'{stray.name}'" in caplog.text, "also after the next change"
+    stray.unlink()
+    caplog.clear()
+    assert_same(other, History.open(tmp_path))
+    assert not caplog.text
+
+
+def test_a_history_without_the_file_of_an_edit_is_refused(random_llama, tmp_path):
+    History.open(tmp_path).added("a", made(random_llama, 0)).added("b", made(random_llama, 1)).without("a")
+    for name, pattern in (("a", "000000-*"), ("b", "000001-*")):
+        (path,) = tmp_path.glob(pattern)
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(EditError, match=f"'{path.name}' of the edit '{name}' is missing in '.*'; restore it"):
+            History.open(tmp_path)
+        path.write_bytes(content)
+    assert History.open(tmp_path).names == ("b",)
+
+
 def test_an_old_value_of_a_history_in_a_folder_cannot_be_continued(random_llama, tmp_path):
     old = History.open(tmp_path / "history").added("a", made(random_llama, 0))
     new = old.added("b", made(random_llama, 1))

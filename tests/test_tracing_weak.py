@@ -86,6 +86,18 @@ def test_scoring_another_answer_than_the_models_is_said_and_its_logit_difference
         trace(tiny_vlm, prompt, SwapImage(pictures[0]), **advised)
 
 
+def test_a_first_token_that_spells_nothing_is_said(tiny_vlm):
+    """The embedded tokenizer begins "Apple" with a bare blank, as it begins most names that it never learned."""
+    prompt = tiny_vlm.prompt(None, "Apple A5 was created by", constraint="Apple A5")
+    assert tiny_vlm.decode([prompt.with_answer("Apple").answer_ids[0]]).isspace()
+    settings = {"answer": "Apple", "even_if_weak": False, "positions": ("constraint", "last")}
+    with pytest.raises(WeakCorruption) as caught:
+        trace(tiny_vlm, prompt, TextNoise(scale=3.0), **settings)
+    message = str(caught.value)
+    assert "the first token of the answer that you score spells nothing (it is '\u0120'), as that of many" in message
+    assert "score all its tokens with whole_answer=True (--whole-answer), or trace it anyway" in message
+
+
 @pytest.mark.parametrize("noise", [TextNoise, ImageNoise])
 def test_noise_without_a_scale_is_calibrated_to_halve_the_answer(random_llava, photo, noise, engine):
     prompt = ask(random_llava, photo)

@@ -155,14 +155,22 @@ class History:
     def open(cls, folder: str | Path) -> History:
         """Return the history in a folder, or an empty one that will be kept there if the folder is new or empty.
 
-        A last line of the index that was not written to its end is left out, with a warning; the next change replaces
-        it. Raises `EditError` if the folder holds something else, or if the index is damaged.
+        A program that is stopped while it adds an edit leaves a last line of the index that is not written to its end,
+        the file of an edit without its line, or both. Such a line is left out and replaced by the next change; such a
+        file stays where it is, and a warning names it each time that the folder is opened, until somebody adds its edit
+        (`history.added(name, load_edit(file))`) or deletes it. What was written before is there.
+
+        Raises `EditError` if the folder holds something else, if any other line of the index is damaged, if the file of
+        an edit is missing, or if the index has lost more than its last line. The content of each file is checked when
+        its edit is used.
         """
         folder = Path(folder)
         index = folder / INDEX
         if not index.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            if folder.exists() and (not folder.is_dir() or names - _first_files(folder)):
                 raise EditError(f"{str(folder)!r} is no history: it has no {INDEX}; pass a new folder, or one of ours")
+            _report_unlisted(folder, names)
             return cls(folder=folder)
         return _read(cls(folder=folder), index)
 
@@ -441,16 +449,36 @@ def _read(history: History, index: Path) -> History:
         ),
     }
     lines, length = whole_lines(index, layout=_LAYOUT)
+    listed: set[str] = set()
     for number, words in lines:
         with damaged_line(index, number):
             history = apply[words.pop("kind")](history, words)
+            listed.update(each["file"] for each in words.get("edits", [words]) if "file" in each)
     later = [path.name for path in folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
     if later:  # the file of one edit, that of the next change, may be there without its line
         raise EditError(
             f"{str(index)!r} has lost its end: it tells of {counted(history.step, 'change')}, but {min(later)!r} was "
             "added after more; restore it from a copy"
         )
+    for entry in history.entries:
+        if not (path := Path(entry.source)).is_file():
+            raise EditError(f"{path.name!r} of the edit {entry.name!r} is missing in {str(folder)!r}; restore it")
+    _report_unlisted(folder, {path.name for path in folder.glob(_FILES)} - listed)
     return replace(history, length=length)
+
+
+def _first_files(folder: Path) -> set[str]:
+    """Names of the files that adding the first edit to a folder can leave if it is stopped."""
+    return {path.name for path in folder.glob(f"{0:06d}-*.safetensors")} | {
+        path.name for path in folder.glob(".*.part")
+    }
+
+
+def _report_unlisted(folder: Path, names: Set[str]) -> None:
+    """Warn of the files of edits that no line of the index names."""
+    if files := ", ".join(repr(name) for name in sorted(names) if name.endswith(".safetensors")):
+        where = "in no line of the index of %s: %s, of an edit that a program was adding when it stopped; "
+        logger.warning(where + "add it with history.added(name, load_edit(file)), or delete it", folder, files)
 
 
 logger = logging.getLogger("multrace")

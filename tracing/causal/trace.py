@@ -187,6 +187,13 @@ class _Question:
         if self.scoring.is_predicted:
             return "use a stronger or another corruption"
         own, scored = self.vlm.answers([self.prompt])[0], self.vlm.decode(list(self.scoring.answer_ids)).strip()
+        if not scored:
+            token = self.vlm.tokenizer.convert_ids_to_tokens(self.scoring.answer_ids[0])
+            return (
+                f"the model answers {own!r}, and the first token of the answer that you score spells nothing (it is "
+                f"{token!r}), as that of many answers does: score all its tokens with whole_answer=True "
+                "(--whole-answer)"
+            )
         return (
             f"the model answers {own!r}, and you score {scored!r}: score the logit difference of both with "
             f"answer={own!r}, foil={scored!r} and metrics='logit_difference' (--answer, --foil, --metrics)"
