@@ -1,4 +1,15 @@
-from .averages import Averager as Averager, Mean as Mean, RunningMean as RunningMean, averaged as averaged
+from .averages import (
+    Averager as Averager,
+    Mean as Mean,
+    RunningMean as RunningMean,
+    auroc as auroc,
+    averaged as averaged,
+    bootstrap_counts as bootstrap_counts,
+    mean_interval as mean_interval,
+    student_interval as student_interval,
+    weighted_auroc as weighted_auroc,
+    wilson_interval as wilson_interval,
+)
 from .files import (
     LAYOUT as LAYOUT,
     digest as digest,
@@ -21,12 +32,4 @@ from .results import (
     load_fields as load_fields,
     plain_fields as plain_fields,
     save_fields as save_fields,
-)
-from .statistics import (
-    auroc as auroc,
-    bootstrap_counts as bootstrap_counts,
-    mean_interval as mean_interval,
-    student_interval as student_interval,
-    weighted_auroc as weighted_auroc,
-    wilson_interval as wilson_interval,
 )

@@ -1,6 +1,5 @@
 from .errors import ModelError as ModelError, NotFiniteError as NotFiniteError, ReplayError as ReplayError
-from .families.addresses import Projection as Projection, Site as Site
-from .families.table import FAMILIES as FAMILIES, Family as Family
+from .families import FAMILIES as FAMILIES, Family as Family, Projection as Projection, Site as Site
 from .frontend import open_images as open_images
 from .generation import Score as Score
 from .hooks import Trace as Trace, TraceDict as TraceDict, capture as capture, patch as patch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ModelError
-from .families.addresses import Key, Projection
+from .families import Key, Projection
 from .guards import ModelLock, uninterrupted
 
 AnyKey = TypeVar("AnyKey", bound=Key)

@@ -17,8 +17,7 @@ from transformers import Cache, PreTrainedModel
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, whole_number
-from .families.addresses import Addresses, Key, Projection
-from .families.table import Family
+from .families import Addresses, Family, Key, Projection
 from .frontend import Frontend, to_device
 from .generation import Score, generate, score_answer
 from .guards import ModelLock, evaluating

@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter, Token
 from .. import artefacts, data, models, tracing, workflow
 
 if TYPE_CHECKING:
-    from ..tracing.engine.rows import Item
+    from ..tracing.engine.positions import Item
     from ..workflow.analysis import Rows
 
 

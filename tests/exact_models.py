@@ -10,7 +10,7 @@ from multrace.models.families import Addresses, Family
 from multrace.models.frontend import Frontend
 from multrace.models.replay import Recording, Replay, Source, Span
 from multrace.tracing.engine import Runs, StateCell, plain_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

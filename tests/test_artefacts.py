@@ -290,7 +290,7 @@ def test_results_are_imported_without_pandas_matplotlib_and_scipy():
         "import sys, torch, transformers, multrace.models.vlm\n"
         "def heavy(): print(*(name for name in ('pandas', 'matplotlib', 'scipy') if name in sys.modules), sep=',')\n"
         "heavy()\n"
-        "import multrace.tracing.causal.average, multrace.tracing.knockout.average\n"
+        "import multrace.tracing.causal.average, multrace.tracing.knockout.result\n"
         "heavy()\n"
         "import matplotlib.figure\n"
         "heavy()\n"

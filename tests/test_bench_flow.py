@@ -34,7 +34,7 @@ from multrace.scripts.benchmarks import (
 )
 from multrace.scripts.main import app
 from multrace.tracing.engine import Runs, plain_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 
 SHAPE = Shape(
     layers=4, width=32, mlp=48, heads=2, vision_layers=2, vision_width=16, vision_heads=2, vocabulary=120, image=56

@@ -12,8 +12,8 @@ from multrace import TraceError, VisionLanguageModel
 from multrace.models import Site
 from multrace.models.replay import Cut, replaying
 from multrace.tracing import Engine, knockout_probability
-from multrace.tracing.engine import Chunk, EdgeCell, Runs, hidden_edges, lanes, plain_scores, sweep as sweeps
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine import Chunk, EdgeCell, Runs, hidden_edges, lanes, measure as sweeps, plain_scores
+from multrace.tracing.engine.measure import sweep
 from other_families import MODELS, make
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from multrace.models import ReplayError
 from multrace.models.families import Family
 from multrace.models.replay import replaying
 from multrace.tracing.engine import Runs, plain_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 

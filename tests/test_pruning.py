@@ -11,7 +11,7 @@ from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
 from multrace.tracing import Engine, ImagePruning, average
 from multrace.tracing.engine import Runs, measure as measuring, plain_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from multrace.tracing.pruning import Drop, image_ranks
 from other_families import MODELS, make
 from torch import Tensor

@@ -20,7 +20,7 @@ from multrace.models.replay import (
     recording as layouts,
     replay as replays,
 )
-from multrace.tracing.engine import Lane, Runs, StateCell, plan as plans
+from multrace.tracing.engine import Lane, Runs, StateCell, cells as plans
 from torch import Tensor
 
 Mutation = Callable[[pytest.MonkeyPatch], None]

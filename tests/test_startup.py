@@ -21,7 +21,7 @@ from multrace.scripts.main import COMMANDS
 from multrace.tracing import Engine
 from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
-from multrace.tracing.engine import cells, rows, scoring
+from multrace.tracing.engine import cells, positions, scoring
 
 HEAVY = {
     "torch",
@@ -140,8 +140,8 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert data.FORMS == choices.DATA_FORMS
     assert (Engine().memory, Engine().checks) == (choices.ENGINE_MEMORY, choices.ENGINE_CHECKS)
     assert cells.KINDS == choices.KINDS
-    assert rows.SITES == choices.SITES
-    assert rows.EFFECTS == choices.EFFECTS
+    assert positions.SITES == choices.SITES
+    assert positions.EFFECTS == choices.EFFECTS
     assert scoring.METRICS == choices.METRICS
     assert DIRECTIONS == choices.DIRECTIONS
     assert SPELLINGS == choices.SPELLINGS

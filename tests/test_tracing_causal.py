@@ -19,7 +19,7 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.engine import KINDS, Engine, Runs, StateCell, plain_scores, run_scores, window_layers
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from PIL import Image
 from torch import Tensor
 

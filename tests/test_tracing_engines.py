@@ -19,7 +19,7 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.engine import CellScores, Engine, Measure, Runs, StateCell, measure as measuring, plain_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm

@@ -11,7 +11,7 @@ from multrace import VisionLanguageModel
 from multrace.models.replay import Kernels, Segment, merged_attention, replay as replay_module
 from multrace.tracing import ImageNoise, TextNoise
 from multrace.tracing.engine import Engine, Runs, StateCell
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -8,7 +8,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.tracing.engine import Engine, Runs, StateCell, plain_scores, run_scores
-from multrace.tracing.engine.sweep import sweep
+from multrace.tracing.engine.measure import sweep
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

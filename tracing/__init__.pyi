@@ -1,23 +1,20 @@
-from .attention.cam import RelevanceMap as RelevanceMap, llava_cam as llava_cam
 from .attention.contributions import (
     AverageContributions as AverageContributions,
     attention_contributions as attention_contributions,
 )
 from .attention.contributions_result import AttentionContributions as AttentionContributions
-from .attention.saliency import (
+from .attention.image_tokens import RelevanceMap as RelevanceMap, llava_cam as llava_cam
+from .attention.weights import (
     AttentionSaliency as AttentionSaliency,
-    AverageSaliency as AverageSaliency,
-    attention_saliency as attention_saliency,
-)
-from .attention.shares import (
     AttentionShare as AttentionShare,
+    AverageSaliency as AverageSaliency,
     AverageShare as AverageShare,
+    attention_saliency as attention_saliency,
     attention_share as attention_share,
 )
 from .averages import average as average, averager_of as averager_of
 from .causal.average import AverageTrace as AverageTrace
-from .causal.result import CausalTrace as CausalTrace
-from .causal.sites import CausalBlock as CausalBlock, EditSite as EditSite, Peak as Peak
+from .causal.result import CausalBlock as CausalBlock, CausalTrace as CausalTrace, EditSite as EditSite, Peak as Peak
 from .causal.trace import causal_trace as causal_trace
 from .corruptions.corruption import (
     BlankImage as BlankImage,
@@ -38,26 +35,30 @@ from .corruptions.noise import (
 )
 from .corruptions.parsing import parse_corruption as parse_corruption
 from .engine.cells import Engine as Engine, EngineReport as EngineReport
-from .engine.positions import Blocks as Blocks, Box as Box, box_positions as box_positions
-from .engine.rows import parse_position as parse_position
+from .engine.positions import (
+    Blocks as Blocks,
+    Box as Box,
+    box_positions as box_positions,
+    parse_position as parse_position,
+)
 from .engine.scoring import same_answer as same_answer
 from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
-from .failure.prediction import (
+from .failure import (
     FailureFeatures as FailureFeatures,
+    FailurePrediction as FailurePrediction,
     failure_features as failure_features,
     predict_failure as predict_failure,
-)
-from .failure.result import FailurePrediction as FailurePrediction
-from .knockout.average import (
-    AverageKnockout as AverageKnockout,
-    FilteredQuestion as FilteredQuestion,
 )
 from .knockout.knockout import (
     Flow as Flow,
     attention_knockout as attention_knockout,
     knockout_probability as knockout_probability,
 )
-from .knockout.result import AttentionKnockout as AttentionKnockout
+from .knockout.result import (
+    AttentionKnockout as AttentionKnockout,
+    AverageKnockout as AverageKnockout,
+    FilteredQuestion as FilteredQuestion,
+)
 from .lens.logit_lens import AverageLogitLens as AverageLogitLens, logit_lens as logit_lens
 from .lens.result import LogitLens as LogitLens
 from .pruning.average import AveragePruning as AveragePruning

@@ -9,12 +9,10 @@ from ..artefacts.folders import ArtefactError
 from ..artefacts.results import Result
 from .attention.contributions import ContributionsAverager
 from .attention.contributions_result import AttentionContributions
-from .attention.saliency import AttentionSaliency, SaliencyAverager
-from .attention.shares import AttentionShare, ShareAverager
+from .attention.weights import AttentionSaliency, AttentionShare, SaliencyAverager, ShareAverager
 from .causal.average import TraceAverager
 from .causal.result import CausalTrace
-from .knockout.average import KnockoutAverager
-from .knockout.result import AttentionKnockout
+from .knockout.result import AttentionKnockout, KnockoutAverager
 from .lens.logit_lens import LogitLensAverager
 from .lens.result import LogitLens
 from .pruning.average import PruningAverager

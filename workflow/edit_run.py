@@ -22,7 +22,7 @@ from ..editing import (
 from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
-from ..tracing.engine.rows import Item
+from ..tracing.engine.positions import Item
 from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, question_of_record
 from .edit_outcome import EditOutcome, Place
 from .located_edit import EditsAtSites, TraceShift, editor_at, trace_shifts

@@ -20,7 +20,7 @@ from ..editing.values import RequestValues
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, causal_trace
 from ..tracing.engine.cells import KINDS
-from ..tracing.engine.rows import Item
+from ..tracing.engine.positions import Item
 from .sites import POSITIONS, Located, locate, positions_of
 
 logger = logging.getLogger("multrace")

@@ -14,7 +14,7 @@ from ..data.facts import EditRequest, Question
 from ..models import Prompt, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
 from ..tracing.engine.cells import KINDS
-from ..tracing.engine.rows import Item
+from ..tracing.engine.positions import Item
 
 logger = logging.getLogger("multrace")
 POSITIONS = ("image", "question", "constraint_last", "last")

@@ -12,7 +12,7 @@ from ..models import VisionLanguageModel, open_images
 from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
 from ..tracing.corruptions.parsing import SPELLINGS, corruption_pictures
 from ..tracing.engine.cells import KINDS
-from ..tracing.engine.rows import Item, parse_position
+from ..tracing.engine.positions import Item, parse_position
 from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
 
 _BLOCKS = 3

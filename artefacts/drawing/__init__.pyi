@@ -1,25 +1,23 @@
 from .figures import (
+    FLOOR as FLOOR,
     Curve as Curve,
     CurvePanel as CurvePanel,
+    Overlay as Overlay,
+    Panel as Panel,
     add_colour_bar as add_colour_bar,
     add_legend as add_legend,
     add_picture as add_picture,
     check_format as check_format,
+    choice_in_words as choice_in_words,
     curves_figure as curves_figure,
     dress as dress,
     finished as finished,
-    sample_line as sample_line,
-    titled_figure as titled_figure,
-)
-from .maps import (
-    FLOOR as FLOOR,
-    Overlay as Overlay,
-    Panel as Panel,
-    choice_in_words as choice_in_words,
     heat_maps as heat_maps,
     over_patches as over_patches,
     overlays_figure as overlays_figure,
+    sample_line as sample_line,
     show_numbers as show_numbers,
     strongest as strongest,
+    titled_figure as titled_figure,
 )
 from .styles import CYCLE as CYCLE, FLOW_STYLES as FLOW_STYLES, LineStyle as LineStyle, flow_styles as flow_styles

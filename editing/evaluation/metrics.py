@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artefacts import statistics
+from ...artefacts.averages import grouped_bootstrap
 from ..requests import EditError
 
 EXACT = "free generation, exact match"
@@ -191,7 +191,7 @@ def bootstrap_interval(values: Sequence[float], records: Sequence[str], *, seed:
         raise EditError(f"got {len(values)} values of {len(records)} records; pass one record's name per value")
     if not len(values):
         return Interval(mean=math.nan, low=math.nan, high=math.nan, number=0, records=0)
-    low, high = statistics.grouped_bootstrap(values, records, seed=seed)
+    low, high = grouped_bootstrap(values, records, seed=seed)
     mean = float(np.mean(np.asarray(values, dtype=np.float64)))
     return Interval(mean=mean, low=low, high=high, number=len(values), records=len(set(records)))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
-from ...models.replay.padded import PaddedBatch, at_columns
+from ...models.replay.replay import PaddedBatch, at_columns
 from ..requests import EditError
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...artefacts import load_fields, save_fields
 from ...models import Projection, VisionLanguageModel, patch
-from ...models.replay.padded import UpperLayers
+from ...models.replay.replay import UpperLayers
 from ..requests import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError, gist, reason
-from ..families.addresses import Addresses
-from ..families.table import FAMILIES, Family, family_of
+from ..families import FAMILIES, Addresses, Family, family_of
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..vlm import VisionLanguageModel

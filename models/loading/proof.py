@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import ModelError, gist, quoted
-from ..families.addresses import Projection, Site
+from ..families import Projection, Site
 from ..hooks import capture, patch
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel

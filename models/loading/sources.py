@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, gist, quoted, reason
-from ..families.table import Family
+from ..families import Family
 from ..guards import quiet_transformers, without_panics
 
 logger = logging.getLogger("multrace")

@@ -5,15 +5,14 @@ from .attention import (
     portable as portable,
     probe_kernels as probe_kernels,
 )
-from .cuts import Cut as Cut
 from .observe import (
     Attention as Attention,
     attending as attending,
     attention_function as attention_function,
     masking as masking,
 )
-from .padded import UpperLayers as UpperLayers
 from .recording import (
+    Cut as Cut,
     Index as Index,
     Masks as Masks,
     Recording as Recording,
@@ -23,4 +22,4 @@ from .recording import (
     neighbours as neighbours,
     places as places,
 )
-from .replay import Replay as Replay, replaying as replaying
+from .replay import Replay as Replay, UpperLayers as UpperLayers, replaying as replaying

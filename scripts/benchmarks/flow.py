@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel
 from ...models.guards import quiet_transformers
-from ...models.replay.cuts import Cut
+from ...models.replay.recording import Cut
 from ...tracing.engine.cells import CellScores, EdgeCell, Engine, Measure, Runs
+from ...tracing.engine.measure import sweep
 from ...tracing.engine.plain import plain_scores
-from ...tracing.engine.rows import window_layers
-from ...tracing.engine.sweep import sweep
+from ...tracing.engine.positions import window_layers
 from .machine import Clock, aligned, counted_flops, forget_peak, in_new_process, largest, matrix_rate, now, peak_mb
 from .models import Recipe, Shape, Subject, measured_rows, open_subject
 

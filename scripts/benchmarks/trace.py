@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...tracing.engine.cells import CellScores, Engine, Measure, Runs, StateCell
+from ...tracing.engine.measure import sweep
 from ...tracing.engine.plain import plain_scores
-from ...tracing.engine.rows import window_layers
-from ...tracing.engine.sweep import sweep
+from ...tracing.engine.positions import window_layers
 from .machine import Clock, aligned, counted_flops, forget_peak, in_new_process, largest, matrix_rate, peak_mb
 from .models import Recipe, Shape, Subject, measured_rows, open_subject
 

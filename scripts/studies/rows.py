@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from ...artefacts.statistics import paired_test
+from ...artefacts.averages import paired_test
 from ...data import (
     EditCase,
     EditRecord,

@@ -32,7 +32,7 @@ from .contributions_result import (
     shares_figure,
     tokens_for_share,
 )
-from .image_reading import patch_places
+from .image_tokens import patch_places
 
 if TYPE_CHECKING:
     import pandas as pd

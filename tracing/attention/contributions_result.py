@@ -13,7 +13,7 @@ from ...artefacts.drawing.styles import CYCLE, INK, name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt
 from ..errors import TraceError
-from .image_reading import check_prompt, over_grid
+from .image_tokens import check_prompt, over_grid
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,8 +12,7 @@ from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.results import long_frame, stacked_frame
 from ..errors import TraceError
-from .result import CausalTrace
-from .sites import EffectMap
+from .result import CausalTrace, EffectMap
 
 if TYPE_CHECKING:
     import pandas as pd

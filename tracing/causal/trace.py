@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, Site, VisionLanguageModel, capture
-from ...models.families.addresses import Kind, Projection
+from ...models.families import Kind, Projection
 from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
@@ -20,7 +20,7 @@ from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell
 from ..engine.lanes import Recorded, record
 from ..engine.measure import measure
 from ..engine.plain import Shown, is_before_decoder
-from ..engine.rows import Grid, Item, make_grid, resolve_rows
+from ..engine.positions import Grid, Item, make_grid, resolve_rows
 from ..engine.scoring import Metric, Scoring, choose_scoring
 from ..errors import TraceError, WeakCorruption
 from .result import CausalTrace

@@ -1,15 +1,20 @@
-"""The input and output of a sweep: settings, the runs of one prompt, cells that change them, scores and a report."""
+"""The cells of a sweep, its settings, runs and report, and the plan by which the cells are computed.
 
-from collections.abc import Callable, Mapping, Sequence
+The plan states which cells cost nothing, which positions the others change, and which of them form a batch. This module
+only keeps account of positions and layers; it computes no states.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
+import torch
 from torch import Tensor
 
 from ...models import VisionLanguageModel
-from ...models.replay.cuts import Cut
+from ...models.replay.recording import Cut, Masks
 from ...models.replay.replay import Work
 from ..errors import TraceError
 
@@ -221,3 +226,301 @@ def all_edges(cells: Sequence[Cell]) -> TypeGuard[Sequence[EdgeCell]]:
 def state_cells(cells: Sequence[Cell]) -> Sequence[StateCell]:
     """Return the cells of a sweep whose cells are not edge cells (`all_edges`), under their narrower type."""
     return cast("Sequence[StateCell]", cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """The change of the base run by one cell."""
+
+    computed: tuple[int, ...]
+    """Positions whose states must be computed anew, ascending."""
+    merged: tuple[int, ...] = ()
+    """Positions that follow the source run from the cell's first layer on."""
+    live: tuple[int, ...] = ()
+    """Positions whose patched-in states differ between the runs."""
+    cut: Cut | None = None
+    """The edges of an edge cell that exist in the model."""
+    reached: tuple[int, ...] = ()
+    """Positions whose last state can differ from both runs, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One cell's path through the layers."""
+
+    cell: int
+    """The number of the cell among all cells."""
+    join: int
+    """The layer after which the lane starts; -1 for the input of the first layer."""
+    leader: int | None
+    """The lane of the same chunk whose states it copies there, since both agree so far; None if it copies none."""
+    live: tuple[int, ...] = ()
+    """Positions at which a state cell patches in states."""
+    cut: Cut | None = None
+    """The edges that an edge cell removes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Lanes that run together: they change the same positions and take all others from the same runs."""
+
+    computed: tuple[int, ...]
+    merged: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    """Positions that lack edges, the same for all lanes; empty for state cells."""
+    lanes: tuple[Lane, ...]
+    """The lanes in the order in which they join."""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The distinct cuts of the lanes."""
+        return tuple(dict.fromkeys(lane.cut for lane in self.lanes if lane.cut is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The order of computation of a sweep."""
+
+    chunks: tuple[Chunk, ...]
+    free: dict[int, tuple[int, ...]]
+    """Cells that need no computation, with the scored positions that take the source run's logits; the other positions
+    take the base run's."""
+    copies: dict[int, int] = field(default_factory=dict)
+    """Edge cells that remove the same edges as an earlier cell, with that cell's number; both share the scores."""
+
+
+class _Member(NamedTuple):
+    """A cell of a chunk, by its number, with its effect."""
+
+    cell: int
+    live: tuple[int, ...]
+    cut: Cut | None
+
+
+_Group = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""The computed, merged and target positions that the lanes of a chunk have in common."""
+
+
+def make_plan(
+    cells: Sequence[Cell],
+    *,
+    masks: Masks,
+    changed: Collection[int],
+    scored: Collection[int],
+    frozen: Collection[int] = (),
+    lane_tokens: int,
+) -> Plan:
+    """Return the plan for these cells; a chunk has one lane, or at most `lane_tokens` computed positions in all lanes.
+
+    changed: all positions at which the two runs can differ. Raises `TraceError` if an edge cell leaves a token that
+    would see nothing.
+    """
+    if all_edges(cells):
+        effects, copies = _edge_effects(cells, masks)
+    else:
+        effects, copies = dict(enumerate(_state_effects(state_cells(cells), masks, changed, frozen))), {}
+    free: dict[int, tuple[int, ...]] = {}
+    groups: dict[_Group, list[_Member]] = {}
+    for number, effect in effects.items():
+        if not set(effect.reached) & set(scored):
+            free[number] = tuple(position for position in scored if position in effect.merged)
+        else:
+            targets = () if effect.cut is None else tuple(sorted(effect.cut.targets))
+            member = _Member(cell=number, live=effect.live, cut=effect.cut)
+            groups.setdefault((effect.computed, effect.merged, targets), []).append(member)
+    chunks = [
+        chunk
+        for group, members in groups.items()
+        for chunk in _chunks(group, members, cells, max(1, lane_tokens // len(group[0])))
+    ]
+    free |= {number: free[other] for number, other in copies.items() if other in free}
+    copies = {number: other for number, other in copies.items() if other not in free}
+    return Plan(chunks=tuple(chunks), free=free, copies=copies)
+
+
+def single(cell: int) -> Chunk:
+    """Return a chunk for one cell that is computed separately, by either engine."""
+    return Chunk(computed=(), lanes=(Lane(cell=cell, join=0, leader=None),))
+
+
+def halved(chunk: Chunk, cells: Sequence[Cell]) -> tuple[Chunk, ...]:
+    """Return the chunk in two parts, or unchanged if it has one lane."""
+    if len(chunk.lanes) == 1:
+        return (chunk,)
+    members = [_Member(cell=lane.cell, live=lane.live, cut=lane.cut) for lane in chunk.lanes]
+    return tuple(_chunks((chunk.computed, chunk.merged, chunk.targets), members, cells, (len(members) + 1) // 2))
+
+
+# ---- what a cell changes ----
+
+
+def effect_of(cell: StateCell, *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()) -> Effect:
+    """Return the positions that a state cell changes; `changed`: all positions at which the two runs can differ."""
+    live = tuple(sorted(set(cell.positions) & set(changed)))
+    reached = set(masks.reach(live, cell.first + 1))
+    if cell.is_direct:
+        reached -= set(frozen) - set(live)
+    merged: set[int] = set()
+    if cell.kind == "hidden" and cell.severed is None and not cell.is_direct:
+        merged = _merged(live, masks, changed, cell.first + 1)
+    computed = tuple(sorted(reached - merged))
+    return Effect(computed=computed, merged=tuple(sorted(merged)), live=live, reached=computed)
+
+
+def touched(
+    cells: Sequence[StateCell], *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Return the ascending positions whose states any cell computes or patches in; only these need to be recorded."""
+    positions: set[int] = set()
+    for effect in {id(each): each for each in _state_effects(cells, masks, changed, frozen)}.values():
+        positions.update(effect.computed, effect.live)
+    return tuple(sorted(positions))
+
+
+def _state_effects(
+    cells: Sequence[StateCell], masks: Masks, changed: Collection[int], frozen: Collection[int]
+) -> list[Effect]:
+    """Return each cell's effect; cells that agree in everything that determines the effect share one object."""
+    known: dict[tuple, Effect] = {}
+    effects = []
+    for cell in cells:
+        key = (cell.positions, cell.first, cell.kind == "hidden", cell.severed, cell.is_direct)
+        if key not in known:
+            known[key] = effect_of(cell, masks=masks, changed=changed, frozen=frozen)
+        effects.append(known[key])
+    return effects
+
+
+def _merged(live: Collection[int], masks: Masks, changed: Collection[int], first: int) -> set[int]:
+    """Return the live positions for which all changed positions they see from layer `first` on are live and merged."""
+    merged = set(live)
+    while merged:
+        spoilt = set(masks.reach(set(changed) - merged, first)) & merged
+        if not spoilt:
+            break
+        merged -= spoilt
+    return merged
+
+
+def _edge_effects(cells: Sequence[EdgeCell], masks: Masks) -> tuple[dict[int, Effect], dict[int, int]]:
+    """Return the effects of all distinct edge cells by number, and for each duplicate the number of the cell it equals.
+
+    Edges that the model's own masks exclude in all layers of a cell's window are ignored.
+    """
+    known: dict[tuple[Cut, frozenset[int]], Cut] = {}
+    numbers: dict[tuple, int] = {}
+    effects, copies = {}, {}
+    for number, cell in enumerate(cells):
+        kinds = {id(masks.layers[layer]): layer for layer in range(cell.first, cell.last + 1)}
+        key = cell.cut, frozenset(kinds)
+        if key not in known:
+            known[key] = _effective(cell.cut, masks, kinds.values())
+        same = numbers.setdefault((known[key], cell.first, cell.last, cell.is_dropped), number)
+        if same == number:
+            effects[number] = _edge_effect(cell, known[key], masks)
+        else:
+            copies[number] = same
+    return effects, copies
+
+
+def _edge_effect(cell: EdgeCell, cut: Cut, masks: Masks) -> Effect:
+    """Return the effect of removing the edges of this cut in the cell's layers."""
+    reached = set(masks.reach(cut.targets, cell.first + 1)) | cut.targets
+    # No layer follows the last one, so the positions that can change there do not depend on where the window begins.
+    computed = set(masks.reach(cut.targets, min(cell.first + 1, len(masks.layers) - 1))) | cut.targets
+    if cell.is_dropped:
+        computed -= cut.sources
+    return Effect(computed=tuple(sorted(computed)), cut=cut, reached=tuple(sorted(reached)))
+
+
+def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
+    """Return the cut without edges that none of these layers has. Raises `TraceError` if a target would see nothing."""
+    sources, targets = (torch.tensor(sorted(each), dtype=torch.long) for each in (cut.sources, cut.targets))
+    met = torch.zeros(len(targets), len(sources), dtype=torch.bool)
+    for layer in layers:
+        mask = masks.layers[layer]
+        everything = torch.arange(masks.length)
+        device = targets.device if mask is None else mask.device
+        visible = masks.block(layer, targets.to(device), everything.to(device)).cpu()
+        if bool((visible.sum(1) == visible[:, sources].sum(1)).any()):
+            raise TraceError(
+                "some token would see nothing at all, not even itself, if these edges were cut; leave it out of the "
+                "targets, or itself or the first token out of the sources"
+            )
+        met |= visible[:, sources]
+    return Cut(
+        sources=frozenset(sources[met.any(0)].tolist()),
+        targets=frozenset(targets[met.any(1)].tolist()),
+        heads=cut.heads,
+    )
+
+
+# ---- which cells run together ----
+
+
+def _chunks(group: _Group, members: Sequence[_Member], cells: Sequence[Cell], size: int) -> list[Chunk]:
+    """Return the members of a group as chunks of at most `size` lanes.
+
+    State cells of one family stay together if they fit; edge cells are divided in their order.
+    """
+    members = sorted(members, key=lambda member: _order(member, cells))
+    families: dict[tuple, list[_Member]] = {}
+    for member in members:
+        families.setdefault(_family(member, cells) if member.cut is None else (), []).append(member)
+    pieces = [
+        family[start : start + size]
+        for _, family in sorted(families.items(), key=lambda item: item[0])
+        for start in range(0, len(family), size)
+    ]
+    parts: list[list[_Member]] = []
+    for piece in pieces:
+        if not parts or len(parts[-1]) + len(piece) > size:
+            parts.append([])
+        parts[-1] += piece
+    computed, merged, targets = group
+    # If a cut changes only its targets, its first layer runs like any other: the lane starts with that layer's input.
+    starts = {member.cell: cells[member.cell].first - (targets == computed) for member in members}
+    return [
+        Chunk(computed=computed, merged=merged, targets=targets, lanes=_lanes(part, cells, starts)) for part in parts
+    ]
+
+
+def _family(member: _Member, cells: Sequence[Cell]) -> tuple:
+    """Return a key shared by the cells that act equally up to the end of the shortest of their windows."""
+    cell = cells[member.cell]
+    if isinstance(cell, EdgeCell):
+        return member.cut, cell.first
+    return cell.first, cell.kind, cell.head or 0, member.live, cell.positions
+
+
+def _order(member: _Member, cells: Sequence[Cell]) -> tuple:
+    """Return the sort key of lanes that join at the same layer."""
+    cell = cells[member.cell]
+    if isinstance(cell, EdgeCell) and member.cut is not None:
+        return cell.first, tuple(sorted(member.cut.sources)), member.cut.heads, -cell.last
+    return (member.cell,)
+
+
+def _lanes(members: Sequence[_Member], cells: Sequence[Cell], starts: Mapping[int, int]) -> tuple[Lane, ...]:
+    """Return the lanes of these members in the order in which they join.
+
+    The widest window of a family leads, and the others branch off where their own window ends. State cells of a single
+    layer do not benefit from this, since starts are shared in any case.
+    """
+    leaders: dict[tuple, int] = {}
+    for member in members:
+        key = _family(member, cells)
+        leaders[key] = max(leaders.get(key, member.cell), member.cell, key=lambda number: cells[number].last)
+    waiting = []
+    for rank, member in enumerate(sorted(members, key=lambda member: _order(member, cells))):
+        cell, leader = cells[member.cell], leaders[_family(member, cells)]
+        leads = member.cell == leader or (isinstance(cell, StateCell) and cell.first == cell.last)
+        waiting.append((cell.first if leads else cell.last, not leads, rank, member, leader))
+    waiting.sort(key=lambda lane: lane[:3])
+    slots = {member.cell: slot for slot, (*_, member, _) in enumerate(waiting)}
+    return tuple(
+        Lane(cell=member.cell, join=last, leader=slots[leader], live=member.live, cut=member.cut)
+        if follows
+        else Lane(cell=member.cell, join=starts[member.cell], leader=None, live=member.live, cut=member.cut)
+        for last, follows, _, member, leader in waiting
+    )

@@ -10,12 +10,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...models import Site, VisionLanguageModel, patch
-from ...models.families.addresses import Kind, Projection
-from ...models.replay.cuts import Cut, CutSpan
-from ...models.replay.recording import Queries, Recording, Source, Span, neighbours, places
+from ...models.families import Kind, Projection
+from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, places
 from ...models.replay.replay import Replay
-from .cells import EdgeCell, Engine, Runs, StateCell
-from .plan import Chunk, Lane, Plan, touched
+from .cells import Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, touched
 
 Target = Site | Projection
 _Start = tuple[int, str, int | None]

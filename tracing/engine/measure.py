@@ -1,24 +1,48 @@
-"""Scores of cells by the selected engine: the fast sweep if the model allows it, else plain forward passes."""
+"""Scores of cells by the selected engine: the exact fast sweep if the model allows it, else plain forward passes.
 
+The sweep computes for each cell only the layers and positions that the cell can change. A cell starts at the output of
+its first layer, which the base run already holds except for the positions that the cell changes; keys and values of all
+positions that it cannot change come from the recorded runs, which all cells share.
+"""
+
+import hashlib
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from ...artefacts.results import load_fields, save_fields
 from ...models import ReplayError, VisionLanguageModel
+from ...models.replay.recording import places
+from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
-from .cells import Cell, CellScores, Engine, EngineReport, Measure, Runs
+from .cells import (
+    Cell,
+    CellScores,
+    Chunk,
+    Engine,
+    EngineReport,
+    Measure,
+    Runs,
+    all_edges,
+    halved,
+    make_plan,
+    single,
+    state_cells,
+)
+from .lanes import Edges, Recorded, States, record, record_once
 from .plain import Shown, each_plain, is_before_decoder, plain_scores, run_scores, with_pictures
-from .plan import single
 from .scoring import Scoring
-from .sweep import Checkpoint, sweep
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 """Differences in probability that rounding alone can explain; in half precision they are a thousand times larger."""
@@ -234,3 +258,299 @@ def _joint_report(reports: Sequence[EngineReport]) -> EngineReport:
         for name in ("largest_difference", "plain_noise")
     }
     return replace(first, **counts, **worst)
+
+
+_LAYOUT = "multrace sweep 2"
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+def sweep(
+    vlm: VisionLanguageModel,
+    runs: Runs,
+    cells: Sequence[Cell],
+    measure: Measure,
+    *,
+    settings: Engine | None = None,
+    accept: Callable[[Tensor, Tensor], None] | None = None,
+    bar: tqdm | None = None,
+) -> CellScores:
+    """Return the scores of all cells, equal to those of `plain_scores` except for rounding.
+
+    Finished cells are kept in the settings' checkpoint, which is read first and written during the sweep, even if the
+    sweep is interrupted.
+
+    Args:
+        vlm: The model.
+        runs: The two runs; for edge cells, `Runs.of_one`.
+        cells: Cells of one kind.
+        measure: Function from logits to scores.
+        settings: Memory, batch size and checkpoint.
+        accept: Function that gets the scores (metric, sample) of base and source before any cell; it may raise.
+        bar: Progress bar that counts cells.
+
+    Raises:
+        ReplayError: The model's layers cannot be replayed.
+        TraceError: Memory runs out for one cell, or an edge cell leaves a token that would see nothing.
+    """
+    settings = settings or Engine()
+    with torch.no_grad(), replaying(vlm) as replay:
+        try:
+            if all_edges(cells):
+                recorded = record_once(replay, runs, cells)
+            else:
+                recorded = record(replay, runs, state_cells(cells))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TraceError(
+                f"memory ran out while recording the runs ({runs.length} tokens, {runs.samples} samples); trace "
+                "with fewer samples, or on a device with more memory"
+            ) from error
+        running = _Sweep(replay, runs, cells, measure, settings, recorded)
+        base, source = (running.score(each.logits) for each in (recorded.base, recorded.source))
+        if accept is not None:
+            accept(base, source)
+        return running.run(base, source, bar)
+
+
+class _Sweep:
+    """The state of one sweep."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        runs: Runs,
+        cells: Sequence[Cell],
+        measure: Measure,
+        settings: Engine,
+        recorded: Recorded,
+    ) -> None:
+        self.replay, self.runs, self.cells, self.measure, self.settings = replay, runs, cells, measure, settings
+        self.recorded, self.vlm, self.halvings = recorded, replay.vlm, 0
+        if all_edges(cells):
+            self.acts = Edges(replay, runs, cells, recorded)
+        else:
+            self.acts = States(replay, runs, state_cells(cells), recorded, settings)
+
+    def run(self, base: Tensor, source: Tensor, bar: tqdm | None) -> CellScores:
+        """Return the scores after planning the sweep, scoring the free cells and computing chunk after chunk."""
+        plan = make_plan(
+            self.cells,
+            masks=self.replay.masks,
+            changed=self.recorded.changed,
+            scored=self.runs.scored,
+            frozen=self.runs.frozen,
+            lane_tokens=self.settings.lane_tokens(self.vlm, self.runs.samples),
+        )
+        recording, self.replay.work = self.replay.work, Work()
+        scores = torch.full((len(self.cells), *base.shape), torch.nan, dtype=torch.float64)
+        free = torch.zeros(len(self.cells), dtype=torch.bool)
+        for number, merged in plan.free.items():
+            scores[number] = self.score(self._spliced(None, merged, ())) if merged else base
+            free[number] = True
+        self.acts.prepare(plan)
+        checkpoint = Checkpoint(self.settings.checkpoint)
+        checkpoint.open(self.cells, plan.chunks, torch.stack([base, source]))
+        if bar is not None:
+            bar.update(len(plan.free) + len(plan.copies))
+        with checkpoint.writing(scores):
+            for number, chunk in enumerate(plan.chunks):
+                if not checkpoint.restore(number, chunk, scores):
+                    self._answer(chunk, scores, self.settings.call_tokens(self.vlm))
+                    checkpoint.finish(number)
+                if bar is not None:
+                    bar.update(len(chunk.lanes))
+        for number, same in plan.copies.items():
+            scores[number] = scores[same]
+        work = self.replay.work
+        report = EngineReport(
+            engine="replay",
+            cells=len(self.cells),
+            free_cells=len(plan.free),
+            token_layers=recording.token_layers + work.token_layers,
+            halvings=self.halvings,
+        )
+        return CellScores(
+            scores=scores, base=base, source=source, free=free, report=report, recording=recording, work=work
+        )
+
+    def _answer(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
+        """Compute a chunk; if memory runs out, compute its halves with half as many tokens per call."""
+        try:
+            self._run(chunk, scores, tokens)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            parts = halved(chunk, self.cells)
+            if len(parts) == 1 and tokens <= len(chunk.computed):
+                raise TraceError(
+                    f"memory ran out for a single cell ({len(chunk.computed)} tokens, {self.runs.samples} samples); "
+                    "trace with fewer samples, or on a device with more memory"
+                ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.halvings += 1
+        for part in parts:
+            self._answer(part, scores, max(1, tokens // 2))
+
+    def _run(self, chunk: Chunk, scores: Tensor, tokens: int) -> None:
+        """Run all lanes of a chunk through the layers, each from the layer after which it joins."""
+        samples, length, end = self.runs.samples, len(chunk.computed), self.vlm.layers - 1
+        read = tuple(place for place in self.runs.scored if place in set(chunk.computed))
+        states = self.recorded.base.states[0].new_empty(samples, len(chunk.lanes), length, self.vlm.hidden)
+        step, count, active = max(1, tokens // (samples * length)), 0, 0
+        for layer in range(chunk.lanes[0].join, end + 1):
+            active = count
+            for start in range(0, active, step):
+                self._layer(layer, chunk, slice(start, min(active, start + step)), states, read)
+            while count < len(chunk.lanes) and chunk.lanes[count].join == layer:
+                count += 1
+            self._join(layer, chunk, range(active, count), states)
+        here, batches = places(chunk.computed, read, states.device), self.acts.scored_together(chunk, active, step)
+        for slots in batches:
+            last = rearrange(states[:, slots][:, :, here], "s c t d -> (s c) t d")
+            self._finish(chunk, slots, last, read, scores)
+        for slot in set(range(len(chunk.lanes))).difference(*batches):
+            lane = chunk.lanes[slot]
+            if lane.leader is not None:
+                scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
+
+    def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
+        """Run a layer on some lanes of states (sample, lane, position, hidden); the last one only at read positions."""
+        is_last = layer == self.vlm.layers - 1
+        rows = rearrange(states[:, part], "s c t d -> (s c) t d")
+        with self.acts.acting(layer, chunk, chunk.lanes[part], read if is_last else chunk.computed) as span:
+            output = self.replay.last_layer(rows, span, read) if is_last else self.replay.layer(layer, rows, span)
+        here = places(chunk.computed, read, states.device) if is_last else slice(None)
+        states[:, part, here] = rearrange(output, "(s c) t d -> s c t d", s=self.runs.samples)
+
+    def _join(self, layer: int, chunk: Chunk, slots: range, states: Tensor) -> None:
+        """Fill in the states (sample, lane, position, hidden) with which lanes start, which are this layer's output."""
+        starting = [slot for slot in slots if chunk.lanes[slot].leader is None]
+        if starting:
+            base = self.recorded.base
+            states[:, starting] = base.at(base.states[layer + 1], chunk.computed).unsqueeze(1)
+            self.acts.start(layer, chunk, starting, states)
+        for slot in slots:
+            leader = chunk.lanes[slot].leader
+            if leader is not None:
+                states[:, slot] = states[:, leader]
+
+    def _finish(
+        self, chunk: Chunk, slots: Sequence[int], states: Tensor, read: tuple[int, ...], scores: Tensor
+    ) -> None:
+        """Score the lanes in these slots, whose last states (row, read position, hidden) are known."""
+        step = self.settings.read_rows(self.vlm, len(self.runs.scored))
+        owners = torch.arange(len(states), device=states.device) // len(slots)
+        parts = []
+        for start in range(0, len(states), step):
+            logits = self.replay.read(states[start : start + step])
+            spliced = self._spliced((read, logits), chunk.merged, owners[start : start + step])
+            parts.append(self.measure(spliced).double().cpu())
+        numbers = [chunk.lanes[slot].cell for slot in slots]
+        scores[numbers] = rearrange(torch.cat(parts), "(s c) m -> c m s", c=len(slots))
+
+    def _spliced(
+        self, computed: tuple[tuple[int, ...], Tensor] | None, merged: Sequence[int], owners: Tensor | Sequence[int]
+    ) -> Tensor:
+        """Return logits (row, scored position, vocab): computed, the source run's where merged, else the base run's."""
+        scored = self.runs.scored
+        if computed is not None and len(computed[0]) == len(scored):
+            return computed[1]
+        base, source = (
+            each.logits.expand(self.runs.samples, -1, -1) for each in (self.recorded.base, self.recorded.source)
+        )
+        logits = base.clone() if computed is None else base[owners]
+        from_source = [index for index, place in enumerate(scored) if place in set(merged)]
+        if from_source:
+            logits[:, from_source] = source[:, from_source] if computed is None else source[owners][:, from_source]
+        if computed is not None:
+            logits[:, [scored.index(place) for place in computed[0]]] = computed[1]
+        return logits
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Return the scores (metric, sample) float64 on the CPU."""
+        return self.measure(logits.expand(self.runs.samples, -1, -1)).double().T.cpu()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text decides."""
+    texts = ("not enough memory", "can't allocate memory")  # Windows, other systems
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
+# ---- the checkpoint ----
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Finished:
+    """The contents of a checkpoint."""
+
+    identity: str
+    """Digest of the cells, batches and runs of a sweep."""
+    finished: Tensor
+    """(chunk,) uint8: 1 where all cells of the chunk have their scores."""
+    scores: Tensor
+    """(cell, metric, sample) float64."""
+
+
+class Checkpoint:
+    """The file with the finished cells of one sweep; without a path, nothing is kept."""
+
+    def __init__(self, path: str | PathLike[str] | None = None) -> None:
+        self._path = None if path is None else Path(path)
+        self._identity = ""
+        self._scores: Tensor | None = None
+        self._finished = torch.zeros(0, dtype=torch.bool)
+        self._earlier: Tensor | None = None
+        self._written = time.monotonic()
+
+    def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
+        """Read the finished cells of an earlier sweep with the same cells, batches and runs (compared by their scores).
+
+        Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
+        """
+        lanes = [(chunk.computed, chunk.merged, [lane.cell for lane in chunk.lanes]) for chunk in chunks]
+        text = repr(([cell.identity for cell in cells], lanes)).encode() + runs.double().contiguous().numpy().tobytes()
+        self._identity = hashlib.sha256(text).hexdigest()
+        self._finished = torch.zeros(len(chunks), dtype=torch.bool)
+        if self._path is None or not self._path.exists():
+            return
+        earlier = load_fields(self._path, _LAYOUT, _Finished)
+        if earlier.identity != self._identity:
+            raise TraceError(
+                f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
+                "memory setting); trace with the same settings to go on, or name another file"
+            )
+        self._finished, self._earlier = earlier.finished.bool(), earlier.scores
+
+    @contextmanager
+    def writing(self, scores: Tensor) -> Iterator[None]:
+        """Return a context for filling in scores (cell, metric, sample); it saves finished ones even if interrupted."""
+        self._scores = scores
+        try:
+            yield
+        finally:
+            self._write()
+
+    def restore(self, number: int, chunk: Chunk, scores: Tensor) -> bool:
+        """Return whether the chunk was finished earlier, and fill in its scores if so."""
+        if not self._finished[number] or self._earlier is None:
+            return False
+        cells = [lane.cell for lane in chunk.lanes]
+        scores[cells] = self._earlier[cells]
+        return True
+
+    def finish(self, number: int) -> None:
+        """Mark a chunk as finished, and write the file from time to time."""
+        self._finished[number] = True
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._path is None or self._scores is None:
+            return
+        finished = _Finished(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
+        save_fields(self._path, _LAYOUT, finished)
+        self._written = time.monotonic()

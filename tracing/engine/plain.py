@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
-from ...models.families.addresses import Key, Kind
-from ...models.replay.cuts import Cut
+from ...models.families import Key, Kind
 from ...models.replay.observe import masking
+from ...models.replay.recording import Cut
 from ..errors import TraceError
 from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, all_edges, state_cells
 

@@ -1,4 +1,3 @@
-from .average import AverageKnockout as AverageKnockout, centre_of_loss as centre_of_loss
 from .knockout import (
     PAPER_FLOWS as PAPER_FLOWS,
     Flow as Flow,
@@ -6,4 +5,8 @@ from .knockout import (
     attention_knockout as attention_knockout,
     parse_flow as parse_flow,
 )
-from .result import AttentionKnockout as AttentionKnockout
+from .result import (
+    AttentionKnockout as AttentionKnockout,
+    AverageKnockout as AverageKnockout,
+    centre_of_loss as centre_of_loss,
+)

@@ -8,11 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
-from ...models.replay.cuts import Cut
+from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs
 from ..engine.measure import measure
-from ..engine.positions import Box, box_positions
-from ..engine.rows import window_layers
+from ..engine.positions import Box, box_positions, window_layers
 from ..engine.scoring import Scoring, scored_ids
 from ..errors import TraceError
 from .result import AttentionKnockout

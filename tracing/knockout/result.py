@@ -1,7 +1,11 @@
-"""Attention knockout of one question: the answer's probability with each flow cut, layer by layer."""
+"""The result of an attention knockout, for one question and averaged over questions.
+
+The probability of the answer with each flow cut, layer by layer; averages have intervals and list the questions that
+were left out.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...artefacts import drawing
+from ...artefacts.averages import Averager, Mean, student_interval
 from ...artefacts.drawing.styles import flow_styles, name_of_model
 from ...artefacts.results import Result
 from ..engine.cells import EngineReport
@@ -289,3 +294,280 @@ def _index(kind: str, labels: Sequence[Any], label: Any) -> int:
             "pass one of these, or compute it again with that one"
         )
     return labels.index(label)
+
+
+_SHARED = ("model", "revision", "layers", "windows", "scores", "spans")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowCentre:
+    """The centre of mass, over layers, of the loss in a mean curve."""
+
+    flow: str
+    window: int
+    layer: float
+    """The centre, between 0 and the last layer."""
+    interval: tuple[float, float] | None
+    """95 % interval over questions; None for fewer than two."""
+    count: int
+    """Number of questions that have this flow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilteredQuestion:
+    """A question that is left out of the average because the model's own answer to it is wrong."""
+
+    question: str
+    gold: str
+    """The right answer."""
+    generated: str
+    """The model's own answer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageKnockout(FlowMap):
+    """Mean changes over questions with the same cuts. Made by `average`.
+
+    Flows are matched by name; a question without a flow (for example without a box of the object) is left out of that
+    flow's mean.
+    """
+
+    layout: ClassVar[str] = "multrace average attention knockout 2"
+
+    count: int
+    """Number of questions that were averaged."""
+    wrong: int
+    """Number of averaged questions that the model itself answers wrongly."""
+    ungraded: int
+    """Number of averaged questions whose right answer is not known."""
+    clean: Mean
+    """(score,): probability of the answer without any cut."""
+    changes: Mean
+    """(score, flow, window, layer): change in percent of the uncut probability."""
+    covariance: Tensor
+    """(score, flow, window, layer, layer) float64: covariance of the changes in two layers over questions."""
+    filtered: tuple[FilteredQuestion, ...]
+    """The questions that were left out for a wrong answer."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of questions in the mean of each flow."""
+        most = self.changes.count.amax(0).flatten(1).amax(1)
+        return dict(zip(self.flows, most.tolist(), strict=True))
+
+    def change(self, score: str | None = None) -> Tensor:
+        """Return (flow, window, layer) float64: change in percent, averaged over the questions that have the flow."""
+        return self.changes.mean[self._score(score)]
+
+    def interval(self, score: str | None = None, *, corrected: bool = False) -> tuple[Tensor, Tensor]:
+        """Return (low, high), each (flow, window, layer): 95 % interval of the mean change (Student's t).
+
+        Args:
+            score: one of `scores`; the first one by default.
+            corrected: give intervals that hold jointly for all layers of a curve (Bonferroni). Use them to judge the
+                largest change of a curve.
+
+        Returns:
+            Both ends, NaN for a flow that only one question has.
+
+        Raises:
+            ArtefactError: for an average of one question.
+        """
+        return self.changes[self._score(score)].interval(comparisons=self.layers if corrected else 1)
+
+    def peak(self, flow: str, window: int | None = None, score: str | None = None) -> FlowPeak:
+        """Return the layer with the strongest mean change, up or down, with its corrected interval.
+
+        The default is the first window and the first score.
+        """
+        count, interval = self.counts[self.flows[self._flow(flow)]], None
+        peak = self._peak(flow, window, score, count=count)
+        if count > 1:
+            ends = self.interval(score, corrected=True)
+            low, high = (float(end[self._flow(flow), self._window(window), peak.layer]) for end in ends)
+            interval = (low, high)
+        return replace(peak, interval=interval)
+
+    def centre(self, flow: str, window: int | None = None, score: str | None = None) -> FlowCentre | None:
+        """Return how early or late in the model a flow matters: the centre of mass of the loss in its mean curve.
+
+        The interval is Student's t for the centre's first-order change with the mean curve (infinitesimal jackknife).
+        The result is None if the mean is nowhere below zero. The centre is meaningful only for a flow whose peak is
+        clearly below zero: pure noise has its centre in the middle.
+        """
+        place = self._score(score), self._flow(flow), self._window(window)
+        layer, slope = centre_of_loss(self.changes.mean[place])
+        if layer.isnan():
+            return None
+        count, interval = self.changes.count[place].min(), None
+        if int(count) > 1:
+            deviation = (slope @ self.covariance[place] @ slope).clamp(min=0).sqrt()
+            low, high = (float(end) for end in student_interval(layer, deviation, count))
+            interval = (max(low, 0.0), min(high, self.layers - 1.0))  # a centre cannot lie outside the model
+        return FlowCentre(
+            flow=flow, window=self.windows[place[2]], layer=float(layer), interval=interval, count=int(count)
+        )
+
+    def summary(self, score: str | None = None) -> str:
+        """Return lines of text: per flow and window the strongest change, its layers and the centre of the loss.
+
+        The questions that were left out follow, with the wrong answers.
+        """
+        notes = [f"{self.wrong} of them answered wrongly"] if self.wrong else []
+        notes += [f"{self.ungraded} of them without a known right answer"] if self.ungraded else []
+        lines = [f"attention knockout in {self.model}, mean over {', '.join([_questions(self.count), *notes])}"]
+        lines += [f"  {self._line(flow, window, score)}" for flow in self.flows for window in self.windows]
+        lines += [f"left out because the model's own answer is wrong: {_questions(len(self.filtered))}"]
+        lines += [f"  {each.question!r}: {each.generated!r}, not {each.gold!r}" for each in self.filtered]
+        return "\n".join(lines)
+
+    def plot(
+        self,
+        path: str | Path | None = None,
+        window: int | None = None,
+        score: str | None = None,
+        *,
+        flows: Sequence[str] | None = None,
+    ) -> "Figure":
+        """Return a figure with a line per flow: mean change by layer with its 95 % band, in a panel per window.
+
+        The legend gives the number of questions with each flow if it differs from flow to flow.
+
+        Args:
+            path: where to write the figure as well (png, pdf or svg by suffix); None for nowhere.
+            window: the only window to draw; all by default.
+            score: one of `scores`; the first one by default.
+            flows: the flows to draw; all by default.
+
+        Raises:
+            TraceError: for a flow, window or score that was not computed.
+            ArtefactError: if the file cannot be written.
+        """
+        changes = self.changes[self._score(score)]
+        counts = {flow: "" if count == self.count else f" (n = {count})" for flow, count in self.counts.items()}
+        labels = {flow: cut_label(flow) + counts[flow] for flow in self.flows}
+        values = torch.stack([changes.mean, *changes.band()])
+        return self._figure(path, window, flows, values, labels, self._titles(score))
+
+    def _columns(self) -> dict[str, Tensor]:
+        low, high = self.changes.band()
+        values = {"change": self.changes.mean, "low": low, "high": high, "n": self.changes.count}
+        return values | self._span_columns()
+
+    def _line(self, flow: str, window: int, score: str | None) -> str:
+        """Return one line on a flow and window."""
+        peak, centre = self.peak(flow, window, score), self.centre(flow, window, score)
+        ends = "" if peak.interval is None else " [{:+.1f}, {:+.1f}]".format(*peak.interval)
+        text = f"{peak.change:+.1f} %{ends} at {place_words(peak)}" if peak.change else "changes nothing at any layer"
+        if peak.change and not peak.is_clear:
+            text += ", not clear of zero"
+        elif centre is not None and peak.change < 0:
+            between = "" if centre.interval is None else " [{:.1f}, {:.1f}]".format(*centre.interval)
+            text += f", centre of the loss at layer {centre.layer:.1f}{between}"
+        return f"{flow:<{max(map(len, self.flows))}}  window {window}: {text}, {_questions(peak.count)}"
+
+    def _titles(self, score: str | None) -> tuple[str, str]:
+        """Return title and subtitle of figures."""
+        probability = float(self.clean.mean[self._score(score)])
+        clean = f"mean probability without a cut {probability:.3g}{self._named(score)}"
+        bands = "; bands: 95% intervals" if self.count > 1 else ""
+        wrong = f"; {self.wrong} of them answered wrongly" if self.wrong else ""
+        left_out = f"{len(self.filtered)} left out for a wrong answer" if self.filtered else "none left out"
+        title = f"Attention knockout over {_questions(self.count)}"
+        return title, f"{name_of_model(self.model)}; {left_out}{wrong}\n{clean}{bands}"
+
+    def _lines(self) -> tuple[str, str]:
+        peaks = sorted((self.peak(flow) for flow in self.flows), key=lambda peak: -abs(peak.change))
+        changes = [f"{peak.flow} {peak.change:+.1f} % (layer {peak.layer})" for peak in peaks]
+        left_out = f", {len(self.filtered)} left out for a wrong answer" if self.filtered else ""
+        return (
+            f"AverageKnockout of {self.model} over {_questions(self.count)}{left_out}",
+            f"mean p = {float(self.clean.mean[0]):.3g} without a cut; window {self.windows[0]}: {', '.join(changes)}",
+        )
+
+    def _problem(self) -> str | None:
+        shape = (len(self.scores), len(self.flows), len(self.windows), self.layers)
+        fits = [*self._fits(), self.clean.fits(len(self.scores)), self.changes.fits(*shape), self.count > 0]
+        fits += [self.covariance.shape == (*shape, self.layers)]
+        return None if all(fits) else "its tensors are of other shapes than its flows, windows, layers and scores"
+
+
+class KnockoutAverager(Averager[AttentionKnockout, AverageKnockout]):
+    """An average of attention knockout over questions to one model with the same windows and scores.
+
+    Args:
+        only_right: leave out the questions that the model itself answers wrongly, and list them in `filtered`, as in
+            arXiv 2411.18620, section 3. Those whose right answer is not known are averaged.
+        filtered: questions that were left out before any knockout was computed.
+    """
+
+    alike = _SHARED
+
+    def __init__(self, *, only_right: bool = True, filtered: Sequence[FilteredQuestion] = ()) -> None:
+        super().__init__()
+        self._only_right, self._filtered = only_right, list(filtered)
+        self._heads: dict[str, tuple[int, ...]] = {}
+        self._wrong = self._ungraded = 0
+
+    def add(self, result: AttentionKnockout) -> None:
+        """Add a result to the average, or list its question if the answer is wrong."""
+        gold, generated = result.gold, result.generated
+        if self._only_right and result.is_right is False and gold is not None and generated is not None:
+            self.leave_out(FilteredQuestion(question=result.question, gold=gold, generated=generated))
+        else:
+            super().add(result)
+
+    def leave_out(self, question: FilteredQuestion) -> None:
+        """List a question as left out."""
+        self._filtered.append(question)
+
+    def average(self) -> AverageKnockout:
+        """Return the average so far. Raises `TraceError` if all questions were left out."""
+        if self.count or not self._filtered:
+            return super().average()
+        first = self._filtered[0]
+        raise TraceError(
+            f"no question is left to average: the model's own answer is wrong to all {len(self._filtered)} (to "
+            f"{first.question!r} it says {first.generated!r}, not {first.gold!r}); ask what the model knows, or pass "
+            "only_right=False"
+        )
+
+    def _take(self, result: AttentionKnockout) -> None:
+        for name, own in zip(result.flows, result.flow_heads, strict=True):
+            if self._heads.setdefault(name, own) != own:
+                heads = " and ".join(str(each or "all") for each in (self._heads[name], own))
+                raise TraceError(f"these results cut {name!r} in heads {heads}; average equal ones only")
+        self._wrong += result.is_right is False
+        self._ungraded += result.is_right is None
+        self._add("clean", result.clean, {"score": result.scores})
+        changes = torch.stack([result.change(score) for score in result.scores])
+        self._add("changes", changes, result._axes(), joint=True)
+
+    def _average(self) -> AverageKnockout:
+        flows = self._labels("changes", "flow")
+        return AverageKnockout(
+            flows=flows,
+            flow_heads=tuple(self._heads[name] for name in flows),
+            count=self.count,
+            wrong=self._wrong,
+            ungraded=self._ungraded,
+            clean=self._mean("clean"),
+            changes=self._mean("changes"),
+            covariance=self._means["changes"].covariance,
+            filtered=tuple(self._filtered),
+            **{name: getattr(self.first, name) for name in _SHARED},
+        )
+
+
+def centre_of_loss(curve: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean layer of a curve (layer,), weighted by how far it lies below zero, and its derivative (layer,).
+
+    The centre is NaN for a curve that is nowhere below zero.
+    """
+    loss, layers = (-curve).clamp(min=0), torch.arange(len(curve), dtype=curve.dtype)
+    centre = (loss * layers).sum() / loss.sum()
+    return centre, torch.where(loss > 0, (centre - layers) / loss.sum(), 0.0)
+
+
+def _questions(count: int) -> str:
+    return f"{count} question{'' if count == 1 else 's'}"

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, VisionLanguageModel
 from ...models.errors import plain_number
-from ...models.replay.cuts import Cut
 from ...models.replay.observe import attending
+from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs
 from ..engine.measure import measure, measure_once
 from ..engine.positions import group_positions

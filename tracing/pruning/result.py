@@ -13,7 +13,7 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import CYCLE, INK, LineStyle, name_of_model
 from ...artefacts.results import long_frame
 from ...models import Prompt
-from ..attention.image_reading import ImageReading, check_prompt, evenly_spread
+from ..attention.image_tokens import ImageReading, check_prompt, evenly_spread
 from ..engine.cells import EngineReport
 from ..engine.scoring import same_answer
 from ..errors import TraceError
