@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import parse_json
-from .folders import ArtefactError, replacing
+from .folders import ArtefactError, replacing, write_whole
 
 LAYOUT = "layout"
 """The entry of a file that names its content and the version of its layout."""
@@ -141,6 +142,14 @@ def read_json(path: str | Path, layout: str, *, error: type[ValueError] = Artefa
         content = parse_json(file.read(), nan=True, error=error)
     check_layout(path, content.pop(LAYOUT, None), layout, error=error)
     return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> Path:
+    """Write an npz file of these arrays without pickled objects and return its path."""
+    content = io.BytesIO()
+    converted: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(content, **converted)
+    return write_whole(path, content.getvalue())
 
 
 def check_layout(

@@ -3,7 +3,6 @@
 A map of indirect effects has a largest cell, causal blocks, and a site for an edit.
 """
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import SITE_NAMES
-from ...artefacts.folders import write_whole
+from ...artefacts.files import write_arrays
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import Prompt
 from ..engine.cells import EngineReport
@@ -318,9 +317,7 @@ def _runs(flags: list[bool]) -> list[tuple[int, int]]:
 
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
-        raise TraceError(
-            f"fraction {fraction} is not a share of an effect; pass one above 0 and at most 1, such as 0.5"
-        )
+        raise TraceError(f"fraction {fraction} is not a share of an effect; pass one above 0, up to 1, such as 0.5")
 
 
 _COLUMNS = ("kind", "row", "label", "positions", "column", "first_layer", "last_layer", "metric", "sample")
@@ -564,10 +561,12 @@ class CausalTrace(EffectMap):
         """
         if (self.direction, self.effect) != ("restore", "total"):
             raise TraceError(f"ROME's layout holds total effects of restored states, not {self.variant}")
-        index, name = self._metric("probability"), rome_kind(kind)
+        if kind not in _KINDS:
+            raise TraceError(f"ROME's layout knows no {kind!r}; ask for one of {', '.join(map(repr, _KINDS))}")
+        index = self._metric("probability")
         scores = self.samples[self._check_kind(kind)][index].mean(-1)
         return {
-            "scores": over_tokens(scores, self.row_positions, len(self.tokens)).numpy(),
+            "scores": _over_tokens(scores, self.row_positions, len(self.tokens)).numpy(),
             "low_score": self.corrupted_scores[index].mean().numpy(),
             "high_score": self.clean_scores[index].numpy(),
             "input_ids": np.array(self.input_ids),
@@ -576,12 +575,15 @@ class CausalTrace(EffectMap):
             "answer": self.answer,
             "window": self.window,
             "correct_prediction": self.is_predicted,
-            "kind": name,
+            "kind": _KINDS[kind],
         }
 
     def save_rome(self, path: str | Path, kind: str = "hidden") -> Path:
-        """Write the result of `to_rome` as an npz file, the format of ROME's cases, and return the path."""
-        return write_rome(path, self.to_rome(kind))
+        """Write the result of `to_rome` as an npz file, the format of ROME's cases, and return the path.
+
+        None becomes the empty text, as in ROME.
+        """
+        return write_arrays(path, {name: "" if value is None else value for name, value in self.to_rome(kind).items()})
 
     def _unit(self, metric: int) -> str:
         """Return a short label for a metric of this answer."""
@@ -624,27 +626,11 @@ class CausalTrace(EffectMap):
         return None if all(fits) else "its tensors are of other shapes than its rows, layers and metrics"
 
 
-def rome_kind(kind: str) -> str | None:
-    """Return ROME's name of a kind of site. Raises `TraceError` if it has none."""
-    if kind not in _KINDS:
-        raise TraceError(f"ROME's layout knows no {kind!r}; ask for one of {', '.join(map(repr, _KINDS))}")
-    return _KINDS[kind]
-
-
-def over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count: int) -> Tensor:
+def _over_tokens(scores: Tensor, row_positions: Sequence[tuple[int, ...]], count: int) -> Tensor:
     """Return (token, column): the scores of the rows that are one token each, NaN for every other token."""
     single = [row for row, positions in enumerate(row_positions) if len(positions) == 1]
     if not single:
         raise TraceError('ROME\'s layout has one row per token, this trace only groups; trace with positions="tokens"')
     spread = torch.full((count, scores.shape[1]), torch.nan, dtype=scores.dtype)
-    for row in single:
-        spread[row_positions[row][0]] = scores[row]
+    spread[[row_positions[row][0] for row in single]] = scores[single]
     return spread
-
-
-def write_rome(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """Write an npz file without pickled objects and return its path; None becomes the empty text, as in ROME."""
-    content = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.asarray("" if value is None else value) for name, value in result.items()}
-    np.savez(content, **arrays)
-    return write_whole(path, content.getvalue())
