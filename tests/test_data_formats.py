@@ -116,6 +116,102 @@ def test_a_question_without_its_answer_costs_its_probe_and_not_the_row(tmp_path)
     assert probes(record) == [*COMMON_PROBES, ("related_text", "Where?", None, "Lima")]
 
 
+TABLES = {  # how a file holds its rows -> its content
+    "an array with a byte order mark and CRLF": b"\xef\xbb\xbf"
+    + json.dumps([COMMON] * 2, indent=1).replace("\n", "\r\n").encode(),
+    "an object with a list": json.dumps({"data": [COMMON] * 2}).encode(),
+    "an object of objects": json.dumps({"0": COMMON, "1": COMMON}, indent=2).encode(),
+    "lines with CRLF": b"\r\n\r\n".join([json.dumps(COMMON).encode()] * 2),
+    "a first row without a picture": json.dumps([{"src": "a", "alt": "b"}, COMMON, COMMON]).encode(),
+    "NaN for what is missing": json.dumps([COMMON | {"pred": float("nan")}, COMMON]).encode(),
+}
+
+
+@pytest.mark.parametrize("content", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("name", ["data.json", "DATA.JSON", "data.jsonl"])
+def test_rows_are_found_however_a_file_holds_them(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    assert detect_format(tmp_path / name) == "mmedit"
+    outcomes = [outcome for _, outcome in read_data(tmp_path / name)]
+    records = [outcome for outcome in outcomes if isinstance(outcome, EditRecord)]
+    assert len(records) == 2 and all(probes(record) == COMMON_PROBES for record in records)
+    assert [str(outcome)[:10].strip() for outcome in outcomes if isinstance(outcome, DataError)] in ([], ["no 'image'"])
+
+
+def test_one_row_over_several_lines_is_a_row_of_a_public_file_and_an_error_for_our_own(tmp_path):
+    assert len(read_records(write(tmp_path, json.dumps(COMMON, indent=2)))) == 1
+    with pytest.raises(DataError, match="is one JSON object over several lines or around others; write one per line"):
+        read_records(write(tmp_path, json.dumps({"question": "Who?"}, indent=2)))
+
+
+def test_values_are_missing_null_lists_or_numbers(tmp_path):
+    nothing = dict.fromkeys(("rephrase", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a"))
+    rows = [
+        COMMON | nothing,
+        COMMON | {"alt": 3, "m_loc_a": 2010},
+        COMMON | {"alt": ["otter", "an otter"], "image": ["a.jpg", "b.jpg"]},
+        COMMON | {"port_new": {"port_type": "2-hop", "Q&A": {"Question": "When?", "Answer": 1900}}},
+        COMMON | {"port_new": None, "alt": ""},
+    ]
+    outcomes = [outcome for _, outcome in read_data(write(tmp_path, rows))]
+    bare, numbers, lists, hop, empty = outcomes
+    assert probes(bare) == []
+    assert (numbers.target, numbers.probes[3].answer) == ("3", "2010")
+    assert [image.name for image in lists.question.images] == ["a.jpg", "b.jpg"]
+    assert lists.target == "otter" and lists.extra["alt"] == ["otter", "an otter"], "nothing of the row is lost"
+    assert (hop.probes[4].hops, hop.probes[4].answer) == (2, "1900")
+    assert "no 'alt'" in str(empty)
+
+
+def test_easyedits_files_with_a_new_question(tmp_path):
+    """zsRE and CounterFact with the portability questions that EasyEdit added, and KnowEdit's groups that are null."""
+    pair = {"Recalled Relation": "(Lima, country, Peru)", "New Question": "In which country?", "New Answer": "Peru"}
+    zsre = {"subject": "Ada", "src": "Where was Ada born?", "alt": "Lima", "answers": "Oslo", "portability": pair}
+    plain = {"prompt": "Ada was born in", "subject": "Ada", "target_new": ["Lima"], "ground_truth": ["Oslo"]}
+    for name, row in (("zsre", zsre), ("rome", ROME | {"portability": pair}), ("plain", plain | {"portability": pair})):
+        (record,) = read_records(write(tmp_path, [row], f"{name}.json"))
+        assert probes(record)[-1] == ("portability", "In which country?", None, "Peru"), name
+        assert record.probes[-1].question.extra == {"Recalled Relation": "(Lima, country, Peru)"}
+        assert (record.target, record.old) == ("Lima", "Oslo") and "portability" not in record.extra
+    (record,) = read_records(write(tmp_path, [plain | {"portability": {"Reasoning": None}, "locality": {}}]))
+    assert probes(record) == []
+    texts = {"target_new": "Lima", "target_true": "Oslo"}
+    (record,) = read_records(write(tmp_path, [ROME | {"requested_rewrite": ROME["requested_rewrite"] | texts}]))
+    assert (record.target, record.old) == ("Lima", "Oslo")
+
+
+def test_okvqa_rows_with_annotators_and_coco_numbers(tmp_path):
+    said = [{"answer": "red", "answer_confidence": "yes"}] * 2 + [{"answer": "blue", "answer_confidence": "maybe"}]
+    rows = [{"question_id": 1, "question": "Which?", "image_id": 42, "answers": said}]
+    rows += [{"question_id": 2, "question": "Which?", "image": "a.jpg", "answer": ["red", "red", "blue"]}]
+    first, second = read_records(write(tmp_path, rows))
+    assert (first.answer, first.answers) == (second.answer, second.answers) == ("red", ("red", "red", "blue"))
+    assert first.image == tmp_path / "val2014" / "COCO_val2014_000000000042.jpg"
+
+
+def test_a_picture_is_found_under_the_names_that_files_give_it(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    for name in ("a.JPG", "b.jpg"):
+        (tmp_path / "val2014" / name).write_bytes(b"")
+    row = COMMON | {"image": "val2014/a.jpg", "image_rephrase": "val2014/b.JPG", "m_loc": "val2014/none.jpg"}
+    path = write(tmp_path, [row])
+    for images in (None, tmp_path / "val2014"):
+        (record,) = read_records(path, images=images)
+        assert record.question.image == tmp_path / "val2014" / "a.JPG"
+        assert record.probes[1].question.image == tmp_path / "val2014" / "b.jpg"
+    assert record.probes[3].question.image == tmp_path / "val2014" / "val2014" / "none.jpg", (
+        "a missing one keeps its path"
+    )
+
+
+@pytest.mark.parametrize(("start", "kind"), [(b"\x1f\x8b", "gzip file"), (b"PK\x03\x04", "zip"), (b"PAR1", "Parquet")])
+def test_a_packed_file_is_named(tmp_path, start, kind):
+    for name in ("data.json", "data.csv"):
+        (tmp_path / name).write_bytes(start + bytes(100))
+        with pytest.raises(DataError, match=f"{name}' is a {kind}.*; unpack it, and pass the JSON or CSV file"):
+            list(read_data(tmp_path / name))
+
+
 def test_a_picture_named_on_windows_is_found(tmp_path):
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "a.jpg").write_bytes(b"")

@@ -35,7 +35,7 @@ def read_cckeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 
 def _records(source: DataSource, row: Row, id: str) -> list[EditRecord]:
-    textual = row.get("textual_edit")
+    textual = row.get("textual_edit") or None
     if textual is not None and not isinstance(textual, dict):
         raise DataError(f"'textual_edit' is of type {type(textual).__name__}; it should be an object")
     partner = () if textual is None else (f"{id}-text",)

@@ -6,15 +6,28 @@ prompt repeats it, the occurrence in the prompt's slot is meant. The true object
 
 from collections.abc import Iterator
 
-from ..errors import DataError
+from ..errors import DataError, quoted
 from ..facts import OTHER_SUBJECT, PORTABILITY, REPHRASE, EditRecord, Probe, Question, Words
-from .rows import DataSource, Outcome, Row, each_row, json_rows, occurrences, rest_of, text_of, text_or_none, texts_of
+from .rows import (
+    DataSource,
+    Outcome,
+    Row,
+    each_row,
+    json_rows,
+    new_question,
+    occurrences,
+    probes_of,
+    rest_of,
+    text_of,
+    text_or_none,
+    texts_of,
+)
 
 _EASYEDIT = (
     *("case_id", "prompt", "src", "subject", "target_new", "alt", "ground_truth", "rephrase_prompt", "rephrase"),
     *("locality_prompt", "locality_ground_truth", "portability", "locality"),
 )
-_ROME = ("case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
+_ROME = ("case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "portability")
 
 
 def read_counterfact(source: DataSource) -> Iterator[tuple[int, Outcome]]:
@@ -31,7 +44,9 @@ def _rome(row: Row, number: str) -> EditRecord:
         raise DataError(f"'requested_rewrite' is of type {type(rewrite).__name__}; it should be an object")
     prompt, subject = text_of(rewrite, "prompt"), text_of(rewrite, "subject")
     if prompt.count("{}") != 1:
-        raise DataError(f"the prompt {prompt!r} has {prompt.count('{}')} slots; it should have {{}} for the subject")
+        raise DataError(
+            f"the prompt {quoted(prompt)} has {prompt.count('{}')} slots; it should have {{}} for the subject"
+        )
     before = prompt.split("{}")[0]
     text = prompt.replace("{}", subject)
     true, new = (_object(rewrite, name) for name in ("target_true", "target_new"))
@@ -45,6 +60,7 @@ def _rome(row: Row, number: str) -> EditRecord:
         probes=(
             *(_about(REPHRASE, text, subject) for text in texts_of(row, "paraphrase_prompts")),
             *(Probe(kind=OTHER_SUBJECT, question=Question(text=text), answer=true) for text in neighbours),
+            *probes_of(new_question(row)),
         ),
         extra=rest_of(row, *_ROME) | rest_of(rewrite, "prompt", "subject", "target_new", "target_true"),
     )
@@ -78,12 +94,17 @@ def easyedit(row: Row, number: str) -> EditRecord:
 
 
 def _nested(row: Row, name: str, kind: str) -> Iterator[Probe]:
-    """Probes of {"Reasoning": [{"prompt", "ground_truth"}]} or {"neighborhood": {"prompt", "ground_truth"}}."""
+    """Probes of {"Reasoning": [{"prompt", "ground_truth"}]}, {"neighborhood": {"prompt", "ground_truth"}} or
+    {"New Question", "New Answer"}.
+    """
     groups = row.get(name) or {}
     if not isinstance(groups, dict):
         raise DataError(f"{name!r} is of type {type(groups).__name__}; it should be an object of lists")
+    if name == "portability" and "New Question" in groups:
+        yield from probes_of(new_question(row))
+        return
     for entries in groups.values():
-        for entry in entries if isinstance(entries, list) else [entries]:
+        for entry in entries if isinstance(entries, list) else [entries or {}]:
             if not isinstance(entry, dict):
                 raise DataError(f"an entry of {name!r} is of type {type(entry).__name__}; it should be an object")
             answers = texts_of(entry, "ground_truth")
@@ -108,6 +129,8 @@ def _subject(text: str, subject: str, before: str = "") -> Words:
 
 def _object(rewrite: Row, name: str) -> str:
     value = rewrite.get(name)
+    if isinstance(value, str):
+        return text_of(rewrite, name)
     if not isinstance(value, dict):
         raise DataError(f"{name!r} is of type {type(value).__name__}; it should be an object with 'str'")
     return text_of(value, "str")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, quoted
 from ..facts import PixelBox, Question
 from .rows import DataSource, Outcome, Row, csv_rows, each_row, occurrences
 
@@ -120,7 +120,7 @@ def _question(source: DataSource, row: Row, file: Path) -> Question:
         text=question,
         answer=_text(row, "answer"),
         foil=options["false_option"],
-        image=source.picture(f"{_text(row, 'img_id')}.jpg"),
+        image=source.picture(f"{_text(row, 'img_id').removesuffix('.0')}.jpg"),
         constraint=spans.get("object"),
         spans=spans,
         boxes=tuple(box for box in boxes if box is not None),
@@ -174,7 +174,7 @@ def _box(row: Row, name: str, size: tuple[int, int]) -> PixelBox | None:
 def _length(row: Row, name: str) -> int:
     number = _number(row, name)
     if number < 1 or number != int(number):
-        raise DataError(f"{name} is {row[name]!r}; it should be a number of pixels, 1 or more")
+        raise DataError(f"{name} is {quoted(row[name])}; it should be a number of pixels, 1 or more")
     return int(number)
 
 
@@ -182,7 +182,7 @@ def _number(row: Row, name: str) -> float:
     try:
         number = float(row[name])
     except ValueError as error:
-        raise DataError(f"{name} is {row[name]!r}; it should be a number") from error
+        raise DataError(f"{name} is {quoted(row[name])}; it should be a number") from error
     if not math.isfinite(number):
-        raise DataError(f"{name} is {row[name]!r}; it should be a finite number")
+        raise DataError(f"{name} is {quoted(row[name])}; it should be a finite number")
     return number

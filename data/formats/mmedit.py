@@ -26,6 +26,7 @@ from .rows import (
     rest_of,
     text_of,
     text_or_none,
+    texts_of,
     without_prefix,
 )
 
@@ -40,6 +41,8 @@ def read_mmedit(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[Probe, ...] = ()) -> EditRecord:
     """Return the edit of one object with the fields that MMEdit, VLKEB, MMKE-Bench and CCKEB share.
 
+    Of a list of texts the first one is used, and the list stays in `extra`; a list of pictures is shown as a whole.
+
     Args:
         source: The file and the folder of its pictures.
         row: The object.
@@ -50,13 +53,16 @@ def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[
     Raises:
         DataError: The question, the picture or the target is missing, or a field is not a text.
     """
-    question = Question(text=text_of(row, "src"), image=source.picture(text_of(row, "image")), id=id)
+    text_of(row, "image")
+    images = tuple(map(source.picture, texts_of(row, "image")))
+    question = Question(text=text_of(row, "src"), image=images if len(images) > 1 else images[0], id=id)
+    lists = {name: row[name] for name in FIELDS if name != "image" and isinstance(row.get(name), list)}
     return EditRecord(
         id=id,
         question=question,
         target=text_of(row, "alt"),
         probes=(*common_probes(source, row, question), *more),
-        extra=rest_of(row, *FIELDS, *known),
+        extra=rest_of(row, *FIELDS, *known) | {name: texts for name, texts in lists.items() if len(texts) > 1},
     )
 
 

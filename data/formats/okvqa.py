@@ -13,7 +13,19 @@ from typing import Any
 
 from ..errors import DataError
 from ..facts import Question
-from .rows import DataSource, Outcome, Row, each_row, json_rows, parsed, read_text, rest_of, text_of, texts_of
+from .rows import (
+    DataSource,
+    Outcome,
+    Row,
+    each_row,
+    json_rows,
+    parsed,
+    read_text,
+    rest_of,
+    text_of,
+    text_or_none,
+    texts_of,
+)
 
 _HEAD = 100_000  # characters, within which the standard file names its list of questions
 _COCO = re.compile(r"(\d{12})(?:\.\w+)?$")
@@ -43,17 +55,34 @@ def join_key(question: str, image: str) -> tuple[str, str]:
 
 
 def _question(source: DataSource, row: Row, number: str) -> Question:
-    answers = texts_of(row, "answer", "answers")
+    answers = _answers(row)
     if not answers:
         raise DataError("no 'answer'; fill it in or drop the row")
     return Question(
         id=str(row.get("question_id", number)),
         text=text_of(row, "question"),
-        image=source.picture(text_of(row, "image")),
+        image=source.picture(text_or_none(row, "image") or _coco_path(row, "val2014")),
         answer=Counter(answers).most_common(1)[0][0],
         answers=answers,
         extra=rest_of(row, "question_id", "question", "image", "answer", "answers"),
     )
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    """Return the annotators' answers, which are texts or objects with a text under "answer"."""
+    for name in ("answer", "answers"):
+        values = row.get(name)
+        if isinstance(values, list) and values and all(isinstance(each, dict) for each in values):
+            return texts_of({name: [each.get("answer", "") for each in values]}, name)
+    return texts_of(row, "answer", "answers")
+
+
+def _coco_path(row: Row, folder: str) -> str:
+    """Return the path of COCO's picture with the row's `image_id` in the folder of a split."""
+    number = row.get("image_id")
+    if type(number) is not int or number < 0:
+        raise DataError("no 'image' and no 'image_id' that is a number of COCO; fill it in or drop the row")
+    return f"{folder}/COCO_{folder}_{number:012d}.jpg"
 
 
 def _standard(path: Path) -> Iterator[tuple[int, Row | DataError]]:
@@ -67,17 +96,13 @@ def _standard(path: Path) -> Iterator[tuple[int, Row | DataError]]:
         if annotation is None:
             yield number, DataError(f"question {row.get('question_id')!r} has no annotation; drop it")
             continue
-        answers = [each.get("answer") for each in annotation.get("answers", ()) if isinstance(each, dict)]
-        image = f"{folder}/COCO_{folder}_{int(row.get('image_id', 0)):012d}.jpg"
-        yield (
-            number,
-            {
-                "question_id": row.get("question_id"),
-                "question": row.get("question"),
-                "image": image,
-                "answer": answers,
-            },
-        )
+        try:
+            image = _coco_path(row, folder)
+        except DataError as error:
+            yield number, error
+            continue
+        own = {"question_id": row.get("question_id"), "question": row.get("question")}
+        yield number, {**own, "image": image, "answer": annotation.get("answers")}
 
 
 def _list(path: Path, name: str) -> Sequence[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -17,12 +18,18 @@ from .gqa_flow import read_gqa_flow
 from .mmedit import read_mmedit
 from .mmke import read_mmke
 from .okvqa import read_okvqa
-from .rows import DataSource, Outcome, Row, csv_rows, json_rows, read_text
+from .rows import DataSource, Outcome, Row, csv_rows, json_rows, read_text, wrapped
 from .vlkeb import read_vlkeb
 from .vqa_constraints import read_vqa_constraints
 from .zsre import read_zsre
 
 LINES = "lines"
+_FREEBASE = re.compile(r"(^|[/\\])m\.\w+[/\\]")
+"""The folder of an entity's pictures in VLKEB, such as m.0xyz."""
+_LOOKED_AT = 100
+"""Number of rows by which a format is told: the first may lack a key."""
+_SPECIFIC = ("cckeb", "mmke", "vlkeb", "mmedit", "counterfact", "zsre", "okvqa")
+"""Formats of JSON, those first whose rows have the keys of others too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +149,7 @@ def read_records(
 
 
 def detect_format(path: str | PathLike[str]) -> str:
-    """Return which of FORMATS a file has, by its columns or by the keys of its first object.
+    """Return which of FORMATS a file has, by its columns or by the keys of its first objects.
 
     Raises `DataError` if the file cannot be read, or if its columns or keys are not those of a known format.
     """
@@ -163,16 +170,20 @@ def detect_format(path: str | PathLike[str]) -> str:
     is_array = text[:1] == "["
     if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
         return "okvqa"
-    rows = (row for _, row in json_rows(DataSource(path=path)) if not isinstance(row, DataError))
-    row = next(rows, None) if is_array else next(islice(rows, 1), None)
-    name = None if row is None else _format_of(row)
-    if name is None and is_array:
-        keys = ", ".join(map(repr, row or ())) or "nothing"
+    rows = [row for _, row in islice(json_rows(DataSource(path=path)), _LOOKED_AT) if not isinstance(row, DataError)]
+    names = [name for row in rows if (name := _format_of(row)) is not None]
+    is_wrapped = not is_array and wrapped(text) is not None
+    if not is_array and not is_wrapped and 2 * len(names) < len(rows):
+        return LINES
+    if not names and is_wrapped:
+        raise DataError(f"{str(path)!r} is one JSON object over several lines or around others; write one per line")
+    if not names and is_array:
+        keys = ", ".join(map(repr, rows[0] if rows else ())) or "nothing"
         raise DataError(
             f"{str(path)!r} is a JSON array of objects with {keys[:200]}, which no known format has; pass the format "
             f"({', '.join(FORMATS)}) or write one object per line ({LINES})"
         )
-    return name or LINES
+    return min(names, key=_SPECIFIC.index, default=LINES)
 
 
 def _starts_with_object(path: Path) -> bool:
@@ -193,10 +204,11 @@ def _format_of(row: Row) -> str | None:
     if "requested_rewrite" in keys or {"prompt", "target_new"} <= keys:
         return "counterfact"
     if {"src", "alt", "image"} <= keys:
-        is_vlkeb = "port_new" in keys or str(row["image"]).startswith("m.")
+        is_vlkeb = "port_new" in keys or _FREEBASE.search(str(row["image"])) is not None
         return "vlkeb" if is_vlkeb else "mmedit"
     if {"src", "alt"} <= keys:
         return "zsre"
-    if {"question", "answer", "image", "question_id"} <= keys and isinstance(row["answer"], list):
+    answers = row.get("answer") or row.get("answers")
+    if {"question", "question_id"} <= keys and keys & {"image", "image_id"} and isinstance(answers, list):
         return "okvqa"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import unicodedata
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..facts import EditRecord, Probe, Question
+from ..facts import PORTABILITY, EditRecord, Probe, Question
 from ..jsonl import parse_json
 
 Row = Mapping[str, Any]
@@ -22,6 +23,8 @@ Outcome = Question | EditRecord | DataError
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 _ASKED = re.compile(r"loc|(m_)?rel(_\d)?")
 """Keys of questions whose answers have keys like them, such as "rel_1" with "rel_ans_1" or "rel_1_ans"."""
+_PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
+"""First bytes of files that hold data files."""
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -38,9 +41,10 @@ class DataSource:
     def picture(self, name: str) -> Path:
         """Return the path of a picture that a row names.
 
-        Where no file has exactly this name, a name in another Unicode normal form is looked for, and of a folder of
-        candidate pictures the first one by name is taken. A picture that is missing keeps its path, so that it is
-        noticed where it is asked for.
+        Where no file has exactly this name, these are looked for: the name in another Unicode normal form, with its
+        suffix in the other case, or without its first folder if that is the name of the folder of pictures. Of a
+        folder of candidate pictures the first one by name is taken. A picture that is missing keeps its path, so that
+        it is noticed where it is asked for.
         """
         own = self.path if self.path.is_dir() else self.path.parent
         folder = own if self.images is None else self.images
@@ -59,10 +63,13 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def json_rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
-    """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line."""
+    """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line.
+
+    One object whose only list, or whose only values, are objects counts as an array of these.
+    """
     text = read_text(source.path)
-    if text.lstrip()[:1] == "[":
-        content = parsed(text, source.path)
+    content = parsed(text, source.path) if text.lstrip()[:1] == "[" else wrapped(text)
+    if content is not None:
         yield from ((number, _object(row, number, source.path)) for number, row in enumerate(content, start=1))
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -96,7 +103,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str] | DataError]]:
 def parsed(text: str, path: Path, place: str = "") -> Any:
     """Return the value of a JSON text. Raises `DataError` that names the file and the place in it."""
     try:
-        return parse_json(text)
+        return parse_json(text, nan=True)
     except DataError as error:
         raise DataError(f"{str(path)!r}{place}: {error}") from error
 
@@ -154,8 +161,9 @@ def texts_of(row: Row, *names: str) -> tuple[str, ...]:
 
 
 def objects_of(row: Row, name: str) -> tuple[Row, ...]:
-    """Return the objects in the list under this key; none if the key is absent."""
+    """Return the objects in the list under this key, or the only one without a list; none if the key is absent."""
     value = row.get(name) or []
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise DataError(f"{name!r} is not a list of objects; compare the row with the published file")
     return tuple(value)
@@ -195,6 +203,16 @@ def answered(kind: str, row: Row, question: str, answers: tuple[str, ...], **par
     return Probe(kind=kind, question=Question(text=text, **own), answer=answer, **parts)
 
 
+def new_question(row: Row) -> Probe | None:
+    """Return the portability probe of EasyEdit's key "portability" with "New Question" and "New Answer", if any."""
+    pair = row.get("portability")
+    if not isinstance(pair, dict):
+        return None
+    return answered(
+        PORTABILITY, pair, "New Question", ("New Answer",), extra=rest_of(pair, "New Question", "New Answer")
+    )
+
+
 def unanswered(row: Row) -> Iterator[str]:
     """Yield the keys of the row's questions that have no answer, and of answers without a question.
 
@@ -229,14 +247,43 @@ def _bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # a device or a pipe may have no end
         raise DataError(f"{str(path)!r} is not a regular file; pass a data file, or save its content as one")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}; pass a data file") from error
+    for start, kind in _PACKED.items():
+        if content.startswith(start):
+            raise DataError(f"{str(path)!r} is {kind}; unpack it, and pass the JSON or CSV file")
+    return content
+
+
+def wrapped(text: str) -> list[Any] | None:
+    """Return the objects inside a text that is one JSON object, or the object if it is written over several lines."""
+    try:
+        content = parse_json(text, nan=True)
+    except DataError:
+        return None
+    if not isinstance(content, dict) or not content:
+        return None
+    lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(content) == len(lists) == 1:
+        return lists[0]
+    if all(isinstance(value, dict) and value for value in content.values()):
+        return list(content.values())
+    return [content] if "\n" in text.strip() else None
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a JSON value with null in place of NaN, which tables write for cells that are empty."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(row: Any, number: int, path: Path) -> Row | DataError:
     if isinstance(row, dict):
-        return row
+        return _without_nan(row)
     return DataError(f"entry {number} of {str(path)!r} is of type {type(row).__name__}, not an object; drop it")
 
 
@@ -249,5 +296,11 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _other_spellings(folder: Path, path: Path) -> Iterator[Path]:
-    relative = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-    return (folder / unicodedata.normalize(form, relative) for form in ("NFC", "NFD"))
+    relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+    places = [relative]
+    if relative.parts[:1] == (folder.resolve().name,) and relative.parts[1:]:
+        places.append(Path(*relative.parts[1:]))
+    for place in places:
+        for suffix in dict.fromkeys((place.suffix, place.suffix.lower(), place.suffix.upper())):
+            name = str(place.with_suffix(suffix) if place.suffix else place)
+            yield from (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))

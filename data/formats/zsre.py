@@ -9,6 +9,7 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    new_question,
     occurrences,
     probes_of,
     rest_of,
@@ -18,7 +19,7 @@ from .rows import (
     without_prefix,
 )
 
-_KNOWN = ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans")
+_KNOWN = ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans", "portability")
 
 
 def read_zsre(source: DataSource) -> Iterator[tuple[int, Outcome]]:
@@ -49,6 +50,7 @@ def _record(row: Row, id: str) -> EditRecord:
             else Probe(
                 kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
             ),
+            new_question(row),
         ),
         extra=rest_of(row, *_KNOWN) | ({} if subject is None else {"subject": subject}),
     )
