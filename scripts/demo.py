@@ -16,7 +16,17 @@ from tqdm import tqdm
 
 from .. import data, editing, models, tracing, workflow
 from .options import CommandError, GeneralOptions, check_files, new_files
-from .verification import PROBES, SUMMARIES, ProbeAnswers, ProbeScore, probe_records, scores, summary, verify
+from .verification import (
+    PROBES,
+    SUMMARIES,
+    ProbeAnswers,
+    ProbeScore,
+    edited_answers,
+    probe_records,
+    scores,
+    summary,
+    verify,
+)
 
 if TYPE_CHECKING:
     from ..data import EditCase
@@ -73,7 +83,7 @@ def demo(options: Demo) -> tuple[Path, str]:
     pairs = list(zip(cases, located.deltas, strict=True))
     probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
     same = vlm.fingerprint(untouched) == untouched
-    layers = _every_layer(vlm, world, cases, located) if options.every_layer else ""
+    layers = _every_layer(vlm, world, cases, located, probes) if options.every_layer else ""
     with new_files(options.out, stale=[_edit_file(None)]) as folder:
         report = _report(options, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
@@ -162,18 +172,24 @@ def _line(probe: ProbeAnswers) -> str:
 
 
 def _every_layer(
-    vlm: models.VisionLanguageModel, world: data.World, cases: Sequence[EditCase], located: workflow.LocatedEdit
+    vlm: models.VisionLanguageModel,
+    world: data.World,
+    cases: Sequence[EditCase],
+    located: workflow.LocatedEdit,
+    verified: Sequence[Sequence[ProbeAnswers]],
 ) -> str:
-    """A table of the results of editing the same facts at the same token in each layer."""
+    """A table of the results of editing the same facts at the same token in each layer.
+
+    The questions are those that were verified; without the edit the model answers them as it did there.
+    """
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
         editor = editing.MultEdit(layer=layer, token=located.edit_site.token)
-        probes = [
-            probe
-            for case in cases
-            for probe in verify(vlm, editor.edit(vlm, [_request(world, case)]), probe_records(world, case))
-        ]
+        probes: list[ProbeAnswers] = []
+        for case, rows in zip(cases, verified, strict=True):
+            with editor.edit(vlm, [_request(world, case)]).applied(vlm):
+                probes += edited_answers(vlm, rows)
         label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
     return "\n".join([*lines, "other entities and relations: of the answers that were right before"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ def verify(
         ProbeAnswers(kind=kind, record=record, unedited=before, edited=during, undone=after)
         for (kind, record), before, during, after in rows
     )
+
+
+def edited_answers(
+    vlm: VisionLanguageModel, probes: Sequence[ProbeAnswers], *, batch_size: int = 32
+) -> tuple[ProbeAnswers, ...]:
+    """Return the same probes with what the model answers now, under another edit, in place of `edited`."""
+    prompts = [vlm.prompt(probe.record.image, probe.record.text) for probe in probes]
+    answers = vlm.answers(prompts, batch_size=batch_size)
+    return tuple(replace(probe, edited=answer) for probe, answer in zip(probes, answers, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import multrace as mt
 import pytest
@@ -11,7 +12,7 @@ from multrace.data.world import EditCase
 from multrace.scripts import CommandError, probe_records, scores, summary, verify
 from multrace.scripts.demo import Demo, Report, demo, plot_scores, write_report
 from multrace.scripts.main import app
-from multrace.scripts.verification import ProbeAnswers
+from multrace.scripts.verification import ProbeAnswers, edited_answers
 
 CASES = 8
 
@@ -74,11 +75,9 @@ def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, l
     early = []
     for case, probes in zip(cases, verified, strict=True):
         others = [probe for probe in probes if probe.kind in ("edited", "other_entities")]
-        prompts = [tiny_vlm.prompt_for(probe.record) for probe in others]
         delta = mt.MultEdit(layer=0, token="last").edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
         with delta.applied(tiny_vlm):
-            answers = tiny_vlm.answers(prompts)
-        early += [replace(probe, edited=answer) for probe, answer in zip(others, answers, strict=True)]
+            early += edited_answers(tiny_vlm, others)
     traced = summary([probe for probes in verified for probe in probes])["other entities"]
     assert edit.edit_site.onset > 0
     assert summary(early)["efficacy"] >= 0.9 and summary(early)["other entities"] < traced - 0.2
@@ -131,23 +130,35 @@ def test_a_corruption_that_takes_nothing_away_locates_nothing(tiny_vlm, world):
         mt.locate_then_edit(tiny_vlm, [request], corruptions=[same])
 
 
-def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
-    assert app(["demo", "--limit", "2", "--seed", "4", "--every-layer", "--out", str(tmp_path / "demo")]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"efficacy\)\s+2\s+0%", printed)
+def check_report(folder: Path, printed: str, facts: int) -> None:
+    """The report, its pictures and the saved artefacts of so many facts; what was printed says the same."""
+    assert re.search(rf"efficacy\)\s+{facts}\s+0%", printed)
     assert "bit for bit" in printed
-    assert len(re.findall(r"it said '.+', should say '.+', now says '.+'", printed)) == 2
-    assert re.findall(r"^(\d)(?: \(the trace's\))? +\d", printed, flags=re.MULTILINE) == list("01234567")
-    found = {file.name for file in (tmp_path / "demo").iterdir()}
-    assert found == {
-        *("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors"),
-        *("edit_01.safetensors", "edit_02.safetensors"),
-    }
-    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"it said '.+', should say '.+', now says '.+'", printed)) == facts
+    edits = [f"edit_{number:02d}.safetensors" for number in range(1, facts + 1)]
+    found = {file.name for file in folder.iterdir()}
+    assert found == {"report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors", *edits}
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
-    assert page.count("<mark>") == 2
-    assert mt.tracing.AverageTrace.load(tmp_path / "demo" / "trace.safetensors").count == 2
-    assert mt.Delta.load(tmp_path / "demo" / "edit_02.safetensors").requests
+    assert page.count("<mark>") == facts
+    assert mt.tracing.AverageTrace.load(folder / "trace.safetensors").count == facts
+    assert all(mt.Delta.load(folder / name).requests for name in edits)
+
+
+def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "edit_02.safetensors").write_bytes(b"of an earlier run over two facts")
+    assert app(["demo", "--limit", "1", "--seed", "4", "--every-layer", "--out", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\d)(?: \(the trace's\))? +\d", printed, flags=re.MULTILINE) == list("01234567")
+    check_report(folder, printed, 1)
+
+
+def test_the_demo_takes_as_many_facts_as_it_is_told(tmp_path):
+    page, table = demo(Demo(out=tmp_path / "demo", seed=4, limit=2))
+    assert page == tmp_path / "demo" / "report.html"
+    check_report(page.parent, table, 2)
 
 
 @pytest.mark.slow
