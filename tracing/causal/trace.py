@@ -17,8 +17,8 @@ from ...models.replay.replay import Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
 from ..corruptions.noise import calibrate
 from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell
-from ..engine.lanes import Recorded, record
-from ..engine.measure import measure
+from ..engine.lanes import Recorded
+from ..engine.measure import measure, record
 from ..engine.plain import Shown, is_before_decoder
 from ..engine.positions import Grid, Item, make_grid, resolve_rows
 from ..engine.scoring import Metric, Scoring, choose_scoring

@@ -5,24 +5,21 @@ its first layer, which the base run already holds except for the positions that 
 positions that it cannot change come from the recorded runs, which all cells share.
 """
 
-import hashlib
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts.results import load_fields, save_fields
-from ...models import ReplayError, VisionLanguageModel
+from ...models import ReplayError, Site, VisionLanguageModel
+from ...models.families import Kind, Projection
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
 from ..errors import TraceError
@@ -30,17 +27,20 @@ from .cells import (
     Cell,
     CellScores,
     Chunk,
+    EdgeCell,
     Engine,
     EngineReport,
     Measure,
     Runs,
+    StateCell,
     all_edges,
     halved,
     make_plan,
     single,
     state_cells,
+    touched,
 )
-from .lanes import Edges, Recorded, States, record, record_once
+from .lanes import Checkpoint, Edges, Recorded, States
 from .plain import Shown, each_plain, is_before_decoder, plain_scores, run_scores, with_pictures
 from .scoring import Scoring
 
@@ -260,10 +260,6 @@ def _joint_report(reports: Sequence[EngineReport]) -> EngineReport:
     return replace(first, **counts, **worst)
 
 
-_LAYOUT = "multrace sweep 2"
-_SECONDS_BETWEEN_WRITES = 5.0
-
-
 def sweep(
     vlm: VisionLanguageModel,
     runs: Runs,
@@ -311,6 +307,61 @@ def sweep(
         if accept is not None:
             accept(base, source)
         return running.run(base, source, bar)
+
+
+def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
+    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
+
+    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
+    differ.
+    """
+    first, second = sorted((runs.base, runs.source), key=len)
+    entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
+    differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
+    sites, projections = _needed(replay, cells)
+    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
+    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
+    possible = tuple(range(min(differs, default=runs.length), runs.length))
+    full = replay.record(first, kept=possible, **settings)
+    changed = replay.masks.reach(differs)
+    if not set(changed) <= set(possible):
+        full = replay.record(first, kept=changed, **settings)
+    other = full
+    if changed:
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen)
+        other = replay.record_after(
+            full,
+            other_entering[:, list(changed)],
+            changed,
+            kept=changed if keep_all else needed,
+            sites=sites,
+            projections=projections,
+        )
+    base, source = (full, other) if first is runs.base else (other, full)
+    return Recorded(full=full, base=base, source=source, changed=changed)
+
+
+def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
+    """Return the sites whose outputs, and the projections whose inputs, some cell patches in or freezes."""
+    vlm = replay.vlm
+    spans: dict[str, set[int]] = {}
+    for cell in cells:
+        spans.setdefault(cell.kind, set()).update(range(cell.first, cell.last + 1))
+        if cell.severed:
+            spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
+    projections = [vlm.attention_projection(layer) for layer in sorted(spans.pop("head", ()))]
+    spans.pop("hidden", None)  # the input states of layers are always kept
+    return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
+
+
+def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
+    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
+    settings: dict[str, Any] = {"read": runs.scored, **runs.keywords}
+    first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
+    clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
+    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
+        clean = replay.record(runs.base, kept=range(runs.length), **settings)
+    return Recorded(full=clean, base=clean, source=clean, changed=())
 
 
 class _Sweep:
@@ -478,79 +529,3 @@ def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out. Torch has an error class for accelerators only; on the CPU the text decides."""
     texts = ("not enough memory", "can't allocate memory")  # Windows, other systems
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
-
-
-# ---- the checkpoint ----
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Finished:
-    """The contents of a checkpoint."""
-
-    identity: str
-    """Digest of the cells, batches and runs of a sweep."""
-    finished: Tensor
-    """(chunk,) uint8: 1 where all cells of the chunk have their scores."""
-    scores: Tensor
-    """(cell, metric, sample) float64."""
-
-
-class Checkpoint:
-    """The file with the finished cells of one sweep; without a path, nothing is kept."""
-
-    def __init__(self, path: str | PathLike[str] | None = None) -> None:
-        self._path = None if path is None else Path(path)
-        self._identity = ""
-        self._scores: Tensor | None = None
-        self._finished = torch.zeros(0, dtype=torch.bool)
-        self._earlier: Tensor | None = None
-        self._written = time.monotonic()
-
-    def open(self, cells: Sequence[Cell], chunks: Sequence[Chunk], runs: Tensor) -> None:
-        """Read the finished cells of an earlier sweep with the same cells, batches and runs (compared by their scores).
-
-        Raises `TraceError` if the file belongs to another sweep, and `ArtefactError` if it is damaged.
-        """
-        lanes = [(chunk.computed, chunk.merged, [lane.cell for lane in chunk.lanes]) for chunk in chunks]
-        text = repr(([cell.identity for cell in cells], lanes)).encode() + runs.double().contiguous().numpy().tobytes()
-        self._identity = hashlib.sha256(text).hexdigest()
-        self._finished = torch.zeros(len(chunks), dtype=torch.bool)
-        if self._path is None or not self._path.exists():
-            return
-        earlier = load_fields(self._path, _LAYOUT, _Finished)
-        if earlier.identity != self._identity:
-            raise TraceError(
-                f"{str(self._path)!r} holds cells of another trace (another prompt, model, corruption, kind of cell or "
-                "memory setting); trace with the same settings to go on, or name another file"
-            )
-        self._finished, self._earlier = earlier.finished.bool(), earlier.scores
-
-    @contextmanager
-    def writing(self, scores: Tensor) -> Iterator[None]:
-        """Return a context for filling in scores (cell, metric, sample); it saves finished ones even if interrupted."""
-        self._scores = scores
-        try:
-            yield
-        finally:
-            self._write()
-
-    def restore(self, number: int, chunk: Chunk, scores: Tensor) -> bool:
-        """Return whether the chunk was finished earlier, and fill in its scores if so."""
-        if not self._finished[number] or self._earlier is None:
-            return False
-        cells = [lane.cell for lane in chunk.lanes]
-        scores[cells] = self._earlier[cells]
-        return True
-
-    def finish(self, number: int) -> None:
-        """Mark a chunk as finished, and write the file from time to time."""
-        self._finished[number] = True
-        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
-            self._write()
-
-    def _write(self) -> None:
-        if self._path is None or self._scores is None:
-            return
-        finished = _Finished(identity=self._identity, finished=self._finished.to(torch.uint8), scores=self._scores)
-        save_fields(self._path, _LAYOUT, finished)
-        self._written = time.monotonic()
