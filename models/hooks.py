@@ -247,7 +247,23 @@ def replace_main(value: Any, tensor: Tensor) -> Any:
     return tensor
 
 
-class Trace:
+class _Stopping:
+    """A context that closes itself on exit, and in which a forward pass that it stopped itself is no error."""
+
+    stop: bool
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.close()
+        return self.stop and isinstance(error, StopForward)
+
+
+class Trace(_Stopping):
     """Record or edit one module's output while the block runs; `.output` and `.input` stay afterwards.
 
     Recorded values are complete: a tuple stays a tuple, a single positional input is unwrapped, and without positional
@@ -314,12 +330,6 @@ class Trace:
         self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        self.close()
-        return self.stop and isinstance(error, StopForward)
-
     def close(self) -> None:
         """Remove the hook if it is placed; the recorded values stay."""
         if self._handle is not None:
@@ -346,7 +356,7 @@ class Trace:
         return output
 
 
-class TraceDict(dict[Any, Trace]):
+class TraceDict(_Stopping, dict[Any, Trace]):
     """Several `Trace`s on one model, in a dict by layer.
 
     All layers are looked up before any hook is placed, and every hook is removed on exit, also after an error.
@@ -391,12 +401,6 @@ class TraceDict(dict[Any, Trace]):
             self.close()
             raise
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        self.close()
-        return self.stop and isinstance(error, StopForward)
 
     def close(self) -> None:
         """Remove all hooks placed here; the recorded values stay."""

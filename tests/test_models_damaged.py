@@ -373,11 +373,18 @@ def cached(llava_llama_path, tmp_path, monkeypatch) -> Path:
     return root / "snapshots" / "abc"
 
 
+INDEX = "model.safetensors.index.json"
 HUB = {
     "a damaged configuration": ("config.json", "{", "no usable configuration in 'org/model': It looks like"),
     "a damaged tokenizer": ("tokenizer.json", '{"model": 3}', "no usable processor in 'org/model': "),
     "a wrong special token": ("generation_config.json", '{"bos_token_id": "one"}', "has bos_token_id='one'"),
-    "no whole weights": ("model.safetensors", "half", "no usable safetensors weights in 'org/model': SafetensorError"),
+    "no whole weights": ("model.safetensors", "half", "model.safetensors' is not a whole safetensors file"),
+    "an index without a map": (INDEX, "{}", "has no weight_map from tensors to files"),
+    "a lost file of weights": (
+        INDEX,
+        '{"weight_map": {"a": "b.safetensors"}}',
+        "no usable safetensors weights in 'org",
+    ),
 }
 
 
@@ -386,7 +393,31 @@ def test_a_damaged_model_of_the_hub(case, cached):
     name, content, found = HUB[case]
     assert multrace.load("org/model").layers == 4
     (cached / name).write_text(content)
+    if name == INDEX:  # which is read only where there is no single file
+        (cached / "model.safetensors").unlink()
     assert found in refusal("org/model")
+
+
+def test_a_model_of_the_hub_in_several_files(cached):
+    whole = multrace.load("org/model")
+    (cached / "model.safetensors").rename(cached / "part.safetensors")
+    weights = dict.fromkeys(load_file(cached / "part.safetensors"), "part.safetensors")
+    (cached / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    parts = multrace.load("org/model")
+    assert all(torch.equal(*pair) for pair in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert parts.stored_dtype == whole.stored_dtype
+
+
+@pytest.mark.parametrize("field", LOST)
+def test_lost_sizes_of_a_model_of_the_hub_are_not_made_up(field, cached):
+    content = json.loads((cached / "config.json").read_text())
+    *above, name = field.split(".")
+    del (content[above[0]] if above else content)[name]
+    (cached / "config.json").write_text(json.dumps(content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal("org/model")
+    assert "the config.json of 'org/model'" in message and LOST[field] in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error(damaged):

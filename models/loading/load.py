@@ -77,7 +77,7 @@ def load(
     source.check_configuration(config, family, attention)
     source.check_generation_settings(config)
     processor = source.processor(family)
-    stored = source.stored_dtype(config)
+    stored = source.stored_dtype()
     options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
     given = {"device_map": device_map, "quantization_config": quantization, "attn_implementation": attention}
     options |= {option: value for option, value in given.items() if value is not None}

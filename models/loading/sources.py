@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -38,6 +39,7 @@ _FILES = {
     "safetensors weights": ("generation_config.json",),
 }
 """The JSON files that a part is read from, so that an error can name the one that is broken."""
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEXT_STEPS = {
     "configuration": "pass a folder with a whole config.json",
@@ -80,22 +82,24 @@ class ModelSource:
             return self._open(part, opener, options)
 
     def check_weights(self) -> None:
-        """Raise `ModelError` if the directory has no safetensors, or one whose header or length is wrong."""
+        """Raise `ModelError` if there are no safetensors, or one whose header or length is wrong.
+
+        Downloads those of a hub model that are not on this machine.
+        """
+        for path in self._weight_files:
+            _check_file(path)
         if self.folder is None:
             return
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+        if not self._weight_files:
             pickled = ", ".join(path.name for path in sorted(self.folder.glob("*.bin")))
             found = f"only {pickled}, and pickled weights can run code" if pickled else "no weights"
             raise ModelError(
                 f"{self.name!r} has {found}; save it once with save_pretrained of a trusted copy, as safetensors"
             )
-        for path in files:
-            _check_file(path)
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / _INDEX
         if index.is_file():
             listed = _listed_files(index)
-            if missing := sorted(listed - {path.name for path in files}):
+            if missing := sorted(listed - {path.name for path in self._weight_files}):
                 raise ModelError(f"{self.name!r} lacks the weight files {', '.join(missing)} that its index lists")
 
     def check_generation_settings(self, config: PretrainedConfig) -> None:
@@ -139,17 +143,14 @@ class ModelSource:
             sum(shape.numel() for _, shape in self._headers.values()),
         )
         is_quantised = getattr(config, "quantization_config", None) is not None
-        if self.folder is not None and not is_quantised and described > _TOO_LARGE * stored:
+        if not is_quantised and described > _TOO_LARGE * stored:
             raise ModelError(
                 f"the config.json of {self.name!r} describes a model of {described:,} weights, and its files hold "
                 f"{stored:,}{self._first_mismatch(empty)}; a size is missing or wrong there, so fetch the model again"
             )
 
-    def stored_dtype(self, config: PretrainedConfig) -> torch.dtype | None:
-        """Return the dtype of most tensors in the files, else the one that the configuration names, else None."""
-        if self.folder is None:
-            written = config.dtype or config.get_text_config().dtype
-            return getattr(torch, written.removeprefix("torch.")) if isinstance(written, str) else written
+    def stored_dtype(self) -> torch.dtype | None:
+        """Return the dtype of most tensors in the files that a model can compute in; None if there is no such tensor."""
         counts = Counter(code for code, _ in self._headers.values())
         return next((_DTYPES[code] for code, _ in counts.most_common() if code in _DTYPES), None)
 
@@ -238,10 +239,17 @@ class ModelSource:
         return broken or files
 
     @cached_property
+    def _weight_files(self) -> list[Path]:
+        """Return the paths of the safetensors in the folder, or of those of the hub model, which are fetched if need be."""
+        if self.folder is not None:
+            return sorted(self.folder.glob("*.safetensors"))
+        return self.open("safetensors weights", _fetched_weights)
+
+    @cached_property
     def _headers(self) -> dict[str, tuple[str, torch.Size]]:
-        """Return the header's dtype name and the shape of each tensor in the folder's files."""
+        """Return the header's dtype name and the shape of each tensor in the files."""
         headers: dict[str, tuple[str, torch.Size]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+        for path in self._weight_files:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
@@ -265,10 +273,10 @@ class ModelSource:
         return ""
 
     def _check_depth(self, config: PretrainedConfig) -> None:
-        """Raise `ModelError` if there are more layers than tensors in the folder; creating them could take hours."""
+        """Raise `ModelError` if there are more layers than tensors in the files; creating them could take hours."""
         parts = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
         layers = max(int(getattr(part, "num_hidden_layers", None) or 0) for part in parts)
-        if self.folder is not None and layers > len(self._headers):
+        if layers > len(self._headers):
             raise ModelError(
                 f"the config.json of {self.name!r} names {layers} layers (num_hidden_layers), and its files hold "
                 f"{len(self._headers)} tensors; fetch the model again"
@@ -326,6 +334,18 @@ def _check_file(path: Path) -> None:
         raise ModelError(
             f"the weight file {str(path)!r} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+
+
+def _fetched_weights(name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool) -> list[Path]:
+    """Return the local paths of a hub model's safetensors: one file, or else all that the index lists."""
+
+    def fetched(file: str) -> Path:
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
+
+    try:
+        return [fetched(_SINGLE)]
+    except EntryNotFoundError:  # also raised if the file is not on this machine
+        return [fetched(file) for file in sorted(_listed_files(fetched(_INDEX)))]
 
 
 def _listed_files(index: Path) -> set[str]:
