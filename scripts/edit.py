@@ -87,6 +87,13 @@ class Edit(EditorOptions, RequestOptions):
         ),
     ] = False
     trace_after: Annotated[bool, Parameter(help="trace again with the edit in place, and report what moved")] = False
+    together: Annotated[
+        int,
+        Parameter(
+            help="number of records of --data whose values are searched for together; more are faster on a GPU",
+            metavar="N",
+        ),
+    ] = 16
     dry_run: Annotated[
         bool,
         Parameter(
@@ -147,6 +154,7 @@ def _run(options: Edit, plan: _Plan) -> int:
         each=options.each,
         trace_after=options.trace_after,
         augmentation=variants(options.augment),
+        together=options.together,
     )
     code = options.run(analysis, plan.rows, options.out)
     edit = options.out / "summary" / EDIT

@@ -19,7 +19,8 @@ from ..editing import (
     Moments,
     RequestValues,
 )
-from ..editing.solve import ClosedFormSession
+from ..editing.requests import FAILED
+from ..editing.solve import ClosedFormSession, contradictions
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
 from ..tracing.engine.positions import Item
@@ -94,24 +95,20 @@ class EditRun(Analysis):
     """Trace each record again with the edit in place."""
     augmentation: Augmentation | None = None
     """Variants of each picture that become contexts."""
-    group: int = 16
-    """Number of records whose values are searched for together."""
+    together: int = 16  # pyrefly: ignore[bad-override] -- a field of this analysis
+    """Number of records whose values are searched for together: more are faster on a GPU and need more memory. It
+    decides how numbers are rounded, and no more."""
 
     def __post_init__(self) -> None:
         if self.trace_after and self.trace is None:
             raise TraceError("a second trace needs a first one; pass trace=, or trace_after=False")
-        if self.group < 1:
-            raise EditError(f"the records of a group are {self.group}; pass at least 1")
+        if self.together < 1:
+            raise EditError(f"together is {self.together}; search for the values of at least 1 record at a time")
 
     @property
     def is_located(self) -> bool:
         """Whether traces choose the place."""
         return self.trace is not None or bool(self.trace_files)
-
-    @property
-    def together(self) -> int:
-        """The number of records whose values are searched for together."""
-        return self.group
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values; files count by their content."""
@@ -126,13 +123,13 @@ class EditRun(Analysis):
             "each": self.each,
             "trace_after": self.trace_after,
             "augmentation": None if self.augmentation is None else asdict(self.augmentation),
-            "group": self.group,
+            "together": self.together,
         }
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Return an analysis that can be merged and makes no edit."""
-        return cls(group=settings["group"])
+        return cls(together=settings["together"])
 
     def check(self, record: Record) -> None:
         """Raise an error for a question without a target, or for pictures or words that no model could use."""
@@ -238,6 +235,8 @@ class EditRun(Analysis):
     ) -> tuple[Delta, tuple[Place, ...], list[str]]:
         """Return one change with these values of all records, the place of each record, and notes."""
         requests, editor = [self.request(task) for task in tasks], self._made_editor
+        places = [(_site(task).layer, _site(task).token) if self.is_located else None for task in tasks]
+        values = _without_contradictions(requests, values, places)
         if not self.is_located:
             place = Place.of_editor(editor, vlm.layer_index(editor.place[0]))
             delta = editor.edit(vlm, requests, moments=self._moments, values=values, progress=progress)
@@ -404,14 +403,31 @@ def _load(path: Path) -> CausalTrace | AverageTrace:
 
 def _outcome(task: Task, values: RequestValues, place: Place) -> Outcome | EditError:
     """The values of one record, with the hardest of its goals in the row."""
-    if values.status.startswith("failed"):
-        return EditError(values.status.removeprefix("failed: "))
+    if values.status.startswith(FAILED):
+        return EditError(values.status.removeprefix(f"{FAILED}: "))
     record = cast(EditRecord, task.record)
     worst = min(values.results, key=lambda result: result.probability, default=None)
     row = {"question": record.question.text, "target": record.target, "layer": place.layer, "token": str(place.token)}
     row |= {"loss": worst and worst.loss, "probability": worst and worst.probability}
     steps = max((result.steps for result in values.results), default=0)
     return Outcome(row={**row, "steps": steps}, files={_VALUES: values.save})
+
+
+def _without_contradictions(
+    requests: Sequence[EditRequest], values: Sequence[RequestValues], places: Sequence[Any]
+) -> list[RequestValues]:
+    """The values, failed for requests that want different answers at the same key of the same place."""
+    kept = list(values)
+    for place in set(places):
+        goals = [(n, each.keys[0]) for n, own in enumerate(values) if places[n] == place for each in own.results]
+        if not goals:
+            continue
+        owners, keys = zip(*goals, strict=True)
+        for one, other in contradictions(keys, [requests[owner].target for owner in owners]):
+            label = requests[owners[other]].label
+            reason = f"{FAILED}: it has the key of {label!r} and another target; drop one of them"
+            kept[owners[one]] = RequestValues(status=reason)
+    return kept
 
 
 def _site(task: Task) -> EditSite:

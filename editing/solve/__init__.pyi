@@ -10,5 +10,11 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
-from .problem import Problem as Problem, Solution as Solution, reduced as reduced, solve as solve
+from .problem import (
+    Problem as Problem,
+    Solution as Solution,
+    contradictions as contradictions,
+    reduced as reduced,
+    solve as solve,
+)
 from .session import ClosedFormSession as ClosedFormSession

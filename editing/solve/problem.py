@@ -125,18 +125,23 @@ class Rows:
         )
 
 
-def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
-    """Raise `EditError` if two requests want different answers at the same key."""
+def contradictions(keys: Sequence[Tensor], targets: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the pairs of keys (width,) that are the same but have different targets, each pair in both orders."""
     stacked = torch.stack(list(keys)).double()
     distances = torch.cdist(stacked, stacked) / stacked.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
-    for first, second in (distances < _SAME).nonzero().tolist():
+    pairs = (distances < _SAME).nonzero().tolist()
+    return [(first, second) for first, second in pairs if targets[first] != targets[second]]
+
+
+def check_contradictions(keys: Sequence[Tensor], requests: Sequence[EditRequest]) -> None:
+    """Raise `EditError` if two requests want different answers at the same key."""
+    for first, second in contradictions(keys, [request.target for request in requests])[:1]:
         one, other = requests[first], requests[second]
-        if first < second and one.target != other.target:
-            raise EditError(
-                f"two requests contradict each other: {one.label!r} and {other.label!r} have the same key at this "
-                f"layer and token but the targets {one.target!r} and {other.target!r}; drop one of them, or edit where "
-                "their keys differ (a later layer, another token)"
-            )
+        raise EditError(
+            f"two requests contradict each other: {one.label!r} and {other.label!r} have the same key at this "
+            f"layer and token but the targets {one.target!r} and {other.target!r}; drop one of them, or edit where "
+            "their keys differ (a later layer, another token)"
+        )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
