@@ -175,7 +175,8 @@ class EditRequest:
     """One fact to write: after the edit, the model should answer the question, and questions like it, with the target.
 
     Where a question is expected, a prompt can be passed too: the request keeps its plain question
-    (`Prompt.as_question`), so that requests hold no tensors. Raises `DataError` if the target is empty.
+    (`Prompt.as_question`), so that requests hold no tensors. Raises `DataError` if the target is empty,
+    or if a value is of another type than its field.
 
     Example:
         >>> from multrace.data import EditRequest, Question
@@ -232,8 +233,8 @@ class Probe:
     """One question that checks an edit.
 
     The expected answer is the probe's. That of its question is moved to the probe if the edit is not to decide it, and
-    otherwise left out. Raises `DataError` for an unknown kind, or for a kind whose answer follows from the target if
-    there is no answer.
+    otherwise left out. Raises `DataError` for an unknown kind, for a kind whose answer follows from the target if there
+    is no answer, and for a value of another type than its field.
     """
 
     kind: str
@@ -336,7 +337,7 @@ def _refuse(owner: object, name: str, value: object, advice: str) -> NoReturn:
 
 
 def _check_texts(owner: object, *names: str, or_none: bool = False, several: bool = False) -> None:
-    """Raise `DataError` unless these fields hold texts, or None where that is allowed, or several texts."""
+    """Raise `DataError` unless these fields hold texts, None where that is allowed, or several texts."""
     for name in names:
         if several:
             object.__setattr__(owner, name, tuple(_items(owner, name)))
@@ -346,6 +347,7 @@ def _check_texts(owner: object, *names: str, or_none: bool = False, several: boo
 
 
 def _check_mappings(owner: object, *names: str) -> None:
+    """Raise `DataError` unless these fields hold dictionaries by name."""
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
