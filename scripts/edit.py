@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -278,6 +278,7 @@ def _placed(
     for request in requests:
         asked = vlm.prompt_for(request.question).with_answer(request.target)
         values.key_positions(asked, place.token)  # says what is wrong with the token before any work
+    editor = replace(editor, layer=layer)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     return delta, (workflow.Place.of_editor(editor, layer),) * len(requests)
 

@@ -345,7 +345,7 @@ def test_a_limit_traces_the_first_lines_only(folder: Path, llava_llama_path: Pat
 def test_bad_records_are_named_and_cost_no_other(folder: Path, llava_llama_path: Path, capsys):
     bad = [{"id": id, **line} for id, (line, _) in BAD.items()]
     lines = [GOOD[0], *(line for line, _ in UNREADABLE.values()), *bad, GOOD[1]]
-    assert trace_file(write_records(folder, lines), llava_llama_path) == 0
+    assert trace_file(write_records(folder, lines), llava_llama_path) == 1
     printed = capsys.readouterr().out
     assert f"2 records done, {len(BAD)} failed, {len(UNREADABLE)} rows unreadable" in printed
     for id, (_, message) in BAD.items():

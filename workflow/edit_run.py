@@ -210,7 +210,7 @@ class EditRun(Analysis):
         members: dict[ClosedFormEditor, list[tuple[Task, EditRequest]]] = {}
         for task in tasks:
             try:
-                request, editor = self.request(task), self._editor(task)
+                request, editor = self.request(task), self._editor(vlm, task)
                 ClosedFormSession(vlm, lambda _requests, editor=editor: editor).check(request)
                 members.setdefault(editor, []).append((task, request))
             except INPUT_ERRORS as error:
@@ -238,6 +238,7 @@ class EditRun(Analysis):
         places = [(_site(task).layer, _site(task).token) if self.is_located else None for task in tasks]
         values = _without_contradictions(requests, values, places)
         if not self.is_located:
+            editor = self._editor(vlm, tasks[0])
             place = Place.of_editor(editor, vlm.layer_index(editor.place[0]))
             delta = editor.edit(vlm, requests, moments=self._moments, values=values, progress=progress)
             return delta, (place,) * len(tasks), []
@@ -286,9 +287,12 @@ class EditRun(Analysis):
             raise EditError("this analysis has no editor and can only be merged; pass editor=")
         return self.editor
 
-    def _editor(self, task: Task) -> ClosedFormEditor:
-        """The editor at the place of a record."""
-        return editor_at(self._made_editor, _site(task))[0] if self.is_located else self._made_editor
+    def _editor(self, vlm: VisionLanguageModel, task: Task) -> ClosedFormEditor:
+        """The editor at the place of a record, with its layer counted from 0."""
+        editor = self._made_editor
+        if self.is_located:
+            return editor_at(editor, _site(task))[0]
+        return editor if editor.layer is None else replace(editor, layer=vlm.layer_index(editor.layer))
 
     def _traces_of(
         self, vlm: VisionLanguageModel, records: Mapping[str, Record], traces: Mapping[str, StoredRecord]
