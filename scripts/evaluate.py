@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from cyclopts import App, Parameter
 
-from .. import data, editing, models, tracing, workflow
+from .. import data, editing, tracing, workflow
 from .edit import TRACE
-from .edit_requests import parse_place, read_edits, read_general, swapped
+from .edit_requests import parse_place, read_general
 from .editors import NAMES, EditorOptions, editor as editor_of
-from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, check_files, new_files
+from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
@@ -29,18 +27,18 @@ EXAMPLE = """examples:
   multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last
           one edit on top of the other, measured after 1, 10, 20, 30 and 100
 
-With --data, --mode single and a place in --where, OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is
-the report on one record, and summary/ has evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every
-question with both raw answers), table.txt and rows.parquet (one row per record). The same command again continues an
-interrupted run, --shard and torchrun share it, and records that fail are kept with their errors. In other cases the
-command writes OUT/EDITOR/report.json, generations.jsonl and table.txt at the end; for sequences also curve.json and
-curve.png. docs/formats.md describes the file of --data.
+OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the report on one record, and summary/ has
+evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every question with both raw answers), table.txt
+and rows.parquet (one row per record); for sequences also curve.json and curve.png. The same command again continues an
+interrupted run, and records that fail are kept with their errors. In the modes single and batch, --shard and torchrun
+share the records. A batch keeps its one edit in shared/, and a sequence each edit with its record. With --where trace
+the traces are kept, too. docs/formats.md describes the file of --data, and docs/runs.md the folder.
 """
 app = App(name="evaluate", help=__doc__, help_epilogue=EXAMPLE)
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
-REPORT, GENERATIONS, TABLE = FILES = ("report.json", "generations.jsonl", "table.txt")
-CURVE, DRAWING = CURVE_FILES = ("curve.json", "curve.png")
 _WORLD = "world"
+_NAMED = 3
+"""Maximum number of pairs of rows that a note names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +74,9 @@ class Evaluate(RunOptions, EditorOptions):
         str,
         Parameter(
             help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace "
-            "of each edit's question under the picture of another edit leads (in the built-in world: of another thing "
-            "of its kind); a batch has one place, from the mean of the traces"
+            "of each edit's question under the picture of another record leads (of the nearest earlier one with the "
+            "same question; in the built-in world: of another thing of its kind); a batch has one place, from the mean "
+            "of the traces"
         ),
     ]
     mode: Annotated[
@@ -116,11 +115,6 @@ class Evaluate(RunOptions, EditorOptions):
     out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/eval")
 
     @property
-    def is_run(self) -> bool:
-        """Whether every record is measured by itself, so that a run can be interrupted and shared."""
-        return self.data is not None and self.mode == SINGLE and self.where != TRACE
-
-    @property
     def measured(self) -> editing.EvaluationSettings:
         """What is measured. Raises `EditError` for numbers out of range."""
         return editing.EvaluationSettings(
@@ -135,8 +129,10 @@ class Evaluate(RunOptions, EditorOptions):
         if (self.data is None) == (self.world is None):
             raise CommandError("pass either --data FILE or --world outdated (or long_tail)")
         self.check_run()
-        if not self.is_run and (given := self.given(("shard", "retry_failed"))):
-            raise CommandError(f"{given[0]} needs --data, --mode single and a place to edit, such as --where 5:last")
+        if self.mode == SEQUENCE and (given := self.given(("shard", "retry_failed"))):
+            raise CommandError(
+                f"{given[0]} does not go with a sequence: each edit needs all earlier ones; leave it out"
+            )
         if self.probes < 1 or min(self.contexts, self.keep) < 0:
             raise CommandError(f"--probes is {self.probes}; pass at least 1 (--contexts and --keep at least 0)")
         if min(self.at) < 1:
@@ -148,92 +144,56 @@ class Evaluate(RunOptions, EditorOptions):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Plan:
-    """What can be known before the model is opened."""
+    """The records, and what else can be known before the model is opened."""
 
+    rows: tuple[tuple[int, Any], ...]
+    """Row number and record, or the error of an unreadable row."""
     place: workflow.Place | None
     """None: the place that traces find."""
-    entries: tuple[data.EditRecord, ...] = ()
-    corruptions: tuple[tracing.Corruption | None, ...] = ()
-    """The corruption of each entry, for traces."""
+    corruptions: Mapping[str, tracing.Corruption]
+    """Key of a question -> what a trace puts in place of its picture."""
     general: tuple[data.Question, ...] = ()
-    facts: int | None = 0
-    """How many untouched facts of the world are asked; None for all."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Asked:
-    """All questions for this model, and its unedited answers."""
-
-    records: tuple[data.EditRecord, ...]
-    corruptions: tuple[tracing.Corruption | None, ...]
-    """The corruption of each record's picture, for traces."""
-    general: tuple[data.Question, ...]
-    baseline: editing.Baseline
 
 
 @app.default
 def run(options: Evaluate) -> int:
-    """Evaluate each editor and write its report; print the table of free generation for each."""
-    plan = _check(options)
-    if options.is_run and plan.place is not None:
-        return _run(options, plan, plan.place)
-    vlm = options.open_model()
-    moments = options.open_moments(vlm)
-    asked = _asked(options, plan, vlm)
-    places = _places(options, plan, vlm, asked)
+    """Evaluate the edits by each editor, in a folder of its own; print the table of free generation for each."""
+    options.check()
+    place = None if options.where == TRACE else parse_place(options.where)
     for name in options.editor:
-        report = _evaluated(options, vlm, asked, _by_place(options, name, places), moments)
-        if len(report.failed) == len(report.statuses):
-            raise CommandError(f"{name}: none of {len(report.failed)} edits could be made; {_first(report)}")
-        _write(options.out / name, report)
-        curve = [] if report.curve is None else [report.curve.summary()]
-        print(f"{name}, {options.mode}", report.headlines(), *curve, "", sep="\n")
-    print("written:", ", ".join(str(options.out / name) for name in options.editor))
-    return 0
+        _editor(options, name, place)
+    plan = _plan(options, place)
+    codes = []
+    for name in options.editor:
+        print(f"{name}, {options.mode}")
+        codes.append(options.run(_analysis(options, plan, name), plan.rows, options.out / name))
+    return max(codes)
 
 
-def _run(settings: Evaluate, plan: _Plan, place: workflow.Place) -> int:
-    """Evaluate each record of the file by itself, by each editor in a folder of its own."""
-    for name in settings.editor:
-        analysis = workflow.EvaluateRun(
-            editor=_editor(settings, name, place),
-            moments=settings.moments,
-            general=plan.general,
-            evaluation=settings.measured,
-            batch_size=settings.batch_size,
-        )
-        print(f"{name}, {settings.mode}")
-        settings.run(analysis, settings.records(), settings.out / name)
-    return 0
+def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
+    """What is computed with the editor of this name."""
+    given: dict[str, Any] = {
+        "editor": _editor(options, name, plan.place),
+        "moments": options.moments,
+        "general": plan.general,
+        "evaluation": options.measured,
+        "batch_size": options.batch_size,
+        "trace": workflow.PlaceTrace(corruptions=plan.corruptions) if plan.place is None else None,
+    }
+    if options.mode == SEQUENCE:
+        way = {"at": options.at, "growth": options.growth, "stop": options.stop}
+        return workflow.EvaluateSequenceRun(**given, **way)
+    return (workflow.EvaluateBatchRun if options.mode == BATCH else workflow.EvaluateRun)(**given)
 
 
-def _check(settings: Evaluate) -> _Plan:
-    """The plan. Every error that needs no model is raised here."""
-    settings.check()
-    place = None if settings.where == TRACE else parse_place(settings.where)
-    for name in settings.editor:
-        _editor(settings, name, place or workflow.Place(layer=0, token="last", reason="to be traced", spread=1))
-        if not settings.is_run:
-            check_files(settings.out / name, _names(settings))
-    where = {"format": settings.format, "images": settings.images}
-    entries = () if settings.data is None or settings.is_run else read_edits(settings.data, **where)
-    corruptions = [swapped(entries, index) if place is None else None for index in range(len(entries))]
-    few = slice(settings.limit)
-    given = {"place": place, "entries": entries[few], "corruptions": tuple(corruptions[few])}
-    kind, _, count = (settings.general or "").partition(":")
-    if settings.general is None or kind == _WORLD:
-        if kind == _WORLD and (settings.world is None or (count and not count.isdecimal())):
-            raise CommandError(f"--general {settings.general}: write world or world:100, together with --world")
-        facts = (int(count) if count else None) if kind == _WORLD else 0
-        return _Plan(**given, facts=facts)
-    return _Plan(**given, general=read_general(Path(settings.general)))
-
-
-def _editor(settings: Evaluate, name: str, place: workflow.Place) -> Any:
-    spread = settings.spread if place.spread is None else place.spread
-    at = {"layer": place.layer, "token": place.token, "spread": spread, "preset": settings.preset}
-    made = editor_of(name, **at, **settings.settings())
-    if isinstance(made, editing.ClosedFormEditor) and made.needs_moments and settings.moments is None:
+def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
+    """The editor at a place; a trace replaces the place that it has without one."""
+    at = {"layer": -1, "token": "last", "spread": options.spread}
+    if place is not None:
+        spread = options.spread if place.spread is None else place.spread
+        at = {"layer": place.layer, "token": place.token, "spread": spread}
+    made = editor_of(name, **at, preset=options.preset, **options.settings())
+    if isinstance(made, editing.ClosedFormEditor) and made.needs_moments and options.moments is None:
         raise CommandError(
             f"{name} weighs old keys by their second moments: collect them with multrace moments and pass "
             "--moments FILE, or do without by --moment-weight 0"
@@ -241,85 +201,58 @@ def _editor(settings: Evaluate, name: str, place: workflow.Place) -> Any:
     return made
 
 
-def _places(
-    settings: Evaluate, plan: _Plan, vlm: models.VisionLanguageModel, asked: _Asked
-) -> dict[str, workflow.Place]:
-    """Request name -> its place."""
-    requests = asked.records
-    if plan.place is not None:
-        return {request.id: plan.place for request in requests}
-    found = workflow.locate(
-        vlm, requests, corruptions=asked.corruptions, per_request=settings.mode != BATCH, progress=True
-    )
-    counted = Counter((site.layer, site.token) for site in found.edit_sites)
-    for (layer, token), number in counted.most_common():
-        print(f"the traces say layer {layer}, token {token!r}: {number} of {len(requests)}")
-    sites = found.edit_sites
-    if settings.mode == BATCH:  # requests without a picture, say, have traces of their own; one solve has one place
-        most = counted.most_common(1)[0][0]
-        sites = [next(site for site in sites if (site.layer, site.token) == most)] * len(requests)
-    return {request.id: workflow.Place.of_site(site) for request, site in zip(requests, sites, strict=True)}
-
-
-def _by_place(settings: Evaluate, name: str, places: dict[str, workflow.Place]) -> editing.Editor:
-    """Return the editor of this name at each request's place; requests that are edited together share one place."""
-
-    def choose(requests: Sequence[data.EditRequest]) -> Any:
-        return _editor(settings, name, places[requests[0].id])
-
-    first = _editor(settings, name, next(iter(places.values())))
-    if len({(place.layer, place.token) for place in places.values()}) == 1:
-        return first
-    return editing.EditorByRequest(choose=choose, closed_form=isinstance(first, editing.ClosedFormEditor))
-
-
-def _asked(settings: Evaluate, plan: _Plan, vlm: models.VisionLanguageModel) -> _Asked:
-    general = plan.general
-    if settings.world is None:
-        records = plan.entries
-        corruptions = tuple(plan.corruptions)
+def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
+    """The records with what they need. Every error that needs no model is raised here."""
+    kind, _, count = (options.general or "").partition(":")
+    if kind == _WORLD and (options.world is None or (count and not count.isdecimal())):
+        raise CommandError(f"--general {options.general}: write world or world:100, together with --world")
+    general = () if options.general is None or kind == _WORLD else read_general(Path(options.general))
+    if options.world is not None:
+        facts = (int(count) if count else None) if kind == _WORLD else 0
+        return _of_world(options, place, general, facts)
+    assert options.data is not None, "a check before says that there is a file"
+    rows = tuple(data.read_data(options.data, format=options.format, images=options.images))
+    if place is None:  # from all records of the file, so that a limit or a shard changes no trace
+        edits = [record for _, record in rows if isinstance(record, data.EditRecord)]
+        corruptions = workflow.other_pictures(edits)
     else:
-        world = data.World()
-        cases = world.edit_cases(settings.world, settings.part)[: settings.limit]
-        given = data.WorldRequests(
-            count=settings.probes, contexts=settings.contexts, by_name=settings.by_name, keep=settings.keep
-        )
-        records = data.world_records(world, cases, requests=given)
-        corruptions = tuple(tracing.SwapImage(data.another_picture(world, case)) for case in cases)
-        general += data.untouched_facts(world, cases, plan.facts)
-    options = {"batch_size": settings.batch_size, "settings": settings.measured, "progress": True}
-    reference = editing.baseline(vlm, records, general=general, **options)
-    return _Asked(records=records, corruptions=corruptions, general=general, baseline=reference)
+        corruptions = {}
+    few = rows[: options.limit]
+    _note_contradictions(options, few)
+    return _Plan(rows=few, place=place, corruptions=corruptions, general=general)
 
 
-def _evaluated(
-    settings: Evaluate,
-    vlm: models.VisionLanguageModel,
-    asked: _Asked,
-    editor: editing.Editor,
-    moments: editing.Moments | None,
-) -> editing.EditReport:
-    options = {"moments": moments, "mode": settings.mode, "baseline": asked.baseline, "batch_size": settings.batch_size}
-    if settings.mode == SEQUENCE:
-        options |= {"at": settings.at, "norm_bound": editing.NormBound(growth=settings.growth, stop=settings.stop)}
-    return editing.evaluate(vlm, asked.records, editor, general=asked.general, **options)
+def _note_contradictions(options: Evaluate, rows: Sequence[tuple[int, Any]]) -> None:
+    """Print which rows give the same question different targets, unless a batch refuses them anyway."""
+    if options.mode == BATCH:
+        return
+    targets: dict[str, tuple[int, str]] = {}
+    pairs = []
+    for row, record in rows:
+        if isinstance(record, data.EditRecord):
+            first, target = targets.setdefault(record.question.key, (row, record.target))
+            if target != record.target:
+                pairs.append(f"rows {first} and {row}")
+    if pairs:
+        named = ", ".join(pairs[:_NAMED]) + (f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else "")
+        how = "each is edited on its own" if options.mode == SINGLE else "the later edit replaces the earlier one"
+        print(f"note: {named} give one question different targets; {how}")
 
 
-def _write(folder: Path, report: editing.EditReport) -> None:
-    with new_files(folder, stale=CURVE_FILES) as work:
-        report.save(work / REPORT)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.generations())
-        (work / GENERATIONS).write_text("".join(lines), encoding="utf-8")
-        (work / TABLE).write_text(report.summary() + "\n", encoding="utf-8")
-        if report.curve is not None:
-            report.curve.save(work / CURVE)
-            report.curve.plot(work / DRAWING)
-
-
-def _names(settings: Evaluate) -> Sequence[str]:
-    return (*FILES, *CURVE_FILES) if settings.mode == SEQUENCE else FILES
-
-
-def _first(report: editing.EditReport) -> str:
-    """The first failure: the record and the reason."""
-    return next(f"{name}: {status}" for name, status in report.failed.items())
+def _of_world(
+    options: Evaluate, place: workflow.Place | None, general: tuple[data.Question, ...], facts: int | None
+) -> _Plan:
+    """Edits of the built-in world; a trace puts a picture of another thing of the same kind in place of theirs."""
+    world = data.World()
+    cases = world.edit_cases(cast(str, options.world), options.part)[: options.limit]
+    wanted = data.WorldRequests(
+        count=options.probes, contexts=options.contexts, by_name=options.by_name, keep=options.keep
+    )
+    records = data.world_records(world, cases, requests=wanted)
+    corruptions: dict[str, tracing.Corruption] = {}
+    if place is None:
+        for record, case in zip(records, cases, strict=True):
+            corruptions[record.question.key] = tracing.SwapImage(data.another_picture(world, case))
+    general += data.untouched_facts(world, cases, facts)
+    rows = tuple(enumerate(records, 1))
+    return _Plan(rows=rows, place=place, corruptions=corruptions, general=general)

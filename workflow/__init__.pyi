@@ -5,6 +5,7 @@ from .analysis import (
     RunReport as RunReport,
     Summary as Summary,
     Task as Task,
+    Work as Work,
     question_of_record as question_of_record,
     read_rows as read_rows,
 )
@@ -16,7 +17,13 @@ from .edit_run import (
     EditTrace as EditTrace,
     load_traces as load_traces,
 )
-from .evaluate_run import EvaluateRun as EvaluateRun
+from .evaluate_run import (
+    EvaluateBatchRun as EvaluateBatchRun,
+    EvaluateRun as EvaluateRun,
+    EvaluateSequenceRun as EvaluateSequenceRun,
+    PlaceTrace as PlaceTrace,
+    other_pictures as other_pictures,
+)
 from .flow_run import (
     FlowAnswer as FlowAnswer,
     FlowRun as FlowRun,

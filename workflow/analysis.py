@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -60,6 +61,19 @@ class Task:
     """Its position in the run, from 0."""
     calibration: Mapping[str, Any] | None = None
     """What `Analysis.calibrate` returned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an analysis may need to know of its run before the first record is computed."""
+
+    folder: RunFolder
+    records: Mapping[str, Record]
+    """The records that `Analysis.check` accepts, by the names of their folders, in the order of the run."""
+    calibration: Mapping[str, Any] | None = None
+    """What `Analysis.calibrate` returned."""
+    progress: bool = True
+    """Show progress bars."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +191,11 @@ class Analysis(ABC):
     ends_with_model: ClassVar[bool] = False
     """Whether the summary is computed with the model from all records (`Summary.finish`)."""
 
+    is_whole: ClassVar[bool] = False
+    """Whether the outcome of each record depends on all others, so that a run cannot go on with other records."""
+    is_ordered: ClassVar[bool] = False
+    """Whether each record needs the earlier ones, so that one process computes all in order."""
+
     @property
     def together(self) -> int:
         """The number of records that go through the model together (default 1).
@@ -236,6 +255,10 @@ class Analysis(ABC):
     @abstractmethod
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the outcome of one record. Raise one of `INPUT_ERRORS` if it has none."""
+
+    def opened(self, vlm: VisionLanguageModel, work: Work) -> AbstractContextManager[Analysis]:
+        """Return a block in which records are computed, with the analysis that computes them: by default this one."""
+        return nullcontext(self)
 
     def compute_together(self, vlm: VisionLanguageModel, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
         """Return the outcome of each record of a group, or the one of `INPUT_ERRORS` that says why it has none."""

@@ -1,24 +1,61 @@
-"""Edits of many records, each made on the unedited model, measured and undone: what `multrace evaluate` runs."""
+"""Evaluations of edits as runs: what `multrace evaluate` computes of each record, in each of its modes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
-from ..artefacts.files import digest
+from ..artefacts import load_fields, save_fields
+from ..artefacts.files import digest, read_json, write_json
 from ..data import EditRecord, Question
-from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
-from ..editing import EditError, Editor, EditReport, EvaluationSettings, Moments
-from ..editing.evaluation import EXACT, UNCHANGED, ProbeRow, evaluate_each
+from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY, EditRequest
+from ..editing import (
+    Baseline,
+    ClosedFormEditor,
+    Delta,
+    EditCurve,
+    EditError,
+    Editor,
+    EditorByRequest,
+    EditReport,
+    EvaluationSettings,
+    Moments,
+    NormBound,
+)
+from ..editing.baselines import CHANGES
+from ..editing.evaluation import (
+    EXACT,
+    UNCHANGED,
+    LeftOut,
+    ProbeRow,
+    SequencePoint,
+    SequenceSteps,
+    baseline as measure_baseline,
+    batch_checks,
+    evaluate_each,
+    measured,
+    seen_statuses,
+    statuses_of,
+    transform_of,
+)
 from ..models import VisionLanguageModel
-from .analysis import Analysis, Outcome, Record, Summary, Task
+from ..tracing import CausalTrace, Corruption, EditSite, SwapImage, TraceError
+from ..tracing.engine.cells import KINDS
+from .analysis import Analysis, Outcome, Record, Summary, Task, Work
+from .located_edit import editor_at
 from .run_folder import RunError, StoredRecord
+from .sites import POSITIONS, Located, locate
 
-EVALUATION, GENERATIONS, TABLE = "evaluation.json", "generations.jsonl", "table.txt"
+EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
+CURVE, DRAWING = "curve.json", "curve.png"
+_TRACE = "trace"
+_UNEDITED = "unedited"
+_UNEDITED_LAYOUT, _POINT_LAYOUT, _BATCH_LAYOUT = (f"multrace {name} 1" for name in ("unedited", "point", "batch"))
 _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: UNCHANGED}
 """What a row of the table shows of each aspect -> its protocol."""
 
@@ -30,8 +67,143 @@ class _NamedEditor(Editor, Protocol):
         """Return the editor's name and its settings as text."""
 
 
+def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
+    """Return, by the key of each question with a picture, the picture of another record that a trace puts in its place.
+
+    It is that of the nearest earlier record with another picture and the same question, else of the nearest later
+    one; a picture of another kind of thing would also corrupt the kind, which the words of the question reveal early.
+    Where no other record has the same question, it is the picture of any other record, found in the same order. A
+    record whose picture no other record differs from has none.
+    """
+    questions = [each.question if isinstance(each, EditRecord) else each for each in records]
+    pictures: dict[str, Corruption] = {}
+    for index, own in enumerate(questions):
+        others = [*reversed(questions[:index]), *questions[index + 1 :]]
+        shown = [each for each in others if own.images and each.images and each.image != own.image]
+        if shown:
+            chosen = next((each for each in shown if each.text == own.text), shown[0])
+            pictures.setdefault(own.key, SwapImage(chosen.images[0]))
+    return pictures
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRun(Analysis):
+class PlaceTrace(Analysis):
+    """The trace of the question of each edit under another picture, which shows where the edit is to be made."""
+
+    name: ClassVar[str] = "place trace"
+
+    corruptions: Mapping[str, Corruption] = field(default_factory=dict)
+    """Key of a question -> what replaces its picture, as `other_pictures` returns it."""
+    window: int = 3
+    """Number of consecutive layers that are restored together at MLP and attention sites."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; the pictures belong to the records."""
+        return {"window": self.window}
+
+    def check(self, record: Record) -> None:
+        """Raise `TraceError` for a question without a picture, or if no record has another one."""
+        question = record.question if isinstance(record, EditRecord) else record
+        if question.key not in self.corruptions:
+            missing = "it has no picture" if not question.images else "no other record has another picture"
+            raise TraceError(f"{question.text!r} cannot be traced: {missing}; name the place by --where LAYER:TOKEN")
+
+    def sources(self, record: Record) -> Sequence[Any]:
+        """Return the other picture, which counts by its content."""
+        question = record.question if isinstance(record, EditRecord) else record
+        corruption = self.corruptions.get(question.key)
+        image = getattr(corruption, "image", None)
+        return (Path(image) if isinstance(image, str) else image,)
+
+    def located(self, vlm: VisionLanguageModel, record: EditRecord) -> Located:
+        """Return the trace of a record and the place that it shows. Raises `TraceError` if it shows none."""
+        options = {"per_request": True, "positions": POSITIONS, "sites": KINDS, "window": self.window}
+        return locate(vlm, [record], corruptions=[self.corruptions[record.question.key]], progress=False, **options)
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the trace of a record. Raises `TraceError` if it shows no place."""
+        return self.outcome(self.located(vlm, cast(EditRecord, task.record)))
+
+    @staticmethod
+    def outcome(located: Located) -> Outcome:
+        """Return the trace and the place of one record."""
+        site, trace = located.edit_site, cast(CausalTrace, located.traces[0])
+        return Outcome(row={"layer": site.layer, "token": str(site.token)}, results={_TRACE: trace})
+
+    def summary(self) -> Summary:
+        """Return a summary with nothing besides the table."""
+        return Summary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation(Analysis):
+    """What the modes of an evaluation share."""
+
+    editor: _NamedEditor | None = None
+    """What makes the edits; None for a run that is only summed up."""
+    moments: Path | None = None
+    """File of second moments of keys, for editors that need them."""
+    general: tuple[Question, ...] = ()
+    """Held-out questions with their answers."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is measured."""
+    batch_size: int = 32
+    """Number of questions that are answered together."""
+    trace: PlaceTrace | None = None
+    """How each record is traced; the place that this shows replaces the layer and the token of the editor."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; files and questions count by their content."""
+        editor = {} if self.editor is None else dict(self.editor.as_text())
+        if self.trace is not None:
+            editor = {name: value for name, value in editor.items() if name not in ("layer", "token", "where")}
+        return {
+            "editor": editor,
+            "moments": None if self.moments is None else digest(self.moments.read_bytes()),
+            "general": digest(*(f"{question.key} {question.answer}" for question in self.general)),
+            "evaluation": asdict(self.evaluation),
+            "batch_size": self.batch_size,
+            "trace": None if self.trace is None else self.trace.settings(),
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the analysis with settings that `settings` gave, which can sum up a run and make no edit."""
+        return cls(evaluation=EvaluationSettings(**settings["evaluation"]), batch_size=settings["batch_size"])
+
+    def check(self, record: Record) -> None:
+        """Raise `EditError` for a question without a target, and `TraceError` for one that cannot be traced."""
+        if not isinstance(record, EditRecord):
+            raise EditError(f"{record.text!r} is a question without a target; pass records of edits")
+        if self.trace is not None:
+            self.trace.check(record)
+
+    def sources(self, record: Record) -> Sequence[Any]:
+        """Return the picture under which the record is traced, if it is."""
+        return () if self.trace is None else self.trace.sources(record)
+
+    def summary(self) -> Summary:
+        """Return the report of all records together."""
+        return EvaluationSummary()
+
+    def editor_at(self, site: EditSite | None) -> _NamedEditor:
+        """Return the editor at the place that a trace shows; None stands for the editor's own place."""
+        if self.editor is None:
+            raise EditError("this analysis has no editor and can only sum up what is there; pass editor=")
+        if site is None:
+            return self.editor
+        if isinstance(self.editor, ClosedFormEditor):
+            return editor_at(self.editor, site)[0]
+        layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
+        return replace(cast(Any, self.editor), **layer)
+
+    @cached_property
+    def _moments(self) -> Moments | None:
+        return None if self.moments is None else Moments.load(self.moments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun(_Evaluation):
     """One edit at a time, with these settings of `evaluate`: the report of each record, and of all together.
 
     Example:
@@ -43,68 +215,241 @@ class EvaluateRun(Analysis):
 
     name: ClassVar[str] = "evaluate"
 
-    editor: _NamedEditor | None = None
-    """What makes the edits; None for a run that is only summed up."""
-    moments: Path | None = None
-    """File of second moments of keys, for editors that need them."""
-    general: tuple[Question, ...] = ()
-    """Held-out questions with their answers, asked after every edit."""
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """What is measured."""
-    batch_size: int = 32
-    """Number of questions that are answered together."""
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the report on one record. Raises `EditError` if its edit cannot be made."""
+        record = _named(task)
+        where = Outcome(row={})
+        site = None
+        if self.trace is not None:
+            located = self.trace.located(vlm, record)
+            where, site = self.trace.outcome(located), located.edit_site
+        options: dict[str, Any] = {"general": self.general, "settings": self.evaluation, "batch_size": self.batch_size}
+        editor = self.editor_at(site)
+        (result,) = evaluate_each(vlm, [record], editor, moments=self._moments, progress=False, **options)
+        if result.status.startswith("failed"):
+            raise EditError(result.status.removeprefix("failed: "))
+        outcome = _reported(self, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
+        return replace(outcome, row={**outcome.row, **where.row}, results=where.results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LocatedTogether(_Evaluation):
+    """A mode in which the edits of all records belong together, so that all are traced before the first is made."""
+
+    is_whole: ClassVar[bool] = True
+
+    def traces(self) -> PlaceTrace | None:
+        """Return the trace of each record, where traces choose the places."""
+        return self.trace
+
+    def calibrate(
+        self,
+        vlm: VisionLanguageModel,
+        records: Mapping[str, Record],
+        *,
+        traces: Mapping[str, StoredRecord],
+        known: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Mapping[str, Any] | None:
+        """Return the site of each record according to the traces; None if the editor names the place."""
+        if self.moments is not None:
+            cast(Moments, self._moments).check(vlm)
+        if self.trace is None:
+            if isinstance(self.editor, ClosedFormEditor):
+                self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
+            return None
+        own = [traces[name] for name in records]
+        located = locate(
+            vlm,
+            cast(Sequence[EditRequest], list(records.values())),
+            traces=[
+                TraceError(each.error)
+                if each.error is not None
+                else replace(each.load(_TRACE, CausalTrace), model=vlm.name)
+                for each in own
+            ],
+            per_request=not self._has_one_place,
+            progress=progress,
+        )
+        sites = located.edit_sites
+        if self._has_one_place:  # requests without a constraint, say, have an average of their own
+            places = [(site.layer, site.token) for site in sites]
+            most = max(dict.fromkeys(places), key=places.count)
+            sites = (sites[places.index(most)],) * len(sites)
+        return {"sites": {name: asdict(site) for name, site in zip(records, sites, strict=True)}}
+
+    @property
+    def _has_one_place(self) -> bool:
+        """Whether all edits are made at the same place."""
+        return False
+
+    def session_editor(self, work: Work) -> Editor:
+        """Return the editor that makes the edits of all records, each at its place."""
+        if self.trace is None:
+            return self.editor_at(None)
+        sites = cast(Mapping[str, Any], work.calibration)["sites"]
+        by_id = {_id(record, name): self.editor_at(EditSite(**sites[name])) for name, record in work.records.items()}
+        is_closed = isinstance(self.editor, ClosedFormEditor)
+        return EditorByRequest(choose=lambda requests: cast(Any, by_id[requests[0].id]), closed_form=is_closed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBatchRun(_LocatedTogether):
+    """All edits in the model at once: the one change is made and kept first, then each record's questions are asked.
+
+    A held-out question is asked together with one of the records. Processes that share the records share the change.
+    """
+
+    name: ClassVar[str] = "evaluate batch"
+
+    @contextmanager
+    def opened(self, vlm: VisionLanguageModel, work: Work) -> Iterator[Analysis]:
+        """Yield the analysis that asks about the change, which the first process makes and the others read."""
+        records = {_id(record, name): replace(record, id=_id(record, name)) for name, record in _edits(work)}
+        with work.folder.alone():
+            change = _stored_change(work.folder.shared)
+            if change is None:
+                session = self.session_editor(work).start(vlm, moments=self._moments)
+                change = session.propose([*records.values()], progress=work.progress)
+                _store_change(change, work.folder.shared)
+        yield _BatchQuestions(self, change, records)
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Records are asked about in the block of `opened`."""
+        raise EditError("the edits of a batch are made together; start them by run()")
+
+    @property
+    def _has_one_place(self) -> bool:
+        return True
+
+
+class _BatchQuestions(Analysis):
+    """The questions of each record, asked while the change of all records is in the model."""
+
+    name: ClassVar[str] = EvaluateBatchRun.name
+
+    def __init__(self, run: EvaluateBatchRun, change: Any, records: Mapping[str, EditRecord]) -> None:
+        self.run, self.change = run, change
+        self.statuses = dict(zip(records, statuses_of(change, len(records)), strict=True))
+        self.checks, self.left_out = batch_checks(records, self.statuses, run.general)
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the report on one record. Raises `EditError` if its edit could not be made."""
+        id, run = _id(task.record, task.name), self.run
+        if self.statuses[id].startswith("failed"):
+            raise EditError(self.statuses[id].removeprefix("failed: "))
+        options = {"settings": run.evaluation, "batch_size": run.batch_size, "transform": transform_of(self.change)}
+        rows = measured(vlm, self.checks[id], self.change, **options)
+        statuses = seen_statuses({id: self.statuses[id]}, rows)
+        left_out = [each for each in self.left_out if each.record == id]
+        return _reported(run, vlm, "batch", statuses, rows, left_out)
+
+    def summary(self) -> Summary:
+        """Return the summary of the run."""
+        return self.run.summary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSequenceRun(_LocatedTogether):
+    """One edit on top of the other: each is kept as it is made, and each measured length as it is measured.
+
+    The answers of the unedited model are asked first, and kept too. A run that goes on puts the edits that were kept
+    back into the model, which then has the same bits as if it had never been stopped. It has one process, since each
+    edit needs all earlier ones. A record whose edit fails has that as its status, and the sequence goes on.
+    """
+
+    name: ClassVar[str] = "evaluate sequence"
+    is_ordered: ClassVar[bool] = True
+
+    at: tuple[int, ...] = ()
+    """Numbers of edits after which all questions so far are asked; they are also asked after the last edit."""
+    growth: float = 0.1
+    """Relative growth of a weight's norm from which on a warning is due."""
+    stop: bool = False
+    """End the sequence there: the later records count as failed."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values; files and questions count by their content."""
-        return {
-            "editor": {} if self.editor is None else dict(self.editor.as_text()),
-            "moments": None if self.moments is None else digest(self.moments.read_bytes()),
-            "general": digest(*(f"{question.key} {question.answer}" for question in self.general)),
-            "evaluation": asdict(self.evaluation),
-            "batch_size": self.batch_size,
-        }
+        """Return the settings as plain values."""
+        return super().settings() | {"at": list(self.at), "growth": self.growth, "stop": self.stop}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Return the analysis with settings that `settings` gave, which can sum up a run and make no edit."""
-        return cls(evaluation=EvaluationSettings(**settings["evaluation"]), batch_size=settings["batch_size"])
+        own = {name: settings[name] for name in ("growth", "stop")}
+        return replace(super().from_settings(settings), at=tuple(settings["at"]), **own)
 
-    def check(self, record: Record) -> None:
-        """Raise `EditError` for a question without a target."""
-        if not isinstance(record, EditRecord):
-            raise EditError(f"{record.text!r} is a question without a target; pass records of edits")
+    @contextmanager
+    def opened(self, vlm: VisionLanguageModel, work: Work) -> Iterator[Analysis]:
+        """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
+        records = {name: replace(record, id=_id(record, name)) for name, record in _edits(work)}
+        reference = self._unedited(vlm, work, records)
+        session = self.session_editor(work).start(vlm, moments=self._moments)
+        steps = SequenceSteps(vlm, session, reference, norm_bound=NormBound(growth=self.growth, stop=self.stop))
+        with ExitStack() as stack:
+            stack.enter_context(steps)
+            for name, record in records.items():
+                if (stored := work.folder.stored(name)) is None:
+                    break
+                if stored.error is None:
+                    steps.restore(record, _stored_change(stored.folder), stored.row)
+            yield _Sequence(self, steps, stack, last=[*records][-1])
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
-        """Return the report on one record. Raises `EditError` if its edit cannot be made."""
-        if self.editor is None:
-            raise EditError("this analysis has no editor and can only sum up what is there; pass editor=")
-        self.check(task.record)
-        record = cast(EditRecord, task.record)
-        options = {"general": self.general, "settings": self.evaluation, "batch_size": self.batch_size}
-        (result,) = evaluate_each(
-            vlm,
-            [record],
-            self.editor,
-            moments=self._moments,
-            progress=False,
-            **options,  # pyrefly: ignore
-        )
-        if result.status.startswith("failed"):
-            raise EditError(result.status.removeprefix("failed: "))
-        parts = {"statuses": {result.record: result.status}, "left_out": result.left_out}
-        report = EditReport.of(vlm, "single", self.evaluation, result.rows, **parts)
-        own = next(row for row in result.rows if row.kind == EDITED)
-        row = {"question": own.question, "target": own.new, "status": result.status, "before": own.before}
-        row |= {"after": own.after, **_shares(result.rows), "questions": len(result.rows)}
-        return Outcome(row=row, files={EVALUATION: report.save})
+        """Edits are made in the block of `opened`."""
+        raise EditError("each edit of a sequence needs the earlier ones; start them by run()")
 
     def summary(self) -> Summary:
-        """Return the report of all records together."""
-        return EvaluationSummary()
+        """Return the report on the state after the last edit, and the curve of the way there."""
+        return SequenceSummary(bound=self.growth)
 
-    @cached_property
-    def _moments(self) -> Moments | None:
-        return None if self.moments is None else Moments.load(self.moments)
+    def _unedited(self, vlm: VisionLanguageModel, work: Work, records: Mapping[str, EditRecord]) -> Baseline:
+        """The answers of the unedited model; those of each record are kept in the run's folder as they are asked."""
+        folder, parts = work.folder.shared, []
+        folder.mkdir(exist_ok=True)
+        for name, record in records.items():
+            path = folder / f"{_UNEDITED}-{name}.json"
+            if not path.is_file():
+                options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
+                part = measure_baseline(vlm, [record], **options)
+                write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
+            content = read_json(path, _UNEDITED_LAYOUT, error=RunError)
+            parts.append(Baseline.from_json(content))
+        return replace(Baseline.joined(parts), model=vlm.name, revision=vlm.revision)
+
+
+class _Sequence(Analysis):
+    """The edits of a sequence, each made on top of the earlier ones."""
+
+    name: ClassVar[str] = EvaluateSequenceRun.name
+
+    def __init__(self, run: EvaluateSequenceRun, steps: SequenceSteps, stack: ExitStack, *, last: str) -> None:
+        self.run, self.steps, self.stack, self.last = run, steps, stack, last
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return what one more edit gives. Raises `EditError` if the sequence has been stopped."""
+        run, steps, record = self.run, self.steps, _named(task)
+        if steps.is_stopped:
+            raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
+        change, row = steps.make(record, batch_size=run.batch_size)
+        files: dict[str, Callable[[Path], Any]] = {}
+        if change is not None:
+            files[_file_of(change)] = lambda path: _save_change(change, path)
+        if is_last := (task.name == self.last or steps.is_stopped):
+            state = steps.finish(self.stack, batch_size=run.batch_size)
+        elif steps.count in run.at:
+            state = steps.measure(batch_size=run.batch_size)
+        else:
+            return Outcome(row=row, files=files)
+        report = EditReport.of(
+            vlm, "sequence", run.evaluation, state.rows, statuses=state.statuses, left_out=state.left_out
+        )
+        point = {"point": asdict(state.point), "exceeded_at": state.exceeded_at, "is_last": is_last}
+        files |= {EVALUATION: report.save, POINT: lambda path: write_json(path, _POINT_LAYOUT, point, error=RunError)}
+        return Outcome(row=row, files=files)
+
+    def summary(self) -> Summary:
+        """Return the summary of the run."""
+        return self.run.summary()
 
 
 class EvaluationSummary(Summary):
@@ -114,14 +459,11 @@ class EvaluationSummary(Summary):
         self.first: EditReport | None = None
         self.rows: list[ProbeRow] = []
         self.statuses: dict[str, str] = {}
-        self.left_out: list[Any] = []
+        self.left_out: list[LeftOut] = []
 
     def add(self, record: StoredRecord) -> None:
         """Add the report of a record."""
-        try:
-            report = EditReport.load(record.folder / EVALUATION)
-        except EditError as error:
-            raise RunError(f"{error}; remove {str(record.folder)!r} and start the run again") from error
+        report = _stored_report(record)
         self.first = self.first or report
         self.rows += report.rows
         self.statuses |= report.statuses
@@ -129,7 +471,7 @@ class EvaluationSummary(Summary):
 
     def files(self) -> dict[str, Callable[[Path], Any]]:
         """Return the report, every question with both raw answers, and the table."""
-        report = self._report()
+        report = self.report()
         if report is None:
             return {}
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.generations())
@@ -141,23 +483,107 @@ class EvaluationSummary(Summary):
 
     def lines(self) -> list[str]:
         """Return the table of free generation."""
-        report = self._report()
+        report = self.report()
         return [] if report is None else report.headlines().splitlines()
 
-    def _report(self) -> EditReport | None:
+    def report(self) -> EditReport | None:
+        """Return the report of all records that were added, or None if there is none."""
         if self.first is None:
             return None
-        first = self.first
-        return EditReport(
-            model=first.model,
-            revision=first.revision,
-            mode=first.mode,
-            settings=first.settings,
-            rows=tuple(self.rows),
-            statuses=self.statuses,
-            left_out=tuple(self.left_out),
-            seed=first.seed,
+        parts = {"rows": tuple(self.rows), "statuses": dict(self.statuses), "left_out": tuple(self.left_out)}
+        return replace(self.first, **parts)
+
+
+class SequenceSummary(EvaluationSummary):
+    """The report on the state after the last edit of a sequence, and the curve of the lengths measured on the way."""
+
+    def __init__(self, *, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+        self.points: list[SequencePoint] = []
+        self.exceeded_at: int | None = None
+        self.edits, self.failed = 0, 0
+
+    def add(self, record: StoredRecord) -> None:
+        """Add a record, with what was measured after its edit."""
+        self.edits += 1
+        self.failed += str(record.row.get("status", "")).startswith("failed")
+        if not (record.folder / EVALUATION).is_file():
+            return
+        self.first = _stored_report(record)
+        content = read_json(record.folder / POINT, _POINT_LAYOUT, error=RunError)
+        self.points.append(SequencePoint.from_json(content["point"]))
+        self.exceeded_at = content["exceeded_at"]
+
+    def report(self) -> EditReport | None:
+        """Return the report after the last edit, with the curve."""
+        if self.first is None:
+            return None
+        last = self.points[-1].edits
+        curve = EditCurve(
+            model=self.first.model,
+            revision=self.first.revision,
+            points=tuple(self.points),
+            statuses=self.first.statuses,
+            bound=self.bound,
+            exceeded_at=self.exceeded_at,
+            stopped_at=last if last < self.edits else None,
         )
+        return replace(self.first, curve=curve)
+
+    def files(self) -> dict[str, Callable[[Path], Any]]:
+        """Return the files of the report, and the curve with its drawing."""
+        report = self.report()
+        curve = None if report is None else report.curve
+        return super().files() | ({} if curve is None else {CURVE: curve.save, DRAWING: curve.plot})
+
+    def lines(self) -> list[str]:
+        """Return the table of free generation, then the points of the curve."""
+        report = self.report()
+        curve = None if report is None else report.curve
+        return super().lines() + ([] if curve is None else ["", *curve.summary().splitlines()])
+
+    @property
+    def missed(self) -> int:
+        """The number of edits that could not be made."""
+        return self.failed
+
+
+def _id(record: Record, name: str) -> str:
+    """What the report calls a record: its id, or else the name of its folder."""
+    return record.id or name
+
+
+def _named(task: Task) -> EditRecord:
+    """The record of a task, with an id."""
+    return replace(cast(EditRecord, task.record), id=_id(task.record, task.name))
+
+
+def _edits(work: Work) -> Iterator[tuple[str, EditRecord]]:
+    return ((name, cast(EditRecord, record)) for name, record in work.records.items())
+
+
+def _reported(
+    run: _Evaluation,
+    vlm: VisionLanguageModel,
+    mode: str,
+    statuses: Mapping[str, str],
+    rows: Sequence[ProbeRow],
+    left_out: Sequence[LeftOut],
+) -> Outcome:
+    """The outcome of one record: its report, and a row of the table."""
+    report = EditReport.of(vlm, mode, run.evaluation, rows, statuses=statuses, left_out=left_out)
+    own = next(row for row in rows if row.kind == EDITED)
+    row = {"question": own.question, "target": own.new, "status": statuses[own.record], "before": own.before}
+    row |= {"after": own.after, **_shares(rows), "questions": len(rows)}
+    return Outcome(row=row, files={EVALUATION: report.save})
+
+
+def _stored_report(record: StoredRecord) -> EditReport:
+    try:
+        return EditReport.load(record.folder / EVALUATION)
+    except EditError as error:
+        raise RunError(f"{error}; remove {str(record.folder)!r} and start the run again") from error
 
 
 def _shares(rows: Sequence[ProbeRow]) -> dict[str, float | None]:
@@ -167,3 +593,30 @@ def _shares(rows: Sequence[ProbeRow]) -> dict[str, float | None]:
         values = [row.numbers[protocol][1] for row in rows if row.aspect == aspect and protocol in row.numbers]
         shares[aspect] = sum(values) / len(values) if values else None
     return shares
+
+
+def _file_of(change: Any) -> str:
+    """The name of the file of a change, which says of which kind it is."""
+    return f"edit-{type(change).__name__}.safetensors"
+
+
+def _save_change(change: Any, path: Path) -> None:
+    if isinstance(change, Delta):
+        change.save(path)
+    else:
+        save_fields(path, f"multrace {type(change).__name__} 1", change)
+
+
+def _stored_change(folder: Path) -> Any:
+    """The change that a folder holds, or None. Raises `ArtefactError` or `EditError` if its file is damaged."""
+    for kind in (Delta, *CHANGES):
+        path = folder / f"edit-{kind.__name__}.safetensors"
+        if path.is_file():
+            return Delta.load(path) if kind is Delta else load_fields(path, f"multrace {kind.__name__} 1", kind)
+    return None
+
+
+def _store_change(change: Any, folder: Path) -> None:
+    """Write a change into a folder of the run; its file appears all at once."""
+    folder.mkdir(exist_ok=True)
+    _save_change(change, folder / _file_of(change))

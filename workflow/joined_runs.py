@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..artefacts import replacing_folder
 from .analysis import Analysis, RunReport, read_rows, refuse_difference, run_report, summarise
 from .edit_run import EditRun, EditTrace
-from .evaluate_run import EvaluateRun
+from .evaluate_run import EvaluateBatchRun, EvaluateRun, EvaluateSequenceRun, PlaceTrace
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
 from .trace_run import TraceRun
@@ -20,7 +21,16 @@ from .trace_run import TraceRun
 if TYPE_CHECKING:
     import pandas as pd
 
-ANALYSES: tuple[type[Analysis], ...] = (TraceRun, FlowRun, EvaluateRun, EditRun, EditTrace)
+ANALYSES: tuple[type[Analysis], ...] = (
+    TraceRun,
+    FlowRun,
+    EvaluateRun,
+    EditRun,
+    EditTrace,
+    PlaceTrace,
+    EvaluateBatchRun,
+    EvaluateSequenceRun,
+)
 """The analyses of multrace."""
 _SHARED = ("analysis", "version", "settings", "model")
 """What the shards of one run have in common."""
@@ -77,6 +87,9 @@ def merge(
                     _copy(homes[name].records / name, part / name)
         if (shards[0].path / TRACES).is_dir():
             merge([shard.path / TRACES for shard in shards], target.path / TRACES)
+        if shards[0].shared.is_dir() and not target.shared.is_dir():
+            with replacing_folder(target.shared, error=RunError) as part:
+                _copy(shards[0].shared, part)
         summarise(target, analysis)
     return run_report(target, analysis)
 

@@ -6,6 +6,7 @@
       calibration.json     what was measured once for all records, if the analysis needs that
       records/NAME/        one record: record.json with its row of the table or its error, and the files of its results
       traces/              a run of its own, whose outcomes of all records the analysis needs before it begins
+      shared/              what is made once for all records, such as the one edit of a batch, if there is any
       summary/             report.json, rows.parquet and the averages, once every record is done
       .locks/              which processes are at work
 
@@ -49,7 +50,8 @@ SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
 CALIBRATION, CONTENTS = "calibration.json", "contents.json"
 TRACES = "traces"
 _LAYOUT = "multrace run {} 1"
-_FOLDERS = ("records", "summary", TRACES, ".locks")
+SHARED = "shared"
+_FOLDERS = ("records", "summary", TRACES, SHARED, ".locks")
 _PART, _WHOLE = ".part-", ".whole-"
 """The name of a folder of new records starts with this while it is written, and once it is whole."""
 _ID_LENGTH, _KEY_LENGTH = 60, 16
@@ -192,6 +194,11 @@ class RunFolder:
     def records(self) -> Path:
         """The folder with one folder for each record that is done."""
         return self.path / "records"
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what is made once for all records, such as the edit of a batch; made by who needs it."""
+        return self.path / SHARED
 
     @property
     def summary(self) -> Path:

@@ -48,6 +48,7 @@ from .analysis import (
     RunReport,
     Summary,
     Task,
+    Work,
     plain,
     question_of_record,
     refuse_difference,
@@ -161,6 +162,8 @@ def run(
     """
     given = Shard.parse(shard) if isinstance(shard, str) else shard or Shard()
     with _process_group() as (rank, size, barrier):
+        if analysis.is_ordered and given.part(rank, size).count > 1:
+            raise RunError(f"{analysis.name} has no shards: each edit needs all earlier ones; start one process")
         job = _Job(vlm, analysis, records, RunFolder(folder), progress=progress and rank == 0)
         job.work(given.part(rank, size), retry_failed=retry_failed)
         barrier()
@@ -202,6 +205,8 @@ class _Job:
         self.contents = Contents()
         self.unreadable: list[list[Any]] = []
         self.entries: dict[str, _Entry] = {}
+        self._computing = analysis
+        """The analysis that computes the records, as `Analysis.opened` yields it."""
         self._take(records)
 
     def _take(self, records: Rows) -> None:
@@ -248,16 +253,28 @@ class _Job:
             groups = [group for place, group in enumerate(self._groups()) if shard.holds(place)]
             known = {name: self.folder.stored(name) for group in groups for name in group}
             todo = {name for name, stored in known.items() if stored is None or (retry_failed and stored.error)}
+            if self.analysis.is_ordered and todo:
+                todo = {*list(known)[min(map(list(known).index, todo)) :]}
+                for name in todo:
+                    self.folder.remove(name)
             if not todo:
                 return
             self.folder.remove_summary()
             calibration = self._calibration(shard)
             words = {"desc": self.analysis.name, "unit": "record", "disable": not self.progress}
-            with tqdm(total=len(known), initial=len(known) - len(todo), **words) as bar:
+            with self._opened(calibration), tqdm(total=len(known), initial=len(known) - len(todo), **words) as bar:
                 for group in groups:
                     if names := [name for name in group if name in todo]:
                         self._analyse(group, names, calibration, shard)
                         bar.update(len(names))
+
+    @contextmanager
+    def _opened(self, calibration: Mapping[str, Any] | None) -> Iterator[None]:
+        """A block in which the analysis is ready to compute records."""
+        records = {name: entry.record for name, entry in self.entries.items() if self._problem(entry) is None}
+        work = Work(folder=self.folder, records=records, calibration=calibration, progress=self.progress)
+        with self.analysis.opened(self.vlm, work) as self._computing:
+            yield
 
     def _work_on_all(self, shard: Shard) -> None:
         """Analyse the records of a shard, and then those of other shards that no other process is analysing."""
@@ -300,8 +317,13 @@ class _Job:
         with self.folder.alone():
             self._check_settings()
             records = {"names": list(self.entries), "unreadable": self.unreadable}
-            if self.folder.read(RECORDS) == records:
+            if (known := self.folder.read(RECORDS)) == records:
                 return
+            if self.analysis.is_whole and known is not None and known["names"] != records["names"]:
+                raise RunError(
+                    f"{str(self.folder.path)!r} holds a run of other records, and {self.analysis.name} depends on all "
+                    "of them together; choose another folder, or the same records"
+                )
             stale = []
             for name in set(self.folder.names()) - set(self.entries):
                 stored = self.folder.stored(name)
@@ -396,7 +418,7 @@ class _Job:
 
     def _outcomes(self, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
         try:
-            return self.analysis.compute_together(self.vlm, tasks)
+            return self._computing.compute_together(self.vlm, tasks)
         except (OSError, MemoryError, torch.OutOfMemoryError) as cause:
             entry = self.entries[tasks[0].name]
             raise RunError(

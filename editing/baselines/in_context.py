@@ -10,7 +10,7 @@ from ...models import Prompt, VisionLanguageModel
 from ..changes import EditSession, History
 from ..moments import Moments
 from ..requests import EditError, edited_questions, listed_requests, request_text
-from .training import check_no_history
+from .training import DenseChange, LowRankChange, check_no_history
 
 _WORD = re.compile(r"\w+")
 
@@ -193,3 +193,7 @@ def _filled(wording: str, question: str, target: str = "") -> str:
     """The wording with its holes filled at once, so that braces in a question stay what they are."""
     values = {"{question}": question, "{target}": target}
     return re.sub(r"\{question\}|\{target\}", lambda hole: values[hole.group()], wording)
+
+
+CHANGES = (DenseChange, LowRankChange, ContextChange)
+"""The classes of changes that baselines make; their fields can be written with `artefacts.save_fields`."""

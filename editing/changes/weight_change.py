@@ -399,6 +399,13 @@ class EditSession(Generic[Made]):
         self._put_in(handle, cast(WritesWeights, change))  # a session of changes in the prompt has an `edit` of its own
         return change
 
+    def adopt(self, requests: Sequence[EditRequest], change: Made) -> None:
+        """Put a change into the model that an earlier session made of these requests, in the order of that session.
+
+        The session then goes on with the same bits as the earlier one. Raises `EditError` as `edit`.
+        """
+        self._put_in(self._open_handle(), cast(WritesWeights, change))
+
     def state(self) -> WeightState:
         """Return copies of the weights that the session has changed, as they are now."""
         return WeightState(weights={name: self.vlm.weight(name).detach().clone() for name in self.touched})

@@ -1,11 +1,13 @@
 from .asking import (
     Baseline as Baseline,
     Check as Check,
-    EvaluationSettings as EvaluationSettings,
-    LeftOut as LeftOut,
     baseline as baseline,
     checks_of as checks_of,
+    measured as measured,
     names_of as names_of,
+    seen_statuses as seen_statuses,
+    statuses_of as statuses_of,
+    transform_of as transform_of,
 )
 from .dry_run import (
     Preview as Preview,
@@ -51,7 +53,16 @@ from .modes import (
     NormBound as NormBound,
     RecordResult as RecordResult,
     SequenceState as SequenceState,
+    SequenceSteps as SequenceSteps,
+    batch_checks as batch_checks,
     evaluate as evaluate,
     evaluate_each as evaluate_each,
 )
-from .reports import EditCurve as EditCurve, EditReport as EditReport, ProbeRow as ProbeRow
+from .reports import (
+    EditCurve as EditCurve,
+    EditReport as EditReport,
+    EvaluationSettings as EvaluationSettings,
+    LeftOut as LeftOut,
+    ProbeRow as ProbeRow,
+    SequencePoint as SequencePoint,
+)

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...artefacts import from_plain
 from ...data.facts import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, EditRecord, EditRequest, Question
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.prompts import collate
@@ -385,6 +387,32 @@ class Baseline:
 
     def __repr__(self) -> str:
         return f"Baseline of {self.model!r}: {len(self.responses.generated)} questions, {self.settings}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the responses as plain values, from which `from_json` makes them again."""
+        responses = self.responses
+        scores = [[key, answer, asdict(score)] for (key, answer), score in responses.scores.items()]
+        texts = {"generated": responses.generated, "fluencies": responses.fluencies}
+        own = {"model": self.model, "revision": self.revision, "settings": asdict(self.settings)}
+        return {**own, **texts, "scores": scores}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the responses that `as_json` gave."""
+        scores = {(key, answer): from_plain(AnswerScore, score) for key, answer, score in content["scores"]}
+        texts = {name: dict(content[name]) for name in ("generated", "fluencies")}
+        own = {name: content[name] for name in ("model", "revision")}
+        settings = EvaluationSettings(**content["settings"])
+        return cls(**own, settings=settings, responses=Responses(**texts, scores=scores))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return the responses of several baselines of one model together."""
+        responses = Responses()
+        for part in parts:
+            for name in ("generated", "scores", "fluencies"):
+                getattr(responses, name).update(getattr(part.responses, name))
+        return replace(parts[0], responses=responses)
 
 
 def baseline(

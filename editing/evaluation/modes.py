@@ -1,9 +1,10 @@
 """Evaluation of edits, made one at a time, all at once, or one on top of the other, beside the unedited model."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, cast
 
 import torch
 from tqdm import tqdm
@@ -255,6 +256,29 @@ def _evaluate_batch(
     return EditReport.of(vlm, BATCH, settings, rows, statuses=seen_statuses(statuses, rows), left_out=left_out)
 
 
+def batch_checks(
+    records: Mapping[str, EditRecord], statuses: Mapping[str, str], general: Sequence[Question]
+) -> tuple[dict[str, list[Check]], tuple[LeftOut, ...]]:
+    """Return the questions of each record whose edit is in the model, and those that are left out.
+
+    Held-out questions are shared out among these records.
+
+    Args:
+        records: The records by id.
+        statuses: What became of the edit of each record.
+        general: Held-out questions with their right answers.
+    """
+    edited = [name for name, status in statuses.items() if not status.startswith(FAILED)]
+    every = [check for name, record in records.items() for check in checks_of(name, record)]
+    asked, left_out = asked_together(every, records, edited)
+    checks: dict[str, list[Check]] = {name: [] for name in records}
+    for check in asked:
+        checks[check.record].append(check)
+    for index, check in enumerate(general_checks(general) if edited else ()):
+        checks[edited[index % len(edited)]].append(check)
+    return checks, left_out
+
+
 def _check_mode(mode: str, change: str, general: Sequence[Question], prompt_transform: PromptTransform | None) -> None:
     """Raise `EditError` if the arguments do not fit the mode. change: type of a change made before, if any."""
     if mode not in MODES:
@@ -279,23 +303,129 @@ def _settings(settings: EvaluationSettings | None, baseline: Baseline | None) ->
     return settings or (EvaluationSettings() if baseline is None else baseline.settings)
 
 
-@dataclass(kw_only=True)
-class _Progress:
-    """What has happened in a sequence so far."""
+class SequenceSteps:
+    """Edits made one on top of the other, with what is measured on the way. Used in a `with`, which begins the session.
 
-    records: dict[str, EditRecord] = field(default_factory=dict)
-    statuses: dict[str, str] = field(default_factory=dict)
-    edited: set[str] = field(default_factory=set)
-    """Records whose edits are in the model."""
-    worked: dict[str, bool] = field(default_factory=dict)
-    """Record -> its question gave the target right after its edit."""
-    growth: float = 0.0
-    exceeded_at: int | None = None
+    Args:
+        vlm: The unedited model.
+        session: The session that makes the edits, not begun yet.
+        reference: The responses of the unedited model to all questions.
+        norm_bound: Largest growth of an edited weight's norm, and whether to stop there.
+    """
 
-    def checks(self) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
-        """Return all questions of the edits so far, and those that mean nothing while all these edits are made."""
+    def __init__(
+        self, vlm: VisionLanguageModel, session: EditSession, reference: Baseline, *, norm_bound: NormBound
+    ) -> None:
+        self.vlm, self.session, self.reference, self.norm_bound = vlm, session, reference, norm_bound
+        self.records: dict[str, EditRecord] = {}
+        self.statuses: dict[str, str] = {}
+        self.edited: set[str] = set()
+        """Records whose edits are in the model."""
+        self.worked: dict[str, bool] = {}
+        """Record -> its question gave the target right after its edit."""
+        self.growth = 0.0
+        self.exceeded_at: int | None = None
+        self._before: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self.session.__enter__()
+        self._before = _norms(self.vlm, _matrices(self.vlm))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.session.__exit__(*error)
+
+    @property
+    def count(self) -> int:
+        """The number of edits so far, those that failed included."""
+        return len(self.records)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the norm of a weight has grown so far that the sequence is to end."""
+        return self.norm_bound.stop and self.exceeded_at is not None
+
+    def make(self, record: EditRecord, *, batch_size: int) -> tuple[Change | None, dict[str, Any]]:
+        """Make one edit on top of the others, and return its change, None if it failed, and its row of a table.
+
+        `restore` takes both to go on later. The record has an id.
+        """
+        name = record.id
+        change, status = attempt(self.session.edit, record)
+        if self.session.prompt_transform is not None:
+            raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
+        self.records[name], self.statuses[name] = record, status
+        if change is not None:
+            self.edited.add(name)
+            self.growth = max(self.growth, _growth(self.vlm, change, self._before))
+        own = next(checks_of(name, record))
+        (row,) = measured_now(self.vlm, [own], self.reference, settings=self.reference.settings, batch_size=batch_size)
+        self.worked[name] = row.numbers[EXACT][1] == 1
+        self._watch()
+        said = {"question": row.question, "target": row.new, "status": status, "before": row.before, "after": row.after}
+        return change, said | {"worked": self.worked[name], "growth": self.growth}
+
+    def restore(self, record: EditRecord, change: Change | None, row: Mapping[str, Any]) -> None:
+        """Put an edit that was made before into the model, in the order in which the edits were made."""
+        self.records[record.id], self.statuses[record.id] = record, row["status"]
+        if change is not None:
+            self.session.adopt([record], change)
+            self.edited.add(record.id)
+        self.worked[record.id], self.growth = row["worked"], row["growth"]
+        if self.exceeded_at is None and self.growth > self.norm_bound.growth:
+            self.exceeded_at = self.count
+
+    def measure(self, *, batch_size: int) -> SequenceState:
+        """Return the state after the edits so far; all their questions are asked by free generation."""
+        checks, left_out = self._checks()
+        settings = self.reference.settings
+        rows = measured_now(self.vlm, checks, self.reference, settings=settings, batch_size=batch_size)
+        return self._state(rows, left_out, is_last=False)
+
+    def finish(self, stack: ExitStack, *, batch_size: int, progress: bool = False) -> SequenceState:
+        """End the session, which `stack` holds, and return the last state with all measurements."""
+        edited = self.session.state()
+        stack.close()
+        checks, left_out = self._checks()
+        options = {"settings": self.reference.settings, "reference": self.reference, "batch_size": batch_size}
+        rows = measured(self.vlm, checks, edited, progress=progress, **options)
+        return self._state(rows, left_out, is_last=True)
+
+    def _checks(self) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
+        """All questions of the edits so far, and those that mean nothing while all these edits are made."""
         every = (check for name, record in self.records.items() for check in checks_of(name, record))
         return asked_together(every, self.records, self.edited)
+
+    def _state(self, rows: Sequence[ProbeRow], left_out: Sequence[LeftOut], *, is_last: bool) -> SequenceState:
+        return SequenceState(
+            point=self._point(rows),
+            rows=tuple(rows),
+            statuses=seen_statuses(self.statuses, rows),
+            left_out=tuple(left_out),
+            exceeded_at=self.exceeded_at,
+            is_last=is_last,
+        )
+
+    def _point(self, rows: Sequence[ProbeRow]) -> SequencePoint:
+        holds = {row.record: row.numbers[EXACT][1] == 1 for row in rows if row.aspect == EFFICACY}
+        worked = [name for name, has_worked in self.worked.items() if has_worked]
+        first, seed = next(iter(self.worked)), self.reference.settings.seed
+        return SequencePoint(
+            edits=self.count,
+            first_holds=holds[first] if self.worked[first] else None,
+            retention=sum(holds[name] for name in worked) / len(worked) if worked else float("nan"),
+            growth=self.growth,
+            **{name: _mean(rows, name, seed) for name in MEANS},
+        )
+
+    def _watch(self) -> None:
+        if self.exceeded_at is None and self.growth > self.norm_bound.growth:
+            self.exceeded_at = self.count
+            logger.warning(
+                "after %d edits the norm of an edited weight has grown by %.1f %%, more than %.1f %%; "
+                "expect earlier edits and other answers to suffer; fewer edits, a larger ridge or a clamp may help",
+                *(self.count, 100 * self.growth, 100 * self.norm_bound.growth),
+            )
 
 
 def sequence_states(
@@ -311,31 +441,31 @@ def sequence_states(
 ) -> Iterator[SequenceState]:
     """Yield the state of a sequence after as many edits as `at` says, and after the last edit.
 
-    session: the session that makes the edits, which begins and ends here. All questions of all edits so far are
-    asked by free generation; the other measurements are made at the last checkpoint. The model ends bit-equal to how it
-    began.
+    All questions of all edits so far are asked by free generation; the other measurements are made after the last edit.
+    The model ends bit-equal to how it began.
+
+    Args:
+        vlm: The unedited model.
+        records: The edits in order, with the questions about them.
+        session: The session that makes the edits, which begins and ends here.
+        reference: The responses of the unedited model to all questions.
+        at: Numbers of edits after which to measure.
+        norm_bound: Largest growth of an edited weight's norm, and whether to stop there.
+        batch_size: Number of questions that are answered together.
+        progress: Show progress bars.
     """
-    settings, names = reference.settings, names_of(records)
-    run, options = _Progress(), {"settings": settings, "batch_size": batch_size}
-    with session:
-        norms = _norms(vlm, _matrices(vlm))
+    names = names_of(records)
+    steps = SequenceSteps(vlm, session, reference, norm_bound=norm_bound)
+    with ExitStack() as stack:
+        stack.enter_context(steps)
         bar = tqdm(records, desc="edits in sequence", unit="edit", disable=not progress)
-        for count, (name, record) in enumerate(zip(names, bar, strict=True), start=1):
-            _make(session, run, name, record, norms)
-            own = next(checks_of(name, record))
-            (row,) = measured_now(vlm, [own], reference, **options)
-            run.worked[name] = row.numbers[EXACT][1] == 1
-            _watch(run, count, norm_bound)
-            if count == len(records) or (norm_bound.stop and run.exceeded_at is not None):
+        for name, record in zip(names, bar, strict=True):
+            steps.make(replace(record, id=name), batch_size=batch_size)
+            if steps.count == len(records) or steps.is_stopped:
                 break
-            if count in at:
-                checks, left_out = run.checks()
-                rows = measured_now(vlm, checks, reference, **options)
-                yield _checkpoint(run, count, rows, left_out, settings.seed, is_last=False)
-        edited = session.state()
-    checks, left_out = run.checks()
-    rows = measured(vlm, checks, edited, reference=reference, progress=progress, **options)
-    yield _checkpoint(run, count, rows, left_out, settings.seed, is_last=True)
+            if steps.count in at:
+                yield steps.measure(batch_size=batch_size)
+        yield steps.finish(stack, batch_size=batch_size, progress=progress)
 
 
 def sequence_report(
@@ -360,36 +490,6 @@ def sequence_report(
     return EditReport.of(vlm, "sequence", reference.settings, last.rows, **parts)
 
 
-def _make(
-    session: EditSession,
-    run: _Progress,
-    name: str,
-    record: EditRecord,
-    norms: dict[str, float],
-) -> None:
-    """Make one edit on top of the others."""
-    run.records[name] = record
-    change, run.statuses[name] = attempt(session.edit, record)
-    if session.prompt_transform is not None:
-        raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
-    if change is not None:
-        run.edited.add(name)
-        run.growth = max(run.growth, _growth(session.vlm, change, norms))
-
-
-def _checkpoint(
-    run: _Progress, count: int, rows: Sequence[ProbeRow], left_out: Sequence[LeftOut], seed: int, *, is_last: bool
-) -> SequenceState:
-    return SequenceState(
-        point=_point(run, count, rows, seed),
-        rows=tuple(rows),
-        statuses=seen_statuses(run.statuses, rows),
-        left_out=tuple(left_out),
-        exceeded_at=run.exceeded_at,
-        is_last=is_last,
-    )
-
-
 def _matrices(vlm: VisionLanguageModel) -> list[str]:
     return [name for name, weight in vlm.named_parameters() if weight.ndim > 1 and weight.is_floating_point()]
 
@@ -405,29 +505,6 @@ def _growth(vlm: VisionLanguageModel, change: Change, norms: dict[str, float]) -
     touched = getattr(change, "fingerprints", norms)  # all weights, where a change does not name its own
     names = [name for name in touched if name in norms]
     return max((norm / norms[name] - 1 for name, norm in _norms(vlm, names).items() if norms[name] > 0), default=0.0)
-
-
-def _watch(run: _Progress, count: int, norm_bound: NormBound) -> None:
-    if run.exceeded_at is None and run.growth > norm_bound.growth:
-        run.exceeded_at = count
-        logger.warning(
-            "after %d edits the norm of an edited weight has grown by %.1f %%, more than %.1f %%; "
-            "expect earlier edits and other answers to suffer; fewer edits, a larger ridge or a clamp may help",
-            *(count, 100 * run.growth, 100 * norm_bound.growth),
-        )
-
-
-def _point(run: _Progress, count: int, rows: Sequence[ProbeRow], seed: int) -> SequencePoint:
-    holds = {row.record: row.numbers[EXACT][1] == 1 for row in rows if row.aspect == EFFICACY}
-    worked = [name for name, has_worked in run.worked.items() if has_worked]
-    first = next(iter(run.worked))
-    return SequencePoint(
-        edits=count,
-        first_holds=holds[first] if run.worked[first] else None,
-        retention=sum(holds[name] for name in worked) / len(worked) if worked else float("nan"),
-        growth=run.growth,
-        **{name: _mean(rows, name, seed) for name in MEANS},
-    )
 
 
 def _mean(rows: Sequence[ProbeRow], aspect: str, seed: int) -> Interval:

@@ -125,6 +125,11 @@ class SequencePoint:
     growth: float
     """Largest relative growth of the Frobenius norm of an edited weight since the start; 0.1 is ten percent."""
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the point from the plain values of its fields. Raises `EditError` if they are not whole."""
+        return _loaded(cls, "a point of a sequence", content)
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EditCurve:

@@ -135,6 +135,16 @@ class ClosedFormSession(EditSession[Delta]):
         self._keys.follow(self.history.entries[-1], delta)
         return delta
 
+    def adopt(self, requests: Sequence[EditRequest], change: Delta) -> None:
+        """As `EditSession.adopt`; the edit is added to the history."""
+        if self._choose(requests).earlier_weight is not None:
+            for name, own in change.changes.items():
+                if own.rank:  # a Gram matrix is made when it is first needed, and its bits depend on when that was
+                    self._keys.gram(self.vlm.weight(name), name, set())
+        super().adopt(requests, change)
+        self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
+        self._keys.follow(self.history.entries[-1], change)
+
     def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
         """Return the cost of a weight, factorised once for all edits that have the same ridge."""
         key = (projection.name, editor.moment_weight, editor.moment_kind, editor.null_threshold, editor.refined)
