@@ -131,7 +131,7 @@ class Evaluate(RunOptions, EditorOptions):
         self.check_run()
         if self.mode == SEQUENCE and (given := self.given(("shard", "retry_failed"))):
             raise CommandError(
-                f"{given[0]} does not go with a sequence: each edit needs all earlier ones; leave it out"
+                f"{given[0]} belongs to the modes single and batch: each edit of a sequence needs all earlier ones"
             )
         if self.probes < 1 or min(self.contexts, self.keep) < 0:
             raise CommandError(f"--probes is {self.probes}; pass at least 1 (--contexts and --keep at least 0)")

@@ -1,0 +1,198 @@
+"""Every form of `multrace evaluate` is a run: it may be killed at any moment, and shared where records allow it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from multrace import MultEdit, VisionLanguageModel
+from multrace.data import World, WorldRequests, world_records
+from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, evaluate
+from multrace.tracing import CausalTrace
+from multrace.workflow import (
+    EvaluateBatchRun,
+    EvaluateSequenceRun,
+    RunError,
+    Task,
+    evaluate_run,
+    merge,
+    read_rows,
+    run,
+)
+
+WORLD = World()
+CASES = WORLD.edit_cases("outdated", "choose")[:3]
+RECORDS = world_records(WORLD, CASES, requests=WorldRequests(count=1))
+FREE = EvaluationSettings(forced=False, max_new_tokens=4)
+EDITOR = MultEdit(layer=5, steps=8)
+FORMS = {
+    "single": ["--where", "5:last"],
+    "single, traced": ["--where", "trace"],
+    "batch": ["--where", "5:last", "--mode", "batch"],
+    "sequence": ["--where", "5:last", "--mode", "sequence", "--at", "2", "4"],
+    "sequence, fine-tuned": [
+        "--where",
+        "5",
+        "--mode",
+        "sequence",
+        "--at",
+        "2",
+        "--editor",
+        "ft",
+        "--learning-rate",
+        "0.01",
+    ],
+}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def started(form: str, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    """The command over records of the built-in world, in a process of its own."""
+    arguments = ["--world", "outdated", "--limit", str(count), "--probes", "1", "--steps", "8", "--free-only"]
+    words = [*launcher, "-m", "multrace.scripts.main", "evaluate", *arguments, *FORMS[form], "--out", str(out), *more]
+    return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=3000)
+    assert process.returncode == 0, output
+    return output
+
+
+def progress(out: Path) -> int:
+    """The number of files that a run keeps until its end."""
+    return len([path for path in out.rglob("*.json") if "records" in path.parts or "shared" in path.parts])
+
+
+def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int, longest: float) -> None:
+    """Start and kill the process so many times, each time once it has kept something more and worked for a while."""
+    generator = random.Random(0)
+    for _ in range(kills):
+        process, before = start(), progress(out)
+        while process.poll() is None and progress(out) == before:
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("form", "kills", "count"),
+    [
+        pytest.param("sequence", 1, 3, id="sequence-1 kill"),
+        *(pytest.param(form, 3, 6, marks=pytest.mark.slow, id=f"{form}-3 kills") for form in FORMS),
+        pytest.param("single", 20, 60, marks=pytest.mark.slow, id="single-20 kills"),
+    ],
+)
+def test_a_killed_evaluation_ends_like_an_undisturbed_one(tmp_path: Path, form: str, kills: int, count: int):
+    one, other = tmp_path / "killed", tmp_path / "undisturbed"
+    kill_at_random(lambda: started(form, one, count), one, kills, longest=2.0)
+    done = {path: path.stat().st_mtime_ns for path in one.glob("*/records/[!.]*-*/record.json")}
+    finish(started(form, one, count))
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
+    finish(started(form, other, count))
+    assert content(one) == content(other)
+    (folder,) = one.iterdir()
+    assert len(read_rows(folder)) == count
+    begun = os.times().children_user
+    finish(started(form, one, count, "--device-map", "cpu"))
+    assert os.times().children_user - begun < 30 and content(one) == content(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["single", "single, traced", "batch"])
+def test_two_processes_equal_one(tmp_path: Path, form: str):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(started(form, tmp_path / "two", 5, launcher=launcher))
+    finish(started(form, tmp_path / "one", 5))
+    for shard in ("1/2", "2/2"):
+        finish(started(form, tmp_path / f"shard{shard[0]}", 5, "--shard", shard))
+    merge([tmp_path / f"shard{index}" / "multedit" for index in "12"], tmp_path / "merged")
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert content(tmp_path / "merged") == content(tmp_path / "one" / "multedit")
+
+
+def analysed(vlm: VisionLanguageModel, analysis, folder: Path, records=RECORDS, **options):
+    return run(vlm, analysis, enumerate(records, 1), folder, progress=False, **options)
+
+
+def test_a_sequence_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    analysis = EvaluateSequenceRun(editor=EDITOR, evaluation=FREE, at=(2,))
+    analysed(tiny_vlm, analysis, tmp_path / "run")
+    expected = evaluate(tiny_vlm, RECORDS, EDITOR, mode="sequence", at=(2,), settings=FREE, progress=False)
+    report = EditReport.load(tmp_path / "run/summary/evaluation.json")
+    assert report.rows == expected.rows and report.statuses == expected.statuses
+    assert str(EditCurve.load(tmp_path / "run/summary/curve.json").points) == str(expected.curve.points)
+    with pytest.raises(RunError, match="holds a run of other records, and evaluate sequence depends on all of them"):
+        analysed(tiny_vlm, analysis, tmp_path / "run", RECORDS[:2])
+    with pytest.raises(RunError, match="evaluate sequence has no shards: each edit needs all earlier ones"):
+        analysed(tiny_vlm, analysis, tmp_path / "other", shard="1/2")
+
+
+def test_an_interrupted_sequence_goes_on_with_the_same_bits(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The last edit is of the first fact again, so that its earlier keys are subtracted from what is held."""
+    again = EvaluateSequenceRun(editor=EDITOR, evaluation=FREE)
+    records = [*RECORDS[:2], replace(RECORDS[0], id="again", target="Pruro Flurov")]
+    analysed(tiny_vlm, again, tmp_path / "at once", records)
+    for stop in (1, 2):
+        _interrupt(monkeypatch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            analysed(tiny_vlm, again, tmp_path / str(stop), records)
+        monkeypatch.undo()
+        analysed(tiny_vlm, again, tmp_path / str(stop), records)
+        assert content(tmp_path / str(stop)) == content(tmp_path / "at once")
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Interrupt the next run before the record of this number."""
+    compute = evaluate_run._Sequence.compute
+
+    def stopped(self, vlm: VisionLanguageModel, task: Task):
+        if task.number == number:
+            raise KeyboardInterrupt
+        return compute(self, vlm, task)
+
+    monkeypatch.setattr(evaluate_run._Sequence, "compute", stopped)
+
+
+def test_a_batch_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    analysis = EvaluateBatchRun(editor=EDITOR, evaluation=FREE)
+    analysed(tiny_vlm, analysis, tmp_path / "run")
+    expected = evaluate(tiny_vlm, RECORDS, EDITOR, mode="batch", settings=FREE, progress=False)
+    report = EditReport.load(tmp_path / "run/summary/evaluation.json")
+    assert report.rows == expected.rows and report.left_out == expected.left_out
+    assert (tmp_path / "run/shared/edit-Delta.safetensors").is_file()
+
+
+def test_a_trained_batch_is_kept_and_read_again(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    analysis = EvaluateBatchRun(editor=FineTune(layer=5, steps=2), evaluation=FREE)
+    for name in ("12", "at once"):
+        for shard in ("1/2", "2/2") if name == "12" else ("1/1",):
+            analysed(tiny_vlm, analysis, tmp_path / name, shard=shard)
+    assert content(tmp_path / "12") == content(tmp_path / "at once")
+
+
+def test_a_trace_of_each_record_is_kept(tmp_path: Path):
+    out = tmp_path / "out"
+    finish(started("single, traced", out, 2))
+    table = read_rows(out / "multedit")
+    for row in table.to_dict("records"):
+        trace = CausalTrace.load(out / "multedit/records" / row["record"] / "trace.safetensors")
+        site = trace.edit_site()
+        assert (row["layer"], row["token"]) == (site.layer, str(site.token))
+    settings = json.loads((out / "multedit/settings.json").read_text())["settings"]
+    assert settings["trace"] == {"window": 3} and "layer" not in settings["editor"]
