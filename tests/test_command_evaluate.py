@@ -1,26 +1,26 @@
 """multrace evaluate, run in process: what it prints and writes, and one clear error for a bad file of records."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from multrace import VisionLanguageModel
-from multrace.data import DataError, EditCase, World, WorldRequests, another_picture, world_records
+from multrace import MultEdit, VisionLanguageModel
+from multrace.data import DataError, EditCase, Question, World, WorldRequests, another_picture, world_records
 from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
+from multrace.editing import FineTune, InContext
 from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
     read_edits,
     read_general,
 )
-from multrace.scripts.evaluate import _by_place
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
-from multrace.workflow import Place, RunError, merge
+from multrace.workflow import EvaluateRun, PlaceTrace, RunError, merge, other_pictures, read_rows
 from multrace.workflow.sites import POSITIONS
 
 WORLD = World()
@@ -101,9 +101,9 @@ def test_the_world_in_sequence(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--world", "outdated", "--limit", "2", "--where", "5", "--mode", "sequence", "--free-only")
     assert run(*arguments, "--probes", "1", "--at", "1", "--out", out) == 0
-    names = ["curve.json", "curve.png", "generations.jsonl", "report.json", "table.txt"]
-    assert sorted(path.name for path in (out / "multedit").iterdir()) == names
-    curve = EditCurve.load(out / "multedit" / "curve.json")
+    names = {"curve.json", "curve.png", "generations.jsonl", "evaluation.json", "table.txt", "rows.parquet"}
+    assert names < {path.name for path in (out / "multedit" / "summary").iterdir()}
+    curve = EditCurve.load(out / "multedit" / "summary" / "curve.json")
     assert [point.edits for point in curve.points] == [1, 2]
     assert curve.points[-1].efficacy.mean == 1
     assert "norm growth" in capsys.readouterr().out
@@ -113,13 +113,12 @@ def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, cap
     out = tmp_path / "out"
     arguments = ("--world", "outdated", "--limit", "2", "--where", "trace", "--free-only", "--probes", "2")
     assert run(*arguments, "--out", out) == 0
-    report = EditReport.load(out / "multedit" / "report.json")
+    report = EditReport.load(out / "multedit" / "summary" / "evaluation.json")
     assert report.score(EFFICACY, EXACT).after.mean == 1
     assert report.score(LOCALITY, UNCHANGED, "same_question_other_picture").after.mean == 1
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the traces say layer")]
     sites = [own_site(tiny_vlm, case) for case in WORLD.edit_cases("outdated", "choose")[:2]]
-    counted = Counter((site.layer, site.token) for site in sites).most_common()
-    assert said == [f"the traces say layer {layer}, token {token!r}: {n} of 2" for (layer, token), n in counted]
+    table = read_rows(out / "multedit")
+    assert [*zip(table["layer"], table["token"], strict=True)] == [(site.layer, str(site.token)) for site in sites]
 
 
 def own_site(vlm: VisionLanguageModel, case: EditCase) -> EditSite:
@@ -131,15 +130,13 @@ def own_site(vlm: VisionLanguageModel, case: EditCase) -> EditSite:
 
 
 def test_each_request_is_edited_at_its_own_place(tiny_vlm):
-    records = world_records(WORLD, WORLD.edit_cases("outdated", "choose")[:2])
-    places = {
-        record.id: Place(layer=layer, token="last", reason="as asked")
-        for layer, record in zip((5, 6), records, strict=True)
-    }
-    options = parse(["evaluate", "--world", "outdated", "--where", "trace", "--steps", "2"])[1]
-    editor = _by_place(options, "multedit", places)
-    for layer, record in zip((5, 6), records, strict=True):
-        assert list(editor.edit(tiny_vlm, [record], progress=False).changes) == [tiny_vlm.down_projection(layer).name]
+    analysis = EvaluateRun(editor=MultEdit(layer=-1, spread=7), trace=PlaceTrace())
+    for layer, onset, spread in ((5, 4, 2), (6, 0, 7)):
+        site = EditSite(layer=layer, token="last", onset=onset, effect=1.0, reason="")
+        editor = analysis.editor_at(site)
+        assert (editor.place, editor.spread) == ((layer, "last"), spread)
+    assert replace(analysis, editor=FineTune(layer=0)).editor_at(site).layer == 6
+    assert replace(analysis, editor=InContext()).editor_at(site) == InContext()
 
 
 def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path, capsys):
@@ -153,20 +150,36 @@ def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path
     }
     file = write({**row, "rewrite_prompts": []}, second)
     assert run("--data", file, "--where", "trace", "--mode", "batch", "--free-only", "--out", tmp_path / "out") == 0
-    report = EditReport.load(tmp_path / "out" / "multedit" / "report.json")
+    report = EditReport.load(tmp_path / "out" / "multedit" / "summary" / "evaluation.json")
     assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 1)
-    assert "the traces say layer" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "multedit" / "calibration.json").read_text())
+    assert len({(site["layer"], site["token"]) for site in content["values"]["sites"].values()}) == 1
+    assert len([*(tmp_path / "out" / "multedit" / "traces" / "records").iterdir()]) == 2
 
 
 def test_traces_need_another_picture_to_put_in_place(row, write, tmp_path):
-    with pytest.raises(CommandError, match="needs records with different pictures"):
+    with pytest.raises(RunError, match="no other record has another picture; name the place by --where"):
         run("--data", write(row), "--where", "trace", "--model", "/gone", "--out", tmp_path / "out")
+
+
+def test_the_other_picture_is_that_of_the_nearest_record_with_the_same_question(tmp_path):
+    """Of A a, B b, A c, B d, C e; a picture that cannot be read is neither replaced nor put in place of another."""
+    for number, name in enumerate("abcde"):
+        picture(tmp_path, f"{name}.png", number, 0)
+    questions = [
+        Question(text=f"{text}?", image=tmp_path / f"{name}.png") for text, name in zip("ABABC", "abcde", strict=True)
+    ]
+    chosen = other_pictures(questions)
+    assert [chosen[each.key].image.stem for each in questions] == ["c", "d", "a", "b", "d"]
+    gone = Question(text="A?", image=tmp_path / "gone.png")
+    assert other_pictures([*questions[:2], gone])[questions[0].key].image.stem == "b"
+    assert other_pictures([questions[0], Question(text="No picture?")]) == {}
 
 
 def test_a_batch_without_steps_edits_nothing(row, write, tmp_path):
     out = tmp_path / "out"
     assert run("--data", write(row), "--where", "5:last", "--mode", "batch", "--steps", "0", "--out", out) == 0
-    report = EditReport.load(out / "multedit" / "report.json")
+    report = EditReport.load(out / "multedit" / "summary" / "evaluation.json")
     assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 0)
     assert report.score(LOCALITY, UNCHANGED).after.mean == 1
 
@@ -209,19 +222,29 @@ def test_an_evaluation_goes_on_where_it_stopped(row, write, tmp_path, capsys):
     first = tmp_path / "out" / "multedit" / "records"
     (folder,) = first.iterdir()
     changed = folder.stat().st_mtime_ns
-    assert run(*arguments, "--out", tmp_path / "out") == 0
+    assert run(*arguments, "--out", tmp_path / "out") == 1  # a row is unreadable
     assert folder.stat().st_mtime_ns == changed, "the first record was evaluated again"
     assert len([*first.iterdir()]) == 2
     for shard in ("1/2", "2/2"):
-        assert run(*arguments, "--shard", shard, "--out", tmp_path / shard[0]) == 0
+        assert run(*arguments, "--shard", shard, "--out", tmp_path / shard[0]) == 1
     merge([tmp_path / name / "multedit" for name in "12"], tmp_path / "whole")
     for name in ("evaluation.json", "rows.parquet"):
         whole = (tmp_path / "whole" / "summary" / name).read_bytes()
         assert whole == (tmp_path / "out" / "multedit" / "summary" / name).read_bytes()
     with pytest.raises(RunError, match="steps|settings|editor"):
         run(*arguments, "--steps", "4", "--out", tmp_path / "out")
-    with pytest.raises(CommandError, match="--shard needs --data"):
-        run("--world", "outdated", "--where", "5:last", "--shard", "1/2", "--out", tmp_path / "other")
+    with pytest.raises(CommandError, match="--shard belongs to the modes single and batch"):
+        run("--world", "outdated", "--where", "5:last", "--mode", "sequence", "--shard", "1/2", "--out", tmp_path / "x")
+
+
+def test_rows_that_contradict_each_other_are_noted(row, write, tmp_path, capsys):
+    plain = {**row, "probes": [], "rewrite_prompts": [], "contexts": []}
+    other = {**plain, "id": "a2", "target": "Someone Else"}
+    arguments = ("--data", write(plain, other), "--where", "5:last", "--free-only", "--steps", "2")
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    assert "note: rows 1 and 2 give one question different targets; each is edited" in capsys.readouterr().out
+    assert run(*arguments, "--limit", "1", "--out", tmp_path / "one") == 0
+    assert "note:" not in capsys.readouterr().out
 
 
 # ---- the file ----

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 from ..artefacts import load_fields, save_fields
 from ..artefacts.files import digest, read_json, write_json
-from ..data import EditRecord, Question
+from ..data import DataError, EditRecord, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY, EditRequest
 from ..editing import (
     Baseline,
@@ -73,9 +73,10 @@ def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
     It is that of the nearest earlier record with another picture and the same question, else of the nearest later
     one; a picture of another kind of thing would also corrupt the kind, which the words of the question reveal early.
     Where no other record has the same question, it is the picture of any other record, found in the same order. A
-    record whose picture no other record differs from has none.
+    record whose picture no other record differs from has none, nor has one whose picture cannot be read.
     """
     questions = [each.question if isinstance(each, EditRecord) else each for each in records]
+    questions = [each for each in questions if _is_readable(each)]
     pictures: dict[str, Corruption] = {}
     for index, own in enumerate(questions):
         others = [*reversed(questions[:index]), *questions[index + 1 :]]
@@ -552,6 +553,14 @@ class SequenceSummary(EvaluationSummary):
 def _id(record: Record, name: str) -> str:
     """What the report calls a record: its id, or else the name of its folder."""
     return record.id or name
+
+
+def _is_readable(question: Question) -> bool:
+    """Whether the files of all pictures of a question can be read."""
+    try:
+        return bool(question.key)
+    except DataError:
+        return False
 
 
 def _named(task: Task) -> EditRecord:
