@@ -1,11 +1,11 @@
 from .analysis import (
     Analysis as Analysis,
     Outcome as Outcome,
+    RunContext as RunContext,
     RunningAverage as RunningAverage,
     RunReport as RunReport,
     Summary as Summary,
     Task as Task,
-    Work as Work,
     question_of_record as question_of_record,
     read_rows as read_rows,
 )
@@ -21,8 +21,6 @@ from .evaluate_run import (
     EvaluateBatchRun as EvaluateBatchRun,
     EvaluateRun as EvaluateRun,
     EvaluateSequenceRun as EvaluateSequenceRun,
-    PlaceTrace as PlaceTrace,
-    other_pictures as other_pictures,
 )
 from .flow_run import (
     FlowAnswer as FlowAnswer,
@@ -40,5 +38,5 @@ from .run_folder import (
     result_folder as result_folder,
 )
 from .runs import ModelToLoad as ModelToLoad, run as run
-from .sites import Located as Located, locate as locate
+from .sites import Located as Located, PlaceTrace as PlaceTrace, locate as locate, other_pictures as other_pictures
 from .trace_run import TraceRun as TraceRun, trace_summary as trace_summary

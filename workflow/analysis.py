@@ -64,7 +64,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class RunContext:
     """What an analysis may need to know of its run before the first record is computed."""
 
     folder: RunFolder
@@ -256,7 +256,7 @@ class Analysis(ABC):
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the outcome of one record. Raise one of `INPUT_ERRORS` if it has none."""
 
-    def opened(self, vlm: VisionLanguageModel, work: Work) -> AbstractContextManager[Analysis]:
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> AbstractContextManager[Analysis]:
         """Return a block in which records are computed, with the analysis that computes them: by default this one."""
         return nullcontext(self)
 

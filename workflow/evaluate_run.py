@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 from ..artefacts import load_fields, save_fields
 from ..artefacts.files import digest, read_json, write_json
-from ..data import DataError, EditRecord, Question
+from ..data import EditRecord, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY, EditRequest
 from ..editing import (
     Baseline,
@@ -44,16 +44,14 @@ from ..editing.evaluation import (
     transform_of,
 )
 from ..models import VisionLanguageModel
-from ..tracing import CausalTrace, Corruption, EditSite, SwapImage, TraceError
-from ..tracing.engine.cells import KINDS
-from .analysis import Analysis, Outcome, Record, Summary, Task, Work
+from ..tracing import CausalTrace, EditSite, TraceError
+from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
 from .located_edit import editor_at
 from .run_folder import RunError, StoredRecord
-from .sites import POSITIONS, Located, locate
+from .sites import TRACE, PlaceTrace, locate
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
 CURVE, DRAWING = "curve.json", "curve.png"
-_TRACE = "trace"
 _UNEDITED = "unedited"
 _UNEDITED_LAYOUT, _POINT_LAYOUT, _BATCH_LAYOUT = (f"multrace {name} 1" for name in ("unedited", "point", "batch"))
 _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: UNCHANGED}
@@ -65,75 +63,6 @@ class _NamedEditor(Editor, Protocol):
 
     def as_text(self) -> Mapping[str, str]:
         """Return the editor's name and its settings as text."""
-
-
-def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
-    """Return, by the key of each question with a picture, the picture of another record that a trace puts in its place.
-
-    It is that of the nearest earlier record with another picture and the same question, else of the nearest later
-    one; a picture of another kind of thing would also corrupt the kind, which the words of the question reveal early.
-    Where no other record has the same question, it is the picture of any other record, found in the same order. A
-    record whose picture no other record differs from has none, nor has one whose picture cannot be read.
-    """
-    questions = [each.question if isinstance(each, EditRecord) else each for each in records]
-    questions = [each for each in questions if _is_readable(each)]
-    pictures: dict[str, Corruption] = {}
-    for index, own in enumerate(questions):
-        others = [*reversed(questions[:index]), *questions[index + 1 :]]
-        shown = [each for each in others if own.images and each.images and each.image != own.image]
-        if shown:
-            chosen = next((each for each in shown if each.text == own.text), shown[0])
-            pictures.setdefault(own.key, SwapImage(chosen.images[0]))
-    return pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlaceTrace(Analysis):
-    """The trace of the question of each edit under another picture, which shows where the edit is to be made."""
-
-    name: ClassVar[str] = "place trace"
-
-    corruptions: Mapping[str, Corruption] = field(default_factory=dict)
-    """Key of a question -> what replaces its picture, as `other_pictures` returns it."""
-    window: int = 3
-    """Number of consecutive layers that are restored together at MLP and attention sites."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values; the pictures belong to the records."""
-        return {"window": self.window}
-
-    def check(self, record: Record) -> None:
-        """Raise `TraceError` for a question without a picture, or if no record has another one."""
-        question = record.question if isinstance(record, EditRecord) else record
-        if question.key not in self.corruptions:
-            missing = "it has no picture" if not question.images else "no other record has another picture"
-            raise TraceError(f"{question.text!r} cannot be traced: {missing}; name the place by --where LAYER:TOKEN")
-
-    def sources(self, record: Record) -> Sequence[Any]:
-        """Return the other picture, which counts by its content."""
-        question = record.question if isinstance(record, EditRecord) else record
-        corruption = self.corruptions.get(question.key)
-        image = getattr(corruption, "image", None)
-        return (Path(image) if isinstance(image, str) else image,)
-
-    def located(self, vlm: VisionLanguageModel, record: EditRecord) -> Located:
-        """Return the trace of a record and the place that it shows. Raises `TraceError` if it shows none."""
-        options = {"per_request": True, "positions": POSITIONS, "sites": KINDS, "window": self.window}
-        return locate(vlm, [record], corruptions=[self.corruptions[record.question.key]], progress=False, **options)
-
-    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
-        """Return the trace of a record. Raises `TraceError` if it shows no place."""
-        return self.outcome(self.located(vlm, cast(EditRecord, task.record)))
-
-    @staticmethod
-    def outcome(located: Located) -> Outcome:
-        """Return the trace and the place of one record."""
-        site, trace = located.edit_site, cast(CausalTrace, located.traces[0])
-        return Outcome(row={"layer": site.layer, "token": str(site.token)}, results={_TRACE: trace})
-
-    def summary(self) -> Summary:
-        """Return a summary with nothing besides the table."""
-        return Summary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +195,7 @@ class _LocatedTogether(_Evaluation):
             traces=[
                 TraceError(each.error)
                 if each.error is not None
-                else replace(each.load(_TRACE, CausalTrace), model=vlm.name)
+                else replace(each.load(TRACE, CausalTrace), model=vlm.name)
                 for each in own
             ],
             per_request=not self._has_one_place,
@@ -284,7 +213,7 @@ class _LocatedTogether(_Evaluation):
         """Whether all edits are made at the same place."""
         return False
 
-    def session_editor(self, work: Work) -> Editor:
+    def session_editor(self, work: RunContext) -> Editor:
         """Return the editor that makes the edits of all records, each at its place."""
         if self.trace is None:
             return self.editor_at(None)
@@ -304,7 +233,7 @@ class EvaluateBatchRun(_LocatedTogether):
     name: ClassVar[str] = "evaluate batch"
 
     @contextmanager
-    def opened(self, vlm: VisionLanguageModel, work: Work) -> Iterator[Analysis]:
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
         records = {_id(record, name): replace(record, id=_id(record, name)) for name, record in _edits(work)}
         with work.folder.alone():
@@ -380,7 +309,7 @@ class EvaluateSequenceRun(_LocatedTogether):
         return replace(super().from_settings(settings), at=tuple(settings["at"]), **own)
 
     @contextmanager
-    def opened(self, vlm: VisionLanguageModel, work: Work) -> Iterator[Analysis]:
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
         records = {name: replace(record, id=_id(record, name)) for name, record in _edits(work)}
         reference = self._unedited(vlm, work, records)
@@ -403,7 +332,7 @@ class EvaluateSequenceRun(_LocatedTogether):
         """Return the report on the state after the last edit, and the curve of the way there."""
         return SequenceSummary(bound=self.growth)
 
-    def _unedited(self, vlm: VisionLanguageModel, work: Work, records: Mapping[str, EditRecord]) -> Baseline:
+    def _unedited(self, vlm: VisionLanguageModel, work: RunContext, records: Mapping[str, EditRecord]) -> Baseline:
         """The answers of the unedited model; those of each record are kept in the run's folder as they are asked."""
         folder, parts = work.folder.shared, []
         folder.mkdir(exist_ok=True)
@@ -555,20 +484,12 @@ def _id(record: Record, name: str) -> str:
     return record.id or name
 
 
-def _is_readable(question: Question) -> bool:
-    """Whether the files of all pictures of a question can be read."""
-    try:
-        return bool(question.key)
-    except DataError:
-        return False
-
-
 def _named(task: Task) -> EditRecord:
     """The record of a task, with an id."""
     return replace(cast(EditRecord, task.record), id=_id(task.record, task.name))
 
 
-def _edits(work: Work) -> Iterator[tuple[str, EditRecord]]:
+def _edits(work: RunContext) -> Iterator[tuple[str, EditRecord]]:
     return ((name, cast(EditRecord, record)) for name, record in work.records.items())
 
 

@@ -45,10 +45,10 @@ from .analysis import (
     Outcome,
     Record,
     Rows,
+    RunContext,
     RunReport,
     Summary,
     Task,
-    Work,
     plain,
     question_of_record,
     refuse_difference,
@@ -272,7 +272,7 @@ class _Job:
     def _opened(self, calibration: Mapping[str, Any] | None) -> Iterator[None]:
         """A block in which the analysis is ready to compute records."""
         records = {name: entry.record for name, entry in self.entries.items() if self._problem(entry) is None}
-        work = Work(folder=self.folder, records=records, calibration=calibration, progress=self.progress)
+        work = RunContext(folder=self.folder, records=records, calibration=calibration, progress=self.progress)
         with self.analysis.opened(self.vlm, work) as self._computing:
             yield
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 from tqdm import tqdm
 
+from ..data import DataError
 from ..data.errors import gist
-from ..data.facts import EditRequest, Question
+from ..data.facts import EditRecord, EditRequest, Question
 from ..models import Prompt, VisionLanguageModel
-from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
+from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, SwapImage, TraceError, average, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.positions import Item
+from .analysis import Analysis, Outcome, Record, Summary, Task
 
 logger = logging.getLogger("multrace")
 POSITIONS = ("image", "question", "constraint_last", "last")
 """The token groups that are traced by default."""
+TRACE = "trace"
+"""The name of the trace among the results of a record."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -294,3 +299,80 @@ def _check_question(prompt: Prompt, trace: CausalTrace) -> None:
             f"this trace is of the question {trace.question!r}{how}, and the edit is of {prompt.question!r}; "
             "trace the prompt that is to be edited"
         )
+
+
+def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
+    """Return, by the key of each question with a picture, the picture of another record that a trace puts in its place.
+
+    It is that of the nearest earlier record with another picture and the same question, else of the nearest later
+    one; a picture of another kind of thing would also corrupt the kind, which the words of the question reveal early.
+    Where no other record has the same question, it is the picture of any other record, found in the same order. A
+    record whose picture no other record differs from has none, nor has one whose picture cannot be read.
+    """
+    questions = [each.question if isinstance(each, EditRecord) else each for each in records]
+    questions = [each for each in questions if _is_readable(each)]
+    pictures: dict[str, Corruption] = {}
+    for index, own in enumerate(questions):
+        others = [*reversed(questions[:index]), *questions[index + 1 :]]
+        shown = [each for each in others if own.images and each.images and each.image != own.image]
+        if shown:
+            chosen = next((each for each in shown if each.text == own.text), shown[0])
+            pictures.setdefault(own.key, SwapImage(chosen.images[0]))
+    return pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceTrace(Analysis):
+    """The trace of the question of each edit under another picture, which shows where the edit is to be made."""
+
+    name: ClassVar[str] = "place trace"
+
+    corruptions: Mapping[str, Corruption] = field(default_factory=dict)
+    """Key of a question -> what replaces its picture, as `other_pictures` returns it."""
+    window: int = 3
+    """Number of consecutive layers that are restored together at MLP and attention sites."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; the pictures belong to the records."""
+        return {"window": self.window}
+
+    def check(self, record: Record) -> None:
+        """Raise `TraceError` for a question without a picture, or if no record has another one."""
+        question = record.question if isinstance(record, EditRecord) else record
+        if question.key not in self.corruptions:
+            missing = "it has no picture" if not question.images else "no other record has another picture"
+            raise TraceError(f"{question.text!r} cannot be traced: {missing}; name the place by --where LAYER:TOKEN")
+
+    def sources(self, record: Record) -> Sequence[Any]:
+        """Return the other picture, which counts by its content."""
+        question = record.question if isinstance(record, EditRecord) else record
+        corruption = self.corruptions.get(question.key)
+        image = getattr(corruption, "image", None)
+        return (Path(image) if isinstance(image, str) else image,)
+
+    def located(self, vlm: VisionLanguageModel, record: EditRecord) -> Located:
+        """Return the trace of a record and the place that it shows. Raises `TraceError` if it shows none."""
+        options = {"per_request": True, "positions": POSITIONS, "sites": KINDS, "window": self.window}
+        return locate(vlm, [record], corruptions=[self.corruptions[record.question.key]], progress=False, **options)
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the trace of a record. Raises `TraceError` if it shows no place."""
+        return self.outcome(self.located(vlm, cast(EditRecord, task.record)))
+
+    @staticmethod
+    def outcome(located: Located) -> Outcome:
+        """Return the trace and the place of one record."""
+        site, trace = located.edit_site, cast(CausalTrace, located.traces[0])
+        return Outcome(row={"layer": site.layer, "token": str(site.token)}, results={TRACE: trace})
+
+    def summary(self) -> Summary:
+        """Return a summary with nothing besides the table."""
+        return Summary()
+
+
+def _is_readable(question: Question) -> bool:
+    """Whether the files of all pictures of a question can be read."""
+    try:
+        return bool(question.key)
+    except DataError:
+        return False

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -32,6 +32,8 @@ from .metrics import (
     UNCHANGED,
     UNCHANGED_RIGHT,
     VQA,
+    AnswerScore,
+    Responses,
     agreement,
     exact_match,
     fluency,
@@ -184,33 +186,6 @@ def lacking(check: Check, edited: Iterable[str]) -> LeftOut | None:
 
 def _left_out(check: Check, reason: str) -> LeftOut:
     return LeftOut(record=check.record, kind=check.kind, question=check.question.text, reason=reason)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerScore:
-    """How a model predicts a given answer, each token from the ones before it."""
-
-    ids: tuple[int, ...]
-    predicted: tuple[int, ...]
-    """The most probable token at the position of each of the ids."""
-    log_probabilities: tuple[float, ...]
-    """Natural logarithm of the probability of each of the ids."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Responses:
-    """The responses of one state of a model."""
-
-    generated: dict[str, str] = field(default_factory=dict)
-    """Key of a question -> free answer."""
-    scores: dict[tuple[str, str], AnswerScore] = field(default_factory=dict)
-    """(key, answer) -> its score."""
-    ranks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(key, answer) -> (token, RANKS) int32, the most probable next tokens at every position, the answer's included."""
-    first: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(key, answer) -> (vocab,) float32 logits where the answer's first token is predicted."""
-    fluencies: dict[str, str] = field(default_factory=dict)
-    """Key -> the longer free answer whose fluency is measured."""
 
 
 def blocks(checks: Iterable[Check], size: int) -> Iterator[list[Check]]:
@@ -410,8 +385,7 @@ class Baseline:
         """Return the responses of several baselines of one model together."""
         responses = Responses()
         for part in parts:
-            for name in ("generated", "scores", "fluencies"):
-                getattr(responses, name).update(getattr(part.responses, name))
+            responses.add(part.responses)
         return replace(parts[0], responses=responses)
 
 
@@ -450,8 +424,7 @@ def baseline(
     with bar:
         for block in blocks(checks, _BATCHES * batch_size):
             found = _responses(vlm, block, _prompts(vlm, block), settings, batch_size=batch_size, is_ranked=False)
-            for part in ("generated", "scores", "fluencies"):
-                getattr(responses, part).update(getattr(found, part))
+            responses.add(found)
             bar.update(len(block))
     return Baseline(model=vlm.name, revision=vlm.revision, settings=settings, responses=responses)
 

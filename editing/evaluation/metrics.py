@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -194,6 +194,39 @@ def bootstrap_interval(values: Sequence[float], records: Sequence[str], *, seed:
     low, high = grouped_bootstrap(values, records, seed=seed)
     mean = float(np.mean(np.asarray(values, dtype=np.float64)))
     return Interval(mean=mean, low=low, high=high, number=len(values), records=len(set(records)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore:
+    """How a model predicts a given answer, each token from the ones before it."""
+
+    ids: tuple[int, ...]
+    predicted: tuple[int, ...]
+    """The most probable token at the position of each of the ids."""
+    log_probabilities: tuple[float, ...]
+    """Natural logarithm of the probability of each of the ids."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Responses:
+    """The responses of one state of a model."""
+
+    generated: dict[str, str] = field(default_factory=dict)
+    """Key of a question -> free answer."""
+    scores: dict[tuple[str, str], AnswerScore] = field(default_factory=dict)
+    """(key, answer) -> its score."""
+    ranks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """(key, answer) -> (token, RANKS) int32, the most probable next tokens at every position, the answer's included."""
+    first: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """(key, answer) -> (vocab,) float32 logits where the answer's first token is predicted."""
+    fluencies: dict[str, str] = field(default_factory=dict)
+    """Key -> the longer free answer whose fluency is measured."""
+
+    def add(self, other: "Responses") -> None:
+        """Add other responses, without their tensors."""
+        self.generated.update(other.generated)
+        self.scores.update(other.scores)
+        self.fluencies.update(other.fluencies)
 
 
 def _check_positions(predicted: Sequence[int], wanted: Sequence[int]) -> None:
