@@ -304,8 +304,9 @@ def _facts(path: Path, image: Image.Image, name: str) -> PictureFacts:
 def _orientation(image: Image.Image) -> int:
     """Return the orientation tag; 1 for upright if there is none or, as in picture viewers, if the EXIF are damaged."""
     try:
-        # A PNG's own getexif decodes the whole picture first, to look for data behind it.
-        turn = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        with _quiet():
+            # A PNG's own getexif decodes the whole picture first, to look for data behind it.
+            turn = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error):
         return 1
     return turn if turn in range(1, 9) else 1
@@ -351,7 +352,10 @@ def _tiff_damage(name: str) -> Iterator[None]:
 def _upright(image: Image.Image) -> Image.Image:
     """Return the picture turned by its EXIF tag; the same object if there is nothing to turn."""
     try:
-        return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+        if _orientation(image) == 1:
+            return image
+        with _quiet():
+            return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, struct.error):
         return image
 

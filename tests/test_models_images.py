@@ -393,7 +393,7 @@ def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, l
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = ["--corrupt", "blank", "--sites", "hidden", "--positions", "last", "--even-if-weak"]
     records = ["--model", str(llava_llama_path), "--data", str(tmp_path / "records.jsonl")]
-    assert app(["trace", *records, *options, "--out", str(tmp_path / "out")]) == 0
+    assert app(["trace", *records, *options, "--out", str(tmp_path / "out")]) == 1
     printed = "".join(capsys.readouterr())
     assert "2 records done, 1 failed" in printed
     assert "two: cannot read picture" in printed and "it has 225.0 megapixels" in printed
