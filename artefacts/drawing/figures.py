@@ -43,7 +43,8 @@ class NotebookFigure(Figure):
         """Write the figure like matplotlib, but draw characters that the font lacks as boxes without a warning."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            super().savefig(*arguments, **{"facecolor": "white", **keywords})
+            settings: dict[str, Any] = {"facecolor": "white", **keywords}
+            super().savefig(*arguments, **settings)
 
     def _repr_png_(self) -> bytes:
         return _content(self, "png", 100)
@@ -267,8 +268,8 @@ def _fill_curves(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle],
         axes.axhline(reference, color=GREY, linewidth=0.8, zorder=1)
     for curve in panel.curves:
         if curve.low is not None and curve.high is not None:
-            band = [values.numpy() for values in (curve.x, curve.low, curve.high)]
-            axes.fill_between(*band, color=styles[curve.label].colour, alpha=0.16, linewidth=0, zorder=2)
+            x, low, high = (values.numpy() for values in (curve.x, curve.low, curve.high))
+            axes.fill_between(x, low, high, color=styles[curve.label].colour, alpha=0.16, linewidth=0, zorder=2)
     for index, curve in enumerate(panel.curves):
         step = max(1, -(-len(curve.x) // 12))  # a dozen markers, not at the points of the neighbours' markers
         line = sample_line(styles[curve.label], markevery=(index % step, step), zorder=3)
@@ -277,13 +278,13 @@ def _fill_curves(axes: Axes, panel: CurvePanel, styles: Mapping[str, LineStyle],
     axes.autoscale_view()
 
 
-def sample_line(style: LineStyle, **more: object) -> Line2D:
+def sample_line(style: LineStyle, **more: Any) -> Line2D:
     """Return a line of this style without points, for use in a legend."""
     return Line2D(
         [],
         [],
         color=style.colour,
-        linestyle=style.dashes,
+        linestyle=cast(Any, style.dashes),  # the stub lists the names of dashes one by one
         linewidth=1.6,
         marker=style.marker,
         markersize=5,
@@ -425,10 +426,14 @@ def _label_axes(axes: Axes, panel: Panel, labels: Sequence[str] | None) -> None:
 def _write_numbers(axes: Axes, panel: Panel) -> None:
     """Write the value of each cell with two digits (three if all are small), pale where it is not clear of zero."""
     mesh, digits = axes.collections[0], 2 if float(panel.values.nan_to_num(nan=-1).max()) >= 0.1 else 3
+    norm: Any = mesh.norm  # which takes numbers as well as the arrays that its annotation names
     for row, column in torch.isfinite(panel.values).nonzero().tolist():
         value = float(panel.values[row, column])
         is_clear = panel.clear is None or bool(panel.clear[row, column])
-        style = {"color": "white" if mesh.norm(value) > 0.6 else INK, "alpha": 1.0 if is_clear else 0.45}
+        style = {
+            "color": "white" if norm(value) > 0.6 else INK,
+            "alpha": 1.0 if is_clear else 0.45,
+        }
         text = f"{round(value, digits) + 0.0:.{digits}f}".replace("0.", ".", 1)  # + 0.0 turns -0.0 into 0.0
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, **style)
 
@@ -558,4 +563,5 @@ def _draw(axes: Axes, picture: Tensor, values: Tensor, colours: ScalarMappable) 
     shades[..., 3] = 0.85 * colours.norm(values.nan_to_num(nan=0).clamp(min=0).numpy())
     grey = picture @ picture.new_tensor(_BRIGHTNESS)
     paled = 0.4 + 0.6 * (0.25 * picture + 0.75 * grey[..., None])
-    add_picture(axes, paled.numpy(), tuple(values.shape), [shades])
+    rows, columns = values.shape
+    add_picture(axes, paled.numpy(), (rows, columns), [shades])
