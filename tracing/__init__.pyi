@@ -16,24 +16,21 @@ from .averages import average as average, averager_of as averager_of
 from .causal.average import AverageTrace as AverageTrace
 from .causal.result import CausalBlock as CausalBlock, CausalTrace as CausalTrace, EditSite as EditSite, Peak as Peak
 from .causal.trace import causal_trace as causal_trace
-from .corruptions.corruption import (
+from .corruptions.corruption import Corrupted as Corrupted, Corruption as Corruption
+from .corruptions.kinds import (
     BlankImage as BlankImage,
     BlurImage as BlurImage,
-    Corrupted as Corrupted,
-    Corruption as Corruption,
-    MaskBoxes as MaskBoxes,
-    ReplaceText as ReplaceText,
-    SwapImage as SwapImage,
-)
-from .corruptions.noise import (
     ImageNoise as ImageNoise,
+    MaskBoxes as MaskBoxes,
     MeanAblation as MeanAblation,
     PixelNoise as PixelNoise,
+    ReplaceText as ReplaceText,
+    SwapImage as SwapImage,
     TextNoise as TextNoise,
     ZeroAblation as ZeroAblation,
     calibrate as calibrate,
+    parse_corruption as parse_corruption,
 )
-from .corruptions.parsing import parse_corruption as parse_corruption
 from .engine.cells import Engine as Engine, EngineReport as EngineReport
 from .engine.positions import (
     Blocks as Blocks,

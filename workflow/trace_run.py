@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, cast
 from ..data import EditRecord, Question, find_span
 from ..models import VisionLanguageModel, open_images
 from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
-from ..tracing.corruptions.parsing import SPELLINGS, corruption_pictures
+from ..tracing.corruptions.kinds import SPELLINGS, corruption_pictures
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.positions import Item, parse_position
 from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record

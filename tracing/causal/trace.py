@@ -15,7 +15,7 @@ from ...models.families import Kind, Projection
 from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
-from ..corruptions.noise import calibrate
+from ..corruptions.kinds import calibrate
 from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell
 from ..engine.lanes import Recorded
 from ..engine.measure import measure, record

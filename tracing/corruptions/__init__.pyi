@@ -1,3 +1,2 @@
 from .corruption import CONSTRAINTS as CONSTRAINTS
-from .noise import LADDER as LADDER, Noise as Noise
-from .parsing import SPELLINGS as SPELLINGS
+from .kinds import LADDER as LADDER, SPELLINGS as SPELLINGS, Noise as Noise
