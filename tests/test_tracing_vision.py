@@ -29,7 +29,7 @@ from multrace.tracing import (
     causal_trace,
 )
 from multrace.tracing.engine import Engine, StateCell, restored_tokens
-from multrace.tracing.errors import WeakCorruption
+from multrace.tracing.engine.cells import WeakCorruption
 from PIL import Image
 from torch import Tensor, nn
 

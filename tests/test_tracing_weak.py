@@ -9,7 +9,7 @@ from multrace.data import World
 from multrace.tracing import BlankImage, ImageNoise, SwapImage, TextNoise, TraceError
 from multrace.tracing.corruptions import LADDER
 from multrace.tracing.engine import METRICS, Engine
-from multrace.tracing.errors import WeakCorruption
+from multrace.tracing.engine.cells import WeakCorruption
 from small_traces import ENGINES, ask, trace
 from torch import Tensor
 

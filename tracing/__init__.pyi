@@ -31,7 +31,12 @@ from .corruptions.kinds import (
     calibrate as calibrate,
     parse_corruption as parse_corruption,
 )
-from .engine.cells import Engine as Engine, EngineReport as EngineReport
+from .engine.cells import (
+    Engine as Engine,
+    EngineReport as EngineReport,
+    TraceError as TraceError,
+    WeakCorruption as WeakCorruption,
+)
 from .engine.positions import (
     Blocks as Blocks,
     Box as Box,
@@ -39,7 +44,6 @@ from .engine.positions import (
     parse_position as parse_position,
 )
 from .engine.scoring import same_answer as same_answer
-from .errors import TraceError as TraceError, WeakCorruption as WeakCorruption
 from .failure import (
     FailureFeatures as FailureFeatures,
     FailurePrediction as FailurePrediction,

@@ -21,8 +21,8 @@ from ..artefacts.results import Result, long_frame, stacked_frame
 from ..models import Prompt, VisionLanguageModel
 from .attention.contributions import contribution_norms, record_attention, value_bias
 from .attention.contributions_result import Chart, HeadMap, Line, layers_figure
+from .engine.cells import TraceError
 from .engine.positions import prompt_positions
-from .errors import TraceError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.replay.observe import Attention, attending
+from ..engine.cells import TraceError
 from ..engine.positions import prompt_positions
-from ..errors import TraceError
 from .contributions_result import (
     REDUCED,
     UNITS,

@@ -12,7 +12,7 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import CYCLE, INK, name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt
-from ..errors import TraceError
+from ..engine.cells import TraceError
 from .image_tokens import check_prompt, over_grid
 
 if TYPE_CHECKING:

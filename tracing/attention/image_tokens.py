@@ -17,8 +17,8 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import INK, colours_of, name_of_model
 from ...artefacts.results import Result
 from ...models import Prompt, Site, VisionLanguageModel, capture
+from ..engine.cells import TraceError
 from ..engine.positions import group_positions
-from ..errors import TraceError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.results import long_frame, stacked_frame
-from ..errors import TraceError
+from ..engine.cells import TraceError
 from .result import CausalTrace, EffectMap
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from ...artefacts.drawing.styles import SITE_NAMES
 from ...artefacts.files import write_arrays
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import Prompt
-from ..engine.cells import EngineReport
-from ..errors import TraceError
+from ..engine.cells import EngineReport, TraceError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,13 +16,12 @@ from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
 from ..corruptions.kinds import calibrate
-from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell
+from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell, TraceError, WeakCorruption
 from ..engine.lanes import Recorded
 from ..engine.measure import measure, record
 from ..engine.plain import Shown, is_before_decoder
 from ..engine.positions import Grid, Item, make_grid, resolve_rows
 from ..engine.scoring import Metric, Scoring, choose_scoring
-from ..errors import TraceError, WeakCorruption
 from .result import CausalTrace
 
 DIRECTIONS = ("restore", "corrupt")

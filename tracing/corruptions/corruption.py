@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.errors import check_text
-from ..errors import TraceError
+from ..engine.cells import TraceError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 from ...data.pictures import Picture
 from ...models import Prompt, VisionLanguageModel, open_images
 from ...models.prompts import ReadOnly
+from ..engine.cells import TraceError
 from ..engine.positions import group_positions
-from ..errors import TraceError
 from .corruption import CONSTRAINTS, Corrupted, Corruption, word_embeddings
 
 Colour = str | tuple[int, int, int]

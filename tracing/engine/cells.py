@@ -1,7 +1,7 @@
 """The cells of a sweep, its settings, runs and report, and the plan by which the cells are computed.
 
 The plan states which cells cost nothing, which positions the others change, and which of them form a batch. This module
-only keeps account of positions and layers; it computes no states.
+only keeps account of positions and layers; it computes no states. It also defines the errors of all experiments.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +16,15 @@ from torch import Tensor
 from ...models import VisionLanguageModel
 from ...models.replay.recording import Cut, Masks
 from ...models.replay.replay import Work
-from ..errors import TraceError
+
+
+class TraceError(ValueError):
+    """A trace that cannot be made, read or written as asked; says what was found and what to do."""
+
+
+class WeakCorruption(TraceError):
+    """A corruption that does not lower the answer's probability, so there is nothing to bring back."""
+
 
 ENGINES = ("auto", "replay", "plain")
 KINDS = ("hidden", "mlp", "attention")

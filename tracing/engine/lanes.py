@@ -18,8 +18,7 @@ from ...models import Site, VisionLanguageModel, patch
 from ...models.families import Kind, Projection
 from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, places
 from ...models.replay.replay import Replay
-from ..errors import TraceError
-from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell
+from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError
 
 _LAYOUT = "multrace sweep 2"
 _SECONDS_BETWEEN_WRITES = 5.0

@@ -22,7 +22,6 @@ from ...models import ReplayError, Site, VisionLanguageModel
 from ...models.families import Kind, Projection
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
-from ..errors import TraceError
 from .cells import (
     Cell,
     CellScores,
@@ -33,6 +32,7 @@ from .cells import (
     Measure,
     Runs,
     StateCell,
+    TraceError,
     all_edges,
     halved,
     make_plan,

@@ -18,8 +18,7 @@ from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families import Key, Kind
 from ...models.replay.observe import masking
 from ...models.replay.recording import Cut
-from ..errors import TraceError
-from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, all_edges, state_cells
+from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, TraceError, all_edges, state_cells
 
 _Write = Callable[[Tensor], Tensor]
 _Inputs = Mapping[str, Tensor]

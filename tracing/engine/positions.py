@@ -18,8 +18,7 @@ from ...models import ModelError, Prompt, VisionLanguageModel, patch
 from ...models.errors import plain_number
 from ...models.hooks import first_input
 from ...models.prompts import Patch
-from ..errors import TraceError
-from .cells import KINDS, StateCell
+from .cells import KINDS, StateCell, TraceError
 
 Positions = str | int | Sequence[str | int]
 """A token group, a position (negative ones count from the end), or several of either."""

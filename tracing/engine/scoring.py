@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
-from ..errors import TraceError
-from .cells import Measure
+from .cells import Measure, TraceError
 
 METRICS = ("probability", "log_probability", "logit_difference")
 FIRST, WHOLE = "first token", "answer"

@@ -9,11 +9,10 @@ from tqdm import tqdm
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.replay.recording import Cut
-from ..engine.cells import CellScores, EdgeCell, Engine, Runs
+from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
 from ..engine.measure import measure
 from ..engine.positions import Box, box_positions, window_layers
 from ..engine.scoring import Scoring, scored_ids
-from ..errors import TraceError
 from .result import AttentionKnockout
 
 PAPER_FLOWS = ("question -> last", "image -> last", "image -> question", "last -> last")

@@ -16,9 +16,8 @@ from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean, student_interval
 from ...artefacts.drawing.styles import flow_styles, name_of_model
 from ...artefacts.results import Result
-from ..engine.cells import EngineReport
+from ..engine.cells import EngineReport, TraceError
 from ..engine.scoring import same_answer
-from ..errors import TraceError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,8 @@ from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt, Site, VisionLanguageModel, capture
+from ..engine.cells import TraceError
 from ..engine.positions import Positions, named_positions
-from ..errors import TraceError
 from .result import NORM_NAMES, NORMS, FollowedTokens, LensCurve, LinePanel, LogitLens, lines_figure, state_name
 
 if TYPE_CHECKING:

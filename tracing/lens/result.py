@@ -11,7 +11,7 @@ from torch import Tensor
 from ...artefacts import drawing
 from ...artefacts.drawing.styles import GREY, INK, name_of_model
 from ...artefacts.results import Result, long_frame
-from ..errors import TraceError
+from ..engine.cells import TraceError
 
 if TYPE_CHECKING:
     import pandas as pd

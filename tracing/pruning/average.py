@@ -12,7 +12,7 @@ from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result
-from ..errors import TraceError
+from ..engine.cells import TraceError
 from .result import (
     ImagePruning,
     Levels,

@@ -15,11 +15,10 @@ from ...models import Prompt, ReplayError, VisionLanguageModel
 from ...models.errors import plain_number
 from ...models.replay.observe import attending
 from ...models.replay.recording import Cut
-from ..engine.cells import CellScores, EdgeCell, Engine, Runs
+from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
 from ..engine.measure import measure, measure_once
 from ..engine.positions import group_positions
 from ..engine.scoring import FIRST, WHOLE, Scoring
-from ..errors import TraceError
 from .result import ImagePruning
 
 Ids = tuple[int, ...]

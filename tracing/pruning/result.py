@@ -14,9 +14,8 @@ from ...artefacts.drawing.styles import CYCLE, INK, LineStyle, name_of_model
 from ...artefacts.results import long_frame
 from ...models import Prompt
 from ..attention.image_tokens import ImageReading, check_prompt, evenly_spread
-from ..engine.cells import EngineReport
+from ..engine.cells import EngineReport, TraceError
 from ..engine.scoring import same_answer
-from ..errors import TraceError
 
 if TYPE_CHECKING:
     import pandas as pd
