@@ -279,6 +279,58 @@ def test_damaged_outcomes_are_computed_again(go: Callable, tmp_path: Path):
 # ---- the environment ----
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept(Scores):
+    """Scores with a file of results for each record."""
+
+    name: ClassVar[str] = "kept scores"
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        outcome = super().compute(vlm, task)
+        return replace(outcome, files={"score.txt": lambda path: path.write_text(repr(outcome.row["score"]))})
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_record_whose_file_is_not_the_one_that_was_written_is_computed_again(
+    random_gpt2: VisionLanguageModel, tmp_path: Path, damage: str
+):
+    for name in ("out", "undisturbed"):
+        run(random_gpt2, Kept(), questions(*WORDS[:2]), tmp_path / name, progress=False)
+    files = sorted((tmp_path / "out").glob("records/*/score.txt"))
+    assert len(files) == 2
+    files[0].unlink() if damage == "lost" else files[0].write_text(files[0].read_text()[:-1])
+    assert content(tmp_path / "out") != content(tmp_path / "undisturbed")
+    times = files[1].stat().st_mtime_ns
+    run(random_gpt2, Kept(), questions(*WORDS[:2]), tmp_path / "out", progress=False)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed") and files[1].stat().st_mtime_ns == times
+
+
+def test_a_whole_folder_that_a_killed_process_left_is_emptied_into_the_records(
+    go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Finished records count, whichever process finds them; those of a half written folder are computed again."""
+    go(*WORDS[:4])
+    go(*WORDS[:4], out="undisturbed")
+    records = tmp_path / "out" / "records"
+    names = {path.name.split("-")[0]: path for path in records.iterdir()}
+    finished = names["red"].joinpath("record.json").stat().st_mtime_ns
+    for folder, word in ((".whole-2-of-2", "red"), (".part-1-of-1", "green")):
+        (records / folder).mkdir()
+        names[word].rename(records / folder / names[word].name)
+    computed = []
+    compute = Scores.compute
+
+    def noted(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        computed.append(task.record.id)
+        return compute(self, vlm, task)
+
+    monkeypatch.setattr(Scores, "compute", noted)
+    go(*WORDS[:4])
+    assert computed == ["green"] and names["red"].joinpath("record.json").stat().st_mtime_ns == finished
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert not list(records.glob(".*"))
+
+
 def test_two_processes_in_one_folder_are_refused_and_a_dead_one_is_not(
     go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
