@@ -36,6 +36,7 @@ from multrace.workflow import (
     read_rows,
     run,
 )
+from multrace.workflow.run_folder import Contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -329,6 +330,64 @@ def test_a_whole_folder_that_a_killed_process_left_is_emptied_into_the_records(
     assert computed == ["green"] and names["red"].joinpath("record.json").stat().st_mtime_ns == finished
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     assert not list(records.glob(".*"))
+
+
+def test_records_of_one_id_are_told_apart_by_their_content(random_gpt2: VisionLanguageModel, tmp_path: Path):
+    rows = [(row, Question(text=f"Is the car {word} {row}?", id="car")) for row, word in enumerate(3 * WORDS)]
+    report = run(random_gpt2, Scores(), rows, tmp_path / "out", progress=False)
+    assert report.done == len(rows) and not report.failed
+    assert list(read_rows(tmp_path / "out")["question"]) == [question.text for _, question in rows]
+
+
+def test_a_picture_that_changes_is_read_again(tmp_path: Path):
+    """Within one run the file of a picture is read once, as long as it is the same."""
+    path, contents = tmp_path / "photo.png", Contents()
+    path.write_bytes(b"one")
+    first = contents.key(path)
+    assert contents.key(path) == first == Contents().key(path)
+    path.write_bytes(b"another")
+    assert contents.key(path) == Contents().key(path) != first
+
+
+def test_records_computed_together_survive_a_stop_between_them(
+    random_gpt2: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both outcomes were finished before the first came to its place, so that neither is computed again."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Together(Scores):
+        together: ClassVar[int] = 2
+
+    computed, compute, move = [], Scores.compute, Path.rename
+
+    def noted(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        computed.append(task.record.id)
+        return compute(self, vlm, task)
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.name.startswith("green-"):
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    def go() -> Any:
+        return run(random_gpt2, Together(), questions("red", "green"), tmp_path / "out", progress=False)
+
+    monkeypatch.setattr(Scores, "compute", noted)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", stop)
+        go()
+    assert sorted(computed) == ["green", "red"]
+    assert go().done == 2 and len(computed) == 2
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed"])
+def test_a_summary_whose_file_is_not_the_one_that_was_written_is_made_again(go: Callable, tmp_path: Path, damage: str):
+    go(*WORDS[:2])
+    before, mean = content(tmp_path / "out"), tmp_path / "out" / "summary" / "mean.txt"
+    mean.unlink() if damage == "lost" else mean.write_text(mean.read_text().replace("red", "rad"))
+    assert content(tmp_path / "out") != before
+    go(*WORDS[:2])
+    assert content(tmp_path / "out") == before
 
 
 def test_two_processes_in_one_folder_are_refused_and_a_dead_one_is_not(
