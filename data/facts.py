@@ -21,6 +21,8 @@ from .errors import DataError, quoted
 
 PixelBox = tuple[int, int, int, int]
 """Left, top, right and bottom of a rectangle in pixels of the original picture; right and bottom are exclusive."""
+_DIGITS = 16
+"""Number of hexadecimal digits of a picture's digest that tell it from others."""
 PictureSource = Image.Image | Path
 """A picture in memory, or the path of a picture that is opened when a prompt needs it."""
 Words = str | tuple[str, int | Literal["all"]]
@@ -151,6 +153,16 @@ class Question:
         for image in self.images:
             digest.update(_content(image))
         return digest.hexdigest()
+
+    @property
+    def picture_names(self) -> tuple[str, ...]:
+        """The name of each picture's file, if it has one, with the start of the SHA-256 of its content.
+
+        Raises `DataError` if a file cannot be read.
+        """
+        digests = (f"sha256:{_content(image).hex()[:_DIGITS]}" for image in self.images)
+        files = ("" if isinstance(image, Image.Image) else f"{Path(image).name} " for image in self.images)
+        return tuple(f"{file}{digest}" for file, digest in zip(files, digests, strict=True))
 
     def with_image(self, image: PictureSource | tuple[PictureSource, ...] | None) -> Self:
         """Return the same question about another picture; boxes of the old picture are dropped."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from multrace.artefacts import ArtefactError
+from multrace.artefacts import ArtefactError, Result
 from multrace.data import (
     DataError,
     EditRecord,
@@ -239,6 +239,27 @@ def test_raw_answers_survive_saving(edited, tmp_path):
     text = edited.summary()
     assert "free generation, exact match" in text and "of 1 successful edits" in text
     assert "teacher-forced" not in edited.headlines()
+
+
+def test_reports_and_curves_are_results(edited, sequence, tmp_path):
+    """Drawn, printed and saved as every other result; one changed letter of an answer is noticed."""
+    for result in (edited, sequence.curve):
+        assert isinstance(result, Result) and result.layout.startswith("multrace edit ")
+        assert result.plot(tmp_path / "figure.png").axes and (tmp_path / "figure.png").stat().st_size > 10_000
+        assert "<img" in result._repr_html_()
+    labels = [label.get_text() for label in edited.plot().axes[0].get_yticklabels()]
+    shares = [score for score in edited.scores() if score.protocol in (EXACT, UNCHANGED)]
+    assert labels == [f"{score.aspect}, {score.kind}: {score.protocol}" for score in shares]
+    path = edited.save(tmp_path / "report.json")
+    path.write_text(path.read_text().replace(f'"after": "{CASES[0].target}"', '"after": "Somebody Else"'))
+    with pytest.raises(EditError, match="not what its SHA-256 vouches for"):
+        EditReport.load(path)
+
+
+def test_a_question_names_its_picture(edited, records):
+    names = [row["pictures"] for row in edited.generations()]
+    assert names[0] == records[0].question.picture_names and names[0][0].startswith("sha256:")
+    assert len({name for name in names if name}) > 1 and () in names
 
 
 def test_a_damaged_report_is_refused(edited, tmp_path):

@@ -159,7 +159,7 @@ def reports(tmp_path_factory) -> dict[str, Base]:
     )
     shared = {"model": "m", "revision": None, "statuses": {"a": "edited", "b": "failed: no"}}
     curve = EditCurve(points=(point, point), bound=0.1, exceeded_at=None, **shared)
-    told = {"question": "Who?", "has_picture": False, "new": "Bo", "old": "Al", "before": "Al", "after": "Bo"}
+    told = {"question": "Who?", "pictures": [], "new": "Bo", "old": "Al", "before": "Al", "after": "Bo"}
     rows = [
         ProbeRow(record=name, kind=kind, hops=None, numbers={"free generation, exact match": (0.0, 1.0)}, **told)
         for name in "ab"

@@ -534,7 +534,7 @@ def rows_of(checks: Iterable[Check], before: Responses, after: Responses) -> Ite
             kind=check.kind,
             hops=check.hops,
             question=check.question.text,
-            has_picture=bool(check.question.images),
+            pictures=check.question.picture_names,
             new=check.new,
             old=check.old(before),
             before=before.generated[check.key],

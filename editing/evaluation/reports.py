@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
 
-from ...artefacts import drawing, files, from_plain
+from ...artefacts import Result, drawing, files, from_plain
 from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
 from ...models import VisionLanguageModel
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 _Kind = TypeVar("_Kind")
 
-FORMAT = "multrace edit report 4"
 ALL = "all"
-CURVE_FORMAT = "multrace edit curve 3"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
 """What is measured at every point -> its protocol."""
 _STYLES = {
@@ -79,7 +77,8 @@ class ProbeRow:
     kind: str
     hops: int | None
     question: str
-    has_picture: bool
+    pictures: tuple[str, ...]
+    """Its pictures: the name of each file, if there is one, and the start of the SHA-256 of the content."""
     new: str
     """The answer that should come with the edit; where the answer should stay, the one that should not."""
     old: str
@@ -132,8 +131,10 @@ class SequencePoint:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class EditCurve:
+class EditCurve(Result):
     """A sequence of edits, each on top of the others. Part of the report of `evaluate(mode="sequence")`."""
+
+    layout: ClassVar[str] = "multrace edit curve 4"
 
     model: str
     revision: str | None
@@ -147,15 +148,15 @@ class EditCurve:
     stopped_at: int | None = None
     """The number of edits after which the sequence was stopped for that, if that was asked for."""
 
-    def __repr__(self) -> str:
+    def _lines(self) -> tuple[str, str]:
         edits, points = counted(len(self.statuses), "edit"), counted(len(self.points), "point")
         line = f"EditCurve of {self.model!r}: {edits} in sequence, measured at {points}"
         if not self.points:
-            return line
+            return line, "no point was measured"
         last = self.points[-1]
         means = {name: getattr(last, name).mean for name in MEANS}
         shown = "".join(f"{name} {mean:.0%}, " for name, mean in means.items() if not math.isnan(mean))
-        return f"{line}\nafter {last.edits}: {shown}norm growth {last.growth:+.1%}"
+        return line, f"after {last.edits}: {shown}norm growth {last.growth:+.1%}"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per point: edits; mean, low and high of each measure; retention and growth."""
@@ -217,18 +218,23 @@ class EditCurve:
         return drawing.finished(figure, path)
 
     def save(self, path: str | Path) -> Path:
-        """The path of the JSON file written, whole or not at all."""
-        return files.write_json(path, CURVE_FORMAT, asdict(self), error=EditError)
+        """Write the curve as a JSON file with a digest, whole or not at all, and return the path."""
+        return files.write_json(path, self.layout, asdict(self), error=EditError)
 
     @classmethod
-    def load(cls, path: str | Path) -> "EditCurve":
-        """The curve in a file that save wrote. EditError if it is missing or damaged."""
-        return _loaded(cls, path, files.read_json(path, CURVE_FORMAT, error=EditError))
+    def load(cls, path: str | Path) -> Self:
+        """Return the curve that `save` wrote. Raises `EditError` if the file is missing or damaged."""
+        return _loaded(cls, path, files.read_json(path, cls.layout, error=EditError))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class EditReport:
-    """The evaluation of edits. Made by `evaluate`."""
+class EditReport(Result):
+    """The evaluation of edits: every question with both answers, and the scores that follow. Made by `evaluate`.
+
+    It is saved as JSON, since it has texts and no tensors.
+    """
+
+    layout: ClassVar[str] = "multrace edit report 5"
 
     model: str
     """Name or path of the model."""
@@ -268,7 +274,7 @@ class EditReport:
             **parts,
         )
 
-    def __repr__(self) -> str:
+    def _lines(self) -> tuple[str, str]:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         failed += f", {len(self.not_generated)} not generated" if self.not_generated else ""
         line = f"EditReport of {self.model!r}, mode {self.mode!r}: {counted(len(self.statuses), 'edit')}{failed}"
@@ -277,7 +283,7 @@ class EditReport:
             if any(row.aspect == aspect and protocol in row.numbers for row in self.rows):
                 score = self.score(aspect, protocol)
                 shown.append(f"{aspect} {score.after.mean:.0%} (unedited {score.before.mean:.0%})")
-        return f"{line}, {counted(len(self.rows), 'question')}\n{', '.join(shown)}"
+        return f"{line}, {counted(len(self.rows), 'question')}", ", ".join(shown)
 
     def scores(self) -> tuple[EditScore, ...]:
         """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""
@@ -371,20 +377,51 @@ class EditReport:
         """The table of free generation alone."""
         return self.summary(protocols=_HEADLINES)
 
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return a figure of the scores of free generation by kind of question, of both states, with 95 % intervals.
+
+        The figure is also written if a path is given (png, pdf or svg). Raises `ArtefactError` if that fails, or if
+        nothing was asked.
+        """
+        scores = [score for score in self.scores() if score.protocol in _HEADLINES]
+        labels = [f"{score.aspect}, {score.kind}: {score.protocol}" for score in scores]
+        titles = (f"{counted(len(self.statuses), 'edit')}, mode {self.mode!r}", self.model)
+        figure, body = drawing.titled_figure(9.5, 1.2 + 0.3 * len(scores), titles)
+        axes = body.subplots()
+        for state, offset, style in (("before", -0.14, _STYLES["retention"]), ("after", 0.14, _STYLES["efficacy"])):
+            for place, score in enumerate(scores):
+                interval = getattr(score, state)
+                line = {"color": style.colour, "marker": style.marker, "linestyle": "none"}
+                name = {"before": "unedited", "after": "edited"}[state] if place == 0 else None
+                axes.plot(100 * interval.mean, place + offset, label=name, **line)
+                axes.plot([100 * interval.low, 100 * interval.high], [place + offset] * 2, color=style.colour)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.set_xlim(-2, 102)
+        axes.legend(frameon=False)
+        drawing.dress(axes, x_label="share of questions, %")
+        return drawing.finished(figure, path)
+
     def save(self, path: str | Path) -> Path:
-        """The path of the JSON file written, whole or not at all: rows with raw answers, and their scores."""
+        """Write rows and scores as a JSON file with a digest, whole or not at all, and return the path."""
         scores = json.loads(self.to_dataframe().to_json(orient="records"))
-        return files.write_json(path, FORMAT, {**asdict(self), "scores": scores}, error=EditError)
+        return files.write_json(path, self.layout, {**asdict(self), "scores": scores}, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The report in a file that save wrote, equal to what was saved. EditError if it is missing or damaged."""
-        words = files.read_json(path, FORMAT, error=EditError)
-        words.pop("scores", None)  # they follow from the rows
-        report = _loaded(cls, path, words)
-        if report.seed < 0 or not {row.kind for row in report.rows} <= KINDS.keys():
-            raise EditError(f"the report in '{path}' has a negative seed or questions of unknown kinds; evaluate again")
+        """Return the report that `save` wrote. Raises `EditError` if the file is missing or damaged."""
+        content = files.read_json(path, cls.layout, error=EditError)
+        content.pop("scores", None)  # they follow from the rows
+        report = _loaded(cls, path, content)
+        if problem := report._problem():
+            raise EditError(f"the report in {str(path)!r} has {problem}; evaluate again")
         return report
+
+    def _problem(self) -> str | None:
+        if self.seed < 0:
+            return "a negative seed"
+        unknown = sorted({row.kind for row in self.rows} - KINDS.keys())
+        return f"questions of the unknown kind {unknown[0]!r}" if unknown else None
 
     def _score(self, aspect: str, kind: str, protocol: str, rows: Sequence[ProbeRow]) -> EditScore:
         chosen = [row for row in rows if protocol in row.numbers]
