@@ -196,3 +196,16 @@ def test_a_trace_of_each_record_is_kept(tmp_path: Path):
         assert (row["layer"], row["token"]) == (site.layer, str(site.token))
     settings = json.loads((out / "multedit/settings.json").read_text())["settings"]
     assert settings["trace"] == {"window": 3} and "layer" not in settings["editor"]
+
+
+@pytest.mark.parametrize("mode", [EvaluateBatchRun, EvaluateSequenceRun])
+def test_a_bad_record_costs_only_itself_where_edits_belong_together(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, mode
+):
+    bad = replace(RECORDS[1], question=replace(RECORDS[1].question, constraint="the moon"))
+    analysis = mode(editor=EDITOR, evaluation=FREE)
+    report = analysed(tiny_vlm, analysis, tmp_path / "run", [RECORDS[0], RECORDS[2], bad])
+    assert report.done == 2 and [id for id, _ in report.failed] == [bad.id] and "the moon" in report.failed[0][1]
+    analysed(tiny_vlm, analysis, tmp_path / "without", [RECORDS[0], RECORDS[2]])
+    name = "summary/evaluation.json"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()

@@ -135,12 +135,7 @@ class EditRun(Analysis):
         """Raise an error for a question without a target, or for pictures or words that no model could use."""
         if not isinstance(record, EditRecord):
             raise EditError(f"{record.text!r} is a question without a target; add the new answer")
-        for _, question in questions_of(record):
-            for image in question.images:
-                if isinstance(image, Path) and (problem := inspect_picture(image).problem):
-                    raise DataError(problem)
-            for words in question.words.values():
-                find_spans(question.text, words)
+        check_questions(record)
 
     def sources(self, record: Record) -> tuple[Any, ...]:
         """Return the corruption of the record; its pictures count by their content."""
@@ -381,6 +376,16 @@ class EditSummary(Summary):
         home = self.folder / TRACES / "records" / cast(Mapping[str, Any], task.calibration)["traces"][task.name]
         path = home / "trace.safetensors"
         return CausalTrace.load(path) if path.is_file() else None
+
+
+def check_questions(record: EditRecord) -> None:
+    """Raise `DataError` for a picture that cannot be read, or for words that a question of the record does not say."""
+    for _, question in questions_of(record):
+        for image in question.images:
+            if isinstance(image, Path) and (problem := inspect_picture(image).problem):
+                raise DataError(problem)
+        for words in question.words.values():
+            find_spans(question.text, words)
 
 
 def load_traces(paths: Sequence[Path]) -> tuple[CausalTrace, ...] | AverageTrace:

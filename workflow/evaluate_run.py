@@ -46,6 +46,7 @@ from ..editing.evaluation import (
 from ..models import VisionLanguageModel
 from ..tracing import CausalTrace, EditSite, TraceError
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
+from .edit_run import check_questions
 from .located_edit import editor_at
 from .run_folder import RunError, StoredRecord
 from .sites import TRACE, PlaceTrace, locate
@@ -167,6 +168,11 @@ class _LocatedTogether(_Evaluation):
     """A mode in which the edits of all records belong together, so that all are traced before the first is made."""
 
     is_whole: ClassVar[bool] = True
+
+    def check(self, record: Record) -> None:
+        """Raise an error also for pictures or words that no model could use: they would stop the edit of all."""
+        super().check(record)
+        check_questions(cast(EditRecord, record))
 
     def traces(self) -> PlaceTrace | None:
         """Return the trace of each record, where traces choose the places."""
