@@ -1,6 +1,7 @@
 """Our own lines: what is written is read back equal, and what is wrong with a line is one line and costs only that."""
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +295,25 @@ def test_a_line_too_long_for_memory_is_not_read(write, monkeypatch):
 
 
 # ---- the schema ----
+
+
+def test_a_written_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    steps, fsync, replace_file = [], os.fsync, Path.replace
+
+    def synced(descriptor):
+        fsync(descriptor)
+        steps.append(("on the disk", os.fstat(descriptor).st_size))
+
+    def replaced(path, target):
+        steps.append(("in place", path.stat().st_size))
+        return replace_file(path, target)
+
+    path = write_lines(tmp_path / "lines.jsonl", [Question(text="Who?", id="a")])
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_lines(path, [Question(text="Who won?", id="a"), Question(text="When?", id="b")])
+    size = path.stat().st_size
+    assert steps == [("on the disk", size), ("in place", size)] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_schema_describes_every_key_and_its_examples_are_read(write):

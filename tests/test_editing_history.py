@@ -467,3 +467,18 @@ BAD_USES = {
 def test_what_cannot_be_done_with_a_history_is_an_error(use, message, random_llama):
     with pytest.raises(EditError, match=message):
         use(in_turn(random_llama, 2))
+
+
+def test_a_change_is_on_the_disk_before_the_history_counts_it(
+    random_gpt2: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    first = History.open(tmp_path / "history").added("a", made(random_gpt2, 0))
+    second = first.without("a", request=0)
+    assert sizes == [first.length, second.length] and first.length < second.length

@@ -503,6 +503,23 @@ def test_merged_shards_equal_one_run(go: Callable, tmp_path: Path):
         joined("part1", "nowhere", out="mixed")
 
 
+def test_damaged_shards_and_folders_of_other_runs_are_not_merged(go: Callable, tmp_path: Path):
+    for index in (1, 2):
+        go(*WORDS[:4], out=f"part{index}", shard=f"{index}/2")
+    go(*WORDS[:4], out="other", answer="no")
+    parts, before = [tmp_path / "part1", tmp_path / "part2"], content(tmp_path / "other")
+    with pytest.raises(RunError, match="other' holds another run"):
+        merge(parts, tmp_path / "other", analyses=[Scores])
+    assert content(tmp_path / "other") == before
+    (path, *_) = (tmp_path / "part2" / "records").glob("*/record.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"score", b"scare"))
+    with pytest.raises(RunError, match="is damaged; remove that folder and start the run again"):
+        merge(parts, tmp_path / "merged", analyses=[Scores])
+    path.write_bytes(whole)
+    assert merge(parts, tmp_path / "merged", analyses=[Scores]).done == 4
+
+
 def test_a_comparison_is_paired_over_common_records(go: Callable, tmp_path: Path):
     go(*WORDS[:6], out="one")
     go(*WORDS[1:], out="other", answer="no")
