@@ -19,7 +19,6 @@ from .edit_requests import (
     RequestOptions as RequestOptions,
     edit_rows as edit_rows,
     parse_place as parse_place,
-    read_edits as read_edits,
     read_general as read_general,
     request_of as request_of,
     variants as variants,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -185,43 +185,29 @@ def _prompt(
     return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
 
 
-def read_edits(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[data.EditRecord, ...]:
-    """Return the edits of a data file; all rows are checked, with their spans and the headers of their pictures.
+def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[data.Question, ...]:
+    """Return held-out questions with their right answers, with the headers of their pictures checked.
 
     Raises `CommandError` for the first row that cannot be used, which says how many others there are.
     """
-    edits = _usable(path, data.EditRecord, "no 'target'; add the new answer", format=format, images=images)
-    return tuple(cast(data.EditRecord, edit) for edit in edits)
-
-
-def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> tuple[data.Question, ...]:
-    """Return held-out questions with their right answers. Raises `CommandError` as `read_edits`."""
-    questions = _usable(
-        path, data.Question, "a 'target'; held-out questions have an 'answer'", format=format, images=images
-    )
-    return tuple(cast(data.Question, question) for question in questions)
-
-
-def _usable(path: Path, kind: type, other: str, **where: Any) -> list[data.Question | data.EditRecord]:
-    """The records of a file, all of this kind."""
-    records: list[data.Question | data.EditRecord] = []
+    questions: list[data.Question] = []
     problems: list[str] = []
-    for row, record in data.read_data(path, **where):
+    for row, record in data.read_data(path, format=format, images=images):
         try:
             if isinstance(record, data.DataError):
                 raise record
-            if not isinstance(record, kind):
-                raise data.DataError(f"it has {other}")
+            if not isinstance(record, data.Question):
+                raise data.DataError("it has a 'target'; held-out questions have an 'answer'")
             _check(record)
-            records.append(record if record.id else replace(record, id=f"line_{row}"))
+            questions.append(record if record.id else replace(record, id=f"line_{row}"))
         except data.DataError as error:
             message = str(error)
             problems.append(message if f"{str(path)!r}: " in message else f"line {row} of {str(path)!r}: {message}")
     if problems:
-        rows = len(problems) + len(records)
+        rows = len(problems) + len(questions)
         more = f" ({len(problems) - 1} more of {rows} lines are wrong)" if len(problems) > 1 else ""
         raise CommandError(f"{problems[0]}{more}; multrace data check lists all, and --fix leaves them out")
-    return records
+    return tuple(questions)
 
 
 def _check(record: data.Question | data.EditRecord) -> None:

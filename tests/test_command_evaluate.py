@@ -1,6 +1,7 @@
 """multrace evaluate, run in process: what it prints and writes, and one clear error for a bad file of records."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from multrace.editing import FineTune, InContext
 from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
 from multrace.scripts import (
     CommandError,
-    read_edits,
+    RequestOptions,
+    edit_rows,
     read_general,
 )
 from multrace.scripts.main import parse
@@ -250,13 +252,19 @@ def test_rows_that_contradict_each_other_are_noted(row, write, tmp_path, capsys)
 # ---- the file ----
 
 
+def rows_of(path: str | Path, **options: Any) -> list[tuple[int, Any]]:
+    """Rows of a file with their edits, or with why they cannot be edited."""
+    rows = edit_rows(RequestOptions(data=Path(path), **options), traced=False)
+    return [(row, str(record) if isinstance(record, DataError) else record) for row, record in rows]
+
+
 def test_the_edits_of_a_file_become_prompts(row, write, tiny_vlm: VisionLanguageModel):
-    (record,) = read_edits(write(row))
+    ((_, record),) = rows_of(write(row))
     assert (record.id, record.target, len(record.probes)) == ("a1", CASE.target, 4)
     assert [len(each) for each in (record.contexts, record.rewrite_prompts, record.preserve_prompts)] == [1, 1, 0]
     assert "constraint_last" in tiny_vlm.prompt_for(record.question).groups
     nameless = {key: value for key, value in row.items() if key != "id"}
-    assert [each.id for each in read_edits(write(nameless, "", nameless))] == ["line_1", "line_3"]
+    assert [number for number, _ in rows_of(write(nameless, "", nameless))] == [1, 3]
 
 
 CHANGES = {
@@ -274,28 +282,28 @@ CHANGES = {
 def test_a_bad_record_is_named_by_its_line(change: dict[str, Any], message: str, row, write):
     bad = {**row, "id": "b", **change}
     bad = {key: value for key, value in bad.items() if value is not None}
-    with pytest.raises(CommandError, match=f"^line 2 of '.*records.jsonl': .*{message}"):
-        read_edits(write(row, bad))
+    (_, good), (number, error) = rows_of(write(row, bad))
+    assert good.id == "a1" and number == 2
+    assert re.search(message, error)
 
 
 def test_all_lines_are_checked_and_ids_are_their_own(row, write):
-    with pytest.raises(
-        CommandError, match=r"^line 2 of .*not JSON.*\(1 more of 3 lines are wrong\); multrace data check"
-    ):
-        read_edits(write(row, "{", {"id": "c"}))
-    with pytest.raises(CommandError, match="the id 'a1' is that of line 1 too"):
-        read_edits(write(row, row))
+    (_, good), *errors = rows_of(write(row, "{", {"id": "c"}))
+    assert good.id == "a1" and [number for number, _ in errors] == [2, 3]
+    assert re.match(r"line 2 of .*not JSON", errors[0][1])
+    (_, (number, error)) = rows_of(write(row, row))
+    assert number == 2 and "the id 'a1' is that of line 1 too" in error
     with pytest.raises(DataError, match="it is empty"):
-        read_edits(write("", " "))
+        rows_of(write("", " "))
 
 
 def test_the_edits_of_a_public_file_are_read(tmp_path, row):
     public = {"src": "Who is it?", "alt": "Ada", "image": "a.png", "rephrase": "Who?", "m_loc": "c.png"}
     (tmp_path / "vlkeb.json").write_text(json.dumps([public]))
-    (record,) = read_edits(tmp_path / "vlkeb.json")
+    ((_, record),) = rows_of(tmp_path / "vlkeb.json")
     assert record.target == "Ada" and [probe.kind for probe in record.probes] == ["rephrase"]
-    with pytest.raises(CommandError, match="line 1 of .*: no picture at .*elsewhere"):
-        read_edits(tmp_path / "vlkeb.json", images=tmp_path / "elsewhere")
+    ((number, error),) = rows_of(tmp_path / "vlkeb.json", images=tmp_path / "elsewhere")
+    assert number == 1 and re.search("no picture at .*elsewhere", error)
 
 
 def test_held_out_questions_need_an_answer(write, tmp_path):

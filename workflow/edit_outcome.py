@@ -188,7 +188,7 @@ class EditOutcome:
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
             is_made = request["status"] in (EDITED, NOT_GENERATED)
             said = self.answers[index] if is_made else (self.answers[index][0], request["status"])
-            row = (str(index), request["question"], request["target"], *said)
+            row = (str(index), *map(str, (request["question"], request["target"], *said)))
             rows.append((*row, *[""] * (6 - len(row)), _share(self.shares[index])))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         yield from (
