@@ -14,7 +14,7 @@ from .. import data, editing, models, tracing, workflow
 from ..editing import values
 from .edit_requests import NEXT, RequestOptions, edit_rows, parse_place, request_of, variants
 from .editors import ANY_LAYER, EditorOptions, make_editor
-from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files
+from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files, print_report
 
 FORMAT = """The file of --data has one JSON object per line or is in a public format; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
@@ -156,7 +156,7 @@ def _run(options: Edit, plan: _Plan) -> int:
         augmentation=variants(options.augment),
         together=options.together,
     )
-    code = options.run(analysis, plan.rows, options.out)
+    code = print_report(workflow.run(options.model_to_load(), analysis, plan.rows, options.out, **options.share))
     edit = options.out / "summary" / EDIT
     if options.save_model is not None and edit.is_file() and os.environ.get("RANK", "0") == "0":
         _save_model(options.open_model(), editing.Delta.load(edit), options.save_model)

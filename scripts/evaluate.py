@@ -13,7 +13,7 @@ from .. import data, editing, tracing, workflow
 from .edit import TRACE
 from .edit_requests import parse_place, read_general
 from .editors import NAMES, EditorOptions, editor as editor_of
-from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions
+from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
@@ -166,7 +166,8 @@ def run(options: Evaluate) -> int:
     codes = []
     for name in options.editor:
         print(f"{name}, {options.mode}")
-        codes.append(options.run(_analysis(options, plan, name), plan.rows, options.out / name))
+        analysis, out = _analysis(options, plan, name), options.out / name
+        codes.append(print_report(workflow.run(options.model_to_load(), analysis, plan.rows, out, **options.share)))
     return max(codes)
 
 

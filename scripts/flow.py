@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter, Token
 
 from .. import data, workflow
-from .options import CommandError, EngineOptions, RunOptions
+from ..data.errors import gist
+from .options import CommandError, EngineOptions, RunOptions, print_report
 
 EXAMPLE = """examples:
   multrace flow --world --limit 20 --out out/world
@@ -221,10 +222,12 @@ def run(options: FlowOptions = FlowOptions()) -> int:
     settings = options.settings()
     if options.world:
         questions = data.world_questions(options.limit, seed=options.seed)
-        return options.run(settings, enumerate(questions, start=1), options.out)
-    if options.data is not None:
-        return options.run(settings, options.records(), options.out)
-    return _one(options, settings)
+        records: Any = enumerate(questions, start=1)
+    elif options.data is not None:
+        records = options.records()
+    else:
+        return _one(options, settings)
+    return print_report(workflow.run(options.model_to_load(), settings, records, options.out, **options.share))
 
 
 def _one(options: FlowOptions, settings: workflow.FlowRun) -> int:
@@ -235,17 +238,23 @@ def _one(options: FlowOptions, settings: workflow.FlowRun) -> int:
     workflow.check_result_folder(options.out)
     vlm = options.open_model()
     prompt = vlm.prompt_for(question)
-    answer = settings.analyse(vlm, question, prompt, of_one=True, progress=True)
-    problems = "; ".join(f"no {name}: {reason}" for name, reason in answer.skipped.items())
-    if not answer.results:
+    answer = settings.answer(vlm, question, prompt, of_one=True, progress=True)
+    results, skipped = {}, dict(answer.skipped)
+    for reading, experiment in answer.experiments.items():
+        try:
+            results[reading] = reading.reduced(experiment())
+        except workflow.INPUT_ERRORS as error:
+            skipped[reading.name] = gist(error)
+    problems = "; ".join(f"no {name}: {reason}" for name, reason in skipped.items())
+    if not results:
         raise CommandError(problems)
     with workflow.result_folder(options.out) as new:
-        for reading, result in answer.results.items():
+        for reading, result in results.items():
             result.save(new / f"{reading.name}.safetensors")
             for name, draw in reading.files(result, prompt).items():
                 draw(new / name)
     print(f"question  {question.text}\nanswer    {answer.verdict(question)}")
-    for reading, result in answer.results.items():
+    for reading, result in results.items():
         print(f"\n{reading.name}", *(f"  {line}" for line in reading.lines(result)), sep="\n")
     print(f"\nwritten to {options.out}:", ", ".join(sorted(path.name for path in options.out.iterdir())))
     if problems:

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import workflow
-from .options import GeneralOptions
+from .options import GeneralOptions, print_report
 
 EXAMPLE = """examples:
   multrace merge out/part1 out/part2 out/part3 --out out/merged
@@ -37,7 +37,4 @@ class Merge(GeneralOptions, Folders):
 @app.default
 def run(options: Merge) -> int:
     """Join the shards and print what they give together."""
-    report = workflow.merge(options.folders, options.out)
-    print(*report.summary(), sep="\n")
-    print(f"in {options.out}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
-    return 0
+    return print_report(workflow.merge(options.folders, options.out))

@@ -334,18 +334,22 @@ class RunOptions(ModelOptions, FileOptions):
         assert self.data is not None, "a check before says that there is a file"
         return islice(data.read_data(self.data, format=self.format, images=self.images), self.limit)
 
-    def run(self, analysis: "workflow.Analysis", records: "Rows", out: Path) -> int:
-        """Analyse the records and print what was done; the exit code."""
-        options = {"shard": self.shard, "retry_failed": self.retry_failed}
-        report = workflow.run(self.model_to_load(), analysis, records, out, **options)
-        print(*report.summary(), sep="\n")
-        print(f"in {out}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
-        return 0 if report.is_clean else NOT_ALL
+    @property
+    def share(self) -> dict[str, Any]:
+        """The part of the records that this process computes, as `workflow.run` takes it."""
+        return {"shard": self.shard, "retry_failed": self.retry_failed}
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Return those of the options that have another value than their default, as they are spelt."""
         defaults: dict[str, Any] = {row.name: row.default for row in fields(self)}
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+
+
+def print_report(report: "workflow.RunReport") -> int:
+    """Print what a run has done, and return the exit code: 0, or `NOT_ALL` if a record failed or was unreadable."""
+    print(*report.summary(), sep="\n")
+    print(f"in {report.folder}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
+    return 0 if report.is_clean else NOT_ALL
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:

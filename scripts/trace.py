@@ -20,6 +20,7 @@ from .options import (
     EngineOptions,
     RunOptions,
     parse_rows,
+    print_report,
 )
 
 EXAMPLE = """examples:
@@ -161,7 +162,8 @@ def run(options: TraceOptions = TraceOptions()) -> int:
     options.check()
     settings = options.settings()
     if options.question is None:
-        return options.run(settings, options.records(), options.out)
+        report = workflow.run(options.model_to_load(), settings, options.records(), options.out, **options.share)
+        return print_report(report)
     question = options.asked()
     settings.check(question)
     workflow.check_result_folder(options.out, spare=_CELLS)

@@ -1,4 +1,5 @@
 from .analysis import (
+    INPUT_ERRORS as INPUT_ERRORS,
     Analysis as Analysis,
     Outcome as Outcome,
     RunContext as RunContext,

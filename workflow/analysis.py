@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..artefacts import ArtefactError, Result
-from ..artefacts.files import digest
 from ..data import DataError, EditRecord, Question
 from ..data.errors import gist
 from ..editing import EditError
@@ -261,14 +260,11 @@ class Analysis(ABC):
         return nullcontext(self)
 
     def compute_together(self, vlm: VisionLanguageModel, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
-        """Return the outcome of each record of a group, or the one of `INPUT_ERRORS` that says why it has none."""
-        outcomes: list[Outcome | ValueError] = []
-        for task in tasks:
-            try:
-                outcomes.append(self.compute(vlm, task))
-            except INPUT_ERRORS as error:
-                outcomes.append(error)
-        return outcomes
+        """Return the outcome of each record of a group, or the one of `INPUT_ERRORS` that says why it has none.
+
+        It is called where `together` is more than 1.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -352,35 +348,6 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(RunFolder(folder).summary / ROWS)
 
 
-def summarise(
-    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
-) -> None:
-    """Write table, averages and report of a run whose records are all done, unless they are there already.
-
-    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
-    records of these names; without it, a run that ends with the model gets no summary yet.
-    """
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
-    stored = [folder.stored_or_refuse(name) for name in records["names"]]
-    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
-    known = folder.report()
-    done = [record for record in stored if record.error is None]
-    if (known is not None and known["records"] == own) or (analysis.ends_with_model and (finish is None or not done)):
-        return
-    summary = analysis.summary()
-    for record in done:
-        summary.add(record)
-    if analysis.ends_with_model and finish is not None:
-        finish(summary, [record.name for record in done])
-    with folder.new_summary() as part:
-        files, columns = summary.files(), summary.columns()
-        _write_table(part / ROWS, done, columns)
-        for name, write in files.items():
-            write(part / name)
-        folder.write_report(part, {"records": own, "lines": list(summary.lines()), "missed": summary.missed})
-
-
 def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     """Return the report of a run. Raises `RunError` if every record failed."""
     records = folder.read(RECORDS)
@@ -412,19 +379,6 @@ def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal:
     """Raise `RunError` with the refusal and the entries in which the two differ, if they do."""
     if words := differences(one, other):
         raise RunError(f"{refusal}: {'; '.join(words)}; choose another folder, or the same settings")
-
-
-def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the rows of the records that did not fail, in order, as a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {"record": each.name, "id": each.id, "content": each.content, **each.row, **columns.get(each.name, {})}
-        for each in done
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan, nan
 from typing import Any, ClassVar
 
@@ -62,12 +63,13 @@ class _ContributionsReading(FlowReading):
         """Raise `TraceError` for a question without a constraint."""
         need_constraint(question, self.analysis)
 
-    def compute(self, asked: AskedQuestion) -> AttentionContributions:
-        """Return the contributions in every layer."""
-        groups = {"queries": self.queries, "sources": self.sources}
-        result = attention_contributions(
-            asked.vlm, asked.prompt, by_head=self.by_head, progress=asked.progress, **groups
-        )
+    def experiment(self, asked: AskedQuestion) -> Callable[[], AttentionContributions]:
+        """Return the call for the contributions in every layer."""
+        options = {"queries": self.queries, "sources": self.sources, "progress": asked.progress}
+        return partial(attention_contributions, asked.vlm, asked.prompt, by_head=self.by_head, **options)
+
+    def reduced(self, result: AttentionContributions) -> AttentionContributions:
+        """Return the contributions with their weights by head or, if that is not asked for, averaged over heads."""
         return result if self.by_head else replace(result, weights=result.weights.mean(1, keepdim=True))
 
 
@@ -124,11 +126,11 @@ class ConstraintReading(_ContributionsReading):
 
     def files(self, result: AttentionContributions, prompt: Prompt) -> Files:
         """Return the strongest layers over the picture, if its tokens form a grid, and contributions by token index."""
-        mass, draw = result.image_mass(), (lambda path: result.overlay(prompt, path)) if result.patches else result.plot
+        mass, draw = result.image_mass(), partial(result.overlay, prompt) if result.patches else result.plot
         layers, bins = _first_and_strongest(mass.sum(1)), min(_BINS, mass.shape[1])
         return {
             "image_to_constraint.png": draw,
-            "image_tokens.png": lambda path: result.plot_histogram(path, layers, bins),
+            "image_tokens.png": partial(result.plot_histogram, layers=layers, bins=bins),
         }
 
     def lines(self, result: AttentionContributions) -> list[str]:
@@ -158,7 +160,7 @@ def _image_histogram(average: Any) -> Files:
     if average.image_shares is None or average.image_count is None:
         return {}
     layers = _first_and_strongest(average.by_layer("image"))
-    return {"image_tokens.png": lambda path: average.plot_histogram(path, layers=layers)}
+    return {"image_tokens.png": partial(average.plot_histogram, layers=layers)}
 
 
 def _image_words(average: Any) -> list[str]:
@@ -194,9 +196,9 @@ class FailureReading(FlowReading):
         if question.answer is None:
             raise TraceError("failure prediction needs the right answer; write 'answer' into the record")
 
-    def compute(self, asked: AskedQuestion) -> FailureFeatures:
-        """Return contributions of the constraint, attention to it, and probabilities."""
-        return failure_features(asked.vlm, asked.prompt, answer=asked.generated or None)
+    def experiment(self, asked: AskedQuestion) -> Callable[[], FailureFeatures]:
+        """Return the call for contributions of the constraint, attention to it, and probabilities."""
+        return partial(failure_features, asked.vlm, asked.prompt, answer=asked.generated or None)
 
     def lines(self, result: FailureFeatures) -> list[str]:
         """Return the probability of the first token."""
@@ -288,14 +290,14 @@ class CamReading(_RelevanceReading):
         if self.samples < 0:
             raise TraceError(f"no {self.samples} noisy copies to average over; pass 0 or more")
 
-    def compute(self, asked: AskedQuestion) -> RelevanceMap:
-        """Return the relevance of every image token in every layer, for the model's own answer."""
+    def experiment(self, asked: AskedQuestion) -> Callable[[], RelevanceMap]:
+        """Return the call for the relevance of each image token in each layer, for the model's own answer."""
         options = {"samples": self.samples, "seed": self.seed, "progress": asked.progress}
-        return llava_cam(asked.vlm, asked.prompt, answer=asked.generated or None, **options)
+        return partial(llava_cam, asked.vlm, asked.prompt, answer=asked.generated or None, **options)
 
     def files(self, result: RelevanceMap, prompt: Prompt) -> Files:
         """Return maps of all layers, and some drawn over the picture if its tokens form a grid."""
-        over = {"cam_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
+        over = {"cam_overlay.png": partial(result.overlay, prompt)} if result.patches else {}
         return {"cam.png": result.plot, **over}
 
     def lines(self, result: RelevanceMap) -> list[str]:
@@ -315,9 +317,9 @@ class ShareReading(_RelevanceReading):
     name = "share"
     kind = AttentionShare
 
-    def compute(self, asked: AskedQuestion) -> AttentionShare:
-        """Return the shares in every layer."""
-        return attention_share(asked.vlm, asked.prompt)
+    def experiment(self, asked: AskedQuestion) -> Callable[[], AttentionShare]:
+        """Return the call for the shares in every layer."""
+        return partial(attention_share, asked.vlm, asked.prompt)
 
     def files(self, result: AttentionShare, prompt: Prompt) -> Files:
         """Return curves by layer."""
@@ -344,13 +346,13 @@ class SaliencyReading(_RelevanceReading):
     name = "saliency"
     kind = AttentionSaliency
 
-    def compute(self, asked: AskedQuestion) -> AttentionSaliency:
-        """Return the saliency of every edge into question and last token, for the model's own answer."""
-        return attention_saliency(asked.vlm, asked.prompt, answer=asked.generated or None)
+    def experiment(self, asked: AskedQuestion) -> Callable[[], AttentionSaliency]:
+        """Return the call for the saliency of each edge into question and last token, for the model's answer."""
+        return partial(attention_saliency, asked.vlm, asked.prompt, answer=asked.generated or None)
 
     def files(self, result: AttentionSaliency, prompt: Prompt) -> Files:
         """Return flows between groups by layer, and the strongest layers over the picture if its tokens form a grid."""
-        over = {"saliency_overlay.png": lambda path: result.overlay(prompt, path)} if result.patches else {}
+        over = {"saliency_overlay.png": partial(result.overlay, prompt)} if result.patches else {}
         return {"saliency.png": result.plot, **over}
 
     def lines(self, result: AttentionSaliency) -> list[str]:
@@ -388,9 +390,10 @@ class PruningReading(_RelevanceReading):
         if wrong := [each for each in self.keep if isinstance(each, int) and each < 0]:
             raise TraceError(f"{wrong[0]} image tokens cannot be kept; keep 0 or more, or all")
 
-    def compute(self, asked: AskedQuestion) -> ImagePruning:
-        """Return probability and free answer for each layer from which tokens are gone."""
-        return prune_image_tokens(
+    def experiment(self, asked: AskedQuestion) -> Callable[[], ImagePruning]:
+        """Return the call for probability and free answer for each layer from which tokens are gone."""
+        return partial(
+            prune_image_tokens,
             asked.vlm,
             asked.prompt,
             keep=self.keep,
@@ -404,7 +407,7 @@ class PruningReading(_RelevanceReading):
         """Return curves by layer, and which tokens stay if that is some and not all, and they form a grid."""
         counts = result.kept.sum(-1)
         is_part = bool(((counts > 0) & (counts < len(result.image_positions))).any())
-        over = {"pruning_overlay.png": lambda path: result.overlay(prompt, path)}
+        over = {"pruning_overlay.png": partial(result.overlay, prompt)}
         return {"pruning.png": result.plot, **(over if is_part and result.patches else {})}
 
     def lines(self, result: ImagePruning) -> list[str]:

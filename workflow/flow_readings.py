@@ -76,9 +76,13 @@ class FlowReading:
     def check(self, question: Question) -> None:
         """Raise `TraceError` for a question that lacks what this reading needs."""
 
-    def compute(self, asked: AskedQuestion) -> Any:
-        """Return the result for one question. Raise `ModelError` or `TraceError` if there is none."""
+    def experiment(self, asked: AskedQuestion) -> Callable[[], Any]:
+        """Return the call that computes the result for one question; it raises an error if there is none."""
         raise NotImplementedError
+
+    def reduced(self, result: Any) -> Any:
+        """Return the part of a result that is kept."""
+        return result
 
     def files(self, result: Any, prompt: Prompt) -> Files:
         """Return the drawings of one result."""
@@ -152,9 +156,10 @@ class KnockoutReading(FlowReading):
         if named := [group for group in groups if group in _NAMED]:
             need_constraint(question, f"the group {named[0]!r}")
 
-    def compute(self, asked: AskedQuestion) -> AttentionKnockout:
-        """Return the answer's probability with each flow cut."""
-        return attention_knockout(
+    def experiment(self, asked: AskedQuestion) -> Callable[[], AttentionKnockout]:
+        """Return the call for the answer's probability with each flow cut."""
+        return partial(
+            attention_knockout,
             asked.vlm,
             asked.prompt,
             flows=self.flows,
@@ -249,9 +254,10 @@ class LensReading(FlowReading):
             if group in _NAMED:
                 need_constraint(question, f"the lens at {group!r}")
 
-    def compute(self, asked: AskedQuestion) -> LogitLens:
-        """Return probability and rank, after every layer, of the right answer or else of the model's own."""
-        return logit_lens(
+    def experiment(self, asked: AskedQuestion) -> Callable[[], LogitLens]:
+        """Return the call for the ranks, after every layer, of the right answer or else of the model's own."""
+        return partial(
+            logit_lens,
             asked.vlm,
             asked.prompt,
             positions=self.positions,
@@ -263,7 +269,7 @@ class LensReading(FlowReading):
     def files(self, result: LogitLens, prompt: Prompt) -> Files:
         """Return curves at the first position, and the likeliest tokens at the last few positions."""
         order = sorted(range(len(result.positions)), key=result.positions.__getitem__)[-_COLUMNS:]
-        return {"lens.png": result.plot, "lens_tokens.png": lambda path: result.plot_tokens(path, positions=order)}
+        return {"lens.png": result.plot, "lens_tokens.png": partial(result.plot_tokens, positions=order)}
 
     def lines(self, result: LogitLens) -> list[str]:
         """Return the layer from which each followed token is the likeliest."""

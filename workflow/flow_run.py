@@ -44,7 +44,7 @@ _ENOUGH = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class FlowAnswer:
-    """What `FlowRun.analyse` finds out about one question."""
+    """The answer to one question, and the experiments that it calls for."""
 
     generated: str
     """The model's own answer."""
@@ -52,10 +52,10 @@ class FlowAnswer:
     """Whether it is right; None if the right answer is not known."""
     left_out: bool
     """Whether readings were left out because the answer is wrong."""
-    results: Mapping[FlowReading, Any]
-    """Each reading with its result."""
+    experiments: Mapping[FlowReading, Callable[[], Any]]
+    """Each reading that fits the question, with the call that computes its result."""
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Name of each reading without a result, with the reason."""
+    """Name of each reading that does not fit the question, with the reason."""
 
     def verdict(self, question: Question) -> str:
         """Return the answer, and whether it is right, as text."""
@@ -165,7 +165,7 @@ class FlowRun(Analysis):
         questions = [question_of_record(record) for record in records.values()]
         return noise_for_errors(vlm, questions, seed=self.seed, progress=progress)
 
-    def analyse(
+    def answer(
         self,
         vlm: VisionLanguageModel,
         question: Question,
@@ -175,13 +175,13 @@ class FlowRun(Analysis):
         checked: bool = True,
         progress: bool = False,
     ) -> FlowAnswer:
-        """Return the readings of one question; a reading that fails affects no other.
+        """Return the model's answer to a question, and the experiments that are to be made with it.
 
         Args:
             vlm: The model.
             question: The question; its `answer` is the right one.
             prompt: The question as a prompt of the model.
-            of_one: Compute what is computed of a single question, and keep it if the answer is wrong.
+            of_one: Return the experiments of a single question, even if the answer is wrong.
             checked: Let the engine check itself.
             progress: Show the progress bars of the readings.
         """
@@ -193,7 +193,7 @@ class FlowRun(Analysis):
         asked = AskedQuestion(
             vlm=vlm, question=question, prompt=prompt, generated=generated, engine=engine, progress=progress
         )
-        results: dict[FlowReading, Any] = {}
+        experiments: dict[FlowReading, Callable[[], Any]] = {}
         skipped, left_out = {}, False
         for reading in self.readings(of_one=of_one):
             if (problem := _problem(reading, question)) is not None:
@@ -201,11 +201,10 @@ class FlowRun(Analysis):
             elif leaves_out and not reading.counts_wrong:
                 left_out = True
             else:
-                try:
-                    results[reading] = reading.compute(asked)
-                except INPUT_ERRORS as error:
-                    skipped[reading.name] = gist(error)
-        return FlowAnswer(generated=generated, is_right=is_right, left_out=left_out, results=results, skipped=skipped)
+                experiments[reading] = reading.experiment(asked)
+        return FlowAnswer(
+            generated=generated, is_right=is_right, left_out=left_out, experiments=experiments, skipped=skipped
+        )
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the readings of a record, with the model's own answer and the main numbers in the row."""
@@ -213,7 +212,7 @@ class FlowRun(Analysis):
         if task.calibration is not None:
             question = with_noise(question, task.calibration["strength"], self.seed)
         prompt = vlm.prompt_for(question)
-        answer = self.analyse(vlm, question, prompt, checked=task.number < _CHECKED)
+        answer = self.answer(vlm, question, prompt, checked=task.number < _CHECKED)
         row = {
             "question": question.text,
             "answer": question.answer,
@@ -221,15 +220,20 @@ class FlowRun(Analysis):
             "right": answer.is_right,
             "left_out": answer.left_out,
         }
-        drawings: dict[str, Callable[[Path], Any]] = {}
-        for reading, result in answer.results.items():
+        results: dict[str, Any] = {}
+        skipped, drawings = dict(answer.skipped), {}
+        for reading, experiment in answer.experiments.items():
+            try:
+                result = results[reading.name] = reading.reduced(experiment())
+            except INPUT_ERRORS as error:
+                skipped[reading.name] = gist(error)
+                continue
             row |= reading.row(result)
             if self.draw or reading.always_drawn:
                 drawings |= reading.files(result, prompt)
-        if not answer.results and not answer.left_out:
-            raise TraceError("; ".join(f"no {name}: {reason}" for name, reason in answer.skipped.items()))
-        results = {reading.name: result for reading, result in answer.results.items()}
-        return Outcome(row=row, results=results, skipped=answer.skipped, files=drawings)
+        if not results and not answer.left_out:
+            raise TraceError("; ".join(f"no {name}: {reason}" for name, reason in skipped.items()))
+        return Outcome(row=row, results=results, skipped=skipped, files=drawings)
 
     def summary(self) -> Summary:
         """Return the averages of the readings, and how many answers are right."""

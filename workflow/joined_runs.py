@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artefacts import replacing_folder
-from .analysis import Analysis, RunReport, read_rows, refuse_difference, run_report, summarise
+from .analysis import Analysis, RunReport, read_rows, refuse_difference, run_report
 from .edit_run import EditRun, EditTrace
 from .evaluate_run import EvaluateBatchRun, EvaluateRun, EvaluateSequenceRun
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
+from .runs import summarise
 from .sites import PlaceTrace
 from .trace_run import TraceRun
 

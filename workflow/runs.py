@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -53,11 +53,11 @@ from .analysis import (
     question_of_record,
     refuse_difference,
     run_report,
-    summarise,
 )
 from .run_folder import (
     CALIBRATION,
     RECORDS,
+    ROWS,
     SETTINGS,
     TRACES,
     Contents,
@@ -68,9 +68,6 @@ from .run_folder import (
     StoredRecord,
     record_name,
 )
-
-if TYPE_CHECKING:
-    pass
 
 _WAIT = 60.0
 """Seconds that the files of other machines may need to become visible here."""
@@ -418,12 +415,20 @@ class _Job:
 
     def _outcomes(self, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
         try:
-            return self._computing.compute_together(self.vlm, tasks)
+            if self._computing.together > 1:
+                return self._computing.compute_together(self.vlm, tasks)
+            return [self._outcome(task) for task in tasks]
         except (OSError, MemoryError, torch.OutOfMemoryError) as cause:
             entry = self.entries[tasks[0].name]
             raise RunError(
                 f"the run stopped at {entry.id}: {gist(cause)}; what is done is kept, so mend that and start again"
             ) from cause
+
+    def _outcome(self, task: Task) -> Outcome | ValueError:
+        try:
+            return self._computing.compute(self.vlm, task)
+        except INPUT_ERRORS as error:
+            return error
 
     def _keep(self, entry: _Entry, outcome: Outcome, error: str | None, folder: Path) -> None:
         """Write what there is of a record into a new folder."""
@@ -479,6 +484,48 @@ class _Job:
     def report(self) -> RunReport:
         """Return what was done. Raises `RunError` if every record failed."""
         return run_report(self.folder, self.analysis)
+
+
+def summarise(
+    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
+) -> None:
+    """Write table, averages and report of a run whose records are all done, unless they are there already.
+
+    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
+    records of these names; without it, a run that ends with the model gets no summary yet.
+    """
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [folder.stored_or_refuse(name) for name in records["names"]]
+    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
+    known = folder.report()
+    done = [record for record in stored if record.error is None]
+    if (known is not None and known["records"] == own) or (analysis.ends_with_model and (finish is None or not done)):
+        return
+    summary = analysis.summary()
+    for record in done:
+        summary.add(record)
+    if analysis.ends_with_model and finish is not None:
+        finish(summary, [record.name for record in done])
+    with folder.new_summary() as part:
+        files, columns = summary.files(), summary.columns()
+        _write_table(part / ROWS, done, columns)
+        for name, write in files.items():
+            write(part / name)
+        folder.write_report(part, {"records": own, "lines": list(summary.lines()), "missed": summary.missed})
+
+
+def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the rows of the records that did not fail, in order, as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"record": each.name, "id": each.id, "content": each.content, **each.row, **columns.get(each.name, {})}
+        for each in done
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def _version() -> str:

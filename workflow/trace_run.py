@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -151,7 +152,7 @@ class TraceRun(Analysis):
         if self.draw:
             drawings["trace.png"] = trace.plot
             if trace.has_overlay:
-                drawings["overlay.png"] = lambda path: trace.overlay(prompt, path)
+                drawings["overlay.png"] = partial(trace.overlay, prompt)
         return Outcome(row=row, results={"trace": trace}, files=drawings)
 
     def summary(self) -> Summary:
