@@ -268,7 +268,7 @@ def test_wrong_lines_are_skipped_and_listed(desk: Desk, capsys: pytest.CaptureFi
     words = desk.all(rows=rows)
     assert app(words) == 1
     printed = capsys.readouterr().out
-    assert "1 records done, 2 rows unreadable" in printed
+    assert "1 record done, 2 rows unreadable" in printed
     assert "line 2" in printed and "no picture at" in printed
     assert [request["name"] for request in desk.edits()["requests"]] == ["fact 0"]
     desk.file(desk.rows[0])

@@ -514,7 +514,7 @@ def test_nothing_to_do_is_an_error_without_a_model(
 ):
     monkeypatch.setattr(ModelToLoad, "open", lambda model: pytest.fail("the model was opened"))
     assert ask_records([UNFIT["gone"][0]]) == 2
-    assert "no flow of any of the 1 records; gone: no picture at" in capsys.readouterr().err.splitlines()[-1]
+    assert "flow failed for the only record; gone: no picture at" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture

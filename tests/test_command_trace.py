@@ -361,7 +361,7 @@ def test_records_none_of_which_can_be_traced_are_an_error(folder: Path, llava_ll
     weak = {"id": "weak", **BAD["weak"][0]}
     assert trace_file(write_records(folder, [UNREADABLE["no JSON"][0], weak]), llava_llama_path) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("multrace: no trace of any of the 1 records; weak: ")
+    assert said.startswith("multrace: trace failed for the only record; weak: ")
     assert "does not lower the answer's probability" in said
 
 
@@ -370,7 +370,7 @@ def test_a_model_is_opened_only_for_a_record_that_can_be_traced(folder: Path, ca
     assert trace_file(write_records(folder, [UNREADABLE["no JSON"][0]]), gone) == 2
     assert "there is no record to analyse; row 1" in capsys.readouterr().err
     assert trace_file(write_records(folder, [{"id": "blind", **BAD["blind"][0]}]), gone) == 2
-    assert "no trace of any of the 1 records; blind: " in capsys.readouterr().err
+    assert "trace failed for the only record; blind: " in capsys.readouterr().err
     assert not (folder / "out").exists()
     assert trace_file(write_records(folder, GOOD), gone) == 2
     assert "no model directory" in capsys.readouterr().err

@@ -219,7 +219,7 @@ def test_failed_records_are_tried_again_on_demand(go: Callable, tmp_path: Path, 
 
 def test_nothing_but_failures_is_an_error(go: Callable):
     with pytest.raises(
-        RunError, match="no scores of any of the 2 records; impossible: this question cannot be asked; the errors"
+        RunError, match="scores failed for all 2 records; impossible: this question cannot be asked; the errors"
     ):
         go("impossible", "unanswerable")
 

@@ -192,7 +192,7 @@ def test_nothing_to_do_is_an_outcome(go: Any, tmp_path: Path, tiny_vlm: VisionLa
 
 
 def test_nothing_but_failures_is_an_error(go: Any, tmp_path: Path):
-    with pytest.raises(RunError, match="no edit of any of the 2 records; n0: cannot edit at token"):
+    with pytest.raises(RunError, match="edit failed for all 2 records; n0: cannot edit at token"):
         go(plain_edits(*TARGETS[:2]), editor=mt.MultEdit(layer=5, token="constraint"))
     with pytest.raises(EditError, match="cannot edit layer 40"):
         go(plain_edits(*TARGETS[:2]), out="layer", editor=mt.MultEdit(layer=40))

@@ -318,9 +318,9 @@ class RunReport:
 
     def summary(self) -> list[str]:
         """Return the averages, the counts and what went wrong, grouped by reason, as lines of text."""
-        counts = [f"{self.done} records done"]
+        counts = [f"{counted(self.done, 'record')} done"]
         counts += [f"{len(self.failed)} failed"] if self.failed else []
-        counts += [f"{len(self.unreadable)} rows unreadable"] if self.unreadable else []
+        counts += [f"{counted(len(self.unreadable), 'row')} unreadable"] if self.unreadable else []
         counts += [f"{self.missing} left to other shards"] if self.missing else []
         lines = [*self.lines, *([""] if self.lines else []), ", ".join(counts)]
         lines += _grouped((f"{reason}", id) for id, reason in self.failed)
@@ -357,7 +357,7 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     if failed and len(failed) == len(records["names"]):
         first = next(iter(failed.values()))
         more = f"; the errors of all are in {str(folder.records)!r}" if len(failed) > 1 else ""
-        raise RunError(f"no {analysis.name} of any of the {len(failed)} records; {first.id}: {first.error}{more}")
+        raise RunError(f"{every_failed(analysis, len(failed))}; {first.id}: {first.error}{more}")
     missing = len(records["names"]) - len(stored)
     summary = folder.report() or {"lines": [], "files": {}, "missed": 0}
     if analysis.ends_with_model and not missing and not summary["files"]:
@@ -373,6 +373,16 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
         files=(*summary["files"],),
         missed=summary["missed"],
     )
+
+
+def every_failed(analysis: Analysis, count: int) -> str:
+    """Return the words for a run in which every record failed."""
+    return f"{analysis.name} failed for {'the only record' if count == 1 else f'all {count} records'}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return the number with the noun, which has an s unless the number is 1."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:

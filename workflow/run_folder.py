@@ -181,7 +181,9 @@ class Contents:
                     self._files[place] = hashlib.file_digest(file, "sha256").hexdigest()
             return self._files[place]
         except OSError as error:
-            raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+            raise DataError(
+                f"no picture at {str(path)!r} ({error.strerror or error}); pass the path of an image file"
+            ) from error
 
 
 class RunFolder:

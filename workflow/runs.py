@@ -49,6 +49,7 @@ from .analysis import (
     RunReport,
     Summary,
     Task,
+    every_failed,
     plain,
     question_of_record,
     refuse_difference,
@@ -307,7 +308,7 @@ class _Job:
             if (reason := self._problem(entry)) is None:
                 return
             problem = problem or f"{entry.id}: {reason}"
-        raise RunError(f"no {self.analysis.name} of any of the {len(self.entries)} records; {problem}")
+        raise RunError(f"{every_failed(self.analysis, len(self.entries))}; {problem}")
 
     def _begin(self) -> None:
         """Check that the folder belongs to this run, and write what identifies it."""
