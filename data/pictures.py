@@ -58,7 +58,7 @@ def megapixel_limit(megapixels: float | None) -> Iterator[None]:
         >>> with megapixel_limit(1.5):
         ...     inspect_picture("large.png").problem
         "cannot read picture 'large.png': it has 2.0 megapixels, more than the limit of 1.5 megapixels; make it \
-smaller, or raise the limit (multrace.data.megapixel_limit) if you trust it"
+smaller, or raise the limit (--megapixels, or multrace.data.megapixel_limit) if you trust it"
     """
     is_number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool)
     if megapixels is not None and not (is_number and 0 < megapixels < math.inf):
@@ -246,7 +246,7 @@ def _too_large(name: str, megapixels: float | None) -> DataError:
     limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.1f}"
     return DataError(
         f"cannot read picture {name}: it has {size} than the limit of {limit} megapixels; make it smaller, or raise "
-        "the limit (multrace.data.megapixel_limit) if you trust it"
+        "the limit (--megapixels, or multrace.data.megapixel_limit) if you trust it"
     )
 
 

@@ -33,6 +33,7 @@ and rows.parquet (one row per record); for sequences also curve.json and curve.p
 interrupted run, and records that fail are kept with their errors. In the modes single and batch, --shard and torchrun
 share the records. A batch keeps its one edit in shared/, and a sequence each edit with its record. With --where trace
 the traces are kept, too. docs/formats.md describes the file of --data, and docs/runs.md the folder.
+The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
 """
 app = App(name="evaluate", help=__doc__, help_epilogue=EXAMPLE)
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")

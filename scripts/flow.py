@@ -36,6 +36,7 @@ For many questions it writes to OUT/summary/ the averages as .safetensors, .png 
   means), pruning; and rows.parquet with one row per question. The results of each question are in OUT/records/ID-...
   (contributions as means over heads); cam has no average and is drawn there. The same command again continues an
   interrupted run. Questions that the model answers wrongly count for contributions only, unless --all is given.
+The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
 The classes of multrace.tracing read the .safetensors: AttentionKnockout.load(path), AverageKnockout.load(path), ...
 """
 app = App(name="flow", help=__doc__, help_epilogue=EXAMPLE)

@@ -83,7 +83,8 @@ def execute(commands: App, tokens: Sequence[str]) -> int:
         return 0
     with _log(verbose=given.verbose):
         try:
-            return work(given)
+            with given.limits():
+                return work(given)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED, debug=given.debug)
         except BrokenPipeError:

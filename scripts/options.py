@@ -7,7 +7,7 @@ attribute (`models.load`), because their faces import nothing until a name is us
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from os import PathLike
@@ -116,9 +116,32 @@ class GeneralOptions:
         Parameter(help="log what loading has proven about the model", group=GENERAL, alias="-v", allow_repeating=True),
     ] = False
 
+    def limits(self) -> AbstractContextManager[None]:
+        """Return a context around the command, in which its limits hold; most commands have none."""
+        return nullcontext()
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(GeneralOptions):
+class PictureOptions(GeneralOptions):
+    """How large a picture may be."""
+
+    megapixels: Annotated[
+        float | None,
+        Parameter(
+            help="read pictures of up to N million pixels (default: 89); larger ones, which may be built to fill the "
+            "memory, are refused",
+            group=GENERAL,
+            metavar="N",
+        ),
+    ] = None
+
+    def limits(self) -> AbstractContextManager[None]:
+        """Return a context in which pictures of this size are read. Raises `DataError` for a number below 0."""
+        return nullcontext() if self.megapixels is None else data.megapixel_limit(self.megapixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(PictureOptions):
     """Which model is opened, and how."""
 
     model: Annotated[
@@ -157,7 +180,7 @@ class ModelOptions(GeneralOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(GeneralOptions):
+class FileOptions(PictureOptions):
     """How a data file is read."""
 
     format: Annotated[

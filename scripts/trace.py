@@ -40,6 +40,7 @@ record, OUT/summary/rows.parquet (one row per record) and the average of all tra
 (multrace.tracing.AverageTrace.load), .png and .csv. A record may name its own answer, foil and corrupt; that of an edit
 is traced for the answer that it replaces. The same command again continues an interrupted run. Under torchrun or
 accelerate launch it spreads the records over the processes; --device-map cuda then gives each process a GPU of its own.
+The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
 """
 app = App(name="trace", help=__doc__, help_epilogue=EXAMPLE)
 _CELLS = "trace.unfinished"

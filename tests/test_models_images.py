@@ -296,7 +296,9 @@ def test_more_pixels_than_the_limit(huge_path, random_llava_llama, look, monkeyp
     for limit in (500, 1000):  # PIL raises an error itself for more than twice its limit, and warns below
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         for picture in (huge_path, Image.new("1", (40, 40))):
-            with pytest.raises(ModelError, match="raise the limit .multrace.data.megapixel_limit. if you trust it"):
+            with pytest.raises(
+                ModelError, match="raise the limit .--megapixels, or multrace.data.megapixel_limit. if you trust it"
+            ):
                 random_llava_llama.prompt(picture, QUESTION)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
     assert look(huge_path).shape == (40, 40, 3)
@@ -397,6 +399,25 @@ def test_a_huge_picture_costs_a_run_only_its_own_record(huge_path, photo_path, l
     printed = "".join(capsys.readouterr())
     assert "2 records done, 1 failed" in printed
     assert "two: cannot read picture" in printed and "it has 225.0 megapixels" in printed
+
+
+def test_an_option_of_commands_raises_and_lowers_the_limit(huge_path, photo_path, llava_llama_path, tmp_path, capsys):
+    before = Image.MAX_IMAGE_PIXELS
+    (tmp_path / "one.jsonl").write_text(json.dumps({"image": str(huge_path), "question": QUESTION}))
+    check = ["data", "check", str(tmp_path / "one.jsonl")]
+    assert app(check) == 1
+    assert "225.0 megapixels" in capsys.readouterr().out
+    assert app([*check, "--megapixels", "226"]) == 0
+    assert "megapixels" not in capsys.readouterr().out
+    with Image.open(photo_path) as opened:
+        size = opened.width * opened.height / 1e6
+    ask = ["answer", "--model", str(llava_llama_path), "--image", str(photo_path), "--question", QUESTION]
+    assert app([*ask, "--megapixels", str(0.9 * size)]) == 2
+    assert "--megapixels" in capsys.readouterr().err
+    assert app([*ask, "--megapixels", "89"]) == 0
+    assert app([*ask, "--megapixels", "0"]) == 2
+    assert "pass a number above 0" in capsys.readouterr().err
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 # ---- inspection without decoding ----

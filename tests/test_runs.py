@@ -256,7 +256,7 @@ def test_a_missing_picture_fails_its_record_and_a_vanishing_one_stops_the_run(
     Image.new("RGB", (8, 8)).save(paths[0])
     rows = [(n, Question(text="Is it red?", id=str(n), corrupt=str(path))) for n, path in enumerate(paths)]
     report = run(random_gpt2, Scores(), rows, tmp_path / "out", progress=False)
-    assert report.done == 1 and "1.png': No such file" in report.failed[0][1]
+    assert report.done == 1 and "1.png' (No such file" in report.failed[0][1]
 
     def vanish(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
         paths[0].unlink()
