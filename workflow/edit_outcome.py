@@ -184,7 +184,7 @@ class EditOutcome:
             yield f"edited at  {place}" + (f" ({count} requests)" if count < len(self.places) else "")
         yield f"edited     {self.edited} of {len(self.answers)} requests; {right} now say their target"
         yield ""
-        rows = [("", "question", "target", *_STATES, "retained")]
+        rows: list[tuple[str, ...]] = [("", "question", "target", *_STATES, "retained")]
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
             is_made = request["status"] in (EDITED, NOT_GENERATED)
             said = self.answers[index] if is_made else (self.answers[index][0], request["status"])
