@@ -61,17 +61,17 @@ _CONTRACTIONS = {form: word for word in _CONTRACTED for form in _misspelt(word)}
 
 
 def exact_match(generated: str, answer: str) -> bool:
-    """The generated text is the answer letter by letter, outer blanks aside."""
+    """Return whether the generated text is the answer letter by letter, apart from blanks around it."""
     return generated.strip() == answer.strip()
 
 
 def vqa_match(generated: str, answer: str) -> bool:
-    """The generated text is the answer once both are normalised as in the VQA v2 evaluation."""
+    """Return whether the generated text is the answer once both are normalised as in the VQA v2 evaluation."""
     return vqa_normalised(generated) == vqa_normalised(answer)
 
 
 def vqa_normalised(text: str) -> str:
-    """The answer as the VQA v2 evaluation compares it.
+    """Return the answer as the VQA v2 evaluation compares it.
 
     Marks go where they touch a blank, and all go if a comma stands between digits ("1,000"); elsewhere they become
     blanks. A full stop stays only before a digit. Then lower case; number words up to ten (and "none") become digits,
@@ -88,9 +88,9 @@ def vqa_normalised(text: str) -> str:
 
 
 def vqa_accuracy(generated: str, answers: Sequence[str]) -> float:
-    """VQA v2 accuracy against several annotators' answers, 0 to 1.
+    """Return the VQA v2 accuracy against several annotators' answers, 0 to 1.
 
-    min(matches / 3, 1), averaged over all ways to leave one annotator out. EditError for no answers.
+    min(matches / 3, 1), averaged over all ways to leave one annotator out. Raises `EditError` for no answers.
     """
     if not answers:
         raise EditError("VQA accuracy got no annotators' answers; pass at least one")
@@ -101,7 +101,7 @@ def vqa_accuracy(generated: str, answers: Sequence[str]) -> float:
 
 
 def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Share of answer positions whose most probable token is the wanted one, 0 to 1 ("rewrite_acc" of EasyEdit).
+    """Return the share of answer positions whose most probable token is the wanted one, 0 to 1 ("rewrite_acc" of EasyEdit).
 
     Every position sees the wanted tokens before it, which gives away the answer's beginning and its length.
     """
@@ -110,22 +110,23 @@ def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
 
 
 def sequence_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """1 if the most probable token is the wanted one at every answer position, else 0 (the MMEdit paper's form)."""
+    """Return 1 if the most probable token is the wanted one at every answer position, else 0 (the MMEdit paper's form)."""
     return float(token_accuracy(predicted, wanted) == 1)
 
 
 def normalised_probability(log_probabilities: Sequence[float]) -> float:
-    """Geometric mean of the token probabilities, 0 to 1, from natural logarithms (ROME's length-normalised P)."""
+    """Return the geometric mean of the token probabilities, 0 to 1, from natural logarithms (ROME's length-normalised P)."""
     if not log_probabilities:
         raise EditError("an answer without tokens has no probability; pass one of at least one token")
     return math.exp(sum(log_probabilities) / len(log_probabilities))
 
 
 def agreement(before: Tensor, after: Tensor) -> float:
-    """Share of equal entries of two (token, rank) tables of most probable ids, 0 to 1, lined up at their ends.
+    """Return the share of equal entries of two (token, rank) tables of most probable ids, 0 to 1, lined up at their ends.
 
     With one rank it is the top-1 agreement of MMEdit's text locality (whole sequence) and of VisEdit's (answer
-    positions), with ten ranks the ordered top-10 agreement of MMEdit's picture locality. EditError for other shapes.
+    positions), with ten ranks the ordered top-10 agreement of MMEdit's picture locality. Raises `EditError` for other
+    shapes.
     """
     if before.ndim != 2 or before.shape[1:] != after.shape[1:] or not min(len(before), len(after)):
         raise EditError(
@@ -137,26 +138,26 @@ def agreement(before: Tensor, after: Tensor) -> float:
 
 
 def kl_divergence(before: Tensor, after: Tensor) -> float:
-    """KL(before || after) in nats, at least 0, of two (vocab,) logits; computed in float64."""
+    """Return KL(before || after) in nats, at least 0, of two (vocab,) logits; computed in float64."""
     log_before, log_after = before.double().log_softmax(-1), after.double().log_softmax(-1)
     terms = log_before.exp() * (log_before - log_after)
     return torch.where(log_before.exp() > 0, terms, 0.0).sum().clamp(min=0).item()
 
 
 def ngram_entropy(tokens: Sequence[Hashable], size: int) -> float:
-    """Entropy in bits of the n-grams of this size; 0 for a text too short to have any."""
+    """Return the entropy in bits of the n-grams of this size; 0 for a text too short to have any."""
     counts = Counter(tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1))
     total = sum(counts.values())
     return sum(-count / total * math.log2(count / total) for count in counts.values())
 
 
 def fluency(tokens: Sequence[Hashable]) -> float:
-    """Mean of bigram and trigram entropy in bits, weighted 2/3 and 4/3 (ROME); low where a text repeats itself."""
+    """Return the mean of bigram and trigram entropy in bits, weighted 2/3 and 4/3 (ROME); low where a text repeats itself."""
     return sum(weight * ngram_entropy(tokens, size) for size, weight in _WEIGHTS.items()) / len(_WEIGHTS)
 
 
 def split_of(*, moved: Sequence[bool], kept: Sequence[bool]) -> str:
-    """What kind of success an edit is: "generalised", "too narrow", "too broad" or "both".
+    """Return what kind of success an edit is: "generalised", "too narrow", "too broad" or "both".
 
     moved: whether each generality probe gives the target. kept: whether each locality probe's answer is what it was.
     Too narrow is an edit that misses any of the former, too broad one that changes any of the latter (ScopeEdit).

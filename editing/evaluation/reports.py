@@ -159,7 +159,7 @@ class EditCurve(Result):
         return line, f"after {last.edits}: {shown}norm growth {last.growth:+.1%}"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per point: edits; mean, low and high of each measure; retention and growth."""
+        """Return a table with one row per point: edits; mean, low and high of each measure; retention and growth."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -176,7 +176,7 @@ class EditCurve(Result):
         )
 
     def summary(self) -> str:
-        """The points as text, one per line; shares in percent with their 95 % intervals."""
+        """Return the points as text, one per line; shares are in percent, with their 95 % intervals."""
         titles = (f"{name} ({protocol})" for name, protocol in MEANS.items())
         lines: list[tuple[object, ...]] = [("edits", *titles, "first edit", "retention", "norm growth")]
         for point in self.points:
@@ -286,7 +286,7 @@ class EditReport(Result):
         return f"{line}, {counted(len(self.rows), 'question')}", ", ".join(shown)
 
     def scores(self) -> tuple[EditScore, ...]:
-        """Mean and 95 % interval (bootstrap by record) of every protocol, by aspect and by kind of question."""
+        """Return the mean and 95 % interval (bootstrap by record) of every protocol, by aspect and kind of question."""
         found = []
         for aspect in ASPECTS:
             own = [row for row in self.rows if row.aspect == aspect]
@@ -300,7 +300,7 @@ class EditReport(Result):
         return tuple(found)
 
     def score(self, aspect: str, protocol: str, kind: str = ALL) -> EditScore:
-        """One of the scores. EditError if there is none."""
+        """Return one of the scores. Raises `EditError` if there is none."""
         chosen = [row for row in self.rows if row.aspect == aspect and kind in (ALL, row.kind, _name(row))]
         if not any(protocol in row.numbers for row in chosen):
             found = sorted({f"{score.aspect}/{score.kind}/{score.protocol}" for score in self.scores()})
@@ -335,11 +335,11 @@ class EditReport(Result):
         return {name: said[name] for name, status in self.statuses.items() if status == NOT_GENERATED}
 
     def generations(self) -> tuple[Mapping[str, Any], ...]:
-        """Every question with both raw answers, as plain objects for a line each."""
+        """Return every question with both raw answers, as plain values that fill one line each."""
         return tuple({key: value for key, value in asdict(row).items() if key != "numbers"} for row in self.rows)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per score: aspect, kind, protocol, then mean, low and high before and after, values and records."""
+        """Return a table with one row per score: what it is of, mean and interval before and after, values, records."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -354,7 +354,7 @@ class EditReport(Result):
         )
 
     def summary(self, *, protocols: Iterable[str] | None = None) -> str:
-        """The scores as text, one per line, unedited model beside edited one; shares in percent."""
+        """Return the scores as text, one per line, the unedited model beside the edited one; shares are in percent."""
         wanted = None if protocols is None else set(protocols)
         scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
         lines = [("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")]
@@ -374,7 +374,7 @@ class EditReport(Result):
         return "\n".join([*aligned(lines), *tail])
 
     def headlines(self) -> str:
-        """The table of free generation alone."""
+        """Return the table of free generation alone."""
         return self.summary(protocols=_HEADLINES)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -434,7 +434,7 @@ class EditReport(Result):
 
 
 def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
-    """Rows of cells as lines, every column as wide as its longest cell."""
+    """Return rows of cells as lines; every column is as wide as its longest cell."""
     cells = [[str(cell) for cell in line] for line in lines]
     widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
