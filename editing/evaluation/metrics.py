@@ -101,7 +101,7 @@ def vqa_accuracy(generated: str, answers: Sequence[str]) -> float:
 
 
 def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return the share of answer positions whose most probable token is the wanted one, 0 to 1 ("rewrite_acc" of EasyEdit).
+    """Return the share of answer positions with the wanted token on top, 0 to 1 (EasyEdit's "rewrite_acc").
 
     Every position sees the wanted tokens before it, which gives away the answer's beginning and its length.
     """
@@ -110,19 +110,19 @@ def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
 
 
 def sequence_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return 1 if the most probable token is the wanted one at every answer position, else 0 (the MMEdit paper's form)."""
+    """Return 1 if the most probable token is the wanted one at every answer position, else 0 (MMEdit's form)."""
     return float(token_accuracy(predicted, wanted) == 1)
 
 
 def normalised_probability(log_probabilities: Sequence[float]) -> float:
-    """Return the geometric mean of the token probabilities, 0 to 1, from natural logarithms (ROME's length-normalised P)."""
+    """Return the geometric mean of the token probabilities, 0 to 1 (ROME's length-normalised P)."""
     if not log_probabilities:
         raise EditError("an answer without tokens has no probability; pass one of at least one token")
     return math.exp(sum(log_probabilities) / len(log_probabilities))
 
 
 def agreement(before: Tensor, after: Tensor) -> float:
-    """Return the share of equal entries of two (token, rank) tables of most probable ids, 0 to 1, lined up at their ends.
+    """Return the share of equal entries of two (token, rank) tables of most probable ids, 0 to 1, aligned at the end.
 
     With one rank it is the top-1 agreement of MMEdit's text locality (whole sequence) and of VisEdit's (answer
     positions), with ten ranks the ordered top-10 agreement of MMEdit's picture locality. Raises `EditError` for other
@@ -152,7 +152,7 @@ def ngram_entropy(tokens: Sequence[Hashable], size: int) -> float:
 
 
 def fluency(tokens: Sequence[Hashable]) -> float:
-    """Return the mean of bigram and trigram entropy in bits, weighted 2/3 and 4/3 (ROME); low where a text repeats itself."""
+    """Return the mean of bigram and trigram entropy in bits, weighted 2/3 and 4/3 (ROME); low for repetitive text."""
     return sum(weight * ngram_entropy(tokens, size) for size, weight in _WEIGHTS.items()) / len(_WEIGHTS)
 
 
