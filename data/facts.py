@@ -390,7 +390,7 @@ def _picture_sources(question: Question) -> PictureSource | tuple[PictureSource,
     return tuple(sources) if several else sources[0]
 
 
-def _box(question: Question, box: object) -> PixelBox:
+def _box(question: Question, box: Any) -> PixelBox:
     """Return a box as whole numbers."""
     try:
         left, top, right, bottom = map(operator.index, box)

@@ -1,4 +1,4 @@
-"""The differences between architectures: a table with one frozen row each, and the module addresses that follow from it.
+"""The differences between architectures: a table with one frozen row each, and the module addresses that follow.
 
 A row locates attention and MLP in the decoder layers. From it follow the modules and weights behind the sites of a
 decoder (hidden state, MLP or attention of a layer). Loading verifies the row.

@@ -301,7 +301,7 @@ def test_the_traps_of_published_files_are_reported(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
 def test_constraints_of_published_files_that_end_before_their_noun_are_noted():
-    """Of the 16 rows of VQA-Constraints these two; of the 207 constraints of GQA an item of food and one of clothing."""
+    """Of the 16 rows of VQA-Constraints these two; of the 207 constraints of GQA one of food, one of clothing."""
     notes = {}
     for path in sorted(SHARED.glob("*/*.csv")):
         found = check_data(path, pictures=False).findings

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -399,12 +399,12 @@ class EditSession(Generic[Made]):
         self._put_in(handle, cast(WritesWeights, change))  # a session of changes in the prompt has an `edit` of its own
         return change
 
-    def adopt(self, requests: Sequence[EditRequest], change: Made) -> None:
+    def adopt(self, requests: Sequence[EditRequest], change: Any) -> None:
         """Put a change into the model that an earlier session made of these requests, in the order of that session.
 
         The session then goes on with the same bits as the earlier one. Raises `EditError` as `edit`.
         """
-        self._put_in(self._open_handle(), cast(WritesWeights, change))
+        self._put_in(self._open_handle(), change)
 
     def state(self) -> WeightState:
         """Return copies of the weights that the session has changed, as they are now."""

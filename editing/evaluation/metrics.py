@@ -115,7 +115,7 @@ def sequence_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
 
 
 def normalised_probability(log_probabilities: Sequence[float]) -> float:
-    """Return the geometric mean of the token probabilities, 0 to 1 (ROME's length-normalised P); natural logarithms."""
+    """Return the geometric mean of the token probabilities, 0 to 1 (the length-normalised P of ROME)."""
     if not log_probabilities:
         raise EditError("an answer without tokens has no probability; pass one of at least one token")
     return math.exp(sum(log_probabilities) / len(log_probabilities))

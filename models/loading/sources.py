@@ -150,7 +150,7 @@ class ModelSource:
             )
 
     def stored_dtype(self) -> torch.dtype | None:
-        """Return the dtype of most tensors in the files that a model can compute in; None if there is no such tensor."""
+        """Return the dtype of most tensors in the files that a model can compute in, or None."""
         counts = Counter(code for code, _ in self._headers.values())
         return next((_DTYPES[code] for code, _ in counts.most_common() if code in _DTYPES), None)
 
@@ -240,7 +240,7 @@ class ModelSource:
 
     @cached_property
     def _weight_files(self) -> list[Path]:
-        """Return the paths of the safetensors in the folder, or of those of the hub model, which are fetched if need be."""
+        """Return the paths of the safetensors in the folder, or of those of the hub model, which are fetched first."""
         if self.folder is not None:
             return sorted(self.folder.glob("*.safetensors"))
         return self.open("safetensors weights", _fetched_weights)

@@ -1,4 +1,4 @@
-"""What benchmarks measure on which machine: memory, the work that was really done, and rows of two ways side by side."""
+"""What benchmarks measure on which machine: memory, the work that was done, and rows of two ways side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lanes of a sweep: the states or missing edges that they meet on their way, and the file of those that are done."""
+"""The lanes of a sweep: the states or missing edges that they meet on their way, and the file of those done."""
 
 import hashlib
 import time
