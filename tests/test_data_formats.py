@@ -463,3 +463,30 @@ def test_a_device_is_no_data_file_and_is_not_read():
 def test_pictures_of_a_folder_of_files_lie_in_it(tmp_path):
     assert DataSource(path=tmp_path).picture("1.jpg") == tmp_path / "1.jpg"
     assert DataSource(path=tmp_path / "a.csv").picture("1.jpg") == tmp_path / "1.jpg"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps({**COMMON, "src": "What \ud800?"}), "half a surrogate pair"),
+        (json.dumps(COMMON)[:-1] + ', "alt": "cat"}', "the key 'alt' is there twice"),
+        (json.dumps(COMMON)[:-1] + f', "number": {"9" * 5000}}}', "a number has 5000 digits"),
+        (json.dumps({**COMMON, "extra": json.loads("[" * 70 + "]" * 70)}), "nested deeper than"),
+    ],
+    ids=("surrogate", "key", "number", "depth"),
+)
+def test_a_value_of_an_array_that_breaks_a_rule_costs_only_its_row(tmp_path, text, words):
+    rows = [json.dumps(COMMON), text, json.dumps(COMMON)]
+    path = write(tmp_path, "[\n" + " ,\r\n\t".join(rows) + " ] \n")
+    problems = []
+    records = read_records(path, problems=problems)
+    assert [record.id for record in records] == ["1", "3"]
+    (problem,) = problems
+    assert "entry 2" in problem
+    assert words in problem
+
+
+@pytest.mark.parametrize("end", ["", ",]", "] 3", "}"])
+def test_an_array_that_is_not_json_is_refused_as_a_whole(tmp_path, end):
+    with pytest.raises(DataError):
+        read_records(write(tmp_path, '[{"src": "a", "src": "b"}' + end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -21,6 +22,8 @@ Row = Mapping[str, Any]
 Outcome = Question | EditRecord | DataError
 """What became of a row: what it says, or why it cannot be read."""
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what "surrogateescape" makes of bytes that are not UTF-8
+_GAP = re.compile(r"[ \t\r\n]*")
+"""What may stand between the values of a JSON array."""
 _ASKED = re.compile(r"loc|(m_)?rel(_\d)?")
 """Keys of questions whose answers have keys like them, such as "rel_1" with "rel_ans_1" or "rel_1_ans"."""
 _PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
@@ -68,7 +71,7 @@ def json_rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
     One object whose only list, or whose only values, are objects counts as an array of these.
     """
     text = read_text(source.path)
-    content = parsed(text, source.path) if text.lstrip()[:1] == "[" else wrapped(text)
+    content = _entries(text, source.path) if text.lstrip()[:1] == "[" else wrapped(text)
     if content is not None:
         yield from ((number, _object(row, number, source.path)) for number, row in enumerate(content, start=1))
         return
@@ -281,7 +284,46 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _entries(text: str, path: Path) -> list[Any]:
+    """Return the values of a JSON array, with a `DataError` in place of each one that breaks a rule of `parse_json`.
+
+    Raises `DataError` if the text is not JSON: what follows the mistake cannot be told apart then.
+    """
+    try:
+        return parsed(text, path)
+    except DataError as error:
+        return [_entry(part, number, path) for number, part in enumerate(_parts(text, error), start=1)]
+
+
+def _entry(text: str, number: int, path: Path) -> Any:
+    try:
+        return parsed(text, path, f", entry {number}")
+    except DataError as error:
+        return error
+
+
+def _parts(text: str, error: DataError) -> Iterator[str]:
+    """Yield the text of each value of a JSON array. Raises the error if the text is not JSON."""
+    decoder = json.JSONDecoder(parse_int=str)  # as text, because Python refuses numbers of more than 4300 digits
+    start = text.index("[") + 1
+    try:
+        while True:
+            start = _GAP.match(text, start).end()
+            end = decoder.raw_decode(text, start)[1]
+            yield text[start:end]
+            mark = _GAP.match(text, end).end()
+            if text[mark : mark + 1] != ",":
+                break
+            start = mark + 1
+    except (json.JSONDecodeError, RecursionError) as cause:
+        raise error from cause
+    if text[mark:].strip() != "]":
+        raise error
+
+
 def _object(row: Any, number: int, path: Path) -> Row | DataError:
+    if isinstance(row, DataError):
+        return row
     if isinstance(row, dict):
         return _without_nan(row)
     return DataError(f"entry {number} of {str(path)!r} is of type {type(row).__name__}, not an object; drop it")
