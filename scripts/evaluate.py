@@ -163,6 +163,8 @@ def run(options: Evaluate) -> int:
     place = None if options.where == TRACE else parse_place(options.where)
     for name in options.editor:
         _editor(options, name, place)
+    if options.moments is not None:
+        editing.Moments.load(options.moments)
     plan = _plan(options, place)
     codes = []
     for name in options.editor:

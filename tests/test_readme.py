@@ -1,5 +1,6 @@
 """The README: its two commands, its example, every command line as printed, and its links."""
 
+import json
 import re
 import shlex
 import shutil
@@ -67,6 +68,59 @@ def test_every_command_of_a_guide_has_options_that_exist(page: Path):
     for line in lines:
         arguments = shlex.split(line[line.index("multrace ") :])[1:]
         assert parse(arguments), line
+
+
+def code_of(page: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+def test_the_guide_to_a_large_study_names_the_files_of_a_run(clone: Path):
+    assert (
+        app(shlex.split("trace --data docs/examples/questions.jsonl --limit 2 --positions last --out out/study")) == 0
+    )
+    names: dict = {}
+    exec(compile(code_of("how-to/large_study.md"), "large_study.md", "exec"), names)
+    assert len(names["table"]) == 2
+    assert "over 2 prompts" in repr(names["mean"])
+    assert (clone / "mean.pdf").is_file()
+
+
+def test_the_guide_to_a_data_set_reads_one(clone: Path):
+    (clone / "vlkeb" / "images").mkdir(parents=True)
+    row = {"src": "Who?", "pred": "Ann", "alt": "Ben", "image": "a.jpg", "rephrase": "Whom?", "image_rephrase": "b.jpg"}
+    (clone / "vlkeb" / "eval.json").write_text(json.dumps([row, {**row, "alt": None}]), encoding="utf-8")
+    names: dict = {}
+    exec(compile(code_of("how-to/bring_a_data_set.md"), "bring_a_data_set.md", "exec"), names)
+    assert (len(names["records"]), len(names["problems"])) == (1, 1)
+
+
+def test_the_analysis_of_your_own_runs(clone: Path):
+    names: dict = {}
+    exec(compile(code_of("runs.md"), "runs.md", "exec"), names)
+    assert (names["report"].done, names["report"].failed) == (6, ())
+
+
+def test_the_guide_to_many_corrections_runs_with_the_example_files(clone: Path, capsys: pytest.CaptureFixture[str]):
+    text = (ROOT / "docs" / "how-to" / "many_corrections.md").read_text(encoding="utf-8")
+    own = {
+        "corrections.jsonl": "choose.jsonl",
+        "18": "5",
+        " --model DIR": "",
+        " --images photos": "",
+        "--request 17": "--request 1",
+    }
+    for theirs, ours in (
+        *own.items(),
+        ("choose.jsonl", "docs/examples/requests.jsonl"),
+        (" questions", " docs/examples/questions"),
+    ):
+        text = text.replace(theirs, ours)
+    for line in "".join(re.findall(r"```\n(.*?)```", text, flags=re.DOTALL)).splitlines():
+        assert app(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+    assert {"edit.safetensors", "edit.json", "rows.parquet"} <= {
+        path.name for path in (clone / "out/edit/summary").iterdir()
+    }
 
 
 def test_every_command_runs_as_printed_one_after_the_other(clone: Path, capsys: pytest.CaptureFixture[str]):

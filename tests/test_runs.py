@@ -161,6 +161,34 @@ def test_other_settings_are_refused_by_name(go: Callable, tmp_path: Path, change
     assert content(tmp_path / "out") == before
 
 
+def test_records_whose_settings_are_lost_are_refused(go: Callable, tmp_path: Path):
+    go(*WORDS[:2])
+    settings = tmp_path / "out" / "settings.json"
+    settings.write_bytes(settings.read_bytes()[:-9])
+    with pytest.raises(RunError, match=r"settings.json' is damaged; choose another folder"):
+        go(*WORDS[:2])
+    settings.unlink()
+    for changed in ({}, {"scale": 2.0}):
+        with pytest.raises(RunError, match=r"holds records without settings.json.*; choose another folder"):
+            go(*WORDS[:2], **changed)
+    go(*WORDS[:2], shard="1/2", out="one")
+    go(*WORDS[:2], shard="2/2", out="two")
+    with pytest.raises(RunError, match="holds records without their settings"):
+        merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out", analyses=[Scores])
+    assert not settings.exists()
+
+
+def test_a_damaged_list_of_records_may_be_removed(go: Callable, tmp_path: Path):
+    go(*WORDS[:2])
+    before, records = content(tmp_path / "out"), tmp_path / "out" / "records.json"
+    records.write_bytes(b"")
+    with pytest.raises(RunError, match=r"records.json' is damaged; remove that file and start the run again"):
+        go(*WORDS[:2])
+    records.unlink()
+    go(*WORDS[:2])
+    assert content(tmp_path / "out") == before
+
+
 def test_a_folder_of_something_else_is_refused(go: Callable, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("")
@@ -390,6 +418,16 @@ def test_a_summary_whose_file_is_not_the_one_that_was_written_is_made_again(go: 
     assert content(tmp_path / "out") == before
 
 
+def test_a_summary_whose_report_is_damaged_is_made_again(go: Callable, tmp_path: Path):
+    go(*WORDS[:2])
+    before, report = content(tmp_path / "out"), tmp_path / "out" / "summary" / "report.json"
+    report.write_bytes(report.read_bytes()[:-9])
+    with pytest.raises(RunError, match="holds no finished run; finish it with the same command"):
+        read_rows(tmp_path / "out")
+    go(*WORDS[:2])
+    assert content(tmp_path / "out") == before
+
+
 def test_two_processes_in_one_folder_are_refused_and_a_dead_one_is_not(
     go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -536,6 +574,8 @@ def test_a_comparison_is_paired_over_common_records(go: Callable, tmp_path: Path
     go("far", out="far")
     with pytest.raises(RunError, match="no record in common"):
         compare(tmp_path / "one", tmp_path / "far")
+    with pytest.raises(RunError, match=r"holds no finished run; pass one of those in it \(.*far, .*one, .*other\)"):
+        compare(tmp_path, tmp_path / "one")
 
 
 # ---- killed processes, and several at once ----

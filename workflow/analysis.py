@@ -35,7 +35,7 @@ from ..data.errors import gist
 from ..editing import EditError
 from ..models import ModelError, VisionLanguageModel
 from ..tracing import TraceError, averager_of
-from .run_folder import RECORDS, ROWS, RunError, RunFolder, StoredRecord, differences
+from .run_folder import RECORDS, ROWS, SETTINGS, RunError, RunFolder, StoredRecord, differences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ Record = Question | EditRecord
 Rows = Iterable[tuple[int, Record | DataError]]
 """Records with the number of their row or line in the file, and the errors of those that cannot be read."""
 _NAMED = 5
-"""Maximum number of records that are listed for the same problem."""
+"""Maximum number of records with the same problem, or of settings that differ, in a message."""
 INPUT_ERRORS = (ModelError, TraceError, EditError, ArtefactError, DataError)
 """Errors that say something about one record, so that the others can go on."""
 
@@ -344,7 +344,9 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     if RunFolder(folder).report() is None:
-        raise RunError(f"{str(folder)!r} holds no finished run; finish it with the same command first")
+        inside = sorted(str(path.parent) for path in Path(folder).glob(f"*/{SETTINGS}"))
+        advice = f"pass one of those in it ({', '.join(inside)})" if inside else "finish it with the same command first"
+        raise RunError(f"{str(folder)!r} holds no finished run; {advice}")
     return pd.read_parquet(RunFolder(folder).summary / ROWS)
 
 
@@ -388,7 +390,8 @@ def counted(count: int, noun: str) -> str:
 def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:
     """Raise `RunError` with the refusal and the entries in which the two differ, if they do."""
     if words := differences(one, other):
-        raise RunError(f"{refusal}: {'; '.join(words)}; choose another folder, or the same settings")
+        more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+        raise RunError(f"{refusal}: {'; '.join(words[:_NAMED])}{more}; choose another folder, or the same settings")
 
 
 def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:

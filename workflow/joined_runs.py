@@ -162,7 +162,10 @@ def _head(folder: RunFolder) -> dict[str, Any]:
 
 def _check_target(target: RunFolder, head: Mapping[str, Any]) -> None:
     """Raise `RunError` if the folder holds another run than the one to merge."""
-    if target.read(SETTINGS) is not None and target.read(RECORDS) is not None:
+    known = target.read(SETTINGS), target.read(RECORDS)
+    if None in known and target.names():
+        raise RunError(f"{str(target.path)!r} holds records without their settings; choose a new or empty folder")
+    if None not in known:
         refuse_difference(head, _head(target), f"{str(target.path)!r} holds another run")
 
 

@@ -255,7 +255,17 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """Return the content of one of the JSON files of the whole run, or None if there is none yet."""
         path = self.path / name
-        return read_json(path, _layout(name), error=RunError) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return read_json(path, _layout(name), error=RunError)
+        except RunError as error:
+            advice = (
+                "choose another folder, since nothing else tells the settings of the records in this one"
+                if name == SETTINGS
+                else "remove that file and start the run again"
+            )
+            raise RunError(f"{str(path)!r} is damaged; {advice}") from error
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the JSON files of the whole run, unless it holds this content."""
@@ -336,10 +346,10 @@ class RunFolder:
 
     def report(self) -> dict[str, Any] | None:
         """Return the report of a finished run, or None if there is none whose files are all there."""
-        path = self.summary / REPORT
-        if not path.exists():
+        try:
+            report = read_json(self.summary / REPORT, _layout(REPORT), error=RunError)
+        except RunError:  # there is none, or it is damaged: the summary is made again
             return None
-        report = read_json(path, _layout(REPORT), error=RunError)
         changed = [name for name, value in report["files"].items() if not _is_file(self.summary / name, value)]
         return None if changed else report
 

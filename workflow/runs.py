@@ -344,6 +344,11 @@ class _Job:
         refusal = f"{str(self.folder.path)!r} holds a run with other settings"
         if known is not None:
             refuse_difference(own, {name: known[name] for name in own}, refusal)
+        elif self.folder.names():
+            raise RunError(
+                f"{str(self.folder.path)!r} holds records without {SETTINGS}, which tells their settings; choose another "
+                "folder"
+            )
         source = self.model.source() if isinstance(self.model, ModelToLoad) else None
         if known is not None and source is not None and source == known["source"]:
             return
