@@ -291,7 +291,7 @@ def test_a_missing_picture_fails_its_record_and_a_vanishing_one_stops_the_run(
         raise ModelError("cannot open the picture")
 
     monkeypatch.setattr(Scores, "compute", vanish)
-    with pytest.raises(RunError, match="0.png': No such file.*was there when the run began"):
+    with pytest.raises(RunError, match="has vanished since the run began: no picture at .*0.png'.*bring it back"):
         run(random_gpt2, Scores(), rows, tmp_path / "new", progress=False)
 
 

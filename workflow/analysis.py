@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..artefacts import ArtefactError, Result
 from ..data import DataError, EditRecord, Question
 from ..data.errors import gist
+from ..data.facts import counted
 from ..editing import EditError
 from ..models import ModelError, VisionLanguageModel
 from ..tracing import TraceError, averager_of
@@ -262,9 +263,15 @@ class Analysis(ABC):
     def compute_together(self, vlm: VisionLanguageModel, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
         """Return the outcome of each record of a group, or the one of `INPUT_ERRORS` that says why it has none.
 
-        It is called where `together` is more than 1.
+        It is called where `together` is more than 1, and computes one record after the other unless it is overridden.
         """
-        raise NotImplementedError
+        outcomes: list[Outcome | ValueError] = []
+        for task in tasks:
+            try:
+                outcomes.append(self.compute(vlm, task))
+            except INPUT_ERRORS as error:
+                outcomes.append(error)
+        return outcomes
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -380,11 +387,6 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
 def every_failed(analysis: Analysis, count: int) -> str:
     """Return the words for a run in which every record failed."""
     return f"{analysis.name} failed for {'the only record' if count == 1 else f'all {count} records'}"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return the number with the noun, which has an s unless the number is 1."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal: str) -> None:

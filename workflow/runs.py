@@ -346,8 +346,8 @@ class _Job:
             refuse_difference(own, {name: known[name] for name in own}, refusal)
         elif self.folder.names():
             raise RunError(
-                f"{str(self.folder.path)!r} holds records without {SETTINGS}, which tells their settings; choose another "
-                "folder"
+                f"{str(self.folder.path)!r} holds records without {SETTINGS}, which tells their settings; choose "
+                "another folder"
             )
         source = self.model.source() if isinstance(self.model, ModelToLoad) else None
         if known is not None and source is not None and source == known["source"]:
@@ -462,7 +462,7 @@ class _Job:
             _, key = self._keys(entry.record)
         except INPUT_ERRORS as error:
             raise RunError(
-                f"{gist(error)}, which was there when the run began; bring it back and start again"
+                f"a file of {entry.id!r} has vanished since the run began: {gist(error)}; bring it back and start again"
             ) from cause
         if record_name(entry.id, key) != entry.name:
             raise RunError(f"a picture of {entry.id!r} changed while the run went on; start again") from cause

@@ -336,7 +336,8 @@ class EditReport(Result):
 
     def generations(self) -> tuple[Mapping[str, Any], ...]:
         """Return every question with both raw answers, as plain values that fill one line each."""
-        return tuple({key: value for key, value in asdict(row).items() if key != "numbers"} for row in self.rows)
+        rows = (asdict(row) | {"pictures": list(row.pictures)} for row in self.rows)
+        return tuple({key: value for key, value in row.items() if key != "numbers"} for row in rows)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """Return a table with one row per score: what it is of, mean and interval before and after, values, records."""
