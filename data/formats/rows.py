@@ -308,10 +308,10 @@ def _parts(text: str, error: DataError) -> Iterator[str]:
     start = text.index("[") + 1
     try:
         while True:
-            start = _GAP.match(text, start).end()
+            start = _after_blanks(text, start)
             end = decoder.raw_decode(text, start)[1]
             yield text[start:end]
-            mark = _GAP.match(text, end).end()
+            mark = _after_blanks(text, end)
             if text[mark : mark + 1] != ",":
                 break
             start = mark + 1
@@ -319,6 +319,11 @@ def _parts(text: str, error: DataError) -> Iterator[str]:
         raise error from cause
     if text[mark:].strip() != "]":
         raise error
+
+
+def _after_blanks(text: str, start: int) -> int:
+    match = _GAP.match(text, start)
+    return start if match is None else match.end()
 
 
 def _object(row: Any, number: int, path: Path) -> Row | DataError:
