@@ -4,16 +4,20 @@ A row locates attention and MLP in the decoder layers. From it follow the module
 decoder (hidden state, MLP or attention of a layer). Loading verifies the row.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
-from transformers.utils import logging
 
 from .errors import gist
 
@@ -82,6 +80,9 @@ def _shielded(undo: Callable[[], object]) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
     level, hub_had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     hides_bars = logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
     try:

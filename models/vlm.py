@@ -1,5 +1,7 @@
 """The model under study as experiments see it: its face, and the greedy answers and scores that it gives."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json
@@ -10,12 +12,11 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
 from os import PathLike
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
@@ -26,6 +27,9 @@ from .guards import ModelLock, evaluating
 from .hooks import first_input
 from .prompts import Prompt, PromptInputs, build, collate
 from .weights import WeightDigests, digest_weight, save_directory
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +71,7 @@ def generate(
         inputs, _ = collate(bare[start : start + batch_size], tokenizer, side="left")
         inputs = to_device(inputs, model.device, model.dtype)
         with torch.no_grad():
-            ids = decoding.generate(
-                **inputs, generation_config=settings, logits_processor=LogitsProcessorList([_FiniteLogits(model.dtype)])
-            )
+            ids = decoding.generate(**inputs, generation_config=settings, logits_processor=[_FiniteLogits(model.dtype)])
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
@@ -87,6 +89,8 @@ def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: in
 
 def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """Return settings for greedy decoding that take only the special tokens from the model's generation settings."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     first_eos = next(iter(eos), None) if isinstance(eos, list | tuple) else eos
@@ -111,8 +115,11 @@ def _with_settings(model: PreTrainedModel, settings: GenerationConfig) -> Any:
     return shared
 
 
-class _FiniteLogits(LogitsProcessor):
-    """Pass every step's logits on; raise `ModelError` if a row has no greatest value."""
+class _FiniteLogits:
+    """A logits processor that changes nothing; raises `ModelError` if a row has no greatest value.
+
+    It derives from no class of transformers, which asks for none and takes seconds to import.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

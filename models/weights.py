@@ -1,5 +1,7 @@
 """The weights of a model: digests of their values, and atomic writing of a model as a Hugging Face directory."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json
@@ -9,17 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
 from .guards import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _THREADS = 4
 """Number of weights that are read at once; hashing one needs a copy in main memory if it is on another device."""
@@ -44,7 +48,7 @@ class WeightDigests:
     def __init__(self) -> None:
         self._computed: dict[str, _Computed] = {}
 
-    def __reduce__(self) -> tuple[type["WeightDigests"], tuple[()]]:
+    def __reduce__(self) -> tuple[type[WeightDigests], tuple[()]]:
         return type(self), ()
 
     def of(self, weights: Mapping[str, Tensor], *, progress: bool) -> dict[str, str]:
@@ -77,14 +81,14 @@ class _Computed:
     """The digest of a weight, and what changes whenever torch changes the values of the weight."""
 
     digest: str
-    weight: "ref[Tensor]"
+    weight: ref[Tensor]
     address: int
     """Where the values are; an assignment to `weight.data` moves it."""
     version: int | None
     """The number of changes in place; None if torch does not count them for this tensor."""
 
     @classmethod
-    def of(cls, weight: Tensor) -> "_Computed":
+    def of(cls, weight: Tensor) -> _Computed:
         version = None if weight.is_inference() else weight._version
         return cls(digest=digest_weight(weight), weight=ref(weight), address=weight.data_ptr(), version=version)
 

@@ -36,7 +36,7 @@ REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/baselines/training.py": "functional_call runs a module with other weights; PEFT puts layers into it",
     "scripts/benchmarks/flow.py": "compares with the plain `generate` of transformers",
 }
-HEAVY = {"matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn"}
+HEAVY = {"huggingface_hub", "matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn", "transformers"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""
 FAMILY = re.compile(r"\b(family|model_type)(\.name)?$")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -17,7 +17,7 @@ from multrace.editing.moments import KINDS as TOKEN_KINDS
 from multrace.editing.solve import EDITORS
 from multrace.scripts import available_cores, be_polite, editor, options as choices
 from multrace.scripts.benchmarks import SHAPES, WIDTH
-from multrace.scripts.main import COMMANDS
+from multrace.scripts.main import COMMANDS, app
 from multrace.tracing import Engine
 from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
@@ -132,6 +132,24 @@ def test_each_command_over_a_file_starts_in_a_fresh_process(tmp_path: Path):
     assert re.findall(r"^left with (\d+)$", done.stdout, flags=re.MULTILINE) == ["2"] * len(commands), done.stderr
     for file, line in zip(files.values(), done.stderr.splitlines(), strict=True):
         assert line.startswith("multrace: ") and Path(file).name in line
+
+
+def over_a_file(command: str, out: Path) -> list[str]:
+    """The arguments of a command over one record of the examples."""
+    examples = Path(multrace.__file__).parent / "docs" / "examples"
+    is_edit = command in ("edit", "evaluate")
+    data_file = examples / ("requests.jsonl" if is_edit else "questions.jsonl")
+    place = ["--where", "5:last"] if is_edit else []
+    return [command, "--data", str(data_file), "--limit", "1", *place, "--out", str(out / command)]
+
+
+def test_a_finished_run_imports_nothing_that_only_computing_needs(tmp_path: Path):
+    """Torch stays, which holds results, and pydantic, which reads records; what opens a model, fits or draws goes."""
+    calls = [over_a_file(command, tmp_path) for command in ("trace", "flow", "edit", "evaluate")]
+    assert [app(call) for call in calls] == [0] * len(calls)
+    assert heavy_after(ASK.format(calls=calls, code=0)) == {"torch", "pydantic"}
+    unfinished = over_a_file("trace", tmp_path / "another")
+    assert {"torch", "transformers"} <= heavy_after(ASK.format(calls=[unfinished], code=0))
 
 
 def test_what_options_choose_from_is_what_the_library_has():

@@ -30,15 +30,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import distributed
 from tqdm import tqdm
 
+from .. import models
 from ..artefacts.files import digest
 from ..data import DataError
 from ..data.errors import gist
-from ..models import VisionLanguageModel, load
+from ..models import VisionLanguageModel
 from .analysis import (
     INPUT_ERRORS,
     Analysis,
@@ -88,7 +89,7 @@ class ModelToLoad:
         options = dict(self.options)
         if options.get("device_map") == "cuda" and "LOCAL_RANK" in os.environ:
             options["device_map"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        return load(self.path_or_id, **options)
+        return models.load(self.path_or_id, **options)
 
     def source(self) -> dict[str, Any] | None:
         """Return where the model lies, its options, and sizes and dates of its files; None if it is not here yet.
@@ -109,7 +110,9 @@ class ModelToLoad:
         if path.is_dir():
             return path
         try:
-            known = try_to_load_from_cache(str(self.path_or_id), "config.json", revision=self.options.get("revision"))
+            known = huggingface_hub.try_to_load_from_cache(
+                str(self.path_or_id), "config.json", revision=self.options.get("revision")
+            )
         except ValueError:  # neither a folder nor an id: opening it explains that
             return None
         return Path(known).parent if isinstance(known, str) else None

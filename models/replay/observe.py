@@ -6,24 +6,26 @@ replaced attention function, a pass hands out its attention (`attending`) or hid
 Attention that is not a plain softmax over scaled products raises `ReplayError`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ModelError, ReplayError
 from ..guards import uninterrupted
 from ..hooks import main_tensor
 from ..vlm import VisionLanguageModel
 from .recording import Index
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "cache_position", "is_causal"}
 """Keywords of attention functions that change nothing beyond the mask, which is captured whole."""
@@ -44,12 +46,14 @@ class LayerCall:
         """
         return {name: _at_positions(name, value, index) for name, value in self.keywords.items()}
 
-    def rows(self, rows: Tensor, count: int) -> "LayerCall":
+    def rows(self, rows: Tensor, count: int) -> LayerCall:
         """Return the call for only some of its `count` rows."""
         return LayerCall(keywords={name: _of_rows(value, rows, count) for name, value in self.keywords.items()})
 
     def again(self, layer: nn.Module, states: Tensor, cache: Cache) -> Tensor:
         """Return the layer's output for these states, which reads and extends this cache."""
+        from transformers import Cache
+
         keywords = {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
         return main_tensor(layer(states, **keywords), "a decoder layer")
 
@@ -220,6 +224,9 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
     Raises:
         ReplayError: If the text model does not let its attention function be replaced.
     """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
     decoder = vlm.decoder
     config: Any = decoder.config
     if not getattr(decoder, "_supports_attention_backend", False):
@@ -240,6 +247,13 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
             yield
         finally:
             uninterrupted(put_back)
+
+
+def sdpa_attention(module: nn.Module, *tensors: Tensor | None, **keywords: Any) -> tuple[Tensor, None]:
+    """Return what transformers' own sdpa function returns for these arguments of an attention function."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return cast(Any, sdpa_attention_forward)(module, *tensors, **keywords)
 
 
 @contextmanager
@@ -284,7 +298,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
             setting = keywords.get("is_causal")
             is_causal = getattr(module, "is_causal", True) if setting is None else setting
             attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=bool(is_causal))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+        return sdpa_attention(module, query, key, value, attention_mask, **keywords)
 
     with attention_function(vlm, attend):
         yield
@@ -406,7 +420,7 @@ class _Recorder:
         rows = _weighed(weights, value)
         if len(where) == query.shape[2]:
             return rows[:, where.argsort()], None
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **keywords)
+        output, _ = sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **keywords)
         return output.index_copy(1, where, rows), None
 
     def _places(self, length: int, key: Tensor) -> Tensor:

@@ -10,24 +10,27 @@ whether a run of single layers would repeat it, is observed by the same `Witness
 A model whose states this would not reproduce raises `ReplayError`.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import ReplayError
 from ..families import Projection, Site
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
 from .attention import Job, Kernels, merged_attention, probe_kernels
-from .observe import LayerCall, Witness, attention_function, for_rows
+from .observe import LayerCall, Witness, attention_function, for_rows, sdpa_attention
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 _Captured = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
 """The captured outputs and inputs of modules."""
@@ -48,7 +51,7 @@ class Work:
 
 
 @contextmanager
-def replaying(vlm: VisionLanguageModel) -> Iterator["Replay"]:
+def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
     """Yield a `Replay` of this model, through which its text model attends until the block ends.
 
     Other threads wait until the block ends.
@@ -273,7 +276,7 @@ class Replay:
             if self._witness is not None:
                 self._witness.attends(module, (key, value, attention_mask), keywords)
                 self._kernels_for(query, key)  # probed once, while recording, not in the first replayed layer
-            return sdpa_attention_forward(
+            return sdpa_attention(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
             )
         job.computed = key, value
@@ -363,11 +366,13 @@ class PaddedBatch:
 
     @classmethod
     @torch.no_grad()
-    def after_prefix(cls, vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, start: int) -> "PaddedBatch":
+    def after_prefix(cls, vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, start: int) -> PaddedBatch:
         """Run the columns before `start` and return the batch of the others.
 
         embeddings: (row, token, hidden), zeros where padded; mask: (row, token), 0 where padded.
         """
+        from transformers import DynamicCache
+
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         prefix = DynamicCache(config=vlm.config.get_text_config(decoder=True))
         if start:
@@ -392,7 +397,7 @@ class PaddedBatch:
         )
         return at_columns(logits, columns)
 
-    def rows(self, rows: Tensor) -> "PaddedBatch":
+    def rows(self, rows: Tensor) -> PaddedBatch:
         """Return the batch of only some rows, (row,) indices."""
         prefix = _growing(self.prefix)
         for layer in cast(list[Any], prefix.layers):
@@ -426,7 +431,7 @@ class UpperLayers:
     @torch.no_grad()
     def record(
         cls, vlm: VisionLanguageModel, batch: PaddedBatch, columns: Tensor, *, first: int
-    ) -> tuple["UpperLayers", Tensor]:
+    ) -> tuple[UpperLayers, Tensor]:
         """Run the model and return its layers from `first` on, and its own logits (row, label, vocab).
 
         Hooks around this call see every layer's states at the columns of the batch. Do not trust the layers before
@@ -448,7 +453,7 @@ class UpperLayers:
         return replace(upper, entering=witness.states[0], calls=tuple(witness.calls)), logits
 
     @torch.no_grad()
-    def checked(self, logits: Tensor, mask: Tensor) -> "UpperLayers":
+    def checked(self, logits: Tensor, mask: Tensor) -> UpperLayers:
         """Return these layers if they reproduce the logits where the mask (row, label) is True, else the whole model.
 
         Layers that pass discard the keys and values of the layers below, which are no longer needed.
@@ -475,7 +480,7 @@ class UpperLayers:
         logits = self.vlm.unembed(self.vlm.final_norm(at_columns(states, self.columns)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def rows(self, rows: Tensor) -> "UpperLayers":
+    def rows(self, rows: Tensor) -> UpperLayers:
         """Return the layers for only some rows, (row,) indices in ascending order."""
         smaller = replace(self, batch=self.batch.rows(rows), columns=self.columns[rows.to(self.columns.device)])
         if self.entering is None:
