@@ -39,7 +39,6 @@ from .. import models
 from ..artefacts.files import digest
 from ..data import DataError
 from ..data.errors import gist
-from ..models import VisionLanguageModel
 from .analysis import (
     INPUT_ERRORS,
     Analysis,
@@ -84,7 +83,7 @@ class ModelToLoad:
     path_or_id: str | os.PathLike[str]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def open(self) -> VisionLanguageModel:
+    def open(self) -> models.VisionLanguageModel:
         """Return the model. Under torchrun, the device map "cuda" means the process's own accelerator."""
         options = dict(self.options)
         if options.get("device_map") == "cuda" and "LOCAL_RANK" in os.environ:
@@ -119,7 +118,7 @@ class ModelToLoad:
 
 
 def run(
-    vlm: VisionLanguageModel | ModelToLoad,
+    vlm: models.VisionLanguageModel | ModelToLoad,
     analysis: Analysis,
     records: Rows,
     folder: str | Path,
@@ -192,7 +191,7 @@ class _Job:
 
     def __init__(
         self,
-        vlm: VisionLanguageModel | ModelToLoad,
+        vlm: models.VisionLanguageModel | ModelToLoad,
         analysis: Analysis,
         records: Rows,
         folder: RunFolder,
@@ -241,7 +240,7 @@ class _Job:
         return content, self.contents.key(content, *self.analysis.sources(record))
 
     @cached_property
-    def vlm(self) -> VisionLanguageModel:
+    def vlm(self) -> models.VisionLanguageModel:
         """The model, opened at the first use."""
         return self.model.open() if isinstance(self.model, ModelToLoad) else self.model
 
