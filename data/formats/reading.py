@@ -170,7 +170,9 @@ def detect_format(path: str | PathLike[str]) -> str:
     is_array = text[:1] == "["
     if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
         return "okvqa"
-    rows = [row for _, row in islice(json_rows(DataSource(path=path)), _LOOKED_AT) if not isinstance(row, DataError)]
+    first = [row for _, row in islice(json_rows(DataSource(path=path)), _LOOKED_AT)]
+    rows = [row for row in first if not isinstance(row, DataError)]
+    broken = [row for row in first if isinstance(row, DataError)]
     names = [name for row in rows if (name := _format_of(row)) is not None]
     is_wrapped = not is_array and wrapped(text) is not None
     if not is_array and not is_wrapped and 2 * len(names) < len(rows):
@@ -178,6 +180,8 @@ def detect_format(path: str | PathLike[str]) -> str:
     if not names and is_wrapped:
         raise DataError(f"{str(path)!r} is one JSON object over several lines or around others; write one per line")
     if not names and is_array:
+        if broken and not rows:
+            raise broken[0]
         keys = ", ".join(map(repr, rows[0] if rows else ())) or "nothing"
         raise DataError(
             f"{str(path)!r} is a JSON array of objects with {keys[:200]}, which no known format has; pass the format "
