@@ -26,4 +26,3 @@ from .edit_requests import (
 from .editors import NAMES as NAMES, editor as editor
 from .options import CommandError as CommandError
 from .reference import PAGE as PAGE, write_examples as write_examples
-from .verification import probe_records as probe_records, scores as scores, summary as summary, verify as verify

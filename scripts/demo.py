@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,27 +15,45 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import data, editing, models, tracing, workflow
-from .options import CommandError, GeneralOptions, check_files, new_files
-from .verification import (
-    PROBES,
-    SUMMARIES,
-    ProbeAnswers,
-    ProbeScore,
-    edited_answers,
-    probe_records,
-    scores,
-    summary,
-    verify,
+from ..data.facts import (
+    EDITED,
+    OTHER_PICTURE,
+    OTHER_QUESTION_SAME_PICTURE,
+    REPHRASE,
+    REPHRASE_OTHER_PICTURE,
+    SAME_QUESTION_OTHER_PICTURE,
 )
+from .options import CommandError, GeneralOptions, check_files, new_files
 
 if TYPE_CHECKING:
-    from ..data import EditCase
+    from ..data import EditCase, EditRecord, Question
+    from ..editing.evaluation import VerifiedAnswer
 
 EXAMPLE = """examples:
   multrace demo                                the first ten outdated facts, into out/demo
   multrace demo --seed 3 --out out/demo3       other facts
   multrace demo --limit 20 --every-layer       twenty facts, edited at the traced layer and at all others
 """
+TWO_CONSTRAINTS = "two_constraints"
+"""Other questions about the same picture whose second constraint is in the text."""
+PROBES: Mapping[str, tuple[str, bool]] = {
+    EDITED: ("the edited question and picture (efficacy)", True),
+    OTHER_PICTURE: ("other pictures of the same entity (generality)", True),
+    REPHRASE: ("other wordings (generality)", True),
+    REPHRASE_OTHER_PICTURE: ("other wordings, other pictures (generality)", True),
+    SAME_QUESTION_OTHER_PICTURE: ("other entities, same question (locality)", False),
+    OTHER_QUESTION_SAME_PICTURE: ("other relations of the entity (locality)", False),
+    TWO_CONSTRAINTS: ("two-constraint questions of the entity (locality)", False),
+}
+"""Kind of question -> (its name in the report, whether its answer should become the target)."""
+SUMMARIES: Mapping[str, tuple[str, ...]] = {
+    "efficacy": (EDITED,),
+    "other pictures": (OTHER_PICTURE,),
+    "other wordings": (REPHRASE, REPHRASE_OTHER_PICTURE),
+    "other entities": (SAME_QUESTION_OTHER_PICTURE,),
+    "other relations": (OTHER_QUESTION_SAME_PICTURE, TWO_CONSTRAINTS),
+}
+"""Column of the table of all layers -> the kinds of questions that it averages."""
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
 app = App(name="demo", help=__doc__, help_epilogue=EXAMPLE)
 
@@ -73,17 +91,17 @@ def demo(options: Demo) -> tuple[Path, str]:
             f"--limit {options.limit}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
         )
     cases = cases[: options.limit]  # the first ones, no picking
+    records = [edit_record(world, case) for case in cases]
     names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
     check_files(options.out, names)
-    requests = [_request(world, case) for case in cases]
     corruptions = [tracing.SwapImage(_other_picture(world, case)) for case in cases]
-    located = workflow.locate_then_edit(vlm, requests, corruptions=corruptions, jointly=False, progress=True)
-    tokens = tracing.causal_trace(vlm, vlm.prompt_for(requests[0].question), corruption=corruptions[0])
+    located = workflow.locate_then_edit(vlm, records, corruptions=corruptions, jointly=False, progress=True)
+    tokens = tracing.causal_trace(vlm, vlm.prompt_for(records[0].question), corruption=corruptions[0])
     untouched = vlm.fingerprint(name for name, _ in vlm.named_parameters())
-    pairs = list(zip(cases, located.deltas, strict=True))
-    probes = [verify(vlm, delta, probe_records(world, case)) for case, delta in tqdm(pairs, desc="verifying")]
+    pairs = list(zip(records, located.deltas, strict=True))
+    probes = [verified(vlm, delta, record) for record, delta in tqdm(pairs, desc="verifying")]
     same = vlm.fingerprint(untouched) == untouched
-    layers = _every_layer(vlm, world, cases, located, probes) if options.every_layer else ""
+    layers = _every_layer(vlm, records, located, probes) if options.every_layer else ""
     with new_files(options.out, stale=[_edit_file(None)]) as folder:
         report = _report(options, folder, located, tokens, probes, same)
         write_report(report, folder / "report.html")
@@ -98,10 +116,86 @@ def _edit_file(number: int | None) -> str:
     return "edit_*.safetensors" if number is None else f"edit_{number + 1:02d}.safetensors"
 
 
-def _request(world: data.World, case: EditCase) -> data.EditRequest:
-    record = world.question(case.fact)
-    picture = world.picture(world.entities[case.fact.entity], 0).image
-    return data.EditRequest(question=record.with_image(picture), target=case.target)
+def edit_record(world: data.World, case: EditCase, *, count: int = 8) -> EditRecord:
+    """Return the record of a case, with at most so many probes of each kind that the report shows."""
+    (record,) = data.world_records(world, [case], requests=data.WorldRequests(count=count))
+    return replace(record, probes=tuple(probe for probe in record.probes if probe.kind in PROBES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedQuestion:
+    """A question of a record, and its answers in the three states of the model."""
+
+    kind: str
+    """Key of PROBES."""
+    question: Question
+    answers: VerifiedAnswer
+
+    def is_right(self, state: str) -> bool:
+        """Return whether the answer in this state ("unedited", "edited", "undone") is right after the edit."""
+        return self.answers.is_right(state)
+
+
+def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: EditRecord) -> tuple[AskedQuestion, ...]:
+    """Return the edited question and the probes of a record, answered before, under and after the edit."""
+    questions = [record.question, *(probe.question for probe in record.probes)]
+    return tuple(
+        AskedQuestion(
+            kind=TWO_CONSTRAINTS if answers.kind == OTHER_QUESTION_SAME_PICTURE and question.spans else answers.kind,
+            question=question,
+            answers=answers,
+        )
+        for question, answers in zip(questions, editing.verify(vlm, delta, [record]), strict=True)
+    )
+
+
+def answered_again(vlm: models.VisionLanguageModel, probes: Sequence[AskedQuestion]) -> tuple[AskedQuestion, ...]:
+    """Return the same questions with the answers of the model as it is now, under another edit, as those edited."""
+    answers = vlm.answers([vlm.prompt_for(probe.question) for probe in probes], batch_size=32)
+    return tuple(
+        replace(probe, answers=replace(probe.answers, edited=answer))
+        for probe, answer in zip(probes, answers, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScore:
+    """Shares of right answers to one kind of question, 0 to 1, and the number of questions."""
+
+    kind: str
+    number: int
+    unedited: float
+    edited: float
+    undone: float
+
+
+def scores(probes: Sequence[AskedQuestion]) -> tuple[ProbeScore, ...]:
+    """Return one score per kind of question, in the order of PROBES."""
+    rows = []
+    for kind in PROBES:
+        chosen = [probe for probe in probes if probe.kind == kind]
+        if chosen:
+            shares = {
+                state: sum(probe.is_right(state) for probe in chosen) / len(chosen)
+                for state in ("unedited", "edited", "undone")
+            }
+            rows.append(ProbeScore(kind=kind, number=len(chosen), **shares))
+    return tuple(rows)
+
+
+def summary(probes: Sequence[AskedQuestion]) -> Mapping[str, float]:
+    """Return name of SUMMARIES -> share of right answers under the edit, 0 to 1; NaN where there is no question.
+
+    Questions whose answers should stay count only if the unedited model answered them rightly: an edit cannot keep what
+    was not there.
+    """
+    shares = {}
+    for name, kinds in SUMMARIES.items():
+        moves = PROBES[kinds[0]][1]
+        chosen = [probe for probe in probes if probe.kind in kinds and (moves or probe.is_right("unedited"))]
+        right = sum(probe.is_right("edited") for probe in chosen)
+        shares[name] = right / len(chosen) if chosen else float("nan")
+    return shares
 
 
 def _other_picture(world: data.World, case: EditCase) -> Image.Image:
@@ -119,7 +213,7 @@ def _report(
     folder: Path,
     located: workflow.LocatedEdit,
     tokens: tracing.CausalTrace,
-    probes: Sequence[Sequence[ProbeAnswers]],
+    probes: Sequence[Sequence[AskedQuestion]],
     same: bool,
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
@@ -162,21 +256,20 @@ def _table(report: Report) -> str:
     return "\n".join([*lines, report.undo])
 
 
-def _line(probe: ProbeAnswers) -> str:
+def _line(probe: AskedQuestion) -> str:
     """One edited question with its old answer, the target and its new answer."""
-    verdict = "" if probe.is_right("edited") else "  FAILED"
+    verdict, answers = "" if probe.is_right("edited") else "  FAILED", probe.answers
     return (
-        f"{probe.record.text}  it said {probe.unedited!r}, should say {probe.record.answer!r}, "
-        f"now says {probe.edited!r}{verdict}"
+        f"{answers.question}  it said {answers.unedited!r}, should say {answers.wanted!r}, "
+        f"now says {answers.edited!r}{verdict}"
     )
 
 
 def _every_layer(
     vlm: models.VisionLanguageModel,
-    world: data.World,
-    cases: Sequence[EditCase],
+    records: Sequence[EditRecord],
     located: workflow.LocatedEdit,
-    verified: Sequence[Sequence[ProbeAnswers]],
+    asked: Sequence[Sequence[AskedQuestion]],
 ) -> str:
     """A table of the results of editing the same facts at the same token in each layer.
 
@@ -186,10 +279,10 @@ def _every_layer(
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
         editor = editing.MultEdit(layer=layer, token=located.edit_site.token)
-        probes: list[ProbeAnswers] = []
-        for case, rows in zip(cases, verified, strict=True):
-            with editor.edit(vlm, [_request(world, case)]).applied(vlm):
-                probes += edited_answers(vlm, rows)
+        probes: list[AskedQuestion] = []
+        for record, rows in zip(records, asked, strict=True):
+            with editor.edit(vlm, [record]).applied(vlm):
+                probes += answered_again(vlm, rows)
         label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
     return "\n".join([*lines, "other entities and relations: of the answers that were right before"])
@@ -210,7 +303,7 @@ class Report:
     """The scores as a picture: (picture file, caption)."""
     plots: Sequence[tuple[Path, str]]
     """The traces as pictures: (picture file, caption)."""
-    facts: Sequence[Sequence[ProbeAnswers]]
+    facts: Sequence[Sequence[AskedQuestion]]
     """The probes of every fact, the edited question first."""
 
 
@@ -274,16 +367,16 @@ def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
-    first, record = probes[0], probes[0].record
-    start = record.text.index(record.constraint)
-    end = start + len(record.constraint)
+def _fact(probes: Sequence[AskedQuestion]) -> Mapping[str, Any]:
+    first, text, constraint = probes[0].answers, probes[0].question.text, str(probes[0].question.constraint)
+    start = text.index(constraint)
+    end = start + len(constraint)
     return {
-        "picture": _image_source(record.image),
-        "before": record.text[:start],
-        "constraint": record.text[start:end],
-        "after": record.text[end:],
-        "target": record.answer,
+        "picture": _image_source(probes[0].question),
+        "before": text[:start],
+        "constraint": text[start:end],
+        "after": text[end:],
+        "target": first.wanted,
         "unedited": first.unedited,
         "edited": first.edited,
         "is_right": first.is_right("edited"),
@@ -292,21 +385,21 @@ def _fact(probes: Sequence[ProbeAnswers]) -> Mapping[str, Any]:
     }
 
 
-def _probe(probe: ProbeAnswers) -> Mapping[str, Any]:
+def _probe(probe: AskedQuestion) -> Mapping[str, Any]:
     return {
-        "picture": _image_source(probe.record.image),
-        "question": probe.record.text,
+        "picture": _image_source(probe.question),
+        "question": probe.question.text,
         "kind": PROBES[probe.kind][0],
-        "answer": probe.record.answer,
-        "unedited": probe.unedited,
-        "edited": probe.edited,
+        "answer": probe.answers.wanted,
+        "unedited": probe.answers.unedited,
+        "edited": probe.answers.edited,
         "is_right": probe.is_right("edited"),
     }
 
 
-def _image_source(image: Image.Image) -> str:
+def _image_source(question: Question) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    cast(Image.Image, question.images[0]).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

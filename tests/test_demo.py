@@ -9,10 +9,21 @@ import pytest
 import torch
 from multrace.data import World
 from multrace.data.world import EditCase
-from multrace.scripts import CommandError, probe_records, scores, summary, verify
-from multrace.scripts.demo import Demo, Report, demo, plot_scores, write_report
+from multrace.scripts import CommandError
+from multrace.scripts.demo import (
+    AskedQuestion,
+    Demo,
+    Report,
+    answered_again,
+    demo,
+    edit_record,
+    plot_scores,
+    scores,
+    summary,
+    verified as verified_answers,
+    write_report,
+)
 from multrace.scripts.main import app
-from multrace.scripts.verification import ProbeAnswers, edited_answers
 
 CASES = 8
 
@@ -45,11 +56,11 @@ def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, .
 
 
 @pytest.fixture(scope="module")
-def verified(tiny_vlm, world, located) -> list[list[ProbeAnswers]]:
+def verified(tiny_vlm, world, located) -> list[list[AskedQuestion]]:
     """The answers around each located edit."""
     edit, cases = located
     return [
-        list(verify(tiny_vlm, delta, probe_records(world, case, count=4)))
+        list(verified_answers(tiny_vlm, delta, edit_record(world, case, count=4)))
         for case, delta in zip(cases, edit.deltas, strict=True)
     ]
 
@@ -67,17 +78,18 @@ def test_edits_where_the_trace_says_move_what_should_move_and_nothing_else(locat
     assert shares["other relations"] >= 0.9
     for score in scores(probes):
         assert score.undone == score.unedited
-    assert summary([replace(probe, edited=probe.unedited) for probe in probes])["efficacy"] == 0  # without it, nothing
+    without = [replace(probe, answers=replace(probe.answers, edited=probe.answers.unedited)) for probe in probes]
+    assert summary(without)["efficacy"] == 0
 
 
 def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, located, verified):
     edit, cases = located
     early = []
     for case, probes in zip(cases, verified, strict=True):
-        others = [probe for probe in probes if probe.kind in ("edited", "other_entities")]
+        others = [probe for probe in probes if probe.kind in ("edited", "same_question_other_picture")]
         delta = mt.MultEdit(layer=0, token="last").edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
         with delta.applied(tiny_vlm):
-            early += edited_answers(tiny_vlm, others)
+            early += answered_again(tiny_vlm, others)
     traced = summary([probe for probes in verified for probe in probes])["other entities"]
     assert edit.edit_site.onset > 0
     assert summary(early)["efficacy"] >= 0.9 and summary(early)["other entities"] < traced - 0.2
@@ -179,10 +191,9 @@ def test_a_number_of_facts_that_there_is_not_is_refused(tmp_path, facts):
 
 def test_the_report_escapes_what_people_wrote(tiny_vlm, world, tmp_path):
     case = world.edit_cases("outdated", "choose")[0]
-    (kind, record), *_ = probe_records(world, case, count=1)
     bad = "<script>alert(1)</script>"
     delta = mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
-    probes = verify(tiny_vlm, delta, [(kind, record.with_answer(bad))])
+    probes = verified_answers(tiny_vlm, delta, replace(edit_record(world, case, count=1), target=bad, probes=()))
     chart = plot_scores(scores(probes), tmp_path / "scores.png"), bad
     report = Report(
         title=bad, subtitle=bad, reason=bad, undo=bad, scores=scores(probes), chart=chart, plots=[chart], facts=[probes]
