@@ -56,7 +56,7 @@ slow: $(READY)
 	if [ $$code -eq 5 ]; then echo "no test is marked alone"; else exit $$code; fi
 
 reference: $(READY)
-	$(BIN)/python -m multrace.scripts.reference
+	$(BIN)/python -m multrace.scripts.studies.reference
 
 # The checkout is the package, whatever its folder is called. Through a link of that name relative imports resolve;
 # without it the type check would find nothing.

@@ -1,4 +1,3 @@
-from .augment import Augmentation as Augmentation
 from .baselines.in_context import InContext as InContext
 from .baselines.training import FineTune as FineTune, Lora as Lora
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
@@ -27,6 +26,7 @@ from .moments.moments import Moments as Moments
 from .requests import (
     EDITED as EDITED,
     NOT_GENERATED as NOT_GENERATED,
+    Augmentation as Augmentation,
     EditError as EditError,
     room_for_targets as room_for_targets,
 )

@@ -14,15 +14,15 @@ from . import (
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite
-from .edit_requests import (
+from .edit_options import (
+    NAMES as NAMES,
     NEXT as NEXT,
     RequestOptions as RequestOptions,
     edit_rows as edit_rows,
+    editor as editor,
     parse_place as parse_place,
     read_general as read_general,
     request_of as request_of,
     variants as variants,
 )
-from .editors import NAMES as NAMES, editor as editor
 from .options import CommandError as CommandError
-from .reference import PAGE as PAGE, write_examples as write_examples

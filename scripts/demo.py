@@ -123,7 +123,7 @@ def edit_record(world: data.World, case: EditCase, *, count: int = 8) -> EditRec
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedQuestion:
+class VerifiedQuestion:
     """A question of a record, and its answers in the three states of the model."""
 
     kind: str
@@ -136,11 +136,11 @@ class AskedQuestion:
         return self.answers.is_right(state)
 
 
-def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: EditRecord) -> tuple[AskedQuestion, ...]:
+def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: EditRecord) -> tuple[VerifiedQuestion, ...]:
     """Return the edited question and the probes of a record, answered before, under and after the edit."""
     questions = [record.question, *(probe.question for probe in record.probes)]
     return tuple(
-        AskedQuestion(
+        VerifiedQuestion(
             kind=TWO_CONSTRAINTS if answers.kind == OTHER_QUESTION_SAME_PICTURE and question.spans else answers.kind,
             question=question,
             answers=answers,
@@ -149,7 +149,7 @@ def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: Edit
     )
 
 
-def answered_again(vlm: models.VisionLanguageModel, probes: Sequence[AskedQuestion]) -> tuple[AskedQuestion, ...]:
+def answered_again(vlm: models.VisionLanguageModel, probes: Sequence[VerifiedQuestion]) -> tuple[VerifiedQuestion, ...]:
     """Return the same questions with the answers of the model as it is now, under another edit, as those edited."""
     answers = vlm.answers([vlm.prompt_for(probe.question) for probe in probes], batch_size=32)
     return tuple(
@@ -169,7 +169,7 @@ class ProbeScore:
     undone: float
 
 
-def scores(probes: Sequence[AskedQuestion]) -> tuple[ProbeScore, ...]:
+def scores(probes: Sequence[VerifiedQuestion]) -> tuple[ProbeScore, ...]:
     """Return one score per kind of question, in the order of PROBES."""
     rows = []
     for kind in PROBES:
@@ -183,7 +183,7 @@ def scores(probes: Sequence[AskedQuestion]) -> tuple[ProbeScore, ...]:
     return tuple(rows)
 
 
-def summary(probes: Sequence[AskedQuestion]) -> Mapping[str, float]:
+def summary(probes: Sequence[VerifiedQuestion]) -> Mapping[str, float]:
     """Return name of SUMMARIES -> share of right answers under the edit, 0 to 1; NaN where there is no question.
 
     Questions whose answers should stay count only if the unedited model answered them rightly: an edit cannot keep what
@@ -213,7 +213,7 @@ def _report(
     folder: Path,
     located: workflow.LocatedEdit,
     tokens: tracing.CausalTrace,
-    probes: Sequence[Sequence[AskedQuestion]],
+    probes: Sequence[Sequence[VerifiedQuestion]],
     same: bool,
 ) -> Report:
     table = scores([probe for rows in probes for probe in rows])
@@ -256,7 +256,7 @@ def _table(report: Report) -> str:
     return "\n".join([*lines, report.undo])
 
 
-def _line(probe: AskedQuestion) -> str:
+def _line(probe: VerifiedQuestion) -> str:
     """One edited question with its old answer, the target and its new answer."""
     verdict, answers = "" if probe.is_right("edited") else "  FAILED", probe.answers
     return (
@@ -269,7 +269,7 @@ def _every_layer(
     vlm: models.VisionLanguageModel,
     records: Sequence[EditRecord],
     located: workflow.LocatedEdit,
-    asked: Sequence[Sequence[AskedQuestion]],
+    asked: Sequence[Sequence[VerifiedQuestion]],
 ) -> str:
     """A table of the results of editing the same facts at the same token in each layer.
 
@@ -279,7 +279,7 @@ def _every_layer(
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
         editor = editing.MultEdit(layer=layer, token=located.edit_site.token)
-        probes: list[AskedQuestion] = []
+        probes: list[VerifiedQuestion] = []
         for record, rows in zip(records, asked, strict=True):
             with editor.edit(vlm, [record]).applied(vlm):
                 probes += answered_again(vlm, rows)
@@ -303,7 +303,7 @@ class Report:
     """The scores as a picture: (picture file, caption)."""
     plots: Sequence[tuple[Path, str]]
     """The traces as pictures: (picture file, caption)."""
-    facts: Sequence[Sequence[AskedQuestion]]
+    facts: Sequence[Sequence[VerifiedQuestion]]
     """The probes of every fact, the edited question first."""
 
 
@@ -367,7 +367,7 @@ def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _fact(probes: Sequence[AskedQuestion]) -> Mapping[str, Any]:
+def _fact(probes: Sequence[VerifiedQuestion]) -> Mapping[str, Any]:
     first, text, constraint = probes[0].answers, probes[0].question.text, str(probes[0].question.constraint)
     start = text.index(constraint)
     end = start + len(constraint)
@@ -385,7 +385,7 @@ def _fact(probes: Sequence[AskedQuestion]) -> Mapping[str, Any]:
     }
 
 
-def _probe(probe: AskedQuestion) -> Mapping[str, Any]:
+def _probe(probe: VerifiedQuestion) -> Mapping[str, Any]:
     return {
         "picture": _image_source(probe.question),
         "question": probe.question.text,

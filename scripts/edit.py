@@ -12,8 +12,17 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, models, tracing, workflow
 from ..editing import values
-from .edit_requests import NEXT, RequestOptions, edit_rows, parse_place, request_of, variants
-from .editors import ANY_LAYER, EditorOptions, make_editor
+from .edit_options import (
+    ANY_LAYER,
+    NEXT,
+    EditorOptions,
+    RequestOptions,
+    edit_rows,
+    make_editor,
+    parse_place,
+    request_of,
+    variants,
+)
 from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files, print_report
 
 FORMAT = """The file of --data has one JSON object per line or is in a public format; docs/formats.md describes both:

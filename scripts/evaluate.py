@@ -11,8 +11,7 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, tracing, workflow
 from .edit import TRACE
-from .edit_requests import parse_place, read_general
-from .editors import NAMES, EditorOptions, editor as editor_of
+from .edit_options import NAMES, EditorOptions, editor as editor_of, parse_place, read_general
 from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:

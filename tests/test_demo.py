@@ -11,9 +11,9 @@ from multrace.data import World
 from multrace.data.world import EditCase
 from multrace.scripts import CommandError
 from multrace.scripts.demo import (
-    AskedQuestion,
     Demo,
     Report,
+    VerifiedQuestion,
     answered_again,
     demo,
     edit_record,
@@ -56,7 +56,7 @@ def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, .
 
 
 @pytest.fixture(scope="module")
-def verified(tiny_vlm, world, located) -> list[list[AskedQuestion]]:
+def verified(tiny_vlm, world, located) -> list[list[VerifiedQuestion]]:
     """The answers around each located edit."""
     edit, cases = located
     return [

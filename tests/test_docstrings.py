@@ -10,8 +10,7 @@ import matplotlib
 import multrace
 import pytest
 from multrace.data import tiny_vlm_path
-from multrace.scripts import PAGE
-from multrace.scripts.reference import reference
+from multrace.scripts.studies.reference import PAGE, reference
 
 ROOMS = ("models", "artefacts", "tracing", "editing", "workflow", "data")
 REFERENCE_GRADE = ("models", "artefacts", "tracing")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from multrace import EditRequest
 from multrace.data import World
-from multrace.editing import EditError, MultEdit
-from multrace.editing.augment import Augmentation
+from multrace.editing import Augmentation, EditError, MultEdit
 from multrace.editing.values import goals_of, keys_and_values
 from PIL import Image, ImageChops
 

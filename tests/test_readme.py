@@ -8,8 +8,8 @@ from pathlib import Path
 
 import multrace
 import pytest
-from multrace.scripts import write_examples
 from multrace.scripts.main import app, parse
+from multrace.scripts.studies.reference import write_examples
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,1 +1,4 @@
-"""Studies on the embedded model whose tables stand in the documentation; no commands, and not in the wheel."""
+"""What makes the documentation: studies on the embedded model for its tables, the reference and the example files.
+
+Nothing of it is a command, and it is not in the wheel.
+"""

@@ -1,8 +1,8 @@
 """Make the generated parts of docs/: the reference of every public name, and the example pictures and records.
 
-`python -m multrace.scripts.reference` writes docs/reference.md from the docstrings; the sources are read and not
-imported. `python -m multrace.scripts.reference examples` writes docs/examples from the built-in world. Tests compare
-both with what this module makes of the present sources.
+`python -m multrace.scripts.studies.reference` writes docs/reference.md from the docstrings; the sources are read and
+not imported. With `examples` after it, it writes docs/examples from the built-in world. Tests compare both with what
+this module makes of the present sources.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any
 import griffe
 from PIL import Image
 
-from ..data import World
-from ..data.world import EditCase, another_picture
+from ...data import World
+from ...data.world import EditCase, another_picture
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference.md"
 EXAMPLES = ROOT / "docs" / "examples"
 _QUESTIONS, _REQUESTS = 6, 3
