@@ -257,7 +257,7 @@ def test_reports_and_curves_are_results(edited, sequence, tmp_path):
 
 
 def test_a_question_names_its_picture(edited, records):
-    names = [row["pictures"] for row in edited.generations()]
+    names = [tuple(row["pictures"]) for row in edited.generations()]
     assert names[0] == records[0].question.picture_names and names[0][0].startswith("sha256:")
     assert len({name for name in names if name}) > 1 and () in names
 

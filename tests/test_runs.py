@@ -668,7 +668,8 @@ def test_a_thousand_records_need_the_memory_of_one(tmp_path: Path):
         out.mkdir()
         process = started("trace", out / "run", count, output=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
         peaks[count] = usage.ru_maxrss / 1024
         assert len(read_rows(out / "run")) == count
     assert peaks[1000] - peaks[50] < 60, peaks

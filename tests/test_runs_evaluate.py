@@ -91,7 +91,7 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
 @pytest.mark.parametrize(
     ("form", "kills", "count"),
     [
-        pytest.param("sequence", 1, 3, id="sequence-1 kill"),
+        pytest.param("sequence", 1, 3, marks=pytest.mark.slow, id="sequence-1 kill"),
         *(pytest.param(form, 3, 6, marks=pytest.mark.slow, id=f"{form}-3 kills") for form in FORMS),
         pytest.param("single", 20, 60, marks=pytest.mark.slow, id="single-20 kills"),
     ],
