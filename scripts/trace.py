@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
@@ -15,11 +15,10 @@ from .options import (
     KINDS,
     METRICS,
     SITES,
-    SPELLINGS,
     CommandError,
+    CorruptionOptions,
     EngineOptions,
     RunOptions,
-    parse_rows,
     print_report,
 )
 
@@ -49,29 +48,11 @@ _OF_MANY = ("format", "images", "limit", "shard", "retry_failed", "draw")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(RunOptions, EngineOptions):
+class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
     """Options of `multrace trace`."""
 
+    # pyrefly: ignore[bad-override] -- not needed where records are given
     question: Annotated[str | None, Parameter(help="question to ask")] = None
-    image: Annotated[Path | None, Parameter(help="picture in front of the question")] = None
-    constraint: Annotated[
-        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
-    ] = None
-    corrupt: Annotated[
-        str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
-    ] = None
-    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together")] = 3
-    positions: Annotated[
-        tuple[Any, ...] | None,
-        Parameter(
-            help="what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
-            "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
-            "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
-            metavar="GROUP",
-            converter=parse_rows,
-        ),
-    ] = None
-    seed: Annotated[int, Parameter(help="random seed of the noise")] = 0
     answer: Annotated[
         str | None,
         Parameter(help="answer whose first token is scored (default: the model's own answer)", metavar="ANSWER"),
