@@ -43,7 +43,10 @@ AverageTrace`). `python -c "help('multrace.causal_trace')"` shows the same text.
 def reference(root: Path = ROOT) -> str:
     """Return the whole page as Markdown, for the package whose sources are in this folder."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "multrace").symlink_to(root)  # griffe takes a package's name from its folder
+        own = Path(folder) / "multrace"  # griffe takes a package's name from its folder
+        own.mkdir()
+        for name in ("__init__.py", "__init__.pyi", *ROOMS):  # the whole checkout would make griffe walk its .venv, too
+            (own / name).symlink_to(root / name)
         package = griffe.load("multrace", search_paths=[folder], docstring_parser="google")
         starred = set(_public(package))
         contents = [
