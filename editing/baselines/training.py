@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -508,7 +508,7 @@ class Lora(TrainingSettings):
             raise EditError(f"'{vlm.name}' carries PEFT adapters already; merge or unload them first")
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=cast(int, self.alpha),  # PEFT divides it by the rank, whatever its type
             lora_dropout=0.0,
             target_modules=[projection.path for projection in projections],
             fan_in_fan_out=vlm.stores_transposed,

@@ -292,7 +292,7 @@ def compose(*deltas: Delta) -> Delta:
     what it asked for is restated for the weights of the first one. The sum is rounded once when it is applied, not once
     per delta. Raises `EditError` for no deltas, or for edits of different models.
     """
-    below = []
+    below: list[Sequence[int]] = []
     for index, delta in enumerate(deltas):
         first = {name: digest for each in reversed(deltas[:index]) for name, digest in each.fingerprints.items()}
         made_after = any(first.get(name, digest) != digest for name, digest in delta.fingerprints.items())

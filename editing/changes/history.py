@@ -280,7 +280,7 @@ class History:
         left = self._left()
         places = {entry.name: index for index, entry in enumerate(left)}
         below = [[places[name] for name in self.below(entry) if name in places] for entry in left]
-        delta = joined([entry.in_effect for entry in left], below)
+        delta = joined([delta for _, delta in self.edits()], below)
         return replace(delta, fingerprints={name: self.base[name] for name in delta.changes})
 
     def apply(self, vlm: VisionLanguageModel) -> AppliedDelta:
@@ -341,8 +341,10 @@ class History:
     def _withdrawn(self, name: str, request: int | None) -> Self:
         index = self._index(name)
         entry = self.entries[index]
-        gone = {"dropped": self.step} if request is None else {"gone": {**entry.gone, request: self.step}}
-        changed = replace(entry, **gone)
+        if request is None:
+            changed = replace(entry, dropped=self.step)
+        else:
+            changed = replace(entry, gone={**entry.gone, request: self.step})
         entries = (*self.entries[:index], changed, *self.entries[index + 1 :])
         return replace(self, entries=entries, step=self.step + 1)
 
@@ -461,7 +463,8 @@ def _read(history: History, index: Path) -> History:
             "added after more; restore it from a copy"
         )
     for entry in history.entries:
-        if not (path := Path(entry.source)).is_file():
+        path = entry.source
+        if isinstance(path, Path) and not path.is_file():
             raise EditError(f"{path.name!r} of the edit {entry.name!r} is missing in {str(folder)!r}; restore it")
     _report_unlisted(folder, {path.name for path in folder.glob(_FILES)} - listed)
     return replace(history, length=length)

@@ -51,8 +51,9 @@ Made = TypeVar("Made", bound=Change, covariant=True)
 class WritesWeights(Protocol):
     """A change of weights that a session can keep in the model beside others."""
 
-    fingerprints: Mapping[str, str]
-    """Hash of each weight that it touches, before the change."""
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Hash of each weight that it touches, before the change."""
 
     def write(self, vlm: VisionLanguageModel) -> None:
         """Add the change to the model's weights; the caller holds the way back."""

@@ -1,4 +1,8 @@
-"""What an edit would do, measured before anything is kept: its size, its effect on neighbours, and its own probes."""
+"""Measures what an edit does without keeping it: how much it changes weights, and how it moves other answers.
+
+`preview` compares the outputs of the changed weights and the answers at neighbouring questions before and under the
+edit. `verify` asks the questions of records before, under and after a change.
+"""
 
 from __future__ import annotations
 
@@ -23,43 +27,49 @@ from .asking import checks_of, names_of
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much one weight changes."""
+    """The size of the change of one weight."""
 
     weight: str
+    """Name of the parameter."""
     relative: float
-    """|D| / |W|, Frobenius norms."""
+    """|D| / |W|: the Frobenius norm of the change as a share of that of the weight."""
     rank: int
+    """Number of keys that the change has, which bounds its rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A prompt beside the edited one, and the effect of the edit on the outputs of the changed weights there."""
+    """A question near an edited one, and what the edit does to the outputs of the changed weights and to its answer."""
 
     question: str
+    """Text of the question."""
     request: int
-    """Index of the request whose neighbour it is, from 0."""
+    """Index of the request that the question belongs to, from 0."""
     stays: bool
-    """Whether its answer has to stay; otherwise it is the prompt of the request itself, which gets a new answer."""
+    """Whether the answer has to stay. False for the question of a request that is edited, which gets a new answer."""
     at_token: float | None
-    """Largest |D k| / |W k| over its keys at the edited token; None if it has no such token."""
+    """Largest |D k| / |W k| over its keys k at the edited token; None if it has no such token."""
     anywhere: float
-    """The same over all its positions, the answer's included."""
+    """Largest |D k| / |W k| over all positions of the question and its answer."""
     before: str
+    """Answer of the unedited model; empty if the logits are not finite."""
     after: str
+    """Answer of the edited model; empty if the logits are not finite."""
 
     @property
     def flips(self) -> bool:
-        """Whether an answer that had to stay changes with the edit."""
+        """Whether the answer has to stay and yet changes with the edit."""
         return self.stays and self.before != self.after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """The expected effects of an edit."""
+    """What an edit would do to weights and to neighbouring questions. Made by `preview`."""
 
     sizes: tuple[Size, ...]
+    """The size of each changed weight's change."""
     neighbours: tuple[Neighbour, ...]
-    """Largest change first."""
+    """The neighbours, the one whose outputs move most first."""
 
     def __repr__(self) -> str:
         flips = sum(each.flips for each in self.neighbours)
@@ -71,13 +81,13 @@ class Preview:
         return sum(each.stays for each in self.neighbours)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain lists and numbers."""
+        """Return the preview as plain lists and numbers."""
         found = [asdict(each) | {"flips": each.flips} for each in self.neighbours]
         return {"weights": [asdict(each) for each in self.sizes], "neighbours": found}
 
 
 def sizes(vlm: VisionLanguageModel, delta: Delta) -> tuple[Size, ...]:
-    """Return the relative norm of each change."""
+    """Return the size of each change of an edit, relative to the weights of the model."""
     found = []
     for name, change in delta.changes.items():
         left, right = change.left.double(), change.right.double()
@@ -96,18 +106,22 @@ def preview(
     moments: Moments | None = None,
     progress: bool = True,
 ) -> Preview:
-    """Return what an edit would do; the model is left unchanged, and nothing is written.
+    """Return what an edit would do to weights and neighbouring questions; the model is left unchanged.
 
-    Neighbours are the `preserve_prompts` of all requests and, if there are several requests, the question of each one
-    under the change that the others make; the answer of a request that has nothing to do should stay, too.
+    The neighbours are the `preserve_prompts` of all requests. If there are several requests, the question of each one
+    is a neighbour of the others too: its outputs are then measured under their part of the change alone. Its answer
+    has to stay only if the request has nothing to do.
 
     Args:
         vlm: The unedited model.
         requests: The facts to write.
         editor: The editor, or the edit that it made of these requests.
-        tokens: The token at which each request is edited; None for the token of the editor.
+        tokens: The token at which each request is edited, a group or a position; None for the token of the editor.
         moments: Second moments of keys, for editors that need them.
         progress: Show a progress bar.
+
+    Returns:
+        The relative size of each change, and the neighbours with their answers before and under the edit.
 
     Raises:
         EditError: No edit can be made, or the edit was made of another number of requests.
@@ -132,58 +146,70 @@ def preview(
         plain += [(index, request.question, True) for index, request in enumerate(requests)]
     questions = [question for _, question, _ in plain]
     before = answers_where_finite(vlm, questions)
-    found = []
+    moves: list[tuple[bool, float | None, float]] = []
     bar = tqdm(zip(plain, before, strict=True), desc="neighbours", total=len(plain), disable=not progress, leave=False)
     for (index, question, is_own), answer in bar:
         prompt = vlm.prompt_for(question).with_answer(answer or None)
-        moves = _moves(vlm, delta, prompt, tokens[index], projections, index if is_own else NO_OWNER)
         stays = not is_own or delta.requests[index]["status"] not in (EDITED, NOT_GENERATED)
-        found.append((question.text, index, stays, *moves))
+        moves.append((stays, *_moves(vlm, delta, prompt, tokens[index], projections, index if is_own else NO_OWNER)))
     with delta.applied(vlm):
         after = answers_where_finite(vlm, questions)
-    names = ("question", "request", "stays", "at_token", "anywhere")
     neighbours = [
-        Neighbour(**dict(zip(names, each, strict=True)), before=was or "", after=now or "")
-        for each, was, now in zip(found, before, after, strict=True)
+        Neighbour(
+            question=question.text,
+            request=index,
+            stays=stays,
+            at_token=at_token,
+            anywhere=anywhere,
+            before=was or "",
+            after=now or "",
+        )
+        for (index, question, _), (stays, at_token, anywhere), was, now in zip(plain, moves, before, after, strict=True)
     ]
     return Preview(sizes=sizes(vlm, delta), neighbours=tuple(sorted(neighbours, key=lambda each: -each.anywhere)))
 
 
-def preview_lines(found: Preview, most: int) -> Iterator[str]:
-    """Yield the preview as lines of text, with at most this many neighbours."""
-    for each in found.sizes:
+def preview_lines(result: Preview, most: int) -> Iterator[str]:
+    """Yield a preview as lines of text, with at most `most` neighbours."""
+    for each in result.sizes:
         yield f"{'change':<15}  {each.relative:.2%} of the norm of {each.weight} (rank {each.rank})"
-    if not found.neighbours:
+    if not result.neighbours:
         yield f"{'neighbours':<15}  no other questions were given; --keep-image and --keep-question name some"
         return
-    flips = sum(each.flips for each in found.neighbours)
-    if found.staying:
-        yield f"{'neighbours':<15}  {flips} of {found.staying} answers that should stay would change"
+    flips = sum(each.flips for each in result.neighbours)
+    if result.staying:
+        yield f"{'neighbours':<15}  {flips} of {result.staying} answers that should stay would change"
     else:
         yield f"{'neighbours':<15}  no questions were given whose answers should stay"
     yield "how far the edit moves what the changed weights write at other questions, in percent of what they write:"
     yield "  at the edited token  largest at any token  question"
-    for each in found.neighbours[:most]:
+    for each in result.neighbours[:most]:
         at = "-" if each.at_token is None else f"{each.at_token:.2%}"
         said = f"would change from {each.before!r} to {each.after!r}" if each.flips else f"stays {each.before!r}"
         said = said if each.stays else f"request {each.request}, as far as the edits of the other requests move it"
         yield f"  {at:>19}  {each.anywhere:>20.2%}  {each.question!r}: {said}"
-    if len(found.neighbours) > most:
-        yield f"  and {len(found.neighbours) - most} more, which move less"
+    if len(result.neighbours) > most:
+        yield f"  and {len(result.neighbours) - most} more, which move less"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedAnswer:
-    """One question of a record, answered by the unedited model, under the change, and after it was taken out."""
+    """The answers to one question of a record: of the unedited model, under the change, and after its undo."""
 
     record: str
+    """Id of the record."""
     kind: str
+    """Kind of question, one of `data.facts.KINDS`."""
     question: str
+    """Text of the question."""
     wanted: str | None
     """The answer that is right while the change is in the model; None if it is not known."""
     unedited: str
+    """Answer of the unedited model."""
     edited: str
+    """Answer while the change is in the model."""
     undone: str
+    """Answer after the change was taken out again."""
 
     def is_right(self, state: str) -> bool:
         """Return whether the answer in this state ("unedited", "edited", "undone") is the wanted one."""
@@ -201,8 +227,21 @@ def verify(
         records: The edits with the questions that check them.
         batch_size: Number of questions that are answered together.
 
+    Returns:
+        One entry per question: for each record its own question, then its probes.
+
     Raises:
         EditError: No records, two records with one id, or a change that does not fit the model.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing.evaluation import verify
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
+        >>> (answer,) = verify(vlm, mt.MultEdit(layer=5).edit(vlm, [record], progress=False), [record])
+        >>> answer.edited, answer.undone == answer.unedited
+        ('Pruro', True)
     """
     checks = [each for name, record in zip(names_of(records), records, strict=True) for each in checks_of(name, record)]
     questions = [check.question for check in checks]
@@ -226,13 +265,13 @@ def verify(
 
 
 def _token(delta: Delta) -> str | int:
-    """The token at which an edit was made, from its settings as text."""
+    """The token at which an edit was made, read from its settings."""
     token = delta.settings.get("token", "last")
     return int(token) if token.lstrip("-").isdigit() else token
 
 
 def _projections(vlm: VisionLanguageModel, delta: Delta) -> list[Projection]:
-    """The projections whose weights the edit changes."""
+    """The projections whose weights an edit changes, from the lowest layer up."""
     found = [find(layer) for layer in range(vlm.layers) for find in (vlm.down_projection, vlm.attention_projection)]
     return [each for each in found if each.name in delta.changes]
 
@@ -246,7 +285,7 @@ def _moves(
     projections: Sequence[Projection],
     ignored: int,
 ) -> tuple[float | None, float]:
-    """(at the token, anywhere): the largest relative change of output, without the part of the ignored request."""
+    """Return (at the token, anywhere): the largest |D k| / |W k|, with D without the part of the ignored request."""
     with capture(vlm, projections, inputs=True, clone=True) as read, capture(vlm, projections, clone=True) as written:
         vlm.logits(prompt)
     ratios = torch.zeros(prompt.length, dtype=torch.float64)

@@ -358,7 +358,8 @@ class EditReport(Result):
         """Return the scores as text, one per line, the unedited model beside the edited one; shares are in percent."""
         wanted = None if protocols is None else set(protocols)
         scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
-        lines = [("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")]
+        titles = ("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")
+        lines: list[tuple[object, ...]] = [titles]
         for score in scores:
             after = score.after
             texts = [_text(score.protocol, value) for value in (score.before.mean, after.mean, after.low, after.high)]

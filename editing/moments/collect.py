@@ -4,7 +4,7 @@ Editors use them as the price of disturbing what a layer knows already (C in ROM
 arXiv 2210.07229, there over text only).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,10 +116,17 @@ def second_moments(
         tally = run.read(number, group, limit, None if number else watch)
         limit = tally.done  # where the first pass stopped, the others stop
         sums |= tally.sums
-    found = {"sums": sums, "counts": dict(zip(KINDS, tally.counts.tolist(), strict=True)), "prompts": limit}
-    found |= {"settings": {name: str(value) for name, value in settings.items()}, **hashes}
-    origin = {"model": vlm.name, "revision": vlm.revision, "projection": projection}
-    return Moments(convergence=tuple(watch.readings), **found, **origin)
+    return Moments(
+        sums=sums,
+        counts=dict(zip(KINDS, tally.counts.tolist(), strict=True)),
+        prompts=limit,
+        settings={name: str(value) for name, value in settings.items()},
+        convergence=tuple(watch.readings),
+        model=vlm.name,
+        revision=vlm.revision,
+        projection=projection,
+        **hashes,
+    )
 
 
 def memory_of_moments(
@@ -240,7 +247,7 @@ class _Collection:
                 layer: {kind: part.cpu() for kind, part in parts.items()} for layer, parts in tally.sums.items()
             }
 
-    def _shapes(self, group: Sequence[int]) -> dict[int, dict[str, tuple[int, int]]]:
+    def _shapes(self, group: Iterable[int]) -> dict[int, dict[str, tuple[int, int]]]:
         widths = {layer: self.projections[layer].width for layer in group}
         return {layer: dict.fromkeys(KINDS, (width, width)) for layer, width in widths.items()}
 

@@ -264,9 +264,17 @@ class _Edit:
             check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in owners])
         results: dict[int, list[ValueResult]] = {}
         if goals:
-            search = {"projection": self.projections[self.last], "place": self.value_place, "layer": self.last}
-            search |= {"token": self.token, "settings": self.editor, "progress": self.progress}
-            for owner, result in zip(owners, search_values(self.vlm, Goals(self.vlm, goals), **search), strict=True):
+            searched = search_values(
+                self.vlm,
+                Goals(self.vlm, goals),
+                projection=self.projections[self.last],
+                place=self.value_place,
+                layer=self.last,
+                token=self.token,
+                settings=self.editor,
+                progress=self.progress,
+            )
+            for owner, result in zip(owners, searched, strict=True):
                 results.setdefault(owner, []).append(result)
         return tuple(_values_of(results.get(index)) for index in range(len(self.requests)))
 

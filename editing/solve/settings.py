@@ -144,8 +144,14 @@ class ClosedFormSettings(ValueSettings):
         protected = None
         if self.null_threshold is not None:
             protected = null_space(matrix, self.null_threshold * matrix.diagonal().mean().item())
-        options = {"moment": matrix, "moment_weight": self.moment_weight} if self.moment_weight else {}
-        return build_cost(projection.width, ridge=ridge, protected=protected, refined=self.refined, **options)
+        return build_cost(
+            projection.width,
+            ridge=ridge,
+            moment=matrix if self.moment_weight else None,
+            moment_weight=self.moment_weight,
+            protected=protected,
+            refined=self.refined,
+        )
 
     def check_moments(self, moments: Moments | None) -> None:
         """Raise `EditError` if these settings need second moments and none are given."""
