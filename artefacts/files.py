@@ -137,11 +137,23 @@ def read_json(path: str | Path, layout: str, *, error: type[ValueError] = Artefa
     """
     with _readable(path, error) as file:
         if problem := _problem(file, 0, _JSON_OPENING):
-            raise error(f"{str(path)!r} is not a readable JSON file of multrace ({problem}); pass a file that it wrote")
+            raise error(
+                f"{str(path)!r} is not a readable JSON file of multrace ({problem}); make it again, or pass another one"
+            )
         file.seek(0)
         content = parse_json(file.read(), nan=True, error=error)
     check_layout(path, content.pop(LAYOUT, None), layout, error=error)
     return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def is_undamaged(path: str | Path) -> bool:
+    """Return whether a JSON or safetensors file is there and holds what its digest vouches for, to the bit."""
+    start, opening = (0, _JSON_OPENING) if Path(path).suffix == ".json" else (8, _OPENING)
+    try:
+        with Path(path).open("rb") as file:
+            return _problem(file, start, opening) is None
+    except OSError:
+        return False
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> Path:

@@ -393,7 +393,7 @@ def test_finished_records_are_not_traced_again(
     assert trace_file(path, llava_llama_path, "--window=1") == 2
     assert "holds a run with other settings: settings window 1 instead of 3" in capsys.readouterr().err
     assert trace_file(write_records(folder, GOOD[1:]), llava_llama_path) == 2
-    assert "holds results of 1 records that this run does not have, such as 'one'" in capsys.readouterr().err
+    assert "holds results of 1 record that this run does not have, such as 'one'" in capsys.readouterr().err
     Image.open(folder / "third.png").rotate(90).save(folder / "other.png")  # another picture under the same name
     assert trace_file(write_records(folder, GOOD), llava_llama_path) == 2
     assert "such as 'two': the data, their pictures or the limit differ" in capsys.readouterr().err

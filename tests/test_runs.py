@@ -1,5 +1,6 @@
 """Runs over many records: whatever happens on the way, the end is that of an undisturbed run, or one line says why."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import ModelError, VisionLanguageModel
+from multrace.artefacts import read_json, write_json
 from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
 from multrace.scripts.main import app
 from multrace.tracing import AverageTrace, TraceError, average, causal_trace
@@ -25,6 +28,7 @@ from multrace.workflow import (
     Analysis,
     ModelToLoad,
     Outcome,
+    RunContext,
     RunError,
     Shard,
     Summary,
@@ -36,7 +40,7 @@ from multrace.workflow import (
     read_rows,
     run,
 )
-from multrace.workflow.run_folder import Contents
+from multrace.workflow.run_folder import Contents, RunFolder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -273,7 +277,7 @@ def test_a_record_is_known_by_its_content_and_not_by_its_path(random_gpt2: Visio
     before = content(tmp_path / "out")
     one.rename(moved)
     assert start(moved).done == 1 and content(tmp_path / "out") == before
-    with pytest.raises(RunError, match="holds results of 1 records that this run does not have"):
+    with pytest.raises(RunError, match="holds results of 1 record that this run does not have"):
         start(other)
 
 
@@ -319,7 +323,138 @@ class Kept(Scores):
         return replace(outcome, files={"score.txt": lambda path: path.write_text(repr(outcome.row["score"]))})
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut"])
+def damaged(path: Path, damage: str) -> None:
+    """Remove a file, cut its end off, or flip its last bit."""
+    raw = path.read_bytes()
+    path.unlink() if damage == "lost" else path.write_bytes(
+        raw[:-1] if damage == "cut" else raw[:-1] + bytes([raw[-1] ^ 1])
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Kept):
+    """Scores in units that are measured once, by a tool that is made once."""
+
+    name: ClassVar[str] = "prepared scores"
+
+    def calibrate(self, vlm: VisionLanguageModel, records: Mapping[str, Any], **_: Any) -> Mapping[str, Any]:
+        return {"unit": 2.0}
+
+    @contextmanager
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
+        if not (path := work.folder.shared / "tool.json").exists():
+            write_json(path, "tool 1", {"kind": "ruler"})
+        yield self
+
+
+@pytest.fixture
+def prepared(random_gpt2: VisionLanguageModel, tmp_path: Path) -> Callable[..., Any]:
+    """Runs the prepared scores of two words."""
+
+    def start(out: str = "out", words: Sequence[str] = WORDS[:2], **options: Any) -> Any:
+        options = {"progress": False, **options}
+        return run(random_gpt2, Prepared(), questions(*words), tmp_path / out, **options)
+
+    return start
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "flipped"])
+@pytest.mark.parametrize("name", ["shared/tool.json", "calibration.json", "summary/report.json"])
+def test_a_damaged_file_of_all_records_is_made_anew(
+    prepared: Callable, tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture
+):
+    prepared()
+    before = content(tmp_path / "out")
+    damaged(tmp_path / "out" / name, damage)
+    assert content(tmp_path / "out").get(name) != before[name]
+    prepared(progress=True)
+    assert content(tmp_path / "out") == before
+    told = "made anew" in capsys.readouterr().out
+    assert told == (damage != "lost" and not name.startswith("summary"))
+    prepared(progress=True)
+    assert "made anew" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["shared/tool.json", "calibration.json"])
+def test_a_damaged_file_of_all_records_of_an_unfinished_run_may_be_removed(
+    prepared: Callable, tmp_path: Path, name: str
+):
+    prepared()
+    before = content(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "summary")
+    damaged(tmp_path / "out" / name, "flipped")
+    with pytest.raises(RunError, match=rf"{name}' is damaged; remove that file and start the run again, which makes"):
+        prepared()
+    (tmp_path / "out" / name).unlink()
+    shutil.rmtree(next((tmp_path / "out" / "records").glob("red-*")))
+    prepared()
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("place", ["records/{}", "records", "shared", "summary"])
+def test_files_of_something_else_inside_a_run_are_refused_and_kept(prepared: Callable, tmp_path: Path, place: str):
+    """Those in the summary only when it is about to be replaced."""
+    prepared()
+    record = next((tmp_path / "out" / "records").glob("red-*")).name
+    notes = tmp_path / "out" / place.format(record) / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(RunError, match=r"notes.txt' (is damaged|belongs to no run); remove .* start the run again"):
+        prepared(words=WORDS[:3])
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    assert prepared(words=WORDS[:3]).done == 3
+
+
+def test_a_folder_without_a_record_among_the_records_is_refused_and_kept(go: Callable, tmp_path: Path):
+    go(*WORDS[:2])
+    (tmp_path / "out" / "records" / "mine").mkdir()
+    with pytest.raises(RunError, match=r"records/mine' belongs to no run"):
+        go(*WORDS[:2])
+    assert (tmp_path / "out" / "records" / "mine").is_dir()
+
+
+def test_a_record_of_files_outside_its_folder_is_damaged(go: Callable, tmp_path: Path):
+    go(*WORDS[:2])
+    (path,) = (tmp_path / "out" / "records").glob("red-*/record.json")
+    whole = read_json(path, "multrace run record 1")
+    other = tmp_path / "out" / "settings.json"
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    write_json(
+        path, "multrace run record 1", {**whole, "files": {"../../settings.json": [other.stat().st_size, digest]}}
+    )
+    folder = RunFolder(tmp_path / "out")
+    assert folder.stored(path.parent.name) is None
+    write_json(path, "multrace run record 1", whole)
+    assert folder.stored(path.parent.name) is not None
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+def test_damaged_shards_are_mended_by_each_other_or_refused(
+    random_gpt2: VisionLanguageModel, prepared: Callable, tmp_path: Path, damage: str
+):
+    for name, shard in (("one", "1/2"), ("two", "2/2"), ("at once", "1/1")):
+        prepared(name, WORDS[:4], shard=shard)
+    parts = [tmp_path / "one", tmp_path / "two"]
+    damaged(parts[0] / "shared" / "tool.json", damage)
+    if damage == "flipped":
+        merge(parts, tmp_path / "merged", analyses=[Prepared])
+        assert content(tmp_path / "merged") == content(tmp_path / "at once")
+        damaged(parts[1] / "shared" / "tool.json", damage)
+        with pytest.raises(RunError, match=r"tool.json' is damaged; remove that file and start the run again"):
+            merge(parts, tmp_path / "none", analyses=[Prepared])
+    file = next(parts[1].glob("records/*/score.txt"))
+    damaged(file, damage)
+    with pytest.raises(RunError, match=rf"two/records/{file.parent.name}' is damaged; remove that folder"):
+        merge(parts, tmp_path / "other", analyses=[Prepared])
+    shutil.copytree(tmp_path / "at once", tmp_path / "whole")
+    damaged(tmp_path / "whole" / "records" / file.parent.name / "score.txt", damage)
+    with pytest.raises(RunError, match=r"whole/records/.* is damaged"):
+        compare(tmp_path / "whole", tmp_path / "at once")
+    prepared("whole", WORDS[:4])
+    assert list(compare(tmp_path / "whole", tmp_path / "at once")["difference"]) == [0.0]
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "flipped"])
 def test_a_record_whose_file_is_not_the_one_that_was_written_is_computed_again(
     random_gpt2: VisionLanguageModel, tmp_path: Path, damage: str
 ):
@@ -327,7 +462,7 @@ def test_a_record_whose_file_is_not_the_one_that_was_written_is_computed_again(
         run(random_gpt2, Kept(), questions(*WORDS[:2]), tmp_path / name, progress=False)
     files = sorted((tmp_path / "out").glob("records/*/score.txt"))
     assert len(files) == 2
-    files[0].unlink() if damage == "lost" else files[0].write_text(files[0].read_text()[:-1])
+    damaged(files[0], damage)
     assert content(tmp_path / "out") != content(tmp_path / "undisturbed")
     times = files[1].stat().st_mtime_ns
     run(random_gpt2, Kept(), questions(*WORDS[:2]), tmp_path / "out", progress=False)

@@ -262,16 +262,14 @@ def test_other_settings_are_refused_by_name(go: Any, tmp_path: Path, changed: di
     assert content(tmp_path / "out") == before
 
 
-def test_a_damaged_value_is_found(go: Any, tmp_path: Path):
+def test_a_damaged_value_is_searched_for_again(go: Any, tmp_path: Path):
     records = plain_edits(*TARGETS[:2])
     go(records)
     before = content(tmp_path / "out")
     (path,) = (tmp_path / "out/records").glob("n0-*/values.safetensors")
     path.write_bytes(bytes([*path.read_bytes()[:-1], 1]))
     shutil.rmtree(tmp_path / "out/summary")
-    with pytest.raises(RunError, match="remove .*n0.* and start the run again"):
-        go(records)
-    shutil.rmtree(path.parent)
+    assert content(tmp_path / "out") != before
     go(records)
     assert content(tmp_path / "out") == before
 

@@ -241,5 +241,5 @@ def test_a_picture_in_memory_and_its_file_are_told_by_content(tmp_path: Path, ti
     settings = FlowRun(analyses=("lens",))
     run(tiny_vlm, settings, [(1, asked)], tmp_path / "out", progress=False)
     Image.new("RGB", (64, 64), "blue").save(path)
-    with pytest.raises(RunError, match="holds results of 1 records that this run does not have"):
+    with pytest.raises(RunError, match="holds results of 1 record that this run does not have"):
         run(tiny_vlm, settings, [(1, asked)], tmp_path / "out", progress=False)

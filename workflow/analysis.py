@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..artefacts import ArtefactError, Result
+from ..artefacts.files import digest
 from ..data import DataError, EditRecord, Question
 from ..data.errors import gist
 from ..data.facts import counted
@@ -357,6 +358,11 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(RunFolder(folder).summary / ROWS)
 
 
+def records_digest(records: Mapping[str, Any], stored: Iterable[StoredRecord]) -> str:
+    """Return the SHA-256 of the list of records, with the rows that could not be read, and of all outcomes."""
+    return digest(repr(records["unreadable"]), *(record.digest for record in stored))
+
+
 def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     """Return the report of a run. Raises `RunError` if every record failed."""
     records = folder.read(RECORDS)
@@ -382,6 +388,49 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
         files=(*summary["files"],),
         missed=summary["missed"],
     )
+
+
+def summarise(
+    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
+) -> None:
+    """Write table, averages and report of a run whose records are all done, unless they are there already.
+
+    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
+    records of these names; without it, a run that ends with the model gets no summary yet.
+    """
+    records = folder.read(RECORDS)
+    assert records is not None, "every run has its records written before it starts"
+    stored = [folder.stored_or_refuse(name) for name in records["names"]]
+    own = {"records": records_digest(records, stored), "shared": folder.shared_files()}
+    known = folder.report()
+    done = [record for record in stored if record.error is None]
+    is_known = known is not None and all(known[name] == value for name, value in own.items())
+    if is_known or (analysis.ends_with_model and (finish is None or not done)):
+        return
+    summary = analysis.summary()
+    for record in done:
+        summary.add(record)
+    if analysis.ends_with_model and finish is not None:
+        finish(summary, [record.name for record in done])
+    with folder.new_summary() as part:
+        files, columns = summary.files(), summary.columns()
+        _write_table(part / ROWS, done, columns)
+        for name, write in files.items():
+            write(part / name)
+        folder.write_report(part, {**own, "lines": list(summary.lines()), "missed": summary.missed})
+
+
+def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the rows of the records that did not fail, in order, as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"record": each.name, "id": each.id, "content": each.content, **each.row, **columns.get(each.name, {})}
+        for each in done
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def every_failed(analysis: Analysis, count: int) -> str:

@@ -27,7 +27,7 @@ from ..tracing.engine.positions import Item
 from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, question_of_record
 from .edit_outcome import EditOutcome, Place
 from .located_edit import EditsAtSites, TraceShift, editor_at, trace_shifts
-from .run_folder import TRACES, RunError, StoredRecord
+from .run_folder import REMADE, TRACES, RunError, StoredRecord
 from .sites import locate, positions_of
 from .trace_run import TraceRun
 
@@ -331,7 +331,7 @@ class EditSummary(Summary):
         try:
             self.values.append(RequestValues.load(record.folder / _VALUES))
         except ArtefactError as error:
-            raise RunError(f"{error}; remove {str(record.folder)!r} and start the run again") from error
+            raise RunError(f"{error}; {REMADE.format(repr(str(record.folder)))}") from error
         self.names.append(record.name)
         self.folder = record.folder.parents[1]
 

@@ -48,7 +48,7 @@ from ..tracing import CausalTrace, EditSite, TraceError
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
 from .edit_run import check_questions
 from .located_edit import editor_at
-from .run_folder import RunError, StoredRecord
+from .run_folder import REMADE, RunError, StoredRecord
 from .sites import TRACE, PlaceTrace, locate
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
@@ -348,8 +348,7 @@ class EvaluateSequenceRun(_LocatedTogether):
                 options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
                 part = measure_baseline(vlm, [record], **options)
                 write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
-            content = read_json(path, _UNEDITED_LAYOUT, error=RunError)
-            parts.append(Baseline.from_json(content))
+            parts.append(Baseline.from_json(read_json(path, _UNEDITED_LAYOUT, error=RunError)))
         return replace(Baseline.joined(parts), model=vlm.name, revision=vlm.revision)
 
 
@@ -519,7 +518,7 @@ def _stored_report(record: StoredRecord) -> EditReport:
     try:
         return EditReport.load(record.folder / EVALUATION)
     except EditError as error:
-        raise RunError(f"{error}; remove {str(record.folder)!r} and start the run again") from error
+        raise RunError(f"{error}; {REMADE.format(repr(str(record.folder)))}") from error
 
 
 def _shares(rows: Sequence[ProbeRow]) -> dict[str, float | None]:

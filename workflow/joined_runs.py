@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artefacts import replacing_folder
-from .analysis import Analysis, RunReport, read_rows, refuse_difference, run_report
+from .analysis import Analysis, RunReport, read_rows, records_digest, refuse_difference, run_report, summarise
 from .edit_run import EditRun, EditTrace
 from .evaluate_run import EvaluateBatchRun, EvaluateRun, EvaluateSequenceRun
 from .flow_run import FlowRun
-from .run_folder import CALIBRATION, RECORDS, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
-from .runs import summarise
+from .run_folder import CALIBRATION, RECORDS, REMADE, REPORT, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
 from .sites import PlaceTrace
 from .trace_run import TraceRun
 
@@ -59,7 +58,7 @@ def merge(
         The counts, errors, averages in words and files of the whole run.
 
     Raises:
-        RunError: The folders differ in settings, model or records, or together lack records.
+        RunError: The folders differ in settings, model or records, together lack records, or hold damaged files.
     """
     if not folders:
         raise RunError("there is nothing to merge; pass the folders of the shards")
@@ -68,7 +67,7 @@ def merge(
     for shard, head in zip(shards, heads, strict=True):
         refuse_difference(head, heads[0], f"{str(shard.path)!r} is no shard of the run in {str(shards[0].path)!r}")
     names = heads[0][RECORDS]["names"]
-    homes = {name: shard for shard in shards for name in shard.names()}
+    homes = _homes(shards, names)
     if absent := [name for name in names if name not in homes]:
         raise RunError(
             f"{len(absent)} of {len(names)} records are in none of the folders, such as {absent[0]!r}; run the missing "
@@ -89,9 +88,7 @@ def merge(
                     _copy(homes[name].records / name, part / name)
         if (shards[0].path / TRACES).is_dir():
             merge([shard.path / TRACES for shard in shards], target.path / TRACES)
-        if shards[0].shared.is_dir() and not target.shared.is_dir():
-            with replacing_folder(target.shared, error=RunError) as part:
-                _copy(shards[0].shared, part)
+        _merge_shared([shard for shard in shards if shard.shared.is_dir()], target)
         summarise(target, analysis)
     return run_report(target, analysis)
 
@@ -112,9 +109,12 @@ def compare(one: str | Path, other: str | Path, *, seed: int = 0) -> pd.DataFram
         fewer than two records. `.attrs["settings"]` lists the settings that differ.
 
     Raises:
-        RunError: One of the runs is not finished, or they have no record in common.
+        RunError: One of the runs is not finished or is damaged, or they have no record in common.
     """
     import pandas as pd
+
+    for folder in (one, other):
+        _check_undamaged(RunFolder(folder))
 
     tables = [read_rows(folder).drop_duplicates("content").set_index("content") for folder in (one, other)]
     common = tables[0].index.intersection(tables[1].index, sort=False)
@@ -175,6 +175,42 @@ def _analysis_of(head: Mapping[str, Any], analyses: Sequence[type[Analysis]] | N
     if head["analysis"] not in kinds:
         raise RunError(f"there is no analysis {head['analysis']!r} here; merge where the run was made")
     return kinds[head["analysis"]].from_settings(head["settings"])
+
+
+def _homes(shards: Sequence[RunFolder], names: Sequence[str]) -> dict[str, RunFolder]:
+    """The first shard that has each record undamaged, or else one that has it at all."""
+    homes: dict[str, RunFolder] = {}
+    for shard in shards:
+        shard.others(names)  # refuses what is no record
+        for name in shard.names():
+            if name not in homes or homes[name].stored(name) is None:
+                homes[name] = shard
+    return homes
+
+
+def _merge_shared(shards: Sequence[RunFolder], target: RunFolder) -> None:
+    """Copy what is made once for all records from the first shard in which it is undamaged."""
+    damaged = [shard.path / name for shard in shards for name in shard.damaged_shared()]
+    whole = [shard for shard in shards if not shard.damaged_shared()]
+    if damaged and not whole:
+        raise RunError(f"{str(damaged[0])!r} is damaged; {REMADE.format('that file')}")
+    if whole and target.shared_files() != whole[0].shared_files():
+        with replacing_folder(target.shared, error=RunError) as part:
+            _copy(whole[0].shared, part)
+
+
+def _check_undamaged(folder: RunFolder) -> None:
+    """Raise `RunError` if a finished run is not as it was written."""
+    report, records = folder.report(), folder.read(RECORDS)
+    if report is None or records is None:
+        return  # it is not finished
+    stored = [folder.stored_or_refuse(name) for name in records["names"]]
+    files = folder.shared_files()
+    changed = [name for name, value in report["shared"].items() if files.get(name) != value]
+    if report["records"] != records_digest(records, stored):
+        changed = [f"summary/{REPORT}"]
+    if changed:
+        raise RunError(f"{str(folder.path / changed[0])!r} is damaged or missing; start the run again, which mends it")
 
 
 def _copy(source: Path, part: Path) -> None:

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..artefacts import ArtefactError, Result, remove_leftovers, replacing_files, replacing_folder
-from ..artefacts.files import digest, read_json, write_json
+from ..artefacts.files import digest, is_undamaged, read_json, write_json
 from ..data import DataError
 
 SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
@@ -49,7 +49,11 @@ SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
 )
 CALIBRATION, CONTENTS = "calibration.json", "contents.json"
 TRACES = "traces"
-_LAYOUT = "multrace run {} 1"
+_LAYOUT = "multrace run {} {}"
+_VERSIONS = {REPORT: 2}
+"""Versions of the layouts of files; 1 unless they are named here."""
+REMADE = "remove {} and start the run again, which makes it anew"
+_NOT_OURS = "belongs to no run; remove it and start the run again"
 SHARED = "shared"
 _FOLDERS = ("records", "summary", TRACES, SHARED, ".locks")
 _PART, _WHOLE = ".part-", ".whole-"
@@ -142,7 +146,7 @@ class StoredRecord:
         try:
             return kind.load(self.folder / f"{name}.safetensors")
         except ValueError as error:
-            raise RunError(f"{error}; remove {str(self.folder)!r} and start the run again") from error
+            raise RunError(f"{error}; {REMADE.format(repr(str(self.folder)))}") from error
 
 
 class Contents:
@@ -160,11 +164,19 @@ class Contents:
         """
         return hashlib.sha256(repr([self._plain(value) for value in values]).encode()).hexdigest()
 
+    def file(self, path: Path) -> str:
+        """Return the SHA-256 of a file, which is read again only if its size or its date has changed."""
+        state = path.stat()
+        place = (str(path), state.st_size, state.st_mtime_ns)
+        if place not in self._files:
+            self._files[place] = file_digest(path)
+        return self._files[place]
+
     def _plain(self, value: Any) -> Any:
         if isinstance(value, Image.Image):
             return digest(f"{value.mode} {value.size}", value.tobytes())
         if isinstance(value, Path):
-            return str(value) if self._by_path else self._file(value)
+            return str(value) if self._by_path else self._picture(value)
         if is_dataclass(value):
             names = [each.name for each in fields(value) if self._by_path or each.name != "corrupt"]
             return [(name, self._plain(getattr(value, name))) for name in names]
@@ -172,14 +184,9 @@ class Contents:
             return sorted((name, self._plain(each)) for name, each in value.items())
         return [self._plain(each) for each in value] if isinstance(value, tuple | list) else value
 
-    def _file(self, path: Path) -> str:
+    def _picture(self, path: Path) -> str:
         try:
-            state = path.stat()
-            place = (str(path), state.st_size, state.st_mtime_ns)
-            if place not in self._files:
-                with path.open("rb") as file:
-                    self._files[place] = hashlib.file_digest(file, "sha256").hexdigest()
-            return self._files[place]
+            return self.file(path)
         except OSError as error:
             raise DataError(
                 f"no picture at {str(path)!r} ({error.strerror or error}); pass the path of an image file"
@@ -191,6 +198,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._contents = Contents()
 
     @cached_property
     def records(self) -> Path:
@@ -263,7 +271,7 @@ class RunFolder:
             advice = (
                 "choose another folder, since nothing else tells the settings of the records in this one"
                 if name == SETTINGS
-                else "remove that file and start the run again"
+                else REMADE.format("that file")
             )
             raise RunError(f"{str(path)!r} is damaged; {advice}") from error
 
@@ -275,22 +283,63 @@ class RunFolder:
             write_json(self.path / name, _layout(name), content, error=RunError)
 
     def stored(self, name: str) -> StoredRecord | None:
-        """Return the outcome of a record, or None if it is not done or its files are not those that were written."""
+        """Return the outcome of a record, or None if it is not done or its files are not those that were written.
+
+        Raises `RunError` if its folder holds a file of something else.
+        """
         folder = self.records / name
         try:
             content = read_json(folder / RECORD, _layout(RECORD), error=RunError)
             files = content.pop("files")
-            whole = all((folder / file).stat().st_size == size for file, (size, _) in files.items())
-            return StoredRecord(folder=folder, digest=digest(repr((content, files))), **content) if whole else None
+            if any(Path(file).name != file or self._contents.file(folder / file) != files[file][1] for file in files):
+                return None
+            stored = StoredRecord(folder=folder, digest=digest(repr((content, files))), **content)
         except (RunError, OSError, KeyError, TypeError):
             return None
+        _refuse_others(folder, {RECORD, *files})
+        return stored
 
     def stored_or_refuse(self, name: str) -> StoredRecord:
         """Return the outcome of a record. Raises `RunError` if it is not there or damaged."""
         stored = self.stored(name)
         if stored is None:
-            raise RunError(f"{str(self.records / name)!r} is damaged; remove that folder and start the run again")
+            raise RunError(f"{str(self.records / name)!r} is {self._state(name)}; {REMADE.format('that folder')}")
         return stored
+
+    def damaged(self, names: Iterable[str]) -> list[str]:
+        """Return those of the records that have a folder, but not with the files that were written."""
+        return [name for name in names if (self.records / name).exists() and self.stored(name) is None]
+
+    def _state(self, name: str) -> str:
+        return "damaged" if (self.records / name).exists() else "missing"
+
+    def shared_files(self) -> dict[str, str]:
+        """Return the SHA-256 of each file that is made once for all records, by its path in the folder."""
+        paths = [self.path / CALIBRATION, *(self.shared.iterdir() if self.shared.is_dir() else ())]
+        paths = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+        return {path.relative_to(self.path).as_posix(): self._contents.file(path) for path in paths}
+
+    def damaged_shared(self) -> list[str]:
+        """Return the files made once for all records whose own digests do not vouch for them, by path in the folder."""
+        return [name for name in self.shared_files() if not is_undamaged(self.path / name)]
+
+    def remove_changed(self, known: Mapping[str, str] | None) -> list[str]:
+        """Remove what is made once for all records and has changed since the run was finished; return the names.
+
+        known: the digests of that time; None for a run that is not finished, in which nothing is removed. Raises
+        `RunError` for a file that the run has not made, and for a damaged one of a run that is not finished.
+        """
+        files = self.shared_files()
+        if known is None:
+            for name in self.damaged_shared():
+                raise RunError(f"{str(self.path / name)!r} is damaged; {REMADE.format('that file')}")
+            return []
+        if others := sorted(set(files) - set(known)):
+            raise RunError(f"{str(self.path / others[0])!r} {_NOT_OURS}")
+        changed = [name for name, value in files.items() if known[name] != value]
+        for name in changed:
+            (self.path / name).unlink()
+        return changed
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return those of the records that are not done."""
@@ -307,6 +356,13 @@ class RunFolder:
     def remove(self, name: str) -> None:
         """Remove what was stored of a record."""
         _remove([self.records / name])
+
+    def others(self, names: Container[str]) -> list[str]:
+        """Return the records that are done besides these. Raises `RunError` for what is no record of any run."""
+        others = [name for name in self.names() if name not in names]
+        if foreign := [name for name in others if not (self.records / name / RECORD).is_file()]:
+            raise RunError(f"{str(self.records / foreign[0])!r} {_NOT_OURS}")
+        return others
 
     @contextmanager
     def new_records(self, shard: Shard) -> Iterator[Path]:
@@ -342,16 +398,28 @@ class RunFolder:
 
     def new_summary(self) -> AbstractContextManager[Path]:
         """Return a context with a new folder that replaces the summary when the block ends without an error."""
+        self._refuse_others_in_summary()
         return replacing_folder(self.summary, error=RunError)
 
     def report(self) -> dict[str, Any] | None:
         """Return the report of a finished run, or None if there is none whose files are all there."""
-        try:
-            report = read_json(self.summary / REPORT, _layout(REPORT), error=RunError)
-        except RunError:  # there is none, or it is damaged: the summary is made again
+        report = self._listed_summary()
+        if report is None:
             return None
         changed = [name for name, value in report["files"].items() if not _is_file(self.summary / name, value)]
         return None if changed else report
+
+    def _listed_summary(self) -> dict[str, Any] | None:
+        """The content of the report, or None if there is none, or if it is damaged: then the summary is made again."""
+        try:
+            return read_json(self.summary / REPORT, _layout(REPORT), error=RunError)
+        except RunError:
+            return None
+
+    def _refuse_others_in_summary(self) -> None:
+        """Raise `RunError` if the summary, which is to be replaced, holds a file of something else."""
+        if (report := self._listed_summary()) is not None:
+            _refuse_others(self.summary, {REPORT, *report["files"]})
 
     def write_report(self, part: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         """Write and return the report of a finished run, which holds the digests of the files beside it."""
@@ -360,7 +428,8 @@ class RunFolder:
         return {**content, "files": files}
 
     def remove_summary(self) -> None:
-        """Remove the summary of an earlier set of records."""
+        """Remove the summary of an earlier set of records. Raises `RunError` if it holds a file of something else."""
+        self._refuse_others_in_summary()
         _remove([self.summary])
 
 
@@ -460,11 +529,18 @@ def _shard_of(name: str) -> Shard:
 
 
 def _layout(name: str) -> str:
-    return _LAYOUT.format(Path(name).stem)
+    return _LAYOUT.format(Path(name).stem, _VERSIONS.get(name, 1))
 
 
 def _is_file(path: Path, value: str) -> bool:
     return path.is_file() and file_digest(path) == value
+
+
+def _refuse_others(folder: Path, known: Container[str]) -> None:
+    """Raise `RunError` if a folder holds anything but what has these names; hidden files are those of the system."""
+    others = sorted(each.name for each in folder.iterdir() if not (each.name.startswith(".") or each.name in known))
+    if others:
+        raise RunError(f"{str(folder / others[0])!r} {_NOT_OURS}")
 
 
 def _remove(paths: Iterable[Path]) -> None:

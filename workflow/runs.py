@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -39,6 +39,7 @@ from .. import models
 from ..artefacts.files import digest
 from ..data import DataError
 from ..data.errors import gist
+from ..data.facts import counted
 from .analysis import (
     INPUT_ERRORS,
     Analysis,
@@ -54,11 +55,11 @@ from .analysis import (
     question_of_record,
     refuse_difference,
     run_report,
+    summarise,
 )
 from .run_folder import (
     CALIBRATION,
     RECORDS,
-    ROWS,
     SETTINGS,
     TRACES,
     Contents,
@@ -253,13 +254,15 @@ class _Job:
             groups = [group for place, group in enumerate(self._groups()) if shard.holds(place)]
             known = {name: self.folder.stored(name) for group in groups for name in group}
             todo = {name for name, stored in known.items() if stored is None or (retry_failed and stored.error)}
+            self._say_damaged(f"records/{name}" for name in self.folder.damaged(todo))
+            if not self._mend_shared() and not todo:
+                return
+            if todo:
+                self.folder.remove_summary()
             if self.analysis.is_ordered and todo:
                 todo = {*list(known)[min(map(list(known).index, todo)) :]}
                 for name in todo:
                     self.folder.remove(name)
-            if not todo:
-                return
-            self.folder.remove_summary()
             calibration = self._calibration(shard)
             words = {"desc": self.analysis.name, "unit": "record", "disable": not self.progress}
             with self._opened(calibration), tqdm(total=len(known), initial=len(known) - len(todo), **words) as bar:
@@ -267,6 +270,32 @@ class _Job:
                     if names := [name for name in group if name in todo]:
                         self._analyse(group, names, calibration, shard)
                         bar.update(len(names))
+
+    def _mend_shared(self) -> bool:
+        """Remove changed files of what is made once for all records; return whether something has to be made anew."""
+        with self.folder.alone():
+            report = self.folder.report()
+            damaged = self.folder.remove_changed(None if report is None else report["shared"])
+        self._say_damaged(damaged)
+        if damaged or self._has_damaged_traces():
+            return True
+        if report is None:
+            return self.analysis.ends_with_model
+        return self.folder.shared_files() != report["shared"]
+
+    def _has_damaged_traces(self) -> bool:
+        """Whether the run that comes first is not as it was when it was finished; it may have been removed."""
+        folder = RunFolder(self.folder.path / TRACES)
+        if not folder.path.is_dir():
+            return False
+        records = folder.read(RECORDS)
+        return records is None or folder.report() is None or None in map(folder.stored, records["names"])
+
+    def _say_damaged(self, names: Iterable[str]) -> None:
+        names = sorted(names)
+        if names and self.progress:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            tqdm.write(f"not as they were written, and made anew: {names[0]!r}{more}, in {str(self.folder.path)!r}")
 
     @contextmanager
     def _opened(self, calibration: Mapping[str, Any] | None) -> Iterator[None]:
@@ -317,7 +346,8 @@ class _Job:
         with self.folder.alone():
             self._check_settings()
             records = {"names": list(self.entries), "unreadable": self.unreadable}
-            if (known := self.folder.read(RECORDS)) == records:
+            others = self.folder.others(self.entries)
+            if (known := self.folder.read(RECORDS)) == records and not others:
                 return
             if self.analysis.is_whole and known is not None and known["names"] != records["names"]:
                 raise RunError(
@@ -325,7 +355,7 @@ class _Job:
                     "of them together; choose another folder, or the same records"
                 )
             stale = []
-            for name in set(self.folder.names()) - set(self.entries):
+            for name in others:
                 stored = self.folder.stored(name)
                 if stored is None or stored.error is not None or self.is_part:
                     self.folder.remove(name)
@@ -333,8 +363,9 @@ class _Job:
                     stale.append(stored.id)
             if stale:
                 raise RunError(
-                    f"{str(self.folder.path)!r} holds results of {len(stale)} records that this run does not have, "
-                    f"such as {min(stale)!r}: the data, their pictures or the limit differ; choose another folder"
+                    f"{str(self.folder.path)!r} holds results of {counted(len(stale), 'record')} that this run does "
+                    f"not have, such as {min(stale)!r}: the data, their pictures or the limit differ; choose another "
+                    "folder"
                 )
             self.folder.remove_summary()
             self.folder.write(RECORDS, records)
@@ -364,7 +395,7 @@ class _Job:
         entries = [entry for entry in self.entries.values() if self._problem(entry) is None]
         names = [entry.name for entry in entries]
         known = self._known_calibration(names)
-        if known is not None:
+        if known is not None and not self._has_damaged_traces():
             return known
         traces = self._traces(entries, shard)
         with self.folder.alone():
@@ -492,48 +523,6 @@ class _Job:
     def report(self) -> RunReport:
         """Return what was done. Raises `RunError` if every record failed."""
         return run_report(self.folder, self.analysis)
-
-
-def summarise(
-    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
-) -> None:
-    """Write table, averages and report of a run whose records are all done, unless they are there already.
-
-    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
-    records of these names; without it, a run that ends with the model gets no summary yet.
-    """
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
-    stored = [folder.stored_or_refuse(name) for name in records["names"]]
-    own = digest(repr(records["unreadable"]), *(record.digest for record in stored))
-    known = folder.report()
-    done = [record for record in stored if record.error is None]
-    if (known is not None and known["records"] == own) or (analysis.ends_with_model and (finish is None or not done)):
-        return
-    summary = analysis.summary()
-    for record in done:
-        summary.add(record)
-    if analysis.ends_with_model and finish is not None:
-        finish(summary, [record.name for record in done])
-    with folder.new_summary() as part:
-        files, columns = summary.files(), summary.columns()
-        _write_table(part / ROWS, done, columns)
-        for name, write in files.items():
-            write(part / name)
-        folder.write_report(part, {"records": own, "lines": list(summary.lines()), "missed": summary.missed})
-
-
-def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the rows of the records that did not fail, in order, as a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {"record": each.name, "id": each.id, "content": each.content, **each.row, **columns.get(each.name, {})}
-        for each in done
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 
 def _version() -> str:
