@@ -25,7 +25,7 @@ from multrace.scripts.demo import (
 )
 from multrace.scripts.main import app
 
-CASES = 8
+CASES = 5
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, l
 
 
 def test_facts_edited_jointly_all_take(tiny_vlm, world):
-    cases = world.edit_cases("outdated", "choose")[8:12]
+    cases = world.edit_cases("outdated", "choose")[CASES : CASES + 3]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     edit = mt.locate_then_edit(tiny_vlm, requests, corruptions=[swap_of(world, case) for case in cases])
     (delta,) = edit.deltas
@@ -107,7 +107,7 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world):
 
 
 def test_long_tail_facts_are_inserted(tiny_vlm, world):
-    cases = world.edit_cases("long_tail", "choose")[:8]
+    cases = world.edit_cases("long_tail", "choose")[:5]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
@@ -115,7 +115,7 @@ def test_long_tail_facts_are_inserted(tiny_vlm, world):
         delta = mt.MultEdit(layer=5, token="last").edit(tiny_vlm, [request])
         with delta.applied(tiny_vlm):
             learned += tiny_vlm.answers([tiny_vlm.prompt_for(request.question)]) == [case.target]
-    assert learned >= 7
+    assert learned >= 4
     assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) == before
     assert sum(answer == case.target for answer, case in zip(before, cases, strict=True)) <= 1
 
@@ -167,6 +167,7 @@ def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
     check_report(folder, printed, 1)
 
 
+@pytest.mark.slow
 def test_the_demo_takes_as_many_facts_as_it_is_told(tmp_path):
     page, table = demo(Demo(out=tmp_path / "demo", seed=4, limit=2))
     assert page == tmp_path / "demo" / "report.html"

@@ -41,7 +41,7 @@ def test_it_fits_into_the_repository_and_has_room_for_edits(tiny_vlm):
 
 
 def test_it_answers_the_taught_facts_on_pictures_it_never_saw(tiny_vlm, questions):
-    assert share_right(tiny_vlm, questions["taught facts, picture"], every=2) >= 0.97
+    assert share_right(tiny_vlm, questions["taught facts, picture"], every=4) >= 0.97
 
 
 def test_without_the_right_picture_it_does_not(tiny_vlm, world, questions):
@@ -51,7 +51,7 @@ def test_without_the_right_picture_it_does_not(tiny_vlm, world, questions):
         record.with_image(wrong[fact.entity])
         for fact, record in zip(world.facts, questions["taught facts, picture"], strict=True)
     ]
-    assert share_right(tiny_vlm, records, every=8) < 0.2
+    assert share_right(tiny_vlm, records, every=16) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def test_without_the_right_picture_it_does_not(tiny_vlm, world, questions):
     ],
 )
 def test_it_answers_other_kinds_of_questions(tiny_vlm, questions, name, least):
-    assert share_right(tiny_vlm, questions[name], every=4) >= least
+    assert share_right(tiny_vlm, questions[name], every=max(1, len(questions[name]) // 100)) >= least
 
 
 @pytest.mark.parametrize("name", ["two of a kind, left or right", "two of different kinds"])
 def test_the_constraint_says_which_of_two_entities_is_meant(tiny_vlm, questions, name):
-    assert share_right(tiny_vlm, questions[name], every=2) >= 0.9
+    assert share_right(tiny_vlm, questions[name], every=3) >= 0.9
 
 
 def test_it_knows_nothing_about_long_tail_entities(tiny_vlm, questions):
-    assert share_right(tiny_vlm, questions["long-tail facts (never taught)"], every=2) < 0.2
+    assert share_right(tiny_vlm, questions["long-tail facts (never taught)"], every=4) < 0.2
 
 
 def test_answers_of_one_two_and_three_tokens_are_all_right(tiny_vlm, world, questions):
@@ -83,12 +83,12 @@ def test_answers_of_one_two_and_three_tokens_are_all_right(tiny_vlm, world, ques
         by_length[len(tiny_vlm.tokenizer(f" {record.answer}", add_special_tokens=False).input_ids)].append(record)
     for length, records in by_length.items():
         assert len(records) >= 20, length
-        assert share_right(tiny_vlm, records[:40]) >= 0.9, length
+        assert share_right(tiny_vlm, records[:30]) >= 0.9, length
 
 
 def test_replacing_the_constraint_by_a_name_changes_the_answer(tiny_vlm, world):
     changed = []
-    for fact in world.facts[::16]:
+    for fact in world.facts[::32]:
         record = world.question(fact)
         picture = world.picture(world.entities[fact.entity], 5).image
         replaced = record.text.replace(record.constraint, record.replacement)
@@ -100,7 +100,7 @@ def test_replacing_the_constraint_by_a_name_changes_the_answer(tiny_vlm, world):
 
 def test_replacing_the_words_of_the_constraint_is_traced_too(tiny_vlm, world):
     effects, image = [], []
-    for fact in world.facts[3::200]:
+    for fact in world.facts[3::300]:
         record = world.question(fact)
         picture = world.picture(world.entities[fact.entity], 5).image
         prompt = tiny_vlm.prompt(picture, record.text, constraint=record.constraint)

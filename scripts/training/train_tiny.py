@@ -276,12 +276,14 @@ def _answered(vlm: VisionLanguageModel, world: World, count: int, number: int) -
     facts = rng.sample([fact for fact in world.facts if fact.key[1] is None], len(world.facts) // 2)
     found = 0
     for fact in facts:
+        if found == count:
+            return
         entity = world.entities[fact.entity]
         other = rng.choice(
             [peer for peer in world.of_kind(entity.kind) if peer.facts[fact.key].split()[0] != fact.answer.split()[0]]
         )
         prompt = prompt_of(vlm, world.question(fact).with_image(world.picture(entity, number).image))
-        if found < count and vlm.answers([prompt])[0] == fact.answer:
+        if vlm.answers([prompt])[0] == fact.answer:
             found += 1
             yield prompt, world.picture(other, number).image
 
