@@ -18,7 +18,7 @@ from .errors import DataError, quoted
 from .facts import REPHRASE, REPHRASE_OTHER_PICTURE, UNRELATED, EditRecord, Probe, Question, Words, counted, shortened
 from .formats.okvqa import answers_by_question, join_key
 from .formats.reading import LINES, detect_format, read_data
-from .formats.rows import DataSource, Row, json_rows, pictures_in, unanswered
+from .formats.rows import DataSource, Row, json_rows, pictures_in, same_name, unanswered
 from .jsonl import pictures_of, write_lines
 from .pictures import PictureFacts, inspect_picture
 from .spans import find_spans, noun_after
@@ -64,10 +64,11 @@ FINDINGS: Mapping[str, FindingKind] = {
     "special_token": FindingKind(severity=ERROR, title="a text holds a special token"),
     "contradiction": FindingKind(severity=ERROR, title="another row gives the same question another target"),
     "needs_unknown": FindingKind(severity=ERROR, title="a probe needs a record that is not there"),
-    "unanswered": FindingKind(severity=WARNING, title="a question or its answer is missing; the pair is not read"),
+    "unanswered": FindingKind(severity=WARNING, title="a question, its answer or its picture is missing"),
     "target_is_old": FindingKind(severity=WARNING, title="the target is the present answer"),
     "rephrase_is_source": FindingKind(severity=WARNING, title="a rephrase is the question itself", fix=_DROP_ENTRY),
     "answer_not_annotated": FindingKind(severity=WARNING, title="an answer is none of the annotators'"),
+    "answer_is_pictured": FindingKind(severity=WARNING, title="the answer is the name of the pictured thing"),
     "other_answer": FindingKind(severity=WARNING, title="another row gives the same question another answer"),
     "duplicate": FindingKind(severity=WARNING, title="the row repeats another one", fix=_DROP_ROW),
     "box_outside": FindingKind(severity=WARNING, title="a box leaves the picture", fix="the box is cut to the picture"),
@@ -83,6 +84,8 @@ FINDINGS: Mapping[str, FindingKind] = {
     "picture_turned": FindingKind(severity=NOTE, title="a picture is turned by its EXIF data"),
     "picture_transparent": FindingKind(severity=NOTE, title="a picture is transparent; it is shown on white"),
     "picture_sixteen_bit": FindingKind(severity=NOTE, title="a picture has 16 bits; it is scaled to 8"),
+    "picture_animated": FindingKind(severity=NOTE, title="a picture has several frames; the first one is shown"),
+    "picture_cmyk": FindingKind(severity=NOTE, title="a picture is made for print (CMYK); its colours may shift"),
 }
 """Kinds of findings by name, the severe ones first."""
 
@@ -224,6 +227,8 @@ class _Doctor:
         self.ids: set[str] = set()
         self.needs: list[tuple[int, str, tuple[str, int], str]] = []
         self._row, self._id = 0, ""
+        self._noted: set[Path] = set()
+        """Pictures about which something was noted in the present row."""
 
     def add(
         self, row: int, kind: str, message: str, place: tuple[str, int] | None = None, fix: str | None = None
@@ -236,6 +241,7 @@ class _Doctor:
         """Note the findings of a record, and return it cleaned; None if it is to be left out."""
         start = len(self.findings)
         self._row, self._id = row, record.id
+        self._noted = set()
         self.ids.add(record.id)
         cleaned: dict[tuple[str, int] | None, Question] = {}
         for place, question in questions_of(record):
@@ -244,6 +250,7 @@ class _Doctor:
             self._edit(record)
         else:
             self._annotated(None, record, record.answer)
+            self._pictured(record)
             if record.image is not None and not record.text.endswith(("?", "\uff1f")):
                 self.add(row, "no_question_mark", f"{shortened(record.text)} does not end with a question mark")
         self._compare(record)
@@ -260,8 +267,8 @@ class _Doctor:
             if isinstance(row, DataError):
                 continue
             with suppress(DataError):  # such a row is unreadable, which has been noted
-                for key in unanswered(row):
-                    self.add(number, "unanswered", f"{key!r} has a question without an answer, or the reverse")
+                for message in unanswered(row):
+                    self.add(number, "unanswered", message)
 
     def finish(self) -> None:
         """Note what only the whole file shows."""
@@ -343,27 +350,43 @@ class _Doctor:
     # ---- pictures ----
 
     def _picture(self, place: tuple[str, int] | None, path: Path) -> tuple[int, int] | None:
-        """Note what is wrong with a picture, and return its width and height if they are known."""
+        """Note what is wrong with a picture, and return its width and height if they are known.
+
+        What a row's picture is like is noted once for the row, although its rephrases show the picture too. A picture
+        that only probes show and that cannot be used is noted for each of them, since each is left out by itself.
+        """
         facts = self.pictures.get(path)
         if facts is None:
             facts = self.pictures[path] = inspect_picture(path)
+        is_noted = path in self._noted
         if facts.problem is not None:
+            if is_noted:
+                return None
+            if place is None:
+                self._noted.add(path)
             kind = "picture_missing" if facts.problem.startswith("no picture at") else "picture_unusable"
             self.add(self._row, kind, facts.problem, place, _DROP_ROW if place is None else _DROP_ENTRY)
             return None
-        notes = {"turned": facts.turned, "transparent": facts.transparent, "sixteen_bit": facts.sixteen_bit}
+        self._noted.add(path)
+        notes = {
+            "turned": facts.turned,
+            "transparent": facts.transparent,
+            "sixteen_bit": facts.sixteen_bit,
+            "animated": facts.frames > 1,
+            "cmyk": facts.mode == "CMYK",
+        }
         for name, is_so in notes.items():
-            if is_so:
+            if is_so and not is_noted:
                 self.add(self._row, f"picture_{name}", f"{str(path)!r} ({facts.format}, {facts.mode})", place)
         return facts.size
 
     def _several(self, place: tuple[str, int] | None, question: Question) -> None:
         """Note a picture that was taken from a folder of candidates."""
         named = question.extra.get("image_url")
-        if not isinstance(named, str) or not isinstance(question.image, Path) or Path(named).suffix:
+        if not isinstance(named, str) or not isinstance(question.image, Path):
             return
         folder = question.image.parent
-        if folder.name == Path(named).name and len(candidates := pictures_in(folder)) > 1:
+        if same_name(folder.name, Path(named).name) and len(candidates := pictures_in(folder)) > 1:
             message = (
                 f"{str(folder)!r} has {len(candidates)} pictures; {question.image.name!r}, the first one, is taken"
             )
@@ -422,6 +445,16 @@ class _Doctor:
             most = numbers.most_common(1)[0]
             message = f"{numbers[_plain(answer)]} of {len(known)} said {shortened(answer)}, {most[1]} said {most[0]!r}"
             self.add(self._row, "not_annotators_choice", message, place)
+
+    def _pictured(self, record: Question) -> None:
+        """Note an answer that is also the name of the folder of the pictures of the question."""
+        named = record.extra.get("image_url")
+        if record.answer and isinstance(named, str) and same_name(named.split("A photo of ")[-1], record.answer):
+            message = (
+                f"the answer {shortened(record.answer)} names what {named!r} shows; "
+                f"is it the answer to {shortened(record.text)}?"
+            )
+            self.add(self._row, "answer_is_pictured", message)
 
     def _compare(self, record: Question | EditRecord) -> None:
         """Compare the record with the earlier rows."""

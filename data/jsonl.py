@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,6 +51,8 @@ _MEANT = {
     "spans": ("object", "object2", "true_option", "false_option", "text_constraint"),
 }
 """Key of ours -> names that other files and people give it. Left alone they would be kept as remarks in silence."""
+ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address on the web or a picture in base64 text begins, which is no path inside a folder."""
 _PICTURELESS = (NO_PICTURE, RELATED_TEXT, UNRELATED_TEXT)
 """Kinds of probes that never show the record's picture."""
 _NAMES = {"text": "question"}
@@ -518,7 +521,7 @@ def _question(line: EntryLine, folder: Path, **own: Any) -> Question:
         raise DataError(
             f"'image' is {shown(line.image)}; write the path of the picture, or null for a question without one"
         )
-    pictures = tuple(folder / path for path in paths)
+    pictures = tuple(Path(path) if ADDRESS.match(path) else folder / path for path in paths)
     values["image"] = pictures[0] if isinstance(line.image, str) else pictures or None
     values["id"] = str(values["id"])
     values["corrupt"] = line.corrupt and _moved(line.corrupt, lambda path: str(folder / path))
@@ -593,6 +596,8 @@ def relative_path(path: PictureSource, folder: Path) -> str:
     """Return the path from the folder, or from the root if it is not inside the folder."""
     if isinstance(path, Image.Image):
         raise DataError("a picture in memory cannot stand in a file of lines; save it and pass its path as image=")
+    if ADDRESS.match(str(path)):
+        return str(path)
     try:
         return Path(path).relative_to(folder).as_posix()
     except ValueError:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -82,6 +83,8 @@ class PictureFacts:
     """PIL's name of the colour mode, such as "RGB"; None if unknown."""
     format: str | None = None
     """PIL's name of the file format, such as "JPEG"; None if unknown."""
+    frames: int = 1
+    """Number of frames or pages of the file, of which the first one is shown."""
     turned: bool = False
     """True if the EXIF data turn or mirror the picture."""
     transparent: bool = False
@@ -207,10 +210,21 @@ def _not_a_path(text: str, error: Exception) -> str:
             f"a picture cannot be {quoted(text)}, a text of {len(text)} characters; decode base64 text and pass "
             "Image.open(io.BytesIO(base64.b64decode(text)))"
         )
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        return f"a picture cannot be the URL {quoted(text)}; fetch it and pass the path of the file"
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text):
+        strokes = "///" if match[1].lower() == "file" else "//"  # of which a path keeps one
+        address = f"{match[1]}:{strokes}{text[match.end() :]}"
+        return f"a picture cannot be the URL {quoted(address)}; fetch it and pass the path of the file"
     found = getattr(error, "strerror", None) or gist(error)
-    return f"no picture at {quoted(text)} ({found}); pass the path of an image file"
+    near = next((each for each in _near(text) if os.path.exists(each)), None)
+    hint = "" if near is None else f", but one at {near!r}"
+    return f"no picture at {quoted(text)} ({found}){hint}; pass the path of an image file"
+
+
+def _near(text: str) -> Iterator[str]:
+    """Yield names that are often meant by this one: its suffix in the other case, %20 decoded, a home folder named."""
+    stem, suffix = os.path.splitext(text)
+    yield from (stem + each for each in (suffix.lower(), suffix.upper()) if each != suffix)
+    yield from (each for each in (unquote(text), os.path.expanduser(text)) if each != text and "\0" not in each)
 
 
 def _wrong_type(image: object) -> DataError:
@@ -293,12 +307,22 @@ def _facts(path: Path, image: Image.Image, name: str) -> PictureFacts:
         size=(height, width) if turn in _ON_ITS_SIDE else (width, height),
         mode=image.mode,
         format=image.format,
+        frames=_frames(image),
         turned=turn != 1,
         transparent=image.has_transparency_data,
         sixteen_bit=_is_sixteen_bit(image),
         megapixels=width * height / 1e6,
         problem=problem,
     )
+
+
+def _frames(image: Image.Image) -> int:
+    """Return the number of frames; 1 if the file is too damaged to count them."""
+    try:
+        with _quiet():
+            return getattr(image, "n_frames", 1)
+    except Exception:  # as many kinds of errors as in reading; the first frame may still be whole
+        return 1
 
 
 def _orientation(image: Image.Image) -> int:

@@ -102,6 +102,37 @@ def test_pictures_are_looked_at_without_being_decoded(tmp_path, photo):
     assert kinds(check_data(path, pictures=False)) == []
 
 
+def test_what_a_picture_is_like_is_noted_once_for_its_row(tmp_path, photo):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].convert("CMYK").save(tmp_path / "print.jpg")
+    (tmp_path / "upper.JPG").write_bytes((tmp_path / "print.jpg").read_bytes())
+    names = ["moving.gif", "print.jpg", "https://example.org/a.jpg", "upper.jpg"]
+    probes = [{"kind": "rephrase", "question": "Which?"}]
+    rows = ({"question": f"What is {name}?", "image": name, "target": "Ada", "probes": probes} for name in names)
+    report = check_data(write(tmp_path, *rows))
+    assert kinds(report) == [
+        (1, "picture_animated"),
+        (2, "picture_cmyk"),
+        (3, "picture_unusable"),
+        (4, "picture_missing"),
+    ]
+    assert "cannot be the URL 'https://example.org/a.jpg'" in report.findings[2].message
+    assert "but one at" in report.findings[3].message and "upper.JPG" in report.findings[3].message
+
+
+def test_a_folder_of_a_name_with_stops_is_said_to_hold_several_pictures(tmp_path, photo):
+    folder = tmp_path / "A photo of J. B. Example"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes((tmp_path / "photo.png").read_bytes())
+    head = ",question,director,main_entity,image_url\n"
+    row = "0,Name a film by this director?,J. B. Example,this director,./A photo of J. B. Example\n"
+    (tmp_path / "films.csv").write_text(head + row)
+    report = check_data(tmp_path / "films.csv")
+    assert kinds(report) == [(2, "picture_of_several"), (2, "answer_is_pictured")]
+
+
 def test_a_missing_picture_of_a_probe_costs_the_probe(tmp_path, photo):
     probes = [{"kind": "other_picture", "image": "none.png"}, {"kind": "no_picture"}]
     row = {"question": "Who is it?", "image": "photo.png", "target": "Ada", "probes": probes, "corrupt": "swap:no.png"}
@@ -274,6 +305,9 @@ def test_a_public_row_with_a_question_but_no_answer_says_so(tmp_path):
     report = check_data(tmp_path / "a.json", format="vlkeb", pictures=False)
     found = [(finding.row, finding.message.split()[0]) for finding in report.findings]
     assert found == [(1, "'loc'"), (1, "'m_rel_2'"), (2, "'m_rel_2'"), (2, "'port_new'")]
+    (tmp_path / "b.json").write_text(json.dumps([row | {"m_loc": None, "image_rephrase_question": "Who else?"}]))
+    messages = " ".join(finding.message for finding in check_data(tmp_path / "b.json", pictures=False).findings)
+    assert "whose picture, 'm_loc', is missing" in messages and "whose picture, 'image_rephrase', is" in messages
     assert {kind for _, kind in kinds(report)} == {"unanswered"}
 
 

@@ -191,14 +191,14 @@ def test_okvqa_rows_with_annotators_and_coco_numbers(tmp_path):
 
 def test_a_picture_is_found_under_the_names_that_files_give_it(tmp_path):
     (tmp_path / "val2014").mkdir()
-    for name in ("a.JPG", "b.jpg"):
+    for name in ("a.JPG", "b c.jpg"):
         (tmp_path / "val2014" / name).write_bytes(b"")
-    row = COMMON | {"image": "val2014/a.jpg", "image_rephrase": "val2014/b.JPG", "m_loc": "val2014/none.jpg"}
+    row = COMMON | {"image": "val2014/a.jpg", "image_rephrase": "val2014/b%20c.JPG", "m_loc": "val2014/none.jpg"}
     path = write(tmp_path, [row])
     for images in (None, tmp_path / "val2014"):
         (record,) = read_records(path, images=images)
         assert record.question.image == tmp_path / "val2014" / "a.JPG"
-        assert record.probes[1].question.image == tmp_path / "val2014" / "b.jpg"
+        assert record.probes[1].question.image == tmp_path / "val2014" / "b c.jpg"
     assert record.probes[3].question.image == tmp_path / "val2014" / "val2014" / "none.jpg", (
         "a missing one keeps its path"
     )
@@ -344,6 +344,69 @@ def test_a_folder_of_candidates_gives_its_first_picture_whatever_the_normal_form
     )
     (question,) = read_records(path)
     assert question.image == folder / "a.png"
+
+
+def test_a_cell_with_two_constraints_has_the_second_as_a_span(tmp_path):
+    head = ",question,main_entity,image_url\n"
+    row = '1531,Why does this animal have this object?,"this animal\nthis object,",./val2014/a.jpg\n'
+    (question,) = read_records(write(tmp_path, head + row, "okvqa.csv"))
+    assert (question.constraint, question.spans) == ("this animal", {"constraint2": "this object"})
+
+
+def test_lists_of_rephrases_pictures_and_answers_lose_none(tmp_path):
+    row = COMMON | {
+        "rephrase": ["Which?", "What lies there?"], "image_rephrase": ["b.jpg", "c.jpg"], "loc": ["one", "two"],
+        "loc_ans": ["1", "2"], "m_loc": [["d.jpg", "e.jpg"]], "m_loc_a": ["curling", "ice sport"],
+    }  # fmt: skip
+    (record,) = read_records(write(tmp_path, [row]))
+    picture = "COCO_val2014_000000000001.jpg"
+    assert probes(record) == [
+        ("rephrase", "Which?", picture, None),
+        ("rephrase", "What lies there?", picture, None),
+        ("other_picture", COMMON["src"], "b.jpg", None),
+        ("other_picture", COMMON["src"], "c.jpg", None),
+        ("unrelated_text", "one", None, "1"),
+        ("unrelated_text", "two", None, "2"),
+        ("unrelated", "What sport is this?", "d.jpg", "curling"),
+    ]
+    assert len(record.probes[-1].question.images) == 2, "a list of unrelated pictures is one question about all"
+    assert record.probes[-1].question.answers == ("curling", "ice sport")
+    pairs = [{"Question": "Where?", "Answer": "here"}, {"Question": "When?", "Answer": "now"}]
+    several = COMMON | {"image": ["a.jpg", "b.jpg"], "image_rephrase": ["c.jpg", "d.jpg"]}
+    several |= {"port_new": [{"port_type": "1-hop", "Q&A": pairs}]}
+    (record,) = read_records(write(tmp_path, [several]))
+    assert [len(probe.question.images) for probe in record.probes] == [2, 2, 0, 1, 2, 2]
+    assert [probe.answer for probe in record.probes[4:]] == ["here", "now"]
+
+
+def test_parallel_prompts_of_easyedit_have_their_own_answers(tmp_path):
+    row = {"prompt": "Ada was born in", "subject": "Ada", "target_new": "Lima", "ground_truth": "Oslo"}
+    pair = {"prompt": ["Bo lives in", "Cy lives in"], "ground_truth": ["Rome", "Bonn"]}
+    nested = row | {"portability": {"one_hop": pair}, "locality": {"neighborhood": pair}}
+    (record,) = read_records(write(tmp_path, [nested]))
+    assert [probe.answer for probe in record.probes] == ["Rome", "Bonn"] * 2
+    alone = row | {"locality_prompt": ["Bo lives in", "Cy lives in"], "locality_ground_truth": "Rome"}
+    (record,) = read_records(write(tmp_path, [alone]))
+    assert [(probe.question.text, probe.answer) for probe in record.probes] == [
+        ("Bo lives in", None),
+        ("Cy lives in", None),
+    ]
+
+
+def test_a_pool_of_textual_questions(tmp_path):
+    pool = {"questions": ["nq question: who won", "why"], "answers": ["Ada", ["so", "thus"]]}
+    first, second = read_records(write(tmp_path, pool))
+    assert (first.text, first.answer, first.images, second.answers) == ("who won", "Ada", (), ("so", "thus"))
+    with pytest.raises(DataError, match="has 2 questions and 1 answers; pair them up"):
+        read_records(write(tmp_path, pool | {"answers": ["Ada"]}))
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a%20b.jpg", "data:image/png;base64,iVBORw0KGgo="])
+def test_an_address_is_no_path_inside_the_folder_of_pictures(tmp_path, address):
+    lines = write(tmp_path, json.dumps({"question": "Who?", "image": address}), "own.jsonl")
+    for record in (*read_records(write(tmp_path, [COMMON | {"image": address}])), *read_records(lines)):
+        (image,) = (record.question if isinstance(record, EditRecord) else record).images
+        assert image == Path(address)
 
 
 ROWS = {

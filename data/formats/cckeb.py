@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import DataError
-from ..facts import REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
+from ..facts import REPHRASE, EditRecord, Probe, Question
 from .mmedit import visual_edit
 from .rows import (
     DataSource,
@@ -17,12 +17,10 @@ from .rows import (
     each_row,
     json_rows,
     objects_of,
-    probes_of,
     rest_of,
     text_of,
-    text_or_none,
     texts_of,
-    without_prefix,
+    unrelated_texts,
 )
 from .vlkeb import hop
 
@@ -45,30 +43,22 @@ def _records(source: DataSource, row: Row, id: str) -> list[EditRecord]:
 
 
 def _portability(source: DataSource, row: Row, partner: tuple[str, ...]) -> tuple[Probe, ...]:
-    image = source.picture(text_of(row, "image"))
-    return probes_of(
-        *(
-            hop(entry, image, needs=partner if entry.get("port_type") == "comp" else ())
-            for entry in objects_of(row, "port_new")
-        )
+    image = source.pictures(row, "image")
+    return tuple(
+        probe
+        for entry in objects_of(row, "port_new")
+        for probe in hop(entry, image, needs=partner if entry.get("port_type") == "comp" else ())
     )
 
 
 def _textual(row: Row, id: str, *, group: str) -> EditRecord:
     targets = texts_of(row, "alt")
-    rephrase, loc = text_or_none(row, "rephrase"), text_or_none(row, "loc")
+    rephrases = (Probe(kind=REPHRASE, question=Question(text=text)) for text in texts_of(row, "rephrase"))
     return EditRecord(
         id=id,
         question=Question(text=text_of(row, "src"), id=id, answers=targets),
         target=text_of(row, "alt"),
-        probes=probes_of(
-            None if rephrase is None else Probe(kind=REPHRASE, question=Question(text=rephrase)),
-            None
-            if loc is None
-            else Probe(
-                kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
-            ),
-        ),
+        probes=(*rephrases, *unrelated_texts(row)),
         group=group,
         extra=rest_of(row, *_TEXTUAL),
     )

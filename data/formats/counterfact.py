@@ -16,6 +16,8 @@ from .rows import (
     json_rows,
     new_question,
     occurrences,
+    paired,
+    probe_with,
     probes_of,
     rest_of,
     text_of,
@@ -71,7 +73,6 @@ def easyedit(row: Row, number: str) -> EditRecord:
     text, subject = text_of(row, "prompt", "src"), text_or_none(row, "subject")
     truths = texts_of(row, "ground_truth")
     id = str(row.get("case_id", number))
-    places = zip(texts_of(row, "locality_prompt"), texts_of(row, "locality_ground_truth"), strict=False)
     return EditRecord(
         id=id,
         question=Question(
@@ -85,7 +86,10 @@ def easyedit(row: Row, number: str) -> EditRecord:
         old=truths[0] if truths else None,
         probes=(
             *(_about(REPHRASE, wording, subject) for wording in texts_of(row, "rephrase_prompt", "rephrase")),
-            *(Probe(kind=OTHER_SUBJECT, question=Question(text=text), answer=answer) for text, answer in places),
+            *(
+                probe_with(OTHER_SUBJECT, other, answers)
+                for other, answers in paired(row, "locality_prompt", "locality_ground_truth")
+            ),
             *_nested(row, "portability", PORTABILITY),
             *_nested(row, "locality", OTHER_SUBJECT),
         ),
@@ -107,11 +111,8 @@ def _nested(row: Row, name: str, kind: str) -> Iterator[Probe]:
         for entry in entries if isinstance(entries, list) else [entries or {}]:
             if not isinstance(entry, dict):
                 raise DataError(f"an entry of {name!r} is of type {type(entry).__name__}; it should be an object")
-            answers = texts_of(entry, "ground_truth")
-            for text in texts_of(entry, "prompt"):
-                yield Probe(
-                    kind=kind, question=Question(text=text, answers=answers), answer=answers[0] if answers else None
-                )
+            for text, answers in paired(entry, "prompt", "ground_truth"):
+                yield probe_with(kind, text, answers)
 
 
 def _about(kind: str, text: str, subject: str | None) -> Probe:

@@ -7,27 +7,20 @@ for the present answer; it stays in `extra`.
 
 from collections.abc import Iterator
 
-from ..facts import (
-    OTHER_PICTURE,
-    REPHRASE,
-    UNRELATED,
-    UNRELATED_TEXT,
-    EditRecord,
-    Probe,
-    Question,
-)
+from ..facts import OTHER_PICTURE, REPHRASE, UNRELATED, EditRecord, Probe, Question
 from .rows import (
     DataSource,
     Outcome,
     Row,
     each_row,
     json_rows,
-    probes_of,
+    paired,
+    probe_with,
     rest_of,
     text_of,
     text_or_none,
     texts_of,
-    without_prefix,
+    unrelated_texts,
 )
 
 FIELDS = ("src", "rephrase", "alt", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a")
@@ -41,7 +34,9 @@ def read_mmedit(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[Probe, ...] = ()) -> EditRecord:
     """Return the edit of one object with the fields that MMEdit, VLKEB, MMKE-Bench and CCKEB share.
 
-    Of a list of texts the first one is used, and the list stays in `extra`; a list of pictures is shown as a whole.
+    Each of a list of rephrases or unrelated questions is a probe. Of a list of questions or targets the first one is
+    used, and the list stays in `extra`. A list of pictures is shown as a whole; of several second pictures of the thing
+    each is a probe, unless the question itself shows several.
 
     Args:
         source: The file and the folder of its pictures.
@@ -54,9 +49,8 @@ def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[
         DataError: The question, the picture or the target is missing, or a field is not a text.
     """
     text_of(row, "image")
-    images = tuple(map(source.picture, texts_of(row, "image")))
-    question = Question(text=text_of(row, "src"), image=images if len(images) > 1 else images[0], id=id)
-    lists = {name: row[name] for name in FIELDS if name != "image" and isinstance(row.get(name), list)}
+    question = Question(text=text_of(row, "src"), image=source.pictures(row, "image"), id=id)
+    lists = {name: row[name] for name in ("src", "alt", "m_loc_q") if isinstance(row.get(name), list)}
     return EditRecord(
         id=id,
         question=question,
@@ -68,25 +62,19 @@ def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[
 
 def common_probes(source: DataSource, row: Row, question: Question) -> tuple[Probe, ...]:
     """Return the probes of the fields that all these files share, as far as the row has them."""
-    rephrase, other = text_or_none(row, "rephrase"), text_or_none(row, "image_rephrase")
-    asked_of_other = text_or_none(row, "image_rephrase_question")
-    other_question = question if asked_of_other is None else Question(text=asked_of_other)
-    loc, m_loc, m_loc_question = (text_or_none(row, name) for name in ("loc", "m_loc", "m_loc_q"))
-    return probes_of(
-        None if rephrase is None else Probe(kind=REPHRASE, question=Question(text=rephrase, image=question.image)),
-        None
-        if other is None
-        else Probe(kind=OTHER_PICTURE, question=Question(text=other_question.text, image=source.picture(other))),
-        None
-        if loc is None
-        else Probe(
-            kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
+    rephrases = (Question(text=text, image=question.image) for text in texts_of(row, "rephrase"))
+    other = source.pictures(row, "image_rephrase")
+    others = other if isinstance(other, tuple) and len(question.images) == 1 else (other,)
+    asked_of_other = text_or_none(row, "image_rephrase_question") or question.text
+    unrelated = source.pictures(row, "m_loc")
+    asked = () if unrelated is None else paired({**row, "m_loc_q": text_or_none(row, "m_loc_q")}, "m_loc_q", "m_loc_a")
+    return (
+        *(Probe(kind=REPHRASE, question=rephrase) for rephrase in rephrases),
+        *(
+            Probe(kind=OTHER_PICTURE, question=Question(text=asked_of_other, image=image))
+            for image in others
+            if image is not None
         ),
-        None
-        if m_loc is None or m_loc_question is None
-        else Probe(
-            kind=UNRELATED,
-            question=Question(text=m_loc_question, image=source.picture(m_loc)),
-            answer=text_or_none(row, "m_loc_a"),
-        ),
+        *unrelated_texts(row),
+        *(probe_with(UNRELATED, text, answers, unrelated) for text, answers in asked),
     )

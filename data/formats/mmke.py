@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ..facts import RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, text_of, text_or_none
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of
 from .vlkeb import hop
 
 _RELATED = ("rel", "rel_1", "rel_2")
@@ -29,16 +29,17 @@ def _record(source: DataSource, row: Row, id: str) -> EditRecord:
 
 
 def _related(source: DataSource, row: Row) -> Iterator[Probe | None]:
-    pictures = [source.picture(name) for key in ("image", "image_rephrase") if (name := text_or_none(row, key))]
+    shown = (source.pictures(row, key) for key in ("image", "image_rephrase"))
+    pictures = [picture for picture in shown if picture is not None]
     for name in _RELATED:
         yield answered(RELATED_TEXT, row, name, _answer_keys(name))
         for picture in pictures:
             yield answered(RELATED_PICTURE, row, f"m_{name}", _answer_keys(f"m_{name}"), image=picture)
 
 
-def _portability(source: DataSource, row: Row) -> Iterator[Probe | None]:
-    image = source.picture(text_or_none(row, "one_hop_img") or text_of(row, "image"))
-    return (hop(entry, image) for entry in objects_of(row, "port_new"))
+def _portability(source: DataSource, row: Row) -> Iterator[Probe]:
+    image = source.pictures(row, "one_hop_img") or source.pictures(row, "image")
+    return (probe for entry in objects_of(row, "port_new") for probe in hop(entry, image))
 
 
 def _answer_keys(name: str) -> tuple[str, ...]:

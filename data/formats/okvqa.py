@@ -25,6 +25,7 @@ from .rows import (
     text_of,
     text_or_none,
     texts_of,
+    without_prefix,
 )
 
 _HEAD = 100_000  # characters, within which the standard file names its list of questions
@@ -32,10 +33,18 @@ _COCO = re.compile(r"(\d{12})(?:\.\w+)?$")
 
 
 def read_okvqa(source: DataSource) -> Iterator[tuple[int, Outcome]]:
-    """Return the questions of a pool, or of a file of questions whose annotations lie beside it."""
-    is_standard = '"questions"' in read_text(source.path)[:_HEAD]
-    rows = _standard(source.path) if is_standard else json_rows(source)
-    return each_row(rows, lambda number, row: [_question(source, row, str(number))])
+    """Return the questions of a pool, or of a file of questions whose annotations lie beside it.
+
+    A pool of questions without pictures is one object with the lists "questions" and "answers".
+    """
+    if '"questions"' not in read_text(source.path)[:_HEAD]:
+        rows = json_rows(source)
+    elif (texts := _texts(source.path)) is not None:
+        yield from each_row(texts, lambda number, row: [_question_alone(row, str(number))])
+        return
+    else:
+        rows = _standard(source.path)
+    yield from each_row(rows, lambda number, row: [_question(source, row, str(number))])
 
 
 def answers_by_question(path: Path) -> Mapping[tuple[str, str], tuple[str, ...]]:
@@ -66,6 +75,26 @@ def _question(source: DataSource, row: Row, number: str) -> Question:
         answers=answers,
         extra=rest_of(row, "question_id", "question", "image", "answer", "answers"),
     )
+
+
+def _texts(path: Path) -> list[tuple[int, Row | DataError]] | None:
+    """Return the rows of a pool without pictures; None if the file is none."""
+    content = parsed(read_text(path), path)
+    questions, answers = (content.get(name) if isinstance(content, dict) else None for name in ("questions", "answers"))
+    if not (isinstance(questions, list) and isinstance(answers, list)) or any(
+        isinstance(each, dict) for each in questions
+    ):
+        return None
+    if len(questions) != len(answers):
+        raise DataError(f"{str(path)!r} has {len(questions)} questions and {len(answers)} answers; pair them up")
+    pairs = zip(questions, answers, strict=True)
+    return [(number, {"question": text, "answer": said}) for number, (text, said) in enumerate(pairs, start=1)]
+
+
+def _question_alone(row: Row, number: str) -> Question:
+    answers = _answers(row)
+    text = without_prefix(text_of(row, "question"))
+    return Question(id=number, text=text, answer=text_of(row, "answer"), answers=answers[1:] and answers)
 
 
 def _answers(row: Row) -> tuple[str, ...]:

@@ -203,7 +203,7 @@ def _format_of(row: Row) -> str | None:
     keys = row.keys()
     if "textual_edit" in keys:
         return "cckeb"
-    if "knowledge_type" in keys:
+    if keys & {"knowledge_type", "m_rel", "m_rel_1"}:
         return "mmke"
     if "requested_rewrite" in keys or {"prompt", "target_new"} <= keys:
         return "counterfact"

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ..errors import DataError
-from ..facts import PORTABILITY, EditRecord, Probe, Question
-from ..jsonl import parse_json
+from ..facts import PORTABILITY, UNRELATED_TEXT, EditRecord, Probe, Question
+from ..jsonl import ADDRESS, parse_json
 
 Row = Mapping[str, Any]
 Outcome = Question | EditRecord | DataError
@@ -24,7 +25,7 @@ Outcome = Question | EditRecord | DataError
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 _GAP = re.compile(r"[ \t\r\n]*")
 """What may stand between the values of a JSON array."""
-_ASKED = re.compile(r"loc|(m_)?rel(_\d)?")
+_ASKED = re.compile(r"loc|locality_prompt|(m_)?rel(_\d)?")
 """Keys of questions whose answers have keys like them, such as "rel_1" with "rel_ans_1" or "rel_1_ans"."""
 _PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 """First bytes of files that hold data files."""
@@ -45,10 +46,12 @@ class DataSource:
         """Return the path of a picture that a row names.
 
         Where no file has exactly this name, these are looked for: the name in another Unicode normal form, with its
-        suffix in the other case, or without its first folder if that is the name of the folder of pictures. Of a
-        folder of candidate pictures the first one by name is taken. A picture that is missing keeps its path, so that
-        it is noticed where it is asked for.
+        suffix in the other case, with %20 and the like decoded, or without its first folder if that is the name of the
+        folder of pictures. Of a folder of candidate pictures the first one by name is taken. A picture that is missing
+        keeps its path, so that it is noticed where it is asked for; so does the address of a picture on the web.
         """
+        if ADDRESS.match(name.strip()):
+            return Path(name.strip())
         own = self.path if self.path.is_dir() else self.path.parent
         folder = own if self.images is None else self.images
         path = folder / name.strip().removeprefix("./")
@@ -59,10 +62,20 @@ class DataSource:
         candidates = pictures_in(path) if os.path.isdir(path) else []
         return candidates[0] if candidates else path
 
+    def pictures(self, row: Row, name: str) -> Path | tuple[Path, ...] | None:
+        """Return the picture that a row names under this key, all of a list of several, or None if there is none."""
+        paths = tuple(map(self.picture, texts_of(row, name)))
+        return paths if len(paths) > 1 else paths[0] if paths else None
+
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the pictures that lie in a folder, sorted by name."""
     return sorted(each for each in folder.iterdir() if each.suffix.lower() in _PICTURES)
+
+
+def same_name(one: str, other: str) -> bool:
+    """Return whether two names are the same but for their Unicode normal form, as archives change it."""
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def json_rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
@@ -177,6 +190,34 @@ def rest_of(row: Row, *names: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names and value not in (None, "")}
 
 
+def paired(row: Row, question: str, answer: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each question under a key with its answers under another key.
+
+    Lists of the same length belong together entry by entry. Of one question a list holds all answers that count as
+    right. Several questions whose answers are of another number have none.
+    """
+    questions, answers = texts_of(row, question), texts_of(row, answer)
+    if len(questions) == 1:
+        yield questions[0], answers
+    elif len(questions) == len(answers):
+        yield from ((text, (said,)) for text, said in zip(questions, answers, strict=True))
+    else:
+        yield from ((text, ()) for text in questions)
+
+
+def probe_with(kind: str, text: str, answers: tuple[str, ...], image: Any = None) -> Probe:
+    """Return a probe that expects the first of the answers, all of which count as right; none if there is none."""
+    question = Question(text=text, image=image, answers=answers[1:] and answers)
+    return Probe(kind=kind, question=question, answer=answers[0] if answers else None)
+
+
+def unrelated_texts(row: Row) -> tuple[Probe, ...]:
+    """Return the probes of the unrelated questions without a picture under "loc", with their answers in "loc_ans"."""
+    return tuple(
+        probe_with(UNRELATED_TEXT, without_prefix(text), answers) for text, answers in paired(row, "loc", "loc_ans")
+    )
+
+
 def without_prefix(question: str) -> str:
     """Return a question without the prefix that marks questions of Natural Questions for a T5 model."""
     return question.strip().removeprefix("nq question:").strip()
@@ -217,22 +258,29 @@ def new_question(row: Row) -> Probe | None:
 
 
 def unanswered(row: Row) -> Iterator[str]:
-    """Yield the keys of the row's questions that have no answer, and of answers without a question.
+    """Yield what is missing of each question of a row that has no answer or no picture, and of answers without one.
 
-    Readers leave out such pairs; what else the row says stays.
+    Readers leave out such questions, or ask them without an answer; what else the row says stays.
     """
     for key in row:
         names = _answer_keys(key)
         if names and (text_or_none(row, key) is None) != (text_or_none(row, *names) is None):
-            yield key
+            yield f"{key!r} has a question without an answer, or the reverse"
+    for question, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
+        if any(not answers for _, answers in paired(row, question, answer)) and texts_of(row, answer):
+            numbers = len(texts_of(row, question)), len(texts_of(row, answer))
+            yield f"{question!r} has {numbers[0]} questions and {answer!r} {numbers[1]} answers"
+    for question, picture in (("m_loc_q", "m_loc"), ("image_rephrase_question", "image_rephrase")):
+        if text_or_none(row, question) is not None and text_or_none(row, picture) is None:
+            yield f"{question!r} has a question whose picture, {picture!r}, is missing"
+    if text_or_none(row, "m_loc") is not None and text_or_none(row, "m_loc_q") is None:
+        yield "'m_loc' has a picture without a question, 'm_loc_q'"
     for entry in objects_of(row, "port_new"):
-        pair = entry.get("Q&A", entry)
-        if not isinstance(pair, dict):
-            yield "port_new"
-            continue
-        asked, said = text_or_none(pair, "Question", "port_q"), text_or_none(pair, "Answer", "port_a")
-        if asked is None or said is None:
-            yield "port_new"
+        pairs = objects_of(entry, "Q&A") if "Q&A" in entry else (entry,)
+        for pair in pairs or ({},):
+            asked, said = text_or_none(pair, "Question", "port_q"), text_or_none(pair, "Answer", "port_a")
+            if asked is None or said is None:
+                yield "'port_new' has a question without an answer, or the reverse"
     if isinstance(row.get("textual_edit"), dict):
         yield from unanswered(row["textual_edit"])
 
@@ -241,6 +289,8 @@ def _answer_keys(key: str) -> tuple[str, ...]:
     """The keys under which the answer to the question under this key stands; none if it is no key of a question."""
     if key == "m_loc_q":
         return ("m_loc_a",)
+    if key == "locality_prompt":
+        return ("locality_ground_truth",)
     if not _ASKED.fullmatch(key):
         return ()
     return (f"{key}_ans", key.replace("rel_", "rel_ans_")) if "rel_" in key else (f"{key}_ans",)
@@ -347,6 +397,7 @@ def _other_spellings(folder: Path, path: Path) -> Iterator[Path]:
     places = [relative]
     if relative.parts[:1] == (folder.resolve().name,) and relative.parts[1:]:
         places.append(Path(*relative.parts[1:]))
+    places += [Path(plain) for place in places if (plain := unquote(str(place))) != str(place) and "\0" not in plain]
     for place in places:
         for suffix in dict.fromkeys((place.suffix, place.suffix.lower(), place.suffix.upper())):
             name = str(place.with_suffix(suffix) if place.suffix else place)

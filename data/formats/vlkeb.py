@@ -5,12 +5,11 @@ files have `port_new` with `port_type` ("1-hop" to "4-hop") and "Q&A".
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from ..errors import DataError
 from ..facts import PORTABILITY, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, rest_of, text_of
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, rest_of
 
 
 def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
@@ -23,32 +22,26 @@ def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 def portability(source: DataSource, row: Row) -> tuple[Probe, ...]:
     """Return the portability probes of a row: questions about the edited picture that need the new fact."""
-    image = source.picture(text_of(row, "image"))
-    probes = []
+    image = source.pictures(row, "image")
+    probes: list[Probe | None] = []
     for entry in objects_of(row, "port_new"):
         if "Q&A" in entry:
-            probes.append(hop(entry, image))
+            probes.extend(hop(entry, image))
         else:
             extra = rest_of(entry, "port_q", "port_a")
             probes.append(answered(PORTABILITY, entry, "port_q", ("port_a",), image=image, extra=extra, hops=1))
     return probes_of(*probes)
 
 
-def hop(entry: Row, image: Path, needs: tuple[str, ...] = ()) -> Probe | None:
-    """Return the portability probe of an entry with "Q&A"; None if its question or answer is missing."""
-    pair = question_and_answer(entry)
-    extra = rest_of(pair, "Question", "Answer")
-    return answered(
-        PORTABILITY, pair, "Question", ("Answer",), image=image, extra=extra, hops=hops_of(entry), needs=needs
+def hop(entry: Row, image: Any, needs: tuple[str, ...] = ()) -> tuple[Probe, ...]:
+    """Return the portability probes of an entry with "Q&A", which is one pair or a list; incomplete pairs have none."""
+    parts = {"image": image, "hops": hops_of(entry), "needs": needs}
+    return probes_of(
+        *(
+            answered(PORTABILITY, pair, "Question", ("Answer",), extra=rest_of(pair, "Question", "Answer"), **parts)
+            for pair in objects_of(entry, "Q&A")
+        )
     )
-
-
-def question_and_answer(entry: Row) -> Row:
-    """Return the question and answer of a portability entry. Raises `DataError` if it has none."""
-    pair = entry.get("Q&A")
-    if not isinstance(pair, dict):
-        raise DataError(f"'Q&A' is of type {type(pair).__name__}; it should be an object with Question and Answer")
-    return pair
 
 
 def hops_of(entry: Row) -> int | None:

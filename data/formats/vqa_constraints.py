@@ -1,8 +1,9 @@
 """Reader of VQA-Constraints (arXiv 2406.04236): three CSV files of questions with the span of their visual constraint.
 
 Published spans are cut out with trailing commas, and some end too early. The reader strips blanks and punctuation from
-their ends; what the file says stays in `extra`. The files have no answers: a film's director is taken for one, those of
-OK-VQA are joined from its own files (`answers`). In two of the files `image_url` names a folder of candidate pictures.
+their ends; what the file says stays in `extra`. A cell of two lines names two constraints: the first is the record's,
+the second is the span "constraint2". The files have no answers: a film's director is taken for one, those of OK-VQA are
+joined from its own files (`answers`). In two of the files `image_url` names a folder of candidate pictures.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ def _rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
 
 
 def _question(source: DataSource, row: Row, number: int) -> Question:
-    span = text_or_none(row, "main_entity")
+    lines = (text_or_none(row, "main_entity") or "").splitlines()
+    first, *others = [span for line in lines if (span := line.strip(' \t,.;:!?"'))] or [None]
     director = text_or_none(row, "director")
     return Question(
         id=text_or_none(row, "") or str(number),
         text=text_of(row, "question"),
         image=source.picture(text_of(row, "image_url")),
-        constraint=None if span is None else span.strip(' \t,.;:!?"') or None,
+        constraint=first,
+        spans={f"constraint{number}": span for number, span in enumerate(others, start=2) if span is not None},
         answer=director,
         extra=rest_of(row, "", "question", "director"),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..facts import REPHRASE, UNRELATED_TEXT, EditRecord, Probe, Question
+from ..facts import REPHRASE, EditRecord, Probe, Question
 from .rows import (
     DataSource,
     Outcome,
@@ -16,7 +16,7 @@ from .rows import (
     text_of,
     text_or_none,
     texts_of,
-    without_prefix,
+    unrelated_texts,
 )
 
 _KNOWN = ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans", "portability")
@@ -29,7 +29,7 @@ def read_zsre(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 def _record(row: Row, id: str) -> EditRecord:
     text, subject, truths = text_of(row, "src"), text_or_none(row, "subject"), texts_of(row, "answers")
-    rephrase, loc = text_or_none(row, "rephrase"), text_or_none(row, "loc")
+    rephrases = (Question(text=each, constraint=_constraint(each, subject)) for each in texts_of(row, "rephrase"))
     return EditRecord(
         id=id,
         question=Question(
@@ -41,16 +41,10 @@ def _record(row: Row, id: str) -> EditRecord:
         ),
         target=text_of(row, "alt"),
         old=truths[0] if truths else None,
-        probes=probes_of(
-            None
-            if rephrase is None
-            else Probe(kind=REPHRASE, question=Question(text=rephrase, constraint=_constraint(rephrase, subject))),
-            None
-            if loc is None
-            else Probe(
-                kind=UNRELATED_TEXT, question=Question(text=without_prefix(loc)), answer=text_or_none(row, "loc_ans")
-            ),
-            new_question(row),
+        probes=(
+            *(Probe(kind=REPHRASE, question=rephrase) for rephrase in rephrases),
+            *unrelated_texts(row),
+            *probes_of(new_question(row)),
         ),
         extra=rest_of(row, *_KNOWN) | ({} if subject is None else {"subject": subject}),
     )
