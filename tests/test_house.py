@@ -7,7 +7,7 @@ rule, must get the complaint that it deserves; without that, a rule that sees no
 import ast
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -39,6 +39,7 @@ REACHING = {  # files that need the Hugging Face module itself, and why
 HEAVY = {"huggingface_hub", "matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn", "transformers"}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""
 FAMILY = re.compile(r"\b(family|model_type)(\.name)?$")
+DESCRIBED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Put together from pieces, so that this file passes its own check.
 FOLDERS = "|".join(["wo" + "rk", "fa" + "rm", "ro" + "ot", "ho" + "me"])
@@ -56,6 +57,8 @@ class Source:
     lines: int
     """Lines of code: without docstrings, comments and blank lines."""
     tree: ast.Module
+    nodes: tuple[ast.AST, ...]
+    """Every node of the tree. They are gathered once, since most rules look at all of them."""
 
     @property
     def room(self) -> str:
@@ -63,7 +66,7 @@ class Source:
 
     def imports(self, modules: set[str]) -> Iterator[tuple[int, str]]:
         """(line, our module) for each import of ours, relative or absolute, wherever in the file it stands."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -89,14 +92,17 @@ def read(root: Path) -> list[Source]:
         module = ".".join(parts if path.parts[0] == "tests" else ["multrace", *parts])
         text = file.read_text(encoding="utf-8")
         stub = file.with_suffix(".pyi")  # what a lazy face imports when a name is first used
-        tree = ast.parse(text + stub.read_text(encoding="utf-8") if stub.is_file() else text, filename=str(path))
+        own = ast.parse(text, filename=str(path))
+        tree = ast.parse(text + stub.read_text(encoding="utf-8"), filename=str(path)) if stub.is_file() else own
+        nodes = tuple(ast.walk(own))
         sources.append(
             Source(
                 path=path.as_posix(),
                 module=module,
                 is_package=path.stem == "__init__",
-                lines=_code_lines(text),
+                lines=_code_lines(text, nodes),
                 tree=tree,
+                nodes=nodes if tree is own else tuple(ast.walk(tree)),
             ),
         )
     return sources
@@ -129,7 +135,7 @@ def hidden_imports(sources: list[Source]) -> list[str]:
     """Imports inside functions, heavy libraries aside; only a test may import by name, which may not be installed."""
     complaints = []
     for source in sources:
-        for function in _functions(source.tree):
+        for function in _functions(source.nodes):
             for node in ast.walk(function):
                 by_name = source.room != "tests" and _called(node) in ("import_module", "__import__")
                 if by_name or (isinstance(node, ast.Import | ast.ImportFrom) and not _is_heavy(node)):
@@ -152,7 +158,7 @@ def family_ladders(sources: list[Source]) -> list[str]:
     for source in sources:
         if source.room not in LIBRARY | {"", "scripts"} or source.path == "models/families.py":
             continue
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Compare):
                 sides = values = [node.left, *node.comparators]
             elif isinstance(node, ast.Match):
@@ -171,7 +177,7 @@ def no_reach_through(sources: list[Source]) -> list[str]:
     for source in sources:
         if source.room not in (LIBRARY | {"", "scripts"}) - {"models"} or source.path in REACHING:
             continue
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if not isinstance(node, ast.Attribute):
                 continue
             is_vlm = ast.unparse(node.value).split(".")[-1] == "vlm"
@@ -188,7 +194,7 @@ def pickles(sources: list[Source]) -> list[str]:
     for source in sources:
         if source.room == "tests":  # tests make the files that the library must refuse
             continue
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
             names |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
             unsafe = isinstance(node, ast.Call) and (
@@ -205,7 +211,7 @@ def long_functions(sources: list[Source]) -> list[str]:
     return [
         f"{source.path}:{function.lineno} {function.name} has {length} lines"
         for source in sources
-        for function in _functions(source.tree)
+        for function in _functions(source.nodes)
         if (length := _lines(function) - _docstring_lines(function)) > LONGEST_FUNCTION
     ]
 
@@ -254,18 +260,13 @@ def _docstring_lines(node: ast.AST) -> int:
     return _lines(node.body[0]) if ast.get_docstring(node) is not None else 0
 
 
-def _code_lines(text: str) -> int:
+def _code_lines(text: str, nodes: Iterable[ast.AST]) -> int:
     """The lines of a file without docstrings, comments and blank lines."""
     lines = text.splitlines()
-    for node in _described(ast.parse(text)):
-        if ast.get_docstring(node) is not None:
+    for node in nodes:
+        if isinstance(node, DESCRIBED) and ast.get_docstring(node) is not None:
             lines[node.body[0].lineno - 1 : node.body[0].end_lineno] = [""] * _docstring_lines(node)
     return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines)
-
-
-def _described(tree: ast.Module) -> Iterator[ast.AST]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return (node for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def machine_words(root: Path) -> list[str]:
@@ -277,8 +278,8 @@ def machine_words(root: Path) -> list[str]:
     return complaints
 
 
-def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+def _functions(nodes: Iterable[ast.AST]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def _called(node: ast.AST) -> str:

@@ -768,7 +768,7 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
 @pytest.mark.parametrize(
     ("command", "kills", "count"),
     [
-        pytest.param("trace", 2, 12, id="trace-2 kills"),
+        pytest.param("trace", 1, 8, id="trace-1 kill"),
         *(pytest.param(command, 20, 100, marks=pytest.mark.slow, id=f"{command}-20 kills") for command in COMMANDS),
     ],
 )

@@ -104,34 +104,43 @@ def test_help_and_misspelt_options_import_nothing_heavy():
 
 
 EACH_FRESH = """
-import os, sys
+import importlib, os, sys
 import cyclopts, pandas, pydantic, torch, transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-for tokens in {calls!r}:
+for module, name, tokens in {calls!r}:
     child = os.fork()
     if not child:
         assert not [name for name in sys.modules if name.startswith("multrace")]
         sys.argv[1:] = tokens
-        from multrace.scripts.door import main
-        code = main()
-        sys.stderr.flush()
-        os._exit(code)
-    print("left with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        sys.exit(getattr(importlib.import_module("multrace.scripts." + module), name)())
+    print("left with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
 """
+OVER_FILES = {"evaluate": ["--where", "5:last"], "edit": ["--where", "5:last"], "trace": [], "flow": []}
 
 
-def test_each_command_over_a_file_starts_in_a_fresh_process(tmp_path: Path):
-    """No command needs that another one has been imported; the libraries are there before, to import them once."""
-    commands = {"evaluate": ["--where", "5:last"], "edit": ["--where", "5:last"], "trace": [], "flow": []}
-    files = {command: str(tmp_path / f"none_{command}.jsonl") for command in commands}
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """Exit code and stderr of fresh processes whose output nobody reads, as at the left of `| head -0`.
+
+    Each of the first starts a command over a file that is not there, and the last two answer a question, with and
+    without the door. No module of ours is imported before; the libraries are, to import them once.
+    """
+    folder = tmp_path_factory.mktemp("left")
     calls = [
-        [command, "--data", files[command], *place, "--out", str(tmp_path / "out")]
-        for command, place in commands.items()
+        ("door", "main", [command, "--data", f"{folder}/none_{command}.jsonl", *place, "--out", f"{folder}/out"])
+        for command, place in OVER_FILES.items()
     ]
-    done = python(EACH_FRESH.format(calls=calls), OMP_NUM_THREADS="1")
-    assert re.findall(r"^left with (\d+)$", done.stdout, flags=re.MULTILINE) == ["2"] * len(commands), done.stderr
-    for file, line in zip(files.values(), done.stderr.splitlines(), strict=True):
-        assert line.startswith("multrace: ") and Path(file).name in line
+    calls += [(*entry, ["answer", "--question", "Why?"]) for entry in (("door", "main"), ("main", "app"))]
+    parts = re.split(r"^left with (-?\d+)\n", unread(EACH_FRESH.format(calls=calls))[1], flags=re.MULTILINE)
+    assert len(parts) == 2 * len(calls) + 1 and parts[-1] == "", parts
+    return [(int(code), said) for said, code in zip(parts[:-1:2], parts[1::2], strict=True)]
+
+
+def test_each_command_over_a_file_starts_in_a_fresh_process(left: list[tuple[int, str]]):
+    """No command needs that another one has been imported."""
+    for command, (code, said) in zip(OVER_FILES, left, strict=False):
+        (line,) = said.splitlines()
+        assert code == 2 and line.startswith("multrace: ") and f"none_{command}.jsonl" in line
 
 
 def over_a_file(command: str, out: Path) -> list[str]:
@@ -147,9 +156,10 @@ def test_a_finished_run_imports_nothing_that_only_computing_needs(tmp_path: Path
     """Torch stays, which holds results, and pydantic, which reads records; what opens a model, fits or draws goes."""
     calls = [over_a_file(command, tmp_path) for command in ("trace", "flow", "edit", "evaluate")]
     assert [app(call) for call in calls] == [0] * len(calls)
-    assert heavy_after(ASK.format(calls=calls, code=0)) == {"torch", "pydantic"}
-    unfinished = over_a_file("trace", tmp_path / "another")
-    assert {"torch", "transformers"} <= heavy_after(ASK.format(calls=[unfinished], code=0))
+    finished = ASK.format(calls=calls, code=0)
+    unfinished = ASK.format(calls=[over_a_file("trace", tmp_path / "another")], code=0)
+    between = f"assert {HEAVY} & {{*sys.modules}} == {{'torch', 'pydantic'}}, sys.modules.keys()"
+    assert {"torch", "transformers"} <= heavy_after(f"{finished}\n{between}\n{unfinished}")
 
 
 def test_what_options_choose_from_is_what_the_library_has():
@@ -194,29 +204,33 @@ def test_an_interruption_while_starting_is_one_line(module: str):
 
 UNREAD = """
 import sys
-from multrace.scripts.{module} import {name}
+from multrace.scripts.door import main
 sys.argv = ["multrace", *{arguments!r}]
-sys.exit({name}())
+sys.exit(main())
 """
 
 
-def unread(module: str, name: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a command whose output nobody reads, as at the left of `| head -0`."""
-    command = [sys.executable, "-c", UNREAD.format(module=module, name=name, arguments=arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def unread(code: str) -> tuple[int, str]:
+    """Exit code and stderr of a fresh Python that runs the code and whose output nobody reads."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
         said = process.stderr.read()
     return process.returncode, said
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["trace", "--help"], ["answer", "--question", "Why?"]], ids=" ".join)
-def test_a_reader_who_leaves_ends_the_command_quietly(arguments: list[str]):
-    assert unread("door", "main", *arguments) == (1, "")
+@pytest.mark.parametrize("arguments", [["--help"], ["trace", "--help"]], ids=" ".join)
+def test_a_reader_who_leaves_ends_the_help_quietly(arguments: list[str]):
+    assert unread(UNREAD.format(arguments=arguments)) == (1, "")
 
 
-def test_without_the_door_a_reader_who_leaves_gets_a_traceback():
-    code, said = unread("main", "app", "answer", "--question", "Why?")
+def test_a_reader_who_leaves_ends_a_command_quietly_and_without_the_door_gets_a_traceback(left: list[tuple[int, str]]):
+    with_door, (code, said) = left[-2:]
+    assert with_door == (1, "")
     assert code and "BrokenPipeError" in said
 
 
