@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from multrace import MultEdit, VisionLanguageModel
-from multrace.data import World, WorldRequests, world_records
-from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, evaluate
+from multrace.data import EditRecord, Question, World, WorldRequests, world_records
+from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, NormBound, evaluate
 from multrace.tracing import CausalTrace
 from multrace.workflow import (
     EvaluateBatchRun,
@@ -139,6 +139,39 @@ def test_a_sequence_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageMode
         analysed(tiny_vlm, analysis, tmp_path / "run", RECORDS[:2])
     with pytest.raises(RunError, match="evaluate sequence has no shards: each edit needs all earlier ones"):
         analysed(tiny_vlm, analysis, tmp_path / "other", shard="1/2")
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        pytest.param(NormBound(), marks=pytest.mark.slow, id="to the end"),
+        pytest.param(NormBound(growth=1e-9, stop=True), id="stopped"),
+    ],
+)
+def test_a_failed_edit_of_a_sequence_is_a_failed_record(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: NormBound
+):
+    """As it is one by one. What is measured after it, or after a stop, is that of the library."""
+    editor, short = replace(EDITOR, token="constraint_last", steps=1), replace(FREE, max_new_tokens=1)
+    bare = EditRecord(id="bare", question=Question(text="Who plays Ada?"), target="Pruro")
+    analysis = EvaluateSequenceRun(editor=editor, evaluation=short, growth=bound.growth, stop=bound.stop)
+    records = [bare, replace(RECORDS[1], probes=()), replace(bare, id="bare again")]
+    report = analysed(tiny_vlm, analysis, tmp_path / "run", records)
+    reasons = dict(report.failed)
+    assert (report.done, list(reasons), report.is_clean) == (1, [bare.id, "bare again"], False)
+    assert "cannot edit at token 'constraint_last'" in reasons[bare.id]
+    assert ("the sequence was stopped after 2 edits" in reasons["bare again"]) == bound.stop
+    assert list(read_rows(tmp_path / "run")["id"]) == [RECORDS[1].id]
+    expected = evaluate(tiny_vlm, records, editor, mode="sequence", settings=short, norm_bound=bound, progress=False)
+    curve = EditCurve.load(tmp_path / "run/summary/curve.json")
+    assert str(curve.points[-1]) == str(expected.curve.points[-1]) and curve.statuses == expected.statuses
+    assert curve.stopped_at == expected.curve.stopped_at == (2 if bound.stop else None)
+    _interrupt(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        analysed(tiny_vlm, analysis, tmp_path / "again", records)
+    monkeypatch.undo()
+    analysed(tiny_vlm, analysis, tmp_path / "again", records)
+    assert content(tmp_path / "again") == content(tmp_path / "run")
 
 
 def test_an_interrupted_sequence_goes_on_with_the_same_bits(

@@ -89,6 +89,8 @@ class Outcome:
     """Parts of the analysis that this record lacks, each with the reason."""
     files: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
     """More files, such as drawings: file name -> function that writes the file to a path."""
+    error: str | None = None
+    """Why the record failed, where more is kept of it than that; its row is then in no table."""
 
 
 class Summary:
@@ -96,6 +98,9 @@ class Summary:
 
     def add(self, record: StoredRecord) -> None:
         """Add a record that did not fail; records come in the order of the run and are not kept."""
+
+    def add_failed(self, record: StoredRecord) -> None:
+        """Add a record that failed, in its place among the others; most summaries leave it out."""
 
     def finish(self, vlm: VisionLanguageModel, tasks: Sequence[Task], *, progress: bool = True) -> None:
         """Compute what needs the model and all records that did not fail, once they are added.
@@ -408,8 +413,8 @@ def summarise(
     if is_known or (analysis.ends_with_model and (finish is None or not done)):
         return
     summary = analysis.summary()
-    for record in done:
-        summary.add(record)
+    for record in stored:
+        summary.add(record) if record.error is None else summary.add_failed(record)
     if analysis.ends_with_model and finish is not None:
         finish(summary, [record.name for record in done])
     with folder.new_summary() as part:

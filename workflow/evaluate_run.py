@@ -54,7 +54,7 @@ from .sites import TRACE, PlaceTrace, locate
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
 CURVE, DRAWING = "curve.json", "curve.png"
 _UNEDITED = "unedited"
-_UNEDITED_LAYOUT, _POINT_LAYOUT, _BATCH_LAYOUT = (f"multrace {name} 1" for name in ("unedited", "point", "batch"))
+_UNEDITED_LAYOUT, _POINT_LAYOUT = (f"multrace {name}" for name in ("unedited 1", "point 2"))
 _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: UNCHANGED}
 """What a row of the table shows of each aspect -> its protocol."""
 
@@ -291,7 +291,7 @@ class EvaluateSequenceRun(_LocatedTogether):
 
     The answers of the unedited model are asked first, and kept too. A run that goes on puts the edits that were kept
     back into the model, which then has the same bits as if it had never been stopped. It has one process, since each
-    edit needs all earlier ones. A record whose edit fails has that as its status, and the sequence goes on.
+    edit needs all earlier ones. A record whose edit fails counts as failed, and the sequence goes on.
     """
 
     name: ClassVar[str] = "evaluate sequence"
@@ -326,7 +326,7 @@ class EvaluateSequenceRun(_LocatedTogether):
             for name, record in records.items():
                 if (stored := work.folder.stored(name)) is None:
                     break
-                if stored.error is None:
+                if stored.row:  # an edit was made or attempted
                     steps.restore(record, _stored_change(stored.folder), stored.row)
             yield _Sequence(self, steps, stack, last=[*records][-1])
 
@@ -366,21 +366,23 @@ class _Sequence(Analysis):
         if steps.is_stopped:
             raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
         change, row = steps.make(record, batch_size=run.batch_size)
+        error = None if change is not None else str(row["status"]).removeprefix("failed: ")
         files: dict[str, Callable[[Path], Any]] = {}
         if change is not None:
             files[_file_of(change)] = lambda path: _save_change(change, path)
-        if is_last := (task.name == self.last or steps.is_stopped):
+        if task.name == self.last or steps.is_stopped:
             state = steps.finish(self.stack, batch_size=run.batch_size)
         elif steps.count in run.at:
             state = steps.measure(batch_size=run.batch_size)
         else:
-            return Outcome(row=row, files=files)
+            return Outcome(row=row, files=files, error=error)
         report = EditReport.of(
             vlm, "sequence", run.evaluation, state.rows, statuses=state.statuses, left_out=state.left_out
         )
-        point = {"point": asdict(state.point), "exceeded_at": state.exceeded_at, "is_last": is_last}
+        is_cut = steps.is_stopped and task.name != self.last
+        point = {"point": asdict(state.point), "exceeded_at": state.exceeded_at, "is_cut": is_cut}
         files |= {EVALUATION: report.save, POINT: lambda path: write_json(path, _POINT_LAYOUT, point, error=RunError)}
-        return Outcome(row=row, files=files)
+        return Outcome(row=row, files=files, error=error)
 
     def summary(self) -> Summary:
         """Return the summary of the run."""
@@ -437,24 +439,26 @@ class SequenceSummary(EvaluationSummary):
         self.bound = bound
         self.points: list[SequencePoint] = []
         self.exceeded_at: int | None = None
-        self.edits, self.failed = 0, 0
+        self.stopped_at: int | None = None
 
     def add(self, record: StoredRecord) -> None:
         """Add a record, with what was measured after its edit."""
-        self.edits += 1
-        self.failed += str(record.row.get("status", "")).startswith("failed")
         if not (record.folder / EVALUATION).is_file():
             return
         self.first = _stored_report(record)
         content = read_json(record.folder / POINT, _POINT_LAYOUT, error=RunError)
         self.points.append(SequencePoint.from_json(content["point"]))
         self.exceeded_at = content["exceeded_at"]
+        self.stopped_at = self.points[-1].edits if content["is_cut"] else None
+
+    def add_failed(self, record: StoredRecord) -> None:
+        """Add what was measured after an edit that failed."""
+        self.add(record)
 
     def report(self) -> EditReport | None:
         """Return the report after the last edit, with the curve."""
         if self.first is None:
             return None
-        last = self.points[-1].edits
         curve = EditCurve(
             model=self.first.model,
             revision=self.first.revision,
@@ -462,7 +466,7 @@ class SequenceSummary(EvaluationSummary):
             statuses=self.first.statuses,
             bound=self.bound,
             exceeded_at=self.exceeded_at,
-            stopped_at=last if last < self.edits else None,
+            stopped_at=self.stopped_at,
         )
         return replace(self.first, curve=curve)
 
@@ -477,11 +481,6 @@ class SequenceSummary(EvaluationSummary):
         report = self.report()
         curve = None if report is None else report.curve
         return super().lines() + ([] if curve is None else ["", *curve.summary().splitlines()])
-
-    @property
-    def missed(self) -> int:
-        """The number of edits that could not be made."""
-        return self.failed
 
 
 def _id(record: Record, name: str) -> str:

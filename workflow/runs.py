@@ -445,9 +445,10 @@ class _Job:
             for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
                 if isinstance(outcome, Outcome):
                     outcomes[task.name] = outcome
-                elif task.name in names:
-                    self._check_unchanged(self.entries[task.name], outcome)
-                    errors[task.name] = gist(outcome)
+                error = outcome.error if isinstance(outcome, Outcome) else gist(outcome)
+                if error is not None and task.name in names:
+                    self._check_unchanged(self.entries[task.name], outcome if isinstance(outcome, Exception) else None)
+                    errors[task.name] = error
         with self.folder.new_records(shard) as part:
             for name in names:
                 self._keep(self.entries[name], outcomes.get(name, Outcome(row={})), errors[name], part / name)
@@ -489,7 +490,7 @@ class _Job:
             return gist(error)
         return entry.problem
 
-    def _check_unchanged(self, entry: _Entry, cause: Exception) -> None:
+    def _check_unchanged(self, entry: _Entry, cause: Exception | None) -> None:
         """Raise `RunError` if the record failed because its files vanished or changed while the run went on."""
         try:
             _, key = self._keys(entry.record)
