@@ -3,11 +3,16 @@ from .check import (
     CheckReport as CheckReport,
     Finding as Finding,
     check_data as check_data,
-    questions_of as questions_of,
 )
 from .convert import FORMS as FORMS, ConvertReport as ConvertReport, convert_data as convert_data
 from .errors import DataError as DataError
-from .facts import EditRecord as EditRecord, EditRequest as EditRequest, Probe as Probe, Question as Question
+from .facts import (
+    EditRecord as EditRecord,
+    EditRequest as EditRequest,
+    Probe as Probe,
+    Question as Question,
+    questions_of as questions_of,
+)
 from .formats import (
     FORMATS as FORMATS,
     detect_format as detect_format,

@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, quoted
-from .facts import REPHRASE, REPHRASE_OTHER_PICTURE, UNRELATED, EditRecord, Probe, Question, Words, counted, shortened
+from .facts import (
+    OTHER_PICTURE,
+    REPHRASE,
+    REPHRASE_OTHER_PICTURE,
+    UNRELATED,
+    EditRecord,
+    Probe,
+    Question,
+    Words,
+    counted,
+    questions_of,
+    shortened,
+    with_questions,
+)
 from .formats.okvqa import answers_by_question, join_key
 from .formats.reading import LINES, detect_format, read_data
 from .formats.rows import DataSource, Row, json_rows, pictures_in, same_name, unanswered
@@ -64,6 +77,9 @@ FINDINGS: Mapping[str, FindingKind] = {
     "special_token": FindingKind(severity=ERROR, title="a text holds a special token"),
     "contradiction": FindingKind(severity=ERROR, title="another row gives the same question another target"),
     "needs_unknown": FindingKind(severity=ERROR, title="a probe needs a record that is not there"),
+    "keeps_the_edit": FindingKind(
+        severity=ERROR, title="a question whose answer should stay is the edited one", fix=_DROP_ENTRY
+    ),
     "unanswered": FindingKind(severity=WARNING, title="a question, its answer or its picture is missing"),
     "target_is_old": FindingKind(severity=WARNING, title="the target is the present answer"),
     "rephrase_is_source": FindingKind(severity=WARNING, title="a rephrase is the question itself", fix=_DROP_ENTRY),
@@ -204,7 +220,7 @@ def check_data(
         doctor.pairs(json_rows(DataSource(path=Path(path))))
     doctor.finish()
     if fix is not None and cleaned:
-        write_lines(fix, cleaned)
+        write_lines(fix, doctor.with_present_needs(cleaned))
     return CheckReport(
         path=str(path),
         format=name,
@@ -222,8 +238,10 @@ class _Doctor:
         self.looks_at_pictures = pictures
         self.answers = answers
         self.pictures: dict[Path, PictureFacts] = {}
-        self.seen: dict[tuple[Any, ...], tuple[int, str]] = {}
-        """Question and pictures -> (row, target or answer)."""
+        self.seen: dict[tuple[Any, ...], tuple[int, str, str]] = {}
+        """Question and pictures -> (row, target or answer, id)."""
+        self.repeated: dict[str, str] = {}
+        """Id of a record that repeats an earlier one -> id of the earlier one."""
         self.ids: set[str] = set()
         self.needs: list[tuple[int, str, tuple[str, int], str]] = []
         self._row, self._id = 0, ""
@@ -259,7 +277,7 @@ class _Doctor:
         if any(finding.fix == _DROP_ROW for finding in found):
             return None
         dropped = {finding.place for finding in found if finding.fix == _DROP_ENTRY}
-        return _rebuilt(record, cleaned, dropped)
+        return with_questions(record, {place: each for place, each in cleaned.items() if place not in dropped})
 
     def pairs(self, rows: Iterable[tuple[int, Row | DataError]]) -> None:
         """Note the questions without an answer in the rows of a public file, which their reader leaves out."""
@@ -277,6 +295,25 @@ class _Doctor:
                 self._id = id
                 self.add(row, "needs_unknown", f"no record has the id {needed!r}", place)
         self.findings.sort(key=lambda finding: finding.row)
+
+    def with_present_needs(self, records: Iterable[Question | EditRecord]) -> Iterator[Question | EditRecord]:
+        """Yield the cleaned records with probes that need no record that was left out.
+
+        Where that record repeated an earlier one, the probe needs the earlier one; other such probes are left out.
+        """
+        records = list(records)
+        left = self.ids - {record.id for record in records}
+        for record in records:
+            if not isinstance(record, EditRecord) or left.isdisjoint(
+                id for probe in record.probes for id in probe.needs
+            ):
+                yield record
+                continue
+            probes = (
+                replace(probe, needs=tuple(self.repeated.get(id, id) if id in left else id for id in probe.needs))
+                for probe in record.probes
+            )
+            yield replace(record, probes=tuple(probe for probe in probes if left.isdisjoint(probe.needs)))
 
     # ---- one question ----
 
@@ -362,8 +399,7 @@ class _Doctor:
         if facts.problem is not None:
             if is_noted:
                 return None
-            if place is None:
-                self._noted.add(path)
+            self._noted |= {path} if place is None else set()
             kind = "picture_missing" if facts.problem.startswith("no picture at") else "picture_unusable"
             self.add(self._row, kind, facts.problem, place, _DROP_ROW if place is None else _DROP_ENTRY)
             return None
@@ -411,10 +447,14 @@ class _Doctor:
 
     def _edit(self, record: EditRecord) -> None:
         self._texts(None, {"target": record.target})
-        present = {"present answer": record.old, "answer called 'pred'": record.extra.get("pred")}
-        for name, text in present.items():
-            if isinstance(text, str) and _plain(text.replace("_", " ")) == _plain(record.target):
+        pred = record.extra.get("pred")
+        present = {"present answer": [record.old], "answer called 'pred'": pred if isinstance(pred, list) else [pred]}
+        for name, texts in present.items():
+            plain = {_plain(text.replace("_", " ")) for text in texts if isinstance(text, str)}
+            if _plain(record.target) in plain:
                 self.add(self._row, "target_is_old", f"the target {shortened(record.target)} is the {name}")
+        for index, question in enumerate(record.preserve_prompts):
+            self._stays(record, ("preserve_prompts", index), question)
         for index, probe in enumerate(record.probes):
             self._probe(record, ("probes", index), probe)
 
@@ -425,9 +465,20 @@ class _Doctor:
             fix = _DROP_ENTRY if probe.kind == REPHRASE else ""
             message = f"the {probe.kind} probe repeats the question {shortened(record.question.text)}"
             self.add(self._row, "rephrase_is_source", message, place, fix)
+        elif probe.kind == OTHER_PICTURE and _is_same(probe.question, record.question):
+            message = f"the {probe.kind} probe shows the picture of the edit with its question"
+            self.add(self._row, "rephrase_is_source", message, place)
+        if probe.stays:
+            self._stays(record, place, probe.question)
         if probe.stays or probe.kind == UNRELATED:
             self._annotated(place, probe.question, probe.answer)
         self.needs += [(self._row, record.id, place, needed) for needed in probe.needs]
+
+    def _stays(self, record: EditRecord, place: tuple[str, int], question: Question) -> None:
+        """Note a question whose answer should stay although it is the edited question with its picture."""
+        if _is_same(question, record.question):
+            message = f"the answer to {shortened(question.text)} should stay, but the edit changes it"
+            self.add(self._row, "keeps_the_edit", message, place)
 
     def _annotated(self, place: tuple[str, int] | None, question: Question, answer: str | None) -> None:
         """Compare an answer with those of the annotators."""
@@ -450,10 +501,7 @@ class _Doctor:
         """Note an answer that is also the name of the folder of the pictures of the question."""
         named = record.extra.get("image_url")
         if record.answer and isinstance(named, str) and same_name(named.split("A photo of ")[-1], record.answer):
-            message = (
-                f"the answer {shortened(record.answer)} names what {named!r} shows; "
-                f"is it the answer to {shortened(record.text)}?"
-            )
+            message = f"the answer {shortened(record.answer)} names the pictured thing; is it the answer?"
             self.add(self._row, "answer_is_pictured", message)
 
     def _compare(self, record: Question | EditRecord) -> None:
@@ -463,10 +511,11 @@ class _Doctor:
         said = (record.target if is_edit else record.answer) or ""
         pictures = tuple(str(image) if isinstance(image, Path) else id(image) for image in question.images)
         key = (is_edit, _plain(question.text), pictures, "" if is_edit else repr(question.words))
-        row, before = self.seen.setdefault(key, (self._row, said))
+        row, before, earlier = self.seen.setdefault(key, (self._row, said, record.id))
         if row == self._row:
             return
         if _plain(before) == _plain(said):
+            self.repeated[record.id] = earlier
             self.add(self._row, "duplicate", f"row {row} asks the same question with the same answer")
         else:
             kind, noun = ("contradiction", "target") if is_edit else ("other_answer", "answer")
@@ -476,35 +525,9 @@ class _Doctor:
             self.add(self._row, kind, message)
 
 
-def questions_of(record: Question | EditRecord) -> Iterator[tuple[tuple[str, int] | None, Question]]:
-    """Yield every question of a record with its list and index; None for the record's own."""
-    if isinstance(record, Question):
-        yield None, record
-        return
-    yield None, record.question
-    for name in ("contexts", "rewrite_prompts", "preserve_prompts", "essence"):
-        yield from (((name, index), question) for index, question in enumerate(getattr(record, name)))
-    yield from ((("probes", index), probe.question) for index, probe in enumerate(record.probes))
-
-
-def _rebuilt(
-    record: Question | EditRecord,
-    cleaned: Mapping[tuple[str, int] | None, Question],
-    dropped: set[tuple[str, int] | None],
-) -> Question | EditRecord:
-    """Return the record with cleaned questions and without dropped ones."""
-    if isinstance(record, Question):
-        return cleaned[None]
-    lists: dict[str, Any] = {
-        name: tuple(cleaned[name, index] for index in range(len(getattr(record, name))) if (name, index) not in dropped)
-        for name in ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
-    }
-    probes = tuple(
-        replace(probe, question=cleaned["probes", index])
-        for index, probe in enumerate(record.probes)
-        if ("probes", index) not in dropped
-    )
-    return replace(record, question=cleaned[None], probes=probes, **lists)
+def _is_same(one: Question, other: Question) -> bool:
+    """Return whether two questions have the same words and pictures."""
+    return _plain(one.text) == _plain(other.text) and one.images == other.images
 
 
 def _plain(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,8 @@ KINDS: Mapping[str, tuple[str, str]] = {
 """Kind of question -> (what it measures, its name for people)."""
 PROBE_KINDS = tuple(kind for kind in KINDS if kind not in (EDITED, GENERAL))
 """The kinds that a probe may have."""
+LISTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
+"""Fields of an edit that hold lists of questions, besides its probes."""
 _ANSWERED = (PORTABILITY, RELATED_TEXT, RELATED_PICTURE)
 """Kinds whose answer follows from the target but is not the target."""
 
@@ -214,7 +216,7 @@ class EditRequest:
     def __post_init__(self) -> None:
         _check_texts(self, "id")
         object.__setattr__(self, "question", question_of(self.question))
-        for part in ("contexts", "rewrite_prompts", "preserve_prompts", "essence"):
+        for part in LISTS:
             object.__setattr__(self, part, tuple(question_of(value) for value in _items(self, part)))
         if not isinstance(self.target, str) or not self.target.strip():
             raise DataError(
@@ -329,6 +331,35 @@ def question_of(value: Question | AsksQuestion) -> Question:
     if isinstance(value, AsksQuestion):
         return value.as_question()
     raise DataError(f"a question is of type {type(value).__name__}; pass a Question, or a prompt of a model")
+
+
+def questions_of(record: Question | EditRecord) -> Iterator[tuple[tuple[str, int] | None, Question]]:
+    """Yield every question of a record with its list and index; None for the record's own."""
+    if isinstance(record, Question):
+        yield None, record
+        return
+    yield None, record.question
+    for name in LISTS:
+        yield from (((name, index), question) for index, question in enumerate(getattr(record, name)))
+    yield from ((("probes", index), probe.question) for index, probe in enumerate(record.probes))
+
+
+def with_questions(
+    record: Question | EditRecord, questions: Mapping[tuple[str, int] | None, Question]
+) -> Question | EditRecord:
+    """Return the record with these questions, by their places in `questions_of`; those without a place are left out."""
+    if isinstance(record, Question):
+        return questions[None]
+    lists: dict[str, Any] = {
+        name: tuple(questions[name, index] for index in range(len(getattr(record, name))) if (name, index) in questions)
+        for name in LISTS
+    }
+    probes = tuple(
+        replace(probe, question=questions["probes", index])
+        for index, probe in enumerate(record.probes)
+        if ("probes", index) in questions
+    )
+    return replace(record, question=questions[None], probes=probes, **lists)
 
 
 def counted(number: int, noun: str) -> str:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from .errors import DataError
 from .facts import (
+    LISTS,
     NO_PICTURE,
     PROBE_KINDS,
     RELATED_TEXT,
@@ -129,9 +130,6 @@ def _depth(value: Any) -> int:
 
 
 # ---- the keys of a line ----
-
-LISTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
-"""Keys of an edit that hold lists of questions, besides its probes."""
 
 
 def _key(description: str, default: Any = MISSING, *, make: Any = MISSING) -> Any:

@@ -133,6 +133,39 @@ def test_a_folder_of_a_name_with_stops_is_said_to_hold_several_pictures(tmp_path
     assert kinds(report) == [(2, "picture_of_several"), (2, "answer_is_pictured")]
 
 
+def test_a_question_that_should_stay_is_not_the_edited_one(tmp_path, photo):
+    row = {"question": "Who is it?", "image": "photo.png", "target": "Ada"}
+    stays = [{"kind": "same_question_other_picture", "image": image} for image in ("photo.png", "other.png")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    entries = [{"image": "photo.png"}, {"image": "other.png"}]
+    same = [{"kind": "other_picture", "image": "photo.png"}, {"kind": "other_picture", "image": "other.png"}]
+    rows = [row | {"probes": stays, "preserve_prompts": entries}, row | {"question": "Who else?", "probes": same}]
+    report = check_data(write(tmp_path, *rows), fix=tmp_path / "clean.jsonl")
+    assert [(finding.row, finding.kind, finding.place) for finding in report.findings] == [
+        (1, "keeps_the_edit", ("preserve_prompts", 0)),
+        (1, "keeps_the_edit", ("probes", 0)),
+        (2, "rephrase_is_source", ("probes", 0)),
+    ]
+    assert not check_data(tmp_path / "clean.jsonl").findings
+    first, second = read_records(tmp_path / "clean.jsonl")
+    assert (len(first.probes), len(first.preserve_prompts), len(second.probes)) == (1, 1, 1)
+
+
+def test_a_fix_keeps_what_probes_need(tmp_path):
+    textual = {"question": "Where is Ada?", "target": "Lima"}
+    needs = [{"kind": "portability", "question": "Whose town?", "answer": "Bo", "needs": [id]} for id in ("b", "d")]
+    rows = [
+        textual | {"id": "a"},
+        textual | {"id": "b"},
+        {"id": "c", "question": "Who?", "target": "Ada", "probes": needs},
+    ]
+    rows += [{"id": "d", "question": "When?", "target": "now", "image": "none.png"}]
+    path = write(tmp_path, *rows)
+    check_data(path, fix=tmp_path / "clean.jsonl")
+    assert not check_data(tmp_path / "clean.jsonl").findings
+    assert [probe.needs for probe in read_records(tmp_path / "clean.jsonl")[1].probes] == [("a",)]
+
+
 def test_a_missing_picture_of_a_probe_costs_the_probe(tmp_path, photo):
     probes = [{"kind": "other_picture", "image": "none.png"}, {"kind": "no_picture"}]
     row = {"question": "Who is it?", "image": "photo.png", "target": "Ada", "probes": probes, "corrupt": "swap:no.png"}
