@@ -19,6 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..data import DataError, parse_json
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -49,6 +51,8 @@ def replacing(path: str | Path, *, error: type[ValueError] = ArtefactError) -> I
         error: the class to raise if the file or its folder cannot be written.
     """
     path = Path(path)
+    if not path.name or "\0" in str(path):
+        raise error(f"cannot write {str(path)!r}: this is no name of a file; pass the path of a file")
     temporary = _hidden(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,11 +208,12 @@ def _swap(work: Path, target: Path) -> None:
     shutil.copymode(target, new)
     if _exchanged(new, target):
         return
-    target.rename(old)
     try:
+        target.rename(old)
         new.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:  # an interrupt between the two as well
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
 
 
@@ -232,11 +237,21 @@ def _made_ready(work: Path, target: Path, stale: Sequence[str]) -> Path:
 
 def _move_in(work: Path, target: Path) -> None:
     """Move the files of a finished hidden folder into the target one by one, and remove the stale ones."""
-    for name in json.loads((work / _STALE).read_text(encoding="utf-8")):
+    for name in _stale_names(work / _STALE):
         (target / name).unlink(missing_ok=True)
     for path in sorted((work / "new").iterdir()):
         path.replace(target / path.name)
     shutil.rmtree(work.rename(work.with_suffix(_PART)), ignore_errors=True)
+
+
+def _stale_names(path: Path) -> list[str]:
+    """Return the names of files in a list that may come from anywhere: none from a damaged one, and no other paths."""
+    try:
+        names = parse_json(path.read_bytes())
+    except DataError:
+        return []
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return [name for name in names if Path(name).name == name and "\0" not in name] if is_list else []
 
 
 def _is_swappable(target: Path) -> bool:

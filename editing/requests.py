@@ -5,6 +5,7 @@ Variants of a request's own picture make an edit key on what is seen and not on 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -33,12 +34,17 @@ def request_text(request: EditRequest) -> dict[str, str]:
     """Return the request as text, for the header of a saved edit: how often there is a picture, and where it lies."""
     counts = {part: str(len(getattr(request, part))) for part in _PARTS}
     question = request.question
-    paths = [str(image) for image in question.images if not isinstance(image, Image.Image)]
+    paths = [_shown_path(str(image)) for image in question.images if not isinstance(image, Image.Image)]
     asked = {"template": question.template} if question.template is not None else {}
     if question.images:
         asked["pictures"] = str(len(question.images))
         asked |= {"image": paths[0]} if len(paths) == len(question.images) == 1 else {}
     return {"name": request.id, "question": question.text, "target": request.target, **counts, **asked}
+
+
+def _shown_path(path: str) -> str:
+    """Return a path as text that any file can hold: a name that is not in UTF-8 gets a mark for each foreign byte."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def edited_questions(request: EditRequest) -> tuple[Question, ...]:
@@ -125,6 +131,7 @@ def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[
             (said,) = prompt_answers(vlm, [prompt], max_new_tokens=4 + len(prompt.answer_tokens(request.target)))
             if said != request.target.strip():
                 probability = target_probability(vlm, prompt.with_answer(request.target))
+                probability = probability if isfinite(probability) else 0.0  # a model that overflows says nothing
                 reports[index] |= {"status": NOT_GENERATED, "says": said or "", "probability": probability}
     return replace(change, requests=tuple(reports))
 

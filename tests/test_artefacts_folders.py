@@ -168,6 +168,51 @@ def test_leftovers_of_a_killed_writer_go_with_the_next_one_and_those_of_a_living
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+STALE = {
+    "another folder's": '["../precious", "old"]',
+    "cut short": '["old"',
+    "a number": "3",
+    "numbers": "[3]",
+    "no name": '["a\\u0000"]',
+}
+
+
+@pytest.mark.parametrize("text", STALE.values(), ids=STALE)
+def test_a_list_of_stale_files_reaches_no_other_folder_and_stops_nobody(text, tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out" / ".multrace.abcdefgh.ready"
+    (work / "new").mkdir(parents=True)
+    (work / "stale.json").write_text(text)
+    for path in (tmp_path / "precious", out / "old"):
+        path.write_text("kept")
+    aged(tmp_path)
+    write_set(out, NEW)
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert contents(out) == NEW | ({} if text.endswith('"old"]') else {"old": "kept"})
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError], ids=str)
+def test_an_interrupt_between_two_renames_leaves_the_old_folder(failure, tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    write_set(out, OLD)
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise failure
+        return rename(path, target)
+
+    monkeypatch.setattr(folders, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises((KeyboardInterrupt, ArtefactError)), replacing_folder(out) as new:
+        (new / "edit").write_text("Berlin")
+    assert contents(out) == OLD and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a\0b"])
+def test_what_names_no_file_is_an_error_that_says_so(name):
+    with pytest.raises(ArtefactError, match="this is no name of a file"):
+        write_whole(name, b"")
+
+
 @pytest.mark.parametrize("write", [replacing_files, replacing_folder])
 def test_an_error_in_the_block_leaves_everything_as_it_was(write, tmp_path):
     write_set(tmp_path / "out", OLD)

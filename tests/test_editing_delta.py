@@ -309,6 +309,9 @@ def test_parts_that_do_not_fit_together_are_refused():
             WeightChange(**(parts | wrong))
     with pytest.raises(EditError, match="float32"):
         WeightChange(**(parts | {"left": torch.ones(4, 1).double()}))
+    for weight in (0.0, -1.0, torch.nan):
+        with pytest.raises(EditError, match="above 0"):
+            WeightChange(**parts, weights=torch.tensor([weight]))
     with pytest.raises(EditError, match="one fingerprint per changed weight"):
         Delta(changes={"w": WeightChange(**parts)}, fingerprints={}, model="m")
 

@@ -1,17 +1,23 @@
 """Histories: in order and back bit by bit, any edit dropped, the later ones solved anew, saved whole, refusals."""
 
+import fcntl
+import json
 import os
+import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from multrace.editing import Delta, EditError, History, WeightChange, load_edit
+from multrace.artefacts.files import digest
+from multrace.editing import Delta, EditError, History, MultEdit, WeightChange, load_edit
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 
@@ -472,13 +478,140 @@ def test_what_cannot_be_done_with_a_history_is_an_error(use, message, random_lla
 def test_a_change_is_on_the_disk_before_the_history_counts_it(
     random_gpt2: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    sizes, fsync = [], os.fsync
+    """The file of an edit, the folder that names it, and then the line; a line is never ahead of its file."""
+    flushed, fsync, folder = [], os.fsync, tmp_path / "history"
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
-        sizes.append(os.fstat(descriptor).st_size)
+        state = os.fstat(descriptor)
+        paths = [path for path in (folder, *folder.iterdir()) if path.stat().st_ino == state.st_ino]
+        flushed.append((paths[0].suffix, 0 if paths[0].is_dir() else state.st_size))
 
     monkeypatch.setattr(os, "fsync", noted)
-    first = History.open(tmp_path / "history").added("a", made(random_gpt2, 0))
+    first = History.open(folder).added("a", made(random_gpt2, 0))
     second = first.without("a", request=0)
-    assert sizes == [first.length, second.length] and first.length < second.length
+    size = next(folder.glob("*.safetensors")).stat().st_size
+    assert flushed == [
+        (".safetensors", size),
+        ("", 0),
+        ("", 0),
+        (".jsonl", first.length),
+        (".jsonl", second.length),
+    ]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
+def test_a_line_whose_writing_fails_is_taken_back(failure, random_gpt2, tmp_path, monkeypatch):
+    """The next change goes on from there, and a history that is opened anew knows nothing of the failed one."""
+    first = History.open(tmp_path / "history").added("a", made(random_gpt2, 0))
+    index, fsync = tmp_path / "history" / "index.jsonl", os.fsync
+    whole, edit = index.read_bytes(), made(random_gpt2, 1)
+
+    def failing(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == index.stat().st_ino:
+            raise failure
+        fsync(descriptor)
+
+    with monkeypatch.context() as context, pytest.raises((EditError, KeyboardInterrupt)):
+        context.setattr(os, "fsync", failing)
+        first.added("b", edit)
+    assert index.read_bytes() == whole
+    assert History.open(tmp_path / "history").names == ("a",)
+    assert first.added("b", edit).names == History.open(tmp_path / "history").names == ("a", "b")
+
+
+def test_a_disk_that_takes_part_of_a_line_keeps_none_of_it(random_gpt2, tmp_path):
+    first = History.open(tmp_path / "history").added("a", made(random_gpt2, 0))
+    index = tmp_path / "history" / "index.jsonl"
+    whole = index.read_bytes()
+    limits, blocked = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
+    try:
+        with pytest.raises(EditError, match="cannot add to '.*history': No space left"):
+            first.without("a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, blocked)
+    assert index.read_bytes() == whole and first.without("a").names == ()
+
+
+def test_two_programs_that_add_at_one_moment_do_not_overwrite_each_other(random_gpt2, tmp_path):
+    """The second one waits for the line of the first, and is told that the history is another one now."""
+    first, edit = History.open(tmp_path / "history").added("a", made(random_gpt2, 0)), made(random_gpt2, 1)
+    index, errors = tmp_path / "history" / "index.jsonl", []
+
+    def add() -> None:
+        try:
+            first.added("b", edit)
+        except EditError as error:
+            errors.append(str(error))
+
+    with index.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        other.write(index.read_bytes().splitlines(keepends=True)[-1])
+    thread.join()
+    assert len(errors) == 1 and "has changed since it was read" in errors[0]
+    assert len(index.read_bytes().splitlines()) == 3
+
+
+def test_a_history_that_cannot_be_saved_whole_leaves_no_folder(random_gpt2, tmp_path, monkeypatch):
+    history, save = in_turn(random_gpt2, 2), Delta.save
+
+    def second_fails(delta: Delta, path: Path) -> Path:
+        if list(path.parent.iterdir()):
+            raise EditError(f"cannot write {str(path)!r}: No space left on device")
+        return save(delta, path)
+
+    with monkeypatch.context() as context, pytest.raises(EditError, match=f"'{tmp_path}/copy/000001-.*No space left"):
+        context.setattr(Delta, "save", second_fails)
+        history.saved(tmp_path / "copy")
+    assert not list(tmp_path.iterdir())
+    assert_same(history.saved(tmp_path / "copy").added("c", made(random_gpt2, 3)), History.open(tmp_path / "copy"))
+
+
+def test_a_history_all_of_whose_edits_were_taken_out_is_still_that_of_its_model(random_llama):
+    """Without the refusal, the edit of another model would later go into this one without a word."""
+    history = History().added("a", made(random_llama, 0)).without("a")
+    other = load(random_llama.name)
+    with torch.no_grad():
+        other.weight(other.down_projection(LAYER).name)[0, 0] += 1
+    with (
+        pytest.raises(EditError, match="another model or precision"),
+        MultEdit(layer=LAYER).start(other, history=history),
+    ):
+        pass
+    with pytest.raises(EditError, match="keep a history for each model"):
+        history.added("b", made(other, 1), on_top=False)
+    with MultEdit(layer=LAYER).start(random_llama, history=history) as session:
+        assert session.touched == ()
+
+
+WORDS = {
+    "name": 3,
+    "digest": 5,
+    "model": None,
+    "fingerprints": [1],
+    "requests": [3],
+    "step": "x",
+    "on_top": "yes",
+    "dropped": "no",
+    "gone": [["1", "z"]],
+}
+
+
+@pytest.mark.parametrize(("entry", "value"), WORDS.items(), ids=WORDS)
+def test_a_line_with_values_of_other_types_is_damaged(entry, value, random_gpt2, tmp_path):
+    """Also if its digest is right."""
+    History.open(tmp_path).added("a", made(random_gpt2, 0))
+    first, second = (tmp_path / "index.jsonl").read_bytes().splitlines()
+    content = json.loads(json.loads(second)["content"])
+    for words, is_refused in ((content | {entry: value}, True), (content, False)):
+        body = json.dumps(words, sort_keys=True)
+        line = json.dumps({"digest": digest(body), "content": body})
+        (tmp_path / "index.jsonl").write_bytes(first + b"\n" + line.encode() + b"\n")
+        with pytest.raises(EditError, match=r"line 2 of .* is damaged") if is_refused else nullcontext():
+            History.open(tmp_path)

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +25,16 @@ from multrace.editing import (
     Lora,
     MultEdit,
     RuntimeEdit,
+    WeightChange,
     compose,
     second_moments,
 )
+from multrace.editing.changes import HistoryEntry
+from multrace.editing.requests import with_answers_seen
 from multrace.editing.solve import Cost, Problem, build_cost, null_space, solve
 from multrace.editing.solve.session import EarlierKeys, _Edit
 from multrace.models import Site, VisionLanguageModel, capture, load, patch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -267,6 +272,23 @@ def test_the_keys_of_a_fact_edited_again_leave_the_gram_matrix(double):
     assert (keys[old].T @ keys[old]).norm() > 1e-2 * expected.norm()
 
 
+def test_earlier_keys_that_are_all_replaced_leave_no_rounding_behind():
+    """What rounding leaves of a sum minus its parts spans arbitrary directions, in which nothing could be changed."""
+    weight, keys, names = torch.zeros(HIDDEN, WIDTH), EarlierKeys(), ("a", "b", "c")
+    for step, name in enumerate(names):
+        row = draw(1, WIDTH, seed=step).float()
+        parts = {"left": torch.ones(HIDDEN, 1), "right": row, "keys": row, "residuals": torch.ones(1, HIDDEN)}
+        change = WeightChange(**parts, owners=torch.tensor([0]))
+        delta = Delta(changes={"w": change}, fingerprints={"w": ""}, model="m", requests=({"facts": name},))
+        keys.follow(HistoryEntry.of(name, delta, step=step, on_top=True))
+        assert keys.gram(weight, "w", set()) is not None
+    whole, one = (keys.gram(weight, "w", facts) for facts in (set(), {"a"}))
+    assert (whole - one).trace() > 1 and (one - one.T).norm() == 0 and one.trace() > 1
+    assert keys.gram(weight, "w", set(names)) is None
+    keys._replace(set(names))
+    assert not keys._grams["w"].any()
+
+
 def test_an_edit_that_fails_leaves_the_session_and_the_model_as_they_were(tiny_vlm, tmp_path, monkeypatch):
     history = History.open(tmp_path / "history")
     with MultEdit(**QUICK).start(tiny_vlm, history=history) as session:
@@ -288,6 +310,23 @@ def overflow(delta: Delta, vlm: VisionLanguageModel) -> None:
         with torch.no_grad():
             vlm.weight(name)[0] = 1
     raise EditError("the edited weight overflows")
+
+
+def test_what_no_file_can_hold_does_not_get_into_the_text_of_an_edit(tiny_vlm, tmp_path):
+    """A picture whose name is not in UTF-8, and the probability of a target in a model that overflows."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    Image.new("RGB", (32, 32), "red").save(path, format="png")
+    request = EditRequest(question=Question(text="Who won?", image=path), target="Pruro")
+    with MultEdit(layer=5, steps=1).start(tiny_vlm, history=History.open(tmp_path / "history")) as session:
+        delta = session.edit([request])
+    assert delta.requests[0]["image"] == str(tmp_path / "caf\ufffd.png")
+    assert History.open(tmp_path / "history").entries[0].delta.requests == delta.requests
+    ((name, change),) = delta.changes.items()
+    largest = replace(change, left=change.left / change.left.abs().max() * 1e38, right=change.right.sign())
+    overflowing = replace(delta, changes={name: largest}, requests=({**delta.requests[0], "status": "edited"},))
+    seen = with_answers_seen(tiny_vlm, overflowing, [request])
+    assert (seen.requests[0]["status"], seen.requests[0]["probability"]) == ("not generated", 0.0)
+    assert Delta.load(seen.save(tmp_path / "edit.safetensors")).requests == seen.requests
 
 
 def full_disk(_file: int) -> None:

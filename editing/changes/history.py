@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...artefacts import files
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from ...artefacts import files, plain_fields, replacing_folder
 from ...data import parse_json
 from ...data.facts import counted, shortened
-from ...models import VisionLanguageModel
+from ...models import ModelError, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..requests import EditError
 from .delta import Delta, joined
@@ -93,11 +98,11 @@ class HistoryEntry:
     @classmethod
     def from_words(cls, words: Mapping[str, Any], folder: Path) -> Self:
         """Return the entry that `words` spelled."""
-        parts = {name: value for name, value in words.items() if name not in ("file", "gone", "requests")}
+        parts = plain_fields(cls, words, [part.name for part in fields(cls) if part.name not in ("source", "gone")])
         if Path(words["file"]).name != words["file"]:
             raise ValueError(f"the file {words['file']!r} is not in the folder")
         gone = {int(index): int(step) for index, step in words["gone"]}
-        return cls(source=folder / words["file"], gone=gone, requests=tuple(words["requests"]), **parts)
+        return cls(source=folder / words["file"], gone=gone, **parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,11 +212,17 @@ class History:
             on_top: Which of the two; None tells by the fingerprints of the edit.
 
         Raises:
-            EditError: The name is in use, or the edit was made on another model.
+            EditError: The name is in use, the edit was made on another model, or `on_top` is False and it was not made
+                on the base weights.
         """
         if any(entry.name == name for entry in self.entries):
             raise EditError(f"two edits of a history have one name: {name!r} is there; choose another name")
         is_later = any(self.base.get(weight, digest) != digest for weight, digest in delta.fingerprints.items())
+        if is_later and on_top is False:
+            raise EditError(
+                f"the edit {name!r} was made on '{delta.model}', on other weights than those before the edits of this "
+                "history; keep a history for each model"
+            )
         if is_later and self.entries:
             first = self.entries[0]
             is_known = any(self.base.get(weight) == digest for weight, digest in delta.fingerprints.items())
@@ -266,10 +277,17 @@ class History:
         return after if self.folder is None else after._state_appended()
 
     def saved(self, folder: str | Path) -> Self:
-        """Return this history in a new folder, which holds a copy of every edit."""
-        if Path(folder).exists():
+        """Return this history in a new folder, which holds a copy of every edit.
+
+        Raises `EditError` if the folder exists or cannot be written; there is a whole folder afterwards, or none.
+        """
+        folder = Path(folder)
+        if folder.exists():
             raise EditError(f"{str(folder)!r} is there already; pass a new folder for the history")
-        return replace(self, folder=Path(folder), length=0)._state_appended()
+        with replacing_folder(folder, error=EditError) as new:
+            saved = replace(self, folder=new, length=0)._state_appended()
+        entries = [replace(entry, source=folder / cast(Path, entry.source).name) for entry in saved.entries]
+        return replace(saved, folder=folder, entries=tuple(entries))
 
     def in_memory(self) -> Self:
         """Return the same history, whose next changes are not written to its folder."""
@@ -302,6 +320,15 @@ class History:
         """Add all edits in effect to the weights of the handle's model; the handle holds the way back."""
         vlm = handle.vlm
         handle.put_in(self._checked(vlm), lambda: write_all(vlm, (delta.changes for _, delta in self.edits(vlm))))
+
+    def check_base(self, vlm: VisionLanguageModel) -> None:
+        """Raise `EditError` unless every weight that an edit ever touched is as it was before the first edit."""
+        if self.entries:
+            model = self.entries[0].model
+            try:
+                check_fingerprints(vlm, self.base, model)
+            except ModelError as error:
+                raise EditError(f"a history of '{model}' does not fit '{vlm.name}': {error}") from error
 
     def edits(self, vlm: VisionLanguageModel | None = None) -> Iterator[tuple[HistoryEntry, Delta]]:
         """Yield each edit in effect with its entry, one at a time. Raises `EditError` if one does not fit the model."""
@@ -341,6 +368,8 @@ class History:
     def _withdrawn(self, name: str, request: int | None) -> Self:
         index = self._index(name)
         entry = self.entries[index]
+        if request is not None and not 0 <= request < len(entry.requests):
+            raise EditError(f"the edit {name!r} has no request {request}")
         if request is None:
             changed = replace(entry, dropped=self.step)
         else:
@@ -407,6 +436,8 @@ class History:
         digest = delta.digest
         path = self.folder / f"{entry.step:06d}-{digest[:12]}.safetensors"
         delta.save(path)
+        with writable(self.folder):
+            _flush(path, self.folder)  # before the line that names the file, so that no line is ever ahead of its file
         return replace(entry, source=path, digest=digest)
 
     def _state_appended(self) -> Self:
@@ -446,8 +477,7 @@ def _read(history: History, index: Path) -> History:
         _STATE: lambda state, words: replace(
             state,
             entries=tuple(HistoryEntry.from_words(each, folder) for each in words["edits"]),
-            base=words["base"],
-            step=words["step"],
+            **plain_fields(History, words, ["base", "step"]),
         ),
     }
     lines, length = whole_lines(index, layout=_LAYOUT)
@@ -503,14 +533,18 @@ def append_line(path: Path, length: int, content: Mapping[str, Any], *, layout: 
     """
     check_length(path, length)
     line = (b"" if length else _line({"layout": layout})) + _line(content)
-    with writable(path.parent), path.open("r+b" if length else "wb", buffering=0) as file:
+    with writable(path.parent), path.open("a+b", buffering=0) as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        _check_whole(path, _whole_length(file), length)  # again, since another process may have held the lock
         file.truncate(length)
-        file.seek(length)
         try:
+            if not length:
+                _flush(path.parent)
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             file.truncate(length)
             raise
     return length + len(line)
@@ -568,22 +602,41 @@ def writable(folder: Path) -> Iterator[None]:
 
 def check_length(path: Path, length: int) -> None:
     """Raise `EditError` unless the whole lines of the file have this length in bytes."""
-    if (_whole_length(path) if path.is_file() else 0) != length:
+    present = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            present = _whole_length(file)
+    _check_whole(path, present, length)
+
+
+def _check_whole(path: Path, present: int, length: int) -> None:
+    if present != length:
         raise EditError(f"{str(path)!r} has changed since it was read; open it again and go on from there")
 
 
-def _whole_length(path: Path) -> int:
+def _whole_length(file: BinaryIO) -> int:
     """The length of a file without a last line that was not written to its end."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 2**16)
-            file.seek(start)
-            place = file.read(end - start).rfind(b"\n")
-            if place >= 0:
-                return start + place + 1
-            end = start
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        place = file.read(end - start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        end = start
     return 0
+
+
+def _flush(*paths: Path) -> None:
+    """Wait until these files, and the entries of these folders, are on the disk."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

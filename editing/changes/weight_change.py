@@ -105,6 +105,8 @@ class WeightChange:
                 f"a weight change has float32 weights and int64 owners; found {self.weights.dtype} and "
                 f"{self.owners.dtype}; see WeightChange"
             )
+        if not (self.weights > 0).all():
+            raise EditError(f"the weights of keys are above 0, with inf for exact; found {self.weights.min().item()}")
 
     def __repr__(self) -> str:
         hidden, width = self.shape
@@ -428,9 +430,13 @@ class EditSession(Generic[Made]):
         handle.keep(names)
         own = AppliedDelta(self.vlm)
         own.put_in(names, lambda: change.write(self.vlm))
-        for name, digest in own.fingerprints.items():
-            weight = self.vlm.weight(name)
-            self._prints[name] = (digest, weight, _version(weight))
+        try:
+            for name, digest in own.fingerprints.items():
+                weight = self.vlm.weight(name)
+                self._prints[name] = (digest, weight, _version(weight))
+        except BaseException:  # an interrupt
+            uninterrupted(own.restore)
+            raise
         return own
 
     def _open_handle(self) -> AppliedDelta:

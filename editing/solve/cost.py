@@ -343,8 +343,9 @@ class EarlierKeys:
         gram = self._grams[name]
         for entry, requests in self._places(facts).items():
             if name in self._entries[entry].fingerprints:
-                gram = gram - _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own).to(gram)
-        return gram
+                own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
+                gram = _without_keys(gram, own.to(gram))
+        return gram if gram.any() else None
 
     def _of_entry(self, entry: str, name: str, *, like: Tensor, delta: Delta | None = None) -> Tensor:
         replaced = self._replaced[entry]
@@ -363,10 +364,19 @@ class EarlierKeys:
         for entry, requests in self._places(facts).items():
             for name in self._grams.keys() & self._entries[entry].fingerprints.keys():
                 own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
-                self._grams[name] -= own.to(self._grams[name])
+                self._grams[name] = _without_keys(self._grams[name], own.to(self._grams[name]))
             self._replaced[entry] |= requests
         for fact in facts:
             self._facts.pop(fact, None)
+
+
+def _without_keys(gram: Tensor, own: Tensor) -> Tensor:
+    """Return a Gram matrix without some of its keys: exactly zero, and no rounding, if they are all of its keys.
+
+    What rounding leaves would span arbitrary directions, in which an infinite weight lets nothing be changed.
+    """
+    rest = gram - own
+    return torch.zeros_like(gram) if rest.trace() <= _SPANNED * gram.trace() else rest
 
 
 def facts_of(request: EditRequest) -> tuple[str, ...]:

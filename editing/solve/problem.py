@@ -192,7 +192,7 @@ def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separat
     Raises:
         EditError: The keys do not fit the cost, a parameter is out of range, or the system has no solution in float64.
 
-    Source: MultEdit (arXiv 2406.04236) is is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and
+    Source: MultEdit (arXiv 2406.04236) is a ridge and weights of one; MEMIT (2210.07229, eq. 14) a moment and
     weights of one; ROME (2202.05262, eq. 2) and EMMET a moment and exact rows, the former with directions;
     AlphaEdit (2410.02355) a ridge, weights of one and protected directions.
     """

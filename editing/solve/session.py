@@ -178,6 +178,7 @@ class ClosedFormSession(EditSession[Delta]):
 
     def _begin(self, handle: AppliedDelta) -> None:
         if not self.history.names:
+            self.history.check_base(self.vlm)
             return
         self.history.put_in(handle)
         for entry in self.history.entries:
