@@ -1,8 +1,11 @@
-"""Safetensors and JSON files with equal bytes for equal content, and with a digest that loading checks."""
+"""Safetensors and JSON files with equal bytes for equal content, and files of lines, with digests that loading checks."""
 
+import errno
 import hashlib
 import io
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from ..data import parse_json
 from .folders import ArtefactError, replacing, write_whole
 
+logger = logging.getLogger("multrace")
 LAYOUT = "layout"
 """The entry of a file that names its content and the version of its layout."""
 DIGEST = "digest"
@@ -157,9 +166,14 @@ def is_undamaged(path: str | Path) -> bool:
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> Path:
-    """Write an npz file of these arrays without pickled objects and return its path."""
+    """Write an npz file of these arrays without pickled objects and return its path.
+
+    Raises `ArtefactError` for values that only a pickled array could hold, such as None.
+    """
     content = io.BytesIO()
     converted: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    if pickled := [name for name, value in converted.items() if value.dtype.hasobject]:
+        raise ArtefactError(f"cannot write {str(path)!r}: {pickled[0]!r} holds other values than numbers and text")
     np.savez(content, **converted)
     return write_whole(path, content.getvalue())
 
@@ -228,3 +242,148 @@ def _sort_header(file: BinaryIO) -> None:
     assert len(content) <= length, "the same header is never longer"
     file.seek(8)
     file.write(content.ljust(length))
+
+
+def append_line(
+    path: Path, length: int, content: Mapping[str, Any], *, layout: str, error: type[ValueError] = ArtefactError
+) -> int:
+    """Append a line and return the new length of the file; the line is on the disk when this returns.
+
+    Args:
+        path: The file, which is begun if the length is 0.
+        length: Length of the part that the line is to follow, in bytes; the rest of a line that was cut short is
+            replaced.
+        content: What the line says.
+        layout: Name and version of the file's layout, for its first line.
+        error: The class to raise if the file has more or fewer whole lines than this length, or cannot be written; it
+            is then as it was.
+    """
+    check_length(path, length, error=error)
+    line = (b"" if length else _line({"layout": layout})) + _line(content)
+    with writable(path.parent, error=error), path.open("a+b", buffering=0) as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        _check_whole(path, _whole_length(file), length, error)  # again, since another process may have held the lock
+        file.truncate(length)
+        try:
+            if not length:
+                flush(path.parent)
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(length)
+            raise
+    return length + len(line)
+
+
+def whole_lines(
+    path: Path, *, layout: str, error: type[ValueError] = ArtefactError
+) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """Return the number and the content of each line after the first, and the length of the file in bytes.
+
+    A last line that was not written to its end is left out, with a warning. Raises `error` for a file of another
+    layout, and for a damaged line.
+    """
+    raw = path.read_bytes()
+    length = raw.rfind(b"\n") + 1
+    if _is_whole(raw[length:-1]):
+        raise error(f"the last line of {str(path)!r} is damaged: it does not end as it should; restore it from a copy")
+    if length < len(raw):
+        logger.warning(
+            "the last line of %s was not written to its end and is left out: what was being added when the program "
+            "stopped is lost, everything before it is there",
+            path,
+        )
+    lines = []
+    for number, line in enumerate(raw[:length].split(b"\n")[:-1], start=1):
+        with damaged_line(path, number, error=error):
+            content = _content(line)
+            if number > 1:
+                lines.append((number, content))
+            elif content.get("layout") != layout:
+                raise ValueError(f"it holds {content.get('layout')!r}, not {layout!r}")
+    return lines, length
+
+
+@contextmanager
+def damaged_line(path: Path, number: int, *, error: type[ValueError] = ArtefactError) -> Iterator[None]:
+    """A block in which whatever is wrong with a line becomes one `error` that names it."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        raise error(f"line {number} of {str(path)!r} is damaged: {cause}; restore it from a copy") from cause
+
+
+@contextmanager
+def writable(folder: Path, *, error: type[ValueError] = ArtefactError) -> Iterator[None]:
+    """A block that writes into a folder, which is made if it is missing. Raises `error` if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as cause:
+        raise error(
+            f"cannot add to {str(folder)!r}: {cause.strerror or cause}; free some room, or pass another folder"
+        ) from cause
+
+
+def check_length(path: Path, length: int, *, error: type[ValueError] = ArtefactError) -> None:
+    """Raise `error` unless the whole lines of the file have this length in bytes."""
+    present = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            present = _whole_length(file)
+    _check_whole(path, present, length, error)
+
+
+def _check_whole(path: Path, present: int, length: int, error: type[ValueError]) -> None:
+    if present != length:
+        raise error(f"{str(path)!r} has changed since it was read; open it again and go on from there")
+
+
+def _whole_length(file: BinaryIO) -> int:
+    """The length of a file without a last line that was not written to its end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        place = file.read(end - start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        end = start
+    return 0
+
+
+def flush(*paths: Path) -> None:
+    """Wait until these files, and the entries of these folders, are on the disk."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    """One line, with a digest of its content."""
+    body = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return (json.dumps({"digest": digest(body), "content": body}, ensure_ascii=False) + "\n").encode()
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether this is a line with its digest."""
+    try:
+        _content(line)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _content(line: bytes) -> dict[str, Any]:
+    """What a line says. Raises `ValueError` if it is damaged."""
+    words = parse_json(line)
+    if words["digest"] != digest(words["content"]):
+        raise ValueError("its digest does not match")
+    return parse_json(words["content"])

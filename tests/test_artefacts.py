@@ -42,6 +42,7 @@ from multrace.artefacts import (
     write_tensors,
     write_whole,
 )
+from multrace.artefacts.files import write_arrays
 from multrace.tracing import average
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -121,6 +122,14 @@ def test_a_place_that_cannot_be_written_is_the_error_of_the_room(tmp_path):
 
 class LookupErrorOfValue(ValueError, LookupError):
     """An error class of another room."""
+
+
+def test_an_array_of_objects_is_refused_instead_of_pickled(tmp_path):
+    for value in ([None, 1], [object()]):
+        with pytest.raises(ArtefactError, match="'x' holds other values"):
+            write_arrays(tmp_path / "file.npz", {"x": value})
+    with np.load(write_arrays(tmp_path / "file.npz", {"x": ["a", "b"]})) as read:
+        assert read["x"].tolist() == ["a", "b"]
 
 
 def test_a_digest_tells_values_shapes_dtypes_and_borders_apart():

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from ...artefacts import files, plain_fields, replacing_folder
-from ...data import parse_json
 from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel
 from ...models.guards import uninterrupted
@@ -30,6 +21,7 @@ from ..requests import EditError
 from .delta import Delta, joined
 from .weight_change import AppliedDelta, check_fingerprints, held, write_all
 
+logger = logging.getLogger("multrace")
 INDEX = "index.jsonl"
 _LAYOUT = "multrace history 1"
 _EDIT, _WITHDRAWAL, _STATE = "edit", "withdrawal", "state"
@@ -431,13 +423,13 @@ class History:
         """The entry with its edit in a file of the folder, which without a line of the index counts for nothing."""
         if isinstance(entry.source, Path) and entry.source.parent == self.folder:
             return entry
-        check_length(self.folder / INDEX, self.length)
+        files.check_length(self.folder / INDEX, self.length, error=EditError)
         delta = entry.delta
         digest = delta.digest
         path = self.folder / f"{entry.step:06d}-{digest[:12]}.safetensors"
         delta.save(path)
-        with writable(self.folder):
-            _flush(path, self.folder)  # before the line that names the file, so that no line is ever ahead of its file
+        with files.writable(path.parent, error=EditError):
+            files.flush(path, path.parent)  # before the line that names the file: no line is ever ahead of its file
         return replace(entry, source=path, digest=digest)
 
     def _state_appended(self) -> Self:
@@ -449,7 +441,9 @@ class History:
     def _appended(self, kind: str, content: Mapping[str, Any]) -> Self:
         """This history, once its last change is a line of the folder's index."""
         index = self.folder / INDEX
-        return replace(self, length=append_line(index, self.length, {"kind": kind, **content}, layout=_LAYOUT))
+        line = {"kind": kind, **content}
+        length = files.append_line(index, self.length, line, layout=_LAYOUT, error=EditError)
+        return replace(self, length=length)
 
 
 def load_edit(path: str | Path) -> Delta | History:
@@ -480,10 +474,10 @@ def _read(history: History, index: Path) -> History:
             **plain_fields(History, words, ["base", "step"]),
         ),
     }
-    lines, length = whole_lines(index, layout=_LAYOUT)
+    lines, length = files.whole_lines(index, layout=_LAYOUT, error=EditError)
     listed: set[str] = set()
     for number, words in lines:
-        with damaged_line(index, number):
+        with files.damaged_line(index, number, error=EditError):
             history = apply[words.pop("kind")](history, words)
             listed.update(each["file"] for each in words.get("edits", [words]) if "file" in each)
     later = [path.name for path in folder.glob(_FILES) if int(path.name.split("-")[0]) > history.step]
@@ -512,151 +506,3 @@ def _report_unlisted(folder: Path, names: Set[str]) -> None:
     if files := ", ".join(repr(name) for name in sorted(names) if name.endswith(".safetensors")):
         where = "in no line of the index of %s: %s, of an edit that a program was adding when it stopped; "
         logger.warning(where + "add it with history.added(name, load_edit(file)), or delete it", folder, files)
-
-
-logger = logging.getLogger("multrace")
-
-
-def append_line(path: Path, length: int, content: Mapping[str, Any], *, layout: str) -> int:
-    """Append a line and return the new length of the file; the line is on the disk when this returns.
-
-    Args:
-        path: The file, which is begun if the length is 0.
-        length: Length of the part that the line is to follow, in bytes; the rest of a line that was cut short is
-            replaced.
-        content: What the line says.
-        layout: Name and version of the file's layout, for its first line.
-
-    Raises:
-        EditError: The file has more or fewer whole lines than this length, or it cannot be written; it is then as it
-            was.
-    """
-    check_length(path, length)
-    line = (b"" if length else _line({"layout": layout})) + _line(content)
-    with writable(path.parent), path.open("a+b", buffering=0) as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        _check_whole(path, _whole_length(file), length)  # again, since another process may have held the lock
-        file.truncate(length)
-        try:
-            if not length:
-                _flush(path.parent)
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except BaseException:
-            file.truncate(length)
-            raise
-    return length + len(line)
-
-
-def whole_lines(path: Path, *, layout: str) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-    """Return the number and the content of each line after the first, and the length of the file in bytes.
-
-    A last line that was not written to its end is left out, with a warning. Raises `EditError` for a file of another
-    layout, and for a damaged line.
-    """
-    raw = path.read_bytes()
-    length = raw.rfind(b"\n") + 1
-    if _is_whole(raw[length:-1]):
-        raise EditError(
-            f"the last line of {str(path)!r} is damaged: it does not end as it should; restore it from a copy"
-        )
-    if length < len(raw):
-        logger.warning(
-            "the last line of %s was not written to its end and is left out: what was being added when the program "
-            "stopped is lost, everything before it is there",
-            path,
-        )
-    lines = []
-    for number, line in enumerate(raw[:length].split(b"\n")[:-1], start=1):
-        with damaged_line(path, number):
-            content = _content(line)
-            if number > 1:
-                lines.append((number, content))
-            elif content.get("layout") != layout:
-                raise ValueError(f"it holds {content.get('layout')!r}, not {layout!r}")
-    return lines, length
-
-
-@contextmanager
-def damaged_line(path: Path, number: int) -> Iterator[None]:
-    """A block in which whatever is wrong with a line becomes one `EditError` that names it."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise EditError(f"line {number} of {str(path)!r} is damaged: {error}; restore it from a copy") from error
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """A block that writes into a folder, which is made if it is missing. Raises `EditError` if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise EditError(
-            f"cannot add to {str(folder)!r}: {error.strerror or error}; free some room, or pass another folder"
-        ) from error
-
-
-def check_length(path: Path, length: int) -> None:
-    """Raise `EditError` unless the whole lines of the file have this length in bytes."""
-    present = 0
-    if path.is_file():
-        with path.open("rb") as file:
-            present = _whole_length(file)
-    _check_whole(path, present, length)
-
-
-def _check_whole(path: Path, present: int, length: int) -> None:
-    if present != length:
-        raise EditError(f"{str(path)!r} has changed since it was read; open it again and go on from there")
-
-
-def _whole_length(file: BinaryIO) -> int:
-    """The length of a file without a last line that was not written to its end."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 2**16)
-        file.seek(start)
-        place = file.read(end - start).rfind(b"\n")
-        if place >= 0:
-            return start + place + 1
-        end = start
-    return 0
-
-
-def _flush(*paths: Path) -> None:
-    """Wait until these files, and the entries of these folders, are on the disk."""
-    for path in paths:
-        if path.is_dir() and os.name == "nt":
-            continue  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    """One line, with a digest of its content."""
-    body = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return (json.dumps({"digest": files.digest(body), "content": body}, ensure_ascii=False) + "\n").encode()
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether this is a line with its digest."""
-    try:
-        _content(line)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-    return True
-
-
-def _content(line: bytes) -> dict[str, Any]:
-    """What a line says. Raises `ValueError` if it is damaged."""
-    words = parse_json(line)
-    if words["digest"] != files.digest(words["content"]):
-        raise ValueError("its digest does not match")
-    return parse_json(words["content"])
