@@ -1,4 +1,4 @@
-"""Safetensors and JSON files with equal bytes for equal content, and files of lines, with digests that loading checks."""
+"""Safetensors, JSON and files of lines: equal bytes for equal content, and digests that loading checks."""
 
 import errno
 import hashlib
