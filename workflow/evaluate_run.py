@@ -37,8 +37,8 @@ from ..editing.evaluation import (
     SequenceSteps,
     baseline as measure_baseline,
     batch_checks,
-    evaluate_each,
     measured,
+    measured_edit,
     seen_statuses,
     statuses_of,
     transform_of,
@@ -154,11 +154,12 @@ class EvaluateRun(_Evaluation):
         if self.trace is not None:
             located = self.trace.located(vlm, record)
             where, site = self.trace.outcome(located), located.edit_site
-        options: dict[str, Any] = {"general": self.general, "settings": self.evaluation, "batch_size": self.batch_size}
-        editor = self.editor_at(site)
-        (result,) = evaluate_each(vlm, [record], editor, moments=self._moments, progress=False, **options)
-        if result.status.startswith("failed"):
-            raise EditError(result.status.removeprefix("failed: "))
+        change = self.editor_at(site).start(vlm, moments=self._moments).propose([record])
+        (status,) = statuses_of(change, 1)
+        if status.startswith("failed"):
+            raise EditError(status.removeprefix("failed: "))
+        options: dict[str, Any] = {"settings": self.evaluation, "batch_size": self.batch_size}
+        result = measured_edit(vlm, _id(record, task.name), record, change, status, general=self.general, **options)
         outcome = _reported(self, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
         return replace(outcome, row={**outcome.row, **where.row}, results=where.results)
 

@@ -57,6 +57,7 @@ from .modes import (
     batch_checks as batch_checks,
     evaluate as evaluate,
     evaluate_each as evaluate_each,
+    measured_edit as measured_edit,
 )
 from .reports import (
     EditCurve as EditCurve,

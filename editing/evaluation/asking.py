@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...artefacts import from_plain
-from ...data.facts import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, EditRecord, EditRequest, Question
-from ...models import ModelError, Prompt, VisionLanguageModel
+from ...data.facts import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, EditRecord, Question
+from ...models import Prompt, VisionLanguageModel
 from ...models.prompts import collate
 from ..changes import Change
 from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED, EditError, edited_questions, prompt_answers
@@ -496,15 +496,6 @@ def measured_now(
         after = _responses(vlm, block, _prompts(vlm, block), free, batch_size=batch_size)
         rows |= zip(block, rows_of(block, reference.responses, after), strict=True)
     return tuple(rows[check] for check in checks)
-
-
-def attempt(make: Callable[[Sequence[EditRequest]], Change], request: EditRequest) -> tuple[Change | None, str]:
-    """Return the change of one request and its status; the change is None if it could not be made."""
-    try:
-        change = make([request])
-    except (EditError, ModelError) as error:
-        return None, f"failed: {error}"
-    return change, statuses_of(change, 1)[0]
 
 
 def statuses_of(change: Change, count: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Evaluation of edits, made one at a time, all at once, or one on top of the other, beside the unedited model."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, cast
 import torch
 from tqdm import tqdm
 
-from ...data.facts import EFFICACY, EditRecord, Question
-from ...models import VisionLanguageModel
+from ...data.facts import EFFICACY, EditRecord, EditRequest, Question
+from ...models import ModelError, VisionLanguageModel
 from ..changes import Change, EditSession
 from ..moments import Moments
 from ..requests import FAILED, EditError
@@ -20,7 +20,6 @@ from .asking import (
     Check,
     PromptTransform,
     asked_together,
-    attempt,
     baseline as measure_baseline,
     checks_of,
     general_checks,
@@ -218,22 +217,52 @@ def evaluate_each(
         if name in ids:
             raise EditError(f"two records have the id {name!r}; give each one its own, or none an id")
         ids.add(name)
-        yield _evaluate_record(vlm, name, record, session, general, **options)
+        change, status = _attempt(session.propose, record)
+        yield measured_edit(vlm, name, record, change, status, general=general, **options)
 
 
-def _evaluate_record(
+def _attempt(make: Callable[[Sequence[EditRequest]], Change], request: EditRequest) -> tuple[Change | None, str]:
+    """The change of one request and its status; the change is None if it could not be made."""
+    try:
+        change = make([request])
+    except (EditError, ModelError) as error:
+        return None, f"{FAILED}: {error}"
+    return change, statuses_of(change, 1)[0]
+
+
+def measured_edit(
     vlm: VisionLanguageModel,
     name: str,
     record: EditRecord,
-    session: EditSession,
-    general: Sequence[Question],
-    **options: Any,
+    change: Change | None,
+    status: str,
+    *,
+    general: Sequence[Question] = (),
+    settings: EvaluationSettings,
+    reference: Baseline | None = None,
+    batch_size: int,
 ) -> RecordResult:
-    change, status = attempt(session.propose, record)
+    """Return what one edit, alone in the model, makes of the questions about it; the model ends unedited.
+
+    Args:
+        vlm: The unedited model.
+        name: What the result calls the record.
+        record: The edit, with the questions about it.
+        change: The change that makes it; None for an edit that could not be made.
+        status: What became of the edit.
+        general: Held-out questions with their right answers.
+        settings: What is measured.
+        reference: Responses of the unedited model that were measured before.
+        batch_size: Number of questions that are answered together.
+
+    Raises:
+        EditError: The reference lacks a question, or the change does not fit the model.
+    """
     edited = () if change is None else (name,)
     checks = [*checks_of(name, record), *general_checks(general, record=name)]
     left_out = tuple(missing for check in checks if (missing := lacking(check, edited)))
     asked = [check for check in checks if not lacking(check, edited)]
+    options = {"settings": settings, "reference": reference, "batch_size": batch_size}
     rows = measured(vlm, asked, change, transform=transform_of(change), **options)
     return RecordResult(record=name, status=seen_statuses({name: status}, rows)[name], rows=rows, left_out=left_out)
 
@@ -351,7 +380,7 @@ class SequenceSteps:
         `restore` takes both to go on later. The record has an id.
         """
         name = record.id
-        change, status = attempt(self.session.edit, record)
+        change, status = _attempt(self.session.edit, record)
         if self.session.prompt_transform is not None:
             raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
         self.records[name], self.statuses[name] = record, status
