@@ -46,7 +46,9 @@ class BenchOptions(GeneralOptions):
     width: Annotated[
         int | None, Parameter(help="hidden width, instead of the shape's; MLP and heads follow", metavar="N")
     ] = None
-    seed: Annotated[int, Parameter(help="random seed of weights, prompt, noise and the choice of timed cells")] = 0
+    seed: Annotated[
+        int, Parameter(help="random seed of weights, prompt, noise and the choice of timed cells", metavar="N")
+    ] = 0
     baseline_cells: Annotated[
         int | None,
         Parameter(help="number of cells that the other two ways compute (default: 3; 1 with --quick)", metavar="N"),
@@ -57,7 +59,7 @@ class BenchOptions(GeneralOptions):
             help="float32, bfloat16 or float16 (default: the shape's)", choices=("float32", "bfloat16", "float16")
         ),
     ] = None
-    device: Annotated[str | None, Parameter(help="device: cpu, cuda:0, ... (default: the CPU)")] = None
+    device: Annotated[str | None, Parameter(help="device: cpu, cuda:0, ... (default: the CPU)", metavar="NAME")] = None
     json: Annotated[Path | None, Parameter(help="also write the table to this file", metavar="FILE")] = None
 
     def value(self, name: str) -> Any:

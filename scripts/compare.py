@@ -34,7 +34,7 @@ class TwoRuns:
 class Compare(GeneralOptions, TwoRuns):
     """Options of `multrace compare`."""
 
-    seed: Annotated[int, Parameter(help="random seed of the bootstrap")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the bootstrap", metavar="N")] = 0
     csv: Annotated[Path | None, Parameter(help="also write the table to this file", metavar="FILE")] = None
 
 

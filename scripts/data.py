@@ -74,7 +74,9 @@ class CheckOptions(FileOptions, OneFile):
     ] = None
     no_pictures: Annotated[bool, Parameter(help="leave the pictures alone")] = False
     fix: Annotated[Path | None, Parameter(help="write a cleaned file of our own lines", metavar="FILE")] = None
-    show: Annotated[int, Parameter(help="maximum number of rows that are shown of each kind of finding")] = 3
+    show: Annotated[
+        int, Parameter(help="maximum number of rows that are shown of each kind of finding", metavar="N")
+    ] = 3
     json: Annotated[Path | None, Parameter(help="also write all findings as JSON", metavar="FILE")] = None
 
 

@@ -62,8 +62,8 @@ app = App(name="demo", help=__doc__, help_epilogue=EXAMPLE)
 class Demo(GeneralOptions):
     """Options of `multrace demo`."""
 
-    out: Annotated[Path, Parameter(help="folder for the report")] = Path("out/demo")
-    seed: Annotated[int, Parameter(help="random seed of the choice of facts")] = 0
+    out: Annotated[Path, Parameter(help="folder for the report", metavar="DIR")] = Path("out/demo")
+    seed: Annotated[int, Parameter(help="random seed of the choice of facts", metavar="N")] = 0
     limit: Annotated[int, Parameter(help="number of facts to edit, one at a time", metavar="N")] = 10
     every_layer: Annotated[
         bool, Parameter(help="also edit at every other layer, to show what locating is worth (takes minutes more)")

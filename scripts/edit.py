@@ -79,7 +79,8 @@ class Edit(EditorOptions, RequestOptions):
         Parameter(
             help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless "
             "--positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or "
-            "FIRST-LAST:TOKEN (layers that share the change)"
+            "FIRST-LAST:TOKEN (layers that share the change)",
+            metavar="PLACE",
         ),
     ] = TRACE
     trace: Annotated[
@@ -109,7 +110,7 @@ class Edit(EditorOptions, RequestOptions):
             help="write nothing; report how much the weights would change, and how prompts to keep would be affected"
         ),
     ] = False
-    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/edit")
+    out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/edit")
     save_model: Annotated[
         Path | None, Parameter(help="also write the whole edited model to this new folder", metavar="DIR")
     ] = None

@@ -88,6 +88,7 @@ class EditorOptions(GeneralOptions):
         Parameter(
             help="maximum norm of the change at a key, as a multiple of its output's norm; inf for no limit",
             group=EDITOR,
+            metavar="RATIO",
         ),
     ] = None
     weight_decay: Annotated[
@@ -99,7 +100,9 @@ class EditorOptions(GeneralOptions):
     ridge_fraction: Annotated[
         float | None, Parameter(help="ridge as a share of the mean squared key norm", group=EDITOR, metavar="SHARE")
     ] = None
-    ridge: Annotated[float | None, Parameter(help="absolute ridge, instead of --ridge-fraction", group=EDITOR)] = None
+    ridge: Annotated[
+        float | None, Parameter(help="absolute ridge, instead of --ridge-fraction", group=EDITOR, metavar="WEIGHT")
+    ] = None
     weight: Annotated[
         float | None,
         Parameter(
@@ -261,8 +264,8 @@ class RequestOptions(CorruptionOptions, RunOptions):
     """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
 
     # pyrefly: ignore[bad-override] -- not needed where records are given
-    question: Annotated[str | None, Parameter(help="question to ask")] = None
-    target: Annotated[str | None, Parameter(help="new answer")] = None
+    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
+    target: Annotated[str | None, Parameter(help="new answer", metavar="ANSWER")] = None
     context_image: Annotated[
         tuple[str, ...],
         Parameter(

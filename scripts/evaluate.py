@@ -76,7 +76,8 @@ class Evaluate(RunOptions, EditorOptions):
             help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace "
             "of each edit's question under the picture of another record leads (of the nearest earlier one with the "
             "same question; in the built-in world: of another thing of its kind); a batch has one place, from the mean "
-            "of the traces"
+            "of the traces",
+            metavar="PLACE",
         ),
     ]
     mode: Annotated[
@@ -93,7 +94,9 @@ class Evaluate(RunOptions, EditorOptions):
             metavar="N",
         ),
     ] = SEQUENCE_LENGTHS
-    growth: Annotated[float, Parameter(help="sequence: warn once a weight's norm has grown by this share")] = 0.1
+    growth: Annotated[
+        float, Parameter(help="sequence: warn once a weight's norm has grown by this share", metavar="SHARE")
+    ] = 0.1
     stop: Annotated[bool, Parameter(help="sequence: stop at that point instead")] = False
     general: Annotated[
         str | None,
@@ -111,8 +114,8 @@ class Evaluate(RunOptions, EditorOptions):
         int, Parameter(help="length in tokens of the answers whose fluency is measured", metavar="N")
     ] = 0
     batch_size: Annotated[int, Parameter(help="number of questions answered together", metavar="N")] = 32
-    seed: Annotated[int, Parameter(help="random seed of the bootstrap")] = 0
-    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/eval")
+    seed: Annotated[int, Parameter(help="random seed of the bootstrap", metavar="N")] = 0
+    out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/eval")
 
     @property
     def measured(self) -> editing.EvaluationSettings:

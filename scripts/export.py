@@ -29,7 +29,8 @@ class Export(ModelOptions):
     """Options of `multrace export`."""
 
     edit: Annotated[
-        Path, Parameter(help="saved edit, or the folder of a history, which is written as one edit", metavar="PATH")
+        Path,
+        Parameter(help="saved edit, or the folder of a history, which is written as one edit", metavar="FILE_OR_DIR"),
     ]
     peft: Annotated[Path | None, Parameter(help="new folder for a PEFT LoRA adapter", metavar="DIR")] = None
     merged: Annotated[Path | None, Parameter(help="new folder for the whole edited model", metavar="DIR")] = None
@@ -37,10 +38,11 @@ class Export(ModelOptions):
         str | None,
         Parameter(
             help=f"question whose answers are compared (default: the first {QUESTIONS} questions of the edit, with the "
-            "pictures that were edited, if their files are still there)"
+            "pictures that were edited, if their files are still there)",
+            metavar="TEXT",
         ),
     ] = None
-    image: Annotated[str | None, Parameter(help="picture in front of --question")] = None
+    image: Annotated[str | None, Parameter(help="picture in front of --question", metavar="FILE")] = None
 
     def check(self) -> None:
         """Raises `CommandError` or `ModelError` for every mistake that can be found without the model."""

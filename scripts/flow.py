@@ -68,12 +68,12 @@ def _box(text: str) -> tuple[int, int, int, int]:
 class FlowOptions(RunOptions, EngineOptions):
     """Options of `multrace flow`."""
 
-    question: Annotated[str | None, Parameter(help="question to ask")] = None
-    image: Annotated[Path | None, Parameter(help="picture in front of the question")] = None
+    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
+    image: Annotated[Path | None, Parameter(help="picture in front of the question", metavar="FILE")] = None
     constraint: Annotated[
         str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
     ] = None
-    answer: Annotated[str | None, Parameter(help="right answer, if it is known")] = None
+    answer: Annotated[str | None, Parameter(help="right answer, if it is known", metavar="ANSWER")] = None
     foil: Annotated[str | None, Parameter(help="wrong answer that the lens follows too", metavar="ANSWER")] = None
     box: Annotated[
         tuple[Any, ...] | None,
@@ -98,7 +98,7 @@ class FlowOptions(RunOptions, EngineOptions):
         ),
     ] = False
     all: Annotated[bool, Parameter(help="keep the questions that the model answers wrongly")] = False
-    seed: Annotated[int, Parameter(help="random seed of the noise and of the order of --world")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the noise and of the order of --world", metavar="N")] = 0
     knockout: Annotated[
         bool, Parameter(help="cut attention from one group of tokens to another, layer by layer (the default)")
     ] = False
@@ -158,7 +158,7 @@ class FlowOptions(RunOptions, EngineOptions):
         Parameter(help="relevance: numbers of image tokens that stay, those with most attention, or all", metavar="N"),
     ] = (0,)
     draw: Annotated[bool, Parameter(help="draw the results of each of many questions, too")] = False
-    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/flow")
+    out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/flow")
 
     @property
     def analyses(self) -> tuple[str, ...]:

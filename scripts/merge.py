@@ -31,7 +31,7 @@ class Folders:
 class Merge(GeneralOptions, Folders):
     """Options of `multrace merge`."""
 
-    out: Annotated[Path, Parameter(help="folder for the whole run")] = Path("out/merged")
+    out: Annotated[Path, Parameter(help="folder for the whole run", metavar="DIR")] = Path("out/merged")
 
 
 @app.default

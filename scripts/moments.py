@@ -50,8 +50,10 @@ class MomentOptions(ModelOptions):
     limit: Annotated[
         int | None, Parameter(help="maximum number of records or questions (default: all records)", metavar="N")
     ] = None
-    seed: Annotated[int, Parameter(help="random seed of the order of --world")] = 0
-    layers: Annotated[str | None, Parameter(help="layers such as 5, 3-7 or 0,2,5-7 (default: all)")] = None
+    seed: Annotated[int, Parameter(help="random seed of the order of --world", metavar="N")] = 0
+    layers: Annotated[
+        str | None, Parameter(help="layers such as 5, 3-7 or 0,2,5-7 (default: all)", metavar="LAYERS")
+    ] = None
     projection: Annotated[
         str,
         Parameter(
@@ -69,7 +71,10 @@ class MomentOptions(ModelOptions):
         ),
     ] = None
     tolerance: Annotated[
-        float | None, Parameter(help="stop once the moments move by less than this share (default: read everything)")
+        float | None,
+        Parameter(
+            help="stop once the moments move by less than this share (default: read everything)", metavar="SHARE"
+        ),
     ] = None
     every: Annotated[
         int | None,
@@ -85,7 +90,7 @@ class MomentOptions(ModelOptions):
             metavar="DIR",
         ),
     ] = None
-    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/moments")
+    out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/moments")
 
     def check(self) -> None:
         """Raises `CommandError` unless there is exactly one source, and for numbers out of range."""

@@ -150,8 +150,10 @@ class ModelOptions(PictureOptions):
             help="directory or hub id of the model (default: the embedded model)", group=MODEL, metavar="DIR_OR_ID"
         ),
     ] = None
-    revision: Annotated[str | None, Parameter(help="branch, tag or commit of a hub id", group=MODEL)] = None
-    dtype: Annotated[str, Parameter(help="float32, bfloat16, float16 or auto", group=MODEL)] = "auto"
+    revision: Annotated[
+        str | None, Parameter(help="branch, tag or commit of a hub id", group=MODEL, metavar="NAME")
+    ] = None
+    dtype: Annotated[str, Parameter(help="float32, bfloat16, float16 or auto", group=MODEL, metavar="NAME")] = "auto"
     device_map: Annotated[
         str | None,
         Parameter(
@@ -227,9 +229,10 @@ class EngineOptions(GeneralOptions):
 class QuestionOptions(GeneralOptions):
     """What the model is asked."""
 
-    question: Annotated[str, Parameter(help="question to ask")]
+    question: Annotated[str, Parameter(help="question to ask", metavar="TEXT")]
     image: Annotated[
-        str | None, Parameter(help="picture in front of the question (default: none, a text-only question)")
+        str | None,
+        Parameter(help="picture in front of the question (default: none, a text-only question)", metavar="FILE"),
     ] = None
 
     def check_question(self) -> None:
@@ -272,7 +275,7 @@ class CorruptionOptions(ConstraintOptions):
     corrupt: Annotated[
         str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
     ] = None
-    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together")] = 3
+    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together", metavar="N")] = 3
     positions: Annotated[
         tuple[Any, ...] | None,
         Parameter(
@@ -283,7 +286,7 @@ class CorruptionOptions(ConstraintOptions):
             converter=parse_rows,
         ),
     ] = None
-    seed: Annotated[int, Parameter(help="random seed of the noise")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the noise", metavar="N")] = 0
 
     def corruption(self) -> "tracing.Corruption":
         """Return the corruption that --corrupt spells.

@@ -52,7 +52,7 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
     """Options of `multrace trace`."""
 
     # pyrefly: ignore[bad-override] -- not needed where records are given
-    question: Annotated[str | None, Parameter(help="question to ask")] = None
+    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
     answer: Annotated[
         str | None,
         Parameter(help="answer whose first token is scored (default: the model's own answer)", metavar="ANSWER"),
@@ -115,7 +115,7 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
             help="one question: keep finished cells in OUT while tracing, and continue from those of an earlier call"
         ),
     ] = False
-    out: Annotated[Path, Parameter(help="folder for the results")] = Path("out/trace")
+    out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/trace")
 
     def check(self) -> None:
         """Raises `CommandError` unless either a question or a file is given, each with options that belong to it."""

@@ -25,9 +25,10 @@ app = App(name="undo", help=__doc__, help_epilogue=EXAMPLE)
 class Undo(GeneralOptions):
     """Options of `multrace undo`."""
 
-    edit: Annotated[Path, Parameter(help="saved edit, or the folder of a history", metavar="PATH")]
+    edit: Annotated[Path, Parameter(help="saved edit, or the folder of a history", metavar="FILE_OR_DIR")]
     name: Annotated[
-        str | None, Parameter(help="edit of the history that is taken out, or that --request belongs to")
+        str | None,
+        Parameter(help="edit of the history that is taken out, or that --request belongs to", metavar="NAME"),
     ] = None
     request: Annotated[
         tuple[int, ...] | None,
@@ -39,7 +40,7 @@ class Undo(GeneralOptions):
             help="solve the rest again, as if the requests taken out had never been made (default: keep their solution)"
         ),
     ] = False
-    out: Annotated[Path, Parameter(help="folder for the result")] = Path("out/undo")
+    out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/undo")
 
 
 @app.default

@@ -145,6 +145,8 @@ def test_help_shows_what_it_describes(path: tuple[str, ...], capsys: pytest.Capt
         if isinstance(argument.field_info.default, int | Path) and not isinstance(argument.field_info.default, bool):
             assert f"[default: {argument.field_info.default}]" in shown
     assert "examples: multrace" in shown
+    types = re.findall(r"--[a-z-]+ (?:STR|PATH|INT|FLOAT|BOOL)\b", shown)
+    assert types == [], "a value is named by what it is, not by its type"
 
 
 def test_a_wrong_name_and_a_wrong_option_are_noticed():

@@ -203,15 +203,18 @@ class EditRun(Analysis):
         """Return the values of each record of a group. Those of one editor are searched for together."""
         outcomes: dict[str, Outcome | ValueError] = {}
         members: dict[ClosedFormEditor, list[tuple[Task, EditRequest]]] = {}
+        sessions: dict[ClosedFormEditor, ClosedFormSession] = {}
         for task in tasks:
             try:
                 request, editor = self.request(task), self._editor(vlm, task)
-                ClosedFormSession(vlm, lambda _requests, editor=editor: editor).check(request)
+                if editor not in sessions:
+                    sessions[editor] = ClosedFormSession(vlm, lambda _requests, editor=editor: editor)
+                sessions[editor].check(request)
                 members.setdefault(editor, []).append((task, request))
             except INPUT_ERRORS as error:
                 outcomes[task.name] = error
         for editor, own in members.items():
-            values = editor.search(vlm, [request for _, request in own], progress=False)
+            values = sessions[editor].search([request for _, request in own])
             for (task, _), result in zip(own, values, strict=True):
                 outcomes[task.name] = _outcome(task, result, Place.of_editor(editor, vlm.layer_index(editor.place[0])))
         return [outcomes[task.name] for task in tasks]

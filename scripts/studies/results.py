@@ -52,7 +52,7 @@ PARTS = ("editors", "batch", "sequence", "locating")
 class Results(GeneralOptions):
     """Options of the results."""
 
-    out: Annotated[Path, Parameter(help="folder for the rows and the tables")]
+    out: Annotated[Path, Parameter(help="folder for the rows and the tables", metavar="DIR")]
     limit: Annotated[int, Parameter(help="number of requests of each split", metavar="N")] = 100
     together: Annotated[int, Parameter(help="number of edits of a sequence and of the largest batch", metavar="N")] = (
         160

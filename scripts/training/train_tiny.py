@@ -53,10 +53,10 @@ EXAMPLE = """examples:
 class TrainTiny(GeneralOptions):
     """Options of the training."""
 
-    out: Annotated[Path, Parameter(help="folder to write; must be new or empty")]
-    seed: Annotated[int, Parameter(help="random seed of weights, pictures and questions")] = 0
+    out: Annotated[Path, Parameter(help="folder to write; must be new or empty", metavar="DIR")]
+    seed: Annotated[int, Parameter(help="random seed of weights, pictures and questions", metavar="N")] = 0
     threads: Annotated[int, Parameter(help="number of CPU threads", metavar="N")] = 2
-    share: Annotated[float, Parameter(help="share of the recipe's steps to take")] = 1.0
+    share: Annotated[float, Parameter(help="share of the recipe's steps to take", metavar="SHARE")] = 1.0
 
 
 app = App(
