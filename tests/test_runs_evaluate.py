@@ -18,6 +18,7 @@ from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune
 from multrace.tracing import CausalTrace
 from multrace.workflow import (
     EvaluateBatchRun,
+    EvaluateRun,
     EvaluateSequenceRun,
     RunError,
     Task,
@@ -200,6 +201,18 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         return compute(self, vlm, task)
 
     monkeypatch.setattr(evaluate_run._Sequence, "compute", stopped)
+
+
+def test_single_edits_of_a_run_are_those_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    """So is the reason of one that cannot be made."""
+    bad = EditRecord(id="bad", question=Question(text="Who won?"), target=RECORDS[0].target)
+    editor = replace(EDITOR, token="constraint_last")
+    done = analysed(tiny_vlm, EvaluateRun(editor=editor, evaluation=FREE), tmp_path / "run", [RECORDS[0], bad])
+    expected = evaluate(tiny_vlm, [RECORDS[0], bad], editor, settings=FREE, progress=False)
+    report = EditReport.load(tmp_path / "run/summary/evaluation.json")
+    assert report.rows == tuple(row for row in expected.rows if row.record == RECORDS[0].id)
+    (failure,) = done.failed
+    assert f"failed: {failure[1]}" == expected.statuses[bad.id]
 
 
 def test_a_batch_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
