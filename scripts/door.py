@@ -1,5 +1,7 @@
 """The door of the command line: sets up the process before torch is imported, and exits quietly when it has to stop."""
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import MutableMapping
@@ -14,6 +16,7 @@ INTERRUPTED, UNREAD = 130, 1
 
 def main() -> int:
     """Return the exit code of the command line: 130 for an interruption at any time, 1 if nobody reads the output."""
+    atexit.register(gc.freeze)  # Python would search all of torch for cycles as it exits, which takes a second
     try:
         be_polite(os.environ)
         code = _commands.app()
