@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import read_json, write_json
 from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
@@ -426,6 +427,63 @@ def test_a_record_of_files_outside_its_folder_is_damaged(go: Callable, tmp_path:
     assert folder.stored(path.parent.name) is None
     write_json(path, "multrace run record 1", whole)
     assert folder.stored(path.parent.name) is not None
+
+
+@pytest.mark.parametrize("change", ["more records", "a damaged record"])
+def test_an_interrupted_run_has_no_summary_of_earlier_records(
+    prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+):
+    prepared()
+    assert len(read_rows(tmp_path / "out")) == 2
+    if change == "a damaged record":
+        damaged(next((tmp_path / "out" / "records").glob("green-*/score.txt")), "flipped")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Kept, "compute", lambda *_: signal.raise_signal(signal.SIGINT))
+        prepared(words=WORDS[: 2 + (change == "more records")])
+    with pytest.raises(RunError, match="holds no finished run"):
+        read_rows(tmp_path / "out")
+
+
+def test_files_of_the_whole_run_are_written_by_one_process_at_a_time(
+    prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    is_free: dict[str, bool] = {}
+    calibrate, files, compute = Prepared.calibrate, MeanScore.files, Prepared.compute
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            lock = FileLock(tmp_path / "out" / ".locks" / "whole.lock")
+            try:
+                lock.acquire(timeout=0)
+                is_free[name] = True
+            except Timeout:
+                is_free[name] = False
+            lock.release()
+            return method(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Prepared, "calibrate", noted("calibration", calibrate))
+    monkeypatch.setattr(MeanScore, "files", noted("summary", files))
+    monkeypatch.setattr(Prepared, "compute", noted("record", compute))
+    prepared()
+    assert is_free == {"calibration": False, "summary": False, "record": True}
+
+
+def test_a_comparison_leaves_out_records_without_a_value(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    go(*WORDS[:5], out="one")
+    go(*WORDS[2:5], out="whole", answer="no")
+    compute = Scores.compute
+
+    def gap(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        return compute(self, vlm, task) if task.number > 1 else Outcome(row={"question": "?", "score": None})
+
+    monkeypatch.setattr(Scores, "compute", gap)
+    monkeypatch.setattr(Scores, "summary", lambda self: Summary())
+    go(*WORDS[:5], out="gaps", answer="no")
+    assert read_rows(tmp_path / "gaps")["score"].isna().sum() == 2
+    with_gaps, without = (compare(tmp_path / "one", tmp_path / name) for name in ("gaps", "whole"))
+    assert with_gaps.to_dict("records") == without.to_dict("records") and list(without["records"]) == [3]
 
 
 @pytest.mark.parametrize("damage", ["lost", "flipped"])

@@ -293,6 +293,7 @@ def test_merged_shards_are_ended_by_the_same_command(go: Any, tmp_path: Path):
     for index in (1, 2):
         go(records, out=f"part{index}", shard=f"{index}/2", **options)
     report = merge([tmp_path / "part1", tmp_path / "part2"], tmp_path / "merged")
+    assert content(tmp_path / "merged" / "traces") == content(tmp_path / "part1" / "traces") != {}
     (line,) = report.lines
     assert "start the command of this run with this folder once more" in line and not report.files
     assert go(records, out="merged", **options).files

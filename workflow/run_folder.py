@@ -377,8 +377,11 @@ class RunFolder:
             yield part
             part.rename(whole)
             self._deliver(whole)
-        except (OSError, ArtefactError, RunError) as error:
+        except OSError as error:
             raise RunError(f"{_unwritable(self.path, error)}; what is done is kept") from error
+        except (ArtefactError, RunError) as error:
+            words = str(error).replace(str(part), str(self.records))
+            raise RunError(f"{words}, and start the run again; what is done is kept") from error
         finally:
             with suppress(OSError):
                 _remove([part])
