@@ -130,9 +130,9 @@ def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     average = AverageTrace.load(tmp_path / "out/traces/summary/average.safetensors")
     assert average.count == 4 and torch.equal(average.means["mlp"].mean, located.average.means["mlp"].mean)
     report = (tmp_path / "out/summary/edit.json").read_text()
-    if not each:
-        assert delta_of(tmp_path / "out").digest == located.deltas[0].digest
-        assert all(line in report for shift in located.shifts for line in shift.lines())
+    assert len(set(table["layer"])) == (2 if each else 1)
+    assert delta_of(tmp_path / "out").digest == located.deltas[0].digest
+    assert all(line in report for shift in located.shifts for line in shift.lines())
 
 
 def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel):

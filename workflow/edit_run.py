@@ -61,8 +61,9 @@ class EditRun(Analysis):
     """All records edited in one solve, with a value search of each that is kept as soon as it is there.
 
     A place is that of the editor, or the one that traces find: each record is traced first, and the layer and token of
-    the editor are replaced. The delta is the one that `editor.edit` makes of all records that can be edited; it is
-    made again from the kept values whenever the set of records has changed.
+    the editor are replaced. All values are searched for on the unedited model. The delta is the one that `editor.edit`
+    (with traces, `locate_then_edit`) makes of all records that can be edited; it is made again from the kept values
+    whenever the set of records has changed.
 
     Example:
         >>> import multrace as mt

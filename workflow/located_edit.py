@@ -92,9 +92,10 @@ def locate_then_edit(
         editor: Settings whose layer and token the trace replaces, or a class or function that makes settings from
             `layer` and `token`. The change is spread over no layer below the one where the picture arrives.
         moments: Second moments of keys, for editors that need them.
-        jointly: Make one delta of all requests. Requests with the same site are solved together; the sites follow each
-            other from the lowest layer up, each solved with the earlier ones in the model. Otherwise each request gets
-            a delta of its own for the unedited model.
+        jointly: Make one delta of all requests. All values are searched for on the unedited model, as MEMIT (arXiv
+            2210.07229) does for a batch; requests with the same site are then solved together, and the sites follow
+            each other from the lowest layer up, each solved with the earlier ones in the model. Otherwise each request
+            gets a delta of its own for the unedited model.
         per_request: As in `locate`.
         positions: As in `locate`.
         sites: As in `locate`.
@@ -143,7 +144,7 @@ def locate_then_edit(
 class EditsAtSites:
     """Edits of requests, each at its own site.
 
-    values: what a value search found for each request on the unedited model; None to search when an edit is made.
+    values: what a value search found for each request on the unedited model; None to search here.
     """
 
     def __init__(
@@ -178,20 +179,24 @@ class EditsAtSites:
         return tuple(found)
 
     def jointly(self) -> Delta:
-        """Return one delta for all, whose requests are in the order given."""
-        groups: dict[ClosedFormEditor, list[int]] = {}
-        for index, editor in enumerate(self.editors):
-            groups.setdefault(editor, []).append(index)
+        """Return one delta for all, whose requests are in the order given.
+
+        The values are those of the unedited model, so that those of a request do not depend on the other sites. Each
+        site's change is measured from what the model gives with the earlier sites' changes in place.
+        """
         deltas: list[Delta] = []
         order: list[int] = []
         failed: dict[int, str] = {}
         errors: list[EditError] = []
+        groups = self._groups()
+        values = [self._values_of(members) for members in groups]
         with self.session as session:
-            for _, members in sorted(groups.items(), key=lambda pair: pair[0].place[0]):
+            for members, found in zip(groups, values, strict=True):
                 own = [self.requests[index] for index in members]
-                values = None if self.values is None else [self.values[index] for index in members]
                 try:
-                    deltas.append(session.edit(own, values=values, progress=self.progress))
+                    if isinstance(found, EditError):
+                        raise found
+                    deltas.append(session.edit(own, values=found, progress=self.progress))
                 except EditError as error:
                     errors.append(error)
                     failed |= dict.fromkeys(members, f"failed: {gist(error)}")
@@ -202,6 +207,22 @@ class EditsAtSites:
         for index, reason in failed.items():
             self.notes.append(f"{self.requests[index].label!r} {reason}")
         return _in_order(compose(*deltas), order, self.requests, failed)
+
+    def _groups(self) -> list[list[int]]:
+        """The indices of the requests that are solved together, from the lowest layer up."""
+        groups: dict[ClosedFormEditor, list[int]] = {}
+        for index, editor in enumerate(self.editors):
+            groups.setdefault(editor, []).append(index)
+        return [members for _, members in sorted(groups.items(), key=lambda pair: pair[0].place[0])]
+
+    def _values_of(self, members: Sequence[int]) -> Sequence[RequestValues] | EditError:
+        """The values of requests that are solved together, or why they cannot be searched for."""
+        if self.values is not None:
+            return [self.values[index] for index in members]
+        try:
+            return self.session.search([self.requests[index] for index in members], check=True, progress=self.progress)
+        except EditError as error:
+            return error
 
     def _editor_of(self, requests: Sequence[EditRequest]) -> ClosedFormEditor:
         return next(editor for editor, own in zip(self.editors, self.requests, strict=True) if own is requests[0])

@@ -318,9 +318,10 @@ def joined(deltas: Sequence[Delta], below: Sequence[Sequence[int]]) -> Delta:
         requests += delta.requests
     settings = [dict(each.settings) for each in deltas]
     alike = all(each == settings[0] for each in settings)
+    before = {name: digest for each in reversed(deltas) for name, digest in each.fingerprints.items()}
     return Delta(
         changes={name: WeightChange.stacked(changes) for name, changes in rows.items()},
-        fingerprints={name: digest for each in reversed(deltas) for name, digest in each.fingerprints.items()},
+        fingerprints={name: before[name] for name in rows},  # in the order in which a file gives the changes back
         model=deltas[0].model,
         revision=deltas[0].revision,
         settings=settings[0] if alike else {"editor": "composed", "parts": json.dumps(settings)},

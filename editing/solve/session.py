@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -69,15 +71,18 @@ class ClosedFormSession(EditSession[Delta]):
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
 
-    def search(self, requests: Sequence[EditRequest], *, progress: bool = False) -> tuple[RequestValues, ...]:
+    def search(
+        self, requests: Sequence[EditRequest], *, check: bool = False, progress: bool = False
+    ) -> tuple[RequestValues, ...]:
         """Return what the value search finds for each request in the model as it is now.
 
-        It is most of the work of an edit; `propose` and `edit` take its result as `values`. Raises `EditError` if a
-        token does not exist in a prompt, or if contexts disagree.
+        It is most of the work of an edit; `propose` and `edit` take its result as `values`. check: look first whether
+        requests contradict each other. Raises `EditError` if they do, if a token does not exist in a prompt, or if
+        contexts disagree.
         """
         requests = listed_requests(requests)
         with self.vlm.gradients():
-            return _Edit(self, self._choose(requests), requests, progress=progress).search()
+            return _Edit(self, self._choose(requests), requests, progress=progress).search(check=check)
 
     def check(self, request: EditRequest) -> None:
         """Raise the `EditError` that the value search of a request would raise, without running the model."""
@@ -133,6 +138,7 @@ class ClosedFormSession(EditSession[Delta]):
             uninterrupted(own.restore)
             raise
         self._keys.follow(self.history.entries[-1], delta)
+        _give_back_memory()
         return delta
 
     def adopt(self, requests: Sequence[EditRequest], change: Delta) -> None:
@@ -144,6 +150,7 @@ class ClosedFormSession(EditSession[Delta]):
         super().adopt(requests, change)
         self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
         self._keys.follow(self.history.entries[-1], change)
+        _give_back_memory()
 
     def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
         """Return the cost of a weight, factorised once for all edits that have the same ridge."""
@@ -426,6 +433,17 @@ def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progres
         }:
             done.discard(index)
     return done
+
+
+def _give_back_memory() -> None:
+    """Let the C library give the memory that an edit has freed back to the system, where it is glibc.
+
+    Each edit makes matrices as wide as its keys are long. If they are of at most 32 MiB, glibc keeps what is freed for
+    later, but the factors of the edit, which stay, may lie in between: the process would then grow by one such matrix
+    with every edit.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _in_place(vlm: VisionLanguageModel, name: str, change: WeightChange) -> AbstractContextManager[VisionLanguageModel]:

@@ -339,7 +339,7 @@ def split(batch: TargetBatch, inputs: Tensor, outputs: Tensor) -> list[Lookup]:
         rows = ((batch.goals == goal) & ~batch.essence).nonzero().flatten()
         count = int(batch.key_mask[rows[0]].sum())
         read, written = keys[rows.to(keys.device), :count], values[rows.to(values.device), :count]
-        result.append(Lookup(keys=read.mean(0), plain_keys=read[0], before=written.mean(0)))
+        result.append(Lookup(keys=read.mean(0), plain_keys=read[0].clone(), before=written.mean(0)))
     return result
 
 
