@@ -161,7 +161,7 @@ class TraceRun(Analysis):
 
 
 def trace_summary(trace: CausalTrace) -> list[str]:
-    """Return total effect, engine and, for each kind of site, the strongest causal blocks, as lines of text."""
+    """Return total effect, engine, the strongest causal blocks of each kind of site, and where to edit, as lines."""
     verb = "restored" if trace.direction == "restore" else "corrupted"
     rows = [(verb, "token", "layers", "indirect effect"), *_blocks(trace)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -178,7 +178,19 @@ def trace_summary(trace: CausalTrace) -> list[str]:
         *_estimates(trace),
         "",
         *table,
+        "",
+        _site(trace),
     ]
+
+
+def _site(trace: CausalTrace) -> str:
+    """The place of an edit as `--where` takes it, or why the trace shows none."""
+    try:
+        site = trace.edit_site()
+    except TraceError as error:
+        return f"edit site     none: {error}"
+    token = site.token if isinstance(site.token, str) else f"(token {site.token}, which has no name)"
+    return f"edit site     {site.layer}:{token}; {site.reason}"
 
 
 def _estimates(trace: CausalTrace) -> list[str]:
