@@ -299,6 +299,9 @@ def test_merged_shards_are_ended_by_the_same_command(go: Any, tmp_path: Path):
     assert go(records, out="merged", **options).files
     go(records, out="at once", **options)
     assert content(tmp_path / "merged") == content(tmp_path / "at once")
+    (tmp_path / "merged" / "traces" / "settings.json").unlink()
+    with pytest.raises(RunError, match="traces' holds records without settings.json"):
+        go(records, out="merged", **options)
 
 
 # ---- killed processes, and several at once ----

@@ -288,8 +288,10 @@ class _Job:
         folder = RunFolder(self.folder.path / TRACES)
         if not folder.path.is_dir():
             return False
-        records = folder.read(RECORDS)
-        return records is None or folder.report() is None or None in map(folder.stored, records["names"])
+        settings, records = folder.read(SETTINGS), folder.read(RECORDS)
+        if settings is None or records is None or folder.report() is None:
+            return True
+        return None in map(folder.stored, records["names"])
 
     def _say_damaged(self, names: Iterable[str]) -> None:
         names = sorted(names)
