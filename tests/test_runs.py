@@ -688,6 +688,18 @@ def test_a_vanished_folder_stops_the_run(go: Callable, tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_list_of_records_that_vanishes_stops_the_run(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute = Scores.compute
+
+    def vanish(self: Scores, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        (tmp_path / "out" / "records.json").unlink()
+        return compute(self, vlm, task)
+
+    monkeypatch.setattr(Scores, "compute", vanish)
+    with pytest.raises(RunError, match=r"records.json' has vanished; bring the folder back, or choose another one"):
+        go(WORDS[0])
+
+
 # ---- shards ----
 
 

@@ -363,6 +363,14 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(RunFolder(folder).summary / ROWS)
 
 
+def _records_of(folder: RunFolder) -> dict[str, Any]:
+    """The list of records, which a run writes before it starts. Raises `RunError` if it has vanished since."""
+    records = folder.read(RECORDS)
+    if records is None:
+        raise RunError(f"{str(folder.path / RECORDS)!r} has vanished; bring the folder back, or choose another one")
+    return records
+
+
 def records_digest(records: Mapping[str, Any], stored: Iterable[StoredRecord]) -> str:
     """Return the SHA-256 of the list of records, with the rows that could not be read, and of all outcomes."""
     return digest(repr(records["unreadable"]), *(record.digest for record in stored))
@@ -370,8 +378,7 @@ def records_digest(records: Mapping[str, Any], stored: Iterable[StoredRecord]) -
 
 def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     """Return the report of a run. Raises `RunError` if every record failed."""
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
+    records = _records_of(folder)
     stored = [record for name in records["names"] if (record := folder.stored(name)) is not None]
     failed = {record.name: record for record in stored if record.error is not None}
     if failed and len(failed) == len(records["names"]):
@@ -403,8 +410,7 @@ def summarise(
     The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
     records of these names; without it, a run that ends with the model gets no summary yet.
     """
-    records = folder.read(RECORDS)
-    assert records is not None, "every run has its records written before it starts"
+    records = _records_of(folder)
     stored = [folder.stored_or_refuse(name) for name in records["names"]]
     own = {"records": records_digest(records, stored), "shared": folder.shared_files()}
     known = folder.report()
