@@ -15,6 +15,7 @@ import pytest
 from multrace import MultEdit, VisionLanguageModel
 from multrace.data import EditRecord, Question, World, WorldRequests, world_records
 from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, NormBound, evaluate
+from multrace.scripts.main import app
 from multrace.tracing import CausalTrace
 from multrace.workflow import (
     EvaluateBatchRun,
@@ -59,10 +60,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def arguments(form: str, out: Path, count: int, *more: str) -> list[str]:
+    """The command over records of the built-in world."""
+    records = ["--world", "outdated", "--limit", str(count), "--probes", "1", "--steps", "8", "--free-only"]
+    return ["evaluate", *records, *FORMS[form], "--out", str(out), *more]
+
+
 def started(form: str, out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    """The command over records of the built-in world, in a process of its own."""
-    arguments = ["--world", "outdated", "--limit", str(count), "--probes", "1", "--steps", "8", "--free-only"]
-    words = [*launcher, "-m", "multrace.scripts.main", "evaluate", *arguments, *FORMS[form], "--out", str(out), *more]
+    """The same in a process of its own."""
+    words = [*launcher, "-m", "multrace.scripts.main", *arguments(form, out, count, *more)]
     return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -234,7 +240,7 @@ def test_a_trained_batch_is_kept_and_read_again(tiny_vlm: VisionLanguageModel, t
 
 def test_a_trace_of_each_record_is_kept(tmp_path: Path):
     out = tmp_path / "out"
-    finish(started("single, traced", out, 2))
+    assert app(arguments("single, traced", out, 2)) == 0
     table = read_rows(out / "multedit")
     for row in table.to_dict("records"):
         trace = CausalTrace.load(out / "multedit/records" / row["record"] / "trace.safetensors")
