@@ -154,7 +154,7 @@ from multrace.editing.solve import session as module
 def anonymous():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-{change}
+CHANGE
 vlm, sizes = mt.load(tiny_vlm_path()), []
 with mt.MultEdit(layer=5, steps=1).start(vlm) as session:
     for number in range(24):
@@ -169,7 +169,7 @@ print(sizes[-1] - sizes[3])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_process_does_not_grow_by_a_matrix_with_each_edit(is_kept: bool):
     """Without giving back what is freed, it does: a Gram matrix has 8 MiB here."""
-    code = GROWTH.format(change="module._give_back_memory = lambda: None" if is_kept else "")
+    code = GROWTH.replace("CHANGE", "module._give_back_memory = lambda: None" if is_kept else "")
     growth = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert growth > 40 if is_kept else growth < 12
 
