@@ -1,12 +1,12 @@
 """The fast sweep against one forward pass per cell, in true float64: every kind of cell, on every family."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from multrace import Prompt, VisionLanguageModel, load
+from multrace import Prompt, VisionLanguageModel
 from multrace.tracing.engine import Engine, Runs, StateCell, plain_scores, run_scores
 from multrace.tracing.engine.measure import sweep
 from torch import Tensor
@@ -63,17 +63,17 @@ def make_case(vlm: VisionLanguageModel, photo: object) -> Case:
 
 
 @pytest.fixture(params=FAMILIES)
-def exact(request: pytest.FixtureRequest, photo, monkeypatch: pytest.MonkeyPatch) -> Case:
+def exact(request: pytest.FixtureRequest, load_double: Callable, photo, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Each family, really computing in float64."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", true_norm)
-    return make_case(load(request.getfixturevalue(f"{request.param}_path"), dtype="float64"), photo)
+    return make_case(load_double(request.getfixturevalue(f"{request.param}_path")), photo)
 
 
 @pytest.fixture
-def exact_llava(llava_llama_path, photo, monkeypatch: pytest.MonkeyPatch) -> Case:
+def exact_llava(llava_llama_path, load_double: Callable, photo, monkeypatch: pytest.MonkeyPatch) -> Case:
     """LLaVA-Llama, with grouped-query heads, really computing in float64."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", true_norm)
-    return make_case(load(llava_llama_path, dtype="float64"), photo)
+    return make_case(load_double(llava_llama_path), photo)
 
 
 def rows_of(case: Case) -> list[tuple[int, ...]]:
@@ -112,19 +112,26 @@ def test_the_sweep_equals_the_plain_way(exact, group, restores):
     if not exact.prompt.groups[group]:
         pytest.skip("a text-only model has no image tokens")
     runs = exact.runs(group, samples=3 if group == "constraint" else 2, restores=restores)
-    cells = some_cells(exact, 400)
+    cells = some_cells(exact, 200)
     found = sweep(exact.vlm, runs, cells, exact.measure)
     slow = plain_scores(exact.vlm, runs, cells, exact.measure)
-    assert found.scores.shape == (400, 2, runs.samples)
+    assert found.scores.shape == (200, 2, runs.samples)
     assert torch.allclose(found.scores, slow, rtol=0, atol=1e-12)
     changes = (slow - found.base).abs().amax((1, 2))
     assert (changes > 1e-7).float().mean() > 0.4  # most cells do something, so agreeing about them means something
-    assert 0 < int(found.free.sum()) < 400
+    assert 0 < int(found.free.sum()) < 200
 
 
-def test_every_cell_of_one_model_once(exact_llava):
+def test_every_sort_of_cell_at_every_row_and_in_every_span_of_one_model(exact_llava):
     runs = exact_llava.runs("image", samples=2)
-    cells = list(every_cell(exact_llava, widest=2))
+    # Each span of a row has 20 sorts of cells, each row 7 spans. As 3 divides neither, every third cell still pairs each
+    # sort with each span and each row, and each span with each row.
+    cells = list(every_cell(exact_llava, widest=2))[::3]
+    sorts = [(cell.kind, cell.head, cell.severed, cell.is_direct) for cell in cells]
+    spans = [(cell.first, cell.last) for cell in cells]
+    rows = [cell.positions for cell in cells]
+    for one, other, pairs in ((sorts, spans, 20 * 7), (sorts, rows, 20 * 14), (spans, rows, 7 * 14)):
+        assert len({*zip(one, other, strict=True)}) == pairs
     found = sweep(exact_llava.vlm, runs, cells, exact_llava.measure)
     slow = plain_scores(exact_llava.vlm, runs, cells, exact_llava.measure)
     assert torch.allclose(found.scores, slow, rtol=0, atol=1e-12)
