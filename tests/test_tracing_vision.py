@@ -81,7 +81,7 @@ def test_the_class_token_belongs_to_the_whole_picture(random_llava, photo, other
     assert whole.all()
     assert most[0].tolist() == [False, False] + 15 * [True]
     lent = trace(random_llava, prompt, SwapImage(other_photo), sites="vision")
-    without = slow_score(random_llava, prompt, SwapImage(other_photo), (0, 0), range(1, 17))
+    without = slow_runs(random_llava, prompt, SwapImage(other_photo)).score((0, 0), range(1, 17))
     assert float(lent.scores["vision"][0, 0]) == lent.clean
     assert abs(without - lent.clean) > 1e-6  # the class token acts on the patches through the second layer
 
@@ -160,64 +160,75 @@ def last_logits(
         return vlm.model(**inputs, use_cache=False).logits[0, -1].double()
 
 
-def slow_score(
-    vlm: VisionLanguageModel,
-    prompt: Prompt,
-    corruption: Corruption,
-    span: tuple[int, int] | None,
-    tokens: Sequence[int],
-    *,
-    direction: str = "restore",
-    image: int = 0,
-) -> float:
-    """The clean answer's probability with tokens of one picture put in, in tower layers or (no span) the projector."""
+@dataclass(frozen=True, kw_only=True)
+class SlowRuns:
+    """The inputs of the run that is changed, what modules write in the other run, and the clean answer."""
+
+    vlm: VisionLanguageModel
+    base: Mapping[str, Tensor]
+    lent: Mapping[nn.Module, Tensor]
+    answer: int
+
+    def score(self, span: tuple[int, int] | None, tokens: Sequence[int], *, image: int = 0) -> float:
+        """The answer's probability with tokens of one picture put in, in tower layers or (no span) the projector."""
+        modules = [self.vlm.projector] if span is None else self.vlm.vision_layers[span[0] : span[1] + 1]
+
+        def put(module: nn.Module) -> Callable[[Tensor], Tensor]:
+            def change(output: Tensor) -> Tensor:
+                for token in tokens:
+                    lent = self.lent[module][image, token]
+                    output = output.index_put((torch.tensor(image), torch.tensor(token)), lent)
+                return output
+
+            return change
+
+        logits = last_logits(self.vlm, self.base, {module: put(module) for module in modules})
+        return float(logits.softmax(-1)[self.answer])
+
+
+def slow_runs(
+    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, *, direction: str = "restore"
+) -> SlowRuns:
+    """Both runs of a prompt in whole calls of the model."""
     clean, damaged = prompt.inputs, corruption.corrupt(vlm, prompt).inputs[0]
     base, source = (damaged, clean) if direction == "restore" else (clean, damaged)
-    modules = [vlm.projector] if span is None else vlm.vision_layers[span[0] : span[1] + 1]
-    kept: dict[nn.Module, Tensor] = {}
+    lent: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda output: kept.setdefault(module, output)
+        return lambda output: lent.setdefault(module, output)
 
-    def put(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        def change(output: Tensor) -> Tensor:
-            for token in tokens:
-                output = output.index_put((torch.tensor(image), torch.tensor(token)), kept[module][image, token])
-            return output
-
-        return change
-
-    last_logits(vlm, source, {module: keep(module) for module in modules})
-    answer = int(last_logits(vlm, clean, {}).argmax())
-    return float(last_logits(vlm, base, {module: put(module) for module in modules}).softmax(-1)[answer])
+    last_logits(vlm, source, {module: keep(module) for module in (*vlm.vision_layers, vlm.projector)})
+    return SlowRuns(vlm=vlm, base=base, lent=lent, answer=int(last_logits(vlm, clean, {}).argmax()))
 
 
 @pytest.mark.parametrize("direction", ["restore", "corrupt"])
 @pytest.mark.parametrize("path", ["llava_llama_path", "llava_phi_path", "tiny"])
-def test_single_patches_equal_whole_calls_of_the_model(request, photo, other_photo, path, direction):
-    folder = tiny_vlm_path() if path == "tiny" else request.getfixturevalue(path)
-    vlm = multrace.load(folder, dtype="float64")
+def test_single_patches_equal_whole_calls_of_the_model(request, load_double, photo, other_photo, path, direction):
+    vlm = load_double(tiny_vlm_path() if path == "tiny" else request.getfixturevalue(path))
     prompt, corruption = ask(vlm, photo), SwapImage(other_photo)
     width = prompt.patches[-1].column + 1
     rows = [prompt.patches[index].position for index in (0, width + 2, len(prompt.patches) - 1)]
     found = trace(vlm, prompt, corruption, positions=rows, window=2, direction=direction)
+    slow = slow_runs(vlm, prompt, corruption, direction=direction)
     for row, patch in enumerate((0, width + 2, width * width - 1)):
         for column, (first, last) in enumerate(found.spans["vision"].tolist()):
-            expected = slow_score(vlm, prompt, corruption, (first, last), [1 + patch], direction=direction)
+            expected = slow.score((first, last), [1 + patch])
             assert float(found.scores["vision"][row, column]) == pytest.approx(expected, abs=1e-9)
-            other = slow_score(vlm, prompt, corruption, (first, last), [patch or 3], direction=direction)
+            other = slow.score((first, last), [patch or 3])
             assert abs(other - expected) > 1e-8  # a token beside it is told apart
-        expected = slow_score(vlm, prompt, corruption, None, [patch], direction=direction)
+        expected = slow.score(None, [patch])
         assert float(found.scores["projector"][row, 0]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_patches_of_the_second_picture_equal_whole_calls_of_the_model(llava_llama_path, photo, other_photo, make_photo):
-    vlm = multrace.load(llava_llama_path, dtype="float64")
+def test_patches_of_the_second_picture_equal_whole_calls_of_the_model(
+    llava_llama_path, load_double, photo, other_photo, make_photo
+):
+    vlm = load_double(llava_llama_path)
     prompt, corruption = ask(vlm, photo, other_photo), SwapImage((make_photo(5), make_photo(6)))
     position = prompt.groups["image"][16 + 6]
-    found = trace(vlm, prompt, corruption, positions=position)
+    found, slow = trace(vlm, prompt, corruption, positions=position), slow_runs(vlm, prompt, corruption)
     for layer in (0, 1):
-        expected, wrong = (slow_score(vlm, prompt, corruption, (layer, layer), [7], image=image) for image in (1, 0))
+        expected, wrong = (slow.score((layer, layer), [7], image=image) for image in (1, 0))
         assert float(found.scores["vision"][0, layer]) == pytest.approx(expected, abs=1e-9)
         assert abs(wrong - expected) > 1e-6
 
@@ -239,7 +250,8 @@ def test_each_noise_sample_gets_its_own_states(random_llava, photo):
     for direction in ("restore", "corrupt"):
         found = trace(random_llava, prompt, noise, positions=[prompt.groups["image"][3]], direction=direction)
         for sample in range(3):
-            expected = slow_score(random_llava, prompt, OneSample(noise, sample), (0, 0), [4], direction=direction)
+            slow = slow_runs(random_llava, prompt, OneSample(noise, sample), direction=direction)
+            expected = slow.score((0, 0), [4])
             assert float(found.samples["vision"][0, 0, 0, sample]) == pytest.approx(expected, abs=2e-6)
         assert found.samples["vision"][0, 0, 0].unique().numel() == 3
 
@@ -250,7 +262,7 @@ def test_each_noise_sample_gets_its_own_states(random_llava, photo):
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_a_mixed_trace_holds_what_traces_of_each_kind_find(random_llava, photo, other_photo, engine, tmp_path):
     prompt = ask(random_llava, photo)
-    settings = {"positions": ["image", "patches"], "engine": Engine(name=engine)}
+    settings = {"positions": ["image", "image_quadrants"], "engine": Engine(name=engine)}
     kinds = ("vision", "hidden", "projector")
     mixed = trace(random_llava, prompt, SwapImage(other_photo), sites=kinds, **settings)
     for kind in kinds:
@@ -260,7 +272,7 @@ def test_a_mixed_trace_holds_what_traces_of_each_kind_find(random_llava, photo, 
     hidden = trace(random_llava, prompt, SwapImage(other_photo), sites="hidden", **settings)
     seen = trace(random_llava, prompt, SwapImage(other_photo), sites=("vision", "projector"), **settings)
     assert mixed.engine.engine == hidden.engine.engine == {"auto": "replay", "plain": "plain"}[engine]
-    assert mixed.engine.cells == hidden.engine.cells + seen.engine.cells == 17 * (2 + 4 + 1)
+    assert mixed.engine.cells == hidden.engine.cells + seen.engine.cells == 5 * (2 + 4 + 1)
     assert mixed.engine.token_layers == hidden.engine.token_layers + seen.engine.token_layers
     loaded = CausalTrace.load(mixed.save(tmp_path / "mixed.pt"))
     assert all(torch.equal(loaded.samples[kind], mixed.samples[kind]) for kind in kinds)
