@@ -72,7 +72,7 @@ def test_estimates_are_the_exact_effects_of_a_small_corruption(exact_vlm, photo,
     noise = (
         TextNoise if group == "constraint" else ImageNoise if exact_vlm.has_vision else partial(TextNoise, group="all")
     )
-    cells = single_cells(exact_vlm, prompt)
+    cells = single_cells(exact_vlm, prompt)[::3]  # of four layers each, so every kind keeps every row and every layer
     errors = {}
     for scale in (1e-3, 1e-4, 3.0):
         runs = runs_of(exact_vlm, prompt, noise(scale=scale, samples=2), restores=restores)

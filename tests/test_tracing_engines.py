@@ -9,6 +9,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
 from multrace.tracing import (
+    Box,
     CausalTrace,
     Corruption,
     ImageNoise,
@@ -53,7 +54,7 @@ def test_in_true_float64_both_engines_give_the_same_trace(exact_vlm, photo, corr
     prompt = ask(exact_vlm, photo)
     settings = EVERYTHING | {
         "direction": direction,
-        "positions": [0, *prompt.groups["constraint"][:3], "question", "last"],
+        "positions": [0, prompt.groups["constraint"][1], "question", "last"],
     }
     fast, slow = (trace(exact_vlm, prompt, corruption, engine=engine, **settings) for engine in (REPLAY, PLAIN))
     assert fast.kinds == slow.kinds
@@ -66,7 +67,7 @@ def test_in_true_float64_both_engines_give_the_same_trace(exact_vlm, photo, corr
 
 @pytest.mark.parametrize("noise", [TextNoise(samples=3), ImageNoise(samples=3)], ids=["text", "image"])
 def test_in_float32_they_differ_as_rounding_does(random_llava, photo, noise):
-    settings = EVERYTHING | {"positions": ["image", "image_rows", "constraint", "last"]}
+    settings = EVERYTHING | {"positions": ["image", Box(0, 0, 48, 12), "constraint", "last"]}
     fast, slow = (
         trace(random_llava, ask(random_llava, photo), noise, engine=replace(engine, checks=30), **settings)
         for engine in (REPLAY, PLAIN)

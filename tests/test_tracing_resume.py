@@ -1,11 +1,13 @@
 """Sweeps that are interrupted and go on, and sweeps that run out of memory."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_photo
 from multrace import Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.models.replay import Replay, Span
@@ -23,17 +25,18 @@ from torch import Tensor
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company in this photo"
 SMALL = Engine(name="replay", memory=1, tokens_per_call=200, checks=0)
+SAMPLES = 10
 ROWS = ("image_rows", "question", "constraint", "last", 0)
 WHOLE = {"answer": "Ada Example", "foil": "Oslo and Kyoto", "whole_answer": True, "metrics": "logit_difference"}
 
 
-@pytest.fixture
-def prompt(random_llava_llama: VisionLanguageModel, photo) -> Prompt:
-    return random_llava_llama.prompt(photo, QUESTION, constraint=CONSTRAINT)
+@pytest.fixture(scope="module")
+def prompt(random_llava_llama: VisionLanguageModel) -> Prompt:
+    return random_llava_llama.prompt(draw_photo(1), QUESTION, constraint=CONSTRAINT)
 
 
 def trace(vlm: VisionLanguageModel, prompt: Prompt, engine: Engine, **settings: object) -> CausalTrace:
-    settings = {"corruption": ImageNoise(samples=20), "positions": ROWS, "even_if_weak": True} | settings
+    settings = {"corruption": ImageNoise(samples=SAMPLES), "positions": ROWS, "even_if_weak": True} | settings
     return causal_trace(vlm, prompt, engine=engine, progress=False, **settings)
 
 
@@ -42,47 +45,68 @@ def alike(first: CausalTrace, second: CausalTrace) -> bool:
     return all(torch.equal(first.samples[kind], second.samples[kind]) for kind in first.kinds)
 
 
+def watched(run: Callable[..., Tensor], patcher: pytest.MonkeyPatch, stop: int | None = None) -> list[int]:
+    """List the layers that sweeps call from then on; interrupt at a call of this number."""
+    calls: list[int] = []
+
+    def layer(self: Replay, number: int, states: Tensor, span: Span) -> Tensor:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return run(self, number, states, span)
+
+    patcher.setattr(Replay, "layer", layer)
+    return calls
+
+
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Lists the layers that sweeps call from then on; interrupts at a call of this number."""
-    run = Replay.layer
+    return partial(watched, Replay.layer, monkeypatch)
 
-    def watching(stop: int | None = None) -> list[int]:
-        calls: list[int] = []
 
-        def layer(self: Replay, number: int, states: Tensor, span: Span) -> Tensor:
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            calls.append(number)
-            return run(self, number, states, span)
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A trace that nothing interrupts, and how many calls of layers it takes."""
 
-        monkeypatch.setattr(Replay, "layer", layer)
-        return calls
+    settings: dict[str, object]
+    trace: CausalTrace
+    calls: int
 
-    return watching
+
+@pytest.fixture(scope="module", params=[{}, WHOLE], ids=["one sequence", "answer and foil"])
+def whole(request: pytest.FixtureRequest, random_llava_llama, prompt) -> Whole:
+    with pytest.MonkeyPatch.context() as patcher:
+        calls = watched(Replay.layer, patcher)
+        result = trace(random_llava_llama, prompt, SMALL, **request.param)
+    return Whole(settings=request.param, trace=result, calls=len(calls))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_llava_llama, prompt, tmp_path_factory) -> bytes:
+    """The file that a finished trace leaves."""
+    path = tmp_path_factory.mktemp("finished") / "cells"
+    trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
+    return path.read_bytes()
 
 
 # Interrupted.
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("settings", [{}, WHOLE], ids=["one sequence", "answer and foil"])
-def test_an_interrupted_trace_goes_on_to_the_same_scores(random_llava_llama, prompt, tmp_path, watch, share, settings):
-    kept = replace(SMALL, checkpoint=str(tmp_path / "new folder" / "cells"))
-    calls = watch()
-    whole = trace(random_llava_llama, prompt, SMALL, **settings)
+def test_an_interrupted_trace_goes_on_to_the_same_scores(random_llava_llama, prompt, tmp_path, watch, share, whole):
+    kept, expected = replace(SMALL, checkpoint=str(tmp_path / "new folder" / "cells")), whole.trace
     with pytest.raises(KeyboardInterrupt):
-        watch(int(share * len(calls)))
-        trace(random_llava_llama, prompt, kept, **settings)
+        watch(int(share * whole.calls))
+        trace(random_llava_llama, prompt, kept, **whole.settings)
     assert kept.checkpoint.exists()
     rest = watch()
-    found = trace(random_llava_llama, prompt, kept, **settings)
-    assert alike(found, whole)
-    assert (found.clean, found.engine.cells) == (whole.clean, whole.engine.cells)
-    assert len(rest) <= len(calls) * (1.2 - share)
-    assert (found.engine.token_layers < whole.engine.token_layers) == (share > 0)
+    found = trace(random_llava_llama, prompt, kept, **whole.settings)
+    assert alike(found, expected)
+    assert (found.clean, found.engine.cells) == (expected.clean, expected.engine.cells)
+    assert len(rest) <= whole.calls * (1.2 - share)
+    assert (found.engine.token_layers < expected.engine.token_layers) == (share > 0)
     nothing = watch()
-    assert alike(trace(random_llava_llama, prompt, kept, **settings), whole)
+    assert alike(trace(random_llava_llama, prompt, kept, **whole.settings), expected)
     assert nothing == []  # all cells were there
 
 
@@ -175,19 +199,18 @@ def test_without_a_checkpoint_nothing_is_kept(random_llava_llama, prompt, watch,
     [
         {"sites": "mlp"},
         {"positions": "last"},
-        {"corruption": ImageNoise(samples=20, seed=2)},
+        {"corruption": ImageNoise(samples=SAMPLES, seed=2)},
         {"answer": "tennis"},
         {"direction": "corrupt"},
     ],
     ids=str,
 )
-def test_the_checkpoint_of_another_trace_is_refused(random_llava_llama, prompt, tmp_path, other):
+def test_the_checkpoint_of_another_trace_is_refused(random_llava_llama, prompt, checkpoint, tmp_path, other):
     path = tmp_path / "cells"
-    trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
-    content = path.read_bytes()
+    path.write_bytes(checkpoint)
     with pytest.raises(TraceError, match="holds cells of another trace .* or name another file"):
         trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path), **other)
-    assert path.read_bytes() == content
+    assert path.read_bytes() == checkpoint
 
 
 def cut_short(path: Path) -> None:
@@ -203,9 +226,9 @@ def made_text(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, made_empty, made_text])
-def test_a_damaged_checkpoint_is_refused_and_left_alone(random_llava_llama, prompt, tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused_and_left_alone(random_llava_llama, prompt, checkpoint, tmp_path, damage):
     path = tmp_path / "cells"
-    trace(random_llava_llama, prompt, replace(SMALL, checkpoint=path))
+    path.write_bytes(checkpoint)
     damage(path)
     content = path.read_bytes()
     with pytest.raises(ArtefactError, match=r"cells.*is not a readable safetensors file"):
