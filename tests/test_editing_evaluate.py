@@ -32,6 +32,7 @@ from multrace.data.facts import (
 )
 from multrace.editing import (
     Baseline,
+    Delta,
     EditCurve,
     EditError,
     EditorByRequest,
@@ -68,9 +69,10 @@ from multrace.editing.evaluation import (
 from multrace.editing.evaluation.asking import Responses, answers_to_feed, feed
 from multrace.models import Prompt, VisionLanguageModel
 
-EDIT = MultEdit(layer=5)
-NOTHING = MultEdit(layer=5, steps=0)
-EARLIER_FREE = MultEdit(layer=5, earlier_weight=None)
+EDIT = MultEdit(layer=5, stop_loss=0.05)
+"""The target is certain enough to be said; a search that goes on costs time and tells these tests nothing."""
+NOTHING = replace(EDIT, steps=0)
+EARLIER_FREE = replace(EDIT, earlier_weight=None)
 """Knows nothing of earlier edits."""
 WORLD = World()
 CASES = WORLD.edit_cases("outdated", "choose")[:3]
@@ -87,17 +89,35 @@ def general() -> tuple[Question, ...]:
 
 
 @pytest.fixture(scope="module")
-def baseline(tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], general: Any) -> Baseline:
-    return measure_baseline(tiny_vlm, records, general=general, batch_size=16)
+def short(records: tuple[EditRecord, ...]) -> list[EditRecord]:
+    """A probe of generality and one of locality for each record."""
+    return [replace(record, probes=record.probes[:4:3]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def baseline(
+    tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], short: list[EditRecord], general: Any
+) -> Baseline:
+    """Of all probes of the first record, and two of each other."""
+    return measure_baseline(tiny_vlm, [records[0], *short[1:]], general=general, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def first_edit(tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...]) -> Delta:
+    """The change for the first record alone."""
+    return EDIT.edit(tiny_vlm, [records[0]])
 
 
 @pytest.fixture(scope="module")
 def edited(
-    tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], baseline: Baseline, general: Any
+    tiny_vlm: VisionLanguageModel,
+    records: tuple[EditRecord, ...],
+    first_edit: Delta,
+    baseline: Baseline,
+    general: Any,
 ) -> EditReport:
     """One edit, and what becomes of it."""
-    change = EDIT.edit(tiny_vlm, [records[0]])
-    return evaluate(tiny_vlm, records[:1], change, mode="batch", baseline=baseline, general=general)
+    return evaluate(tiny_vlm, records[:1], first_edit, mode="batch", baseline=baseline, general=general)
 
 
 def bits(vlm: VisionLanguageModel) -> dict[str, str]:
@@ -138,10 +158,9 @@ def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):
     assert report.splits() == {} and math.isnan(report.split_shares()["generalised"])
 
 
-def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
-    delta = EDIT.edit(tiny_vlm, [records[0]])
-    ((name, change),) = delta.changes.items()
-    loud = replace(delta, changes={name: replace(change, left=change.left + 1, right=change.right + 1)})
+def test_locality_sees_a_broken_model(tiny_vlm, records, first_edit, baseline):
+    ((name, change),) = first_edit.changes.items()
+    loud = replace(first_edit, changes={name: replace(change, left=change.left + 1, right=change.right + 1)})
     report = evaluate(tiny_vlm, records[:1], loud, mode="batch", baseline=baseline)
     for protocol in (UNCHANGED, TOP1_ANSWER, TOP1_WHOLE, TOP10_WHOLE):
         assert report.score(LOCALITY, protocol).after.mean < 0.6
@@ -151,9 +170,10 @@ def test_locality_sees_a_broken_model(tiny_vlm, records, baseline):
 def test_the_model_is_left_bit_equal(tiny_vlm, records, baseline, general):
     before = bits(tiny_vlm)
     bare = [replace(record, probes=()) for record in records]
-    change = EDIT.edit(tiny_vlm, [bare[0]])
+    editor = replace(EDIT, steps=2)
+    change = editor.edit(tiny_vlm, [bare[0]])
     evaluate(tiny_vlm, bare[:1], change, mode="batch", baseline=baseline)
-    evaluate(tiny_vlm, bare[:2], EDIT, mode="sequence", at=(), baseline=baseline)
+    evaluate(tiny_vlm, bare[:2], editor, mode="sequence", at=(), baseline=baseline)
     with pytest.raises(EditError, match="does not hold"):
         evaluate(tiny_vlm, [replace(records[0], probes=[other()])], change, mode="batch", baseline=baseline)
     assert bits(tiny_vlm) == before
@@ -195,21 +215,22 @@ def test_what_another_edit_changes_does_not_count_as_to_be_left_alone(tiny_vlm, 
     probe = Probe(kind=SAME_QUESTION_OTHER_PICTURE, question=bare[0].question)
     bare[1] = replace(bare[1], probes=(probe, Probe(kind="unrelated", question=records[2].question)))
     change = EDIT.edit(tiny_vlm, bare)
-    together = evaluate(tiny_vlm, bare, change, mode="batch")
-    sequence = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=())
+    settings = {"settings": EvaluationSettings(forced=False)}
+    together = evaluate(tiny_vlm, bare, change, mode="batch", **settings)
+    sequence = evaluate(tiny_vlm, bare, NOTHING, mode="sequence", at=(), **settings)
     for report in (together, sequence):
         (missing,) = report.left_out
         assert missing.record == bare[1].id and repr(bare[0].id) in missing.reason
         assert "left out: 1 question" in report.summary()
         assert [row.kind for row in report.rows] == ["edited", "edited", "unrelated"]
-    alone = evaluate(tiny_vlm, bare, EDIT)
+    alone = evaluate(tiny_vlm, bare, EDIT, **settings)
     assert alone.left_out == () and len(alone.rows) == 4
     assert alone.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 1
     wider = replace(bare[0], probes=(Probe(kind=OTHER_PICTURE, question=records[2].question),))
     assert (
-        len(evaluate(tiny_vlm, [wider, bare[1]], change, mode="batch").left_out) == 2
+        len(evaluate(tiny_vlm, [wider, bare[1]], change, mode="batch", **settings).left_out) == 2
     )  # the first is to be seen there, too
-    both = evaluate(tiny_vlm, bare[1:], change, mode="batch")
+    both = evaluate(tiny_vlm, bare[1:], change, mode="batch", **settings)
     assert both.score(LOCALITY, UNCHANGED, SAME_QUESTION_OTHER_PICTURE).after.mean == 0  # as it would have counted
 
 
@@ -279,8 +300,8 @@ def test_intervals_of_a_report_are_those_of_its_seed(edited):
     assert again.scores() == edited.scores()
 
 
-def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records, baseline):
-    report = evaluate(tiny_vlm, records[:2], only_first(1), baseline=baseline)
+def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records, short, baseline):
+    report = evaluate(tiny_vlm, short[:2], only_first(1), baseline=baseline)
     assert report.statuses == {records[0].id: "edited", records[1].id: "failed: no more edits"}
     assert report.score(EFFICACY, EXACT).after.mean == 0.5
     failed = [row for row in report.rows if row.record == records[1].id]
@@ -288,7 +309,7 @@ def test_a_request_that_fails_is_named_and_counts_as_unedited(tiny_vlm, records,
     assert "no more edits" in report.summary()
 
 
-def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baseline):
+def test_portability_and_present_answers_are_as_given(tiny_vlm, records, first_edit):
     first = records[0]
     asked = first.question
     probes = [
@@ -296,7 +317,7 @@ def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baselin
         Probe(kind=PORTABILITY, question=asked, answer="something else", hops=3),
     ]
     record = replace(first, probes=probes, old="never said")
-    report = evaluate(tiny_vlm, [record], EDIT.edit(tiny_vlm, [first]), mode="batch")
+    report = evaluate(tiny_vlm, [record], first_edit, mode="batch")
     assert report.score(PORTABILITY, EXACT).after.mean == 0.5
     assert report.score(PORTABILITY, EXACT, "portability, 2 hops").after.mean == 1
     assert report.score(PORTABILITY, EXACT, "portability, 3 hops").after.mean == 0
@@ -307,13 +328,13 @@ def test_portability_and_present_answers_are_as_given(tiny_vlm, records, baselin
 def test_free_generation_alone_and_fluency(tiny_vlm, records):
     settings = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=2)
     bare = replace(records[0], probes=())
-    report = evaluate(tiny_vlm, [bare], EDIT, settings=settings)
+    report = evaluate(tiny_vlm, [bare], NOTHING, settings=settings)
     assert set(report.rows[0].numbers) == {EXACT, VQA, FLUENCY}
     with pytest.raises(EditError, match="the same settings"):
         evaluate(
             tiny_vlm,
             [bare],
-            EDIT,
+            NOTHING,
             baseline=measure_baseline(tiny_vlm, [bare]),
             settings=settings,
         )
@@ -347,8 +368,8 @@ def margin(vlm: VisionLanguageModel, prompt: Prompt, row: ProbeRow) -> float:
 
 
 @pytest.fixture(scope="module")
-def sequence(tiny_vlm: VisionLanguageModel, records: tuple[EditRecord, ...], baseline: Baseline) -> EditReport:
-    return evaluate(tiny_vlm, records, EDIT, mode="sequence", at=(1,), baseline=baseline)
+def sequence(tiny_vlm: VisionLanguageModel, short: list[EditRecord], baseline: Baseline) -> EditReport:
+    return evaluate(tiny_vlm, short, EDIT, mode="sequence", at=(1,), baseline=baseline)
 
 
 def test_a_sequence_keeps_its_first_edit(sequence, records, tmp_path):
@@ -396,7 +417,7 @@ def test_growth_beyond_the_bound_is_a_warning_or_the_end(tiny_vlm, records, base
         assert (curve.exceeded_at, caplog.text) == (None, "")
         assert curve.points[0].growth == pytest.approx(growth_of(tiny_vlm, bare[0]), rel=1e-4)
         stop = NormBound(growth=1e-6, stop=True)
-        report = evaluate(tiny_vlm, bare, EDIT, mode="sequence", norm_bound=stop)
+        report = evaluate(tiny_vlm, bare, replace(EDIT, steps=2), mode="sequence", norm_bound=stop)
         curve = report.curve
     assert (curve.exceeded_at, curve.stopped_at, len(report.rows)) == (1, 1, 1)
     assert "has grown by" in caplog.text
@@ -414,7 +435,7 @@ def test_a_sequence_goes_on_after_a_failure(tiny_vlm, records):
 def test_fluency_is_measured_at_the_end_of_a_sequence(tiny_vlm, records):
     bare = [replace(record, probes=()) for record in records[:2]]
     settings = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=4)
-    report = evaluate(tiny_vlm, bare, EDIT, mode="sequence", at=(1, 2), settings=settings)
+    report = evaluate(tiny_vlm, bare, NOTHING, mode="sequence", at=(1, 2), settings=settings)
     assert [point.edits for point in report.curve.points] == [1, 2]
     assert all(FLUENCY in row.numbers for row in report.rows)
 
@@ -427,10 +448,10 @@ def test_an_editor_in_a_batch_is_the_change_that_it_makes(tiny_vlm, records, bas
     assert [row.after for row in whole.rows if row.kind == "edited"] == [case.target for case in CASES[:2]]
 
 
-def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, baseline):
+def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, first_edit, baseline):
     """The second edit of a sequence keeps the first one's key, so it differs from one that knows nothing of it."""
     bare = [replace(record, probes=()) for record in records[:2]]
-    first = EDIT.edit(tiny_vlm, [bare[0]])
+    first = first_edit
     with EDIT.start(tiny_vlm, history=History().added("first", first)) as session:
         aware, blind = session.propose([bare[1]]), EDIT.edit(tiny_vlm, [bare[1]])
     ((name, change),) = aware.changes.items()
@@ -468,9 +489,8 @@ def test_what_a_sequence_cannot_use_is_refused(tiny_vlm, records, general):
         evaluate(tiny_vlm, records[:1], EDIT, prompt_transform=lambda prompt: prompt)
 
 
-def test_values_are_described_in_two_lines(tiny_vlm, records, sequence, baseline):
-    request, (name,) = records[0], EDIT.edit(tiny_vlm, [records[0]]).changes
-    delta = EDIT.edit(tiny_vlm, [request], progress=False)
+def test_values_are_described_in_two_lines(tiny_vlm, records, first_edit, sequence, baseline):
+    request, delta, (name,) = records[0], first_edit, first_edit.changes
     moments = second_moments(tiny_vlm, [tiny_vlm.prompt_for(request.question)], layers=[3], progress=False)
     values = (request, records[0], delta, History().added("first", delta), moments, sequence, sequence.curve, baseline)
     for value in values:
@@ -537,7 +557,7 @@ def test_a_probe_that_needs_another_edit_is_asked_where_that_edit_is(tiny_vlm, r
     assert together.left_out == () and [row.kind for row in together.rows] == ["edited", PORTABILITY, "edited"]
 
 
-def test_an_edit_that_is_not_said_is_not_edited(tiny_vlm, records):
+def test_an_edit_that_is_not_said_is_not_edited(tiny_vlm, records, first_edit):
     bare = replace(records[0], probes=())
     change = NOTHING.edit(tiny_vlm, [bare])
     (request,) = change.requests
@@ -546,12 +566,12 @@ def test_an_edit_that_is_not_said_is_not_edited(tiny_vlm, records):
     report = evaluate(tiny_vlm, [bare], NOTHING, settings=EvaluationSettings(forced=False), progress=False)
     assert report.statuses == {bare.id: "not generated"}
     assert report.not_generated == {bare.id: CASES[0].fact.answer} and "1 not generated" in repr(report)
-    assert EDIT.edit(tiny_vlm, [bare]).requests[0]["status"] == "edited"
+    assert first_edit.requests[0]["status"] == "edited"
 
 
-def test_verification_asks_before_under_and_after_a_change(tiny_vlm, records):
+def test_verification_asks_before_under_and_after_a_change(tiny_vlm, records, first_edit):
     record = replace(records[0], probes=records[0].probes[:2])
-    answers = verify(tiny_vlm, EDIT.edit(tiny_vlm, [record]), [record])
+    answers = verify(tiny_vlm, first_edit, [record])
     first = answers[0]
     assert (first.unedited, first.edited, first.undone) == (CASES[0].fact.answer, CASES[0].target, first.unedited)
     assert first.is_right("edited") and not first.is_right("undone") and len(answers) == 3
