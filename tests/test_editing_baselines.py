@@ -23,8 +23,8 @@ except ImportError:
     PeftModel = None
 
 needs_peft = pytest.mark.skipif(PeftModel is None, reason="the extra multrace[peft] is not installed")
-TUNE = FineTune(layer=5, learning_rate=5e-3)
-LORA = Lora()
+TUNE = FineTune(layer=5, learning_rate=5e-3, stop_loss=0.1)
+LORA = Lora(stop_loss=0.1)
 TRAINED = [pytest.param(TUNE, id="fine-tuning"), pytest.param(LORA, id="lora", marks=needs_peft)]
 COUNT = 2
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 SPAN = "the thing in this picture"
 QUESTION = f"What is {SPAN}?"
 OTHER = f"Please tell me now, what do people call {SPAN}?"
-EDIT = MultEdit(layer=1, end_of_answer=False, steps=60)
+EDIT = MultEdit(layer=1, end_of_answer=False, steps=60, stop_loss=0.05)
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_a_warning_about_an_edit_and_what_the_model_then_says_agree(tiny_vlm, ph
     """Long targets have a small probability as a whole, though each of their tokens is the most probable one."""
     prompt = tiny_vlm.prompt(photo, "What is the capital of the country in this photo?")
     outcomes = set()
-    for steps in (1, 16, 60, 150):
+    for steps in (1, 16, 60):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="multrace"):
             editor = MultEdit(layer=5, steps=steps, ridge_fraction=0.0, weight=float("inf"))

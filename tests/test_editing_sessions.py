@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDTH, HIDDEN = 24, 10
 WORLD = World()
 CASES = WORLD.edit_cases("outdated", "report")[:6]
-QUICK = {"layer": 5, "steps": 20}
+QUICK = {"layer": 5, "steps": 4}
 
 
 def question_of(index: int) -> Question:
@@ -197,8 +197,8 @@ def test_a_session_of_edits_is_the_same_as_edits_that_stack_the_rows_of_earlier_
 
 
 STAYING = {
-    "MultEdit": MultEdit(layer=5),
-    "AlphaEdit": AlphaEdit(layer=5, spread=1, null_threshold=None, ridge=1.0),
+    "MultEdit": MultEdit(layer=5, stop_loss=0.05),
+    "AlphaEdit": AlphaEdit(layer=5, spread=1, null_threshold=None, ridge=1.0, stop_loss=0.05),
 }
 
 
@@ -240,7 +240,7 @@ def test_a_session_goes_on_from_a_history_as_if_it_had_never_ended(tiny_vlm, tmp
 def test_a_fact_edited_again_gets_its_new_target(tiny_vlm):
     """Held with a weight of 1e4, the old target would win: so it does where the question is taken for another fact."""
     first, second = request_of(0, "Pruro Raner"), request_of(0, "Venvo Gralner")
-    editor = MultEdit(layer=5, earlier_weight=1e4)
+    editor = MultEdit(layer=5, earlier_weight=1e4, stop_loss=0.05)
     prompt = tiny_vlm.prompt_for(question_of(0))
     with editor.start(tiny_vlm) as session:
         session.edit([request_of(1)])
@@ -372,7 +372,7 @@ def test_requests_find_their_own_editors_in_one_session(tiny_vlm):
 
     def choose(asked: Any) -> MultEdit:
         (index,) = [index for index, request in requests.items() if request is asked[0]]
-        return MultEdit(layer=layers[index])
+        return MultEdit(layer=layers[index], stop_loss=0.05)
 
     with EditorByRequest(choose=choose).start(tiny_vlm) as session:
         deltas = [session.edit([request]) for request in requests.values()]
@@ -407,7 +407,7 @@ def test_edits_of_one_model_opened_from_two_folders_are_composed(tmp_path):
     deltas, models = [], [load(path) for path in (tiny_vlm_path(), tmp_path / "link")]
     for vlm, target in zip(models, ("Raner", "Gralner"), strict=True):
         request = EditRequest(question=Question(text=f"Who founded {target}?"), target=target)
-        deltas.append(MultEdit(layer=5).edit(vlm, [request], progress=False))
+        deltas.append(MultEdit(layer=5, steps=2).edit(vlm, [request], progress=False))
     assert deltas[0].model != deltas[1].model and len(compose(*deltas).requests) == 2
     other = replace(deltas[1], fingerprints=dict.fromkeys(deltas[1].fingerprints, "0"))
     with pytest.raises(EditError, match="different models"):

@@ -409,7 +409,7 @@ def test_a_goal_that_is_done_is_not_spoilt_by_one_that_fails_later(random_llama)
 def test_values_of_a_search_of_its_own_give_the_same_edit(tiny_vlm, tmp_path):
     world = World()
     records = world_records(world, world.edit_cases("outdated", "choose")[:3])
-    editor = mt.MultEdit(layer=5, steps=20)
+    editor = mt.MultEdit(layer=5, steps=4)
     plain = editor.edit(tiny_vlm, records, progress=False)
     values = editor.search(tiny_vlm, records, progress=False)
     loaded = [RequestValues.load(each.save(tmp_path / f"{n}.safetensors")) for n, each in enumerate(values)]
