@@ -264,6 +264,15 @@ def test_another_layout_version_or_program_is_refused(tmp_path):
         load_fields(path, "inner 1", Inner)
 
 
+@pytest.mark.parametrize("name", ["more", "maybe", "inner.name"])
+def test_a_tensor_that_no_field_holds_is_refused(name, tmp_path):
+    """Also one in the place of a field of another type."""
+    tensors, text = read_tensors(toy(0.1).save(tmp_path / "toy"))
+    assert Toy.load(write_tensors(tmp_path / "same", tensors, text)).maybe is None
+    with pytest.raises(ArtefactError, match=f"unexpected tensors {name}"):
+        Toy.load(write_tensors(tmp_path / "toy", tensors | {name: torch.ones(1)}, text))
+
+
 # What people see
 
 

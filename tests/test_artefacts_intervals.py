@@ -1,8 +1,12 @@
-"""Intervals of means: coverage of the largest of many cells by simulation, and missing values."""
+"""Intervals of means: coverage of the largest of many cells by simulation, missing values, groups, paired tests."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from multrace.artefacts import ArtefactError, mean_interval
+from multrace.artefacts.averages import grouped_bootstrap, paired_test
 
 CELLS, PROMPTS, ROUNDS = 48, 12, 1500
 
@@ -55,3 +59,26 @@ def test_missing_values_are_left_out():
     assert low.isnan().all() and high.isnan().all()
     with pytest.raises(ArtefactError, match="needs at least two results"):
         mean_interval(torch.zeros(1, 2))
+
+
+def test_whole_groups_are_drawn():
+    """Repeating a value inside its group changes nothing; a value per group gives the interval of the normal law."""
+    values = np.random.default_rng(0).normal(size=100)
+    names = [str(number) for number in range(len(values))]
+    alone, repeated = grouped_bootstrap(values, names), grouped_bootstrap([*values] * 5, names * 5)
+    assert np.allclose(alone, repeated)
+    error = values.std(ddof=1) / len(values) ** 0.5
+    for level, quantile in ((0.95, 1.96), (0.5, 0.674)):
+        low, high = grouped_bootstrap(values, names, level=level)
+        assert abs((high - low) / 2 - quantile * error) < 0.1 * quantile * error
+        assert low < values.mean() < high
+
+
+def test_the_p_value_is_that_of_all_flips_of_the_signs():
+    differences = np.array([0.9, 0.4, -0.2, 0.7, 0.5, 0.1, -0.3, 0.8])
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    exact = (np.abs((signs * differences).mean(1)) >= differences.mean() - 1e-12).mean()
+    low, high, p = paired_test(differences)
+    assert abs(p - exact) < 0.02 < exact and low < differences.mean() < high
+    assert paired_test(np.ones(40)) == (1, 1, 1 / 2001)
+    assert paired_test(np.array([1.0, -1.0] * 5))[2] == 1

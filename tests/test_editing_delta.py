@@ -435,6 +435,19 @@ def test_composed_deltas_do_what_they_do_one_after_the_other(vlm):
         compose()
 
 
+def test_keys_count_by_the_squared_size_of_what_they_ask_for():
+    parts = {"left": torch.ones(2, 2), "right": torch.ones(2, 3), "keys": torch.ones(2, 3)}
+    change = WeightChange(**parts, residuals=torch.tensor([[3.0, 0.0], [0.0, 1.0]]), owners=torch.tensor([0, 0]))
+    delta = Delta(changes={"w": change}, fingerprints={"w": ""}, model="m", requests=({}, {}))
+    assert delta.shares({"w": torch.tensor([1.0, 0.0])}) == (0.9, None)
+
+
+def test_the_digest_of_a_delta_covers_its_words(random_llama):
+    delta = made_by_hand(random_llama)
+    others = ({"model": "another"}, {"settings": {"editor": "x"}}, {"requests": ({"target": "red"},)})
+    assert len({replace(delta, **words).digest for words in ({}, {"model": delta.model}, *others)}) == 4
+
+
 def test_the_report_names_what_was_lost(random_llava_llama):
     low = load(random_llava_llama.name, dtype="bfloat16")
     delta = made_for_requests(low)

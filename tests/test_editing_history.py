@@ -169,6 +169,13 @@ def test_an_edit_made_while_part_of_another_was_out_is_solved_anew_for_that(rand
     assert (dense(anew.composed()) - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
+def test_an_edit_that_was_out_is_not_below_what_was_made_later(random_llama):
+    vlm, history = random_llama, in_turn(random_llama, 2).without("a")
+    with history.applied(vlm):
+        history = history.added("c", made(vlm, 2))
+    assert [history.below(entry) for entry in history.entries] == [{}, {"a": ()}, {"b": ()}]
+
+
 def test_edits_made_side_by_side_are_left_as_they_are_by_resolving(random_llama):
     history = History().added("a", made(random_llama, 0)).added("b", made(random_llama, 1))
     anew = history.without("a").resolved()
