@@ -33,8 +33,9 @@ TORCH_INDEX ?=
 PIP_EXTRA ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 PYTEST_ARGS ?=
-# One process per core, each with one thread: two threads in two processes each would wait for one another.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+# One process per core, each with one thread: two threads in two processes each would wait for one another. Compiled files
+# are kept whatever the shell says: the tests start many processes, and their own assertions take seconds to rewrite.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
 .PHONY: help demo test slow lint reference bench results tiny-vlm venv
