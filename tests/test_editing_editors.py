@@ -81,7 +81,7 @@ EDITORS: dict[str, ClosedFormEditor] = {
 
 @pytest.mark.parametrize("editor", EDITORS.values(), ids=EDITORS)
 def test_every_editor_makes_the_model_say_its_targets(tiny_vlm, cases, moments, editor):
-    requests = [request_of(tiny_vlm, case) for case in cases[:3]]
+    requests = [request_of(tiny_vlm, case) for case in cases[:2]]
     names = [each.name for each in editor.projections(tiny_vlm).values()]
     assert len(names) == editor.spread
     before = tiny_vlm.fingerprint(names)
@@ -249,7 +249,7 @@ def test_an_early_edit_fires_for_other_pictures_and_the_default_does_not(tiny_vl
     """The published constants, with steps enough to say the target, against the default, on the same requests."""
     published = replace(MultEdit.paper(layer=0, token="last", clamp=None), learning_rate=0.3, steps=40, stop_loss=0.02)
     requests = [request_of(tiny_vlm, case) for case in cases[:4]]
-    asked_of_others = [prompt for case in cases[:4] for prompt in others(tiny_vlm, case, 5)]
+    asked_of_others = [prompt for case in cases[:4] for prompt in others(tiny_vlm, case, 3)]
     before = tiny_vlm.answers(asked_of_others)
     changed = []
     for editor in (published, EDITORS["MultEdit"]):
@@ -257,7 +257,7 @@ def test_an_early_edit_fires_for_other_pictures_and_the_default_does_not(tiny_vl
             assert said(tiny_vlm, requests) == 4
             after = tiny_vlm.answers(asked_of_others)
         changed.append(sum(one != other for one, other in zip(before, after, strict=True)))
-    assert changed[0] >= 8 and changed[1] <= 1  # of 20
+    assert changed[0] >= 6 and changed[1] <= 1  # of 12
 
 
 @pytest.mark.parametrize("editor", ["MultEdit", "ROME"])
@@ -305,16 +305,16 @@ def test_a_prompt_that_two_requests_keep_is_one_constraint(tiny_vlm, cases, capl
 
 
 def test_the_question_by_name_is_reached_only_where_it_is_asked_for(tiny_vlm, cases):
-    by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).text) for case in cases[4:9]]
-    plain = [request_of(tiny_vlm, case) for case in cases[4:9]]
+    by_name = [tiny_vlm.prompt(None, WORLD.question_by_name(case.fact).text) for case in cases[4:7]]
+    plain = [request_of(tiny_vlm, case) for case in cases[4:7]]
     both = [replace(request, rewrite_prompts=(prompt,)) for request, prompt in zip(plain, by_name, strict=True)]
     named = [replace(request, question=prompt) for request, prompt in zip(plain, by_name, strict=True)]
     reached = []
     for requests in (plain, both):
         with EDITORS["MultEdit"].edit(tiny_vlm, requests).applied(tiny_vlm):
-            assert said(tiny_vlm, plain) == 5
+            assert said(tiny_vlm, plain) == 3
             reached.append(said(tiny_vlm, named))
-    assert reached[0] <= 3 and reached[1] == 5
+    assert reached[0] <= 1 and reached[1] == 3
 
 
 def test_a_request_whose_answer_is_there_already_is_reported_and_left_out(tiny_vlm, cases):

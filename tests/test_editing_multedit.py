@@ -1,6 +1,7 @@
 """MultEdit end to end: it makes models say the target, only then, as its theorem promises, and it survives saving."""
 
 import logging
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -37,8 +38,8 @@ def target_of(prompt: Prompt, count: int, skip: int = 0) -> str:
     """Words of one token each, `count` of them, that the tokenizer knows."""
     tokenizer = prompt.frontend.tokenizer
     words = (tokenizer.decode([token]).strip() for token in range(len(tokenizer) - 1, 0, -1))
-    single = [word for word in words if word.isalpha() and len(prompt.with_answer(word).answer_ids) == 1]
-    target = " ".join(single[skip : skip + count])
+    single = (word for word in words if word.isalpha() and len(prompt.with_answer(word).answer_ids) == 1)
+    target = " ".join(islice(single, skip, skip + count))
     assert len(prompt.with_answer(target).answer_ids) == count
     return target
 

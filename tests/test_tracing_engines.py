@@ -133,7 +133,7 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 
 
 def test_the_report_counts_cells_free_cells_and_work(random_vlm, photo):
-    prompt, layers, samples = ask(random_vlm, photo), random_vlm.layers, 3
+    prompt, layers, samples = ask(random_vlm, photo), random_vlm.layers, 2
     length, first = prompt.length, prompt.groups["constraint"][0]
     settings = {"sites": ("hidden", "mlp"), "window": 1, "positions": list(range(length))}
     fast, slow = (

@@ -288,9 +288,9 @@ def only_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException],
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_a_batch_that_does_not_fit_is_halved(exact_llava, photo, only_rows, error):
     prompt, engine = exact_llava.prompt(photo, QUESTION, constraint=CONSTRAINT), Engine(name="replay", checks=0)
-    whole = trace(exact_llava, prompt, engine)
+    whole = trace(exact_llava, prompt, engine, positions=("constraint", "last"))
     only_rows(40, error)
-    found = trace(exact_llava, prompt, engine)
+    found = trace(exact_llava, prompt, engine, positions=("constraint", "last"))
     assert whole.engine.halvings == 0 < found.engine.halvings
     assert f"batch halved {found.engine.halvings} times" in found.engine.summary()
     for kind in whole.kinds:

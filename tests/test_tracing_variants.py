@@ -145,19 +145,22 @@ VARIANTS = {
 
 @pytest.mark.parametrize("direction", ["restore", "corrupt"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_cell_of_every_variant_agrees_with_slow_hooks(
-    exact_llava, photo, other_photo, variant, direction, engine
-):
-    vlm, prompt, settings = exact_llava, ask(exact_llava, photo), VARIANTS[variant]
-    settings = {"window": 2, "direction": direction, "engine": engine} | settings
-    found = trace(vlm, prompt, SwapImage(other_photo), **settings)
+def test_every_cell_of_every_variant_agrees_with_slow_hooks(exact_llava, photo, other_photo, variant, direction):
+    vlm, prompt = exact_llava, ask(exact_llava, photo)
+    settings = {"window": 2, "direction": direction} | VARIANTS[variant]
+    found, plain = (
+        trace(vlm, prompt, SwapImage(other_photo), engine=ENGINES[name], **settings) for name in ("replay", "plain")
+    )
+    assert (found.engine.engine, plain.engine.engine) == ("replay", "plain")
+    assert (found.kinds, found.row_positions) == (plain.kinds, plain.row_positions)
     assert (found.direction, found.effect) == (direction, settings.get("effect", "total"))
     assert found.severed == settings.get("severed")
     restores = direction == "restore"
     slow = Slow(vlm=vlm, prompt=prompt, other=other_photo, token=found.answer_ids[0], restores=restores)
     lent, own = (slow.states(lent=each) for each in (True, False))
     base = slow.score([])
-    assert base == pytest.approx(float(found.corrupted if restores else found.clean), abs=1e-13)
+    for each in (found, plain):
+        assert base == pytest.approx(float(each.corrupted if restores else each.clean), abs=1e-13)
     moved = []
     for kind in found.kinds:
         name, _, head = kind.partition(" ")
@@ -174,7 +177,9 @@ def test_every_cell_of_every_variant_agrees_with_slow_hooks(
                 puts += [Put(module=module, values=own[module], positions=positions) for module in later]
                 puts += [Put(module=layer, values=own[layer], positions=others) for layer in slow.layers if others]
                 expected = slow.score(puts)
-                assert float(found.scores[kind][row, column]) == pytest.approx(expected, abs=1e-12), (kind, row, column)
+                for each in (found, plain):
+                    score = float(each.scores[kind][row, column])
+                    assert score == pytest.approx(expected, abs=1e-12), (each.engine.engine, kind, row, column)
                 moved.append(abs(expected - base) > 1e-9)
     assert sum(moved) > 0.4 * len(moved)  # many cells do something, so agreeing about them means something
 

@@ -90,7 +90,7 @@ def test_the_class_token_belongs_to_the_whole_picture(random_llava, photo, other
 def test_swapping_a_picture_for_itself_changes_nothing(random_llava, photo, other_photo, direction):
     prompt = ask(random_llava, photo)
     same, other = (
-        trace(random_llava, prompt, SwapImage(picture), positions="patches", direction=direction)
+        trace(random_llava, prompt, SwapImage(picture), positions="image_rows", direction=direction)
         for picture in (photo, other_photo)
     )
     for kind in same.kinds:
@@ -102,14 +102,14 @@ def test_layers_above_the_one_that_is_read_have_no_effect_at_all(llava_llama_pat
     last, first = (reading_layer(llava_llama_path, layer) for layer in (-1, -2))
     for engine in ("auto", "plain"):
         settings = {
-            "positions": ["image", "patches"],
+            "positions": ["image", "image_quadrants"],
             "sites": ("vision", "projector", "mlp"),
             "engine": Engine(name=engine),
         }
         found = trace(first, ask(first, photo), SwapImage(other_photo), **settings)
         effects = found.indirect_effect("vision")
         assert effects[:, 0].all() and not effects[:, 1].any()
-        # What the tower's read layer holds at a patch, and nothing else, is what the projector turns into its token.
+        # What the tower's read layer holds at patches, and nothing else, is what the projector turns into their tokens.
         assert torch.allclose(found.scores["vision"][1:, 0], found.scores["projector"][1:, 0], rtol=0, atol=1e-6)
     above = trace(last, ask(last, photo), SwapImage(other_photo), positions=["image", "patches"])
     assert above.indirect_effect("vision").all()
@@ -295,7 +295,7 @@ def test_whole_answers_foils_and_several_metrics(random_llava, photo, other_phot
         "whole_answer": True,
         "metrics": ("log_probability", "logit_difference"),
     }
-    found = trace(random_llava, prompt, SwapImage(other_photo), positions=["image", "patches"], **settings)
+    found = trace(random_llava, prompt, SwapImage(other_photo), positions=["image", "image_quadrants"], **settings)
     assert found.metrics == settings["metrics"] and len(found.foil_ids) > 1
     clean = random_llava.score(photo, QUESTION, "Ada Example")
     assert float(found.clean_scores[0]) == pytest.approx(sum(clean.token_log_probabilities), abs=1e-4)
