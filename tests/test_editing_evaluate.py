@@ -476,10 +476,9 @@ def test_a_sequence_tells_editors_of_the_earlier_edits(tiny_vlm, records, first_
         ({"mode": "sequence"}, "mode 'sequence' makes each edit itself"),
     ],
 )
-def test_a_mode_that_does_not_fit_is_refused(tiny_vlm, records, keywords, message):
-    change = NOTHING.edit(tiny_vlm, [records[0]])
+def test_a_mode_that_does_not_fit_is_refused(tiny_vlm, records, first_edit, keywords, message):
     with pytest.raises(EditError, match=message):
-        evaluate(tiny_vlm, records[:1], change, **keywords)
+        evaluate(tiny_vlm, records[:1], first_edit, **keywords)
 
 
 def test_what_a_sequence_cannot_use_is_refused(tiny_vlm, records, general):

@@ -73,7 +73,7 @@ def output_at_last(vlm: VisionLanguageModel, prompt: Prompt, layer: int) -> Tens
     return seen[0]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_the_edited_model_says_the_target_and_the_others_do_not(vlm, count):
     prompt, weights = prompt_for(vlm), bits(vlm)
     target = target_of(prompt, count)
