@@ -124,8 +124,8 @@ def test_the_sweep_equals_the_plain_way(exact, group, restores):
 
 def test_every_sort_of_cell_at_every_row_and_in_every_span_of_one_model(exact_llava):
     runs = exact_llava.runs("image", samples=2)
-    # Each span of a row has 20 sorts of cells, each row 7 spans. As 3 divides neither, every third cell still pairs each
-    # sort with each span and each row, and each span with each row.
+    # Each span of a row has 20 sorts of cells, each row 7 spans. As 3 divides neither, every third cell still pairs
+    # each sort with each span and each row, and each span with each row.
     cells = list(every_cell(exact_llava, widest=2))[::3]
     sorts = [(cell.kind, cell.head, cell.severed, cell.is_direct) for cell in cells]
     spans = [(cell.first, cell.last) for cell in cells]
