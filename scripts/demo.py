@@ -273,17 +273,19 @@ def _every_layer(
 ) -> str:
     """A table of the results of editing the same facts at the same token in each layer.
 
-    The questions are those that were verified; without the edit the model answers them as it did there.
+    The questions are those that were verified; without the edit the model answers them as it did there. The edits at
+    the trace's layer were verified, too.
     """
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
     for layer in tqdm(range(vlm.layers), desc="every layer"):
-        editor = editing.MultEdit(layer=layer, token=located.edit_site.token)
-        probes: list[VerifiedQuestion] = []
-        for record, rows in zip(records, asked, strict=True):
-            with editor.edit(vlm, [record]).applied(vlm):
-                probes += answered_again(vlm, rows)
-        label = f"{layer} (the trace's)" if layer == located.edit_site.layer else str(layer)
+        label, probes = f"{layer} (the trace's)", [probe for rows in asked for probe in rows]
+        if layer != located.edit_site.layer:
+            label, editor = str(layer), editing.MultEdit(layer=layer, token=located.edit_site.token)
+            probes = []
+            for record, rows in zip(records, asked, strict=True):
+                with editor.edit(vlm, [record]).applied(vlm):
+                    probes += answered_again(vlm, rows)
         lines.append(f"{label:{width}s}" + "".join(f"{share:>{width}.1%}" for share in summary(probes).values()))
     return "\n".join([*lines, "other entities and relations: of the answers that were right before"])
 

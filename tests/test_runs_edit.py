@@ -23,8 +23,8 @@ from multrace.workflow import EditRun, EditTrace, ModelToLoad, RunError, merge, 
 from safetensors.torch import load_file, save_file
 
 EDITOR = mt.MultEdit(layer=5, steps=10)
-SHORT = EditTrace(positions=("last",))
-"""A trace of few cells."""
+SHORT = EditTrace(positions=("last",), checks=0)
+"""A trace of few cells, which are not checked against the slow way."""
 
 
 def content(folder: Path) -> dict[str, bytes]:
