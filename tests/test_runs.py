@@ -3,13 +3,11 @@
 import hashlib
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from killed import kill_at_random
 from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import read_json, write_json
 from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
@@ -823,18 +822,6 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int, longest: float) -> None:
-    """Start and kill the process so many times, each time once it has done a record and then worked for a while."""
-    generator = random.Random(0)
-    for _ in range(kills):
-        process, before = start(), len(list(out.glob("records/[!.]*-*/record.json")))
-        while process.poll() is None and len(list(out.glob("records/[!.]*-*/record.json"))) == before:
-            time.sleep(0.02)
-        time.sleep(generator.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-
-
 @pytest.mark.parametrize(
     ("command", "kills", "count"),
     [
@@ -844,7 +831,8 @@ def kill_at_random(start: Callable[[], subprocess.Popen], out: Path, kills: int,
 )
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str, kills: int, count: int):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
-    kill_at_random(lambda: started(command, one, count), one, kills, longest=0.5)
+    start, kept = lambda: started(command, one, count), lambda: len([*one.glob("records/[!.]*-*/record.json")])
+    assert kill_at_random(start, kept, kills) == kills
     done = {path: path.stat().st_mtime_ns for path in one.glob("records/[!.]*-*/record.json")}
     assert kills <= len(done)
     assert app(asked(command, one, count)) == 0

@@ -1,11 +1,8 @@
 """Runs of edits: the joint edit is the one of the library, whatever happens on the way."""
 
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import multrace as mt
 import pytest
 import torch
+from killed import kill_at_random
 from multrace import VisionLanguageModel
 from multrace.data import EditRecord, Question, World, tiny_vlm_path, write_lines
 from multrace.editing import EditError
@@ -335,14 +333,7 @@ def records_of(out: Path) -> dict[Path, int]:
 )
 def test_a_killed_edit_ends_like_an_undisturbed_one(tmp_path: Path, kills: int, count: int, more: tuple[str, ...]):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
-    generator = random.Random(0)
-    for _ in range(kills):
-        before, process = len(records_of(one)), started(one, count, *more)
-        while process.poll() is None and len(records_of(one)) == before:
-            time.sleep(0.02)
-        time.sleep(generator.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    assert kill_at_random(lambda: started(one, count, *more), lambda: len(records_of(one)), kills) == kills
     done = records_of(one)
     assert kills <= len(done)
     assert app(arguments(one, count, *more)) == 1
