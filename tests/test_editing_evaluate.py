@@ -342,6 +342,17 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
         EvaluationSettings(max_new_tokens=0)
 
 
+def test_an_unedited_model_that_says_nothing_has_no_old_answer_to_compare(tiny_vlm, records, first_edit):
+    probe = Probe(kind="unrelated", question=records[2].question)
+    record = replace(records[0], probes=(probe,))
+    responses = Responses(generated={record.question.key: "", probe.question.key: ""})
+    silent = Baseline(model="silent", revision=None, settings=EvaluationSettings(), responses=responses)
+    own, other = evaluate(tiny_vlm, [record], first_edit, mode="batch", baseline=silent).rows
+    assert (own.before, own.old, own.after) == ("", "", record.target) and own.numbers[EXACT] == (0, 1)
+    assert {HIGHER, MARGIN}.isdisjoint(own.numbers) and UNCHANGED not in other.numbers
+    assert TOKENS in own.numbers and KL in other.numbers  # scores that the baseline lacks are measured
+
+
 def test_an_edit_in_the_prompt_is_asked_in_its_words(tiny_vlm, records, baseline):
     bare = replace(records[0], probes=records[0].probes[:2])
     change = InContext().edit(tiny_vlm, [bare])

@@ -1,4 +1,8 @@
-"""The questions about edits, which both states of a model are asked in the same way, and the rows that this gives."""
+"""Asks the unedited and the edited model the same questions about edits, and turns both answers into rows of numbers.
+
+A `Check` is one question with the answer that it should have. `measured` asks checks without and with a change and
+returns one `ProbeRow` per check. `baseline` measures the unedited model once, for several editors.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,11 +51,12 @@ from .reports import EvaluationSettings, LeftOut, Pair, ProbeRow
 
 
 def names_of(records: Sequence[EditRecord]) -> tuple[str, ...]:
-    """Return the ids of the records in order; a record without one is called by its place in the sequence.
+    """Return the ids of the records in order; the id of a record without one is its index in the sequence, from 0.
 
-    Raises `EditError` if there are no records, if something else stands among them, or if two of them have the same id.
+    Raises `EditError` if there are no records, if they are not a sequence of `EditRecord`, or if two of them have the
+    same id.
     """
-    if not isinstance(records, Sequence):  # a generator would be used up after the first look at it
+    if not isinstance(records, Sequence):  # a generator could be read only once
         raise EditError(f"the records are of type {type(records).__name__}; pass a list of EditRecord")
     if foreign := [record for record in records if not isinstance(record, EditRecord)]:
         raise EditError(f"among the records is one of type {type(foreign[0]).__name__}; pass a list of EditRecord")
@@ -67,29 +72,31 @@ def names_of(records: Sequence[EditRecord]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Check:
-    """One question of one record, and what its answer should be."""
+    """One question of one record, and the answer that it should have."""
 
     record: str
-    """The record's id."""
+    """Id of the record."""
     kind: str
-    """One of KINDS."""
+    """Kind of question, one of `data.facts.KINDS`."""
     question: Question
+    """The question that is asked."""
     new: str
-    """The answer that it should have after the edit; where it should stay, the one that must not leak into it."""
+    """The answer that should come with the edit. If the answer should stay, the target, which must not replace it."""
     known: str | None = None
-    """The present answer as the caller knows it."""
+    """The present answer according to the caller; None stands for the free answer of the unedited model."""
     hops: int | None = None
+    """For portability, the number of facts between the edited one and the answer; None if it is not known."""
     needs: tuple[str, ...] = ()
-    """Ids of other records whose edits the answer needs too."""
+    """Ids of other records whose edits the answer depends on as well."""
 
     @property
     def key(self) -> str:
-        """What tells the question apart from all others, as a model sees it."""
+        """The key of the question: questions that look the same to a model have equal keys."""
         return self.question.key
 
     @property
     def aspect(self) -> str:
-        """What it measures."""
+        """The property of an edit that the question measures, one of `data.facts.ASPECTS`."""
         return KINDS[self.kind][0]
 
     @property
@@ -98,20 +105,24 @@ class Check:
         return self.aspect in (LOCALITY, ABILITY)
 
     def old(self, before: "Responses") -> str:
-        """Return the present answer: as the caller knows it, else what the unedited model says."""
+        """Return the present answer: `known` if the caller gave it, else the free answer of the unedited model."""
         return before.generated[self.key] if self.known is None else self.known
 
     def answers(self, before: "Responses") -> tuple[str, ...]:
-        """Return the answers to feed in: the new and the old one."""
-        return () if self.kind == GENERAL else tuple(dict.fromkeys((self.new, self.old(before))))
+        """Return the answers to feed in: the new and the old one. None for held-out questions; empty ones are left out.
+
+        An unedited model that says nothing has an empty old answer, which has no tokens to predict.
+        """
+        answers = () if self.kind == GENERAL else dict.fromkeys((self.new, self.old(before)))
+        return tuple(answer for answer in answers if answer.strip())
 
     def reference(self, before: "Responses") -> str | None:
-        """Return the answer under which whole rankings are compared; None where the answer should move."""
+        """Return the answer under which the rankings of both models are compared; None if the answer should change."""
         return self.old(before) if self.stays and self.kind != GENERAL else None
 
 
 def checks_of(name: str, record: EditRecord) -> Iterator[Check]:
-    """Yield the edited question of the record of this name, then its probes."""
+    """Yield the check of the record's own question, then those of its probes; `name` is the id of the record."""
     target = record.target
     yield Check(record=name, kind=EDITED, question=record.question, new=target, known=record.old)
     for probe in record.probes:
@@ -123,9 +134,10 @@ def checks_of(name: str, record: EditRecord) -> Iterator[Check]:
 
 
 def general_checks(general: Sequence[Question], record: str | None = None) -> tuple[Check, ...]:
-    """Return held-out questions as questions of this record, or each on its own.
+    """Return the checks of held-out questions, which measure general ability.
 
-    Raises `EditError` for a question without an answer.
+    They belong to the record of this id, or, if it is None, to "general 0", "general 1" and so on. Raises `EditError`
+    for a question without an answer.
     """
     for question in general:
         if question.answer is None:
@@ -145,16 +157,20 @@ def general_checks(general: Sequence[Question], record: str | None = None) -> tu
 def asked_together(
     checks: Iterable[Check], records: Mapping[str, EditRecord], edited: Iterable[str]
 ) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
-    """Return the checks that mean something while several edits are in the model at once, and those left out.
+    """Return the checks that can be judged while several edits are in the model at once, and those that cannot.
 
-    Left out are questions that should stay for one record, but whose answer another record is meant to change, and
-    questions that need an edit that is not in the model. A record is meant to change its question, contexts and rewrite
-    prompts, and whatever asks whether it generalises; a question is the same only with the same picture and words.
+    A check is left out if its answer should stay for one record while another record is meant to change it, or if its
+    answer needs an edit that is not in the model. A record is meant to change the answers to its question, contexts and
+    rewrite prompts, and to its probes of generality and portability. Two questions are the same if a model is shown the
+    same words, pictures and template.
 
     Args:
-        checks: The questions of the records.
-        records: The records by id.
+        checks: The questions of the records, in order.
+        records: The records by id, those whose edits failed included.
         edited: Ids of the records whose edits are in the model.
+
+    Returns:
+        The checks to ask, and the others with the reason why each is left out; both in order.
     """
     checks, present = tuple(checks), set(edited)
     changing: dict[str, set[str]] = {}
@@ -177,7 +193,7 @@ def asked_together(
 
 
 def lacking(check: Check, edited: Iterable[str]) -> LeftOut | None:
-    """Return why the check has to be left out if its answer needs an edit that is not in the model, else None."""
+    """Return the check as one that is left out if its answer needs an edit that is not in the model, else None."""
     missing = [name for name in check.needs if name not in edited]
     if not missing:
         return None
@@ -189,7 +205,7 @@ def _left_out(check: Check, reason: str) -> LeftOut:
 
 
 def blocks(checks: Iterable[Check], size: int) -> Iterator[list[Check]]:
-    """Yield the checks in blocks of so many different questions; checks that ask the same are in one block."""
+    """Yield the checks in blocks of `size` different questions; checks of the same question are in the same block."""
     groups: dict[str, list[Check]] = {}
     for check in checks:
         groups.setdefault(check.key, []).append(check)
@@ -201,7 +217,16 @@ def blocks(checks: Iterable[Check], size: int) -> Iterator[list[Check]]:
 def generate_answers(
     vlm: VisionLanguageModel, prompts: Mapping[str, Prompt], *, max_new_tokens: int, batch_size: int
 ) -> dict[str, str]:
-    """Return the free answer to each prompt by key; prompts of similar length share a batch."""
+    """Return the free (greedily generated) answer to each prompt by key, empty if its logits are not finite.
+
+    Prompts of similar length share a batch, which keeps padding small.
+
+    Args:
+        vlm: The model, unedited or with an edit in it.
+        prompts: The prompts by key of their question.
+        max_new_tokens: Maximum length of an answer in tokens.
+        batch_size: Number of prompts that run together.
+    """
     ordered = dict(sorted(prompts.items(), key=lambda pair: _place(pair[1])))
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     answers = prompt_answers(vlm, list(ordered.values()), **options) if ordered else []
@@ -217,14 +242,19 @@ def feed(
     *,
     batch_size: int,
 ) -> None:
-    """Add the model's predictions of given answers to the responses; an answer without tokens is left out.
+    """Add to `responses` how the model predicts given answers, with the tokens of each answer fed in (teacher forcing).
+
+    Log-probabilities are computed in float64. An answer without tokens is left out.
 
     Args:
-        vlm: The model.
-        prompts: Key of a question -> its prompt.
-        answers: (key, answer) -> whether the whole ranking is kept, for comparison with another state of the model.
-        responses: What the predictions are added to.
-        batch_size: Number of answers that are fed in together.
+        vlm: The model, unedited or with an edit in it.
+        prompts: The prompts by key of their question.
+        answers: (key, answer) -> whether its rankings are stored too, for comparison with another state of the model.
+        responses: Receives the scores (and rankings) in place.
+        batch_size: Number of answers that run together.
+
+    Raises:
+        ModelError: An answer is empty, or pictures of one batch do not fit together.
     """
     rows = [(name, prompts[name[0]].with_answer(name[1]), is_kept) for name, is_kept in answers.items()]
     rows = sorted((row for row in rows if row[1].answer_ids), key=lambda row: _place(row[1]))
@@ -236,7 +266,7 @@ def feed(
 
 
 def answers_to_feed(checks: Iterable[Check], before: Responses) -> dict[tuple[str, str], bool]:
-    """Return (key, answer) -> whether its ranking is kept, for every answer that is fed in."""
+    """Return (key, answer) -> whether its rankings are compared, for every answer that is fed in."""
     answers: dict[tuple[str, str], bool] = {}
     for check in checks:
         for answer in check.answers(before):
@@ -247,7 +277,7 @@ def answers_to_feed(checks: Iterable[Check], before: Responses) -> dict[tuple[st
 
 
 def _note(responses: Responses, name: tuple[str, str], prompt: Prompt, logits: Tensor, *, is_kept: bool) -> None:
-    """Add the logits (token, vocab) of one row."""
+    """Add the logits (token, vocab) of one prompt with its answer to the responses."""
     start = prompt.groups["answer"][0] - 1
     predicting = logits[start : start + len(prompt.answer_ids)]
     ids = torch.tensor(prompt.answer_ids, device=logits.device)
@@ -264,12 +294,12 @@ def _note(responses: Responses, name: tuple[str, str], prompt: Prompt, logits: T
 
 
 def _place(prompt: Prompt) -> tuple[bool, int]:
-    """Sort key that keeps the padding of batches small."""
+    """A sort key that puts prompts of similar length next to each other, text-only prompts first."""
     return bool(prompt.images), prompt.length
 
 
 def numbers(check: Check, before: Responses, after: Responses) -> Mapping[str, Pair]:
-    """Protocol -> the numbers of the two states; those of free generation come first."""
+    """Return protocol -> (unedited, edited) of one check; the numbers of free generation come first."""
     if check.stays:
         return {**_staying(check, before, after), **_kept(check, before, after)}
     said = [state.generated[check.key] for state in (before, after)]
@@ -292,7 +322,7 @@ def numbers(check: Check, before: Responses, after: Responses) -> Mapping[str, P
 
 
 def _staying(check: Check, before: Responses, after: Responses) -> dict[str, Pair]:
-    """What free generation tells about a question whose answer should stay."""
+    """The numbers from free generation for a question whose answer should stay."""
     said = [state.generated[check.key] for state in (before, after)]
     found: dict[str, Pair] = {}
     if said[0]:  # a model that said nothing had no answer to keep
@@ -308,7 +338,7 @@ def _staying(check: Check, before: Responses, after: Responses) -> dict[str, Pai
 
 
 def _kept(check: Check, before: Responses, after: Responses) -> dict[str, Pair]:
-    """What the answers fed in tell about a question whose answer should stay."""
+    """The teacher-forced numbers for a question whose answer should stay."""
     name = (check.key, check.old(before))
     if name not in before.ranks or name not in after.ranks:
         return {}
@@ -327,7 +357,7 @@ def _kept(check: Check, before: Responses, after: Responses) -> dict[str, Pair]:
 
 
 def _scores(check: Check, answer: str, *states: Responses) -> tuple[AnswerScore, ...]:
-    """The answer's score in each state; empty if it was not fed in, or has no tokens."""
+    """The score of the answer in each state; empty if it was not fed in."""
     key = check.key, answer
     return tuple(state.scores[key] for state in states) if all(key in state.scores for state in states) else ()
 
@@ -342,29 +372,33 @@ def _pair(values: Iterator[float] | Sequence[float]) -> Pair:
 
 
 PromptTransform = Callable[[Prompt], Prompt]
-"""What turns a question's prompt into the one that the edited model is given."""
+"""A function from the prompt of a question to the prompt that the edited model is given."""
 _BATCHES = 4
-"""Number of batches whose prompts exist at a time; a change is put in and taken out once for each such block."""
+"""Number of batches whose prompts exist at a time; a change is applied and undone once for each such block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Baseline:
     """The responses of the unedited model to a set of questions, measured once for all editors by `baseline`.
 
-    It holds texts and a few numbers per question and no tensors: rankings, which some protocols compare, are computed
-    anew where they are compared.
+    It holds texts and a few numbers per question, but no tensors: the rankings that some protocols compare are computed
+    again by each evaluation.
     """
 
     model: str
+    """Name or path of the model."""
     revision: str | None
+    """Revision of the model; None if it has none."""
     settings: EvaluationSettings
+    """What was measured."""
     responses: Responses
+    """The free answers and the scores of given answers, by key of the question."""
 
     def __repr__(self) -> str:
         return f"Baseline of {self.model!r}: {len(self.responses.generated)} questions, {self.settings}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the responses as plain values, from which `from_json` makes them again."""
+        """Return the baseline as plain values, as JSON has them; `from_json` reads them."""
         responses = self.responses
         scores = [[key, answer, asdict(score)] for (key, answer), score in responses.scores.items()]
         texts = {"generated": responses.generated, "fluencies": responses.fluencies}
@@ -373,7 +407,7 @@ class Baseline:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the responses that `as_json` gave."""
+        """Return the baseline from the plain values that `as_json` gave."""
         scores = {(key, answer): from_plain(AnswerScore, score) for key, answer, score in content["scores"]}
         texts = {name: dict(content[name]) for name in ("generated", "fluencies")}
         own = {name: content[name] for name in ("model", "revision")}
@@ -382,7 +416,7 @@ class Baseline:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return the responses of several baselines of one model together."""
+        """Return one baseline with the responses of several (at least one) of the same model and settings."""
         responses = Responses()
         for part in parts:
             responses.add(part.responses)
@@ -398,23 +432,37 @@ def baseline(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Baseline:
-    """Return the responses of the model as it is to all questions of the records; each question is asked once.
+    """Return the responses of the unedited model to all questions of the records; equal questions are asked once.
 
-    Pass the result to several calls of `evaluate`, which would otherwise measure it anew each time.
+    Pass the result to several calls of `evaluate`, each of which would otherwise ask the unedited model again. The
+    model is left unchanged.
 
     Args:
         vlm: The unedited model.
-        records: The edits and the questions about them.
-        general: Held-out questions with their right answers, which measure general ability.
-        settings: What is measured; None for the defaults.
-        batch_size: Number of questions that are answered together.
+        records: The edits, with the questions about them.
+        general: Held-out questions with their right answers, which measure general ability; by default none.
+        settings: What is measured; None for the defaults of `EvaluationSettings`.
+        batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show a progress bar.
 
     Returns:
-        The responses, without tensors.
+        The free answers and the scores of given answers, without tensors.
 
     Raises:
-        EditError: No records, two records with one id, or a held-out question without an answer.
+        EditError: There are no records, two records have the same id, or a held-out question has no answer.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import baseline
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
+        >>> unedited = baseline(vlm, [record], progress=False)
+        >>> len(unedited.responses.generated)
+        1
+        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), baseline=unedited, progress=False)
+        >>> report.rows[0].before == unedited.responses.generated[record.question.key]
+        True
     """
     settings, names = settings or EvaluationSettings(), names_of(records)
     checks = [check for name, record in zip(names, records, strict=True) for check in checks_of(name, record)]
@@ -442,22 +490,36 @@ def measured(
 ) -> tuple[ProbeRow, ...]:
     """Return one row per check, in order, measured without and with the change; the model ends unedited.
 
-    Checks are asked in blocks. Nothing but the rows is kept of a block that is done, so that memory does not grow with
-    the number of checks.
+    Checks are asked in blocks, and of each block only the rows stay in memory. Tensors therefore do not grow with the
+    number of checks. The change is in the model while the edited half of a block is asked, and any exit undoes it.
 
     Args:
         vlm: The unedited model.
-        checks: The questions.
-        change: The change; None stands for an edit that could not be made: both answers are those of the unedited
-            model.
+        checks: The questions, of one or several records.
+        change: The change; None stands for an edit that could not be made, and both halves of a row are then those of
+            the unedited model.
         settings: What is measured.
-        reference: Responses of the unedited model that were measured before.
-        transform: What turns each prompt into the one that the edited model is given.
-        batch_size: Number of questions that are answered together.
+        reference: The responses of the unedited model to all these questions; None to ask it here.
+        transform: Turns each prompt into the one that the edited model is given; None for the same prompt.
+        batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show a progress bar.
+
+    Returns:
+        The rows, each with both free answers and the numbers of both models.
 
     Raises:
         EditError: The reference lacks a question, or the change does not fit the model.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing.evaluation import EXACT, EvaluationSettings, checks_of, measured
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
+        >>> change = mt.MultEdit(layer=5).edit(vlm, [record], progress=False)
+        >>> (row,) = measured(vlm, checks_of("a", record), change, settings=EvaluationSettings(), batch_size=8)
+        >>> row.numbers[EXACT], row.after
+        ((0.0, 1.0), 'Pruro')
     """
     checks = tuple(checks)
     rows: dict[Check, ProbeRow] = {}
@@ -488,7 +550,18 @@ def measured_now(
     settings: EvaluationSettings,
     batch_size: int,
 ) -> tuple[ProbeRow, ...]:
-    """Return one row per check, in order, of the model as it is now by free generation only, beside the reference."""
+    """Return one row per check, in order: the reference beside the model as it is now, by free generation only.
+
+    Args:
+        vlm: The model with the edits that are to be measured; it is left as it is.
+        checks: The questions.
+        reference: The responses of the unedited model to all these questions.
+        settings: What is measured; teacher-forced numbers and fluency are left out whatever it says.
+        batch_size: Number of questions that are answered together.
+
+    Raises:
+        EditError: The reference lacks a question.
+    """
     checks, rows = tuple(checks), {}
     free = replace(settings, forced=False, fluency_tokens=0)
     for block in blocks(checks, _BATCHES * batch_size):
@@ -499,26 +572,29 @@ def measured_now(
 
 
 def statuses_of(change: Change, count: int) -> tuple[str, ...]:
-    """Return the status that the change itself gives each of its requests, "edited" where it gives none."""
+    """Return the status of each of `count` requests as the change reports it, "edited" if it reports none."""
     reports = getattr(change, "requests", ())
     reports = reports if len(reports) == count else ({},) * count
     return tuple(report.get("status", EDITED_STATUS) for report in reports)
 
 
 def seen_statuses(statuses: Mapping[str, str], rows: Iterable[ProbeRow]) -> dict[str, str]:
-    """Return the statuses, "not generated" for edits whose own question does not give the target afterwards."""
+    """Return the statuses by record, with "not generated" for an edit whose question is not answered with its target.
+
+    statuses: Record -> status that its change reported. rows: What was measured with the edits in the model.
+    """
     silent = {row.record for row in rows if row.kind == EDITED and not row.numbers[EXACT][1]}
     is_silent = {name: status == EDITED_STATUS and name in silent for name, status in statuses.items()}
     return {name: NOT_GENERATED if is_silent[name] else status for name, status in statuses.items()}
 
 
 def transform_of(change: Change | None) -> PromptTransform | None:
-    """Return how a model with this change is asked; None for a change that works by its weights."""
+    """Return the `prompt_transform` of a change that works in the prompt; None for a change of weights."""
     return getattr(change, "prompt_transform", None)
 
 
 def rows_of(checks: Iterable[Check], before: Responses, after: Responses) -> Iterator[ProbeRow]:
-    """Yield one row per check, with its numbers in both states of the model."""
+    """Yield one row per check, with the answers and numbers of both states of the model."""
     for check in checks:
         yield ProbeRow(
             record=check.record,
@@ -549,12 +625,13 @@ def _responses(
     is_ranked: bool = True,
     batch_size: int,
 ) -> Responses:
-    """Return the responses of the model as it is now; `before` knows the present answers, by default the model itself.
+    """Return the responses of the model as it is now.
 
-    is_ranked: whether whole rankings are kept for questions that should stay.
+    before: the responses with the old answers, which are fed in; None for the responses that are returned. is_ranked:
+    whether rankings are stored for questions whose answers should stay.
     """
     responses = Responses()
-    # before any answer is fed in, since the present answers may be what is fed in
+    # free answers come first, since they may be the old answers that are fed in
     responses.generated.update(
         generate_answers(vlm, prompts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
     )
@@ -579,13 +656,17 @@ def _known(
     *,
     batch_size: int,
 ) -> Responses:
-    """Return the reference's responses, with the rankings of the unedited model, which is asked for them."""
+    """Return the reference's responses to these checks, with the rankings of the unedited model.
+
+    Rankings are computed here, and so are the scores of answers that the reference lacks, such as another target.
+    """
     _check_known(checks, reference)
-    known, ranked = reference.responses, Responses()
-    if settings.forced:
-        answers = {name: True for name, is_kept in answers_to_feed(checks, known).items() if is_kept}
-        feed(vlm, prompts, answers, ranked, batch_size=batch_size)
-    return replace(known, ranks=ranked.ranks, first=ranked.first)
+    known, added = reference.responses, Responses()
+    answers = answers_to_feed(checks, known) if settings.forced else {}
+    missing = {name: is_kept for name, is_kept in answers.items() if is_kept or name not in known.scores}
+    feed(vlm, prompts, missing, added, batch_size=batch_size)
+    scores = {**added.scores, **{name: known.scores[name] for name in answers if name in known.scores}}
+    return replace(known, scores=scores, ranks=added.ranks, first=added.first)
 
 
 def _check_known(checks: Iterable[Check], reference: Baseline) -> None:
