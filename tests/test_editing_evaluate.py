@@ -63,6 +63,7 @@ from multrace.editing.evaluation import (
     UNCHANGED_RIGHT,
     VQA,
     ProbeRow,
+    batch_checks,
     checks_of,
     names_of,
 )
@@ -271,6 +272,8 @@ def test_reports_and_curves_are_results(edited, sequence, tmp_path):
     labels = [label.get_text() for label in edited.plot().axes[0].get_yticklabels()]
     shares = [score for score in edited.scores() if score.protocol in (EXACT, UNCHANGED)]
     assert labels == [f"{score.aspect}, {score.kind}: {score.protocol}" for score in shares]
+    with pytest.raises(ArtefactError, match="no questions to draw"):
+        replace(edited, rows=()).plot()
     path = edited.save(tmp_path / "report.json")
     path.write_text(path.read_text().replace(f'"after": "{CASES[0].target}"', '"after": "Somebody Else"'))
     with pytest.raises(EditError, match="not what its SHA-256 vouches for"):
@@ -338,8 +341,10 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
             baseline=measure_baseline(tiny_vlm, [bare]),
             settings=settings,
         )
-    with pytest.raises(EditError, match="max_new_tokens=0"):
-        EvaluationSettings(max_new_tokens=0)
+    for wrong in ("max_new_tokens=0", "fluency_tokens=-1", "seed=-1"):
+        name, _, value = wrong.partition("=")
+        with pytest.raises(EditError, match=f"{wrong}; pass at least"):
+            EvaluationSettings(**{name: int(value)})
 
 
 def test_an_unedited_model_that_says_nothing_has_no_old_answer_to_compare(tiny_vlm, records, first_edit):
@@ -565,6 +570,16 @@ def test_a_probe_that_needs_another_edit_is_asked_where_that_edit_is(tiny_vlm, r
     assert [row.kind for row in alone.rows] == ["edited", "edited"]
     together = evaluate(tiny_vlm, pair, NOTHING, mode="batch", settings=EvaluationSettings(forced=False))
     assert together.left_out == () and [row.kind for row in together.rows] == ["edited", PORTABILITY, "edited"]
+
+
+def test_held_out_questions_of_a_batch_are_asked_with_one_record_each_unless_an_edit_changes_them():
+    pair = {name: EditRecord(question=Question(text=f"{name}?"), target="new", id=name) for name in "ab"}
+    general = [Question(text=text, answer="old") for text in ("a?", "c?", "d?")]
+    checks, (missing,) = batch_checks(pair, dict.fromkeys("ab", "edited"), general)
+    texts = {name: [check.question.text for check in own] for name, own in checks.items()}
+    assert texts == {"a": ["a?", "d?"], "b": ["b?", "c?"]}
+    assert (missing.record, missing.kind, missing.question) == ("a", "general", "a?")
+    assert batch_checks(pair, dict.fromkeys("ab", "failed: so"), general)[1] == ()
 
 
 def test_an_edit_that_is_not_said_is_not_edited(tiny_vlm, records, first_edit):

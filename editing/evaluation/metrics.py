@@ -1,7 +1,8 @@
-"""The numbers by which edits are judged, as pure functions of texts, token ids and logits; and their protocols' names.
+"""The numbers by which edits are judged, as pure functions of texts, token ids and logits, and the names of protocols.
 
-A number says nothing without its protocol: the same edit scores 100 % with the answer's own tokens fed in and 0 % when
-the model has to say it by itself. Definitions that others compute are named in the docstrings.
+A number means nothing without its protocol: the same edit can score 100 % if the tokens of the answer are fed in
+(teacher forcing) and 0 % if the model has to generate the answer by itself. The docstrings name the published
+definitions.
 """
 
 import math
@@ -33,7 +34,8 @@ TOP10_WHOLE = "ordered top-10 agreement, whole sequence"
 KL = "KL(before || after), first answer position, nats"
 FLUENCY = "free generation, bi- and trigram entropy, bits"
 RANKS = 10
-_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # n-gram -> its entropy's weight, ROME's
+"""Number of most probable tokens per position that rankings hold."""
+_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # length of an n-gram -> weight of its entropy in ROME
 
 _ARTICLES = ("a", "an", "the")
 _DIGITS = zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True)
@@ -52,30 +54,31 @@ _BETWEEN_DIGITS, _FULL_STOP = re.compile(r"\d,\d"), re.compile(r"\.(?!\d)")
 
 
 def _misspelt(word: str) -> Iterator[str]:
-    """The word with one of its apostrophes left out, in every way."""
+    """Yield the word with each of its apostrophes left out in turn."""
     return (word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'")
 
 
-# Only what the published table turns into something else: it leaves "im" and "shes" alone, and so does this.
+# Only words that the published table changes are here: it has no "im" and no "shes".
 _CONTRACTIONS = {form: word for word in _CONTRACTED for form in _misspelt(word)}
 
 
 def exact_match(generated: str, answer: str) -> bool:
-    """Return whether the generated text is the answer letter by letter, apart from blanks around it."""
+    """Return whether the generated text equals the answer, apart from whitespace at both ends."""
     return generated.strip() == answer.strip()
 
 
 def vqa_match(generated: str, answer: str) -> bool:
-    """Return whether the generated text is the answer once both are normalised as in the VQA v2 evaluation."""
+    """Return whether the generated text equals the answer after both are normalised by `vqa_normalised`."""
     return vqa_normalised(generated) == vqa_normalised(answer)
 
 
 def vqa_normalised(text: str) -> str:
-    """Return the answer as the VQA v2 evaluation compares it.
+    """Return the answer in the form in which the VQA v2 evaluation compares answers.
 
-    Marks go where they touch a blank, and all go if a comma stands between digits ("1,000"); elsewhere they become
-    blanks. A full stop stays only before a digit. Then lower case; number words up to ten (and "none") become digits,
-    articles go, and contractions get back their apostrophes ("dont" is "don't").
+    A punctuation mark is deleted throughout if it stands next to a blank anywhere in the text, and every mark is
+    deleted if the text has a comma between two digits ("1,000"); otherwise the mark becomes a blank. A full stop is
+    kept only before a digit. The text then becomes lower case, number words up to ten (and "none") become digits,
+    articles are deleted, and contractions get their apostrophes back ("dont" becomes "don't").
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     closed = _BETWEEN_DIGITS.search(text) is not None
@@ -88,9 +91,10 @@ def vqa_normalised(text: str) -> str:
 
 
 def vqa_accuracy(generated: str, answers: Sequence[str]) -> float:
-    """Return the VQA v2 accuracy against several annotators' answers, 0 to 1.
+    """Return the VQA v2 accuracy against the answers of several annotators, 0 to 1.
 
-    min(matches / 3, 1), averaged over all ways to leave one annotator out. Raises `EditError` for no answers.
+    It is min(matches / 3, 1), averaged over all ways to leave one annotator out. With a single annotator it is 1 for a
+    match and 0 otherwise. Raises `EditError` if there are no answers.
     """
     if not answers:
         raise EditError("VQA accuracy got no annotators' answers; pass at least one")
@@ -101,32 +105,40 @@ def vqa_accuracy(generated: str, answers: Sequence[str]) -> float:
 
 
 def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return the share of answer positions with the wanted token on top, 0 to 1 (EasyEdit's "rewrite_acc").
+    """Return the share of answer positions at which the most probable token is the wanted one, 0 to 1.
 
-    Every position sees the wanted tokens before it, which gives away the answer's beginning and its length.
+    It is the "rewrite_acc" of EasyEdit. Every position sees the wanted tokens before it, which reveals the beginning of
+    the answer and its length. Raises `EditError` if the two differ in length or have no tokens.
     """
     _check_positions(predicted, wanted)
     return sum(one == other for one, other in zip(predicted, wanted, strict=True)) / len(wanted)
 
 
 def sequence_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return 1 if the most probable token is the wanted one at every answer position, else 0 (MMEdit's form)."""
+    """Return 1 if the most probable token is the wanted one at every answer position, else 0 (the form of MMEdit).
+
+    The wanted tokens are fed in, as for `token_accuracy`, and the same errors are raised.
+    """
     return float(token_accuracy(predicted, wanted) == 1)
 
 
 def normalised_probability(log_probabilities: Sequence[float]) -> float:
-    """Return the geometric mean of the token probabilities, 0 to 1 (the length-normalised P of ROME)."""
+    """Return the geometric mean of the probabilities of an answer's tokens, 0 to 1 (length-normalised as in ROME).
+
+    log_probabilities: natural logarithms, one per token. Raises `EditError` if there are none.
+    """
     if not log_probabilities:
         raise EditError("an answer without tokens has no probability; pass one of at least one token")
     return math.exp(sum(log_probabilities) / len(log_probabilities))
 
 
 def agreement(before: Tensor, after: Tensor) -> float:
-    """Return the share of equal entries of two (token, rank) tables of most probable ids, 0 to 1, aligned at the end.
+    """Return the share of equal entries in two (token, rank) tables of most probable ids, 0 to 1.
 
-    With one rank it is the top-1 agreement of MMEdit's text locality (whole sequence) and of VisEdit's (answer
-    positions), with ten ranks the ordered top-10 agreement of MMEdit's picture locality. Raises `EditError` for other
-    shapes.
+    Tables of different lengths are aligned at the end, and the tokens that only the longer one has do not count. With
+    one rank this is the top-1 agreement of MMEdit's text locality (over the whole sequence) and of VisEdit (over the
+    answer positions); with ten ranks it is the ordered top-10 agreement of MMEdit's picture locality. Raises
+    `EditError` if a table is empty or the two do not have the same number of ranks.
     """
     if before.ndim != 2 or before.shape[1:] != after.shape[1:] or not min(len(before), len(after)):
         raise EditError(
@@ -138,55 +150,69 @@ def agreement(before: Tensor, after: Tensor) -> float:
 
 
 def kl_divergence(before: Tensor, after: Tensor) -> float:
-    """Return KL(before || after) in nats, at least 0, of two (vocab,) logits; computed in float64."""
+    """Return KL(before || after) in nats, at least 0, of the distributions that two (vocab,) logits give.
+
+    It is computed in float64. Tokens that have probability 0 before contribute nothing.
+    """
     log_before, log_after = before.double().log_softmax(-1), after.double().log_softmax(-1)
     terms = log_before.exp() * (log_before - log_after)
     return torch.where(log_before.exp() > 0, terms, 0.0).sum().clamp(min=0).item()
 
 
 def ngram_entropy(tokens: Sequence[Hashable], size: int) -> float:
-    """Return the entropy in bits of the n-grams of this size; 0 for a text too short to have any."""
+    """Return the entropy in bits of the distribution of n-grams of this size; 0 for a text shorter than one n-gram."""
     counts = Counter(tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1))
     total = sum(counts.values())
     return sum(-count / total * math.log2(count / total) for count in counts.values())
 
 
 def fluency(tokens: Sequence[Hashable]) -> float:
-    """Return the mean of bigram and trigram entropy in bits, weighted 2/3 and 4/3 (ROME); low for repetitive text."""
+    """Return the fluency of a text as ROME defines it: (2/3 H2 + 4/3 H3) / 2 in bits; repetitive text has a low one.
+
+    H2 and H3 are the entropies of bigrams and trigrams. An evaluation passes words separated by blanks, where ROME uses
+    the words of a tokenizer, so that the values are not exactly comparable.
+    """
     return sum(weight * ngram_entropy(tokens, size) for size, weight in _WEIGHTS.items()) / len(_WEIGHTS)
 
 
 def split_of(*, moved: Sequence[bool], kept: Sequence[bool]) -> str:
-    """Return what kind of success an edit is: "generalised", "too narrow", "too broad" or "both".
+    """Return the kind of success of an edit: "generalised", "too narrow", "too broad" or "both".
 
-    moved: whether each generality probe gives the target. kept: whether each locality probe's answer is what it was.
-    Too narrow is an edit that misses any of the former, too broad one that changes any of the latter (ScopeEdit).
+    An edit is too narrow if it misses a generality probe, and too broad if it changes the answer to a locality probe
+    (ScopeEdit, arXiv 2607.01978). An edit without probes counts as generalised.
+
+    moved: for each generality probe, whether its answer is the target. kept: for each locality probe, whether its
+    answer is the same as before.
     """
     names = {(True, True): "generalised", (False, True): "too narrow", (True, False): "too broad"}
     return names.get((all(moved), all(kept)), "both")
 
 
 SPLITS = ("generalised", "too narrow", "too broad", "both")
+"""The values of `split_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean with the interval that a bootstrap by record gives; NaN where there was nothing to average."""
+    """A mean with its 95 % interval from a bootstrap by record; NaN if there are no values."""
 
     mean: float
+    """Mean of all values."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
     number: int
-    """How many values."""
+    """Number of values."""
     records: int
-    """From how many records."""
+    """Number of records that the values belong to."""
 
 
 def bootstrap_interval(values: Sequence[float], records: Sequence[str], *, seed: int = 0) -> Interval:
-    """Return the mean of the values with the 95 % interval when whole records are drawn with replacement.
+    """Return the mean of the values with its 95 % percentile interval when whole records are drawn with replacement.
 
-    records[i] names the record that values[i] belongs to: its probes rise and fall together, so they are drawn
-    together. The same seed gives the same interval. Raises `EditError` if the two differ in length.
+    records[i] is the id of the record that values[i] belongs to. The probes of one record are not independent, so they
+    are drawn together. The same seed gives the same interval. Raises `EditError` if the two differ in length.
     """
     if len(values) != len(records):
         raise EditError(f"got {len(values)} values of {len(records)} records; pass one record's name per value")
@@ -199,32 +225,35 @@ def bootstrap_interval(values: Sequence[float], records: Sequence[str], *, seed:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerScore:
-    """How a model predicts a given answer, each token from the ones before it."""
+    """How a model predicts a given answer, with the earlier tokens of the answer fed in."""
 
     ids: tuple[int, ...]
+    """Token ids of the answer."""
     predicted: tuple[int, ...]
-    """The most probable token at the position of each of the ids."""
+    """The most probable token id at the position of each of the ids."""
     log_probabilities: tuple[float, ...]
     """Natural logarithm of the probability of each of the ids."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Responses:
-    """The responses of one state of a model."""
+    """The responses of a model in one state, unedited or edited; its mappings are filled in place."""
 
     generated: dict[str, str] = field(default_factory=dict)
     """Key of a question -> free answer."""
     scores: dict[tuple[str, str], AnswerScore] = field(default_factory=dict)
-    """(key, answer) -> its score."""
+    """(key, answer) -> the score of this answer."""
     ranks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(key, answer) -> (token, RANKS) int32, the most probable next tokens at every position, the answer's included."""
+    """(key, answer) -> (token, RANKS) int32 on the CPU: the ids of the most probable next tokens, best first, at every
+    position of the prompt and its answer except the last."""
     first: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(key, answer) -> (vocab,) float32 logits where the answer's first token is predicted."""
+    """(key, answer) -> (vocab,) float32 logits on the CPU, at the position that predicts the first token of the answer.
+    """
     fluencies: dict[str, str] = field(default_factory=dict)
-    """Key -> the longer free answer whose fluency is measured."""
+    """Key of a question -> the longer free answer whose fluency is measured."""
 
     def add(self, other: "Responses") -> None:
-        """Add other responses, without their tensors."""
+        """Add the texts and scores of other responses to these in place; their tensors are left out."""
         self.generated.update(other.generated)
         self.scores.update(other.scores)
         self.fluencies.update(other.fluencies)

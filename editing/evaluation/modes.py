@@ -1,4 +1,4 @@
-"""Evaluation of edits, made one at a time, all at once, or one on top of the other, beside the unedited model."""
+"""Evaluates edits beside the unedited model. Edits are made one at a time, all at once, or one on top of the other."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from tqdm import tqdm
 
-from ...data.facts import EFFICACY, EditRecord, EditRequest, Question
+from ...data.facts import EFFICACY, GENERAL, EditRecord, EditRequest, Question
 from ...models import ModelError, VisionLanguageModel
 from ..changes import Change, EditSession
 from ..moments import Moments
@@ -36,21 +36,21 @@ from .reports import MEANS, EditCurve, EditReport, EvaluationSettings, LeftOut, 
 
 logger = logging.getLogger("multrace")
 AT = (1, 10, 20, 30, 100, 200, 300, 500, 1000)
-"""Numbers of edits after which a sequence is measured by default, as published curves have them."""
+"""Numbers of edits after which a sequence is measured by default, those at which published curves have points."""
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormBound:
-    """How far the norm of an edited weight may grow in a sequence; sequences fail where it runs away.
+    """How far the norm of an edited weight may grow in a sequence. A norm that keeps growing ruins earlier edits.
 
-    Raises `EditError` for a growth below 0.
+    Raises `EditError` if the growth is below 0.
     """
 
     growth: float = 0.1
     """Relative growth of a weight's Frobenius norm beyond which a warning is logged; 0.1 is ten percent."""
     stop: bool = False
-    """Also end the sequence there."""
+    """Whether the sequence also ends after the edit that exceeds the bound."""
 
     def __post_init__(self) -> None:
         if self.growth < 0:
@@ -59,29 +59,34 @@ class NormBound:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceState:
-    """A sequence measured after so many edits: one unit of a run that can be resumed."""
+    """A sequence, measured after some number of edits: one unit of a run that can be resumed."""
 
     point: SequencePoint
+    """The means over the rows."""
     rows: tuple[ProbeRow, ...]
-    """All questions of the edits so far. Free generation only, save for the last checkpoint of a sequence."""
+    """All questions of the edits so far, measured by free generation only, or with all protocols if `is_last`."""
     statuses: dict[str, str]
-    """Record -> "edited", "not generated", "nothing to do", or "failed: " and why, for the edits so far."""
+    """Record -> "edited", "not generated", "nothing to do", or "failed: " and the reason, for the edits so far."""
     left_out: tuple[LeftOut, ...]
+    """Questions that were not asked, and why."""
     exceeded_at: int | None
-    """The number of edits at which the growth first passed the bound."""
+    """Number of edits at which the growth first exceeded the bound; None if it has not."""
     is_last: bool
+    """Whether this is the state after the last edit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordResult:
-    """One edit made on the unedited model, measured and undone: one unit of a run that can be resumed."""
+    """One edit, made on the unedited model, measured and undone: one unit of a run that can be resumed."""
 
     record: str
-    """The record's id."""
+    """Id of the record."""
     status: str
-    """"edited", "not generated", "nothing to do", or "failed: " and why."""
+    """"edited", "not generated", "nothing to do", or "failed: " and the reason."""
     rows: tuple[ProbeRow, ...]
+    """The questions about the edit, with both answers."""
     left_out: tuple[LeftOut, ...] = ()
+    """Questions that were not asked, and why."""
 
 
 def evaluate(
@@ -100,17 +105,17 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> EditReport:
-    """Make the edits of the records, ask all their questions, and return a report; the model is left unchanged.
+    """Return a report on the edits of the records: all their questions, asked of the unedited and the edited model.
 
-    A request that cannot be edited is named in `EditReport.statuses`, and its questions count as answered by the
-    unedited model. Where several edits are in the model at once ("batch", "sequence"), a question that should keep its
-    answer for one record, but whose answer another record is meant to change, is left out and listed in
-    `EditReport.left_out`; so is, in every mode, a probe that needs an edit that is not in the model.
+    The edits are made here, and the model ends bit-equal to how it began. A request that cannot be edited is named in
+    `EditReport.statuses`, and its questions are asked without its edit. Questions are listed in `EditReport.left_out`
+    instead of being asked in two cases: in every mode, if the answer needs an edit that is not in the model; in modes
+    "batch" and "sequence", if the answer should stay for one record and another record is meant to change it.
 
-    Prompts are made and questions are asked in blocks of a few batches, and each block is reduced to the numbers of the
-    report before the next one: memory for questions does not grow with the number of records. What grows is the report,
-    and in modes "batch" and "sequence" the factors of closed-form edits: 8 (width + hidden) bytes on the CPU for each
-    edited key, where width and hidden are those of the edited projection.
+    Prompts are made and questions are asked in blocks of four batches, and each block is reduced to rows of the report
+    before the next one. Memory for questions therefore does not grow with the number of records. What grows is the
+    report and, in modes "batch" and "sequence", the factors of closed-form edits: 8 (width + hidden) bytes on the CPU
+    for each edited key, where width and hidden are those of the edited projection.
 
     Args:
         vlm: The unedited model.
@@ -119,25 +124,28 @@ def evaluate(
         mode: "single" makes, measures and undoes one edit at a time. "batch" puts all edits into the model at once.
             "sequence" makes each edit on top of the earlier ones, whose keys closed-form editors know.
         moments: Second moments of keys, for editors that need them.
-        baseline: The responses of the unedited model, from `baseline` with the same questions and settings; measured
-            here by default. Pass one where several editors are evaluated on the same records.
-        general: Held-out questions with their right answers, which measure general ability ("single" and "batch").
-            In mode "single" each of them is asked after every edit.
-        prompt_transform: How the edited model is asked, for changes that work in the prompt (mode "batch"); by default
-            the change's own `prompt_transform`, if it has one.
-        at: Numbers of edits after which a sequence is measured, by free generation; the end always is.
-        norm_bound: Largest growth of an edited weight's norm in a sequence, and whether to stop there.
-        settings: What is measured; None for that of the baseline.
-        batch_size: Number of questions that are answered together.
+        baseline: The responses of the unedited model, from `baseline` with the same questions and settings; None to
+            measure them here. Pass it if several editors are evaluated on the same records.
+        general: Held-out questions with their right answers, which measure general ability (modes "single" and
+            "batch"); by default none. In mode "single" each of them is asked after every edit.
+        prompt_transform: Turns each prompt into the one that the edited model is given, for changes that work in the
+            prompt (mode "batch"); None for the `prompt_transform` of the change, if it has one.
+        at: Numbers of edits after which a sequence is measured by free generation. All protocols are measured after
+            the last edit.
+        norm_bound: How far the norm of an edited weight may grow in a sequence, and whether to stop there; None for
+            the defaults of `NormBound`.
+        settings: What is measured; None for the settings of the baseline, or the defaults without one.
+        batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show progress bars.
 
     Returns:
-        The report: every question with both answers, and the scores. In mode "sequence" it describes the state after
-        the last edit, and `EditReport.curve` the way there.
+        Every question with both answers, and the scores. In mode "sequence" the report describes the state after the
+        last edit, and `EditReport.curve` the states before it.
 
     Raises:
-        EditError: No records, a baseline that lacks a question or was measured with other settings, or an editor that
-            does not fit the mode.
+        EditError: There are no records, two records have the same id, a held-out question has no answer, the baseline
+            lacks a question or was measured with other settings, the arguments do not fit the mode, or, in mode
+            "batch", no request can be edited.
 
     Example:
         >>> import multrace as mt
@@ -192,24 +200,39 @@ def evaluate_each(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Iterator[RecordResult]:
-    """Yield the result of each record as it is finished: its edit is made on the unedited model, measured and undone.
+    """Yield the result of each record as soon as it is measured: its edit is made on the unedited model and undone.
 
     The result of a record does not depend on the others, so that a run can be interrupted between any two, and spread
-    over processes. `evaluate` collects the results in a report.
+    over processes. `evaluate` collects the results in a report. The model is unedited whenever a result is yielded.
 
     Args:
         vlm: The unedited model.
-        records: The edits to make, each with the questions about it; any iterable, which is read one by one.
-        editor: As in `evaluate`.
-        moments: As in `evaluate`.
-        baseline: As in `evaluate`; None asks the unedited model about each record before its edit.
-        general: As in `evaluate`.
-        settings: As in `evaluate`.
-        batch_size: As in `evaluate`.
+        records: The edits to make, each with the questions about it; any iterable, whose records are read one by one.
+        editor: The editor that makes the edits.
+        moments: Second moments of keys, for editors that need them.
+        baseline: The responses of the unedited model to all questions, from `baseline` with the same settings; None to
+            ask the unedited model about each record.
+        general: Held-out questions with their right answers, which are asked after every edit; by default none.
+        settings: What is measured; None for the settings of the baseline, or the defaults without one.
+        batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show a progress bar.
 
+    Yields:
+        The rows and the status of one record, in the order of the records.
+
     Raises:
-        EditError: A baseline that lacks a question or was measured with other settings, or two records with one id.
+        EditError: The baseline lacks a question or was measured with other settings, two records have the same id, or
+            a held-out question has no answer.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import evaluate_each
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro", id="winner")
+        >>> for result in evaluate_each(vlm, [record], mt.MultEdit(layer=5), progress=False):
+        ...     print(result.record, result.status, result.rows[0].after)
+        winner edited Pruro
     """
     settings, session = _settings(settings, baseline), editor.start(vlm, moments=moments)
     options = {"settings": settings, "reference": baseline, "batch_size": batch_size}
@@ -224,7 +247,7 @@ def evaluate_each(
 
 
 def _attempt(make: Callable[[Sequence[EditRequest]], Change], request: EditRequest) -> tuple[Change | None, str]:
-    """The change of one request and its status; the change is None if it could not be made."""
+    """The change for one request and its status; the change is None if it could not be made."""
     try:
         change = make([request])
     except (EditError, ModelError) as error:
@@ -244,21 +267,39 @@ def measured_edit(
     reference: Baseline | None = None,
     batch_size: int,
 ) -> RecordResult:
-    """Return what one edit, alone in the model, makes of the questions about it; the model ends unedited.
+    """Return the result of one edit that is alone in the model: the questions about it; the model ends unedited.
 
     Args:
         vlm: The unedited model.
-        name: What the result calls the record.
+        name: Id of the record in the result.
         record: The edit, with the questions about it.
-        change: The change that makes it; None for an edit that could not be made.
-        status: What became of the edit.
-        general: Held-out questions with their right answers.
+        change: The change that makes the edit; None for an edit that could not be made.
+        status: Status of the edit, such as "edited" or "failed: " and the reason.
+        general: Held-out questions with their right answers; by default none.
         settings: What is measured.
-        reference: Responses of the unedited model that were measured before.
-        batch_size: Number of questions that are answered together.
+        reference: The responses of the unedited model to all these questions; None to ask it here.
+        batch_size: Number of questions that are answered together; it bounds memory.
+
+    Returns:
+        The rows of all questions that do not need another edit, and the status: "not generated" in place of "edited"
+        if the question of the record is not answered with its target.
 
     Raises:
-        EditError: The reference lacks a question, or the change does not fit the model.
+        EditError: The reference lacks a question, the change does not fit the model, or a held-out question has no
+            answer.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing.evaluation import EvaluationSettings, measured_edit
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
+        >>> change = mt.MultEdit(layer=5).edit(vlm, [record], progress=False)
+        >>> settings = EvaluationSettings(forced=False)
+        >>> measured_edit(vlm, "a", record, change, "edited", settings=settings, batch_size=8).status
+        'edited'
+        >>> measured_edit(vlm, "a", record, None, "failed: no layer", settings=settings, batch_size=8).status
+        'failed: no layer'
     """
     edited = () if change is None else (name,)
     checks = [*checks_of(name, record), *general_checks(general, record=name)]
@@ -281,8 +322,7 @@ def _evaluate_batch(
     """Return the report on one change that makes all edits at once."""
     statuses = dict(zip(records, statuses_of(change, len(records)), strict=True))
     edited = [name for name, status in statuses.items() if not status.startswith(FAILED)]
-    every = [check for name, record in records.items() for check in checks_of(name, record)]
-    checks, left_out = asked_together([*every, *general_checks(general)], records, edited)
+    checks, left_out = _asked(records, edited, general)
     rows = measured(vlm, checks, change, settings=settings, **options)
     return EditReport.of(vlm, BATCH, settings, rows, statuses=seen_statuses(statuses, rows), left_out=left_out)
 
@@ -290,28 +330,41 @@ def _evaluate_batch(
 def batch_checks(
     records: Mapping[str, EditRecord], statuses: Mapping[str, str], general: Sequence[Question]
 ) -> tuple[dict[str, list[Check]], tuple[LeftOut, ...]]:
-    """Return the questions of each record whose edit is in the model, and those that are left out.
+    """Return the questions to ask about each record while all edits are in the model, and those that are left out.
 
-    Held-out questions are shared out among these records.
+    Held-out questions are distributed over the records whose edits are in the model; they are dropped if there are
+    none.
 
     Args:
         records: The records by id.
-        statuses: What became of the edit of each record.
+        statuses: Record -> status of its edit.
         general: Held-out questions with their right answers.
+
+    Returns:
+        Record -> its checks, for every record; and the checks that `asked_together` leaves out.
     """
     edited = [name for name, status in statuses.items() if not status.startswith(FAILED)]
-    every = [check for name, record in records.items() for check in checks_of(name, record)]
-    asked, left_out = asked_together(every, records, edited)
+    asked, left_out = _asked(records, edited, general)
+    held_out = general_checks(general) if edited else ()
+    homes = {check.record: edited[index % len(edited)] for index, check in enumerate(held_out)}
     checks: dict[str, list[Check]] = {name: [] for name in records}
     for check in asked:
-        checks[check.record].append(check)
-    for index, check in enumerate(general_checks(general) if edited else ()):
-        checks[edited[index % len(edited)]].append(check)
-    return checks, left_out
+        if home := homes.get(check.record) if check.kind == GENERAL else check.record:
+            checks[home].append(check)
+    moved = (replace(each, record=homes.get(each.record, "")) if each.kind == GENERAL else each for each in left_out)
+    return checks, tuple(each for each in moved if each.record)
+
+
+def _asked(
+    records: Mapping[str, EditRecord], edited: Sequence[str], general: Sequence[Question]
+) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
+    """The questions of all records and the held-out ones, without and with those that are left out."""
+    every = [check for name, record in records.items() for check in checks_of(name, record)]
+    return asked_together([*every, *general_checks(general)], records, edited)
 
 
 def _check_mode(mode: str, change: str, general: Sequence[Question], prompt_transform: PromptTransform | None) -> None:
-    """Raise `EditError` if the arguments do not fit the mode. change: type of a change made before, if any."""
+    """Raise `EditError` if the arguments do not fit the mode. change: class of a given change; "" for an editor."""
     if mode not in MODES:
         raise EditError(f"no evaluation mode {mode!r}; pass one of {', '.join(map(repr, MODES))}")
     if change and mode != BATCH:
@@ -335,13 +388,16 @@ def _settings(settings: EvaluationSettings | None, baseline: Baseline | None) ->
 
 
 class SequenceSteps:
-    """Edits made one on top of the other, with what is measured on the way. Used in a `with`, which begins the session.
+    """Edits that are made one on top of the other and measured on the way.
+
+    A `with` begins and ends the session: inside the block the model has all edits so far, and on any exit it is
+    bit-equal to before.
 
     Args:
         vlm: The unedited model.
-        session: The session that makes the edits, not begun yet.
+        session: The session that makes the edits; it must not have begun.
         reference: The responses of the unedited model to all questions.
-        norm_bound: Largest growth of an edited weight's norm, and whether to stop there.
+        norm_bound: How far the norm of an edited weight may grow, and whether to stop there.
     """
 
     def __init__(
@@ -351,10 +407,11 @@ class SequenceSteps:
         self.records: dict[str, EditRecord] = {}
         self.statuses: dict[str, str] = {}
         self.edited: set[str] = set()
-        """Records whose edits are in the model."""
+        """Ids of the records whose edits are in the model."""
         self.worked: dict[str, bool] = {}
-        """Record -> its question gave the target right after its edit."""
+        """Record -> whether its question got the target right after its edit."""
         self.growth = 0.0
+        """Largest relative growth of the norm of any edited weight after any edit so far."""
         self.exceeded_at: int | None = None
         self._before: dict[str, float] = {}
 
@@ -368,18 +425,19 @@ class SequenceSteps:
 
     @property
     def count(self) -> int:
-        """The number of edits so far, those that failed included."""
+        """Number of edits so far, those that failed included."""
         return len(self.records)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the norm of a weight has grown so far that the sequence is to end."""
+        """Whether the sequence has to end because the norm of a weight has exceeded the bound."""
         return self.norm_bound.stop and self.exceeded_at is not None
 
     def make(self, record: EditRecord, *, batch_size: int) -> tuple[Change | None, dict[str, Any]]:
-        """Make one edit on top of the others, and return its change, None if it failed, and its row of a table.
+        """Make one edit on top of the others, and return its change (None if it failed) and its row of a table.
 
-        `restore` takes both to go on later. The record has an id.
+        The model keeps the edit. `restore` takes both values in a later process. The record needs an id. Raises
+        `EditError` for an editor that works in the prompt.
         """
         name = record.id
         change, status = _attempt(self.session.edit, record)
@@ -397,7 +455,7 @@ class SequenceSteps:
         return change, said | {"worked": self.worked[name], "growth": self.growth}
 
     def restore(self, record: EditRecord, change: Change | None, row: Mapping[str, Any]) -> None:
-        """Put an edit that was made before into the model, in the order in which the edits were made."""
+        """Put an edit that `make` made in an earlier process into the model; edits are restored in their order."""
         self.records[record.id], self.statuses[record.id] = record, row["status"]
         if change is not None:
             self.session.adopt([record], change)
@@ -407,14 +465,17 @@ class SequenceSteps:
             self.exceeded_at = self.count
 
     def measure(self, *, batch_size: int) -> SequenceState:
-        """Return the state after the edits so far; all their questions are asked by free generation."""
+        """Return the state after the edits so far, measured by free generation on all their questions."""
         checks, left_out = self._checks()
         settings = self.reference.settings
         rows = measured_now(self.vlm, checks, self.reference, settings=settings, batch_size=batch_size)
         return self._state(rows, left_out, is_last=False)
 
     def finish(self, stack: ExitStack, *, batch_size: int, progress: bool = False) -> SequenceState:
-        """End the session, which `stack` holds, and return the last state with all measurements."""
+        """Return the last state with all protocols. It ends the session by closing `stack`, which entered this object.
+
+        The unedited model can then be asked too; the edited weights are put back while the edited half is measured.
+        """
         edited = self.session.state()
         stack.close()
         checks, left_out = self._checks()
@@ -423,7 +484,7 @@ class SequenceSteps:
         return self._state(rows, left_out, is_last=True)
 
     def _checks(self) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
-        """All questions of the edits so far, and those that mean nothing while all these edits are made."""
+        """The questions of the edits so far to ask, and those that cannot be judged while all these edits are made."""
         every = (check for name, record in self.records.items() for check in checks_of(name, record))
         return asked_together(every, self.records, self.edited)
 
@@ -470,10 +531,10 @@ def sequence_states(
     batch_size: int,
     progress: bool,
 ) -> Iterator[SequenceState]:
-    """Yield the state of a sequence after as many edits as `at` says, and after the last edit.
+    """Yield the state of a sequence after each number of edits in `at`, and after the last edit.
 
-    All questions of all edits so far are asked by free generation; the other measurements are made after the last edit.
-    The model ends bit-equal to how it began.
+    All questions of the edits so far are asked by free generation, and with all protocols after the last edit. The
+    model has the edits so far whenever a state but the last is yielded, and ends bit-equal to how it began.
 
     Args:
         vlm: The unedited model.
@@ -481,9 +542,13 @@ def sequence_states(
         session: The session that makes the edits, which begins and ends here.
         reference: The responses of the unedited model to all questions.
         at: Numbers of edits after which to measure.
-        norm_bound: Largest growth of an edited weight's norm, and whether to stop there.
-        batch_size: Number of questions that are answered together.
+        norm_bound: How far the norm of an edited weight may grow, and whether to stop there.
+        batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show progress bars.
+
+    Raises:
+        EditError: There are no records, two records have the same id, the reference lacks a question, or the editor
+            works in the prompt.
     """
     names = names_of(records)
     steps = SequenceSteps(vlm, session, reference, norm_bound=norm_bound)
@@ -502,16 +567,14 @@ def sequence_states(
 def sequence_report(
     vlm: VisionLanguageModel, states: Iterable[SequenceState], reference: Baseline, *, number: int, bound: float
 ) -> EditReport:
-    """Return the report on the state after the last edit, with the curve of the checkpoints on the way.
-
-    Of every other state only its point is kept.
+    """Return the report on the last state, with a curve of the points of all states.
 
     Args:
-        vlm: The unedited model.
-        states: At least one state, in order; they are read one by one.
-        reference: The responses of the unedited model.
-        number: Number of edits that there were to make.
-        bound: Growth of a weight's norm beyond which a warning is logged.
+        vlm: The model; only its name and revision are read.
+        states: At least one state, in order. They are read one by one, and only the last one is kept whole.
+        reference: The responses of the unedited model, whose settings the report gets.
+        number: Number of records of the sequence; with fewer edits in the last state, the curve says it was stopped.
+        bound: Relative growth of a weight's norm beyond which a warning is logged.
     """
     points: list[SequencePoint] = []
     for last in states:
@@ -536,13 +599,13 @@ def _matrices(vlm: VisionLanguageModel) -> list[str]:
 
 @torch.no_grad()
 def _norms(vlm: VisionLanguageModel, names: Iterable[str]) -> dict[str, float]:
-    """Frobenius norms, summed in float64."""
+    """The Frobenius norms of the weights by name, summed in float64."""
     return {name: torch.linalg.vector_norm(vlm.weight(name), dtype=torch.float64).item() for name in names}
 
 
 def _growth(vlm: VisionLanguageModel, change: Change, norms: dict[str, float]) -> float:
     """The largest relative growth since the start among the weights that the change may have touched."""
-    touched = getattr(change, "fingerprints", norms)  # all weights, where a change does not name its own
+    touched = getattr(change, "fingerprints", norms)  # all weights if the change does not name its own
     names = [name for name in touched if name in norms]
     return max((norm / norms[name] - 1 for name, norm in _norms(vlm, names).items() if norms[name] > 0), default=0.0)
 

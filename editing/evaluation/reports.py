@@ -1,4 +1,4 @@
-"""What an evaluation found: every question with both raw answers, and the means that follow from them."""
+"""The results of an evaluation: every question with the answers of both models, and the means that follow from them."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import numpy as np
 import torch
 
-from ...artefacts import Result, drawing, files, from_plain
+from ...artefacts import ArtefactError, Result, drawing, files, from_plain
 from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
 from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
 from ...models import VisionLanguageModel
@@ -25,7 +25,7 @@ _Kind = TypeVar("_Kind")
 
 ALL = "all"
 MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
-"""What is measured at every point -> its protocol."""
+"""What is measured at every point of a sequence -> its protocol."""
 _STYLES = {
     "efficacy": LineStyle(colour="#0072B2", marker="o"),
     "generality": LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
@@ -34,12 +34,12 @@ _STYLES = {
 }
 _HEADLINES = (EXACT, UNCHANGED)
 Pair = tuple[float, float]
-"""A number of the unedited and of the edited model."""
+"""One number for the unedited model and the same number for the edited model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What an evaluation measures. Raises `EditError` for numbers out of range."""
+    """What an evaluation measures. Raises `EditError` for a number that is out of range."""
 
     forced: bool = True
     """Also measure how the model predicts given answers (teacher forcing), which about doubles the time. False
@@ -47,16 +47,14 @@ class EvaluationSettings:
     max_new_tokens: int = 16
     """Maximum length of a free answer in tokens."""
     fluency_tokens: int = 0
-    """Length in tokens of the free answers whose fluency is measured, for edited questions; 0 skips fluency."""
+    """Maximum length in tokens of the answers to edited questions whose fluency is measured; 0 skips fluency."""
     seed: int = 0
-    """Random seed of the bootstrap."""
+    """Random seed of the bootstrap intervals, at least 0."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.fluency_tokens < 0:
-            raise EditError(
-                f"got max_new_tokens={self.max_new_tokens} and fluency_tokens={self.fluency_tokens}; "
-                "pass at least 1 and at least 0"
-            )
+        for name, least in {"max_new_tokens": 1, "fluency_tokens": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise EditError(f"EvaluationSettings got {name}={getattr(self, name)}; pass at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,89 +62,112 @@ class LeftOut:
     """A question that was not asked, and why."""
 
     record: str
+    """Id of the record."""
     kind: str
+    """Kind of question, one of `data.facts.KINDS`."""
     question: str
+    """Text of the question."""
     reason: str
+    """Why it was left out, as text for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow:
-    """One question, what both models said, and its numbers."""
+    """One question with the free answers of both models and its numbers."""
 
     record: str
+    """Id of the record."""
     kind: str
+    """Kind of question, one of `data.facts.KINDS`."""
     hops: int | None
+    """For portability, the number of facts between the edited one and the answer; None if it is not known."""
     question: str
+    """Text of the question."""
     pictures: tuple[str, ...]
-    """Its pictures: the name of each file, if there is one, and the start of the SHA-256 of the content."""
+    """For each picture of the question, the name of its file, if there is one, and the start of the SHA-256 of its
+    content."""
     new: str
-    """The answer that should come with the edit; where the answer should stay, the one that should not."""
+    """The answer that should come with the edit. If the answer should stay, the target, which must not replace it."""
     old: str
-    """The present answer: as the caller knows it, else what the unedited model says."""
+    """The present answer: what the caller said it is, else the free answer of the unedited model."""
     before: str
-    """The unedited model's free answer."""
+    """Free answer of the unedited model; empty if its logits are not finite."""
     after: str
-    """The edited model's free answer."""
+    """Free answer of the edited model; empty if its logits are not finite."""
     numbers: Mapping[str, Pair]
     """Protocol -> (unedited, edited)."""
 
     @property
     def aspect(self) -> str:
-        """What it measures."""
+        """The property of an edit that the question measures, one of `data.facts.ASPECTS`."""
         return KINDS[self.kind][0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditScore:
-    """The mean of one number over the questions of one kind, of the unedited and of the edited model."""
+    """The mean of one number over the questions of one kind, for the unedited and for the edited model."""
 
     aspect: str
+    """What is measured, one of `data.facts.ASPECTS`."""
     kind: str
-    """Kind of question, with its hops for portability; "all" of the aspect."""
+    """Kind of question, for portability with its number of hops; "all" for all questions of the aspect."""
     protocol: str
+    """How it is measured, such as "free generation, exact match"."""
     before: Interval
+    """The mean for the unedited model."""
     after: Interval
+    """The mean for the edited model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequencePoint:
-    """All edits so far, measured after one more."""
+    """The state of a sequence after some number of edits: all questions of these edits, measured together."""
 
     edits: int
-    """How many edits were asked for so far, those that failed included."""
+    """Number of edits so far, those that failed included."""
     efficacy: Interval
+    """Share of edited questions that are answered with their targets ("free generation, exact match")."""
     generality: Interval
+    """The same share for the probes of generality."""
     locality: Interval
+    """Share of probes of locality whose answers are those of the unedited model ("free generation, unchanged")."""
     first_holds: bool | None
-    """The first edit's own question still gives its target; None if it did not right after the edit."""
+    """Whether the question of the first edit still gets its target; None if it did not right after the edit."""
     retention: float
-    """Of the edits that gave their target right after they were made, the share that still do; NaN for none."""
+    """Of the edits whose question got its target right after the edit, the share for which it still does; NaN if there
+    are none."""
     growth: float
-    """Largest relative growth of the Frobenius norm of an edited weight since the start; 0.1 is ten percent."""
+    """Largest relative growth of the Frobenius norm of any edited weight after any edit so far; 0.1 is ten percent."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the point from the plain values of its fields. Raises `EditError` if they are not whole."""
+        """Return the point from the plain values of its fields. Raises `EditError` if some are missing or wrong."""
         return _loaded(cls, "a point of a sequence", content)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EditCurve(Result):
-    """A sequence of edits, each on top of the others. Part of the report of `evaluate(mode="sequence")`."""
+    """The course of a sequence of edits, each made on top of the earlier ones.
+
+    It is part of the report of `evaluate(mode="sequence")` and is saved as JSON.
+    """
 
     layout: ClassVar[str] = "multrace edit curve 4"
 
     model: str
+    """Name or path of the model."""
     revision: str | None
+    """Revision of the model; None if it has none."""
     points: tuple[SequencePoint, ...]
+    """The measurements, in order of the number of edits."""
     statuses: Mapping[str, str]
-    """Record -> "edited", "not generated", "nothing to do", or "failed: " and why."""
+    """Record -> "edited", "not generated", "nothing to do", or "failed: " and the reason, at the last point."""
     bound: float
-    """The growth from which on a warning is due."""
+    """Relative growth of a weight's norm beyond which a warning is logged."""
     exceeded_at: int | None
-    """The number of edits at which the growth first passed the bound."""
+    """Number of edits at which the growth first exceeded the bound; None if it never did."""
     stopped_at: int | None = None
-    """The number of edits after which the sequence was stopped for that, if that was asked for."""
+    """Number of edits after which the sequence was stopped because of that; None if it went on to its end."""
 
     def _lines(self) -> tuple[str, str]:
         edits, points = counted(len(self.statuses), "edit"), counted(len(self.points), "point")
@@ -159,7 +180,10 @@ class EditCurve(Result):
         return line, f"after {last.edits}: {shown}norm growth {last.growth:+.1%}"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per point: edits; mean, low and high of each measure; retention and growth."""
+        """Return a table with one row per point: the number of edits, then mean, low and high of each measure.
+
+        The last columns are `first_holds`, `retention` and `growth`.
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -176,7 +200,10 @@ class EditCurve(Result):
         )
 
     def summary(self) -> str:
-        """Return the points as text, one per line; shares are in percent, with their 95 % intervals."""
+        """Return the points as a text table, one line each; shares are in percent, with their 95 % intervals.
+
+        Below it come the edits that failed, and where the norm of a weight exceeded the bound.
+        """
         titles = (f"{name} ({protocol})" for name, protocol in MEANS.items())
         lines: list[tuple[object, ...]] = [("edits", *titles, "first edit", "retention", "norm growth")]
         for point in self.points:
@@ -192,7 +219,8 @@ class EditCurve(Result):
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure of each measure against the number of edits, with 95 % bands.
 
-        The figure is also written if a path is given (png, pdf or svg). Raises `ArtefactError` if that fails.
+        Measures for which no questions were asked are left out. The figure is also written to the path if one is given
+        (png, pdf or svg). Raises `ArtefactError` if that fails.
         """
         edits = torch.tensor([point.edits for point in self.points], dtype=torch.float64)
         curves = []
@@ -218,12 +246,15 @@ class EditCurve(Result):
         return drawing.finished(figure, path)
 
     def save(self, path: str | Path) -> Path:
-        """Write the curve as a JSON file with a digest, whole or not at all, and return the path."""
+        """Write the curve as a JSON file with a digest, completely or not at all, and return the path.
+
+        Raises `EditError` if the file cannot be written.
+        """
         return files.write_json(path, self.layout, asdict(self), error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Return the curve that `save` wrote. Raises `EditError` if the file is missing or damaged."""
+        """Return the curve that `save` wrote. Raises `EditError` if the file is missing, damaged or of another kind."""
         return _loaded(cls, path, files.read_json(path, cls.layout, error=EditError))
 
 
@@ -231,7 +262,19 @@ class EditCurve(Result):
 class EditReport(Result):
     """The evaluation of edits: every question with both answers, and the scores that follow. Made by `evaluate`.
 
-    It is saved as JSON, since it has texts and no tensors.
+    It holds texts and no tensors, and is saved as JSON.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro", id="winner")
+        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), progress=False)
+        >>> report.statuses
+        {'winner': 'edited'}
+        >>> score = report.score("efficacy", "free generation, exact match")
+        >>> score.before.mean, score.after.mean
+        (0.0, 1.0)
     """
 
     layout: ClassVar[str] = "multrace edit report 5"
@@ -239,20 +282,23 @@ class EditReport(Result):
     model: str
     """Name or path of the model."""
     revision: str | None
+    """Revision of the model; None if it has none."""
     mode: str
     """"single": one edit at a time; "batch": all edits in the model at once; "sequence": one on top of the other."""
     settings: Mapping[str, str]
-    """What was measured and how, as text."""
+    """What was measured, the fields of `EvaluationSettings` as text."""
     rows: tuple[ProbeRow, ...]
+    """Every question that was asked."""
     statuses: Mapping[str, str]
     """Record -> "edited", "not generated" if its own question is not answered with the target afterwards, "nothing to
-    do", or "failed: " and why; the questions of a failed record met the unedited model."""
+    do", or "failed: " and the reason. The questions of a failed record were answered without its edit: by the unedited
+    model in mode "single", and by the model with the edits of the other records in the other modes."""
     left_out: tuple[LeftOut, ...] = ()
-    """Questions that were not asked, and why: their answers depend on edits that are or are not in the model."""
+    """Questions that were not asked, since their answers depend on edits that are, or are not, in the model."""
     curve: EditCurve | None = None
-    """The points on the way, in mode "sequence"."""
+    """The measurements during the sequence; None in the other modes."""
     seed: int = 0
-    """Random seed of the bootstrap."""
+    """Random seed of the bootstrap intervals, at least 0."""
 
     @classmethod
     def of(
@@ -263,7 +309,15 @@ class EditReport(Result):
         rows: Sequence[ProbeRow],
         **parts: Any,
     ) -> Self:
-        """Return the report on these rows of a model; parts are the further fields."""
+        """Return the report on these rows of a model.
+
+        Args:
+            vlm: The model; only its name and revision are read.
+            mode: How the edits were made, as in the field `mode`.
+            settings: What was measured.
+            rows: The questions with both answers.
+            **parts: The remaining fields by name; `statuses` has no default.
+        """
         return cls(
             model=vlm.name,
             revision=vlm.revision,
@@ -286,7 +340,10 @@ class EditReport(Result):
         return f"{line}, {counted(len(self.rows), 'question')}", ", ".join(shown)
 
     def scores(self) -> tuple[EditScore, ...]:
-        """Return the mean and 95 % interval (bootstrap by record) of every protocol, by aspect and kind of question."""
+        """Return the mean of every protocol with its 95 % interval (bootstrap by record), by aspect and kind.
+
+        Each aspect comes first over all its questions (kind "all"), then by kind if it has several kinds.
+        """
         found = []
         for aspect in ASPECTS:
             own = [row for row in self.rows if row.aspect == aspect]
@@ -300,7 +357,16 @@ class EditReport(Result):
         return tuple(found)
 
     def score(self, aspect: str, protocol: str, kind: str = ALL) -> EditScore:
-        """Return one of the scores. Raises `EditError` if there is none."""
+        """Return one score: the mean of one protocol over the questions of an aspect, or of one kind.
+
+        Args:
+            aspect: One of `data.facts.ASPECTS`, such as "efficacy".
+            protocol: Name of the protocol, such as `evaluation.EXACT`.
+            kind: Kind of question, with or without its hops ("portability, 2 hops"); "all" for the whole aspect.
+
+        Raises:
+            EditError: The report has no such score; the message lists those that it has.
+        """
         chosen = [row for row in self.rows if row.aspect == aspect and kind in (ALL, row.kind, _name(row))]
         if not any(protocol in row.numbers for row in chosen):
             found = sorted({f"{score.aspect}/{score.kind}/{score.protocol}" for score in self.scores()})
@@ -308,7 +374,10 @@ class EditReport(Result):
         return self._score(aspect, kind, protocol, chosen)
 
     def splits(self) -> Mapping[str, str]:
-        """Record -> what kind of success its edit is (`metrics.split_of`); only edits that free generation shows."""
+        """Return record -> kind of success (`split_of`), for records whose question gets its target by free generation.
+
+        Probes of generality are judged by exact match, and probes of locality by whether the answer is unchanged.
+        """
         by_record: dict[str, list[ProbeRow]] = {}
         for row in self.rows:
             by_record.setdefault(row.record, []).append(row)
@@ -319,28 +388,35 @@ class EditReport(Result):
         }
 
     def split_shares(self) -> Mapping[str, float]:
-        """Share of the successful edits that are "generalised", "too narrow", "too broad" or "both"; NaN for none."""
+        """Return the shares of successful edits that are "generalised", "too narrow", "too broad" or "both", 0 to 1.
+
+        They are NaN if there is no successful edit.
+        """
         found = [*self.splits().values()]
         return {name: found.count(name) / len(found) if found else float("nan") for name in SPLITS}
 
     @property
     def failed(self) -> Mapping[str, str]:
-        """Record -> why it could not be edited."""
+        """Record -> its status with the reason, for records that could not be edited."""
         return {name: status for name, status in self.statuses.items() if status.startswith(FAILED)}
 
     @property
     def not_generated(self) -> Mapping[str, str]:
-        """Record -> what the edited model says in place of its target."""
+        """Record -> the answer of the edited model to its question, for edits that are "not generated"."""
         said = {row.record: row.after for row in self.rows if row.kind == EDITED}
         return {name: said[name] for name, status in self.statuses.items() if status == NOT_GENERATED}
 
     def generations(self) -> tuple[Mapping[str, Any], ...]:
-        """Return every question with both raw answers, as plain values that fill one line each."""
+        """Return the rows without their numbers as plain values, so that each can be written as one line of JSON."""
         rows = (asdict(row) | {"pictures": list(row.pictures)} for row in self.rows)
         return tuple({key: value for key, value in row.items() if key != "numbers"} for row in rows)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per score: what it is of, mean and interval before and after, values, records."""
+        """Return a table with one row per score.
+
+        Its columns are aspect, kind and protocol, the mean and interval ("_low", "_high") before and after, and the
+        numbers of values and records.
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -355,7 +431,12 @@ class EditReport(Result):
         )
 
     def summary(self, *, protocols: Iterable[str] | None = None) -> str:
-        """Return the scores as text, one per line, the unedited model beside the edited one; shares are in percent."""
+        """Return the scores as a text table, one line each, with the unedited model beside the edited one.
+
+        Shares are in percent. Below it come the kinds of success, and the edits that failed or are not generated.
+
+        protocols: names of the protocols to show; None for all.
+        """
         wanted = None if protocols is None else set(protocols)
         scores = [score for score in self.scores() if wanted is None or score.protocol in wanted]
         titles = ("aspect", "kind", "protocol", "unedited", "edited", "95 % interval", "values", "records")
@@ -376,16 +457,18 @@ class EditReport(Result):
         return "\n".join([*aligned(lines), *tail])
 
     def headlines(self) -> str:
-        """Return the table of free generation alone."""
+        """Return the table of `summary` with the two headline protocols of free generation only."""
         return self.summary(protocols=_HEADLINES)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure of the scores of free generation by kind of question, of both states, with 95 % intervals.
+        """Return a figure of the headline scores of both models by kind of question, with 95 % intervals.
 
-        The figure is also written if a path is given (png, pdf or svg). Raises `ArtefactError` if that fails, or if
-        nothing was asked.
+        The figure is also written to the path if one is given (png, pdf or svg). Raises `ArtefactError` if that fails,
+        or if no question was asked.
         """
         scores = [score for score in self.scores() if score.protocol in _HEADLINES]
+        if not scores:
+            raise ArtefactError("the report has no questions to draw; evaluate at least one record")
         labels = [f"{score.aspect}, {score.kind}: {score.protocol}" for score in scores]
         titles = (f"{counted(len(self.statuses), 'edit')}, mode {self.mode!r}", self.model)
         figure, body = drawing.titled_figure(9.5, 1.2 + 0.3 * len(scores), titles)
@@ -405,13 +488,19 @@ class EditReport(Result):
         return drawing.finished(figure, path)
 
     def save(self, path: str | Path) -> Path:
-        """Write rows and scores as a JSON file with a digest, whole or not at all, and return the path."""
+        """Write rows and scores as a JSON file with a digest, completely or not at all, and return the path.
+
+        Raises `EditError` if the file cannot be written.
+        """
         scores = json.loads(self.to_dataframe().to_json(orient="records"))
         return files.write_json(path, self.layout, {**asdict(self), "scores": scores}, error=EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Return the report that `save` wrote. Raises `EditError` if the file is missing or damaged."""
+        """Return the report that `save` wrote; its scores are computed again from the rows.
+
+        Raises `EditError` if the file is missing, damaged or of another kind.
+        """
         content = files.read_json(path, cls.layout, error=EditError)
         content.pop("scores", None)  # they follow from the rows
         report = _loaded(cls, path, content)
@@ -436,20 +525,18 @@ class EditReport(Result):
 
 
 def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
-    """Return rows of cells as lines; every column is as wide as its longest cell."""
+    """Return one line of text per row of cells; each column is as wide as its longest cell."""
     cells = [[str(cell) for cell in line] for line in lines]
     widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def _loaded(kind: type[_Kind], path: str | Path, words: Mapping[str, Any]) -> _Kind:
+def _loaded(kind: type[_Kind], source: str | Path, content: Mapping[str, Any]) -> _Kind:
     """Return a report or a curve from its plain values. Raises `EditError` if they do not have the right types."""
     try:
-        return from_plain(kind, words)
+        return from_plain(kind, content)
     except (KeyError, TypeError, ValueError) as error:
-        raise EditError(
-            f"what '{path}' holds is no whole {kind.__name__} ({str(error)[:200]}); evaluate again"
-        ) from error
+        raise EditError(f"'{source}' holds no whole {kind.__name__} ({str(error)[:200]}); evaluate again") from error
 
 
 def _name(row: ProbeRow) -> str:
@@ -457,7 +544,7 @@ def _name(row: ProbeRow) -> str:
 
 
 def _shown(rows: Sequence[ProbeRow], aspect: str, protocol: str) -> list[bool]:
-    """Whether the edited model does as it should at each question of the aspect to which the protocol applies."""
+    """Whether the edited model passes the protocol, for each question of the aspect that has it."""
     return [row.numbers[protocol][1] == 1 for row in rows if row.aspect == aspect and protocol in row.numbers]
 
 
@@ -466,5 +553,5 @@ def _columns(state: str, interval: Interval) -> dict[str, float]:
 
 
 def _text(protocol: str, value: float) -> str:
-    """In percent if the number is a share."""
+    """The value as text, in percent if the protocol gives a share."""
     return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"
