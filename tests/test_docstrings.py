@@ -13,7 +13,9 @@ from multrace.data import tiny_vlm_path
 from multrace.scripts.studies.reference import PAGE, reference
 
 ROOMS = ("models", "artefacts", "tracing", "editing", "workflow", "data")
-REFERENCE_GRADE = ("models", "artefacts", "tracing")
+SUBROOMS = ("editing.evaluation",)
+"""Faces whose further names have examples too."""
+REFERENCE_GRADE = ("models", "artefacts", "tracing", "editing", "editing.evaluation")
 MANY = 3
 """An entry point with more parameters than this explains each of them."""
 WITH_EXAMPLES = ("models.VisionLanguageModel.",)
@@ -92,8 +94,11 @@ def test_a_missing_argument_and_one_too_many_are_noticed():
 
 def _examples() -> dict[str, doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    tests = {}
-    for name, value in _public(ROOMS).items():
+    tests, seen = {}, set()
+    for name, value in _public((*ROOMS, *SUBROOMS)).items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         module = inspect.getmodule(value)
         for test in finder.find(value, name, module=module, globs={"mt": multrace}):
             if test.examples:
