@@ -401,9 +401,8 @@ class Baseline:
         """Return the baseline as plain values, as JSON has them; `from_json` reads them."""
         responses = self.responses
         scores = [[key, answer, asdict(score)] for (key, answer), score in responses.scores.items()]
-        texts = {"generated": responses.generated, "fluencies": responses.fluencies}
         own = {"model": self.model, "revision": self.revision, "settings": asdict(self.settings)}
-        return {**own, **texts, "scores": scores}
+        return {**own, "generated": responses.generated, "fluencies": responses.fluencies, "scores": scores}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
