@@ -34,7 +34,7 @@ from .formats.reading import LINES, detect_format, read_data
 from .formats.rows import DataSource, Row, json_rows, pictures_in, same_name, unanswered
 from .jsonl import pictures_of, write_lines
 from .pictures import PictureFacts, inspect_picture
-from .spans import find_spans, noun_after
+from .spans import find_spans, noun_after, verb_within
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
@@ -89,6 +89,7 @@ FINDINGS: Mapping[str, FindingKind] = {
     "duplicate": FindingKind(severity=WARNING, title="the row repeats another one", fix=_DROP_ROW),
     "box_outside": FindingKind(severity=WARNING, title="a box leaves the picture", fix="the box is cut to the picture"),
     "span_cut_off": FindingKind(severity=WARNING, title="a span seems to be cut off"),
+    "span_too_long": FindingKind(severity=WARNING, title="a span seems to hold a verb of the question"),
     "text_long": FindingKind(severity=WARNING, title="a text is very long"),
     "picture_of_several": FindingKind(severity=WARNING, title="the row names a folder with several pictures"),
     "span_spelling": FindingKind(
@@ -342,7 +343,7 @@ class _Doctor:
                 self.add(self._row, "special_token", message, place)
 
     def _spans(self, place: tuple[str, int] | None, question: Question) -> Question:
-        words = {name: self._span(place, question.text, words) for name, words in question.words.items()}
+        words = {name: self._span(place, question, words) for name, words in question.words.items()}
         if words == question.words:
             return question
         return replace(
@@ -351,8 +352,9 @@ class _Doctor:
             spans={name: words[name] for name in question.spans},
         )
 
-    def _span(self, place: tuple[str, int] | None, text: str, words: Words) -> Words:
+    def _span(self, place: tuple[str, int] | None, question: Question, words: Words) -> Words:
         """Note what is wrong with a span, and return it as the question spells it."""
+        text = question.text
         said = words if isinstance(words, str) else words[0]
         problem = None
         for spelling in dict.fromkeys((said.strip(_STRAY), said.strip(_MARKS))):
@@ -365,7 +367,10 @@ class _Doctor:
             spelt = text[start:end]
             if spelt != said:
                 self.add(self._row, "span_spelling", f"{said!r} is {spelt!r} in the question {shortened(text)}", place)
-            if len(said.split()) > 1 and said.split()[-1].casefold() in _CUT_OFF:
+            if question.images and (verb := verb_within(spelt)):
+                message = f"the span {said!r} holds the verb {verb!r} of the question; should it end before it?"
+                self.add(self._row, "span_too_long", message, place)
+            elif len(said.split()) > 1 and said.split()[-1].casefold() in _CUT_OFF:
                 message = f"the span {said!r} ends with {said.split()[-1]!r}; is it whole?"
                 self.add(self._row, "span_cut_off", message, place)
             return spelt if isinstance(words, str) else (spelt, words[1])

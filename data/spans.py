@@ -36,6 +36,12 @@ _NO_NOUNS = _AUXILIARIES | frozenset(
 """Words that follow a whole span: particles, pronouns, adverbs, and verbs that no ending tells."""
 _ADJECTIVE = re.compile(r"\b(?:\w+-(?:\w*ed|known|old)|\w{3,}(?:ical|ious|eous|less|itional|ational)|bald)$")
 """The end of a span whose last word is an adjective by its ending."""
+_INVERTED = re.compile(
+    r"\b(is|are|was|were|do|does|did) (?:this|that|these|those|the|a|an|it|there|he|she|they|you|we)\b"
+)
+"""A verb with the subject of a question after it, in lower case: titles such as "This Is It" are written otherwise."""
+_RELATIVE = re.compile(r"\b(?:who|whom|whose|which|that|where|when|what|how|why|if)\b", re.IGNORECASE)
+"""Words that may open a clause inside a noun phrase, in which a verb is at home."""
 _DEMONSTRATIVES = ("this", "these", "that", "those", "the")
 _LONGEST_OPENING = 3
 """Largest number of words of a span that opens a question."""
@@ -134,6 +140,26 @@ def noun_after(question: str, end: int) -> str | None:
     if second is not None and _may_be_noun(second) and _ends_noun(after[words.end(3) :], third, False):
         return f"{noun} {second}"
     return None
+
+
+def verb_within(span: str) -> str | None:
+    """Return the verb of the question that a span holds although it belongs to no noun phrase, else None.
+
+    "cat is this" from "What kind of cat is this?" holds "is": the subject of the question comes after it. A verb after
+    a word that may open a relative clause is not counted.
+
+    Args:
+        span: The words.
+
+    Example:
+        >>> from multrace.data.spans import verb_within
+        >>> verb_within("cat is this"), verb_within("the man whose hat is the largest"), verb_within("this cat")
+        ('is', None, None)
+    """
+    match = _INVERTED.search(" ".join(span.split()))
+    if match is None or _RELATIVE.search(span[: match.start()]):
+        return None
+    return match[1]
 
 
 def _chosen(span: Words) -> tuple[str, int | Literal["all"] | None]:

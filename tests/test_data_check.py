@@ -1,6 +1,7 @@
 """The doctor of data files: each fault is found in its row, a fix mends what it says, a clean file has no findings."""
 
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from multrace.data import (
     World,
     WorldRequests,
     check_data,
+    read_data,
     read_lines,
     read_records,
     world_records,
@@ -247,6 +249,26 @@ def test_a_constraint_that_ends_before_its_noun_is_noted(marked, tmp_path, photo
     assert not [finding for finding in check_data(path).findings if finding.kind == "span_unfinished"], "no picture"
 
 
+TOO_LONG = {  # question with the constraint in brackets -> the verb of the question in it
+    "What kind of [cat is this]?": "is",
+    "Which [animals are those]?": "are",
+    "What food [does this animal] eat?": "does",
+    "What kind of cat is [this]?": None,
+    "What colour is [the hat that is the largest]?": None,
+    "What is [the man whose wife is a queen] called?": None,
+    "Who directed [This Is The End]?": None,
+}
+
+
+@pytest.mark.parametrize("marked", TOO_LONG)
+def test_a_constraint_with_a_verb_of_the_question_is_noted(marked, tmp_path):
+    question, words = marked.replace("[", "").replace("]", ""), marked.split("[")[1].split("]")[0]
+    path = write_lines(tmp_path / "a.jsonl", [Question(text=question, constraint=words, image=tmp_path / "p.png")])
+    findings = [f for f in check_data(path, pictures=False).findings if f.kind in ("span_too_long", "span_cut_off")]
+    messages = [] if TOO_LONG[marked] is None else [f"the span {words!r} holds the verb {TOO_LONG[marked]!r}"]
+    assert [finding.message.split(" of the question")[0] for finding in findings] == messages
+
+
 def test_targets_rephrases_and_other_rows_are_compared(tmp_path):
     edit = {"question": "Who won?", "target": "Ada", "probes": [{"kind": "rephrase", "question": "who  won ?"}]}
     path = write(
@@ -372,6 +394,7 @@ def test_constraints_of_published_files_that_end_before_their_noun_are_noted():
     notes = {}
     for path in sorted(SHARED.glob("*/*.csv")):
         found = check_data(path, pictures=False).findings
+        assert not any(finding.kind == "span_too_long" for finding in found)
         notes[path.parent.name, path.stem.split("_")[-1]] = [
             finding.message.split(" in ")[0] for finding in found if finding.kind == "span_unfinished"
         ]
@@ -384,6 +407,19 @@ def test_constraints_of_published_files_that_end_before_their_noun_are_noted():
         "the constraint 'clothing' goes on with 'item'",
     ]
     assert len(notes) == 5 and not any(notes.values())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
+def test_constraints_of_published_questions_that_swallow_the_verb_are_noted(tmp_path):
+    """OK-VQA asks "Which kind of cake is this?"; the constraint "cake is this" swallows the verb."""
+    matches = [
+        (record, re.search(r"\b[a-z]+ (?:is|are) (?:this|these)\b", record.text))
+        for _, record in read_data(SHARED / "mmedit" / "okvqa_loc.json")
+    ]
+    swallowed = [replace(record, constraint=match[0]) for record, match in matches if match]
+    write_lines(tmp_path / "long.jsonl", swallowed)
+    report = check_data(tmp_path / "long.jsonl", pictures=False)
+    assert dict(report.counts) == {"span_too_long": 17} and len(swallowed) == 17
 
 
 def test_the_page_about_data_files_names_every_key_format_and_finding(tmp_path):
