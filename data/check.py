@@ -54,7 +54,7 @@ _CUT_OFF = frozenset(
     "a an the this that these those of in on at by for with from to and or is are was kind type".split()
 )
 """Last words of a span that is likely to have been cut off."""
-_DROP_ROW, _DROP_ENTRY, _SPANS, _BOXES = "the row is left out", "the question is left out", "the span is cleaned", "cut"
+_DROP_ROW, _DROP_ENTRY, _SPANS = "the row is left out", "the question is left out", "the span is cleaned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +319,7 @@ class _Doctor:
     # ---- one question ----
 
     def _question(self, place: tuple[str, int] | None, question: Question) -> Question:
-        texts = {"question": question.text, "answer": question.answer, "foil": question.foil}
-        self._texts(place, texts)
+        self._texts(place, {"question": question.text, "answer": question.answer, "foil": question.foil})
         question = self._spans(place, question)
         self._noun(place, question)
         if not self.looks_at_pictures:
@@ -428,10 +427,8 @@ class _Doctor:
             return
         folder = question.image.parent
         if same_name(folder.name, Path(named).name) and len(candidates := pictures_in(folder)) > 1:
-            message = (
-                f"{str(folder)!r} has {len(candidates)} pictures; {question.image.name!r}, the first one, is taken"
-            )
-            self.add(self._row, "picture_of_several", message, place)
+            taken = f"{question.image.name!r}, the first one, is taken"
+            self.add(self._row, "picture_of_several", f"{str(folder)!r} has {len(candidates)} pictures; {taken}", place)
 
     def _boxes(self, place: tuple[str, int] | None, question: Question, size: tuple[int, int] | None) -> Question:
         if size is None or not question.boxes:
@@ -498,8 +495,8 @@ class _Doctor:
             message = f"the answer {shortened(answer)} to {shortened(question.text)} is none of {said[:200]}"
             self.add(self._row, "answer_not_annotated", message, place)
         elif numbers[_plain(answer)] < max(numbers.values()):
-            most = numbers.most_common(1)[0]
-            message = f"{numbers[_plain(answer)]} of {len(known)} said {shortened(answer)}, {most[1]} said {most[0]!r}"
+            most, count = numbers.most_common(1)[0]
+            message = f"{numbers[_plain(answer)]} of {len(known)} said {shortened(answer)}, {count} said {most!r}"
             self.add(self._row, "not_annotators_choice", message, place)
 
     def _pictured(self, record: Question) -> None:
@@ -524,10 +521,8 @@ class _Doctor:
             self.add(self._row, "duplicate", f"row {row} asks the same question with the same answer")
         else:
             kind, noun = ("contradiction", "target") if is_edit else ("other_answer", "answer")
-            message = (
-                f"the {noun} of {shortened(question.text)} is {quoted(said)} here and {quoted(before)} in row {row}"
-            )
-            self.add(self._row, kind, message)
+            text = shortened(question.text)
+            self.add(self._row, kind, f"the {noun} of {text} is {quoted(said)} here and {quoted(before)} in row {row}")
 
 
 def _is_same(one: Question, other: Question) -> bool:
