@@ -102,13 +102,16 @@ def test_the_analysis_of_your_own_runs(clone: Path):
 
 
 def test_the_guide_to_many_corrections_runs_with_the_example_files(clone: Path, capsys: pytest.CaptureFixture[str]):
+    (clone / "photos").mkdir()
+    for picture in (clone / "docs" / "examples").glob("*.png"):
+        picture.rename(clone / "photos" / picture.name)
     text = (ROOT / "docs" / "how-to" / "many_corrections.md").read_text(encoding="utf-8")
     own = {
         "corrections.jsonl": "choose.jsonl",
         "18": "5",
         " --model DIR": "",
-        " --images photos": "",
         "--request 17": "--request 1",
+        "\\\n": " ",
     }
     for theirs, ours in (
         *own.items(),
