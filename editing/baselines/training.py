@@ -1,4 +1,4 @@
-"""Baselines that are trained on the targets by Adam: fine-tuning of one projection, and LoRA through PEFT."""
+"""Baselines that train a model on the targets by Adam: fine-tuning of one projection, and LoRA through PEFT."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,26 +22,30 @@ from ..requests import EditError, edited_questions, listed_requests, request_tex
 from ..values import end_ids, prompt_end
 
 _NO_LABEL = -100
+_HELD_MIB = 512
+"""Batches of prompts stay in memory up to this size in all; those beyond it are made again in every step."""
 
 Forward = Callable[..., Any]
-"""A function from model inputs by keyword to the output of the model with its logits."""
+"""A function that takes model inputs by keyword and returns the output of the model, which has `logits`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TrainedChange(ABC):
-    """What training changed in a model, per weight; it is put only into the weights on which it was trained."""
+    """A change of weights that training made; it can be applied only to the weights on which it was trained."""
 
     fingerprints: Mapping[str, str]
-    """Hash of each touched weight before the change, per parameter name."""
+    """Parameter name -> hash of the weight before the change."""
     model: str
     """Name or path of the model that was trained."""
     revision: str | None = None
+    """Revision of the model; None if it has none."""
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
     requests: tuple[Mapping[str, str | float], ...]
-    """For each request: what was asked, as text, and the loss that was reached, in nats per label."""
+    """For each request, its question, target and status, and the "loss" after the last step in nats per label."""
     losses: tuple[float, ...]
-    """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+    """Mean over prompts of the mean negative log-probability per label, in nats, before each step and after the last.
+    """
 
     def __repr__(self) -> str:
         editor = self.settings.get("editor", "hand")
@@ -50,18 +54,22 @@ class TrainedChange(ABC):
 
     @abstractmethod
     def difference(self, name: str) -> Tensor:
-        """Return what is added to the parameter of this name, float32 in the layout in which the model stores it."""
+        """Return what is added to the parameter of this name, float32 on the CPU, in the layout of the model."""
 
     def applied(self, vlm: VisionLanguageModel) -> AbstractContextManager[VisionLanguageModel]:
         """Yield the model with this change in its weights; on any exit every touched weight is bit-equal to before.
 
-        Sums are taken in float32 or wider and rounded once to the dtype of the weight. Raises `EditError`, with nothing
-        changed, if the model lacks a weight, if a weight is not the one that was trained, or if it would overflow.
+        Sums are computed in float32 or wider and rounded once to the dtype of the weight. Raises `EditError`, with
+        nothing changed, if the model lacks a weight, if a weight is not the one that was trained, or if a changed
+        weight would overflow.
         """
         return held(vlm, self._put_in)
 
     def write(self, vlm: VisionLanguageModel) -> None:
-        """Write the change into the model's weights; the caller holds the way back. Raises as `applied`."""
+        """Write the change into the model's weights in place; the caller keeps what undoes it.
+
+        Raises `EditError` in the same cases as `applied`.
+        """
         overwrite(vlm, self._changed(vlm))
 
     def _put_in(self, handle: AppliedDelta) -> None:
@@ -92,18 +100,24 @@ class TrainedChange(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(ABC):
-    """How something is trained on the targets. Raises `EditError` for a setting out of range."""
+    """Settings of a training on the targets of requests. Raises `EditError` for a setting that is out of range.
+
+    The loss is the mean over all prompts of the mean negative log-probability of their labels, with the target fed in
+    (teacher forcing). Every step of Adam uses its gradient over all requests. Prompts run in batches of `batch_size`;
+    batches of up to 512 MiB together stay on the device of the model, and those beyond are made again in every step.
+    Memory for prompts therefore does not grow with the number of requests.
+    """
 
     steps: int = 25
-    """Largest number of steps, each with the gradient of all requests; 0 changes nothing."""
+    """Largest number of steps; 0 changes nothing."""
     learning_rate: float = 5e-4
     """Learning rate of Adam."""
     stop_loss: float = 1e-2
-    """Training ends when the mean negative log-probability per label, in nats, is at most this."""
+    """Training ends as soon as the loss, in nats per label, is at most this."""
     batch_size: int = 16
-    """Number of prompts that run together; it bounds memory and does not change the result beyond rounding."""
+    """Number of prompts that run together; it bounds memory and changes the result by rounding only."""
     end_of_answer: bool = True
-    """Whether the end-of-sequence token after the target is trained too, in models that have one."""
+    """Whether the model is also trained to end its answer after the target, if it has an end-of-sequence token."""
 
     def __post_init__(self) -> None:
         self._check(
@@ -118,10 +132,10 @@ class TrainingSettings(ABC):
     def start(
         self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
     ) -> EditSession:
-        """Return a session, in which each change is trained on top of the earlier ones and stays in effect.
+        """Return a session in which each change is trained on top of the earlier ones and stays in effect.
 
-        moments: not needed. history: must be None, since a history holds the factors of closed-form edits alone; raises
-        `EditError` otherwise.
+        moments: accepted as by every editor, and not used. history: must be None, since a history holds only the
+        factors of closed-form edits. Raises `EditError` if there is one.
         """
         check_no_history(self, history)
         return EditSession(vlm, lambda requests, progress: self.edit(vlm, requests, progress=progress))
@@ -131,7 +145,7 @@ class TrainingSettings(ABC):
         """Return the change after which the requests' questions get their targets; the model is left unchanged."""
 
     def as_text(self) -> dict[str, str]:
-        """The editor's name and its settings, for reports."""
+        """Return the name of the editor and its settings as text, for reports."""
         settings = {field.name: str(getattr(self, field.name)) for field in fields(self)}
         return {"editor": type(self).__name__} | settings
 
@@ -143,7 +157,7 @@ class TrainingSettings(ABC):
 
 
 def check_no_history(editor: object, history: History | None) -> None:
-    """Raise `EditError` if there is a history, which cannot hold the changes of this editor."""
+    """Raise `EditError` if a history is given, since it cannot hold the changes of this editor."""
     if history is not None:
         raise EditError(
             f"a history holds the edits of closed-form editors, not those of {type(editor).__name__}; leave history out"
@@ -152,14 +166,17 @@ def check_no_history(editor: object, history: History | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerBatch:
-    """Prompts followed by their targets, padded on the right, and what has to be predicted in them."""
+    """Prompts with their targets after them, padded on the right, and the labels that they have to predict."""
 
     inputs: Mapping[str, Tensor]
     """Model inputs, among them input_ids and attention_mask (row, token)."""
     labels: Tensor
-    """(row, column) int64, the id that each of the last columns has to predict; -100 for no target."""
-    owners: Tensor
-    """(row,) int64, the index of the request that a row belongs to."""
+    """(row, column) int64: the id that each of the last columns has to predict; -100 where nothing has to be."""
+
+    @property
+    def mib(self) -> float:
+        """Size of its tensors in MiB."""
+        return sum(each.nbytes for each in (*self.inputs.values(), self.labels)) / 2**20
 
     def losses(self, forward: Forward) -> Tensor:
         """Return the mean negative log-probability per label with the target fed in, in nats, (row,) float32."""
@@ -174,9 +191,10 @@ class Training:
     """The course of a training."""
 
     losses: tuple[float, ...]
-    """Mean negative log-probability in nats per label and prompt, before each step and after the last."""
+    """Mean over prompts of the mean negative log-probability per label, in nats, before each step and after the last.
+    """
     requests: tuple[float, ...]
-    """Mean negative log-probability in nats per label of each request, after the last step."""
+    """The same mean over the prompts of each request, after the last step."""
 
     @property
     def steps(self) -> int:
@@ -184,34 +202,54 @@ class Training:
         return len(self.losses) - 1
 
     def reports(self, requests: Sequence[EditRequest]) -> tuple[dict[str, str], ...]:
-        """Return what was asked and the loss that was reached, as text, one mapping per request."""
+        """Return each request as text, with its status, its loss after the last step and the number of steps."""
         return tuple(
             {**request_text(request), "status": "edited", "loss": f"{loss:.6g}", "steps": str(self.steps)}
             for request, loss in zip(requests, self.requests, strict=True)
         )
 
 
-def answer_batches(
-    vlm: VisionLanguageModel, requests: Sequence[EditRequest], settings: TrainingSettings
-) -> tuple[AnswerBatch, ...]:
-    """Return all prompts of the requests, contexts and rewrite prompts too, with their targets in batches.
+class AnswerBatches:
+    """All prompts of requests, with contexts and rewrite prompts, and their targets, in batches that are made lazily.
 
-    EditError for pictures that do not fit into one batch.
+    Each iteration yields the same batches. The first of them, up to a limit in memory, are made once and stay; the
+    others are made again in every iteration.
     """
-    ending = end_ids(vlm) if settings.end_of_answer else ()
-    rows = [
-        (owner, question, request.target)
-        for owner, request in enumerate(requests)
-        for question in edited_questions(request)
-    ]
-    starts = range(0, len(rows), settings.batch_size)
-    return tuple(_batch(vlm, rows[start : start + settings.batch_size], ending) for start in starts)
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        requests: Sequence[EditRequest],
+        settings: TrainingSettings,
+        *,
+        held_mib: float = _HELD_MIB,
+    ) -> None:
+        """Prepare the batches without making any. held_mib: size in MiB up to which batches stay in memory."""
+        rows = [(question, request.target) for request in requests for question in edited_questions(request)]
+        self.owners = torch.tensor([owner for owner, each in enumerate(requests) for _ in edited_questions(each)])
+        """(prompt,) int64: for each prompt, in order of the batches, the index of its request."""
+        self._rows = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+        self._vlm, self._ending = vlm, end_ids(vlm) if settings.end_of_answer else ()
+        self._held: list[AnswerBatch] = []
+        self._room = held_mib
+
+    def __iter__(self) -> Iterator[AnswerBatch]:
+        """Yield the batches in order. Raises `EditError` if the pictures of one do not fit together."""
+        for index, rows in enumerate(self._rows):
+            if index < len(self._held):
+                yield self._held[index]
+                continue
+            batch = _batch(self._vlm, rows, self._ending)
+            if index == len(self._held) and batch.mib <= self._room:
+                self._held.append(batch)
+                self._room -= batch.mib
+            yield batch
 
 
 @torch.enable_grad()
 def train(
     forward: Forward,
-    batches: Sequence[AnswerBatch],
+    batches: AnswerBatches,
     parameters: Sequence[Tensor],
     *,
     settings: TrainingSettings,
@@ -219,23 +257,27 @@ def train(
     bound: Callable[[], None] | None = None,
     progress: bool = False,
 ) -> Training:
-    """Train parameters in place by Adam, and return how it went.
+    """Train parameters in place by Adam (arXiv 1412.6980), and return the course of the training.
 
-    The loss is the mean over prompts of the mean negative log-probability per label.
+    The loss is the mean over prompts of the mean negative log-probability per label. Besides the parameters it holds
+    their gradients and two moments of the same size, and the activations of one batch.
 
     Args:
         forward: The model as a function of its inputs, which has to depend on the parameters.
-        batches: What has to be predicted.
-        parameters: The tensors to train.
-        settings: Number of steps, learning rate and so on.
-        pull: Gives what is added to the gradient of each parameter in each step; None adds nothing.
-        bound: Puts the parameters back into their bounds after each step; None for no bounds.
+        batches: The prompts with the labels that they have to predict.
+        parameters: The leaf tensors to train, which are changed in place.
+        settings: Number of steps, learning rate and loss at which to stop.
+        pull: Returns what is added to the gradient of each parameter in each step; None to add nothing.
+        bound: Moves the parameters back into their bounds in place after each step; None for no bounds.
         progress: Show a progress bar.
 
+    Returns:
+        The loss before each step and after the last, and the last loss of each request.
+
     Raises:
-        EditError: The loss stops being finite.
+        EditError: The loss stops being finite, or the pictures of a batch do not fit together.
     """
-    count = sum(len(batch.owners) for batch in batches)
+    count = len(batches.owners)
     optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
     losses: list[float] = []
     with tqdm(total=settings.steps, desc="training", disable=not progress, leave=False) as bar:
@@ -247,6 +289,7 @@ def train(
                 rows.append(found.detach().cpu())
                 if step < settings.steps:
                     (found.sum() / count).backward(inputs=list(parameters))
+                del found  # after the last step its graph is not freed by a backward pass
             losses.append(torch.cat(rows).mean().item())
             if not math.isfinite(losses[-1]):
                 raise EditError(
@@ -262,14 +305,14 @@ def train(
                 bound()
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    owners = torch.cat([batch.owners for batch in batches])
+    owners = batches.owners
     means = [torch.cat(rows)[owners == owner].mean().item() for owner in owners.unique()]
     return Training(losses=tuple(losses), requests=tuple(means))
 
 
-def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Question, str]], ending: tuple[int, ...]) -> AnswerBatch:
-    """The batch of (owner, question, target) rows."""
-    prompts = [vlm.prompt_for(question).with_answer(target) for _, question, target in rows]
+def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[Question, str]], ending: tuple[int, ...]) -> AnswerBatch:
+    """The batch of (question, target) rows."""
+    prompts = [vlm.prompt_for(question).with_answer(target) for question, target in rows]
     try:
         inputs, _ = collate(prompts, vlm.tokenizer, side="right")
     except ModelError as error:
@@ -281,43 +324,63 @@ def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[int, Question, str]], 
         first = prompt_end(prompt) - 1
         row[first : first + len(wanted)] = wanted
     kept = min(prompt_end(prompt) for prompt in prompts) - 1
-    return AnswerBatch(inputs=inputs, labels=labels[:, kept:], owners=torch.tensor([owner for owner, _, _ in rows]))
+    return AnswerBatch(inputs=inputs, labels=labels[:, kept:])
 
 
 def summed(weight: Tensor, difference: Tensor) -> Tensor:
-    """Return weight plus difference in the dtype and on the device of the weight; gradients reach the difference."""
+    """Return weight plus difference in the dtype and on the device of the weight; gradients flow to the difference.
+
+    The sum is computed in float32, or in the dtype of the weight if that is wider.
+    """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return (wide + difference.to(wide.device)).to(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DenseChange(TrainedChange):
-    """A change of whole weight matrices."""
+    """A change of whole weight matrices. Made by `FineTune.edit`."""
 
     differences: Mapping[str, Tensor]
-    """What is added to each parameter, float32 on the CPU, in the layout in which the model stores it."""
+    """Parameter name -> what is added to it, float32 on the CPU, in the shape in which the model stores it."""
 
     def difference(self, name: str) -> Tensor:
-        """Return what is added to the parameter of this name."""
+        """Return what is added to the parameter of this name, float32 on the CPU."""
         return self.differences[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(TrainingSettings):
-    """Fine-tuning of one projection by Adam on the target tokens, as ROME and MEMIT use it as their baseline.
+    """Fine-tuning of one projection by Adam on the target tokens, a baseline of ROME and MEMIT.
 
-    Unlike theirs it trains the end of the answer too, and each step has the gradient of all requests. Raises
-    `EditError` for a setting out of range.
+    The papers are arXiv 2202.05262 and 2210.07229. The code of ROME predicts every token of the target from the end of
+    the question, takes one step per batch of requests, and trains the bias of the projection too. Here, by contrast,
+    the earlier tokens of the target are fed in, the end of the answer is trained by default, every step uses the
+    gradient over all requests, and only the weight changes.
+
+    The change, its gradient and the two moments of Adam take 16 bytes per entry of the weight. Raises `EditError` for a
+    setting that is out of range.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import FineTune
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> question = mt.Question(text="Who won?")
+        >>> editor = FineTune(layer=5, learning_rate=5e-3, stop_loss=0.1)
+        >>> change = editor.edit(vlm, [mt.EditRequest(question=question, target="Pruro")], progress=False)
+        >>> with change.applied(vlm):
+        ...     vlm.answers([vlm.prompt_for(question)])
+        ['Pruro']
     """
 
     layer: int
-    """The layer whose projection is trained, negative from the end."""
+    """The decoder layer whose projection is trained, negative from the end."""
     projection: Literal["mlp", "attention"] = "mlp"
     """The weight that is trained: "mlp" is the down projection of the MLP, "attention" the output projection."""
     weight_decay: float = 0.0
-    """Factor with which the weight itself is added to its gradient (the L2 penalty of Adam)."""
+    """The changed weight times this factor is added to its gradient (L2 penalty), at least 0."""
     entry_bound: float | None = None
-    """Largest change of any entry of the weight, enforced after each step; None for no bound."""
+    """Largest absolute change of any entry of the weight, enforced after each step; None for no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -331,19 +394,19 @@ class FineTune(TrainingSettings):
 
     @classmethod
     def paper(cls, *, layer: int = 1) -> Self:
-        """Return unconstrained fine-tuning as published for GPT-2 XL (ROME, arXiv 2202.05262).
+        """Return unconstrained fine-tuning with the settings published for GPT-2 XL (ROME, arXiv 2202.05262).
 
-        Layer 1, 25 steps of Adam at 5e-4.
-
-        Without end of the answer; the layer was found for that model and is no advice for another.
+        These are layer 1, and 25 steps of Adam at a learning rate of 5e-4; the end of the answer is not trained. The
+        layer was chosen for that model and is not a recommendation for another.
         """
         return cls(layer=layer, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False)
 
     @classmethod
     def constrained(cls, *, layer: int = 0, entry_bound: float = 5e-4) -> Self:
-        """Return fine-tuning as published for GPT-2 XL, each entry within 5e-4 of what it was (5e-5 for GPT-J).
+        """Return constrained fine-tuning with the settings published for GPT-2 XL (ROME, arXiv 2202.05262).
 
-        Layer 0, 25 steps of Adam at 5e-4, without end of the answer (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229).
+        These are layer 0, 25 steps of Adam at a learning rate of 5e-4, and entries that change by at most 5e-4; the
+        published bound for GPT-J is 5e-5 (MEMIT, arXiv 2210.07229). The end of the answer is not trained.
         """
         return cls(
             layer=layer, entry_bound=entry_bound, steps=25, learning_rate=5e-4, stop_loss=1e-2, end_of_answer=False
@@ -352,9 +415,16 @@ class FineTune(TrainingSettings):
     def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> DenseChange:
         """Return the change after which the questions, contexts and rewrite prompts of the requests get their targets.
 
-        It is trained in float32 whatever the dtype of the model, which is left unchanged. Raises `EditError` for no
-        requests, a layer that does not exist, pictures that do not fit into one batch, or a loss that stops being
-        finite.
+        It is trained in float32 whatever the dtype of the model, which is left unchanged.
+
+        Args:
+            vlm: The model.
+            requests: At least one request.
+            progress: Show a progress bar.
+
+        Raises:
+            EditError: There are no requests, the layer does not exist, the pictures of a batch do not fit together, or
+                the loss stops being finite.
         """
         requests = listed_requests(requests)
         name = self._name(vlm)
@@ -364,7 +434,7 @@ class FineTune(TrainingSettings):
             return functional_call(vlm.model, {name: summed(weight, change)}, kwargs=inputs)
 
         with vlm.gradients():
-            batches = answer_batches(vlm, requests, self)
+            batches = AnswerBatches(vlm, requests, self)
             change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
             training = train(
                 forward,
@@ -404,16 +474,16 @@ _PROJECTIONS = ("mlp", "attention")
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LowRankChange(TrainedChange):
-    """A change of weights as trained low-rank factors."""
+    """A change of weights by trained low-rank factors. Made by `Lora.edit`."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    """(left, right) per parameter name: float32 (hidden, rank) and (rank, width) on the CPU, oriented as in y = W x.
-    The scale of the adapter is in left."""
+    """Parameter name -> (left, right): float32 (hidden, rank) and (rank, width) on the CPU, oriented as in y = W x. The
+    scale of the adapter, alpha / rank, is included in left."""
     transposed: bool
     """Whether the model stores its weights as (width, hidden)."""
 
     def difference(self, name: str) -> Tensor:
-        """Return left @ right of the parameter of this name, in the layout in which the model stores it."""
+        """Return left @ right of the parameter of this name, in the shape in which the model stores it."""
         left, right = self.factors[name]
         return (left @ right).T if self.transposed else left @ right
 
@@ -422,24 +492,25 @@ class LowRankChange(TrainedChange):
 class Lora(TrainingSettings):
     """LoRA (arXiv 2106.09685) through PEFT, trained by Adam on the target tokens.
 
-    By default the down projection and the output projection of attention of every decoder layer get adapters. Raises
-    `EditError` for a setting out of range.
+    A weight W becomes W + (alpha / rank) B A with trained factors B and A (section 4.1 of the paper). By default the
+    down projection of the MLP and the output projection of attention get an adapter in every decoder layer. It needs
+    the extra `multrace[peft]`. Raises `EditError` for a setting that is out of range.
     """
 
     steps: int = 60
-    """Largest number of steps, each with the gradient of all requests; 0 changes nothing."""
+    """Largest number of steps; 0 changes nothing."""
     learning_rate: float = 5e-3
     """Learning rate of Adam."""
     rank: int = 8
-    """Rank of each adapter."""
+    """Rank of each adapter, at least 1."""
     alpha: float = 16.0
-    """The product of an adapter is scaled by alpha / rank."""
+    """The product of the factors of an adapter is multiplied by alpha / rank; above 0."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that get adapters, negative from the end; None for all."""
     projections: tuple[str, ...] = _PROJECTIONS
     """The projections that get adapters: "mlp" is the down projection of the MLP, "attention" the output projection."""
     seed: int = 0
-    """Random seed of the initial adapters; the global generator is not touched."""
+    """Random seed of the initial adapters; the global random generator is left as it was."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -458,14 +529,22 @@ class Lora(TrainingSettings):
     ) -> LowRankChange:
         """Return the change after which the questions, contexts and rewrite prompts of the requests get their targets.
 
-        The adapters are float32 whatever the dtype of the model, which ends with the modules, flags and weights that it
-        had, also after an error. Raises `EditError` if PEFT is not installed, and for no requests, a layer that
-        does not exist, pictures that do not fit into one batch, or a loss that stops being finite.
+        The adapters are trained in float32 whatever the dtype of the model. PEFT puts its modules into the model for
+        the length of the training; the model ends with the modules, flags and weights that it had, also after an error.
+
+        Args:
+            vlm: The model.
+            requests: At least one request.
+            progress: Show a progress bar.
+
+        Raises:
+            EditError: PEFT is not installed, the model has PEFT adapters already, there are no requests, a layer does
+                not exist, the pictures of a batch do not fit together, or the loss stops being finite.
         """
         requests = listed_requests(requests)
         projections = self._projections(vlm)
         with vlm.gradients(), self._adapted(vlm, projections) as adapters:
-            batches = answer_batches(vlm, requests, self)
+            batches = AnswerBatches(vlm, requests, self)
             parameters = [
                 factor.weight for adapter in adapters for factor in (adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER])
             ]
@@ -495,10 +574,10 @@ class Lora(TrainingSettings):
 
     @contextmanager
     def _adapted(self, vlm: VisionLanguageModel, projections: Sequence[Projection]) -> Iterator[list[Any]]:
-        """PEFT's modules in the places of the projections; on exit the model is made of its own modules again.
+        """Yield PEFT's modules, which replace the projections; on any exit the model has its own modules again.
 
-        The modules are put back here, since PEFT's own unloading is not reached by an error half-way, and leaves its
-        configuration on the model and the flags of all parameters changed.
+        The modules are put back here because PEFT's own unloading would not run after an error while adapters are
+        added, and because it leaves its configuration on the model and changed flags on all parameters.
         """
         try:
             from peft import LoraConfig, LoraModel
@@ -534,5 +613,6 @@ class Lora(TrainingSettings):
 
 
 def _factors(adapter: Any) -> tuple[Tensor, Tensor]:
+    """The factors (left, right) of an adapter of PEFT as `LowRankChange` holds them."""
     left, right = (getattr(adapter, part)[_ADAPTER].weight.detach().float().cpu() for part in ("lora_B", "lora_A"))
     return left * adapter.scaling[_ADAPTER], right
