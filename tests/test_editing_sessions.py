@@ -361,7 +361,7 @@ def test_a_session_in_context_states_all_its_facts_and_the_newest_of_each(tiny_v
     with InContext().start(tiny_vlm) as session:
         assert session.prompt_transform is None
         for request in (*requests, replace(requests[0], target="z")):
-            session.edit([request])
+            session.edit(each for each in [request])  # any iterable, as in every session
         told = session.prompt_transform(prompt).question
     assert "A? z" in told and "B? y" in told and "A? x" not in told
 

@@ -1,4 +1,4 @@
-"""In-context editing: no weight changes; the new facts are written in front of the question."""
+"""In-context editing: the new facts are written in front of the question, and no weight changes."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +17,20 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class StatedFact:
-    """The fact of one request, in words."""
+    """The fact of one request in words."""
 
     question: str
+    """Text of the question of the request."""
     target: str
+    """The new answer."""
     questions: tuple[str, ...]
-    """All questions of the request; the one most like a new question decides how near the fact is to it."""
+    """Texts of all questions of the request, its contexts and rewrite prompts included."""
 
     def overlap(self, question: str) -> float:
-        """Return the share of words in common with the most similar of its questions, 0 to 1 (Jaccard index)."""
+        """Return the word overlap of a question with the most similar question of the request, 0 to 1.
+
+        It is the Jaccard index of the two sets of words, in lower case.
+        """
         words = _words(question)
         return max(len(words & _words(own)) / max(1, len(words | _words(own))) for own in self.questions)
 
@@ -35,16 +40,21 @@ class ContextChange:
     """Facts that `prompt_transform` writes in front of a question; the model itself never changes."""
 
     facts: tuple[StatedFact, ...]
+    """The facts, in the order of the requests."""
     max_facts: int
-    """Number of facts in front of a question, at most."""
+    """Largest number of facts in front of a question."""
     fact_wording: str
+    """Text of one fact, with the holes {question} and {target}."""
     question_wording: str
+    """Text of the question after the facts, with the hole {question}."""
     model: str
+    """Name or path of the model that the change was made for."""
     revision: str | None = None
+    """Revision of the model; None if it has none."""
     settings: Mapping[str, str]
     """The editor and its settings, as text."""
     requests: tuple[Mapping[str, str | float], ...]
-    """Each request as text, one mapping per request."""
+    """For each request, its question, target and status as text."""
 
     @contextmanager
     def applied(self, vlm: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
@@ -52,17 +62,17 @@ class ContextChange:
         yield vlm
 
     def nearest(self, question: str) -> tuple[StatedFact, ...]:
-        """Return the facts for this question, the one that shares most words with it last.
+        """Return the `max_facts` facts with the largest word overlap with this question, in increasing order of it.
 
-        Of facts that share equally many words, that of the earlier request is preferred and comes later.
+        If two facts have the same overlap, the one of the earlier request is preferred and comes later.
         """
         ranked = sorted(self.facts, key=lambda fact: -fact.overlap(question))
         return tuple(reversed(ranked[: self.max_facts]))
 
     def prompt_transform(self, prompt: Prompt) -> Prompt:
-        """Return the same pictures, template and answer, with the facts stated before the question.
+        """Return a prompt with the same pictures, template and answer that states the nearest facts first.
 
-        The question of the new prompt is all of that text, and the new prompt has no constraint groups.
+        Facts and question together are the question of the new prompt, which has no constraint groups.
         """
         facts = [_filled(self.fact_wording, fact.question, fact.target) for fact in self.nearest(prompt.question)]
         return prompt.asked_anew("\n".join([*facts, _filled(self.question_wording, prompt.question)]))
@@ -70,10 +80,10 @@ class ContextChange:
 
 @dataclass(frozen=True, kw_only=True)
 class InContext:
-    """In-context editing: the facts of the requests, in words, in front of the question (IKE, arXiv 2305.12740).
+    """In-context editing: the facts of the requests are stated in front of the question (IKE, arXiv 2305.12740).
 
-    Unlike IKE, it adds no demonstrations of when to use a fact. A fact is stated by its question, so "the person in
-    this picture" refers to the picture of the new prompt. Raises `EditError` for a setting out of range.
+    Unlike IKE, it gives no demonstrations of when a fact applies. A fact is stated by its question, so that "the person
+    in this picture" refers to the picture of the new prompt. Raises `EditError` for a setting that is out of range.
 
     Example:
         >>> import multrace as mt
@@ -87,11 +97,11 @@ class InContext:
     """
 
     max_facts: int = 4
-    """Number of facts in front of a question, at most: those whose questions share most words with it."""
+    """Largest number of facts in front of a question, at least 1; facts with the largest word overlap are preferred."""
     fact_wording: str = "New fact: {question} {target}"
-    """Text of one fact."""
+    """Text of one fact, with the holes {question} and {target}."""
     question_wording: str = "Question: {question}"
-    """Text of the question after the facts."""
+    """Text of the question after the facts, with the hole {question}."""
 
     def __post_init__(self) -> None:
         required = {"fact_wording": ("{question}", "{target}"), "question_wording": ("{question}",)}
@@ -102,7 +112,7 @@ class InContext:
             raise EditError(f"InContext got max_facts={self.max_facts}; pass max_facts of at least 1")
 
     def as_text(self) -> dict[str, str]:
-        """Return the editor's name and its settings as text, for reports."""
+        """Return the name of the editor and its settings as text, for reports."""
         return {"editor": type(self).__name__} | {field.name: str(getattr(self, field.name)) for field in fields(self)}
 
     def edit(
@@ -111,9 +121,9 @@ class InContext:
         """Return a change whose `prompt_transform` states the facts of the requests in front of a question.
 
         Args:
-            vlm: The model that the prompts belong to; nothing is computed with it.
+            vlm: The model that the change is for; it does not run and is not changed.
             requests: At least one request.
-            progress: Accepted as by every editor; there is nothing to show.
+            progress: Accepted as by every editor, and not used.
 
         Raises:
             EditError: There are no requests.
@@ -127,8 +137,8 @@ class InContext:
     ) -> "ContextSession":
         """Return a session whose `prompt_transform` states the facts of all its edits.
 
-        moments: not needed. history: must be None, since a history holds the factors of closed-form edits alone; raises
-        `EditError` otherwise.
+        moments: accepted as by every editor, and not used. history: must be None, since a history holds only the
+        factors of closed-form edits. Raises `EditError` if there is one.
         """
         check_no_history(self, history)
         return ContextSession(vlm, self)
@@ -136,7 +146,7 @@ class InContext:
     def stating(
         self, vlm: VisionLanguageModel, facts: Sequence[StatedFact], requests: Sequence[Mapping[str, str]]
     ) -> ContextChange:
-        """Return the change that states these facts. requests: what was asked, as text."""
+        """Return the change that states these facts. requests: the requests as text, one mapping per fact."""
         return ContextChange(
             facts=tuple(facts),
             max_facts=self.max_facts,
@@ -150,25 +160,36 @@ class InContext:
 
 
 class ContextSession(EditSession[ContextChange]):
-    """A session whose edits are facts to state: the model is unchanged, and `prompt_transform` states all of them."""
+    """A session whose edits are facts: the model stays unchanged, and `prompt_transform` states the facts."""
 
     def __init__(self, vlm: VisionLanguageModel, editor: InContext) -> None:
         super().__init__(vlm, lambda requests, progress: editor.edit(vlm, requests, progress=progress))
         self._editor = editor
         self._stated: dict[str, tuple[StatedFact, Mapping[str, str]]] = {}
-        """Key of a request's question -> its fact; a question that is edited again has the new fact only."""
+        """Key of the question of a request -> its fact and report; a question that is edited again has only the new
+        ones."""
 
     @property
     def prompt_transform(self) -> Callable[[Prompt], Prompt] | None:
-        """How the edited model has to be asked: after the facts of all edits of the session."""
+        """The `ContextChange.prompt_transform` for the facts of all edits of the session; None before the first."""
         if not self._stated:
             return None
         facts, requests = zip(*self._stated.values(), strict=True)
         return self._editor.stating(self.vlm, facts, requests).prompt_transform
 
     def edit(self, requests: Sequence[EditRequest], *, name: str = "", progress: bool = False) -> ContextChange:
-        """Return the change that states these facts alone, and state them with the others from now on."""
+        """Return the change that states the facts of these requests alone; the session states them with its others.
+
+        Args:
+            requests: The facts to state.
+            name: Accepted as by every session, and not used.
+            progress: Accepted as by every session, and not used.
+
+        Raises:
+            EditError: There are no requests, or the session is not inside a `with`.
+        """
         self._open_handle()
+        requests = listed_requests(requests)  # which may be an iterator, and is read twice
         change = self.propose(requests, progress=progress)
         for request, fact, report in zip(requests, change.facts, change.requests, strict=True):
             self._stated.pop(request.question.key, None)
@@ -190,10 +211,10 @@ def _words(text: str) -> set[str]:
 
 
 def _filled(wording: str, question: str, target: str = "") -> str:
-    """The wording with its holes filled at once, so that braces in a question stay what they are."""
+    """The wording with all its holes filled in one pass, so that braces in a question are left as they are."""
     values = {"{question}": question, "{target}": target}
     return re.sub(r"\{question\}|\{target\}", lambda hole: values[hole.group()], wording)
 
 
 CHANGES = (DenseChange, LowRankChange, ContextChange)
-"""The classes of changes that baselines make; their fields can be written with `artefacts.save_fields`."""
+"""The classes of changes that baselines make; `artefacts.save_fields` can write their fields."""
