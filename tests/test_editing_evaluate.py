@@ -68,7 +68,7 @@ from multrace.editing.evaluation import (
     names_of,
 )
 from multrace.editing.evaluation.asking import Responses, answers_to_feed, feed
-from multrace.models import Prompt, VisionLanguageModel
+from multrace.models import ModelError, Prompt, VisionLanguageModel
 
 EDIT = MultEdit(layer=5, stop_loss=0.05)
 """The target is certain enough to be said; a search that goes on costs time and tells these tests nothing."""
@@ -544,6 +544,8 @@ def test_what_is_not_a_list_of_records_or_requests_is_refused(tiny_vlm, records)
         evaluate(tiny_vlm, (record for record in records), editor)
     with pytest.raises(EditError, match="the records are of type EditRecord; pass a list"):
         evaluate(tiny_vlm, records[0], editor)
+    with pytest.raises(ModelError, match="batch_size is -1; it must be at least 1"):
+        measure_baseline(tiny_vlm, records, batch_size=-1)
     with pytest.raises(EditError, match="one of type Question; pass a list of EditRecord"):
         evaluate(tiny_vlm, [records[0].question], editor)
     for edit in (editor.edit, FineTune(layer=5).edit, InContext().edit):

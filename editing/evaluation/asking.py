@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ...artefacts import from_plain
 from ...data.facts import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, EditRecord, Question
 from ...models import Prompt, VisionLanguageModel
+from ...models.errors import whole_number
 from ...models.prompts import collate
 from ..changes import Change
 from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED, EditError, edited_questions, prompt_answers
@@ -85,7 +86,7 @@ class Check:
     known: str | None = None
     """The present answer according to the caller; None stands for the free answer of the unedited model."""
     hops: int | None = None
-    """For portability, the number of facts between the edited one and the answer; None if it is not known."""
+    """For portability, the number of steps from the edited fact to the answer; None if it is not known."""
     needs: tuple[str, ...] = ()
     """Ids of other records whose edits the answer depends on as well."""
 
@@ -204,8 +205,12 @@ def _left_out(check: Check, reason: str) -> LeftOut:
     return LeftOut(record=check.record, kind=check.kind, question=check.question.text, reason=reason)
 
 
-def blocks(checks: Iterable[Check], size: int) -> Iterator[list[Check]]:
-    """Yield the checks in blocks of `size` different questions; checks of the same question are in the same block."""
+def blocks(checks: Iterable[Check], batch_size: int) -> Iterator[list[Check]]:
+    """Yield the checks in blocks of a few batches of different questions; those of one question are in one block.
+
+    Raises `ModelError` if the batch size is not a whole number of at least 1.
+    """
+    size = _BATCHES * whole_number(batch_size, "batch_size", least=1)
     groups: dict[str, list[Check]] = {}
     for check in checks:
         groups.setdefault(check.key, []).append(check)
@@ -449,6 +454,9 @@ def baseline(
 
     Raises:
         EditError: There are no records, two records have the same id, or a held-out question has no answer.
+        DataError: The file of a picture cannot be read.
+        ModelError: A file is not a picture, pictures of one batch have different sizes after the processor, or the
+            batch size is below 1.
 
     Example:
         >>> import multrace as mt
@@ -469,7 +477,7 @@ def baseline(
     responses = Responses()
     bar = tqdm(total=len(checks), desc="unedited answers", unit="question", disable=not progress, leave=False)
     with bar:
-        for block in blocks(checks, _BATCHES * batch_size):
+        for block in blocks(checks, batch_size):
             found = _responses(vlm, block, _prompts(vlm, block), settings, batch_size=batch_size, is_ranked=False)
             responses.add(found)
             bar.update(len(block))
@@ -524,14 +532,9 @@ def measured(
     rows: dict[Check, ProbeRow] = {}
     bar = tqdm(total=len(checks), desc="questions", unit="question", disable=not progress, leave=False)
     with bar:
-        for block in blocks(checks, _BATCHES * batch_size):
+        for block in blocks(checks, batch_size):
             prompts = _prompts(vlm, block)
-            before = (
-                _responses(vlm, block, prompts, settings, batch_size=batch_size)
-                if reference is None
-                else _known(vlm, block, prompts, reference, settings, batch_size=batch_size)
-            )
-            after = before
+            before = after = _unedited(vlm, block, prompts, reference, settings, batch_size=batch_size)
             if change is not None:
                 shown = prompts if transform is None else {key: transform(each) for key, each in prompts.items()}
                 with change.applied(vlm):
@@ -563,7 +566,7 @@ def measured_now(
     """
     checks, rows = tuple(checks), {}
     free = replace(settings, forced=False, fluency_tokens=0)
-    for block in blocks(checks, _BATCHES * batch_size):
+    for block in blocks(checks, batch_size):
         _check_known(block, reference)
         after = _responses(vlm, block, _prompts(vlm, block), free, batch_size=batch_size)
         rows |= zip(block, rows_of(block, reference.responses, after), strict=True)
@@ -646,19 +649,22 @@ def _responses(
     return responses
 
 
-def _known(
+def _unedited(
     vlm: VisionLanguageModel,
     checks: Sequence[Check],
     prompts: Mapping[str, Prompt],
-    reference: Baseline,
+    reference: Baseline | None,
     settings: EvaluationSettings,
     *,
     batch_size: int,
 ) -> Responses:
-    """Return the reference's responses to these checks, with the rankings of the unedited model.
+    """Return the responses of the unedited model to these checks, with its rankings.
 
-    Rankings are computed here, and so are the scores of answers that the reference lacks, such as another target.
+    Free answers and scores are those of the reference. Rankings are computed here, and so are the scores of answers
+    that the reference lacks, such as those of another target.
     """
+    if reference is None:
+        return _responses(vlm, checks, prompts, settings, batch_size=batch_size)
     _check_known(checks, reference)
     known, added = reference.responses, Responses()
     answers = answers_to_feed(checks, known) if settings.forced else {}

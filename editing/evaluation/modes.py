@@ -146,6 +146,8 @@ def evaluate(
         EditError: There are no records, two records have the same id, a held-out question has no answer, the baseline
             lacks a question or was measured with other settings, the arguments do not fit the mode, or, in mode
             "batch", no request can be edited.
+        DataError: As in `baseline`.
+        ModelError: As in `baseline`.
 
     Example:
         >>> import multrace as mt
@@ -223,6 +225,8 @@ def evaluate_each(
     Raises:
         EditError: The baseline lacks a question or was measured with other settings, two records have the same id, or
             a held-out question has no answer.
+        DataError: As in `baseline`.
+        ModelError: As in `baseline`.
 
     Example:
         >>> import multrace as mt

@@ -80,7 +80,7 @@ class ProbeRow:
     kind: str
     """Kind of question, one of `data.facts.KINDS`."""
     hops: int | None
-    """For portability, the number of facts between the edited one and the answer; None if it is not known."""
+    """For portability, the number of steps from the edited fact to the answer; None if it is not known."""
     question: str
     """Text of the question."""
     pictures: tuple[str, ...]
