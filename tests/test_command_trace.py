@@ -305,7 +305,8 @@ def record(folder: Path, id: str) -> CausalTrace:
 def test_records_are_traced_each_into_its_folder(
     folder: Path, llava_llama_path: Path, random_llava_llama: VisionLanguageModel
 ):
-    assert trace_file(write_records(folder, [GOOD[0], "", GOOD[1]]), llava_llama_path) == 0
+    lines = [GOOD[0], "", {**GOOD[1], "foil": "tennis"}]  # a foil that no metric uses
+    assert trace_file(write_records(folder, lines), llava_llama_path) == 0
     vlm, options = random_llava_llama, {"sites": ("hidden", "mlp"), "positions": ("image", "constraint_last", "last")}
     first = vlm.prompt(folder / "photo.png", QUESTION, constraint=CONSTRAINT)
     second = vlm.prompt(folder / "other.png", OTHER_QUESTION, constraint=PERSON)

@@ -134,6 +134,8 @@ class TraceRun(Analysis):
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the trace of a record, with its scores and its strongest cells in the row."""
         question = question_of_record(task.record)
+        if "logit_difference" not in self.metrics:  # a data set names foils for whoever wants them
+            question = replace(question, foil=None)
         prompt = vlm.prompt_for(question)
         trace = causal_trace(vlm, prompt, **self.arguments(question), progress=False)
         row = {

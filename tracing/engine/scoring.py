@@ -135,7 +135,10 @@ def choose_scoring(
     answer_ids = (predicted,) if answer is None else scored_ids(prompt, answer, whole=whole_answer)
     foil_ids: tuple[int, ...] = ()
     if foil is not None and "logit_difference" not in metrics:
-        raise TraceError("a foil plays no part without metrics='logit_difference'; ask for it or leave out the foil")
+        raise TraceError(
+            "a foil plays no part without metrics='logit_difference' (--metrics logit_difference); ask for it or leave "
+            "out the foil"
+        )
     if foil is not None:
         foil_ids = prompt.with_answer(foil).answer_ids
         foil_ids = foil_ids if whole_answer else foil_ids[:1]
