@@ -43,6 +43,7 @@ from ..editing.evaluation import (
     statuses_of,
     transform_of,
 )
+from ..editing.requests import FAILED
 from ..models import VisionLanguageModel
 from ..tracing import CausalTrace, EditSite, TraceError
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
@@ -156,8 +157,8 @@ class EvaluateRun(_Evaluation):
             where, site = self.trace.outcome(located), located.edit_site
         change = self.editor_at(site).start(vlm, moments=self._moments).propose([record])
         (status,) = statuses_of(change, 1)
-        if status.startswith("failed"):
-            raise EditError(status.removeprefix("failed: "))
+        if status.startswith(FAILED):
+            raise EditError(status.removeprefix(f"{FAILED}: "))
         options: dict[str, Any] = {"settings": self.evaluation, "batch_size": self.batch_size}
         result = measured_edit(vlm, _id(record, task.name), record, change, status, general=self.general, **options)
         outcome = _reported(self, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
@@ -273,8 +274,8 @@ class _BatchQuestions(Analysis):
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit could not be made."""
         id, run = _id(task.record, task.name), self.run
-        if self.statuses[id].startswith("failed"):
-            raise EditError(self.statuses[id].removeprefix("failed: "))
+        if self.statuses[id].startswith(FAILED):
+            raise EditError(self.statuses[id].removeprefix(f"{FAILED}: "))
         options = {"settings": run.evaluation, "batch_size": run.batch_size, "transform": transform_of(self.change)}
         rows = measured(vlm, self.checks[id], self.change, **options)
         statuses = seen_statuses({id: self.statuses[id]}, rows)
@@ -367,7 +368,7 @@ class _Sequence(Analysis):
         if steps.is_stopped:
             raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
         change, row = steps.make(record, batch_size=run.batch_size)
-        error = None if change is not None else str(row["status"]).removeprefix("failed: ")
+        error = None if change is not None else str(row["status"]).removeprefix(f"{FAILED}: ")
         files: dict[str, Callable[[Path], Any]] = {}
         if change is not None:
             files[_file_of(change)] = lambda path: _save_change(change, path)

@@ -211,7 +211,7 @@ class EditCurve(Result):
             shares = (f"{100 * each.mean:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in bands)
             first = {None: "never held", True: "holds", False: "lost"}[point.first_holds]
             lines.append((point.edits, *shares, first, f"{100 * point.retention:.1f}", f"{point.growth:+.2%}"))
-        tail = [f"{name}: {status}" for name, status in self.statuses.items() if status.startswith("failed")]
+        tail = [f"{name}: {status}" for name, status in self.statuses.items() if status.startswith(FAILED)]
         if self.exceeded_at is not None:
             tail.append(f"the norm of an edited weight had grown by more than {self.bound:.0%} at {self.exceeded_at}")
         return "\n".join([*aligned(lines), *tail])
@@ -233,7 +233,7 @@ class EditCurve(Result):
             tensors = {part: 100 * torch.tensor(numbers, dtype=torch.float64) for part, numbers in parts.items()}
             if not tensors["y"].isnan().all():  # else nothing of that kind was asked
                 curves.append(drawing.Curve(label=label, x=edits, style=style, **tensors))
-        failed = sum(status.startswith("failed") for status in self.statuses.values())
+        failed = sum(status.startswith(FAILED) for status in self.statuses.values())
         titles = (f"{len(self.statuses)} edits in sequence", f"{self.model}" + (f"; {failed} failed" if failed else ""))
         panel = drawing.CurvePanel(curves=curves, x_label="edits in sequence")
         figure = drawing.curves_figure([panel], titles=titles, y_label="share of questions, %", reference=None)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ... import __version__, data
 from ...artefacts import read_json, write_json, write_whole
 from ...data import tiny_vlm_path
-from ...editing.requests import EditError
+from ...editing.requests import FAILED, EditError
 from ...models import VisionLanguageModel, load
 from ...workflow.run_folder import differences
 from ..main import execute
@@ -268,7 +268,7 @@ def _editors(results: Mapping[str, Any], way: str) -> Iterator[str]:
         lines.append("| *unedited* | " + " | ".join(f"{100 * before[column][0]:.0f}" for column in columns) + " |")
         for row, result in measured:
             cells = [_cell(result["scores"][column]) if column in result["scores"] else "" for column in columns]
-            failed = sum(status.startswith("failed") for status in result["statuses"].values())
+            failed = sum(status.startswith(FAILED) for status in result["statuses"].values())
             lines.append(f"| {LABELS[row.name]}{f' ({failed} failed)' if failed else ''} | " + " | ".join(cells) + " |")
         yield "\n".join(lines) + "\n"
 
