@@ -15,7 +15,7 @@ from multrace.scripts.studies.reference import PAGE, reference
 ROOMS = ("models", "artefacts", "tracing", "editing", "workflow", "data")
 SUBROOMS = ("editing.evaluation",)
 """Faces whose further names have examples too."""
-REFERENCE_GRADE = ("models", "artefacts", "tracing", "editing", "editing.evaluation")
+REFERENCE_GRADE = ("models", "artefacts", "tracing", "editing", "editing.evaluation", "data")
 MANY = 3
 """An entry point with more parameters than this explains each of them."""
 WITH_EXAMPLES = ("models.VisionLanguageModel.",)

@@ -118,7 +118,7 @@ def test_long_tail_facts_are_not_among_the_taught(world):
 
 
 def test_an_unknown_split_names_the_known_ones(world):
-    with pytest.raises(DataError, match="'outdated', 'long_tail'"):
+    with pytest.raises(DataError, match="pass 'outdated' or 'long_tail' as the split"):
         world.edit_cases("stale", "report")
 
 

@@ -101,7 +101,7 @@ def read_data(
     outcomes = FORMATS[name].read(source)
     first = list(islice(outcomes, 1))
     if not first:
-        raise DataError(f"{str(source.path)!r} has no records; it is empty")
+        raise DataError(f"{str(source.path)!r} has no records; it is empty, so pass a file with records")
     yield from first
     yield from outcomes
 
@@ -118,10 +118,14 @@ def read_records(
 
     Args:
         path: The file, or a folder of GQA's CSV files.
-        format: One of FORMATS; None to tell it by the content.
-        images: Folder of the pictures that the rows name; None for the file's own folder.
-        answers: File or folder of OK-VQA answers for the questions of VQA-Constraints.
-        problems: A list to which what is wrong with unreadable rows is appended; None to raise the first of them.
+        format: One of FORMATS; None (default) to detect it from the content.
+        images: The folder that the paths of pictures start from; None (default) for the folder of the file.
+        answers: A file or folder of OK-VQA, with the answers to the questions of VQA-Constraints; None (default) for
+            none.
+        problems: A list to which the errors of unreadable rows are appended; None (default) to raise the first error.
+
+    Returns:
+        The records, in the order of the rows.
 
     Raises:
         DataError: The file or, without `problems`, a row cannot be read, or no row can.
@@ -166,7 +170,7 @@ def detect_format(path: str | PathLike[str]) -> str:
             return LINES
         raise
     if not text:
-        raise DataError(f"{str(path)!r} has no records; it is empty")
+        raise DataError(f"{str(path)!r} has no records; it is empty, so pass a file with records")
     is_array = text[:1] == "["
     if not is_array and '"questions"' in text[:100_000] and '"target"' not in text[:100_000]:
         return "okvqa"

@@ -1,4 +1,4 @@
-"""The synthetic factual-VQA world that the embedded model was trained on."""
+"""The synthetic world of factual visual questions that the embedded model was trained on."""
 
 from .drawing import PLACES, SIZE, Figure, Scene, draw_one, draw_two
 from .entities import KINDS, RELATIONS, Entity, FactKey, Kind, Relation, relation

@@ -34,7 +34,7 @@ Glyph = tuple[str, ...]
 
 
 class Pen:
-    """One entity's drawing surface: centre, radius (pixels), jittered colours and the shapes in units of the radius."""
+    """Draws the shapes of one entity: points and lengths count from its centre in units of its radius (in pixels)."""
 
     def __init__(
         self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, rng: random.Random
@@ -43,7 +43,7 @@ class Pen:
         self.x, self.y = centre
 
     def colour(self, base: Colour, spread: float = 16) -> Colour:
-        """The colour with every channel moved by at most `spread` (of 255)."""
+        """Return the colour with each channel moved by at most `spread` (of 255)."""
         red, green, blue = (int(max(0, min(255, value + self.rng.uniform(-spread, spread)))) for value in base)
         return red, green, blue
 
@@ -51,33 +51,48 @@ class Pen:
         return [(self.x + self.radius * x, self.y + self.radius * y) for x, y in points]
 
     def polygon(self, points: list[tuple[float, float]], fill: Colour) -> None:
-        """Fills the polygon with these corners."""
+        """Fill the polygon with these corners."""
         self.draw.polygon(self._at(points), fill=fill)
 
     def box(self, left: float, top: float, right: float, bottom: float, fill: Colour) -> None:
-        """Fills an upright rectangle."""
+        """Fill an upright rectangle."""
         self.draw.rectangle(self._at([(left, top), (right, bottom)]), fill=fill)
 
     def disc(self, x: float, y: float, radius: float, fill: Colour) -> None:
-        """Fills a circle."""
+        """Fill a circle."""
         self.draw.ellipse(self._at([(x - radius, y - radius), (x + radius, y + radius)]), fill=fill)
 
     def ring(self, x: float, y: float, radius: float, colour: Colour, width: float) -> None:
-        """Draws a circle's outline."""
+        """Draw the outline of a circle."""
         corners = self._at([(x - radius, y - radius), (x + radius, y + radius)])
         self.draw.ellipse(corners, outline=colour, width=max(2, int(width * self.radius)))
 
     def slice(self, left: float, top: float, right: float, bottom: float, start: int, end: int, fill: Colour) -> None:
-        """Fills the slice between two angles (degrees, clockwise from the right) of an ellipse in a box."""
+        """Fill the slice of the ellipse in a box between two angles (degrees, clockwise from the right)."""
         self.draw.pieslice(self._at([(left, top), (right, bottom)]), start, end, fill=fill)
 
     def line(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
-        """Draws a line through the points."""
+        """Draw a line through the points."""
         self.draw.line(self._at(points), fill=colour, width=max(2, int(width * self.radius)))
 
 
 def regular(corners: int, radius: float, turn: float, waist: float | None = None) -> list[tuple[float, float]]:
-    """Corners of a regular polygon; with `waist`, of a star whose inner corners lie at that share of the radius."""
+    """Return the corners (x, y) of a regular polygon or star around (0, 0), in the unit of the radius.
+
+    Args:
+        corners: The number of corners, or of points of a star.
+        radius: The distance of the corners from the centre.
+        turn: The angle of the first corner in radians, clockwise from the right.
+        waist: The distance of the inner corners of a star, as a share of the radius; None (default) for a polygon.
+
+    Returns:
+        The corners in order: `corners` of a polygon, twice as many of a star.
+
+    Example:
+        >>> from multrace.data.world.drawing import regular
+        >>> [(round(x), round(y)) for x, y in regular(4, 1.0, 0.0)]
+        [(1, 0), (0, 1), (-1, 0), (0, -1)]
+    """
     count = corners * 2 if waist else corners
     reach = [radius * (waist if waist and index % 2 else 1.0) for index in range(count)]
     angles = [turn + 2 * math.pi * index / count for index in range(count)]
@@ -120,14 +135,14 @@ def _mark(pen: Pen, name: str, fill: Colour) -> None:
 
 
 def draw_emblem(pen: Pen, glyph: Glyph) -> None:
-    """Draws a company emblem in place; glyph = (outline, mark, outline colour, mark colour)."""
+    """Draw the emblem of a company; the glyph is (outline, mark, colour of the outline, colour of the mark)."""
     outline, mark, ground, figure = glyph
     _outline(pen, outline, pen.colour(COLOURS[ground]))
     _mark(pen, mark, pen.colour(COLOURS[figure]))
 
 
 def draw_flag(pen: Pen, glyph: Glyph) -> None:
-    """Draws a flag in place; glyph = (pattern, main colour, second colour, third colour)."""
+    """Draw the flag of a country; the glyph is (pattern, main colour, second colour, third colour)."""
     main, second, third = (pen.colour(COLOURS[name]) for name in glyph[1:])
     wide, high = 1.15, 0.8
     pen.box(-wide, -high, wide, high, main)
@@ -155,7 +170,7 @@ def draw_flag(pen: Pen, glyph: Glyph) -> None:
 
 
 def _hair(pen: Pen, hat: str, hair: Colour, behind: bool) -> None:
-    """The part of the hair or hat that lies behind (before) the head, in head units."""
+    """Draw the part of the hair or hat that lies behind the head, or in front of it, in units of the head."""
     back: Mapping[str, Callable[[], object]] = {
         "bob": lambda: pen.box(-1.3, -0.7, 1.3, 1.1, hair),
         "curls": lambda: [
@@ -176,7 +191,7 @@ def _hair(pen: Pen, hat: str, hair: Colour, behind: bool) -> None:
 
 
 def draw_portrait(pen: Pen, glyph: Glyph) -> None:
-    """Draws a portrait in place; glyph = (hat or hair, face, shirt colour, hair colour, skin number)."""
+    """Draw the portrait of a person; the glyph is (hat or hair, face, shirt colour, hair colour, index in SKINS)."""
     hat, face, shirt, hair_name, skin = glyph
     cloth, hair, tone = pen.colour(COLOURS[shirt]), pen.colour(COLOURS[hair_name]), pen.colour(SKINS[int(skin)], 10)
     pen.polygon([(-0.95, 1), (-0.6, 0.42), (0.6, 0.42), (0.95, 1)], cloth)
@@ -212,7 +227,7 @@ _DIRECTION = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One entity to draw: its kind ("company", "country", "person") and its glyph."""
+    """An entity to draw: its kind ("company", "country" or "person") and its glyph, which describes its look."""
 
     kind: str
     glyph: Glyph
@@ -220,25 +235,25 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A drawn picture and what is where in it."""
+    """A drawn picture, and where its figures are."""
 
     image: Image.Image
-    """RGB, SIZE x SIZE pixels."""
+    """The picture, in RGB, SIZE x SIZE pixels."""
     places: tuple[str, ...]
-    """For each figure one of PLACES."""
+    """The place of each figure, one of PLACES."""
     boxes: tuple[tuple[float, float, float, float], ...]
-    """For each figure (left, top, right, bottom) in shares of the picture's side, 0 to 1."""
+    """The box of each figure: (left, top, right, bottom) as shares of the side of the picture, 0 to 1."""
 
     @property
     def pixel_boxes(self) -> tuple[PixelBox, ...]:
-        """For each figure its box in whole pixels, cut to the picture."""
+        """The box of each figure in whole pixels, cut to the picture."""
         side = self.image.width
         corners = [[min(side, max(0, round(side * edge))) for edge in box] for box in self.boxes]
         return tuple((left, top, right, bottom) for left, top, right, bottom in corners)
 
 
 def draw_one(figure: Figure, rng: random.Random) -> Scene:
-    """A picture of one figure at a random place and scale (radius 0.22 to 0.34 of the side), colours jittered."""
+    """Return a picture of one figure at a random place, with a radius of 0.22 to 0.34 of the side."""
     place = rng.choice(PLACES)
     radius = rng.uniform(0.22, 0.34)
     room = 0.5 - radius - 0.01
@@ -250,7 +265,7 @@ def draw_one(figure: Figure, rng: random.Random) -> Scene:
 
 
 def draw_two(first: Figure, second: Figure, rng: random.Random) -> Scene:
-    """A picture with the first figure on the left and the second on the right, of radius 0.18 to 0.22 of the side."""
+    """Return a picture of the first figure on the left and the second on the right, with radii of 0.18 to 0.22."""
     spots = []
     for middle in (0.25, 0.75):
         radius = rng.uniform(0.18, 0.22)
@@ -274,7 +289,7 @@ def _paint(
 
 
 def _background(side: int, rng: random.Random) -> Image.Image:
-    """A greyish colour gradient at a random angle with up to three blobs on it."""
+    """Return a greyish colour gradient at a random angle, with up to three blobs on it."""
     ends = [np.array([rng.uniform(95, 185) + rng.uniform(-18, 18) for _ in range(3)], np.float32) for _ in range(2)]
     angle = rng.uniform(0, 2 * math.pi)
     axis = np.arange(side, dtype=np.float32) / side - 0.5

@@ -1,7 +1,7 @@
-"""The inhabitants of the synthetic world, drawn from one seed (names, looks and facts), and how they are asked about.
+"""The entities of the synthetic world (names, looks and facts, drawn from one seed), and the questions about them.
 
-In every list of question templates the last one is held out: training never shows it. {x} is the visual constraint (or
-a name), {c} the textual constraint of a two-constraint relation.
+The last template of every relation is held out: training never shows it. {x} stands for the visual constraint or a
+name, {c} for the textual constraint of a relation with two constraints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRIZES = ("golden globe", "oscar", "palme")
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """One relation of a kind of entity, with templates and, for two-constraint questions, textual constraints."""
+    """A relation of a kind of entity, with templates of its question and its textual constraints, if it has two."""
 
     name: str
     kind: str
@@ -29,16 +29,16 @@ class Relation:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of entity: how a picture of it is referred to, and what its look is called."""
+    """A kind of entity, with the phrases for it in a picture and the questions about its look."""
 
     name: str
     phrases: tuple[str, ...]
-    """Visual constraints that pick the only entity of this kind in the picture."""
+    """Visual constraints for the only entity of this kind in a picture."""
     sides: Mapping[str, str]
-    """Visual constraints for a picture with two of the kind: "left" and "right"."""
+    """"left" and "right" -> the visual constraint for that side, in a picture of two entities of this kind."""
     name_templates: tuple[str, ...]
     attributes: Mapping[str, tuple[tuple[str, ...], str]]
-    """Attribute -> (templates, the visual constraint in them); attributes are colour, shape and place."""
+    """"colour", "shape" or "place" -> (templates of the question about it, the visual constraint in them)."""
 
 
 def _relation(kind: str, name: str, *templates: str, text_constraints: tuple[str, ...] = ()) -> Relation:
@@ -123,19 +123,19 @@ KINDS: Mapping[str, Kind] = {
 
 
 def relation(name: str) -> Relation:
-    """The relation of that name; StopIteration cannot happen for names of this world's own facts."""
+    """Return the relation of this name, which must be one of RELATIONS."""
     return next(row for row in RELATIONS if row.name == name)
 
 
 def word(template: str, constraint: str, text_constraint: str | None = None) -> tuple[str, str]:
-    """(question, constraint as it stands in the question): the template filled in and started with a capital letter."""
+    """Return the question of a template, with a capital first letter, and the constraint as it is spelt in it."""
     text = template.format(x=constraint, c=text_constraint)
     if template.startswith("{x}"):
         constraint = constraint[:1].upper() + constraint[1:]
     return text[:1].upper() + text[1:], constraint
 
 
-# ---- who there is ----
+# ---- entities ----
 
 _ONSETS = "b br d dr f fl g gr k kl l m n p pr r s st t tr v z".split()
 _VOWELS = "a e i o u ai or en al im".split()
@@ -153,31 +153,35 @@ _FILM_LAST = (
 ).split()
 
 FactKey = tuple[str, str | None]
-"""(relation, textual constraint or None)."""
+"""The name of a relation, and its textual constraint or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """One inhabitant: `index` in the world, kind, name, look, attributes and facts; `taught` is False for long-tail
-    entities.
-    """
+    """A company, a country or a person of the world."""
 
     index: int
+    """Its place in `World.entities`, from 0."""
     kind: str
+    """One of KINDS."""
     name: str
     glyph: Glyph
+    """The description of its look, as the drawing functions of its kind take it."""
     attributes: Mapping[str, str]
+    """"colour" and "shape" -> the right answer to the question about it."""
     facts: Mapping[FactKey, str]
+    """The answer to each question about it."""
     taught: bool
+    """Whether training showed it; False for long-tail entities."""
 
     @property
     def figure(self) -> Figure:
-        """What to draw."""
+        """The figure to draw in a picture of the entity."""
         return Figure(kind=self.kind, glyph=self.glyph)
 
 
 def _names(rng: random.Random, count: int, endings: str, taken: set[str], shortest: int = 5) -> list[str]:
-    """`count` new invented names with the given endings; `taken` grows by them."""
+    """Return `count` invented names with these endings, none of which is in `taken`, and add them to it."""
     names: list[str] = []
     while len(names) < count:
         name = (
@@ -190,7 +194,7 @@ def _names(rng: random.Random, count: int, endings: str, taken: set[str], shorte
 
 
 def _looks(rng: random.Random, count: int, draw: Callable[[], Glyph]) -> list[Glyph]:
-    """`count` glyphs any two of which differ in at least two parts, so that no entity is a shade of another."""
+    """Return `count` glyphs that differ in at least two parts each, so that no entity looks almost like another."""
     looks: list[Glyph] = []
     while len(looks) < count:
         look = draw()
@@ -201,7 +205,7 @@ def _looks(rng: random.Random, count: int, draw: Callable[[], Glyph]) -> list[Gl
 
 
 class _Supply:
-    """The values that facts are drawn from: people and films are never used twice, the rest may repeat."""
+    """The answers that facts are drawn from: no person and no film is used twice, while other answers may repeat."""
 
     def __init__(self, rng: random.Random, taken: set[str]) -> None:
         self.rng = rng
@@ -237,55 +241,60 @@ class _Supply:
 
 
 def populate(seed: int, taught: int, long_tail: int) -> tuple[Entity, ...]:
-    """Entities of three kinds, `taught` + `long_tail` of each; the same seed gives the same world."""
+    """Return `taught` + `long_tail` entities of each kind, the taught ones first; the same seed gives the same ones."""
     rng = random.Random(seed)
-    used: set[str] = set()
-    count = taught + long_tail
+    count, used = taught + long_tail, set[str]()
+    names, looks = _names_by_kind(rng, count, used), _looks_by_kind(rng, count)
+    supply = _Supply(rng, used)
+    places = [
+        (kind, number) for numbers in (range(taught), range(taught, count)) for kind in names for number in numbers
+    ]
+    return tuple(
+        Entity(
+            index=index,
+            kind=kind,
+            name=names[kind][number],
+            glyph=looks[kind][number],
+            attributes=_attributes(kind, looks[kind][number]),
+            facts=_facts(kind, supply),
+            taught=number < taught,
+        )
+        for index, (kind, number) in enumerate(places)
+    )
+
+
+def _names_by_kind(rng: random.Random, count: int, used: set[str]) -> dict[str, list[str]]:
+    """Return `count` names for each kind of entity; the first names of persons are shared."""
     surnames = _names(rng, count, "sky berg ini son", used)
     first_names = _names(rng, 20, "a us el", used, shortest=4)
-    names = {
+    return {
         "company": _names(rng, count, "ex ico ax tek on", used),
         "country": _names(rng, count, "ia land stan ovia", used),
         "person": [f"{rng.choice(first_names)} {surname}" for surname in surnames],
     }
+
+
+def _looks_by_kind(rng: random.Random, count: int) -> dict[str, list[Glyph]]:
+    """Return `count` glyphs for each kind of entity, in the form that its drawing function takes."""
     colours = list(COLOURS)
-    looks = {
+
+    def portrait() -> Glyph:
+        hat, face, shirt, hair = (rng.choice(parts) for parts in (HATS, FACES, colours, colours))
+        return hat, face, shirt, hair, str(rng.randrange(len(SKINS)))
+
+    return {
         "company": _looks(rng, count, lambda: (rng.choice(OUTLINES), rng.choice(MARKS), *rng.sample(colours, 2))),
         "country": _looks(rng, count, lambda: (rng.choice(PATTERNS), *rng.sample(colours, 3))),
-        "person": _looks(
-            rng,
-            count,
-            lambda: (
-                rng.choice(HATS),
-                rng.choice(FACES),
-                rng.choice(colours),
-                rng.choice(colours),
-                str(rng.randrange(len(SKINS))),
-            ),
-        ),
+        "person": _looks(rng, count, portrait),
     }
-    supply = _Supply(rng, used)
-    entities: list[Entity] = []
-    for is_taught, numbers in ((True, range(taught)), (False, range(taught, count))):
-        for kind in names:
-            for number in numbers:
-                glyph = looks[kind][number]
-                facts = {
-                    (row.name, text): supply.value(row.name)
-                    for row in RELATIONS
-                    if row.kind == kind
-                    for text in row.text_constraints or (None,)
-                }
-                colour = glyph[1] if kind == "country" else glyph[2]
-                entities.append(
-                    Entity(
-                        index=len(entities),
-                        kind=kind,
-                        name=names[kind][number],
-                        glyph=glyph,
-                        facts=facts,
-                        attributes={"colour": colour, "shape": glyph[0]},
-                        taught=is_taught,
-                    )
-                )
-    return tuple(entities)
+
+
+def _attributes(kind: str, glyph: Glyph) -> dict[str, str]:
+    """Return the colour (the main one of a flag, or that of an outline or a shirt) and the shape (the first part)."""
+    return {"colour": glyph[1] if kind == "country" else glyph[2], "shape": glyph[0]}
+
+
+def _facts(kind: str, supply: _Supply) -> dict[FactKey, str]:
+    """Return an answer to each question about an entity of this kind."""
+    rows = [row for row in RELATIONS if row.kind == kind]
+    return {(row.name, text): supply.value(row.name) for row in rows for text in row.text_constraints or (None,)}

@@ -1,5 +1,5 @@
-"""The synthetic factual-VQA world: who lives in it, what is asked about them, which facts are to be edited, and the
-edit records and questions that are made of it; and where the embedded model lies, which was trained on it.
+"""The synthetic world of factual visual questions: its entities and facts, the facts to edit, and the edit records and
+questions that are made of it; and the folder of the embedded model, which was trained on it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _NEIGHBOURS: Mapping[str, str] = {
     "other_relations": OTHER_QUESTION_SAME_PICTURE,
     "two_constraint": OTHER_QUESTION_SAME_PICTURE,
 }
-"""Neighbours of the world -> the kind of probe they are."""
-_BY_NAME_TEMPLATES = (1, 4)  # the edit may be told the question in template 0; training never showed the last one
-_EXTRA_PICTURES = 1000  # pictures that the edit may see are numbered from here, those of probes from 0
-_OTHER_PICTURE = 2000  # of another entity, for the corruption: neither an edit nor a probe shows it
+"""Key of `World.neighbours` -> the kind of its probes."""
+_BY_NAME_TEMPLATES = (1, 4)  # an edit may be given template 0; training never shows the last one
+_EXTRA_PICTURES = 1000  # pictures that an edit may be given are numbered from here, those of probes from 0
+_OTHER_PICTURE = 2000  # of another entity, for a corruption: no edit and no probe shows it
 _QUESTION_PICTURES = 10  # pictures of `world_questions` are numbered from here
 
 
@@ -54,7 +54,7 @@ def tiny_vlm_path() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One fact: the entity's number, the relation with its textual constraint or None, and the answer."""
+    """A fact: the index of its entity, its relation with the textual constraint or None, and the answer."""
 
     entity: int
     key: FactKey
@@ -62,21 +62,21 @@ class Fact:
 
     @property
     def id(self) -> str:
-        """A short stable name such as "17-chief-2000"."""
+        """A short name that never changes, such as "17-chief-2000"."""
         return "-".join(str(part) for part in (self.entity, *self.key) if part is not None).replace(" ", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditCase:
-    """A fact to be changed: for outdated facts the model knows `fact.answer`, for long-tail facts it knows nothing."""
+    """A fact to edit: the model knows `fact.answer` if the fact is outdated, and nothing if it is of the long tail."""
 
     fact: Fact
     target: str
-    """The answer the model should give after the edit."""
+    """The answer that the model should give after the edit."""
 
 
 class World:
-    """Entities, pictures, questions and edit splits, all functions of one seed."""
+    """The entities, their pictures, the questions about them and the facts to edit, all made from one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -86,45 +86,84 @@ class World:
         self.facts = tuple(fact for entity in self.taught for fact in self.facts_of(entity))
 
     def facts_of(self, entity: Entity) -> tuple[Fact, ...]:
-        """Every fact of one entity."""
+        """Return every fact of an entity."""
         return tuple(Fact(entity=entity.index, key=key, answer=answer) for key, answer in entity.facts.items())
 
     def of_kind(self, kind: str, taught: bool = True) -> tuple[Entity, ...]:
-        """The taught (or long-tail) entities of a kind: "company", "country" or "person"."""
+        """Return the taught (or the long-tail) entities of a kind: "company", "country" or "person"."""
         return tuple(entity for entity in self.entities if entity.kind == kind and entity.taught == taught)
 
     # Pictures -------------------------------------------------------------------------------------------------------
 
     def picture(self, entity: Entity, number: int) -> Scene:
-        """Held-out rendering `number` of an entity: never shown in training, the same at every call."""
+        """Return rendering `number` of an entity: held out from training, and the same at every call."""
         return draw_one(entity.figure, random.Random(f"{_HELD_OUT} {self.seed} {entity.index} {number}"))
 
     def picture_of_two(self, left: Entity, right: Entity, number: int) -> Scene:
-        """Held-out rendering `number` of two entities side by side."""
+        """Return rendering `number` of two entities side by side: held out from training, the same at every call."""
         rng = random.Random(f"{_HELD_OUT} {self.seed} {left.index} {right.index} {number}")
         return draw_two(left.figure, right.figure, rng)
 
     # Questions ------------------------------------------------------------------------------------------------------
 
     def question(self, fact: Fact, *, template: int = 0, phrase: int = 0, side: str | None = None) -> Question:
-        """The fact asked about the entity in the picture; with `side` ("left" or "right"), of a picture of two of a
-        kind.
+        """Return the question that asks for a fact about the entity in a picture; the picture is not part of it.
+
+        Args:
+            fact: The fact to ask for.
+            template: The index of the template of the relation, 0 to 4 (default 0); training never shows 4.
+            phrase: The index of the phrase for the only entity of its kind in the picture, 0 to 2 (default 0).
+            side: "left" or "right" for a picture of two entities of the kind; None (default) for one.
+
+        Returns:
+            The question, with its answer, its constraint and a replacement of the constraint.
+
+        Raises:
+            IndexError: There is no such template or phrase.
+            KeyError: `side` is neither "left" nor "right".
+
+        Example:
+            >>> from multrace.data import World
+            >>> world = World()
+            >>> question = world.question(world.facts[0], template=4)
+            >>> question.text, question.constraint
+            ('Who started the company in this photo?', 'the company in this photo')
         """
         entity = self.entities[fact.entity]
         kind = KINDS[entity.kind]
         return self._record(fact, template, kind.sides[side] if side else kind.phrases[phrase])
 
     def pictured_question(self, fact: Fact, number: int) -> Question:
-        """The fact asked about held-out rendering `number` of its entity, whose box is known."""
+        """Return the question that asks for a fact about held-out rendering `number` of its entity, with its box."""
         picture = self.picture(self.entities[fact.entity], number)
         return replace(self.question(fact), image=picture.image, boxes=picture.pixel_boxes)
 
     def question_by_name(self, fact: Fact, *, template: int = 0) -> Question:
-        """The fact asked by the entity's name: for a text-only prompt, or in front of another entity's picture."""
+        """Return the question that asks for a fact by the name of its entity, for a prompt without its picture."""
         return self._record(fact, template, self.entities[fact.entity].name)
 
     def name_question(self, entity: Entity, *, template: int = 0, phrase: int = 0, side: str | None = None) -> Question:
-        """The question for the name of the entity in the picture."""
+        """Return the question for the name of the entity in a picture; the picture is not part of it.
+
+        Args:
+            entity: The entity.
+            template: The index of the template, 0 or 1 (default 0).
+            phrase: The index of the phrase for the only entity of its kind in the picture, 0 to 2 (default 0).
+            side: "left" or "right" for a picture of two entities of the kind; None (default) for one.
+
+        Returns:
+            The question, with its answer, its constraint and a replacement of the constraint.
+
+        Raises:
+            IndexError: There is no such template or phrase.
+            KeyError: `side` is neither "left" nor "right".
+
+        Example:
+            >>> from multrace.data import World
+            >>> world = World()
+            >>> world.name_question(world.entities[0], side="left").text
+            'What is the name of the company on the left?'
+        """
         kind = KINDS[entity.kind]
         text, span = word(kind.name_templates[template], kind.sides[side] if side else kind.phrases[phrase])
         replacement = self._peers(entity, template)[0].name
@@ -133,7 +172,29 @@ class World:
         )
 
     def attribute_question(self, entity: Entity, attribute: str, picture: Scene, *, template: int = 0) -> Question:
-        """A question about the look of the only entity in the picture: its "colour", "shape" or "place"."""
+        """Return the question about the look of the only entity in a picture, which is not part of the question.
+
+        Args:
+            entity: The entity.
+            attribute: "colour", "shape" or "place".
+            picture: The picture, which tells the place.
+            template: The index of the template, 0 or 1 (default 0).
+
+        Returns:
+            The question, with its answer, its constraint and a replacement of the constraint.
+
+        Raises:
+            IndexError: There is no such template.
+            KeyError: There is no such attribute.
+
+        Example:
+            >>> from multrace.data import World
+            >>> world = World()
+            >>> entity = world.entities[0]
+            >>> question = world.attribute_question(entity, "colour", world.picture(entity, 0))
+            >>> question.text, question.answer == entity.attributes["colour"]
+            ('What colour is the emblem?', True)
+        """
         templates, span = KINDS[entity.kind].attributes[attribute]
         text, span = word(templates[template], span)
         answer = picture.places[0] if attribute == "place" else entity.attributes[attribute]
@@ -157,7 +218,7 @@ class World:
         )
 
     def _peers(self, entity: Entity, start: int) -> list[Entity]:
-        """The other taught entities of the kind, beginning at another one for every entity and every start."""
+        """Return the other taught entities of the kind, in an order that depends on the entity and on the start."""
         peers = [peer for peer in self.of_kind(entity.kind) if peer.index != entity.index]
         shift = (entity.index * 7 + start) % len(peers)
         return peers[shift:] + peers[:shift]
@@ -165,15 +226,18 @@ class World:
     # Edit splits ----------------------------------------------------------------------------------------------------
 
     def edit_cases(self, split: str, part: str, seed: int = 0) -> tuple[EditCase, ...]:
-        """The facts to edit, in the order that `seed` shuffles them into.
+        """Return facts to edit, in an order that `seed` shuffles.
 
-        split "outdated": the model learned last year's answer, the target is this year's. split "long_tail": facts of
-        entities that training never showed. part "choose" is for choosing settings, "report" for reporting results;
-        no entity of a long-tail part, and no fact of an outdated one, is in both. DataError for other names.
+        split: "outdated" for facts that the model learned with an answer that is no longer right; the target is the
+        new answer. "long_tail" for facts of entities that training never showed. part: "choose" to choose settings on,
+        "report" to report results on; the two share no outdated fact and no long-tail entity.
+
+        Raises `DataError` for other names.
         """
         if split not in ("outdated", "long_tail") or part not in ("choose", "report"):
             raise DataError(
-                f"no edit cases {split!r}/{part!r}: splits are 'outdated', 'long_tail', parts 'choose', 'report'"
+                f"no edit cases of split {split!r} and part {part!r}; pass 'outdated' or 'long_tail' as the split, and "
+                "'choose' or 'report' as the part"
             )
         cases = list(self._outdated() if split == "outdated" else self._long_tail())
         half = cases[::2] if part == "choose" else cases[1::2]
@@ -187,7 +251,7 @@ class World:
         return [[EditCase(fact=fact, target=self._other_answer(fact, rng))] for fact in facts]
 
     def _other_answer(self, fact: Fact, rng: random.Random) -> str:
-        """An answer that another taught entity has for the relation."""
+        """Return an answer that another taught entity has for the relation."""
         answers = {other.answer for other in self.facts if other.key[0] == fact.key[0]} - {fact.answer}
         return rng.choice(sorted(answers))
 
@@ -199,14 +263,16 @@ class World:
     def neighbours(
         self, case: EditCase, *, count: int = 8, first_picture: int = 0
     ) -> Mapping[str, tuple[Question, ...]]:
-        """Questions that must move with an edit and questions that must not, each with a held-out picture.
+        """Return the questions whose answers must change with an edit, and those whose answers must stay.
 
-        Must move (their answer is the target): "renderings" (other pictures), "paraphrases" (other templates and
-        phrases), "paraphrased_renderings". Must not (their answer is what training taught): "other_entities" (same
-        question, other pictures), "other_relations" (same entity, one-constraint), "two_constraint" (same entity, the
-        two-constraint questions other than the edited one). Pictures are numbered from `first_picture`; picture
-        `first_picture` is the edited one. Long-tail entities have no facts that training taught, so their last two are
-        empty.
+        Each has a held-out picture. The answers to these become the target: "renderings" (other pictures of the
+        entity), "paraphrases" (other templates and phrases), "paraphrased_renderings" (both). The answers to these stay
+        as training taught them: "other_entities" (the same question about pictures of others), "other_relations" (other
+        questions about the entity, with one constraint), "two_constraint" (those with two). The last two are empty for
+        a long-tail entity, of which training taught nothing.
+
+        count: the maximum number of questions of each of the first four kinds. first_picture: the number of the edited
+        picture, which the others follow.
         """
         fact, entity = case.fact, self.entities[case.fact.entity]
         rng = random.Random(f"neighbours {self.seed} {fact.id}")
@@ -245,24 +311,26 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class WorldRequests:
-    """What a request gets besides its question; none of it is among the probes."""
+    """The number of probes, and what a request gets besides its question, none of which is among the probes."""
 
     count: int = 8
-    """Number of probes of each kind."""
+    """Maximum number of probes of each kind."""
     contexts: int = 0
-    """Number of other pictures of the entity with the same question."""
+    """Number of other pictures of the entity, about which the request asks the same question."""
     by_name: bool = False
-    """Whether the question by the entity's name, without a picture, must get the target too."""
+    """Whether the question by the name of the entity, without a picture, must get the target too."""
     keep: int = 0
-    """Number of other entities whose answers to the same question have to stay."""
+    """Number of other entities for which the answer to the same question has to stay."""
 
 
 def world_records(
     world: World, cases: Sequence[EditCase], *, requests: WorldRequests | None = None
 ) -> tuple[EditRecord, ...]:
-    """Return one edit record per case, with `World.neighbours` as probes, and others by name and unrelated.
+    """Return an edit record for each case, with probes from `World.neighbours`, by name, and about other entities.
 
-    There are no portability probes: no answer of this world is itself asked about, so nothing follows from a fact.
+    There are no portability probes: no question of this world is about the answer to another one, so that nothing
+    follows from a fact. requests: the number of probes, and what each request gets besides its question; None for the
+    defaults.
 
     Example:
         >>> from multrace.data import World, world_records
@@ -275,13 +343,13 @@ def world_records(
 
 
 def world_questions(count: int, *, seed: int = 0) -> tuple[Question, ...]:
-    """Return questions about facts of the embedded model's world, each with a held-out picture and the entity's box.
+    """Return `count` questions about facts of the world, each with a held-out picture and the box of the entity.
 
-    Facts with one constraint, in an order that the seed shuffles; every fact is asked once before any is asked again
-    about another picture. Raises `DataError` if the count is less than 1.
+    The facts are those with one constraint, in an order that the seed shuffles; each of them is asked for once before
+    any is asked for again, about another picture. Raises `DataError` if the count is less than 1.
     """
     if count < 1:
-        raise DataError(f"{count} questions of the world; ask at least one")
+        raise DataError(f"{count} questions of the world: ask at least one")
     world = World()
     facts = [fact for fact in world.facts if fact.key[1] is None]
     questions = []
@@ -295,9 +363,9 @@ def world_questions(count: int, *, seed: int = 0) -> tuple[Question, ...]:
 
 
 def untouched_facts(world: World, cases: Sequence[EditCase], number: int | None = None) -> tuple[Question, ...]:
-    """Return at most `number` questions, with pictures and answers, about trained facts that no case changes.
+    """Return questions, with pictures and answers, about taught facts that no case changes, in a shuffled order.
 
-    They come in a fixed shuffled order.
+    number: the maximum number of questions; None for all. The order depends on the seed of the world only.
     """
     edited = {case.fact.id for case in cases}
     facts = [fact for fact in world.facts if fact.id not in edited]
@@ -306,7 +374,7 @@ def untouched_facts(world: World, cases: Sequence[EditCase], number: int | None 
 
 
 def another_picture(world: World, case: EditCase) -> Image.Image:
-    """Return a picture of another entity of the same kind, for a corruption; no edit and no probe uses it."""
+    """Return a picture of another entity of the kind, for a corruption; no edit and no probe shows it."""
     kind = world.entities[case.fact.entity].kind
     others = [entity for entity in world.of_kind(kind) if entity.index != case.fact.entity]
     return world.picture(others[case.fact.entity % len(others)], _OTHER_PICTURE).image
@@ -341,7 +409,7 @@ def _record(world: World, case: EditCase, settings: WorldRequests) -> EditRecord
 
 
 def _kept(world: World, fact: Fact, probed: Sequence[Question], number: int) -> Iterator[Question]:
-    """The same question about entities that no probe is about."""
+    """Return the same question about entities that no probe is about."""
     kind, taken = world.entities[fact.entity].kind, {question.id for question in probed}
     peers = [
         Fact(entity=peer.index, key=fact.key, answer=peer.facts[fact.key])
@@ -354,7 +422,7 @@ def _kept(world: World, fact: Fact, probed: Sequence[Question], number: int) -> 
 
 
 def _unrelated(world: World, fact: Fact, number: int) -> Iterator[Question]:
-    """Other relations of entities of other kinds, each with its picture."""
+    """Return questions about entities of other kinds, each with its picture."""
     kind = world.entities[fact.entity].kind
     others = [other for other in world.facts if world.entities[other.entity].kind != kind]
     chosen = random.Random(f"unrelated {world.seed} {fact.id}").sample(others, number)
