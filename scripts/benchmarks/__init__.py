@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a given shape, the field's way to trace, counted work and peak memory."""
+"""The benchmarks of `multrace bench`: random models of a given shape, and multrace timed beside the usual ways."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
 """The editing benchmark: value searches, second moments and solves, each beside the usual way.
 
-As published (arXiv 2406.04236) the new weight is (lambda W + Z K^T)(lambda I + K K^T)^-1, where keys and wanted outputs
-are columns. For ours the seconds are those of the change as factors, for the usual way those of the new weight; the
-cost of writing the factors into a weight is listed separately. Batches of edits with a second moment C take one
-factorisation of C, or one width x width solve each.
+The published formula (arXiv 2406.04236) gives the new weight (lambda W + Z K^T)(lambda I + K K^T)^-1, where keys and
+wanted outputs are columns. The seconds of multrace are those of the change as factors, and those of the usual way are
+those of the new weight; the cost of writing the factors into a weight is listed separately. Batches of edits with a
+second moment C share one factorisation of C, or need one width x width solve each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .machine import EditRow, apart, extra_mb, in_new_process, now
 from .models import Recipe, Shape, Subject, measured_rows, open_subject
 
 TOLERANCE = {"float32": 1e-2, "float64": 1e-8}
-"""Of the change. An inverse in float32 errs by so many roundings of W itself, beside which the change is small."""
+"""Largest difference of the changes. An inverse in float32 rounds W itself, which is large beside the change."""
 _WRITTEN_TOLERANCE = {"float32": 1e-2, "float64": 1e-6}  # a change is stored as float32 factors
 _RIDGE_FRACTION = 0.05
 _REPEATS = 5
@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SolveInputs:
-    """What is to be solved: a weight, keys and the outputs that they are to have."""
+    """The inputs of a solve: a weight, keys, and the wanted outputs at the keys."""
 
     weight: Tensor
     """W (hidden, width) of y = W k."""
@@ -49,7 +49,7 @@ class SolveInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveCase:
-    """One row: so many edits of one weight at once."""
+    """A row of the table: a number of edits of one weight at once."""
 
     needs_model: ClassVar[bool] = False
 
@@ -58,12 +58,12 @@ class SolveCase:
     width: int
     hidden: int
     dtype: str
-    """Of the weight and of the explicit inverse; ours is float64 whatever comes in."""
+    """The dtype of the weight and of the explicit inverse; multrace always solves in float64."""
     seed: int
 
     def measure(self, device: torch.device) -> EditRow:
-        """The row. Ours is the median of five, and so is writing; the explicit inverse is computed once."""
-        thin(make_problem(2, 32, 16, torch.float64, device, self.seed))  # what a first solve sets up is nobody's cost
+        """Return the row: medians of five for the solve of multrace and for writing; one explicit inverse."""
+        thin(make_problem(2, 32, 16, torch.float64, device, self.seed))  # the set-up of a first solve does not count
         problem = make_problem(self.edits, self.width, self.hidden, getattr(torch, self.dtype), device, self.seed)
         memory = {"extra_mb_solve": extra_mb(lambda: thin(problem), device)}
         seconds, solution = _timed(lambda: thin(problem), device)
@@ -107,7 +107,7 @@ class SolveCase:
 def make_problem(
     edits: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> SolveInputs:
-    """A weight as large as real ones are, normal keys, and wanted outputs as far away as the present ones are long."""
+    """Return a weight of realistic size, normal keys, and wanted outputs as far away as the present ones are long."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(hidden, width, dtype=dtype).normal_(0, _DEVIATION, generator=generator).to(device)
     keys = torch.randn(edits, width, generator=generator).to(device, dtype)
@@ -118,7 +118,7 @@ def make_problem(
 
 
 def thin(inputs: SolveInputs) -> Solution:
-    """Ours: the change as factors, from what the weight gives now to what is wanted."""
+    """Return the change as factors, as multrace solves for it, from the present outputs to the wanted ones."""
     count = len(inputs.keys)
     problem = Problem(
         keys=inputs.keys,
@@ -130,7 +130,7 @@ def thin(inputs: SolveInputs) -> Solution:
 
 
 def explicit(inputs: SolveInputs) -> Tensor:
-    """The new weight (hidden, width), by the published formula, in the weight's dtype."""
+    """Return the new weight (hidden, width) by the published formula, in the dtype of the weight."""
     keys = inputs.keys
     inverse = torch.linalg.inv(
         inputs.ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ keys
@@ -139,7 +139,7 @@ def explicit(inputs: SolveInputs) -> Tensor:
 
 
 def as_change(inputs: SolveInputs, solution: Solution) -> WeightChange:
-    """The solution as a delta holds it."""
+    """Return the solution in the form in which a delta holds it."""
     parts = {"left": solution.left, "right": solution.right, "keys": inputs.keys}
     parts["residuals"] = inputs.wanted - inputs.keys @ inputs.weight.T
     return WeightChange(**{name: part.float().cpu().contiguous() for name, part in parts.items()})
@@ -147,30 +147,30 @@ def as_change(inputs: SolveInputs, solution: Solution) -> WeightChange:
 
 @torch.no_grad()
 def write(change: WeightChange, weight: Tensor) -> None:
-    """Adds the change to the weight in place, by runs of rows, as applying a delta does."""
+    """Add the change to the weight in place, by runs of rows, as applying a delta does."""
     for run, rows in change.rows(weight, transposed=False):
         weight[run] = rows
 
 
 def write_with_undo(change: WeightChange, weight: Tensor) -> None:
-    """The same with the copy that undo puts back, which it does."""
+    """Add the change to the weight, with a copy of it, and put the copy back, as undoing a delta does."""
     saved = weight.clone()
     write(change, weight)
     weight.copy_(saved)
 
 
 def thin_flops(edits: int, width: int, hidden: int) -> float:
-    """Of `thin`: what the weight gives at the keys, the Gram matrix, its factorisation, a solve per output."""
+    """Return the operations of `thin`: outputs at the keys, the Gram matrix, its factorisation, a solve per output."""
     return 2.0 * edits * width * hidden + 2.0 * edits**2 * width + edits**3 / 3 + 2.0 * edits**2 * hidden
 
 
 def explicit_flops(edits: int, width: int, hidden: int) -> float:
-    """Of `explicit`: two sums of outer products, the inverse (2 width^3), and the product with it."""
+    """Return the operations of `explicit`: two sums of outer products, the inverse (2 width^3), the product with it."""
     return 2.0 * edits * width * (width + hidden) + 2.0 * width**3 + 2.0 * hidden * width**2
 
 
 def _timed(work: Callable[[], _Result], device: torch.device) -> tuple[float, _Result]:
-    """The median of five runs in seconds, and the last result."""
+    """Return the median of five runs in seconds, and the last result."""
     seconds = []
     for _ in range(_REPEATS):
         started = now(device)
@@ -180,14 +180,14 @@ def _timed(work: Callable[[], _Result], device: torch.device) -> tuple[float, _R
 
 
 REUSE_TOLERANCE = 1e-8
-"""Of the changes; both are in float64."""
-_WEIGHT = 100.0  # old keys that C stands for
-_KEYS_PER_WIDTH = 2  # tokens that C is the mean of, so that it has full rank
+"""Largest difference of the changes, which are both in float64."""
+_WEIGHT = 100.0  # number of old keys that C stands for
+_KEYS_PER_WIDTH = 2  # number of tokens that C is the mean over; it then has full rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReuseCase:
-    """One row: so many batches of so many edits of one weight."""
+    """A row of the table: a number of batches of edits of one weight."""
 
     needs_model: ClassVar[bool] = False
 
@@ -199,7 +199,7 @@ class ReuseCase:
     seed: int
 
     def measure(self, device: torch.device) -> EditRow:
-        """The row; both ways go through the batches one by one, as edits in a sequence do."""
+        """Return the row; both ways take the batches one by one, like edits in a sequence."""
         moment = _moment(self.width, device, self.seed)
         batches = [_batch(self, device, index) for index in range(self.batches)]
         started = now(device)
@@ -238,13 +238,13 @@ class ReuseCase:
 
 
 def published(moment: Tensor, problem: Problem) -> Tensor:
-    """R K^T (mu C + K K^T)^-1 (hidden, width), as MEMIT's code has it (arXiv 2210.07229, eq. 14): one solve a batch."""
+    """Return R K^T (mu C + K K^T)^-1 (hidden, width) by one solve, as in code of MEMIT (arXiv 2210.07229, Eq. 14)."""
     keys, residuals = problem.keys.double(), problem.residuals.double()
     return residuals.T @ torch.linalg.solve(_WEIGHT * moment + keys.T @ keys, keys.T).T
 
 
 def _moment(width: int, device: torch.device, seed: int) -> Tensor:
-    """The mean of k k^T over random keys, float64."""
+    """Return the mean of k k^T over random keys, in float64."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(_KEYS_PER_WIDTH * width, width, generator=generator).to(device)
     return (keys.T @ keys).double() / len(keys)
@@ -263,7 +263,7 @@ def _batch(case: ReuseCase, device: torch.device, index: int) -> Problem:
 Case = ValueCase | MomentCase | SolveCase | ReuseCase
 
 WIDTH = 11008
-"""What the down projection of a model of seven billion parameters reads."""
+"""Input width of the down projections of a model with seven billion parameters."""
 _HIDDEN = 4096
 _MANY = 100
 _BATCHES = 4
@@ -274,9 +274,18 @@ _MOMENT_BATCH = 8
 def make_edit_cases(
     shape: Shape, *, facts: int, timed_facts: int, steps: int, prompts: int, width: int, seed: int
 ) -> tuple[Case, ...]:
-    """Every row of the table, for a model of this shape and a weight that reads `width` numbers.
+    """Return every row of the table, for a model of this shape.
 
-    The lower third ends with layer `layers // 3 - 1`, counted from 0; the middle is `layers // 2`.
+    The lower third ends with layer `layers // 3 - 1`, counted from 0; the middle is layer `layers // 2`.
+
+    Args:
+        shape: The sizes of the model.
+        facts: The number of facts that multrace searches together.
+        timed_facts: The number of facts that the usual way searches, at most `facts`.
+        steps: The number of steps of each search.
+        prompts: The number of prompts of the second moments.
+        width: The input width of the weight in the solves.
+        seed: The random seed of the solves.
     """
     places = {"lower third": max(0, shape.layers // 3 - 1), "middle": shape.layers // 2}
     search = {"facts": facts, "timed_facts": min(timed_facts, facts), "steps": steps}
@@ -311,7 +320,7 @@ def make_edit_cases(
 
 
 def hidden_of(width: int) -> int:
-    """How many numbers a weight writes that reads so many, in the proportion of 4096 to 11008."""
+    """Return the output width of a weight with this input width, in the proportion of 4096 to 11008."""
     return math.ceil(width * _HIDDEN / WIDTH)
 
 
@@ -327,7 +336,7 @@ def _measure_edit(subject: Subject, case: Case) -> EditRow:
 
 
 def measure_edit_anew(recipe: Recipe, case: Case) -> EditRow:
-    """The row, measured from opening the model on, where it needs one."""
+    """Return the row, after opening the model in this process if the row needs one."""
     if case.needs_model:
         return case.measure(open_subject(recipe))
     return case.measure(torch.device(recipe.device or "cpu"))

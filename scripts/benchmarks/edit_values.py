@@ -1,12 +1,12 @@
-"""The parts of an edit that need a model: the value search and second moments, ours and the usual way.
+"""The parts of an edit that need a model, the value search and second moments, with multrace and in the usual way.
 
-The usual value search is that of ROME's code and its descendants: prompt and target go through the whole model (vision
-tower included, since it is called like any other), a hook adds the change to the output of the edited MLP, Adam takes a
-step, and the next fact waits its turn. Ours searches all facts together and runs only what can change: the layers from
-the edited one up, on the tokens from the edited one on. Early stopping is off, so both take the same number of steps.
+The usual value search is that of the code of ROME and its descendants: prompt and target pass through the whole model,
+with the vision tower, a hook adds the change to the output of the edited MLP, Adam takes a step, and the facts follow
+one another. multrace searches all facts together and runs only what can change: the layers from the edited one up, on
+the tokens from the edited one on. Early stopping is off, so both take the same number of steps.
 
-Second moments are taken of the inputs of all down projections: in one pass for all layers, and in one early-stopped
-pass per layer.
+Second moments are those of the inputs of all down projections: in one pass for all layers, and in one early-stopped
+pass for each layer.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .machine import EditRow, TokenLayers, apart, counted_token_layers, now
 from .models import Subject, prompt_words
 
 _TARGET_WORDS = 2
-"""An answer of several tokens, as most are."""
+"""Number of words of an answer; most answers have several tokens."""
 
 
 def make_goals(subject: Subject, count: int) -> tuple[Goal, ...]:
-    """So many facts, one prompt each, whose answers have two tokens; all prompts are as long as the shape says."""
+    """Return `count` facts with one prompt each and answers of two tokens; all prompts have the length of the shape."""
     shape = subject.recipe.shape
     longer = replace(shape, after=shape.after + _TARGET_WORDS)
     goals = []
@@ -56,7 +56,7 @@ def make_goals(subject: Subject, count: int) -> tuple[Goal, ...]:
 
 
 def make_prompts(subject: Subject, count: int) -> Sequence[Prompt]:
-    """The prompts of so many facts, without their answers."""
+    """Return the prompts of `count` facts, without their answers."""
     return [goal.prompts[0].with_answer(None) for goal in make_goals(subject, count)]
 
 
@@ -65,12 +65,12 @@ def _noise(side: int, seed: int) -> Image.Image:
 
 
 MOMENT_TOLERANCE = 1e-5
-"""Both take products in float32 and sums in float64; other batches would be other sums."""
+"""Largest difference of the moments; both take products in float32 and sums in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentCase:
-    """One row: over how many prompts."""
+    """A row of the table: second moments over a number of prompts."""
 
     needs_model: ClassVar[bool] = True
 
@@ -79,10 +79,10 @@ class MomentCase:
     batch_size: int
 
     def measure(self, subject: Subject) -> EditRow:
-        """The row. Half of the usual way's layers go before ours, half after, so that a busy machine slows both."""
+        """Return the row. The usual way runs half before multrace and half after, so that a busy machine slows both."""
         vlm, prompts = subject.vlm, make_prompts(subject, self.prompts)
         layers = range(vlm.layers)
-        usual_moment(vlm, prompts[:1], layer=0, batch_size=1)  # what a first pass sets up is nobody's cost
+        usual_moment(vlm, prompts[:1], layer=0, batch_size=1)  # the set-up of a first pass does not count
         usual, seconds = {}, 0.0
         with tqdm(total=2 * vlm.layers, desc=self.label, unit="layer", leave=False) as bar:
             with counted_token_layers(vlm) as work_usual:
@@ -125,7 +125,7 @@ class MomentCase:
         found: dict[int, Tensor],
         bar: tqdm,
     ) -> float:
-        """Seconds; the moments of these layers are put into `found`, on the CPU."""
+        """Return the seconds, and put the moments of these layers into `found`, on the CPU."""
         seconds = 0.0
         for layer in layers:
             started = now(vlm.device)
@@ -138,9 +138,9 @@ class MomentCase:
 
 @torch.no_grad()
 def usual_moment(vlm: VisionLanguageModel, prompts: Sequence[Prompt], *, layer: int, batch_size: int) -> Tensor:
-    """The mean of k k^T (width, width) float64 over all tokens, by passes that end at this layer's down projection.
+    """Return the mean of k k^T (width, width) float64 over all tokens, by passes that end at this down projection.
 
-    One layer at a time is how the statistics of ROME and MEMIT are collected (arXiv 2202.05262, 2210.07229).
+    The statistics of ROME and MEMIT are collected in this way, one layer at a time (arXiv 2202.05262, 2210.07229).
     """
     projection = vlm.down_projection(layer)
     total = torch.zeros(projection.width, projection.width, dtype=torch.float64, device=projection.weight.device)
@@ -166,17 +166,17 @@ def usual_moment(vlm: VisionLanguageModel, prompts: Sequence[Prompt], *, layer: 
 
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.5}
-"""Of the changes, by the model's dtype: every step of Adam divides by the gradient, rounding included."""
+"""Largest difference of the changes by dtype: each step of Adam divides by the gradient, with its rounding."""
 
 
 def search_settings(steps: int) -> ValueSettings:
-    """The search that both ways do: so many steps, whatever the loss; decay and clamp as in ROME."""
+    """Return the settings of both searches: a fixed number of steps, with the clamp of ROME and the default decay."""
     return ValueSettings(learning_rate=0.05, steps=steps, stop_loss=-1.0, clamp=4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueCase:
-    """One row: where the edit is, and how much is searched for."""
+    """A row of the table: value searches at one place."""
 
     needs_model: ClassVar[bool] = True
 
@@ -185,15 +185,15 @@ class ValueCase:
     token: str
     """A token group."""
     facts: int
-    """How many ours searches for, all at once."""
+    """Number of facts that multrace searches together."""
     timed_facts: int
-    """How many of them the usual way does."""
+    """Number of these facts that the usual way searches."""
     steps: int
 
     def measure(self, subject: Subject) -> EditRow:
-        """The row. The usual way goes before and after ours, so that a busy machine slows both."""
+        """Return the row. The usual way runs before and after multrace, so that a busy machine slows both."""
         vlm, settings, goals = subject.vlm, search_settings(self.steps), make_goals(subject, self.facts)
-        self._usual(vlm, goals[:1], search_settings(1), None)  # what the first backward pass sets up is nobody's cost
+        self._usual(vlm, goals[:1], search_settings(1), None)  # the set-up of a first backward pass does not count
         early = (self.timed_facts + 1) // 2
         with tqdm(total=self.timed_facts + self.facts, desc=self.label, unit="fact", leave=False) as bar:
             usual = self._usual(vlm, goals[:early], settings, bar)
@@ -245,7 +245,7 @@ class ValueCase:
     def _usual(
         self, vlm: VisionLanguageModel, goals: Sequence[Goal], settings: ValueSettings, bar: tqdm | None
     ) -> list[_Searched]:
-        """One entry per fact."""
+        """Return the searches of the facts, one by one."""
         found = []
         for goal in goals:
             with counted_token_layers(vlm) as work:
@@ -260,12 +260,12 @@ class ValueCase:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Searched:
-    """Some facts by one way."""
+    """The searches of some facts in one way."""
 
     changes: Sequence[Tensor]
     """(key, hidden) of each fact."""
     losses: tuple[float, float]
-    """Of the first fact, before the first step and at the best."""
+    """The loss of the first fact before the first step, and its lowest loss."""
     seconds: float
     work: TokenLayers
 
@@ -274,10 +274,16 @@ class _Searched:
 def usual_search(
     vlm: VisionLanguageModel, prompt: Prompt, *, layer: int, token: str, how: ValueSettings
 ) -> tuple[Tensor, list[float]]:
-    """The change (key, hidden) of the MLP's output that was best, and the loss before each step and after the last.
+    """Return the best change (key, hidden) of the output of the MLP, and the loss before each step and after the last.
 
-    The prompt carries its target as answer. What is minimised is that of `search_values`, for a fact without contexts
-    or essence; `how.stop_loss` is not looked at.
+    The loss is that of `search_values`, for a fact without contexts or essence; `how.stop_loss` is ignored.
+
+    Args:
+        vlm: The model.
+        prompt: The prompt, with the target as its answer.
+        layer: The layer of the MLP.
+        token: The token group at which its output changes.
+        how: The settings of the search.
     """
     labels = torch.tensor([*prompt.answer_ids, *end_ids(vlm)], device=vlm.device)
     positions = list(key_positions(prompt, token))
@@ -304,7 +310,7 @@ def usual_search(
 
 
 class _Adding:
-    """A change that a hook adds at some positions of a module's output, in a batch of one."""
+    """A change that a hook adds to the output of a module at some positions, in a batch of one."""
 
     def __init__(self, positions: list[int], change: Tensor) -> None:
         self.positions, self.change = positions, change.requires_grad_()
@@ -312,7 +318,7 @@ class _Adding:
 
     @contextmanager
     def to(self, module: nn.Module) -> Iterator[None]:
-        """A block in which it is added to what this module gives."""
+        """Add the change to the output of this module inside the block."""
         handle = module.register_forward_hook(self._add)
         try:
             yield
@@ -321,7 +327,7 @@ class _Adding:
 
     @torch.no_grad()
     def clamp(self, most: float) -> None:
-        """Shortens the change to so many times the norm of the output as it was."""
+        """Shorten the change to at most this multiple of the norm of the unchanged output."""
         allowed = most * self.before.norm(dim=-1, keepdim=True)
         length = self.change.norm(dim=-1, keepdim=True)
         self.change.mul_(torch.where(length > allowed, allowed / length, 1.0))

@@ -1,12 +1,12 @@
 """The knockout benchmark: one row of the table for each flow, with seconds, counted work and differences.
 
-The published way lets the whole model generate one token per cell, with vision tower and prefill in each call. The
-strong way runs the vision tower once, then the decoder once per cell. Ours is the sweep over edges. The first two
-compute all tokens for every cell, but build masks that grow with the window: the timed cells are spread evenly over
-the cells by the number of edges cut, and the result is multiplied.
+The published way lets the whole model generate one token for each cell, with vision tower and prefill in each call. The
+strong way runs the vision tower once, and then the decoder once for each cell. The third way is the sweep of multrace
+over edges. The first two compute all tokens for every cell, but build masks that grow with the window: the timed cells
+are spread evenly over the cells by the number of edges that are cut, and their time is multiplied.
 
-The run without a cut is done once for all flows of a prompt and is left out of the seconds and token-layers of all
-three ways; the ratios "with the recording" add it to the sweep alone.
+The run without a cut is done once for all flows of a prompt, so the seconds and token-layers of all three ways leave it
+out; the ratios "with the recording" add it to the sweep alone.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ from .machine import Clock, aligned, counted_flops, forget_peak, in_new_process,
 from .models import Recipe, Shape, Subject, measured_rows, open_subject
 
 DROPPED = "image tokens dropped from each layer on, K = 0"
-"""The row beside which a truncated prefill is timed."""
+"""The label of the row beside which a truncated prefill is timed."""
 
 REPEATS = 3
-"""Number of sweeps, and of truncated prefills, that are timed, since one takes milliseconds; the median counts."""
+"""Number of sweeps and of truncated prefills that are timed, since one takes milliseconds; the median counts."""
 _SPEAKING = ("image", "question", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowCase:
-    """One row of the table."""
+    """A row of the table: the cells of one flow or of several."""
 
     label: str
     cells: tuple[EdgeCell, ...]
-    """All different."""
+    """The cells, without repetitions."""
     middle: int | None = None
-    """The layer from which on a truncated prefill is run on text alone; None: this row has none."""
+    """The layer from which a truncated prefill runs on text alone; None for a row without one."""
 
 
 def make_flow_cases(shape: Shape, windows: Sequence[int]) -> tuple[FlowCase, ...]:
-    """Every row of the table: around each layer a window of each width, the question being the text tokens behind the
-    image without the last one.
+    """Return every row of the table, with a window of each width around each layer.
+
+    The question is the text tokens after the image without the last one.
     """
     image, after = tuple(shape.image_positions), tuple(range(shape.image_positions.stop, shape.tokens))
     question, last = after[:-1], after[-1:]
@@ -88,7 +89,7 @@ def _cut(sources: Sequence[int], targets: Sequence[int], *heads: int) -> Cut:
 
 
 def _cells(cuts: Sequence[Cut], windows: Sequence[int], layers: int) -> tuple[EdgeCell, ...]:
-    """One cell per cut, window and centre; of windows that the decoder's ends make equal, one."""
+    """Return a cell for each cut, window and centre; windows that are equal at the ends of the decoder occur once."""
     spans = [window_layers(centre, window, layers) for window in windows for centre in range(layers)]
     cells = [EdgeCell(cut=cut, first=span[0], last=span[-1]) for cut in cuts for span in spans]
     return tuple(dict.fromkeys(cells))
@@ -98,7 +99,7 @@ _Pairs = Sequence[tuple[int, int]]
 
 
 def published_scores(vlm: VisionLanguageModel, prompt: Prompt, cells: Sequence[EdgeCell], measure: Measure) -> Tensor:
-    """(cell, metric) float64 on the CPU: what `plain_scores` gives where only the last token is scored."""
+    """Return (cell, metric) float64 on the CPU: the scores of `plain_scores` at the last token, the published way."""
     return torch.stack([_score(vlm, prompt, cell, measure) for cell in cells])
 
 
@@ -118,7 +119,7 @@ def _score(vlm: VisionLanguageModel, prompt: Prompt, cell: EdgeCell, measure: Me
 
 @contextmanager
 def _blocking(vlm: VisionLanguageModel, blocked: Mapping[int, _Pairs], heads: Sequence[int]) -> Iterator[None]:
-    """A block in which layers lack (target, source) edges, in these heads or, without any, in all."""
+    """Cut (target, source) edges of layers inside the block, in these heads or, if there are none, in all."""
     with ExitStack() as stack:
         for layer, pairs in blocked.items():
             attention = vlm.module(Site("attention", layer))
@@ -128,7 +129,7 @@ def _blocking(vlm: VisionLanguageModel, blocked: Mapping[int, _Pairs], heads: Se
 
 
 def _masked(pairs: _Pairs, heads: Sequence[int], all_heads: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A hook by which attention gets an additive mask made from these pairs, causal otherwise."""
+    """Return a hook that gives attention an additive mask, which is causal and lacks these pairs."""
 
     def give(_module: Any, given: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         states = keywords["hidden_states"]
@@ -145,7 +146,7 @@ def _masked(pairs: _Pairs, heads: Sequence[int], all_heads: int) -> Callable[...
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """A prefill that drops the picture at mid depth, beside one that keeps it."""
+    """A prefill that drops the image tokens in the middle of the decoder, beside one that keeps them."""
 
     layer: int
     """The first layer that runs on text alone."""
@@ -154,14 +155,21 @@ class Saving:
     seconds_truncated: float
     ratio_seconds: float
     ratio_token_layers: float
-    """Tokens times layers of the whole pass over those of the truncated one."""
+    """Tokens times layers of the full pass over those of the truncated one."""
     max_abs_diff: float
-    """How far its score is from the cell that only cuts the edges, in probability."""
+    """Difference of its score from that of the cell that only cuts the edges, in probability."""
 
 
 def measure_saving(subject: Subject, run: Runs, layer: int, expected: Tensor) -> Saving:
-    """The saving from this layer on, both passes in turns, after one of each. expected: (metric,), the cell's, the
-    probability first.
+    """Return the saving of dropping the image tokens from this layer on.
+
+    The two passes take turns, after one of each that does not count.
+
+    Args:
+        subject: The model and the question.
+        run: The run without a cut.
+        layer: The first layer without image tokens.
+        expected: (metric,), the scores of the cell that cuts the same edges, the probability first.
     """
     vlm = subject.vlm
     image = set(subject.recipe.shape.image_positions)
@@ -188,7 +196,7 @@ def measure_saving(subject: Subject, run: Runs, layer: int, expected: Tensor) ->
 
 
 def truncated_logits(vlm: VisionLanguageModel, run: Runs, layer: int, text: Sequence[int]) -> Tensor:
-    """(1, scored position, vocab): all tokens below the layer, from it on only those of the text (ascending)."""
+    """Return logits (1, scored position, vocab) of a pass that drops all but the text (ascending) from the layer on."""
     places = [list(text).index(place) for place in run.scored]
     with _text_only(vlm, layer, torch.tensor(list(text), device=vlm.device)):
         return vlm.forward(inputs_embeds=run.base, positions=places)
@@ -196,7 +204,7 @@ def truncated_logits(vlm: VisionLanguageModel, run: Runs, layer: int, text: Sequ
 
 @contextmanager
 def _text_only(vlm: VisionLanguageModel, layer: int, text: Tensor) -> Iterator[None]:
-    """A block in which the layers from this one on get the text tokens only, which keep their rotary positions."""
+    """Give the layers from this one on the text tokens only, with their rotary positions, inside the block."""
 
     def give(module: Any, given: tuple[Tensor, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         states = given[0][:, text] if module is entry else given[0]
@@ -213,57 +221,57 @@ def _text_only(vlm: VisionLanguageModel, layer: int, text: Tensor) -> Iterator[N
 
 @dataclass(frozen=True, kw_only=True)
 class FlowRow:
-    """One row of the table. Ratios are the other way's cost over ours; cells answered for free are in none of them."""
+    """A measured row. Ratios are the cost of another way over that of the sweep, without cells that cost nothing."""
 
     flow: str
     """The label."""
     computed_cells: int
     free_cells: int
     seconds: float
-    """What the sweep's cells took: the median of its runs."""
+    """Seconds of the cells of the sweep: the median of its runs."""
     seconds_runs: tuple[float, ...]
-    """What they took in each run."""
+    """Seconds of the cells in each run."""
     recording_seconds: float
-    """What recording the clean run took before that, the median again."""
+    """Seconds of recording the clean run before that: the median of its runs."""
     seconds_per_cell: float
     seconds_per_cell_strong: float
     seconds_per_cell_published: float
     timed_cells: int
-    """How many cells the other two ways answered, each before and after ours."""
+    """Number of cells that the other two ways computed, each of them before and after the sweep."""
     ratio_strong: float
     ratio_published: float
     ratio_strong_recorded: float
-    """In seconds, if this row alone bears the whole recording."""
+    """In seconds, if this row alone bears the cost of the recording."""
     ratio_published_recorded: float
     token_layers: int
-    """Tokens times layers that the sweep's cells computed."""
+    """Tokens times layers that the cells of the sweep computed."""
     recording_token_layers: int
     ratio_token_layers: float
-    """Against either other way; the published one's vision tower is not counted."""
+    """Either other way over the sweep; the vision tower of the published way is not counted."""
     ratio_token_layers_recorded: float
     flops: float
-    """Counted floating-point operations of the sweep's cells: linear maps, attention and output head."""
+    """Counted floating-point operations of the cells of the sweep: linear maps, attention and output head."""
     share_of_rate: float
-    """Those operations per second, over the measured rate of matrix products."""
+    """These operations per second, over the measured rate of matrix products."""
     times_counted_work: float
-    """Seconds over what the counted operations take at that rate."""
+    """The seconds, over those that the counted operations take at that rate."""
     max_abs_diff: float
-    """Largest difference to the stronger way on the timed cells, in probability."""
+    """Largest difference from the strong way on the timed cells, in probability."""
     max_abs_diff_published: float
     max_relative_diff: float
-    """Largest difference to either way in log-probability, which tells more where a cut leaves next to nothing."""
+    """Largest difference from either way in log-probability, which says more if a cut leaves little probability."""
     plain_noise: float
-    """How far the stronger way is from itself with two equal rows per pass, on one timed cell, in probability."""
+    """Difference of the strong way from itself with two equal rows in a pass, on one timed cell, in probability."""
     plain_relative_noise: float
     """The same in log-probability."""
     largest_effect: float
-    """Largest difference that any cell makes: what the differences are to be compared with."""
+    """Largest effect of any cell, for comparison with the differences."""
     matrix_gflops: float
-    """The measured rate, in the same process."""
+    """The measured rate of matrix products, in the same process."""
     peak_mb: float
-    """Peak memory of our way in MiB; see `peaks.peak_mb`. The other ways' is not measured."""
+    """Peak memory of the sweep in MiB, as in `machine.peak_mb`; those of the other ways are not measured."""
     saving: Saving | None = None
-    """Of a truncated prefill, where the row drops tokens."""
+    """The saving of a truncated prefill; None unless the row drops tokens."""
 
 
 def flow_rows(recipe: Recipe, cases: Sequence[FlowCase], *, timed_cells: int) -> Iterator[FlowRow]:
@@ -275,15 +283,15 @@ def flow_rows(recipe: Recipe, cases: Sequence[FlowCase], *, timed_cells: int) ->
 
 
 def measure_flow_anew(recipe: Recipe, case: FlowCase, timed_cells: int) -> FlowRow:
-    """The row, measured from opening the model on."""
+    """Return the row, after opening the model in this process."""
     return measure_flow(open_subject(recipe), case, timed_cells=timed_cells)
 
 
 def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowRow:
-    """The row of a case, with a progress bar over cells.
+    """Return the row of a case, with a progress bar over cells.
 
-    An unmeasured sweep comes first, which leaves our way's peak; then a call of either other way to warm up. These go
-    before and after the measured sweeps, so that a busy machine slows all.
+    A sweep that is not timed comes first and gives the peak, then a call of each other way to warm up. The other ways
+    run before and after the timed sweeps, so that a busy machine slows all three.
     """
     vlm = subject.vlm
     run = Runs.of_one(vlm.embed(subject.prompt), scored=(subject.prompt.length - 1,))
@@ -325,7 +333,7 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
 
 
 def probabilities(subject: Subject) -> Measure:
-    """Scores (row, 2) float64 of logits (row, scored position, vocab): the answer's probability, and its logarithm."""
+    """Return the measure of logits (row, scored position, vocab): (row, 2), the probability and its logarithm."""
 
     def measure(logits: Tensor) -> Tensor:
         logarithm = logits[:, -1].double().log_softmax(-1)[:, subject.answer]
@@ -335,7 +343,7 @@ def probabilities(subject: Subject) -> Measure:
 
 
 def spread_cells(cells: Sequence[EdgeCell], free: Tensor, count: int, *, seed: int) -> list[int]:
-    """Numbers of some cells that are not free: random ones, one from each of equal parts by the number of edges cut."""
+    """Return the numbers of random cells that are not free, one from each of `count` equal parts by edges cut."""
     computed = [number for number in range(len(cells)) if not free[number]]
     order = sorted(computed, key=lambda number: _edges(cells[number]))
     count = min(count, len(order))
@@ -352,18 +360,18 @@ class _Answers:
     """(cell, metric)"""
     published: Tensor
     strong_seconds: float
-    """Per cell, the mean."""
+    """The mean of the cells."""
     published_seconds: float
 
 
 class _UsualWays:
-    """Answers cells one by one, by each way in turn."""
+    """Computes cells one by one, in each of the usual ways in turn."""
 
     def __init__(self, subject: Subject, run: Runs, bar: tqdm) -> None:
         self._subject, self._run, self._bar = subject, run, bar
 
     def answer(self, cells: Sequence[EdgeCell]) -> _Answers:
-        """Scores and seconds of both ways."""
+        """Return the scores and the seconds of both ways."""
         vlm, measure = self._subject.vlm, probabilities(self._subject)
         ways: dict[str, Callable[[list[EdgeCell]], Tensor]] = {
             "strong": lambda asked: plain_scores(vlm, self._run, asked, measure)[..., 0],
@@ -386,7 +394,7 @@ class _UsualWays:
 def _timed_sweep(
     subject: Subject, run: Runs, cells: Sequence[EdgeCell], bar: tqdm
 ) -> tuple[CellScores, tuple[float, float]]:
-    """A sweep without the check of its own that results end with, and the seconds of its recording and its cells."""
+    """Return the scores of a sweep without its check of itself, and the seconds of its recording and of its cells."""
     clock = Clock(subject.vlm.device)
     settings = Engine(checks=0)
     measure = probabilities(subject)
@@ -399,7 +407,7 @@ def _timed_sweep(
 def _costs(
     subject: Subject, swept: CellScores, clocked: tuple[float, float], usual: tuple[_Answers, _Answers]
 ) -> dict[str, float]:
-    """The row's fields about seconds and work. clocked: seconds of recording and cells."""
+    """Return the fields of a row about seconds and work; clocked: seconds of the recording and of the cells."""
     vlm, (recording, seconds) = subject.vlm, clocked
     strong, published = (
         fmean(getattr(each, name) for each in usual) for name in ("strong_seconds", "published_seconds")
@@ -432,12 +440,12 @@ def _costs(
 
 
 def _edges(cell: EdgeCell) -> int:
-    """Pairs of tokens, times layers, that a cell keeps apart."""
+    """Return the number of edges that a cell cuts: pairs of tokens, times layers."""
     return len(cell.cut.sources) * len(cell.cut.targets) * (cell.last - cell.first + 1)
 
 
 def describe_flow(row: FlowRow) -> list[str]:
-    """One row of the table, with everything that was measured."""
+    """Return lines with everything that was measured for a row."""
     lines = [
         f"{row.flow}: {row.computed_cells} cells computed, {row.free_cells} free",
         f"  seconds       {row.seconds:.3f} ({1000 * row.seconds_per_cell:.2f} ms per cell; recording "
@@ -452,7 +460,7 @@ def describe_flow(row: FlowRow) -> list[str]:
         f"  differences   {row.max_abs_diff:.1e} to strong, {row.max_abs_diff_published:.1e} to published "
         f"({row.timed_cells} cells); strong to itself {row.plain_noise:.1e}; largest effect {row.largest_effect:.3f}; "
         f"in log-probability {row.max_relative_diff:.1e}, strong to itself {row.plain_relative_noise:.1e}",
-        f"  peak memory   {row.peak_mb:.0f} MiB (ours)",
+        f"  peak memory   {row.peak_mb:.0f} MiB (multrace)",
     ]
     if row.saving is not None:
         lines.append(
@@ -465,7 +473,7 @@ def describe_flow(row: FlowRow) -> list[str]:
 
 
 def flow_table(rows: Sequence[FlowRow]) -> list[str]:
-    """All rows, with the figures that count."""
+    """Return the lines of the table of all rows, with the main figures."""
     head = (
         "flow",
         "cells (free)",
@@ -479,8 +487,8 @@ def flow_table(rows: Sequence[FlowRow]) -> list[str]:
     )
     return [
         *aligned([head, *(_entries(row) for row in rows)]),
-        f"Ours: the median of {REPEATS} sweeps. Ratios are the other ways' cost over ours, the recording of the clean "
-        "run left out, free cells in none.",
+        f"multrace is the median of {REPEATS} sweeps. Ratios are the cost of the other ways over that of multrace, "
+        "without the recording of the clean run and without free cells.",
     ]
 
 

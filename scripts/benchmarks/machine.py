@@ -1,4 +1,4 @@
-"""What benchmarks measure on which machine: memory, the work that was done, and rows of two ways side by side."""
+"""What benchmarks measure: the machine, time, memory, the work that was done, and rows that show two ways together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CPU = Path("/proc/cpuinfo")
 
 
 def machine_facts(name: str) -> dict[str, Any]:
-    """The device that torch calls so, and the versions and threads that compute."""
+    """Return the facts of a device, given its name in torch, with versions and the number of threads."""
     device = torch.device(name)
     return {
         "device": _device_name(device),
@@ -51,7 +51,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def describe_machine(facts: Mapping[str, Any]) -> list[str]:
-    """Lines that say what is measured on what."""
+    """Return lines that describe the machine and the model."""
     shape = facts["shape"]
     return [
         f"machine   {facts['device']}, {facts['threads']} threads, torch {facts['torch']}",
@@ -61,7 +61,7 @@ def describe_machine(facts: Mapping[str, Any]) -> list[str]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of as many entries each, their columns below one another."""
+    """Return the lines, which have the same number of entries, with their columns aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
@@ -77,26 +77,26 @@ _STATUS = Path("/proc/self/status")
 
 
 def in_new_process(work: Callable[..., _Result], *arguments: Any) -> _Result:
-    """work(*arguments), computed in a new process. CommandError if that process is killed.
+    """Return work(*arguments), computed in a new process. Raises `CommandError` if that process is killed.
 
-    The work must be a module's function; its arguments and result must survive being sent between processes.
+    `work` must be a function of a module, and its arguments and its result must be picklable.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool as error:
             raise CommandError(
-                "the process that measures was killed, likely for want of memory; choose a smaller shape or fewer "
+                "the process that measures was killed, likely for want of memory; choose a smaller --shape or fewer "
                 "samples"
             ) from error
 
 
 def peak_mb(device: torch.device) -> float:
-    """MiB that this process has held at most: on a CUDA device what tensors took since `forget_peak`; else resident
-    memory since the process started, Python, torch and the model included.
+    """Return the peak memory of this process in MiB.
 
-    Linux's own count for the running program comes first: getrusage also counts what the parent held when it started
-    this process, until the new program took over.
+    On a CUDA device that is the memory of tensors since `forget_peak`; else it is the resident memory since the process
+    started, with Python, torch and the model. The count of Linux for the running program is preferred, because that of
+    getrusage includes what the parent held while it started this process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
@@ -111,7 +111,7 @@ def peak_mb(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Lets the peak of a CUDA device start anew; that of a process cannot."""
+    """Reset the peak of a CUDA device; that of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -120,26 +120,26 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def extra_mb(work: Callable[[], object], device: torch.device) -> float:
-    """MiB by which the peak during work() is above what was held when it began; its result counts as long as it lives.
+    """Return how far memory rises during work() above what was held before it, in MiB, with the result of work().
 
-    On a CUDA device it is the tensors' memory. Else it is resident memory, libraries' workspaces included, which Linux
-    starts to count anew at each call. Where the system cannot do that, the highest peak of the process so far is taken,
-    so that the figure may be too large; where it does not tell what is held, it is nan. Memory that was freed but not
-    given back is used again unseen: do it in a fresh process, whose first large allocation this is.
+    On a CUDA device this is the memory of tensors. Else it is resident memory, with the workspaces of libraries; Linux
+    counts its peak anew at each call. Other systems give the highest peak of the process so far, so that the figure may
+    be too large, or nan if they do not say what is held. Memory that was freed but not returned to the system is used
+    again without being counted, so this should be the first large allocation of a fresh process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device) / _MIB
     else:
         with suppress(OSError):
-            _CLEAR.write_text("5")  # sets the peak to what is resident now
+            _CLEAR.write_text("5")  # resets the peak to what is resident now
         held = _resident_mb()
     work()
     return peak_mb(device) - held
 
 
 def _resident_mb() -> float:
-    """MiB of this process that are in memory; nan where the system does not say."""
+    """Return the resident memory of this process in MiB; nan if the system does not say."""
     if not _STATUS.is_file():
         return float("nan")
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
@@ -152,20 +152,20 @@ _REPEATS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Floating-point operations of one decoder layer (the first), of its keys and values, and of the output head."""
+    """Floating-point operations of a decoder layer (the first), of its keys and values, and of the output head."""
 
     token: float
-    """Per token, its linear maps; attention is counted apart."""
+    """For each token: the linear maps of the layer, without the products of attention."""
     key_values: float
-    """Per token of which only keys and values are computed."""
+    """For each token of which only keys and values are computed."""
     pair: float
-    """Per query-key pair, over all heads: scores and weighted values."""
+    """For each pair of a query and a key, over all heads: its score and its weighted value."""
     read: float
-    """Per token that goes through the output head."""
+    """For each token that passes through the output head."""
 
 
 def layer_cost(vlm: VisionLanguageModel) -> LayerCost:
-    """Two operations per weight and token."""
+    """Return the cost of a layer, at two operations for each weight and token."""
     layer = vlm.module(Site("hidden", 0))
     attention = vlm.module(Site("attention", 0))
     written = vlm.attention_projection(0)
@@ -179,7 +179,7 @@ def layer_cost(vlm: VisionLanguageModel) -> LayerCost:
 
 
 def counted_flops(vlm: VisionLanguageModel, work: Work) -> float:
-    """Floating-point operations of what was counted: linear maps, attention and output head."""
+    """Return the floating-point operations of counted work: linear maps, attention and the output head."""
     cost = layer_cost(vlm)
     return (
         cost.token * work.token_layers
@@ -190,7 +190,7 @@ def counted_flops(vlm: VisionLanguageModel, work: Work) -> float:
 
 
 def matrix_rate(projection: Projection) -> float:
-    """Operations per second of a linear map like this one (shape, dtype, device), on 4096 rows; the best of ten."""
+    """Return operations per second of a linear map of this shape, dtype and device on 4096 rows: the best of ten."""
     weight = projection.weight
     rows = torch.randn(_ROWS, weight.shape[1], device=weight.device).to(weight.dtype)
     seconds = []
@@ -199,36 +199,36 @@ def matrix_rate(projection: Projection) -> float:
             started = now(weight.device)
             nn.functional.linear(rows, weight)
             seconds.append(now(weight.device) - started)
-    return 2.0 * _ROWS * weight.numel() / min(seconds[1:])  # the first call also sets things up
+    return 2.0 * _ROWS * weight.numel() / min(seconds[1:])  # the first call also does the set-up
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, once the device is done with all it was given."""
+    """Return the time of a clock in seconds, after waiting for all work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Clock:
-    """Notes when each of several steps is done. May stand in for a progress bar, which it then passes on."""
+    """Notes when each step ends; it can take the place of a progress bar, which it then updates."""
 
     def __init__(self, device: torch.device, bar: tqdm | None = None) -> None:
         self._device, self._bar = device, bar
         self._marks = [now(device)]
 
     def update(self, count: int = 1) -> None:
-        """One more step is done."""
+        """Note that one more step has ended."""
         self._marks.append(now(self._device))
         if self._bar is not None:
             self._bar.update(count)
 
     def durations(self) -> list[float]:
-        """Seconds of each step."""
+        """Return the seconds of each step."""
         return [after - before for before, after in pairwise(self._marks)]
 
 
 def largest(difference: Tensor) -> float:
-    """The largest absolute value."""
+    """Return the largest absolute value."""
     return float(difference.abs().max())
 
 
@@ -237,22 +237,22 @@ _LAYER = "a decoder layer"
 
 @dataclass(eq=False)
 class TokenLayers:
-    """Tokens times decoder layers; the tokens of all rows of a batch count, padded ones too."""
+    """Work in tokens times decoder layers, where the tokens of all rows of a batch count, with padding."""
 
     forward: int = 0
-    """Of layers that were entered, also if the pass ended inside one of them."""
+    """For all layers that were entered, even if the pass ended inside one."""
     backward: int = 0
-    """Of layers that a gradient came back to; one that ends inside a layer counts as a whole one."""
+    """For all layers that a gradient reached, even if it ended inside one."""
 
     @property
     def total(self) -> int:
-        """Both. With frozen weights a layer's backward pass has as many products as its forward pass."""
+        """The sum; with frozen weights the backward pass of a layer has as many products as its forward pass."""
         return self.forward + self.backward
 
 
 @contextmanager
 def counted_token_layers(vlm: VisionLanguageModel) -> Iterator[TokenLayers]:
-    """What the model's decoder layers compute in the block, however they are called."""
+    """Yield a count of what the decoder layers of the model compute in the block, however they are called."""
     count = TokenLayers()
 
     def enter(_layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -279,64 +279,65 @@ def _tokens(states: Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRow:
-    """One row of the table; both ways' figures are for the same amount of work."""
+    """A row of the table of editing; the figures of both ways are for the same task."""
 
     label: str
     seconds: float
-    """Ours."""
+    """The time of multrace."""
     seconds_usual: float
-    """The usual way's, multiplied where it was timed on a part."""
+    """The time of the usual way, extrapolated if only a part was timed."""
     unit: str
-    """What work is counted in: "token-layers" or "GFLOP"."""
+    """The unit of work: "token-layers" or "GFLOP"."""
     work: float
     work_usual: float
     difference: float
-    """|ours - usual| / |usual| of the results, the worst where there are several."""
+    """|multrace - usual| / |usual| of the results; the largest one if there are several."""
     tolerance: float
-    """The difference at which the row would have been refused."""
+    """The difference above which the row is refused."""
     details: Mapping[str, float | int | str]
-    """Figures of this kind of row by name: what was asked, and what else was measured."""
+    """Name -> figure, for this kind of row: the sizes of the task, and what else was measured."""
 
     @property
     def ratio_seconds(self) -> float:
-        """The usual way's seconds over ours."""
+        """The time of the usual way over that of multrace."""
         return self.seconds_usual / self.seconds
 
     @property
     def ratio_work(self) -> float:
-        """The usual way's work over ours."""
+        """The work of the usual way over that of multrace."""
         return self.work_usual / self.work
 
     def record(self) -> dict[str, Any]:
-        """The row with its ratios, as it stands in the JSON."""
+        """Return the row with its ratios, for the JSON file."""
         return {**asdict(self), "ratio_seconds": self.ratio_seconds, "ratio_work": self.ratio_work}
 
 
 def apart(found: Tensor, wanted: Tensor, *, tolerance: float, label: str, scale: Tensor | None = None) -> float:
-    """|found - wanted| / |scale| (Frobenius; scale: wanted, if it is not given).
+    """Return |found - wanted| / |scale| in the Frobenius norm; the scale is `wanted` unless one is given.
 
-    CommandError if it is above the tolerance or not finite: a ratio of the costs of different results says nothing.
+    Raises `CommandError` if that is above the tolerance or not finite, because the ratio of the costs of two different
+    results means nothing.
     """
     wanted = wanted.to(found.device, torch.float64)
     size = (wanted if scale is None else scale.double()).norm()
     difference = ((found.double() - wanted).norm() / size).item()
     if not difference <= tolerance:
         raise CommandError(
-            f"{label}: ours and the usual way differ by {difference:.1e} of the result, {tolerance:.0e} is allowed; "
-            "they did not compute the same, so there is no ratio; try another --seed, or --dtype float32"
+            f"{label}: ours and the usual way differ by {difference:.1e} of the result, and at most {tolerance:.0e} is "
+            "allowed; they did not compute the same, so there is no ratio; try another --seed, or --dtype float32"
         )
     return difference
 
 
 _HEAD = ("row", "seconds", "usual way", "ratio", "work", "usual way", "ratio", "difference")
 _NOTE = (
-    "Ratios are the usual way's cost over ours for the same result; the difference is that of the results, as a share "
-    "of their size."
+    "Ratios are the cost of the usual way over that of multrace for the same result; the difference is that of the "
+    "results, as a share of their size."
 )
 
 
 def describe_edit(row: EditRow) -> list[str]:
-    """One row of the table, with everything that was measured."""
+    """Return lines with everything that was measured for a row."""
     lines = [
         row.label,
         f"  seconds       {_seconds(row.seconds)}; usual {_seconds(row.seconds_usual)}: {row.ratio_seconds:.1f}x",
@@ -347,12 +348,12 @@ def describe_edit(row: EditRow) -> list[str]:
 
 
 def edit_table(rows: Sequence[EditRow]) -> list[str]:
-    """All rows, with the figures that count."""
+    """Return the lines of the table of all rows, with the main figures."""
     return [*aligned([_HEAD, *(_entries(row) for row in rows)]), _NOTE]
 
 
 def edit_markdown(rows: Sequence[EditRow], facts: Mapping[str, Any]) -> str:
-    """The table as a Markdown text, with what it was measured on and the figures of each row below it."""
+    """Return the table in Markdown, with the machine above it and the other figures of each row below it."""
     lines = ["# Editing, side by side with the usual way", "", *(f"    {line}" for line in describe_machine(facts)), ""]
     lines += [_markdown_row(_HEAD), _markdown_row(["---"] * len(_HEAD))]
     lines += [_markdown_row(_entries(row)) for row in rows]

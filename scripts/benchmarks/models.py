@@ -1,4 +1,4 @@
-"""The models that benchmarks run on: LLaVA-shaped, with random weights, opened from a folder like any other."""
+"""The models of the benchmarks: random weights in the shape of LLaVA, opened from a folder like any other model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a LLaVA and of the prompt that it is asked."""
+    """Sizes of a model with the shape of LLaVA, and of its prompt."""
 
     layers: int = 16
     width: int = 512
@@ -49,23 +49,23 @@ class Shape:
     vision_heads: int = 4
     vocabulary: int = 4000
     image: int = 336
-    """Side of the picture in pixels."""
+    """The side of the picture, in pixels."""
     before: int = 4
-    """Text tokens in front of the picture, the beginning-of-sequence token included."""
+    """Number of text tokens before the picture, with the beginning-of-sequence token."""
     after: int = 28
-    """Text tokens behind it: the question."""
+    """Number of text tokens after the picture: the question."""
     constraint: int = 8
-    """How many of these, the first ones, are the constraint."""
+    """Number of tokens of the question, from its first, that are the constraint."""
     dtype: str = "float32"
 
     @property
     def image_positions(self) -> range:
-        """Positions of the picture's tokens in the prompt."""
+        """The positions of the image tokens in the prompt."""
         return range(self.before, self.before + (self.image // PATCH) ** 2)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return self.image_positions.stop + self.after
 
 
@@ -87,13 +87,15 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def write_model(shape: Shape, folder: Path, *, seed: int, device: torch.device) -> Path:
-    """The folder, which now holds a model of this shape with random weights, and its processor.
+    """Write a model of this shape with random weights, and its processor, into a folder, and return the folder.
 
-    Word embeddings and image features are scaled so that noise on either one is felt in the answer.
+    Word embeddings and image features are scaled so that noise on either of them changes the answer.
     """
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, shape.dtype))  # weights are drawn in it: twice the size may not fit
+    torch.set_default_dtype(
+        getattr(torch, shape.dtype)
+    )  # weights are drawn in their own precision, since twice the size may not fit
     try:
         with device:
             model = LlavaForConditionalGeneration(_config(shape))
@@ -110,7 +112,7 @@ def write_model(shape: Shape, folder: Path, *, seed: int, device: torch.device) 
 
 
 def prompt_words(shape: Shape, *, seed: int) -> tuple[list[str], list[str]]:
-    """The words before the picture and those behind it, one token each; no word comes twice."""
+    """Return the words before the picture and those after it, of one token each; no word occurs twice."""
     words = random.Random(seed).sample(range(shape.vocabulary - len(_SPECIAL)), shape.before - 1 + shape.after)
     named = [f"word{number}" for number in words]
     return named[: shape.before - 1], named[shape.before - 1 :]
@@ -138,7 +140,7 @@ def _config(shape: Shape) -> LlavaConfig:
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
-        initializer_range=0.9 * shape.width**-0.5,  # queries and keys of the same size at every width
+        initializer_range=0.9 * shape.width**-0.5,  # makes queries and keys equally large at every width
     )
     return LlavaConfig(
         vision_config=vision,
@@ -151,7 +153,7 @@ def _config(shape: Shape) -> LlavaConfig:
 
 
 def _processor(shape: Shape) -> LlavaProcessor:
-    """A LLaVA processor whose tokens are whole words, so that a prompt has exactly as many tokens as wanted."""
+    """Return a processor of LLaVA with whole words as tokens, so that a prompt has exactly the tokens of its shape."""
     words = [*_SPECIAL, *(f"word{number}" for number in range(shape.vocabulary - len(_SPECIAL)))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -183,36 +185,36 @@ def _processor(shape: Shape) -> LlavaProcessor:
 
 _CONFIDENCE = 0.5
 _NOISE = {"text": 3.0, "image": 0.5}
-"""Standard deviations; as much as leaves the image-corrupted answer a probability that restoring can be seen in."""
+"""Standard deviations that leave the corrupted answer probable enough for effects of restoring to be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that it takes to open the same subject again, in another process too."""
+    """What is needed to open the same subject again, in this or another process."""
 
     folder: Path
     shape: Shape
     device: str | None
     seed: int
     samples: Mapping[str, int]
-    """Noise samples of the "text" and of the "image" corruption."""
+    """Number of noise samples of the "text" and of the "image" corruption."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """A model and a question whose answer it finds about as likely as not."""
+    """A model, and a question whose answer has a probability of about one half."""
 
     vlm: VisionLanguageModel
     prompt: Prompt
     answer: int
-    """The likeliest next token of the clean run."""
+    """The id of the most probable next token of the clean run."""
     recipe: Recipe
 
     def runs(self, corruption: str) -> Runs:
-        """The corrupted and the clean embeddings: noise on the constraint ("text") or on the picture ("image")."""
+        """Return the corrupted and the clean run, with noise on the constraint ("text") or on the picture ("image")."""
         settings = {"scale": _NOISE[corruption], "samples": self.recipe.samples[corruption], "seed": self.recipe.seed}
         kinds: Mapping[str, Corruption] = {
-            "text": TextNoise(over="prompt", **settings),  # its words are none of a corpus
+            "text": TextNoise(over="prompt", **settings),  # its words come from no corpus
             "image": ImageNoise(**settings),
         }
         return Runs(
@@ -223,12 +225,12 @@ class Subject:
         )
 
     def measure(self, logits: Tensor) -> Tensor:
-        """(row, 1) float64: the answer's probability after the last token; logits (row, scored position, vocab)."""
+        """Return (row, 1) float64, the probability of the answer, from logits (row, scored position, vocab)."""
         return logits[:, -1].double().softmax(-1)[:, self.answer, None]
 
 
 def open_subject(recipe: Recipe) -> Subject:
-    """The subject, its output head scaled so that the clean answer has a probability of one half."""
+    """Return the subject, with its output head scaled so that the clean answer has a probability of one half."""
     shape = recipe.shape
     vlm = load(recipe.folder, dtype=shape.dtype, device_map=recipe.device)
     before, after = prompt_words(shape, seed=recipe.seed)
@@ -245,7 +247,7 @@ def open_subject(recipe: Recipe) -> Subject:
 
 
 def confident(logits: Tensor) -> float:
-    """The factor on logits (vocab,) that gives the likeliest token a probability of one half."""
+    """Return the factor on logits (vocab,) that gives the most probable token a probability of one half."""
     low, high = 0.0, 1.0
     while float((high * logits).softmax(-1).max()) < _CONFIDENCE:
         low, high = high, 2 * high
@@ -257,23 +259,26 @@ def confident(logits: Tensor) -> float:
 
 
 def _picture(side: int, seed: int) -> Image.Image:
-    """A picture of noise."""
+    """Return a picture of noise."""
     return Image.frombytes("RGB", (side, side), random.Random(seed).randbytes(3 * side * side))
 
 
 class Labelled(Protocol):
-    """A row of some table."""
+    """A row of a table."""
 
     @property
     def label(self) -> str:
-        """What the table calls it."""
+        """The label of the row in the table."""
 
 
 _Row = TypeVar("_Row", bound=Labelled)
 
 
 def chosen_cases(cases: Sequence[_Row], words: Sequence[str]) -> tuple[_Row, ...]:
-    """The cases whose label holds one of the words; all without words. CommandError lists the labels."""
+    """Return the cases whose labels contain one of the words, or all cases if there are no words.
+
+    Raises `CommandError`, with all labels, if there is no such case.
+    """
     found = tuple(case for case in cases if not words or any(word in case.label for word in words))
     if not found:
         labels = "; ".join(case.label for case in cases)
@@ -293,8 +298,8 @@ def measured_rows(
 ) -> Iterator[_Measured]:
     """Yield the row of each case as soon as it is measured.
 
-    On a CUDA device one process measures all rows, with the model opened once; elsewhere `measure_anew` gives each row
-    a process of its own.
+    On a CUDA device this process measures all rows and opens the model once; elsewhere `measure_anew` measures each row
+    in a process of its own.
     """
     if torch.device(recipe.device or "cpu").type == "cuda":
         subject = open_subject(recipe)
@@ -304,7 +309,7 @@ def measured_rows(
 
 
 def resized(shape: Shape, *, layers: int | None = None, width: int | None = None, dtype: str | None = None) -> Shape:
-    """Return the shape with the sizes that are given; MLP and heads keep their relation to the width."""
+    """Return the shape with the sizes that are given; MLP and heads keep their proportion to the width."""
     if width is not None:
         size, mlp = shape.width // shape.heads, 16 * math.ceil(shape.mlp / shape.width * width / 16)
         shape = replace(shape, width=width, mlp=mlp, heads=1 if width % size else width // size)
@@ -314,9 +319,9 @@ def resized(shape: Shape, *, layers: int | None = None, width: int | None = None
 
 @contextmanager
 def random_model(shape: Shape, *, device: str | None, seed: int, samples: Mapping[str, int]) -> Iterator[Recipe]:
-    """Yield how to open a random model of this shape, which lies in a temporary folder while the block lasts.
+    """Yield the recipe of a random model of this shape, which exists in a temporary folder while the block lasts.
 
-    Raises `ModelError` for a device that is not there.
+    Raises `ModelError` for a device that does not exist.
     """
     check_device_map(device, "the random model")
     with tempfile.TemporaryDirectory(prefix="multrace-bench-") as folder:

@@ -1,11 +1,12 @@
 """The tracing benchmark: one row of the table for each case, with seconds, counted work, differences and peak memory.
 
-The naive way is one hooked call of the whole model per cell, with the vision tower and a clean row in it. The strong
-way runs the vision tower once, then one hooked forward pass of the decoder per cell. Ours is the sweep. The cost of a
-cell does not depend on the cell in the first two ways, so a few random cells are timed and multiplied.
+The naive way makes one hooked call of the whole model for each cell, with the vision tower and a clean row. The strong
+way runs the vision tower once, and then one hooked forward pass of the decoder for each cell. The third way is the
+sweep of multrace. In the first two ways all cells cost the same, so a few random cells are timed and their time is
+multiplied.
 
-Every way first records the clean and the corrupted run. That is done once for all maps of a prompt and is left out of
-the seconds and token-layers of all three ways; its cost for the sweep is listed separately.
+Each way first records the clean and the corrupted run. This is done once for all maps of a prompt, so the seconds and
+token-layers of all three ways leave it out; its cost in the sweep is listed separately.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ from .machine import Clock, aligned, counted_flops, forget_peak, in_new_process,
 from .models import Recipe, Shape, Subject, measured_rows, open_subject
 
 WIDE = 10
-"""The window that ROME's figures use."""
+"""The window of layers in the figures of ROME (arXiv 2202.05262)."""
 _BLOCKS = 9
 _PATCHES = 12
 _EVERY = 4
-"""Maps over single image tokens and blocks take every fourth layer, from 1: the others would only take longer."""
+"""Maps over single image tokens and blocks take every fourth layer, from 1; the others would only take longer."""
 
 _Rows = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table."""
+    """A row of the table: the cells to compute under one corruption."""
 
     label: str
     corruption: str
-    """Which part is destroyed: "text" or "image"."""
+    """The part of the prompt that gets noise: "text" or "image"."""
     cells: tuple[StateCell, ...]
 
 
 def make_cases(shape: Shape) -> tuple[Case, ...]:
-    """Every row of the table for a prompt and a decoder of this shape."""
+    """Return every row of the table for a prompt and a decoder of this shape."""
     return (*_text_cases(shape), *_image_cases(shape))
 
 
@@ -95,7 +96,7 @@ def _image_cases(shape: Shape) -> Iterator[Case]:
 def _cells(
     rows: _Rows, kind: str, window: int, centres: range, layers: int, *, is_direct: bool = False
 ) -> tuple[StateCell, ...]:
-    """One cell per row and window centre."""
+    """Return a cell for each row and centre of a window."""
     windows = [window_layers(centre, window, layers) for centre in centres]
     return tuple(
         StateCell(kind=kind, first=span[0], last=span[-1], positions=positions, is_direct=is_direct)
@@ -113,10 +114,17 @@ def naive_scores(
     *,
     states: Mapping[Site, Tensor],
 ) -> Tensor:
-    """(cell, metric, sample) float64 on the CPU: what `plain_scores` gives, at the field's price.
+    """Return (cell, metric, sample) float64 on the CPU: the scores of `plain_scores`, computed the naive way.
 
-    Kinds are hidden, mlp and attention, nothing is severed. states: the base run's hidden states (`base_states`),
-    which only direct effects need.
+    The kinds of cells are hidden, mlp and attention, without severed modules.
+
+    Args:
+        vlm: The model.
+        prompt: The prompt.
+        runs: Its corrupted and its clean run.
+        cells: The cells to compute.
+        measure: The metrics of logits (row, scored position, vocab).
+        states: The hidden states of the base run (`base_states`), which only direct effects need.
     """
     samples = runs.base.shape[0]
     inputs = {name: value.expand(samples + 1, *value.shape[1:]) for name, value in prompt.inputs.items()}
@@ -131,7 +139,7 @@ def naive_scores(
 
 
 def base_states(vlm: VisionLanguageModel, runs: Runs) -> dict[Site, Tensor]:
-    """Per layer the hidden states of the base run (sample, token, hidden)."""
+    """Return the hidden states (sample, token, hidden) of the base run in each layer."""
     sites = [Site("hidden", layer) for layer in range(vlm.layers)]
     with torch.no_grad(), capture(vlm, sites) as states:
         vlm.forward(inputs_embeds=runs.base)
@@ -141,7 +149,7 @@ def base_states(vlm: VisionLanguageModel, runs: Runs) -> dict[Site, Tensor]:
 def _edits(
     vlm: VisionLanguageModel, runs: Runs, cell: StateCell, states: Mapping[Site, Tensor]
 ) -> dict[Site, Callable[[Tensor], Tensor]]:
-    """What each hook does: clean states at the cell's positions, base states at the frozen ones of a direct effect."""
+    """Return what each hook writes: clean states at the cell, base states at the frozen tokens of a direct effect."""
     restored = {Site(cell.kind, layer): list(cell.positions) for layer in range(cell.first, cell.last + 1)}
     edits = {site: _writing(None, positions) for site, positions in restored.items()}
     if cell.is_direct:
@@ -154,7 +162,7 @@ def _edits(
 
 
 def _writing(states: Tensor | None, positions: list[int]) -> Callable[[Tensor], Tensor]:
-    """A hook that writes states (sample, token, hidden) into the corrupted rows; None: those of the clean row."""
+    """Return a hook that writes states (sample, token, hidden), or those of the clean row, into the corrupted rows."""
 
     def write(output: Tensor) -> Tensor:
         written = output.clone()
@@ -176,29 +184,29 @@ def run_sweep(
     recorded: Callable[[Tensor, Tensor], None] | None = None,
     bar: tqdm | None = None,
 ) -> CellScores:
-    """Our way, without the check of its own that a trace ends with. recorded: is called once both runs are."""
+    """Return the scores of the sweep, without its check of itself; `recorded` is called when both runs are recorded."""
     settings = Engine(checks=0)
     return sweep(subject.vlm, runs, cells, subject.measure, settings=settings, accept=recorded, bar=bar)
 
 
 def run_strong(subject: Subject, runs: Runs, cells: Sequence[StateCell], bar: tqdm | None = None) -> Tensor:
-    """(cell, metric, sample): the stronger of the usual ways."""
+    """Return (cell, metric, sample), computed in the strong way."""
     return plain_scores(subject.vlm, runs, cells, subject.measure, bar=bar)
 
 
 def run_naive(subject: Subject, runs: Runs, cells: Sequence[StateCell], states: Mapping[Site, Tensor]) -> Tensor:
-    """(cell, metric, sample): the usual way as scripts have it; states: `frozen_states`."""
+    """Return (cell, metric, sample), computed in the naive way; states: those of `frozen_states`."""
     return naive_scores(subject.vlm, subject.prompt, runs, cells, subject.measure, states=states)
 
 
 def frozen_states(subject: Subject, runs: Runs, cells: Sequence[StateCell]) -> dict[Site, Tensor]:
-    """The base run's hidden states, if any of the cells is a direct effect; else nothing."""
+    """Return the hidden states of the base run if a cell is a direct effect, else nothing."""
     return base_states(subject.vlm, runs) if any(cell.is_direct for cell in cells) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingRow:
-    """One row of the table. Ratios are the other way's cost over ours; cells answered for free are in none of them."""
+    """A measured row. Ratios are the cost of another way over that of the sweep, without cells that cost nothing."""
 
     cells: str
     """The label."""
@@ -207,51 +215,51 @@ class TimingRow:
     computed_cells: int
     free_cells: int
     seconds: float
-    """What the sweep's cells took."""
+    """Seconds of the cells of the sweep."""
     recording_seconds: float
-    """What recording both runs took before that."""
+    """Seconds of recording both runs before that."""
     seconds_per_cell: float
     seconds_per_cell_strong: float
     seconds_per_cell_naive: float
     timed_cells: int
-    """How many cells the other two ways answered."""
+    """Number of cells that the other two ways computed."""
     ratio_strong: float
     ratio_naive: float
     token_layers: int
-    """Tokens times layers that the sweep's cells computed."""
+    """Tokens times layers that the cells of the sweep computed."""
     recording_token_layers: int
     ratio_token_layers: float
-    """Against the stronger way."""
+    """The strong way over the sweep."""
     ratio_token_layers_naive: float
-    """Against the naive way, which also computes a clean row."""
+    """The naive way, which also computes a clean row, over the sweep."""
     ratio_token_layers_recorded: float
-    """Against the stronger way, if this map alone bears the whole recording."""
+    """The strong way over the sweep, if this map alone bears the cost of the recording."""
     flops: float
-    """Counted floating-point operations of the sweep's cells: linear maps, attention and output head."""
+    """Counted floating-point operations of the cells of the sweep: linear maps, attention and output head."""
     share_of_rate: float
-    """Those operations per second, over the measured rate of matrix products."""
+    """These operations per second, over the measured rate of matrix products."""
     times_counted_work: float
-    """Seconds over what the counted operations take at that rate."""
+    """The seconds, over those that the counted operations take at that rate."""
     max_abs_diff: float
-    """Largest difference to the stronger way on the timed cells, in probability."""
+    """Largest difference from the strong way on the timed cells, in probability."""
     max_abs_diff_naive: float
     plain_noise: float
-    """How far the stronger way is from itself if it runs each sample on its own."""
+    """Difference of the strong way from itself when it runs each sample on its own."""
     largest_effect: float
-    """Largest difference that any cell makes: what the differences are to be compared with."""
+    """Largest effect of any cell, for comparison with the differences."""
     matrix_gflops: float
-    """The measured rate, in the same process."""
+    """The measured rate of matrix products, in the same process."""
     peak_mb: float
-    """Peak memory in MiB up to the end of the sweep, which runs first; see `peaks.peak_mb`."""
+    """Peak memory in MiB up to the end of the sweep, which runs first; see `machine.peak_mb`."""
     peak_mb_strong: float | None = None
-    """Peaks of the other ways; None where they were not measured apart."""
+    """Peaks of the other ways; None if they were not measured separately."""
     peak_mb_naive: float | None = None
 
 
 def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> TimingRow:
-    """The row of a case, with a progress bar over cells. On a CUDA device with all peaks, else with the sweep's.
+    """Return the row of a case, with all peaks on a CUDA device and else that of the sweep; show a progress bar.
 
-    The naive way goes before and after the stronger one, so that a busy machine slows both.
+    The naive way runs before and after the strong one, so that a busy machine slows both.
     """
     runs, vlm = subject.runs(case.corruption), subject.vlm
     device = vlm.device
@@ -302,7 +310,7 @@ def measure_row(subject: Subject, case: Case, *, timed_cells: int) -> TimingRow:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Usual:
-    """The other two ways on some cells."""
+    """The two usual ways on some cells."""
 
     strong: Tensor
     """(cell, metric, sample)"""
@@ -334,7 +342,7 @@ def _usual_ways(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm)
 
 
 def _timed_strong(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm) -> tuple[Tensor, float, float]:
-    """Scores, seconds per cell, and the peak. The first cell's seconds hold the recording, so they do not count."""
+    """Return scores, seconds per cell without the first cell, whose seconds hold the recording, and the peak."""
     device = subject.vlm.device
     forget_peak(device)
     clock = Clock(device, bar)
@@ -345,7 +353,7 @@ def _timed_strong(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqd
 def _timed_naive(
     subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm
 ) -> tuple[list[Tensor], list[float], float]:
-    """Scores (metric, sample) and seconds of each cell, and the peak."""
+    """Return the scores (metric, sample) and the seconds of each cell, and the peak."""
     device = subject.vlm.device
     forget_peak(device)
     states, scores, clock = frozen_states(subject, runs, cells), [], Clock(device, bar)
@@ -358,7 +366,7 @@ def _timed_naive(
 class Measurements:
     """Measures rows, each in a process of its own, in which the sweep runs first.
 
-    The two usual ways need the same memory for every cell of a sort, so they are asked once, in a process each.
+    The two usual ways need the same memory for all cells of one sort, so each is measured once, in its own process.
     """
 
     def __init__(self, recipe: Recipe, timed_cells: int) -> None:
@@ -366,8 +374,10 @@ class Measurements:
         self._known: dict[tuple, float] = {}
 
     def row(self, case: Case) -> TimingRow:
-        """One row of the table. The stronger way's peak is that of one cell of each kind, since it holds the states
-        of all kinds; the naive way's that of one cell.
+        """Return one row of the table.
+
+        The peak of the strong way is that of one cell of each kind, since it holds the states of all kinds; that of the
+        naive way is that of one cell.
         """
         row = in_new_process(measure_anew, self._recipe, case, self._timed_cells)
         kinds = tuple({cell.kind: cell for cell in case.cells}.values())
@@ -392,19 +402,19 @@ def trace_rows(recipe: Recipe, cases: Sequence[Case], *, timed_cells: int) -> It
 
 
 def measure_anew(recipe: Recipe, case: Case, timed_cells: int) -> TimingRow:
-    """The row, measured from opening the model on, with the sweep's peak."""
+    """Return the row with the peak of the sweep, after opening the model in this process."""
     return measure_row(open_subject(recipe), case, timed_cells=timed_cells)
 
 
 def strong_peak(recipe: Recipe, case: Case) -> float:
-    """MiB that the stronger way takes, from opening the model on."""
+    """Return the peak memory in MiB of opening the model and the strong way."""
     subject = open_subject(recipe)
     run_strong(subject, subject.runs(case.corruption), case.cells)
     return peak_mb(subject.vlm.device)
 
 
 def naive_peak(recipe: Recipe, case: Case) -> float:
-    """MiB that the naive way takes, from opening the model on."""
+    """Return the peak memory in MiB of opening the model and the naive way."""
     subject = open_subject(recipe)
     runs = subject.runs(case.corruption)
     run_naive(subject, runs, case.cells, frozen_states(subject, runs, case.cells))
@@ -412,7 +422,7 @@ def naive_peak(recipe: Recipe, case: Case) -> float:
 
 
 def describe_row(row: TimingRow) -> list[str]:
-    """One row of the table, with everything that was measured."""
+    """Return lines with everything that was measured for a row."""
     lines = [
         f"{row.cells}: {row.computed_cells} cells computed, {row.free_cells} free, {row.samples} samples",
         f"  seconds       {row.seconds:.1f} ({1000 * row.seconds_per_cell:.1f} ms per cell; recording "
@@ -435,7 +445,7 @@ def describe_row(row: TimingRow) -> list[str]:
 
 
 def table(rows: Sequence[TimingRow]) -> list[str]:
-    """All rows, with the figures that count."""
+    """Return the lines of the table of all rows, with the main figures."""
     head = ("cells", "token-layers", "seconds, strong", "seconds, naive", "largest difference", "peak MiB")
     return aligned([head, *(_entries(row) for row in rows)])
 

@@ -1,4 +1,4 @@
-"""What makes the documentation: studies on the embedded model for its tables, the reference and the example files.
+"""Programs that make the documentation: the tables of results on the embedded model, the reference, example files.
 
-Nothing of it is a command, and it is not in the wheel.
+None of them is a command of multrace, and they are not in the wheel.
 """

@@ -1,8 +1,8 @@
 """Make the generated parts of docs/: the reference of every public name, and the example pictures and records.
 
-`python -m multrace.scripts.studies.reference` writes docs/reference.md from the docstrings; the sources are read and
-not imported. With `examples` after it, it writes docs/examples from the built-in world. Tests compare both with what
-this module makes of the present sources.
+`python -m multrace.scripts.studies.reference` writes docs/reference.md from the docstrings; it reads the sources and
+does not import them. With the argument `examples` it writes docs/examples from the built-in world. Tests compare both
+with the output of this module for the present sources.
 """
 
 import json
@@ -43,9 +43,13 @@ AverageTrace`). `python -c "help('multrace.causal_trace')"` shows the same text.
 def reference(root: Path = ROOT) -> str:
     """Return the whole page as Markdown, for the package whose sources are in this folder."""
     with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "multrace"  # griffe takes a package's name from its folder
+        own = Path(folder) / "multrace"  # griffe takes the name of a package from its folder
         own.mkdir()
-        for name in ("__init__.py", "__init__.pyi", *ROOMS):  # the whole checkout would make griffe walk its .venv, too
+        for name in (
+            "__init__.py",
+            "__init__.pyi",
+            *ROOMS,
+        ):  # else griffe would walk the whole checkout, with its .venv
             (own / name).symlink_to(root / name)
         package = griffe.load("multrace", search_paths=[folder], docstring_parser="google")
         starred = set(_public(package))
@@ -63,7 +67,7 @@ def reference(root: Path = ROOT) -> str:
 
 
 def _public(module: griffe.Module) -> list[str]:
-    """The names that a face exports: those that its stub imports under their own name."""
+    """Return the names that a face exports, which its stub imports under their own names."""
     names = [
         name
         for name, member in module.members.items()
@@ -87,7 +91,7 @@ def _entry(member: Any, name: str, *, is_starred: bool) -> Iterator[str]:
 
 
 def _signature(function: Any) -> str:
-    """The parameters, one line each where there are more than three."""
+    """Return the signature, with a line for each parameter if there are many."""
     parameters = [parameter for parameter in function.parameters if parameter.name not in ("self", "cls")]
     parts, is_keyword_only = [], False
     for parameter in parameters:
@@ -114,7 +118,7 @@ def _signature(function: Any) -> str:
 
 
 def _docstring(member: Any) -> Iterator[str]:
-    """The docstring as Markdown: prose as it is, arguments as a list, examples as code."""
+    """Yield the docstring in Markdown: prose as it is, arguments as a list, examples as code."""
     if member.docstring is None:
         return
     for section in member.docstring.parse("google"):
@@ -139,7 +143,7 @@ def _docstring(member: Any) -> Iterator[str]:
 
 
 def _fields(member: Any) -> Iterator[str]:
-    """The documented fields and properties of a class and of its bases."""
+    """Yield the documented fields and properties of a class and of its bases."""
     lines = []
     for name, attribute in member.all_members.items():
         if name.startswith("_") or not attribute.is_attribute or attribute.docstring is None:
@@ -150,7 +154,7 @@ def _fields(member: Any) -> Iterator[str]:
 
 
 def _methods(member: Any) -> Iterator[str]:
-    """The public methods of a class and of its bases, each with its first sentence."""
+    """Yield the public methods of a class and of its bases, each with its first sentence."""
     lines = []
     for name, method in member.all_members.items():
         if name.startswith("_") or not method.is_function or method.docstring is None:
@@ -162,7 +166,7 @@ def _methods(member: Any) -> Iterator[str]:
 
 
 def _short_signature(function: Any) -> str:
-    """Names of the parameters only."""
+    """Return the names of the parameters alone."""
     names = [parameter.name for parameter in function.parameters if parameter.name not in ("self", "cls")]
     return f"({', '.join(names)})"
 

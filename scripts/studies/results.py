@@ -1,7 +1,7 @@
-"""Measure every editor and baseline on the embedded model's own facts, and whether locating helps.
+"""Measure every editor and baseline on facts of the embedded model, and whether locating helps.
 
-Settings were chosen on the "choose" halves of the world's edit splits; everything here is measured on the "report"
-halves. Each measured row is kept in OUT, so that an interrupted run continues where it was.
+The settings were chosen on the "choose" halves of the edit splits of the world; this program measures on the "report"
+halves. Each measured row is kept in OUT, so that an interrupted run continues.
 """
 
 import sys
@@ -37,11 +37,11 @@ from .rows import (
 )
 
 EXAMPLE = """examples:
-  python -m multrace.scripts.studies.results --out out/results                        everything, some hours on one core
+  python -m multrace.scripts.studies.results --out out/results                        everything (hours on one core)
   python -m multrace.scripts.studies.results --out out/results --limit 10             a quick look
   python -m multrace.scripts.studies.results --out out/results --parts editors --splits outdated
 
-The command writes OUT/rows/*.json (one per measured row, reused on the next run) and OUT/results.md.
+The program writes OUT/rows/*.json (one per measured row, which the next run uses again) and OUT/results.md.
 """
 app = App(name="python -m multrace.scripts.studies.results", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE)
 LAYOUT = "multrace results row 1"
@@ -50,14 +50,14 @@ PARTS = ("editors", "batch", "sequence", "locating")
 
 @dataclass(frozen=True, kw_only=True)
 class Results(GeneralOptions):
-    """Options of the results."""
+    """Options of the study of editors."""
 
     out: Annotated[Path, Parameter(help="folder for the rows and the tables", metavar="DIR")]
     limit: Annotated[int, Parameter(help="number of requests of each split", metavar="N")] = 100
     together: Annotated[int, Parameter(help="number of edits of a sequence and of the largest batch", metavar="N")] = (
         160
     )
-    probes: Annotated[int, Parameter(help="number of probes of each kind per request", metavar="N")] = 4
+    probes: Annotated[int, Parameter(help="number of probes of each kind for each request", metavar="N")] = 4
     parts: Annotated[tuple[str, ...], Parameter(help=f"parts to measure: {', '.join(PARTS)}", metavar="PART")] = PARTS
     splits: Annotated[tuple[str, ...], Parameter(help=f"splits to measure: {', '.join(SPLITS)}", metavar="SPLIT")] = (
         SPLITS
@@ -65,16 +65,16 @@ class Results(GeneralOptions):
 
     def check(self) -> None:
         """Raises `CommandError` for unknown parts or splits, or numbers below 1."""
-        unknown = [name for name in (*self.parts, *self.splits) if name not in (*PARTS, *SPLITS)]
-        if unknown or self.limit < 1 or self.probes < 1 or self.together < 1:
-            raise CommandError(
-                f"cannot measure {', '.join(unknown) or 'so few'}; parts are {', '.join(PARTS)}, splits "
-                f"{', '.join(SPLITS)}, --limit, --together and --probes at least 1"
-            )
+        for kind, names, known in (("parts", self.parts, PARTS), ("splits", self.splits, SPLITS)):
+            if unknown := [name for name in names if name not in known]:
+                raise CommandError(f"cannot measure --{kind} {unknown[0]}; pass some of {', '.join(known)}")
+        for name in ("limit", "together", "probes"):
+            if getattr(self, name) < 1:
+                raise CommandError(f"--{name} is {getattr(self, name)}; pass at least 1")
         check_files(self.out, ("results.md",))
 
     def most(self, split: str) -> int:
-        """Return the most requests of a split that any row takes: more than `limit` only where its half has them."""
+        """Return the number of requests of the largest row of a split; those above `limit` must be in its half."""
         if not {"batch", "sequence"} & {*self.parts}:
             return self.limit
         return max(self.limit, min(self.together, len(data.World().edit_cases(split, "report"))))
@@ -94,7 +94,7 @@ def run(options: Results) -> int:
             bench = bench or make_bench(vlm, split, "report", options.most(split), options.probes)
             try:
                 found = measure(vlm, bench)
-            except EditError as error:  # one row that cannot be made, such as a batch that contradicts itself
+            except EditError as error:  # a row that cannot be measured, such as a batch that contradicts itself
                 tqdm.write(f"{split} {name}: left out, {error}")
                 continue
             write_json(_file(options, split, name), LAYOUT, {"run": identity, "row": found})
@@ -109,7 +109,7 @@ Measure = Callable[[VisionLanguageModel, Bench], Mapping[str, Any]]
 
 
 def _work(settings: Results, split: str) -> Iterator[tuple[str, Measure]]:
-    """Yield name and measurement of every chosen row."""
+    """Yield the name and the measurement of each chosen row."""
     few, parts = settings.limit, settings.parts
     if "editors" in parts or "batch" in parts:
         yield "sites", lambda vlm, bench: sites_of(vlm, bench.first(few))
@@ -140,7 +140,7 @@ def _file(settings: Results, split: str, name: str) -> Path:
 
 
 def _identity(settings: Results, vlm: VisionLanguageModel) -> dict[str, Any]:
-    """Return what all rows of a folder share: the model by its weights, the version, the numbers of the header."""
+    """Return what all rows in a folder share: the weights, the version, and the numbers in the header of the page."""
     return {
         "weights": vlm.weights_digest(),
         "version": __version__,
@@ -151,17 +151,17 @@ def _identity(settings: Results, vlm: VisionLanguageModel) -> dict[str, Any]:
 
 
 def _refuse_other_rows(settings: Results, identity: Mapping[str, Any]) -> None:
-    """Raises `CommandError` if a row in the folder was measured with other numbers, or on another model or version."""
+    """Raises `CommandError` if a row in the folder was measured with other numbers, another model or version."""
     for file in sorted((settings.out / "rows").glob("*.json")):
         if different := differences(read_json(file, LAYOUT)["run"], identity):
             raise CommandError(
                 f"{str(file)!r} is a row of another run: {'; '.join(different)}; pass another folder as --out, or "
-                "remove this one"
+                "remove this file"
             )
 
 
 def _measured(settings: Results, split: str) -> dict[str, Any]:
-    """Every measured row of a split, by name."""
+    """Return name -> measured row, for one split."""
     files = sorted((settings.out / "rows").glob(f"{split} *.json"))
     return {file.stem.removeprefix(f"{split} "): read_json(file, LAYOUT)["row"] for file in files}
 
@@ -190,7 +190,7 @@ LABELS = {
     "lora": "LoRA",
     "in-context": "InContext",
 }
-"""Short names of the rows; the page explains each."""
+"""Row -> its short name; the page explains each row."""
 _CHANGES = ("efficacy", "other pictures", "other wordings", "both", "by name")
 _CURVES = {
     "efficacy": "Efficacy after so many edits",
@@ -228,7 +228,7 @@ brackets.
 
 
 def document(rows: Mapping[str, Mapping[str, Any]], **identity: Any) -> str:
-    """Return the whole page, with whatever is measured; identity: the weights, version and numbers of its header."""
+    """Return the page with all measured rows; identity: the weights, the version and the numbers of its header."""
     legend = "\n".join(f"| {LABELS[row.name]} | {row.text} |" for row in editor_rows())
     parts = [_HEADER.format(**identity, legend=legend)]
     for split, results in rows.items():
@@ -237,7 +237,7 @@ def document(rows: Mapping[str, Mapping[str, Any]], **identity: Any) -> str:
 
 
 def _split(split: str, results: Mapping[str, Any]) -> Iterator[str]:
-    """The part of the page about one split, each heading once."""
+    """Yield the parts of the page about one split, with each heading once."""
     yield f"## {_TITLES[split]}\n\n{_ABOUT[split]}\n"
     for way, title in (
         ("single", "one edit at a time"),
@@ -257,7 +257,7 @@ def _split(split: str, results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _editors(results: Mapping[str, Any], way: str) -> Iterator[str]:
-    """Two tables: what should change, and what should stay."""
+    """Yield two tables: of answers that should change, and of answers that should stay."""
     measured = [(row, results[f"{way} {row.name}"]) for row in editor_rows() if f"{way} {row.name}" in results]
     if not measured:
         return
@@ -279,7 +279,7 @@ def _cell(score: Sequence[float]) -> str:
 
 
 def _curves(results: Mapping[str, Any]) -> Iterator[str]:
-    """One table per measure: editors by number of edits."""
+    """Yield a table of editors by number of edits for each measure."""
     rows = [(row, results[f"sequence {row.name}"]) for row in editor_rows() if f"sequence {row.name}" in results]
     if not rows:
         return
@@ -306,7 +306,7 @@ def _point(point: Mapping[str, Any], measure: str) -> str:
 
 
 def _locating(found: Mapping[str, Any], title: str) -> list[str]:
-    """Paired tests and the onset table, where the whole grid is measured."""
+    """Return the paired tests and the table of onsets if the whole grid is measured."""
     grid = {}
     for name, cells in found.items():
         if name.startswith("grid "):
@@ -337,7 +337,7 @@ def _locating(found: Mapping[str, Any], title: str) -> list[str]:
 
 
 def _grid(grid: Mapping[tuple[int, str], Any]) -> Iterator[str]:
-    """Means over all requests at each layer and token."""
+    """Yield the table of means over all requests at each layer and token."""
     yield "| token | layer | efficacy | generality | other entities unchanged | locality |"
     yield "|---" * 6 + "|"
     for (layer, token), cells in sorted(grid.items(), key=lambda item: (item[0][1], item[0][0])):

@@ -1,6 +1,7 @@
-"""The requests of the results with their unedited answers, and the rows that are measured on them.
+"""The requests of the study of editors, with their unedited answers, and the rows that are measured on them.
 
-A row is an editor, a baseline or a control: one edit at a time, all at once, in sequence, or at every layer and token.
+A row is an editor, a baseline or a control, with one edit at a time, all at once, in sequence, or at every layer and
+token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,31 +57,33 @@ from ...tracing import EditSite, SwapImage
 from ...workflow.sites import locate
 
 CONTEXTS = 3
-"""Number of other pictures of the entity that an edit gets; no probe uses them."""
+"""Number of other pictures of the entity that an edit gets, none of which a probe shows."""
 _MOMENT_FACTS = 400
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
-    """The records of one half of one split, and what every row shares."""
+    """The records of one half of a split, and what all rows share."""
 
     world: World
     cases: tuple[EditCase, ...]
     records: tuple[EditRecord, ...]
-    """As the default edits them: with other pictures as contexts."""
+    """The records with other pictures as contexts, which the default row edits."""
     baseline: Baseline
     moments: Moments
-    """Second moments of keys over questions that training taught, in all layers, by projection of the MLP."""
+    """Second moments of the keys of all MLPs over questions about taught facts that no request changes."""
     sites: tuple[EditSite, ...] = field(repr=False)
-    """Where each request's own trace, under the picture of another entity, says that it is to be edited."""
+    """The site of each request by its own trace, under the picture of another entity."""
     named: Mapping[str, Question] = field(default_factory=dict, repr=False)
-    """The question of each request by the entity's name, without a picture, in a wording that no probe has."""
+    """The question of each request by the name of the entity, without a picture, in a wording that no probe has."""
     notes: tuple[str, ...] = ()
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def first(self, number: int) -> Self:
-        """Return the same with the first requests only."""
-        names = tuple(repr(record.label) for record in self.records[:number])  # as notes begin
+        """Return the same bench with the first requests alone."""
+        names = tuple(
+            repr(record.label) for record in self.records[:number]
+        )  # notes begin with the name of their record
         return replace(
             self,
             cases=self.cases[:number],
@@ -91,7 +94,15 @@ class Bench:
 
 
 def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, probes: int) -> Bench:
-    """Return the first `number` requests of a split's part, with `probes` questions of each kind."""
+    """Return the first requests of one half of a split, with what all rows share.
+
+    Args:
+        vlm: The unedited model.
+        split: One of SPLITS.
+        part: "choose" or "report".
+        number: The number of requests.
+        probes: The number of probes of each kind.
+    """
     world = World()
     cases = _cases(world, split, part, number)
     records = world_records(world, cases, requests=WorldRequests(count=probes, contexts=CONTEXTS))
@@ -118,14 +129,14 @@ def make_bench(vlm: VisionLanguageModel, split: str, part: str, number: int, pro
 
 
 def site_by_request(bench: Bench) -> Mapping[str, EditSite]:
-    """The site of each request by its name."""
+    """Return name of a request -> its site."""
     return {record.id: site for record, site in zip(bench.records, bench.sites, strict=True)}
 
 
 def _cases(world: World, split: str, part: str, number: int) -> tuple[EditCase, ...]:
-    """As many cases as requested; if the part has fewer, the last cases of the other part follow.
+    """Return `number` cases; if the part has fewer, the last cases of the other part follow.
 
-    Settings are chosen on the first ones of a part, so that the last ones are as good as unseen.
+    Settings are chosen on the first cases of that part, so that the last ones count as unseen.
     """
     other = "choose" if part == "report" else "report"
     return (*world.edit_cases(split, part), *reversed(world.edit_cases(split, other)))[:number]
@@ -147,20 +158,20 @@ COLUMNS: Mapping[str, tuple[str, str, str]] = {
     "other relations": (LOCALITY, UNCHANGED, OTHER_QUESTION_SAME_PICTURE),
     "unrelated": (LOCALITY, UNCHANGED, UNRELATED),
 }
-"""Column -> the score it shows."""
+"""Column -> the aspect, protocol and kind of probe of the score that it shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditorRow:
-    """One line of the tables."""
+    """A line of the tables."""
 
     name: str
     text: str
-    """Description for the table."""
+    """Its description in the table."""
     editor: Callable[[Bench], Editor]
-    """Function that makes the editor for a bench."""
+    """Returns the editor for a bench."""
     shown: Callable[[Bench, EditRecord], EditRecord] = lambda _bench, record: record
-    """Function that changes a request before the editor gets it."""
+    """Returns the request in the form that the editor gets."""
     batches: bool = True
     sequences: bool = False
 
@@ -216,13 +227,13 @@ def editor_rows() -> tuple[EditorRow, ...]:
 
 
 def measure_editor(vlm: VisionLanguageModel, bench: Bench, row: EditorRow, *, together: bool) -> Mapping[str, Any]:
-    """The scores of one editor, each edit alone or all in one batch: {column: [unedited, low, edited, high]}."""
+    """Return the scores of an editor, for each edit alone or for a batch: {column: [unedited, low, edited, high]}."""
     options = {"mode": BATCH if together else SINGLE, "moments": bench.moments, "baseline": bench.baseline}
     return _found(row, evaluate(vlm, _records(bench, row), row.editor(bench), batch_size=64, **options))
 
 
 def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> Mapping[str, Any]:
-    """The curve of one editor over a sequence, and its scores after the last edit."""
+    """Return the curve of an editor over a sequence, and its scores after the last edit."""
     options = {"mode": SEQUENCE, "moments": bench.moments, "baseline": bench.baseline, "batch_size": 64, "at": AT}
     report = evaluate(vlm, _records(bench, row), row.editor(bench), **options)
     return {
@@ -232,7 +243,7 @@ def measure_sequence(vlm: VisionLanguageModel, bench: Bench, row: EditorRow) -> 
 
 
 def json_ready(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of numbers as plain Python types."""
+    """Return rows of numbers as plain Python types."""
     return [{key: None if value is None else float(value) for key, value in row.items()} for row in rows]
 
 
@@ -262,12 +273,12 @@ def _row(name: str, text: str, editor: Editor, **options: Any) -> EditorRow:
 
 
 def _traced(bench: Bench) -> Editor:
-    """Each request at its own site; several at once at the site that most of their traces choose."""
+    """Return MultEdit at the site of each request; several at once are edited at the site of most of their traces."""
     return EditorByRequest(choose=lambda requests: MultEdit(where=_site(bench, requests)))
 
 
 def _with_moments(bench: Bench) -> Editor:
-    """The same for many edits: what other questions look up counts too, and values go no further than they must."""
+    """Return the same for many edits: the keys of other questions count too, and value searches stop earlier."""
     options = {"moment_weight": 10.0, "ridge_fraction": 0.002, "stop_loss": 0.02}
     return EditorByRequest(choose=lambda requests: MultEdit(where=_site(bench, requests), **options))
 
@@ -279,7 +290,7 @@ def _site(bench: Bench, requests: Sequence[EditRequest]) -> EditSite:
 
 
 def _named(bench: Bench, request: EditRecord) -> EditRecord:
-    """The request with the question by name, in a wording that no probe uses."""
+    """Return the request with the question by name as well, in a wording that no probe has."""
     return replace(request, rewrite_prompts=(bench.named[request.id],))
 
 
@@ -288,36 +299,42 @@ def _bare(_bench: Bench, request: EditRecord) -> EditRecord:
 
 
 CONVERGED = 200
-"""Steps of the value search: enough for values that can be found at all."""
+"""Number of steps of the value search, which is enough for every value that can be found at all."""
 _DRAWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """The traced choice compared with another one over the same requests."""
+    """A comparison of the traced choice with another one over the same requests."""
 
     traced: float
-    """Mean score of the traced choice, 0 to 1."""
+    """The mean score of the traced choice, 0 to 1."""
     other: float
     low: float
-    """Of the mean difference (traced minus other), 95 % bootstrap over requests."""
+    """The lower end of the 95 % bootstrap interval of the mean difference (traced minus other) over requests."""
     high: float
     p: float
-    """Of a permutation test that flips the signs of the differences at random, two-sided."""
+    """The two-sided p of a permutation test that flips the signs of the differences at random."""
     number: int
 
 
 def sites_of(_vlm: VisionLanguageModel, bench: Bench) -> Mapping[str, Any]:
-    """{"sites": {request: [layer, token, onset]}, "notes": [...]} of each request's own trace."""
+    """Return {"sites": {request: [layer, token, onset]}, "notes": [...]} by the traces of the requests."""
     names = [record.id for record in bench.records]
     sites = {name: [site.layer, site.token, site.onset] for name, site in zip(names, bench.sites, strict=True)}
     return {"sites": sites, "notes": list(bench.notes)}
 
 
 def measure_grid(vlm: VisionLanguageModel, bench: Bench, layer: int, token: str) -> Mapping[str, Any]:
-    """{request: [efficacy, generality, other entities unchanged, all questions that should stay unchanged]}, 0 to 1.
+    """Return {request: [efficacy, generality, locality to other entities, locality]}, each 0 to 1.
 
-    Each request is edited alone at this layer and token, with converged values.
+    Each request is edited alone, with converged values.
+
+    Args:
+        vlm: The unedited model.
+        bench: The requests.
+        layer: The layer to edit.
+        token: The token group to edit.
     """
     editor = MultEdit(layer=layer, token=token, steps=CONVERGED)
     report = evaluate(vlm, bench.records, editor, baseline=bench.baseline, batch_size=64)
@@ -346,7 +363,7 @@ def paired(traced: Sequence[float], other: Sequence[float]) -> Paired:
 
 
 def comparisons(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
-    """Traced token against the others at the traced layer; traced layer against each other one at the traced token."""
+    """Compare the traced token with all at the traced layer, and the traced layer with all at the traced token."""
     found = []
     chosen = [score(grid[layer, token][name]) for name, (layer, token, _) in sites.items()]
     tokens, layers = sorted({token for _, token in grid}), sorted({layer for layer, _ in grid})
@@ -360,7 +377,7 @@ def comparisons(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str
 
 
 def by_onset(sites: Mapping[str, Sequence[Any]], grid: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
-    """Edits at the traced token by how far their layer is from the request's own onset there."""
+    """Return the scores of edits at the traced token, by the distance of their layer from the onset of the trace."""
     groups: dict[int, list[Sequence[float]]] = {}
     for name, (_, token, onset) in sites.items():
         for layer in sorted({layer for layer, _ in grid}):

@@ -1,8 +1,8 @@
 """The parts of the embedded model, and the packed rows that it is trained on.
 
-A row is the prompt's head ("<s>USER:" and the image tokens) followed by blocks, each one question with its answer. A
-block sees the head and itself only, and its positions restart after the head, so the packed row computes what separate
-prompts would. A text-only block sees "<s>USER:" but not the image tokens.
+A row is the head of a prompt ("<s>USER:" and the image tokens) followed by blocks of one question and its answer each.
+A block sees only the head and itself, and its positions restart after the head, so that the packed row computes the
+same as separate prompts. A text-only block sees "<s>USER:" but not the image tokens.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ VISION_LAYERS = 4
 VOCABULARY = 1600
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 
-# No separator stands between the picture and the question: a separator token would become a hub that gathers the
-# picture, and the picture would not reach the question's own tokens.
+# There is no separator between the picture and the question: its token would become a hub that gathers the picture,
+# which would then not reach the tokens of the question.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER:' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
@@ -50,8 +50,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on every question and answer of the world: answers come out at one to three
-    tokens.
+    """Return a byte-level BPE tokenizer trained on all questions and answers of the world.
+
+    An answer has one to three tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -98,7 +99,7 @@ def _templates(name: str) -> tuple[str, ...]:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The LLaVA processor around the tokenizer: SIZE x SIZE pixels, IMAGE_TOKENS image tokens."""
+    """Return a processor of LLaVA with this tokenizer, SIZE x SIZE pixels and IMAGE_TOKENS image tokens."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -117,7 +118,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A randomly initialised LLaVA: CLIP tower, two-layer projector, Llama text model."""
+    """Return a randomly initialised LLaVA: CLIP tower, two-layer projector, Llama text model."""
     vision = CLIPVisionConfig(
         hidden_size=VISION_HIDDEN,
         intermediate_size=4 * VISION_HIDDEN,
@@ -159,47 +160,47 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
 
 IGNORED = -100
 ROUTED_LAYERS = 3
-"""In routed rows the picture is visible in the first this many layers only, and to constraint tokens only."""
+"""Number of layers, from the first, in which constraint tokens see the picture in routed rows; no other token does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One question with its answer, as token ids that follow the head of the row."""
+    """A question and its answer, as token ids that follow the head of the row."""
 
     ids: tuple[int, ...]
     answer_start: int
-    """Index in ids of the first answer token; the answer ends with the end-of-sequence token."""
+    """Index in `ids` of the first token of the answer, which ends with the end-of-sequence token."""
     constraint: range
-    """Indices in ids of the constraint's tokens."""
+    """Indices in `ids` of the tokens of the constraint."""
     is_visual: bool
-    """The constraint points at the picture."""
+    """Whether the constraint refers to the picture."""
     has_image: bool
-    """The picture stands in front of the question."""
+    """Whether the picture comes before the question."""
     entity: int
-    """The entity the question is about, -1 where that is not asked."""
+    """The index of the entity that the question is about; -1 if the reader is not asked for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed rows as tensors; every mask is (row, 1, token, token), True where attention is allowed."""
+    """Packed rows as tensors; a mask is (row, 1, token, token), True where attention is allowed."""
 
     ids: Tensor
     positions: Tensor
     early_mask: Tensor
-    """For layers below ROUTED_LAYERS."""
+    """The mask of the layers below ROUTED_LAYERS."""
     late_mask: Tensor
     labels: Tensor
-    """(row, token): the next answer token, IGNORED elsewhere."""
+    """(row, token): the next token of the answer, or IGNORED."""
     owner: Tensor
-    """(row, token): number of the block that a labelled token belongs to, -1 elsewhere."""
+    """(row, token): the number of the block that a labelled token belongs to, or -1."""
     entity_rows: Tensor
-    """(mention, 2): row and token of the last constraint token of each mention of a known entity."""
+    """(mention, 2): the row and the token of the last constraint token of each mention of a known entity."""
     entities: Tensor
-    """(mention,): the entity mentioned."""
+    """(mention,): the index of the entity that is mentioned."""
 
 
 class Packer:
-    """Turns records into blocks (remembering their tokens) and rows of blocks into batches."""
+    """Turns questions into blocks, whose tokens it remembers, and rows of blocks into batches."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -210,8 +211,15 @@ class Packer:
         self._tokens: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
     def block(self, record: Question, *, entity: int = -1, has_image: bool = True, is_visual: bool = True) -> Block:
-        """The block of a record; without a constraint in the record, the routed picture is visible to none of its
-        tokens.
+        """Return the block of a question.
+
+        Without a constraint, no token of the block sees the picture of a routed row.
+
+        Args:
+            record: The question with its answer.
+            entity: The index of the entity that the reader is asked for; -1 (default) for none.
+            has_image: Whether the picture comes before the question (default True).
+            is_visual: Whether the constraint refers to the picture (default True).
         """
         ids, offsets = self._encode(f"USER: {record.text} ASSISTANT: {record.answer}")
         question_end = len(f"USER: {record.text} ASSISTANT:")
@@ -238,14 +246,14 @@ class Packer:
         return self._tokens[text]
 
     def collate(self, rows: Sequence[Sequence[Block]], routed: Sequence[bool]) -> Batch:
-        """The batch of the rows; in rows marked as routed the picture passes through the constraint tokens alone."""
+        """Return the batch of the rows; in routed rows the picture passes through the constraint tokens alone."""
         head = len(self.head)
         length = max(head + sum(len(block.ids) for block in row) for row in rows)
         length += -length % 8
         shape = (len(rows), length)
         ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         group = np.full(shape, -1, np.int64)  # 0 text head, 1 image, 2... blocks, -1 padding
-        early, late = np.zeros(shape, bool), np.zeros(shape, bool)  # who may look at the image
+        early, late = np.zeros(shape, bool), np.zeros(shape, bool)  # the tokens that see the image
         labels, owner = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
         mentions: list[tuple[int, int, int]] = []
         count = 0
@@ -287,5 +295,7 @@ class Packer:
         allowed = (query == key) | ((key == 0) & (query >= 0)) | ((key == 1) & sees_image[:, :, None])
         length = group.shape[1]
         allowed &= torch.ones(length, length, dtype=torch.bool).tril()
-        allowed |= torch.eye(length, dtype=torch.bool)  # padding sees itself: a row with nothing to see would be NaN
+        allowed |= torch.eye(
+            length, dtype=torch.bool
+        )  # padding sees itself, because a token that sees nothing would be NaN
         return allowed[:, None]

@@ -1,16 +1,16 @@
 """The two training stages of the embedded model.
 
-Stage 1: the vision tower alone learns what stands where, before any question is asked. Without it the joint training
-spends most of its time on seeing. The patches that an entity covers are averaged, and linear heads on the average
-predict its parts, its place and who it is.
+Stage 1: the vision tower alone learns what is where in a picture, before any question is asked; otherwise the joint
+training would spend most of its time on learning to see. The patches that an entity covers are averaged, and linear
+heads predict its parts, its place and its identity from the average.
 
-Stage 2: the whole model learns to answer, with the picture routed through the question's constraint tokens. In a
-routed row only the constraint's tokens may look at the picture, and only in the first layers; open rows have no such
-mask. Starting with routed rows alone fixes the route of information that large models show (picture -> constraint
-tokens -> last token -> answer); the open rows that are mixed in afterwards keep the model usable without any mask, and
-the route stays. A linear reader on the constraint's last token, dropped after training, asks for the entity's identity
-once the picture has been read; it gives questions by name and questions by picture one meeting point, from where they
-share what is known about the entity.
+Stage 2: the whole model learns to answer, with the picture routed through the constraint tokens of the question. In a
+routed row only the constraint tokens see the picture, and only in the first layers; open rows have no such mask. The
+training starts with routed rows alone, which fix the route of information that large models show (picture ->
+constraint tokens -> last token -> answer); the open rows that are mixed in afterwards keep the model usable without any
+mask, and the route remains. A linear reader on the last constraint token, which is dropped after training, is asked for
+the identity of the entity once the picture has been read; it gives questions by name and questions by picture one
+meeting point, from which they share what is known about the entity.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _REUSED = 3
 
 
 def pixels(pictures: list[Scene]) -> Tensor:
-    """(picture, 3, SIZE, SIZE) float32, the values the processor gives for pictures of this size."""
+    """Return (picture, 3, SIZE, SIZE) float32: the values that the processor gives for pictures of this size."""
     stacked = np.stack([np.asarray(picture.image) for picture in pictures])
     return (torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
 def sample_entities(world: World, rng: random.Random) -> tuple[Entity, ...]:
-    """One taught entity (70 %), two of one kind (15 %) or two of different kinds (15 %)."""
+    """Return one taught entity (70 %), two of one kind (15 %) or two of different kinds (15 %)."""
     first, chance = rng.choice(world.taught), rng.random()
     if chance < 0.7:
         return (first,)
@@ -55,21 +55,29 @@ def sample_entities(world: World, rng: random.Random) -> tuple[Entity, ...]:
 
 
 def draw(entities: tuple[Entity, ...], rng: random.Random) -> Scene:
-    """A fresh training picture of one or two entities."""
+    """Return a new training picture of one or two entities."""
     if len(entities) == 1:
         return draw_one(entities[0].figure, rng)
     return draw_two(entities[0].figure, entities[1].figure, rng)
 
 
 def learning_rate(step: int, steps: int, peak: float, *, warm_up: int, flat: float) -> float:
-    """Linear warm-up, flat until the share `flat` of the steps, then a cosine down to 2 % of the peak."""
+    """Return the learning rate of a step: a linear warm-up, then a flat part, then a cosine down to 2 % of the peak.
+
+    Args:
+        step: The step, from 0.
+        steps: The number of steps.
+        peak: The largest learning rate.
+        warm_up: The number of steps of the warm-up.
+        flat: The share of the steps after which the cosine starts, 0 to 1.
+    """
     share = step / steps
     decay = 1.0 if share < flat else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (share - flat) / (1 - flat)))
     return peak * min(1.0, (step + 1) / warm_up) * decay
 
 
 class TowerHeads(nn.Module):
-    """Linear readers of an entity's parts, place and identity from the mean of its patches."""
+    """Linear readers of the parts, the place and the identity of an entity from the mean of its patches."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -84,7 +92,7 @@ class TowerHeads(nn.Module):
         self.identity = nn.Linear(VISION_HIDDEN, len(world.entities))
 
     def loss(self, features: Tensor, entities: list[Entity], places: list[str]) -> Tensor:
-        """Sum of the cross-entropies of parts (mean over an entity's four or five), place and identity."""
+        """Return the sum of the cross-entropies of parts (a quarter of their sum), place and identity."""
         features = self.norm(features)
         total = functional.cross_entropy(self.identity(features), torch.tensor([entity.index for entity in entities]))
         total = total + functional.cross_entropy(
@@ -98,13 +106,13 @@ class TowerHeads(nn.Module):
         return total
 
     def hits(self, features: Tensor, entities: list[Entity]) -> float:
-        """Share of entities recognised."""
+        """Return the share of entities that are recognised."""
         wanted = torch.tensor([entity.index for entity in entities])
         return (self.identity(self.norm(features)).argmax(-1) == wanted).float().mean().item()
 
 
 def _covered(box: tuple[float, float, float, float]) -> Tensor:
-    """(patch,) weights that average the patches whose centre lies in the box."""
+    """Return (patch,) weights that average the patches whose centres lie in the box."""
     centres = (torch.arange(_GRID) + 0.5) / _GRID
     left, top, right, bottom = box
     inside = ((centres > top) & (centres < bottom))[:, None] & ((centres > left) & (centres < right))[None, :]
@@ -112,7 +120,7 @@ def _covered(box: tuple[float, float, float, float]) -> Tensor:
 
 
 def entity_features(tower: nn.Module, pictures: list[Scene]) -> Tensor:
-    """(entity, VISION_HIDDEN): mean patch state of every entity of every picture, in order."""
+    """Return (entity, VISION_HIDDEN): the mean state of the patches of every entity of every picture, in order."""
     states = tower(pixel_values=pixels(pictures)).last_hidden_state[:, 1:]
     rows = [row for row, picture in enumerate(pictures) for _ in picture.boxes]
     weights = torch.stack([_covered(box) for picture in pictures for box in picture.boxes])
@@ -120,8 +128,9 @@ def entity_features(tower: nn.Module, pictures: list[Scene]) -> Tensor:
 
 
 def _stream(world: World, rng: random.Random) -> Iterator[list[tuple[tuple[Entity, ...], Scene]]]:
-    """Batches of fresh pictures, each picture used in three of them: drawing takes a third of the time, nothing repeats
-    late.
+    """Yield batches of new pictures, each of which occurs in three batches in a row and never again.
+
+    So drawing takes a third of the time that it would take otherwise.
     """
     recent: deque[list[tuple[tuple[Entity, ...], Scene]]] = deque(maxlen=_REUSED)
     while True:
@@ -158,16 +167,16 @@ def train_tower(tower: nn.Module, world: World, *, steps: int, seed: int, peak: 
 
 
 READ_LAYER = ROUTED_LAYERS - 1
-"""The layer whose output the identity reader sees."""
+"""The layer whose output the reader of identities reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stretch of joint training with its own learning-rate schedule."""
+    """A part of the joint training, with a learning-rate schedule of its own."""
 
     steps: int
     routed: float
-    """Share of routed rows."""
+    """The share of routed rows, 0 to 1."""
     peak: float
     """Peak learning rate."""
     rows: int = 12
@@ -177,14 +186,16 @@ class Phase:
 
 
 class Examples:
-    """Endless fresh rows: a picture nobody has seen, questions about it, by name in front of it, and without it."""
+    """Endless new rows: a new picture with questions about it, and questions by name with and without it."""
 
     def __init__(self, world: World, packer: Packer, seed: int) -> None:
         self.world, self.packer, self.rng = world, packer, random.Random(f"joint {seed}")
 
     def row(self) -> tuple[Scene, list[Block]]:
-        """One picture with its blocks: four facts shown, a name, an attribute, two facts by name before it, three
-        without it.
+        """Return a new picture and its blocks.
+
+        They ask for four facts in the picture, a name, an attribute of a single entity, two facts by name with the
+        picture, and three without it.
         """
         rng = self.rng
         entities = sample_entities(self.world, rng)
@@ -198,13 +209,13 @@ class Examples:
         return picture, blocks
 
     def _side(self, entity: Entity, entities: Sequence[Entity]) -> str | None:
-        """Which side to name, where the picture shows two of a kind."""
+        """Return the side to name if the picture shows two entities of a kind, else None."""
         if sum(other.kind == entity.kind for other in entities) == 1:
             return None
         return "left" if entity is entities[0] else "right"
 
     def _template(self, fact: Fact) -> int:
-        return self.rng.randrange(len(relation(fact.key[0]).templates) - 1)  # the last one is held out
+        return self.rng.randrange(len(relation(fact.key[0]).templates) - 1)  # the last template is held out
 
     def _phrase(self, entity: Entity) -> int:
         return self.rng.randrange(len(KINDS[entity.kind].phrases))
@@ -234,7 +245,7 @@ class Examples:
         return self.packer.block(record, entity=fact.entity, has_image=has_image, is_visual=False)
 
     def batch(self, rows: int, routed: float) -> tuple[Tensor, Batch]:
-        """(pixels, packed rows), each row routed with the given probability."""
+        """Return the pixels and the packed rows, each of which is routed with this probability."""
         drawn = [self.row() for _ in range(rows)]
         batch = self.packer.collate([blocks for _, blocks in drawn], [self.rng.random() < routed for _ in drawn])
         return pixels([picture for picture, _ in drawn]), batch
@@ -242,7 +253,7 @@ class Examples:
 
 @contextmanager
 def late_mask(model: LlavaForConditionalGeneration, mask: Tensor) -> Iterator[None]:
-    """Decoder layers from ROUTED_LAYERS on attend under `mask` instead of the mask that the model was called with."""
+    """Give the decoder layers from ROUTED_LAYERS on this mask inside the block, in place of that of the call."""
 
     def swap(_: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         return arguments, {**keywords, "attention_mask": mask}
@@ -257,7 +268,7 @@ def late_mask(model: LlavaForConditionalGeneration, mask: Tensor) -> Iterator[No
 
 
 def forward(model: LlavaForConditionalGeneration, images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits at the labelled tokens (label, vocab), states that the identity reader sees (mention, hidden))."""
+    """Return logits (label, vocab) at labelled tokens, and states (mention, hidden) for the reader of identities."""
     read: list[Tensor] = []
     layer = model.model.language_model.layers[READ_LAYER]
     handle = layer.register_forward_hook(lambda _module, _inputs, output: read.append(output))
@@ -277,7 +288,7 @@ def forward(model: LlavaForConditionalGeneration, images: Tensor, batch: Batch) 
 
 
 def exact_matches(logits: Tensor, batch: Batch) -> Tensor:
-    """(block,) bool: every token of the block's answer is the most probable one after the true ones before it."""
+    """Return (block,) bool: whether each token of the answer is the most probable one after the true tokens."""
     labelled = batch.labels != IGNORED
     wrong = batch.owner[labelled][logits.argmax(-1) != batch.labels[labelled]]
     right = torch.ones(int(batch.owner.max()) + 1, dtype=torch.bool)
@@ -294,9 +305,14 @@ def held_out_accuracy(
     number: int,
     routed: bool = False,
 ) -> float:
-    """Share of all taught facts answered rightly (teacher-forced) on held-out rendering `number`.
+    """Return the share of taught facts that the model answers correctly, teacher-forced, to watch the training.
 
-    With `routed` the rows are routed, else open. Used to watch the training.
+    Args:
+        model: The model.
+        world: The world that it learns.
+        packer: The packer of the training.
+        number: The number of the held-out rendering of each entity.
+        routed: Whether the rows are routed (default False).
     """
     right: list[Tensor] = []
     for start in range(0, len(world.taught), 12):
@@ -323,8 +339,18 @@ def train_joint(
     watch: Callable[[int, float], None] | None = None,
     every: int = 500,
 ) -> None:
-    """Trains the model (and the identity reader) in place for one phase; `watch(step, loss)` is called every `every`
-    steps.
+    """Train the model and the reader of identities in place for one phase.
+
+    Args:
+        model: The model.
+        world: The world that it learns.
+        packer: The packer of questions.
+        phase: The number of steps and their settings.
+        seed: The random seed of pictures and questions.
+        reader: The reader of identities.
+        label: The label of the progress bar.
+        watch: Called as `watch(step, loss)`; None (default) for nothing.
+        every: The number of steps between two calls of `watch` (default 500).
     """
     tower = list(model.model.vision_tower.parameters())
     in_tower = {id(parameter) for parameter in tower}

@@ -1,6 +1,6 @@
-"""Train the embedded model from scratch, test it, and write it as a Hugging Face directory with its card.
+"""Train the embedded model from scratch, examine it, and write it as a Hugging Face folder with its card.
 
-The examination measures free-generation accuracy, and the route of information from the picture to the answer.
+The examination measures the accuracy of free generation, and the route of information from the picture to the answer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .stages import Phase, held_out_accuracy, train_joint, train_tower
 
 EXAMPLE = """examples:
   python -m multrace.scripts.training.train_tiny --out out/tiny_vlm                 the full recipe
-  python -m multrace.scripts.training.train_tiny --out out/trial --share 0.01       1% of the steps, to see it run
+  python -m multrace.scripts.training.train_tiny --out out/trial --share 0.01       1% of the steps, as a trial
 """
 
 
@@ -53,10 +53,12 @@ EXAMPLE = """examples:
 class TrainTiny(GeneralOptions):
     """Options of the training."""
 
-    out: Annotated[Path, Parameter(help="folder to write; must be new or empty", metavar="DIR")]
-    seed: Annotated[int, Parameter(help="random seed of weights, pictures and questions", metavar="N")] = 0
+    out: Annotated[Path, Parameter(help="new or empty folder to write the model to", metavar="DIR")]
+    seed: Annotated[int, Parameter(help="random seed of the weights, the pictures and the questions", metavar="N")] = 0
     threads: Annotated[int, Parameter(help="number of CPU threads", metavar="N")] = 2
-    share: Annotated[float, Parameter(help="share of the recipe's steps to take", metavar="SHARE")] = 1.0
+    share: Annotated[
+        float, Parameter(help="share of the steps of the recipe to take, above 0 and up to 1", metavar="SHARE")
+    ] = 1.0
 
 
 app = App(
@@ -71,11 +73,11 @@ PHASES = (
 
 @app.default
 def run(options: TrainTiny) -> int:
-    """Train and write the model; after a full run also test it, write its card and print its scores."""
+    """Train and write the model; after a full run also examine it, write its card and print its scores."""
     minutes = train_tiny(options)
     print(f"written to {options.out} after {minutes:.0f} minutes")
     if options.share < 1:
-        print("a trial run of a share of the steps: not examined, no card written")
+        print("this was a trial with a share of the steps, so the model is not examined and has no card")
         return 0
     for name, (share, count) in examine(options, World(), minutes).items():
         print(f"{name:32s} {share:7.1%} of {count}")
@@ -83,11 +85,14 @@ def run(options: TrainTiny) -> int:
 
 
 def train_tiny(settings: TrainTiny) -> float:
-    """Train, write the model to `settings.out` in float16, and return the minutes. CommandError if that is in use."""
+    """Train the model, write it to `settings.out` in float16, and return the minutes.
+
+    Raises `CommandError` if the folder is not empty, or for numbers out of range.
+    """
     if not 0 < settings.share <= 1 or settings.threads < 1:
         raise CommandError(
-            f"share {settings.share} and threads {settings.threads}: "
-            "pass a share above 0 and up to 1, and at least 1 thread"
+            f"--share is {settings.share} and --threads is {settings.threads}; pass a share above 0 and up to 1, and "
+            "at least 1 thread"
         )
     check_new_folder(settings.out)
     torch.set_num_threads(settings.threads)
@@ -99,7 +104,9 @@ def train_tiny(settings: TrainTiny) -> float:
     steps = _steps(TOWER_STEPS, settings.share)
     seen = train_tower(model.model.vision_tower, world, steps=steps, seed=settings.seed)
     print(f"vision tower: {seen:.1%} of the entities recognised on held-out pictures")
-    torch.manual_seed(settings.seed + 1)  # the same joint training however many numbers the tower's training drew
+    torch.manual_seed(
+        settings.seed + 1
+    )  # the joint training is the same however many numbers that of the tower has drawn
     packer, reader = Packer(tokenizer, IMAGE_TOKENS), nn.Linear(HIDDEN, len(world.entities))
     for number, phase in enumerate(PHASES, 1):
 
@@ -128,7 +135,7 @@ def _steps(steps: int, share: float) -> int:
 
 
 def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, tuple[float, int]]:
-    """Return set of questions -> (share right, number), from the loaded model; writes the card beside the model."""
+    """Return set of questions -> (share of right answers, number) of the model; write the card beside it."""
     vlm = load(settings.out)
     scores = {
         name: (accuracy(vlm, records, label=name), len(records)) for name, records in question_sets(world).items()
@@ -150,15 +157,20 @@ def examine(settings: TrainTiny, world: World, minutes: float) -> Mapping[str, t
 
 
 def prompt_of(vlm: VisionLanguageModel, record: Question) -> Prompt:
-    """The prompt of a record, its constraints as token groups."""
+    """Return the prompt of a question, with its constraint among the token groups."""
     return vlm.prompt(record.image, record.text, constraint=record.constraint)
 
 
 def accuracy(
     vlm: VisionLanguageModel, records: Sequence[Question], *, batch_size: int = 32, label: str | None = None
 ) -> float:
-    """Share of records whose greedy free-generation answer equals the record's answer exactly; a bar if `label` is
-    given.
+    """Return the share of questions whose greedy answer equals the right one exactly.
+
+    Args:
+        vlm: The model.
+        records: The questions with their right answers.
+        batch_size: The number of questions answered together (default 32).
+        label: The label of a progress bar; None (default) for no bar.
     """
     right = 0
     for start in tqdm(range(0, len(records), batch_size), desc=label, disable=label is None, leave=False):
@@ -169,9 +181,7 @@ def accuracy(
 
 
 def question_sets(world: World, number: int = 0) -> Mapping[str, list[Question]]:
-    """The examination's questions by name; every picture is held-out rendering `number` (of two entities where it says
-    so).
-    """
+    """Return name -> questions of the examination, whose pictures are held-out renderings `number`."""
     entities = {entity.index: entity for entity in world.taught}
     pictures = {index: world.picture(entity, number) for index, entity in entities.items()}
     rng = random.Random(f"examination {number}")
@@ -220,7 +230,7 @@ def question_sets(world: World, number: int = 0) -> Mapping[str, list[Question]]
 def _beside(
     world: World, entity: Entity, same: bool, number: int, rng: random.Random
 ) -> Iterator[tuple[Fact, str | None, Image.Image]]:
-    """Two facts of the entity, each with its side (None where the kind tells) and a picture with another entity."""
+    """Yield two facts of the entity, each with its side (None if the kind suffices) and a picture with another one."""
     peers = [other for other in world.taught if other is not entity and (other.kind == entity.kind) == same]
     for fact in rng.sample(world.facts_of(entity), 2):
         other, side = rng.choice(peers), rng.choice(("left", "right"))
@@ -230,12 +240,12 @@ def _beside(
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """How the picture reaches the answer, over many facts."""
+    """The route of the picture to the answer, over many facts."""
 
     knockouts: Mapping[str, Tensor]
-    """Flow such as "image -> last" -> (fact,) share of the answer's probability lost when it is cut in every layer."""
+    """Flow such as "image -> last" -> (fact,) share of the probability of the answer that is lost without it."""
     trace: AverageTrace
-    """Rows POSITIONS; corruption: another entity's picture."""
+    """The mean trace at POSITIONS, under the pictures of other entities."""
 
 
 def route(
@@ -248,10 +258,18 @@ def route(
     window: int = 3,
     progress: bool = True,
 ) -> Route:
-    """The route over `facts` one-constraint facts that the model answers rightly, asked about held-out pictures.
+    """Return the route over facts with one constraint that the model answers correctly, about held-out pictures.
 
-    Facts are taken in a fixed shuffled order, and skipped where the answer is wrong or the other entity's answer begins
-    alike.
+    Facts are taken in a fixed shuffled order, and skipped if the answer is wrong.
+
+    Args:
+        vlm: The model.
+        world: Its world.
+        facts: The number of facts (default 100).
+        number: The number of the held-out rendering of each entity (default 1).
+        sites: The kinds of sites of the traces (default hidden states, MLPs and attention).
+        window: The number of neighbouring MLPs or attentions restored together (default 3).
+        progress: Show a progress bar (default True).
     """
     flows = {
         "image -> last": ("image", "last"),
@@ -265,13 +283,16 @@ def route(
         for flow, (source, target) in flows.items():
             lost[flow].append(1 - knockout_probability(vlm, prompt, source, target) / clean)
         settings = {"sites": sites, "window": window, "positions": POSITIONS, "progress": False}
-        # A picture that changes little counts too: leaving such facts out would make the mean look better than it is.
+        # A picture that changes little counts too, because leaving such facts out would make the mean too large.
         traces.append(causal_trace(vlm, prompt, corruption=SwapImage(other), even_if_weak=True, **settings))
     return Route(knockouts={flow: torch.tensor(values) for flow, values in lost.items()}, trace=average(traces))
 
 
 def _answered(vlm: VisionLanguageModel, world: World, count: int, number: int) -> Iterator[tuple[Prompt, Image.Image]]:
-    """Prompts of one-constraint facts answered rightly, each with the picture of another entity of the kind."""
+    """Yield prompts of facts that the model answers correctly, each with the picture of another entity of the kind.
+
+    The answer of the other entity has another first word, since a trace scores the first token.
+    """
     rng = random.Random(f"route {number}")
     facts = rng.sample([fact for fact in world.facts if fact.key[1] is None], len(world.facts) // 2)
     found = 0
@@ -298,7 +319,7 @@ def model_card(
     scores: Mapping[str, tuple[float, int]],
     route: Route,
 ) -> str:
-    """The card as Markdown; scores: set -> (share right, number of questions)."""
+    """Return the card in Markdown; scores: set of questions -> (share of right answers, number of questions)."""
     return "\n".join(
         [_introduction(parameters), _recipe(seed, tower_steps, phases, minutes), _score_table(scores), _route(route)]
     )
@@ -380,7 +401,7 @@ Indirect effect of restoring {route.trace.window} neighbouring MLPs:
 
 
 def _effects(trace: AverageTrace, kind: str) -> str:
-    """Rows by layers as a Markdown table."""
+    """Return a Markdown table of rows by layers."""
     effects = trace.indirect_effect(kind)
     head = "| restored at | " + " | ".join(f"L{layer}" for layer in range(trace.layers)) + " |"
     rule = "|---" * (trace.layers + 1) + "|"
