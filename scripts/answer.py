@@ -1,4 +1,4 @@
-"""Print a model's greedy answer to a question, and how probable it finds a given answer."""
+"""Print the greedy answer of a model to a question, and on request the probability of a given answer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ app = App(name="answer", help=__doc__, help_epilogue=EXAMPLE)
 class Answer(ModelOptions, QuestionOptions):
     """Options of `multrace answer`."""
 
-    score: Annotated[str | None, Parameter(help="also print the probability of this answer", metavar="ANSWER")] = None
-    edit: Annotated[Path | None, Parameter(help="answer with this saved edit in the weights", metavar="FILE")] = None
+    score: Annotated[
+        str | None, Parameter(help="also print the probability that the model gives to this answer", metavar="ANSWER")
+    ] = None
+    edit: Annotated[
+        Path | None, Parameter(help="saved edit to apply to the weights first (default: none)", metavar="FILE")
+    ] = None
     max_new_tokens: Annotated[int, Parameter(help="maximum number of tokens of the answer", metavar="N")] = 16
 
 

@@ -1,4 +1,4 @@
-"""Measure how fast multrace is, side by side with the usual way in one run."""
+"""Measure the speed and the memory of multrace beside those of the usual ways, in one run."""
 
 from __future__ import annotations
 
@@ -27,48 +27,54 @@ app = App(name="bench", help=__doc__, help_epilogue=EXAMPLE, group_parameters=ST
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(GeneralOptions):
-    """Options of every `multrace bench` command; each is a subclass."""
+    """Options of every `multrace bench` command, each of which has a subclass."""
 
     QUICK: ClassVar[Mapping[str, Any]]
-    """Values with --quick of options that were not given."""
+    """Values with --quick of the options that were not given."""
     FULL: ClassVar[Mapping[str, Any]]
-    """Values without it."""
+    """Values without --quick of the options that were not given."""
 
-    quick: Annotated[bool, Parameter(help="use a small model and less of everything; other options override this")] = (
-        False
-    )
+    quick: Annotated[bool, Parameter(help="use a small model and smaller sizes; other options override this")] = False
     shape: Annotated[
-        str | None, Parameter(help=f"sizes of the model: {', '.join(SHAPES)} (default: base)", choices=SHAPES)
+        str | None, Parameter(help="sizes of the random model (default: base; small with --quick)", choices=SHAPES)
     ] = None
-    layers: Annotated[int | None, Parameter(help="number of decoder layers, instead of the shape's", metavar="N")] = (
-        None
-    )
+    layers: Annotated[
+        int | None, Parameter(help="number of decoder layers (default: that of --shape)", metavar="N")
+    ] = None
     width: Annotated[
-        int | None, Parameter(help="hidden width, instead of the shape's; MLP and heads follow", metavar="N")
+        int | None,
+        Parameter(
+            help="hidden width, from which the widths of MLP and heads follow (default: that of --shape)", metavar="N"
+        ),
     ] = None
     seed: Annotated[
-        int, Parameter(help="random seed of weights, prompt, noise and the choice of timed cells", metavar="N")
+        int,
+        Parameter(help="random seed of the weights, the prompt, the noise and the choice of timed cells", metavar="N"),
     ] = 0
     baseline_cells: Annotated[
         int | None,
-        Parameter(help="number of cells that the other two ways compute (default: 3; 1 with --quick)", metavar="N"),
+        Parameter(
+            help="number of cells that each of the usual ways computes (default: 3; 1 with --quick)", metavar="N"
+        ),
     ] = None
     dtype: Annotated[
         str | None,
         Parameter(
-            help="float32, bfloat16 or float16 (default: the shape's)", choices=("float32", "bfloat16", "float16")
+            help="precision of the weights (default: that of --shape)", choices=("float32", "bfloat16", "float16")
         ),
     ] = None
-    device: Annotated[str | None, Parameter(help="device: cpu, cuda:0, ... (default: the CPU)", metavar="NAME")] = None
-    json: Annotated[Path | None, Parameter(help="also write the table to this file", metavar="FILE")] = None
+    device: Annotated[
+        str | None, Parameter(help="device to run on: cpu, cuda:0, ... (default: the CPU)", metavar="NAME")
+    ] = None
+    json: Annotated[Path | None, Parameter(help="also write the table as JSON to this file", metavar="FILE")] = None
 
     def value(self, name: str) -> Any:
-        """Return the value of an option that has another default with --quick."""
+        """Return the value of an option whose default depends on --quick."""
         given = getattr(self, name)
         return (self.QUICK if self.quick else self.FULL)[name] if given is None else given
 
     def model_shape(self) -> benchmarks.Shape:
-        """Return the sizes of the model: the shape's, but for those that were given."""
+        """Return the sizes of the model: those of the shape, except those that were given."""
         shape = benchmarks.SHAPES[self.value("shape")]
         return benchmarks.resized(shape, layers=self.layers, width=self.width, dtype=self.dtype)
 
@@ -82,7 +88,7 @@ class BenchOptions(GeneralOptions):
             check_files(self.json.parent, [self.json.name])
 
     def check_least(self, name: str, least: int) -> None:
-        """Raises `CommandError` for a number below the least one."""
+        """Raises `CommandError` if the option has a number below this one."""
         given = getattr(self, name)
         if given is not None and given < least:
             raise CommandError(f"--{name.replace('_', '-')} {given}: pass at least {least}")
@@ -129,14 +135,14 @@ class BenchTrace(BenchOptions):
     ] = None
 
     def check(self) -> None:
-        """Raises `CommandError` also for a corruption without samples."""
+        """Raises `CommandError` also for numbers of samples below 1."""
         for name in ("samples", "image_samples"):
             self.check_least(name, 1)
         super().check()
 
 
 _WIDE = 9
-"""The window that the study's figures use."""
+"""The window of layers in the figures of the study (arXiv 2411.18620)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +155,8 @@ class BenchFlow(BenchOptions):
     windows: Annotated[
         tuple[int, ...] | None,
         Parameter(
-            help=f"numbers of layers that are cut together (default: 1 and {_WIDE}, at most all)", metavar="LAYERS"
+            help=f"numbers of neighbouring layers that are cut together (default: 1 and {_WIDE}, at most all layers)",
+            metavar="LAYERS",
         ),
     ] = None
     flows: Annotated[
@@ -162,7 +169,7 @@ class BenchFlow(BenchOptions):
     ] = None
 
     def chosen_windows(self, layers: int) -> tuple[int, ...]:
-        """Return the windows without repetitions. Raises `CommandError` for one above the number of layers."""
+        """Return the windows, each once. Raises `CommandError` for a window below 1 or above the number of layers."""
         windows = (1, min(_WIDE, layers)) if self.windows is None else self.windows
         wrong = [window for window in windows if not 1 <= window <= layers]
         if wrong:
@@ -198,25 +205,27 @@ class BenchEdit(BenchOptions):
 
     baseline_cells: Annotated[
         int | None,
-        Parameter(help="number of facts that the usual way searches for (default: 2; 1 with --quick)", metavar="N"),
+        Parameter(
+            help="number of facts whose values the usual way searches for (default: 2; 1 with --quick)", metavar="N"
+        ),
     ] = None
     facts: Annotated[
         int | None,
         Parameter(
-            help=f"number of facts that multrace searches for (default: {_FULL_EDIT['facts']}; 4 with --quick)",
+            help=f"number of facts whose values multrace searches for (default: {_FULL_EDIT['facts']}; 4 with --quick)",
             metavar="N",
         ),
     ] = None
     steps: Annotated[
         int | None,
         Parameter(
-            help=f"number of steps of each search (default: {_FULL_EDIT['steps']}; 10 with --quick)", metavar="N"
+            help=f"number of steps of each value search (default: {_FULL_EDIT['steps']}; 10 with --quick)", metavar="N"
         ),
     ] = None
     prompts: Annotated[
         int | None,
         Parameter(
-            help="number of prompts that second moments are taken over "
+            help="number of prompts that second moments are collected over "
             f"(default: {_FULL_EDIT['prompts']}; 4 with --quick)",
             metavar="N",
         ),
@@ -224,7 +233,8 @@ class BenchEdit(BenchOptions):
     solve_width: Annotated[
         int | None,
         Parameter(
-            help=f"input width of the solved weight (default: {SOLVE_WIDTH}, which takes minutes; 1376 with --quick)",
+            help=f"input width of the weight in the solve (default: {SOLVE_WIDTH}, which takes minutes; 1376 with "
+            "--quick)",
             metavar="N",
         ),
     ] = None
@@ -236,10 +246,12 @@ class BenchEdit(BenchOptions):
             metavar="WORDS",
         ),
     ] = None
-    markdown: Annotated[Path | None, Parameter(help="also write the table as Markdown", metavar="FILE")] = None
+    markdown: Annotated[
+        Path | None, Parameter(help="also write the table as Markdown to this file", metavar="FILE")
+    ] = None
 
     def check(self) -> None:
-        """Raises `CommandError` also for searches, moments and solves of nothing."""
+        """Raises `CommandError` also for sizes that are too small."""
         least = {"facts": 1, "steps": 1, "prompts": 1, "solve_width": 16}
         for name, number in least.items():
             self.check_least(name, number)
@@ -250,16 +262,16 @@ class BenchEdit(BenchOptions):
 
 @dataclass(frozen=True)
 class _Table:
-    """How the rows of a benchmark are shown."""
+    """How to show the rows of a benchmark."""
 
     describe: Callable[[Any], Sequence[str]]
-    """One row in words."""
+    """Lines that describe one row in words."""
     lines: Callable[[Sequence[Any]], Sequence[str]]
-    """All rows as a table."""
+    """Lines of the table of all rows."""
     record: Callable[[Any], Mapping[str, Any]] = asdict
-    """One row as it stands in the JSON."""
+    """One row for the JSON file."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the JSON says besides the machine, the shape, the seed and the rows."""
+    """Entries of the JSON file besides the machine, the shape, the seed and the rows."""
 
 
 def _bench(
@@ -270,7 +282,7 @@ def _bench(
     *,
     samples: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Mapping[str, Any], Sequence[Any]]:
-    """Measure the rows on a random model, print each of them and the table, write the JSON; return facts and rows."""
+    """Measure rows on a random model, print them and the table, and write the JSON; return the facts and the rows."""
     rows = []
     with benchmarks.random_model(shape, device=options.device, seed=options.seed, samples=samples) as recipe:
         facts = benchmarks.machine_facts(options.device or "cpu") | {"shape": asdict(shape)}
@@ -286,18 +298,18 @@ def _bench(
     return facts, rows
 
 
-TRACE = """Time causal tracing by the sweep and by the two usual ways, on a LLaVA-shaped random model.
+TRACE = """Time causal tracing with multrace and in two usual ways, on a random model with the shape of LLaVA.
 
-The naive way makes one hooked call of the whole model per cell, with the vision tower and a clean row, as ROME's
-script does. The strong way runs the vision tower once, then one hooked forward pass of the decoder per cell. The cost
-of a cell does not depend on the cell in either way, so a few random cells are timed and multiplied. Cells that cost
-the sweep nothing are counted separately and raise no ratio. Each row is measured in its own process (on a CUDA
-device, all rows share one), in which the sweep runs first, so that its peak memory is known; the peaks of the other
-ways are measured in one process each.
+The naive way makes one hooked call of the whole model for each cell, with the vision tower and a clean row, like the
+script of ROME. The strong way runs the vision tower once, and then one hooked forward pass of the decoder for each
+cell. In both ways all cells cost the same, so a few random cells are timed and their time is multiplied. Cells that
+cost multrace nothing are counted separately and do not raise the ratios. Each row is measured in a process of its own
+(on a CUDA device all rows share one), in which multrace runs first, so that its peak memory is known; the peaks of the
+other ways are measured in one process each.
 """
 TRACE_EXAMPLE = """examples:
-  multrace bench trace --quick                             a small model, under a minute
-  multrace bench trace --json out/bench.json               the whole table (some twenty minutes on two cores)
+  multrace bench trace --quick                             a small model, in less than a minute
+  multrace bench trace --json out/bench.json               the whole table (about twenty minutes on two cores)
   multrace bench trace --cells "text tokens" last          only rows whose label contains one of these
   multrace bench trace --shape llava-7b --device cuda:0    LLaVA-1.5-7B's sizes, random bfloat16 weights
 """
@@ -305,7 +317,7 @@ TRACE_EXAMPLE = """examples:
 
 @app.command(name="trace", help=paragraphs(TRACE), help_epilogue=TRACE_EXAMPLE)
 def run_trace(options: BenchTrace = BenchTrace()) -> int:
-    """Measure and print every row and the table, and write the files."""
+    """Measure and print every row, print the table, and write the files."""
     options.check()
     shape, samples = options.model_shape(), {"text": options.value("samples"), "image": options.value("image_samples")}
     cases = benchmarks.chosen_cases(benchmarks.make_cases(shape), options.value("cells"))
@@ -315,19 +327,19 @@ def run_trace(options: BenchTrace = BenchTrace()) -> int:
     return 0
 
 
-FLOW = """Time attention knockout by the sweep and by the two usual ways, on a LLaVA-shaped random model.
+FLOW = """Time attention knockout with multrace and in two usual ways, on a random model with the shape of LLaVA.
 
-A cell cuts the attention edges of one flow, such as "image -> last", in a window of layers. The published way lets
-the whole model generate one token per cell, with vision tower and prefill in each call, and builds the masks from
-lists of pairs. The strong way runs the vision tower once, then the decoder once per cell. Both compute all tokens for
-every cell, so a few random cells are timed and multiplied. multrace runs three times, since a sweep takes only
-milliseconds, and the median counts. Cells that cost nothing are counted separately and raise no ratio. Each row is
-measured in its own process (on a CUDA device, all rows share one), in which a sweep runs first, so that its peak
-memory is known; the peaks of the other ways are not measured.
+A cell cuts the attention edges of one flow, such as "image -> last", in a window of layers. The published way lets the
+whole model generate one token for each cell, with vision tower and prefill in each call, and builds the masks from
+lists of pairs. The strong way runs the vision tower once, and then the decoder once for each cell. Both compute all
+tokens for every cell, so a few random cells are timed and their time is multiplied. multrace takes only milliseconds,
+so it runs three times and the median counts. Cells that cost multrace nothing are counted separately and do not raise
+the ratios. Each row is measured in a process of its own (on a CUDA device all rows share one), in which multrace runs
+first, so that its peak memory is known; the peaks of the other ways are not measured.
 """
 FLOW_EXAMPLE = """examples:
-  multrace bench flow --quick                             a small model, about a minute
-  multrace bench flow --json out/flow.json                the whole table (some six minutes on one core)
+  multrace bench flow --quick                             a small model, in about a minute
+  multrace bench flow --json out/flow.json                the whole table (about six minutes on one core)
   multrace bench flow --flows "image -> last" dropped     only rows whose label contains one of these
   multrace bench flow --shape llava-7b --device cuda:0    LLaVA-1.5-7B's sizes, random bfloat16 weights
 """
@@ -335,7 +347,7 @@ FLOW_EXAMPLE = """examples:
 
 @app.command(name="flow", help=paragraphs(FLOW), help_epilogue=FLOW_EXAMPLE)
 def run_flow(options: BenchFlow = BenchFlow()) -> int:
-    """Measure and print every row and the table, and write the files."""
+    """Measure and print every row, print the table, and write the files."""
     options.check()
     shape = options.model_shape()
     windows = options.chosen_windows(shape.layers)
@@ -346,17 +358,17 @@ def run_flow(options: BenchFlow = BenchFlow()) -> int:
     return 0
 
 
-EDIT = """Measure each step of closed-form editing beside the usual way to the same result.
+EDIT = """Measure each step of closed-form editing beside the usual way to compute the same result.
 
-Value search: many facts at once, rerunning only the upper layers and the last tokens, against the whole model forward
-and backward for each fact and step. Second moments: one pass for all layers against one early-stopped pass per layer.
-Solve: thin factors against the explicit inverse of a width x width matrix, and batches that share the factorisation
-of C against one solve of that size for each. The results are compared, and a row whose two results differ is an
-error. The cost of the usual value search does not depend on the fact, so a few facts are timed and multiplied. Each
-row is measured in its own process (on a CUDA device, all rows share one).
+Value search: many facts at once, with only the upper layers and the last tokens rerun, against the whole model forward
+and backward for each fact and step. Second moments: one pass for all layers against one early-stopped pass for each
+layer. Solve: thin factors against the explicit inverse of a width x width matrix, and batches that share the
+factorisation of C against one solve of that size for each. The results are compared, and a row whose two results differ
+is an error. The usual value search costs the same for every fact, so a few facts are timed and their time is
+multiplied. Each row is measured in a process of its own (on a CUDA device all rows share one).
 """
 EDIT_EXAMPLE = """examples:
-  multrace bench edit --quick                              a small model and a small solve, about a minute
+  multrace bench edit --quick                              a small model and a small solve, in about a minute
   multrace bench edit --json out/edit.json --markdown out/edit.md    the whole table
   multrace bench edit --rows solve --solve-width 2752      only rows whose label contains one of these words
   multrace bench edit --shape llava-7b --device cuda:0     LLaVA-1.5-7B's sizes, random bfloat16 weights
@@ -365,7 +377,7 @@ EDIT_EXAMPLE = """examples:
 
 @app.command(name="edit", help=paragraphs(EDIT), help_epilogue=EDIT_EXAMPLE)
 def run_edit(options: BenchEdit = BenchEdit()) -> int:
-    """Measure and print every row and the table, and write the files."""
+    """Measure and print every row, print the table, and write the files."""
     options.check()
     shape = options.model_shape()
     sizes = {name: options.value(name) for name in ("facts", "steps", "prompts")}

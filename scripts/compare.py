@@ -1,4 +1,4 @@
-"""Compare two runs over many records, paired by the records that both have."""
+"""Compare two runs over many records, on the records that both have."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ EXAMPLE = """examples:
   multrace compare out/one out/other
   multrace compare out/one out/other --csv out/difference.csv
 
-The folders are those of finished runs over many records, such as those of trace and flow. For each number of their
-tables the command prints the means over the records that both have, the difference (other minus one), and its 95 %
-interval from a paired bootstrap; and the settings in which the runs differ.
+The folders are those of finished runs over many records: the folder OUT of trace, flow or edit, or OUT/EDITOR of
+evaluate. For each column of numbers in their tables the command prints the means over the records that both runs have,
+the difference (second minus first) and its 95 % interval from a paired bootstrap; then the settings in which the runs
+differ.
 """
 app = App(name="compare", help=__doc__, help_epilogue=EXAMPLE)
 
 
 @dataclass(frozen=True)
 class TwoRuns:
-    """The runs; a base of the options that comes last, so that they can be named without --one and --other."""
+    """The two runs; as the last base of the options, they can be named without --one and --other."""
 
-    one: Annotated[Path, Parameter(help="folder of a finished run", metavar="DIR")]
-    other: Annotated[Path, Parameter(help="folder of another one", metavar="DIR")]
+    one: Annotated[Path, Parameter(help="folder of the first run", metavar="DIR")]
+    other: Annotated[Path, Parameter(help="folder of the second run", metavar="DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Compare(GeneralOptions, TwoRuns):
 
 @app.default
 def run(options: Compare) -> int:
-    """Print how the numbers of the runs differ."""
+    """Print how the numbers and the settings of the runs differ."""
     table = workflow.compare(options.one, options.other, seed=options.seed)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(*(f"differs in {line}" for line in table.attrs["settings"] or ["nothing but the records"]), sep="\n")

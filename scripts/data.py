@@ -1,4 +1,4 @@
-"""Check, mend and convert files of questions and edits; no model is needed."""
+"""Check, repair and convert files of questions and edits; no model is needed."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import artefacts, data
-from .options import DATA_FORMS, FileOptions, GeneralOptions
+from .options import DATA_FORMS, STYLE, FileOptions, GeneralOptions
 
 EXAMPLE = """examples:
   multrace data check corrections.jsonl
   multrace data convert vlkeb/eval.json corrections.jsonl --images vlkeb/images
   multrace data schema
 
-docs/formats.md describes our own lines, the public formats that are read, and each finding.
+docs/formats.md describes our own JSON lines, the public formats that can be read, and each kind of finding.
 """
-CHECK = """Look at every row of a data file: can it be read, can its pictures be used, does it say what it should?
+CHECK = """Check every row of a data file: whether it can be read, its pictures can be used and its parts fit together.
 
-The pictures' headers are read, not their pixels. Spans are looked for in the questions, targets are compared with
-present answers, rephrases with their questions, answers with those of annotators, and rows with one another. Errors
-keep a row, or a question of it, from being used; warnings say that a number may mislead; notes are worth knowing. The
-exit code is 1 if errors remain.
+Of the pictures only the headers are read. Spans are looked up in the questions; targets are compared with the present
+answers, rephrases with their questions, answers with those of annotators, and rows with one another. An error prevents
+a row, or one of its questions, from being used; a warning says that a measured number may mislead; a note is worth
+knowing. The exit code is 0 if no error remains, 1 if one does, and 2 for bad input.
 """
 CHECK_EXAMPLE = """examples:
   multrace data check corrections.jsonl
   multrace data check mmedit/evqa_eval.json --images coco --fix clean.jsonl
   multrace data check mmedit/evqa_eval.json --answers mmedit/okvqa_loc.json --no-pictures --json out/findings.json
 
---fix leaves out rows that cannot be read or have no picture, duplicates, and rephrases that repeat the question; it
-spells spans as the question does and cuts boxes to the picture. The checked file stays as it is.
+--fix leaves out rows that cannot be read or whose picture is missing, duplicates, and rephrases that repeat the
+question; it spells spans as the question does and cuts boxes to the picture. The checked file stays as it is.
 """
-CONVERT = """Write the records of a data file in another form, and say what the form has no place for.
+CONVERT = """Write the records of a data file in another form, and report what that form cannot hold.
 
-Our own lines can hold everything. Rows that cannot be read, or that the form cannot hold, are left out and listed; the
-exit code is 1 if there are any.
+Our own JSON lines can hold everything. Rows that cannot be read, or that the form cannot hold, are left out and listed;
+the exit code is then 1.
 """
 CONVERT_EXAMPLE = """examples:
   multrace data convert counterfact.json corrections.jsonl
   multrace data convert corrections.jsonl mmedit.json --to mmedit
 """
-SCHEMA = "Print the JSON Schema of one of our own lines: each key, what it holds, and examples."
+SCHEMA = "Print the JSON Schema of our own JSON lines: each key, its meaning, and examples."
 SCHEMA_EXAMPLE = """examples:
   multrace data schema
 """
-app = App(name="data", help=__doc__, help_epilogue=EXAMPLE)
+app = App(name="data", help=__doc__, help_epilogue=EXAMPLE, group_parameters=STYLE["group_parameters"])
 
 
 @dataclass(frozen=True)
 class OneFile:
-    """The file that is read; a base of the options that comes last, so that the file can be named without --file."""
+    """The file to read; as the last base of the options, it can be named without --file."""
 
-    file: Annotated[Path, Parameter(help="file of questions or edits, or a folder of GQA's files", metavar="FILE")]
+    file: Annotated[
+        Path, Parameter(help="file of questions or edits, or folder with the six CSV files of GQA", metavar="FILE")
+    ]
 
 
 @dataclass(frozen=True)
 class TwoFiles(OneFile):
-    """The file that is read and the file that is written."""
+    """The file to read and the file to write."""
 
     out: Annotated[Path, Parameter(help="file to write", metavar="OUT")]
 
@@ -70,13 +72,17 @@ class CheckOptions(FileOptions, OneFile):
     """Options of `multrace data check`."""
 
     answers: Annotated[
-        Path | None, Parameter(help="file or folder of OK-VQA with the answers of annotators", metavar="FILE")
+        Path | None,
+        Parameter(
+            help="file or folder of OK-VQA with the answers of its annotators (default: those in the file itself)",
+            metavar="FILE",
+        ),
     ] = None
-    no_pictures: Annotated[bool, Parameter(help="leave the pictures alone")] = False
-    fix: Annotated[Path | None, Parameter(help="write a cleaned file of our own lines", metavar="FILE")] = None
-    show: Annotated[
-        int, Parameter(help="maximum number of rows that are shown of each kind of finding", metavar="N")
-    ] = 3
+    no_pictures: Annotated[bool, Parameter(help="do not look at the pictures")] = False
+    fix: Annotated[Path | None, Parameter(help="also write a cleaned file of our own JSON lines", metavar="FILE")] = (
+        None
+    )
+    show: Annotated[int, Parameter(help="maximum number of findings of each kind that are printed", metavar="N")] = 3
     json: Annotated[Path | None, Parameter(help="also write all findings as JSON", metavar="FILE")] = None
 
 
@@ -85,14 +91,18 @@ class ConvertOptions(FileOptions, TwoFiles):
     """Options of `multrace data convert`."""
 
     answers: Annotated[
-        Path | None, Parameter(help="file or folder of OK-VQA with the answers of annotators", metavar="FILE")
+        Path | None,
+        Parameter(
+            help="file or folder of OK-VQA with the answers of its annotators (default: those in the file itself)",
+            metavar="FILE",
+        ),
     ] = None
-    to: Annotated[str, Parameter(help="form of the written file", choices=DATA_FORMS)] = "lines"
+    to: Annotated[str, Parameter(help="form of the file to write", choices=DATA_FORMS)] = "lines"
 
 
 @app.command(name="check", help=CHECK, help_epilogue=CHECK_EXAMPLE)
 def run_check(options: CheckOptions) -> int:
-    """Print the findings by kind; 1 if errors remain."""
+    """Print the findings by kind; return 1 if errors remain."""
     report = data.check_data(
         options.file,
         format=options.format,
@@ -109,7 +119,7 @@ def run_check(options: CheckOptions) -> int:
 
 @app.command(name="convert", help=CONVERT, help_epilogue=CONVERT_EXAMPLE)
 def run_convert(options: ConvertOptions) -> int:
-    """Write the file and print what was left out and lost; 1 if a row was left out."""
+    """Write the file, and print what was left out or lost; return 1 if a row was left out."""
     report = data.convert_data(
         options.file,
         options.out,
@@ -142,7 +152,7 @@ def _lines(report: data.CheckReport, options: CheckOptions) -> Iterator[str]:
             yield f"    and {len(found) - options.show} more (--show, --json)"
     yield ""
     if report.written == 0:
-        yield "no row would be left, so nothing is written; are the pictures elsewhere? Pass --images or --no-pictures"
+        yield "no row would be left, so nothing is written; if the pictures are elsewhere, pass --images DIR"
     elif report.written is not None:
         yield f"written: {options.fix} ({report.written} of {report.rows} rows)"
     number = len(report.remaining_errors)

@@ -1,4 +1,4 @@
-"""Show outdated facts of the embedded model, trace, edit, verify and undo them, and write a report."""
+"""Trace outdated facts of the embedded model, edit them, verify the edits and undo them, and write a report."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from ..editing.evaluation import VerifiedAnswer
 
 EXAMPLE = """examples:
-  multrace demo                                the first ten outdated facts, into out/demo
+  multrace demo                                ten outdated facts, into out/demo
   multrace demo --seed 3 --out out/demo3       other facts
   multrace demo --limit 20 --every-layer       twenty facts, edited at the traced layer and at all others
+
+The command writes OUT/report.html, the average trace as OUT/trace.safetensors, its pictures, and one file per edit.
 """
 TWO_CONSTRAINTS = "two_constraints"
-"""Other questions about the same picture whose second constraint is in the text."""
+"""Other questions about the same picture that have a second constraint in the text."""
 PROBES: Mapping[str, tuple[str, bool]] = {
     EDITED: ("the edited question and picture (efficacy)", True),
     OTHER_PICTURE: ("other pictures of the same entity (generality)", True),
@@ -53,7 +55,7 @@ SUMMARIES: Mapping[str, tuple[str, ...]] = {
     "other entities": (SAME_QUESTION_OTHER_PICTURE,),
     "other relations": (OTHER_QUESTION_SAME_PICTURE, TWO_CONSTRAINTS),
 }
-"""Column of the table of all layers -> the kinds of questions that it averages."""
+"""Column of the table of all layers -> the kinds of questions that it averages over."""
 _FILES = ("report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors")
 app = App(name="demo", help=__doc__, help_epilogue=EXAMPLE)
 
@@ -63,10 +65,13 @@ class Demo(GeneralOptions):
     """Options of `multrace demo`."""
 
     out: Annotated[Path, Parameter(help="folder for the report", metavar="DIR")] = Path("out/demo")
-    seed: Annotated[int, Parameter(help="random seed of the choice of facts", metavar="N")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the choice and the order of the facts", metavar="N")] = 0
     limit: Annotated[int, Parameter(help="number of facts to edit, one at a time", metavar="N")] = 10
     every_layer: Annotated[
-        bool, Parameter(help="also edit at every other layer, to show what locating is worth (takes minutes more)")
+        bool,
+        Parameter(
+            help="also edit the same facts at every other layer, to show what locating is worth (takes minutes longer)"
+        ),
     ] = False
 
 
@@ -80,9 +85,9 @@ def run(options: Demo = Demo()) -> int:
 
 
 def demo(options: Demo) -> tuple[Path, str]:
-    """Return (path of the HTML report, the table as text); writes the report, PNGs, the trace and one file per edit.
+    """Return the path of the HTML report and the table as text; write the report, PNGs, the trace and all edits.
 
-    CommandError for a number of facts that there is not, or a folder that cannot be written (before any work).
+    Raises `CommandError`, before any work, if there are not that many facts or the folder cannot be written.
     """
     vlm, world = models.load(data.tiny_vlm_path()), data.World()
     cases = world.edit_cases("outdated", "report", options.seed)
@@ -90,7 +95,7 @@ def demo(options: Demo) -> tuple[Path, str]:
         raise CommandError(
             f"--limit {options.limit}: there are {len(cases)} outdated facts to report on; pass 1 to {len(cases)}"
         )
-    cases = cases[: options.limit]  # the first ones, no picking
+    cases = cases[: options.limit]  # the first ones: none is picked by its result
     records = [edit_record(world, case) for case in cases]
     names = [*_FILES, *(_edit_file(number) for number in range(len(cases)))]
     check_files(options.out, names)
@@ -112,19 +117,19 @@ def demo(options: Demo) -> tuple[Path, str]:
 
 
 def _edit_file(number: int | None) -> str:
-    """Return the name of an edit's file, counted from 0; None gives a pattern of all of them."""
+    """Return the name of the file of an edit, counted from 0; None returns the pattern of all of them."""
     return "edit_*.safetensors" if number is None else f"edit_{number + 1:02d}.safetensors"
 
 
 def edit_record(world: data.World, case: EditCase, *, count: int = 8) -> EditRecord:
-    """Return the record of a case, with at most so many probes of each kind that the report shows."""
+    """Return the record of a case, with at most `count` probes of each kind that the report shows."""
     (record,) = data.world_records(world, [case], requests=data.WorldRequests(count=count))
     return replace(record, probes=tuple(probe for probe in record.probes if probe.kind in PROBES))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedQuestion:
-    """A question of a record, and its answers in the three states of the model."""
+    """A question of a record, and the answers to it in the three states of the model."""
 
     kind: str
     """Key of PROBES."""
@@ -137,7 +142,7 @@ class VerifiedQuestion:
 
 
 def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: EditRecord) -> tuple[VerifiedQuestion, ...]:
-    """Return the edited question and the probes of a record, answered before, under and after the edit."""
+    """Return the edited question and the probes of a record, answered before, with and after the edit."""
     questions = [record.question, *(probe.question for probe in record.probes)]
     return tuple(
         VerifiedQuestion(
@@ -150,7 +155,7 @@ def verified(vlm: models.VisionLanguageModel, delta: editing.Delta, record: Edit
 
 
 def answered_again(vlm: models.VisionLanguageModel, probes: Sequence[VerifiedQuestion]) -> tuple[VerifiedQuestion, ...]:
-    """Return the same questions with the answers of the model as it is now, under another edit, as those edited."""
+    """Return the same questions, with the present answers of the model (with another edit) as the edited answers."""
     answers = vlm.answers([vlm.prompt_for(probe.question) for probe in probes], batch_size=32)
     return tuple(
         replace(probe, answers=replace(probe.answers, edited=answer))
@@ -184,10 +189,10 @@ def scores(probes: Sequence[VerifiedQuestion]) -> tuple[ProbeScore, ...]:
 
 
 def summary(probes: Sequence[VerifiedQuestion]) -> Mapping[str, float]:
-    """Return name of SUMMARIES -> share of right answers under the edit, 0 to 1; NaN where there is no question.
+    """Return name of SUMMARIES -> share of right answers with the edit, 0 to 1; NaN if there is no question.
 
-    Questions whose answers should stay count only if the unedited model answered them rightly: an edit cannot keep what
-    was not there.
+    Questions whose answers should stay count only if the unedited model answered them correctly: an edit cannot keep
+    what was not there.
     """
     shares = {}
     for name, kinds in SUMMARIES.items():
@@ -199,7 +204,7 @@ def summary(probes: Sequence[VerifiedQuestion]) -> Mapping[str, float]:
 
 
 def _other_picture(world: data.World, case: EditCase) -> Image.Image:
-    """A picture of the next entity of the kind whose answer has another first token, which the trace scores."""
+    """Return a picture of the next entity of the kind whose answer has another first word, which the trace scores."""
     entity = world.entities[case.fact.entity]
     peers = world.of_kind(entity.kind)
     start = peers.index(entity) + 1
@@ -257,7 +262,7 @@ def _table(report: Report) -> str:
 
 
 def _line(probe: VerifiedQuestion) -> str:
-    """One edited question with its old answer, the target and its new answer."""
+    """Return one edited question with its old answer, the target and its new answer."""
     verdict, answers = "" if probe.is_right("edited") else "  FAILED", probe.answers
     return (
         f"{answers.question}  it said {answers.unedited!r}, should say {answers.wanted!r}, "
@@ -271,10 +276,10 @@ def _every_layer(
     located: workflow.LocatedEdit,
     asked: Sequence[Sequence[VerifiedQuestion]],
 ) -> str:
-    """A table of the results of editing the same facts at the same token in each layer.
+    """Return a table of the results of editing the same facts at the same token in each layer.
 
-    The questions are those that were verified; without the edit the model answers them as it did there. The edits at
-    the trace's layer were verified, too.
+    The questions are those of the verification, whose answers without the edit are known from there. So are the
+    results at the layer that the trace chose.
     """
     width = 16
     lines = ["", "", f"{'edited layer':{width}s}" + "".join(f"{name:>{width}s}" for name in SUMMARIES)]
@@ -292,7 +297,7 @@ def _every_layer(
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything the page shows; texts are plain and escaped when the page is made."""
+    """Everything that the page shows, in plain texts, which are escaped when the page is made."""
 
     title: str
     subtitle: str
@@ -329,7 +334,7 @@ def write_report(report: Report, path: Path) -> Path:
 
 
 def plot_scores(scores: Sequence[ProbeScore], path: Path) -> Path:
-    """Return the written PNG: for every kind of probe, the shares of right answers unedited, edited and undone."""
+    """Draw the shares of right answers, unedited, edited and undone, for each kind of probe; return the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Give questions new answers by closed-form weight changes, and check that undoing them is exact."""
+"""Give questions new answers by changing weights in closed form, and check that undoing the change is exact."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .edit_options import (
 )
 from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files, print_report
 
-FORMAT = """The file of --data has one JSON object per line or is in a public format; docs/formats.md describes both:
+FORMAT = """The file of --data is in a public format or has one JSON object per line; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
    "constraint": "the company in this photo", "target": "Ada Example", "contexts": [{"image": "a2.jpg"}],
    "rewrite_prompts": [{"image": null, "question": "Who founded Example Works?"}],
    "preserve_prompts": [{"image": "b.jpg"}],
    "probes": [{"kind": "other_picture", "image": "a3.jpg"},
               {"kind": "same_question_other_picture", "image": "c.jpg", "answer": "Bo Example"}]}
-Entries of the lists inherit what they leave out from their record; "image": null means no picture. Paths are relative
-to the file, or to --images.
+Entries of the lists inherit from their record what they leave out; "image": null means no picture. Paths start from
+the folder of the file, or from --images.
 """
 EXAMPLE = f"""examples:
   multrace edit --image photo.jpg --question "Who founded the company in this photo?" \\
@@ -51,68 +51,73 @@ EXAMPLE = f"""examples:
       --trace out/trace/trace.safetensors
           edit at the place that an earlier multrace trace found
   multrace edit --data edits.jsonl --where trace --corrupt swap:next --out out/edits
-          write all edits of a file in one, at the place that the mean of their traces shows
+          make all edits of a file in one change, at the place that the mean of their traces shows
 
-For one question the command writes OUT/edit.safetensors (multrace.Delta.load, or multrace answer --edit FILE) and
-OUT/report.json. For --data, OUT is the folder of a run: OUT/traces (with --where trace) has the trace of each record
-and their average, OUT/records/ID-... the values that were searched for, and OUT/summary the edit of all records
-together as edit.safetensors, its report edit.json, and rows.parquet (one row per record). Records that cannot be read
-or edited are kept with their errors while the others go on. The same command again continues an interrupted run;
---shard and torchrun share it. The exit code is 1 if a record failed, was unreadable, or is not answered with its target
-afterwards.
+For one question the command writes OUT/edit.safetensors (to be read by multrace.Delta.load, or multrace answer --edit
+FILE) and OUT/report.json. With --data, OUT is the folder of a run: OUT/traces (with --where trace) holds the trace of
+each record and their average, OUT/records/ID-... the values that the search found, and OUT/summary the edit of all
+records together as edit.safetensors, its report edit.json, and rows.parquet (one row per record). Records that cannot
+be read or edited are kept with their errors while the others go on. The same command again continues an interrupted
+run; --shard and torchrun divide it among processes. The exit code is 0 if every question is answered with its target
+afterwards, 1 if a record failed, could not be read or is answered otherwise, and 2 for bad input.
 
 {FORMAT}"""
 app = App(name="edit", help=__doc__, help_epilogue=EXAMPLE)
 TRACE = "trace"
-"""What --where spells for the place that traces find."""
+"""The value of --where for the place that traces find."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(EditorOptions, RequestOptions):
     """Options of `multrace edit`."""
 
-    editor: Annotated[str, Parameter(help=f"editor: {', '.join(EDITORS)}", choices=EDITORS, metavar="NAME")] = (
-        "multedit"
-    )
+    editor: Annotated[
+        str, Parameter(help="closed-form editor that makes the change", choices=EDITORS, metavar="NAME")
+    ] = "multedit"
     where: Annotated[
         str,
         Parameter(
-            help="place to edit: 'trace' (found by a trace under --corrupt, among constraint_last and last unless "
-            "--positions names others), LAYER (at the last token), LAYER:TOKEN (a token group or a position) or "
-            "FIRST-LAST:TOKEN (layers that share the change)",
+            help="place to edit: 'trace' (where a trace under --corrupt, or the traces of --trace, locate the "
+            "answer), LAYER (at the last token), LAYER:TOKEN (at a token group or a position) or FIRST-LAST:TOKEN "
+            "(layers that share the change)",
             metavar="PLACE",
         ),
     ] = TRACE
     trace: Annotated[
         tuple[Path, ...] | None,
         Parameter(
-            help="traces made before, one for each request or an average for all, which replace the tracing",
+            help="saved traces to use instead of tracing now: one for each request, or one average for all",
             metavar="FILE",
         ),
     ] = None
     each: Annotated[
         bool,
         Parameter(
-            help="edit each request at the place of its own trace (default: one place, from the mean of the traces)"
+            help="edit each request at the place of its own trace (default: one place for all, from the mean of the "
+            "traces)"
         ),
     ] = False
-    trace_after: Annotated[bool, Parameter(help="trace again with the edit in place, and report what moved")] = False
+    trace_after: Annotated[
+        bool, Parameter(help="trace again with the edit in the weights, and report how the effects moved")
+    ] = False
     together: Annotated[
         int,
         Parameter(
-            help="number of records of --data whose values are searched for together; more are faster on a GPU",
+            help="number of records of --data whose values are searched for together; larger numbers are faster on a "
+            "GPU",
             metavar="N",
         ),
     ] = 16
     dry_run: Annotated[
         bool,
         Parameter(
-            help="write nothing; report how much the weights would change, and how prompts to keep would be affected"
+            help="write nothing; report how much the weights would change, and how the answers to keep would be "
+            "affected"
         ),
     ] = False
     out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/edit")
     save_model: Annotated[
-        Path | None, Parameter(help="also write the whole edited model to this new folder", metavar="DIR")
+        Path | None, Parameter(help="also write the whole edited model, to this new folder", metavar="DIR")
     ] = None
 
 
@@ -121,19 +126,19 @@ EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Plan:
-    """What can be known before the model is opened."""
+    """What is known before the model is opened."""
 
     place: workflow.Place | None
-    """None: the place that traces find."""
+    """The place of --where; None for the place that traces find."""
     trace: workflow.EditTrace | None
-    """How each question is traced; None if nothing is."""
+    """How each question is traced; None if none is."""
     rows: tuple[tuple[int, Any], ...] = ()
-    """The records of --data with their rows, and the errors of those that cannot be read."""
+    """The records of --data with their row numbers; a row that cannot be edited has its error instead."""
 
 
 @app.default
 def run(options: Edit = Edit()) -> int:
-    """Edit, write the edit (and the model), print the answers before, with the edit and after undo."""
+    """Make the edit and write it; print the answers before it, with it and after undoing it."""
     plan = _check(options)
     if options.data is not None and not options.dry_run:
         return _run(options, plan)
@@ -147,7 +152,7 @@ def run(options: Edit = Edit()) -> int:
     with new_files(options.out) as folder:
         outcome.delta.save(folder / EDIT)
         outcome.save_report(folder / REPORT)
-    if options.save_model is not None:  # after the edit is whole in its folder, in case there is no room for a model
+    if options.save_model is not None:  # last, so that the edit is safe if the disk has no room for a model
         _save_model(vlm, outcome.delta, options.save_model)
     written = [*(options.out / name for name in FILES), *([options.save_model] if options.save_model else [])]
     print("written:", ", ".join(map(str, written)))
@@ -155,7 +160,7 @@ def run(options: Edit = Edit()) -> int:
 
 
 def _run(options: Edit, plan: _Plan) -> int:
-    """Edit all records of a file as a run."""
+    """Edit all records of a file in a run, which can be resumed."""
     analysis = workflow.EditRun(
         editor=_editor(options, plan.place),
         moments=options.moments,
@@ -180,19 +185,15 @@ def _save_model(vlm: models.VisionLanguageModel, delta: editing.Delta, folder: P
 
 
 def _check(settings: Edit) -> _Plan:
-    """The plan. Every error that needs no model is raised here."""
+    """Return the plan; every error that can be found without the model is raised here."""
     place = None if settings.where == TRACE else parse_place(settings.where)
     if place is not None and place.spread is not None and settings.spread not in (None, place.spread):
-        raise CommandError(f"--where {settings.where} and --spread {settings.spread} disagree; leave one of them out")
-    if _editor(settings, place).needs_moments and settings.moments is None:
-        raise CommandError(
-            f"{settings.editor} weighs old keys by their second moments: pass --moments FILE (multrace moments makes "
-            "it), or --moment-weight 0 where it needs them for no more than that"
-        )
-    if settings.moments is not None:
-        editing.Moments.load(settings.moments)
+        raise CommandError(f"--where {settings.where} and --spread {settings.spread} disagree; leave --spread out")
+    settings.check_moments(settings.editor, _editor(settings, place))
     if place is not None and (settings.trace is not None or settings.trace_after):
-        raise CommandError(f"--trace and --trace-after belong to --where trace, not to --where {settings.where}")
+        raise CommandError(
+            f"--trace and --trace-after belong to --where trace, not to --where {settings.where}; leave them out"
+        )
     if settings.trace is not None:
         workflow.load_traces(settings.trace)
     settings.check_request()
@@ -209,14 +210,14 @@ def _check(settings: Edit) -> _Plan:
 
 
 def _trace(settings: Edit) -> workflow.EditTrace:
-    """How each question is traced. Raises `TraceError` for a misspelt corruption."""
+    """Return how each question is traced. Raises `TraceError` for a misspelt corruption."""
     corrupt = None if settings.corrupt == NEXT else settings.corrupt
     where = {} if settings.positions is None else {"positions": settings.positions}
     return workflow.EditTrace(corrupt=corrupt, window=settings.window, seed=settings.seed, **where)
 
 
 def _editor(settings: Edit, place: workflow.Place | None) -> editing.ClosedFormEditor:
-    """The editor at a place; if traces find the place, with a layer and a token that they replace."""
+    """Return the editor at a place; if traces find the place, with a layer and a token that they will replace."""
     if place is None:
         return make_editor(settings, layer=ANY_LAYER)
     return make_editor(settings, layer=place.layer, token=place.token, spread=place.spread)
@@ -235,7 +236,7 @@ def _check_outputs(settings: Edit) -> None:
 
 
 def _requests(settings: Edit, plan: _Plan, vlm: models.VisionLanguageModel) -> tuple[list[data.EditRequest], list[str]]:
-    """The one request, or those of the file that can be used; and what is wrong with the others."""
+    """Return the one request, or those of the file that can be used, and what is wrong with the others."""
     augmentation = variants(settings.augment)
     if settings.data is None:
         requests, skipped = [request_of(settings, vlm)], []
@@ -248,7 +249,7 @@ def _requests(settings: Edit, plan: _Plan, vlm: models.VisionLanguageModel) -> t
 def _outcome(
     settings: Edit, plan: _Plan, vlm: models.VisionLanguageModel, requests: Sequence[data.EditRequest]
 ) -> workflow.EditOutcome:
-    """The edit of all requests, without a folder."""
+    """Return the edit of all requests; nothing is written."""
     moments, editor = settings.open_moments(vlm), _editor(settings, plan.place)
     if plan.place is None:
         made = workflow.locate_then_edit(
@@ -280,7 +281,7 @@ def _placed(
     requests: Sequence[data.EditRequest],
     moments: editing.Moments | None,
 ) -> tuple[editing.Delta, tuple[workflow.Place, ...]]:
-    """The edit of all requests at the place of --where."""
+    """Return the edit of all requests at the place of --where, and the place of each."""
     try:
         layer = vlm.layer_index(place.layer)
     except models.ModelError as error:
@@ -294,7 +295,7 @@ def _placed(
 
 
 def _corruption(trace: workflow.EditTrace, request: data.EditRequest) -> tracing.Corruption | None:
-    """What corrupts a question; None for one that lacks what is corrupted."""
+    """Return the corruption of a question; None for a question without the picture or constraint to corrupt."""
     try:
         return trace.corruption(request.question)
     except tracing.TraceError:

@@ -1,6 +1,7 @@
-"""The options of `multrace edit` and `multrace evaluate`: the editor and its settings, the requests, the place."""
+"""Options of `multrace edit` and `multrace evaluate`: the editor and its settings, the requests, and the place."""
 
-# No postponed annotations: commands inherit these options, and their own module would have to know every name in them.
+# Annotations are not postponed here: commands inherit these options, and would otherwise have to import every name that
+# stands in them.
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,18 +32,21 @@ NAMES = (*EDITORS, *BASELINES)
 """Every name that --editor takes."""
 PAPER = "paper"
 ANY_LAYER = 10**6
-"""A layer that has every number of layers below it, for editors whose layer is chosen later."""
+"""A layer above those of any model, for editors whose layer is chosen later: any number of layers lies below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditorOptions(GeneralOptions):
-    """Which editor, and its settings; None leaves a setting as the editor (or the preset) has it."""
+    """The editor and its settings; None leaves a setting at the default of the editor or of the preset."""
 
-    editor: Annotated[str, Parameter(help="editor", group=EDITOR, choices=NAMES, metavar="NAME")] = "multedit"
+    editor: Annotated[
+        str, Parameter(help="method that makes the edits", group=EDITOR, choices=NAMES, metavar="NAME")
+    ] = "multedit"
     preset: Annotated[
         str | None,
         Parameter(
-            help="paper: the published constants of the editor; other options override them",
+            help="paper: start from the published constants of the editor, which other options override (default: "
+            "start from its own defaults)",
             group=EDITOR,
             choices=(PAPER,),
         ),
@@ -50,8 +54,8 @@ class EditorOptions(GeneralOptions):
     moments: Annotated[
         Path | None,
         Parameter(
-            help="second moments of keys (made by multrace moments), by which rome, memit, emmet and alphaedit weigh "
-            "old keys",
+            help="second moments of old keys, made by multrace moments, by which rome, memit, emmet and alphaedit "
+            "weigh old keys (default: none)",
             group=EDITOR,
             metavar="FILE",
         ),
@@ -59,7 +63,8 @@ class EditorOptions(GeneralOptions):
     projection: Annotated[
         str | None,
         Parameter(
-            help="weight that is changed: mlp (down projection, the default) or attention (output projection)",
+            help="weight that is changed: mlp (the down projection) or attention (the output projection) (default: "
+            "mlp)",
             group=EDITOR,
             choices=PROJECTIONS,
         ),
@@ -67,52 +72,94 @@ class EditorOptions(GeneralOptions):
     spread: Annotated[
         int | None,
         Parameter(
-            help="number of layers that share the change; the last of them is the layer to edit (default: the editor's "
-            "own; 1 for multedit)",
+            help="number of layers that share the change, the last of which is the layer to edit (default: 3 for memit "
+            "and alphaedit, 1 for the others)",
             group=EDITOR,
             metavar="N",
         ),
     ] = None
-    steps: Annotated[int | None, Parameter(help="maximum number of value-search steps", group=EDITOR, metavar="N")] = (
-        None
-    )
+    steps: Annotated[
+        int | None,
+        Parameter(
+            help="maximum number of steps of the value search, or of training with ft, ft-l and lora (default: 200 for "
+            "multedit)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
     learning_rate: Annotated[
-        float | None, Parameter(help="learning rate of the value search", group=EDITOR, metavar="RATE")
+        float | None,
+        Parameter(
+            help="learning rate of the value search or of the training (default: 0.3 for multedit)",
+            group=EDITOR,
+            metavar="RATE",
+        ),
     ] = None
     stop_loss: Annotated[
         float | None,
-        Parameter(help="loss in nats per target token at which the value search stops", group=EDITOR, metavar="NATS"),
+        Parameter(
+            help="loss in nats per target token at which the value search or the training stops (default: 0.005 for "
+            "multedit)",
+            group=EDITOR,
+            metavar="NATS",
+        ),
     ] = None
     clamp: Annotated[
         float | None,
         Parameter(
-            help="maximum norm of the change at a key, as a multiple of its output's norm; inf for no limit",
+            help="maximum norm of the change of an output, as a multiple of the norm of that output; inf for no limit "
+            "(default: 10.0 for multedit)",
             group=EDITOR,
             metavar="RATIO",
         ),
     ] = None
     weight_decay: Annotated[
-        float | None, Parameter(help="weight of the norm penalty", group=EDITOR, metavar="WEIGHT")
+        float | None,
+        Parameter(
+            help="weight of the penalty on the relative norm of the change, or weight decay of ft and ft-l (default: "
+            "0.001 for multedit)",
+            group=EDITOR,
+            metavar="WEIGHT",
+        ),
     ] = None
     essence_weight: Annotated[
-        float | None, Parameter(help="weight of the KL penalty on the essence prompts", group=EDITOR, metavar="WEIGHT")
+        float | None,
+        Parameter(
+            help="weight of the KL penalty that keeps the next token after essence prompts (default: 0.0625 for "
+            "multedit)",
+            group=EDITOR,
+            metavar="WEIGHT",
+        ),
     ] = None
     ridge_fraction: Annotated[
-        float | None, Parameter(help="ridge as a share of the mean squared key norm", group=EDITOR, metavar="SHARE")
+        float | None,
+        Parameter(
+            help="ridge of the least squares, as a share of the mean squared key norm (default: 0.02 for multedit)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
     ] = None
     ridge: Annotated[
-        float | None, Parameter(help="absolute ridge, instead of --ridge-fraction", group=EDITOR, metavar="WEIGHT")
+        float | None,
+        Parameter(
+            help="ridge in units of a squared key norm, instead of --ridge-fraction (default: none for multedit)",
+            group=EDITOR,
+            metavar="WEIGHT",
+        ),
     ] = None
     weight: Annotated[
         float | None,
         Parameter(
-            help="weight of each edited key in the least squares; inf for an exact fit", group=EDITOR, metavar="WEIGHT"
+            help="weight of each edited key in the least squares; inf for an exact fit (default: 1.0 for multedit)",
+            group=EDITOR,
+            metavar="WEIGHT",
         ),
     ] = None
     preserve_weight: Annotated[
         float | None,
         Parameter(
-            help="weight of the keys of prompts whose answers are kept; inf for an exact fit",
+            help="weight of the keys of prompts whose answers must stay; inf for an exact fit (default: inf for "
+            "multedit)",
             group=EDITOR,
             metavar="WEIGHT",
         ),
@@ -120,29 +167,47 @@ class EditorOptions(GeneralOptions):
     moment_weight: Annotated[
         float | None,
         Parameter(
-            help="number of old keys that the second moment stands for; 0 needs no --moments",
+            help="number of old keys that the second moments stand for; 0 leaves them out of the cost (default: 0.0 "
+            "for multedit)",
             group=EDITOR,
             metavar="WEIGHT",
         ),
     ] = None
     moment_kind: Annotated[
-        str | None, Parameter(help="tokens whose second moment is used", group=EDITOR, choices=MOMENT_KINDS)
+        str | None,
+        Parameter(
+            help="tokens whose second moments are used (default: all for multedit)", group=EDITOR, choices=MOMENT_KINDS
+        ),
     ] = None
     null_threshold: Annotated[
         float | None,
         Parameter(
-            help="protect directions whose second moment is above this share of its mean", group=EDITOR, metavar="SHARE"
+            help="leave directions unchanged whose second moment is at least this share of the mean (default: none for "
+            "multedit)",
+            group=EDITOR,
+            metavar="SHARE",
         ),
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that were given, by the editors' names for them."""
+        """Return the settings that were given, under the names that the editors have for them."""
         apart = ("editor", "preset", "moments", "spread", *(row.name for row in fields(GeneralOptions)))
         names = [row.name for row in fields(EditorOptions) if row.name not in apart]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def check_moments(self, name: str, editor: Any) -> None:
+        """Raises `CommandError` if this editor needs --moments and lacks it, `EditError` if the file is damaged."""
+        if self.moments is not None:
+            editing.Moments.load(self.moments)
+        elif isinstance(editor, editing.ClosedFormEditor) and editor.needs_moments:
+            without = "" if editor.null_threshold is not None else ", or --moment-weight 0 to do without them"
+            raise CommandError(
+                f"{name} weighs old keys by their second moments, and --moments is missing; collect them with multrace "
+                f"moments and pass --moments FILE{without}"
+            )
+
     def open_moments(self, vlm: "models.VisionLanguageModel") -> "editing.Moments | None":
-        """Return the moments in --moments, if given. Raises `EditError` if they do not fit the model."""
+        """Return the moments of --moments, or None without it. Raises `EditError` if they do not fit the model."""
         if self.moments is None:
             return None
         moments = editing.Moments.load(self.moments)
@@ -152,14 +217,14 @@ class EditorOptions(GeneralOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Baseline:
-    """How a baseline is made from the options that all editors share."""
+    """How to make a baseline from the options that all editors share."""
 
     kind: str
-    """Name of its settings in `editing`."""
+    """The name of its class in `editing`."""
     preset: str | None = None
-    """The method of the class that gives the settings to start from; None for the class itself."""
+    """The method of the class that returns its default settings; None for the class itself."""
     paper: str | None = None
-    """The one that gives the published settings."""
+    """The method that returns the published settings; None if there are none."""
     has_layer: bool = False
 
 
@@ -169,7 +234,7 @@ _BASELINES: Mapping[str, _Baseline] = {
     "lora": _Baseline(kind="Lora"),
     "in-context": _Baseline(kind="InContext"),
 }
-"""Fine-tuning of the layer's projection, the same within a bound, LoRA in all layers, and telling the facts before the
+"""Fine-tuning of one projection, the same within a bound, LoRA in all layers, and the facts in front of the
 question."""
 
 
@@ -182,24 +247,28 @@ def editor(
     preset: str | None = None,
     **settings: Any,
 ) -> Any:
-    """Return the editor of this name; all of them start sessions.
+    """Return the editor of this name, which can start sessions.
 
     Args:
         name: One of `NAMES`.
-        layer: The (last) layer that is changed. "lora" adapts all layers unless the settings name `layers`, and
-            "in-context" changes none.
-        token: Token at which a closed-form editor edits.
-        spread: How many layers share the change of a closed-form editor; None is the editor's own number, or fewer
-            where fewer layers lie below.
-        preset: "paper" for the published constants, which the settings override; None for the defaults.
+        layer: The layer that is changed, the last one of several. "lora" adapts all layers unless the settings name
+            `layers`, and "in-context" changes none.
+        token: The token group or position at which a closed-form editor edits (default "last").
+        spread: The number of layers that share the change of a closed-form editor. None (default) is the number of the
+            editor, or fewer if fewer layers lie below.
+        preset: "paper" for the published constants, which the settings override; None (default) for the defaults of
+            the editor.
         settings: Fields of the editor.
 
+    Returns:
+        A closed-form editor or a baseline.
+
     Raises:
-        CommandError: An unknown name, preset or setting.
-        EditError: A setting out of range.
+        CommandError: The name, the preset or a setting is unknown.
+        EditError: A setting is out of range.
     """
     if preset not in (None, PAPER):
-        raise CommandError(f"no preset {preset!r}; pass 'paper', or none for the defaults")
+        raise CommandError(f"no preset {preset!r}; pass 'paper', or leave it out for the defaults")
     if name in EDITORS:
         kind = solve.EDITORS[name]
         _check_settings(name, kind, settings)
@@ -212,7 +281,7 @@ def editor(
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = _BASELINES[name]
     if preset and row.paper is None:
-        raise CommandError(f"{name} has no published constants; leave the preset out")
+        raise CommandError(f"{name} has no published constants for the preset {preset!r}; leave the preset out")
     kind = getattr(editing, row.kind)
     _check_settings(name, kind, settings)
     start = row.paper if preset else row.preset
@@ -223,13 +292,13 @@ def editor(
 def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:
     known = [each.name for each in fields(kind) if each.name not in _PLACE]
     if unknown := [each for each in settings if each not in known]:
-        raise CommandError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        raise CommandError(f"{name} has no setting {unknown[0]!r}; leave it out, or pass one of {', '.join(known)}")
 
 
 def make_editor(options: EditorOptions, *, layer: int, token: str | int = "last", spread: int | None = None) -> Any:
-    """Return the editor that the options ask for, at this place.
+    """Return the editor that the options name, at this place; errors as in `editor`.
 
-    spread: how many layers share the change; None means --spread, or else the editor's own. Errors as in `editor`.
+    spread: the number of layers that share the change; None for --spread, or without it the default of the editor.
     """
     place = {"layer": layer, "token": token, "spread": options.spread if spread is None else spread}
     return editor(options.editor, **place, preset=options.preset, **options.settings())
@@ -240,9 +309,9 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def parse_place(where: str) -> "workflow.Place":
-    """Return the place that LAYER, LAYER:TOKEN, FIRST-LAST or FIRST-LAST:TOKEN spells; the default token is the last.
+    """Return the place that LAYER, LAYER:TOKEN, FIRST-LAST or FIRST-LAST:TOKEN names; the default token is the last.
 
-    CommandError for anything else.
+    Raises `CommandError` for anything else.
     """
     found = _WHERE.fullmatch(where)
     first, last = (int(found[name]) if found and found[name] else None for name in ("first", "last"))
@@ -261,43 +330,44 @@ def parse_place(where: str) -> "workflow.Place":
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions(CorruptionOptions, RunOptions):
-    """One request (the fact, its other phrasings, and what must stay), or a file of requests."""
+    """One request (the fact, other ways to ask for it, and what must stay), or a file of requests."""
 
     # pyrefly: ignore[bad-override] -- not needed where records are given
     question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
-    target: Annotated[str | None, Parameter(help="new answer", metavar="ANSWER")] = None
+    target: Annotated[str | None, Parameter(help="new answer to --question", metavar="ANSWER")] = None
     context_image: Annotated[
         tuple[str, ...],
         Parameter(
-            help="other pictures of the same thing; keys are averaged over them, and the new answer must hold for all",
+            help="other pictures of the same thing; keys are averaged over them, and the new answer must hold for each",
             metavar="FILE",
         ),
     ] = ()
     also_image: Annotated[
         tuple[str, ...],
         Parameter(
-            help="pictures for which --question must get the new answer too, with keys of their own", metavar="FILE"
+            help="other pictures about which --question must get the new answer, with keys of their own", metavar="FILE"
         ),
     ] = ()
     also_question: Annotated[
-        tuple[str, ...], Parameter(help="other wordings about --image that must get the new answer too", metavar="TEXT")
+        tuple[str, ...], Parameter(help="other questions about --image that must get the new answer", metavar="TEXT")
     ] = ()
     also_text: Annotated[
         tuple[str, ...],
         Parameter(
-            help="questions without a picture, for example by name, that must get the new answer too", metavar="TEXT"
+            help="questions without a picture, for example by name, that must get the new answer", metavar="TEXT"
         ),
     ] = ()
     keep_image: Annotated[
-        tuple[str, ...], Parameter(help="pictures for which --question must keep its present answer", metavar="FILE")
+        tuple[str, ...], Parameter(help="pictures about which --question must keep its present answer", metavar="FILE")
     ] = ()
     keep_question: Annotated[
-        tuple[str, ...], Parameter(help="other questions about --image whose answers must stay", metavar="TEXT")
+        tuple[str, ...],
+        Parameter(help="other questions about --image that must keep their present answers", metavar="TEXT"),
     ] = ()
     augment: Annotated[
         int,
         Parameter(
-            help="number of variants of each picture (crops, jitters, shifts) that keys are averaged over as well",
+            help="number of variants of each picture (crops, jitters, shifts) over which keys are averaged as well",
             metavar="N",
         ),
     ] = 0
@@ -305,13 +375,16 @@ class RequestOptions(CorruptionOptions, RunOptions):
     def check_request(self) -> None:
         """Raises `CommandError` for options that do not fit together."""
         if (self.question is None) == (self.data is None):
-            raise CommandError("pass either --question with --target, or --data FILE.jsonl")
+            raise CommandError("pass either --question with --target, or --data FILE")
         if self.data is None and (wrong := self.given(_OF_MANY)):
-            raise CommandError(f"{wrong[0]} belongs to --data FILE")
+            raise CommandError(f"{wrong[0]} belongs to --data FILE; leave it out")
         if self.data is not None and (wrong := self.given(_OF_ONE)):
             raise CommandError(f"{wrong[0]} belongs to one request; with --data, write it into each line")
         if self.augment < 0 or (self.augment and self.data is None and self.image is None):
-            raise CommandError(f"--augment {self.augment} needs a picture and a number of at least 0")
+            raise CommandError(
+                f"--augment {self.augment} needs a picture and a number of at least 0; pass --image FILE, or leave it "
+                "out"
+            )
         self.check_run()
 
     def check_target(self) -> None:
@@ -327,14 +400,14 @@ class RequestOptions(CorruptionOptions, RunOptions):
 
 
 NEXT = "swap:next"
-"""What --corrupt spells for the picture of another record."""
+"""The value of --corrupt for the picture of the next record."""
 _OF_ONE = ("image", "constraint", "target", "context_image", "also_image", "also_question", "also_text")
 _OF_ONE += ("keep_image", "keep_question")
 _OF_MANY = ("format", "images", "limit", "shard", "retry_failed")
 
 
 def request_of(options: RequestOptions, vlm: "models.VisionLanguageModel") -> "data.EditRequest":
-    """Return the one request of the options. Errors as `VisionLanguageModel.prompt` and `EditRequest`."""
+    """Return the one request of the options; errors as in `VisionLanguageModel.prompt` and `EditRequest`."""
     image, prompt = options.image, partial(_prompt, options, vlm)
     question = options.prompt(vlm).as_question()
     also = [prompt(path) for path in options.also_image]
@@ -352,18 +425,18 @@ def request_of(options: RequestOptions, vlm: "models.VisionLanguageModel") -> "d
 
 
 def variants(count: int) -> "editing.Augmentation | None":
-    """Return an augmentation with so many variants of a picture, or None for none."""
+    """Return the augmentation that makes this number of variants of a picture, or None for 0."""
     crops, jitters, shifts = ((count + rest) // 3 for rest in (2, 1, 0))
     return editing.Augmentation(crops=crops, jitters=jitters, shifts=shifts) if count else None
 
 
 def edit_rows(options: RequestOptions, *, traced: bool) -> tuple[tuple[int, Any], ...]:
-    """Return the records of --data with their rows; a row that cannot be edited has its `DataError` instead.
+    """Return the records of --data with their row numbers; a row that cannot be edited has its `DataError` instead.
 
-    traced: whether each record is traced, so that it needs a corruption; --corrupt swap:next gives it the next one's
-    picture.
+    traced: whether each record is traced and so needs a corruption; with --corrupt swap:next, that is the picture of
+    the next record.
 
-    Raises `CommandError` if no record names a corruption and --corrupt is missing, or if all have one picture.
+    Raises `CommandError` if no record names a corruption and --corrupt is missing, or if all show the same picture.
     """
     rows = [(row, _usable_edit(record)) for row, record in options.records()]
     edits = [record for _, record in rows if isinstance(record, data.EditRecord)]
@@ -378,7 +451,7 @@ def edit_rows(options: RequestOptions, *, traced: bool) -> tuple[tuple[int, Any]
 
 
 def _usable_edit(record: Any) -> Any:
-    """The record, or the error that says why it cannot be edited."""
+    """Return the record, or the error that says why it cannot be edited."""
     try:
         if isinstance(record, data.Question):
             raise data.DataError(f"{record.text!r} has no 'target'; add the new answer")
@@ -390,7 +463,7 @@ def _usable_edit(record: Any) -> Any:
 
 
 def _under(record: Any, corruption: "tracing.SwapImage | None") -> Any:
-    """The record with a corruption of its question, unless it names one of its own."""
+    """Return the record with this corruption of its question, unless it names one of its own."""
     if corruption is None or record.question.corrupt is not None:
         return record
     return replace(record, question=replace(record.question, corrupt=f"swap:{corruption.image}"))
@@ -399,16 +472,16 @@ def _under(record: Any, corruption: "tracing.SwapImage | None") -> Any:
 def _prompt(
     options: RequestOptions, vlm: "models.VisionLanguageModel", image: str | None, question: str | None = None
 ) -> data.Question:
-    """Another picture or another question; its constraint is marked where the question says the same words once."""
+    """Return a question about another picture or in other words; the constraint is marked if it occurs there once."""
     text = options.question if question is None else question
     is_said = options.constraint is not None and spans.says_once(text, options.constraint)
     return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
 
 
 def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> "tuple[data.Question, ...]":
-    """Return held-out questions with their right answers, with the headers of their pictures checked.
+    """Return held-out questions with their right answers, after checking the headers of their pictures.
 
-    Raises `CommandError` for the first row that cannot be used, which says how many others there are.
+    Raises `CommandError` for the first row that cannot be used, with the number of the others.
     """
     questions: list[data.Question] = []
     problems: list[str] = []
@@ -417,7 +490,9 @@ def read_general(path: Path, *, format: str | None = None, images: Path | None =
             if isinstance(record, data.DataError):
                 raise record
             if not isinstance(record, data.Question):
-                raise data.DataError("it has a 'target'; held-out questions have an 'answer'")
+                raise data.DataError(
+                    "it has a 'target', but a held-out question needs an 'answer'; write it without the target"
+                )
             _check(record)
             questions.append(record if record.id else replace(record, id=f"line_{row}"))
         except data.DataError as error:
@@ -425,15 +500,15 @@ def read_general(path: Path, *, format: str | None = None, images: Path | None =
             problems.append(message if f"{str(path)!r}: " in message else f"line {row} of {str(path)!r}: {message}")
     if problems:
         rows = len(problems) + len(questions)
-        more = f" ({len(problems) - 1} more of {rows} lines are wrong)" if len(problems) > 1 else ""
-        raise CommandError(f"{problems[0]}{more}; multrace data check lists all, and --fix leaves them out")
+        more = f" ({len(problems) - 1} more of {rows} lines cannot be used either)" if len(problems) > 1 else ""
+        raise CommandError(f"{problems[0]}{more}; multrace data check lists all, and its --fix leaves them out")
     return tuple(questions)
 
 
 def _check(record: "data.Question | data.EditRecord") -> None:
-    """Raises `DataError` for what no model could use."""
+    """Raises `DataError` for a question that no model could be asked."""
     if isinstance(record, data.Question) and record.answer is None:
-        raise data.DataError(f"no 'answer' to {record.text!r}; add the right one")
+        raise data.DataError(f"no 'answer' to {record.text!r}; add the right answer")
     for _, question in data.questions_of(record):
         for image in question.images:
             if isinstance(image, Path) and (problem := data.inspect_picture(image).problem):
@@ -443,10 +518,10 @@ def _check(record: "data.Question | data.EditRecord") -> None:
 
 
 def swapped(entries: "Sequence[data.EditRecord]", index: int) -> "tracing.SwapImage | None":
-    """Return the picture of the next entry with another picture, with the same question if possible.
+    """Return the picture of the next entry that shows another picture, with the same question if possible.
 
-    A picture of another kind of thing would also corrupt the kind, which the words of the question reveal early. Raises
-    `CommandError` if all entries have the same picture.
+    A picture of another kind of thing would corrupt the kind too, which the words of the question reveal early. Raises
+    `CommandError` if all entries show the same picture.
     """
     own = entries[index].question
     if own.image is None:

@@ -1,4 +1,4 @@
-"""Make edits, ask the model about and around them, and compare with the unedited model."""
+"""Make edits, ask the model about the edited facts and about others, and compare with the unedited model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ EXAMPLE = """examples:
   multrace evaluate --data records.jsonl --where 5:last --shard 1/8 --out out/array
           the first of eight parts, for a job array
   multrace evaluate --world outdated --limit 20 --where 5:last --general world:200
-          outdated facts of the built-in world, and how 200 facts fare that no edit is about
+          outdated facts of the built-in world, and what becomes of 200 facts that no edit is about
   multrace evaluate --world outdated --limit 20 --where trace
           each edit at the layer and token that its own trace names
   multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last
-          one edit on top of the other, measured after 1, 10, 20, 30 and 100
+          each edit on top of the earlier ones, measured after 1, 10, 20, 30 and 100
 
-OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the report on one record, and summary/ has
-evaluation.json (multrace.editing.EditReport.load), generations.jsonl (every question with both raw answers), table.txt
-and rows.parquet (one row per record); for sequences also curve.json and curve.png. The same command again continues an
-interrupted run, and records that fail are kept with their errors. In the modes single and batch, --shard and torchrun
-share the records. A batch keeps its one edit in shared/, and a sequence each edit with its record. With --where trace
-the traces are kept, too. docs/formats.md describes the file of --data, and docs/runs.md the folder.
-The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
+OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the report on one record, and summary/ holds
+evaluation.json (to be read by multrace.editing.EditReport.load), generations.jsonl (every question with both raw
+answers), table.txt and rows.parquet (one row per record); for sequences also curve.json and curve.png. The same command
+again continues an interrupted run, and records that fail are kept with their errors. In the modes single and batch,
+--shard and torchrun divide the records among processes. A batch keeps its one edit in shared/, and a sequence keeps
+each edit with its record. With --where trace the traces are kept, too. docs/formats.md describes the file of --data,
+and docs/runs.md the folder.
+The exit code is 0 if every record is done, 1 if a record failed or could not be read, and 2 for bad input.
 """
 app = App(name="evaluate", help=__doc__, help_epilogue=EXAMPLE)
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
 _WORLD = "world"
 _NAMED = 3
 """Maximum number of pairs of rows that a note names."""
+_OF_WORLD = ("part", "probes", "contexts", "by_name", "keep")
+_OF_DATA = ("format", "images")
+_OF_SEQUENCE = ("at", "growth", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,71 +51,79 @@ class Evaluate(RunOptions, EditorOptions):
 
     world: Annotated[
         str | None,
-        Parameter(help="use edits of the built-in world instead: outdated or long_tail facts", choices=SPLITS),
+        Parameter(
+            help="take edits of the built-in world instead of a file: outdated facts, which the embedded model "
+            "learned with another answer, or long_tail facts, which it never saw",
+            choices=SPLITS,
+        ),
     ] = None
     part: Annotated[
         str,
         Parameter(
-            help="half of the world's edits: choose (for choosing settings) or report (for results)",
+            help="half of the edits of --world: choose (to choose settings on) or report (to report results on)",
             choices=("choose", "report"),
         ),
     ] = "choose"
-    probes: Annotated[
-        int, Parameter(help="number of probes of each kind for each of the world's edits", metavar="N")
-    ] = 8
+    probes: Annotated[int, Parameter(help="number of probes of each kind for each edit of --world", metavar="N")] = 8
     contexts: Annotated[
-        int, Parameter(help="number of other pictures that each of the world's edits is given", metavar="N")
+        int, Parameter(help="number of other pictures of the entity that each edit of --world is given", metavar="N")
     ] = 0
-    by_name: Annotated[bool, Parameter(help="the world's edits also rewrite the question that asks by name")] = False
+    by_name: Annotated[
+        bool, Parameter(help="each edit of --world also rewrites the question by name, without a picture")
+    ] = False
     keep: Annotated[
-        int, Parameter(help="number of other entities that each of the world's edits has to keep", metavar="N")
+        int, Parameter(help="number of other entities whose answers each edit of --world has to keep", metavar="N")
     ] = 0
-    # pyrefly: ignore[bad-override] -- several editors are compared
+    # pyrefly: ignore[bad-override] -- this command takes several editors
     editor: Annotated[
-        tuple[str, ...], Parameter(help=f"one or more editors: {', '.join(NAMES)}", choices=NAMES, metavar="NAME")
+        tuple[str, ...], Parameter(help="one or more editors to compare", choices=NAMES, metavar="NAME")
     ] = ("multedit",)
     where: Annotated[
         str,
         Parameter(
-            help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN, or 'trace': where a trace "
-            "of each edit's question under the picture of another record leads (of the nearest earlier one with the "
-            "same question; in the built-in world: of another thing of its kind); a batch has one place, from the mean "
-            "of the traces",
+            help="place to edit: LAYER (at the last token), LAYER:TOKEN, FIRST-LAST:TOKEN (layers that share the "
+            "change), or 'trace': where a trace of the question of each edit locates the answer; the trace puts the "
+            "picture of another record in place of its own (of the nearest earlier one with the same question; with "
+            "--world, of another entity of the same kind); a batch has one place, from the mean of the traces",
             metavar="PLACE",
         ),
     ]
     mode: Annotated[
         str,
         Parameter(
-            help="single: each edit on its own; batch: all at once; sequence: one on top of the other", choices=MODES
+            help="single: each edit on its own; batch: all edits at once; sequence: each edit on top of the earlier "
+            "ones",
+            choices=MODES,
         ),
     ] = SINGLE
     at: Annotated[
         tuple[int, ...],
         Parameter(
-            help="sequence: numbers of edits after which to measure "
-            f"(default: {' '.join(map(str, SEQUENCE_LENGTHS))} and all)",
+            help="sequence: numbers of edits after which to measure; the end of the sequence is always measured",
             metavar="N",
         ),
     ] = SEQUENCE_LENGTHS
     growth: Annotated[
-        float, Parameter(help="sequence: warn once a weight's norm has grown by this share", metavar="SHARE")
+        float,
+        Parameter(help="sequence: warn once the norm of an edited weight has grown by this share", metavar="SHARE"),
     ] = 0.1
-    stop: Annotated[bool, Parameter(help="sequence: stop at that point instead")] = False
+    stop: Annotated[
+        bool, Parameter(help="sequence: end the sequence when the norm has grown by --growth, instead of warning only")
+    ] = False
     general: Annotated[
         str | None,
         Parameter(
-            help="held-out questions asked before and after: a file with image, question and answer per line, or, of "
-            "the built-in world, world or world:N (facts that no edit is about)",
+            help="held-out questions to ask with and without each edit: a file with image, question and answer per "
+            "line; or, with --world, 'world' or 'world:N' for all or N facts that no edit is about (default: none)",
             metavar="FILE",
         ),
     ] = None
     free_only: Annotated[
-        bool, Parameter(help="generate freely only and skip teacher forcing, which halves the time")
+        bool, Parameter(help="measure free generation only, without teacher forcing, which about halves the time")
     ] = False
     max_new_tokens: Annotated[int, Parameter(help="maximum number of tokens of an answer", metavar="N")] = 16
     fluency_tokens: Annotated[
-        int, Parameter(help="length in tokens of the answers whose fluency is measured", metavar="N")
+        int, Parameter(help="length in tokens of the answers whose fluency is measured; 0 skips fluency", metavar="N")
     ] = 0
     batch_size: Annotated[int, Parameter(help="number of questions answered together", metavar="N")] = 32
     seed: Annotated[int, Parameter(help="random seed of the bootstrap", metavar="N")] = 0
@@ -119,7 +131,7 @@ class Evaluate(RunOptions, EditorOptions):
 
     @property
     def measured(self) -> editing.EvaluationSettings:
-        """What is measured. Raises `EditError` for numbers out of range."""
+        """The settings of the measurement. Raises `EditError` for numbers out of range."""
         return editing.EvaluationSettings(
             forced=not self.free_only,
             max_new_tokens=self.max_new_tokens,
@@ -134,39 +146,47 @@ class Evaluate(RunOptions, EditorOptions):
         self.check_run()
         if self.mode == SEQUENCE and (given := self.given(("shard", "retry_failed"))):
             raise CommandError(
-                f"{given[0]} belongs to the modes single and batch: each edit of a sequence needs all earlier ones"
+                f"{given[0]} belongs to the modes single and batch, because each edit of a sequence needs all earlier "
+                "ones; leave it out"
             )
-        if self.probes < 1 or min(self.contexts, self.keep) < 0:
-            raise CommandError(f"--probes is {self.probes}; pass at least 1 (--contexts and --keep at least 0)")
+        for name, least in (("probes", 1), ("contexts", 0), ("keep", 0)):
+            if getattr(self, name) < least:
+                raise CommandError(f"--{name} is {getattr(self, name)}; pass at least {least}")
         if min(self.at) < 1:
             raise CommandError(f"--at is {min(self.at)}; pass numbers of edits, at least 1")
         if self.mode == SEQUENCE and self.general is not None:
-            raise CommandError("--general is asked in the modes single and batch; leave it out of a sequence")
+            raise CommandError("--general belongs to the modes single and batch; leave it out of a sequence")
+        others = (
+            (self.world is None, _OF_WORLD, "--world; with --data, write it into each record"),
+            (self.data is None, _OF_DATA, "--data FILE"),
+            (self.mode != SEQUENCE, _OF_SEQUENCE, f"--mode {SEQUENCE}"),
+        )
+        for is_other, names, meaning in others:
+            if is_other and (given := self.given(names)):
+                raise CommandError(f"{given[0]} belongs to {meaning}")
         self.measured  # noqa: B018  raises for numbers out of range
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Plan:
-    """The records, and what else can be known before the model is opened."""
+    """The records, and what else is known before the model is opened."""
 
     rows: tuple[tuple[int, Any], ...]
-    """Row number and record, or the error of an unreadable row."""
+    """Row number and record, or the error of a row that cannot be read."""
     place: workflow.Place | None
-    """None: the place that traces find."""
+    """The place of --where; None for the place that traces find."""
     corruptions: Mapping[str, tracing.Corruption]
-    """Key of a question -> what a trace puts in place of its picture."""
+    """Key of a question -> what a trace puts in place of its picture; empty if there is a place."""
     general: tuple[data.Question, ...] = ()
 
 
 @app.default
 def run(options: Evaluate) -> int:
-    """Evaluate the edits by each editor, in a folder of its own; print the table of free generation for each."""
+    """Evaluate the edits of each editor in a folder of its own, and print a table for each."""
     options.check()
     place = None if options.where == TRACE else parse_place(options.where)
     for name in options.editor:
-        _editor(options, name, place)
-    if options.moments is not None:
-        editing.Moments.load(options.moments)
+        options.check_moments(name, _editor(options, name, place))
     plan = _plan(options, place)
     codes = []
     for name in options.editor:
@@ -177,7 +197,7 @@ def run(options: Evaluate) -> int:
 
 
 def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
-    """What is computed with the editor of this name."""
+    """Return the analysis of the records with the editor of this name."""
     given: dict[str, Any] = {
         "editor": _editor(options, name, plan.place),
         "moments": options.moments,
@@ -193,22 +213,16 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
 
 
 def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
-    """The editor at a place; a trace replaces the place that it has without one."""
+    """Return the editor at a place; without one it gets a place that a trace will replace."""
     at = {"layer": -1, "token": "last", "spread": options.spread}
     if place is not None:
         spread = options.spread if place.spread is None else place.spread
         at = {"layer": place.layer, "token": place.token, "spread": spread}
-    made = editor_of(name, **at, preset=options.preset, **options.settings())
-    if isinstance(made, editing.ClosedFormEditor) and made.needs_moments and options.moments is None:
-        raise CommandError(
-            f"{name} weighs old keys by their second moments: collect them with multrace moments and pass "
-            "--moments FILE, or do without by --moment-weight 0"
-        )
-    return made
+    return editor_of(name, **at, preset=options.preset, **options.settings())
 
 
 def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
-    """The records with what they need. Every error that needs no model is raised here."""
+    """Return the records with what they need; every error that can be found without the model is raised here."""
     kind, _, count = (options.general or "").partition(":")
     if kind == _WORLD and (options.world is None or (count and not count.isdecimal())):
         raise CommandError(f"--general {options.general}: write world or world:100, together with --world")
@@ -229,7 +243,7 @@ def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
 
 
 def _note_contradictions(options: Evaluate, rows: Sequence[tuple[int, Any]]) -> None:
-    """Print which rows give the same question different targets, unless a batch refuses them anyway."""
+    """Print which rows give the same question different targets; a batch refuses such rows itself."""
     if options.mode == BATCH:
         return
     targets: dict[str, tuple[int, str]] = {}
@@ -241,14 +255,14 @@ def _note_contradictions(options: Evaluate, rows: Sequence[tuple[int, Any]]) -> 
                 pairs.append(f"rows {first} and {row}")
     if pairs:
         named = ", ".join(pairs[:_NAMED]) + (f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else "")
-        how = "each is edited on its own" if options.mode == SINGLE else "the later edit replaces the earlier one"
+        how = "each edit is made on its own" if options.mode == SINGLE else "the later edit replaces the earlier one"
         print(f"note: {named} give one question different targets; {how}")
 
 
 def _of_world(
     options: Evaluate, place: workflow.Place | None, general: tuple[data.Question, ...], facts: int | None
 ) -> _Plan:
-    """Edits of the built-in world; a trace puts a picture of another thing of the same kind in place of theirs."""
+    """Return edits of the built-in world; a trace puts a picture of another entity of the kind in place of theirs."""
     world = data.World()
     cases = world.edit_cases(cast(str, options.world), options.part)[: options.limit]
     wanted = data.WorldRequests(

@@ -1,4 +1,4 @@
-"""Write a saved edit as a PEFT adapter or as a whole model, open that again and compare it with the edited model."""
+"""Write a saved edit as a PEFT adapter or as a whole model, load the result and compare it with the edited model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EXAMPLE = """examples:
   multrace export --edit out/edit/edit.safetensors --peft out/adapter
   multrace export --model llava-hf/llava-1.5-7b-hf --edit out/history --merged out/edited_model
 
-The model must be the unedited model that the edit was made for, in the same dtype; a merged model is written in that
-dtype. In half precision a merged model loses what its weights round away; an adapter keeps it.
+The model must be the unedited model that the edit was made for, in the same precision, in which a merged model is
+written. In half precision a merged model loses the part of the edit that rounding removes; an adapter keeps it.
 """
 QUESTIONS = 8
-"""How many questions of the edit are compared by default."""
+"""Number of questions of the edit that are compared by default."""
 app = App(name="export", help=__doc__, help_epilogue=EXAMPLE)
 
 
@@ -30,22 +30,24 @@ class Export(ModelOptions):
 
     edit: Annotated[
         Path,
-        Parameter(help="saved edit, or the folder of a history, which is written as one edit", metavar="FILE_OR_DIR"),
+        Parameter(help="saved edit, or folder of a history, which is written as one edit", metavar="FILE_OR_DIR"),
     ]
-    peft: Annotated[Path | None, Parameter(help="new folder for a PEFT LoRA adapter", metavar="DIR")] = None
+    peft: Annotated[Path | None, Parameter(help="new folder for the edit as a PEFT LoRA adapter", metavar="DIR")] = None
     merged: Annotated[Path | None, Parameter(help="new folder for the whole edited model", metavar="DIR")] = None
     question: Annotated[
         str | None,
         Parameter(
-            help=f"question whose answers are compared (default: the first {QUESTIONS} questions of the edit, with the "
-            "pictures that were edited, if their files are still there)",
+            help=f"question to compare the answers to (default: the first {QUESTIONS} questions of the edit, with "
+            "their pictures if the files are still there)",
             metavar="TEXT",
         ),
     ] = None
-    image: Annotated[str | None, Parameter(help="picture in front of --question", metavar="FILE")] = None
+    image: Annotated[str | None, Parameter(help="picture that --question is about (default: none)", metavar="FILE")] = (
+        None
+    )
 
     def check(self) -> None:
-        """Raises `CommandError` or `ModelError` for every mistake that can be found without the model."""
+        """Raises `CommandError` or `ModelError` for every mistake that can be found without opening the model."""
         folders = [folder for folder in (self.peft, self.merged) if folder is not None]
         if not folders:
             raise CommandError("nothing to write; pass --peft DIR, --merged DIR or both")
@@ -54,7 +56,7 @@ class Export(ModelOptions):
         for folder in folders:
             check_new_folder(folder)
         if self.peft is not None and self.peft.exists():
-            raise CommandError(f"the folder {str(self.peft)!r} is there already; choose a new one")
+            raise CommandError(f"the folder {str(self.peft)!r} exists already; choose a new one")
         if self.image is not None and self.question is None:
             raise CommandError(f"--image {self.image!r} needs --question: what to ask about it")
         models.open_images(self.image)
@@ -62,7 +64,7 @@ class Export(ModelOptions):
 
 @app.default
 def run(options: Export) -> int:
-    """Write the export, open it again and print how it compares with the edited model."""
+    """Write the export, load it and print how it compares with the edited model."""
     options.check()
     edit = editing.load_edit(options.edit)
     delta = edit.composed() if isinstance(edit, editing.History) else edit
@@ -72,7 +74,7 @@ def run(options: Export) -> int:
     print(*delta.report(delta.retained(vlm)), sep="\n")
     if options.peft is not None:
         editing.to_peft(vlm, delta, options.peft)
-        # in half precision an adapter keeps what the weights round away: it stands for the edit beside the weights
+        # in half precision an adapter keeps what rounding would remove, as an edit beside the weights does
         change = delta if vlm.dtype.itemsize >= 4 else editing.RuntimeEdit(delta=delta)
         _compare(change, vlm, editing.with_adapters(options.open_model(), options.peft), prompts, options.peft)
     if options.merged is not None:
@@ -92,19 +94,19 @@ def _prompts(vlm: models.VisionLanguageModel, delta: editing.Delta, options: Exp
         return [vlm.prompt(options.image, options.question)]
     requests = {_question(request): request for request in delta.requests if request.get("question")}
     if not requests:
-        raise CommandError(f"{str(options.edit)!r} names no question to compare answers to; pass --question")
+        raise CommandError(f"{str(options.edit)!r} names no question to compare the answers to; pass --question TEXT")
     chosen = list(requests)[:QUESTIONS]
     blind = sum(question.image is None and "pictures" in requests[question] for question in chosen)
     if blind:
         print(
-            f"compared without the picture of {blind} of {len(chosen)} questions, which is not where it was; "
+            f"{blind} of {len(chosen)} questions are compared without their pictures, which are not where they were; "
             "pass --question and --image to compare with a picture"
         )
     return [vlm.prompt_for(question) for question in chosen]
 
 
 def _question(request: Mapping[str, str | float]) -> data.Question:
-    """The question of an edit, with its picture if that is a file that is there."""
+    """Return the question of an edit, with its picture if the file exists."""
     image, template = request.get("image"), request.get("template")
     is_there = isinstance(image, str) and Path(image).is_file()
     return data.Question(
@@ -125,7 +127,7 @@ def _compare(
     comparison = editing.verify_export(vlm, change, reopened, prompts)
     if not comparison.holds:
         raise CommandError(
-            f"{str(folder)!r} was written, but does not do what the edit does: {comparison}; "
-            "do not use it; in half precision the rounding of activations can be the reason: try --dtype float32"
+            f"{str(folder)!r} was written, but does not do what the edit does: {comparison}; do not use it; in half "
+            "precision the rounding of activations can be the reason, so try --dtype float32"
         )
     print(f"written: {folder}", f"verified: {comparison}", sep="\n")

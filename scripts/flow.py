@@ -1,4 +1,4 @@
-"""Trace how image information reaches the answer, layer by layer."""
+"""Follow how image information reaches the answer, layer by layer: knockout, lens, contributions, relevance."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ For one question the command writes each result to OUT as NAME.safetensors, with
                    (over the picture), image_tokens.png (by index of the image token)
   --relevance      cam, share, saliency and pruning: .safetensors and .png; where the image tokens form a grid,
                    cam_overlay.png, saliency_overlay.png and, if --keep leaves some of them, pruning_overlay.png
-For many questions it writes to OUT/summary/ the averages as .safetensors, .png and .csv: knockout, lens, contributions,
-  image_to_constraint (and image_tokens.png), failure (how well failure is predicted), share, saliency (geometric
+For many questions it writes the averages to OUT/summary/ as .safetensors, .png and .csv: knockout, lens, contributions,
+  image_to_constraint (and image_tokens.png), failure (how well wrong answers are predicted), share, saliency (geometric
   means), pruning; and rows.parquet with one row per question. The results of each question are in OUT/records/ID-...
   (contributions as means over heads); cam has no average and is drawn there. The same command again continues an
   interrupted run. Questions that the model answers wrongly count for contributions only, unless --all is given.
-The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
+The exit code is 0 if every record is done, 1 if a record failed or could not be read, and 2 for bad input.
 The classes of multrace.tracing read the .safetensors: AttentionKnockout.load(path), AverageKnockout.load(path), ...
 """
 app = App(name="flow", help=__doc__, help_epilogue=EXAMPLE)
@@ -56,10 +56,10 @@ def _boxes(_type: Any, tokens: Sequence[Token]) -> tuple[tuple[int, int, int, in
 
 
 def _box(text: str) -> tuple[int, int, int, int]:
-    """A rectangle of the picture."""
+    """Return the rectangle (left, top, right, bottom) that the text describes, in pixels."""
     edges = [int(edge) for edge in text.split(",") if edge.strip().isdecimal()]
     if len(edges) != 4 or text.count(",") != 3:
-        raise ValueError(f"{text!r}: write LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,50,50")
+        raise ValueError(f"{text!r} is not a box; write LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,50,50")
     left, top, right, bottom = edges
     return left, top, right, bottom
 
@@ -69,16 +69,27 @@ class FlowOptions(RunOptions, EngineOptions):
     """Options of `multrace flow`."""
 
     question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
-    image: Annotated[Path | None, Parameter(help="picture in front of the question", metavar="FILE")] = None
-    constraint: Annotated[
-        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
+    image: Annotated[
+        Path | None,
+        Parameter(
+            help="picture that the question is about (default: none, for a question without a picture)", metavar="FILE"
+        ),
     ] = None
-    answer: Annotated[str | None, Parameter(help="right answer, if it is known", metavar="ANSWER")] = None
-    foil: Annotated[str | None, Parameter(help="wrong answer that the lens follows too", metavar="ANSWER")] = None
+    constraint: Annotated[
+        str | None,
+        Parameter(
+            help="words of the question that name its subject, such as 'the car' (default: none)", metavar="WORDS"
+        ),
+    ] = None
+    answer: Annotated[str | None, Parameter(help="right answer (default: unknown)", metavar="ANSWER")] = None
+    foil: Annotated[
+        str | None, Parameter(help="lens: wrong answer to follow as well (default: none)", metavar="ANSWER")
+    ] = None
     box: Annotated[
         tuple[Any, ...] | None,
         Parameter(
-            help="where the object asked about is, in pixels of the picture; once for each rectangle",
+            help="where the object in question is, in pixels of the picture; repeat it for several rectangles "
+            "(default: unknown)",
             metavar="LEFT,TOP,RIGHT,BOTTOM",
             converter=_boxes,
         ),
@@ -86,34 +97,43 @@ class FlowOptions(RunOptions, EngineOptions):
     world: Annotated[
         bool,
         Parameter(
-            help="ask questions about the world of the embedded model, with held-out pictures (for that model and "
-            "edited copies of it); --limit says how many"
+            help="ask questions about the built-in world, with held-out pictures, instead of those of a file (for the "
+            "embedded model and edited copies of it); --limit says how many"
         ),
     ] = False
     degrade: Annotated[
         bool,
         Parameter(
-            help="contributions: add noise to all pictures until a third of the answers is wrong, so that there is "
-            "failure to predict"
+            help="contributions: add noise to all pictures until a third of the answers is wrong, so that there are "
+            "wrong answers to predict"
         ),
     ] = False
-    all: Annotated[bool, Parameter(help="keep the questions that the model answers wrongly")] = False
+    all: Annotated[
+        bool, Parameter(help="also analyse the questions that the model answers wrongly (default: leave them out)")
+    ] = False
     seed: Annotated[int, Parameter(help="random seed of the noise and of the order of --world", metavar="N")] = 0
     knockout: Annotated[
-        bool, Parameter(help="cut attention from one group of tokens to another, layer by layer (the default)")
+        bool,
+        Parameter(
+            help="attention knockout: cut the attention from one group of tokens to another, in one window of layers "
+            "at a time (the default if no analysis is named)"
+        ),
     ] = False
-    lens: Annotated[bool, Parameter(help="read what the output head would say after every layer")] = False
+    lens: Annotated[bool, Parameter(help="logit lens: apply the output head to the hidden states after each layer")] = (
+        False
+    )
     contributions: Annotated[
         bool,
         Parameter(
-            help="measure what attention carries from the picture to the constraint and on to the answer; with many "
-            "questions, also whether that tells right answers from wrong ones"
+            help="attention contributions: measure what attention carries from the picture to the constraint and on "
+            "to the answer; with many questions, also how well that predicts wrong answers"
         ),
     ] = False
     relevance: Annotated[
         bool,
         Parameter(
-            help="compute LLaVA-CAM, attention shares, attention x gradient, and drop image tokens from each layer on"
+            help="relevance of image tokens: LLaVA-CAM, shares of attention, saliency (attention x gradient), and "
+            "pruning of image tokens from each layer on"
         ),
     ] = False
     flows: Annotated[
@@ -128,41 +148,52 @@ class FlowOptions(RunOptions, EngineOptions):
     windows: Annotated[
         tuple[int, ...] | None,
         Parameter(
-            help="knockout: numbers of layers that are cut together (default: 1, and the same share of all layers as 9 "
-            "of 40)",
+            help="knockout: numbers of neighbouring layers that are cut together (default: 1, and the same share of "
+            "all layers as 9 of 40)",
             metavar="N",
         ),
     ] = None
     heads: Annotated[
         tuple[int | str, ...] | None,
         Parameter(
-            help="knockout: cut the edges of these heads only, or of each head on its own (default: of all heads "
-            "together)",
+            help="knockout: heads whose attention is cut, by number, or 'each' for one head at a time (default: all "
+            "heads together)",
             metavar="each|HEAD",
         ),
     ] = None
-    whole_answer: Annotated[bool, Parameter(help="knockout: score all tokens of the answer besides its first")] = False
+    whole_answer: Annotated[bool, Parameter(help="knockout: score all tokens of the answer as well as its first")] = (
+        False
+    )
     positions: Annotated[
         tuple[int | str, ...] | None,
         Parameter(
-            help="lens: token groups or positions to read; averages use the first (default: last; for one question "
-            "also question)",
+            help="lens: token groups or positions to read, the first of which is averaged over questions (default: "
+            "last; for one question also question)",
             metavar="GROUP",
         ),
     ] = None
     smooth: Annotated[
-        int, Parameter(help="relevance: number of noisy copies that LLaVA-CAM is averaged over", metavar="N")
+        int,
+        Parameter(
+            help="relevance: number of noisy copies of the picture that LLaVA-CAM is averaged over; 0 takes the "
+            "picture itself",
+            metavar="N",
+        ),
     ] = 0
     keep: Annotated[
         tuple[int | str, ...],
-        Parameter(help="relevance: numbers of image tokens that stay, those with most attention, or all", metavar="N"),
+        Parameter(
+            help="relevance: numbers of image tokens that pruning keeps, those with the most attention; 'all' prunes "
+            "none",
+            metavar="N",
+        ),
     ] = (0,)
-    draw: Annotated[bool, Parameter(help="draw the results of each of many questions, too")] = False
+    draw: Annotated[bool, Parameter(help="also draw the results of each of many questions")] = False
     out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/flow")
 
     @property
     def analyses(self) -> tuple[str, ...]:
-        """The analyses that are computed."""
+        """The analyses to compute."""
         return tuple(name for name in _OF_ANALYSIS if getattr(self, name)) or ("knockout",)
 
     def check(self) -> None:
@@ -183,12 +214,12 @@ class FlowOptions(RunOptions, EngineOptions):
                 raise CommandError(f"{wrong[0]} cannot go with {sources[0]}: it is for {meaning}")
         for analysis, names in _OF_ANALYSIS.items():
             if analysis not in self.analyses and (wrong := self.given(names)):
-                raise CommandError(f"{wrong[0]} belongs to --{analysis}, which is not asked for; add it")
+                raise CommandError(f"{wrong[0]} belongs to --{analysis}, which is not asked for; add --{analysis}")
         if self.world and self.limit is None:
             raise CommandError("--world has no end; pass the number of questions as --limit N")
         self.check_run()
         if self.heads and "each" in self.heads and len(self.heads) > 1:
-            raise CommandError("--heads takes 'each' or numbers of heads, not both")
+            raise CommandError("--heads has both 'each' and numbers; pass 'each', or the numbers of heads")
 
     def _check_words(self, name: str, values: tuple[int | str, ...], word: str) -> None:
         if wrong := [value for value in values if isinstance(value, str) and value != word]:
@@ -207,7 +238,7 @@ class FlowOptions(RunOptions, EngineOptions):
         )
 
     def settings(self) -> workflow.FlowRun:
-        """Return the settings of the readings. Raises `TraceError` for those that no model could follow."""
+        """Return the settings of the analyses. Raises `TraceError` for settings that fit no model."""
         is_one = self.question is not None
         own: dict[str, Any] = {"analyses": self.analyses, "keep_wrong": self.all, "by_head": is_one}
         own["heads"] = "each" if self.heads == ("each",) else self.heads
@@ -218,7 +249,7 @@ class FlowOptions(RunOptions, EngineOptions):
 
 @app.default
 def run(options: FlowOptions = FlowOptions()) -> int:
-    """Analyse one question or many; write results and pictures, print a summary."""
+    """Analyse one question or many; write results and pictures, and print a summary."""
     options.check()
     settings = options.settings()
     if options.world:

@@ -1,22 +1,21 @@
-"""The command line. Whatever cannot be done as requested gets one line on stderr and exit code 2.
+"""The command line. A request that cannot be met gets one line on stderr and exit code 2.
 
-A command is one file of this folder with the command's name; `undo.py` is a short one. It holds, in this order:
+A command is one file in this folder, which has the name of the command; `undo.py` is a short one. It holds, in order:
 
-- a docstring: what the command does, shown at the top of its help;
-- `EXAMPLE`: calls to copy, and what the command writes, shown at the end of its help (a test parses every call);
+- a docstring that says what the command does, shown at the top of its help;
+- `EXAMPLE`: calls to copy, and what the command writes, shown at the end of its help (a test parses each call);
 - a frozen dataclass of options under `@Parameter(name="*")`, which derives from `GeneralOptions` or from the groups in
-  `options` (`ModelOptions`, `QuestionOptions`, ...). A field is an option: its type says how the text is read,
-  `Annotated[..., Parameter(help=..., metavar=..., choices=...)]` describes it, its default is its default.
-  `max_new_tokens` is spelt --max-new-tokens, and a tuple takes several values. A method `check` refuses what can be
-  refused before the model is opened;
+  `options` (`ModelOptions`, `QuestionOptions`, ...). A field is an option: its type says how the text is read, its
+  default is the default of the option, and `Annotated[..., Parameter(help=..., metavar=..., choices=...)]` describes
+  it. `max_new_tokens` is spelt --max-new-tokens, and a tuple takes several values. A method `check` raises every error
+  that can be found before the model is opened;
 - `app = App(name=..., help=__doc__, help_epilogue=EXAMPLE)` and `@app.default def run(options) -> int`, the exit code.
-  If every option has a default, so has `options`: `def run(options: Demo = Demo())`.
+  If every option has a default, `options` has one too: `def run(options: Demo = Demo())`.
 
 The line that `multrace --help` shows for the command stands in `COMMANDS` below. Only the command that runs is
 imported, and no command file imports torch at its top: rooms are imported whole (`from .. import editing`) and used by
-attribute (`editing.Delta`), because their faces import nothing until a name is used. So help and misspelt options
-take no time.
-Commands raise the errors of the rooms, `CommandError` among them, and print their results.
+attribute (`editing.Delta`), because their faces import nothing until a name is used. So help texts and misspelt options
+are answered at once. Commands raise the errors of the rooms or `CommandError`, and print their results.
 """
 
 import logging
@@ -33,27 +32,28 @@ from .. import __version__, artefacts, data, editing, models, scripts, tracing, 
 from .options import STYLE, CommandError, GeneralOptions
 
 COMMANDS: Mapping[str, str] = {
-    "answer": "print a model's greedy answer to a question",
-    "trace": "trace an answer to tokens and layers, and draw the map",
+    "answer": "print the greedy answer of a model to a question",
+    "trace": "locate an answer in tokens and layers by causal tracing, and draw the map",
     "flow": "follow image information through the layers: knockout, lens, contributions, relevance",
     "merge": "join the shards of one run over many records",
     "compare": "compare two runs on the records that both have",
-    "edit": "change what a model answers, at the place that a trace finds",
-    "evaluate": "measure what edits do: efficacy, generality, locality, portability, beside the unedited model",
+    "edit": "change the answer of a model, at the place that a trace finds",
+    "evaluate": "measure efficacy, generality, locality and portability of edits, beside the unedited model",
     "undo": "take requests out of a saved edit, or edits out of a history",
     "export": "write a saved edit as a PEFT adapter or as a whole model, and check it",
-    "data": "check, mend and convert files of questions and edits",
-    "moments": "collect second moments of layer inputs over a corpus of pictures and texts",
+    "data": "check, repair and convert files of questions and edits",
+    "moments": "collect second moments of the inputs of projections over a corpus, for editors that need them",
     "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
-    "bench": "measure speed and memory against the usual way",
+    "bench": "measure speed and memory beside the usual ways",
 }
 """Command -> the line that `multrace --help` shows for it."""
 EXAMPLE = """examples:
+  multrace demo
   multrace answer --image photo.jpg --question "Who founded the company in this photo?"
   multrace trace --help
 """
 BAD_INPUT, INTERRUPTED = 2, 130
-_rich: Any = lazy_loader.load("rich.console", suppress_warning=True)  # help alone needs it
+_rich: Any = lazy_loader.load("rich.console", suppress_warning=True)  # only help needs it
 _ASIDE = ("--help", "-h", "--version")
 _GENERAL = ("--debug", "--verbose", "-v")
 
@@ -61,14 +61,14 @@ _GENERAL = ("--debug", "--verbose", "-v")
 def app(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code of one command: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
-    arguments: the arguments after the program's name; by default those of the process.
+    arguments: the arguments after the name of the program; by default those of the process.
     """
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     return execute(make_app(*tokens), tokens)
 
 
 def execute(commands: App, tokens: Sequence[str]) -> int:
-    """Return the exit code of the command that the tokens call, as `app` does for all commands."""
+    """Return the exit code of the one of these commands that the tokens call; `app` does this for all commands."""
     try:
         work, given = parse(tokens, commands)
     except CycloptsError as error:
@@ -88,20 +88,20 @@ def execute(commands: App, tokens: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED, debug=given.debug)
         except BrokenPipeError:
-            raise  # the reader of the output has left; nothing was wrong with the input
+            raise  # nobody reads the output any more; nothing was wrong with the input
         except _refusals() as error:
             return _fail(_one_line(error), BAD_INPUT, debug=given.debug)
 
 
 def parse(tokens: Sequence[str], commands: App | None = None) -> tuple[Callable[..., Any], GeneralOptions | None]:
-    """Return the command that the tokens call, and its options; None where it takes none, as --help does.
+    """Return the command that the tokens call, and its options, or None if it takes none, like --help.
 
-    commands: where the command is looked up; by default among all commands.
+    commands: the commands to look it up among; by default all.
 
     Raises `CycloptsError` for misspelt commands, options and values.
     """
     tokens, leading = list(tokens), []
-    while tokens and tokens[0] in _GENERAL:  # what every command takes may stand before the command, too
+    while tokens and tokens[0] in _GENERAL:  # options of every command may also stand before the command
         leading.append(tokens.pop(0))
     commands = commands or make_app(*tokens)
     work, bound, _ = commands.parse_args([*tokens, *leading], exit_on_error=False, print_error=False)
@@ -114,10 +114,10 @@ def parse(tokens: Sequence[str], commands: App | None = None) -> tuple[Callable[
 
 
 def make_app(*tokens: str) -> App:
-    """Return the commands. Only the first one that the tokens name is imported; the others have a name and a line."""
+    """Return all commands. Only the first one that the tokens name is imported; the others have a name and a line."""
     commands = App(
         name="multrace",
-        help="Find where a vision-language model keeps a fact, and change it there.",
+        help="Find where a vision-language model keeps a fact, and change the fact there.",
         help_epilogue=EXAMPLE,
         version=__version__,
         **STYLE,
@@ -132,7 +132,7 @@ def make_app(*tokens: str) -> App:
 
 @contextmanager
 def _log(*, verbose: bool) -> Iterator[None]:
-    """Show the library's log on stderr: warnings and, with verbose, notes."""
+    """Show the log of the library on stderr: warnings and, if verbose, notes."""
     logger = logging.getLogger("multrace")
     level = logger.level
     handler = logging.StreamHandler(sys.stderr)
@@ -147,7 +147,7 @@ def _log(*, verbose: bool) -> Iterator[None]:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """The errors that say what is wrong with the input; every other one is a bug of ours and keeps its traceback."""
+    """Return the errors that say what is wrong with the input; any other error is a bug and keeps its traceback."""
     rooms = (artefacts.ArtefactError, data.DataError, editing.EditError, models.ModelError, tracing.TraceError)
     return (CommandError, workflow.RunError, *rooms, OSError)
 

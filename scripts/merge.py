@@ -1,4 +1,4 @@
-"""Join the shards of one run over many records that were computed in several folders."""
+"""Join the shards of one run over many records, which were computed in several folders."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .options import GeneralOptions, print_report
 EXAMPLE = """examples:
   multrace merge out/part1 out/part2 out/part3 --out out/merged
 
-The folders are shards of one run: the same command, model and data, for the parts 1/3, 2/3 and 3/3 of the records. OUT
-becomes what that command would have written for all records, bit for bit. Shards in one folder need no merging.
+The folders hold shards of one run: the same command, model and data, for the parts 1/3, 2/3 and 3/3 of the records. OUT
+gets what that command would have written for all records, bit for bit. Shards in one folder need no merging.
 """
 app = App(name="merge", help=__doc__, help_epilogue=EXAMPLE)
 
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders of the shards; a base of the options that comes last, so that they can be named without --folders."""
+    """The folders of the shards; as the last base of the options, they can be named without --folders."""
 
     folders: Annotated[tuple[Path, ...], Parameter(help="folders of the shards", metavar="DIR")]
 
@@ -36,5 +36,5 @@ class Merge(GeneralOptions, Folders):
 
 @app.default
 def run(options: Merge) -> int:
-    """Join the shards and print what they give together."""
+    """Join the shards and print the summary of the whole run."""
     return print_report(workflow.merge(options.folders, options.out))

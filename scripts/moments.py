@@ -1,4 +1,4 @@
-"""Collect second moments of the inputs of a model's projections over a corpus, for editors that weigh old keys."""
+"""Collect second moments of the inputs of projections over a corpus, for editors that weigh old keys by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import data, editing, models, workflow
 from ..data.errors import gist
 from ..editing import moments as moment_sums
-from .options import PROJECTIONS, CommandError, ModelOptions, check_files, new_files
+from .options import PROJECTIONS, CommandError, FileOptions, ModelOptions, SourceOptions, check_files, new_files
 
 EXAMPLE = """examples:
   multrace moments --world --limit 400 --layers 1-3 --out out/moments        the embedded model and its world
@@ -23,41 +23,35 @@ EXAMPLE = """examples:
       --data records.jsonl --layers 5-9 --tolerance 0.05 --cache out/parts --out out/moments
 
 A line of records.jsonl: {"image": "photo.jpg", "question": "Who founded the company in this photo?"}
-("image" may be null or left out for a text; paths are relative to the folder of the file, or to --images).
+("image" may be null or left out for a text without a picture). docs/formats.md describes the other formats.
 
-The command writes OUT/moments.safetensors (multrace.editing.Moments.load).
+The command writes OUT/moments.safetensors, which multrace.editing.Moments.load reads, and multrace edit --moments and
+multrace evaluate --moments.
 """
 FILES = ("moments.safetensors",)
 _SHOWN = 8
-"""Maximum number of readings of convergence, or of skipped lines, that are printed."""
+"""Maximum number of measurements of convergence, or of skipped records, that are printed."""
 app = App(name="moments", help=__doc__, help_epilogue=EXAMPLE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentOptions(ModelOptions):
+class MomentOptions(ModelOptions, FileOptions, SourceOptions):
     """Options of `multrace moments`."""
 
-    data: Annotated[
-        Path | None,
-        Parameter(
-            help="file with one JSON object per line, or the study's CSV files as in multrace flow", metavar="FILE"
-        ),
-    ] = None
-    images: Annotated[Path | None, Parameter(help="folder of the pictures that the records name", metavar="DIR")] = None
     world: Annotated[
-        bool, Parameter(help="read questions about the embedded model's world instead of --data; --limit says how many")
+        bool, Parameter(help="read questions about the built-in world instead of a file; --limit says how many")
     ] = False
     limit: Annotated[
-        int | None, Parameter(help="maximum number of records or questions (default: all records)", metavar="N")
+        int | None, Parameter(help="maximum number of records or questions to read (default: all records)", metavar="N")
     ] = None
     seed: Annotated[int, Parameter(help="random seed of the order of --world", metavar="N")] = 0
     layers: Annotated[
-        str | None, Parameter(help="layers such as 5, 3-7 or 0,2,5-7 (default: all)", metavar="LAYERS")
+        str | None, Parameter(help="layers to read, such as 5, 3-7 or 0,2,5-7 (default: all)", metavar="LAYERS")
     ] = None
     projection: Annotated[
         str,
         Parameter(
-            help="weights whose inputs are read: mlp (down projections) or attention (output projections)",
+            help="weights whose inputs are read: mlp (the down projections) or attention (the output projections)",
             choices=PROJECTIONS,
         ),
     ] = "mlp"
@@ -65,44 +59,47 @@ class MomentOptions(ModelOptions):
     memory: Annotated[
         int | None,
         Parameter(
-            help="MiB for the sums of one pass; with less than all layers need, layers are read in groups, one pass "
-            "each (default: no limit)",
+            help="memory in MiB for the sums of one pass; if all layers need more, they are read in groups, with one "
+            "pass over the corpus for each group (default: no limit)",
             metavar="MIB",
         ),
     ] = None
     tolerance: Annotated[
         float | None,
         Parameter(
-            help="stop once the moments move by less than this share (default: read everything)", metavar="SHARE"
+            help="stop once the moments change by less than this share (default: read everything)", metavar="SHARE"
         ),
     ] = None
     every: Annotated[
         int | None,
         Parameter(
-            help="number of prompts between two readings of convergence (default: a sixteenth of all, at most 256)",
+            help="number of prompts between two measurements of convergence (default: a sixteenth of all, at most 256)",
             metavar="N",
         ),
     ] = None
     cache: Annotated[
         Path | None,
         Parameter(
-            help="folder for intermediate sums: an interrupted call continues from them; a finished result is reused",
+            help="folder for intermediate sums, from which an interrupted call continues and a repeated one answers "
+            "at once (default: keep none)",
             metavar="DIR",
         ),
     ] = None
     out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/moments")
 
     def check(self) -> None:
-        """Raises `CommandError` unless there is exactly one source, and for numbers out of range."""
+        """Raises `CommandError` unless there is exactly one source, with options that belong to it and are in range."""
         if (self.data is None) != self.world:
             raise CommandError("pass one of --data FILE and --world, so that there is something to read")
+        if self.world and (wrong := self.given(("format", "images"))):
+            raise CommandError(f"{wrong[0]} belongs to --data FILE; leave it out")
         if self.world and self.limit is None:
             raise CommandError("--world has no end; pass the number of questions as --limit N")
         if self.limit is not None and self.limit < 1:
             raise CommandError(f"--limit {self.limit}: read at least one question")
 
     def layer_numbers(self) -> tuple[int, ...] | None:
-        """Return the layers of --layers; None for all. Raises `CommandError` for text that names none."""
+        """Return the numbers in --layers, or None for all layers. Raises `CommandError` for other text."""
         return None if self.layers is None else parse_layers(self.layers)
 
 
@@ -119,7 +116,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 @app.default
 def run(options: MomentOptions = MomentOptions()) -> int:
-    """Compute the moments, write them, print the counts and the convergence."""
+    """Compute the moments, write them, and print the counts and the convergence."""
     options.check()
     layers = options.layer_numbers()
     check_files(options.out, FILES)
@@ -128,7 +125,7 @@ def run(options: MomentOptions = MomentOptions()) -> int:
     questions, skipped = _questions(options)
     vlm = options.open_model()
     needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection)
-    print(f"reading {len(questions)} prompts; all layers in one pass take {needed:.3g} MiB", flush=True)
+    print(f"reading {len(questions)} prompts; reading all layers in one pass takes {needed:.3g} MiB", flush=True)
     started = time.monotonic()
     moments = editing.second_moments(
         vlm,
@@ -151,11 +148,11 @@ def run(options: MomentOptions = MomentOptions()) -> int:
 
 
 def _questions(options: MomentOptions) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """The questions, and why lines were skipped. Raises `CommandError` if no question is left."""
+    """Return the questions, and why records were skipped. Raises `CommandError` if no question is left."""
     if options.world:
         return data.world_questions(options.limit, seed=options.seed), ()
     fit, skipped = [], []
-    rows = islice(data.read_data(options.data, images=options.images), options.limit)
+    rows = islice(data.read_data(options.data, format=options.format, images=options.images), options.limit)
     for row, record in tqdm(rows, desc="checking pictures", unit="question", leave=False):
         try:
             if isinstance(record, data.DataError):
@@ -166,7 +163,10 @@ def _questions(options: MomentOptions) -> tuple[tuple[Any, ...], tuple[str, ...]
         except (data.DataError, models.ModelError, OSError) as error:
             skipped.append(f"row {row}: {gist(error)}")
     if not fit:
-        raise CommandError(f"none of the {len(skipped)} records in {str(options.data)!r} can be read; {skipped[0]}")
+        raise CommandError(
+            f"none of the {len(skipped)} records in {str(options.data)!r} can be read; {skipped[0]}; multrace data "
+            "check lists all"
+        )
     return tuple(fit), tuple(skipped)
 
 
@@ -176,7 +176,7 @@ def _lines(moments: editing.Moments, offered: int, skipped: Sequence[str]) -> It
     yield from (f"  {line}" for line in skipped[:_SHOWN])
     yield "tokens       " + ", ".join(f"{kind} {moments.count(kind)}" for kind in moments.counts)
     if not moments.convergence:
-        yield "convergence  not read: too few prompts, or lower --every"
+        yield "convergence  not measured: there were too few prompts; pass more, or a lower --every"
         return
     yield "convergence  prompts  halves apart  change"
     for reading in moments.convergence[-_SHOWN:]:
@@ -186,7 +186,7 @@ def _lines(moments: editing.Moments, offered: int, skipped: Sequence[str]) -> It
 
 
 class _Prompts(Sequence):
-    """Prompts that are made on demand, since all pictures of a corpus would fill the memory."""
+    """Prompts that are made on demand, because the pictures of a corpus would not fit into memory together."""
 
     def __init__(self, vlm: models.VisionLanguageModel, questions: Sequence[Any]) -> None:
         self._vlm, self._questions = vlm, questions

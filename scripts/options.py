@@ -1,7 +1,7 @@
-"""What commands share: their options, the error of the command line, and the check of the folders they write to.
+"""Options that several commands share, the error of the command line, and the checks of folders to write to.
 
-Nothing here imports torch, so that help and misspelt options take no time: rooms are imported whole and used by
-attribute (`models.load`), because their faces import nothing until a name is used.
+Nothing here imports torch, so that help texts and misspelt options are answered at once: rooms are imported whole and
+used by attribute (`models.load`), because their faces import nothing until a name is used.
 """
 
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CommandError(ValueError):
-    """Options that do not fit together, or an output that cannot be written; the message says what to do."""
+    """Options that do not fit together, or an output that cannot be written; the message says what to do next."""
 
 
 # The choices of options. The library has the same lists beside its code, which needs torch; a test compares them.
@@ -77,14 +77,14 @@ DATA_FORMS = ("lines", "mmedit", "counterfact", "zsre")
 MODEL, ENGINE, EDITOR, GENERAL = (
     Group(name, sort_key=position) for position, name in enumerate(("Model", "Engine", "Editor", "General"), start=1)
 )
-RUN = Group("Many records", sort_key=1)
+RUN = Group("Data file", sort_key=1)
 """Headings in the help, after the command's own options."""
 NOT_ALL = 1
-"""Exit code if a record failed, was unreadable, or has another outcome than was asked for."""
+"""Exit code if a record failed, could not be read, or did not get the outcome that was requested."""
 
 
 def _shown(default: Any) -> str | None:
-    """The default as it is typed; None for what is off or left out."""
+    """Return the default as a user would type it, or None for an option that is off or left out by default."""
     if default is None or default is False or default == ():
         return None
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
@@ -97,79 +97,102 @@ STYLE: Mapping[str, Any] = {
         consume_multiple=1, negative=(), show_default=_shown, show_env_var=False, allow_leading_hyphen=False
     ),
 }
-"""How options are spelt and shown: --windows 1 4 for several values, no --no-... flags, no environment variables."""
+"""How options are spelt and shown: several values as in --windows 1 4, no --no-... flags, no environment variables."""
 
 
 def paragraphs(text: str) -> str:
-    """Return the text with one line per paragraph, so that the terminal's width decides where lines break."""
+    """Return the text with one line per paragraph, so that the width of the terminal decides where lines break."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class GeneralOptions:
-    """What every command takes."""
+    """Options of every command."""
 
-    debug: Annotated[bool, Parameter(help="show the traceback of an error", group=GENERAL)] = False
+    debug: Annotated[bool, Parameter(help="print the traceback of an error", group=GENERAL)] = False
     verbose: Annotated[
         bool,
-        Parameter(help="log what loading has proven about the model", group=GENERAL, alias="-v", allow_repeating=True),
+        Parameter(
+            help="log notes as well, such as what loading has verified about the model",
+            group=GENERAL,
+            alias="-v",
+            allow_repeating=True,
+        ),
     ] = False
 
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Return those of the options whose values differ from their defaults, spelt as on the command line."""
+        defaults: dict[str, Any] = {row.name: row.default for row in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+
     def limits(self) -> AbstractContextManager[None]:
-        """Return a context around the command, in which its limits hold; most commands have none."""
+        """Return the context in which the command runs and its limits hold; most commands have no limits."""
         return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions(GeneralOptions):
-    """How large a picture may be."""
+    """The limit on the size of pictures."""
 
     megapixels: Annotated[
         float | None,
         Parameter(
-            help="read pictures of up to N million pixels (default: 89); larger ones, which may be built to fill the "
-            "memory, are refused",
+            help="largest picture to read, in millions of pixels (default: 89); larger ones are refused, since they "
+            "may be made to exhaust the memory",
             group=GENERAL,
             metavar="N",
         ),
     ] = None
 
     def limits(self) -> AbstractContextManager[None]:
-        """Return a context in which pictures of this size are read. Raises `DataError` for a number below 0."""
+        """Return a context in which pictures of this size are read. Raises `DataError` for 0 or less."""
         return nullcontext() if self.megapixels is None else data.megapixel_limit(self.megapixels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(PictureOptions):
-    """Which model is opened, and how."""
+    """Which model to open, and how."""
 
     model: Annotated[
         str | None,
         Parameter(
-            help="directory or hub id of the model (default: the embedded model)", group=MODEL, metavar="DIR_OR_ID"
+            help="folder or Hugging Face id of the model (default: the embedded model)",
+            group=MODEL,
+            metavar="DIR_OR_ID",
         ),
     ] = None
     revision: Annotated[
-        str | None, Parameter(help="branch, tag or commit of a hub id", group=MODEL, metavar="NAME")
+        str | None,
+        Parameter(
+            help="branch, tag or commit of a model on the hub (default: its newest)", group=MODEL, metavar="NAME"
+        ),
     ] = None
-    dtype: Annotated[str, Parameter(help="float32, bfloat16, float16 or auto", group=MODEL, metavar="NAME")] = "auto"
+    dtype: Annotated[
+        str,
+        Parameter(
+            help="precision to compute in: float32, bfloat16, float16, or auto: that of the files, but float32 for "
+            "half-precision files on the CPU",
+            group=MODEL,
+            metavar="NAME",
+        ),
+    ] = "auto"
     device_map: Annotated[
         str | None,
         Parameter(
-            help="where the model is placed: cpu, cuda:0, auto, ... (default: the CPU)", group=MODEL, metavar="MAP"
+            help="where to place the weights: cpu, cuda:0, auto, ... (default: the CPU)", group=MODEL, metavar="MAP"
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool, Parameter(help="run code that comes with the model (default: never)", group=MODEL)
+        bool, Parameter(help="run Python code that comes with the model (default: refuse such models)", group=MODEL)
     ] = False
 
     def open_model(self) -> "models.VisionLanguageModel":
-        """Return the loaded model, its addresses proven."""
+        """Return the loaded model, with the addresses of its modules verified."""
         return models.load(self._path, **self._loading)
 
     def model_to_load(self) -> "workflow.ModelToLoad":
-        """Return the model, which is opened only if something has to be computed with it."""
+        """Return the description of the model, which is opened only if something has to be computed with it."""
         return workflow.ModelToLoad(self._path, self._loading)
 
     @property
@@ -182,26 +205,46 @@ class ModelOptions(PictureOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceOptions(PictureOptions):
+    """The file of records, which many commands take instead of one question."""
+
+    data: Annotated[
+        Path | None,
+        Parameter(
+            help="file whose records are processed, in JSON lines or in the format of a public data set",
+            group=RUN,
+            metavar="FILE",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileOptions(PictureOptions):
-    """How a data file is read."""
+    """How to read a data file."""
 
     format: Annotated[
-        str | None, Parameter(help="format of the data file (default: told by its content)", choices=DATA_FORMATS)
+        str | None,
+        Parameter(help="format of the data file (default: detected from its content)", choices=DATA_FORMATS, group=RUN),
     ] = None
     images: Annotated[
-        Path | None, Parameter(help="folder of the pictures (default: the data file's own folder)", metavar="DIR")
+        Path | None,
+        Parameter(
+            help="folder that the paths of pictures start from (default: the folder of the data file)",
+            group=RUN,
+            metavar="DIR",
+        ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(GeneralOptions):
-    """The options of commands whose cells the tracing engine answers."""
+    """The engine that computes the cells of a trace or of a knockout."""
 
     engine: Annotated[
         str,
         Parameter(
-            help="replay: compute only what can have changed; plain: one forward pass per cell; auto: replay if the "
-            "model allows it",
+            help="replay: compute only the states that an intervention can change; plain: one forward pass of the "
+            "whole model per cell; auto: replay if the model allows it",
             group=ENGINE,
             choices=ENGINES,
         ),
@@ -209,7 +252,7 @@ class EngineOptions(GeneralOptions):
     memory: Annotated[
         int,
         Parameter(
-            help="MiB that the replay engine may use beside the model and the recorded runs",
+            help="memory in MiB that the replay engine may use beside the model and the recorded runs",
             group=ENGINE,
             metavar="MIB",
         ),
@@ -217,8 +260,8 @@ class EngineOptions(GeneralOptions):
     checks: Annotated[
         int,
         Parameter(
-            help="number of random cells that are computed again by plain forward passes as a check; many questions of "
-            "`flow` are checked in the first three only",
+            help="number of random cells that are computed again by plain forward passes, as a check; with --data, "
+            "multrace trace does this for each record, and multrace flow for the first three",
             group=ENGINE,
             metavar="N",
         ),
@@ -227,12 +270,14 @@ class EngineOptions(GeneralOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(GeneralOptions):
-    """What the model is asked."""
+    """The question to the model."""
 
     question: Annotated[str, Parameter(help="question to ask", metavar="TEXT")]
     image: Annotated[
         str | None,
-        Parameter(help="picture in front of the question (default: none, a text-only question)", metavar="FILE"),
+        Parameter(
+            help="picture that the question is about (default: none, for a question without a picture)", metavar="FILE"
+        ),
     ] = None
 
     def check_question(self) -> None:
@@ -246,10 +291,14 @@ class QuestionOptions(GeneralOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintOptions(QuestionOptions):
-    """What the model is asked, and which words of the question name the thing asked about."""
+    """The question to the model, and the words in it that name its subject."""
 
     constraint: Annotated[
-        str | None, Parameter(help="words of the question that name its subject", metavar="WORDS")
+        str | None,
+        Parameter(
+            help="words of the question that name its subject, such as 'the company in this photo' (default: none)",
+            metavar="WORDS",
+        ),
     ] = None
 
     def check_question(self) -> None:
@@ -264,24 +313,33 @@ class ConstraintOptions(QuestionOptions):
 
 
 def parse_rows(_type: Any, tokens: Sequence[Token]) -> "tuple[Item, ...]":
-    """Return what each token of --positions names, as `parse_position` reads it."""
+    """Return the positions that the values of --positions name, as `parse_position` reads them."""
     return tuple(tracing.parse_position(token.value) for token in tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionOptions(ConstraintOptions):
-    """What a trace corrupts and what it restores."""
+    """What a trace corrupts, and what it restores."""
 
     corrupt: Annotated[
         str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
     ] = None
-    window: Annotated[int, Parameter(help="number of MLP or attention layers restored together", metavar="N")] = 3
+    window: Annotated[
+        int,
+        Parameter(
+            help="number of neighbouring layers whose MLP or attention outputs are restored together; hidden states "
+            "are always restored one layer at a time",
+            metavar="N",
+        ),
+    ] = 3
     positions: Annotated[
         tuple[Any, ...] | None,
         Parameter(
-            help="what is restored together: token groups (image, question, constraint, constraint_last, last, ...) or "
-            "positions; 'tokens' for each text token on its own; image_rows, image_columns, image_quadrants, patches, "
-            "blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the picture)",
+            help="rows of the map, each of which is restored as a whole: token groups (image, question, constraint, "
+            "constraint_last, last, ...) or positions; 'tokens' for each text token on its own (the default of "
+            "multrace trace; multrace edit compares constraint_last and last); image_rows, image_columns, "
+            "image_quadrants, patches, blocks:3 (of 3 x 3 patches) or box:LEFT,TOP,RIGHT,BOTTOM (in pixels of the "
+            "picture)",
             metavar="GROUP",
             converter=parse_rows,
         ),
@@ -289,12 +347,12 @@ class CorruptionOptions(ConstraintOptions):
     seed: Annotated[int, Parameter(help="random seed of the noise", metavar="N")] = 0
 
     def corruption(self) -> "tracing.Corruption":
-        """Return the corruption that --corrupt spells.
+        """Return the corruption that --corrupt describes.
 
-        Raises `CommandError` or `TraceError` if it is missing, misspelt or needs another option.
+        Raises `CommandError` or `TraceError` if it is missing or misspelt, or needs another option.
         """
         if self.corrupt is None:
-            raise CommandError(f"tracing needs --corrupt: {SPELLINGS}")
+            raise CommandError(f"tracing needs --corrupt: pass one of {SPELLINGS}")
         corruption = tracing.parse_corruption(self.corrupt)
         group = getattr(corruption, "group", "image")
         if group == "image":
@@ -307,7 +365,7 @@ class CorruptionOptions(ConstraintOptions):
         return replace(cast(Any, corruption), seed=self.seed) if has_seed else corruption
 
     def rows(self, default: "str | tuple[Item, ...]") -> "str | tuple[Item, ...]":
-        """Return the rows of the map, as `causal_trace` takes them."""
+        """Return the rows of the map in the form that `causal_trace` takes."""
         return default if self.positions is None else self.positions
 
     def _need(self, value: str | None, flag: str, what: str) -> None:
@@ -316,37 +374,32 @@ class CorruptionOptions(ConstraintOptions):
 
 
 def pictures_of(corruption: "tracing.Corruption") -> tuple[str, ...]:
-    """Return the paths of pictures that a corruption from the command line names."""
+    """Return the paths of the pictures that a corruption from the command line names."""
     if isinstance(corruption, tracing.SwapImage):
         return (cast(str, corruption.image),)
     return cast(tuple[str, ...], tuple(corruption.references)) if isinstance(corruption, tracing.MeanAblation) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ModelOptions, FileOptions):
-    """Which records a run is over, and which of them this process computes."""
+class RunOptions(ModelOptions, FileOptions, SourceOptions):
+    """The records of a run, and which of them this process computes."""
 
-    data: Annotated[
-        Path | None,
-        Parameter(
-            help="do this for every record of a file: our own JSON lines, or a public data set, told by its content",
-            group=RUN,
-            metavar="FILE",
-        ),
+    limit: Annotated[
+        int | None, Parameter(help="take only the first N records (default: all)", group=RUN, metavar="N")
     ] = None
-    limit: Annotated[int | None, Parameter(help="take only the first N records", group=RUN, metavar="N")] = None
     shard: Annotated[
         str | None,
         Parameter(
-            help="compute the i-th of n parts of the records, such as 1/8, in a job array; the parts may share --out, "
-            "or have folders of their own, which multrace merge joins",
+            help="compute one part of the records, such as 1/8 for the first of eight in a job array (default: all "
+            "records); the parts may share --out, or have folders of their own, which multrace merge joins",
             group=RUN,
             metavar="I/N",
         ),
     ] = None
-    retry_failed: Annotated[bool, Parameter(help="try the records again that failed in an earlier call", group=RUN)] = (
-        False
-    )
+    retry_failed: Annotated[
+        bool,
+        Parameter(help="try again the records that failed in an earlier call (default: keep their errors)", group=RUN),
+    ] = False
 
     def check_run(self) -> None:
         """Raises `CommandError` or `RunError` for options of a run that do not fit together."""
@@ -356,23 +409,18 @@ class RunOptions(ModelOptions, FileOptions):
             workflow.Shard.parse(self.shard)
 
     def records(self) -> "Rows":
-        """Return the first records of --data. Raises `DataError` if the file cannot be read."""
+        """Return the records of --data up to --limit. Raises `DataError` if the file cannot be read."""
         assert self.data is not None, "a check before says that there is a file"
         return islice(data.read_data(self.data, format=self.format, images=self.images), self.limit)
 
     @property
     def share(self) -> dict[str, Any]:
-        """The part of the records that this process computes, as `workflow.run` takes it."""
+        """The part of the records that this process computes, as keywords of `workflow.run`."""
         return {"shard": self.shard, "retry_failed": self.retry_failed}
-
-    def given(self, names: Iterable[str]) -> list[str]:
-        """Return those of the options that have another value than their default, as they are spelt."""
-        defaults: dict[str, Any] = {row.name: row.default for row in fields(self)}
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
 
 
 def print_report(report: "workflow.RunReport") -> int:
-    """Print what a run has done, and return the exit code: 0, or `NOT_ALL` if a record failed or was unreadable."""
+    """Print the summary of a run, and return the exit code: 0, or `NOT_ALL` if a record failed or could not be read."""
     print(*report.summary(), sep="\n")
     print(f"in {report.folder}: {', '.join(('records/', *(f'summary/{name}' for name in report.files)))}")
     return 0 if report.is_clean else NOT_ALL
@@ -381,8 +429,8 @@ def print_report(report: "workflow.RunReport") -> int:
 def check_files(folder: Path, names: Sequence[str]) -> None:
     """Raises `CommandError` unless files of these names can be written to the folder, which need not exist yet.
 
-    An unnamed temporary file in the nearest folder is the proof: permission bits do not tell of read-only file
-    systems, nor of the superuser. Nothing is left behind.
+    The proof is an unnamed temporary file in the nearest existing folder, because permission bits say nothing about
+    read-only file systems or the superuser. Nothing is left behind.
     """
     artefacts.remove_leftovers(folder)
     nearest = _nearest(folder)
@@ -407,15 +455,15 @@ def check_new_folder(folder: Path) -> None:
 
 
 def new_files(folder: Path, *, stale: Sequence[str] = ()) -> AbstractContextManager[Path]:
-    """Return a context with a temporary folder, whose files go into `folder` together unless there is an error.
+    """Return a context with a temporary folder, whose files all move into `folder` at the end unless there is an error.
 
-    stale: names or patterns of files of earlier results, which are removed unless they are written anew. See
+    stale: names or patterns of files of earlier results, which are removed unless they are written again; see
     `replacing_files`.
     """
     return artefacts.replacing_files(folder, stale=stale, error=CommandError)
 
 
 def _nearest(path: Path) -> Path:
-    """The path, or the nearest parent that exists (a dangling link counts as existing)."""
+    """Return the path, or the nearest parent that exists (a dangling link counts as existing)."""
     path = path.absolute()
     return path if os.path.lexists(path) else _nearest(path.parent)

@@ -1,4 +1,4 @@
-"""Find the states that bring the answer back after the picture or the constraint was corrupted."""
+"""Locate an answer by causal tracing: corrupt the picture or the question, and find the states that restore it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ EXAMPLE = """examples:
   multrace trace --data questions.jsonl --corrupt image-noise:3 --positions image constraint_last last --out out/all
   multrace trace --data questions.jsonl --corrupt blank --shard 1/8 --out out/array
 
-For one question the command writes OUT/trace.safetensors (multrace.tracing.CausalTrace.load), OUT/trace.png and, if
-parts of the picture were restored, OUT/overlay.png. For --data it writes OUT/records/ID-.../trace.safetensors for each
-record, OUT/summary/rows.parquet (one row per record) and the average of all traces as OUT/summary/average.safetensors
-(multrace.tracing.AverageTrace.load), .png and .csv. A record may name its own answer, foil and corrupt; that of an edit
-is traced for the answer that it replaces. The same command again continues an interrupted run. Under torchrun or
-accelerate launch it spreads the records over the processes; --device-map cuda then gives each process a GPU of its own.
-The exit code is 0 if every record is done, 1 if one failed or was unreadable, and 2 for bad input.
+For one question the command writes OUT/trace.safetensors (to be read by multrace.tracing.CausalTrace.load),
+OUT/trace.png and, if parts of the picture were restored, OUT/overlay.png. With --data it writes
+OUT/records/ID-.../trace.safetensors for each record, OUT/summary/rows.parquet (one row per record) and the average of
+all traces as OUT/summary/average.safetensors (multrace.tracing.AverageTrace.load), .png and .csv. A record may name its
+own answer, foil and corruption ("corrupt"); a record of an edit is traced for the answer that the edit replaces. The
+same command again continues an interrupted run. Under torchrun or accelerate launch the processes divide the records;
+--device-map cuda then gives each process a GPU of its own.
+The exit code is 0 if every record is done, 1 if a record failed or could not be read, and 2 for bad input.
 """
 app = App(name="trace", help=__doc__, help_epilogue=EXAMPLE)
 _CELLS = "trace.unfinished"
@@ -51,7 +52,7 @@ _OF_MANY = ("format", "images", "limit", "shard", "retry_failed", "draw")
 class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
     """Options of `multrace trace`."""
 
-    # pyrefly: ignore[bad-override] -- not needed where records are given
+    # pyrefly: ignore[bad-override] -- not needed if there is a file of records
     question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
     answer: Annotated[
         str | None,
@@ -61,18 +62,22 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
     foil: Annotated[
         str | None,
         Parameter(
-            help="answer that a logit difference compares with (default: the answer of the corrupted run)",
+            help="answer that the metric logit_difference compares with (default: the answer of the corrupted run)",
             metavar="ANSWER",
         ),
     ] = None
     metrics: Annotated[
         tuple[str, ...],
-        Parameter(
-            help=f"scores to compute, the main one first: {', '.join(METRICS)}", choices=METRICS, metavar="METRIC"
-        ),
+        Parameter(help="scores of the answer to compute, the main one first", choices=METRICS, metavar="METRIC"),
     ] = ("probability",)
     sites: Annotated[
-        tuple[str, ...], Parameter(help=f"kinds of sites to restore: {', '.join(SITES)}", choices=SITES, metavar="KIND")
+        tuple[str, ...],
+        Parameter(
+            help="kinds of sites to restore: hidden states, outputs of the MLPs or of attention, each attention head, "
+            "layers of the vision tower, the output of the projector",
+            choices=SITES,
+            metavar="KIND",
+        ),
     ] = KINDS
     direction: Annotated[
         str,
@@ -86,45 +91,47 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
         str,
         Parameter(
             help="total: the patch acts through all later tokens; direct: the other image tokens keep their states, so "
-            "that the patch acts on the text only",
+            "that the patch acts through the text only",
             choices=EFFECTS,
         ),
     ] = "total"
     severed: Annotated[
         str | None,
         Parameter(
-            help="kind of module that keeps its output of the unpatched run at the restored tokens in later layers",
+            help="kind of module that is cut off from the patch: in later layers it keeps its outputs of the "
+            "unpatched run at the restored tokens (default: none)",
             choices=("mlp", "attention"),
         ),
     ] = None
     exact_cells: Annotated[
         int | None,
         Parameter(
-            help="number of cells to compute exactly, the most promising by one backward pass; the others are "
-            "estimated (default: all)",
+            help="number of cells to compute exactly: one backward pass estimates all cells (attribution patching), "
+            "and the largest are computed (default: all)",
             metavar="N",
         ),
     ] = None
     even_if_weak: Annotated[
         bool, Parameter(help="trace even if the corruption does not lower the answer's score in the main metric")
     ] = False
-    draw: Annotated[bool, Parameter(help="draw the map of each record of --data, too")] = False
+    draw: Annotated[bool, Parameter(help="also draw the map of each record of --data")] = False
     resume: Annotated[
         bool,
         Parameter(
-            help="one question: keep finished cells in OUT while tracing, and continue from those of an earlier call"
+            help="one question: keep finished cells in OUT while tracing, and continue from those of an interrupted "
+            "call"
         ),
     ] = False
     out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/trace")
 
     def check(self) -> None:
-        """Raises `CommandError` unless either a question or a file is given, each with options that belong to it."""
+        """Raises `CommandError` unless either a question or a file is given, with options that belong to it."""
         if (self.question is None) == (self.data is None):
             raise CommandError("pass either --question or --data FILE")
         if self.data is not None and (wrong := self.given(_OF_ONE)):
             raise CommandError(f"{wrong[0]} belongs to one question; with --data, write it into each record")
         if self.data is None and (wrong := self.given(_OF_MANY)):
-            raise CommandError(f"{wrong[0]} belongs to --data FILE")
+            raise CommandError(f"{wrong[0]} belongs to --data FILE; leave it out")
         self.check_run()
 
     def asked(self) -> data.Question:
@@ -140,7 +147,7 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
 
 @app.default
 def run(options: TraceOptions = TraceOptions()) -> int:
-    """Trace one question or every record of a file; write traces and maps, print effects and causal blocks."""
+    """Trace one question or every record of a file; write traces and maps, and print the strongest effects."""
     options.check()
     settings = options.settings()
     if options.question is None:

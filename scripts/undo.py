@@ -15,8 +15,9 @@ EXAMPLE = """examples:
   multrace undo --edit out/edit/edit.safetensors --request 3 --out out/less
   multrace undo --edit out/history --name monday --resolve --out out/less
 
-The command writes OUT/edit.safetensors, or the folder OUT/history; what was given stays as it is. The model's own
-files are never changed, so a whole edit is undone by answering without it: if no request is left, nothing is written.
+The command writes OUT/edit.safetensors, or the folder OUT/history; the edit or history of --edit stays as it is. The
+files of the model are never changed, so a whole edit is undone by answering without it; if no request is left, nothing
+is written.
 """
 app = App(name="undo", help=__doc__, help_epilogue=EXAMPLE)
 
@@ -25,19 +26,24 @@ app = App(name="undo", help=__doc__, help_epilogue=EXAMPLE)
 class Undo(GeneralOptions):
     """Options of `multrace undo`."""
 
-    edit: Annotated[Path, Parameter(help="saved edit, or the folder of a history", metavar="FILE_OR_DIR")]
+    edit: Annotated[Path, Parameter(help="saved edit, or folder of a history", metavar="FILE_OR_DIR")]
     name: Annotated[
         str | None,
-        Parameter(help="edit of the history that is taken out, or that --request belongs to", metavar="NAME"),
+        Parameter(help="edit of a history to take out, or the edit that --request belongs to", metavar="NAME"),
     ] = None
     request: Annotated[
         tuple[int, ...] | None,
-        Parameter(help="requests to take out, counted from 0 in the order of the edit", metavar="N"),
+        Parameter(
+            help="numbers of the requests to take out, counted from 0 in the order of the edit (default: with a "
+            "history, all requests of --name)",
+            metavar="N",
+        ),
     ] = None
     resolve: Annotated[
         bool,
         Parameter(
-            help="solve the rest again, as if the requests taken out had never been made (default: keep their solution)"
+            help="solve for the remaining requests again, as if the others had never been made (default: keep the "
+            "remaining part of the solution)"
         ),
     ] = False
     out: Annotated[Path, Parameter(help="folder for the result", metavar="DIR")] = Path("out/undo")
@@ -45,7 +51,7 @@ class Undo(GeneralOptions):
 
 @app.default
 def run(options: Undo) -> int:
-    """Write the edit or history without the named parts, and list the rest."""
+    """Write the edit or history without the named parts, and list what is left."""
     edit = editing.load_edit(options.edit)
     file = "history" if isinstance(edit, editing.History) else "edit.safetensors"
     check_files(options.out, (file,))
@@ -71,7 +77,7 @@ def _from_delta(delta: editing.Delta, options: Undo) -> editing.Delta:
         raise CommandError(f"{str(options.edit)!r} is one edit, in which nothing has a name; pass --request N")
     if options.request is None:
         raise CommandError(
-            f"say which of its {len(delta.requests)} requests to take out of {str(options.edit)!r}: --request N"
+            f"say which of its {len(delta.requests)} requests to take out of {str(options.edit)!r}: pass --request N"
         )
     return delta.without(*options.request, resolve=options.resolve)
 
@@ -79,7 +85,7 @@ def _from_delta(delta: editing.Delta, options: Undo) -> editing.Delta:
 def _from_history(history: editing.History, options: Undo) -> editing.History:
     if options.name is None:
         raise CommandError(
-            f"say which edit to take out of the history {str(options.edit)!r}: --name with one of "
+            f"say which edit to take out of the history {str(options.edit)!r}: pass --name with one of "
             f"{', '.join(history.names) or 'none'}"
         )
     history = history.in_memory()  # what is in the folder stays as it is

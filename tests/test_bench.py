@@ -354,7 +354,7 @@ def test_help_says_what_is_compared(capsys: pytest.CaptureFixture):
     assert app(["bench", "trace", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "multrace bench trace --quick" in text
-    assert "The naive way makes one hooked call of the whole model per cell" in text
+    assert "The naive way makes one hooked call of the whole model for each cell" in text
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_a_good_file_has_no_errors(tmp_path, capsys):
     assert run("check", path) == 0 and "1 row, 0 findings" in capsys.readouterr().out
     path.write_text('{"question": "Who?", "image": "none.png"}\n')
     assert run("check", path, "--fix", tmp_path / "clean.jsonl") == 1
-    assert "nothing is written; are the pictures elsewhere?" in capsys.readouterr().out
+    assert "nothing is written; if the pictures are elsewhere, pass --images" in capsys.readouterr().out
     assert not (tmp_path / "clean.jsonl").exists()
 
 

@@ -396,8 +396,14 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "editor": (lambda: editor("remit", layer=1), "no editor 'remit'; pass one of multedit, rome"),
     "preset": (lambda: editor("rome", layer=1, preset="best"), "no preset 'best'"),
     "no preset": (lambda: editor("lora", layer=1, preset="paper"), "lora has no published constants"),
-    "setting": (lambda: editor("lora", layer=1, clamp=4.0), "lora has no setting 'clamp'; it has steps"),
-    "setting of all": (lambda: editor("rome", layer=1, rank=4), "rome has no setting 'rank'; it has learning_rate"),
+    "setting": (
+        lambda: editor("lora", layer=1, clamp=4.0),
+        "lora has no setting 'clamp'; leave it out, or pass one of steps",
+    ),
+    "setting of all": (
+        lambda: editor("rome", layer=1, rank=4),
+        "rome has no setting 'rank'; leave it out, or pass one of learning_rate",
+    ),
 }
 
 

@@ -193,10 +193,15 @@ BAD_OPTIONS = {
     "no probes": (["--world", "outdated", "--probes", "0"], "--probes is 0"),
     "no place": (["--world", "outdated", "--where", "nowhere"], "no place 'nowhere'"),
     "measuring after none": (["--world", "outdated", "--at", "0"], "--at is 0"),
+    "contexts below none": (["--world", "outdated", "--contexts", "-1"], "--contexts is -1; pass at least 0"),
+    "probes of a file": (["--data", "x.jsonl", "--probes", "3"], "--probes belongs to --world"),
+    "pictures of the world": (["--world", "outdated", "--images", "x"], "--images belongs to --data"),
+    "growth of single edits": (["--world", "outdated", "--growth", "0.2"], "--growth belongs to --mode sequence"),
     "no such file": (["--data", "gone.jsonl"], "cannot read .gone.jsonl"),
     "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
     "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),
-    "no moments": (["--world", "outdated", "--editor", "memit"], "multrace moments"),
+    "no moments": (["--world", "outdated", "--editor", "memit"], "--moments FILE, or --moment-weight 0"),
+    "moments that no weight replaces": (["--world", "outdated", "--editor", "alphaedit"], "pass --moments FILE$"),
     "a setting of another editor": (["--world", "outdated", "--editor", "ft", "--ridge", "1"], "no setting 'ridge'"),
 }
 
@@ -244,7 +249,7 @@ def test_rows_that_contradict_each_other_are_noted(row, write, tmp_path, capsys)
     other = {**plain, "id": "a2", "target": "Someone Else"}
     arguments = ("--data", write(plain, other), "--where", "5:last", "--free-only", "--steps", "2")
     assert run(*arguments, "--out", tmp_path / "out") == 0
-    assert "note: rows 1 and 2 give one question different targets; each is edited" in capsys.readouterr().out
+    assert "note: rows 1 and 2 give one question different targets; each edit is made" in capsys.readouterr().out
     assert run(*arguments, "--limit", "1", "--out", tmp_path / "one") == 0
     assert "note:" not in capsys.readouterr().out
 

@@ -281,7 +281,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "relevance without picture": (["--question", "Why?", "--relevance"], "relevance needs a picture"),
     "no layers": ([*HERE, "--windows", "0"], "a window of 0 layers"),
     "too many layers": ([*HERE, "--windows", "99"], "no window of 99 layers"),
-    "heads and each": ([*HERE, "--heads", "each", "1"], "not both"),
+    "heads and each": ([*HERE, "--heads", "each", "1"], "both 'each' and numbers"),
     "too many heads": ([*HERE, "--heads", "99"], "heads 0 to 3"),
     "option of an analysis": ([*HERE, "--keep", "3"], "--keep belongs to --relevance, which is not asked for"),
     "option of many": ([*HERE, "--all"], "--all cannot go with --question: it is for many questions"),

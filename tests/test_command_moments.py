@@ -40,7 +40,10 @@ def test_records_become_moments(
 ):
     folder = records.parent
     options = ["--layers", "1,2-3", "--batch-size", 1, "--every", 1, "--memory", 1, "--out", folder / "out"]
-    assert run("--model", llava_llama_path, "--data", records, *options, "--cache", folder / "parts") == 0
+    assert (
+        run("--model", llava_llama_path, "--data", records, "--format", "lines", *options, "--cache", folder / "parts")
+        == 0
+    )
     vlm = random_llava_llama
     images = (folder / "1.png", folder / "2.png", None)
     prompts = [vlm.prompt(image, question) for image, question in zip(images, QUESTIONS, strict=True)]
@@ -67,7 +70,7 @@ def test_the_world_is_read_without_data(
     expected = second_moments(tiny_vlm, prompts, layers=[2], projection="attention")
     assert torch.equal(found.matrix(2), expected.matrix(2))
     assert found.count("image") == 6 * 64
-    assert "convergence  not read" in capsys.readouterr().out
+    assert "convergence  not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_the_world_is_read_without_data(
         (["--data", "a.jsonl", "--world"], "one of --data"),
         (["--world", "--limit", 0], "at least one question"),
         (["--world"], "pass the number of questions as --limit N"),
+        (["--world", "--limit", 3, "--format", "mmedit"], "--format belongs to --data"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--world", "--limit", 3, "--layers", "7-3"], "no layers '7-3'"),
         (["--world", "--limit", 3, "--layers", "first"], "no layers 'first'"),
@@ -93,6 +97,9 @@ def test_records_of_which_none_can_be_read_are_an_error(tmp_path: Path):
     path.write_text('{"image": "none.png", "question": "Who?"}\n', encoding="utf-8")
     with pytest.raises(CommandError, match=r"none of the 1 records .*none\.png"):
         run("--data", path, "--out", tmp_path / "out")
+    path.write_text('{"question": "Who?"}\n', encoding="utf-8")
+    with pytest.raises(CommandError, match="none of the 1 records .* multrace data check lists all"):
+        run("--data", path, "--format", "mmedit", "--out", tmp_path / "out")
 
 
 def test_a_layer_that_is_not_there_is_an_error(tmp_path: Path):

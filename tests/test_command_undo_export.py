@@ -187,7 +187,7 @@ def test_an_export_is_compared_with_the_picture_that_was_edited(
     compare = editing.verify_export
     monkeypatch.setattr(editing, "verify_export", lambda *given: asked.extend(given[-1]) or compare(*given))
     assert multrace("export", "--edit", path, "--merged", tmp_path / "one") == 0
-    assert len(asked[0].images) == 1 and "without the picture" not in capsys.readouterr().out
+    assert len(asked[0].images) == 1 and "without their pictures" not in capsys.readouterr().out
     (tmp_path / "photo.png").unlink()
     assert multrace("export", "--edit", path, "--merged", tmp_path / "two") == 0
-    assert not asked[1].images and "compared without the picture of 1 of 1" in capsys.readouterr().out
+    assert not asked[1].images and "1 of 1 questions are compared without their pictures" in capsys.readouterr().out

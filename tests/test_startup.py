@@ -17,7 +17,7 @@ from multrace.editing.moments import KINDS as TOKEN_KINDS
 from multrace.editing.solve import EDITORS
 from multrace.scripts import available_cores, be_polite, editor, options as choices
 from multrace.scripts.benchmarks import SHAPES, WIDTH
-from multrace.scripts.main import COMMANDS, app
+from multrace.scripts.main import COMMANDS, app, make_app
 from multrace.tracing import Engine
 from multrace.tracing.causal import DIRECTIONS
 from multrace.tracing.corruptions import SPELLINGS
@@ -190,6 +190,19 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert Moments is multrace.editing.Moments
     assert tuple(SHAPES) == choices.SHAPES
     assert WIDTH == choices.SOLVE_WIDTH
+
+
+def test_the_help_states_the_settings_of_multedit():
+    """And how many layers share the change of each editor, which differs."""
+    made = editor("multedit", layer=1)
+    arguments = make_app("edit")["edit"].assemble_argument_collection()
+    helps = {argument.field_info.name: argument.parameter.help for argument in arguments if argument.parameter.help}
+    stated = {name: re.search(r"\(default: (\S+) for multedit\)", text) for name, text in helps.items()}
+    defaults = {name: match[1] for name, match in stated.items() if match}
+    assert len(defaults) == 13
+    assert defaults == {name: str(getattr(made, name)).lower() for name in defaults}
+    assert "(default: 3 for memit and alphaedit, 1 for the others)" in helps["spread"]
+    assert {name for name in EDITORS if editor(name, layer=9).spread == 3} == {"memit", "alphaedit"}
 
 
 INTERRUPT = """
