@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from multrace.data import DataError, EditRecord, Question
+from multrace.data import DataError, EditRecord, Question, check_data
 from multrace.data.formats import FORMATS, detect_format, read_data, read_records
 from multrace.data.formats.rows import DataSource
 
@@ -377,6 +377,56 @@ def test_lists_of_rephrases_pictures_and_answers_lose_none(tmp_path):
     (record,) = read_records(write(tmp_path, [several]))
     assert [len(probe.question.images) for probe in record.probes] == [2, 2, 0, 1, 2, 2]
     assert [probe.answer for probe in record.probes[4:]] == ["here", "now"]
+
+
+def test_lists_of_unrelated_pictures_hops_and_related_questions_lose_none(tmp_path):
+    row = COMMON | {
+        "m_loc": ["d.jpg", "e.jpg"], "m_loc_q": ["What is it?", "Who?"], "m_loc_a": ["tea", "Bo"],
+        "port_new": [{"port_q": ["Where?", "When?"], "port_a": ["here", "now"]},
+                     {"port_type": "inverse", "Q&A": {"Question": "Whose?", "Answer": ["Ada's", "hers", None]}}],
+    }  # fmt: skip
+    (record,) = read_records(write(tmp_path, [row]))
+    assert probes(record)[3:] == [
+        ("unrelated", "What is it?", "d.jpg", "tea"),
+        ("unrelated", "Who?", "e.jpg", "Bo"),
+        *(("portability", text, "COCO_val2014_000000000001.jpg", said) for text, said in
+          (("Where?", "here"), ("When?", "now"), ("Whose?", "Ada's"))),
+    ]  # fmt: skip
+    asked = record.probes[-1].question
+    assert (asked.answers, asked.extra) == (("Ada's", "hers"), {"port_type": "inverse"})
+    related = COMMON | {"m_rel": "Is it?", "rel": ["Who?", None], "rel_ans": ["Al", "now"], "rel_1_ans": "1900"}
+    (record,) = read_records(write(tmp_path, [related]))
+    assert probes(record)[4:] == [("related_text", "Who?", None, "Al")]
+    messages = [finding.message.split()[0] for finding in check_data(tmp_path / "data.json", pictures=False).findings]
+    assert messages == ["'m_rel'", "'rel_1'"]
+    mixed = COMMON | {"port_new": [{"port_q": ["Where?", "When?"], "port_a": "here"}]}
+    (finding,) = check_data(write(tmp_path, [mixed]), pictures=False).findings
+    assert finding.message == "'port_new' has 2 questions and 'port_a' 1 answers"
+
+
+def test_what_a_reader_has_no_use_for_and_optional_objects(tmp_path):
+    """Lists of targets stay in `extra`, objects may lie in a list, numbers of COCO may be texts, null is nothing."""
+    easyedit = {"case_id": None, "prompt": "Ada was born in", "target_new": ["Lima", "lima"], "subject": "Ada"}
+    (record,) = read_records(write(tmp_path, [easyedit]))
+    assert (record.id, record.target, record.extra) == ("1", "Lima", {"target_new": ["Lima", "lima"]})
+    zsre = {"src": "Where?", "alt": ["Lima", "lima"], "subject": "Ada", "answers": ["Oslo", None]}
+    (record,) = read_records(write(tmp_path, [zsre]))
+    assert (record.old, record.question.answers, record.extra["alt"]) == ("Oslo", (), ["Lima", "lima"])
+    rewrite = {"prompt": "{} was born in", "subject": "Ada", "target_true": None, "target_new": [{"str": "Lima"}]}
+    rome = [{"requested_rewrite": [rewrite]}, {"requested_rewrite": rewrite | {"target_new": {"str": None}}}]
+    (_, record), (_, error) = read_data(write(tmp_path, rome))
+    assert (record.target, record.old, record.question.answer) == ("Lima", None, None)
+    assert str(error).startswith("'target_new' has no text")
+    textual = {"src": ["Who?", "Who is it?"], "alt": "Bo"}
+    cckeb = read_records(write(tmp_path, [COMMON | {"textual_edit": [textual]}]))
+    assert [record.target for record in cckeb] == ["otter", "Bo"] and cckeb[1].extra == {"src": textual["src"]}
+    (_, error), *_ = read_data(write(tmp_path, [COMMON | {"textual_edit": [textual, textual]}]))
+    assert str(error) == "'textual_edit' has 2 objects; it should be one, so write a row for each"
+    pool = {"question_id": 5, "question": "Who?", "answers": [{"answer": "Bo"}], "image_id": "42"}
+    (question,) = read_records(write(tmp_path, [pool]))
+    assert question.image == tmp_path / "val2014" / "COCO_val2014_000000000042.jpg"
+    (_, error), *_ = read_data(write(tmp_path, [COMMON | {"alt": None}, COMMON]))
+    assert "no 'alt' (found 'src', 'pred', 'rephrase', 'image'" in str(error)
 
 
 def test_parallel_prompts_of_easyedit_have_their_own_answers(tmp_path):

@@ -7,7 +7,6 @@ one too, and the textual one, whose id ends in "-text".
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..errors import DataError
 from ..facts import REPHRASE, EditRecord, Probe, Question
 from .mmedit import visual_edit
 from .rows import (
@@ -16,6 +15,8 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    lists_of,
+    object_of,
     objects_of,
     rest_of,
     text_of,
@@ -33,9 +34,7 @@ def read_cckeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 
 def _records(source: DataSource, row: Row, id: str) -> list[EditRecord]:
-    textual = row.get("textual_edit") or None
-    if textual is not None and not isinstance(textual, dict):
-        raise DataError(f"'textual_edit' is of type {type(textual).__name__}; it should be an object")
+    textual = object_of(row, "textual_edit")
     partner = () if textual is None else (f"{id}-text",)
     probes = _portability(source, row, partner)
     visual = replace(visual_edit(source, row, id, "port_new", "textual_edit", more=probes), group=id)
@@ -60,5 +59,5 @@ def _textual(row: Row, id: str, *, group: str) -> EditRecord:
         target=text_of(row, "alt"),
         probes=(*rephrases, *unrelated_texts(row)),
         group=group,
-        extra=rest_of(row, *_TEXTUAL),
+        extra=rest_of(row, *_TEXTUAL) | lists_of(row, "src"),
     )

@@ -14,11 +14,12 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    lists_of,
     new_question,
+    object_of,
     occurrences,
     paired,
     probe_with,
-    probes_of,
     rest_of,
     text_of,
     text_or_none,
@@ -41,9 +42,7 @@ def read_counterfact(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 
 def _rome(row: Row, number: str) -> EditRecord:
-    rewrite = row["requested_rewrite"]
-    if not isinstance(rewrite, dict):
-        raise DataError(f"'requested_rewrite' is of type {type(rewrite).__name__}; it should be an object")
+    rewrite = object_of(row, "requested_rewrite") or {}
     prompt, subject = text_of(rewrite, "prompt"), text_of(rewrite, "subject")
     if prompt.count("{}") != 1:
         raise DataError(
@@ -52,7 +51,9 @@ def _rome(row: Row, number: str) -> EditRecord:
     before = prompt.split("{}")[0]
     text = prompt.replace("{}", subject)
     true, new = (_object(rewrite, name) for name in ("target_true", "target_new"))
-    id = str(row.get("case_id", number))
+    if new is None:
+        raise DataError("'target_new' has no text, neither itself nor under 'str'; fill it in or drop the row")
+    id = text_or_none(row, "case_id") or number
     neighbours = texts_of(row, "neighborhood_prompts")
     return EditRecord(
         id=id,
@@ -62,7 +63,7 @@ def _rome(row: Row, number: str) -> EditRecord:
         probes=(
             *(_about(REPHRASE, text, subject) for text in texts_of(row, "paraphrase_prompts")),
             *(Probe(kind=OTHER_SUBJECT, question=Question(text=text), answer=true) for text in neighbours),
-            *probes_of(new_question(row)),
+            *new_question(row),
         ),
         extra=rest_of(row, *_ROME) | rest_of(rewrite, "prompt", "subject", "target_new", "target_true"),
     )
@@ -72,7 +73,7 @@ def easyedit(row: Row, number: str) -> EditRecord:
     """Return the edit of one object in EasyEdit's form for textual edits."""
     text, subject = text_of(row, "prompt", "src"), text_or_none(row, "subject")
     truths = texts_of(row, "ground_truth")
-    id = str(row.get("case_id", number))
+    id = text_or_none(row, "case_id") or number
     return EditRecord(
         id=id,
         question=Question(
@@ -93,7 +94,7 @@ def easyedit(row: Row, number: str) -> EditRecord:
             *_nested(row, "portability", PORTABILITY),
             *_nested(row, "locality", OTHER_SUBJECT),
         ),
-        extra=rest_of(row, *_EASYEDIT),
+        extra=rest_of(row, *_EASYEDIT) | lists_of(row, "prompt", "src", "subject", "target_new", "alt"),
     )
 
 
@@ -105,7 +106,7 @@ def _nested(row: Row, name: str, kind: str) -> Iterator[Probe]:
     if not isinstance(groups, dict):
         raise DataError(f"{name!r} is of type {type(groups).__name__}; it should be an object of lists")
     if name == "portability" and "New Question" in groups:
-        yield from probes_of(new_question(row))
+        yield from new_question(row)
         return
     for entries in groups.values():
         for entry in entries if isinstance(entries, list) else [entries or {}]:
@@ -128,10 +129,8 @@ def _subject(text: str, subject: str, before: str = "") -> Words:
     return subject, len(occurrences(before, subject))
 
 
-def _object(rewrite: Row, name: str) -> str:
-    value = rewrite.get(name)
-    if isinstance(value, str):
-        return text_of(rewrite, name)
-    if not isinstance(value, dict):
-        raise DataError(f"{name!r} is of type {type(value).__name__}; it should be an object with 'str'")
-    return text_of(value, "str")
+def _object(rewrite: Row, name: str) -> str | None:
+    """The object of the fact under this key, a text or an object with "str"; None if there is none."""
+    if isinstance(rewrite.get(name), str):
+        return text_or_none(rewrite, name)
+    return text_or_none(object_of(rewrite, name) or {}, "str")

@@ -120,7 +120,7 @@ def _question(source: DataSource, row: Row, file: Path) -> Question:
         text=question,
         answer=_text(row, "answer"),
         foil=options["false_option"],
-        image=source.picture(f"{_text(row, 'img_id').removesuffix('.0')}.jpg"),
+        image=source.picture(f"{_text(row, 'img_id').removesuffix('.0').removesuffix('.jpg')}.jpg"),
         constraint=spans.get("object"),
         spans=spans,
         boxes=tuple(box for box in boxes if box is not None),

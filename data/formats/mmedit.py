@@ -14,6 +14,7 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    lists_of,
     paired,
     probe_with,
     rest_of,
@@ -35,8 +36,8 @@ def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[
     """Return the edit of one object with the fields that MMEdit, VLKEB, MMKE-Bench and CCKEB share.
 
     Each of a list of rephrases or unrelated questions is a probe. Of a list of questions or targets the first one is
-    used, and the list stays in `extra`. A list of pictures is shown as a whole; of several second pictures of the thing
-    each is a probe, unless the question itself shows several.
+    used, and the list stays in `extra`. A list of pictures is shown as a whole, unless there is an unrelated question
+    for each; of several second pictures of the thing each is a probe, unless the question itself shows several.
 
     Args:
         source: The file and the folder of its pictures.
@@ -50,13 +51,12 @@ def visual_edit(source: DataSource, row: Row, id: str, *known: str, more: tuple[
     """
     text_of(row, "image")
     question = Question(text=text_of(row, "src"), image=source.pictures(row, "image"), id=id)
-    lists = {name: row[name] for name in ("src", "alt", "m_loc_q") if isinstance(row.get(name), list)}
     return EditRecord(
         id=id,
         question=question,
         target=text_of(row, "alt"),
         probes=(*common_probes(source, row, question), *more),
-        extra=rest_of(row, *FIELDS, *known) | {name: texts for name, texts in lists.items() if len(texts) > 1},
+        extra=rest_of(row, *FIELDS, *known) | lists_of(row, "src", "alt", "image_rephrase_question"),
     )
 
 
@@ -67,7 +67,9 @@ def common_probes(source: DataSource, row: Row, question: Question) -> tuple[Pro
     others = other if isinstance(other, tuple) and len(question.images) == 1 else (other,)
     asked_of_other = text_or_none(row, "image_rephrase_question") or question.text
     unrelated = source.pictures(row, "m_loc")
-    asked = () if unrelated is None else paired({**row, "m_loc_q": text_or_none(row, "m_loc_q")}, "m_loc_q", "m_loc_a")
+    asked = () if unrelated is None else tuple(paired(row, "m_loc_q", "m_loc_a"))
+    is_parallel = isinstance(unrelated, tuple) and len(unrelated) == len(asked)
+    shown = unrelated if is_parallel else (unrelated,) * len(asked)
     return (
         *(Probe(kind=REPHRASE, question=rephrase) for rephrase in rephrases),
         *(
@@ -76,5 +78,5 @@ def common_probes(source: DataSource, row: Row, question: Question) -> tuple[Pro
             if image is not None
         ),
         *unrelated_texts(row),
-        *(probe_with(UNRELATED, text, answers, unrelated) for text, answers in asked),
+        *(probe_with(UNRELATED, text, answers, image) for (text, answers), image in zip(asked, shown, strict=True)),
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ..facts import RELATED_PICTURE, RELATED_TEXT, EditRecord, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of
 from .vlkeb import hop
 
 _RELATED = ("rel", "rel_1", "rel_2")
@@ -23,18 +23,16 @@ def read_mmke(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 def _record(source: DataSource, row: Row, id: str) -> EditRecord:
     keys = [key for name in _RELATED for key in (name, *_answer_keys(name), f"m_{name}", *_answer_keys(f"m_{name}"))]
-    return visual_edit(
-        source, row, id, *keys, *_KNOWN, more=probes_of(*_related(source, row), *_portability(source, row))
-    )
+    return visual_edit(source, row, id, *keys, *_KNOWN, more=(*_related(source, row), *_portability(source, row)))
 
 
-def _related(source: DataSource, row: Row) -> Iterator[Probe | None]:
+def _related(source: DataSource, row: Row) -> Iterator[Probe]:
     shown = (source.pictures(row, key) for key in ("image", "image_rephrase"))
     pictures = [picture for picture in shown if picture is not None]
     for name in _RELATED:
-        yield answered(RELATED_TEXT, row, name, _answer_keys(name))
+        yield from answered(RELATED_TEXT, row, name, _answer_keys(name))
         for picture in pictures:
-            yield answered(RELATED_PICTURE, row, f"m_{name}", _answer_keys(f"m_{name}"), image=picture)
+            yield from answered(RELATED_PICTURE, row, f"m_{name}", _answer_keys(f"m_{name}"), image=picture)
 
 
 def _portability(source: DataSource, row: Row) -> Iterator[Probe]:

@@ -19,6 +19,7 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    lists_of,
     parsed,
     read_text,
     rest_of,
@@ -68,12 +69,12 @@ def _question(source: DataSource, row: Row, number: str) -> Question:
     if not answers:
         raise DataError("no 'answer'; fill it in or drop the row")
     return Question(
-        id=str(row.get("question_id", number)),
+        id=text_or_none(row, "question_id") or number,
         text=text_of(row, "question"),
-        image=source.picture(text_or_none(row, "image") or _coco_path(row, "val2014")),
+        image=source.pictures(row, "image") or source.picture(_coco_path(row, "val2014")),
         answer=Counter(answers).most_common(1)[0][0],
         answers=answers,
-        extra=rest_of(row, "question_id", "question", "image", "answer", "answers"),
+        extra=rest_of(row, "question_id", "question", "image", "answer", "answers") | lists_of(row, "question"),
     )
 
 
@@ -108,20 +109,25 @@ def _answers(row: Row) -> tuple[str, ...]:
 
 def _coco_path(row: Row, folder: str) -> str:
     """Return the path of COCO's picture with the row's `image_id` in the folder of a split."""
-    number = row.get("image_id")
-    if type(number) is not int or number < 0:
+    number = _name_of(row, "image_id")
+    if not number.isdecimal():
         raise DataError("no 'image' and no 'image_id' that is a number of COCO; fill it in or drop the row")
-    return f"{folder}/COCO_{folder}_{number:012d}.jpg"
+    return f"{folder}/COCO_{folder}_{number:0>12}.jpg"
+
+
+def _name_of(row: Row, key: str) -> str:
+    """The number under this key as a text, whether the file writes 7, "7" or 7.0."""
+    return str(row.get(key)).removesuffix(".0")
 
 
 def _standard(path: Path) -> Iterator[tuple[int, Row | DataError]]:
     """The rows of a file of questions, joined with the annotations beside it."""
     questions = _list(path, "questions")
-    annotations = {row.get("question_id"): row for row in _list(_annotations_of(path), "annotations")}
+    annotations = {_name_of(row, "question_id"): row for row in _list(_annotations_of(path), "annotations")}
     split = re.search(r"(train|val|test)(\d{4})", path.name)
     folder = split.group(0) if split else "val2014"
     for number, row in enumerate(questions, start=1):
-        annotation = annotations.get(row.get("question_id"))
+        annotation = annotations.get(_name_of(row, "question_id"))
         if annotation is None:
             yield number, DataError(f"question {row.get('question_id')!r} has no annotation; drop it")
             continue

@@ -27,6 +27,8 @@ _GAP = re.compile(r"[ \t\r\n]*")
 """What may stand between the values of a JSON array."""
 _ASKED = re.compile(r"loc|locality_prompt|(m_)?rel(_\d)?")
 """Keys of questions whose answers have keys like them, such as "rel_1" with "rel_ans_1" or "rel_1_ans"."""
+_QUESTIONS = ("loc", "m_loc_q", "locality_prompt", "rel", "rel_1", "rel_2", "m_rel", "m_rel_1", "m_rel_2")
+"""Keys of questions that are looked for even if a row has no more than the answer."""
 _PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 """First bytes of files that hold data files."""
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -154,7 +156,7 @@ def each_row(
 def text_of(row: Row, *names: str) -> str:
     """Return the text under the first of these keys that the row has. Raises `DataError` if there is none."""
     if (text := text_or_none(row, *names)) is None:
-        keys = ", ".join(map(repr, row)) or "nothing"
+        keys = ", ".join(repr(name) for name, value in row.items() if value not in (None, "", [])) or "nothing"
         raise DataError(f"no {' or '.join(map(repr, names))} (found {keys[:200]}); fill it in or drop the row")
     return text
 
@@ -169,11 +171,16 @@ def texts_of(row: Row, *names: str) -> tuple[str, ...]:
     """Return the text, or the list of texts, under the first of these keys that the row has, without empty ones."""
     value = next((row[name] for name in names if row.get(name) not in (None, "", [])), ())
     values = _flat(value if isinstance(value, list | tuple) else [value])
-    texts = [str(each) if type(each) in (int, float) else each for each in values]
+    texts = [str(each) if type(each) in (int, float) else each for each in values if each is not None]
     if wrong := [each for each in texts if not isinstance(each, str)]:
         kind = type(wrong[0]).__name__
         raise DataError(f"{' or '.join(map(repr, names))} is of type {kind}; it should be a text or a list of texts")
     return tuple(text.strip() for text in texts if text.strip())
+
+
+def lists_of(row: Row, *names: str) -> dict[str, list[Any]]:
+    """Return the lists of several values under these keys, for the `extra` of a record that uses the first value."""
+    return {name: value for name in names if isinstance(value := row.get(name), list) and len(value) > 1}
 
 
 def objects_of(row: Row, name: str) -> tuple[Row, ...]:
@@ -181,8 +188,16 @@ def objects_of(row: Row, name: str) -> tuple[Row, ...]:
     value = row.get(name) or []
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise DataError(f"{name!r} is not a list of objects; compare the row with the published file")
+        raise DataError(f"{name!r} is no object and no list of objects; compare the row with the published file")
     return tuple(value)
+
+
+def object_of(row: Row, name: str) -> Row | None:
+    """Return the object under this key, which may be in a list of one; None if there is none."""
+    objects = objects_of(row, name)
+    if len(objects) > 1:
+        raise DataError(f"{name!r} has {len(objects)} objects; it should be one, so write a row for each")
+    return objects[0] if objects else None
 
 
 def rest_of(row: Row, *names: str) -> dict[str, Any]:
@@ -197,10 +212,14 @@ def paired(row: Row, question: str, answer: str) -> Iterator[tuple[str, tuple[st
     right. Several questions whose answers are of another number have none.
     """
     questions, answers = texts_of(row, question), texts_of(row, answer)
-    if len(questions) == 1:
+    asked, said = row.get(question), row.get(answer)
+    if isinstance(asked, list) and isinstance(said, list) and len(asked) == len(said) > 1:
+        entries = ({question: one, answer: other} for one, other in zip(asked, said, strict=True))
+        yield from ((text, texts_of(each, answer)) for each in entries for text in texts_of(each, question))
+    elif len(questions) == 1:
         yield questions[0], answers
     elif len(questions) == len(answers):
-        yield from ((text, (said,)) for text, said in zip(questions, answers, strict=True))
+        yield from ((text, (answer,)) for text, answer in zip(questions, answers, strict=True))
     else:
         yield from ((text, ()) for text in questions)
 
@@ -229,29 +248,25 @@ def occurrences(question: str, words: str) -> list[str]:
     return re.findall(rf"(?<!\w){pattern}(?!\w)", question, re.IGNORECASE) if pattern else []
 
 
-def probes_of(*probes: Probe | None) -> tuple[Probe, ...]:
-    """Return the probes that there are."""
-    return tuple(probe for probe in probes if probe is not None)
-
-
-def answered(kind: str, row: Row, question: str, answers: tuple[str, ...], **parts: Any) -> Probe | None:
-    """Return a probe of the question and the answer under these keys; None if the row lacks one of them.
+def answered(kind: str, row: Row, question: str, answers: tuple[str, ...], **parts: Any) -> tuple[Probe, ...]:
+    """Return the probe of the question and the answer under these keys, or one for each of a list of questions.
 
     `image` and `extra` among the parts are those of the question, the others those of the probe. A row whose
     question or answer is missing keeps its other probes; the doctor (`multrace data check`) reports it.
     """
-    text, answer = text_or_none(row, question), text_or_none(row, *answers)
-    if text is None or answer is None:
-        return None
+    answer = next((name for name in answers if texts_of(row, name)), answers[0])
     own = {name: parts.pop(name) for name in ("image", "extra") if name in parts}
-    return Probe(kind=kind, question=Question(text=text, **own), answer=answer, **parts)
+    return tuple(
+        replace(probe, question=replace(probe.question, **own), **parts)
+        for probe in (probe_with(kind, text, said) for text, said in paired(row, question, answer) if said)
+    )
 
 
-def new_question(row: Row) -> Probe | None:
-    """Return the portability probe of EasyEdit's key "portability" with "New Question" and "New Answer", if any."""
+def new_question(row: Row) -> tuple[Probe, ...]:
+    """Return the portability probes of EasyEdit's key "portability" with "New Question" and "New Answer"."""
     pair = row.get("portability")
     if not isinstance(pair, dict):
-        return None
+        return ()
     return answered(
         PORTABILITY, pair, "New Question", ("New Answer",), extra=rest_of(pair, "New Question", "New Answer")
     )
@@ -262,14 +277,9 @@ def unanswered(row: Row) -> Iterator[str]:
 
     Readers leave out such questions, or ask them without an answer; what else the row says stays.
     """
-    for key in row:
-        names = _answer_keys(key)
-        if names and (text_or_none(row, key) is None) != (text_or_none(row, *names) is None):
-            yield f"{key!r} has a question without an answer, or the reverse"
-    for question, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
-        if any(not answers for _, answers in paired(row, question, answer)) and texts_of(row, answer):
-            numbers = len(texts_of(row, question)), len(texts_of(row, answer))
-            yield f"{question!r} has {numbers[0]} questions and {answer!r} {numbers[1]} answers"
+    for key in dict.fromkeys((*row, *_QUESTIONS)):
+        if names := _answer_keys(key):
+            yield from _unpaired(row, key, *names)
     for question, picture in (("m_loc_q", "m_loc"), ("image_rephrase_question", "image_rephrase")):
         if text_or_none(row, question) is not None and text_or_none(row, picture) is None:
             yield f"{question!r} has a question whose picture, {picture!r}, is missing"
@@ -277,12 +287,23 @@ def unanswered(row: Row) -> Iterator[str]:
         yield "'m_loc' has a picture without a question, 'm_loc_q'"
     for entry in objects_of(row, "port_new"):
         pairs = objects_of(entry, "Q&A") if "Q&A" in entry else (entry,)
-        for pair in pairs or ({},):
-            asked, said = text_or_none(pair, "Question", "port_q"), text_or_none(pair, "Answer", "port_a")
-            if asked is None or said is None:
-                yield "'port_new' has a question without an answer, or the reverse"
-    if isinstance(row.get("textual_edit"), dict):
-        yield from unanswered(row["textual_edit"])
+        question, answer = ("Question", "Answer") if "Q&A" in entry else ("port_q", "port_a")
+        if any(not texts_of(pair, question) and not texts_of(pair, answer) for pair in pairs or ({},)):
+            yield "'port_new' has an entry without a question"
+        for pair in pairs:
+            yield from (text.replace(repr(question), "'port_new'", 1) for text in _unpaired(pair, question, answer))
+    if textual := object_of(row, "textual_edit"):
+        yield from unanswered(textual)
+
+
+def _unpaired(row: Row, question: str, *answers: str) -> Iterator[str]:
+    """Yield what is missing if the questions and the answers under these keys do not belong together."""
+    answer = next((name for name in answers if texts_of(row, name)), answers[0])
+    asked, said = texts_of(row, question), texts_of(row, answer)
+    if bool(asked) != bool(said):
+        yield f"{question!r} has a question without an answer, or the reverse"
+    elif any(not texts for _, texts in paired(row, question, answer)):
+        yield f"{question!r} has {len(asked)} questions and {answer!r} {len(said)} answers"
 
 
 def _answer_keys(key: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..facts import PORTABILITY, Probe
 from .mmedit import visual_edit
-from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, probes_of, rest_of
+from .rows import DataSource, Outcome, Row, answered, each_row, json_rows, objects_of, rest_of
 
 
 def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
@@ -23,23 +23,31 @@ def read_vlkeb(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 def portability(source: DataSource, row: Row) -> tuple[Probe, ...]:
     """Return the portability probes of a row: questions about the edited picture that need the new fact."""
     image = source.pictures(row, "image")
-    probes: list[Probe | None] = []
+    probes: list[Probe] = []
     for entry in objects_of(row, "port_new"):
         if "Q&A" in entry:
             probes.extend(hop(entry, image))
         else:
             extra = rest_of(entry, "port_q", "port_a")
-            probes.append(answered(PORTABILITY, entry, "port_q", ("port_a",), image=image, extra=extra, hops=1))
-    return probes_of(*probes)
+            probes.extend(answered(PORTABILITY, entry, "port_q", ("port_a",), image=image, extra=extra, hops=1))
+    return tuple(probes)
 
 
 def hop(entry: Row, image: Any, needs: tuple[str, ...] = ()) -> tuple[Probe, ...]:
     """Return the portability probes of an entry with "Q&A", which is one pair or a list; incomplete pairs have none."""
-    parts = {"image": image, "hops": hops_of(entry), "needs": needs}
-    return probes_of(
-        *(
-            answered(PORTABILITY, pair, "Question", ("Answer",), extra=rest_of(pair, "Question", "Answer"), **parts)
-            for pair in objects_of(entry, "Q&A")
+    hops = hops_of(entry)
+    parts = {"image": image, "hops": hops, "needs": needs}
+    known = ("Q&A", "port_type") if hops or needs else ("Q&A",)
+    return tuple(
+        probe
+        for pair in objects_of(entry, "Q&A")
+        for probe in answered(
+            PORTABILITY,
+            pair,
+            "Question",
+            ("Answer",),
+            extra=rest_of(pair, "Question", "Answer") | rest_of(entry, *known),
+            **parts,
         )
     )
 

@@ -9,9 +9,9 @@ from .rows import (
     Row,
     each_row,
     json_rows,
+    lists_of,
     new_question,
     occurrences,
-    probes_of,
     rest_of,
     text_of,
     text_or_none,
@@ -44,9 +44,11 @@ def _record(row: Row, id: str) -> EditRecord:
         probes=(
             *(Probe(kind=REPHRASE, question=rephrase) for rephrase in rephrases),
             *unrelated_texts(row),
-            *probes_of(new_question(row)),
+            *new_question(row),
         ),
-        extra=rest_of(row, *_KNOWN) | ({} if subject is None else {"subject": subject}),
+        extra=rest_of(row, *_KNOWN)
+        | ({} if subject is None else {"subject": subject})
+        | lists_of(row, "src", "alt", "subject"),
     )
 
 
