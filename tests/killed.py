@@ -1,10 +1,12 @@
 """Processes that are killed at random moments, which tests of all runs share."""
 
+import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 def kill_at_random(
@@ -24,3 +26,8 @@ def kill_at_random(
         process.communicate()
         at_work += process.returncode == -signal.SIGKILL
     return at_work
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files of a folder in which another process works; `os.walk` passes over what vanishes meanwhile."""
+    return (Path(home, name) for home, _, names in os.walk(folder) for name in names)

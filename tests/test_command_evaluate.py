@@ -23,7 +23,7 @@ from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
 from multrace.workflow import EvaluateRun, PlaceTrace, RunError, merge, other_pictures, read_rows
-from multrace.workflow.sites import POSITIONS
+from multrace.workflow.located_edit import POSITIONS
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]

@@ -16,6 +16,7 @@ from multrace.editing.values import (
     target_batch,
 )
 from multrace.models import Prompt, VisionLanguageModel
+from multrace.models.replay import PaddedBatch
 from PIL import Image
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def batch_of(vlm: VisionLanguageModel, *prompts: Prompt, token: str | int = "las
 def losses(vlm: VisionLanguageModel, batch: TargetBatch) -> Tensor:
     """(row, label), negative log-probability in nats."""
     with torch.no_grad():
-        return -batch.logits(vlm).log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
+        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+        return -inputs.logits(vlm, batch.label_columns).log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
 
 
 def seen_by_plain_hooks(vlm: VisionLanguageModel, prompt: Prompt, layer: int) -> tuple[Tensor, Tensor]:

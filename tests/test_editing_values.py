@@ -28,7 +28,7 @@ from multrace.editing.values import (
     target_batch,
 )
 from multrace.models import Family, Prompt, Site, load, patch
-from multrace.models.replay import UpperLayers
+from multrace.models.replay import PaddedBatch, UpperLayers
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -147,8 +147,12 @@ def outputs_at(vlm: VisionLanguageModel, goal: Goal, place: Place, token: str, s
     return torch.stack(found).mean(0)
 
 
+def inputs_of(vlm: VisionLanguageModel, batch: TargetBatch) -> PaddedBatch:
+    return PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+
+
 def recorded(vlm: VisionLanguageModel, batch: TargetBatch, layer: int = LAYER) -> UpperLayers:
-    upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=layer)
+    upper, logits = UpperLayers.record(vlm, inputs_of(vlm, batch), batch.label_columns, first=layer)
     return upper.checked(logits, batch.label_mask)
 
 
@@ -344,10 +348,10 @@ def test_a_model_that_changes_states_between_its_layers_is_run_whole(exact_llava
 
 def test_recording_the_upper_layers_is_bit_equal_to_the_whole_model(random_vlm):
     batch = target_batch(random_vlm, goals_of(random_vlm), "last")
-    upper, logits = UpperLayers.record(random_vlm, batch.inputs, batch.label_columns, first=LAYER)
+    upper, logits = UpperLayers.record(random_vlm, inputs_of(random_vlm, batch), batch.label_columns, first=LAYER)
     with torch.no_grad():
         assert torch.equal(upper.logits(), logits)
-        assert torch.equal(batch.logits(random_vlm), logits)
+        assert torch.equal(inputs_of(random_vlm, batch).logits(random_vlm, batch.label_columns), logits)
         moved = replace(upper, entering=upper.entering.flip(-1))
         assert not torch.equal(moved.logits(), logits)
     assert upper.checked(logits, batch.label_mask).is_partial

@@ -10,8 +10,7 @@ from multrace.data import World
 from multrace.editing.solve import MEMIT
 from multrace.models import VisionLanguageModel
 from multrace.tracing import EditSite, WeakCorruption, average
-from multrace.workflow.located_edit import locate_then_edit
-from multrace.workflow.sites import Located, locate
+from multrace.workflow import Located, locate, locate_then_edit
 
 TRACING = {"positions": ("constraint_last", "last"), "sites": ("hidden", "mlp")}  # all that the choice needs
 CASES = (0, 8, 23)

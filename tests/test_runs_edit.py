@@ -11,7 +11,7 @@ from typing import Any
 import multrace as mt
 import pytest
 import torch
-from killed import kill_at_random
+from killed import files_of, kill_at_random
 from multrace import VisionLanguageModel
 from multrace.data import EditRecord, Question, World, tiny_vlm_path, write_lines
 from multrace.editing import EditError
@@ -321,7 +321,8 @@ def started(out: Path, count: int, *more: str, launcher: Sequence[str] = ()) -> 
 
 def records_of(out: Path) -> dict[Path, int]:
     """The finished records of the run and of its traces, with the times at which they were written."""
-    return {path: path.stat().st_mtime_ns for path in out.glob("**/records/[!.]*-*/record.json")}
+    paths = (path for path in files_of(out) if path.match("records/[!.]*-*/record.json"))
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 @pytest.mark.parametrize(

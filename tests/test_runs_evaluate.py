@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from killed import kill_at_random
+from killed import files_of, kill_at_random
 from multrace import MultEdit, VisionLanguageModel
 from multrace.data import EditRecord, Question, World, WorldRequests, world_records
 from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, NormBound, evaluate
@@ -78,7 +78,8 @@ def finish(process: subprocess.Popen) -> str:
 
 def progress(out: Path) -> int:
     """The number of files that a run keeps until its end."""
-    return len([path for path in out.rglob("*.json") if "records" in path.parts or "shared" in path.parts])
+    files = (path for path in files_of(out) if path.suffix == ".json")
+    return len([path for path in files if "records" in path.parts or "shared" in path.parts])
 
 
 @pytest.mark.parametrize(

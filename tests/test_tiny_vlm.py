@@ -8,7 +8,7 @@ from multrace.data import Question, World, tiny_vlm_path
 from multrace.models import VisionLanguageModel
 from multrace.scripts.training import Route, accuracy, question_sets, route
 from multrace.tracing import ReplaceText, causal_trace
-from multrace.workflow.sites import POSITIONS
+from multrace.workflow.located_edit import POSITIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FACTS = 32

@@ -30,7 +30,13 @@ from .flow_run import (
     with_noise as with_noise,
 )
 from .joined_runs import compare as compare, merge as merge
-from .located_edit import LocatedEdit as LocatedEdit, TraceShift as TraceShift, locate_then_edit as locate_then_edit
+from .located_edit import (
+    Located as Located,
+    LocatedEdit as LocatedEdit,
+    TraceShift as TraceShift,
+    locate as locate,
+    locate_then_edit as locate_then_edit,
+)
 from .run_folder import (
     RunError as RunError,
     Shard as Shard,
@@ -39,5 +45,9 @@ from .run_folder import (
     result_folder as result_folder,
 )
 from .runs import ModelToLoad as ModelToLoad, run as run
-from .sites import Located as Located, PlaceTrace as PlaceTrace, locate as locate, other_pictures as other_pictures
-from .trace_run import TraceRun as TraceRun, trace_summary as trace_summary
+from .trace_run import (
+    PlaceTrace as PlaceTrace,
+    TraceRun as TraceRun,
+    other_pictures as other_pictures,
+    trace_summary as trace_summary,
+)

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -402,33 +402,49 @@ def run_report(folder: RunFolder, analysis: Analysis) -> RunReport:
     )
 
 
-def summarise(
-    folder: RunFolder, analysis: Analysis, *, finish: Callable[[Summary, Sequence[str]], None] | None = None
-) -> None:
-    """Write table, averages and report of a run whose records are all done, unless they are there already.
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """The end of a run whose records are all done: a summary that is still to be written."""
 
-    The results are read one record at a time. finish: computes the part of the summary that needs the model, for the
-    records of these names; without it, a run that ends with the model gets no summary yet.
-    """
-    records = _records_of(folder)
-    stored = [folder.stored_or_refuse(name) for name in records["names"]]
-    own = {"records": records_digest(records, stored), "shared": folder.shared_files()}
-    known = folder.report()
-    done = [record for record in stored if record.error is None]
-    is_known = known is not None and all(known[name] == value for name, value in own.items())
-    if is_known or (analysis.ends_with_model and (finish is None or not done)):
-        return
-    summary = analysis.summary()
-    for record in stored:
-        summary.add(record) if record.error is None else summary.add_failed(record)
-    if analysis.ends_with_model and finish is not None:
-        finish(summary, [record.name for record in done])
-    with folder.new_summary() as part:
-        files, columns = summary.files(), summary.columns()
-        _write_table(part / ROWS, done, columns)
-        for name, write in files.items():
-            write(part / name)
-        folder.write_report(part, {**own, "lines": list(summary.lines()), "missed": summary.missed})
+    folder: RunFolder
+    summary: Summary
+    """The summary, to which all records were added one at a time."""
+    done: Sequence[StoredRecord]
+    """The records that did not fail."""
+    sources: Mapping[str, Any]
+    """The digests of all that the summary depends on."""
+
+    @classmethod
+    def of(cls, folder: RunFolder, analysis: Analysis, *, has_model: bool = False) -> Ending | None:
+        """Return the end of a run, or None if its summary is there already or cannot be made.
+
+        has_model: The caller can call `Summary.finish`; without it, a run that ends with the model gets no summary.
+        """
+        records = _records_of(folder)
+        stored = [folder.stored_or_refuse(name) for name in records["names"]]
+        sources = {"records": records_digest(records, stored), "shared": folder.shared_files()}
+        known = folder.report()
+        done = [record for record in stored if record.error is None]
+        is_known = known is not None and all(known[name] == value for name, value in sources.items())
+        if is_known or (analysis.ends_with_model and not (has_model and done)):
+            return None
+        summary = analysis.summary()
+        for record in stored:
+            summary.add(record) if record.error is None else summary.add_failed(record)
+        return cls(folder=folder, summary=summary, done=done, sources=sources)
+
+    @contextmanager
+    def writing(self) -> Iterator[dict[Path, Callable[[Path], Any]]]:
+        """Yield what writes each file of the averages, by its path; table and report are written around the block.
+
+        The summary appears all at once, if the block ends without an error.
+        """
+        with self.folder.new_summary() as part:
+            files, columns = self.summary.files(), self.summary.columns()
+            _write_table(part / ROWS, self.done, columns)
+            yield {part / name: write for name, write in files.items()}
+            content = {**self.sources, "lines": list(self.summary.lines()), "missed": self.summary.missed}
+            self.folder.write_report(part, content)
 
 
 def _write_table(path: Path, done: Sequence[StoredRecord], columns: Mapping[str, Mapping[str, Any]]) -> None:

@@ -26,9 +26,8 @@ from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
 from ..tracing.engine.positions import Item
 from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, question_of_record
 from .edit_outcome import EditOutcome, Place
-from .located_edit import EditsAtSites, TraceShift, editor_at, trace_shifts
+from .located_edit import EditsAtSites, TraceShift, editor_at, locate, positions_of, trace_shifts
 from .run_folder import REMADE, TRACES, RunError, StoredRecord
-from .sites import locate, positions_of
 from .trace_run import TraceRun
 
 CANDIDATES = ("constraint_last", "last")

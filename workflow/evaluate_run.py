@@ -48,9 +48,9 @@ from ..models import VisionLanguageModel
 from ..tracing import CausalTrace, EditSite, TraceError
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
 from .edit_run import check_questions
-from .located_edit import editor_at
+from .located_edit import editor_at, locate
 from .run_folder import REMADE, RunError, StoredRecord
-from .sites import TRACE, PlaceTrace, locate
+from .trace_run import TRACE, PlaceTrace
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
 CURVE, DRAWING = "curve.json", "curve.png"

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artefacts import replacing_folder
-from .analysis import Analysis, RunReport, read_rows, records_digest, refuse_difference, run_report, summarise
+from .analysis import Analysis, Ending, RunReport, read_rows, records_digest, refuse_difference, run_report
 from .edit_run import EditRun, EditTrace
 from .evaluate_run import EvaluateBatchRun, EvaluateRun, EvaluateSequenceRun
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, REMADE, REPORT, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
-from .sites import PlaceTrace
-from .trace_run import TraceRun
+from .trace_run import PlaceTrace, TraceRun
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +88,10 @@ def merge(
         if (shards[0].path / TRACES).is_dir():
             merge([shard.path / TRACES for shard in shards], target.path / TRACES)
         _merge_shared([shard for shard in shards if shard.shared.is_dir()], target)
-        summarise(target, analysis)
+        if (ending := Ending.of(target, analysis)) is not None:
+            with ending.writing() as files:
+                for path, write in files.items():
+                    write(path)
     return run_report(target, analysis)
 
 

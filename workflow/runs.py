@@ -43,19 +43,18 @@ from ..data.facts import counted
 from .analysis import (
     INPUT_ERRORS,
     Analysis,
+    Ending,
     Outcome,
     Record,
     Rows,
     RunContext,
     RunReport,
-    Summary,
     Task,
     every_failed,
     plain,
     question_of_record,
     refuse_difference,
     run_report,
-    summarise,
 )
 from .run_folder import (
     CALIBRATION,
@@ -435,13 +434,8 @@ class _Job:
         self, group: Sequence[str], names: Sequence[str], calibration: Mapping[str, Any] | None, shard: Shard
     ) -> None:
         """Compute the outcomes of a group of records, and keep those of these names, or their errors, all at once."""
-        numbers = {name: number for number, name in enumerate(self.entries)}
         errors = {name: self._problem(self.entries[name]) for name in group}
-        tasks = [
-            Task(record=self.entries[name].record, name=name, number=numbers[name], calibration=calibration)
-            for name in group
-            if errors[name] is None
-        ]
+        tasks = self._tasks([name for name in group if errors[name] is None], calibration)
         outcomes: dict[str, Outcome] = {}
         if any(task.name in names for task in tasks):
             for task, outcome in zip(tasks, self._outcomes(tasks), strict=True):
@@ -454,6 +448,13 @@ class _Job:
         with self.folder.new_records(shard) as part:
             for name in names:
                 self._keep(self.entries[name], outcomes.get(name, Outcome(row={})), errors[name], part / name)
+
+    def _tasks(self, names: Sequence[str], calibration: Mapping[str, Any] | None) -> list[Task]:
+        numbers = {name: number for number, name in enumerate(self.entries)}
+        return [
+            Task(record=self.entries[name].record, name=name, number=numbers[name], calibration=calibration)
+            for name in names
+        ]
 
     def _outcomes(self, tasks: Sequence[Task]) -> Sequence[Outcome | ValueError]:
         try:
@@ -510,18 +511,20 @@ class _Job:
             time.sleep(1)
         if not self.folder.missing(self.entries):
             with self.folder.alone():
-                summarise(self.folder, self.analysis, finish=self._finish)
+                self._end()
 
-    def _finish(self, summary: Summary, names: Sequence[str]) -> None:
-        """Compute the part of the summary that needs the model."""
-        stored = self.folder.read(CALIBRATION)
-        calibration = None if stored is None else stored["values"]
-        tasks = [
-            Task(record=self.entries[name].record, name=name, number=number, calibration=calibration)
-            for number, name in enumerate(self.entries)
-            if name in names
-        ]
-        summary.finish(self.vlm, tasks, progress=self.progress)
+    def _end(self) -> None:
+        """Write the summary, unless it is there already."""
+        if (ending := Ending.of(self.folder, self.analysis, has_model=True)) is None:
+            return
+        if self.analysis.ends_with_model:
+            stored = self.folder.read(CALIBRATION)
+            calibration = None if stored is None else stored["values"]
+            tasks = self._tasks([record.name for record in ending.done], calibration)
+            ending.summary.finish(self.vlm, tasks, progress=self.progress)
+        with ending.writing() as files:
+            for path, write in files.items():
+                write(path)
 
     def report(self) -> RunReport:
         """Return what was done. Raises `RunError` if every record failed."""

@@ -1,21 +1,34 @@
-"""Causal traces of many questions: what `multrace trace` computes of each record, its table and its averages."""
+"""Causal traces of many records: what `multrace trace` computes of each, and the traces that place an edit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-from ..data import EditRecord, Question, find_span
+from ..data import DataError, EditRecord, Question, find_span
 from ..models import VisionLanguageModel, open_images
-from ..tracing import Blocks, Box, CausalTrace, Corruption, Engine, TraceError, causal_trace, parse_corruption
+from ..tracing import (
+    Blocks,
+    Box,
+    CausalTrace,
+    Corruption,
+    Engine,
+    SwapImage,
+    TraceError,
+    causal_trace,
+    parse_corruption,
+)
 from ..tracing.corruptions.kinds import SPELLINGS, corruption_pictures
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.positions import Item, parse_position
-from .analysis import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
+from .analysis import Analysis, Outcome, Record, RunningAverage, Summary, Task, question_of_record
+from .located_edit import POSITIONS, Located, locate
 
+TRACE = "trace"
+"""The name of the trace among the results of a record."""
 _BLOCKS = 3
 """Maximum number of causal blocks in a summary, per kind of site."""
 
@@ -155,11 +168,88 @@ class TraceRun(Analysis):
             drawings["trace.png"] = trace.plot
             if trace.has_overlay:
                 drawings["overlay.png"] = partial(trace.overlay, prompt)
-        return Outcome(row=row, results={"trace": trace}, files=drawings)
+        return Outcome(row=row, results={TRACE: trace}, files=drawings)
 
     def summary(self) -> Summary:
         """Return the average of all traces, which needs two of them and common rows."""
         return RunningAverage("trace", CausalTrace, stem="average", at_least=2)
+
+
+def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
+    """Return, by the key of each question with a picture, the picture of another record that a trace puts in its place.
+
+    It is that of the nearest earlier record with another picture and the same question, else of the nearest later
+    one; a picture of another kind of thing would also corrupt the kind, which the words of the question reveal early.
+    Where no other record has the same question, it is the picture of any other record, found in the same order. A
+    record whose picture no other record differs from has none, nor has one whose picture cannot be read.
+    """
+    questions = [each.question if isinstance(each, EditRecord) else each for each in records]
+    questions = [each for each in questions if _is_readable(each)]
+    pictures: dict[str, Corruption] = {}
+    for index, own in enumerate(questions):
+        others = [*reversed(questions[:index]), *questions[index + 1 :]]
+        shown = [each for each in others if own.images and each.images and each.image != own.image]
+        if shown:
+            chosen = next((each for each in shown if each.text == own.text), shown[0])
+            pictures.setdefault(own.key, SwapImage(chosen.images[0]))
+    return pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceTrace(Analysis):
+    """The trace of the question of each edit under another picture, which shows where the edit is to be made."""
+
+    name: ClassVar[str] = "place trace"
+
+    corruptions: Mapping[str, Corruption] = field(default_factory=dict)
+    """Key of a question -> what replaces its picture, as `other_pictures` returns it."""
+    window: int = 3
+    """Number of consecutive layers that are restored together at MLP and attention sites."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; the pictures belong to the records."""
+        return {"window": self.window}
+
+    def check(self, record: Record) -> None:
+        """Raise `TraceError` for a question without a picture, or if no record has another one."""
+        question = record.question if isinstance(record, EditRecord) else record
+        if question.key not in self.corruptions:
+            missing = "it has no picture" if not question.images else "no other record has another picture"
+            raise TraceError(f"{question.text!r} cannot be traced: {missing}; name the place by --where LAYER:TOKEN")
+
+    def sources(self, record: Record) -> Sequence[Any]:
+        """Return the other picture, which counts by its content."""
+        question = record.question if isinstance(record, EditRecord) else record
+        corruption = self.corruptions.get(question.key)
+        image = getattr(corruption, "image", None)
+        return (Path(image) if isinstance(image, str) else image,)
+
+    def located(self, vlm: VisionLanguageModel, record: EditRecord) -> Located:
+        """Return the trace of a record and the place that it shows. Raises `TraceError` if it shows none."""
+        options = {"per_request": True, "positions": POSITIONS, "sites": KINDS, "window": self.window}
+        return locate(vlm, [record], corruptions=[self.corruptions[record.question.key]], progress=False, **options)
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the trace of a record. Raises `TraceError` if it shows no place."""
+        return self.outcome(self.located(vlm, cast(EditRecord, task.record)))
+
+    @staticmethod
+    def outcome(located: Located) -> Outcome:
+        """Return the trace and the place of one record."""
+        site, trace = located.edit_site, cast(CausalTrace, located.traces[0])
+        return Outcome(row={"layer": site.layer, "token": str(site.token)}, results={TRACE: trace})
+
+    def summary(self) -> Summary:
+        """Return a summary with nothing besides the table."""
+        return Summary()
+
+
+def _is_readable(question: Question) -> bool:
+    """Whether the files of all pictures of a question can be read."""
+    try:
+        return bool(question.key)
+    except DataError:
+        return False
 
 
 def trace_summary(trace: CausalTrace) -> list[str]:

@@ -70,12 +70,17 @@ def goals_of(request: EditRequest) -> tuple[PlainGoal, ...]:
 class TargetBatch:
     """Prompts of many facts with their targets, padded so that the first edited token has the same column in all rows.
 
-    A change at that column leaves everything before it as it is, so the prefix (with the picture) is run once and kept
-    as attention keys and values. Columns are counted from the first edited token.
+    A change at that column leaves everything before it as it is, so the prefix (with the picture) is run only once, by
+    `PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)`. Columns are counted from the
+    first edited token.
     """
 
-    inputs: PaddedBatch
-    """The columns from the first edited token on."""
+    embeddings: Tensor
+    """(row, token, hidden), the decoder's inputs, zeros where padded."""
+    attention_mask: Tensor
+    """(row, token), 0 where padded."""
+    start: int
+    """The first edited token, which is column 0."""
     goals: Tensor
     """(row,), the goal that a row belongs to."""
     essence: Tensor
@@ -91,14 +96,23 @@ class TargetBatch:
     label_mask: Tensor
     """(row, label), True for real labels."""
 
-    def logits(self, vlm: VisionLanguageModel) -> Tensor:
-        """The model's prediction of every label, (row, label, vocab), float32 or wider, with the target fed in."""
-        return self.inputs.logits(vlm, self.label_columns)
-
     def rows(self, rows: Tensor) -> TargetBatch:
         """The batch of only some rows, (row,) indices in ascending order."""
-        names = ("goals", "essence", "key_columns", "key_mask", "label_columns", "labels", "label_mask")
-        return replace(self, inputs=self.inputs.rows(rows), **{name: getattr(self, name)[rows] for name in names})
+        parts = {name: getattr(self, name) for name in _PER_ROW}
+        return replace(self, **{name: part[rows.to(part.device)] for name, part in parts.items()})
+
+
+_PER_ROW = (
+    "embeddings",
+    "attention_mask",
+    "goals",
+    "essence",
+    "key_columns",
+    "key_mask",
+    "label_columns",
+    "labels",
+    "label_mask",
+)
 
 
 @torch.no_grad()
@@ -122,13 +136,15 @@ def target_batch(
     embedded = [vlm.embeddings(prompt.inputs)[0] for _, prompt, _ in rows]
     start = max(each[0] for each in keys)
     shifts = [start - each[0] for each in keys]
-    embeddings, mask = _aligned(embedded, shifts)
+    embeddings, attention_mask = _aligned(embedded, shifts)
     labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
     key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
     counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
     return TargetBatch(
-        inputs=PaddedBatch.after_prefix(vlm, embeddings, mask, start),
+        embeddings=embeddings,
+        attention_mask=attention_mask,
+        start=start,
         goals=torch.tensor([index for index, _, _ in rows]),
         essence=torch.tensor([bare for _, _, bare in rows]),
         key_columns=key_columns,
@@ -316,8 +332,9 @@ def lookups(
     results: dict[Projection, dict[int, Lookup]] = {projection: {} for projection, _ in places}
     for chunk in chunks(goals, rows_at_once):
         batch = target_batch(vlm, [goals[index] for index in chunk], token, end=end, every=every)
+        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
         with watched(vlm, places) as captured:
-            batch.logits(vlm)
+            inputs.logits(vlm, batch.label_columns)
         for projection, place in places:
             results[projection].update(zip(chunk, split(batch, *captured(projection, place)), strict=True))
     return {projection: [own[index] for index in range(len(goals))] for projection, own in results.items()}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...artefacts import load_fields, save_fields
 from ...models import Projection, VisionLanguageModel, patch
-from ...models.replay.replay import UpperLayers
+from ...models.replay.replay import PaddedBatch, UpperLayers
 from ..requests import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 
@@ -199,8 +199,9 @@ def _searched(
     with torch.no_grad():
         options = {"end": settings.end_of_answer, "every": settings.answer_keys}
         batch = target_batch(vlm, goals, token, **options)
+        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
         with watched(vlm, [(projection, place)]) as captured:
-            upper, logits = UpperLayers.record(vlm, batch.inputs, batch.label_columns, first=layer)
+            upper, logits = UpperLayers.record(vlm, inputs, batch.label_columns, first=layer)
         lookups = split(batch, *captured(projection, place))
         upper = upper.checked(logits, batch.label_mask)
     return _Search(upper, batch, lookups, logits, place, settings).run(bar)

@@ -22,4 +22,9 @@ from .recording import (
     neighbours as neighbours,
     places as places,
 )
-from .replay import Replay as Replay, UpperLayers as UpperLayers, replaying as replaying
+from .replay import (
+    PaddedBatch as PaddedBatch,
+    Replay as Replay,
+    UpperLayers as UpperLayers,
+    replaying as replaying,
+)

@@ -50,12 +50,11 @@ class LayerCall:
         """Return the call for only some of its `count` rows."""
         return LayerCall(keywords={name: _of_rows(value, rows, count) for name, value in self.keywords.items()})
 
-    def again(self, layer: nn.Module, states: Tensor, cache: Cache) -> Tensor:
-        """Return the layer's output for these states, which reads and extends this cache."""
+    def using(self, cache: Cache) -> dict[str, Any]:
+        """Return the keywords of a call that reads and extends this cache instead of the recorded one."""
         from transformers import Cache
 
-        keywords = {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
-        return main_tensor(layer(states, **keywords), "a decoder layer")
+        return {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
 
 
 class Witness:

@@ -476,7 +476,7 @@ class UpperLayers:
             return self.batch.logits(self.vlm, self.columns)
         cache, states = _growing(self.batch.prefix), self.entering
         for layer, call in zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True):
-            states = call.again(layer, states, cache)
+            states = main_tensor(layer(states, **call.using(cache)), "a decoder layer")
         logits = self.vlm.unembed(self.vlm.final_norm(at_columns(states, self.columns)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

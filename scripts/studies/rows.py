@@ -54,7 +54,7 @@ from ...editing.moments import Moments, second_moments
 from ...editing.solve import EMMET, MEMIT, ROME, AlphaEdit, MultEdit
 from ...models import VisionLanguageModel
 from ...tracing import EditSite, SwapImage
-from ...workflow.sites import locate
+from ...workflow.located_edit import locate
 
 CONTEXTS = 3
 """Number of other pictures of the entity that an edit gets, none of which a probe shows."""

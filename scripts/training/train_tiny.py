@@ -25,7 +25,7 @@ from ...data.world import Entity, Fact
 from ...models import Prompt, VisionLanguageModel, load
 from ...models.weights import save_directory
 from ...tracing import AverageTrace, SwapImage, average, causal_trace, knockout_probability
-from ...workflow.sites import POSITIONS
+from ...workflow.located_edit import POSITIONS
 from ..main import execute
 from ..options import STYLE, CommandError, GeneralOptions, check_new_folder, paragraphs
 from .model import (
