@@ -110,9 +110,9 @@ class Check:
         return before.generated[self.key] if self.known is None else self.known
 
     def answers(self, before: "Responses") -> tuple[str, ...]:
-        """Return the answers to feed in: the new and the old one. None for held-out questions; empty ones are left out.
+        """Return the answers to feed in: the new and the old one, or no answers for a held-out question.
 
-        An unedited model that says nothing has an empty old answer, which has no tokens to predict.
+        Empty answers are left out: if the unedited model says nothing, its answer has no tokens to predict.
         """
         answers = () if self.kind == GENERAL else dict.fromkeys((self.new, self.old(before)))
         return tuple(answer for answer in answers if answer.strip())
