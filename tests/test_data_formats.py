@@ -1,7 +1,9 @@
 """Public data files become plain records: every field has its place, and a bad row costs only itself."""
 
+import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,10 +196,10 @@ def test_a_picture_is_found_under_the_names_that_files_give_it(tmp_path):
     for name in ("a.JPG", "b c.jpg"):
         (tmp_path / "val2014" / name).write_bytes(b"")
     row = COMMON | {"image": "val2014/a.jpg", "image_rephrase": "val2014/b%20c.JPG", "m_loc": "val2014/none.jpg"}
-    path = write(tmp_path, [row])
+    path = write(tmp_path, [row, row | {"image": "/val2014/a.jpg"}])
     for images in (None, tmp_path / "val2014"):
-        (record,) = read_records(path, images=images)
-        assert record.question.image == tmp_path / "val2014" / "a.JPG"
+        record, rooted = read_records(path, images=images)
+        assert record.question.image == rooted.question.image == tmp_path / "val2014" / "a.JPG"
         assert record.probes[1].question.image == tmp_path / "val2014" / "b c.jpg"
     assert record.probes[3].question.image == tmp_path / "val2014" / "val2014" / "none.jpg", (
         "a missing one keeps its path"
@@ -331,6 +333,22 @@ def test_vqa_constraints_are_cleaned_and_joined_with_answers(tmp_path):
     assert (first[1].answer, second[1].answer, second[1].answers) == (None, "gas", ("diesel", "gas", "gas"))
     assert second[1].constraint == "this kind of vehicle" and second[1].id == "590"
     assert read_records(path)[1].answer is None, "without the file of answers there is none"
+
+
+@pytest.mark.parametrize("name", ["vqa_constraints/multimodal_known.csv", "gqa_flow/*_ChooseCat.csv"])
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
+def test_a_table_that_was_saved_as_json_or_with_blanks_in_its_header_is_the_same(tmp_path, name):
+    (path,) = SHARED.glob(name)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    objects = [{name: cell or None for name, cell in zip(header, row, strict=True)} for row in rows]
+    with (tmp_path / f"b_{path.name}").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([[f" {cell} " for cell in header], *rows])
+    write(tmp_path, objects, f"a_{path.stem}.json")
+    write(tmp_path, "\n".join(map(json.dumps, objects)), f"a_{path.stem}.jsonl")
+    expected = [replace(record, id="") for record in read_records(path, images="pictures")]
+    for copy in tmp_path.iterdir():
+        assert [replace(record, id="") for record in read_records(copy, images="pictures")] == expected, copy.name
 
 
 def test_a_folder_of_candidates_gives_its_first_picture_whatever_the_normal_form(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import DataError, quoted
 from ..facts import PixelBox, Question
-from .rows import DataSource, Outcome, Row, csv_rows, each_row, occurrences
+from .rows import DataSource, Outcome, Row, csv_rows, each_row, json_rows, occurrences
 
 _TASKS = {  # by the columns type_semantic and type_structural
     ("attr", "choose"): "ChooseAttr",
@@ -43,7 +43,8 @@ def read_gqa_flow(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 
 def _read_file(source: DataSource, file: Path) -> Iterator[tuple[int, Outcome]]:
-    for line, outcome in each_row(_rows(file), lambda line, row: [_question(source, row, file)]):
+    rows = _rows(file) if source.path.is_dir() or file.suffix.lower() == ".csv" else _json_rows(file)
+    for line, outcome in each_row(rows, lambda line, row: [_question(source, row, file)]):
         yield line, DataError(f"{file}, line {line}: {outcome}") if isinstance(outcome, DataError) else outcome
 
 
@@ -63,6 +64,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Row | DataError]]:
     if isinstance(header, DataError):
         yield line, header
         return
+    header = [name.strip() for name in header]
     try:
         _check_header(header)
     except DataError as error:
@@ -79,6 +81,20 @@ def _rows(file: Path) -> Iterator[tuple[int, Row | DataError]]:
             yield line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
     if is_bare:
         yield line, DataError("no rows below the header; is the file whole?")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Row | DataError]]:
+    """Each row of the file as a table that was saved as JSON."""
+    for number, row in json_rows(DataSource(path=file)):
+        if isinstance(row, DataError):
+            yield number, row
+            continue
+        try:
+            _check_header(list(row))
+        except DataError as error:
+            yield number, error
+            continue
+        yield number, {name: "" if value is None else str(value).strip() for name, value in row.items()}
 
 
 def _objects(columns: Collection[str]) -> tuple[str, ...]:

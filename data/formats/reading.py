@@ -28,7 +28,7 @@ _FREEBASE = re.compile(r"(^|[/\\])m\.\w+[/\\]")
 """The folder of an entity's pictures in VLKEB, such as m.0xyz."""
 _LOOKED_AT = 100
 """Number of rows by which a format is told: the first may lack a key."""
-_SPECIFIC = ("cckeb", "mmke", "vlkeb", "mmedit", "counterfact", "zsre", "okvqa")
+_SPECIFIC = ("vqa-constraints", "gqa-flow", "cckeb", "mmke", "vlkeb", "mmedit", "counterfact", "zsre", "okvqa")
 """Formats of JSON, those first whose rows have the keys of others too."""
 
 
@@ -162,7 +162,7 @@ def detect_format(path: str | PathLike[str]) -> str:
         return "gqa-flow"
     if path.suffix.lower() == ".csv":
         header = next((cells for _, cells in csv_rows(path)), [])
-        return "vqa-constraints" if isinstance(header, list) and "main_entity" in header else "gqa-flow"
+        return "vqa-constraints" if isinstance(header, list) and "main_entity" in map(str.strip, header) else "gqa-flow"
     try:
         text = read_text(path).lstrip()
     except DataError:
@@ -205,6 +205,10 @@ def _starts_with_object(path: Path) -> bool:
 def _format_of(row: Row) -> str | None:
     """The public format whose objects have such keys; None if there is none."""
     keys = row.keys()
+    if {"question", "main_entity", "image_url"} <= keys:
+        return "vqa-constraints"
+    if {"img_id", "image_w"} <= keys:
+        return "gqa-flow"
     if "textual_edit" in keys:
         return "cckeb"
     if keys & {"knowledge_type", "m_rel", "m_rel_1"}:

@@ -48,9 +48,10 @@ class DataSource:
         """Return the path of a picture that a row names.
 
         Where no file has exactly this name, these are looked for: the name in another Unicode normal form, with its
-        suffix in the other case, with %20 and the like decoded, or without its first folder if that is the name of the
-        folder of pictures. Of a folder of candidate pictures the first one by name is taken. A picture that is missing
-        keeps its path, so that it is noticed where it is asked for; so does the address of a picture on the web.
+        suffix in the other case, with %20 and the like decoded, without a slash at its beginning, or without its first
+        folder if that is the name of the folder of pictures. Of a folder of candidate pictures the first one by name is
+        taken. A picture that is missing keeps its path, so that it is noticed where it is asked for; so does the
+        address of a picture on the web.
         """
         if ADDRESS.match(name.strip()):
             return Path(name.strip())
@@ -414,7 +415,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _other_spellings(folder: Path, path: Path) -> Iterator[Path]:
-    relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+    relative = path.relative_to(folder if path.is_relative_to(folder) else path.anchor)
     places = [relative]
     if relative.parts[:1] == (folder.resolve().name,) and relative.parts[1:]:
         places.append(Path(*relative.parts[1:]))

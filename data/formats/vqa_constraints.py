@@ -14,7 +14,7 @@ from dataclasses import replace
 from ..errors import DataError
 from ..facts import Question
 from .okvqa import answers_by_question, join_key
-from .rows import DataSource, Outcome, Row, csv_rows, each_row, rest_of, text_of, text_or_none
+from .rows import DataSource, Outcome, Row, csv_rows, each_row, json_rows, rest_of, text_of, text_or_none
 
 _NEEDED = ("question", "main_entity", "image_url")
 
@@ -34,10 +34,14 @@ def read_vqa_constraints(source: DataSource) -> Iterator[tuple[int, Outcome]]:
 
 
 def _rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
+    if source.path.suffix.lower() != ".csv":
+        yield from json_rows(source)
+        return
     lines = csv_rows(source.path)
     _, header = next(lines, (1, []))
     if isinstance(header, DataError):
         raise header
+    header = [name.strip() for name in header]
     if missing := [name for name in _NEEDED if name not in header]:
         raise DataError(
             f"no column {', '.join(map(repr, missing))} in the header of {str(source.path)!r} "
@@ -49,7 +53,7 @@ def _rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
         elif len(cells) != len(header):
             yield line, DataError(f"{len(cells)} cells instead of {len(header)}; is a comma or quotation mark missing?")
         else:
-            yield line, dict(zip(header, cells, strict=True))
+            yield line, {name: "" if cell == "nan" else cell for name, cell in zip(header, cells, strict=True)}
 
 
 def _question(source: DataSource, row: Row, number: int) -> Question:
