@@ -148,6 +148,9 @@ def test_an_edit_is_seen_and_the_unedited_model_is_shown_beside_it(edited, tiny_
     assert edited.score(LOCALITY, UNCHANGED_RIGHT, SAME_QUESTION_OTHER_PICTURE).after.mean > 0.5
     assert edited.score(ABILITY, EXACT).before.number == 2
     assert edited.statuses == {records[0].id: "edited"}
+    assert list(edited.splits()) == [records[0].id]
+    for aspect in (GENERALITY, LOCALITY):  # without which nobody knows of which kind the success is
+        assert replace(edited, rows=tuple(row for row in edited.rows if row.aspect != aspect)).splits() == {}
 
 
 def test_no_edit_changes_no_number(tiny_vlm, records, baseline, general):

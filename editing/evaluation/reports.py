@@ -377,20 +377,23 @@ class EditReport(Result):
         """Return record -> kind of success (`split_of`), for records whose question gets its target by free generation.
 
         Probes of generality are judged by exact match, and probes of locality by whether the answer is unchanged.
+        Records that lack either of them are left out, since nothing shows of which kind their success is.
         """
         by_record: dict[str, list[ProbeRow]] = {}
         for row in self.rows:
             by_record.setdefault(row.record, []).append(row)
         return {
-            name: split_of(moved=_shown(rows, GENERALITY, EXACT), kept=_shown(rows, LOCALITY, UNCHANGED))
+            name: split_of(moved=moved, kept=kept)
             for name, rows in by_record.items()
             if _shown(rows, EFFICACY, EXACT) == [True]
+            and (moved := _shown(rows, GENERALITY, EXACT))
+            and (kept := _shown(rows, LOCALITY, UNCHANGED))
         }
 
     def split_shares(self) -> Mapping[str, float]:
-        """Return the shares of successful edits that are "generalised", "too narrow", "too broad" or "both", 0 to 1.
+        """Return the shares of the edits in `splits` that are "generalised", "too narrow", "too broad" or "both".
 
-        They are NaN if there is no successful edit.
+        They are between 0 and 1, and NaN if there is no such edit.
         """
         found = [*self.splits().values()]
         return {name: found.count(name) / len(found) if found else float("nan") for name in SPLITS}
@@ -446,8 +449,10 @@ class EditReport(Result):
             texts = [_text(score.protocol, value) for value in (score.before.mean, after.mean, after.low, after.high)]
             band = f"{texts[2]} to {texts[3]}"
             lines.append((score.aspect, score.kind, score.protocol, *texts[:2], band, after.number, after.records))
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
-        tail = [f"of {len(self.splits())} successful edits: {shares}"] if self.splits() else []
+        tail = []
+        if splits := self.splits():
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
+            tail.append(f"of {len(splits)} successful edits with probes of generality and locality: {shares}")
         if self.left_out:
             tail.append(
                 f"left out: {counted(len(self.left_out), 'question')} that other edits change or that need them"
