@@ -109,7 +109,8 @@ class FlowOptions(RunOptions, EngineOptions):
         ),
     ] = False
     all: Annotated[
-        bool, Parameter(help="also analyse the questions that the model answers wrongly (default: leave them out)")
+        bool,
+        Parameter(help="also analyse the questions that the model answers wrongly (default: only for --contributions)"),
     ] = False
     seed: Annotated[int, Parameter(help="random seed of the noise and of the order of --world", metavar="N")] = 0
     knockout: Annotated[

@@ -73,7 +73,7 @@ def execute(commands: App, tokens: Sequence[str]) -> int:
         work, given = parse(tokens, commands)
     except CycloptsError as error:
         chain = " ".join((commands.name[0], *(error.command_chain or ())))
-        return _fail(f"{_one_line(error)} See {chain} --help", BAD_INPUT, debug=False)
+        return _fail(f"{_one_line(error).removesuffix('.')}. See {chain} --help", BAD_INPUT, debug=False)
     if given is None:
         if not {*_ASIDE} & {*tokens}:
             return _fail(

@@ -41,7 +41,8 @@ DIRECTIONS = ("restore", "corrupt")
 EFFECTS = ("total", "direct")
 SPELLINGS = (
     "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "
-    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise of :auto is calibrated"
+    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise whose scale is auto, as in "
+    "text-noise:auto, is calibrated"
 )
 """One example of each corruption."""
 PROJECTIONS = ("mlp", "attention")
@@ -114,7 +115,7 @@ class GeneralOptions:
     verbose: Annotated[
         bool,
         Parameter(
-            help="log notes as well, such as what loading has verified about the model",
+            help="also log notes, such as what loading has verified about the model",
             group=GENERAL,
             alias="-v",
             allow_repeating=True,

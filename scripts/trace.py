@@ -44,7 +44,7 @@ The exit code is 0 if every record is done, 1 if a record failed or could not be
 """
 app = App(name="trace", help=__doc__, help_epilogue=EXAMPLE)
 _CELLS = "trace.unfinished"
-_OF_ONE = ("image", "constraint", "foil", "resume")
+_OF_ONE = ("image", "constraint", "foil")
 _OF_MANY = ("format", "images", "limit", "shard", "retry_failed", "draw")
 
 
@@ -130,6 +130,10 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
             raise CommandError("pass either --question or --data FILE")
         if self.data is not None and (wrong := self.given(_OF_ONE)):
             raise CommandError(f"{wrong[0]} belongs to one question; with --data, write it into each record")
+        if self.data is not None and self.resume:
+            raise CommandError(
+                "--resume belongs to one question; leave it out, since a run over --data always continues"
+            )
         if self.data is None and (wrong := self.given(_OF_MANY)):
             raise CommandError(f"{wrong[0]} belongs to --data FILE; leave it out")
         self.check_run()

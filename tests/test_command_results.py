@@ -109,7 +109,7 @@ def _counted(row: EditorRow, edited: list[str]) -> EditorRow:
 
 def test_unknown_parts_are_an_error(tmp_path, capsys):
     assert execute(results.app, ["--out", str(tmp_path), "--parts", "nonsense"]) == 2
-    assert "parts are editors" in capsys.readouterr().err
+    assert "cannot measure --parts nonsense; pass some of editors" in capsys.readouterr().err
 
 
 def test_the_traced_place_is_compared_request_by_request():

@@ -479,6 +479,7 @@ def test_rows_that_differ_have_no_average(folder: Path, llava_llama_path: Path, 
 RECORD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "both": (["--question", QUESTION, "--data", "{file}"], "either --question or --data"),
     "a picture for all": (["--data", "{file}", "--image", "photo.png"], "--image belongs to one question"),
+    "a run that is resumed": (["--data", "{file}", "--resume"], "a run over --data always continues"),
     "a limit of one question": (["--question", QUESTION, "--limit", "1"], "--limit belongs to --data"),
     "no lines": (["--data", "{file}", "--limit", "0"], "--limit 0: take at least one record"),
     "no such shard": (["--data", "{file}", "--shard", "3/2"], "no shard '3/2'; write i/n"),

@@ -114,9 +114,13 @@ class TraceRun(Analysis):
         corruption = parse_corruption(text)
         group = getattr(corruption, "group", "image")
         if group == "image" and not question.images:
-            raise TraceError(f"the corruption {text!r} needs a picture, and the question has none")
+            raise TraceError(
+                f"the corruption {text!r} needs a picture, and the question has none; give it one, or corrupt its words"
+            )
         if group.startswith("constraint") and not question.words:
-            raise TraceError(f"the corruption {text!r} needs the words of the question to corrupt: its constraint")
+            raise TraceError(
+                f"the corruption {text!r} needs the words of the question to corrupt; give the question a constraint"
+            )
         for path in corruption_pictures(corruption):
             open_images(path)
         has_seed = any(each.name == "seed" for each in fields(cast(Any, corruption)))

@@ -311,7 +311,7 @@ def _groups(
         )
         raise EditError(
             f"memory={memory} MiB is too little for second moments of layers {', '.join(map(str, layers))} of "
-            f"'{vlm.name}': one layer at a time takes {least} MiB, all in one pass {whole}; pass at least the first"
+            f"'{vlm.name}': one layer at a time takes {least} MiB, all in one pass {whole}; pass at least {least}"
         )
     groups: list[list[int]] = [[]]
     for layer in layers:

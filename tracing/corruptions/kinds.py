@@ -558,7 +558,8 @@ def _image_embeddings(vlm: VisionLanguageModel, prompt: Prompt, pictures: Sequen
 
 SPELLINGS = (
     "swap:other.jpg, replace:Paris city, text-noise:3, image-noise:3, pixel-noise:3, blank, blur:10, "
-    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise of :auto is calibrated"
+    "boxes:0,0,50,50;60,0,99,50, zero:image or mean:one.jpg,two.jpg; a noise whose scale is auto, as in "
+    "text-noise:auto, is calibrated"
 )
 """One example of each corruption."""
 
