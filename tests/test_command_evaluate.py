@@ -155,7 +155,9 @@ def test_a_batch_of_records_has_one_place_from_their_traces(row, write, tmp_path
     report = EditReport.load(tmp_path / "out" / "multedit" / "summary" / "evaluation.json")
     assert (report.mode, report.score(EFFICACY, EXACT).after.mean) == ("batch", 1)
     content = json.loads((tmp_path / "out" / "multedit" / "calibration.json").read_text())
-    assert len({(site["layer"], site["token"]) for site in content["values"]["sites"].values()}) == 1
+    ((layer, token),) = {(site["layer"], site["token"]) for site in content["values"]["sites"].values()}
+    table = read_rows(tmp_path / "out" / "multedit")
+    assert {*zip(table["layer"], table["token"], strict=True)} == {(layer, str(token))}
     assert len([*(tmp_path / "out" / "multedit" / "traces" / "records").iterdir()]) == 2
 
 

@@ -24,6 +24,7 @@ from multrace.editing.values import (
     ValueResult,
     ValueSettings,
     key_positions,
+    search,
     search_values,
     target_batch,
 )
@@ -65,11 +66,17 @@ def places_of(vlm: VisionLanguageModel, layer: int = LAYER) -> dict[str, Place]:
 
 
 def searched(
-    vlm: VisionLanguageModel, goals: Sequence[Goal], settings: ValueSettings, *, token: str = "last", kind: str = "mlp"
+    vlm: VisionLanguageModel,
+    goals: Sequence[Goal],
+    settings: ValueSettings,
+    *,
+    token: str = "last",
+    kind: str = "mlp",
+    checkpoint: Path | None = None,
 ) -> list[ValueResult]:
     projection = (vlm.attention_projection if kind == "attention" else vlm.down_projection)(LAYER)
     where = {"projection": projection, "place": places_of(vlm)[kind], "layer": LAYER, "token": token}
-    return search_values(vlm, goals, settings=settings, **where)
+    return search_values(vlm, goals, settings=settings, checkpoint=checkpoint, **where)
 
 
 def plain_logits(
@@ -238,6 +245,35 @@ def test_goals_do_not_touch_each_other(exact_vlm, token):
     in_turn = searched(exact_vlm, goals, replace(FEW, rows_at_once=1), token=token)
     for result, other in zip(together, in_turn, strict=True):
         assert_same(result, other)
+
+
+def test_an_interrupted_search_goes_on_with_the_batches_that_are_there(exact_vlm, tmp_path, monkeypatch):
+    goals, settings = goals_of(exact_vlm), replace(FEW, rows_at_once=1)
+    undisturbed = searched(exact_vlm, goals, settings)
+    runs, run = [], search._BatchSearch.run
+    limit = 2
+
+    def counting(batch: search._BatchSearch, *arguments) -> list[ValueResult]:
+        runs.append(batch)
+        if len(runs) > limit:
+            raise KeyboardInterrupt
+        return run(batch, *arguments)
+
+    monkeypatch.setattr(search._BatchSearch, "run", counting)
+    with pytest.raises(KeyboardInterrupt):
+        searched(exact_vlm, goals, settings, checkpoint=tmp_path / "values")
+    limit = 1000
+    damaged, kept = (tmp_path / f"values-{number}.safetensors" for number in (0, 1))
+    damaged.write_bytes(kept.read_bytes()[:-1])
+    runs.clear()
+    again = searched(exact_vlm, goals, settings, checkpoint=tmp_path / "values")
+    assert len(runs) == len(goals) - 1 > 1
+    for one, other in zip(undisturbed, again, strict=True):
+        assert torch.equal(one.change, other.change) and one.losses == other.losses and one.keys.equal(other.keys)
+    for changed in (replace(settings, steps=1), settings):  # files of other settings and of another order are not taken
+        runs.clear()
+        searched(exact_vlm, goals[::-1] if changed is settings else goals, changed, checkpoint=tmp_path / "values")
+        assert len(runs) >= len(goals) - 1
 
 
 def test_goals_that_are_done_leave_the_batch_and_the_others_as_they_were(exact_llava):

@@ -13,6 +13,7 @@ from killed import files_of, kill_at_random
 from multrace import MultEdit, VisionLanguageModel
 from multrace.data import EditRecord, Question, World, WorldRequests, world_records
 from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, NormBound, evaluate
+from multrace.editing.values import search
 from multrace.scripts.main import app
 from multrace.tracing import CausalTrace
 from multrace.workflow import (
@@ -216,6 +217,28 @@ def test_a_batch_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, 
     report = EditReport.load(tmp_path / "run/summary/evaluation.json")
     assert report.rows == expected.rows and report.left_out == expected.left_out
     assert (tmp_path / "run/shared/edit-Delta.safetensors").is_file()
+
+
+def test_an_interrupted_batch_goes_on_with_the_values_that_are_there(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    analysis = EvaluateBatchRun(editor=replace(EDITOR, steps=2, rows_at_once=1), evaluation=FREE)
+    analysed(tiny_vlm, analysis, tmp_path / "at once")
+    searches, run_search = [], search._BatchSearch.run
+
+    def counting(batch: search._BatchSearch, *arguments) -> list:
+        searches.append(batch)
+        if len(searches) == 2:
+            raise KeyboardInterrupt
+        return run_search(batch, *arguments)
+
+    monkeypatch.setattr(search._BatchSearch, "run", counting)
+    with pytest.raises(KeyboardInterrupt):
+        analysed(tiny_vlm, analysis, tmp_path / "interrupted")
+    assert [path.name for path in (tmp_path / "interrupted/shared").iterdir()] == ["values-0.safetensors"]
+    analysed(tiny_vlm, analysis, tmp_path / "interrupted")
+    assert len(searches) == len(RECORDS) + 1
+    assert content(tmp_path / "interrupted") == content(tmp_path / "at once")
 
 
 def test_a_trained_batch_is_kept_and_read_again(tiny_vlm: VisionLanguageModel, tmp_path: Path):

@@ -44,6 +44,7 @@ from ..editing.evaluation import (
     transform_of,
 )
 from ..editing.requests import FAILED
+from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
 from ..tracing import CausalTrace, EditSite, TraceError
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
@@ -54,7 +55,7 @@ from .trace_run import TRACE, PlaceTrace
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
 CURVE, DRAWING = "curve.json", "curve.png"
-_UNEDITED = "unedited"
+_UNEDITED, _VALUES = "unedited", "values"
 _UNEDITED_LAYOUT, _POINT_LAYOUT = (f"multrace {name}" for name in ("unedited 1", "point 2"))
 _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: UNCHANGED}
 """What a row of the table shows of each aspect -> its protocol."""
@@ -192,6 +193,8 @@ class _LocatedTogether(_Evaluation):
         """Return the site of each record according to the traces; None if the editor names the place."""
         if self.moments is not None:
             cast(Moments, self._moments).check(vlm)
+        if isinstance(self.editor, ClosedFormEditor):
+            self.editor.check_moments(self._moments)
         if self.trace is None:
             if isinstance(self.editor, ClosedFormEditor):
                 self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
@@ -221,6 +224,13 @@ class _LocatedTogether(_Evaluation):
         """Whether all edits are made at the same place."""
         return False
 
+    def place(self, task: Task) -> dict[str, Any]:
+        """Return the layer and the token of a record's edit for the table, where traces have chosen them."""
+        if self.trace is None:
+            return {}
+        site = cast(Mapping[str, Any], task.calibration)["sites"][task.name]
+        return {"layer": site["layer"], "token": str(site["token"])}
+
     def session_editor(self, work: RunContext) -> Editor:
         """Return the editor that makes the edits of all records, each at its place."""
         if self.trace is None:
@@ -247,10 +257,20 @@ class EvaluateBatchRun(_LocatedTogether):
         with work.folder.alone():
             change = _stored_change(work.folder.shared)
             if change is None:
-                session = self.session_editor(work).start(vlm, moments=self._moments)
-                change = session.propose([*records.values()], progress=work.progress)
+                change = self._change(vlm, [*records.values()], work)
                 _store_change(change, work.folder.shared)
+            for path in work.folder.shared.glob(f"{_VALUES}-*"):
+                path.unlink()
         yield _BatchQuestions(self, change, records)
+
+    def _change(self, vlm: VisionLanguageModel, records: Sequence[EditRecord], work: RunContext) -> Any:
+        """The change of all records; the values that a closed-form edit searches for are kept on the way."""
+        session, progress = self.session_editor(work).start(vlm, moments=self._moments), work.progress
+        if not isinstance(session, ClosedFormSession):
+            return session.propose(records, progress=progress)
+        work.folder.shared.mkdir(exist_ok=True)
+        values = session.search(records, check=True, checkpoint=work.folder.shared / _VALUES, progress=progress)
+        return session.propose(records, values=values, progress=progress)
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Records are asked about in the block of `opened`."""
@@ -280,7 +300,8 @@ class _BatchQuestions(Analysis):
         rows = measured(vlm, self.checks[id], self.change, **options)
         statuses = seen_statuses({id: self.statuses[id]}, rows)
         left_out = [each for each in self.left_out if each.record == id]
-        return _reported(run, vlm, "batch", statuses, rows, left_out)
+        outcome = _reported(run, vlm, "batch", statuses, rows, left_out)
+        return replace(outcome, row={**outcome.row, **run.place(task)})
 
     def summary(self) -> Summary:
         """Return the summary of the run."""
@@ -368,6 +389,7 @@ class _Sequence(Analysis):
         if steps.is_stopped:
             raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
         change, row = steps.make(record, batch_size=run.batch_size)
+        row = {**row, **run.place(task)}
         error = None if change is not None else str(row["status"]).removeprefix(f"{FAILED}: ")
         files: dict[str, Callable[[Path], Any]] = {}
         if change is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from ...data.facts import EditRequest
@@ -107,13 +108,20 @@ class ClosedFormEditor(ClosedFormSettings):
         return self.start(vlm, moments=moments).propose(requests, values=values, progress=progress)
 
     def search(
-        self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True
+        self,
+        vlm: VisionLanguageModel,
+        requests: Sequence[EditRequest],
+        *,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
     ) -> tuple[RequestValues, ...]:
         """Return what the value search finds for each request: most of the work of an edit, which `edit` takes.
 
         Args:
             vlm: The model to edit.
             requests: The facts to write; requests that are searched together do not influence each other.
+            checkpoint: Path without suffix, after which the files of finished batches of goals are named: an
+                interrupted search of the same requests and the same model goes on from there (default: none).
             progress: Show a progress bar.
 
         Raises:
@@ -131,7 +139,8 @@ class ClosedFormEditor(ClosedFormSettings):
             >>> editor.edit(vlm, [request], values=values, progress=False).requests[0]["status"]
             'edited'
         """
-        return ClosedFormSession(vlm, lambda _requests: self).search(requests, progress=progress)
+        session = ClosedFormSession(vlm, lambda _requests: self)
+        return session.search(requests, checkpoint=checkpoint, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,17 +73,30 @@ class ClosedFormSession(EditSession[Delta]):
         self._costs: dict[tuple[object, ...], Cost] = {}
 
     def search(
-        self, requests: Sequence[EditRequest], *, check: bool = False, progress: bool = False
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        check: bool = False,
+        checkpoint: str | Path | None = None,
+        progress: bool = False,
     ) -> tuple[RequestValues, ...]:
         """Return what the value search finds for each request in the model as it is now.
 
-        It is most of the work of an edit; `propose` and `edit` take its result as `values`. check: look first whether
-        requests contradict each other. Raises `EditError` if they do, if a token does not exist in a prompt, or if
-        contexts disagree.
+        It is most of the work of an edit; `propose` and `edit` take its result as `values`.
+
+        Args:
+            requests: The facts to write.
+            check: Look first whether requests contradict each other (default False).
+            checkpoint: As in `search_values`: where finished batches are kept for a later call with the same model.
+            progress: Show progress bars (default False).
+
+        Raises:
+            EditError: Requests contradict each other, a token does not exist in a prompt, or contexts disagree.
         """
         requests = listed_requests(requests)
         with self.vlm.gradients():
-            return _Edit(self, self._choose(requests), requests, progress=progress).search(check=check)
+            edit = _Edit(self, self._choose(requests), requests, progress=progress)
+            return edit.search(check=check, checkpoint=checkpoint)
 
     def check(self, request: EditRequest) -> None:
         """Raise the `EditError` that the value search of a request would raise, without running the model."""
@@ -258,11 +272,8 @@ class _Edit:
             requests=tuple(map(self._report, range(len(self.requests)))),
         )
 
-    def search(self, *, check: bool = False) -> tuple[RequestValues, ...]:
-        """Return the wanted values of each request.
-
-        check: raise `EditError` before the search if two requests contradict each other.
-        """
+    def search(self, *, check: bool = False, checkpoint: str | Path | None = None) -> tuple[RequestValues, ...]:
+        """Return the wanted values of each request; the arguments are those of `ClosedFormSession.search`."""
         done = _answered(self.vlm, self.requests, self.progress)
         own = {index: goals_of(request) for index, request in enumerate(self.requests) if index not in done}
         goals = [goal for each in own.values() for goal in each]
@@ -280,6 +291,7 @@ class _Edit:
                 layer=self.last,
                 token=self.token,
                 settings=self.editor,
+                checkpoint=checkpoint,
                 progress=self.progress,
             )
             for owner, result in zip(owners, searched, strict=True):

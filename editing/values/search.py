@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...artefacts import load_fields, save_fields
+from ...artefacts import ArtefactError, load_fields, save_fields
+from ...artefacts.files import digest
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.replay import PaddedBatch, UpperLayers
 from ..requests import EditError
 from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
 
-_LAYOUT = "multrace values 1"
+_LAYOUT, _BATCH_LAYOUT = "multrace values 1", "multrace batch of values 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ def search_values(
     layer: int,
     token: str | int,
     settings: ValueSettings,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> list[ValueResult]:
     """Return for each goal the change of output with which the model answers with the goal's target.
@@ -151,6 +153,8 @@ def search_values(
         layer: The layer that holds both; layers below it are not run again.
         token: The token that is edited, as in `key_positions`.
         settings: The settings of the search.
+        checkpoint: Path without suffix, after which the files of finished batches of goals are named: a later call with
+            the same goals, settings and model takes their results from there (default: nothing is kept).
         progress: Whether to show a progress bar (default False).
 
     Returns:
@@ -159,6 +163,7 @@ def search_values(
     Raises:
         EditError: For a token that a prompt lacks, or contexts of a goal that disagree on the number of target tokens.
         ModelError: If the model's attention has no gradients on this device.
+        ArtefactError: If a file of the checkpoint cannot be written.
 
     Source: ROME, arXiv 2202.05262, equation 4.
 
@@ -177,34 +182,73 @@ def search_values(
     number = vlm.layer_index(layer)
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
     with vlm.gradients(), bar:
-        for chunk in chunks(goals, settings.rows_at_once):
-            own = [goals[index] for index in chunk]
-            results.update(
-                zip(chunk, _searched(vlm, own, projection, place, number, token, settings, bar), strict=True)
-            )
+        for position, chunk in enumerate(chunks(goals, settings.rows_at_once)):
+            search = _BatchSearch([goals[index] for index in chunk], projection, place, number, token, settings)
+            if checkpoint is None:
+                found = search.run(vlm, bar)
+            else:
+                found = search.resume(vlm, Path(f"{checkpoint}-{position}.safetensors"), bar)
+            results.update(zip(chunk, found, strict=True))
     return [results[index] for index in range(len(goals))]
 
 
-def _searched(
-    vlm: VisionLanguageModel,
-    goals: Sequence[Goal],
-    projection: Projection,
-    place: Place,
-    layer: int,
-    token: str | int,
-    settings: ValueSettings,
-    bar: tqdm,
-) -> list[ValueResult]:
-    """The results of one batch of goals."""
-    with torch.no_grad():
-        options = {"end": settings.end_of_answer, "every": settings.answer_keys}
-        batch = target_batch(vlm, goals, token, **options)
-        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
-        with watched(vlm, [(projection, place)]) as captured:
-            upper, logits = UpperLayers.record(vlm, inputs, batch.label_columns, first=layer)
-        lookups = split(batch, *captured(projection, place))
-        upper = upper.checked(logits, batch.label_mask)
-    return _Search(upper, batch, lookups, logits, place, settings).run(bar)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _KeptBatch:
+    """The results of one batch of goals in a file of a checkpoint."""
+
+    key: str
+    """SHA-256 of what the results depend on, save for the other weights of the model."""
+    results: tuple[ValueResult, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchSearch:
+    """The search for one batch of goals; the fields are the arguments of `search_values`."""
+
+    goals: Sequence[Goal]
+    projection: Projection
+    place: Place
+    layer: int
+    token: str | int
+    settings: ValueSettings
+
+    def run(self, vlm: VisionLanguageModel, bar: tqdm) -> list[ValueResult]:
+        """Return one result per goal; the bar advances with each."""
+        with torch.no_grad():
+            options = {"end": self.settings.end_of_answer, "every": self.settings.answer_keys}
+            batch = target_batch(vlm, self.goals, self.token, **options)
+            inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+            with watched(vlm, [(self.projection, self.place)]) as captured:
+                upper, logits = UpperLayers.record(vlm, inputs, batch.label_columns, first=self.layer)
+            lookups = split(batch, *captured(self.projection, self.place))
+            upper = upper.checked(logits, batch.label_mask)
+        return _Search(upper, batch, lookups, logits, self.place, self.settings).run(bar)
+
+    def resume(self, vlm: VisionLanguageModel, path: Path, bar: tqdm) -> Sequence[ValueResult]:
+        """Return the results that the file holds, or run the search and write them there."""
+        key = self._key(vlm)
+        try:
+            kept = load_fields(path, _BATCH_LAYOUT, _KeptBatch) if path.is_file() else None
+        except ArtefactError:  # damaged
+            kept = None
+        if kept is not None and kept.key == key:
+            bar.update(len(kept.results))
+            return kept.results
+        results = tuple(self.run(vlm, bar))
+        save_fields(path, _BATCH_LAYOUT, _KeptBatch(key=key, results=results))
+        return results
+
+    def _key(self, vlm: VisionLanguageModel) -> str:
+        place = self.projection.name, self.place.name if isinstance(self.place, Projection) else self.place
+        parts: list[str | Tensor] = [repr((self.settings, place, self.layer, self.token))]
+        parts += vlm.fingerprint([self.projection.name]).values()
+        for goal in self.goals:
+            for prompt in (*goal.prompts, *goal.essence):
+                parts += [
+                    repr((prompt.answer_ids, prompt.groups)),
+                    *(prompt.inputs[name] for name in sorted(prompt.inputs)),
+                ]
+        return digest(*parts)
 
 
 class _Search:
