@@ -223,7 +223,7 @@ class TraceAverager(Averager[CausalTrace, AverageTrace]):
             raise TraceError(
                 f"traces over single tokens are averaged by their place after the constraint, and {trace.question!r} "
                 "has none; build prompts with constraint=, or trace again with group names, such as "
-                'positions=("image", "question", "last")'
+                'positions=("image", "question", "last") (--positions image question last)'
             )
         return _token_groups(trace)
 
