@@ -142,6 +142,8 @@ def test_rows_are_found_however_a_file_holds_them(tmp_path, content, name):
 
 def test_one_row_over_several_lines_is_a_row_of_a_public_file_and_an_error_for_our_own(tmp_path):
     assert len(read_records(write(tmp_path, json.dumps(COMMON, indent=2)))) == 1
+    keyed = read_records(write(tmp_path, {"a": COMMON, "b": COMMON}))
+    assert [record.extra["id"] for record in keyed] == ["a", "b"]
     with pytest.raises(DataError, match="is one JSON object over several lines or around others; write one per line"):
         read_records(write(tmp_path, json.dumps({"question": "Who?"}, indent=2)))
 

@@ -84,7 +84,7 @@ def same_name(one: str, other: str) -> bool:
 def json_rows(source: DataSource) -> Iterator[tuple[int, Row | DataError]]:
     """Return each object of a JSON array with its number from 1, or of JSON lines with the number of the line.
 
-    One object whose only list, or whose only values, are objects counts as an array of these.
+    One object whose only list, or whose only values, are objects counts as an array of these; its keys are their ids.
     """
     text = read_text(source.path)
     content = _entries(text, source.path) if text.lstrip()[:1] == "[" else wrapped(text)
@@ -343,7 +343,7 @@ def wrapped(text: str) -> list[Any] | None:
     if len(content) == len(lists) == 1:
         return lists[0]
     if all(isinstance(value, dict) and value for value in content.values()):
-        return list(content.values())
+        return [{"id": name, **value} for name, value in content.items()]
     return [content] if "\n" in text.strip() else None
 
 
