@@ -44,7 +44,8 @@ def run(options: Compare) -> int:
     """Print how the numbers and the settings of the runs differ."""
     table = workflow.compare(options.one, options.other, seed=options.seed)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(*(f"differs in {line}" for line in table.attrs["settings"] or ["nothing but the records"]), sep="\n")
+    differences = [f"differs in {line}" for line in table.attrs["settings"]]
+    print(*(differences or ["the settings of both runs are the same"]), sep="\n")
     if options.csv is not None:
         with artefacts.replacing(options.csv) as path:
             table.to_csv(path, index=False)

@@ -125,7 +125,7 @@ def run(options: MomentOptions = MomentOptions()) -> int:
     questions, skipped = _questions(options)
     vlm = options.open_model()
     needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection)
-    print(f"reading {len(questions)} prompts; reading all layers in one pass takes {needed:.3g} MiB", flush=True)
+    print(f"reading {len(questions)} prompts; one pass over the requested layers takes {needed:.3g} MiB", flush=True)
     started = time.monotonic()
     moments = editing.second_moments(
         vlm,

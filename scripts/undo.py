@@ -77,7 +77,8 @@ def _from_delta(delta: editing.Delta, options: Undo) -> editing.Delta:
         raise CommandError(f"{str(options.edit)!r} is one edit, in which nothing has a name; pass --request N")
     if options.request is None:
         raise CommandError(
-            f"say which of its {len(delta.requests)} requests to take out of {str(options.edit)!r}: pass --request N"
+            f"say which request to take out of {str(options.edit)!r}: pass --request with numbers from 0 to "
+            f"{len(delta.requests) - 1}"
         )
     return delta.without(*options.request, resolve=options.resolve)
 

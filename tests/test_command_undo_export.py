@@ -120,7 +120,7 @@ def test_a_history_is_exported_as_one_model(multrace, history, tmp_path, tiny_vl
 
 
 BAD = {
-    "nothing to take out": (["undo", "--edit", "EDIT"], "say which of its 3 requests"),
+    "nothing to take out": (["undo", "--edit", "EDIT"], "say which request to take out of .* numbers from 0 to 2"),
     "a name in an edit": (["undo", "--edit", "EDIT", "--name", "a"], "nothing has a name"),
     "a request out of range": (["undo", "--edit", "EDIT", "--request", "7"], "it has 3 requests"),
     "no name in a history": (["undo", "--edit", "HISTORY"], "one of monday, tuesday"),
