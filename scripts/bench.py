@@ -70,8 +70,8 @@ class BenchOptions(GeneralOptions):
 
     def value(self, name: str) -> Any:
         """Return the value of an option whose default depends on --quick."""
-        given = getattr(self, name)
-        return (self.QUICK if self.quick else self.FULL)[name] if given is None else given
+        value = getattr(self, name)
+        return (self.QUICK if self.quick else self.FULL)[name] if value is None else value
 
     def model_shape(self) -> benchmarks.Shape:
         """Return the sizes of the model: those of the shape, except those that were given."""
@@ -89,9 +89,9 @@ class BenchOptions(GeneralOptions):
 
     def check_least(self, name: str, least: int) -> None:
         """Raises `CommandError` if the option has a number below this one."""
-        given = getattr(self, name)
-        if given is not None and given < least:
-            raise CommandError(f"--{name.replace('_', '-')} {given}: pass at least {least}")
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise CommandError(f"--{name.replace('_', '-')} {value}: pass at least {least}")
 
 
 _FULL_TRACE = {"shape": "base", "samples": 10, "image_samples": 5, "baseline_cells": 3, "cells": ()}
@@ -171,9 +171,9 @@ class BenchFlow(BenchOptions):
     def chosen_windows(self, layers: int) -> tuple[int, ...]:
         """Return the windows, each once. Raises `CommandError` for a window below 1 or above the number of layers."""
         windows = (1, min(_WIDE, layers)) if self.windows is None else self.windows
-        wrong = [window for window in windows if not 1 <= window <= layers]
-        if wrong:
-            raise CommandError(f"--windows {wrong[0]}: the decoder has {layers} layers; pass some of 1 to {layers}")
+        outside = [window for window in windows if not 1 <= window <= layers]
+        if outside:
+            raise CommandError(f"--windows {outside[0]}: the decoder has {layers} layers; pass some of 1 to {layers}")
         return tuple(dict.fromkeys(windows))
 
 

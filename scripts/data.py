@@ -146,10 +146,10 @@ def _lines(report: data.CheckReport, options: CheckOptions) -> Iterator[str]:
     for name, kind in kinds.items():
         fix = f"--fix: {kind.fix}" if kind.fix else ""
         yield f"\n{kind.severity:8}{report.counts[name]:7}  {kind.title:{width}}  {fix}".rstrip()
-        found = [finding for finding in report.findings if finding.kind == name]
-        yield from (f"    {finding}" for finding in found[: max(0, options.show)])
-        if len(found) > options.show > 0:
-            yield f"    and {len(found) - options.show} more (--show, --json)"
+        findings = [finding for finding in report.findings if finding.kind == name]
+        yield from (f"    {finding}" for finding in findings[: max(0, options.show)])
+        if len(findings) > options.show > 0:
+            yield f"    and {len(findings) - options.show} more (--show, --json)"
     yield ""
     if report.written == 0:
         yield "no row would be left, so nothing is written; if the pictures are elsewhere, pass --images DIR"

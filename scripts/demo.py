@@ -362,12 +362,12 @@ def _figure(file: Path, caption: str) -> Mapping[str, str]:
 
 
 def _score_rows(scores: Sequence[ProbeScore]) -> list[Mapping[str, Any]]:
-    kept = [score.kind for score in scores if not PROBES[score.kind][1]]
+    locality = [score.kind for score in scores if not PROBES[score.kind][1]]
     return [
         {
             "label": PROBES[score.kind][0],
             "number": score.number,
-            "starts_locality": kept[:1] == [score.kind],
+            "starts_locality": locality[:1] == [score.kind],
             **{state: f"{getattr(score, state):.0%}" for state in ("unedited", "edited", "undone")},
         }
         for score in scores

@@ -243,7 +243,9 @@ def _requests(settings: Edit, plan: _Plan, vlm: models.VisionLanguageModel) -> t
     else:
         requests = [record for _, record in plan.rows if isinstance(record, data.EditRecord)]
         skipped = [f"row {row}: {record}" for row, record in plan.rows if isinstance(record, data.DataError)]
-    return [augmentation.of(each) if augmentation and each.question.images else each for each in requests], skipped
+    return [
+        augmentation.of(request) if augmentation and request.question.images else request for request in requests
+    ], skipped
 
 
 def _outcome(
@@ -252,10 +254,10 @@ def _outcome(
     """Return the edit of all requests; nothing is written."""
     moments, editor = settings.open_moments(vlm), _editor(settings, plan.place)
     if plan.place is None:
-        made = workflow.locate_then_edit(
+        located = workflow.locate_then_edit(
             vlm,
             requests,
-            corruptions=None if plan.trace is None else [_corruption(plan.trace, each) for each in requests],
+            corruptions=None if plan.trace is None else [_corruption(plan.trace, request) for request in requests],
             traces=None if settings.trace is None else workflow.load_traces(settings.trace),
             editor=editor,
             moments=moments,
@@ -265,8 +267,8 @@ def _outcome(
             window=settings.window,
             trace_after=settings.trace_after,
         )
-        delta, places = made.deltas[0], tuple(map(workflow.Place.of_site, made.edit_sites))
-        more = {"notes": made.notes, "shifts": made.shifts}
+        delta, places = located.deltas[0], tuple(map(workflow.Place.of_site, located.edit_sites))
+        more = {"notes": located.notes, "shifts": located.shifts}
     else:
         delta, places = _placed(settings, plan.place, editor, vlm, requests, moments)
         more = {}
@@ -287,8 +289,8 @@ def _placed(
     except models.ModelError as error:
         raise CommandError(f"cannot edit at --where {settings.where}: {error}") from error
     for request in requests:
-        asked = vlm.prompt_for(request.question).with_answer(request.target)
-        values.key_positions(asked, place.token)  # says what is wrong with the token before any work
+        prompt = vlm.prompt_for(request.question).with_answer(request.target)
+        values.key_positions(prompt, place.token)  # says what is wrong with the token before any work
     editor = replace(editor, layer=layer)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     return delta, (workflow.Place.of_editor(editor, layer),) * len(requests)

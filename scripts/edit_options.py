@@ -273,10 +273,10 @@ def editor(
         kind = solve.EDITORS[name]
         _check_settings(name, kind, settings)
         place = {"layer": ANY_LAYER, "token": token}  # presets spread the change over no more layers than there are
-        made = kind.paper(**place) if preset else kind(**place)
+        result = kind.paper(**place) if preset else kind(**place)
         if spread is None:
-            spread = min(made.spread, layer + 1) if layer >= 0 else made.spread
-        return replace(made, layer=layer, spread=spread, **settings)
+            spread = min(result.spread, layer + 1) if layer >= 0 else result.spread
+        return replace(result, layer=layer, spread=spread, **settings)
     if name not in BASELINES:
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = _BASELINES[name]
@@ -285,13 +285,13 @@ def editor(
     kind = getattr(editing, row.kind)
     _check_settings(name, kind, settings)
     start = row.paper if preset else row.preset
-    made = (getattr(kind, start) if start else kind)(**{"layer": layer} if row.has_layer else {})
-    return replace(made, **settings)
+    result = (getattr(kind, start) if start else kind)(**{"layer": layer} if row.has_layer else {})
+    return replace(result, **settings)
 
 
 def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:
-    known = [each.name for each in fields(kind) if each.name not in _PLACE]
-    if unknown := [each for each in settings if each not in known]:
+    known = [row.name for row in fields(kind) if row.name not in _PLACE]
+    if unknown := [setting for setting in settings if setting not in known]:
         raise CommandError(f"{name} has no setting {unknown[0]!r}; leave it out, or pass one of {', '.join(known)}")
 
 
@@ -313,13 +313,13 @@ def parse_place(where: str) -> "workflow.Place":
 
     Raises `CommandError` for anything else.
     """
-    found = _WHERE.fullmatch(where)
-    first, last = (int(found[name]) if found and found[name] else None for name in ("first", "last"))
+    match = _WHERE.fullmatch(where)
+    first, last = (int(match[name]) if match and match[name] else None for name in ("first", "last"))
     if first is None or (last is not None and not 0 <= first <= last):
         raise CommandError(
             f"no place {where!r}; write --where trace, --where 4, --where 4:constraint_last or --where 3-5:last"
         )
-    token = found["token"] or "last"
+    token = match["token"] or "last"
     return workflow.Place(
         layer=first if last is None else last,
         token=int(token) if _NUMBER.fullmatch(token) else token,
@@ -527,10 +527,10 @@ def swapped(entries: "Sequence[data.EditRecord]", index: int) -> "tracing.SwapIm
     if own.image is None:
         return None
     others = [entry.question for entry in (*entries[index + 1 :], *entries[:index])]
-    shown = [other for other in others if other.images and other.image != own.image]
-    if not shown:
+    candidates = [other for other in others if other.images and other.image != own.image]
+    if not candidates:
         raise CommandError(
             "a trace under the next record's picture needs records with different pictures; all have "
             f"{str(own.images[0])!r}; add records, or name the place by --where LAYER:TOKEN"
         )
-    return tracing.SwapImage(next((other for other in shown if other.text == own.text), shown[0]).images[0])
+    return tracing.SwapImage(next((other for other in candidates if other.text == own.text), candidates[0]).images[0])

@@ -265,10 +265,10 @@ def _of_world(
     """Return edits of the built-in world; a trace puts a picture of another entity of the kind in place of theirs."""
     world = data.World()
     cases = world.edit_cases(cast(str, options.world), options.part)[: options.limit]
-    wanted = data.WorldRequests(
+    settings = data.WorldRequests(
         count=options.probes, contexts=options.contexts, by_name=options.by_name, keep=options.keep
     )
-    records = data.world_records(world, cases, requests=wanted)
+    records = data.world_records(world, cases, requests=settings)
     corruptions: dict[str, tracing.Corruption] = {}
     if place is None:
         for record, case in zip(records, cases, strict=True):

@@ -70,27 +70,27 @@ def app(arguments: Sequence[str] | None = None) -> int:
 def execute(commands: App, tokens: Sequence[str]) -> int:
     """Return the exit code of the one of these commands that the tokens call; `app` does this for all commands."""
     try:
-        work, given = parse(tokens, commands)
+        work, options = parse(tokens, commands)
     except CycloptsError as error:
         chain = " ".join((commands.name[0], *(error.command_chain or ())))
         return _fail(f"{_one_line(error).removesuffix('.')}. See {chain} --help", BAD_INPUT, debug=False)
-    if given is None:
+    if options is None:
         if not {*_ASIDE} & {*tokens}:
             return _fail(
                 f"COMMAND is missing. See {' '.join((commands.name[0], *tokens))} --help", BAD_INPUT, debug=False
             )
         work()
         return 0
-    with _log(verbose=given.verbose):
+    with _log(verbose=options.verbose):
         try:
-            with given.limits():
-                return work(given)
+            with options.limits():
+                return work(options)
         except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED, debug=given.debug)
+            return _fail("interrupted", INTERRUPTED, debug=options.debug)
         except BrokenPipeError:
             raise  # nobody reads the output any more; nothing was wrong with the input
         except _refusals() as error:
-            return _fail(_one_line(error), BAD_INPUT, debug=given.debug)
+            return _fail(_one_line(error), BAD_INPUT, debug=options.debug)
 
 
 def parse(tokens: Sequence[str], commands: App | None = None) -> tuple[Callable[..., Any], GeneralOptions | None]:

@@ -181,8 +181,8 @@ def _lines(moments: editing.Moments, offered: int, skipped: Sequence[str]) -> It
     yield "convergence  prompts  halves apart  change"
     for reading in moments.convergence[-_SHOWN:]:
         change = max(reading.change)
-        shown = "-" if change == float("inf") else f"{change:.2%}"
-        yield f"             {reading.prompts:7d}  {max(reading.halves):12.2%}  {shown:>6}"
+        percent = "-" if change == float("inf") else f"{change:.2%}"
+        yield f"             {reading.prompts:7d}  {max(reading.halves):12.2%}  {percent:>6}"
 
 
 class _Prompts(Sequence):

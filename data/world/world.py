@@ -277,7 +277,7 @@ class World:
         fact, entity = case.fact, self.entities[case.fact.entity]
         rng = random.Random(f"neighbours {self.seed} {fact.id}")
         pictures = [self.picture(entity, first_picture + number).image for number in range(count + 1)]
-        asked = self.question(fact).with_answer(case.target)
+        question = self.question(fact).with_answer(case.target)
         wordings = [
             self.question(fact, template=template, phrase=phrase).with_answer(case.target)
             for template in range(len(relation(fact.key[0]).templates))
@@ -286,16 +286,16 @@ class World:
         ]
         wordings = rng.sample(wordings, min(count, len(wordings)))
         others = rng.sample([peer for peer in self.of_kind(entity.kind) if peer.index != entity.index], count)
-        kept = [other for other in self.facts_of(entity) if other.key != fact.key and entity.taught]
+        other_facts = [other for other in self.facts_of(entity) if other.key != fact.key and entity.taught]
         return {
-            "renderings": tuple(asked.with_image(image) for image in pictures[1:]),
+            "renderings": tuple(question.with_image(image) for image in pictures[1:]),
             "paraphrases": tuple(record.with_image(pictures[0]) for record in wordings),
             "paraphrased_renderings": tuple(
                 record.with_image(image) for record, image in zip(wordings, pictures[1:], strict=False)
             ),
             "other_entities": tuple(self._same_question(fact, peer, first_picture) for peer in others),
-            "other_relations": self._asked([other for other in kept if other.key[1] is None], pictures[0]),
-            "two_constraint": self._asked([other for other in kept if other.key[1] is not None], pictures[0]),
+            "other_relations": self._asked([other for other in other_facts if other.key[1] is None], pictures[0]),
+            "two_constraint": self._asked([other for other in other_facts if other.key[1] is not None], pictures[0]),
         }
 
     def _same_question(self, fact: Fact, peer: Entity, number: int) -> Question:
