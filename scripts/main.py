@@ -19,6 +19,7 @@ are answered at once. Commands raise the errors of the rooms or `CommandError`, 
 """
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +161,9 @@ def _fail(message: str, code: int, *, debug: bool) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return f"cannot use {path!r}: {error.strerror}; check that it is there and that you may read and write it"
     lines = (line.strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if line) or type(error).__name__
 

@@ -417,6 +417,15 @@ def test_a_command_that_breaks_off_while_writing_leaves_nothing(
     assert desk.files() == before
 
 
+def test_a_file_that_may_not_be_used_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "trace.png")
+
+    monkeypatch.setattr(CausalTrace, "plot", refuse)
+    assert app(desk.asked("trace")) == 2
+    assert "multrace: cannot use 'trace.png': Permission denied; check that it is there" in capsys.readouterr().err
+
+
 # ---- the parser and the log ----
 
 

@@ -687,6 +687,16 @@ def test_a_vanished_folder_stops_the_run(go: Callable, tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_finished_run_whose_lock_cannot_be_opened_is_refused_in_words(go: Callable, tmp_path: Path):
+    """As for a user who may only read it."""
+    go(*WORDS)
+    lock = tmp_path / "out/.locks/start.lock"
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(RunError, match="cannot write to .*; make room or choose another folder"):
+        go(*WORDS)
+
+
 def test_a_list_of_records_that_vanishes_stops_the_run(go: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compute = Scores.compute
 

@@ -56,6 +56,7 @@ REMADE = "remove {} and start the run again, which makes it anew"
 _NOT_OURS = "belongs to no run; remove it and start the run again"
 SHARED = "shared"
 _FOLDERS = ("records", "summary", TRACES, SHARED, ".locks")
+_START = "start.lock"
 _PART, _WHOLE = ".part-", ".whole-"
 """The name of a folder of new records starts with this while it is written, and once it is whole."""
 _ID_LENGTH, _KEY_LENGTH = 60, 16
@@ -229,6 +230,7 @@ class RunFolder:
                 )
             for name in ("records", ".locks"):
                 (self.path / name).mkdir(exist_ok=True)
+            (self.path / ".locks" / _START).open("ab").close()  # a folder may be whole and no longer be writable
         except OSError as error:
             raise RunError(_unwritable(self.path, error)) from error
 
@@ -240,7 +242,7 @@ class RunFolder:
         """
         locks = self.path / ".locks"
         with ExitStack() as stack:
-            with FileLock(locks / "start.lock"):
+            with FileLock(locks / _START):
                 for path in sorted(locks.glob("*-of-*.lock")):
                     if shard.overlaps(_shard_of(path.stem)):
                         _take(path, self.path).release()
