@@ -189,7 +189,7 @@ def _check(settings: Edit) -> _Plan:
     place = None if settings.where == TRACE else parse_place(settings.where)
     if place is not None and place.spread is not None and settings.spread not in (None, place.spread):
         raise CommandError(f"--where {settings.where} and --spread {settings.spread} disagree; leave --spread out")
-    settings.check_moments(settings.editor, _editor(settings, place))
+    settings.check_moments({settings.editor: _editor(settings, place)})
     if place is not None and (settings.trace is not None or settings.trace_after):
         raise CommandError(
             f"--trace and --trace-after belong to --where trace, not to --where {settings.where}; leave them out"

@@ -55,7 +55,7 @@ class EditorOptions(GeneralOptions):
         Path | None,
         Parameter(
             help="second moments of old keys, made by multrace moments, by which rome, memit, emmet and alphaedit "
-            "weigh old keys (default: none)",
+            "weigh old keys, and multedit with --moment-weight (default: none)",
             group=EDITOR,
             metavar="FILE",
         ),
@@ -195,11 +195,25 @@ class EditorOptions(GeneralOptions):
         names = [row.name for row in fields(EditorOptions) if row.name not in apart]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def check_moments(self, name: str, editor: Any) -> None:
-        """Raises `CommandError` if this editor needs --moments and lacks it, `EditError` if the file is damaged."""
+    def check_moments(self, editors: Mapping[str, Any]) -> None:
+        """Raises `CommandError` if an editor lacks --moments or none uses them, `EditError` if the file is damaged.
+
+        editors: the editors that will be used, by name.
+        """
+        needing = {
+            name: editor
+            for name, editor in editors.items()
+            if isinstance(editor, editing.ClosedFormEditor) and editor.needs_moments
+        }
         if self.moments is not None:
             editing.Moments.load(self.moments)
-        elif isinstance(editor, editing.ClosedFormEditor) and editor.needs_moments:
+            if not needing:
+                raise CommandError(
+                    f"--moments plays no part, since {' and '.join(editors)} would not weigh old keys by it; pass "
+                    "--moment-weight WEIGHT, such as 10, or leave --moments out"
+                )
+            return
+        for name, editor in needing.items():
             without = "" if editor.null_threshold is not None else ", or --moment-weight 0 to do without them"
             raise CommandError(
                 f"{name} weighs old keys by their second moments, and --moments is missing; collect them with multrace "

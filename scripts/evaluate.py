@@ -185,8 +185,7 @@ def run(options: Evaluate) -> int:
     """Evaluate the edits of each editor in a folder of its own, and print a table for each."""
     options.check()
     place = None if options.where == TRACE else parse_place(options.where)
-    for name in options.editor:
-        options.check_moments(name, _editor(options, name, place))
+    options.check_moments({name: _editor(options, name, place) for name in options.editor})
     plan = _plan(options, place)
     codes = []
     for name in options.editor:

@@ -292,7 +292,9 @@ def test_a_range_of_layers_shares_the_work(where: str, place: Place):
     assert parse_place(where) == place
 
 
-def test_layers_share_the_work_and_old_keys_are_weighed(desk: Desk, tiny_vlm: VisionLanguageModel):
+def test_layers_share_the_work_and_old_keys_are_weighed(
+    desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
+):
     prompts = [desk.prompt(tiny_vlm, index) for index in range(3)]
     path = second_moments(tiny_vlm, prompts, layers=(4, 5)).save(desk.folder / "moments.safetensors")
     asked = {"editor": "memit", "moments": str(path), "ridge_fraction": "0.01", "moment_weight": "5", **QUICK}
@@ -305,6 +307,9 @@ def test_layers_share_the_work_and_old_keys_are_weighed(desk: Desk, tiny_vlm: Vi
         "moment_weight": "5.0",
         "steps": "12",
     }
+    for weightless in ({"editor": "multedit"}, {"editor": "memit", "moment_weight": "0"}):
+        assert app(desk.asked(where="4-5", **{"moments": str(path), **weightless})) == 2
+        assert f"--moments plays no part, since {weightless['editor']} would not" in capsys.readouterr().err
 
 
 def test_a_trace_made_before_says_where(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
