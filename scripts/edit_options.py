@@ -347,8 +347,10 @@ class RequestOptions(CorruptionOptions, RunOptions):
     """One request (the fact, other ways to ask for it, and what must stay), or a file of requests."""
 
     # pyrefly: ignore[bad-override] -- not needed where records are given
-    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
-    target: Annotated[str | None, Parameter(help="new answer to --question", metavar="ANSWER")] = None
+    question: Annotated[
+        str | None, Parameter(help="question to ask; either this or --data is needed", metavar="TEXT")
+    ] = None
+    target: Annotated[str | None, Parameter(help="new answer to --question, which needs it", metavar="ANSWER")] = None
     context_image: Annotated[
         tuple[str, ...],
         Parameter(

@@ -52,7 +52,7 @@ class Evaluate(RunOptions, EditorOptions):
     world: Annotated[
         str | None,
         Parameter(
-            help="take edits of the built-in world instead of a file: outdated facts, which the embedded model "
+            help="edits of the built-in world, needed unless there is --data: outdated facts, which the embedded model "
             "learned with another answer, or long_tail facts, which it never saw",
             choices=SPLITS,
         ),

@@ -32,7 +32,12 @@ class Export(ModelOptions):
         Path,
         Parameter(help="saved edit, or folder of a history, which is written as one edit", metavar="FILE_OR_DIR"),
     ]
-    peft: Annotated[Path | None, Parameter(help="new folder for the edit as a PEFT LoRA adapter", metavar="DIR")] = None
+    peft: Annotated[
+        Path | None,
+        Parameter(
+            help="new folder for the edit as a PEFT LoRA adapter; this, --merged or both are needed", metavar="DIR"
+        ),
+    ] = None
     merged: Annotated[Path | None, Parameter(help="new folder for the whole edited model", metavar="DIR")] = None
     question: Annotated[
         str | None,

@@ -68,7 +68,9 @@ def _box(text: str) -> tuple[int, int, int, int]:
 class FlowOptions(RunOptions, EngineOptions):
     """Options of `multrace flow`."""
 
-    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
+    question: Annotated[
+        str | None, Parameter(help="question to ask; either this, --data or --world is needed", metavar="TEXT")
+    ] = None
     image: Annotated[
         Path | None,
         Parameter(

@@ -323,7 +323,11 @@ class CorruptionOptions(ConstraintOptions):
     """What a trace corrupts, and what it restores."""
 
     corrupt: Annotated[
-        str | None, Parameter(help=f"corruption of the question or its picture: {SPELLINGS}", metavar="HOW")
+        str | None,
+        Parameter(
+            help=f"corruption that a trace needs, unless each record of a file names its own: {SPELLINGS}",
+            metavar="HOW",
+        ),
     ] = None
     window: Annotated[
         int,

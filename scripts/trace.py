@@ -53,7 +53,9 @@ class TraceOptions(CorruptionOptions, RunOptions, EngineOptions):
     """Options of `multrace trace`."""
 
     # pyrefly: ignore[bad-override] -- not needed if there is a file of records
-    question: Annotated[str | None, Parameter(help="question to ask", metavar="TEXT")] = None
+    question: Annotated[
+        str | None, Parameter(help="question to ask; either this or --data is needed", metavar="TEXT")
+    ] = None
     answer: Annotated[
         str | None,
         Parameter(help="answer whose first token is scored (default: the model's own answer)", metavar="ANSWER"),
