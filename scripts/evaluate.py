@@ -17,13 +17,13 @@ from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_r
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
           each edit of the file on its own, by two editors
-  multrace evaluate --data records.jsonl --where 5:last --shard 1/8 --out out/array
+  multrace evaluate --data records.jsonl --where 5:last --shard 1/8 --out out/eval_array
           the first of eight parts, for a job array
-  multrace evaluate --world outdated --limit 20 --where 5:last --general world:200
+  multrace evaluate --world outdated --limit 20 --where 5:last --general world:200 --out out/general
           outdated facts of the built-in world, and what becomes of 200 facts that no edit is about
-  multrace evaluate --world outdated --limit 20 --where trace
+  multrace evaluate --world outdated --limit 20 --where trace --out out/traced
           each edit at the layer and token that its own trace names
-  multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last
+  multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last --out out/sequence
           each edit on top of the earlier ones, measured after 1, 10, 20, 30 and 100
 
 OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the report on one record, and summary/ holds

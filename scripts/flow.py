@@ -20,9 +20,10 @@ EXAMPLE = """examples:
   multrace flow --image photo.jpg --question "What colour is the car?" --answer red --constraint "the car" \\
       --knockout --lens --contributions --relevance --smooth 10 --keep 0 64
   multrace flow --image photo.jpg --question "Is the car red or blue?" --flows "image -> last" "object -> last" \\
-      --box 40,60,210,180 --windows 1 9 --heads each
-  multrace flow --data questions.jsonl --knockout --lens --out out/all
-  multrace flow --data csv/ChooseAttr.csv --images gqa/images --limit 100 --model llava-hf/llava-1.5-7b-hf
+      --box 40,60,210,180 --windows 1 3 --heads each
+  multrace flow --data questions.jsonl --knockout --lens --out out/flows
+  multrace flow --data csv/ChooseAttr.csv --images gqa/images --limit 100 --out out/gqa \\
+      --model llava-hf/llava-1.5-7b-hf
 
 For one question the command writes each result to OUT as NAME.safetensors, with its pictures:
   --knockout       knockout.safetensors, .png (all flows in one plot, at most the strongest 12) and .csv

@@ -18,9 +18,9 @@ from ..editing import moments as moment_sums
 from .options import PROJECTIONS, CommandError, FileOptions, ModelOptions, SourceOptions, check_files, new_files
 
 EXAMPLE = """examples:
-  multrace moments --world --limit 400 --layers 1-3 --out out/moments        the embedded model and its world
+  multrace moments --world --limit 400 --layers 3-5 --out out/moments        the embedded model and its world
   multrace moments --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --device-map cuda:0 \\
-      --data records.jsonl --layers 5-9 --tolerance 0.05 --cache out/parts --out out/moments
+      --data records.jsonl --layers 5-9 --tolerance 0.05 --cache out/parts --out out/llava_moments
 
 A line of records.jsonl: {"image": "photo.jpg", "question": "Who founded the company in this photo?"}
 ("image" may be null or left out for a text without a picture). docs/formats.md describes the other formats.

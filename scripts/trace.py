@@ -27,9 +27,9 @@ EXAMPLE = """examples:
       --constraint "the company in this photo" --corrupt swap:other.jpg --out out/trace
   multrace trace --image photo.jpg --question "Who founded the company in this photo?" \\
       --constraint "the company in this photo" --corrupt text-noise:auto --window 1 \\
-      --positions image constraint_last last
+      --positions image constraint_last last --out out/noise
   multrace trace --image photo.jpg --question "What is this?" --corrupt image-noise:3 \\
-      --positions patches --effect direct --sites hidden
+      --positions patches --effect direct --sites hidden --out out/patches
   multrace trace --data questions.jsonl --corrupt image-noise:3 --positions image constraint_last last --out out/all
   multrace trace --data questions.jsonl --corrupt blank --shard 1/8 --out out/array
 

@@ -12,7 +12,7 @@ from .. import editing
 from .options import CommandError, GeneralOptions, check_files, new_files
 
 EXAMPLE = """examples:
-  multrace undo --edit out/edit/edit.safetensors --request 3 --out out/less
+  multrace undo --edit out/edits/summary/edit.safetensors --request 2 --out out/less
   multrace undo --edit out/history --name monday --resolve --out out/less
 
 The command writes OUT/edit.safetensors, or the folder OUT/history; the edit or history of --edit stays as it is. The

@@ -108,6 +108,13 @@ def test_the_examples_can_be_asked(path: tuple[str, ...]):
             assert parse(arguments)[1] is not None
 
 
+def test_examples_can_be_run_one_after_the_other():
+    """A run has a folder of its own: no two examples over many records write to the same one."""
+    calls = [call for shown in HELPS.values() for call in examples(shown.text) if {"--data", "--world"} & {*call}]
+    folders = [parse(arguments)[1].out for _, *arguments in calls]
+    assert len(folders) > 10 and len({*folders}) == len(folders), folders
+
+
 @pytest.mark.parametrize("program", ALONE)
 def test_the_examples_of_programs_that_are_no_commands_can_be_asked(program: str):
     command = ALONE[program]
