@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -242,13 +243,15 @@ def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
 
 
 def _note_contradictions(options: Evaluate, rows: Sequence[tuple[int, Any]]) -> None:
-    """Print which rows give the same question different targets; a batch refuses such rows itself."""
+    """Print which rows give the same question different targets; in a batch such records fail."""
     if options.mode == BATCH:
         return
     targets: dict[str, tuple[int, str]] = {}
     pairs = []
     for row, record in rows:
-        if isinstance(record, data.EditRecord):
+        if not isinstance(record, data.EditRecord):
+            continue
+        with suppress(data.DataError):  # a picture that cannot be read: the run says so
             first, target = targets.setdefault(record.question.key, (row, record.target))
             if target != record.target:
                 pairs.append(f"rows {first} and {row}")

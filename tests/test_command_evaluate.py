@@ -252,8 +252,11 @@ def test_rows_that_contradict_each_other_are_noted(row, write, tmp_path, capsys)
     arguments = ("--data", write(plain, other), "--where", "5:last", "--free-only", "--steps", "2")
     assert run(*arguments, "--out", tmp_path / "out") == 0
     assert "note: rows 1 and 2 give one question different targets; each edit is made" in capsys.readouterr().out
-    assert run(*arguments, "--limit", "1", "--out", tmp_path / "one") == 0
-    assert "note:" not in capsys.readouterr().out
+    gone = {**plain, "id": "a3", "image": str(tmp_path / "gone.png")}
+    arguments = ("--data", write(gone, plain), *arguments[2:])
+    assert run(*arguments, "--out", tmp_path / "one") == 1
+    printed = capsys.readouterr().out
+    assert "note:" not in printed and "1 record done, 1 failed" in printed
 
 
 # ---- the file ----

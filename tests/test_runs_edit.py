@@ -147,6 +147,17 @@ def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: 
         go(records, out="too few", trace_files=files[:2])
 
 
+def test_a_picture_that_cannot_be_decoded_has_no_part_in_the_place(go: Any, tmp_path: Path):
+    records = world_edits(tmp_path, 3)
+    half = tmp_path / "half.png"
+    half.write_bytes(records[1].question.image.read_bytes()[:300])
+    bad = replace(records[1], question=replace(records[1].question, image=half))
+    report = go([records[0], bad, records[2]], trace=SHORT)
+    assert report.done == 2 and [id for id, _ in report.failed] == [bad.id] and "truncated" in report.failed[0][1]
+    go([records[0], records[2]], out="without", trace=SHORT)
+    assert delta_of(tmp_path / "out").digest == delta_of(tmp_path / "without").digest
+
+
 # ---- records ----
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from killed import files_of, kill_at_random
 from multrace import MultEdit, VisionLanguageModel
-from multrace.data import EditRecord, Question, World, WorldRequests, world_records
+from multrace.data import EditRecord, Probe, Question, World, WorldRequests, world_records
 from multrace.editing import EditCurve, EditReport, EvaluationSettings, FineTune, NormBound, evaluate
 from multrace.editing.values import search
 from multrace.scripts.main import app
@@ -241,6 +241,16 @@ def test_an_interrupted_batch_goes_on_with_the_values_that_are_there(
     assert content(tmp_path / "interrupted") == content(tmp_path / "at once")
 
 
+def test_records_of_a_batch_that_contradict_each_other_fail_alone(tiny_vlm: VisionLanguageModel, tmp_path: Path):
+    other = replace(RECORDS[1], id="other", target="Lovmis")
+    analysis = EvaluateBatchRun(editor=replace(EDITOR, steps=2), evaluation=FREE)
+    report = analysed(tiny_vlm, analysis, tmp_path / "run", [*RECORDS, other])
+    assert report.done == 2 and dict(report.failed) == {
+        one: f"it has the key of {another!r} and another target; drop one of them"
+        for one, another in ((RECORDS[1].id, "other"), ("other", RECORDS[1].id))
+    }
+
+
 def test_a_trained_batch_is_kept_and_read_again(tiny_vlm: VisionLanguageModel, tmp_path: Path):
     analysis = EvaluateBatchRun(editor=FineTune(layer=5, steps=2), evaluation=FREE)
     for name in ("12", "at once"):
@@ -265,10 +275,22 @@ def test_a_trace_of_each_record_is_kept(tmp_path: Path):
 def test_a_bad_record_costs_only_itself_where_edits_belong_together(
     tiny_vlm: VisionLanguageModel, tmp_path: Path, mode
 ):
-    bad = replace(RECORDS[1], question=replace(RECORDS[1].question, constraint="the moon"))
-    analysis = mode(editor=EDITOR, evaluation=FREE)
-    report = analysed(tiny_vlm, analysis, tmp_path / "run", [RECORDS[0], RECORDS[2], bad])
-    assert report.done == 2 and [id for id, _ in report.failed] == [bad.id] and "the moon" in report.failed[0][1]
-    analysed(tiny_vlm, analysis, tmp_path / "without", [RECORDS[0], RECORDS[2]])
+    good, own = [RECORDS[0], RECORDS[2]], RECORDS[1]
+    whole, half = tmp_path / "whole.png", tmp_path / "half.png"
+    own.question.images[0].save(whole)
+    half.write_bytes(whole.read_bytes()[:300])
+    bad = {  # why it fails -> the record
+        "the moon": replace(own, question=replace(own.question, constraint="the moon")),
+        "truncated": replace(own, id="half", question=replace(own.question, image=half)),
+        "512 positions": replace(
+            own, id="long", probes=(Probe(kind="unrelated", question=Question(text="Why? " * 600)),)
+        ),
+        "'constraint_last'": replace(own, id="no token", question=replace(own.question, constraint=None, spans={})),
+    }
+    analysis = mode(editor=replace(EDITOR, token="constraint_last", steps=2), evaluation=FREE)
+    report = analysed(tiny_vlm, analysis, tmp_path / "run", [good[0], *bad.values(), good[1]])
+    assert [id for id, _ in report.failed] == [each.id for each in bad.values()] and report.done == 2
+    assert all(reason in error for reason, (_, error) in zip(bad, report.failed, strict=True))
+    analysed(tiny_vlm, analysis, tmp_path / "without", good)
     name = "summary/evaluation.json"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+from tqdm import tqdm
+
 from ..artefacts import ArtefactError
 from ..artefacts.files import digest
 from ..data import DataError, EditRecord, EditRequest, find_spans, inspect_picture, questions_of
+from ..data.errors import gist
 from ..editing import (
     Augmentation,
     ClosedFormEditor,
@@ -19,7 +22,7 @@ from ..editing import (
     Moments,
     RequestValues,
 )
-from ..editing.requests import FAILED
+from ..editing.requests import FAILED, edited_questions
 from ..editing.solve import ClosedFormSession, contradictions
 from ..models import VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, EditSite, TraceError
@@ -28,7 +31,7 @@ from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, qu
 from .edit_outcome import EditOutcome, Place
 from .located_edit import EditsAtSites, TraceShift, editor_at, locate, positions_of, trace_shifts
 from .run_folder import REMADE, TRACES, RunError, StoredRecord
-from .trace_run import TraceRun
+from .trace_run import TRACE, TraceRun
 
 CANDIDATES = ("constraint_last", "last")
 """The tokens among which a trace chooses: names, which mean the same token in other wordings, where the edit has to
@@ -174,19 +177,19 @@ class EditRun(Analysis):
         if not self.is_located:
             editor.projections(vlm)
             return None
-        requests, made = list(records.values()), self._traces_of(vlm, records, traces)
-        located = locate(
+        located, notes = sites_of(
             vlm,
-            cast(Sequence[EditRequest], requests),
-            traces=made,
+            cast(Mapping[str, EditRecord], records),
+            load_traces(self.trace_files) if self.trace_files else stored_traces(vlm, records, traces),
             per_request=self.each,
             positions=CANDIDATES if self.trace is None else self.trace.positions or CANDIDATES,
             progress=progress,
         )
-        sites = {name: asdict(site) for name, site in zip(records, located.edit_sites, strict=True)}
+        spare = next(iter(located.values()))  # for records whose edits fail in any case
+        sites = {name: asdict(located.get(name, spare)) for name in records}
         homes = {name: stored.name for name, stored in traces.items()}
         self._check_sites(sites, {} if known is None else known["sites"], records)
-        return {"sites": sites, "traces": homes, "notes": list(located.notes)}
+        return {"sites": sites, "traces": homes, "notes": list(notes)}
 
     def holds(self, calibration: Mapping[str, Any], names: Sequence[str]) -> bool:
         """Return whether the sites were chosen from the traces of just these records."""
@@ -234,7 +237,7 @@ class EditRun(Analysis):
         """Return one change with these values of all records, the place of each record, and notes."""
         requests, editor = [self.request(task) for task in tasks], self._made_editor
         places = [(_site(task).layer, _site(task).token) if self.is_located else None for task in tasks]
-        values = _without_contradictions(requests, values, places)
+        values = without_contradictions(requests, values, places)
         if not self.is_located:
             editor = self._editor(vlm, tasks[0])
             place = Place.of_editor(editor, vlm.layer_index(editor.place[0]))
@@ -291,20 +294,6 @@ class EditRun(Analysis):
         if self.is_located:
             return editor_at(editor, _site(task))[0]
         return editor if editor.layer is None else replace(editor, layer=vlm.layer_index(editor.layer))
-
-    def _traces_of(
-        self, vlm: VisionLanguageModel, records: Mapping[str, Record], traces: Mapping[str, StoredRecord]
-    ) -> Sequence[CausalTrace | TraceError] | AverageTrace:
-        """The traces that choose the places, in the order of the records."""
-        if self.trace_files:
-            return load_traces(self.trace_files)
-        return [
-            TraceError(stored.error)
-            if stored.error is not None
-            # a run has one model by its weights, which may have been moved since it was traced
-            else replace(stored.load("trace", CausalTrace), model=vlm.name)
-            for stored in (traces[name] for name in records)
-        ]
 
     def _check_sites(
         self, sites: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]], records: Mapping[str, Any]
@@ -391,6 +380,70 @@ def check_questions(record: EditRecord) -> None:
             find_spans(question.text, words)
 
 
+def unusable(
+    vlm: VisionLanguageModel,
+    records: Mapping[str, EditRecord],
+    *,
+    check: Callable[[EditRequest], None] | None = None,
+    progress: bool,
+) -> dict[str, str]:
+    """Return, by the names of records, why an edit of the record would fail, before the edits of all are made together.
+
+    The prompts of all its questions are made once, which decodes their pictures.
+
+    check: raises the error of an edit of one record, such as `ClosedFormSession.check`.
+    """
+    problems: dict[str, str] = {}
+    words = {"desc": "checking records", "unit": "record", "leave": False, "delay": 1.0}
+    for name, record in tqdm(records.items(), disable=not progress, **words):
+        try:
+            for _, question in questions_of(record):
+                vlm.prompt_for(question)
+            for question in edited_questions(record):
+                vlm.prompt_for(question, answer=record.target)
+            if check is not None:
+                check(record)
+        except INPUT_ERRORS as error:
+            problems[name] = gist(error)
+    return problems
+
+
+def stored_traces(
+    vlm: VisionLanguageModel, names: Iterable[str], stored: Mapping[str, StoredRecord]
+) -> list[CausalTrace | TraceError]:
+    """Return the traces of the records of these names, or why they could not be traced."""
+    traces: list[CausalTrace | TraceError] = []
+    for name in names:
+        record = stored[name]
+        if record.error is not None:
+            traces.append(TraceError(record.error))
+        else:  # a run has one model by its weights, which may have been moved since it was traced
+            traces.append(replace(record.load(TRACE, CausalTrace), model=vlm.name))
+    return traces
+
+
+def sites_of(
+    vlm: VisionLanguageModel,
+    records: Mapping[str, EditRecord],
+    traces: Sequence[CausalTrace | TraceError] | AverageTrace,
+    *,
+    progress: bool,
+    **options: Any,
+) -> tuple[dict[str, EditSite], tuple[str, ...]]:
+    """Return the site of each record, by its name, and the notes of `locate`, which takes the options.
+
+    Records that are `unusable` are left out, since their edits fail in any case.
+    """
+    problems = unusable(vlm, records, progress=progress)
+    names = [name for name in records if name not in problems]
+    if not names:
+        raise TraceError(next(iter(problems.values())))
+    if problems and not isinstance(traces, AverageTrace):
+        traces = [trace for name, trace in zip(records, traces, strict=False) if name not in problems]
+    located = locate(vlm, [records[name] for name in names], traces=traces, progress=progress, **options)
+    return dict(zip(names, located.edit_sites, strict=True)), located.notes
+
+
 def load_traces(paths: Sequence[Path]) -> tuple[CausalTrace, ...] | AverageTrace:
     """Return the traces in these files, one for each request, or an average for all of them.
 
@@ -425,10 +478,10 @@ def _outcome(task: Task, values: RequestValues, place: Place) -> Outcome | EditE
     return Outcome(row={**row, "steps": steps}, files={_VALUES: values.save})
 
 
-def _without_contradictions(
+def without_contradictions(
     requests: Sequence[EditRequest], values: Sequence[RequestValues], places: Sequence[Any]
 ) -> list[RequestValues]:
-    """The values, failed for requests that want different answers at the same key of the same place."""
+    """Return the values, failed for requests that want different answers at the same key of the same place."""
     kept = list(values)
     for place in set(places):
         goals = [(n, each.keys[0]) for n, own in enumerate(values) if places[n] == place for each in own.results]

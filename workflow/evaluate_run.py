@@ -10,24 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
-from ..artefacts import load_fields, save_fields
 from ..artefacts.files import digest, read_json, write_json
 from ..data import EditRecord, Question
-from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY, EditRequest
+from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
 from ..editing import (
     Baseline,
     ClosedFormEditor,
-    Delta,
     EditCurve,
     EditError,
     Editor,
     EditorByRequest,
     EditReport,
+    EditSession,
     EvaluationSettings,
     Moments,
     NormBound,
 )
-from ..editing.baselines import CHANGES
+from ..editing.baselines import change_file, save_change, stored_change
 from ..editing.evaluation import (
     EXACT,
     UNCHANGED,
@@ -46,12 +45,12 @@ from ..editing.evaluation import (
 from ..editing.requests import FAILED
 from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
-from ..tracing import CausalTrace, EditSite, TraceError
-from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task
-from .edit_run import check_questions
-from .located_edit import editor_at, locate
+from ..tracing import EditSite
+from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task, every_failed
+from .edit_run import check_questions, sites_of, stored_traces, unusable, without_contradictions
+from .located_edit import editor_at
 from .run_folder import REMADE, RunError, StoredRecord
-from .trace_run import TRACE, PlaceTrace
+from .trace_run import PlaceTrace
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
 CURVE, DRAWING = "curve.json", "curve.png"
@@ -199,30 +198,33 @@ class _LocatedTogether(_Evaluation):
             if isinstance(self.editor, ClosedFormEditor):
                 self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
             return None
-        own = [traces[name] for name in records]
-        located = locate(
-            vlm,
-            cast(Sequence[EditRequest], list(records.values())),
-            traces=[
-                TraceError(each.error)
-                if each.error is not None
-                else replace(each.load(TRACE, CausalTrace), model=vlm.name)
-                for each in own
-            ],
-            per_request=not self._has_one_place,
-            progress=progress,
-        )
-        sites = located.edit_sites
+        edits, options = cast(Mapping[str, EditRecord], records), {"per_request": not self._has_one_place}
+        sites, _ = sites_of(vlm, edits, stored_traces(vlm, records, traces), progress=progress, **options)
+        spare = next(iter(sites.values()))  # for records whose edits fail in any case
         if self._has_one_place:  # requests without a constraint, say, have an average of their own
-            places = [(site.layer, site.token) for site in sites]
+            places = [(site.layer, site.token) for site in sites.values()]
             most = max(dict.fromkeys(places), key=places.count)
-            sites = (sites[places.index(most)],) * len(sites)
-        return {"sites": {name: asdict(site) for name, site in zip(records, sites, strict=True)}}
+            spare = [*sites.values()][places.index(most)]
+            sites = {}
+        return {"sites": {name: asdict(sites.get(name, spare)) for name in records}}
 
     @property
     def _has_one_place(self) -> bool:
         """Whether all edits are made at the same place."""
         return False
+
+    def _usable(
+        self, vlm: VisionLanguageModel, work: RunContext, session: EditSession
+    ) -> tuple[dict[str, EditRecord], dict[str, str]]:
+        """The records that can be edited, by name, and why the others cannot be."""
+        own = cast(Mapping[str, EditRecord], work.records)
+        records = {name: replace(record, id=_id(record, name)) for name, record in own.items()}
+        check = session.check if isinstance(session, ClosedFormSession) else None
+        problems = unusable(vlm, records, check=check, progress=work.progress)
+        if len(problems) == len(records):
+            name, problem = next(iter(problems.items()))
+            raise RunError(f"{every_failed(self, len(records))}; {records[name].id}: {problem}")
+        return {name: record for name, record in records.items() if name not in problems}, problems
 
     def place(self, task: Task) -> dict[str, Any]:
         """Return the layer and the token of a record's edit for the table, where traces have chosen them."""
@@ -253,23 +255,26 @@ class EvaluateBatchRun(_LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
-        records = {_id(record, name): replace(record, id=_id(record, name)) for name, record in _edits(work)}
+        session = self.session_editor(work).start(vlm, moments=self._moments)
+        usable, problems = self._usable(vlm, work, session)
+        records = {record.id: record for record in usable.values()}
         with work.folder.alone():
-            change = _stored_change(work.folder.shared)
+            work.folder.shared.mkdir(exist_ok=True)
+            change = stored_change(work.folder.shared)
             if change is None:
-                change = self._change(vlm, [*records.values()], work)
-                _store_change(change, work.folder.shared)
+                change = self._change(session, [*records.values()], work)
+                save_change(change, work.folder.shared / change_file(change))
             for path in work.folder.shared.glob(f"{_VALUES}-*"):
                 path.unlink()
-        yield _BatchQuestions(self, change, records)
+        yield _BatchQuestions(self, change, records, problems)
 
-    def _change(self, vlm: VisionLanguageModel, records: Sequence[EditRecord], work: RunContext) -> Any:
+    def _change(self, session: EditSession, records: Sequence[EditRecord], work: RunContext) -> Any:
         """The change of all records; the values that a closed-form edit searches for are kept on the way."""
-        session, progress = self.session_editor(work).start(vlm, moments=self._moments), work.progress
+        progress = work.progress
         if not isinstance(session, ClosedFormSession):
             return session.propose(records, progress=progress)
-        work.folder.shared.mkdir(exist_ok=True)
-        values = session.search(records, check=True, checkpoint=work.folder.shared / _VALUES, progress=progress)
+        found = session.search(records, checkpoint=work.folder.shared / _VALUES, progress=progress)
+        values = without_contradictions(records, found, [None] * len(records))
         return session.propose(records, values=values, progress=progress)
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
@@ -286,14 +291,18 @@ class _BatchQuestions(Analysis):
 
     name: ClassVar[str] = EvaluateBatchRun.name
 
-    def __init__(self, run: EvaluateBatchRun, change: Any, records: Mapping[str, EditRecord]) -> None:
-        self.run, self.change = run, change
+    def __init__(
+        self, run: EvaluateBatchRun, change: Any, records: Mapping[str, EditRecord], problems: Mapping[str, str]
+    ) -> None:
+        self.run, self.change, self.problems = run, change, problems
         self.statuses = dict(zip(records, statuses_of(change, len(records)), strict=True))
         self.checks, self.left_out = batch_checks(records, self.statuses, run.general)
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit could not be made."""
         id, run = _id(task.record, task.name), self.run
+        if task.name in self.problems:
+            raise EditError(self.problems[task.name])
         if self.statuses[id].startswith(FAILED):
             raise EditError(self.statuses[id].removeprefix(f"{FAILED}: "))
         options = {"settings": run.evaluation, "batch_size": run.batch_size, "transform": transform_of(self.change)}
@@ -340,9 +349,9 @@ class EvaluateSequenceRun(_LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
-        records = {name: replace(record, id=_id(record, name)) for name, record in _edits(work)}
-        reference = self._unedited(vlm, work, records)
         session = self.session_editor(work).start(vlm, moments=self._moments)
+        records, problems = self._usable(vlm, work, session)
+        reference = self._unedited(vlm, work, records)
         steps = SequenceSteps(vlm, session, reference, norm_bound=NormBound(growth=self.growth, stop=self.stop))
         with ExitStack() as stack:
             stack.enter_context(steps)
@@ -350,8 +359,8 @@ class EvaluateSequenceRun(_LocatedTogether):
                 if (stored := work.folder.stored(name)) is None:
                     break
                 if stored.row:  # an edit was made or attempted
-                    steps.restore(record, _stored_change(stored.folder), stored.row)
-            yield _Sequence(self, steps, stack, last=[*records][-1])
+                    steps.restore(record, stored_change(stored.folder), stored.row)
+            yield _Sequence(self, steps, stack, problems, last=[*records][-1])
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Edits are made in the block of `opened`."""
@@ -380,12 +389,22 @@ class _Sequence(Analysis):
 
     name: ClassVar[str] = EvaluateSequenceRun.name
 
-    def __init__(self, run: EvaluateSequenceRun, steps: SequenceSteps, stack: ExitStack, *, last: str) -> None:
-        self.run, self.steps, self.stack, self.last = run, steps, stack, last
+    def __init__(
+        self,
+        run: EvaluateSequenceRun,
+        steps: SequenceSteps,
+        stack: ExitStack,
+        problems: Mapping[str, str],
+        *,
+        last: str,
+    ) -> None:
+        self.run, self.steps, self.stack, self.problems, self.last = run, steps, stack, problems, last
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return what one more edit gives. Raises `EditError` if the sequence has been stopped."""
         run, steps, record = self.run, self.steps, _named(task)
+        if task.name in self.problems:
+            raise EditError(self.problems[task.name])
         if steps.is_stopped:
             raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
         change, row = steps.make(record, batch_size=run.batch_size)
@@ -393,7 +412,7 @@ class _Sequence(Analysis):
         error = None if change is not None else str(row["status"]).removeprefix(f"{FAILED}: ")
         files: dict[str, Callable[[Path], Any]] = {}
         if change is not None:
-            files[_file_of(change)] = lambda path: _save_change(change, path)
+            files[change_file(change)] = lambda path: save_change(change, path)
         if task.name == self.last or steps.is_stopped:
             state = steps.finish(self.stack, batch_size=run.batch_size)
         elif steps.count in run.at:
@@ -517,10 +536,6 @@ def _named(task: Task) -> EditRecord:
     return replace(cast(EditRecord, task.record), id=_id(task.record, task.name))
 
 
-def _edits(work: RunContext) -> Iterator[tuple[str, EditRecord]]:
-    return ((name, cast(EditRecord, record)) for name, record in work.records.items())
-
-
 def _reported(
     run: _Evaluation,
     vlm: VisionLanguageModel,
@@ -551,30 +566,3 @@ def _shares(rows: Sequence[ProbeRow]) -> dict[str, float | None]:
         values = [row.numbers[protocol][1] for row in rows if row.aspect == aspect and protocol in row.numbers]
         shares[aspect] = sum(values) / len(values) if values else None
     return shares
-
-
-def _file_of(change: Any) -> str:
-    """The name of the file of a change, which says of which kind it is."""
-    return f"edit-{type(change).__name__}.safetensors"
-
-
-def _save_change(change: Any, path: Path) -> None:
-    if isinstance(change, Delta):
-        change.save(path)
-    else:
-        save_fields(path, f"multrace {type(change).__name__} 1", change)
-
-
-def _stored_change(folder: Path) -> Any:
-    """The change that a folder holds, or None. Raises `ArtefactError` or `EditError` if its file is damaged."""
-    for kind in (Delta, *CHANGES):
-        path = folder / f"edit-{kind.__name__}.safetensors"
-        if path.is_file():
-            return Delta.load(path) if kind is Delta else load_fields(path, f"multrace {kind.__name__} 1", kind)
-    return None
-
-
-def _store_change(change: Any, folder: Path) -> None:
-    """Write a change into a folder of the run; its file appears all at once."""
-    folder.mkdir(exist_ok=True)
-    _save_change(change, folder / _file_of(change))

@@ -4,14 +4,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
+from ...artefacts import load_fields, save_fields
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
-from ..changes import EditSession, History
+from ..changes import Delta, EditSession, History
 from ..moments import Moments
 from ..requests import EditError, edited_questions, listed_requests, request_text
 from .training import DenseChange, LowRankChange, check_no_history
 
+_LAYOUT = "multrace {} 1"
 _WORD = re.compile(r"\w+")
 
 
@@ -217,4 +221,29 @@ def _filled(wording: str, question: str, target: str = "") -> str:
 
 
 CHANGES = (DenseChange, LowRankChange, ContextChange)
-"""The classes of changes that baselines make; `artefacts.save_fields` can write their fields."""
+"""The classes of changes that baselines make."""
+
+
+def change_file(change: Any) -> str:
+    """Return the name of the file of a change, which says of which kind it is."""
+    return f"edit-{type(change).__name__}.safetensors"
+
+
+def save_change(change: Any, path: Path) -> None:
+    """Write a change of any editor or baseline; the file appears all at once."""
+    if isinstance(change, Delta):
+        change.save(path)
+    else:
+        save_fields(path, _LAYOUT.format(type(change).__name__), change)
+
+
+def stored_change(folder: Path) -> Any:
+    """Return the change whose `change_file` a folder holds, or None.
+
+    Raises `ArtefactError` or `EditError` if the file is damaged.
+    """
+    for kind in (Delta, *CHANGES):
+        path = folder / f"edit-{kind.__name__}.safetensors"
+        if path.is_file():
+            return Delta.load(path) if kind is Delta else load_fields(path, _LAYOUT.format(kind.__name__), kind)
+    return None
