@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
 from ..artefacts.files import digest, read_json, write_json
-from ..data import EditRecord, Question
+from ..data import EditRecord, EditRequest, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
 from ..editing import (
     Baseline,
@@ -214,12 +214,11 @@ class _LocatedTogether(_Evaluation):
         return False
 
     def _usable(
-        self, vlm: VisionLanguageModel, work: RunContext, session: EditSession
+        self, vlm: VisionLanguageModel, work: RunContext, check: Callable[[EditRequest], None] | None = None
     ) -> tuple[dict[str, EditRecord], dict[str, str]]:
-        """The records that can be edited, by name, and why the others cannot be."""
+        """The records whose prompts can be made and that `check` passes, by name, and what is wrong with the others."""
         own = cast(Mapping[str, EditRecord], work.records)
         records = {name: replace(record, id=_id(record, name)) for name, record in own.items()}
-        check = session.check if isinstance(session, ClosedFormSession) else None
         problems = unusable(vlm, records, check=check, progress=work.progress)
         if len(problems) == len(records):
             name, problem = next(iter(problems.items()))
@@ -256,7 +255,8 @@ class EvaluateBatchRun(_LocatedTogether):
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
         session = self.session_editor(work).start(vlm, moments=self._moments)
-        usable, problems = self._usable(vlm, work, session)
+        check = session.check if isinstance(session, ClosedFormSession) else None
+        usable, problems = self._usable(vlm, work, check)
         records = {record.id: record for record in usable.values()}
         with work.folder.alone():
             work.folder.shared.mkdir(exist_ok=True)
@@ -350,7 +350,7 @@ class EvaluateSequenceRun(_LocatedTogether):
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
         session = self.session_editor(work).start(vlm, moments=self._moments)
-        records, problems = self._usable(vlm, work, session)
+        records, problems = self._usable(vlm, work)
         reference = self._unedited(vlm, work, records)
         steps = SequenceSteps(vlm, session, reference, norm_bound=NormBound(growth=self.growth, stop=self.stop))
         with ExitStack() as stack:
