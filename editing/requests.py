@@ -76,24 +76,37 @@ def answers_where_finite(
     vlm: VisionLanguageModel,
     questions: Sequence[Question],
     *,
+    max_new_tokens: int = 16,
     batch_size: int = 16,
     transform: Callable[[Prompt], Prompt] | None = None,
     progress: bool = False,
-    **options: Any,
 ) -> list[str | None]:
     """Return the model's answers, None for questions whose logits are not finite.
 
-    Prompts are made batch by batch. transform: what turns each into the one that the model is given. The
-    other options are those of `VisionLanguageModel.answers`.
+    Prompts are made batch by batch. max_new_tokens: the maximum length of an answer, which is shorter where the model
+    has no more positions. transform: what turns each prompt into the one that the model is given.
     """
     answers: list[str | None] = []
     bar = tqdm(total=len(questions), desc="answering", unit="question", disable=not progress, leave=False)
     with bar:
         for prompts in prompt_batches(vlm, questions, batch_size):
             prompts = prompts if transform is None else [transform(prompt) for prompt in prompts]
-            answers += prompt_answers(vlm, prompts, batch_size=batch_size, **options)
+            answers += _answers_with_room(vlm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
             bar.update(len(prompts))
     return answers
+
+
+def _answers_with_room(
+    vlm: VisionLanguageModel, prompts: Sequence[Prompt], *, max_new_tokens: int, **options: Any
+) -> list[str | None]:
+    """As `prompt_answers`; a prompt after which the model has fewer positions left is asked alone, for that many."""
+    rooms = [max_new_tokens if vlm.positions is None else max(1, vlm.positions - prompt.length) for prompt in prompts]
+    together = [prompt for prompt, room in zip(prompts, rooms, strict=True) if room >= max_new_tokens]
+    answers = iter(prompt_answers(vlm, together, max_new_tokens=max_new_tokens, **options) if together else [])
+    return [
+        next(answers) if room >= max_new_tokens else prompt_answers(vlm, [prompt], max_new_tokens=room)[0]
+        for prompt, room in zip(prompts, rooms, strict=True)
+    ]
 
 
 def prompt_batches(vlm: VisionLanguageModel, questions: Sequence[Question], batch_size: int) -> Iterator[list[Prompt]]:
@@ -128,7 +141,8 @@ def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[
     own, transform = [requests[index] for index in edited], getattr(change, "prompt_transform", None)
     with change.applied(vlm):
         for index, request, prompt in zip(edited, own, _asked_prompts(vlm, own, transform), strict=True):
-            (said,) = prompt_answers(vlm, [prompt], max_new_tokens=4 + len(prompt.answer_tokens(request.target)))
+            longest = 4 + len(prompt.answer_tokens(request.target))
+            (said,) = _answers_with_room(vlm, [prompt], max_new_tokens=longest)
             if said != request.target.strip():
                 probability = target_probability(vlm, prompt.with_answer(request.target))
                 probability = probability if isfinite(probability) else 0.0  # a model that overflows says nothing

@@ -218,6 +218,11 @@ class VisionLanguageModel:
         return self.down_projection(0).width
 
     @property
+    def positions(self) -> int | None:
+        """Number of tokens that a prompt may have together with its answer; None for a model without a limit."""
+        return self.frontend.limit
+
+    @property
     def vocab(self) -> int:
         """Number of tokens in the vocabulary."""
         return self.config.get_text_config().vocab_size
@@ -391,6 +396,10 @@ class VisionLanguageModel:
                 f"({prompt.frontend.tokenizer.name_or_path!r}) than {self.name!r}; make it with this model's "
                 "prompt(...)"
             )
+
+    def check_room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raise `ModelError` if the model has too few positions for answers of this length to these prompts."""
+        _check_room(prompts, self.positions, max_new_tokens)
 
     def check_words(self, text: str, what: str) -> str:
         """Return the text. Raise `ModelError`, which calls it `what`, if it is not a string or has a special token."""

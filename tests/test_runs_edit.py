@@ -170,16 +170,28 @@ def test_a_record_that_fails_leaves_the_others_as_they_would_be_without_it(go: A
         replace(each, question=replace(each.question, constraint=name))
         for each, name in zip(records[3:], ("Dora", "Ed"), strict=True)
     ]
-    report = go([records[0], named, bad, Question(text="Who?", id="bare"), *others], editor=editor)
+    fay = Question(text="Who plays Fay?", constraint="Fay")
+    crowded = EditRecord(id="long", question=fay, target="Pruro", preserve_prompts=(Question(text="Why? " * 600),))
+    report = go([records[0], named, bad, Question(text="Who?", id="bare"), crowded, *others], editor=editor)
     assert report.done == 3 and not report.is_clean
     reasons = dict(report.failed)
     assert "cannot edit at token 'constraint_last'" in reasons["n0"]
     assert "no picture at" in reasons["n2"] and "without a target" in reasons["bare"]
+    assert "512 positions" in reasons["long"]
     go([named, *others], out="alone", editor=editor)
     assert delta_of(tmp_path / "out").digest == delta_of(tmp_path / "alone").digest
     before = content(tmp_path / "out")
     go([named, *others], editor=editor)  # records that failed may be taken out
     assert content(tmp_path / "out").keys() < before.keys()
+
+
+def test_a_long_target_needs_no_room_after_a_long_question(go: Any, tiny_vlm: VisionLanguageModel):
+    long_question = EditRecord(id="q", question=Question(text="Why? " * 100), target="Pruro")
+    long_target = EditRecord(id="t", question=Question(text="Who plays Ada?"), target="word " * 50)
+    report = go([long_question, long_target], editor=mt.MultEdit(layer=5, steps=1))
+    assert report.done == 2 and not report.failed
+    with pytest.raises(mt.ModelError, match="does not fit into the model's 512 positions"):
+        tiny_vlm.answers([tiny_vlm.prompt_for(long_question.question)], max_new_tokens=154)
 
 
 def test_edits_that_contradict_each_other_are_named_and_not_made(go: Any, tmp_path: Path):

@@ -285,6 +285,9 @@ def test_a_bad_record_costs_only_itself_where_edits_belong_together(
         "512 positions": replace(
             own, id="long", probes=(Probe(kind="unrelated", question=Question(text="Why? " * 600)),)
         ),
+        "max_new_tokens=": replace(  # a prompt of 511 tokens
+            own, id="no room", probes=(Probe(kind="unrelated", question=Question(text="Why? " * 126 + "Why")),)
+        ),
     }
     if mode is EvaluateBatchRun:  # in a sequence, such an edit fails in its place
         without = replace(own.question, constraint=None, spans={})

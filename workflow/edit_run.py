@@ -384,25 +384,27 @@ def unusable(
     vlm: VisionLanguageModel,
     records: Mapping[str, EditRecord],
     *,
-    check: Callable[[EditRequest], None] | None = None,
+    room: int = 1,
+    check: Callable[[str, EditRecord], None] | None = None,
     progress: bool,
 ) -> dict[str, str]:
     """Return, by the names of records, why an edit of the record would fail, before the edits of all are made together.
 
     The prompts of all its questions are made once, which decodes their pictures.
 
-    check: raises the error of an edit of one record, such as `ClosedFormSession.check`.
+    room: how many tokens of an answer have to fit behind each question. check: raises the error of an edit of one
+    record, which it gets with its name.
     """
     problems: dict[str, str] = {}
     words = {"desc": "checking records", "unit": "record", "leave": False, "delay": 1.0}
     for name, record in tqdm(records.items(), disable=not progress, **words):
         try:
             for _, question in questions_of(record):
-                vlm.prompt_for(question)
+                vlm.check_room([vlm.prompt_for(question)], room)
             for question in edited_questions(record):
                 vlm.prompt_for(question, answer=record.target)
             if check is not None:
-                check(record)
+                check(name, record)
         except INPUT_ERRORS as error:
             problems[name] = gist(error)
     return problems

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
 from ..artefacts.files import digest, read_json, write_json
-from ..data import EditRecord, EditRequest, Question
+from ..data import EditRecord, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
 from ..editing import (
     Baseline,
@@ -214,12 +214,13 @@ class _LocatedTogether(_Evaluation):
         return False
 
     def _usable(
-        self, vlm: VisionLanguageModel, work: RunContext, check: Callable[[EditRequest], None] | None = None
+        self, vlm: VisionLanguageModel, work: RunContext, check: Callable[[str, EditRecord], None] | None = None
     ) -> tuple[dict[str, EditRecord], dict[str, str]]:
         """The records whose prompts can be made and that `check` passes, by name, and what is wrong with the others."""
         own = cast(Mapping[str, EditRecord], work.records)
         records = {name: replace(record, id=_id(record, name)) for name, record in own.items()}
-        problems = unusable(vlm, records, check=check, progress=work.progress)
+        room = self.evaluation.max_new_tokens
+        problems = unusable(vlm, records, room=room, check=check, progress=work.progress)
         if len(problems) == len(records):
             name, problem = next(iter(problems.items()))
             raise RunError(f"{every_failed(self, len(records))}; {records[name].id}: {problem}")
@@ -255,8 +256,8 @@ class EvaluateBatchRun(_LocatedTogether):
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
         session = self.session_editor(work).start(vlm, moments=self._moments)
-        check = session.check if isinstance(session, ClosedFormSession) else None
-        usable, problems = self._usable(vlm, work, check)
+        is_closed = isinstance(session, ClosedFormSession)
+        usable, problems = self._usable(vlm, work, (lambda _, record: session.check(record)) if is_closed else None)
         records = {record.id: record for record in usable.values()}
         with work.folder.alone():
             work.folder.shared.mkdir(exist_ok=True)
@@ -350,8 +351,9 @@ class EvaluateSequenceRun(_LocatedTogether):
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
         session = self.session_editor(work).start(vlm, moments=self._moments)
-        records, problems = self._usable(vlm, work)
-        reference = self._unedited(vlm, work, records)
+        parts: dict[str, Baseline] = {}
+        records, problems = self._usable(vlm, work, partial(self._ask_unedited, vlm, work.folder.shared, parts))
+        reference = replace(Baseline.joined([*parts.values()]), model=vlm.name, revision=vlm.revision)
         steps = SequenceSteps(vlm, session, reference, norm_bound=NormBound(growth=self.growth, stop=self.stop))
         with ExitStack() as stack:
             stack.enter_context(steps)
@@ -370,18 +372,17 @@ class EvaluateSequenceRun(_LocatedTogether):
         """Return the report on the state after the last edit, and the curve of the way there."""
         return SequenceSummary(bound=self.growth)
 
-    def _unedited(self, vlm: VisionLanguageModel, work: RunContext, records: Mapping[str, EditRecord]) -> Baseline:
-        """The answers of the unedited model; those of each record are kept in the run's folder as they are asked."""
-        folder, parts = work.folder.shared, []
-        folder.mkdir(exist_ok=True)
-        for name, record in records.items():
-            path = folder / f"{_UNEDITED}-{name}.json"
-            if not path.is_file():
-                options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
-                part = measure_baseline(vlm, [record], **options)
-                write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
-            parts.append(Baseline.from_json(read_json(path, _UNEDITED_LAYOUT, error=RunError)))
-        return replace(Baseline.joined(parts), model=vlm.name, revision=vlm.revision)
+    def _ask_unedited(
+        self, vlm: VisionLanguageModel, folder: Path, parts: dict[str, Baseline], name: str, record: EditRecord
+    ) -> None:
+        """Add the answers of the unedited model to a record's questions; they are kept in the folder once asked."""
+        path = folder / f"{_UNEDITED}-{name}.json"
+        if not path.is_file():
+            options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
+            part = measure_baseline(vlm, [record], **options)
+            folder.mkdir(exist_ok=True)
+            write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
+        parts[name] = Baseline.from_json(read_json(path, _UNEDITED_LAYOUT, error=RunError))
 
 
 class _Sequence(Analysis):

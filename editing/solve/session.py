@@ -99,10 +99,14 @@ class ClosedFormSession(EditSession[Delta]):
             return edit.search(check=check, checkpoint=checkpoint)
 
     def check(self, request: EditRequest) -> None:
-        """Raise the `EditError` that the value search of a request would raise, without running the model."""
+        """Raise the error that an edit of a request would raise because of its prompts, without running the model.
+
+        A question whose answer is to stay needs as much room as the target, since its answer is not known yet.
+        """
         editor = self._choose((request,))
         ends = {"end": editor.end_of_answer, "every": editor.answer_keys}
-        check_goals(self.vlm, Goals(self.vlm, goals_of(request)), editor.place[1], **ends)
+        kept = [PlainGoal(questions=(question,), target=request.target) for question in request.preserve_prompts]
+        check_goals(self.vlm, Goals(self.vlm, [*goals_of(request), *kept]), editor.place[1], **ends)
 
     def propose(
         self,
