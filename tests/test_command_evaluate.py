@@ -177,6 +177,9 @@ def test_the_other_picture_is_that_of_the_nearest_record_with_the_same_question(
     assert [chosen[each.key].image.stem for each in questions] == ["c", "d", "a", "b", "d"]
     gone = Question(text="A?", image=tmp_path / "gone.png")
     assert other_pictures([*questions[:2], gone])[questions[0].key].image.stem == "b"
+    (tmp_path / "empty.png").touch()
+    empty = Question(text="A?", image=tmp_path / "empty.png")
+    assert other_pictures([*questions[:2], empty])[questions[0].key].image.stem == "b"
     assert other_pictures([questions[0], Question(text="No picture?")]) == {}
 
 

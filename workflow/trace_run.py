@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-from ..data import DataError, EditRecord, Question, find_span
+from ..data import DataError, EditRecord, Question, find_span, inspect_picture
 from ..models import VisionLanguageModel, open_images
 from ..tracing import (
     Blocks,
@@ -189,10 +189,11 @@ def other_pictures(records: Sequence[Record]) -> dict[str, Corruption]:
     """
     questions = [each.question if isinstance(each, EditRecord) else each for each in records]
     questions = [each for each in questions if _is_readable(each)]
+    usable = [each if _has_pictures(each) else None for each in questions]
     pictures: dict[str, Corruption] = {}
     for index, own in enumerate(questions):
-        others = [*reversed(questions[:index]), *questions[index + 1 :]]
-        shown = [each for each in others if own.images and each.images and each.image != own.image]
+        others = [*reversed(usable[:index]), *usable[index + 1 :]]
+        shown = [each for each in others if each is not None and own.images and each.image != own.image]
         if shown:
             chosen = next((each for each in shown if each.text == own.text), shown[0])
             pictures.setdefault(own.key, SwapImage(chosen.images[0]))
@@ -254,6 +255,12 @@ def _is_readable(question: Question) -> bool:
         return bool(question.key)
     except DataError:
         return False
+
+
+def _has_pictures(question: Question) -> bool:
+    """Whether a question has pictures, and none that is seen by its header to be unusable."""
+    paths = [image for image in question.images if isinstance(image, Path)]
+    return bool(question.images) and all(inspect_picture(path).problem is None for path in paths)
 
 
 def trace_summary(trace: CausalTrace) -> list[str]:
