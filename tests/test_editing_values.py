@@ -270,10 +270,15 @@ def test_an_interrupted_search_goes_on_with_the_batches_that_are_there(exact_vlm
     assert len(runs) == len(goals) - 1 > 1
     for one, other in zip(undisturbed, again, strict=True):
         assert torch.equal(one.change, other.change) and one.losses == other.losses and one.keys.equal(other.keys)
-    for changed in (replace(settings, steps=1), settings):  # files of other settings and of another order are not taken
+    weight = exact_vlm.weight(exact_vlm.down_projection(exact_vlm.layers - 1).name)
+    kept = weight.detach().clone()
+    for changed in ("nothing", "settings", "a weight elsewhere", "the weight is back"):
         runs.clear()
-        searched(exact_vlm, goals[::-1] if changed is settings else goals, changed, checkpoint=tmp_path / "values")
-        assert len(runs) >= len(goals) - 1
+        with torch.no_grad():
+            weight.copy_(kept * 1.5 if changed == "a weight elsewhere" else kept)
+        own = replace(settings, steps=1) if changed == "settings" else settings
+        searched(exact_vlm, goals, own, checkpoint=tmp_path / "values")
+        assert len(runs) == (0 if changed == "nothing" else len(goals)), changed
 
 
 def test_goals_that_are_done_leave_the_batch_and_the_others_as_they_were(exact_llava):

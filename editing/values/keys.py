@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -98,21 +98,8 @@ class TargetBatch:
 
     def rows(self, rows: Tensor) -> TargetBatch:
         """The batch of only some rows, (row,) indices in ascending order."""
-        parts = {name: getattr(self, name) for name in _PER_ROW}
+        parts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "start"}
         return replace(self, **{name: part[rows.to(part.device)] for name, part in parts.items()})
-
-
-_PER_ROW = (
-    "embeddings",
-    "attention_mask",
-    "goals",
-    "essence",
-    "key_columns",
-    "key_mask",
-    "label_columns",
-    "labels",
-    "label_mask",
-)
 
 
 @torch.no_grad()

@@ -180,6 +180,7 @@ def search_values(
     """
     results: dict[int, ValueResult] = {}
     number = vlm.layer_index(layer)
+    model = "" if checkpoint is None else vlm.weights_digest(progress=progress)
     bar = tqdm(total=len(goals), desc=f"values at layer {number}", disable=not progress, leave=False)
     with vlm.gradients(), bar:
         for position, chunk in enumerate(chunks(goals, settings.rows_at_once)):
@@ -187,7 +188,7 @@ def search_values(
             if checkpoint is None:
                 found = search.run(vlm, bar)
             else:
-                found = search.resume(vlm, Path(f"{checkpoint}-{position}.safetensors"), bar)
+                found = search.resume(vlm, model, Path(f"{checkpoint}-{position}.safetensors"), bar)
             results.update(zip(chunk, found, strict=True))
     return [results[index] for index in range(len(goals))]
 
@@ -197,7 +198,7 @@ class _KeptBatch:
     """The results of one batch of goals in a file of a checkpoint."""
 
     key: str
-    """SHA-256 of what the results depend on, save for the other weights of the model."""
+    """SHA-256 of all that the results depend on."""
     results: tuple[ValueResult, ...]
 
 
@@ -224,9 +225,12 @@ class _BatchSearch:
             upper = upper.checked(logits, batch.label_mask)
         return _Search(upper, batch, lookups, logits, self.place, self.settings).run(bar)
 
-    def resume(self, vlm: VisionLanguageModel, path: Path, bar: tqdm) -> Sequence[ValueResult]:
-        """Return the results that the file holds, or run the search and write them there."""
-        key = self._key(vlm)
+    def resume(self, vlm: VisionLanguageModel, model: str, path: Path, bar: tqdm) -> Sequence[ValueResult]:
+        """Return the results that the file holds, or run the search and write them there.
+
+        model: the digest of all weights.
+        """
+        key = self._key(model)
         try:
             kept = load_fields(path, _BATCH_LAYOUT, _KeptBatch) if path.is_file() else None
         except ArtefactError:  # damaged
@@ -238,10 +242,9 @@ class _BatchSearch:
         save_fields(path, _BATCH_LAYOUT, _KeptBatch(key=key, results=results))
         return results
 
-    def _key(self, vlm: VisionLanguageModel) -> str:
+    def _key(self, model: str) -> str:
         place = self.projection.name, self.place.name if isinstance(self.place, Projection) else self.place
-        parts: list[str | Tensor] = [repr((self.settings, place, self.layer, self.token))]
-        parts += vlm.fingerprint([self.projection.name]).values()
+        parts: list[str | Tensor] = [model, repr((self.settings, place, self.layer, self.token))]
         for goal in self.goals:
             for prompt in (*goal.prompts, *goal.essence):
                 parts += [
