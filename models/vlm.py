@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from inspect import signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ from .frontend import Frontend, to_device
 from .guards import ModelLock, evaluating
 from .hooks import first_input
 from .prompts import Prompt, PromptInputs, build, collate
+from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
 
 if TYPE_CHECKING:
@@ -583,10 +585,31 @@ class VisionLanguageModel:
         words = self.embed_words(ids[:-1]).to(embeddings)
         return torch.cat([embeddings, words.expand(len(embeddings), -1, -1)], dim=1)
 
-    def unembed(self, states: Tensor) -> Tensor:
-        """Return the output head's logits (..., vocab) of states (..., hidden) that have passed the final norm."""
+    @cached_property
+    def after_head(self) -> AfterHead:
+        """What the model does to the logits of its output head: a scale, a soft cap, both or nothing.
+
+        It is measured once, when the model is loaded, in one pass over one token. Raises `ModelError` if it is
+        something else.
+        """
+        token = next(token for token in (1, 0) if token != self.frontend.image_token_id)
+        with self.running():
+            return measure_readout(self.model, token, self.name)
+
+    def readout(self, states: Tensor) -> Tensor:
+        """Return the model's own logits (..., vocab), float32 or wider, of states that have passed the final norm.
+
+        These are the output head's, scaled and capped as the model does it (Cohere, Granite, Gemma 2).
+
+        Args:
+            states: The output of the final norm, (..., hidden).
+
+        Raises:
+            ModelError: The model does something else to the logits of its output head.
+        """
+        after = self.after_head
         with self.lock:
-            return self.output_head(states)
+            return after(self.output_head(states))
 
     def next_token_probabilities(self, embeddings: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Return the distribution over the next token, (sample, vocab), in float64 on the CPU.

@@ -6,6 +6,7 @@ from multrace import VisionLanguageModel, load
 from multrace.data import World
 from multrace.models import ModelError, Prompt
 from multrace.models.families import FAMILIES, Family
+from multrace.models.readout import AfterHead
 from multrace.tracing import LogitLens, TraceError, logit_lens
 from random_models import make_tokenizer, save, text_sizes
 from torch import Tensor
@@ -216,10 +217,30 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguageM
     return models
 
 
-def test_logits_that_norm_and_head_do_not_give_are_refused(gemma):
-    with pytest.raises(TraceError, match=r"do not give its own logits \(off by .*soft-capping or a scale"):
-        read(gemma["capped"], ask(gemma["capped"], None))
-    assert read(gemma["plain"], ask(gemma["plain"], None)).layers[-1] == 3
+def test_the_last_layer_of_a_model_that_caps_its_logits_says_what_the_model_says(gemma):
+    for vlm in gemma.values():
+        found, logits = read(vlm, prompt := ask(vlm, None)), vlm.logits(prompt)[0, -1].double()
+        assert found.layers[-1] == 3
+        own = logits.softmax(-1)[list(found.followed.ids)]
+        torch.testing.assert_close(found.probabilities[0, 0, -1], own, rtol=1e-6, atol=0)
+    bare = gemma["capped"].output_head(gemma["capped"].final_norm(torch.full((1, 32), 5.0)))
+    assert (
+        bare.abs().max() > 2 > gemma["capped"].readout(gemma["capped"].final_norm(torch.full((1, 32), 5.0))).abs().max()
+    )
+
+
+def test_logits_that_norm_and_readout_do_not_give_are_refused(gemma):
+    def shift(_module, _inputs, output):
+        output.logits = output.logits + 1
+        return output
+
+    vlm = gemma["plain"]
+    assert vlm.after_head == AfterHead()
+    with (
+        vlm.model.register_forward_hook(shift),
+        pytest.raises(TraceError, match=r"do not give its own logits \(off by"),
+    ):
+        read(vlm, ask(vlm, None))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -60,15 +60,6 @@ MODELS: dict[str, tuple[str, Callable[[], VisionLanguageModel]]] = {
         "decoder layer 0 is given softcap",
         lambda: build("Gemma2", head_dim=16, final_logit_softcapping=None),
     ),
-    "capped logits": (
-        "do not give the model's own logits",
-        lambda: build("Gemma2", head_dim=16, attn_logit_softcapping=None),
-    ),
-    "capped logits in half precision": (
-        "do not give the model's own logits",
-        lambda: build("Gemma2", head_dim=16, attn_logit_softcapping=None, dtype=torch.bfloat16),
-    ),
-    "scaled logits": ("do not give the model's own logits", lambda: build("Granite", logits_scaling=1.01)),
     "attention sinks": (
         "decoder layer 0 is given s_aux",
         lambda: build("GptOss", {"down": "mlp"}, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
@@ -93,10 +84,20 @@ def test_an_architecture_that_replay_does_not_understand(name):
     refused(make(), text)
 
 
-def test_the_same_architecture_without_its_caps_is_not_refused():
-    vlm = build("Gemma2", head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None)
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_the_same_architecture_without_caps_in_attention_is_not_refused(cap):
+    vlm = build("Gemma2", head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=cap)
     runs, cells = make_runs(vlm), mixed_cells(vlm)[4:64:5]
     assert torch.allclose(sweep(vlm, runs, cells, measure).scores, plain_scores(vlm, runs, cells, measure), atol=1e-4)
+
+
+def test_logits_of_another_origin(llama):
+    def mixed(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
+        output.logits = output.logits - output.logits.roll(1, -1)
+        return output
+
+    with llama.model.register_forward_hook(mixed):
+        refused(llama, "do not give the model's own logits")
 
 
 def give(llama: VisionLanguageModel, layer: int, change: Callable[[tuple, dict], tuple[tuple, dict]]) -> Any:

@@ -85,7 +85,7 @@ def test_every_way_to_use_a_model_waits(tiny_vlm, photo, tmp_path):
         "embeddings": lambda: tiny_vlm.embeddings(prompt),
         "image_features": lambda: tiny_vlm.image_features(prompt),
         "forward": lambda: tiny_vlm.forward(inputs_embeds=states[None]),
-        "unembed": lambda: tiny_vlm.unembed(states),
+        "readout": lambda: tiny_vlm.readout(states),
         "answers": lambda: tiny_vlm.answers([prompt], max_new_tokens=1),
         "score": lambda: tiny_vlm.score(photo, QUESTION, "a"),
         "fingerprint": lambda: tiny_vlm.fingerprint([tiny_vlm.down_projection(0).name]),

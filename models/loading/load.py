@@ -87,6 +87,7 @@ def load(
     with _first_use(name):
         vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
         complete_processor(vlm)
+        _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
         proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
     logger.info(
         "%s: %s, %d layers, hidden %d, mlp %d, %d heads, %s on %s; %s",

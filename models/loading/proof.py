@@ -207,16 +207,18 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
 
 
 def _prove_norm(probe: _Probe, clean: Tensor) -> None:
-    """Check that the final norm reads the last layer's output and the output head turns the result into the logits."""
+    """Check that the final norm reads the last layer's output and that the result is read out as the logits."""
     vlm, last = probe.vlm, Site("hidden", probe.vlm.layers - 1)
     norm = vlm.final_norm
     with capture(vlm, [last, norm]) as written, capture(vlm, [norm], inputs=True) as read:
         vlm.logits(probe.prompt)
     if norm not in read or not torch.equal(read[norm], written[last].to(read[norm].device)):
         raise probe.error(last, f"the final norm {vlm.path(norm)!r} does not read what this last layer writes")
-    logits = vlm.unembed(written[norm]).to(clean.dtype)
+    logits = vlm.readout(written[norm])
     if not torch.equal(logits, clean.to(logits.device)):
-        raise probe.error(last, f"the output head does not turn the output of {vlm.path(norm)!r} into the logits")
+        raise probe.error(
+            last, f"the output head and its scale or cap do not turn the output of {vlm.path(norm)!r} into the logits"
+        )
 
 
 def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ReplayError
+from ..errors import ModelError, ReplayError
 from ..families import Projection, Site
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
@@ -63,7 +63,8 @@ def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
         The `Replay`, with nothing recorded yet.
 
     Raises:
-        ReplayError: If the text model does not let its attention function be replaced, or is spread over devices.
+        ReplayError: If the text model does not let its attention function be replaced, is spread over devices, or
+            changes the logits of its output head in an unknown way.
 
     Example:
         >>> import multrace as mt
@@ -86,6 +87,10 @@ def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
     devices = {each.device for each in vlm.decoder.parameters()}
     if devices != {vlm.device} or vlm.device.type == "meta":
         raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
+    try:
+        _ = vlm.after_head  # measured by a pass of the model, which must not be one that is replayed
+    except ModelError as error:
+        raise ReplayError(str(error)) from error
     replay = Replay(vlm)
     with attention_function(vlm, replay.attend):
         yield replay
@@ -256,8 +261,7 @@ class Replay:
     def read(self, states: Tensor) -> Tensor:
         """Return logits (row, position, vocab), float32 or wider, of last-layer outputs (row, position, hidden)."""
         self.work.read_tokens += states.shape[0] * states.shape[1]
-        norm, head = self._ends
-        return _wide(head(norm(states)))
+        return self.vlm.readout(self.vlm.final_norm(states))
 
     def attend(
         self,
@@ -334,18 +338,15 @@ class Replay:
         return self.vlm.final_norm, self.vlm.output_head
 
     def _check_logits(self, captured: _Captured, states: Tensor, logits: Tensor, read: Sequence[int]) -> None:
-        """Raise `ReplayError` unless final norm and output head alone turn the last states into the logits."""
+        """Raise `ReplayError` unless final norm and readout alone turn the last states into the logits."""
         norm, head = self._ends
         outputs, inputs = captured
         if norm in outputs and head in outputs:
-            links = (states, inputs[norm]), (outputs[norm][:, list(read)], inputs[head]), (_wide(outputs[head]), logits)
+            own = self.vlm.after_head(outputs[head])
+            links = (states, inputs[norm]), (outputs[norm][:, list(read)], inputs[head]), (own, logits)
             if all(torch.equal(before.to(after.device), after) for before, after in links):
                 return
         raise ReplayError("final norm and output head do not give the model's own logits")
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 _TOLERANCE = 1e-3  # in logits; a wrong head or a lost scale is off by far more, another summation order by far less
@@ -477,8 +478,7 @@ class UpperLayers:
         cache, states = _growing(self.batch.prefix), self.entering
         for layer, call in zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True):
             states = main_tensor(layer(states, **call.using(cache)), "a decoder layer")
-        logits = self.vlm.unembed(self.vlm.final_norm(at_columns(states, self.columns)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.vlm.readout(self.vlm.final_norm(at_columns(states, self.columns)))
 
     def rows(self, rows: Tensor) -> UpperLayers:
         """Return the layers for only some rows, (row,) indices in ascending order."""

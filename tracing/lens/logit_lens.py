@@ -69,8 +69,9 @@ def logit_lens(
         lone blank, which is then the followed token; `result.followed.texts` shows it.
 
     Raises:
-        TraceError: If norm and head do not reproduce the model's own logits (because the model caps or scales them), if
-            logits overflow the dtype of the model, or if an argument does not fit the prompt.
+        TraceError: If norm and readout do not reproduce the model's own logits, if logits overflow the dtype of the
+            model, or if an argument does not fit the prompt.
+        ModelError: If the model changes the logits of its output head by more than a scale and a soft cap.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for images arXiv 2411.18620, section 6.
 
@@ -126,8 +127,8 @@ def _residual_stream(vlm: VisionLanguageModel, prompt: Prompt, positions: list[i
 
 
 def _head(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
-    """Return the logits (position, vocab) float64 of states (position, hidden)."""
-    return vlm.unembed(states).double()
+    """Return the logits (position, vocab) float64 of states (position, hidden), scaled and capped as the model does."""
+    return vlm.readout(states).double()
 
 
 def _lens(vlm: VisionLanguageModel, states: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ def _check_top(vlm: VisionLanguageModel, top: int) -> None:
 
 
 def _check_head(vlm: VisionLanguageModel, states: Tensor, logits: Tensor) -> None:
-    """Raise `TraceError` unless final norm and head turn the last states (position, hidden) into these logits."""
+    """Raise `TraceError` unless final norm and readout turn the last states (position, hidden) into these logits."""
     steps = _WIDE_ROUNDING if vlm.dtype in (torch.float32, torch.float64) else _NARROW_ROUNDING
     own = logits.double()
     with torch.no_grad():
@@ -249,9 +250,9 @@ def _check_head(vlm: VisionLanguageModel, states: Tensor, logits: Tensor) -> Non
     difference, largest = float((through_head - own).abs().max()), float(own.abs().max())
     if not difference <= steps * torch.finfo(vlm.dtype).eps * largest:
         raise TraceError(
-            f"final norm and output head of {vlm.name!r} do not give its own logits (off by {difference:.3g}, the "
-            f"largest being {largest:.3g}): it changes them afterwards, by soft-capping or a scale, so what they say "
-            "in earlier layers would not be comparable with its answers; read a model without that"
+            f"final norm and output head of {vlm.name!r}, scaled and capped as it does, do not give its own logits "
+            f"(off by {difference:.3g}, the largest being {largest:.3g}), so what they say in earlier layers would not "
+            "be comparable with its answers; remove whatever changes its last states or its logits, such as a hook"
         )
 
 

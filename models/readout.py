@@ -1,0 +1,129 @@
+"""What a model does to its output head's logits: nothing, a scale (Cohere, Granite), a soft cap (Gemma 2), or both.
+
+The configuration says it under many names, and the same name means a factor in one architecture and a divisor in
+another. So it is measured: the output head's output is replaced by known numbers once, and the model's logits show
+which operations it performs. Operations that do not reproduce these logits bit by bit are not accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, gist
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SATURATING = 1e4
+"""A logit that every soft cap turns into the cap itself, and that float16 holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfterHead:
+    """The operations between a model's output head and its logits, in this order."""
+
+    factor: float | None = None
+    """The number by which logits are multiplied; None for none."""
+    divisor: float | None = None
+    """The number by which logits are divided; None for none."""
+    cap: float | None = None
+    """The bound c of c tanh(logits / c); None for no bound."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the model's logits of the output head's, (..., vocab) both, float32 or wider."""
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def measure_readout(model: PreTrainedModel, token: int, name: str) -> AfterHead:
+    """Return the operations between the output head and the logits, from one pass of the model over one token.
+
+    Args:
+        model: The model.
+        token: The id of a token that stands for no picture.
+        name: The name of the model in error messages.
+
+    Returns:
+        The operations, which reproduce the model's logits bit by bit.
+
+    Raises:
+        ModelError: If no operations do, or if the output head does not run.
+    """
+    head, given = cast(nn.Module, model.get_output_embeddings()), []
+
+    def replace(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        given.append(_known_numbers(output))
+        return given[-1]
+
+    handle = head.register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([[token]], device=model.device)
+            logits = _owner(model, head)(input_ids=ids, use_cache=False).logits
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        raise ModelError(f"{name!r} gives no logits of a single word: {gist(error)}") from error
+    finally:
+        handle.remove()
+    if not given:
+        raise ModelError(f"the output head of {name!r} does not run, so its logits are of another origin")
+    for after in _candidates(given[0], logits, _numbers(model.config)):
+        if torch.equal(after(given[0]), AfterHead()(logits)):
+            return after
+    raise ModelError(
+        f"the logits of {name!r} are neither its output head's nor these with a scale or a soft cap; what else the "
+        "model does to them is unknown, so no answers can be read from states"
+    )
+
+
+def _owner(model: PreTrainedModel, head: nn.Module) -> Any:
+    """Return the innermost module that owns the head: the outer model of BLIP-2 does not run without a picture."""
+    owners = (module for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return [module for module in owners if cast(Any, module).get_output_embeddings() is head][-1]
+
+
+def _known_numbers(output: Tensor) -> Tensor:
+    """Return numbers of the output's shape: 1 first, the largest last, and between them -100 to 100."""
+    numbers = torch.linspace(-100, 100, output.shape[-1], dtype=torch.float64)
+    numbers[0], numbers[-1] = 1, _SATURATING
+    return numbers.to(output).expand_as(output).clone()
+
+
+def _candidates(given: Tensor, logits: Tensor, configured: list[float]) -> Iterator[AfterHead]:
+    """Yield operations with numbers from the configuration, and with those that the logits themselves show."""
+    first, last = (float(logits.flatten()[place].double()) for place in (0, -1))
+    scales = [number for number in (*configured, first) if number not in (0, 1)]
+    caps = [None, *(number for number in (*configured, last) if number > 0)]
+    for cap in caps:
+        yield AfterHead(cap=cap)
+    for scale, cap in product(scales, caps):
+        yield AfterHead(factor=scale, cap=cap)
+        yield AfterHead(divisor=scale, cap=cap)
+    if first:
+        yield AfterHead(divisor=round(1 / first, 6))
+
+
+def _numbers(config: Any) -> list[float]:
+    """Return the different numbers of a configuration whose names speak of logits, multipliers or caps."""
+    numbers: list[float] = []
+
+    def visit(entries: Mapping[str, Any]) -> None:
+        for key, value in entries.items():
+            if isinstance(value, Mapping):
+                visit(value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                if any(word in key for word in ("logit", "multiplier", "cap")) and value not in numbers:
+                    numbers.append(value)
+
+    visit(config.to_dict())
+    return numbers
