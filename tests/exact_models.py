@@ -43,10 +43,12 @@ def true_gemma_norm(self: nn.Module, states: Tensor) -> Tensor:
 
 
 def lift_casts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the model's norms compute in the dtype that they are given."""
+    """From now on the model's norms and softmaxes compute in the dtype that they are given."""
     for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         norm = next(module for module in model.modules() if type(module) is kind)
         monkeypatch.setattr(kind, "forward", true_norm if hasattr(norm, "variance_epsilon") else true_gemma_norm)
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda states, dim, **_dtype: softmax(states, dim))
 
 
 def load_exact(path: Path, monkeypatch: pytest.MonkeyPatch, **options: str) -> VisionLanguageModel:

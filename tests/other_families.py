@@ -21,6 +21,10 @@ NEOX = {"attention": "attention", "attention_out": "attention.dense", "down": "m
         "final_norm": "final_layer_norm"}  # fmt: skip
 GPT2 = {"layers": "h", "attention": "attn", "attention_out": "attn.c_proj", "down": "mlp.c_proj",
         "final_norm": "ln_f", "transposed": True}  # fmt: skip
+CAPPED = {"head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": None}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+          "num_key_value_heads": 4, "first_k_dense_replace": 4, "n_routed_experts": 4, "n_group": 1,
+          "topk_group": 1}  # fmt: skip
 
 
 def text(name: str, **settings) -> Callable[[], PreTrainedModel]:
@@ -54,6 +58,18 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
         ),
         {},
     ),
+    "Gemma2, capped scores": (text("Gemma2", **CAPPED), {}),
+    "GPT-OSS, sinks and experts": (
+        text("GptOss", head_dim=16, sliding_window=4, num_local_experts=2, num_experts_per_tok=1,
+             experts_implementation="eager", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        {"down": "mlp.router"},  # experts have no matrix of two dimensions
+    ),
+    "DeepSeek-V3, values of another size than keys": (text("DeepseekV3", **LATENT), {}),
+    "MiMo-V2, sinks in some layers, values of another size": (
+        text("MiMoV2Flash", mlp_layer_types=["dense"] * 4, head_dim=12, v_head_dim=8, sliding_window=4,
+             layer_types=[FULL, SLIDING, SLIDING, FULL]),
+        {},
+    ),
     "GPT-2": (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=300, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2)), GPT2),
     "GPT-NeoX": (text("GPTNeoX"), NEOX),
@@ -81,7 +97,14 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
                vision_config={**VISION, "model_type": "siglip_vision_model"}, projection_dim=32),
         {},
     ),
+    "PaliGemma 2, capped scores": (
+        seeing("PaliGemma", transformers.Gemma2Config(**{**SIZES, **CAPPED}).to_dict(), image_token_index=290,
+               vision_config={**VISION, "model_type": "siglip_vision_model"}, projection_dim=32),
+        {},
+    ),
 }  # fmt: skip
+
+NO_PLAIN_SOFTMAX = [name for name in MODELS if any(what in name for what in ("capped scores", "sinks", "another size"))]
 
 
 def make(name: str, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:

@@ -12,6 +12,7 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.models import Prompt, ReplayError, collate
 from multrace.models.families import Family
 from multrace.models.replay import Attention, attending, attention_function
+from other_families import NO_PLAIN_SOFTMAX, make
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -195,9 +196,7 @@ def build(name: str, names: dict[str, str] | None = None, **settings: Any) -> Vi
     return assemble(model, Family(name=name, model_types=(), text_types=(), **(names or {})))
 
 
-GEMMA = {"head_dim": 16, "final_logit_softcapping": None}
 REFUSED = {
-    "capped scores": ("decoder layer 0 is given softcap", lambda: build("Gemma2", **GEMMA)),
     "an attention function of its own": (
         "GPTJModel does not let its attention function be replaced",
         lambda: build("GPTJ", {"layers": "h", "attention": "attn"}, n_inner=64, rotary_dim=4),
@@ -208,22 +207,30 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 @torch.no_grad()
 def test_attention_that_is_no_plain_softmax_is_refused(name):
-    text, make = REFUSED[name]
-    vlm = make()
+    text, build_it = REFUSED[name]
+    vlm = build_it()
     embeddings = make_runs(vlm).base
     with pytest.raises(ReplayError, match=text), attending(vlm, [-1]):
         vlm.forward(inputs_embeds=embeddings)
     vlm.forward(inputs_embeds=embeddings)
 
 
+@pytest.mark.parametrize("name", NO_PLAIN_SOFTMAX)
 @torch.no_grad()
-def test_the_same_architecture_without_its_caps_is_recorded():
-    vlm = build("Gemma2", **GEMMA, attn_logit_softcapping=None)
-    embeddings = make_runs(vlm).base
-    plain = vlm.forward(inputs_embeds=embeddings)
-    with attending(vlm, [0, -1]) as seen:
-        assert close(vlm.forward(inputs_embeds=embeddings), plain, 1e-4)
-    assert len(seen) == vlm.layers
+def test_caps_sinks_and_values_of_another_size_are_recorded(name, monkeypatch):
+    vlm = make(name, monkeypatch)
+    vlm.decoder.config._attn_implementation = "eager"  # transformers hands out the weights of no other
+    embeddings, weights = make_runs(vlm).source, []
+    for layer in vlm.decoder_layers:
+        layer.self_attn.register_forward_hook(lambda _module, _arguments, output: weights.append(output[1]))
+    plain, expected = vlm.forward(inputs_embeds=embeddings), [*weights]
+    for queries in ([-1, 3], range(LENGTH)):
+        with attending(vlm, queries) as seen:
+            assert close(vlm.forward(inputs_embeds=embeddings), plain)
+        assert len(seen) == len(expected) == vlm.layers
+        assert all(close(each.weights, own[:, :, queries]) for each, own in zip(seen, expected, strict=True))
+    left = 1 - torch.stack([each.weights.sum(-1) for each in seen])
+    assert (float(left.max()) > 0.1) == ("sinks" in name) and float(left.min()) > -1e-12
 
 
 @torch.no_grad()

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multrace.models.replay import Kernels, Segment, attention, merged_attention, portable, probe_kernels
+from multrace.models.replay import (
+    Kernels,
+    Segment,
+    Softmax,
+    attention,
+    merged_attention,
+    portable,
+    probe_kernels,
+    whole_attention,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,6 +47,12 @@ def make_segments(key_heads: int = 2) -> list[Segment]:
 
 def one_softmax(query: Tensor, segments: Sequence[Segment]) -> Tensor:
     """The same by torch, with every row's keys of every segment side by side and one mask."""
+    keys, values, mask = side_by_side(segments)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=SCALE)
+
+
+def side_by_side(segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's keys and values of all segments, and what its queries see of them."""
     keys, values, masks = [], [], []
     for segment in segments:
         for parts, given in ((keys, segment.keys), (values, segment.values)):
@@ -48,16 +63,21 @@ def one_softmax(query: Tensor, segments: Sequence[Segment]) -> Tensor:
         if segment.visible is not None:
             seen = seen & (segment.visible if segment.visible.ndim == 2 else segment.visible[:, None])
         masks.append(seen)
-    mask = torch.cat(masks, 1)
-    return scaled_dot_product_attention(query, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask, scale=SCALE)
+    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, 1)
 
 
-def merged(query: Tensor, segments: Sequence[Segment], kernels: Kernels | None = None) -> Tensor:
-    return merged_attention(query, segments, scale=SCALE, kernels=kernels or probed(query, segments[0].keys.shape[1]))
+def merged(
+    query: Tensor, segments: Sequence[Segment], kernels: Kernels | None = None, softmax: Softmax | None = None
+) -> Tensor:
+    kernels = kernels or probed(
+        query, *(segments[0].keys.shape[place] for place in (1, 3)), segments[0].values.shape[3]
+    )
+    return merged_attention(query, segments, softmax=softmax or Softmax(scale=SCALE), kernels=kernels)
 
 
-def probed(query: Tensor, key_heads: int) -> Kernels:
-    return probe_kernels(device=query.device, dtype=query.dtype, heads=HEADS, key_heads=key_heads, size=SIZE)
+def probed(query: Tensor, key_heads: int, size: int = SIZE, value_size: int = SIZE) -> Kernels:
+    sizes = {"key_heads": key_heads, "size": size, "value_size": value_size}
+    return probe_kernels(device=query.device, dtype=query.dtype, heads=HEADS, **sizes)
 
 
 @KEY_HEADS
@@ -88,6 +108,83 @@ def test_single_keys_are_hidden_from_single_queries(key_heads, where, kernels):
     assert (found - one_softmax(query, segments)).abs().max() > 0.1
 
 
+def draw_visible(count: int) -> Tensor:
+    visible = torch.rand(QUERIES, count, generator=torch.Generator().manual_seed(3)) < 0.5
+    visible[:, 0], visible[1] = True, False  # one query sees nothing of this segment
+    return visible
+
+
+CAP, SINKS = 0.7, draw(HEADS, seed=11)
+SOFTMAXES = {
+    "capped": Softmax(scale=SCALE, cap=CAP),
+    "sinks": Softmax(scale=SCALE, sinks=SINKS),
+    "capped, sinks": Softmax(scale=SCALE, cap=CAP, sinks=SINKS),
+}
+
+
+def in_words(query: Tensor, segments: Sequence[Segment], softmax: Softmax) -> Tensor:
+    """Capped scores and a column for the sink, whose weight is dropped, all keys side by side."""
+    keys, values, mask = side_by_side(segments)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, keys) * SCALE
+    if softmax.cap is not None:
+        scores = CAP * torch.tanh(scores / CAP)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if softmax.sinks is not None:
+        scores = torch.cat([scores, SINKS[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1)[..., : keys.shape[2]], values)
+
+
+@KEY_HEADS
+@pytest.mark.parametrize("name", SOFTMAXES)
+@pytest.mark.parametrize("kernels", [None, PORTABLE], ids=["probed", "portable"])
+def test_caps_and_sinks_merge_exactly(key_heads, name, kernels):
+    query, segments, softmax = 3 * make_query(), make_segments(key_heads), SOFTMAXES[name]
+    segments[0] = replace(segments[0], visible=draw_visible(7))
+    single = Segment(keys=draw(ROWS, key_heads, 1, SIZE, seed=8), values=draw(ROWS, key_heads, 1, SIZE, seed=9))
+    for chosen in (segments, segments[2:], [*segments, single]):
+        expected = in_words(query, chosen, softmax)
+        assert torch.allclose(merged(query, chosen, kernels, softmax), expected, rtol=0, atol=1e-13)
+        assert (merged(query, chosen, kernels) - expected).abs().max() > 0.1
+    whole = whole_attention(query, *side_by_side(segments)[:2], softmax=softmax, causal=False,
+                            mask=side_by_side(segments)[2])  # fmt: skip
+    assert torch.allclose(whole, in_words(query, segments, softmax), rtol=0, atol=1e-13)
+
+
+def test_a_query_that_sees_nothing_but_a_sink_gets_nothing():
+    query, segments, softmax = make_query(), make_segments()[:1], SOFTMAXES["sinks"]
+    visible = draw_visible(7)
+    segments[0] = replace(segments[0], visible=visible)
+    keys, values, _ = side_by_side(segments)
+    whole = whole_attention(query, keys, values, softmax=softmax, causal=False, mask=visible)
+    for output in (merged(query, segments, softmax=softmax), whole, in_words(query, segments, softmax)):
+        assert not output[:, :, 1].any() and bool((output[:, :, 0] != 0).all())
+    without = whole_attention(query, keys, values, softmax=Softmax(scale=SCALE), causal=False, mask=visible)
+    assert torch.allclose(without[:, :, 1], one_softmax(query, make_segments()[:1])[:, :, 1], rtol=0, atol=1e-13)
+
+
+@KEY_HEADS
+@pytest.mark.parametrize("size", [3, SIZE + 4], ids=["narrower", "wider"])
+@pytest.mark.parametrize("kernels", [None, PORTABLE], ids=["probed", "portable"])
+def test_values_may_have_another_size_than_keys(key_heads, size, kernels):
+    query, segments = make_query(), make_segments(key_heads)
+    segments[0] = replace(segments[0], visible=draw_visible(7), rows=(0, 2, 3))
+    values = [draw(*each.values.shape[:3], size, seed=20 + number) for number, each in enumerate(segments)]
+    segments = [replace(each, values=value) for each, value in zip(segments, values, strict=True)]
+    seeing = [replace(segments[0], rows=None), *segments[1:]]
+    expected = torch.where(
+        torch.tensor([row in (0, 2, 3) for row in range(ROWS)])[:, None, None, None],
+        one_softmax(query, seeing),
+        one_softmax(query, segments[1:]),
+    )
+    assert expected.shape[-1] == size
+    assert torch.allclose(merged(query, segments, kernels), expected, rtol=0, atol=1e-13)
+
+
+def test_fused_kernels_also_serve_values_of_another_size():
+    alone = probed(make_query(), 2, SIZE, SIZE + 4)
+    assert alone.name == probed(make_query(), 2).name != "portable, masked portable"
+
+
 def two_dead_queries() -> list[Segment]:
     segments = make_segments()
     segments[0] = replace(segments[0], visible=torch.tensor([True, False, True, True, False]))
@@ -107,8 +204,8 @@ def test_queries_that_see_nothing_of_a_segment_get_nothing_of_it(kernels):
 def test_without_an_infinite_sum_for_them_the_result_is_wrong(monkeypatch, total):
     part = attention._part
 
-    def finite(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        output, sums = part(query, segment if total is not None else replace(segment, visible=None), scale, kernels)
+    def finite(query: Tensor, segment: Segment, softmax: Softmax, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        output, sums = part(query, segment if total is not None else replace(segment, visible=None), softmax, kernels)
         return output, sums if total is None else sums.masked_fill(sums == -torch.inf, total)
 
     monkeypatch.setattr(attention, "_part", finite)

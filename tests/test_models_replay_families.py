@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from exact_models import CHANGED, FROZEN, LENGTH, largest_difference, lift_casts, make_runs, mixed_cells
+from exact_models import CHANGED, FROZEN, LENGTH, largest_difference, lift_casts, make_runs, measure, mixed_cells
 from multrace import VisionLanguageModel, load
 from multrace.models.families import FAMILIES, Family
-from multrace.models.replay import replaying
-from other_families import MODELS, make, text
+from multrace.models.replay import Cut, replaying
+from multrace.tracing.engine import EdgeCell, Runs, plain_scores
+from multrace.tracing.engine.measure import sweep
+from other_families import MODELS, NO_PLAIN_SOFTMAX, make, text
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -28,6 +30,22 @@ def check(vlm: VisionLanguageModel, share: float = 0.4, cells: int = 45, **keywo
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_without_a_row_is_swept_exactly(name, monkeypatch):
     check(make(name, monkeypatch))
+
+
+CUTS = [
+    Cut(sources=frozenset({3, 4, 5}), targets=frozenset({LENGTH - 1})),
+    Cut(sources=frozenset({2, 7}), targets=frozenset({6, 7, 8, LENGTH - 2}), heads=(1, 3)),
+]
+
+
+@pytest.mark.parametrize("name", NO_PLAIN_SOFTMAX)
+def test_edges_are_cut_exactly(name, monkeypatch):
+    vlm = make(name, monkeypatch)
+    cells = [EdgeCell(cut=cut, first=first, last=min(first + 2, 3)) for cut in CUTS for first in range(vlm.layers)]
+    runs = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
+    found, slow = sweep(vlm, runs, cells, measure), plain_scores(vlm, runs, cells, measure)
+    assert float((found.scores - slow).abs().max()) <= 1e-12
+    assert float((slow - found.base).abs().amax((1, 2)).min()) > 1e-6
 
 
 ROWS = {"mistral": Family(name="mistral", model_types=("mistral",), text_types=("mistral",)),

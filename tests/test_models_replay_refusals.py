@@ -56,21 +56,6 @@ MODELS: dict[str, tuple[str, Callable[[], VisionLanguageModel]]] = {
             activation_sparsity_pattern=None,
         ),
     ),
-    "capped attention scores": (
-        "decoder layer 0 is given softcap",
-        lambda: build("Gemma2", head_dim=16, final_logit_softcapping=None),
-    ),
-    "attention sinks": (
-        "decoder layer 0 is given s_aux",
-        lambda: build("GptOss", {"down": "mlp"}, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
-                      rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
-    ),
-    "values of another size than keys": (
-        "keys and values of decoder layer 0 have different sizes",
-        lambda: build("DeepseekV2", kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
-                      v_head_dim=12, num_key_value_heads=4, first_k_dense_replace=4, n_routed_experts=4, n_group=1,
-                      topk_group=1),
-    ),
     "an attention function of its own": (
         "GPTJModel does not let its attention function be replaced",
         lambda: build("GPTJ", GPTJ, n_inner=64, rotary_dim=4),

@@ -15,6 +15,7 @@ from multrace.models.replay import (
     Kernels,
     Masks,
     Segment,
+    Softmax,
     Span,
     attention,
     recording as layouts,
@@ -110,8 +111,8 @@ def merges_all_that_is_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def averages_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def average(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
-        parts = [attention._part(query, segment, scale, kernels)[0] for segment in segments if segment.keys.shape[2]]
+    def average(query: Tensor, segments: Sequence[Segment], *, softmax: Softmax, kernels: Kernels) -> Tensor:
+        parts = [attention._part(query, segment, softmax, kernels)[0] for segment in segments if segment.keys.shape[2]]
         return torch.stack(parts).mean(0)
 
     monkeypatch.setattr(replays, "merged_attention", average)
@@ -120,8 +121,8 @@ def averages_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def weighs_parts_by_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     part = attention._part
 
-    def counted(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        output, total = part(query, segment, scale, kernels)
+    def counted(query: Tensor, segment: Segment, softmax: Softmax, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        output, total = part(query, segment, softmax, kernels)
         count = torch.tensor(segment.keys.shape[2], dtype=total.dtype).log()
         return output, torch.where(total == -torch.inf, total, count)
 
@@ -131,8 +132,8 @@ def weighs_parts_by_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def dead_rows_sum_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     part = attention._part
 
-    def finite(query: Tensor, segment: Segment, scale: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        output, total = part(query, segment, scale, kernels)
+    def finite(query: Tensor, segment: Segment, softmax: Softmax, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        output, total = part(query, segment, softmax, kernels)
         return output, total.masked_fill(total == -torch.inf, 0.0)
 
     monkeypatch.setattr(attention, "_part", finite)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from multrace import VisionLanguageModel
-from multrace.models.replay import Kernels, Segment, merged_attention, replay as replay_module
+from multrace.models.replay import Kernels, Segment, Softmax, merged_attention, replay as replay_module
 from multrace.tracing import ImageNoise, TextNoise
 from multrace.tracing.engine import Engine, Runs, StateCell
 from multrace.tracing.engine.measure import sweep
@@ -124,14 +124,14 @@ def test_more_samples_take_no_more_memory(random_llava, patches):
 # Keys and values of the prefix.
 
 
-def copied_for_each_row(query: Tensor, segments: Sequence[Segment], *, scale: float, kernels: Kernels) -> Tensor:
+def copied_for_each_row(query: Tensor, segments: Sequence[Segment], *, softmax: Softmax, kernels: Kernels) -> Tensor:
     """Attention as it would be if each row had shared keys and values of its own."""
     own = []
     for segment in segments:
         copies = query.shape[0] // segment.keys.shape[0]
         keys, values = (each.repeat_interleave(copies, 0) for each in (segment.keys, segment.values))
         own.append(replace(segment, keys=keys, values=values))
-    return merged_attention(query, own, scale=scale, kernels=kernels)
+    return merged_attention(query, own, softmax=softmax, kernels=kernels)
 
 
 def test_keys_of_the_prefix_are_not_copied_for_each_row(random_llava, make_photo, monkeypatch):

@@ -1,9 +1,11 @@
 from .attention import (
     Kernels as Kernels,
     Segment as Segment,
+    Softmax as Softmax,
     merged_attention as merged_attention,
     portable as portable,
     probe_kernels as probe_kernels,
+    whole_attention as whole_attention,
 )
 from .observe import (
     Attention as Attention,

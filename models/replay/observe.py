@@ -3,7 +3,7 @@
 A `Witness` observes one run of decoder layers and checks that calling the layers one by one would repeat it. With a
 replaced attention function, a pass hands out its attention (`attending`) or hides keys from queries (`masking`).
 `attending` computes the softmax of its queries itself, so that gradients go through the weights that it hands out.
-Attention that is not a plain softmax over scaled products raises `ReplayError`.
+Scores may be capped or have sinks; any other attention than a softmax over scaled products raises `ReplayError`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from ..errors import ModelError, ReplayError
 from ..guards import uninterrupted
 from ..hooks import main_tensor
 from ..vlm import VisionLanguageModel
+from .attention import Softmax, whole_attention
 from .recording import Index
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "cache_position", "is_causal"}
 """Keywords of attention functions that change nothing beyond the mask, which is captured whole."""
+_SOFTMAX = {"softcap", "s_aux"}
+"""Keywords of attention functions that `Softmax` computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +95,12 @@ class Witness:
         number = self._number_of.get(id(module))
         if number is None or number in self._attended:
             raise ReplayError("a decoder layer attends more than once, or something else attends in between")
-        unknown = [name for name, value in keywords.items() if name not in _HARMLESS and not _is_unset(value)]
+        known = _HARMLESS | _SOFTMAX
+        unknown = [name for name, value in keywords.items() if name not in known and not _is_unset(value)]
         if unknown:
             raise ReplayError(f"the attention of decoder layer {number} is given {', '.join(unknown)}")
         key, value, mask = given
-        if value.shape[-1] != key.shape[-1]:
-            raise ReplayError(f"keys and values of decoder layer {number} have different sizes")
-        setting = keywords.get("is_causal")
-        if mask is None and not (getattr(module, "is_causal", True) if setting is None else setting):
+        if mask is None and not _is_causal(module, keywords):
             if self._everything is None:
                 self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             mask = self._everything
@@ -241,32 +243,67 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
 
         try:
             AttentionInterface.register(name, attend)
-            AttentionMaskInterface.register(name, sdpa_mask)  # transformers makes no masks without such an entry
+            # Transformers makes no masks without such an entry. Its eager attention is causal by its mask alone, so the
+            # mask must not be left out for a module that does not say that it is causal (PaliGemma 2).
+            masks = partial(_without_skip, sdpa_mask) if before == "eager" else sdpa_mask
+            AttentionMaskInterface.register(name, masks)
             config._attn_implementation = name
             yield
         finally:
             uninterrupted(put_back)
 
 
-def sdpa_attention(module: nn.Module, *tensors: Tensor | None, **keywords: Any) -> tuple[Tensor, None]:
-    """Return what transformers' own sdpa function returns for these arguments of an attention function."""
+def _without_skip(make: Callable[..., Tensor | None], *arguments: Any, **keywords: Any) -> Tensor | None:
+    """Return a mask, also where a causal one could be left out."""
+    return make(*arguments, **{**keywords, "allow_is_causal_skip": False})
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Return what transformers' own sdpa function returns for these arguments of an attention function.
+
+    Capped scores and sinks, of which that function refuses or ignores the keyword, are computed by `whole_attention`.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return cast(Any, sdpa_attention_forward)(module, *tensors, **keywords)
+    softmax = Softmax.of(query, scaling, keywords)
+    if softmax.is_plain:
+        tensors = query, key, value, attention_mask
+        return cast(Any, sdpa_attention_forward)(module, *tensors, scaling=scaling, dropout=dropout, **keywords)
+    if dropout:
+        raise ReplayError("attention weights are dropped at random; put the model in eval mode")
+    causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, keywords)
+    output = whole_attention(query, key, value, softmax=softmax, causal=causal, mask=attention_mask)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, keywords: Mapping[str, Any]) -> bool:
+    """Return whether a call of an attention function without a mask is causal."""
+    setting = keywords.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if setting is None else setting)
 
 
 @contextmanager
 def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[None]:
     """Hide keys from queries in single layers of the text model until the block ends.
 
-    The text model attends through transformers' sdpa function meanwhile, whatever its own is. Other threads wait until
-    the block ends.
+    The text model attends through transformers' sdpa function meanwhile (where scores are capped or have sinks, through
+    matrix products), whatever its own is. Other threads wait until the block ends.
 
     Args:
         vlm: The model.
         hidden: From a decoder layer to booleans (head or 1, query, key), True where the query must not see the key.
             Passes in the block need as many queries and keys. A query from which everything is hidden has no
-            meaningful output.
+            meaningful output, unless a sink remains.
 
     Raises:
         ReplayError: If the text model does not let its attention function be replaced.
@@ -294,10 +331,9 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
     ) -> tuple[Tensor, None]:
         cut = hidden.get(layers[id(module)])
         if cut is not None:
-            setting = keywords.get("is_causal")
-            is_causal = getattr(module, "is_causal", True) if setting is None else setting
-            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=bool(is_causal))
-        return sdpa_attention(module, query, key, value, attention_mask, **keywords)
+            is_causal = _is_causal(module, keywords)
+            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
+        return exact_attention(module, query, key, value, attention_mask, **keywords)
 
     with attention_function(vlm, attend):
         yield
@@ -318,10 +354,10 @@ class Attention:
     """The attention weights and values of one decoder layer at some queries."""
 
     weights: Tensor
-    """(row, head, query, key), float32 or wider: each query's weights, which sum to one. With gradients enabled the
-    layer's output depends on this very tensor."""
+    """(row, head, query, key), float32 or wider: each query's weights, which sum to one, or to what an attention sink
+    leaves of it. With gradients enabled the layer's output depends on this very tensor."""
     values: Tensor
-    """(row, key-value head, key, size): the values that are averaged, in the model's dtype. Head h reads key-value head
+    """(row, key-value head, key, size of values): what is averaged, in the model's dtype. Head h reads key-value head
     h // (heads / key-value heads)."""
 
 
@@ -343,8 +379,8 @@ def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list
 
     Raises:
         ModelError: For no queries or a repeated one, and from the pass for a query that it does not have.
-        ReplayError: From the pass, for attention that is not a softmax over scaled products (capped scores, sinks,
-            position biases), for cached keys, and for queries that see nothing (padding).
+        ReplayError: From the pass, for attention that is not a softmax over scaled (and capped) products, such as one
+            with position biases, for cached keys, and for queries that see nothing (padding).
 
     Example:
         >>> import multrace as mt
@@ -412,14 +448,15 @@ class _Recorder:
         if dropout:
             raise ReplayError(f"decoder layer {number} drops attention weights at random; put the model in eval mode")
         where = self._places(query.shape[2], key)
-        weights = _weights(query[:, :, where], key, _hidden(mask, where, key), scaling)
+        softmax = Softmax.of(query, scaling, keywords)
+        weights = _weights(query[:, :, where], key, _hidden(mask, where, key), softmax)
         if torch.is_grad_enabled() and not weights.requires_grad:
             weights.requires_grad_()
         self.attentions.append(Attention(weights=weights, values=value))
         rows = _weighed(weights, value)
         if len(where) == query.shape[2]:
             return rows[:, where.argsort()], None
-        output, _ = sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **keywords)
+        output, _ = exact_attention(module, query, key, value, attention_mask, scaling=scaling, **keywords)
         return output.index_copy(1, where, rows), None
 
     def _places(self, length: int, key: Tensor) -> Tensor:
@@ -448,13 +485,15 @@ def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
     return mask.to(dtype)
 
 
-def _weights(query: Tensor, key: Tensor, hidden: Tensor, scaling: float | None) -> Tensor:
-    """Return the softmax of the scaled products, (row, head, query, key), float32 or wider."""
+def _weights(query: Tensor, key: Tensor, hidden: Tensor, softmax: Softmax) -> Tensor:
+    """Return the softmax of the scores, (row, head, query, key), float32 or wider; a sink keeps its share of it."""
     wide = _wide(query.dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = rearrange(query.to(wide), "b (k g) q d -> b k g q d", k=key.shape[1])
-    scores = grouped @ rearrange(key.to(wide), "b k n d -> b k 1 d n") * scale
-    return (rearrange(scores, "b k g q n -> b (k g) q n") + hidden).softmax(-1)
+    scores = grouped @ rearrange(key.to(wide), "b k n d -> b k 1 d n") * softmax.scale
+    scores = softmax.capped(rearrange(scores, "b k g q n -> b (k g) q n")) + hidden
+    if softmax.sinks is None:
+        return scores.softmax(-1)
+    return (scores - softmax.with_sinks(scores.logsumexp(-1)).unsqueeze(-1)).exp()
 
 
 def _weighed(weights: Tensor, value: Tensor) -> Tensor:

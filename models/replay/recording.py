@@ -60,7 +60,7 @@ class Masks:
 
         Raises `ReplayError` for one that differs between rows or heads, or that adds anything to scores.
         """
-        unique = {id(mask): None if mask is None else _boolean(mask, length) for mask in masks}
+        unique = {id(mask): None if mask is None else _noncausal(mask, length) for mask in masks}
         return cls(length=length, layers=tuple(unique[id(mask)] for mask in masks))
 
     def reach(self, positions: Collection[int], first: int = 0) -> tuple[int, ...]:
@@ -208,6 +208,12 @@ def simplified(seen: Tensor) -> Tensor | None:
     if torch.equal(seen, seen[:, :1].expand_as(seen)):
         return seen[:, 0]
     return seen
+
+
+def _noncausal(mask: Tensor, length: int) -> Tensor | None:
+    """Return one mask (query, key) for all rows and heads, None if it is plainly causal."""
+    seen = _boolean(mask, length)
+    return None if torch.equal(seen, torch.ones_like(seen).tril()) else seen
 
 
 def _boolean(mask: Tensor, length: int) -> Tensor:

@@ -25,8 +25,8 @@ from ..errors import ModelError, ReplayError
 from ..families import Projection, Site
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
-from .attention import Job, Kernels, merged_attention, probe_kernels
-from .observe import LayerCall, Witness, attention_function, for_rows, sdpa_attention
+from .attention import Job, Kernels, Softmax, merged_attention, probe_kernels
+from .observe import LayerCall, Witness, attention_function, exact_attention, for_rows
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Replay:
         """The attention masks of the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
-        self._kernels: dict[tuple[int, int, int], Kernels] = {}
+        self._kernels: dict[tuple[int, ...], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
 
@@ -279,8 +279,8 @@ class Replay:
         if job is None:
             if self._witness is not None:
                 self._witness.attends(module, (key, value, attention_mask), keywords)
-                self._kernels_for(query, key)  # probed once, while recording, not in the first replayed layer
-            return sdpa_attention(
+                self._kernels_for(query, key, value)  # probed once, while recording, not in the first replayed layer
+            return exact_attention(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
             )
         job.computed = key, value
@@ -289,15 +289,16 @@ class Replay:
         key, value = job.given or job.computed
         segments = [*job.segments, *job.own(key, value)]
         self.work.pairs += query.shape[2] * sum(part.keys.shape[2] * part.seeing(len(query)) for part in segments)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = merged_attention(query, segments, scale=scale, kernels=self._kernels_for(query, key))
+        softmax = Softmax.of(query, scaling, keywords)
+        kernels = self._kernels_for(query, key, value)
+        output = merged_attention(query, segments, softmax=softmax, kernels=kernels)
         return output.transpose(1, 2).contiguous(), None
 
-    def _kernels_for(self, query: Tensor, key: Tensor) -> Kernels:
+    def _kernels_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernels:
         """Return the kernels that passed the self-test for tensors of these shapes."""
-        shape = query.shape[1], key.shape[1], query.shape[3]
+        shape = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
         if shape not in self._kernels:
-            sizes = dict(zip(("heads", "key_heads", "size"), shape, strict=True))
+            sizes = dict(zip(("heads", "key_heads", "size", "value_size"), shape, strict=True))
             self._kernels[shape] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
         return self._kernels[shape]
 
