@@ -1,8 +1,9 @@
 # Every target makes .venv on first use, and brings it up to date when setup.cfg, pyproject.toml or constraints.txt change.
 #
 #   make demo     a wrong answer, where it comes from, the edit, the proof      -> out/demo/report.html
-#   make test     the test suite without the checks marked slow
+#   make test     the test suite without the checks marked slow or families
 #   make slow     the checks marked slow
+#   make families  the battery of every family, and the page that says what works   -> docs/families.md
 #   make reference  docs/reference.md, from the docstrings
 #   make lint     format, style, likely bugs, import order, types
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
@@ -38,7 +39,7 @@ PYTEST_ARGS ?=
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
 
-.PHONY: help demo test slow lint reference bench results tiny-vlm venv
+.PHONY: help demo test slow families lint reference bench results tiny-vlm venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -47,7 +48,7 @@ demo: $(READY)
 	$(BIN)/multrace demo
 
 test: $(READY)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not families" $(PYTEST_ARGS)
 
 # pytest leaves with 5 where no test is chosen; that is not a pass, and it is not a failure either
 slow: $(READY)
@@ -55,6 +56,11 @@ slow: $(READY)
 	if [ $$code -eq 5 ]; then echo "no test is marked slow: nothing was checked"; elif [ $$code -ne 0 ]; then exit $$code; fi
 	@code=0; $(BIN)/pytest -n 0 -m alone $(PYTEST_ARGS) || code=$$?; \
 	if [ $$code -eq 5 ]; then echo "no test is marked alone"; else exit $$code; fi
+
+# some families need packages that are not installed by default; their tests say which, and are skipped without them
+families: $(READY)
+	$(PYTEST) tests/families --deselect tests/families/test_page.py $(PYTEST_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m families.page docs/families.md
 
 reference: $(READY)
 	$(BIN)/python -m multrace.scripts.studies.reference

@@ -1,0 +1,71 @@
+"""docs/families.md, from the table that the battery checks: `python -m families.page FILE`."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from .table import KNOWN, RECIPES, Known
+
+HEAD = """# Families
+
+What works on which family of models, checked on a tiny model of each with random weights: `make families` builds
+the models offline, runs one battery on each, and writes this page. A family that is not here may work as well:
+`mt.load` proves every model that it opens, and refuses one that it cannot prove.
+
+The battery opens the model through `mt.load` and its proof, and then checks, against transformers alone or hooks
+by hand: the prompt holds everything that the processor returns; image positions hold the image features, of
+pictures of several shapes and numbers; a causal trace of the expected engine equals plain passes in true float64,
+and these equal hooks on the whole model; a knockout equals masks put in by hand; the lens ends with the model's
+own probabilities; a padded batch, and pictures of unequal sizes, are answered as one by one; an edit raises the
+model's own probability of the target, which is the one that the search believed in, and undo is bit-exact; PEFT
+adapter and merged folder, opened by transformers, have the edited model's logits; second moments are those that a
+hook sees.
+"""
+LEGEND = """
+- Engine: "fast" computes only what can have changed; "plain" is one forward pass per cell, with the reason.
+- Edited: the output maps that an edit changes. A layer of experts has no single map behind its MLP, so that
+  attention's is edited there.
+- Export: PEFT adapter and merged folder.
+- Checked in: the widest type in which transformers itself runs the model.
+- Needs: packages besides `pip install multrace`. `pip install 'multrace[vision]'` brings torchvision.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    works = {name: known for name, known in KNOWN.items() if not known.refused}
+    refused = [f"- {known.title} (`{model_type(name)}`): {known.why}" for name, known in KNOWN.items() if known.refused]
+    fast = sum(not known.plain for known in works.values())
+    count = f"\n{len(works)} of {len(KNOWN)} families work, {fast} of them on the fast engine.\n"
+    sees = [name for name in works if RECIPES[name].sees]
+    parts = [
+        HEAD, count, LEGEND,
+        "\n## Vision-language models\n\n", *table(sees),
+        "\n## Text-only models\n\n", *table([name for name in works if name not in sees]),
+        "\n## What does not work\n\n", "\n".join(refused), "\n",
+    ]  # fmt: skip
+    return "".join(parts)
+
+
+def table(names: Iterable[str]) -> list[str]:
+    columns = ("family", "model_type", "text stack", "engine", "edited", "export", "checked in", "needs")
+    rows = [columns, ("---",) * len(columns), *(row(name, KNOWN[name]) for name in names)]
+    return [f"| {' | '.join(cells)} |\n" for cells in rows]
+
+
+def row(name: str, known: Known) -> tuple[str, ...]:
+    text = RECIPES[name].config.get("text_config", {}).get("model_type")
+    engine = f"plain: {known.why}" if known.plain else "fast"
+    return (
+        known.title + ("" if not known.core else " *"), f"`{model_type(name)}`", f"`{text}`" if text else "its own",
+        engine, "MLP, attention" if known.projection == "mlp" else "attention", "PEFT, merged", known.dtype,
+        ", ".join(known.needs) or "-",
+    )  # fmt: skip
+
+
+def model_type(name: str) -> str:
+    return RECIPES[name].config["model_type"]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Every family through its battery: the most used ones in `make test`, all of them in `make families`."""
+
+from pathlib import Path
+
+import multrace as mt
+import pytest
+
+from .battery import CHECKS, open_subject
+from .folders import write
+from .table import KNOWN, RECIPES
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+PROVEN = [name for name, known in KNOWN.items() if not known.refused]
+
+
+def each(names: list[str]) -> list:
+    """The names as parameters; those that `make test` leaves out carry a mark."""
+    return [pytest.param(name, marks=() if KNOWN[name].core else pytest.mark.families) for name in names]
+
+
+@pytest.mark.parametrize("name", each(PROVEN))
+def test_everything_that_the_table_says_holds(name: str, tmp_path: Path) -> None:
+    if KNOWN[name].missing:
+        pytest.skip(f"needs {', '.join(KNOWN[name].missing)}, which is not installed")
+    subject = open_subject(name, tmp_path)
+    for check in CHECKS.values():
+        check(subject)
+
+
+@pytest.mark.parametrize("name", each([name for name in KNOWN if KNOWN[name].refused]))
+def test_what_does_not_work_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    folder = write(RECIPES[name], tmp_path / name)
+    with pytest.raises(mt.ModelError, match=KNOWN[name].refused):
+        mt.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", each([name for name in PROVEN if KNOWN[name].missing and "timm" not in KNOWN[name].missing])
+)
+def test_a_missing_package_is_named(name: str, tmp_path: Path) -> None:
+    folder = write(RECIPES[name], tmp_path / name)
+    with pytest.raises(mt.ModelError, match=KNOWN[name].missing[0]):
+        mt.load(folder)
+
+
+def test_the_table_has_every_recipe() -> None:
+    assert set(KNOWN) == set(RECIPES)
+    assert len({known.title for known in KNOWN.values()}) == len(KNOWN) == 61
