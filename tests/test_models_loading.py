@@ -1,6 +1,7 @@
 """Opening models: dtypes, sizes, and one clear line for everything that cannot be opened."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import torch
 from multrace import ModelError
 from multrace.models import FAMILIES, Family
 from multrace.models.families import family_of
+from random_models import make_tokenizer, text_sizes
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.utils import is_torchvision_available
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -199,3 +208,71 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(llama_path, tmp_path)
     with pytest.raises(ModelError, match="no usable configuration"):
         multrace.load(folder)
     assert not marker.exists()
+
+
+QWEN = ("<image>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+PICTURES = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
+            "size": {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}}  # fmt: skip
+IMAGES, VIDEOS = {"image_processor_type": "Qwen2VLImageProcessor"}, {"video_processor_type": "Qwen2VLVideoProcessor"}
+NAMED = {"processor_class": "Qwen2_5_VLProcessor"}
+LAYOUTS = {
+    "one file": {"processor_config.json": {**NAMED, "image_processor": {**PICTURES, **IMAGES},
+                                           "video_processor": {**PICTURES, **VIDEOS}}},
+    "a file for each": {"preprocessor_config.json": {**PICTURES, **IMAGES, **NAMED},
+                        "video_preprocessor_config.json": {**PICTURES, **VIDEOS}},
+    "no file for videos": {"preprocessor_config.json": {**PICTURES, **IMAGES}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen_path(tmp_path_factory):
+    """A Qwen2.5-VL with random weights, without the files of its processor."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN[1:])})
+    image, video, start, end = tokenizer.convert_tokens_to_ids(list(QWEN))
+    grid = {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
+    text = {**text_sizes(tokenizer), "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**grid, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32,
+                       "fullatt_block_indexes": [1], "window_size": 32},
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("qwen")
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def qwen(folder):
+    row = Family(
+        name="qwen", model_types=("qwen2_5_vl",), text_types=("qwen2_5_vl_text",), vision="visual", projector="visual"
+    )
+    return multrace.load(folder, families=(row,), verify=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_processor_of_pictures_and_videos_opens_without_torchvision(layout, qwen_path, photo, tmp_path):
+    assert not is_torchvision_available()
+    folder = copy(qwen_path, tmp_path / "model")
+    for file, content in layout.items():
+        (folder / file).write_text(json.dumps(content))
+    vlm = qwen(folder)
+    grid = vlm.prompt(photo.resize((64, 32)), "Who?", template="{image}{question}").inputs["image_grid_thw"]
+    assert grid.tolist() == [[1, 4, 8]]
+    vlm.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert written["processor_class"] == "Qwen2_5_VLProcessor"
+    assert written["video_processor"].items() >= PICTURES.items()
+    again = qwen(tmp_path / "saved")
+    assert again.processor.to_dict() == vlm.processor.to_dict()
+    assert pickle.loads(pickle.dumps(vlm.prompt(photo, "Who?"))).frontend.processor.to_dict() == vlm.processor.to_dict()
+
+
+def test_pictures_that_only_torchvision_reads(qwen_path, tmp_path):
+    folder = copy(qwen_path, tmp_path / "model")
+    layout = {"processor_class": "Llama4Processor", "image_processor": {"image_processor_type": "Llama4ImageProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(layout))
+    with pytest.raises(ModelError, match=r"torchvision.* only; pip install 'multrace\[vision\]'$"):
+        qwen(folder)

@@ -14,7 +14,8 @@ from ..families import FAMILIES, Addresses, Family, family_of
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..vlm import VisionLanguageModel
-from .proof import complete_processor, find_image_token, prove_addresses
+from .processors import complete_processor, find_image_token
+from .proof import prove_addresses
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")

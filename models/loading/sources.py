@@ -19,7 +19,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +27,7 @@ from transformers import (
 from ..errors import ModelError, gist, quoted, reason
 from ..families import Family
 from ..guards import quiet_transformers, without_panics
+from .processors import open_processor
 
 logger = logging.getLogger("multrace")
 
@@ -158,7 +158,7 @@ class ModelSource:
         """Return the processor (a tokenizer for a text-only family). Raise `ModelError` if the directory has none."""
         if family.vision is None:
             return self.open("tokenizer", AutoTokenizer.from_pretrained)
-        processor = self.open("processor", AutoProcessor.from_pretrained)
+        processor = self.open("processor", open_processor)
         if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
             raise ModelError(
                 f"{self.name!r} has no processor, only a {type(processor).__name__}; "
@@ -223,6 +223,12 @@ class ModelSource:
             return ModelError(
                 f"{self.name!r} does not fit into memory ({gist(error)}); pass a smaller dtype, another device_map or "
                 "quantization="
+            )
+        if isinstance(error, ImportError):
+            package = f" ({error.name})" if error.name else ""
+            return ModelError(
+                f"the {part} of {self.name!r} needs a package that is not installed here{package}: {gist(error)}; "
+                "pip install 'multrace[vision]'"
             )
         files, hint = self._suspects(part), ""
         if part == "configuration" and self.folder is not None and not _is_broken(self.folder / "config.json"):

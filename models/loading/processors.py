@@ -1,0 +1,272 @@
+"""The processor of a model: opening it, also without its video part, completing it, and checking that it fits."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PretrainedConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.models.pixtral import image_processing_pil_pixtral
+from transformers.utils import PushToHubMixin, cached_file, is_torchvision_available
+
+from ..errors import ModelError, gist, quoted
+from ..prompts import Prompt
+from ..vlm import VisionLanguageModel
+
+_MOST_TILES = 16
+"""Upper bound on the tiles side by side into which a processor cuts a picture."""
+_MOST_EXTRA_TOKENS = 64
+"""Upper bound on the tokens per picture that are not patches (class token, registers) in any vision tower."""
+_VIDEO = "video_processor"
+_OF_VIDEOS_ONLY = "num2words"
+"""A package with which processors write about videos, and which they ask for even if there are none."""
+
+
+class NoVideo(PushToHubMixin):
+    """Stands in a processor for the part that reads videos, which needs torchvision, and keeps its settings.
+
+    A processor that is saved with it has the same files as one that can read videos.
+    """
+
+    _auto_class = None
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting by its name, since some processors read some of them when they are made."""
+        if name != "settings" and name in self.settings:
+            return self.settings[name]
+        raise AttributeError(f"this processor reads no videos, because torchvision is missing, and has no {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings of the part that is missing."""
+        return dict(self.settings)
+
+
+def open_processor(where: str, **options: Any) -> Any:
+    """Return the processor of a folder or hub id, without its video part if torchvision is missing.
+
+    Without torchvision, a processor that also reads videos is put together from its tokenizer and its PIL image
+    processor. Raises `ModelError` if it reads pictures through torchvision only.
+    """
+    try:
+        return AutoProcessor.from_pretrained(where, **options)
+    except (ImportError, ValueError) as error:
+        if not _lacks_torchvision(error):
+            raise
+    try:
+        return _without_video(where, **options)
+    except (ImportError, ValueError) as error:
+        if not _lacks_torchvision(error):
+            raise
+        raise ImportError("it reads pictures through torchvision only", name="torchvision") from error
+
+
+def _lacks_torchvision(error: Exception) -> bool:
+    """Return whether the error, an ImportError or transformers' own ValueError, is about torchvision's absence."""
+    return not is_torchvision_available() and (isinstance(error, ImportError) or "torchvision" in str(error))
+
+
+def _without_video(where: str, **options: Any) -> Any:
+    kind = _processor_class(where, **options)
+    settings, further = kind.get_processor_dict(where, **options)
+    parts = kind.get_attributes()
+    own = [part for part in parts if part != _VIDEO]
+    limited: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: own)})
+    opened = dict(zip(own, limited._get_arguments_from_pretrained(where, settings, **options), strict=True))
+    if len(own) < len(parts):
+        opened[_VIDEO] = NoVideo(_video_settings(where, settings, **options))
+    unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+    with _no_words_about_videos(sys.modules[kind.__module__]):
+        processor = unchecked.from_args_and_dict([opened[part] for part in parts], settings, **further)
+    processor.__class__ = kind  # so that it can be pickled, and is saved as what it is
+    return processor
+
+
+def _processor_class(where: str, **options: Any) -> Any:
+    """Return the class that the files name. Raise `ImportError` if it does not work without torchvision."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    named = (_settings(where, file, **options).get("processor_class") for file in files)
+    model_type = _settings(where, "config.json", **options).get("model_type")
+    mapping = cast(dict[str, str], PROCESSOR_MAPPING_NAMES)
+    name = next(filter(None, named), None) or mapping.get(str(model_type), "")
+    kind = _pixtral_processor() if name == "PixtralProcessor" else processor_class_from_name(name)
+    if not isinstance(kind, type) or getattr(kind, "is_dummy", False):
+        raise ImportError(f"no class {name!r} that works without torchvision", name="torchvision")
+    return kind
+
+
+def _pixtral_processor() -> type:
+    """Return Pixtral's class, whose file imports a function from the torchvision file that the PIL file also has."""
+    path = "transformers.models.pixtral.image_processing_pixtral"
+    is_missing = path not in sys.modules
+    if is_missing:
+        sys.modules[path] = image_processing_pil_pixtral
+    try:
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    finally:
+        if is_missing:
+            del sys.modules[path]
+    return PixtralProcessor
+
+
+@contextmanager
+def _no_words_about_videos(module: Any) -> Iterator[None]:
+    """Let a processor be made inside the block without the package that it needs for texts about videos."""
+    is_missing = getattr(module, _OF_VIDEOS_ONLY, module) is None
+    if is_missing:
+        setattr(module, _OF_VIDEOS_ONLY, str)
+    try:
+        yield
+    finally:
+        if is_missing:
+            setattr(module, _OF_VIDEOS_ONLY, None)
+
+
+def _video_settings(where: str, settings: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """Return the settings of the video part, from the file that transformers would read them from."""
+    if isinstance(settings.get(_VIDEO), dict):
+        return settings[_VIDEO]
+    own = _settings(where, "video_preprocessor_config.json", **options)
+    shared = own or _settings(where, "preprocessor_config.json", **options)
+    return {name: value for name, value in shared.items() if name not in ("image_processor_type", "processor_class")}
+
+
+def _settings(where: str, file: str, *, revision: str | None, local_files_only: bool, **_: Any) -> dict[str, Any]:
+    """Return the content of a JSON file of the folder or hub id; empty if there is none."""
+    options = {"revision": revision, "local_files_only": local_files_only}
+    path = cached_file(where, file, _raise_exceptions_for_missing_entries=False, **options)
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as opened:
+        content = json.load(opened)
+    return content if isinstance(content, dict) else {}
+
+
+def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
+    """Return the token id of one image position. Raises `ModelError` if processor and configuration disagree."""
+    image_token, written = config.image_token_id, getattr(processor, "image_token_id", None)
+    is_known = isinstance(image_token, int) and 0 <= image_token < len(processor.tokenizer)
+    if not is_known or written not in (None, image_token):
+        token = quoted(getattr(processor, "image_token", None))
+        raise ModelError(
+            f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "
+            f"{token}, token {written}; mend image_token_id there, or fetch both again"
+        )
+    return image_token
+
+
+def complete_processor(vlm: VisionLanguageModel) -> None:
+    """Set the vision tower's properties in a LLaVA-style processor if its folder lacks them.
+
+    These processors write one token per patch, and older published checkpoints have one without `patch_size`,
+    `vision_feature_select_strategy` or `num_additional_image_tokens` (which then is 0). The configuration has the
+    first two, and the number of features tells how many tokens are no patch. Raises `ModelError` if that does not
+    complete it.
+    """
+    processor = vlm.processor
+    _check_fields(processor, vlm.name)
+    _check_sizes(processor, vlm.config, vlm.name)
+    if not vlm.has_vision or not hasattr(processor, "num_additional_image_tokens"):
+        return
+    if processor.patch_size and processor.vision_feature_select_strategy and processor.num_additional_image_tokens:
+        return
+    if processor.patch_size is None:
+        if not isinstance(vlm.frontend.patch_size, int) or vlm.frontend.patch_size < 1:
+            raise ModelError(
+                f"the processor_config.json of {vlm.name!r} has no patch_size, nor has vision_config in its config.json"
+                "; write the side of a vision patch in pixels into one of them"
+            )
+        processor.patch_size = vlm.frontend.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = getattr(vlm.config, "vision_feature_select_strategy", None)
+    positions, features = count_image_tokens(vlm, probe_prompt(vlm))
+    extra = processor.num_additional_image_tokens + features - positions
+    if positions != features and extra not in (0, 1):
+        raise image_token_error(vlm, positions, features)
+    processor.num_additional_image_tokens = extra
+
+
+def _check_fields(processor: Any, name: str) -> None:
+    """Raise `ModelError` if one of LLaVA's processor fields has a value that no model has."""
+    valid = {
+        "patch_size": lambda value: value is None or isinstance(value, int) and value > 0,
+        "num_additional_image_tokens": lambda value: isinstance(value, int) and 0 <= value <= _MOST_EXTRA_TOKENS,
+        "vision_feature_select_strategy": lambda value: value in (None, "default", "full"),
+    }
+    for field, is_valid in valid.items():
+        value = getattr(processor, field, None)
+        if hasattr(processor, field) and not is_valid(value):
+            raise ModelError(
+                f"the processor_config.json of {name!r} has {field}={quoted(value)}, which no model has; mend "
+                "that field, or fetch the file again"
+            )
+
+
+def _check_sizes(processor: Any, config: PretrainedConfig, name: str) -> None:
+    """Raise `ModelError` if the image processor would enlarge pictures far beyond what the vision tower takes."""
+    own = getattr(getattr(config, "vision_config", None), "image_size", None)
+    images = getattr(processor, "image_processor", None)
+    if not isinstance(own, int) or images is None:
+        return
+    for field in ("size", "crop_size", "image_grid_pinpoints"):
+        value = getattr(images, field, None)
+        if any(not 0 < side <= _MOST_TILES * own for side in _sides(value)):
+            raise ModelError(
+                f"the processor_config.json of {name!r} has {field}={quoted(value)}, and the vision_config of its "
+                f"config.json has image_size={own}; mend the wrong one, or fetch both again"
+            )
+
+
+def _sides(value: Any) -> list[float]:
+    """Return the sides, in pixels, of a size of an image processor (one dictionary or several pairs)."""
+    if isinstance(value, list | tuple):
+        return [side for item in value for side in _sides(item)]
+    if isinstance(value, int | float):
+        return [value]
+    sides = (getattr(value, name, None) for name in ("height", "width", "shortest_edge", "longest_edge"))
+    return [side for side in sides if isinstance(side, int | float)]
+
+
+def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:
+    """Return how many image positions the processor makes, and how many features the model has for them."""
+    with torch.no_grad():
+        return len(prompt.groups["image"]), len(vlm.image_features(prompt))
+
+
+def image_token_error(vlm: VisionLanguageModel, positions: int, features: int) -> ModelError:
+    """Return the error for different numbers of image positions and image features."""
+    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    settings = ", ".join(
+        f"{name} {quoted(getattr(vlm.processor, name))}" for name in names if hasattr(vlm.processor, name)
+    )
+    return ModelError(
+        f"the processor of {vlm.name!r} writes {positions} tokens for a picture of which the model makes {features}; "
+        f"mend its processor_config.json{f' ({settings})' if settings else ''}, or the vision_config of its config.json"
+    )
+
+
+def probe_prompt(vlm: VisionLanguageModel, *, inverted: bool = False) -> Prompt:
+    """Return the question used to verify a model; a model with vision also gets a gradient picture, or its negative."""
+    picture = _gradient(inverted=inverted) if vlm.has_vision else None
+    try:
+        return vlm.prompt(picture, "Which of these words is the one that comes last?", template="raw")
+    except ModelError as error:
+        raise ModelError(
+            f"{vlm.name!r} cannot be asked a short question: {gist(error)}; if that is no fault of its "
+            "config.json, mend its processor_config.json or tokenizer files, or fetch all of them again"
+        ) from error
+
+
+def _gradient(*, inverted: bool) -> Image.Image:
+    """Return a gradient with corners of different colours, or its negative."""
+    size = 64
+    pixels = [(4 * column, 4 * row, 255 - 2 * (row + column)) for row in range(size) for column in range(size)]
+    image = Image.new("RGB", (size, size))
+    image.putdata([tuple(255 - value for value in pixel) if inverted else pixel for pixel in pixels])
+    return image
