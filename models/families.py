@@ -12,9 +12,11 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .placement import compute_device, fetched, map_shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -152,24 +154,32 @@ class Projection:
         return f"{self.path}.weight"
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The weight itself, not a copy: (hidden, width), or (width, hidden) if transposed."""
-        return cast(nn.Parameter, self.module.weight)
+    def weight(self) -> Tensor:
+        """The weight: (hidden, width), or (width, hidden) if transposed, or packed; the parameter itself, not a copy.
+
+        Of an offloaded weight these are the values that are fetched for each call.
+        """
+        return cast(Tensor, fetched(self.module, "weight"))
 
     @property
     def bias(self) -> Tensor | None:
         """The bias, (hidden,); None for a map without one."""
-        return cast(Tensor | None, getattr(self.module, "bias", None))
+        return fetched(self.module, "bias")
 
     @property
     def hidden(self) -> int:
         """The length of the vectors that the map writes."""
-        return self.weight.shape[1 if self.transposed else 0]
+        return map_shape(self.module, transposed=self.transposed)[0]
 
     @property
     def width(self) -> int:
         """The length of the vectors that the map reads; for a down projection, the width of the MLP."""
-        return self.weight.shape[0 if self.transposed else 1]
+        return map_shape(self.module, transposed=self.transposed)[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the map is computed; an offloaded weight is there only while it is."""
+        return compute_device(self.module)
 
     def __str__(self) -> str:
         return self.path

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from types import TracebackType
 from typing import Any
 
@@ -79,19 +80,23 @@ def _shielded(undo: Callable[[], object]) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Let transformers log errors only, and draw bars only if stderr is a terminal; restore both settings on exit."""
+    """Let transformers and accelerate log errors only, and draw bars only on a terminal; restore all of it on exit."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
     level, hub_had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    placing = getLogger("accelerate")
+    placing_level = placing.level
     hides_bars = logging.is_progress_bar_enabled() and not is_terminal(sys.stderr)
     try:
         logging.set_verbosity(max(level, logging.ERROR))
+        placing.setLevel(max(placing_level, logging.ERROR))
         if hides_bars:
             logging.disable_progress_bar()
         yield
     finally:
         logging.set_verbosity(level)
+        placing.setLevel(placing_level)
         if hides_bars:
             logging.enable_progress_bar()  # also enables the hub's progress bars
             if not hub_had_bars:

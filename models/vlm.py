@@ -26,6 +26,7 @@ from .families import Addresses, Family, Key, Projection
 from .frontend import Frontend, to_device
 from .guards import ModelLock, evaluating
 from .hooks import first_input
+from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, build, collate
 from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
@@ -71,7 +72,7 @@ def generate(
     answers: list[str] = []
     for start in tqdm(range(0, len(bare), batch_size), desc="answering", unit="batch", disable=not progress):
         inputs, _ = collate(bare[start : start + batch_size], tokenizer, side="left")
-        inputs = to_device(inputs, model.device, model.dtype)
+        inputs = to_device(inputs, frontend.device, model.dtype)
         with torch.no_grad():
             ids = decoding.generate(**inputs, generation_config=settings, logits_processor=[_FiniteLogits(model.dtype)])
         new = ids[:, inputs["input_ids"].shape[1] :]
@@ -247,7 +248,7 @@ class VisionLanguageModel:
     @property
     def device(self) -> torch.device:
         """The device that inputs are moved to."""
-        return self.model.device
+        return input_device(self.model)
 
     @property
     def has_vision(self) -> bool:
@@ -449,13 +450,26 @@ class VisionLanguageModel:
         """Return the linear map that writes a layer's attention into the residual stream."""
         return self.addresses.attention_projection(layer)
 
-    def weight(self, name: str) -> nn.Parameter:
-        """Return the parameter itself, not a copy. Raise `ModelError` with the nearest name if the name is unknown."""
+    def weight(self, name: str) -> Tensor:
+        """Return a weight by its parameter name: the parameter itself, not a copy, if it is an ordinary one in memory.
+
+        Of a weight that is offloaded or quantised the values are returned, as numbers; `open_weight` makes it an
+        ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
+        cannot be read.
+        """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if name not in parameters:
             nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
-        return parameters[name]
+        return values(self.model, name, transposed=self.stores_transposed)
+
+    def open_weight(self, name: str) -> OpenedWeight | None:
+        """Make an offloaded or quantised weight an ordinary parameter, and return the way back; None for another.
+
+        Raises `ModelError` as `weight`.
+        """
+        self.weight(name)
+        return opened(self.model, name, transposed=self.stores_transposed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return name and parameter, not a copy, of every weight; a tied one once."""
@@ -503,7 +517,7 @@ class VisionLanguageModel:
         with self.lock:
             buffers = dict(self.model.named_buffers())
             stored = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name in buffers}
-            digests = self.digests.of(dict(self.model.named_parameters()) | stored, progress=progress)
+            digests = self.digests.of(stored_weights(self.model) | stored, progress=progress)
         frontend = self.frontend
         parts = [
             _without_origin(self.config.to_dict()),

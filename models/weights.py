@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
 from .guards import quiet_transformers
+from .placement import Elsewhere, packed_parts, stored_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +34,12 @@ _QUIET_SECONDS = 2
 
 
 def digest_weight(weight: Tensor) -> str:
-    """Return a SHA-256 (hex) of a weight's dtype, shape and bytes."""
-    raw = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{raw.dtype} {tuple(raw.shape)} ".encode())
-    digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
+    """Return a SHA-256 (hex) of a weight's dtype, shape and bytes; of a packed one, of all the tensors that it is."""
+    digest = hashlib.sha256()
+    for name, part in packed_parts(weight).items():
+        raw = part.detach().cpu().contiguous()
+        digest.update(f"{name}{raw.dtype} {tuple(raw.shape)} ".encode())
+        digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
     return digest.hexdigest()
 
 
@@ -51,7 +55,7 @@ class WeightDigests:
     def __reduce__(self) -> tuple[type[WeightDigests], tuple[()]]:
         return type(self), ()
 
-    def of(self, weights: Mapping[str, Tensor], *, progress: bool) -> dict[str, str]:
+    def of(self, weights: Mapping[str, Tensor | Elsewhere], *, progress: bool) -> dict[str, str]:
         """Return the digest of each weight by name; only the values of changed weights are read."""
         changed = {
             name: weight
@@ -78,24 +82,32 @@ class WeightDigests:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Computed:
-    """The digest of a weight, and what changes whenever torch changes the values of the weight."""
+    """The digest of a weight, and what changes whenever the values of the weight change."""
 
     digest: str
-    weight: ref[Tensor]
-    address: int
-    """Where the values are; an assignment to `weight.data` moves it."""
-    version: int | None
-    """The number of changes in place; None if torch does not count them for this tensor."""
+    weight: ref[Tensor] | None
+    """The tensor; None for a weight in a file."""
+    mark: tuple[Any, ...]
+    """For a tensor the address of its values, which an assignment to `weight.data` moves, and the number of changes in
+    place (None if torch does not count them); for a weight in a file what that file's entry says."""
 
     @classmethod
-    def of(cls, weight: Tensor) -> _Computed:
-        version = None if weight.is_inference() else weight._version
-        return cls(digest=digest_weight(weight), weight=ref(weight), address=weight.data_ptr(), version=version)
+    def of(cls, weight: Tensor | Elsewhere) -> _Computed:
+        if isinstance(weight, Elsewhere):
+            return cls(digest=digest_weight(weight.read()), weight=None, mark=weight.mark)
+        return cls(digest=digest_weight(weight), weight=ref(weight), mark=_mark(weight))
 
-    def is_current(self, weight: Tensor) -> bool:
-        if self.weight() is not weight or weight.is_inference():
+    def is_current(self, weight: Tensor | Elsewhere) -> bool:
+        if isinstance(weight, Elsewhere):
+            return self.mark == weight.mark
+        if self.weight is None or self.weight() is not weight or weight.is_inference():
             return False
-        return (self.address, self.version) == (weight.data_ptr(), weight._version)
+        return self.mark == _mark(weight)
+
+
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    address = 0 if hasattr(weight, "__tensor_flatten__") else weight.data_ptr()
+    return address, None if weight.is_inference() else weight._version
 
 
 def save_directory(
@@ -158,14 +170,29 @@ def _foreign_weight(model: PreTrainedModel) -> str | None:
 def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
     own_name = str(model.config.dtype).removeprefix("torch.")
     written = dtype or model.dtype
-    state = _cast(model.state_dict(), written)
+    state = _cast(_whole_state(model), written)
     try:
-        model.save_pretrained(folder, state_dict=state)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            model.save_pretrained(folder, state_dict=state)
     finally:
         model.config.dtype = own_name  # transformers writes the dtype into the live configuration
     processor.save_pretrained(folder)
     if written != model.dtype:
         _name_dtype(folder / "config.json", str(written).removeprefix("torch."))
+
+
+def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state of the model with the values of offloaded weights, each of which is read."""
+    state = model.state_dict()
+    if not any(value.is_meta for value in state.values()):
+        return state
+    stored = {
+        name: weight.read() if isinstance(weight, Elsewhere) else weight.detach()
+        for name, weight in stored_weights(model).items()
+    }
+    tied = model.all_tied_weights_keys
+    return {name: stored[tied.get(name, name)] if value.is_meta else value for name, value in state.items()}
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

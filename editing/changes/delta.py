@@ -15,6 +15,7 @@ from ...artefacts import files, plain_fields
 from ...data import parse_json
 from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
+from ...models.placement import compute_device
 from ..requests import EditError
 from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, held, write_all
 
@@ -408,11 +409,11 @@ def _adding(
     vlm: VisionLanguageModel, path: str, change: WeightChange, read: dict[str, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """The function that adds left @ right of the module's last input to its output."""
-    weight = vlm.weight(f"{path}.weight")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    left, right = (factor.to(weight.device, wide) for factor in (change.left, change.right))
+    device = compute_device(vlm.module(path))
+    wide = torch.promote_types(vlm.dtype, torch.float32)
+    left, right = (factor.to(device, wide) for factor in (change.left, change.right))
 
     def add(output: Tensor) -> Tensor:
-        return (output.to(wide) + read[path].to(wide) @ right.T @ left.T).to(output.dtype)
+        return (output.to(wide) + read[path].to(device, wide) @ right.T @ left.T).to(output.dtype)
 
     return add

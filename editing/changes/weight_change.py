@@ -18,6 +18,7 @@ from torch import Tensor
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ...models.guards import uninterrupted
+from ...models.placement import OpenedWeight
 from ..requests import EditError, listed_requests, with_answers_seen
 
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
@@ -195,19 +196,24 @@ class WeightChange:
 
 
 class AppliedDelta:
-    """A change that is in a model's weights, and the way back: it holds a copy of every touched weight."""
+    """A change that is in a model's weights, and the way back: it holds a copy of every touched weight.
+
+    A touched weight that is offloaded or quantised is an ordinary one in memory until the change is undone; then the
+    very weight that was there is back.
+    """
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
         self.fingerprints: Mapping[str, str] = {}
         """Hash of each touched weight with the change in it."""
-        self._saved: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor | OpenedWeight] = {}
 
     def keep(self, names: Iterable[str]) -> None:
-        """Also copy these weights, unless they are copied already; `restore` puts them back as they are now."""
+        """Also copy or open these weights, unless that is done already; `restore` puts them back as they are now."""
         for name in names:
             if name not in self._saved:
-                self._saved[name] = self.vlm.weight(name).detach().clone()
+                opened = self.vlm.open_weight(name)
+                self._saved[name] = self.vlm.weight(name).detach().clone() if opened is None else opened
 
     @torch.no_grad()
     def put_in(self, names: Iterable[str], write: Callable[[], None]) -> None:
@@ -246,12 +252,15 @@ class AppliedDelta:
     def restore(self) -> None:
         """Put the touched weights back, whatever was written to them since; do nothing once they are back."""
         with self.vlm.lock:
-            overwrite(self.vlm, self._saved)
+            overwrite(self.vlm, {name: saved for name, saved in self._saved.items() if isinstance(saved, Tensor)})
+            for saved in self._saved.values():
+                if isinstance(saved, OpenedWeight):
+                    saved.close()
             self._saved = {}
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """Names of the weights that are copied."""
+        """Names of the weights that are copied or opened."""
         return tuple(self._saved)
 
 

@@ -231,7 +231,7 @@ class _Collection:
         done, sums, tensors = found
         tally = _Tally(group, done=done, counts=tensors["counts"])
         for layer, parts in sums.items():
-            device = self.projections[layer].weight.device if done < limit else "cpu"
+            device = self.projections[layer].device if done < limit else "cpu"
             tally.sums[layer] = {kind: part.to(device) for kind, part in parts.items()}
         if watch is not None:
             watch.restore(tensors)

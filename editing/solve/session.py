@@ -306,7 +306,7 @@ class _Edit:
         """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""
         if len(values) != len(self.requests):
             raise EditError(f"{len(values)} values for {len(self.requests)} requests; pass one for each request")
-        device = self.projections[self.last].weight.device
+        device = self.projections[self.last].device
         for index, own in enumerate(values):
             self.statuses[index] = own.status
             if own.status != EDITED:

@@ -13,6 +13,7 @@ from ..errors import ModelError, gist, reason
 from ..families import FAMILIES, Addresses, Family, family_of
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
+from ..placement import absent, input_device
 from ..vlm import VisionLanguageModel
 from .processors import complete_processor, find_image_token
 from .proof import prove_addresses
@@ -32,6 +33,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    offload_folder: str | PathLike[str] | None = None,
     quantization: Any = None,
     attention: str | None = None,
     verify: bool = True,
@@ -46,8 +48,10 @@ def load(
         path_or_id: a directory in Hugging Face's layout, or a hub id such as "org/model".
         dtype: a torch dtype or its name. The default "auto" takes the file's on an accelerator (a device_map other
             than the CPU), and float32 for half-precision files on the CPU, where half precision is slow and coarse.
-        device_map: where the weights go, as in transformers: a device, "auto", or module path -> device. The default
-            None is the CPU.
+        device_map: where the weights go, as in transformers: a device, "auto", or module path -> device, "cpu" or
+            "disk". The default None is the CPU. Weights beside an accelerator ("cpu", "disk") come to it for each call.
+        offload_folder: a folder for weights on "disk" that are not in the model's own files in the form in which they
+            are needed; None as long as all of them are.
         revision: a branch, tag or commit of the hub; None for its newest.
         trust_remote_code: run Python code that comes with the model. The default False refuses such models.
         quantization: a transformers quantization config (`BitsAndBytesConfig(...)`); None for the file's own.
@@ -81,6 +85,7 @@ def load(
     stored = source.stored_dtype()
     options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
     given = {"device_map": device_map, "quantization_config": quantization, "attn_implementation": attention}
+    given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
     options |= {option: value for option, value in given.items() if value is not None}
     model = source.model(family, options)
     check_in_memory(model, device_map, name)
@@ -120,7 +125,7 @@ def _assemble(
         image_token_id=find_image_token(processor, model.config, name) if vision else None,
         patch_size=getattr(model.config.vision_config, "patch_size", None) if vision else None,
         dropped_inputs=family.dropped_inputs,
-        device=model.device,
+        device=input_device(model),
         dtype=model.dtype,
         limit=position_limit(model.config),
         vocab=model.config.get_text_config().vocab_size,
@@ -161,7 +166,8 @@ def _compute_dtype(
 ) -> str | torch.dtype:
     if asked != "auto":
         return _torch_dtype(asked, name)
-    on_cpu = device_map in (None, "cpu") or device_map == torch.device("cpu")
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
+    on_cpu = all(str(device) in ("cpu", "disk") for device in devices)
     if on_cpu and stored in (torch.float16, torch.bfloat16):
         return torch.float32  # slow and coarse in half precision on most CPUs
     return stored or "auto"
@@ -182,7 +188,10 @@ def check_device_map(device_map: Any, name: str) -> None:
     if device_map is None or (isinstance(device_map, str) and device_map in _STRATEGIES):
         return
     devices = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
-    reasons = [f"{device!r} cannot be used here ({reason})" for device in devices if (reason := _why_not(device))]
+    computing = [device for device in devices if device != "disk"]
+    reasons = [
+        f"{device!r} cannot be used here ({reason})" for device in computing or devices if (reason := _why_not(device))
+    ]
     if not devices or reasons:
         usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), "auto"]
         raise ModelError(
@@ -192,12 +201,11 @@ def check_device_map(device_map: Any, name: str) -> None:
 
 
 def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:
-    """Raise `ModelError` if a weight has no values, because accelerate left it on disk for lack of memory."""
-    absent = [path for path, weight in model.named_parameters() if weight.is_meta]
-    if absent:
+    """Raise `ModelError` if a weight has no values and accelerate fetches none for it."""
+    if lost := absent(model):
         raise ModelError(
-            f"device_map={device_map!r} leaves {len(absent)} weights of {name!r} without values in memory, first "
-            f"{absent[0]!r}; pass a device with room for all of them, a smaller dtype, or device_map=None for the CPU"
+            f"device_map={device_map!r} leaves {len(lost)} weights of {name!r} without values in memory, first "
+            f"{lost[0]!r}; pass a device with room for all of them, a smaller dtype, or device_map=None for the CPU"
         )
 
 
@@ -205,8 +213,10 @@ def _why_not(device: Any) -> str | None:
     """Return the reason why no tensor can be made on the device; None if one can."""
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
         return f"a device cannot be of type {type(device).__name__}"
-    if str(device) in ("meta", "disk"):
+    if str(device) == "meta":
         return "weights there cannot be read or changed"
+    if device == "disk":
+        return "nothing is computed on a disk; give at least one module a device"
     try:
         target = torch.device(device)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Verification at load time: processor and model agree on image tokens, and the model does what its family row says."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..families import Projection, Site
 from ..hooks import capture, patch
+from ..placement import Elsewhere, is_plain, packed_parts, stored_weights
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 from .processors import count_image_tokens, image_token_error, probe_prompt
@@ -142,9 +143,7 @@ def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
 
 def _prove_weights(vlm: VisionLanguageModel) -> None:
     """Check that every weight is finite, used by the probe or not, in one pass without a copy."""
-    for name, weight in vlm.named_parameters():
-        if not weight.is_floating_point() or weight.itemsize < _SMALLEST or not weight.numel():
-            continue  # quantised weights are packed, and have no infinities
+    for name, weight in _floating_parts(vlm):
         low, high = (float(value) for value in torch.aminmax(weight))  # nan if any value is
         if math.isfinite(low) and math.isfinite(high):
             continue
@@ -156,6 +155,14 @@ def _prove_weights(vlm: VisionLanguageModel) -> None:
         raise ModelError(
             f"the weight {name!r} of {vlm.name!r} holds values that are not finite in its file; fetch the model again"
         )
+
+
+def _floating_parts(vlm: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of each weight that could hold values that are not finite: of a packed one, its scales."""
+    for name, stored in stored_weights(vlm.model).items():
+        for part in packed_parts(stored.read() if isinstance(stored, Elsewhere) else stored).values():
+            if part.is_floating_point() and part.itemsize >= _SMALLEST and part.numel():
+                yield name, part
 
 
 def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
@@ -185,7 +192,7 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
         raise probe.error(site, f"its projection {projection.path!r} does not run")
     if not torch.equal(written.tail, _state(probe, states, site).tail):
         raise probe.error(site, f"its projection {projection.path!r} does not write what the site writes")
-    if not projection.weight.is_floating_point():
+    if not is_plain(projection.weight):
         return  # quantised weights are packed; only their module knows their orientation
     shape = (projection.hidden, projection.width)
     if shape != (probe.vlm.hidden, read.shape[-1]):

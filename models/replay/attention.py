@@ -73,6 +73,12 @@ class Segment:
         """Return the number of rows, out of `count`, that see any of the keys."""
         return count if self.rows is None else len(self.rows)
 
+    def on(self, device: torch.device) -> "Segment":
+        """Return the segment with all its tensors on the device of the layer that attends."""
+        parts = {name: getattr(self, name) for name in ("keys", "values", "visible", "hidden")}
+        moved = {name: part.to(device) for name, part in parts.items() if part is not None and part.device != device}
+        return replace(self, **moved) if moved else self
+
 
 def causal(keys: Tensor, values: Tensor) -> tuple[Segment]:
     """Return the segment of the queries' own keys and values; each query sees those up to its own."""

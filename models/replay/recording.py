@@ -83,7 +83,7 @@ class Masks:
         mask = self.layers[layer]
         if mask is None:
             return queries[:, None] >= keys[None, :]
-        return mask[queries[:, None], keys[None, :]]
+        return mask[queries.to(mask.device)[:, None], keys.to(mask.device)[None, :]].to(queries.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +130,9 @@ class Span:
         """Return the sources' keys and values at a layer, and what the computed positions see of them."""
         segments = []
         for source, where, seen in self._layout(layer)[0]:
-            keys, values = source.run.keys[layer][:, :, where], source.run.values[layer][:, :, where]
+            keys, values = source.run.keys[layer], source.run.values[layer]
+            index = where if isinstance(where, slice) else where.to(keys.device)
+            keys, values = keys[:, :, index], values[:, :, index]
             segments.append(Segment(keys=keys, values=values, visible=seen))
         return segments
 

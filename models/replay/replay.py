@@ -63,8 +63,8 @@ def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
         The `Replay`, with nothing recorded yet.
 
     Raises:
-        ReplayError: If the text model does not let its attention function be replaced, is spread over devices, or
-            changes the logits of its output head in an unknown way.
+        ReplayError: If the text model does not let its attention function be replaced, or changes the logits of its
+            output head in an unknown way.
 
     Example:
         >>> import multrace as mt
@@ -84,9 +84,6 @@ def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
         >>> torch.allclose(logits, run.logits, atol=1e-4)
         True
     """
-    devices = {each.device for each in vlm.decoder.parameters()}
-    if devices != {vlm.device} or vlm.device.type == "meta":
-        raise ReplayError(f"its decoder's weights lie on {', '.join(sorted(map(str, devices)))}, not on one device")
     try:
         _ = vlm.after_head  # measured by a pass of the model, which must not be one that is replayed
     except ModelError as error:
@@ -106,7 +103,7 @@ class Replay:
         """The attention masks of the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
-        self._kernels: dict[tuple[int, ...], Kernels] = {}
+        self._kernels: dict[tuple[Any, ...], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
 
@@ -143,8 +140,8 @@ class Replay:
         Raises:
             ReplayError: For anything that a replay would not reproduce.
         """
-        rows, length = embeddings.shape[:2]
-        where = index_of(kept, embeddings.device)
+        rows, length, device = *embeddings.shape[:2], embeddings.device
+        where = index_of(kept, device)
         self._witness = witness = Witness(self._layers)
         ends = self._ends
         try:
@@ -170,8 +167,8 @@ class Replay:
             keys=tuple(key for key, _, _ in attended),
             values=tuple(value for _, value, _ in attended),
             kept=tuple(kept),
-            states=tuple(states[:, where] for states in witness.states),
-            outputs={key: value[:, where] for key, value in stored.items()},
+            states=tuple(states.to(device)[:, where] for states in witness.states),
+            outputs={key: value.to(device)[:, where] for key, value in stored.items()},
             read=tuple(read),
             logits=logits,
         )
@@ -287,7 +284,7 @@ class Replay:
         if job.is_stopped:
             raise StopForward
         key, value = job.given or job.computed
-        segments = [*job.segments, *job.own(key, value)]
+        segments = [part.on(query.device) for part in (*job.segments, *job.own(key, value))]
         self.work.pairs += query.shape[2] * sum(part.keys.shape[2] * part.seeing(len(query)) for part in segments)
         softmax = Softmax.of(query, scaling, keywords)
         kernels = self._kernels_for(query, key, value)
@@ -297,10 +294,11 @@ class Replay:
     def _kernels_for(self, query: Tensor, key: Tensor, value: Tensor) -> Kernels:
         """Return the kernels that passed the self-test for tensors of these shapes."""
         shape = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-        if shape not in self._kernels:
+        where = query.device, *shape
+        if where not in self._kernels:
             sizes = dict(zip(("heads", "key_heads", "size", "value_size"), shape, strict=True))
-            self._kernels[shape] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
-        return self._kernels[shape]
+            self._kernels[where] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
+        return self._kernels[where]
 
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """Return the layer's output, with attention computed as the job specifies."""
@@ -311,7 +309,7 @@ class Replay:
         finally:
             self._job = None
         self.work.token_layers += states.shape[0] * states.shape[1]
-        return output
+        return output.to(states.device)
 
     @contextmanager
     def _storing(
@@ -331,7 +329,8 @@ class Replay:
             capture(self.vlm, own_projections, inputs=True, clone=True) as read,
         ):
             yield
-        stored.update({key: value[:, where].clone() for key, value in {**written, **read}.items()})
+        device = self.vlm.device
+        stored.update({key: value.to(device)[:, where].clone() for key, value in {**written, **read}.items()})
 
     @property
     def _ends(self) -> tuple[nn.Module, nn.Module]:

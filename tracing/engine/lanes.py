@@ -204,7 +204,7 @@ class Writes:
         def write(output: Tensor) -> Tensor:
             changed = rearrange(output, "(s c) t w -> s c t w", s=self.samples).clone()
             for part, lanes, where, values in gathered:
-                changed[:, lanes, where, part] = values
+                changed[:, lanes.to(output.device), where.to(output.device), part] = values.to(output.device)
             return rearrange(changed, "s c t w -> (s c) t w")
 
         return write

@@ -1,0 +1,249 @@
+"""Where the values of a weight are while no layer runs: in the module, with accelerate (main memory, disk), or packed.
+
+An ordinary weight is a floating-point parameter. Accelerate leaves a parameter without values in a module that it
+offloads, and fetches the values for each call; a quantiser packs them into fewer bits. `values` reads a weight wherever
+it is, and `opened` makes it an ordinary parameter until it is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import ModelError, gist
+
+_UNITS_AT_ONCE = 512
+"""Number of columns of a packed weight that are read by one call of its module."""
+_REPLACED = ("forward", "_old_forward", "_hf_hook")
+"""The attributes of a module that decide what a call of it does: accelerate sets all of them, a quantiser none."""
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of weights that need no scale beside them."""
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Return whether a parameter holds its own values as floating-point numbers that a model computes in."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN and not weight.is_meta
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that a model's inputs are moved to; the one it computes on if its weights are elsewhere."""
+    return next(compute_device(module) for module in model.modules() if any(True for _ in module.parameters(False)))
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Return the device on which the module's own weights are while it runs."""
+    if hook := _offloading(module):
+        return torch.device(hook.execution_device)
+    return next(iter([*module.parameters(recurse=False), *module.parameters()])).device
+
+
+def needs_whole_calls(module: nn.Module) -> bool:
+    """Return whether a call of the module must not be stopped half-way, since accelerate puts weights back after it."""
+    return any(_offloading(part) is not None for part in module.modules())
+
+
+def map_shape(module: nn.Module, *, transposed: bool) -> tuple[int, int]:
+    """Return (hidden, width) of a linear map, whatever the shape in which its weight is packed."""
+    if isinstance(getattr(module, "out_features", None), int):
+        return cast(Any, module).out_features, cast(Any, module).in_features
+    shape = cast(Tensor, module.weight).shape
+    return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+
+
+def absent(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have no values in memory and that accelerate does not fetch either."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, weight in named if weight.is_meta and _elsewhere(*_owner(model, name)) is None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """A weight that accelerate reads from a file for each call."""
+
+    source: Mapping[str, Tensor] = field(repr=False)
+    """Accelerate's map from the names of a module's parameters to their values."""
+    leaf: str
+    nbytes: int
+    mark: tuple[Any, ...]
+    """The file and the time of its last change, by which the same values are known without reading them."""
+
+    def read(self) -> Tensor:
+        """Return the values, which are a copy."""
+        return self.source[self.leaf].detach()
+
+
+def stored_weights(model: nn.Module) -> dict[str, Tensor | Elsewhere]:
+    """Return every parameter by name, as it is stored: a tensor in memory, or where it is read from; a tied one once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stored: dict[str, Tensor | Elsewhere] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and name in tied:
+            continue  # each of its modules has an empty parameter of its own
+        found = _elsewhere(*_owner(model, name)) if parameter.is_meta else parameter
+        if found is None:
+            raise ModelError(
+                f"the weight {name!r} has no values in memory; load the model with a device_map that has room for it"
+            )
+        stored[name] = found
+    return stored
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that has the parameter of this name, and the parameter's name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _offloading(module: nn.Module) -> Any | None:
+    """Return accelerate's hook on the module that fetches its parameters for each call; None without one."""
+    hook = module.__dict__.get("_hf_hook")
+    return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)
+
+
+def _elsewhere(module: nn.Module, leaf: str) -> Tensor | Elsewhere | None:
+    """Return the tensor in main memory, or the place in a file, from which accelerate fetches a parameter."""
+    hook = _offloading(module)
+    source = None if hook is None else hook.weights_map
+    if source is None:
+        return None
+    loader, key = getattr(source, "dataset", source), f"{getattr(source, 'prefix', '')}{leaf}"
+    entry = getattr(loader, "index", {}).get(key)
+    if entry is None or key in loader.state_dict:
+        return source[leaf].detach() if key in loader else None
+    file = Path(entry.get("safetensors_file") or Path(loader.save_folder, f"{key}.dat"))
+    mark = (str(file), file.stat().st_mtime_ns, key, *map(str, entry.items()))
+    return Elsewhere(source=source, leaf=leaf, nbytes=cast(Tensor, module._parameters[leaf]).nbytes, mark=mark)
+
+
+def fetched(module: nn.Module, leaf: str) -> Tensor | None:
+    """Return a parameter of a module itself, or the values that accelerate would fetch for it; None for none."""
+    parameter = cast(Tensor | None, getattr(module, leaf, None))
+    if parameter is None or not parameter.is_meta:
+        return parameter
+    found = _elsewhere(module, leaf)
+    return found.read() if isinstance(found, Elsewhere) else found
+
+
+def packed_parts(weight: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that together are a packed weight, by name; of an ordinary weight, the weight itself."""
+    if hasattr(weight, "__tensor_flatten__"):  # a tensor subclass, as torchao's
+        names, _ = cast(Any, weight).__tensor_flatten__()
+        inner = {name: getattr(weight, name) for name in names}
+        return {f"{name}.{part}": value for name, each in inner.items() for part, value in packed_parts(each).items()}
+    parts = {"": weight.detach()}
+    if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
+        parts |= {name: value for name, value in state.as_dict(packed=True).items() if isinstance(value, Tensor)}
+    if isinstance(scale := getattr(weight, "SCB", None), Tensor):  # bitsandbytes, 8 bits
+        parts["SCB"] = scale
+    return parts
+
+
+@torch.no_grad()
+def values(model: nn.Module, name: str, *, transposed: bool) -> Tensor:
+    """Return a weight: the parameter itself if it is an ordinary one, else its values as numbers.
+
+    A packed matrix is read through its own module, which answers the unit vectors with its columns, so that every
+    quantiser is read alike. transposed: the model stores its projections as (width, hidden).
+
+    Raises `ModelError`, which names the weight, if its values cannot be read.
+    """
+    module, leaf = _owner(model, name)
+    stored = fetched(module, leaf)
+    if stored is None:
+        raise ModelError(f"the weight {name!r} has no values in memory; pass load another device_map")
+    if is_plain(stored):
+        return stored
+    if leaf != "weight" or not isinstance(getattr(module, "in_features", None), int):
+        raise ModelError(
+            f"the weight {name!r} is packed by {type(module).__name__}, which does not say how it is read; "
+            "load the model without quantization="
+        )
+    columns = _columns(model, module, name)
+    return columns if transposed else columns.T.contiguous()
+
+
+def _columns(model: nn.Module, module: nn.Module, name: str) -> Tensor:
+    """Return what a linear module answers to each unit vector, without its bias, (width, hidden)."""
+    width, device, columns = cast(int, module.in_features), compute_device(module), []
+    dtype = next((each.dtype for each in model.parameters() if each.dtype in _PLAIN), torch.float32)
+    try:
+        bias = module.forward(torch.zeros(1, width, dtype=dtype, device=device))  # hooks of torch do not see this
+        for start in range(0, width, _UNITS_AT_ONCE):
+            count = min(_UNITS_AT_ONCE, width - start)
+            units = torch.zeros(count, width, dtype=dtype, device=device)
+            units[torch.arange(count), start + torch.arange(count)] = 1
+            columns.append(module.forward(units) - bias)
+    except Exception as error:  # quantisers raise whatever their kernels raise
+        raise ModelError(
+            f"the weight {name!r} is packed by {type(module).__name__}, which cannot be run here ({gist(error)}); "
+            "load the model without quantization="
+        ) from error
+    return torch.cat(columns)
+
+
+@dataclass(kw_only=True, eq=False)
+class OpenedWeight:
+    """A weight that is an ordinary parameter in memory until `close`, which puts the module back as it was."""
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter | None]
+    """The module's own parameters before."""
+    attributes: Mapping[str, Any]
+    """Those of the attributes that were replaced, before; one that is missing was not set."""
+
+    def close(self) -> None:
+        """Put the very parameters and the way they were used back; a second time changes nothing."""
+        self.module._parameters.update(self.parameters)
+        for name in _REPLACED:
+            if name in self.attributes:
+                self.module.__dict__[name] = self.attributes[name]
+            else:
+                self.module.__dict__.pop(name, None)
+
+
+@torch.no_grad()
+def opened(model: nn.Module, name: str, *, transposed: bool) -> OpenedWeight | None:
+    """Make a weight an ordinary parameter, and return the way back; None for a weight that is one already.
+
+    The module stays the same object, so that hooks on it stay in effect. The parameters of an offloaded module stay on
+    the device that it computes on. A packed one computes with the unpacked weight, in the dtype of the model.
+
+    Raises `ModelError`, which names the weight, if its values cannot be read.
+    """
+    module, leaf = _owner(model, name)
+    before = module._parameters[leaf]
+    if before is None or is_plain(before):
+        return None
+    device = compute_device(module)
+    ready = {leaf: values(model, name, transposed=transposed).to(device, copy=True)}
+    for part, parameter in module.named_parameters(recurse=False):
+        if part != leaf and parameter.is_meta:
+            ready[part] = cast(Tensor, fetched(module, part)).to(device)
+    attributes = {part: module.__dict__[part] for part in _REPLACED if part in module.__dict__}
+    back = OpenedWeight(module=module, parameters=dict(module._parameters), attributes=attributes)
+    if not is_plain(cast(Tensor, fetched(module, leaf))):
+        setattr(
+            module, "_old_forward" if "_old_forward" in attributes else "forward", _plain_forward(module, transposed)
+        )
+    if hook := _offloading(module):
+        cast(Any, module)._hf_hook = type(hook)(execution_device=hook.execution_device, skip_keys=hook.skip_keys)
+    module._parameters.update({part: nn.Parameter(value, requires_grad=False) for part, value in ready.items()})
+    return back
+
+
+def _plain_forward(module: nn.Module, transposed: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function of an ordinary linear module with the parameters that this module has when it is called."""
+
+    def forward(states: Tensor) -> Tensor:
+        weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+        bias = None if bias is None else bias.to(weight.dtype)
+        output = functional.linear(states.to(weight.dtype), weight.T if transposed else weight, bias)
+        return output.to(states.dtype)
+
+    return forward
