@@ -79,7 +79,7 @@ class Elsewhere:
 
 
 def stored_weights(model: nn.Module) -> dict[str, Tensor | Elsewhere]:
-    """Return every parameter by name, as it is stored: a tensor in memory, or where it is read from; a tied one once."""
+    """Return every parameter by name, as a tensor in memory or as the place it is read from; a tied one once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     stored: dict[str, Tensor | Elsewhere] = {}
     for name, parameter in model.named_parameters():

@@ -73,7 +73,13 @@ def test_traces_are_those_of_the_model_in_memory(offloaded, tiny_vlm, photo, oth
         prompt = vlm.prompt(photo, QUESTION, constraint="the company in this photo")
         swap, rows = multrace.SwapImage(other_photo), ("image", "constraint_last", "last")
         return causal_trace(
-            vlm, prompt, corruption=swap, sites=("hidden", "mlp"), positions=rows, engine=Engine(name=name), progress=False
+            vlm,
+            prompt,
+            corruption=swap,
+            sites=("hidden", "mlp"),
+            positions=rows,
+            engine=Engine(name=name),
+            progress=False,
         )
 
     wanted, fast, plain = traced(tiny_vlm, "replay"), traced(offloaded, "replay"), traced(offloaded, "plain")

@@ -14,7 +14,7 @@ from ...artefacts import drawing
 from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame, stacked_frame
-from ...models import Prompt, Site, VisionLanguageModel, capture, patch
+from ...models import ModelError, Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.replay.observe import Attention, attending
 from ..engine.cells import TraceError
 from ..engine.positions import prompt_positions
@@ -190,16 +190,13 @@ def projected_values(vlm: VisionLanguageModel, layer: int, values: Tensor, bias:
 
     The vectors are float32 or wider. The values (key-value head, source, size) and their bias (key-value head, size)
     are those of the layer; the bias is subtracted. Each head has its own columns of the output projection, and the
-    heads of one group read the same values. Raises `TraceError` for a projection whose weights are not floating-point
-    numbers in memory.
+    heads of one group read the same values. Raises `TraceError` for a projection whose weights cannot be read.
     """
     projection = vlm.attention_projection(layer)
-    weight = projection.weight.detach()
-    if not weight.is_floating_point() or weight.device.type == "meta":
-        raise TraceError(
-            f"the output projection at {projection} is quantised or offloaded, so its columns cannot be read; "
-            "load the model without that"
-        )
+    try:
+        weight = vlm.weight(projection.name).detach()
+    except ModelError as error:
+        raise TraceError(f"the output projection at {projection}: its columns cannot be read: {error}") from error
     columns = rearrange(weight if projection.transposed else weight.T, "(h d) o -> h d o", d=values.shape[-1])
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     own = values.to(wide) - bias[:, None].to(wide)
