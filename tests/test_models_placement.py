@@ -9,6 +9,7 @@ from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, attentio
 from multrace.data import tiny_vlm_path
 from multrace.editing import RuntimeEdit, save_merged, to_peft, verify_export
 from multrace.models import ModelError, Site
+from multrace.models.placement import Elsewhere
 from multrace.tracing import Engine
 
 DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
@@ -61,10 +62,8 @@ def test_weights_on_disk_have_no_values_in_memory_and_are_read_all_the_same(offl
 
 
 def test_a_digest_reads_each_weight_on_disk_once(offloaded, monkeypatch):
-    from multrace.models import placement
-
     digest = offloaded.weights_digest()
-    monkeypatch.setattr(placement.Elsewhere, "read", lambda weight: pytest.fail(f"read {weight.leaf} again"))
+    monkeypatch.setattr(Elsewhere, "read", lambda weight: pytest.fail(f"read {weight.leaf} again"))
     assert offloaded.weights_digest() == digest
 
 
