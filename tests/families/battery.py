@@ -16,7 +16,7 @@ import torch
 from conftest import draw_photo
 from multrace.editing import save_merged
 from multrace.models import Site, collate
-from multrace.tracing import CausalTrace
+from multrace.tracing import CausalTrace, box_positions
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -192,6 +192,27 @@ def check_pictures(subject: Subject) -> None:
     clean = vlm.embeddings(subject.prompt)[0]
     moved = set((other != clean).any(-1).nonzero().flatten().tolist())
     assert moved and moved <= set(subject.prompt.groups["image"])
+
+
+def check_places(subject: Subject) -> None:
+    """What is painted into the picture moves the features of its own place more than those of any other place."""
+    if not subject.recipe.sees:
+        return
+    vlm, picture = subject.vlm, Image.new("RGB", SIZE, "gray")
+    prompt = vlm.prompt(picture, QUESTION)
+    boxes = [mt.Box(x, y, x + 16, y + 16) for x in (8, 40) for y in (8, 40)]
+    if subject.known.placeless:
+        with pytest.raises(mt.TraceError, match=subject.known.placeless):
+            box_positions(vlm, prompt, boxes[0])
+        return
+    places = [box_positions(vlm, prompt, box) for box in boxes]
+    clean = vlm.image_features(prompt)
+    for number, box in enumerate(boxes):
+        painted = picture.copy()
+        painted.paste("white", (box.left, box.top, box.right, box.bottom))
+        moves = torch.zeros(prompt.length, dtype=vlm.dtype)
+        moves[list(prompt.groups["image"])] = (vlm.image_features(prompt.with_images(painted)) - clean).norm(dim=-1)
+        assert max(range(4), key=lambda other: moves[list(places[other])].mean()) == number, box
 
 
 def check_trace(subject: Subject) -> None:
@@ -381,6 +402,7 @@ Check = Callable[[Subject], None]
 CHECKS: Mapping[str, Check] = {
     "prompt": check_prompt,
     "pictures": check_pictures,
+    "places": check_places,
     "trace": check_trace,
     "knockout": check_knockout,
     "lens": check_lens,

@@ -25,6 +25,8 @@ class Known:
     """Words of the reason why the fast engine leaves it to plain passes; empty if the fast engine runs."""
     uncut: str = ""
     """Words of the reason why attention cannot be cut in it; empty if `attention_knockout` works."""
+    placeless: str = ""
+    """Words of the reason why image tokens have no place in the picture; empty if boxes give positions."""
     why: str = ""
     """The same in words for docs/families.md, where something does not work or is slow."""
     projection: str = "mlp"

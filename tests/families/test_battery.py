@@ -1,5 +1,6 @@
 """Every family through its battery: the most used ones in `make test`, all of them in `make families`."""
 
+import warnings
 from pathlib import Path
 
 import multrace as mt
@@ -46,3 +47,40 @@ def test_a_missing_package_is_named(name: str, tmp_path: Path) -> None:
 def test_the_table_has_every_recipe() -> None:
     assert set(KNOWN) == set(RECIPES)
     assert len({known.title for known in KNOWN.values()}) == len(KNOWN) == 61
+
+
+def features_in_another_order(vlm: mt.VisionLanguageModel, patch: pytest.MonkeyPatch) -> None:
+    own = type(vlm).image_features
+    patch.setattr(type(vlm), "image_features", lambda self, inputs: own(self, inputs).flip(0))
+
+
+def logits_of_a_slightly_other_run(vlm: mt.VisionLanguageModel, patch: pytest.MonkeyPatch) -> None:
+    own = type(vlm).logits
+    patch.setattr(type(vlm), "logits", lambda self, inputs: own(self, inputs) * (1 + 1e-6))
+
+
+def a_layer_that_knows_how_long_its_input_is(vlm: mt.VisionLanguageModel, _patch: pytest.MonkeyPatch) -> None:
+    vlm.decoder_layers[2].mlp.register_forward_hook(lambda _module, _args, output: output * (1 + output.shape[1] / 1e4))
+
+
+def answers_in_another_order(vlm: mt.VisionLanguageModel, patch: pytest.MonkeyPatch) -> None:
+    own = type(vlm).answers
+    patch.setattr(type(vlm), "answers", lambda self, prompts, **options: own(self, prompts, **options)[::-1])
+
+
+FAULTS = {
+    "prompt": logits_of_a_slightly_other_run,
+    "pictures": features_in_another_order,
+    "trace": a_layer_that_knows_how_long_its_input_is,
+    "knockout": a_layer_that_knows_how_long_its_input_is,
+    "answers": answers_in_another_order,
+}
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_the_battery_notices(check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = open_subject("llava", tmp_path)
+    FAULTS[check](subject.vlm, monkeypatch)
+    with pytest.raises(AssertionError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the engine's own check of a few cells warns as well
+        CHECKS[check](subject)
