@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, gist
+from .placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def measure_readout(model: PreTrainedModel, token: int, name: str) -> AfterHead:
     handle = head.register_forward_hook(replace)
     try:
         with torch.no_grad():
-            ids = torch.tensor([[token]], device=model.device)
+            ids = torch.tensor([[token]], device=input_device(model))
             logits = _owner(model, head)(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ModelError(f"{name!r} gives no logits of a single word: {gist(error)}") from error

@@ -16,26 +16,17 @@ DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
 QUESTION = "Who founded the company in this photo?"
 
 
-def spread(*disk: str, of: str = "model.language_model") -> dict[str, str]:
-    """A device map that leaves every second layer, and these modules, on disk."""
-    parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    parts += [f"{of}.embed_tokens", f"{of}.norm", f"{of}.rotary_emb"]
-    layers = {f"{of}.layers.{number}": "disk" if number % 2 else "cpu" for number in range(8)}
-    return {part: "disk" if part in disk else "cpu" for part in parts} | layers
+STACK = "model.language_model"
+ENDS = {f"{STACK}.embed_tokens": "disk", "lm_head": "disk", f"{STACK}.norm": "disk", f"{STACK}.rotary_emb": "cpu"}
+LAYERS = {f"{STACK}.layers.{number}": "disk" if number % 2 else "cpu" for number in range(8)}
+ON_DISK = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu"} | ENDS | LAYERS
+"""The embedded model with most of its weights on disk."""
 
 
-MAPS = {
-    "every second layer": spread(),
-    "the ends too": spread(
-        "model.vision_tower", "lm_head", "model.language_model.embed_tokens", "model.language_model.norm"
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=MAPS)
-def offloaded(request: pytest.FixtureRequest) -> VisionLanguageModel:
+@pytest.fixture(scope="module")
+def offloaded() -> VisionLanguageModel:
     """The embedded model with weights on disk."""
-    return multrace.load(tiny_vlm_path(), device_map=MAPS[request.param])
+    return multrace.load(tiny_vlm_path(), device_map=ON_DISK)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +173,7 @@ def test_all_of_a_model_on_disk_is_refused():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_devices_trace_and_edit_as_one(tiny_vlm, photo, other_photo, delta):
-    parts = spread()
-    device_map = {part: int(part.rpartition(".")[2]) % 2 if ".layers." in part else 0 for part in parts}
+    device_map = {part: int(part.rpartition(".")[2]) % 2 if ".layers." in part else 0 for part in ON_DISK}
     vlm = multrace.load(tiny_vlm_path(), device_map=device_map, dtype="float32")
     prompt = vlm.prompt(photo, QUESTION)
     swap, rows = multrace.SwapImage(other_photo), ("image", "question", "last")
