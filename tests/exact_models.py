@@ -1,7 +1,11 @@
 """Tiny models of real transformers classes that compute in true float64, and how far the fast sweep is from plain."""
 
+import sys
 from collections.abc import Sequence
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +51,11 @@ def lift_casts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         norm = next(module for module in model.modules() if type(module) is kind)
         monkeypatch.setattr(kind, "forward", true_norm if hasattr(norm, "variance_epsilon") else true_gemma_norm)
+    for kind in {type(module) for module in model.modules() if hasattr(module, "_attn")}:
+        source = dedent(getsource(kind._attn)).replace(".to(torch.float32)", "")
+        defined: dict[str, Any] = {}
+        exec(source, vars(sys.modules[kind.__module__]), defined)
+        monkeypatch.setattr(kind, "_attn", defined["_attn"])
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda states, dim, **_dtype: softmax(states, dim))
 

@@ -21,6 +21,9 @@ NEOX = {"attention": "attention", "attention_out": "attention.dense", "down": "m
         "final_norm": "final_layer_norm"}  # fmt: skip
 GPT2 = {"layers": "h", "attention": "attn", "attention_out": "attn.c_proj", "down": "mlp.c_proj",
         "final_norm": "ln_f", "transposed": True}  # fmt: skip
+GPTJ = {"layers": "h", "attention": "attn", "attention_out": "attn.out_proj", "down": "mlp.fc_out",
+        "final_norm": "ln_f"}  # fmt: skip
+GPTNEO = {**GPTJ, "attention_out": "attn.attention.out_proj", "down": "mlp.c_proj"}
 CAPPED = {"head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": None}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
           "num_key_value_heads": 4, "first_k_dense_replace": 4, "n_routed_experts": 4, "n_group": 1,
@@ -70,6 +73,11 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
              layer_types=[FULL, SLIDING, SLIDING, FULL]),
         {},
     ),
+    "GPT-J, a method for attention": (text("GPTJ", num_attention_heads=2, n_inner=64, rotary_dim=4), GPTJ),
+    "GPT-Neo, a method with windows": (
+        text("GPTNeo", num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=4), GPTNEO),
+    "CodeGen": (text("CodeGen", hidden_size=64, n_inner=64, rotary_dim=4, n_ctx=128), GPTJ),
+    "StableLM, an interface that it does not declare": (text("StableLm"), {}),
     "GPT-2": (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=300, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2)), GPT2),
     "GPT-NeoX": (text("GPTNeoX"), NEOX),

@@ -11,7 +11,7 @@ from exact_models import LENGTH, SIZES, assemble, close, make_runs
 from multrace import ModelError, VisionLanguageModel
 from multrace.models import Prompt, ReplayError, collate
 from multrace.models.families import Family
-from multrace.models.replay import Attention, attending, attention_function
+from multrace.models.replay import Attention, attending, attention_function, masking
 from other_families import NO_PLAIN_SOFTMAX, make
 from PIL import Image
 from torch import Tensor, nn
@@ -198,8 +198,8 @@ def build(name: str, names: dict[str, str] | None = None, **settings: Any) -> Vi
 
 REFUSED = {
     "an attention function of its own": (
-        "GPTJModel does not let its attention function be replaced",
-        lambda: build("GPTJ", {"layers": "h", "attention": "attn"}, n_inner=64, rotary_dim=4),
+        "FalconModel does not let its attention function be replaced",
+        lambda: build("Falcon", {"layers": "h", "attention": "self_attention"}),
     ),
 }
 
@@ -231,6 +231,40 @@ def test_caps_sinks_and_values_of_another_size_are_recorded(name, monkeypatch):
         assert all(close(each.weights, own[:, :, queries]) for each, own in zip(seen, expected, strict=True))
     left = 1 - torch.stack([each.weights.sum(-1) for each in seen])
     assert (float(left.max()) > 0.1) == ("sinks" in name) and float(left.min()) > -1e-12
+
+
+@pytest.mark.parametrize("name", ["GPT-J, a method for attention", "GPT-Neo, a method with windows"])
+@torch.no_grad()
+def test_a_method_that_attends_is_replaced_and_put_back(name, monkeypatch):
+    vlm = make(name, monkeypatch)
+    embeddings, weights = make_runs(vlm).source, []
+    inside = [part for layer in vlm.decoder_layers for part in layer.modules() if hasattr(part, "_attn")]
+    for part in inside:
+        part.register_forward_hook(lambda _module, _arguments, output: weights.append(output[1]))
+    plain, expected = vlm.forward(inputs_embeds=embeddings), [*weights]
+    with attending(vlm, range(LENGTH)) as seen:
+        assert close(vlm.forward(inputs_embeds=embeddings), plain)
+    assert all(close(each.weights, own) for each, own in zip(seen, expected, strict=True))
+    assert len(seen) == len(inside) == vlm.layers and not any("_attn" in vars(part) for part in inside)
+    hidden = torch.zeros(1, LENGTH, LENGTH, dtype=torch.bool)
+    hidden[:, -1, 3] = True
+    with masking(vlm, {1: hidden}), attending(vlm, [-1]):
+        masked = vlm.forward(inputs_embeds=embeddings)
+    assert close(masked, plain)  # the block inside attends anew
+    with masking(vlm, {2: hidden}):
+        masked = vlm.forward(inputs_embeds=embeddings)
+    assert close(masked[:, :-1], plain[:, :-1]) and not close(masked[:, -1], plain[:, -1], 1e-4)
+
+
+def test_a_method_that_is_no_softmax_is_refused(monkeypatch):
+    vlm = make("GPT-J, a method for attention", monkeypatch)
+    kind = type(vlm.decoder_layers[0].attn)
+    own = kind._attn
+    monkeypatch.setattr(kind, "_attn", lambda self, *given: tuple(part * 1.1 for part in own(self, *given)))
+    for text in ("the attention of GPTJAttention is no softmax", "GPTJAttention cannot be called by itself"):
+        with pytest.raises(ReplayError, match=text), attending(vlm, [-1]):
+            vlm.forward(inputs_embeds=make_runs(vlm).base)
+        monkeypatch.setattr(kind, "_attn", lambda self, query: query)
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-GPTJ = {"layers": "h", "attention": "attn", "attention_out": "attn.out_proj", "down": "mlp.fc_out",
-        "final_norm": "ln_f"}  # fmt: skip
+FALCON = {"layers": "h", "attention": "self_attention", "attention_out": "self_attention.dense",
+          "down": "mlp.dense_4h_to_h", "final_norm": "ln_f"}  # fmt: skip
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ MODELS: dict[str, tuple[str, Callable[[], VisionLanguageModel]]] = {
         ),
     ),
     "an attention function of its own": (
-        "GPTJModel does not let its attention function be replaced",
-        lambda: build("GPTJ", GPTJ, n_inner=64, rotary_dim=4),
+        "FalconModel does not let its attention function be replaced",
+        lambda: build("Falcon", FALCON),
     ),
 }  # fmt: skip
 

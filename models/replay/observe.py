@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -153,7 +153,7 @@ class Witness:
 
 def _at_positions(name: str, value: Any, index: Index) -> Any:
     """Return a layer's keyword for only some positions. Raises `ReplayError` for a tensor of unknown meaning."""
-    if name == "attention_mask" or name.startswith("past_key_value"):
+    if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
         return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
         parts = value if isinstance(value, (tuple, list)) else (value,)
@@ -226,31 +226,117 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
         ReplayError: If the text model does not let its attention function be replaced.
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
-    decoder = vlm.decoder
-    config: Any = decoder.config
-    if not getattr(decoder, "_supports_attention_backend", False):
-        raise ReplayError(f"{type(decoder).__name__} does not let its attention function be replaced")
+    config: Any = vlm.decoder.config
     name = f"multrace_{id(attend)}"
     with vlm.running():
+        methods = _methods(vlm, attend)
+        outer = {module: vars(module).get("_attn") for module in methods}  # of a block around this one
         before = config._attn_implementation
 
         def put_back() -> None:
             config._attn_implementation = before
             for interface in (AttentionInterface, AttentionMaskInterface):
                 interface._global_mapping.pop(name, None)
+            for module, method in outer.items():
+                vars(module).pop("_attn", None)
+                vars(module).update({} if method is None else {"_attn": method})
 
         try:
             AttentionInterface.register(name, attend)
-            # Transformers makes no masks without such an entry. Its eager attention is causal by its mask alone, so the
-            # mask must not be left out for a module that does not say that it is causal (PaliGemma 2).
-            masks = partial(_without_skip, sdpa_mask) if before == "eager" else sdpa_mask
-            AttentionMaskInterface.register(name, masks)
+            AttentionMaskInterface.register(name, _mask_function(before))
             config._attn_implementation = name
+            for module, method in methods.items():
+                vars(module)["_attn"] = method
             yield
         finally:
             uninterrupted(put_back)
+
+
+def _methods(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> dict[nn.Module, _Method]:
+    """Return what replaces the methods `_attn` of attention modules; empty if they call an attention function by name.
+
+    Raises `ReplayError` if they do neither: they would attend as before, but with the masks of another function.
+    """
+    modules = [part for layer in vlm.decoder_layers for part in layer.modules()]
+    methods = {part: _Method(part, attend) for part in modules if callable(getattr(type(part), "_attn", None))}
+    by_name = getattr(vlm.decoder, "_supports_attention_backend", False) or any(map(_calls_by_name, modules))
+    if not methods and not by_name:
+        raise ReplayError(f"{type(vlm.decoder).__name__} does not let its attention function be replaced")
+    return methods
+
+
+def _calls_by_name(module: nn.Module) -> bool:
+    """Return whether a module's class looks its attention function up in transformers' table, whatever it declares."""
+    forwards = (unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+
+
+class _Method:
+    """Stands in for an attention module's method `_attn` (GPT-J, GPT-Neo, CodeGen) and calls an attention function.
+
+    The method's scale, and the keys that it hides of its own accord, are found by calling it.
+    """
+
+    def __init__(self, module: nn.Module, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+        self._module, self._attend = module, attend
+        self._original: Callable[..., tuple[Tensor, Tensor]] = partial(cast(Any, type(module))._attn, module)
+        self._scale: float | None = None
+        self._seen: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        if self._scale is None:
+            self._scale = self._measured(query, key, value)
+        mask = _masked(attention_mask, ~self._visible(query, key, value), is_causal=False)
+        output, _ = self._attend(self._module, query, key, value, mask, scaling=self._scale, is_causal=False)
+        return output.transpose(1, 2), None
+
+    def _visible(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return booleans (1, 1, query, key): the keys to which the method gives weight when all keys are equal."""
+        shape = query.shape[2], key.shape[2]
+        if shape not in self._seen:
+            zeros = (torch.zeros_like(part[:1]) for part in (query, key, value))
+            with torch.no_grad():
+                self._seen[shape] = self._original(*zeros)[1][:, :1] > 0
+        return self._seen[shape]
+
+    def _measured(self, query: Tensor, key: Tensor, value: Tensor) -> float:
+        """Return the factor of the products. Raises `ReplayError` if the method is not a softmax over them."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            torch.randn(1, part.shape[1], 4, part.shape[3], generator=generator).to(part)
+            for part in (query, key, value)
+        ]
+        name = type(self._module).__name__
+        tolerance = 1e-4 if torch.finfo(value.dtype).eps < 1e-6 else 2e-2
+        with torch.no_grad():
+            try:
+                expected, mask = self._original(*drawn)[0], self._visible(*drawn)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ReplayError(f"the attention of {name} cannot be called by itself: {error}") from error
+            for scale in (query.shape[3] ** -0.5, 1.0):
+                output = whole_attention(*drawn, softmax=Softmax(scale=scale), causal=False, mask=mask)
+                if output.shape == expected.shape and torch.allclose(output, expected, rtol=0, atol=tolerance):
+                    return scale
+        raise ReplayError(f"the attention of {name} is no softmax over scaled products")
+
+
+def _mask_function(implementation: str) -> Callable[..., Tensor | None]:
+    """Return what makes boolean masks in place of those of an attention implementation; without one, none are made.
+
+    Transformers' eager attention is causal by its mask alone, so the mask must not be left out there: the module may
+    not say that it is causal (PaliGemma 2).
+    """
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    known: dict[str, Any] = AttentionMaskInterface._global_mapping
+    if implementation.startswith("multrace_") and implementation in known:
+        return known[implementation]
+    return partial(_without_skip, sdpa_mask) if implementation == "eager" else sdpa_mask
 
 
 def _without_skip(make: Callable[..., Tensor | None], *arguments: Any, **keywords: Any) -> Tensor | None:
