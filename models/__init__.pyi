@@ -1,5 +1,13 @@
 from .errors import ModelError as ModelError, NotFiniteError as NotFiniteError, ReplayError as ReplayError
-from .families import FAMILIES as FAMILIES, Family as Family, Projection as Projection, Site as Site
+from .families import (
+    PICTURE_FRONTS as PICTURE_FRONTS,
+    TEXT_STACKS as TEXT_STACKS,
+    Family as Family,
+    PictureFront as PictureFront,
+    Projection as Projection,
+    Site as Site,
+    TextStack as TextStack,
+)
 from .frontend import open_images as open_images
 from .hooks import Trace as Trace, TraceDict as TraceDict, capture as capture, patch as patch
 from .loading.load import load as load

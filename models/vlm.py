@@ -217,8 +217,12 @@ class VisionLanguageModel:
 
     @property
     def mlp(self) -> int:
-        """Width of the input of the first layer's down projection."""
-        return self.down_projection(0).width
+        """Width of the input of the first down projection; the width of one expert where no layer has a single one."""
+        for layer in range(self.layers):
+            if self.has_down_projection(layer):
+                return self.down_projection(layer).width
+        text = self.config.get_text_config()
+        return getattr(text, "moe_intermediate_size", None) or text.intermediate_size
 
     @property
     def positions(self) -> int | None:
@@ -443,8 +447,15 @@ class VisionLanguageModel:
         return self.addresses.index(layer)
 
     def down_projection(self, layer: int) -> Projection:
-        """Return the linear map that writes a layer's MLP output; negative layers count from the end."""
+        """Return the linear map that writes a layer's MLP output; negative layers count from the end.
+
+        Raises `ModelError` for a layer with experts, where no single map does.
+        """
         return self.addresses.down_projection(layer)
+
+    def has_down_projection(self, layer: int) -> bool:
+        """Return whether a single linear map writes the layer's MLP output; experts have one each."""
+        return self.addresses.has_down_projection(layer)
 
     def attention_projection(self, layer: int) -> Projection:
         """Return the linear map that writes a layer's attention into the residual stream."""
@@ -799,7 +810,7 @@ class VisionLanguageModel:
             save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
-        """Return the module named by this field of the family's row, relative to the base model or to a path in it."""
+        """Return the module named by this field of the family, relative to the base model or to a part of it."""
         if self.family.vision is None:
             raise ModelError(f"{self.name!r} (family {self.family.name}) is a text-only model; it has no vision tower")
         leaf = getattr(self.family, part)
@@ -808,7 +819,7 @@ class VisionLanguageModel:
                 f"the row of family {self.family.name} does not name the {part.replace('_', ' ')} of {self.name!r}; "
                 f"pass load(..., families=...) with a row that has {part}="
             )
-        return self.module(f"{self.model.base_model_prefix}.{above}{leaf}")
+        return self.module(self.addresses.vision_path(above + leaf))
 
     def _ready(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return model inputs on the right device. Raise `ModelError` for another model's or too many tokens."""

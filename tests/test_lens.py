@@ -5,7 +5,6 @@ import torch
 from multrace import VisionLanguageModel, load
 from multrace.data import World
 from multrace.models import ModelError, Prompt
-from multrace.models.families import FAMILIES, Family
 from multrace.models.readout import AfterHead
 from multrace.tracing import LogitLens, TraceError, logit_lens
 from random_models import make_tokenizer, save, text_sizes
@@ -207,13 +206,12 @@ def test_the_answer_emerges_late_and_only_with_its_own_picture(tiny_vlm):
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguageModel]:
     """A model that caps its logits, and the same one without."""
-    families = (*FAMILIES, Family(name="gemma2", model_types=("gemma2",), text_types=("gemma2",)))
     tokenizer, models = make_tokenizer(), {}
     for name, cap in (("capped", 2.0), ("plain", None)):
         config = Gemma2Config(**text_sizes(tokenizer), head_dim=8, num_key_value_heads=2, final_logit_softcapping=cap)
         torch.manual_seed(0)
         folder = save(Gemma2ForCausalLM(config), tokenizer, tmp_path_factory.mktemp(name))
-        models[name] = load(folder, families=families, verify=False)
+        models[name] = load(folder, verify=False)
     return models
 
 

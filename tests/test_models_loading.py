@@ -3,19 +3,26 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import multrace
 import pytest
 import torch
 from multrace import ModelError
-from multrace.models import FAMILIES, Family
-from multrace.models.families import family_of
+from multrace.models import Family, PictureFront, TextStack
+from multrace.models.families import PICTURE_FRONTS, TEXT_STACKS, family_of
 from random_models import make_tokenizer, text_sizes
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
+    BartConfig,
+    Florence2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -73,17 +80,40 @@ def test_the_proof_holds_under_both_attention_paths(llava_phi_path):
 
 def test_a_family_of_ones_own(llava_llama_path, random_llava_llama):
     mine = Family(name="mine", model_types=("llava",), text_types=("llama",), vision="vision_tower")
-    assert multrace.load(llava_llama_path, families=(mine, *FAMILIES)).family is mine
+    assert multrace.load(llava_llama_path, families=(mine,)).family is mine
     assert random_llava_llama.family.name == "llava_llama"
-    with pytest.raises(ModelError, match=r"no family row for model type 'llava' with text type 'llama' \(rows: gpt2\)"):
-        multrace.load(llava_llama_path, families=[family for family in FAMILIES if family.name == "gpt2"])
+    other = replace(mine, text_types=("phi",))  # serves another pair, and is no row for a half of this one
+    assert multrace.load(llava_llama_path, families=(other,)).family == random_llava_llama.family
 
 
-def test_families_are_chosen_by_both_types():
+def test_a_row_for_one_half_comes_before_the_tables(llava_llama_path):
+    text, front = (
+        TextStack(text_types=("llama",), down="mlp.gone"),
+        PictureFront(model_types=("llava",), projector=None),
+    )
+    assert multrace.load(llava_llama_path, families=(front,)).family.projector is None
+    with pytest.raises(ModelError, match="no projection of site 'mlp 0' at 'model.language_model.layers.0.mlp.gone'"):
+        multrace.load(llava_llama_path, families=(text,))
+
+
+def test_families_are_pairs_of_a_text_stack_and_a_picture_front():
     assert family_of(LlamaConfig()).name == "llama"
-    with pytest.raises(ModelError, match="mistral"):
-        family_of(MistralConfig())
-    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    assert family_of(MistralConfig()) == replace(family_of(LlamaConfig()), name="mistral", model_types=("mistral",),
+                                                 text_types=("mistral",))  # fmt: skip
+    pair = family_of(LlavaConfig(text_config=GPT2Config()))
+    assert (pair.name, pair.layers, pair.transposed, pair.vision) == ("llava_gpt2", "h", True, "vision_tower")
+    assert family_of(Gemma3Config()).name == "gemma3"
+    assert family_of(Gemma3Config()).mlp_norm == family_of(Gemma3TextConfig()).mlp_norm == "post_feedforward_layernorm"
+    assert family_of(Gemma3TextConfig()).vision is None
+    for types in ([name for row in TEXT_STACKS for name in row.text_types],
+                  [name for row in PICTURE_FRONTS for name in row.model_types]):  # fmt: skip
+        assert len({*types}) == len(types)
+
+
+def test_an_encoder_decoder_is_refused():
+    for config in (BartConfig(), Florence2Config()):
+        with pytest.raises(ModelError, match=f"model type '{config.model_type}' is an encoder-decoder"):
+            family_of(config)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c", "~/no-such-model"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from multrace import ModelError, Prompt, VisionLanguageModel
 from multrace.data import tiny_vlm_path
-from multrace.models import FAMILIES
+from multrace.models import PictureFront
 from multrace.models.loading import prove_addresses
 from multrace.tracing import (
     BlankImage,
@@ -404,7 +404,7 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_wrong_row_is_refused(case, random_llava_llama):
     changes, message = ROWS[case]
-    family = replace(FAMILIES[0], **changes)
+    family = replace(random_llava_llama.family, **changes)
     wrong = replace(random_llava_llama, family=family, addresses=replace(random_llava_llama.addresses, family=family))
     with pytest.raises(ModelError, match=message):
         prove_addresses(wrong)
@@ -412,7 +412,9 @@ def test_a_wrong_row_is_refused(case, random_llava_llama):
 
 @pytest.mark.parametrize("field", ["vision_layers", "projector"])
 def test_a_row_may_leave_them_out(field, llava_llama_path, photo, other_photo):
-    vlm = multrace.load(llava_llama_path, families=(replace(FAMILIES[0], **{field: None}),))
+    names = {"vision": "vision_tower", "vision_layers": "encoder.layers", "projector": "multi_modal_projector"}
+    row = PictureFront(model_types=("llava",), **{**names, field: None})
+    vlm = multrace.load(llava_llama_path, families=(row,))
     site, other = {"vision_layers": ("vision", "projector"), "projector": ("projector", "vision")}[field]
     with pytest.raises(ModelError, match=f"does not name the {field.replace('_', ' ')}.*{field}="):
         trace(vlm, ask(vlm, photo), SwapImage(other_photo), sites=site)

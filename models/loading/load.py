@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from os import PathLike, fspath
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError, gist, reason
-from ..families import FAMILIES, Addresses, Family, family_of
+from ..families import Addresses, Family, Row, family_of, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..placement import absent, input_device
@@ -37,7 +38,7 @@ def load(
     quantization: Any = None,
     attention: str | None = None,
     verify: bool = True,
-    families: Sequence[Family] = FAMILIES,
+    families: Sequence[Row] = (),
 ) -> VisionLanguageModel:
     """Return the model at a directory or hub id, in eval mode, without gradients and with verified addresses.
 
@@ -58,7 +59,7 @@ def load(
         attention: "sdpa", "eager", or another implementation that transformers has here; None for the model's own.
         verify: prove that every module is where the family row says, and that every weight is finite (default). Takes
             seven forward passes and one pass over the weights. False skips it, for a model that was proven before.
-        families: the rows to choose from; add one with (*FAMILIES, Family(...)).
+        families: further rows, tried before those of the tables: `TextStack`, `PictureFront`, or `Family` for both.
 
     Returns:
         The model, ready for `prompt`, `answer`, tracing and editing.
@@ -113,6 +114,7 @@ def _assemble(
 ) -> VisionLanguageModel:
     model.eval()
     model.requires_grad_(False)
+    family = resolved(model, family, name)
     vision = family.vision is not None
     tokenizer = processor.tokenizer if vision else processor
     if not tokenizer.is_fast:
@@ -124,7 +126,7 @@ def _assemble(
         tokenizer=tokenizer,
         image_token_id=find_image_token(processor, model.config, name) if vision else None,
         patch_size=getattr(model.config.vision_config, "patch_size", None) if vision else None,
-        dropped_inputs=family.dropped_inputs,
+        dropped_inputs=(*family.dropped_inputs, *_unknown_inputs(model)),
         device=input_device(model),
         dtype=model.dtype,
         limit=position_limit(model.config),
@@ -139,6 +141,11 @@ def _assemble(
         revision=revision,
         stored_dtype=stored or model.dtype,
     )
+
+
+def _unknown_inputs(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the tokenizers' extra outputs that the model's call has no argument for."""
+    return tuple(name for name in ("token_type_ids",) if name not in signature(model.forward).parameters)
 
 
 @contextmanager

@@ -194,12 +194,12 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
         raise probe.error(site, f"its projection {projection.path!r} does not write what the site writes")
     if not is_plain(projection.weight):
         return  # quantised weights are packed; only their module knows their orientation
-    shape = (projection.hidden, projection.width)
+    weight = projection.weight.T if projection.transposed else projection.weight
+    shape = tuple(weight.shape)
     if shape != (probe.vlm.hidden, read.shape[-1]):
         raise probe.error(
             site, f"its projection {projection.path!r} is (hidden, width) {shape}, but reads width {read.shape[-1]}"
         )
-    weight = projection.weight.T if projection.transposed else projection.weight
     bias = projection.bias
     computed = read.tail.double() @ weight.double().T + (0 if bias is None else bias.double())
     scale = read.tail.double().norm() * weight.double().norm() + (0 if bias is None else bias.double().norm())

@@ -1,13 +1,11 @@
-"""The differences between architectures: a table with one frozen row each, and the module addresses that follow.
+"""The sites of a decoder (hidden state, MLP or attention of a layer), and the modules and weights behind them.
 
-A row locates attention and MLP in the decoder layers. From it follow the modules and weights behind the sites of a
-decoder (hidden state, MLP or attention of a layer). Loading verifies the row.
+They follow from the family's names. A site is what is added to the residual stream: behind a norm, that norm's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast, get_args
@@ -15,106 +13,12 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .placement import compute_device, fetched, map_shape
+from ..errors import ModelError
+from ..placement import compute_device, fetched, map_shape
+from .table import Family, Names
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The module names and properties of one architecture, as its classes in transformers have them.
-
-    Names are dotted module paths, relative to a decoder layer unless a field says otherwise. The defaults are Llama's.
-    Loading verifies a row on the model itself and raises `ModelError` with the site where a name or property is wrong.
-
-    Example:
-        >>> import multrace as mt
-        >>> from multrace.models import FAMILIES, Family
-        >>> row = Family(name="qwen2", model_types=("qwen2",), text_types=("qwen2",))
-        >>> families = (*FAMILIES, row)  # for mt.load(..., families=families)
-    """
-
-    name: str
-    """The name of the row in log lines and errors."""
-    model_types: tuple[str, ...]
-    """Values of `model_type` in config.json that the row serves."""
-    text_types: tuple[str, ...]
-    """Values of `model_type` of the text configuration that the row serves; for a text-only model, the same values."""
-    layers: str = "layers"
-    """The list of decoder layers, relative to `model.get_decoder()`."""
-    attention: str = "self_attn"
-    """The attention module, whose output is the site "attention"."""
-    attention_out: str = "self_attn.o_proj"
-    """The linear map by which attention writes into the residual stream."""
-    mlp: str = "mlp"
-    """The MLP, whose output is the site "mlp"."""
-    down: str = "mlp.down_proj"
-    """The linear map by which the MLP writes into the residual stream."""
-    final_norm: str = "norm"
-    """The norm between the last decoder layer and the output head, relative to `model.get_decoder()`."""
-    transposed: bool = False
-    """True if the two linear maps store their weights as (input, output), as GPT-2's Conv1D does."""
-    parallel: bool = False
-    """True if attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
-    vision: str | None = None
-    """The vision tower, relative to the base model; None for a text-only family."""
-    vision_layers: str | None = None
-    """The list of the vision tower's layers, relative to the tower; None if unknown."""
-    projector: str | None = None
-    """The module that turns the tower's states into image tokens, relative to the base model; None where unknown."""
-    dropped_inputs: tuple[str, ...] = ("token_type_ids",)
-    """Outputs of the tokenizer that must not reach the model: GPT-2 would add a word embedding for each of them."""
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="llava_llama",
-        model_types=("llava",),
-        text_types=("llama",),
-        vision="vision_tower",
-        vision_layers="encoder.layers",
-        projector="multi_modal_projector",
-    ),
-    Family(
-        name="llava_phi",
-        model_types=("llava",),
-        text_types=("phi",),
-        attention_out="self_attn.dense",
-        down="mlp.fc2",
-        final_norm="final_layernorm",
-        parallel=True,
-        vision="vision_tower",
-        vision_layers="encoder.layers",
-        projector="multi_modal_projector",
-    ),
-    Family(name="llama", model_types=("llama",), text_types=("llama",)),
-    Family(
-        name="gpt2",
-        model_types=("gpt2",),
-        text_types=("gpt2",),
-        layers="h",
-        attention="attn",
-        attention_out="attn.c_proj",
-        down="mlp.c_proj",
-        final_norm="ln_f",
-        transposed=True,
-    ),
-)
-
-
-def family_of(config: PretrainedConfig, families: Sequence[Family] = FAMILIES) -> Family:
-    """Return the first row that serves this configuration. Raises `ModelError`, which lists the rows, if none does."""
-    text_type = config.get_text_config().model_type
-    for family in families:
-        if config.model_type in family.model_types and text_type in family.text_types:
-            return family
-    known = ", ".join(family.name for family in families) or "none"
-    raise ModelError(
-        f"no family row for model type {config.model_type!r} with text type {text_type!r} (rows: {known}); "
-        "pass load(..., families=(*FAMILIES, Family(...))) with a row for it"
-    )
+    from transformers import PreTrainedModel
 
 
 Kind = Literal["hidden", "mlp", "attention"]
@@ -190,7 +94,7 @@ Key = Site | Projection | nn.Module | str
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Addresses:
-    """The sites of one loaded model, found through `get_decoder()` and the family row."""
+    """The sites of one loaded model, found through `get_decoder()` and the family's names."""
 
     model: PreTrainedModel
     family: Family
@@ -199,8 +103,12 @@ class Addresses:
 
     @cached_property
     def decoder(self) -> nn.Module:
-        """The text stack of the model."""
-        return self.model.get_decoder()
+        """The text stack: what `get_decoder()` returns, or the module inside it that holds the decoder layers."""
+        outer = self.model.get_decoder()
+        for path, module in outer.named_modules():  # BLIP-2 and Llama 4 return a model with an output head
+            if isinstance(_child(module, self.family.layers), nn.ModuleList) and "vision" not in path:
+                return module
+        return outer
 
     @cached_property
     def decoder_path(self) -> str:
@@ -228,15 +136,19 @@ class Addresses:
             )
         return layer % count
 
+    def layer_path(self, layer: int) -> str:
+        """Return the dotted path of a decoder layer. Raises `ModelError` if the decoder has no such layer."""
+        return f"{self.decoder_path}.{self.family.layers}.{self.index(layer)}"
+
     def path(self, key: Key) -> str:
         """Return the dotted module path of a site, projection or module; a path is returned unchecked."""
         if isinstance(key, Site):
-            layer = f"{self.decoder_path}.{self.family.layers}.{self.index(key.layer)}"
-            return {
-                "hidden": layer,
-                "mlp": f"{layer}.{self.family.mlp}",
-                "attention": f"{layer}.{self.family.attention}",
-            }[key.kind]
+            names = {
+                "mlp": self.family.mlp_norm or self.family.mlp,
+                "attention": self.family.attention_norm or self.family.attention,
+            }
+            layer = self.layer_path(key.layer)
+            return layer if key.kind == "hidden" else f"{layer}.{self._chosen(key.layer, names[key.kind])}"
         if isinstance(key, Projection):
             return key.path
         if isinstance(key, nn.Module):
@@ -252,16 +164,38 @@ class Addresses:
         """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
+    def has_down_projection(self, layer: int) -> bool:
+        """Return whether a single linear map writes the layer's MLP output; experts have one each."""
+        if self.family.down is None:
+            return False
+        return _child(self.layers[self.index(layer)], self.family.experts) is None
+
     def down_projection(self, layer: int) -> Projection:
-        """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys."""
-        return self._projection(Site("mlp", self.index(layer)), self.family.down)
+        """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys.
+
+        Raises `ModelError` if the layer has experts, so that no single map does.
+        """
+        site = Site("mlp", self.index(layer))
+        if not self.has_down_projection(layer) or self.family.down is None:
+            raise ModelError(
+                f"layer {site.layer} of {self.name!r} has experts, so no single matrix writes its MLP output; trace "
+                f"and patch the site '{site}' as usual, and edit attention instead (projection='attention')"
+            )
+        return self._projection(site, self.family.down)
 
     def attention_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's attention writes into the residual stream."""
         return self._projection(Site("attention", self.index(layer)), self.family.attention_out)
 
-    def _projection(self, site: Site, leaf: str) -> Projection:
-        path = f"{self.path(Site('hidden', site.layer))}.{leaf}"
+    def vision_path(self, name: str) -> str:
+        """Return the dotted path, in the model, of a part that sees; its name is relative to the base model if any."""
+        inner = f"{self.model.base_model_prefix}.{name}"
+        has_base = isinstance(getattr(self.model, self.model.base_model_prefix, None), nn.Module)
+        is_inner = _child(self.model, inner) is not None or _child(self.model, name) is None
+        return inner if has_base and is_inner else name
+
+    def _projection(self, site: Site, names: Names) -> Projection:
+        path = f"{self.layer_path(site.layer)}.{self._chosen(site.layer, names)}"
         module = self._at(path, f"projection of site {str(site)!r}")
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
@@ -270,6 +204,12 @@ class Addresses:
                 f"without a weight matrix; mend the row of family {self.family.name}"
             )
         return Projection(module=module, path=path, transposed=self.family.transposed)
+
+    def _chosen(self, layer: int, names: Names) -> str:
+        """Return the first of the names that this layer has; the first of all if it has none."""
+        choices = (names,) if isinstance(names, str) else names
+        module = self.layers[self.index(layer)]
+        return next((name for name in choices if _child(module, name) is not None), choices[0])
 
     def _at(self, path: str, asked: str) -> nn.Module:
         try:
@@ -290,3 +230,37 @@ class Addresses:
             raise ModelError(
                 f"no {leaf!r} in {parent_path!r} of {self.name!r} (family {self.family.name}): found {children}"
             ) from None
+
+
+def resolved(model: PreTrainedModel, family: Family, name: str) -> Family:
+    """Return the family with one name for each part that sees: of several, the first that the model has, else None.
+
+    Raises `ModelError`, which calls the model `name`, if it has no vision tower under any of several names.
+    """
+    addresses = Addresses(model=model, family=family, name=name)
+
+    def first(names: Names | None, above: str = "") -> str | None:
+        if not isinstance(names, tuple):
+            return names
+        return next((leaf for leaf in names if _child(model, addresses.vision_path(above + leaf)) is not None), None)
+
+    vision = first(family.vision)
+    if family.vision is not None and vision is None:
+        raise ModelError(
+            f"{name!r} (family {family.name}) has none of the vision towers {', '.join(family.vision)}; pass "
+            "load(..., families=(PictureFront(...),)) with a row that names its own"
+        )
+    layers, projector = first(family.vision_layers, f"{vision}."), first(family.projector)
+    if (vision, layers, projector) == (family.vision, family.vision_layers, family.projector):
+        return family
+    return replace(family, vision=vision, vision_layers=layers, projector=projector)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a dotted path below this one; None if there is none."""
+    for name in path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module

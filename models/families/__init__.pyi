@@ -1,0 +1,21 @@
+from .addresses import (
+    Addresses as Addresses,
+    Key as Key,
+    Kind as Kind,
+    Projection as Projection,
+    Site as Site,
+    resolved as resolved,
+)
+from .table import (
+    PICTURE_FRONTS as PICTURE_FRONTS,
+    TEXT_STACKS as TEXT_STACKS,
+    Family as Family,
+    Names as Names,
+    PictureFront as PictureFront,
+    Row as Row,
+    TextStack as TextStack,
+    family_of as family_of,
+    pair_of as pair_of,
+    picture_front_of as picture_front_of,
+    text_stack_of as text_stack_of,
+)
