@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from ..data.pictures import Picture, read_pictures
 from .errors import ModelError, check_text, gist, quoted, reason
 from .guards import without_panics
 
+_NOT_OF_PICTURES = ("tokenizer", "chat_template", "video_processor")
+"""Parts of a processor that do not decide what becomes of a picture."""
 _MARK = "\ue000"  # a private-use character: no template and no question contains it
 
 
@@ -38,15 +41,16 @@ def open_images(image: Picture | Sequence[Picture] | None) -> tuple[Image.Image,
         raise ModelError(str(error)) from error
 
 
-def frame(processor: Any, *, images: int, image_token: str | None, template: str | None = None) -> tuple[str, str]:
-    """Return the text before and after the question; together they contain one image token per picture.
+def frame(processor: Any, *, images: int, image_word: str | None, template: str | None = None) -> tuple[str, str]:
+    """Return the text before and after the question; together they contain the picture's word once per picture.
 
     Args:
         processor: The processor, or the tokenizer of a text-only model.
         images: Number of pictures.
-        image_token: The text of one image position; None for a text-only model.
+        image_word: What the processor reads as the place of a picture; empty if it needs no such word, and None for a
+            text-only model.
         template: None for the model's own (the processor's chat template; "USER: <image>\\n{question} ASSISTANT:" where
-            it has none; the bare question for a text-only model without one), "raw" for the image tokens and the
+            it has none; the bare question for a text-only model without one), "raw" for the pictures' words and the
             question alone, or a text with {question} once and {image} once for all pictures or once for each. Without
             pictures, {image} stands for nothing.
 
@@ -54,35 +58,35 @@ def frame(processor: Any, *, images: int, image_token: str | None, template: str
         ModelError: The template cannot be rendered, or shows the question or the pictures more or less often than it
             should.
     """
-    if images and image_token is None:
+    if images and image_word is None:
         raise ModelError("this is a text-only model; pass image=None")
-    image_tokens = [image_token or ""] * images
+    words = [image_word or ""] * images
     if template == "raw":
-        return "".join(image_tokens), ""
+        return "".join(words), ""
     if template is not None:
-        rendered = _custom(template, image_tokens)
+        rendered = _custom(template, words)
     elif getattr(processor, "chat_template", None):
-        rendered = _chat(processor, images, has_vision=image_token is not None)
-    elif image_token is None:
+        rendered = _chat(processor, images, has_vision=image_word is not None)
+    elif image_word is None:
         rendered = _MARK
     else:
-        rendered = "USER: " + "".join(f"{token}\n" for token in image_tokens) + _MARK + " ASSISTANT:"
+        rendered = "USER: " + "".join(f"{word}\n" for word in words if word) + _MARK + " ASSISTANT:"
     check_text(rendered, "template")
     if rendered.count(_MARK) != 1:
         raise ModelError(f"the template shows the question {rendered.count(_MARK)} times; it must show it exactly once")
-    if image_token and template is not None and rendered.count(image_token) != images:
+    if image_word and template is not None and rendered.count(image_word) != images:
         raise ModelError(
-            f"the template {template!r} shows {rendered.count(image_token)} pictures and the prompt has {images}; "
-            f"write {{image}} in place of {image_token!r}"
+            f"the template {template!r} shows {rendered.count(image_word)} pictures and the prompt has {images}; "
+            f"write {{image}} in place of {image_word!r}"
         )
     before, after = rendered.split(_MARK)
     return before, after
 
 
-def _custom(template: str, image_tokens: list[str]) -> str:
+def _custom(template: str, image_words: list[str]) -> str:
     if "{question}" not in check_text(template, "template"):
         raise ModelError(f"the template {template!r} has no {{question}}; write where the question goes")
-    shown, given = template.count("{image}"), len(image_tokens)
+    shown, given = template.count("{image}"), len(image_words)
     if given and not shown:
         raise ModelError(f"the template {template!r} has no {{image}}; write where the picture goes")
     if given and shown not in (1, given):
@@ -90,7 +94,7 @@ def _custom(template: str, image_tokens: list[str]) -> str:
             f"the template {template!r} has {{image}} {shown} times and the prompt has {given} "
             f"picture{'s' if given > 1 else ''}; write it once for all pictures, or once for each"
         )
-    parts = image_tokens if shown == given else ["\n".join(image_tokens)] * shown
+    parts = image_words if shown == given else ["\n".join(filter(None, image_words))] * shown
     for part in parts:
         template = template.replace("{image}", part, 1)
     return template.replace("{question}", _MARK)
@@ -127,6 +131,10 @@ class Frontend:
     """Number of positions that the model has, as `position_limit` reads it; None if it has no limit."""
     vocab: int | None = None
     """Number of tokens that the model has embeddings for; None if unknown."""
+    accepted: frozenset[str] | None = None
+    """Names of the inputs that the model takes; None if unknown, so that it gets everything."""
+    answer_fills: Mapping[str, int] = field(default_factory=dict)
+    """What an answer's tokens have in an input that has a number per token, such as token_type_ids; 0 by default."""
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         """Return the object itself, because a copied prompt belongs to the same model."""
@@ -138,13 +146,35 @@ class Frontend:
         return None if self.image_token_id is None else self.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     @cached_property
+    def image_word(self) -> str | None:
+        """What the processor reads as the place of a picture, which need not be the text of an image position.
+
+        Gemma 3 reads `<start_of_image>` and writes `<image_soft_token>`, for example. Empty for a processor that puts
+        the pictures first by itself and does not count a word for one; None for a text-only model.
+        """
+        if self.image_token_id is None:
+            return None
+        named = getattr(self.processor, "image_token", None)
+        word = str(getattr(named, "content", named) or self.image_token)
+        alone = self._image_tokens("")
+        return "" if alone and alone != self._image_tokens(word) else word
+
+    def _image_tokens(self, word: str) -> int:
+        """Return how many image positions the processor makes of this word and one picture; 0 if it refuses them."""
+        try:
+            ids = self._processed(f"{word} ?", [Image.new("RGB", (64, 64))], special=True)["input_ids"]
+        except ModelError:
+            return 0
+        return ids.flatten().tolist().count(self.image_token_id)
+
+    @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer reads as one special token each, the image token among them, longest first.
 
         Single characters and plain words are excluded: some tokenizers pad with "!", which also occurs in questions.
         """
         added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | {self.image_token or ""}
+        special = {token.content for token in added if token.special} | {self.image_token or "", self.image_word or ""}
         return tuple(sorted((text for text in special if _is_markup(text)), key=len, reverse=True))
 
     @property
@@ -162,7 +192,7 @@ class Frontend:
     def picture_digest(self) -> str:
         """A sha256 (hex) of what decides which tensors and image tokens a picture becomes."""
         described = self.processor.to_dict() if self.image_token_id is not None else {}
-        settings = {name: value for name, value in described.items() if name not in ("tokenizer", "chat_template")}
+        settings = {name: value for name, value in described.items() if name not in _NOT_OF_PICTURES}
         return _digest([self.image_token_id, self.patch_size, settings])
 
     def accepts(self, other: "Frontend", *, has_pictures: bool) -> bool:
@@ -185,7 +215,7 @@ class Frontend:
         special = next((token for token in self.special_tokens if token in check_text(text, what)), None)
         if special is None:
             return text
-        is_image = special == self.image_token
+        is_image = special in (self.image_token, self.image_word)
         name = "image token" if is_image else "special token"
         remedy = "pass pictures as image=" if is_image else "write it in other words"
         raise ModelError(f"the {what} {text!r} holds the {name} {special!r}, which is not read as text; {remedy}")
@@ -212,22 +242,37 @@ class Frontend:
         Raises `ModelError` if the processor fails.
         """
         special = self._adds_special(text)
-        if self.image_token_id is None:
-            encoded = self._tokenized(text, return_tensors="pt", add_special_tokens=special)
-        else:
-            encoded = self._processed(text, images, special)
-        encoded = {name: value for name, value in encoded.items() if name not in self.dropped_inputs}
+        encoded = {name: value for name, value in self.outputs(text, images).items() if self.passes(name)}
         length = encoded["input_ids"].shape[1]
         self._check_ids(encoded["input_ids"][0].tolist())
         end = length - special * self._appended
         return to_device(
-            {name: value[:, :end] if value.shape == (1, length) else value for name, value in encoded.items()},
+            {name: value[:, :end] if is_per_token(name, value, length) else value for name, value in encoded.items()},
             self.device,
             self.dtype,
         )
 
-    def answer_ids(self, text: str, answer: str) -> tuple[int, ...]:
+    def outputs(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Tensor]:
+        """Return everything that the processor makes of the text (batch one), used by the model or not."""
+        special = self._adds_special(text)
+        if self.image_token_id is None:
+            return self._tokenized(text, return_tensors="pt", add_special_tokens=special)
+        if len(images) > 1 and not self.image_word:
+            raise ModelError(
+                "the processor puts a picture before the words by itself and has no word for a second one; "
+                f"pass one picture instead of {len(images)}"
+            )
+        return self._processed(text, images, special)
+
+    def passes(self, name: str) -> bool:
+        """Return whether an output of the processor is an input of the model; labels are for training only."""
+        is_taken = self.accepted is None or name in self.accepted
+        return is_taken and name != "labels" and name not in self.dropped_inputs
+
+    def answer_ids(self, text: str, answer: str, *, after: str | None = None) -> tuple[int, ...]:
         """Return the tokens that continue the text with the answer, without an end-of-sequence token.
+
+        after: the text of the prompt's last token, where the processor adds to the text; default: the text's own end.
 
         Text, space and answer are tokenised together, so that the answer gets the tokens it has in running text. They
         are tokenised separately if the answer's first letters would merge with the text's last token. Raises
@@ -236,7 +281,8 @@ class Frontend:
         answer = self.check_words(answer, "answer").strip()
         if not answer:
             raise ModelError("the answer is empty; pass the words that the model should say")
-        continuation = answer if not text or text[-1].isspace() else f" {answer}"
+        end = text if after is None else after
+        continuation = answer if not end or end[-1].isspace() else f" {answer}"
         prefix, _ = self.tokenize(text)
         whole, _ = self.tokenize(text + continuation)
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
@@ -289,6 +335,14 @@ class Frontend:
             ) from error
 
 
+def is_per_token(name: str, value: Tensor, length: int) -> bool:
+    """Return whether an input has one entry per token of a prompt of this length (1, token, ...).
+
+    Pictures and the tokens of a Q-Former can have that shape by chance.
+    """
+    return value.shape[:2] == (1, length) and not name.startswith(("qformer", "pixel", "image"))
+
+
 def to_device(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors on this device, with floating-point tensors converted to this dtype."""
     return {
@@ -314,18 +368,48 @@ def position_limit(config: Any) -> int | None:
     return max(stated, *(int(length * factor) for length, factor in original))
 
 
-def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None) -> tuple[int | None, ...]:
-    """Return the position of each token of the short text (one token per picture) in the text with expanded pictures.
+def align(
+    short: Sequence[int | None], long: Sequence[int], *, added: Sequence[bool] | None = None
+) -> tuple[int | None, ...]:
+    """Return the position of each token of the tokenizer's text in the processor's, which has pictures written out.
 
-    A picture's token gives None. The processor's replacement of a picture is skipped, so its form does not matter.
-    Raises `ModelError` if the words themselves changed.
+    The processor's replacement of a picture is skipped, so its form does not matter. Where the processor also adds or
+    moves words (PaliGemma writes the first token after the pictures and a line end at the end), runs of equal tokens
+    are matched, longest first.
+
+    Args:
+        short: The tokenizer's ids, with None in place of every token of a picture's word; its position is None.
+        long: The processor's ids.
+        added: True for tokens that the tokenizer adds to the text; they have no position if the processor moves words.
+
+    Raises:
+        ModelError: The words themselves changed.
     """
+    exact = _skipping(short, long)
+    if exact is not None:
+        return exact
+    aligned: list[int | None] = [None] * len(short)
+    wanted = [token is not None and not own for token, own in zip(short, added or [False] * len(short), strict=True)]
+    masked = [token if is_wanted else -1 for token, is_wanted in zip(short, wanted, strict=True)]  # equal to no id
+    for start, place, size in SequenceMatcher(None, masked, long, autojunk=False).get_matching_blocks():
+        aligned[start : start + size] = range(place, place + size)
+    if any(place is None and is_wanted for place, is_wanted in zip(aligned, wanted, strict=True)):
+        raise ModelError(
+            "the processor's tokens are not the tokenizer's; this processor rewrites the words of a prompt"
+        )
+    return tuple(aligned)
+
+
+def _skipping(short: Sequence[int | None], long: Sequence[int]) -> tuple[int | None, ...] | None:
+    """Return the alignment where the words between pictures are as they were; None if they are not."""
     pieces: list[list[int]] = [[]]
     for token in short:
-        if token == image_token_id:
+        if token is None:
             pieces.append([])
         else:
             pieces[-1].append(token)
+    if len(pieces) == 1 and len(long) != len(short):
+        return None
     starts = [0]
     cursor = len(pieces[0])
     for piece in pieces[1:-1]:
@@ -339,12 +423,8 @@ def align(short: Sequence[int], long: Sequence[int], image_token_id: int | None)
     aligned: list[int | None] = []
     for index, (start, piece) in enumerate(zip(starts, pieces, strict=True)):
         if start < 0 or list(long[start : start + len(piece)]) != piece:
-            raise ModelError(
-                "the processor's tokens are not the tokenizer's; this processor rewrites the words of a prompt"
-            )
+            return None
         aligned += [None] * (index > 0) + list(range(start, start + len(piece)))
-    if len(pieces) == 1 and len(long) != len(short):
-        raise ModelError("the processor's tokens are not the tokenizer's; this processor adds tokens to a prompt")
     return tuple(aligned)
 
 

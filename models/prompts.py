@@ -1,6 +1,7 @@
 """Prompts: the model inputs of a question about pictures, with names for every group of positions."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -16,7 +17,7 @@ from ..data.facts import PictureSource, Question, Words
 from ..data.pictures import Picture
 from ..data.spans import find_spans
 from .errors import ModelError, check_text, plain_number, whole_number
-from .frontend import Frontend, align, frame, open_images
+from .frontend import Frontend, align, frame, is_per_token, open_images
 
 _Value = TypeVar("_Value")
 
@@ -160,7 +161,7 @@ class Prompt:
 
     def answer_tokens(self, answer: str) -> tuple[int, ...]:
         """Return the token ids by which this answer continues the prompt. Raise `ModelError` if it is empty."""
-        return self.frontend.answer_ids(self.text, answer)
+        return self.frontend.answer_ids(self.text, answer, after=self.tokens[self.groups["last"][0]])
 
     def asked_anew(self, question: str) -> "Prompt":
         """Return a prompt of another question with the same pictures, template and answer, without constraints."""
@@ -177,12 +178,17 @@ class Prompt:
         end = self.groups["last"][0] + 1
         ids = self.answer_tokens(answer) if answer is not None else ()
         self.frontend.check_length(end + len(ids))
-        inputs = {name: value[:, :end] if self._is_per_token(value) else value for name, value in self.inputs.items()}
+        own = {name for name, value in self.inputs.items() if is_per_token(name, value, self.length)}
+        inputs = {name: value[:, :end] if name in own else value for name, value in self.inputs.items()}
         added = torch.tensor([ids], dtype=torch.long, device=inputs["input_ids"].device)
-        for name, value in inputs.items():
-            if value.shape == (1, end):
-                fill = added if name == "input_ids" else torch.full_like(added, int(name == "attention_mask"))
-                inputs[name] = torch.cat([value, fill.to(value.dtype)], dim=1)
+        fills = {"attention_mask": 1, **self.frontend.answer_fills}
+        for name in own:
+            value = inputs[name]
+            if value.ndim > 2:  # which pictures a token sees: an answer sees those of the last token
+                fill = value[:, -1:].expand(-1, len(ids), *value.shape[2:])
+            else:
+                fill = added if name == "input_ids" else torch.full_like(added, fills.get(name, 0))
+            inputs[name] = torch.cat([value, fill.to(value.dtype)], dim=1)
         return replace(
             self,
             inputs=inputs,
@@ -236,9 +242,6 @@ class Prompt:
                 raise ModelError(f"no position {position}; this prompt has {self.length} (0 to {self.length - 1})")
         return tuple(position % self.length for position in indices)
 
-    def _is_per_token(self, value: Tensor) -> bool:
-        return value.shape == (1, self.length)
-
 
 def build(
     frontend: Frontend,
@@ -254,7 +257,7 @@ def build(
     if not question:
         raise ModelError("the question is empty; pass what the model should answer")
     images = open_images(image)
-    before, after = frame(frontend.processor, images=len(images), image_token=frontend.image_token, template=template)
+    before, after = frame(frontend.processor, images=len(images), image_word=frontend.image_word, template=template)
     words = _named(constraint)
     spans = _places(question, words)
     text = before + question + after
@@ -262,9 +265,12 @@ def build(
     short, offsets = frontend.tokenize(text)
     ids = inputs["input_ids"][0].tolist()
     frontend.check_length(len(ids))
-    aligned = align(short, ids, frontend.image_token_id)
     layout = _Layout(
-        offsets=offsets, aligned=aligned, before=before, question=question, image_token=frontend.image_token
+        offsets=offsets,
+        aligned=_aligned(text, short, offsets, ids, frontend.image_word if images else None),
+        before=before,
+        question=question,
+        image_word=frontend.image_word if images else None,
     )
     image_positions = tuple(index for index, token in enumerate(ids) if token == frontend.image_token_id)
     prompt = Prompt(
@@ -291,7 +297,8 @@ class _Layout:
     aligned: tuple[int | None, ...]
     before: str
     question: str
-    image_token: str | None
+    image_word: str | None
+    """What stands for a picture in the text, as the frontend has it; None without pictures."""
 
     def positions(self, start: int, end: int) -> tuple[int, ...]:
         """Return positions of text tokens with a character of the question's [start, end); negative: before it."""
@@ -301,9 +308,21 @@ class _Layout:
 
     def after_image(self) -> int:
         """Return the end of the last picture before the question, relative to the question's start; 0 without one."""
-        if not self.image_token or self.image_token not in self.before:
+        if self.image_word == "":
+            return -len(self.before)  # the processor puts the pictures before all words
+        if self.image_word is None or self.image_word not in self.before:
             return 0
-        return self.before.rindex(self.image_token) + len(self.image_token) - len(self.before)
+        return self.before.rindex(self.image_word) + len(self.image_word) - len(self.before)
+
+
+def _aligned(
+    text: str, short: Sequence[int], offsets: Sequence[tuple[int, int]], ids: Sequence[int], image_word: str | None
+) -> tuple[int | None, ...]:
+    """Return the position of each of the tokenizer's tokens among the processor's ids; None for pictures' words."""
+    words = [match.span() for match in re.finditer(re.escape(image_word), text)] if image_word else []
+    shown = {index for start, end in words for index in covering(offsets, start, end)}
+    masked = [None if index in shown else token for index, token in enumerate(short)]
+    return align(masked, ids, added=[first == last for first, last in offsets])
 
 
 def _sources(given: Picture | Sequence[Picture] | None, images: tuple[Image.Image, ...]) -> tuple[PictureSource, ...]:
@@ -404,7 +423,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
     for name in dict.fromkeys(name for prompt in prompts for name in prompt.inputs):
         values = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
         if len(values) == len(prompts) and all(
-            value.shape == (1, prompt.length) for value, prompt in zip(values, prompts, strict=True)
+            is_per_token(name, value, prompt.length) for value, prompt in zip(values, prompts, strict=True)
         ):
             values = [_padded(value, longest, side, fills.get(name, 0)) for value in values]
         if len({value.shape[1:] for value in values}) > 1:
@@ -428,7 +447,9 @@ def _check_alike(prompts: Sequence[Prompt], tokenizer: Any) -> None:
 
 def _padded(value: Tensor, length: int, side: str, fill: int) -> Tensor:
     missing = length - value.shape[1]
-    return torch.nn.functional.pad(value, (missing, 0) if side == "left" else (0, missing), value=fill)
+    further = (0, 0) * (value.ndim - 2)
+    amounts = (*further, missing, 0) if side == "left" else (*further, 0, missing)
+    return torch.nn.functional.pad(value, amounts, value=fill)
 
 
 def _shown(text: str, width: int) -> str:

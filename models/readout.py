@@ -123,7 +123,7 @@ def _numbers(config: Any) -> list[float]:
             if isinstance(value, Mapping):
                 visit(value)
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                if any(word in key for word in ("logit", "multiplier", "cap")) and value not in numbers:
+                if any(word in str(key) for word in ("logit", "multiplier", "cap")) and value not in numbers:
                     numbers.append(value)
 
     visit(config.to_dict())

@@ -6,12 +6,11 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from inspect import signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +25,7 @@ from .families import Addresses, Family, Key, Projection
 from .frontend import Frontend, to_device
 from .guards import ModelLock, evaluating
 from .hooks import first_input
+from .pictures import named_features, projected_features
 from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, build, collate
 from .readout import AfterHead, measure_readout
@@ -395,7 +395,11 @@ class VisionLanguageModel:
         """
         if not isinstance(prompt, Prompt | PromptInputs):
             return
-        has_pictures = bool(prompt.images) if isinstance(prompt, Prompt) else "pixel_values" in prompt
+        has_pictures = (
+            bool(prompt.images)
+            if isinstance(prompt, Prompt)
+            else any(name.startswith("pixel_values") for name in prompt)
+        )
         if not self.frontend.accepts(prompt.frontend, has_pictures=has_pictures):
             question = f" {prompt.question!r}" if isinstance(prompt, Prompt) else ""
             raise ModelError(
@@ -546,12 +550,12 @@ class VisionLanguageModel:
         Raises:
             ModelError: The prompt belongs to another model.
         """
-        read = cast(Callable[..., Any], self.model.get_image_features)
-        accepted = signature(read).parameters  # pixel_values, and for tiles image_sizes
-        visual = {name: value for name, value in self._ready(inputs).items() if name in accepted}
+        ready = self._ready(inputs)
         with self.running():
-            features = read(**visual, return_dict=True)
-        return torch.cat(list(features.pooler_output))
+            features = named_features(self.model, ready)
+            if features is not None:
+                return features
+            return projected_features(self.projector, lambda: self.embeddings(ready))
 
     def embeddings(self, inputs: Inputs) -> Tensor:
         """Return the input of the text stack, (batch, token, hidden): word embeddings with image features inserted.

@@ -517,15 +517,23 @@ def test_several_pictures(random_llava, photo, other_photo):
 
 def test_alignment_skips_whatever_stands_for_a_picture():
     image = 9
-    assert align([1, image, 2, 3], [1, image, image, 7, image, 2, 3], image) == (0, None, 5, 6)
-    assert align([image, 4, image, 5], [image, image, 4, image, image, 5], image) == (None, 2, None, 5)
-    assert align([image, image, 5], [image, image, image, image, 5], image) == (None, None, 4)
-    assert align([1, 2], [1, 2], image) == (0, 1)
+    assert align([1, None, 2, 3], [1, image, image, 7, image, 2, 3]) == (0, None, 5, 6)
+    assert align([None, 4, None, 5], [image, image, 4, image, image, 5]) == (None, 2, None, 5)
+    assert align([None, None, 5], [image, image, image, image, 5]) == (None, None, 4)
+    assert align([1, 2], [1, 2]) == (0, 1)
     for long in ([1, image, 8, 3], [5, image, 2, 3], [2]):
         with pytest.raises(ModelError, match="tokens are not the tokenizer's"):
-            align([1, image, 2, 3], long, image)
-    with pytest.raises(ModelError, match="adds tokens"):
-        align([1, 2], [1, 2, 3], image)
+            align([1, None, 2, 3], long)
+
+
+def test_alignment_follows_words_that_a_processor_adds_or_moves():
+    first, image, end = 1, 9, 8
+    assert align([2, 3], [2, 3, end]) == (0, 1)
+    assert align([first, 2, 3], [image, image, first, 2, 3]) == (2, 3, 4)  # pictures before the first token
+    moved = [5, image, image, first, 2, 3, end]  # the first token after the pictures
+    assert align([first, 5, None, 2, 3], moved, added=[True, False, False, False, False]) == (None, 0, None, 4, 5)
+    with pytest.raises(ModelError, match="rewrites the words"):
+        align([first, 5, None, 2, 3], moved)
 
 
 def test_an_absent_span_shows_the_question_and_the_nearest_words(random_llama):

@@ -16,7 +16,7 @@ from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..placement import absent, input_device
 from ..vlm import VisionLanguageModel
-from .processors import complete_processor, find_image_token
+from .processors import complete_processor, find_image_token, with_answer_fills
 from .proof import prove_addresses
 from .sources import ModelSource, out_of_memory
 
@@ -94,6 +94,7 @@ def load(
     with _first_use(name):
         vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
         complete_processor(vlm)
+        vlm = with_answer_fills(vlm)
         _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
         proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
     logger.info(
@@ -125,8 +126,9 @@ def _assemble(
         processor=processor,
         tokenizer=tokenizer,
         image_token_id=find_image_token(processor, model.config, name) if vision else None,
-        patch_size=getattr(model.config.vision_config, "patch_size", None) if vision else None,
-        dropped_inputs=(*family.dropped_inputs, *_unknown_inputs(model)),
+        patch_size=_patch_size(model) if vision else None,
+        dropped_inputs=family.dropped_inputs,
+        accepted=_accepted_inputs(model),
         device=input_device(model),
         dtype=model.dtype,
         limit=position_limit(model.config),
@@ -143,9 +145,17 @@ def _assemble(
     )
 
 
-def _unknown_inputs(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the tokenizers' extra outputs that the model's call has no argument for."""
-    return tuple(name for name in ("token_type_ids",) if name not in signature(model.forward).parameters)
+def _patch_size(model: PreTrainedModel) -> int | None:
+    """Return the side of a vision patch in pixels; None if the configuration has none or patches are no squares."""
+    size = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    if isinstance(size, list | tuple):
+        return size[0] if len(set(size)) == 1 else None
+    return size
+
+
+def _accepted_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the model's inputs; others would be lost in the keywords of its attention function."""
+    return frozenset(signature(type(model).forward).parameters) - {"self", "args", "kwargs"}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -38,10 +39,10 @@ class NoVideo(PushToHubMixin):
         self.settings = dict(settings)
 
     def __getattr__(self, name: str) -> Any:
-        """Return a setting by its name, since some processors read some of them when they are made."""
-        if name != "settings" and name in self.settings:
-            return self.settings[name]
-        raise AttributeError(f"this processor reads no videos, because torchvision is missing, and has no {name!r}")
+        """Return a setting by its name, None if it is unknown; processors read some of them without any video."""
+        if name.startswith("__") or name == "settings":  # while it is copied or unpickled
+            raise AttributeError(name)
+        return self.settings.get(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings of the part that is missing."""
@@ -150,15 +151,26 @@ def _settings(where: str, file: str, *, revision: str | None, local_files_only: 
 
 def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int:
     """Return the token id of one image position. Raises `ModelError` if processor and configuration disagree."""
-    image_token, written = config.image_token_id, getattr(processor, "image_token_id", None)
+    written = getattr(processor, "image_token_id", None)
+    image_token = getattr(config, "image_token_id", written)
     is_known = isinstance(image_token, int) and 0 <= image_token < len(processor.tokenizer)
-    if not is_known or written not in (None, image_token):
+    if not is_known or written not in (None, image_token) and not _writes(processor, image_token):
         token = quoted(getattr(processor, "image_token", None))
         raise ModelError(
             f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "
             f"{token}, token {written}; mend image_token_id there, or fetch both again"
         )
     return image_token
+
+
+def _writes(processor: Any, token: int) -> bool:
+    """Return whether the processor writes this token for a picture, whose own word in the text is another one."""
+    word = str(getattr(processor.image_token, "content", processor.image_token))
+    try:
+        written = processor(images=[_gradient(inverted=False)], text=f"{word} ?", return_tensors="pt")
+    except Exception:  # the caller says what does not fit
+        return False
+    return bool((written["input_ids"] == token).any())
 
 
 def complete_processor(vlm: VisionLanguageModel) -> None:
@@ -172,7 +184,8 @@ def complete_processor(vlm: VisionLanguageModel) -> None:
     processor = vlm.processor
     _check_fields(processor, vlm.name)
     _check_sizes(processor, vlm.config, vlm.name)
-    if not vlm.has_vision or not hasattr(processor, "num_additional_image_tokens"):
+    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    if not vlm.has_vision or not all(hasattr(processor, name) for name in names):
         return
     if processor.patch_size and processor.vision_feature_select_strategy and processor.num_additional_image_tokens:
         return
@@ -212,8 +225,8 @@ def _check_sizes(processor: Any, config: PretrainedConfig, name: str) -> None:
     """Raise `ModelError` if the image processor would enlarge pictures far beyond what the vision tower takes."""
     own = getattr(getattr(config, "vision_config", None), "image_size", None)
     images = getattr(processor, "image_processor", None)
-    if not isinstance(own, int) or images is None:
-        return
+    if not isinstance(own, int) or images is None or hasattr(images, "merge_size"):
+        return  # with a merge size, sizes are numbers of pixels, not sides
     for field in ("size", "crop_size", "image_grid_pinpoints"):
         value = getattr(images, field, None)
         if any(not 0 < side <= _MOST_TILES * own for side in _sides(value)):
@@ -231,6 +244,33 @@ def _sides(value: Any) -> list[float]:
         return [value]
     sides = (getattr(value, name, None) for name in ("height", "width", "shortest_edge", "longest_edge"))
     return [side for side in sides if isinstance(side, int | float)]
+
+
+def with_answer_fills(vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """Return the model, whose prompts continue token_type_ids so that an answer does not change what precedes it.
+
+    PaliGemma's type 0 is the part of a prompt in which every token sees every other; an answer of that type would be
+    seen by its own question. Type 1 is taken if it alone leaves the logits before an answer as they are.
+    """
+    name, prompt = "token_type_ids", probe_prompt(vlm)
+    if name not in prompt.inputs:
+        return vlm
+    filled = [replace(vlm, frontend=replace(vlm.frontend, answer_fills={name: fill})) for fill in (0, 1)]
+    with torch.no_grad():
+        is_kept = [answer_gap(each, probe_prompt(each)) <= rounding(each.dtype) for each in filled]
+    return filled[is_kept == [False, True]]
+
+
+def answer_gap(vlm: VisionLanguageModel, prompt: Prompt) -> float:
+    """Return how far an answer moves the logits before it, relative to these logits."""
+    bare = vlm.logits(prompt)
+    answered = vlm.logits(prompt.with_answer("last one"))[:, : prompt.length]
+    return float((answered - bare).norm() / bare.norm())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return a bound on the relative gap of logits that are equal but for rounding; norms are often in float32."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
 
 
 def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ..hooks import capture, patch
 from ..placement import Elsewhere, is_plain, packed_parts, stored_weights
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
-from .processors import count_image_tokens, image_token_error, probe_prompt
+from .processors import answer_gap, count_image_tokens, image_token_error, probe_prompt, rounding
 
 _HALF = (torch.float16, torch.bfloat16)
 _SMALLEST = 2
@@ -56,6 +56,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
+        _prove_inputs(probe, clean)
         images = _prove_images(probe) if vlm.has_vision else "no pictures"
     return f"addresses proven ({3 * vlm.layers} sites, patches at layer {layer} act forward, {images})"
 
@@ -253,6 +254,23 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
             raise probe.error(
                 site, f"the MLP of its layer {relation} it, and the row says parallel={probe.vlm.family.parallel}"
             )
+
+
+def _prove_inputs(probe: _Probe, clean: Tensor) -> None:
+    """Check that no input is missing that the processor makes, and that an answer does not change what precedes it."""
+    vlm, prompt = probe.vlm, probe.prompt
+    gap = answer_gap(vlm, prompt)
+    if not gap <= rounding(vlm.dtype):
+        raise probe.error("answer", f"an answer moves the logits before it by {gap:.1e} of their size")
+    outputs = vlm.frontend.outputs(prompt.text, prompt.images)
+    missing = {name: value for name, value in outputs.items() if name not in prompt.inputs}
+    for name in missing.keys() - {"labels", *vlm.family.dropped_inputs}:
+        try:
+            logits = vlm.logits({**prompt.inputs, name: missing[name]})
+        except TypeError:
+            continue  # the model does not take it
+        if not torch.equal(logits, clean):
+            raise probe.error("inputs", f"the processor's {name!r} changes the logits, and no prompt passes it on")
 
 
 def _prove_images(probe: _Probe) -> str:
