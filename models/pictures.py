@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def shows_pictures(inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether a picture's pixels are among the inputs of a model."""
+    return any(name.startswith("pixel_values") for name in inputs)
+
+
 def named_features(model: PreTrainedModel, ready: Mapping[str, Tensor]) -> Tensor | None:
     """Return the image features by the model's own method, (image token, hidden); None if it has none or gives none.
 

@@ -25,7 +25,7 @@ from .families import Addresses, Family, Key, Projection
 from .frontend import Frontend, to_device
 from .guards import ModelLock, evaluating
 from .hooks import first_input
-from .pictures import named_features, projected_features
+from .pictures import named_features, projected_features, shows_pictures
 from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, build, collate
 from .readout import AfterHead, measure_readout
@@ -395,11 +395,7 @@ class VisionLanguageModel:
         """
         if not isinstance(prompt, Prompt | PromptInputs):
             return
-        has_pictures = (
-            bool(prompt.images)
-            if isinstance(prompt, Prompt)
-            else any(name.startswith("pixel_values") for name in prompt)
-        )
+        has_pictures = shows_pictures(prompt.inputs if isinstance(prompt, Prompt) else prompt)
         if not self.frontend.accepts(prompt.frontend, has_pictures=has_pictures):
             question = f" {prompt.question!r}" if isinstance(prompt, Prompt) else ""
             raise ModelError(
