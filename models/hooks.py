@@ -8,6 +8,7 @@ the names and the behaviour that code written for baukit expects.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -30,6 +31,9 @@ class Addressed(Protocol):
 
     def module(self, key: Key) -> nn.Module:
         """Return the module of a site, projection or dotted path, or the module itself."""
+
+    def layer_around(self, key: Key) -> nn.Module | None:
+        """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
 
 
 @contextmanager
@@ -76,7 +80,7 @@ def capture(
 
         return record
 
-    visits = [(module, recorder(key), str(key)) for key, module in modules.items()]
+    visits = [_Visit(module, recorder(key), str(key), vlm.layer_around(key)) for key, module in modules.items()]
     with vlm.lock, _placed(visits, inputs=inputs):
         yield captured
 
@@ -123,8 +127,11 @@ def patch(
         >>> bool((patched != clean).any()), bool((vlm.logits(prompt) == clean).all())
         (True, True)
     """
-    edits = [(vlm.module(key), _checked(key, function), str(key)) for key, function in functions.items()]
-    with vlm.lock, _placed(edits, inputs=inputs, ahead=ahead):
+    visits = [
+        _Visit(vlm.module(key), _checked(key, function), str(key), vlm.layer_around(key))
+        for key, function in functions.items()
+    ]
+    with vlm.lock, _placed(visits, inputs=inputs, ahead=ahead):
         yield
 
 
@@ -144,7 +151,7 @@ def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[
         entered.append(value)
         raise StopForward
 
-    with vlm.lock, _placed([(module, stop, label)], inputs=True):
+    with vlm.lock, _placed([_Visit(module, stop, label)], inputs=True):
         try:
             yield entered
         except StopForward:
@@ -169,22 +176,57 @@ def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor
     return replace
 
 
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """A function that sees, and may replace, the main tensor of a module."""
+
+    module: nn.Module
+    function: Callable[[Tensor], Tensor | None]
+    label: str
+    """The module's name in error messages."""
+    layer: nn.Module | None = None
+    """The decoder layer around the module; None for a module whose tensors are passed on in their own shape."""
+
+
 @contextmanager
-def _placed(
-    visits: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None], str]], *, inputs: bool, ahead: bool = False
-) -> Iterator[None]:
-    """Pass each module's main tensor to its visitor inside the block, and replace it by the returned tensor."""
+def _placed(visits: Sequence[_Visit], *, inputs: bool, ahead: bool = False) -> Iterator[None]:
+    """Pass each module's main tensor to its visitor inside the block, and replace it by the returned tensor.
+
+    Some modules of a decoder layer work on (row x token, width); their visitors receive (row, token, width) all the
+    same, with as many rows as the layer was given last.
+    """
     handles: list[RemovableHandle] = []
+    rows: dict[nn.Module, int] = {}
+
+    def count(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        states = arguments[0] if arguments else keywords[main_keyword(keywords, "a decoder layer")]
+        rows[layer] = len(states)
+
     try:
-        for module, visit, label in visits:
+        for layer in {visit.layer: None for visit in visits if visit.layer is not None}:
+            handles.append(layer.register_forward_pre_hook(count, with_kwargs=True, prepend=True))
+        for visit in visits:
             if inputs:
-                hook = _input_hook(visit, label)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
+                hook = _input_hook(_in_rows(visit, rows), visit.label)
+                handles.append(visit.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
             else:
-                handles.append(module.register_forward_hook(_output_hook(visit, label), prepend=ahead))
+                hook = _output_hook(_in_rows(visit, rows), visit.label)
+                handles.append(visit.module.register_forward_hook(hook, prepend=ahead))
         yield
     finally:
         uninterrupted(lambda: [handle.remove() for handle in handles])
+
+
+def _in_rows(visit: _Visit, rows: Mapping[nn.Module, int]) -> Callable[[Tensor], Tensor | None]:
+    """Return the visitor's function with flat tensors (row x token, width) given, and taken back, by row and token."""
+
+    def function(value: Tensor) -> Tensor | None:
+        if value.ndim != 2 or visit.layer is None:
+            return visit.function(value)
+        result = visit.function(value.view(rows[visit.layer], -1, value.shape[-1]))
+        return None if result is None else result.reshape(value.shape)
+
+    return function
 
 
 def _output_hook(visit: Callable[[Tensor], Tensor | None], label: str) -> Callable[..., Any]:

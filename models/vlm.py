@@ -442,6 +442,10 @@ class VisionLanguageModel:
         """Return the module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
         return self.addresses.module(key)
 
+    def layer_around(self, key: Key) -> nn.Module | None:
+        """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
+        return self.addresses.layer_around(key)
+
     def layer_index(self, layer: int) -> int:
         """Return the layer as a number from 0; negative ones count from the end. Raise `ModelError` if it is absent."""
         return self.addresses.index(layer)

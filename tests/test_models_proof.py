@@ -8,11 +8,14 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
-from multrace import ModelError, VisionLanguageModel
-from multrace.models import Family
+from multrace import ModelError, VisionLanguageModel, capture, patch
+from multrace.models import Family, Site, collate
 from multrace.models.loading import prove_addresses
+from random_models import make_tokenizer, text_sizes
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+GEMMA = {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
 
 
 def with_row(vlm: VisionLanguageModel, family: Family) -> VisionLanguageModel:
@@ -153,3 +156,88 @@ def test_the_proof_leaves_no_hook(random_vlm):
     before = hooks()
     prove_addresses(random_vlm)
     assert hooks() == before
+
+
+STACKS = {
+    "norms behind both parts": ("gemma2", GEMMA, {}, {"mlp_norm": None}, "'attention 0' and 'mlp 0'.*at any scale"),
+    "other norms behind both parts": ("glm4", {"head_dim": 8}, {}, {"attention_norm": None}, "at any scale"),
+    "a norm that is not behind the part": (
+        "gemma2", GEMMA, {}, {"mlp_norm": "pre_feedforward_layernorm"}, "'attention 0' and 'mlp 0'"
+    ),
+    "parts added at a scale": ("granite", {"residual_multiplier": 0.22}, {"residual_multiplier": 0.0}, {}, "any scale"),
+    "logits with a divisor": ("granite", {"logits_scaling": 8.0}, {}, {"final_norm": "layers.0.mlp"}, "'hidden 3'"),
+    "flat tensors": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, {}, {"mlp": "fc1"}, "'mlp 0'.*shape"),
+    "layers with different names": (
+        "qwen3_5_text",
+        {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
+        {}, {"attention": "self_attn"}, "no site 'attention 0'",
+    ),
+    "experts": (
+        "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {}, {"experts": "mlp.none"},
+        "no projection of site 'mlp 0'",
+    ),
+}  # fmt: skip
+"""A text type, settings, others with which it fails, a row that does not serve it, and the error."""
+
+
+def stack(model_type: str, folder: Path, **settings: object) -> VisionLanguageModel:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    sizes = {**text_sizes(tokenizer), "num_key_value_heads": 2, **settings}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return multrace.load(folder)
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_what_a_text_stack_adds_to_the_residual_stream_is_proven(case, tmp_path):
+    model_type, settings, damage, wrong, found = STACKS[case]
+    vlm = stack(model_type, tmp_path / "whole", **settings)
+    with pytest.raises(ModelError, match=found):
+        if damage:
+            stack(model_type, tmp_path / "damaged", **{**settings, **damage})
+        prove_addresses(with_row(vlm, replace(vlm.family, **wrong)))
+
+
+def test_a_site_behind_a_norm_is_what_the_layer_adds(tmp_path):
+    vlm = stack("gemma2", tmp_path, **GEMMA)
+    layer, sites = Site("hidden", 1), [Site("attention", 1), Site("mlp", 1)]
+    prompt, projection = vlm.prompt(None, "Who?"), vlm.down_projection(1)
+    with capture(vlm, [layer], inputs=True) as entered, capture(vlm, [layer, *sites, projection]) as states:
+        vlm.logits(prompt)
+    torch.testing.assert_close(entered[layer] + states[sites[0]] + states[sites[1]], states[layer])
+    norm = vlm.model.model.layers[1].post_feedforward_layernorm
+    assert vlm.module(sites[1]) is norm
+    assert torch.equal(norm(states[projection]), states[sites[1]])
+
+
+def test_experts_have_no_projection_and_all_else_works(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="multrace"):
+        vlm = stack("mixtral", tmp_path, num_local_experts=4, num_experts_per_tok=2)
+    assert "mixtral, 4 layers, hidden 32, mlp 64, 4 heads" in caplog.text and "addresses proven" in caplog.text
+    assert not vlm.has_down_projection(0) and vlm.attention_projection(0).hidden == vlm.hidden
+    with pytest.raises(ModelError, match="layer 3 of .* has experts, so no single matrix.*projection='attention'"):
+        vlm.down_projection(-1)
+    with capture(vlm, [Site("mlp", 3)]) as states:
+        vlm.logits(vlm.prompt(None, "Who?"))
+    assert states[Site("mlp", 3)].shape[-1] == vlm.hidden
+
+
+def test_flat_tensors_are_seen_and_replaced_by_row_and_token(tmp_path):
+    vlm = stack("opt", tmp_path, ffn_dim=64, word_embed_proj_dim=32)
+    prompts = [vlm.prompt(None, question) for question in ("Who founded it?", "Which city?")]
+    inputs, _ = collate(prompts, vlm.tokenizer, side="left")
+    site, projection = Site("mlp", 2), vlm.down_projection(2)
+    raw: list[torch.Tensor] = []
+    with projection.module.register_forward_hook(lambda _m, _i, output: raw.append(output)):
+        with capture(vlm, [site]) as written, capture(vlm, [projection], inputs=True) as read:
+            clean = vlm.logits(inputs)
+    rows, tokens = inputs["input_ids"].shape
+    assert raw[0].shape == (rows * tokens, vlm.hidden) and torch.equal(written[site].flatten(0, 1), raw[0])
+    assert read[projection].shape == (rows, tokens, vlm.mlp)
+    second = torch.tensor([0.0, 1.0])[:, None, None]
+    for key, is_input in ((site, False), (projection, True)):
+        with patch(vlm, {key: lambda value: value + second}, inputs=is_input):
+            patched = vlm.logits(inputs)
+        assert torch.equal(patched[0], clean[0]) and not torch.equal(patched[1], clean[1])

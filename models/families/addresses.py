@@ -164,6 +164,16 @@ class Addresses:
         """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
+    def layer_around(self, key: Key) -> nn.Module | None:
+        """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
+        if isinstance(key, Site):
+            return None if key.kind == "hidden" else self.layers[self.index(key.layer)]
+        if not isinstance(key, Projection):
+            return None
+        above = f"{self.decoder_path}.{self.family.layers}."
+        number = key.path.removeprefix(above).partition(".")[0]
+        return self.layers[int(number)] if key.path.startswith(above) and number.isdigit() else None
+
     def has_down_projection(self, layer: int) -> bool:
         """Return whether a single linear map writes the layer's MLP output; experts have one each."""
         if self.family.down is None:

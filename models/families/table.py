@@ -81,6 +81,8 @@ class PictureFront:
     """The list of the vision tower's layers, relative to the tower; None if unknown."""
     projector: Names | None = ("multi_modal_projector", "connector", "aligner", "projector", "merger")
     """The module that turns the tower's states into image tokens; None if unknown."""
+    prefix: bool = False
+    """True if all positions before the answer attend to one another, so that a patch moves earlier positions, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +261,7 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     PictureFront(
         model_types=(
             *("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "internvl", "mistral3"),
-            *("gemma3", "shieldgemma2", "paligemma", "aria", "aya_vision", "cohere2_vision", "lfm2_vl"),
+            *("gemma3", "shieldgemma2", "aria", "aya_vision", "cohere2_vision", "lfm2_vl"),
         ),
         vision="vision_tower",
         vision_layers=("encoder.layers", "transformer.layers", "encoder.layer"),
@@ -279,6 +281,13 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
         vision="vision_model",
         vision_layers="encoder.layers",
         projector="connector",
+    ),
+    PictureFront(
+        model_types=("paligemma",),
+        vision="vision_tower",
+        vision_layers="encoder.layers",
+        projector="multi_modal_projector",
+        prefix=True,
     ),
     PictureFront(
         model_types=("deepseek_vl", "deepseek_vl_hybrid", "janus"),

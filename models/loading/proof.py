@@ -1,9 +1,10 @@
 """Verification at load time: processor and model agree on image tokens, and the model does what its family row says."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,10 @@ from .processors import answer_gap, count_image_tokens, image_token_error, probe
 _HALF = (torch.float16, torch.bfloat16)
 _SMALLEST = 2
 """Size in bytes of the narrowest dtype that a model computes in."""
+_REGROUPING = 32
+"""Rounding errors of the largest entry by which states may move where experts compute a token among other tokens."""
+_LEAST_SCALE = 1e-4
+"""A part that a layer adds at a smaller scale than this is none of its parts."""
 
 
 def prove_addresses(vlm: VisionLanguageModel) -> str:
@@ -27,10 +32,12 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
 
     Every weight is finite (one pass over them). The rest takes seven forward passes on one picture and question:
 
-    - Every site of every layer runs and has the right shape. Attention and MLP add up to what the layer writes.
-      Projections write what their modules write, and read their weights in the row's orientation.
+    - Every site of every layer runs and has the right shape. Attention and MLP, each at some scale, add up to what the
+      layer writes. Projections write what their modules write, or what the norm behind them reads, and read their
+      weights in the row's orientation. Experts have no single projection.
     - Patches at all sites that change nothing leave the logits bit-equal. A patch at one position of each kind of site
-      leaves earlier positions and earlier layers bit-equal and changes later ones.
+      leaves earlier positions and earlier layers bit-equal and changes later ones. Experts, which compute a token
+      together with others, may round otherwise; where the row says prefix=True, earlier positions do change.
     - Image positions, and no others, hold the image features. The layers of the vision tower and the projector, where
       the row names them, feed each other in that order.
 
@@ -112,17 +119,36 @@ class _Probe:
         layers = range(self.vlm.layers)
         hidden = [Site("hidden", layer) for layer in layers]
         parts = [Site(kind, layer) for kind in ("mlp", "attention") for layer in layers]
-        projections = [self.projection(site) for site in parts]
+        normed = [site for site in parts if self.norm(site) is not None]
+        projections = [projection for site in parts if (projection := self.projection(site)) is not None]
         with ExitStack() as stack:
             if edits:
                 stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
-            for keys, inputs in ((hidden + parts + projections, False), (hidden + projections, True)):
+            for keys, inputs in ((hidden + parts + projections, False), (hidden + normed + projections, True)):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
             return self.vlm.logits(self.prompt), states
 
-    def projection(self, site: Site) -> Projection:
-        """Return the linear map that writes the output of an MLP or attention site."""
-        return (self.vlm.down_projection if site.kind == "mlp" else self.vlm.attention_projection)(site.layer)
+    def projection(self, site: Site) -> Projection | None:
+        """Return the linear map that writes the output of an MLP or attention site; None for experts."""
+        if site.kind == "attention":
+            return self.vlm.attention_projection(site.layer)
+        return self.vlm.down_projection(site.layer) if self.vlm.has_down_projection(site.layer) else None
+
+    def norm(self, site: Site) -> str | None:
+        """Return the row's name of the norm between the projection of an MLP or attention site and the site."""
+        return self.vlm.family.mlp_norm if site.kind == "mlp" else self.vlm.family.attention_norm
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether a token's states depend, by rounding, on which other tokens its experts compute with it."""
+        return not all(self.vlm.has_down_projection(layer) for layer in range(self.vlm.layers))
+
+    def same(self, patched: Tensor, clean: Tensor) -> bool:
+        """Return whether two states or logits are bit-equal, or equal up to the rounding of regrouped experts."""
+        if torch.equal(patched, clean) or not self.has_experts:
+            return torch.equal(patched, clean)
+        rounding = _REGROUPING * torch.finfo(self.vlm.dtype).eps * float(clean.abs().max())
+        return float((patched - clean).abs().max()) <= rounding
 
 
 def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
@@ -177,21 +203,40 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
-    if not _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm())):
+    if not (
+        _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm()))
+        or _close_at_scales(parts, written)
+    ):
         raise probe.error(
-            f"{sites['attention']}' and '{sites['mlp']}", "what they write does not add up to what the layer writes"
+            f"{sites['attention']}' and '{sites['mlp']}",
+            "what they write does not add up to what the layer writes, at any scale",
         )
     for kind in ("mlp", "attention"):
         _prove_projection(probe, states, sites[kind])
 
 
+def _close_at_scales(parts: Sequence[Tensor], written: Tensor) -> bool:
+    """Return whether the sum of these parts, each at some scale (Granite, gates), is what the layer writes."""
+    columns, target = torch.stack([part.double().flatten() for part in parts], 1), written.double().flatten()
+    scales = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
+    if not scales.isfinite().all() or scales.abs().min() < _LEAST_SCALE:
+        return False
+    size = (columns * scales).norm(dim=0).sum()
+    return _close((columns @ scales), target, size, eps=4 * torch.finfo(written.dtype).eps)
+
+
 def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
     """Check that the projection writes the site's output and uses its weight in the row's orientation."""
     projection = probe.projection(site)
+    if projection is None:
+        return
     read, written = states.get(_Side(projection, True)), states.get(_Side(projection, False))
     if read is None or written is None:
         raise probe.error(site, f"its projection {projection.path!r} does not run")
-    if not torch.equal(written.tail, _state(probe, states, site).tail):
+    norm = probe.norm(site)
+    if norm is not None and not torch.equal(written.tail, states[_Side(site, True)].tail):
+        raise probe.error(site, f"its norm {norm!r} does not read what its projection {projection.path!r} writes")
+    if norm is None and not torch.equal(written.tail, _state(probe, states, site).tail):
         raise probe.error(site, f"its projection {projection.path!r} does not write what the site writes")
     if not is_plain(projection.weight):
         return  # quantised weights are packed; only their module knows their orientation
@@ -233,22 +278,24 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
         return moved
 
     patched, after = probe.run({site: move})
-    if not torch.equal(patched[:, :at], clean[:, :at]):
+    if not probe.vlm.family.prefix and not probe.same(patched[:, :at], clean[:, :at]):
         raise probe.error(site, f"a patch at position {at} changes the logits of earlier positions")
-    if torch.equal(patched[:, at], clean[:, at]):
+    if probe.vlm.family.prefix and probe.same(patched[:, :at], clean[:, :at]):
+        raise probe.error(site, f"a patch at position {at} changes no earlier logits, and the row says prefix=True")
+    if probe.same(patched[:, at], clean[:, at]):
         raise probe.error(site, f"a patch at position {at} has no effect on the logits there")
-    if site.layer + 1 < probe.vlm.layers and torch.equal(patched[:, at + 1 :], clean[:, at + 1 :]):
+    if site.layer + 1 < probe.vlm.layers and probe.same(patched[:, at + 1 :], clean[:, at + 1 :]):
         raise probe.error(site, f"a patch at position {at} has no effect on the logits of later positions")
     for layer in range(probe.vlm.layers):
         side = _Side(Site("hidden", layer), False)
-        same = torch.equal(after[side].tail[:, 0], states[side].tail[:, 0])
-        if same != (layer < site.layer) or (same and not torch.equal(after[side].tail, states[side].tail)):
+        same = probe.same(after[side].tail[:, 0], states[side].tail[:, 0])
+        if same != (layer < site.layer) or (same and not probe.same(after[side].tail, states[side].tail)):
             raise probe.error(
                 site, f"a patch here leaves the hidden state of layer {layer} {'unmoved' if same else 'moved'}"
             )
     if site.kind == "attention":
         side = _Side(Site("mlp", site.layer), False)
-        parallel = torch.equal(after[side].tail, states[side].tail)
+        parallel = probe.same(after[side].tail, states[side].tail)
         if parallel != probe.vlm.family.parallel:
             relation = "does not see" if parallel else "sees"
             raise probe.error(
