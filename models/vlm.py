@@ -218,11 +218,7 @@ class VisionLanguageModel:
     @property
     def mlp(self) -> int:
         """Width of the input of the first down projection; the width of one expert where no layer has a single one."""
-        for layer in range(self.layers):
-            if self.has_down_projection(layer):
-                return self.down_projection(layer).width
-        text = self.config.get_text_config()
-        return getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        return self.addresses.mlp_width
 
     @property
     def positions(self) -> int | None:

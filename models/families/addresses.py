@@ -180,6 +180,15 @@ class Addresses:
             return False
         return _child(self.layers[self.index(layer)], self.family.experts) is None
 
+    @property
+    def mlp_width(self) -> int:
+        """Width of the input of the first down projection; the width of one expert where no layer has a single one."""
+        for layer in range(len(self.layers)):
+            if self.has_down_projection(layer):
+                return self.down_projection(layer).width
+        text = self.model.config.get_text_config()
+        return getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+
     def down_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys.
 
