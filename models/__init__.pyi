@@ -11,5 +11,5 @@ from .families import (
 from .frontend import open_images as open_images
 from .hooks import Trace as Trace, TraceDict as TraceDict, capture as capture, patch as patch
 from .loading.load import load as load
-from .prompts import Patch as Patch, Prompt as Prompt, collate as collate
+from .prompts import Patch as Patch, Prompt as Prompt, batches as batches, collate as collate
 from .vlm import Score as Score, VisionLanguageModel as VisionLanguageModel

@@ -395,6 +395,35 @@ def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | No
     )
 
 
+def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Return the indices of prompts that `collate` can put into one batch, at most `batch_size` of them together.
+
+    Pictures of unequal size after the processor go into different batches. Batches are in the order of their first
+    prompts.
+    """
+    done: list[list[int]] = []
+    open_batches: list[tuple[dict[str, object], list[int]]] = []
+    for index, prompt in enumerate(prompts):
+        shapes = _fixed_shapes(prompt)
+        for known, members in open_batches:
+            if all(known[name] == shape for name, shape in shapes.items() if name in known):
+                known.update(shapes)
+                members.append(index)
+                break
+        else:
+            open_batches.append((shapes, [index]))
+            done.append(open_batches[-1][1])
+        open_batches = [batch for batch in open_batches if len(batch[1]) < batch_size]
+    return done
+
+
+def _fixed_shapes(prompt: Prompt) -> dict[str, object]:
+    """Return what must be equal in a batch: which inputs are per token, and the shape of one row of each input."""
+    own = {name for name, value in prompt.inputs.items() if is_per_token(name, value, prompt.length)}
+    shapes: dict[str, object] = {name: value.shape[1 + (name in own) :] for name, value in prompt.inputs.items()}
+    return shapes | {"": own}
+
+
 def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[PromptInputs, tuple[int, ...]]:
     """Return one batch of inputs, padded on the given side, and by how much each prompt's positions moved.
 
@@ -409,7 +438,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
 
     Raises:
         ModelError: There is no prompt, the side is unknown, a prompt was made with another vocabulary or image
-            processor than the rest, or pictures have different sizes after the processor.
+            processor than the rest, or pictures have different sizes after the processor (see `batches`).
     """
     if not prompts:
         raise ModelError("no prompts to put into a batch; pass at least one")
@@ -428,7 +457,10 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
             values = [_padded(value, longest, side, fills.get(name, 0)) for value in values]
         if len({value.shape[1:] for value in values}) > 1:
             sizes = ", ".join(str(tuple(value.shape[1:])) for value in values)
-            raise ModelError(f"{name} of these prompts do not fit into one batch: {sizes}; use batch_size=1")
+            raise ModelError(
+                f"{name} of these prompts do not fit into one batch: {sizes}; use batch_size=1, or collate those that "
+                "`batches(prompts, batch_size)` puts together"
+            )
         batch[name] = torch.cat(values)
     return PromptInputs(batch, prompts[0].frontend), offsets
 

@@ -27,7 +27,7 @@ from .guards import ModelLock, evaluating
 from .hooks import first_input
 from .pictures import named_features, projected_features, shows_pictures
 from .placement import OpenedWeight, input_device, opened, stored_weights, values
-from .prompts import Prompt, PromptInputs, build, collate
+from .prompts import Prompt, PromptInputs, batches, build, collate
 from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
 
@@ -69,15 +69,16 @@ def generate(
     _check_room(bare, frontend.limit, max_new_tokens)
     tokenizer, settings = frontend.tokenizer, _greedy(model, frontend.tokenizer, max_new_tokens)
     decoding = _with_settings(model, settings)
-    answers: list[str] = []
-    for start in tqdm(range(0, len(bare), batch_size), desc="answering", unit="batch", disable=not progress):
-        inputs, _ = collate(bare[start : start + batch_size], tokenizer, side="left")
+    answers: dict[int, str] = {}
+    for batch in tqdm(batches(bare, batch_size), desc="answering", unit="batch", disable=not progress):
+        inputs, _ = collate([bare[index] for index in batch], tokenizer, side="left")
         inputs = to_device(inputs, frontend.device, model.dtype)
         with torch.no_grad():
             ids = decoding.generate(**inputs, generation_config=settings, logits_processor=[_FiniteLogits(model.dtype)])
         new = ids[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return answers
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers |= {index: text.strip() for index, text in zip(batch, texts, strict=True)}
+    return [answers[index] for index in range(len(bare))]
 
 
 def _check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int) -> None:
@@ -743,15 +744,16 @@ class VisionLanguageModel:
         Args:
             prompts: Prompts of this model, with and without pictures.
             max_new_tokens: Maximum length of an answer in tokens.
-            batch_size: Number of prompts that are answered together.
+            batch_size: Number of prompts that are answered together; those whose pictures have other sizes after the
+                processor are answered apart.
             progress: Show a progress bar.
 
         Returns:
             One text per prompt, without special tokens and surrounding whitespace.
 
         Raises:
-            ModelError: A prompt belongs to another model, a number is below 1, a prompt with its answer is longer than
-                the model has positions, or pictures of a batch have different sizes after the processor.
+            ModelError: A prompt belongs to another model, a number is below 1, or a prompt with its answer is longer
+                than the model has positions.
 
         Example:
             >>> import multrace as mt

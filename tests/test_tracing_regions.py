@@ -6,7 +6,8 @@ import multrace
 import pytest
 import torch
 from multrace import ModelError
-from multrace.models import Family
+from multrace.editing import second_moments
+from multrace.models import Family, batches, collate
 from multrace.tracing import Box, TraceError
 from multrace.tracing.engine import box_patches, box_positions
 from PIL import Image
@@ -252,3 +253,17 @@ def test_what_does_not_fit_together_is_refused(tiling):
         odd = replace(prompt, frontend=replace(prompt.frontend, patch_size=patch_size))
         with pytest.raises(TraceError, match=rf"not one token per square of {patch_size} pixels"):
             box_positions(tiling, odd, box)
+
+
+def test_pictures_of_unequal_size_are_answered_as_one_by_one(tiling):
+    sizes = [(64, 64), (96, 32), (64, 64), (32, 96), None, (96, 32)]
+    prompts = [tiling.prompt(size and noise(*size), QUESTION[: 12 + 5 * number]) for number, size in enumerate(sizes)]
+    assert batches(prompts, 16) == [[0, 2, 4], [1, 3, 5]] and batches(prompts, 2) == [[0, 2], [1, 3], [4, 5]]
+    with pytest.raises(ModelError, match="do not fit into one batch"):
+        collate(prompts, tiling.tokenizer)
+    alone = [tiling.answers([prompt])[0] for prompt in prompts]
+    assert tiling.answers(prompts) == tiling.answers(prompts, batch_size=2) == alone
+    assert len(set(alone)) > 1
+    together = second_moments(tiling, prompts, layers=[1], progress=False)
+    one_by_one = second_moments(tiling, prompts, layers=[1], batch_size=1, progress=False)
+    torch.testing.assert_close(together.matrix(1), one_by_one.matrix(1))

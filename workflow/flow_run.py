@@ -358,8 +358,7 @@ def _errors(vlm: VisionLanguageModel, questions: Sequence[Question], progress: b
         for start in range(0, len(questions), _AT_ONCE):
             chunk = questions[start : start + _AT_ONCE]
             prompts = [vlm.prompt_for(question) for question in chunk]
-            is_uniform = len({prompt.inputs["pixel_values"].shape[1:] for prompt in prompts}) == 1
-            answers = vlm.answers(prompts, batch_size=_AT_ONCE if is_uniform else 1)
+            answers = vlm.answers(prompts, batch_size=_AT_ONCE)
             wrong += sum(not same_answer(text, str(each.answer)) for text, each in zip(answers, chunk, strict=True))
             bar.update(len(chunk))
     return wrong / len(questions)

@@ -17,7 +17,7 @@ from ...artefacts import from_plain
 from ...data.facts import ABILITY, EDITED, GENERAL, KINDS, LOCALITY, EditRecord, Question
 from ...models import Prompt, VisionLanguageModel
 from ...models.errors import whole_number
-from ...models.prompts import collate
+from ...models.prompts import batches, collate
 from ..changes import Change
 from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED, EditError, edited_questions, prompt_answers
 from .metrics import (
@@ -259,12 +259,12 @@ def feed(
         batch_size: Number of answers that run together.
 
     Raises:
-        ModelError: An answer is empty, or pictures of one batch do not fit together.
+        ModelError: An answer is empty.
     """
     rows = [(name, prompts[name[0]].with_answer(name[1]), is_kept) for name, is_kept in answers.items()]
     rows = sorted((row for row in rows if row[1].answer_ids), key=lambda row: _place(row[1]))
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
+    for batch in batches([prompt for _, prompt, _ in rows], batch_size):
+        chunk = [rows[index] for index in batch]
         inputs, offsets = collate([prompt for _, prompt, _ in chunk], vlm.tokenizer, side="left")
         for logits, offset, (name, prompt, is_kept) in zip(vlm.logits(inputs), offsets, chunk, strict=True):
             _note(responses, name, prompt, logits[offset:], is_kept=is_kept)

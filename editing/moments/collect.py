@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Projection, Prompt, VisionLanguageModel, collate, patch
+from ...models import Projection, Prompt, VisionLanguageModel, batches, collate, patch
 from ...models.hooks import StopForward
 from ..requests import EditError
 from .moments import (
@@ -82,7 +82,7 @@ def second_moments(
 
     Raises:
         EditError: A setting is out of range, the memory too small, or a number not finite.
-        ModelError: A layer does not exist, or prompts do not fit into one batch.
+        ModelError: A layer does not exist.
 
     Source: C in ROME (arXiv 2202.05262) and MEMIT (arXiv 2210.07229), there over text only.
 
@@ -200,7 +200,14 @@ class _Collection:
             yield first, min(first + self.batch_size, end)
 
     def _add(self, chunk: Sequence[Prompt], layers: Sequence[int], tally: "_Tally", watch: "Watch | None") -> None:
-        """Run a batch as far as the last of the layers, and add what each layer reads as soon as it is read."""
+        """Run prompts as far as the last of the layers, and add what each layer reads as soon as it is read."""
+        for batch in batches(chunk, len(chunk)):
+            self._add_batch([chunk[index] for index in batch], layers, tally, watch)
+
+    def _add_batch(
+        self, chunk: Sequence[Prompt], layers: Sequence[int], tally: "_Tally", watch: "Watch | None"
+    ) -> None:
+        """Run prompts that fit into one batch."""
         inputs, offsets = collate(chunk, self.vlm.tokenizer)
         types = torch.zeros(len(chunk), max(prompt.length for prompt in chunk), dtype=torch.uint8)
         for row, prompt, offset in zip(types, chunk, offsets, strict=True):
