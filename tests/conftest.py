@@ -1,7 +1,9 @@
 """Models with random weights, one per family, saved to a temporary folder and opened like any other; and pictures."""
 
+import gc
 import os
 
+gc.disable()  # until all is imported and collected: half a million objects that stay would be looked through many times
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 
 from collections.abc import Callable
@@ -19,6 +21,12 @@ from PIL import Image, ImageDraw
 from random_models import CHAT_TEMPLATE, make_llava, make_processor, make_tokenizer, save, text_sizes
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+def pytest_collection_finish() -> None:
+    """Start the collector of garbage, which leaves alone what is there by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

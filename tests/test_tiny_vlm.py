@@ -11,7 +11,7 @@ from multrace.tracing import ReplaceText, causal_trace
 from multrace.workflow.located_edit import POSITIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-FACTS = 32
+FACTS = 20
 """Questions that the route is measured on: so many keep every interval below clear of zero."""
 
 
@@ -41,7 +41,7 @@ def test_it_fits_into_the_repository_and_has_room_for_edits(tiny_vlm):
 
 
 def test_it_answers_the_taught_facts_on_pictures_it_never_saw(tiny_vlm, questions):
-    assert share_right(tiny_vlm, questions["taught facts, picture"], every=4) >= 0.97
+    assert share_right(tiny_vlm, questions["taught facts, picture"], every=8) >= 0.97
 
 
 def test_without_the_right_picture_it_does_not(tiny_vlm, world, questions):
@@ -65,16 +65,16 @@ def test_without_the_right_picture_it_does_not(tiny_vlm, world, questions):
     ],
 )
 def test_it_answers_other_kinds_of_questions(tiny_vlm, questions, name, least):
-    assert share_right(tiny_vlm, questions[name], every=max(1, len(questions[name]) // 100)) >= least
+    assert share_right(tiny_vlm, questions[name], every=max(1, len(questions[name]) // 50)) >= least
 
 
 @pytest.mark.parametrize("name", ["two of a kind, left or right", "two of different kinds"])
 def test_the_constraint_says_which_of_two_entities_is_meant(tiny_vlm, questions, name):
-    assert share_right(tiny_vlm, questions[name], every=3) >= 0.9
+    assert share_right(tiny_vlm, questions[name], every=6) >= 0.9
 
 
 def test_it_knows_nothing_about_long_tail_entities(tiny_vlm, questions):
-    assert share_right(tiny_vlm, questions["long-tail facts (never taught)"], every=4) < 0.2
+    assert share_right(tiny_vlm, questions["long-tail facts (never taught)"], every=8) < 0.2
 
 
 def test_answers_of_one_two_and_three_tokens_are_all_right(tiny_vlm, world, questions):
