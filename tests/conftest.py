@@ -3,7 +3,8 @@
 import gc
 import os
 
-gc.disable()  # until all is imported and collected: half a million objects that stay would be looked through many times
+if gc.isenabled():  # imports and tests are half a million objects that stay: looking through them takes seconds
+    gc.disable()
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 
 from collections.abc import Callable
