@@ -439,6 +439,10 @@ class VisionLanguageModel:
         """Return the module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
         return self.addresses.module(key)
 
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the module that attends in a layer; a norm may stand between it and the site "attention"."""
+        return self.addresses.attention_module(layer)
+
     def layer_around(self, key: Key) -> nn.Module | None:
         """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
         return self.addresses.layer_around(key)

@@ -26,9 +26,10 @@ from multrace.tracing.attention import (
     value_bias,
 )
 from PIL import Image
+from random_models import make_tokenizer, save, text_sizes
 from result_checks import assert_same, assert_shown, svg
 from torch import Tensor
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company"
 
@@ -293,6 +294,24 @@ def test_grouped_queries_with_a_value_bias_add_up():
         constant = projection.module.bias + projection.weight @ bias.repeat_interleave(2, 0).flatten()
     assert (vlm.heads, len(bias)) == (4, 2) and float(constant.abs().max()) > 1
     assert close(vectors.sum((0, 2)) + constant, output[site][0, [8, 3]], 1e-12)
+
+
+def test_behind_a_norm_contributions_add_up_to_what_is_added(tmp_path):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = Gemma2Config(**text_sizes(tokenizer), head_dim=8, num_key_value_heads=2, query_pre_attn_scalar=8)
+    vlm = multrace.load(save(Gemma2ForCausalLM(config), tokenizer, tmp_path))
+    prompt, queries = vlm.prompt(None, QUESTION), (4, -1)
+    embeddings, site, projection = vlm.embed(prompt), Site("attention", 2), vlm.attention_projection(2)
+    with torch.no_grad(), capture(vlm, [site]) as added, capture(vlm, [projection]) as written:
+        vlm.logits(prompt)
+    vectors = contribution_vectors(vlm, prompt, 2, queries=[4, prompt.length - 1])
+    assert close(vectors.sum((0, 2)), added[site][0, list(queries)], 1e-5)
+    assert not close(vectors.sum((0, 2)), written[projection][0, list(queries)], 1e-1)
+    (recorded, _), bias = record_attention(vlm, embeddings, [4, prompt.length - 1]), value_bias(vlm)[2]
+    assert not bias.any()  # attention, not the norm behind it, is given zeros
+    summed, by_head = contribution_norms(vlm, 2, recorded[2], bias, range(prompt.length))
+    assert close(summed, vectors.sum(0).norm(dim=-1), 1e-5) and close(by_head, vectors.norm(dim=-1), 1e-5)
 
 
 def test_files_hold_everything(found, tmp_path):

@@ -272,7 +272,10 @@ def _token(delta: Delta) -> str | int:
 
 def _projections(vlm: VisionLanguageModel, delta: Delta) -> list[Projection]:
     """The projections whose weights an edit changes, from the lowest layer up."""
-    found = [find(layer) for layer in range(vlm.layers) for find in (vlm.down_projection, vlm.attention_projection)]
+    found: list[Projection] = []
+    for layer in range(vlm.layers):
+        found += [vlm.down_projection(layer)] if vlm.has_down_projection(layer) else []
+        found.append(vlm.attention_projection(layer))
     return [each for each in found if each.name in delta.changes]
 
 

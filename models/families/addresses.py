@@ -164,6 +164,11 @@ class Addresses:
         """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the module that attends in a layer; a norm may stand between it and the site "attention"."""
+        path = f"{self.layer_path(layer)}.{self._chosen(layer, self.family.attention)}"
+        return self._at(path, f"attention of layer {self.index(layer)}")
+
     def layer_around(self, key: Key) -> nn.Module | None:
         """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
         if isinstance(key, Site):

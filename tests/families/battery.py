@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import draw_photo
 from multrace.editing import save_merged
-from multrace.models import Site, collate
+from multrace.models import collate
 from multrace.tracing import CausalTrace, box_positions
 from PIL import Image
 from torch import Tensor, nn
@@ -324,7 +324,7 @@ def masked(subject: Subject, layers: range, sources: list[int]) -> Iterator[None
         mask[..., target, sources] = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
         return (), {**given, "attention_mask": mask}
 
-    modules = [subject.vlm.module(Site("attention", layer)) for layer in layers]
+    modules = [subject.vlm.attention_module(layer) for layer in layers]
     handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules]
     yield
     for handle in handles:

@@ -126,15 +126,18 @@ def contribution_vectors(
     """Return the vectors (head, query, source, hidden) that each source contributes to each query through each head.
 
     The vectors are float32 or wider. Their sum over all heads and sources is the output of the layer's attention module
-    minus the bias of its output projection and minus its value bias mapped through that projection. The arguments and
-    errors are those of `attention_contributions`; a negative layer counts from the end.
+    minus the bias of its output projection and minus its value bias mapped through that projection. Where a norm stands
+    between attention and the residual stream, it scales the vectors as it scales their sum. The arguments and errors
+    are those of `attention_contributions`; a negative layer counts from the end.
     """
     query_positions, source_positions = _places(prompt, queries, sources)
     index = vlm.layer_index(layer)
     recorded, _ = record_attention(vlm, vlm.embed(prompt), query_positions)
     values = recorded[index].values[0][:, list(source_positions)]
     written = projected_values(vlm, index, values, value_bias(vlm)[index])
-    return recorded[index].weights[0][:, :, list(source_positions), None] * written[:, None]
+    vectors = recorded[index].weights[0][:, :, list(source_positions), None] * written[:, None]
+    gain = _norm_gain(vlm, index, recorded[index])
+    return vectors if gain is None else vectors * gain[:, None]
 
 
 def contribution_norms(
@@ -146,12 +149,16 @@ def contribution_norms(
     """
     weights = attention.weights[0]
     per_source = vlm.hidden * max(weights.shape[:2])
-    summed, by_head = [], []
+    summed, by_head, gain = [], [], _norm_gain(vlm, layer, attention)
     for chunk in _chunks(sources, max(1, _ENTRIES // per_source)):
         written = projected_values(vlm, layer, attention.values[0][:, chunk], bias)
         shares = weights[:, :, chunk]
-        summed.append(torch.einsum("hqs,hso->qso", shares, written).norm(dim=-1))
-        by_head.append(shares * written.norm(dim=-1)[:, None])
+        vectors, lengths = torch.einsum("hqs,hso->qso", shares, written), written.norm(dim=-1)[:, None]
+        if gain is not None:
+            vectors = vectors * gain[:, None]
+            lengths = torch.einsum("hso,qo->hqs", written.square(), gain.square()).sqrt()
+        summed.append(vectors.norm(dim=-1))
+        by_head.append(shares * lengths)
     return torch.cat(summed, dim=-1), torch.cat(by_head, dim=-1)
 
 
@@ -178,7 +185,7 @@ def value_bias(vlm: VisionLanguageModel) -> tuple[Tensor, ...]:
 
     It is exact: one token is run with zeros as the input of every attention module, so its values are the bias.
     """
-    zeros = {Site("attention", layer): torch.zeros_like for layer in range(vlm.layers)}
+    zeros = {vlm.attention_module(layer): torch.zeros_like for layer in range(vlm.layers)}
     nothing = torch.zeros(1, 1, vlm.hidden, device=vlm.device, dtype=vlm.dtype)
     with torch.no_grad(), attending(vlm, (0,)) as recorded, patch(vlm, zeros, inputs=True):
         vlm.forward(inputs_embeds=nothing)
@@ -203,11 +210,32 @@ def projected_values(vlm: VisionLanguageModel, layer: int, values: Tensor, bias:
     return repeat(own, "k s d -> (k g) s d", g=len(columns) // len(own)) @ columns.to(own)
 
 
-def _check_weighted(layer: int, attention: Attention, inputs: Tensor) -> None:
-    """Raise `TraceError` unless the inputs (row, query, width) of the output projection are the weighted values."""
+def _norm_gain(vlm: VisionLanguageModel, layer: int, attention: Attention) -> Tensor | None:
+    """Return the factors (query, hidden) of the norm behind a layer's attention, float32 or wider; None without one.
+
+    A norm of Llama's kind multiplies each entry of what attention writes by a number; with all sources given, each
+    source's part is multiplied by the same one.
+    """
+    norm, projection = vlm.module(Site("attention", layer)), vlm.attention_projection(layer)
+    if norm is vlm.attention_module(layer):
+        return None
+    wide = torch.float64 if vlm.dtype == torch.float64 else torch.float32
+    weighted = _weighted_values(attention)[0].to(vlm.dtype)
+    with torch.no_grad():
+        written = projection.module(weighted)
+        return torch.where(written == 0, 0, norm(written[None])[0].to(wide) / written.to(wide))
+
+
+def _weighted_values(attention: Attention) -> Tensor:
+    """Return what the output projection reads if it reads the weighted values, (row, query, head x size)."""
     values = attention.values.to(attention.weights.dtype)
     values = repeat(values, "b k s d -> b (k g) s d", g=attention.weights.shape[1] // values.shape[1])
-    expected = rearrange(attention.weights @ values, "b h q d -> b q (h d)")
+    return rearrange(attention.weights @ values, "b h q d -> b q (h d)")
+
+
+def _check_weighted(layer: int, attention: Attention, inputs: Tensor) -> None:
+    """Raise `TraceError` unless the inputs (row, query, width) of the output projection are the weighted values."""
+    expected = _weighted_values(attention)
     tolerance = _TOLERANCE.get(inputs.dtype, 0.05) * float(expected.abs().max())
     if inputs.shape != expected.shape or not torch.allclose(inputs.to(expected), expected, rtol=0, atol=tolerance):
         raise TraceError(
