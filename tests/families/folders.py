@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from random_models import CORPUS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,6 +91,9 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         for weight in model.parameters():
             if weight.numel() and bool((weight == weight.flatten()[0]).all()):
                 weight += JITTER * torch.randn_like(weight)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # timm's own are so small that nothing of a picture passes a dozen of them
+            nn.init.kaiming_normal_(module.weight)
     return model.eval()
 
 
