@@ -1,8 +1,8 @@
 """One battery for every family, through the front door only. Each check takes a subject, and asks something that shares
 no code with what it judges: transformers itself on the folder, or hooks by hand."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -20,6 +20,7 @@ from multrace.tracing import CausalTrace, box_positions
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from .folders import Recipe, write
@@ -184,7 +185,8 @@ def check_pictures(subject: Subject) -> None:
     if not subject.recipe.sees:
         return
     vlm = subject.vlm
-    for pictures in (photo(1), photo(1, WIDE), [photo(1), photo(2, WIDE)]):
+    pair = [photo(1), photo(2, WIDE if subject.known.pictures == "unequal" else SIZE)]
+    for pictures in (photo(1), photo(1, WIDE), *([] if subject.known.pictures == "one" else [pair])):
         prompt = vlm.prompt(pictures, QUESTION)
         image, embeddings = list(prompt.groups["image"]), vlm.embeddings(prompt)[0]
         assert torch.equal(embeddings[image], vlm.image_features(prompt).to(embeddings)), pictures
@@ -195,24 +197,51 @@ def check_pictures(subject: Subject) -> None:
 
 
 def check_places(subject: Subject) -> None:
-    """What is painted into the picture moves the features of its own place more than those of any other place."""
+    """What is painted into the picture moves the features at its own place, and those more than any others.
+
+    The tower's attention is silenced, since that of random weights carries a change anywhere.
+    """
     if not subject.recipe.sees:
         return
-    vlm, picture = subject.vlm, Image.new("RGB", SIZE, "gray")
+    vlm, picture, generator = subject.vlm, Image.new("RGB", SIZE, "gray"), torch.Generator().manual_seed(0)
+    noise = Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy())
     prompt = vlm.prompt(picture, QUESTION)
     boxes = [mt.Box(x, y, x + 16, y + 16) for x in (8, 40) for y in (8, 40)]
     if subject.known.placeless:
         with pytest.raises(mt.TraceError, match=subject.known.placeless):
             box_positions(vlm, prompt, boxes[0])
         return
-    places = [box_positions(vlm, prompt, box) for box in boxes]
-    clean = vlm.image_features(prompt)
-    for number, box in enumerate(boxes):
-        painted = picture.copy()
-        painted.paste("white", (box.left, box.top, box.right, box.bottom))
-        moves = torch.zeros(prompt.length, dtype=vlm.dtype)
-        moves[list(prompt.groups["image"])] = (vlm.image_features(prompt.with_images(painted)) - clean).norm(dim=-1)
-        assert max(range(4), key=lambda other: moves[list(places[other])].mean()) == number, box
+    places = [list(box_positions(vlm, prompt, box)) for box in boxes]
+    with silenced(vlm.vision_tower):
+        clean = vlm.image_features(prompt)
+        for number, box in enumerate(boxes):
+            painted = picture.copy()
+            painted.paste(noise, (box.left, box.top))
+            moves = torch.zeros(prompt.length, dtype=vlm.dtype)
+            moves[list(prompt.groups["image"])] = (vlm.image_features(prompt.with_images(painted)) - clean).norm(dim=-1)
+            assert bool((moves[places[number]] > 0).all()), box
+            assert max(range(4), key=lambda other: moves[places[other]].mean()) == number, box
+
+
+@contextmanager
+def silenced(tower: nn.Module) -> Iterator[None]:
+    """Inside, the tower's attention writes zeros."""
+
+    def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    attention = [module for module in tower.modules() if "Attention" in type(module).__name__]
+    with hooked(module.register_forward_hook(zero) for module in attention):
+        yield
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Takes the hooks away at the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
 
 
 def check_trace(subject: Subject) -> None:
@@ -250,17 +279,14 @@ def hooked_scores(subject: Subject, trace: CausalTrace) -> Tensor:
     """
     vlm, token = subject.vlm, trace.answer_ids[0]
     clean: dict[int, Tensor] = {}
-    handles = [layer.register_forward_hook(_keeping(clean, n)) for n, layer in enumerate(vlm.decoder_layers)]
-    score_of(vlm, subject.prompt, token)
-    for handle in handles:
-        handle.remove()
+    with hooked(layer.register_forward_hook(_keeping(clean, n)) for n, layer in enumerate(vlm.decoder_layers)):
+        score_of(vlm, subject.prompt, token)
     other = subject.prompt.with_images([photo(2)])
     scores = torch.zeros(len(trace.row_positions), vlm.layers, dtype=torch.float64)
     for row, positions in enumerate(trace.row_positions):
         for number, layer in enumerate(vlm.decoder_layers):
-            handle = layer.register_forward_hook(_replacing(clean[number], positions))
-            scores[row, number] = score_of(vlm, other, token)
-            handle.remove()
+            with hooked([layer.register_forward_hook(_replacing(clean[number], positions))]):
+                scores[row, number] = score_of(vlm, other, token)
     return scores
 
 
@@ -325,10 +351,8 @@ def masked(subject: Subject, layers: range, sources: list[int]) -> Iterator[None
         return (), {**given, "attention_mask": mask}
 
     modules = [subject.vlm.attention_module(layer) for layer in layers]
-    handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules]
-    yield
-    for handle in handles:
-        handle.remove()
+    with hooked(module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules):
+        yield
 
 
 def check_lens(subject: Subject) -> None:
@@ -389,10 +413,10 @@ def check_moments(subject: Subject) -> None:
     moments = mt.second_moments(vlm, prompts, layers=[layer], projection=kind, progress=False)
     chosen = vlm.down_projection(layer) if kind == "mlp" else vlm.attention_projection(layer)
     keys: list[Tensor] = []
-    handle = chosen.module.register_forward_pre_hook(lambda _module, args: keys.append(args[0].detach().flatten(0, -2)))
-    for prompt in prompts:
-        score_of(vlm, prompt, 0)
-    handle.remove()
+    keep = lambda _module, args: keys.append(args[0].detach().flatten(0, -2))  # noqa: E731
+    with hooked([chosen.module.register_forward_pre_hook(keep)]):
+        for prompt in prompts:
+            score_of(vlm, prompt, 0)
     rows = torch.cat(keys).double()
     assert moments.count() == len(rows)
     assert torch.allclose(moments.matrix(layer), rows.T @ rows / len(rows), rtol=0, atol=ROUNDED[vlm.dtype])

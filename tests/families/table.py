@@ -29,6 +29,8 @@ class Known:
     """Words of the reason why image tokens have no place in the picture; empty if boxes give positions."""
     why: str = ""
     """The same in words for docs/families.md, where something does not work or is slow."""
+    pictures: str = "unequal"
+    """How many pictures its processor takes in one prompt: several of "unequal" sizes, only "equal" ones, or "one"."""
     projection: str = "mlp"
     """The output maps that are edited: "attention" where experts leave the MLP none."""
     dtype: str = "float64"
@@ -47,6 +49,7 @@ LINEAR = {
     "why": "layers of linear attention carry a running state from token to token",
 }  # fmt: skip
 EXPERTS = {"projection": "attention", "dtype": "float32"}
+QUERIES = "quer"
 VISION, TIMM = ("torchvision",), ("torchvision", "timm")
 
 KNOWN: dict[str, Known] = {
@@ -64,7 +67,7 @@ KNOWN: dict[str, Known] = {
     "llava_onevision": Known(title="LLaVA-OneVision"),
     "video_llava": Known(title="Video-LLaVA", needs=VISION),
     "fast_vlm": Known(title="FastVLM", needs=TIMM),
-    "perception_lm": Known(title="PerceptionLM", needs=TIMM),
+    "perception_lm": Known(title="PerceptionLM", pictures="equal", needs=TIMM),
     "mistral3": Known(title="Mistral 3"),
     "pixtral": Known(title="Pixtral"),
     "idefics3": Known(title="Idefics 3"),
@@ -85,8 +88,8 @@ KNOWN: dict[str, Known] = {
     "deepseek_vl": Known(title="DeepSeek-VL"),
     "deepseek_vl_hybrid": Known(title="DeepSeek-VL, two resolutions"),
     "janus": Known(title="Janus"),
-    "blip-2": Known(title="BLIP-2 over OPT"),
-    "instructblip": Known(title="InstructBLIP"),
+    "blip-2": Known(title="BLIP-2 over OPT", pictures="one", placeless=QUERIES),
+    "instructblip": Known(title="InstructBLIP", pictures="one", placeless=QUERIES),
     "mllama": Known(title="Llama 3.2 Vision"),
     "phi4_multimodal": Known(title="Phi-4-multimodal", needs=VISION),
     "florence2": Known(
