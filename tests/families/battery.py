@@ -230,7 +230,7 @@ def silenced(tower: nn.Module) -> Iterator[None]:
     def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
-    attention = [module for module in tower.modules() if "Attention" in type(module).__name__]
+    attention = [module for module in tower.modules() if type(module).__name__.endswith(("Attention", "AttentionRope"))]
     with hooked(module.register_forward_hook(zero) for module in attention):
         yield
 
