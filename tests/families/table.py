@@ -72,7 +72,7 @@ KNOWN: dict[str, Known] = {
     "pixtral": Known(title="Pixtral"),
     "idefics3": Known(title="Idefics 3"),
     "smolvlm": Known(title="SmolVLM", needs=("num2words",)),
-    "internvl": Known(title="InternVL"),
+    "internvl": Known(title="InternVL", core=True),
     "aya_vision": Known(title="Aya Vision"),
     "cohere2_vision": Known(title="Command A Vision", needs=VISION),
     "ovis2": Known(title="Ovis2"),
