@@ -158,6 +158,35 @@ def first_input(vlm: Addressed, module: nn.Module, label: str) -> Iterator[list[
             pass
 
 
+@contextmanager
+def first_call(vlm: Addressed, module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield a dict that receives the module's arguments by name; the forward pass and the block end there."""
+    arguments: dict[str, Any] = {}
+
+    def stop(_module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        arguments.update(named_arguments(module, given, keywords))
+        raise StopForward
+
+    with vlm.lock:
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            yield arguments
+        except StopForward:
+            pass
+        finally:
+            uninterrupted(handle.remove)
+
+
+def named_arguments(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a module's call by the names in its signature, in that order."""
+    bound = inspect.signature(module.forward).bind(*given, **keywords)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        is_rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named |= value if is_rest else {name: value}
+    return named
+
+
 def _checked(key: Key, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return the function with checks that its result fits and that it does not modify its argument."""
 

@@ -22,9 +22,10 @@ from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, NotFiniteError, whole_number
 from .families import Addresses, Family, Key, Projection
+from .frame import DecoderInput, Frame
 from .frontend import Frontend, to_device
 from .guards import ModelLock, evaluating
-from .hooks import first_input
+from .hooks import first_call, main_tensor
 from .pictures import named_features, projected_features, shows_pictures
 from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, batches, build, collate
@@ -558,8 +559,8 @@ class VisionLanguageModel:
                 return features
             return projected_features(self.projector, lambda: self.embeddings(ready))
 
-    def embeddings(self, inputs: Inputs) -> Tensor:
-        """Return the input of the text stack, (batch, token, hidden): word embeddings with image features inserted.
+    def decoder_input(self, inputs: Inputs) -> DecoderInput:
+        """Return what the text stack reads: word embeddings with image features inserted, and their frame.
 
         The vision tower runs, but no decoder layer does.
 
@@ -570,14 +571,21 @@ class VisionLanguageModel:
             ModelError: The prompt belongs to another model, or is longer than the model has positions.
         """
         ready = self._ready(inputs)
-        if not self.has_vision:
-            return self.model.get_input_embeddings()(ready["input_ids"])
-        with self.running(), first_input(self, self.decoder, "the text stack") as entered:
+        with self.running(), first_call(self, self.decoder) as arguments:
             self.model(**ready, use_cache=False)
-        return entered[0]
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:  # the text stack embeds the words itself
+            embeddings = self.input_embeddings(arguments["input_ids"])
+        rows, length = embeddings.shape[:2]
+        frame = Frame.of_call(arguments, rows=rows, length=length, config=self.config.get_text_config())
+        return DecoderInput(embeddings=embeddings, frame=frame)
 
-    def embed(self, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the input of the first decoder layer, (1, token, hidden), without gradients.
+    def embeddings(self, inputs: Inputs) -> Tensor:
+        """Return the embeddings of `decoder_input` alone, (batch, token, hidden)."""
+        return self.decoder_input(inputs).embeddings
+
+    def embed(self, prompt: Prompt, inputs: Mapping[str, Tensor] | None = None) -> DecoderInput:
+        """Return what the text stack reads for a prompt, without gradients.
 
         It ends with the prompt's last token: a later answer cannot affect the score, since attention is causal.
 
@@ -593,27 +601,28 @@ class VisionLanguageModel:
             >>> from multrace.data import tiny_vlm_path
             >>> vlm = mt.load(tiny_vlm_path())
             >>> prompt = vlm.prompt(None, "Who founded Draivo?")
-            >>> vlm.embed(prompt).shape == (1, prompt.length, vlm.hidden)
+            >>> vlm.embed(prompt).embeddings.shape == (1, prompt.length, vlm.hidden)
             True
         """
         self.check_prompt(prompt)
         with torch.no_grad():
-            return self.embeddings(dict(inputs or prompt.inputs))[:, : prompt.groups["last"][0] + 1]
+            return self.decoder_input(dict(inputs or prompt.inputs)).cut(prompt.groups["last"][0] + 1)
 
     def embed_words(self, ids: Sequence[int]) -> Tensor:
         """Return the embeddings of token ids, (1, token, hidden), without gradients."""
         with torch.no_grad():
             return self.input_embeddings(torch.tensor([list(ids)], dtype=torch.long, device=self.device))
 
-    def extend(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
-        """Return embeddings (sample, token, hidden) followed by those of all these token ids but the last.
+    def extend(self, entering: DecoderInput, ids: Sequence[int]) -> DecoderInput:
+        """Return the input of the text stack followed by all these token ids but the last.
 
         The logits at the last len(ids) positions then predict the ids one by one (teacher forcing).
         """
         if len(ids) == 1:
-            return embeddings
-        words = self.embed_words(ids[:-1]).to(embeddings)
-        return torch.cat([embeddings, words.expand(len(embeddings), -1, -1)], dim=1)
+            return entering
+        words = self.embed_words(ids[:-1]).to(entering.embeddings)
+        embeddings = torch.cat([entering.embeddings, words.expand(entering.rows, -1, -1)], dim=1)
+        return DecoderInput(embeddings=embeddings, frame=entering.frame.extended(len(ids) - 1))
 
     @cached_property
     def after_head(self) -> AfterHead:
@@ -641,17 +650,18 @@ class VisionLanguageModel:
         with self.lock:
             return after(self.output_head(states))
 
-    def next_token_probabilities(self, embeddings: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    def next_token_probabilities(
+        self, entering: DecoderInput | Tensor, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Return the distribution over the next token, (sample, vocab), in float64 on the CPU.
 
         Args:
-            embeddings: The input of the first decoder layer, (sample, token, hidden).
-            attention_mask: As `forward` takes it; None for the decoder's own causal one.
+            entering: What the text stack reads, as `forward` takes it.
+            attention_mask: As `forward` takes it; None for the model's own.
         """
+        length = entering.shape[1] if isinstance(entering, Tensor) else entering.length
         with torch.no_grad():
-            logits = self.forward(
-                inputs_embeds=embeddings, attention_mask=attention_mask, positions=[embeddings.shape[1] - 1]
-            )
+            logits = self.forward(entering, attention_mask=attention_mask, positions=[length - 1])
         return logits[:, -1].double().softmax(-1).cpu()
 
     def logits(self, inputs: Inputs) -> Tensor:
@@ -676,20 +686,23 @@ class VisionLanguageModel:
 
     def forward(
         self,
+        entering: DecoderInput | Tensor,
         *,
-        inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         positions: Sequence[int] | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Return logits (batch, token, vocab) of the text stack for given embeddings, as `logits` does for a prompt.
+        """Return logits (batch, token, vocab) of the text stack for a given input, as `logits` does for a prompt.
+
+        The text stack is called as the model itself calls it, and its output is read as the model reads it.
 
         Args:
-            inputs_embeds: The input of the text stack, (batch, token, hidden), as `embed` and `extend` return it.
-            attention_mask: (batch, token), 0 for padding, or (batch or 1, 1, token, token) boolean, True where a row
-                may attend to a column; a boolean one must include the causal triangle. None: nothing is padded.
-            position_ids: (batch, token); None: tokens are counted from 0, padding left out.
+            entering: What the text stack reads, as `embed` and `extend` return it; or embeddings alone, (batch, token,
+                hidden), for tokens that are counted from 0 and see each other causally.
+            attention_mask: Another mask than the input's own: (batch, token), 0 for padding, or (batch or 1, 1, token,
+                token) boolean, True where a row may attend to a column, which must include the causal triangle.
+            position_ids: Other positions than the input's own, (batch, token).
             positions: Only these tokens' logits, in this order, which saves the output head for all others.
             past_key_values: Keys and values of the tokens before these, which the mask covers too; it grows by these.
 
@@ -704,20 +717,29 @@ class VisionLanguageModel:
             >>> from multrace.data import tiny_vlm_path
             >>> vlm = mt.load(tiny_vlm_path())
             >>> prompt = vlm.prompt(None, "What colour is this?")
-            >>> vlm.forward(inputs_embeds=vlm.embed(prompt), positions=[-1]).shape == (1, 1, vlm.vocab)
+            >>> vlm.forward(vlm.embed(prompt), positions=[-1]).shape == (1, 1, vlm.vocab)
             True
         """
+        if isinstance(entering, Tensor):
+            entering = DecoderInput(embeddings=entering)
+        embeddings = entering.embeddings
+        arguments = entering.frame.arguments(entering.rows, entering.length, self._attention_bias)
+        if attention_mask is not None:
+            is_pairs = attention_mask.ndim == 4
+            arguments["attention_mask"] = self._attention_bias(attention_mask) if is_pairs else attention_mask
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self._check_length(before + inputs_embeds.shape[1], attention_mask)
-        if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = self._attention_bias(attention_mask, inputs_embeds.dtype)
-        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
-        arguments |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
-        given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
-        if positions is not None:
-            given["logits_to_keep"] = torch.tensor(list(positions), device=inputs_embeds.device)
+        mask = arguments.get("attention_mask")
+        self._check_length(before + entering.length, mask if isinstance(mask, Tensor) else None)
+        arguments |= {"inputs_embeds": embeddings, "use_cache": past_key_values is not None}
+        if past_key_values is not None:
+            arguments["past_key_values"] = past_key_values
         with self.running():
-            return _wide(self.model(**_with_positions(given)).logits)
+            states = main_tensor(self.decoder(**_with_positions(arguments)), "the text stack")
+            if positions is not None:
+                states = states[:, torch.tensor(list(positions), device=states.device)]
+            return self.readout(states)
 
     def decode(self, ids: Any) -> str:
         """Return the text of token ids without special tokens."""
@@ -843,17 +865,21 @@ class VisionLanguageModel:
                 width = int(attention_mask.sum(-1).max())
             self.frontend.check_length(width)
 
-    def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    def _attention_bias(self, mask: Tensor) -> Tensor:
         """Return a mask for the attention implementation; only sdpa takes booleans, eager would add True as 1."""
         if mask.dtype != torch.bool or self.model.config._attn_implementation == "sdpa":
             return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
-def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+_OWN_POSITIONS = {"position_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
+"""Inputs from which a model makes positions on several axes itself, padding left out."""
+
+
+def _with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
     """Return inputs with the positions that each left-padded row would have on its own, as in generation."""
     mask = inputs.get("attention_mask")
-    if "position_ids" in inputs or mask is None or mask.ndim != 2 or bool(mask[:, 0].all()):
+    if _OWN_POSITIONS & inputs.keys() or not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         return inputs
     return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
 

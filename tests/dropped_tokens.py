@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from multrace import VisionLanguageModel
 from multrace.models import Prompt
+from multrace.models.frame import DecoderInput
 from multrace.models.replay import Cut
 from multrace.tracing import Engine, ImagePruning, prune_image_tokens
 from multrace.tracing.engine import EdgeCell, Runs, plain_scores
@@ -29,11 +30,11 @@ def gone(found: ImagePruning) -> dict[tuple[int, int], list[int]]:
 
 
 def masked_logits(
-    vlm: VisionLanguageModel, embeddings: Tensor, dropped: Sequence[int], first: int, count: int
+    vlm: VisionLanguageModel, entering: DecoderInput, dropped: Sequence[int], first: int, count: int
 ) -> Tensor:
     """(token, vocab): the last logits of a masked pass in which these tokens are hidden from all but themselves."""
-    length = embeddings.shape[1]
+    length = entering.length
     rest = frozenset(range(length)) - set(dropped)
     cell = EdgeCell(cut=Cut(sources=frozenset(dropped), targets=rest), first=first, last=vlm.layers - 1)
-    run = Runs.of_one(embeddings, scored=range(length - count, length))
+    run = Runs.of_one(entering, scored=range(length - count, length))
     return plain_scores(vlm, run, [cell], lambda logits: logits.flatten(1))[0].reshape(count, -1)

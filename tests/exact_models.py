@@ -11,6 +11,7 @@ import pytest
 import torch
 from multrace.models import VisionLanguageModel, load
 from multrace.models.families import Addresses, Family
+from multrace.models.frame import DecoderInput, Frame
 from multrace.models.frontend import Frontend
 from multrace.models.replay import Recording, Replay, Source, Span
 from multrace.tracing.engine import Runs, StateCell, plain_scores
@@ -85,8 +86,10 @@ def make_runs(vlm: VisionLanguageModel, *, restores: bool = True, samples: int =
     noise = torch.randn(samples, len(CHANGED), vlm.hidden, generator=generator, dtype=torch.float64).to(vlm.dtype)
     corrupted = clean.repeat(samples, 1, 1)
     corrupted[:, list(CHANGED)] += noise
-    base, source = (corrupted, clean) if restores else (clean, corrupted)
-    return Runs(base=base, source=source, scored=(LENGTH - 2, LENGTH - 1), frozen=FROZEN, keywords=keywords)
+    frame = Frame(keywords=keywords)
+    pair = [DecoderInput(embeddings=each, frame=frame) for each in (corrupted, clean)]
+    base, source = pair if restores else pair[::-1]
+    return Runs(base=base, source=source, scored=(LENGTH - 2, LENGTH - 1), frozen=FROZEN)
 
 
 def mixed_cells(vlm: VisionLanguageModel) -> list[StateCell]:
@@ -134,7 +137,8 @@ def noisy(embeddings: Tensor, positions: Sequence[int], rows: int = 2) -> Tensor
 def whole(replay: Replay, embeddings: Tensor, **settings) -> Recording:
     """A recording of all states; the last two positions are read."""
     length = embeddings.shape[1]
-    return replay.record(embeddings, kept=range(length), read=(length - 2, length - 1), **settings)
+    entering = DecoderInput(embeddings=embeddings)
+    return replay.record(entering, kept=range(length), read=(length - 2, length - 1), **settings)
 
 
 def span_after(replay: Replay, run: Recording, positions: Sequence[int]) -> Span:

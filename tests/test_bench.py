@@ -79,7 +79,7 @@ def _without_gradients() -> Iterator[None]:
 
 
 def scores(subject: Subject, embeddings: torch.Tensor) -> torch.Tensor:
-    return subject.measure(subject.vlm.forward(inputs_embeds=embeddings)[:, -1:])[:, 0]
+    return subject.measure(subject.vlm.forward(embeddings)[:, -1:])[:, 0]
 
 
 # ---- the model and its prompt ----
@@ -127,16 +127,16 @@ def test_confidence_is_a_matter_of_scale():
 def test_noise_falls_on_the_constraint_or_on_the_picture(subject: Subject):
     for corruption, group in (("text", "constraint"), ("image", "image")):
         runs = subject.runs(corruption)
-        changed = (runs.base != runs.source).any(-1).any(0).nonzero().flatten()
+        changed = (runs.base.embeddings != runs.source.embeddings).any(-1).any(0).nonzero().flatten()
         assert tuple(changed.tolist()) == subject.prompt.groups[group]
 
 
 def test_a_subject_opened_again_is_the_same(subject: Subject, recipe: Recipe):
     again = open_subject(recipe)
-    assert torch.equal(again.runs("text").base, subject.runs("text").base)
+    assert again.runs("text").base.equals(subject.runs("text").base)
     assert torch.equal(scores(again, again.runs("text").base), scores(subject, subject.runs("text").base))
     other = open_subject(replace(recipe, seed=1))  # the same weights, another prompt and other noise
-    assert not torch.equal(other.runs("text").base, subject.runs("text").base)
+    assert not other.runs("text").base.equals(subject.runs("text").base)
 
 
 # ---- the three ways ----

@@ -232,7 +232,7 @@ def test_token_layers_are_those_of_all_calls(subject: Subject):
     with counted_token_layers(vlm) as count:
         vlm.logits(subject.prompt)
         embeddings = torch.zeros(3, 5, 32, requires_grad=True)
-        vlm.forward(inputs_embeds=embeddings).sum().backward()
+        vlm.forward(embeddings).sum().backward()
     vlm.logits(subject.prompt)  # outside
     assert (count.forward, count.backward) == (4 * TOKENS + 4 * 15, 4 * 15)
     assert count.total == count.forward + count.backward

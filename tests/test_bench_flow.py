@@ -169,10 +169,10 @@ def test_every_cell_of_the_published_way_starts_from_the_whole_model(subject: Su
 
 def test_no_hook_is_left_behind(subject: Subject, edge_run: Runs):
     vlm = subject.vlm
-    before = vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored)
+    before = vlm.forward(edge_run.base, positions=edge_run.scored)
     published_scores(vlm, subject.prompt, CASES["image -> question"].cells[:1], subject.measure)
     truncated_logits(vlm, edge_run, 1, [0, 47])
-    assert torch.equal(vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored), before)
+    assert torch.equal(vlm.forward(edge_run.base, positions=edge_run.scored), before)
 
 
 # ---- a truncated prefill ----
@@ -187,7 +187,7 @@ def test_a_truncated_prefill_gives_what_the_cut_gives(subject: Subject, edge_run
 
 
 def test_a_truncated_prefill_of_all_tokens_is_a_prefill(subject: Subject, edge_run: Runs):
-    whole = subject.vlm.forward(inputs_embeds=edge_run.base, positions=edge_run.scored)
+    whole = subject.vlm.forward(edge_run.base, positions=edge_run.scored)
     torch.testing.assert_close(truncated_logits(subject.vlm, edge_run, 2, range(48)), whole)
 
 

@@ -46,7 +46,7 @@ def batch_of(vlm: VisionLanguageModel, *prompts: Prompt, token: str | int = "las
 def losses(vlm: VisionLanguageModel, batch: TargetBatch) -> Tensor:
     """(row, label), negative log-probability in nats."""
     with torch.no_grad():
-        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+        inputs = PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
         return -inputs.logits(vlm, batch.label_columns).log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
 
 

@@ -88,7 +88,7 @@ def plain_logits(
         return output.index_add(1, torch.tensor(positions), change[None, : len(positions)])
 
     with patch(vlm, {place: add}):
-        return vlm.forward(inputs_embeds=vlm.embeddings(prompt))[0]
+        return vlm.forward(vlm.embeddings(prompt))[0]
 
 
 def plain_losses(
@@ -149,13 +149,13 @@ def outputs_at(vlm: VisionLanguageModel, goal: Goal, place: Place, token: str, s
         positions = list(key_positions(prompt, token, **ends))
         seen = []
         with torch.no_grad(), patch(vlm, {place: lambda output, seen=seen: seen.append(output) or output}):
-            vlm.forward(inputs_embeds=vlm.embeddings(prompt))
+            vlm.forward(vlm.embeddings(prompt))
         found.append(seen[0][0, positions])
     return torch.stack(found).mean(0)
 
 
 def inputs_of(vlm: VisionLanguageModel, batch: TargetBatch) -> PaddedBatch:
-    return PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+    return PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
 
 
 def recorded(vlm: VisionLanguageModel, batch: TargetBatch, layer: int = LAYER) -> UpperLayers:

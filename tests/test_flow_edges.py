@@ -48,7 +48,7 @@ def make_cells(vlm: VisionLanguageModel) -> list[EdgeCell]:
 
 
 def make_run(vlm: VisionLanguageModel, **keywords: Tensor) -> Runs:
-    return Runs.of_one(make_runs(vlm).source, scored=SCORED, **keywords)
+    return Runs.of_one(make_runs(vlm, **keywords).source, scored=SCORED)
 
 
 def measure(logits: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def eager(vlm: VisionLanguageModel, run: Runs, cell: EdgeCell) -> Tensor:
                 lambda _module, given, words: (given, {**words, "attention_mask": mask}), with_kwargs=True
             )
             stack.callback(hook.remove)
-        return measure(vlm.forward(inputs_embeds=run.base, positions=run.scored))[0]
+        return measure(vlm.forward(run.base, positions=run.scored))[0]
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_the_plain_way_is_what_eager_attention_does_with_the_mask(exact_vlm):
     found = plain_scores(exact_vlm, run, cells, measure)[..., 0]
     expected = torch.stack([eager(exact_vlm, run, cell) for cell in cells])
     assert (found - expected).abs().max() <= 1e-6  # eager attention takes its softmax in float32
-    assert (found - measure(exact_vlm.forward(inputs_embeds=run.base, positions=run.scored))).abs().max() > 1e-3
+    assert (found - measure(exact_vlm.forward(run.base, positions=run.scored))).abs().max() > 1e-3
 
 
 def test_a_cut_in_all_layers_equals_masking_in_the_plain_model(exact_llava, photo):
@@ -168,7 +168,7 @@ def test_a_cut_in_all_layers_equals_masking_in_the_plain_model(exact_llava, phot
 def test_cutting_nothing_changes_nothing_bit_for_bit(random_vlm):
     run = make_run(random_vlm)
     with torch.no_grad():
-        clean = measure(random_vlm.forward(inputs_embeds=run.base, positions=run.scored))[0]
+        clean = measure(random_vlm.forward(run.base, positions=run.scored))[0]
     nothing = [EdgeCell(cut=CUTS[name], first=1, last=2) for name in ("nothing", "to nothing", "later to earlier")]
     found = sweep(random_vlm, run, nothing, measure)
     assert all(torch.equal(each[:, 0], clean) for each in found.scores)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 def stepwise(vlm: VisionLanguageModel, prompt: Prompt, dropped: Sequence[int], first: int, limit: int) -> str:
     """The greedy answer, one masked pass of the whole sequence for each token."""
-    embeddings, ids = vlm.embed(prompt), []
+    entering, ids = vlm.embed(prompt), []
     words = vlm.model.get_input_embeddings()
     while len(ids) < limit and not (ids and ids[-1] == vlm.model.generation_config.eos_token_id):
-        ids.append(int(masked_logits(vlm, embeddings, dropped, first, 1).argmax()))
-        embeddings = torch.cat([embeddings, words(torch.tensor([ids[-1:]])).to(embeddings)], 1).detach()
+        ids.append(int(masked_logits(vlm, entering, dropped, first, 1).argmax()))
+        embeddings = torch.cat([entering.embeddings, words(torch.tensor([ids[-1:]]))], 1).detach()
+        entering = entering.with_embeddings(embeddings)
     return vlm.decode(ids).strip()
 
 

@@ -99,11 +99,11 @@ def test_the_answers_own_tokens_are_no_group_of_a_flow(random_llava, prompt):
 
 
 def by_hand(vlm, prompt, source, target, layers, heads=()) -> float:
-    embeddings = vlm.embed(prompt)
-    run = Runs.of_one(embeddings, scored=(embeddings.shape[1] - 1,))
+    entering = vlm.embed(prompt)
+    run = Runs.of_one(entering, scored=(entering.length - 1,))
     cut = Cut(sources=frozenset(source), targets=frozenset(target), heads=heads)
     cell = EdgeCell(cut=cut, first=layers[0], last=layers[-1])
-    token = int(vlm.logits(prompt)[0, embeddings.shape[1] - 1].argmax())
+    token = int(vlm.logits(prompt)[0, entering.length - 1].argmax())
     return float(plain_scores(vlm, run, [cell], lambda logits: logits[:, -1].double().softmax(-1)[:, token, None]))
 
 

@@ -184,11 +184,11 @@ def test_forward_on_embeddings_is_the_model(random_vlm, make_photo):
         embeddings = random_vlm.embeddings(prompt)
         clean = random_vlm.logits(prompt)
         assert clean.dtype == torch.float32
-        assert torch.equal(random_vlm.forward(inputs_embeds=embeddings), clean)
+        assert torch.equal(random_vlm.forward(embeddings), clean)
         mask = prompt.inputs["attention_mask"]
-        assert torch.equal(random_vlm.forward(inputs_embeds=embeddings, attention_mask=mask), clean)
+        assert torch.equal(random_vlm.forward(embeddings, attention_mask=mask), clean)
     batch, offsets = collate(prompts_for(random_vlm, make_photo), random_vlm.tokenizer)
-    rows = random_vlm.forward(inputs_embeds=random_vlm.embeddings(batch), attention_mask=batch["attention_mask"])
+    rows = random_vlm.forward(random_vlm.embeddings(batch), attention_mask=batch["attention_mask"])
     assert torch.allclose(rows[:, -1], random_vlm.logits(batch)[:, -1], atol=1e-5)
 
 
@@ -199,12 +199,12 @@ def test_a_boolean_mask_of_four_dimensions(attention, request, make_photo):
         prompt = prompts_for(vlm, make_photo)[1]
         clean, embeddings = vlm.logits(prompt), vlm.embeddings(prompt)
         causal = torch.ones(prompt.length, prompt.length, dtype=torch.bool).tril()[None, None]
-        assert torch.allclose(vlm.forward(inputs_embeds=embeddings, attention_mask=causal), clean, atol=1e-4)
+        assert torch.allclose(vlm.forward(embeddings, attention_mask=causal), clean, atol=1e-4)
         cut = causal.clone()
         cut[..., -1, 1:-1] = False  # the last position may look at the first and itself only
         site = Site("hidden", 0)
         with capture(vlm, [site]) as seen:
-            vlm.forward(inputs_embeds=embeddings, attention_mask=cut)
+            vlm.forward(embeddings, attention_mask=cut)
         first = torch.cat([embeddings[:, :1], embeddings[:, -1:]], dim=1)
         with capture(vlm, [site]) as alone:  # without a mask, a jump in positions means packed sequences
             vlm.forward(
@@ -213,9 +213,7 @@ def test_a_boolean_mask_of_four_dimensions(attention, request, make_photo):
                 position_ids=torch.tensor([[0, prompt.length - 1]]),
             )
         assert torch.allclose(seen[site][:, -1], alone[site][:, -1], atol=1e-4)
-        assert not torch.allclose(
-            vlm.forward(inputs_embeds=embeddings, attention_mask=cut)[:, -1], clean[:, -1], atol=1e-3
-        )
+        assert not torch.allclose(vlm.forward(embeddings, attention_mask=cut)[:, -1], clean[:, -1], atol=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "advice"), [("float16", "dtype='float32'"), ("float32", "undo the last change")])

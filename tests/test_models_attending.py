@@ -151,11 +151,11 @@ def test_masks_of_one_s_own_are_kept(llava_llama_path, attention):
     embeddings = torch.randn(1, LENGTH, vlm.hidden, generator=torch.Generator().manual_seed(1))
     causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     window = causal & ~causal.tril(-4)
-    plain = vlm.forward(inputs_embeds=embeddings, attention_mask=window)
+    plain = vlm.forward(embeddings, attention_mask=window)
     with attending(vlm, [LENGTH - 1, 2]) as seen:
-        found = vlm.forward(inputs_embeds=embeddings, attention_mask=window)
+        found = vlm.forward(embeddings, attention_mask=window)
         weights = seen[1].weights
-        wide = vlm.forward(inputs_embeds=embeddings, attention_mask=causal)
+        wide = vlm.forward(embeddings, attention_mask=causal)
     assert close(found, plain, 1e-4)
     assert not close(wide, plain, 1e-2)
     assert float(weights[:, :, 0, : LENGTH - 4].abs().sum()) == 0
@@ -211,8 +211,8 @@ def test_attention_that_is_no_plain_softmax_is_refused(name):
     vlm = build_it()
     embeddings = make_runs(vlm).base
     with pytest.raises(ReplayError, match=text), attending(vlm, [-1]):
-        vlm.forward(inputs_embeds=embeddings)
-    vlm.forward(inputs_embeds=embeddings)
+        vlm.forward(embeddings)
+    vlm.forward(embeddings)
 
 
 @pytest.mark.parametrize("name", NO_PLAIN_SOFTMAX)
@@ -223,10 +223,10 @@ def test_caps_sinks_and_values_of_another_size_are_recorded(name, monkeypatch):
     embeddings, weights = make_runs(vlm).source, []
     for layer in vlm.decoder_layers:
         layer.self_attn.register_forward_hook(lambda _module, _arguments, output: weights.append(output[1]))
-    plain, expected = vlm.forward(inputs_embeds=embeddings), [*weights]
+    plain, expected = vlm.forward(embeddings), [*weights]
     for queries in ([-1, 3], range(LENGTH)):
         with attending(vlm, queries) as seen:
-            assert close(vlm.forward(inputs_embeds=embeddings), plain)
+            assert close(vlm.forward(embeddings), plain)
         assert len(seen) == len(expected) == vlm.layers
         assert all(close(each.weights, own[:, :, queries]) for each, own in zip(seen, expected, strict=True))
     left = 1 - torch.stack([each.weights.sum(-1) for each in seen])

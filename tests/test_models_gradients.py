@@ -49,15 +49,15 @@ def test_inference_mode_changes_nothing(tiny_vlm, photo, use):
 
 
 def test_without_the_block_there_are_no_gradients(tiny_vlm, photo):
-    embeddings = tiny_vlm.embed(tiny_vlm.prompt(photo, QUESTION)).detach().requires_grad_()
+    embeddings = tiny_vlm.embed(tiny_vlm.prompt(photo, QUESTION)).embeddings.detach().requires_grad_()
     with torch.inference_mode():
-        assert not tiny_vlm.forward(inputs_embeds=embeddings).requires_grad
+        assert not tiny_vlm.forward(embeddings).requires_grad
         with tiny_vlm.gradients():
-            assert tiny_vlm.forward(inputs_embeds=embeddings).requires_grad
+            assert tiny_vlm.forward(embeddings).requires_grad
     with torch.no_grad(), tiny_vlm.gradients():
-        assert tiny_vlm.forward(inputs_embeds=embeddings).requires_grad
+        assert tiny_vlm.forward(embeddings).requires_grad
         with torch.no_grad():
-            assert not tiny_vlm.forward(inputs_embeds=embeddings).requires_grad
+            assert not tiny_vlm.forward(embeddings).requires_grad
 
 
 def test_a_model_loaded_in_inference_mode_can_be_edited(random_llama):

@@ -108,7 +108,7 @@ def test_capture_keeps_the_graph_and_clones_on_request(random_llama):
     embeddings = random_llama.embeddings(prompt).requires_grad_()
     with capture(random_llama, [site]) as seen, capture(random_llama, [site], clone=True) as cloned:
         with capture(random_llama, [later]) as last:
-            logits = random_llama.forward(inputs_embeds=embeddings)
+            logits = random_llama.forward(embeddings)
     assert cloned[site] is not seen[site] and torch.equal(cloned[site], seen[site])
     (gradient,) = torch.autograd.grad(logits[0, -1, 5], seen[site], retain_graph=True)
     assert gradient.abs().sum() > 0

@@ -412,7 +412,7 @@ def test_what_is_longer_than_the_models_positions_is_refused(short_model, random
         "logits": lambda: vlm.logits(elsewhere),
         "embed": lambda: vlm.embed(elsewhere),
         "batch": lambda: vlm.logits(collate([elsewhere, fits], vlm.tokenizer)[0]),
-        "forward": lambda: vlm.forward(inputs_embeds=torch.zeros(1, elsewhere.length, vlm.hidden)),
+        "forward": lambda: vlm.forward(torch.zeros(1, elsewhere.length, vlm.hidden)),
     }
     for name, entry in entries.items():
         with pytest.raises(ModelError, match=numbers if name in ("logits", "embed") else "the model has 40 positions"):

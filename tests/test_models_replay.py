@@ -8,6 +8,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from exact_models import close, load_exact, noisy, span_after, whole
 from multrace import VisionLanguageModel, load
 from multrace.models import ReplayError, Site, capture, patch
+from multrace.models.frame import DecoderInput
 from multrace.models.replay import Replay, attention, replaying
 from torch import Tensor
 from transformers import AttentionInterface
@@ -59,14 +60,14 @@ def test_layers_from_any_one_on_repeat_the_run(vlm, embeddings):
 
 @torch.no_grad()
 def test_the_recorded_run_is_the_models_own(vlm, embeddings):
-    logits = vlm.forward(inputs_embeds=embeddings, positions=(7, 3))
-    assert close(logits, vlm.forward(inputs_embeds=embeddings)[:, [7, 3]])
+    logits = vlm.forward(embeddings, positions=(7, 3))
+    assert close(logits, vlm.forward(embeddings)[:, [7, 3]])
     sites = [Site(kind, 1) for kind in ("mlp", "attention")]
     with capture(vlm, [*sites, Site("hidden", 1)]) as written:
-        vlm.forward(inputs_embeds=embeddings)
+        vlm.forward(embeddings)
     with replaying(vlm) as replay:
-        run = replay.record(embeddings, kept=(2, 5), read=(7, 3), sites=sites)
-        entering = replay.entering(embeddings)
+        run = replay.record(DecoderInput(embeddings=embeddings), kept=(2, 5), read=(7, 3), sites=sites)
+        entering = replay.entering(DecoderInput(embeddings=embeddings))
     assert torch.equal(run.logits, logits)
     assert torch.equal(run.states[2], written[Site("hidden", 1)][:, [2, 5]])
     assert torch.equal(run.states[0], entering[:, [2, 5]])
@@ -88,7 +89,7 @@ def test_a_run_that_differs_at_some_positions_is_recorded_from_there(vlm, embedd
     with replaying(vlm) as replay:
         base, expected = whole(replay, embeddings, **settings), whole(replay, changed, **settings)
         positions = replay.masks.reach((3, 5))
-        entering = replay.entering(changed)[:, list(positions)]
+        entering = replay.entering(DecoderInput(embeddings=changed))[:, list(positions)]
         found = replay.record_after(base, entering, positions, **settings)
     assert positions == found.positions == found.kept == tuple(range(3, length))
     for name in ("keys", "values"):
@@ -107,11 +108,11 @@ def test_a_run_that_differs_at_some_positions_is_recorded_from_there(vlm, embedd
 def test_logits_that_a_change_does_not_reach_are_the_bases(llava, embeddings):
     length, changed = embeddings.shape[1], noisy(embeddings, (9,))
     with replaying(llava) as replay:
-        base = replay.record(embeddings, kept=(), read=(4, length - 1))
-        entering = replay.entering(changed)[:, 9:]
+        base = replay.record(DecoderInput(embeddings=embeddings), kept=(), read=(4, length - 1))
+        entering = replay.entering(DecoderInput(embeddings=changed))[:, 9:]
         found = replay.record_after(base, entering, tuple(range(9, length)))
     assert torch.equal(found.logits[:, 0], base.logits[:, 0].expand(2, -1))
-    assert close(found.logits, llava.forward(inputs_embeds=changed, positions=(4, length - 1)))
+    assert close(found.logits, llava.forward(changed, positions=(4, length - 1)))
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -166,7 +167,7 @@ def test_work_is_counted(llava, embeddings):
 def plain_gradient(vlm: VisionLanguageModel, embeddings: Tensor, layer: int, score) -> Tensor:
     """Of a score with respect to what enters a layer (token, hidden), by an ordinary forward pass."""
     with capture(vlm, [Site("hidden", layer - 1)]) as states:
-        logits = vlm.forward(inputs_embeds=embeddings.clone().requires_grad_(), positions=(embeddings.shape[1] - 1,))
+        logits = vlm.forward(embeddings.clone().requires_grad_(), positions=(embeddings.shape[1] - 1,))
     return torch.autograd.grad(score(logits), states[Site("hidden", layer - 1)])[0]
 
 
@@ -218,17 +219,17 @@ def traces_left(vlm: VisionLanguageModel) -> tuple:
 
 @torch.no_grad()
 def test_a_block_leaves_the_model_as_it_was(vlm, embeddings):
-    before, logits = traces_left(vlm), vlm.forward(inputs_embeds=embeddings)
+    before, logits = traces_left(vlm), vlm.forward(embeddings)
     with replaying(vlm) as replay:
         whole(replay, embeddings)
         assert traces_left(vlm)[1:] != before[1:]
     assert traces_left(vlm) == before
-    assert torch.equal(vlm.forward(inputs_embeds=embeddings), logits)
+    assert torch.equal(vlm.forward(embeddings), logits)
 
 
 @torch.no_grad()
 def test_an_error_leaves_the_model_as_it_was(vlm, embeddings):
-    before, logits = traces_left(vlm), vlm.forward(inputs_embeds=embeddings)
+    before, logits = traces_left(vlm), vlm.forward(embeddings)
     bias = -0.5 * torch.ones(1, 1, embeddings.shape[1], embeddings.shape[1]).to(embeddings)
     with pytest.raises(KeyError, match="mine"), replaying(vlm):
         raise KeyError("mine")
@@ -241,7 +242,7 @@ def test_an_error_leaves_the_model_as_it_was(vlm, embeddings):
         with pytest.raises(RuntimeError):
             replay.layer(1, run.states[1][:, 3:5, :-1], span)
         assert close(replay.layer(1, run.states[1][:, 3:5], span), run.states[2][:, 3:5])
-        assert torch.equal(vlm.forward(inputs_embeds=embeddings), logits)
+        assert torch.equal(vlm.forward(embeddings), logits)
     assert traces_left(vlm) == before
 
 
@@ -287,11 +288,13 @@ def test_other_ways_of_loading(llava_llama_path, photo, monkeypatch, options, to
     vlm = load(llava_llama_path, **{"dtype": "float32", **options})
     given = vlm.embeddings(vlm.prompt(photo, QUESTION))
     changed, before = noisy(given, (3, 4)), traces_left(vlm)
-    slow = vlm.forward(inputs_embeds=changed, positions=(given.shape[1] - 1,))
+    slow = vlm.forward(changed, positions=(given.shape[1] - 1,))
     with replaying(vlm) as replay:
         base = whole(replay, given)
         positions = replay.masks.reach((3, 4))
-        found = replay.record_after(base, replay.entering(changed)[:, list(positions)], positions)
+        found = replay.record_after(
+            base, replay.entering(DecoderInput(embeddings=changed))[:, list(positions)], positions
+        )
     size = float(slow.abs().max())
     assert found.states[-1].dtype == vlm.dtype
     assert close(found.logits[:, -1:], slow, tolerance * size)

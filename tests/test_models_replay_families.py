@@ -122,7 +122,7 @@ def test_any_mask_that_a_caller_gives_is_kept(name, mask, monkeypatch):
 @torch.no_grad()
 def test_the_masks_make_a_difference(monkeypatch):
     vlm = make("Qwen2, biases", monkeypatch)
-    logits = [vlm.forward(inputs_embeds=make_runs(vlm).source, attention_mask=mask) for mask in MASKS.values()]
+    logits = [vlm.forward(make_runs(vlm).source, attention_mask=mask) for mask in MASKS.values()]
     assert all((each - logits[0])[:, -1].abs().max() > 1e-3 for each in logits[1:])
 
 
@@ -131,7 +131,7 @@ def test_positions_that_a_caller_gives_are_kept(monkeypatch):
     places = torch.arange(LENGTH)[None] + torch.arange(LENGTH)[None].ge(5) * 7
     check(vlm, position_ids=places)
     given = make_runs(vlm).source
-    assert not torch.allclose(vlm.forward(inputs_embeds=given), vlm.forward(inputs_embeds=given, position_ids=places))
+    assert not torch.allclose(vlm.forward(given), vlm.forward(given, position_ids=places))
 
 
 def test_models_with_accelerates_hooks_are_swept_exactly(monkeypatch):

@@ -153,7 +153,7 @@ def test_a_prompt_marks_the_occurrence_that_was_chosen(random_llama, tiny_vlm):
         for choice in (0, "all"):
             prompt = vlm.prompt(None, TWICE, constraint=("Draivo Ltd", choice))
             embeddings[choice] = multrace.TextNoise(samples=1).corrupt(vlm, prompt).embeddings[0]
-        clean = vlm.embed(prompt)[0]
+        clean = vlm.embed(prompt).embeddings[0]
         changed = {choice: (value != clean).any(-1).nonzero().flatten() for choice, value in embeddings.items()}
         assert tuple(changed[0].tolist()) == first and tuple(changed["all"].tolist()) == first + last
 

@@ -84,7 +84,7 @@ def test_every_way_to_use_a_model_waits(tiny_vlm, photo, tmp_path):
         "logits": lambda: tiny_vlm.logits(prompt),
         "embeddings": lambda: tiny_vlm.embeddings(prompt),
         "image_features": lambda: tiny_vlm.image_features(prompt),
-        "forward": lambda: tiny_vlm.forward(inputs_embeds=states[None]),
+        "forward": lambda: tiny_vlm.forward(states[None]),
         "readout": lambda: tiny_vlm.readout(states),
         "answers": lambda: tiny_vlm.answers([prompt], max_new_tokens=1),
         "score": lambda: tiny_vlm.score(photo, QUESTION, "a"),
@@ -201,7 +201,7 @@ def test_a_model_left_in_train_mode_runs_in_eval_mode(random_gpt2):
     prompt = vlm.prompt(None, QUESTION, template="raw")
     runs = {
         "logits": lambda: vlm.logits(prompt),
-        "forward": lambda: vlm.forward(inputs_embeds=vlm.embeddings(prompt)),
+        "forward": lambda: vlm.forward(vlm.embeddings(prompt)),
         "score": lambda: torch.tensor(vlm.score(None, QUESTION, "photo").token_log_probabilities),
         "replay": lambda: replayed(vlm, prompt),
     }

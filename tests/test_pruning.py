@@ -9,6 +9,7 @@ from exact_models import FROZEN, LENGTH, make_runs
 from multrace import TraceError, VisionLanguageModel
 from multrace.data import World
 from multrace.models import Prompt, ReplayError, Site, capture
+from multrace.models.frame import DecoderInput
 from multrace.tracing import Engine, ImagePruning, average
 from multrace.tracing.engine import Runs, measure as measuring, plain_scores
 from multrace.tracing.engine.measure import sweep
@@ -39,9 +40,9 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
     count = len(prompt.groups["image"])
     found = pruned(random_llava, prompt, keep=("all", count, count + 9, 0), answer=ANSWER)
     ids, last = list(found.answer_ids), found.length - 1
-    embeddings = random_llava.extend(random_llava.embed(prompt), ids)
+    entering = random_llava.extend(random_llava.embed(prompt), ids)
     with torch.no_grad():
-        logits = random_llava.forward(inputs_embeds=embeddings, positions=range(last, last + len(ids)))[0].double()
+        logits = random_llava.forward(entering, positions=range(last, last + len(ids)))[0].double()
     chosen = logits[range(len(ids)), ids] - logits.logsumexp(-1)
     plain = torch.stack([chosen[0].exp(), chosen.sum().exp()])
     own = random_llava.answers([prompt], max_new_tokens=5)[0]
@@ -57,10 +58,10 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(random_llava, photo):
 def test_dropping_equals_a_masked_pass_per_cell(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
     found = pruned(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
-    embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
+    entering = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     count = len(found.answer_ids)
     for (row, layer), dropped in gone(found).items():
-        logits = masked_logits(exact_seeing, embeddings, dropped, layer, count)
+        logits = masked_logits(exact_seeing, entering, dropped, layer, count)
         expected = torch.tensor(probabilities(logits, found.answer_ids), dtype=torch.float64)
         assert (found.probabilities[:, row, layer] - expected).abs().max() <= 1e-12
     assert torch.equal(found.floor, found.probabilities[:, 0, 0])
@@ -68,12 +69,12 @@ def test_dropping_equals_a_masked_pass_per_cell(exact_seeing, photo):
 
 
 def removed_logits(
-    vlm: VisionLanguageModel, embeddings: Tensor, dropped: Sequence[int], first: int, count: int
+    vlm: VisionLanguageModel, entering: DecoderInput, dropped: Sequence[int], first: int, count: int
 ) -> Tensor:
     """(token, vocab): the last logits where the tokens leave the sequence before a layer; the others keep their ids."""
-    stays = torch.tensor([place for place in range(embeddings.shape[1]) if place not in set(dropped)])
+    stays = torch.tensor([place for place in range(entering.length) if place not in set(dropped)])
     with torch.no_grad(), capture(vlm, [Site("hidden", layer) for layer in range(vlm.layers)], inputs=True) as entering:
-        vlm.forward(inputs_embeds=embeddings)
+        vlm.forward(entering)
     states = entering[Site("hidden", first)][:, stays]
     positions, decoder = stays[None], vlm.addresses.decoder
     with torch.no_grad():
@@ -86,12 +87,12 @@ def removed_logits(
 def test_dropping_equals_removing_the_tokens_by_hand(exact_seeing, photo):
     prompt = exact_seeing.prompt(photo, QUESTION)
     found = pruned(exact_seeing, prompt, keep=(0, 3), answer=ANSWER)
-    embeddings = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
+    entering = exact_seeing.extend(exact_seeing.embed(prompt), found.answer_ids)
     for (row, layer), dropped in gone(found).items():
-        logits = removed_logits(exact_seeing, embeddings, dropped, layer, len(found.answer_ids))
+        logits = removed_logits(exact_seeing, entering, dropped, layer, len(found.answer_ids))
         expected = torch.tensor(probabilities(logits, found.answer_ids), dtype=torch.float64)
         assert (found.probabilities[:, row, layer] - expected).abs().max() <= 1e-12
-        other = removed_logits(exact_seeing, embeddings, dropped[1:], layer, len(found.answer_ids))
+        other = removed_logits(exact_seeing, entering, dropped[1:], layer, len(found.answer_ids))
         assert (logits - other).abs().max() > 1e-6  # one token more or less is seen
 
 
@@ -178,11 +179,11 @@ def test_tokens_stay_by_the_last_tokens_attention_one_layer_before(random_llava,
 
 def test_attention_that_cannot_be_read_is_an_error(monkeypatch):
     vlm = make("Gemma3, sliding and full layers", monkeypatch)
-    embeddings = make_runs(vlm).source
-    assert image_ranks(vlm, embeddings, FROZEN).shape == (vlm.layers, len(FROZEN))
+    entering = make_runs(vlm).source
+    assert image_ranks(vlm, entering, FROZEN).shape == (vlm.layers, len(FROZEN))
     monkeypatch.setattr(type(vlm.addresses.decoder), "_supports_attention_backend", False)
     with pytest.raises(TraceError, match=r"cannot be ranked by attention.*keep=\(0,\)"):
-        image_ranks(vlm, embeddings, FROZEN)
+        image_ranks(vlm, entering, FROZEN)
 
 
 # ---- the trained model ----

@@ -44,7 +44,8 @@ def measure(logits: Tensor) -> Tensor:
 
 
 def runs_of(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, *, restores: bool = True) -> Runs:
-    pair = corruption.corrupt(vlm, prompt).embeddings, vlm.embed(prompt)
+    clean = vlm.embed(prompt)
+    pair = corruption.corrupt(vlm, prompt).entering(clean), clean
     base, source = pair if restores else pair[::-1]
     return Runs(base=base, source=source, scored=(prompt.length - 1,), frozen=prompt.groups["image"])
 
@@ -76,7 +77,7 @@ def test_estimates_are_the_exact_effects_of_a_small_corruption(exact_vlm, photo,
     errors = {}
     for scale in (1e-3, 1e-4, 3.0):
         runs = runs_of(exact_vlm, prompt, noise(scale=scale, samples=2), restores=restores)
-        base = run_scores(exact_vlm, runs.base.expand(2, -1, -1), runs, measure)
+        base = run_scores(exact_vlm, runs.base.for_rows(2), runs, measure)
         exact = plain_scores(exact_vlm, runs, cells, measure) - base
         estimated = estimated_changes(exact_vlm, runs, cells, measure)
         assert estimated.shape == exact.shape == (len(cells), 3, 2)
@@ -130,8 +131,8 @@ def nudged(vlm: VisionLanguageModel, runs: Runs, layer: int, positions: tuple[in
 
     module = vlm.addresses.layers[layer]
     handle = module.register_forward_hook(record)
-    for embeddings in (runs.source, runs.base):
-        run_scores(vlm, embeddings, runs, measure)
+    for entering in (runs.source, runs.base):
+        run_scores(vlm, entering, runs, measure)
     handle.remove()
     handle = module.register_forward_hook(move)
     scores = run_scores(vlm, runs.base, runs, measure)[:, 0]

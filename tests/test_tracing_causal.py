@@ -66,8 +66,9 @@ def cell_scores(engine: str, vlm: VisionLanguageModel, runs: Runs, *cells: State
 
 def noised(vlm: VisionLanguageModel, prompt: Prompt, samples: int) -> tuple[Runs, Tensor]:
     """Clean states for the corrupted run, and (sample,) the probability of token 5 in the latter."""
-    base, last = TextNoise(samples=samples).corrupt(vlm, prompt).embeddings, prompt.length - 1
-    runs = Runs(base=base, source=vlm.embed(prompt), scored=(last,), frozen=prompt.groups["image"])
+    clean, last = vlm.embed(prompt), prompt.length - 1
+    base = TextNoise(samples=samples).corrupt(vlm, prompt).entering(clean)
+    runs = Runs(base=base, source=clean, scored=(last,), frozen=prompt.groups["image"])
     return runs, run_scores(vlm, base, runs, lambda logits: logits[:, -1:].double().softmax(-1)[..., 5])[0]
 
 

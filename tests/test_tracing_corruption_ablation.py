@@ -17,7 +17,7 @@ def ask(vlm: VisionLanguageModel, image: Image.Image | None) -> Prompt:
 
 
 def touched(vlm: VisionLanguageModel, prompt: Prompt, corruption: ZeroAblation | MeanAblation) -> tuple[int, ...]:
-    difference = corruption.corrupt(vlm, prompt).embeddings != vlm.embed(prompt)
+    difference = corruption.corrupt(vlm, prompt).embeddings != vlm.embed(prompt).embeddings
     return tuple(difference.any(-1)[0].nonzero().flatten().tolist())
 
 
@@ -27,7 +27,7 @@ def test_zeros_at_the_group_and_nothing_elsewhere(random_llava, photo, group):
     found = corruption.corrupt(random_llava, prompt)
     assert touched(random_llava, prompt, corruption) == prompt.groups[group]
     assert not found.embeddings[0, list(prompt.groups[group])].any()
-    assert found.embeddings.shape == random_llava.embed(prompt).shape
+    assert found.embeddings.shape == random_llava.embed(prompt).embeddings.shape
     assert (found.description, found.inputs, found.seed) == (f"zeros on the {group} tokens", (), None)
 
 

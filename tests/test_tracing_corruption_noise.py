@@ -7,6 +7,7 @@ import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel, load
 from multrace.data import World
+from multrace.models.frame import DecoderInput
 from multrace.tracing import ImageNoise, PixelNoise, ReplaceText, TextNoise, TraceError, calibrate
 from multrace.tracing.corruptions import CONSTRAINTS, LADDER, Noise
 from PIL import Image
@@ -99,7 +100,7 @@ def test_it_is_the_seeds_normal_numbers_times_scale_and_deviation(llava_llama_pa
 @pytest.mark.parametrize("noise", NOISES)
 def test_every_sample_leaves_the_other_positions_bit_equal(random_llava, photo, noise):
     prompt = ask(random_llava, photo)
-    clean = random_llava.embed(prompt)
+    clean = random_llava.embed(prompt).embeddings
     found = noise(samples=4).corrupt(random_llava, prompt)
     group = prompt.groups["constraint" if noise is TextNoise else "image"]
     assert found.embeddings.shape == (4, *clean.shape[1:])
@@ -186,9 +187,9 @@ def known(tiny_vlm: VisionLanguageModel) -> tuple[Prompt, Callable[[Tensor], flo
     with torch.no_grad():
         answer = int(tiny_vlm.logits(prompt)[0, -1].argmax())
 
-    def score(embeddings: Tensor) -> float:
+    def score(entering: DecoderInput) -> float:
         with torch.no_grad():
-            return float(tiny_vlm.forward(inputs_embeds=embeddings)[:, -1].double().softmax(-1)[:, answer].mean())
+            return float(tiny_vlm.forward(entering)[:, -1].double().softmax(-1)[:, answer].mean())
 
     return prompt, score
 
@@ -198,12 +199,13 @@ def test_calibration_takes_the_smallest_scale_that_halves_the_answer(tiny_vlm, k
     prompt, score = known
     unscaled = noise(scale=None, samples=4, seed=3)
     found = calibrate(tiny_vlm, prompt, unscaled, score)
-    clean, step = score(tiny_vlm.embed(prompt)), LADDER.index(found.scale)
+    unharmed = tiny_vlm.embed(prompt)
+    clean, step = score(unharmed), LADDER.index(found.scale)
     assert clean > 0.9
-    assert score(found.embeddings) <= clean / 2
+    assert score(found.entering(unharmed)) <= clean / 2
     assert step > 0  # else there is no step less to compare with
     less = replace(unscaled, scale=LADDER[step - 1]).corrupt(tiny_vlm, prompt)
-    assert score(less.embeddings) > clean / 2
+    assert score(less.entering(unharmed)) > clean / 2
     again = replace(unscaled, scale=found.scale).corrupt(tiny_vlm, prompt)
     assert torch.equal(found.embeddings, again.embeddings)
     assert found.deviation == again.deviation
@@ -213,11 +215,11 @@ def test_calibration_takes_the_smallest_scale_that_halves_the_answer(tiny_vlm, k
 
 def test_where_no_scale_halves_the_answer_it_takes_the_one_that_lowers_it_most(random_llava, photo):
     prompt, unscaled = ask(random_llava, photo), ImageNoise(scale=None, samples=20)
-    image, clean = list(prompt.groups["image"]), random_llava.embed(prompt)
+    image, clean = list(prompt.groups["image"]), random_llava.embed(prompt).embeddings
     deviation = replace(unscaled, scale=1).corrupt(random_llava, prompt).deviation
 
-    def lowest_at_five(embeddings: Tensor) -> float:
-        return 10 + abs(float((embeddings - clean)[:, image].std()) / deviation - 5)  # 15 on the clean prompt
+    def lowest_at_five(entering: DecoderInput) -> float:
+        return 10 + abs(float((entering.embeddings - clean)[:, image].std()) / deviation - 5)  # 15 on the clean prompt
 
     found = calibrate(random_llava, prompt, unscaled, lowest_at_five)
     assert found.scale == 5

@@ -27,7 +27,7 @@ def ask(vlm: VisionLanguageModel, image: Image.Image | list[Image.Image]) -> Pro
 @pytest.mark.parametrize("corruption", DAMAGES, ids=str)
 def test_image_positions_change_and_no_other(random_llava, photo, corruption):
     prompt = ask(random_llava, photo).with_answer("Ada Example")
-    clean, found = random_llava.embed(prompt), corruption.corrupt(random_llava, prompt)
+    clean, found = random_llava.embed(prompt).embeddings, corruption.corrupt(random_llava, prompt)
     assert found.embeddings.shape == clean.shape
     assert tuple((found.embeddings[0] != clean[0]).any(-1).nonzero().flatten().tolist()) == prompt.groups["image"]
     (inputs,) = found.inputs
@@ -77,7 +77,7 @@ def test_a_box_over_everything_is_a_blank(random_llava, photo):
 @pytest.mark.parametrize("corruption", DAMAGES, ids=str)
 def test_of_several_pictures_only_the_chosen_one_changes(random_llava, photo, other_photo, corruption):
     prompt = ask(random_llava, [photo, other_photo])
-    clean = random_llava.embed(prompt)
+    clean = random_llava.embed(prompt).embeddings
     image = prompt.groups["image"]
     halves = {0: image[: len(image) // 2], 1: image[len(image) // 2 :], None: image}
     for chosen, positions in halves.items():
@@ -167,7 +167,7 @@ def test_a_picture_of_another_size_is_refused_or_resized(random_llava, photo, ot
     )
     found = SwapImage(wide, resize=True).corrupt(vlm, prompt)
     assert torch.equal(found.embeddings, vlm.embeddings(ask(vlm, wide.resize(photo.size))))
-    changed = (found.embeddings != vlm.embed(prompt)).any(-1)[0].nonzero().flatten()
+    changed = (found.embeddings != vlm.embed(prompt).embeddings).any(-1)[0].nonzero().flatten()
     assert tuple(changed.tolist()) == prompt.groups["image"]
 
 

@@ -228,8 +228,9 @@ class Watched(tqdm):
 @pytest.mark.parametrize("engine", ["plain", "replay"])
 def test_progress_counts_cells(random_llava, photo, engine):
     prompt = ask(random_llava, photo)
-    base, last = TextNoise(samples=2).corrupt(random_llava, prompt).embeddings, prompt.length - 1
-    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
+    clean, last = random_llava.embed(prompt), prompt.length - 1
+    base = TextNoise(samples=2).corrupt(random_llava, prompt).entering(clean)
+    runs = Runs(base=base, source=clean, scored=(last,))
     cells = [
         StateCell(kind="mlp", first=layer, last=layer, positions=(place,))
         for place in range(last + 1)

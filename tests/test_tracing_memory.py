@@ -83,8 +83,9 @@ def patches(random_llava: VisionLanguageModel, photo) -> tuple[Runs, list[StateC
     One cell, with all of its samples, always runs together; it must fit into the smallest budget, and it does.
     """
     prompt = random_llava.prompt(photo, QUESTION, constraint=CONSTRAINT)
-    base = ImageNoise(samples=3).corrupt(random_llava, prompt).embeddings
-    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(prompt.length - 1,))
+    clean = random_llava.embed(prompt)
+    base = ImageNoise(samples=3).corrupt(random_llava, prompt).entering(clean)
+    runs = Runs(base=base, source=clean, scored=(prompt.length - 1,))
     cells = [
         StateCell(kind=kind, first=first, last=last, positions=positions)
         for kind in ("hidden", "mlp", "attention")
@@ -117,7 +118,7 @@ def test_the_peak_stays_below_the_budget_and_more_cells_take_no_more_memory(rand
 
 def test_more_samples_take_no_more_memory(random_llava, patches):
     runs, cells = patches
-    many = replace(runs, base=runs.base.repeat(2, 1, 1))
+    many = replace(runs, base=runs.base.of_rows([0, 1] * 2))
     assert peak(random_llava, many, cells, budget(2)) <= 2 * MIB
 
 
@@ -138,8 +139,9 @@ def test_keys_of_the_prefix_are_not_copied_for_each_row(random_llava, make_photo
     prompt = random_llava.prompt([make_photo(seed) for seed in range(8)], QUESTION, constraint=CONSTRAINT)
     last, before = prompt.groups["last"][0], prompt.groups["constraint"][0]
     assert before > 128  # a long prefix that all rows share
-    base = TextNoise(samples=4).corrupt(random_llava, prompt).embeddings
-    runs = Runs(base=base, source=random_llava.embed(prompt), scored=(last,))
+    clean = random_llava.embed(prompt)
+    base = TextNoise(samples=4).corrupt(random_llava, prompt).entering(clean)
+    runs = Runs(base=base, source=clean, scored=(last,))
     cells = [
         StateCell(kind=kind, head=head, first=layer, last=layer, positions=(last,))
         for kind, heads in (("mlp", [None]), ("attention", [None]), ("head", range(4)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from multrace import Prompt, VisionLanguageModel
+from multrace.models.frame import DecoderInput
 from multrace.tracing.engine import Engine, Runs, StateCell, plain_scores, run_scores
 from multrace.tracing.engine.measure import sweep
 from torch import Tensor
@@ -41,7 +42,8 @@ class Case:
 
     def runs(self, group: str, samples: int, *, restores: bool = True, length: int | None = None) -> Runs:
         clean, corrupted = self.embeddings[:, :length], self.corrupted(group, samples)[:, :length]
-        pair = (corrupted, clean) if restores else (clean, corrupted)
+        pair = [DecoderInput(embeddings=each) for each in (corrupted, clean)]
+        pair = pair if restores else pair[::-1]
         scored = self.scored if length is None else (length - 1,)
         return Runs(base=pair[0], source=pair[1], scored=scored, frozen=self.prompt.groups["image"])
 
@@ -161,7 +163,7 @@ def test_in_float32_the_sweep_is_as_near_to_the_plain_way_as_that_is_to_itself(r
     case = make_case(random_llava, photo)
     runs, cells = case.runs("constraint", samples=4, length=case.scored[0] + 1), some_cells(case, 120, seed=3)
     slow = plain_scores(case.vlm, runs, cells, case.measure)[:, 0].exp()
-    one = Runs(base=runs.base[:1], source=runs.source, scored=runs.scored, frozen=runs.frozen)
+    one = Runs(base=runs.base.of_rows([0]), source=runs.source, scored=runs.scored, frozen=runs.frozen)
     noise = (plain_scores(case.vlm, one, cells, case.measure)[:, 0].exp() - slow[..., :1]).abs().max()
     found = sweep(case.vlm, runs, cells, case.measure).scores[:, 0].exp()
     assert (found - slow).abs().max() <= max(2e-5, 5 * float(noise))
@@ -177,7 +179,7 @@ def test_putting_in_everything_gives_the_source_run_and_nothing_the_base_run(exa
     cells = [StateCell(kind="hidden", first=layer, last=layer, positions=everywhere) for layer in range(last + 1)]
     cells += [StateCell(kind=kind, first=0, last=last, positions=nowhere) for kind in ("hidden", "mlp", "attention")]
     found = sweep(exact.vlm, runs, cells, exact.measure)
-    clean = run_scores(exact.vlm, runs.source.expand(3, -1, -1), runs, exact.measure)
+    clean = run_scores(exact.vlm, runs.source.for_rows(3), runs, exact.measure)
     corrupted = run_scores(exact.vlm, runs.base, runs, exact.measure)
     assert torch.allclose(found.scores[: last + 1], clean.expand(last + 1, -1, -1), rtol=0, atol=1e-12)
     assert torch.allclose(found.scores[last + 1 :], corrupted.expand(3, -1, -1), rtol=0, atol=1e-12)

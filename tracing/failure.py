@@ -370,8 +370,9 @@ def failure_features(
     """
     sources, last = prompt_positions(prompt, constraint), prompt.groups["last"][0]
     ids = prompt.with_answer(answer).answer_ids if answer is not None else (0,)
-    embeddings = vlm.extend(vlm.embed(prompt), ids)
-    recorded, logits = record_attention(vlm, embeddings, (last,), read=range(last, last + len(ids)))
+    recorded, logits = record_attention(
+        vlm, vlm.extend(vlm.embed(prompt), ids), (last,), read=range(last, last + len(ids))
+    )
     log_probabilities = logits[0].double().log_softmax(-1).cpu()
     norms = [
         contribution_norms(vlm, layer, attention, bias, sources)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
+from ...models.frame import DecoderInput, aligned
 from ...models.replay.replay import PaddedBatch, at_columns
 from ..requests import EditError
 
@@ -71,14 +72,11 @@ class TargetBatch:
     """Prompts of many facts with their targets, padded so that the first edited token has the same column in all rows.
 
     A change at that column leaves everything before it as it is, so the prefix (with the picture) is run only once, by
-    `PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)`. Columns are counted from the
-    first edited token.
+    `PaddedBatch.after_prefix(vlm, batch.entering, batch.start)`. Columns are counted from the first edited token.
     """
 
-    embeddings: Tensor
-    """(row, token, hidden), the decoder's inputs, zeros where padded."""
-    attention_mask: Tensor
-    """(row, token), 0 where padded."""
+    entering: DecoderInput
+    """What the text stack reads; embeddings are zero where padded."""
     start: int
     """The first edited token, which is column 0."""
     goals: Tensor
@@ -98,8 +96,9 @@ class TargetBatch:
 
     def rows(self, rows: Tensor) -> TargetBatch:
         """The batch of only some rows, (row,) indices in ascending order."""
-        parts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "start"}
-        return replace(self, **{name: part[rows.to(part.device)] for name, part in parts.items()})
+        names = [each.name for each in fields(self) if each.name not in ("start", "entering")]
+        parts = {name: getattr(self, name)[rows.to(getattr(self, name).device)] for name in names}
+        return replace(self, entering=self.entering.of_rows(rows.tolist()), **parts)
 
 
 @torch.no_grad()
@@ -120,17 +119,14 @@ def target_batch(
     """
     ending = end_ids(vlm) if end else ()
     rows, keys = _edited_rows(goals, token, end=bool(ending), every=every)
-    embedded = [vlm.embeddings(prompt.inputs)[0] for _, prompt, _ in rows]
     start = max(each[0] for each in keys)
-    shifts = [start - each[0] for each in keys]
-    embeddings, attention_mask = _aligned(embedded, shifts)
+    entering = aligned([vlm.decoder_input(prompt.inputs) for _, prompt, _ in rows], [start - each[0] for each in keys])
     labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
     key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
     counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
     return TargetBatch(
-        embeddings=embeddings,
-        attention_mask=attention_mask,
+        entering=entering,
         start=start,
         goals=torch.tensor([index for index, _, _ in rows]),
         essence=torch.tensor([bare for _, _, bare in rows]),
@@ -217,17 +213,6 @@ def _check_contexts(
                 f"({sorted({tokens for tokens, _ in sizes})}) or on whether {token!r} is the last token; "
                 "use one template for all, or pass them as `rewrite_prompts`, with keys of their own"
             )
-
-
-def _aligned(embedded: Sequence[Tensor], shifts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The rows moved to the right by their shifts, (row, token, hidden), and their mask (row, token)."""
-    width = max(shift + len(row) for shift, row in zip(shifts, embedded, strict=True))
-    embeddings = embedded[0].new_zeros(len(embedded), width, embedded[0].shape[-1])
-    mask = torch.zeros(len(embedded), width, dtype=torch.long, device=embeddings.device)
-    for index, (shift, row) in enumerate(zip(shifts, embedded, strict=True)):
-        embeddings[index, shift : shift + len(row)] = row
-        mask[index, shift : shift + len(row)] = 1
-    return embeddings, mask
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -319,7 +304,7 @@ def lookups(
     results: dict[Projection, dict[int, Lookup]] = {projection: {} for projection, _ in places}
     for chunk in chunks(goals, rows_at_once):
         batch = target_batch(vlm, [goals[index] for index in chunk], token, end=end, every=every)
-        inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+        inputs = PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
         with watched(vlm, places) as captured:
             inputs.logits(vlm, batch.label_columns)
         for projection, place in places:

@@ -218,7 +218,7 @@ class _BatchSearch:
         with torch.no_grad():
             options = {"end": self.settings.end_of_answer, "every": self.settings.answer_keys}
             batch = target_batch(vlm, self.goals, self.token, **options)
-            inputs = PaddedBatch.after_prefix(vlm, batch.embeddings, batch.attention_mask, batch.start)
+            inputs = PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
             with watched(vlm, [(self.projection, self.place)]) as captured:
                 upper, logits = UpperLayers.record(vlm, inputs, batch.label_columns, first=self.layer)
             lookups = split(batch, *captured(self.projection, self.place))

@@ -55,7 +55,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         clean, states = _prove_identity(probe)
         for layer in range(vlm.layers):
             _prove_layer(probe, states, layer)
-        if not torch.equal(vlm.forward(inputs_embeds=vlm.embeddings(prompt)), clean):
+        if not torch.equal(vlm.forward(vlm.decoder_input(prompt)), clean):
             raise probe.error(
                 "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
             )

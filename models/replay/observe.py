@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature, unwrap
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, ReplayError
 from ..guards import uninterrupted
-from ..hooks import main_tensor
+from ..hooks import main_tensor, named_arguments
 from ..vlm import VisionLanguageModel
 from .attention import Softmax, whole_attention
 from .recording import Index
@@ -67,12 +67,15 @@ class Witness:
     Layers are replayed at single positions, with one mask for all rows, or for a padded batch as a whole.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, is_padded: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], *, between: Mapping[int, Tensor] | None = None, is_padded: bool = False
+    ) -> None:
         self.states: list[Tensor] = []
-        """The input of each layer and the output of the last; for a padded batch, only the input of the first."""
+        """The input of the first layer and the output of each; for a padded batch, only the input of the first."""
         self.calls: list[LayerCall] = []
         """The other arguments of each layer's call."""
         self._layers = list(layers)
+        self._between = between or {}  # what the text stack adds to the states that enter a layer, by its number here
         self._is_padded = is_padded
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
@@ -115,10 +118,14 @@ class Witness:
         if not every layer ran exactly once.
         """
         last: list[tuple[Tensor, int | None]] = []
+        written: list[Tensor] = []
 
         def follow(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-            named = _named(layer, arguments, keywords)
+            named = named_arguments(layer, arguments, keywords)
             states = named.pop(next(iter(named)))
+            added = self._between.get(len(self.calls))
+            if added is not None and written and last and last[0][0] is written[0]:
+                last[:] = [(written[0] + added.to(written[0]), None)]
             if last and not _is_unchanged(*last[0], states):  # a hook on a layer would act again when it is replayed
                 raise ReplayError(f"something changes the states that enter decoder layer {len(self.calls)}")
             last[:] = [(states, _version(states))]
@@ -132,12 +139,12 @@ class Witness:
             if not self._is_padded:
                 call.at(slice(0, 1))  # raises for arguments that cannot be cut to positions
             if not (self._is_padded and self.states):
-                self.states.append(last[0][0])
+                self.states.append(written[0] if written else last[0][0])
             self.calls.append(call)
 
         def after(_layer: nn.Module, _arguments: Any, result: Any) -> None:
             output = main_tensor(result, "a decoder layer")
-            last[:] = [(output, _version(output))]
+            last[:], written[:] = [(output, _version(output))], [output]
 
         with ExitStack() as stack:
             for layer in self._layers:
@@ -177,17 +184,6 @@ def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
     return value
 
 
-def for_rows(rows: int, keywords: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """Return masks and positions of a model call for this many rows. Raises `ReplayError` if rows differ in them."""
-    given = {name: value for name, value in keywords.items() if value is not None}
-    for name, value in given.items():
-        if value.ndim % 2 == 0:  # positions on three axes lead with the axis
-            if not torch.equal(value, value[:1].expand_as(value)):
-                raise ReplayError(f"{name} differs from row to row")
-            given[name] = value[:1].expand(rows, *value.shape[1:])
-    return given
-
-
 def _is_unset(value: Any) -> bool:
     return not isinstance(value, Tensor) and value in (None, False)
 
@@ -199,16 +195,6 @@ def _version(value: Tensor) -> int | None:
 
 def _is_unchanged(before: Tensor, version: int | None, now: Tensor) -> bool:
     return version == _version(now) if before is now else torch.equal(before, now)
-
-
-def _named(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name, the hidden states first."""
-    bound = signature(layer.forward).bind(*arguments, **keywords)
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        is_rest = bound.signature.parameters[name].kind is Parameter.VAR_KEYWORD
-        named |= value if is_rest else {name: value}
-    return named
 
 
 @contextmanager

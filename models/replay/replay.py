@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, ReplayError
 from ..families import Projection, Site
+from ..frame import DecoderInput, Frame
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
 from .attention import Job, Kernels, Softmax, merged_attention, probe_kernels
-from .observe import LayerCall, Witness, attention_function, exact_attention, for_rows
+from .observe import LayerCall, Witness, attention_function, exact_attention
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ def replaying(vlm: VisionLanguageModel) -> Iterator[Replay]:
         >>> from multrace.data import tiny_vlm_path
         >>> from multrace.models.replay.recording import Source
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> embeddings = vlm.embed(vlm.prompt(None, "What colour is this?"))
-        >>> last = embeddings.shape[1] - 1
+        >>> entering = vlm.embed(vlm.prompt(None, "What colour is this?"))
+        >>> last = entering.length - 1
         >>> with torch.no_grad(), replaying(vlm) as replay:
-        ...     run = replay.record(embeddings, kept=[last], read=[last])
+        ...     run = replay.record(entering, kept=[last], read=[last])
         ...     span = replay.span([last], [Source(run=run, positions=run.positions[:-1])])
         ...     states = run.states[6]  # what enters layer 6 at the last position
         ...     for layer in (6, 7):
@@ -101,38 +102,39 @@ class Replay:
         self.work = Work()
         self.masks = Masks(length=0, layers=())
         """The attention masks of the prompt that `record` ran last."""
+        self.frame = Frame()
+        """The frame of the run whose layers are called, which `record` sets: what is added between layers differs
+        between two runs of a prompt."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
         self._kernels: dict[tuple[Any, ...], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
 
-    def entering(self, embeddings: Tensor, **keywords: Tensor) -> Tensor:
-        """Return the first decoder layer's input for these embeddings, (row, token, hidden); no layer runs."""
-        with first_input(self.vlm, self._layers[0], "decoder layer 0") as entered:
-            self.vlm.forward(inputs_embeds=embeddings, **for_rows(len(embeddings), keywords))
-        return entered[0]
+    def entering(self, entering: DecoderInput) -> Tensor:
+        """Return the first decoder layer's input for this input of the text stack, (row, token, hidden); none runs."""
+        with first_input(self.vlm, self._layers[0], "decoder layer 0") as read:
+            self.vlm.forward(entering)
+        return read[0]
 
     def record(
         self,
-        embeddings: Tensor,
+        entering: DecoderInput,
         *,
         kept: Sequence[int],
         read: Sequence[int],
         sites: Collection[Site] = (),
         projections: Collection[Projection] = (),
-        **keywords: Tensor,
     ) -> Recording:
         """Run the whole model once and return the recording; its masks and positions hold for later calls.
 
         Args:
-            embeddings: (row, token, hidden), the input of the text stack.
+            entering: The input of the text stack; masks and positions are alike in all rows.
             kept: Positions at which hidden states, outputs of sites and inputs of projections are stored; keys and
                 values are stored everywhere.
             read: Positions whose logits are stored.
             sites: Sites whose outputs are stored.
             projections: Projections whose inputs are stored.
-            **keywords: attention_mask and position_ids as in `VisionLanguageModel.forward`, alike in all rows.
 
         Returns:
             The `Recording`.
@@ -140,9 +142,10 @@ class Replay:
         Raises:
             ReplayError: For anything that a replay would not reproduce.
         """
-        rows, length, device = *embeddings.shape[:2], embeddings.device
+        rows, length, device = entering.rows, entering.length, entering.embeddings.device
         where = index_of(kept, device)
-        self._witness = witness = Witness(self._layers)
+        self.frame = entering.frame
+        self._witness = witness = Witness(self._layers, between=self.frame.between_layers)
         ends = self._ends
         try:
             with (
@@ -150,7 +153,7 @@ class Replay:
                 capture(self.vlm, [*projections, *ends], inputs=True, clone=True) as inputs,
                 witness.watching(),
             ):
-                logits = self.vlm.forward(inputs_embeds=embeddings, positions=read, **for_rows(rows, keywords))
+                logits = self.vlm.forward(entering, positions=read)
         finally:
             self._witness = None
         attended, self._calls = witness.attended, witness.calls
@@ -179,6 +182,7 @@ class Replay:
         entering: Tensor,
         positions: Sequence[int],
         *,
+        frame: Frame | None = None,
         kept: Sequence[int] | None = None,
         sites: Collection[Site] = (),
         projections: Collection[Projection] = (),
@@ -189,6 +193,7 @@ class Replay:
             base: The run that holds the keys and values of all other positions.
             entering: (row, position, hidden), the input of the first layer at the computed positions.
             positions: The positions to compute; they must be all that can differ (`Masks.reach`).
+            frame: The frame of this run (default: that of `base`).
             kept: Those of them at which states, outputs of sites and inputs of projections are stored (default: all).
             sites: Sites whose outputs are stored.
             projections: Projections whose inputs are stored.
@@ -197,6 +202,7 @@ class Replay:
             The `Recording`: keys and values at the computed positions, logits wherever `base` has them.
         """
         rest = sorted(set(base.positions) - set(positions))
+        self.frame = self.frame if frame is None else frame
         span = self.span(positions, [Source(run=base, positions=tuple(rest))])
         kept = span.positions if kept is None else tuple(kept)
         where, written = places(span.positions, kept, entering.device), {}
@@ -303,6 +309,9 @@ class Replay:
     def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
         """Return the layer's output, with attention computed as the job specifies."""
         keywords = self._calls[number].at(index)
+        added = self.frame.between_layers.get(number)
+        if added is not None:
+            states = states + added[:, index].repeat_interleave(len(states) // len(added), 0).to(states)
         self._job = job
         try:
             output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
@@ -356,47 +365,23 @@ _TOLERANCE = 1e-3  # in logits; a wrong head or a lost scale is off by far more,
 class PaddedBatch:
     """The columns of a padded batch from one on, and the attention keys and values of all columns before it."""
 
-    embeddings: Tensor
-    """(row, column, hidden), zeros where padded."""
-    attention_mask: Tensor
-    """(row, token), 0 where padded; the columns of the prefix come first."""
-    position_ids: Tensor
-    """(row, column)"""
+    entering: DecoderInput
+    """The columns, which also attend to the tokens before them; embeddings are zero where padded."""
     prefix: Cache
     """Keys and values (row, head, token, size) per layer of the tokens before."""
 
     @classmethod
     @torch.no_grad()
-    def after_prefix(cls, vlm: VisionLanguageModel, embeddings: Tensor, mask: Tensor, start: int) -> PaddedBatch:
-        """Run the columns before `start` and return the batch of the others.
-
-        embeddings: (row, token, hidden), zeros where padded; mask: (row, token), 0 where padded.
-        """
-        from transformers import DynamicCache
-
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        prefix = DynamicCache(config=vlm.config.get_text_config(decoder=True))
+    def after_prefix(cls, vlm: VisionLanguageModel, entering: DecoderInput, start: int) -> PaddedBatch:
+        """Run the columns of a padded batch before `start` and return the batch of the others."""
+        prefix = _empty_cache(vlm)
         if start:
-            vlm.forward(
-                inputs_embeds=embeddings[:, :start],
-                attention_mask=mask[:, :start],
-                position_ids=positions[:, :start],
-                positions=[start - 1],
-                past_key_values=prefix,
-            )
-        return cls(
-            embeddings=embeddings[:, start:], attention_mask=mask, position_ids=positions[:, start:], prefix=prefix
-        )
+            vlm.forward(entering.part(0, start), positions=[start - 1], past_key_values=prefix)
+        return cls(entering=entering.part(start, entering.length), prefix=prefix)
 
     def logits(self, vlm: VisionLanguageModel, columns: Tensor) -> Tensor:
         """Return the whole model's logits at columns (row, label), (row, label, vocab), float32 or wider."""
-        logits = vlm.forward(
-            inputs_embeds=self.embeddings,
-            attention_mask=self.attention_mask,
-            position_ids=self.position_ids,
-            past_key_values=_growing(self.prefix),
-        )
-        return at_columns(logits, columns)
+        return at_columns(vlm.forward(self.entering, past_key_values=_growing(self.prefix)), columns)
 
     def rows(self, rows: Tensor) -> PaddedBatch:
         """Return the batch of only some rows, (row,) indices."""
@@ -404,8 +389,7 @@ class PaddedBatch:
         for layer in cast(list[Any], prefix.layers):
             if layer.keys is not None and layer.keys.numel():
                 layer.keys, layer.values = (value[rows.to(value.device)] for value in (layer.keys, layer.values))
-        parts = {name: getattr(self, name) for name in ("embeddings", "attention_mask", "position_ids")}
-        return replace(self, prefix=prefix, **{name: part[rows.to(part.device)] for name, part in parts.items()})
+        return replace(self, prefix=prefix, entering=self.entering.of_rows(rows.tolist()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -422,6 +406,12 @@ class UpperLayers:
     """(row, column, hidden), the input of that layer; None if the whole model has to be run each time."""
     calls: tuple[LayerCall, ...] = ()
     """The recorded call of each layer from `first` on."""
+
+    @property
+    def between(self) -> Mapping[int, Tensor]:
+        """What the text stack adds to the states (row, column, hidden) that enter a layer, by number from `first`."""
+        added = self.batch.entering.frame.between_layers
+        return {number - self.first: each for number, each in added.items() if number > self.first}
 
     @property
     def is_partial(self) -> bool:
@@ -445,7 +435,7 @@ class UpperLayers:
             first: The first layer that will be run again, from 0.
         """
         upper = cls(vlm=vlm, batch=batch, columns=columns, first=first)
-        witness = Witness(vlm.decoder_layers[first:], is_padded=True)
+        witness = Witness(vlm.decoder_layers[first:], between=upper.between, is_padded=True)
         try:
             with witness.watching():
                 logits = batch.logits(vlm, columns)
@@ -475,8 +465,9 @@ class UpperLayers:
         """Return logits (row, label, vocab), float32 or wider, under all patches on the upper layers."""
         if self.entering is None:
             return self.batch.logits(self.vlm, self.columns)
-        cache, states = _growing(self.batch.prefix), self.entering
-        for layer, call in zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True):
+        cache, states, between = _growing(self.batch.prefix), self.entering, self.between
+        for number, (layer, call) in enumerate(zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True)):
+            states = states + between[number].to(states) if number in between else states
             states = main_tensor(layer(states, **call.using(cache)), "a decoder layer")
         return self.vlm.readout(self.vlm.final_norm(at_columns(states, self.columns)))
 
@@ -494,6 +485,19 @@ def at_columns(states: Tensor, columns: Tensor) -> Tensor:
     """Return the entries (row, column, ...) of states (row, token, ...) at columns (row, column) of each row."""
     columns = columns.to(states.device)
     return states[torch.arange(len(columns), device=states.device)[:, None], columns]
+
+
+def _empty_cache(vlm: VisionLanguageModel) -> Cache:
+    """Return a cache that keeps the keys of all tokens, those behind a sliding window included.
+
+    A mask of pairs hides those keys; a cache that drops them would no longer fit it.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
+    cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
+    return cache
 
 
 def _growing(cache: Cache) -> Cache:

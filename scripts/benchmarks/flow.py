@@ -178,7 +178,7 @@ def measure_saving(subject: Subject, run: Runs, layer: int, expected: Tensor) ->
     with torch.no_grad():
         for _ in range(REPEATS + 1):
             started = now(vlm.device)
-            vlm.forward(inputs_embeds=run.base, positions=run.scored)
+            vlm.forward(run.base, positions=run.scored)
             between = now(vlm.device)
             found = truncated_logits(vlm, run, layer, text)
             seconds["full"].append(between - started)
@@ -199,7 +199,7 @@ def truncated_logits(vlm: VisionLanguageModel, run: Runs, layer: int, text: Sequ
     """Return logits (1, scored position, vocab) of a pass that drops all but the text (ascending) from the layer on."""
     places = [list(text).index(place) for place in run.scored]
     with _text_only(vlm, layer, torch.tensor(list(text), device=vlm.device)):
-        return vlm.forward(inputs_embeds=run.base, positions=places)
+        return vlm.forward(run.base, positions=places)
 
 
 @contextmanager
@@ -308,7 +308,7 @@ def measure_flow(subject: Subject, case: FlowCase, *, timed_cells: int) -> FlowR
         late = ways.answer([case.cells[index] for index in chosen])
     recordings, seconds = zip(*clocked, strict=True)
     measure = probabilities(subject)
-    twice = replace(run, base=run.base.expand(2, -1, -1))
+    twice = replace(run, base=run.base.of_rows([0, 0]))
     noise = early.strong[:1] - plain_scores(vlm, twice, [case.cells[chosen[0]]], measure)[..., 0]
     found = swept.scores[chosen, :, 0]
     strong, published = (

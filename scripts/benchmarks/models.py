@@ -217,9 +217,10 @@ class Subject:
             "text": TextNoise(over="prompt", **settings),  # its words come from no corpus
             "image": ImageNoise(**settings),
         }
+        clean = self.vlm.embed(self.prompt)
         return Runs(
-            base=kinds[corruption].corrupt(self.vlm, self.prompt).embeddings,
-            source=self.vlm.embed(self.prompt),
+            base=kinds[corruption].corrupt(self.vlm, self.prompt).entering(clean),
+            source=clean,
             scored=(self.prompt.length - 1,),
             frozen=self.prompt.groups["image"],
         )

@@ -126,12 +126,12 @@ def naive_scores(
         measure: The metrics of logits (row, scored position, vocab).
         states: The hidden states of the base run (`base_states`), which only direct effects need.
     """
-    samples = runs.base.shape[0]
+    samples = runs.base.rows
     inputs = {name: value.expand(samples + 1, *value.shape[1:]) for name, value in prompt.inputs.items()}
-    scores = []
+    base, scores = runs.base.embeddings, []
     for cell in cells:
         edits = _edits(vlm, runs, cell, states)
-        corrupt = {Site("hidden", 0): lambda embeddings: torch.cat([embeddings[:1], runs.base.to(embeddings)])}
+        corrupt = {Site("hidden", 0): lambda embeddings: torch.cat([embeddings[:1], base.to(embeddings)])}
         with torch.no_grad(), patch(vlm, corrupt, inputs=True), patch(vlm, edits):
             logits = vlm.logits(inputs)
         scores.append(measure(logits[1:, list(runs.scored)]).double().cpu().T)
@@ -142,7 +142,7 @@ def base_states(vlm: VisionLanguageModel, runs: Runs) -> dict[Site, Tensor]:
     """Return the hidden states (sample, token, hidden) of the base run in each layer."""
     sites = [Site("hidden", layer) for layer in range(vlm.layers)]
     with torch.no_grad(), capture(vlm, sites) as states:
-        vlm.forward(inputs_embeds=runs.base)
+        vlm.forward(runs.base)
     return {site: states[site] for site in sites}
 
 
@@ -328,7 +328,7 @@ def _usual_ways(subject: Subject, runs: Runs, cells: list[StateCell], bar: tqdm)
     naive, seconds, naive_peak = _timed_naive(subject, runs, cells[:early], bar)
     strong, strong_seconds, strong_peak = _timed_strong(subject, runs, cells, bar)
     late, late_seconds, _ = _timed_naive(subject, runs, cells[early:], bar)
-    alone = run_strong(subject, replace(runs, base=runs.base[:1]), cells[:1])
+    alone = run_strong(subject, replace(runs, base=runs.base.of_rows([0])), cells[:1])
     is_apart = device.type == "cuda"
     return _Usual(
         strong=strong,

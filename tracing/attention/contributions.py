@@ -15,6 +15,7 @@ from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import ModelError, Prompt, Site, VisionLanguageModel, capture, patch
+from ...models.frame import DecoderInput
 from ...models.replay.observe import Attention, attending
 from ..engine.cells import TraceError
 from ..engine.positions import prompt_positions
@@ -163,18 +164,18 @@ def contribution_norms(
 
 
 def record_attention(
-    vlm: VisionLanguageModel, embeddings: Tensor, queries: Sequence[int], *, read: Sequence[int] = (-1,)
+    vlm: VisionLanguageModel, entering: DecoderInput, queries: Sequence[int], *, read: Sequence[int] = (-1,)
 ) -> tuple[list[Attention], Tensor]:
-    """Return each layer's attention at the queries in one pass over embeddings (1, token, hidden), and the logits.
+    """Return each layer's attention at the queries in one pass over an input of one row, and the logits.
 
     The logits (1, read position, vocab) belong to the positions in `read`. Raises `TraceError` if the output
     projection of a layer reads anything but the weighted values (for example gated values), since the contributions
     would not add up to its output.
     """
     projections = [vlm.attention_projection(layer) for layer in range(vlm.layers)]
-    positions = [position % embeddings.shape[1] for position in read]
+    positions = [position % entering.length for position in read]
     with torch.no_grad(), attending(vlm, queries) as recorded, capture(vlm, projections, inputs=True) as inputs:
-        logits = vlm.forward(inputs_embeds=embeddings, positions=positions)
+        logits = vlm.forward(entering, positions=positions)
     for layer, (attention, projection) in enumerate(zip(recorded, projections, strict=True)):
         _check_weighted(layer, attention, inputs[projection][:, list(queries)])
     return list(recorded), logits
@@ -188,7 +189,7 @@ def value_bias(vlm: VisionLanguageModel) -> tuple[Tensor, ...]:
     zeros = {vlm.attention_module(layer): torch.zeros_like for layer in range(vlm.layers)}
     nothing = torch.zeros(1, 1, vlm.hidden, device=vlm.device, dtype=vlm.dtype)
     with torch.no_grad(), attending(vlm, (0,)) as recorded, patch(vlm, zeros, inputs=True):
-        vlm.forward(inputs_embeds=nothing)
+        vlm.forward(nothing)
     return tuple(attention.values[0, :, 0] for attention in recorded)
 
 

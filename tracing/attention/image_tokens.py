@@ -17,6 +17,7 @@ from ...artefacts import drawing
 from ...artefacts.drawing.styles import INK, colours_of, name_of_model
 from ...artefacts.results import Result
 from ...models import Prompt, Site, VisionLanguageModel, capture
+from ...models.frame import DecoderInput
 from ..engine.cells import TraceError
 from ..engine.positions import group_positions
 
@@ -42,13 +43,13 @@ def with_answer(vlm: VisionLanguageModel, prompt: Prompt, answer: str | None) ->
     return prompt.with_answer(answer)
 
 
-def predicting_logits(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, count: int) -> Tensor:
+def predicting_logits(vlm: VisionLanguageModel, prompt: Prompt, entering: DecoderInput, count: int) -> Tensor:
     """Return the logits (row, answer token, vocab), float32 or wider, that predict the first `count` answer tokens.
 
-    The embeddings (row, token, hidden) must include at least the token that predicts the last of these answer tokens.
+    The input must include at least the token that predicts the last of these answer tokens.
     """
     last = prompt.groups["last"][0]
-    return vlm.forward(inputs_embeds=embeddings, positions=range(last, last + count))
+    return vlm.forward(entering, positions=range(last, last + count))
 
 
 def reading_fields(vlm: VisionLanguageModel, prompt: Prompt) -> dict[str, Any]:
@@ -387,8 +388,9 @@ def _heat(vlm: VisionLanguageModel, answered: Prompt, inputs: Mapping[str, Tenso
     ids = list(answered.answer_ids)
     with vlm.gradients(), capture(vlm, sites, inputs=True) as captured:
         with torch.no_grad():
-            embeddings = vlm.embeddings(inputs)[:, : answered.length - 1]  # the last answer token predicts nothing more
-        logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))
+            entering = vlm.decoder_input(inputs).cut(answered.length - 1)  # the last answer token predicts nothing more
+        watched = entering.with_embeddings(entering.embeddings.requires_grad_())
+        logits = predicting_logits(vlm, answered, watched, len(ids))
         total = logits[:, range(len(ids)), ids].sum()  # copies are independent, so one sum serves all of them
         features = [captured[site] for site in sites]
         gradients = torch.autograd.grad(total, features, materialize_grads=True)

@@ -244,9 +244,9 @@ def attention_share(
     end = max(rows) + 1
     members = text_parts(prompt, end) if parts is None else _given_parts(prompt, parts, end)
     with torch.no_grad():
-        embeddings = vlm.embeddings(prompt)[:, :end]
+        entering = vlm.decoder_input(prompt).cut(end)
         with attending(vlm, rows) as attention:
-            vlm.forward(inputs_embeds=embeddings, positions=[end - 1])
+            vlm.forward(entering, positions=[end - 1])
     return AttentionShare(
         model=vlm.name,
         revision=vlm.revision,
@@ -650,8 +650,9 @@ def attention_saliency(
     ids = answered.answer_ids if whole_answer else answered.answer_ids[:1]
     with attending(vlm, rows) as attention, vlm.gradients():
         with torch.no_grad():
-            embeddings = vlm.embeddings(answered)[:, : last + len(ids)]
-        logits = predicting_logits(vlm, answered, embeddings.requires_grad_(), len(ids))[0].double()
+            entering = vlm.decoder_input(answered).cut(last + len(ids))
+        watched = entering.with_embeddings(entering.embeddings.requires_grad_())
+        logits = predicting_logits(vlm, answered, watched, len(ids))[0].double()
         loss = -logits.log_softmax(-1)[range(len(ids)), list(ids)].sum()
         weights = [layer.weights for layer in attention]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)

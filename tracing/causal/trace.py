@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, Site, VisionLanguageModel, capture
 from ...models.families import Kind, Projection
+from ...models.frame import DecoderInput
 from ...models.replay.recording import Recording, Source, places
 from ...models.replay.replay import Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
@@ -112,7 +113,7 @@ def causal_trace(
     clean = vlm.embed(prompt)
     corrupted = _corrupt(vlm, prompt, corruption, clean, answer)
     scored = {"answer": answer, "foil": foil, "whole_answer": whole_answer, "metrics": metrics}
-    scoring = choose_scoring(vlm, prompt, (clean, corrupted.embeddings), **scored)
+    scoring = choose_scoring(vlm, prompt, (clean, corrupted.entering(clean)), **scored)
     question = _Question(
         vlm=vlm, prompt=prompt, clean=clean, corrupted=corrupted, scoring=scoring, restores=direction == "restore"
     )
@@ -134,8 +135,8 @@ class _Question:
 
     vlm: VisionLanguageModel
     prompt: Prompt
-    clean: Tensor
-    """Embeddings (1, token, hidden) up to and including the prompt's last token."""
+    clean: DecoderInput
+    """What the text stack reads, in one row, up to and including the prompt's last token."""
     corrupted: Corrupted
     scoring: Scoring
     restores: bool
@@ -144,8 +145,8 @@ class _Question:
     @property
     def runs(self) -> Runs:
         """The run that is changed, and the one whose states are patched in."""
-        base, source = self.ordered(self.clean, self.corrupted.embeddings)
-        return Runs(base=base, source=source, scored=(base.shape[1] - 1,), frozen=self.prompt.groups["image"])
+        base, source = self.ordered(self.clean, self.corrupted.entering(self.clean))
+        return Runs(base=base, source=source, scored=(base.length - 1,), frozen=self.prompt.groups["image"])
 
     @property
     def pictures(self) -> Shown:
@@ -209,7 +210,7 @@ def _is_weak(metric: Metric, clean: float, damaged: float) -> bool:
 
 
 def _corrupt(
-    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, clean: Tensor, answer: str | None
+    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, clean: DecoderInput, answer: str | None
 ) -> Corrupted:
     """Return the corrupted prompt; noise without a scale is calibrated to halve the first token's probability."""
 
@@ -219,8 +220,8 @@ def _corrupt(
             return int(vlm.next_token_probabilities(clean)[0].argmax())
         return prompt.with_answer(answer).answer_ids[0]
 
-    def probability(embeddings: Tensor) -> float:
-        return float(vlm.next_token_probabilities(embeddings)[:, token()].mean())
+    def probability(entering: DecoderInput) -> float:
+        return float(vlm.next_token_probabilities(entering)[:, token()].mean())
 
     return calibrate(vlm, prompt, corruption, probability)
 
@@ -285,7 +286,7 @@ def _result(
     if best is not None:
         scores, estimates = _filled(grid, measured, best)
     clean, damaged = question.ordered(measured.base, measured.source)
-    length = question.clean.shape[1]
+    length = question.clean.length
     return CausalTrace(
         model=vlm.name,
         revision=vlm.revision,
@@ -340,8 +341,8 @@ def estimated_changes(vlm: VisionLanguageModel, runs: Runs, cells: Sequence[Stat
         estimates = torch.zeros(len(cells), metrics, runs.samples, dtype=torch.float64)
         if not recorded.changed:
             return estimates
-        for row in range(len(runs.base)):
-            samples = [row] if len(runs.base) > 1 else list(range(runs.samples))
+        for row in range(runs.base.rows):
+            samples = [row] if runs.base.rows > 1 else list(range(runs.samples))
             effects = _effects(replay, runs, recorded, row, measure)
             for number, cell in enumerate(cells):
                 estimates[number][:, samples] += _estimate(vlm, cell, effects, recorded.changed)
@@ -378,7 +379,7 @@ def _effects(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure: 
     """Return the runs' difference times the gradient, (metric, sample, position, head) float64; a site has one head."""
     base, source = recorded.base, recorded.source
     gradients = _gradients(replay, runs, recorded, row, measure)
-    source_rows = slice(row, row + 1) if len(runs.base) > 1 and len(runs.source) > 1 else slice(None)
+    source_rows = slice(row, row + 1) if runs.base.rows > 1 and runs.source.rows > 1 else slice(None)
     effects = {}
     for key, gradient in gradients.items():
         patched, own = (each.at(_stored(each, key), recorded.changed) for each in (source, base))
@@ -396,6 +397,7 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
     rest = tuple(sorted(set(range(runs.length)) - set(changed)))
     span = replay.span(changed, [Source(run=recorded.full, positions=rest)])
     values: dict[_Key, Tensor] = {}
+    replay.frame = runs.base.of_rows([row]).frame
     with (
         torch.enable_grad(),
         capture(vlm, sites) as written,

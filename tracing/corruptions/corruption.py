@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
 from ...models.errors import check_text
+from ...models.frame import DecoderInput, Frame
 from ..engine.cells import TraceError
 
 
@@ -17,7 +18,9 @@ class Corrupted:
     """A corrupted prompt, which has as many tokens as before and may have several random versions."""
 
     embeddings: Tensor
-    """(sample, token, hidden): what the first decoder layer reads, up to and including the prompt's last token."""
+    """(sample, token, hidden): what the text stack reads, up to and including the prompt's last token."""
+    frame: Frame | None = None
+    """What the text stack is called with beside the embeddings, if that changed; None for the clean prompt's frame."""
     description: str
     """The corruption in words, including the replacement."""
     seed: int | None = None
@@ -28,6 +31,11 @@ class Corrupted:
     """The standard deviation that `scale` multiplies."""
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     """Model inputs of each sample without any answer if pictures were corrupted; else empty."""
+
+    def entering(self, clean: DecoderInput) -> DecoderInput:
+        """Return the corrupted input of the text stack, given that of the clean prompt."""
+        frame = clean.frame if self.frame is None else self.frame
+        return DecoderInput(embeddings=self.embeddings, frame=frame)
 
 
 class Corruption(Protocol):

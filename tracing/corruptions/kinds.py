@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...data.pictures import Picture
 from ...models import Prompt, VisionLanguageModel, open_images
+from ...models.frame import DecoderInput, joined
 from ...models.prompts import ReadOnly
 from ..engine.cells import TraceError
 from ..engine.positions import group_positions
@@ -180,7 +181,10 @@ def _shown(vlm: VisionLanguageModel, prompt: Prompt, images: Sequence[Image.Imag
         raise TraceError(
             f"the other picture turns {clean.shape[1]} tokens into {inputs['input_ids'].shape[1]}; {advice}"
         )
-    return Corrupted(embeddings=vlm.embed(prompt, inputs), description=description, inputs=(ReadOnly(inputs),))
+    changed = vlm.embed(prompt, inputs)
+    return Corrupted(
+        embeddings=changed.embeddings, frame=changed.frame, description=description, inputs=(ReadOnly(inputs),)
+    )
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:
@@ -245,8 +249,10 @@ class ReplaceText:
         new = new[:1] * len(positions) if self.repeat_first_token else new[: len(positions)]
         original = vlm.decode(ids[0, list(positions)].tolist()).strip()
         ids[0, list(positions)] = torch.tensor(new, device=ids.device)
+        changed = vlm.embed(prompt, {**prompt.inputs, "input_ids": ids})
         return Corrupted(
-            embeddings=vlm.embed(prompt, {**prompt.inputs, "input_ids": ids}),
+            embeddings=changed.embeddings,
+            frame=changed.frame,
             description=f"replace {original!r} by {vlm.decode(new).strip()!r}",
         )
 
@@ -369,7 +375,7 @@ class TextNoise(Noise):
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
         """Return the corruption by scale. Raises `TraceError` for an empty group or a corpus without tokens."""
-        positions, clean = list(group_positions(prompt, self.group)), vlm.embed(prompt)
+        positions, clean = list(group_positions(prompt, self.group)), vlm.embed(prompt).embeddings
         if self.over == "prompt":
             return self._on_tokens(clean, positions, clean[0, positions], f"of their own on the {self.group} tokens")
         entries = word_embeddings(vlm, CONSTRAINTS if self.corpus is None else self.corpus)
@@ -382,7 +388,7 @@ class ImageNoise(Noise):
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
         """Return the corruption as a function of the scale. Raises `TraceError` if the prompt has no picture."""
-        positions, clean = list(group_positions(prompt, "image")), vlm.embed(prompt)
+        positions, clean = list(group_positions(prompt, "image")), vlm.embed(prompt).embeddings
         return self._on_tokens(clean, positions, clean[0, positions], "on the image")
 
 
@@ -405,8 +411,9 @@ class PixelNoise(Noise):
                 ReadOnly({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)}) for each in drawn
             )
             # Samples are processed one at a time, like the clean picture: another batch size would round differently.
-            embeddings = torch.cat([vlm.embed(prompt, each) for each in noised])
-            return self._corrupted(scale, deviation, where, embeddings=embeddings, inputs=noised)
+            changed = joined([vlm.embed(prompt, each) for each in noised])
+            details = {"embeddings": changed.embeddings, "frame": changed.frame, "inputs": noised}
+            return self._corrupted(scale, deviation, where, **details)
 
         return corrupted
 
@@ -423,7 +430,7 @@ def _deviation(entries: Tensor, where: str) -> float:
 
 
 def calibrate(
-    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, score: Callable[[Tensor], float]
+    vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, score: Callable[[DecoderInput], float]
 ) -> Corrupted:
     """Return the prompt under the smallest noise that halves the score.
 
@@ -435,7 +442,7 @@ def calibrate(
         vlm: The model.
         prompt: The question.
         corruption: Noise with scale=None, or any other corruption.
-        score: A function from embeddings (sample, token, hidden) to the answer's mean probability.
+        score: A function from the input of the text stack (`vlm.embed`) to the answer's mean probability.
 
     Returns:
         The corrupted prompt; its description says that the scale was calibrated.
@@ -450,20 +457,22 @@ def calibrate(
         >>> prompt = vlm.prompt(None, "Who founded Draivo?", constraint="Draivo")
         >>> likeliest = vlm.next_token_probabilities(vlm.embed(prompt))[0].argmax()
         >>> from multrace.tracing import calibrate
-        >>> def score(embeddings):
-        ...     return float(vlm.next_token_probabilities(embeddings)[:, likeliest].mean())
+        >>> def score(entering):
+        ...     return float(vlm.next_token_probabilities(entering)[:, likeliest].mean())
         >>> noise = calibrate(vlm, prompt, mt.TextNoise(scale=None, samples=2, seed=1), score)
-        >>> score(noise.embeddings) <= score(vlm.embed(prompt)) / 2
+        >>> clean = vlm.embed(prompt)
+        >>> score(noise.entering(clean)) <= score(clean) / 2
         True
     """
     if not isinstance(corruption, Noise) or corruption.scale is not None:
         return corruption.corrupt(vlm, prompt)
-    half = _finite(score(vlm.embed(prompt)), "the clean prompt") / 2
+    clean = vlm.embed(prompt)
+    half = _finite(score(clean), "the clean prompt") / 2
     noised = corruption.draw(vlm, prompt)
     lowest, best = math.inf, None
     for scale in LADDER:
         corrupted = noised(scale)
-        value = _finite(score(corrupted.embeddings), f"noise of scale {scale:g}")
+        value = _finite(score(corrupted.entering(clean)), f"noise of scale {scale:g}")
         if value <= half:
             return _described(corrupted, "calibrated")
         if value < lowest:
@@ -543,7 +552,7 @@ class MeanAblation:
 
 def _filled(vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...], value: Tensor) -> Tensor:
     """Return (1, token, hidden): the prompt's embeddings with one value, (hidden,) or a number, at some positions."""
-    embeddings = vlm.embed(prompt)
+    embeddings = vlm.embed(prompt).embeddings
     embeddings[:, list(positions)] = value.to(embeddings)
     return embeddings
 
@@ -551,7 +560,7 @@ def _filled(vlm: VisionLanguageModel, prompt: Prompt, positions: tuple[int, ...]
 def _image_embeddings(vlm: VisionLanguageModel, prompt: Prompt, pictures: Sequence[Picture]) -> Tensor:
     """Return (image token, hidden) float64 on the CPU: every token of every picture, as the decoder receives it."""
     shown = [vlm.prompt(picture, prompt.question) for picture in open_images(pictures)]
-    return torch.cat([vlm.embed(each)[0, list(each.groups["image"])].cpu().double() for each in shown])
+    return torch.cat([vlm.embed(each).embeddings[0, list(each.groups["image"])].cpu().double() for each in shown])
 
 
 # ---- the spelling ----

@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from ...models import VisionLanguageModel
+from ...models.frame import DecoderInput
 from ...models.replay.recording import Cut, Masks
 from ...models.replay.replay import Work
 
@@ -171,38 +172,37 @@ Cell = StateCell | EdgeCell
 class Runs:
     """Two runs of one prompt. Cells change the base run; the patched-in states come from the source run."""
 
-    base: Tensor
-    """Embeddings (sample or 1, token, hidden)."""
-    source: Tensor
-    """Embeddings (sample or 1, token, hidden)."""
+    base: DecoderInput
+    """What the text stack reads, in one row or one for each sample."""
+    source: DecoderInput
+    """What the text stack reads, in one row or one for each sample."""
     scored: tuple[int, ...]
     """Positions whose logits are scored, ascending: the prompt's last token and all answer tokens but the last."""
     frozen: tuple[int, ...] = ()
     """Positions that direct cells freeze: the image tokens."""
-    keywords: Mapping[str, Any] = field(default_factory=dict)
-    """attention_mask (1, 1, token, token) and position_ids (1, token); without them the model makes its own."""
 
     @classmethod
-    def of_one(cls, embeddings: Tensor, *, scored: Sequence[int], **keywords: Tensor) -> "Runs":
-        """Return runs of edge cells, with the same embeddings (1, token, hidden) as base and source."""
-        return cls(base=embeddings, source=embeddings, scored=tuple(scored), keywords=keywords)
+    def of_one(cls, entering: DecoderInput, *, scored: Sequence[int]) -> "Runs":
+        """Return runs of edge cells, with the same input of one row as base and source."""
+        return cls(base=entering, source=entering, scored=tuple(scored))
 
     @property
     def samples(self) -> int:
         """The number of samples that run side by side."""
-        return max(len(self.base), len(self.source))
+        return max(self.base.rows, self.source.rows)
 
     @property
     def length(self) -> int:
         """The number of positions."""
-        return self.base.shape[1]
+        return self.base.length
 
     def along(self, vlm: VisionLanguageModel, ids: Sequence[int]) -> "Runs":
         """Return the runs with these tokens appended to the prompt, scored at the positions that predict them."""
-        base, source = (vlm.extend(each, ids) for each in (self.base, self.source))
+        base = vlm.extend(self.base, ids)
+        source = base if self.source is self.base else vlm.extend(self.source, ids)
         last = self.length - 1
         scored = tuple(range(last, last + len(ids)))
-        return Runs(base=base, source=source, scored=scored, frozen=self.frozen, keywords=self.keywords)
+        return Runs(base=base, source=source, scored=scored, frozen=self.frozen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ...models import ReplayError, Site, VisionLanguageModel
 from ...models.families import Kind, Projection
+from ...models.frame import Frame
 from ...models.replay.recording import places
 from ...models.replay.replay import Replay, Work, replaying
 from .cells import (
@@ -173,10 +174,10 @@ def _measure_plain(
 
 def _both(vlm: VisionLanguageModel, runs: Runs, score: Measure) -> list[Tensor]:
     """Return the scores (metric, sample) of base and source."""
-    base = run_scores(vlm, runs.base.expand(runs.samples, -1, -1).contiguous(), runs, score)
+    base = run_scores(vlm, runs.base.for_rows(runs.samples), runs, score)
     if runs.source is runs.base:
         return [base, base]
-    return [base, run_scores(vlm, runs.source.expand(runs.samples, -1, -1).contiguous(), runs, score)]
+    return [base, run_scores(vlm, runs.source.for_rows(runs.samples), runs, score)]
 
 
 # ---- the check of the fast engine ----
@@ -213,8 +214,8 @@ def _checked(
 def _in_another_batch(runs: Runs) -> Runs:
     """Return the same runs with another number of samples, of which the first is unchanged."""
     if runs.samples == 1:
-        return replace(runs, base=runs.base[:1].expand(2, -1, -1))
-    return replace(runs, base=runs.base[:1], source=runs.source[:1])
+        return replace(runs, base=runs.base.of_rows([0, 0]))
+    return replace(runs, base=runs.base.of_rows([0]), source=runs.source.of_rows([0]))
 
 
 def _largest_difference(first: Tensor, second: Tensor) -> float:
@@ -315,11 +316,13 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
     States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
     differ.
     """
-    first, second = sorted((runs.base, runs.source), key=len)
-    entering, other_entering = (replay.entering(each, **runs.keywords) for each in (first, second))
-    differs = (entering != other_entering).any(-1).any(0).nonzero().flatten().tolist()
+    first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
+    if first.frame.differs(second.frame):
+        raise ReplayError("the two runs differ in more than their embeddings, such as the positions of their tokens")
+    entering, other_entering = replay.entering(first), replay.entering(second)
+    differs = sorted({*_differing(entering, other_entering), *_between_layers_differing(first.frame, second.frame)})
     sites, projections = _needed(replay, cells)
-    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections, **runs.keywords}
+    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
     # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
     possible = tuple(range(min(differs, default=runs.length), runs.length))
     full = replay.record(first, kept=possible, **settings)
@@ -333,12 +336,25 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
             full,
             other_entering[:, list(changed)],
             changed,
+            frame=second.frame,
             kept=changed if keep_all else needed,
             sites=sites,
             projections=projections,
         )
     base, source = (full, other) if first is runs.base else (other, full)
+    replay.frame = runs.base.frame
     return Recorded(full=full, base=base, source=source, changed=changed)
+
+
+def _differing(first: Tensor, second: Tensor) -> list[int]:
+    """Return the positions at which states (row, token, hidden) differ in any row."""
+    return (first != second).any(-1).any(0).nonzero().flatten().tolist()
+
+
+def _between_layers_differing(first: Frame, second: Frame) -> set[int]:
+    """Return the positions at which the frames add other features between layers."""
+    pairs = [(first.between_layers[number], second.between_layers[number]) for number in first.between_layers]
+    return {place for pair in pairs for place in _differing(*pair)}
 
 
 def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
@@ -356,7 +372,7 @@ def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], lis
 
 def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
     """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
-    settings: dict[str, Any] = {"read": runs.scored, **runs.keywords}
+    settings: dict[str, Any] = {"read": runs.scored}
     first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
     clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
     if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families import Key, Kind
+from ...models.frame import DecoderInput, joined
 from ...models.replay.observe import masking
 from ...models.replay.recording import Cut
 from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, TraceError, all_edges, state_cells
@@ -45,7 +46,7 @@ def each_plain(
     Raises `ReplayError` if edges are to be cut in a model whose attention cannot be masked.
     """
     changing: Any = _masked(vlm, runs) if all_edges(cells) else _put_in(vlm, runs, state_cells(cells))
-    base = runs.base.expand(runs.samples, -1, -1).contiguous()
+    base = runs.base.for_rows(runs.samples)
     for number, cell in enumerate(cells):
         if number not in known:
             with changing(cell):
@@ -53,10 +54,10 @@ def each_plain(
             yield number, values
 
 
-def run_scores(vlm: VisionLanguageModel, embeddings: Tensor, runs: Runs, measure: Measure) -> Tensor:
-    """Return (metric, sample) float64 on the CPU: the scores of unchanged embeddings (sample, token, hidden)."""
+def run_scores(vlm: VisionLanguageModel, entering: DecoderInput, runs: Runs, measure: Measure) -> Tensor:
+    """Return (metric, sample) float64 on the CPU: the scores of an unchanged run with one row for each sample."""
     with torch.no_grad():
-        logits = vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
+        logits = vlm.forward(entering, positions=runs.scored)
         return measure(logits).double().T.cpu()
 
 
@@ -93,7 +94,7 @@ def _put_in(
     vlm: VisionLanguageModel, runs: Runs, cells: Sequence[StateCell]
 ) -> Callable[[StateCell], AbstractContextManager]:
     """Return a function that gives the context in which a cell's source states are patched in and others are frozen."""
-    base, source = (each.expand(runs.samples, -1, -1).contiguous() for each in (runs.base, runs.source))
+    base, source = (each.for_rows(runs.samples) for each in (runs.base, runs.source))
     keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
     sources = _states(vlm, source, keys, runs)
     frozen_keys = {cell.severed: _keys(vlm, cell.severed) for cell in cells if cell.severed}
@@ -119,9 +120,9 @@ def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
 
 
 def _states(
-    vlm: VisionLanguageModel, embeddings: Tensor, keys: Mapping[str, list[Key]], runs: Runs
+    vlm: VisionLanguageModel, entering: DecoderInput, keys: Mapping[str, list[Key]], runs: Runs
 ) -> dict[Key, Tensor]:
-    """Return these modules' outputs (for heads their inputs) in the run on these embeddings, (sample, token, width).
+    """Return these modules' outputs (for heads their inputs) in the run on this input, (sample, token, width).
 
     The run has as many equal samples as the other run: matrix products of another size round differently, and
     patching in a state that the corruption never touched would no longer have exactly no effect.
@@ -134,7 +135,7 @@ def _states(
         capture(vlm, outputs, clone=True) as written,
         capture(vlm, keys.get("head", []), inputs=True, clone=True) as read,
     ):
-        vlm.forward(inputs_embeds=embeddings, positions=runs.scored, **runs.keywords)
+        vlm.forward(entering, positions=runs.scored)
     return {**written, **read}
 
 
@@ -228,9 +229,9 @@ def with_pictures(
         if cell not in parts:
             scores.append(next(others))
             continue
-        embeddings = _embeddings(vlm, inputs, runs, sources, masks[cell])
-        known = _known(embeddings, runs, measured)
-        scores.append(run_scores(vlm, embeddings, runs, measure) if known is None else known)
+        entering = _entering(vlm, inputs, runs, sources, masks[cell])
+        known = _known(entering, runs, measured)
+        scores.append(run_scores(vlm, entering, runs, measure) if known is None else known)
         passes += known is None
         if bar is not None:
             bar.update()
@@ -306,23 +307,24 @@ def _written(
     return {module: outputs[0] for module, outputs in recorded.items()}
 
 
-def _embeddings(
+def _entering(
     vlm: VisionLanguageModel,
     inputs: Shown,
     runs: Runs,
     sources: Sequence[Mapping[nn.Module, Tensor]],
     masks: Mapping[nn.Module, Tensor],
-) -> Tensor:
-    """Return (sample, token, hidden): the decoder's input with source states patched in; the answer's words stay."""
+) -> DecoderInput:
+    """Return the decoder's input in one row for each sample, with source states patched in; the answer's words stay."""
     rows = []
     for sample in range(runs.samples):
         base = inputs.base[sample % len(inputs.base)]  # a single input serves all samples
         states = sources[sample % len(sources)]
         with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
             rows.append(vlm.embed(inputs.prompt, base))
-    changed = torch.cat(rows)
-    words = runs.base[:, changed.shape[1] :].expand(runs.samples, -1, -1)
-    return torch.cat([changed, words], dim=1)
+    changed = joined(rows)
+    words = runs.base.embeddings[:, changed.length :].expand(runs.samples, -1, -1)
+    embeddings = torch.cat([changed.embeddings, words], dim=1)
+    return DecoderInput(embeddings=embeddings, frame=changed.frame.extended(words.shape[1]))
 
 
 def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -339,9 +341,9 @@ def _writer(values: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
     return write
 
 
-def _known(embeddings: Tensor, runs: Runs, measured: CellScores) -> Tensor | None:
-    """Return the (metric, sample) scores of the run with exactly these embeddings, or None if neither run has them."""
+def _known(entering: DecoderInput, runs: Runs, measured: CellScores) -> Tensor | None:
+    """Return the (metric, sample) scores of the run with exactly this input, or None if neither run has it."""
     for run, scores in ((runs.base, measured.base), (runs.source, measured.source)):
-        if torch.equal(embeddings, run.expand_as(embeddings)):
+        if entering.equals(run.for_rows(entering.rows)):
             return scores
     return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models import Prompt, VisionLanguageModel
+from ...models.frame import DecoderInput
 from .cells import Measure, TraceError
 
 METRICS = ("probability", "log_probability", "logit_difference")
@@ -115,21 +116,21 @@ def _called(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
 def choose_scoring(
     vlm: VisionLanguageModel,
     prompt: Prompt,
-    runs: tuple[Tensor, Tensor],
+    runs: tuple[DecoderInput, DecoderInput],
     *,
     answer: str | None,
     foil: str | None,
     whole_answer: bool,
     metrics: Metric | Sequence[Metric],
 ) -> Scoring:
-    """Return the scoring of a trace with these clean and corrupted embeddings (sample, token, hidden).
+    """Return the scoring of a trace with these clean and corrupted runs.
 
     Without an answer, the model's own is used. Without a foil, a logit difference subtracts the corrupted run's
     answer (its likeliest token that is not the answer's). Raises `TraceError` for an unknown metric, and for a foil
     that no metric uses or that is scored by the same tokens as the answer.
     """
     metrics = _checked(metrics)
-    predicted = int(vlm.next_token_probabilities(runs[0][:1])[0].argmax())
+    predicted = int(vlm.next_token_probabilities(runs[0].of_rows([0]))[0].argmax())
     if answer is None and whole_answer:
         answer = vlm.answers([prompt])[0]
     answer_ids = (predicted,) if answer is None else scored_ids(prompt, answer, whole=whole_answer)
@@ -177,7 +178,7 @@ def scored_ids(prompt: Prompt, answer: str | None, *, whole: bool) -> tuple[int,
 
 
 def _corrupted_answer(
-    vlm: VisionLanguageModel, corrupted: Tensor, answer_ids: tuple[int, ...], whole: bool
+    vlm: VisionLanguageModel, corrupted: DecoderInput, answer_ids: tuple[int, ...], whole: bool
 ) -> tuple[int, ...]:
     """Return the likeliest token after the corrupted prompt other than the answer's; if whole, continued greedily."""
     probabilities = vlm.next_token_probabilities(corrupted).mean(0)

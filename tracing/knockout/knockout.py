@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Prompt, VisionLanguageModel
+from ...models import Prompt, ReplayError, VisionLanguageModel
+from ...models.frame import DecoderInput
+from ...models.replay.observe import masking
 from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
 from ..engine.measure import measure
@@ -234,9 +236,9 @@ def attention_knockout(
     chosen = _checked_windows(vlm, windows)
     if generated is None and (gold is not None or (whole_answer and answer is None)):
         generated = vlm.answers([prompt])[0]
-    embeddings = vlm.embed(prompt)
-    scoring = _scoring(vlm, prompt, embeddings, generated if answer is None and whole_answer else answer, whole_answer)
-    first = embeddings.shape[1] - 1
+    entering = vlm.embed(prompt)
+    scoring = _scoring(vlm, prompt, entering, generated if answer is None and whole_answer else answer, whole_answer)
+    first = entering.length - 1
     scored = tuple(range(first, first + len(scoring.answer_ids)))
     groups = Groups(vlm=vlm, prompt=prompt, boxes=tuple(boxes), predicting=scored)
     if flows is None:
@@ -248,16 +250,18 @@ def attention_knockout(
     cells = [
         EdgeCell(cut=cut, first=start, last=end) for _, cut in named for start, end in spans.flatten(0, 1).tolist()
     ]
-    runs = Runs.of_one(embeddings, scored=(first,))
+    runs = Runs.of_one(entering, scored=(first,))
     with tqdm(total=len(cells), desc="cutting", unit="cell", disable=not progress) as bar:
         scores = measure(vlm, runs, cells, scoring, engine=engine or Engine(), bar=bar)
     return _result(vlm, prompt, named, (chosen, spans), (scoring, scores), {"gold": gold, "generated": generated})
 
 
-def _scoring(vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, answer: str | None, whole: bool) -> Scoring:
+def _scoring(
+    vlm: VisionLanguageModel, prompt: Prompt, entering: DecoderInput, answer: str | None, whole: bool
+) -> Scoring:
     """Return the scoring of this answer, or of the token that the model predicts if there is none."""
     if answer is None and not whole:
-        return Scoring.of_answer([int(vlm.next_token_probabilities(embeddings)[0].argmax())], whole=False)
+        return Scoring.of_answer([int(vlm.next_token_probabilities(entering)[0].argmax())], whole=False)
     return Scoring.of_answer(scored_ids(prompt, answer, whole=whole), whole=whole)
 
 
@@ -361,6 +365,7 @@ def knockout_probability(
 
     Raises:
         ModelError: The prompt has no such group or position.
+        TraceError: The model does not let its attention function be replaced.
 
     Example:
         >>> import multrace as mt
@@ -371,15 +376,18 @@ def knockout_probability(
         >>> knockout_probability(vlm, prompt, "question", "last") < knockout_probability(vlm, prompt, (), ())
         True
     """
-    embeddings = vlm.embed(prompt)
+    entering = vlm.embed(prompt)
     if answer_id is None:
-        answer_id = int(vlm.next_token_probabilities(embeddings).argmax())
-    length = embeddings.shape[1]
+        answer_id = int(vlm.next_token_probabilities(entering).argmax())
+    length = entering.length
     is_source = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, sources, length), True)
     is_target = torch.zeros(length, dtype=torch.bool).index_fill(0, _indices(prompt, targets, length), True)
     cut = is_target[:, None] & is_source[None, :] & ~torch.eye(length, dtype=torch.bool)
-    mask = torch.ones(length, length, dtype=torch.bool).tril() & ~cut
-    probabilities = vlm.next_token_probabilities(embeddings, attention_mask=mask[None, None].to(vlm.device))
+    try:
+        with masking(vlm, dict.fromkeys(range(vlm.layers), cut[None])):
+            probabilities = vlm.next_token_probabilities(entering)
+    except ReplayError as error:
+        raise TraceError(f"the attention of {vlm.name!r} cannot be cut: {error}") from error
     return float(probabilities[0, answer_id])
 
 

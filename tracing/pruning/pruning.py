@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ...models import Prompt, ReplayError, VisionLanguageModel
 from ...models.errors import plain_number
+from ...models.frame import DecoderInput
 from ...models.replay.observe import attending
 from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
@@ -55,7 +56,7 @@ def drop_others(image: Sequence[int], kept: Tensor, first: int) -> Drop:
 
 def kept_tokens(
     vlm: VisionLanguageModel,
-    embeddings: Tensor,
+    entering: DecoderInput,
     image: Sequence[int],
     *,
     keep: Sequence[int | str],
@@ -63,7 +64,7 @@ def kept_tokens(
 ) -> Tensor:
     """Return the tokens that stay, booleans (keep, layer, image token), if the top-ranked ones stay from each layer on.
 
-    The embeddings (1, token, hidden) end with the prompt's last token, whose attention ranks the others; "all" keeps
+    The input of one row ends with the prompt's last token, whose attention ranks the others; "all" keeps
     every token. Raises `TraceError` if tokens have to be ranked and this model's attention cannot be read.
     """
     counts = [len(image) if number == "all" else min(int(number), len(image)) for number in keep]
@@ -73,12 +74,12 @@ def kept_tokens(
         if count in (0, len(image)):
             stays[row] = count > 0
             continue
-        ranks = image_ranks(vlm, embeddings, image) if ranks is None else ranks
+        ranks = image_ranks(vlm, entering, image) if ranks is None else ranks
         stays[row] = ranks[list(layers)] < count
     return stays
 
 
-def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[int]) -> Tensor:
+def image_ranks(vlm: VisionLanguageModel, entering: DecoderInput, image: Sequence[int]) -> Tensor:
     """Return the rank (layer, image token) int64 of each image token for each first pruned layer, 0 for the best.
 
     Tokens are ranked by the last token's attention to them, mean over heads, in the layer before, which still has all
@@ -86,8 +87,8 @@ def image_ranks(vlm: VisionLanguageModel, embeddings: Tensor, image: Sequence[in
     2403.06764) as released.
     """
     try:
-        with torch.no_grad(), attending(vlm, (embeddings.shape[1] - 1,)) as attention:
-            vlm.forward(inputs_embeds=embeddings, positions=[embeddings.shape[1] - 1])
+        with torch.no_grad(), attending(vlm, (entering.length - 1,)) as attention:
+            vlm.forward(entering, positions=[entering.length - 1])
     except ReplayError as error:
         raise TraceError(
             f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}; pass keep=(0,), which needs no order"
@@ -125,15 +126,13 @@ class Limits:
         return ids[:-1] if ids and ids[-1] in self.ends else ids
 
 
-def own_ids(vlm: VisionLanguageModel, embeddings: Tensor, guess: Sequence[int], limits: Limits) -> Ids:
-    """Return the model's greedy answer to a prompt with embeddings (1, token, hidden), without any cut."""
+def own_ids(vlm: VisionLanguageModel, entering: DecoderInput, guess: Sequence[int], limits: Limits) -> Ids:
+    """Return the model's greedy answer to a prompt, given its input in one row, without any cut."""
 
     def likeliest(ids: Ids, start: int, _cells: Sequence[int]) -> Tensor:
-        last = embeddings.shape[1] - 1
+        last = entering.length - 1
         with torch.no_grad():
-            logits = vlm.forward(
-                inputs_embeds=vlm.extend(embeddings, ids), positions=range(last + start, last + len(ids))
-            )
+            logits = vlm.forward(vlm.extend(entering, ids), positions=range(last + start, last + len(ids)))
         return logits.argmax(-1)
 
     return verified(likeliest, 1, limits.ended(guess), limits)[0]
@@ -141,7 +140,7 @@ def own_ids(vlm: VisionLanguageModel, embeddings: Tensor, guess: Sequence[int], 
 
 def greedy_ids(
     vlm: VisionLanguageModel,
-    embeddings: Tensor,
+    entering: DecoderInput,
     cells: Cells,
     *,
     guess: Sequence[int],
@@ -149,16 +148,16 @@ def greedy_ids(
     engine: Engine,
     bar: tqdm | None = None,
 ) -> list[Ids]:
-    """Return the greedy answer of each cell to a prompt with embeddings (1, token, hidden).
+    """Return the greedy answer of each cell to a prompt, given its input in one row.
 
     Each step of an answer takes the likeliest token, up to and including an end-of-sequence token or up to the largest
     length. The guess is a likely answer; a wrong guess only costs time. The engine's checks and checkpoint are not
     used.
     """
-    last, engine = embeddings.shape[1] - 1, replace(engine, checks=0, checkpoint=None)
+    last, engine = entering.length - 1, replace(engine, checks=0, checkpoint=None)
 
     def likeliest(ids: Ids, start: int, numbers: Sequence[int]) -> Tensor:
-        runs = Runs.of_one(vlm.extend(embeddings, ids), scored=range(last + start, last + len(ids)))
+        runs = Runs.of_one(vlm.extend(entering, ids), scored=range(last + start, last + len(ids)))
         if bar is not None:
             bar.total += len(numbers)
         candidates = cells(runs.length)
@@ -264,20 +263,20 @@ def prune_image_tokens(
     """
     image = group_positions(prompt, "image")
     keeps, chosen = _checked_keep(keep), _checked_layers(vlm, layers)
-    embeddings, limits = vlm.embed(prompt), _checked_limits(vlm, max_new_tokens)
-    kept = kept_tokens(vlm, embeddings, image, keep=keeps, layers=chosen)
-    own = _own_ids(vlm, prompt, embeddings, generated, limits)
+    entering, limits = vlm.embed(prompt), _checked_limits(vlm, max_new_tokens)
+    kept = kept_tokens(vlm, entering, image, keep=keeps, layers=chosen)
+    own = _own_ids(vlm, prompt, entering, generated, limits)
     ids = _scored_ids(prompt, answer, limits.without_end(own))
     drops = [Drop(tokens=frozenset(image), first=0)]  # the floor
     drops += [drop_others(image, row, layer) for rows in kept for row, layer in zip(rows, chosen, strict=True)]
-    scores, answers = _measured(vlm, embeddings, drops, (ids, own, limits), engine or Engine(), progress)
+    scores, answers = _measured(vlm, entering, drops, (ids, own, limits), engine or Engine(), progress)
     settings = {"keep": keeps, "layers": chosen, "kept": kept, "gold": gold, "answer_ids": ids}
     return _result(vlm, prompt, scores, [vlm.decode(each).strip() for each in (own, *answers)], settings)
 
 
 def _measured(
     vlm: VisionLanguageModel,
-    embeddings: Tensor,
+    entering: DecoderInput,
     drops: Sequence[Drop],
     answer: tuple[Ids, Ids, Limits],
     engine: Engine,
@@ -291,14 +290,14 @@ def _measured(
     def cells(length: int) -> list[EdgeCell]:
         return [drop.cell(length, vlm.layers) for drop in distinct]
 
-    scoring, last = Scoring.of_answer(ids, whole=True), embeddings.shape[1] - 1
-    runs = Runs.of_one(embeddings, scored=(last,))
+    scoring, last = Scoring.of_answer(ids, whole=True), entering.length - 1
+    runs = Runs.of_one(entering, scored=(last,))
     with tqdm(total=len(distinct), desc="pruning", unit="cell", disable=not progress) as bar:
         scores = measure(vlm, runs, cells(last + len(ids)), scoring, engine=engine, bar=bar)
         if scores.report.engine == "plain":  # a warning has already reported it
             engine = replace(engine, name="plain")
         guess = limits.without_end(own)
-        answers = greedy_ids(vlm, embeddings, cells, guess=guess, limits=limits, engine=engine, bar=bar)
+        answers = greedy_ids(vlm, entering, cells, guess=guess, limits=limits, engine=engine, bar=bar)
     scores = replace(scores, scores=scores.scores[where], free=scores.free[where])
     return scores, [answers[number] for number in where]
 
@@ -333,13 +332,13 @@ def _result(
 
 
 def _own_ids(
-    vlm: VisionLanguageModel, prompt: Prompt, embeddings: Tensor, generated: str | None, limits: Limits
+    vlm: VisionLanguageModel, prompt: Prompt, entering: DecoderInput, generated: str | None, limits: Limits
 ) -> Ids:
     """Return the tokens of the model's answer with all image tokens; a known answer is verified."""
     if generated is None:
         generated = vlm.answers([prompt], max_new_tokens=limits.tokens)[0]
     guess = prompt.with_answer(generated).answer_ids if generated.strip() else ()
-    return own_ids(vlm, embeddings, guess, limits)
+    return own_ids(vlm, entering, guess, limits)
 
 
 def _scored_ids(prompt: Prompt, answer: str | None, own: Ids) -> Ids:
