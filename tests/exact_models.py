@@ -135,9 +135,10 @@ def noisy(embeddings: Tensor, positions: Sequence[int], rows: int = 2) -> Tensor
 
 
 def whole(replay: Replay, embeddings: Tensor, **settings) -> Recording:
-    """A recording of all states; the last two positions are read."""
+    """A recording of all states; the last two positions are read. Masks and positions form the frame."""
     length = embeddings.shape[1]
-    entering = DecoderInput(embeddings=embeddings)
+    keywords = {name: settings.pop(name) for name in ("attention_mask", "position_ids") if name in settings}
+    entering = DecoderInput(embeddings=embeddings, frame=Frame(keywords=keywords))
     return replay.record(entering, kept=range(length), read=(length - 2, length - 1), **settings)
 
 

@@ -208,7 +208,7 @@ def test_a_boolean_mask_of_four_dimensions(attention, request, make_photo):
         first = torch.cat([embeddings[:, :1], embeddings[:, -1:]], dim=1)
         with capture(vlm, [site]) as alone:  # without a mask, a jump in positions means packed sequences
             vlm.forward(
-                inputs_embeds=first,
+                first,
                 attention_mask=causal[..., :2, :2],
                 position_ids=torch.tensor([[0, prompt.length - 1]]),
             )
