@@ -76,7 +76,9 @@ def assemble(model: PreTrainedModel, family: Family) -> VisionLanguageModel:
         device=model.device, dtype=model.dtype,
     )  # fmt: skip
     addresses = Addresses(model=model, family=family, name=family.name)
-    return VisionLanguageModel(model=model, frontend=frontend, addresses=addresses, family=family, name=family.name)
+    vlm = VisionLanguageModel(model=model, frontend=frontend, addresses=addresses, family=family, name=family.name)
+    assert vlm.after_head is not None  # measured now, as `load` does, and not in the first pass that a test watches
+    return vlm
 
 
 def make_runs(vlm: VisionLanguageModel, *, restores: bool = True, samples: int = 2, **keywords: Tensor) -> Runs:

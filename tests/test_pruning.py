@@ -73,9 +73,9 @@ def removed_logits(
 ) -> Tensor:
     """(token, vocab): the last logits where the tokens leave the sequence before a layer; the others keep their ids."""
     stays = torch.tensor([place for place in range(entering.length) if place not in set(dropped)])
-    with torch.no_grad(), capture(vlm, [Site("hidden", layer) for layer in range(vlm.layers)], inputs=True) as entering:
+    with torch.no_grad(), capture(vlm, [Site("hidden", layer) for layer in range(vlm.layers)], inputs=True) as read:
         vlm.forward(entering)
-    states = entering[Site("hidden", first)][:, stays]
+    states = read[Site("hidden", first)][:, stays]
     positions, decoder = stays[None], vlm.addresses.decoder
     with torch.no_grad():
         turned = decoder.rotary_emb(states, position_ids=positions)
