@@ -316,17 +316,27 @@ def make_plan(
     changed: Collection[int],
     scored: Collection[int],
     frozen: Collection[int] = (),
+    alike_from: int = 0,
     lane_tokens: int,
 ) -> Plan:
-    """Return the plan for these cells; a chunk has one lane, or at most `lane_tokens` computed positions in all lanes.
+    """Return the plan for these cells.
 
-    changed: all positions at which the two runs can differ. Raises `TraceError` if an edge cell leaves a token that
-    would see nothing.
+    Args:
+        cells: Cells of one kind.
+        masks: The attention masks of all layers.
+        changed: All positions at which the two runs can differ.
+        scored: Positions whose logits are scored.
+        frozen: Positions that direct cells freeze.
+        alike_from: The first layer after which both runs get the same features between layers (default 0).
+        lane_tokens: Largest number of computed positions in all lanes of a chunk together; a chunk has at least one.
+
+    Raises:
+        TraceError: An edge cell leaves a token that would see nothing.
     """
     if all_edges(cells):
         effects, copies = _edge_effects(cells, masks)
     else:
-        effects, copies = dict(enumerate(_state_effects(state_cells(cells), masks, changed, frozen))), {}
+        effects, copies = dict(enumerate(_state_effects(state_cells(cells), masks, changed, frozen, alike_from))), {}
     free: dict[int, tuple[int, ...]] = {}
     groups: dict[_Group, list[_Member]] = {}
     for number, effect in effects.items():
@@ -362,31 +372,50 @@ def halved(chunk: Chunk, cells: Sequence[Cell]) -> tuple[Chunk, ...]:
 # ---- what a cell changes ----
 
 
-def effect_of(cell: StateCell, *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()) -> Effect:
-    """Return the positions that a state cell changes; `changed`: all positions at which the two runs can differ."""
+def effect_of(
+    cell: StateCell, *, masks: Masks, changed: Collection[int], frozen: Collection[int] = (), alike_from: int = 0
+) -> Effect:
+    """Return the positions that a state cell changes.
+
+    Args:
+        cell: The cell.
+        masks: The attention masks of all layers.
+        changed: All positions at which the two runs can differ.
+        frozen: Positions that direct cells freeze.
+        alike_from: The first layer after which both runs get the same features between layers (default 0); before it,
+            a position whose state is patched in does not follow the source run.
+    """
     live = tuple(sorted(set(cell.positions) & set(changed)))
     reached = set(masks.reach(live, cell.first + 1))
     if cell.is_direct:
         reached -= set(frozen) - set(live)
     merged: set[int] = set()
-    if cell.kind == "hidden" and cell.severed is None and not cell.is_direct:
+    if cell.kind == "hidden" and cell.severed is None and not cell.is_direct and cell.first >= alike_from:
         merged = _merged(live, masks, changed, cell.first + 1)
     computed = tuple(sorted(reached - merged))
     return Effect(computed=computed, merged=tuple(sorted(merged)), live=live, reached=computed)
 
 
 def touched(
-    cells: Sequence[StateCell], *, masks: Masks, changed: Collection[int], frozen: Collection[int] = ()
+    cells: Sequence[StateCell],
+    *,
+    masks: Masks,
+    changed: Collection[int],
+    frozen: Collection[int] = (),
+    alike_from: int = 0,
 ) -> tuple[int, ...]:
-    """Return the ascending positions whose states any cell computes or patches in; only these need to be recorded."""
+    """Return the ascending positions whose states any cell computes or patches in; only these need to be recorded.
+
+    The arguments are those of `effect_of`.
+    """
     positions: set[int] = set()
-    for effect in {id(each): each for each in _state_effects(cells, masks, changed, frozen)}.values():
+    for effect in {id(each): each for each in _state_effects(cells, masks, changed, frozen, alike_from)}.values():
         positions.update(effect.computed, effect.live)
     return tuple(sorted(positions))
 
 
 def _state_effects(
-    cells: Sequence[StateCell], masks: Masks, changed: Collection[int], frozen: Collection[int]
+    cells: Sequence[StateCell], masks: Masks, changed: Collection[int], frozen: Collection[int], alike_from: int
 ) -> list[Effect]:
     """Return each cell's effect; cells that agree in everything that determines the effect share one object."""
     known: dict[tuple, Effect] = {}
@@ -394,7 +423,7 @@ def _state_effects(
     for cell in cells:
         key = (cell.positions, cell.first, cell.kind == "hidden", cell.severed, cell.is_direct)
         if key not in known:
-            known[key] = effect_of(cell, masks=masks, changed=changed, frozen=frozen)
+            known[key] = effect_of(cell, masks=masks, changed=changed, frozen=frozen, alike_from=alike_from)
         effects.append(known[key])
     return effects
 

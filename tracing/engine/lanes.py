@@ -37,6 +37,8 @@ class Recorded:
     source: Recording
     changed: tuple[int, ...]
     """Positions at which the two runs can differ, ascending."""
+    alike_from: int = 0
+    """The first layer after which both runs get the same features between layers (DeepStack)."""
 
     def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
         """Return the positions to compute, with the runs that hold all other keys (the source run for merged ones)."""

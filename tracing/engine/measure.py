@@ -320,7 +320,8 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
     if first.frame.differs(second.frame):
         raise ReplayError("the two runs differ in more than their embeddings, such as the positions of their tokens")
     entering, other_entering = replay.entering(first), replay.entering(second)
-    differs = sorted({*_differing(entering, other_entering), *_between_layers_differing(first.frame, second.frame)})
+    between = _differing_between_layers(first.frame, second.frame)
+    differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
     sites, projections = _needed(replay, cells)
     settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
     # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
@@ -331,7 +332,9 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
         full = replay.record(first, kept=changed, **settings)
     other = full
     if changed:
-        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen)
+        needed = touched(
+            cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=max(between, default=0)
+        )
         other = replay.record_after(
             full,
             other_entering[:, list(changed)],
@@ -343,7 +346,7 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
         )
     base, source = (full, other) if first is runs.base else (other, full)
     replay.frame = runs.base.frame
-    return Recorded(full=full, base=base, source=source, changed=changed)
+    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=max(between, default=0))
 
 
 def _differing(first: Tensor, second: Tensor) -> list[int]:
@@ -351,10 +354,11 @@ def _differing(first: Tensor, second: Tensor) -> list[int]:
     return (first != second).any(-1).any(0).nonzero().flatten().tolist()
 
 
-def _between_layers_differing(first: Frame, second: Frame) -> set[int]:
-    """Return the positions at which the frames add other features between layers."""
-    pairs = [(first.between_layers[number], second.between_layers[number]) for number in first.between_layers]
-    return {place for pair in pairs for place in _differing(*pair)}
+def _differing_between_layers(first: Frame, second: Frame) -> dict[int, list[int]]:
+    """Return the positions at which the frames add different features, for each layer that these enter."""
+    added = first.between_layers, second.between_layers
+    differing = {number: _differing(added[0][number], added[1][number]) for number in added[0]}
+    return {number: places for number, places in differing.items() if places}
 
 
 def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
@@ -407,6 +411,7 @@ class _Sweep:
             changed=self.recorded.changed,
             scored=self.runs.scored,
             frozen=self.runs.frozen,
+            alike_from=self.recorded.alike_from,
             lane_tokens=self.settings.lane_tokens(self.vlm, self.runs.samples),
         )
         recording, self.replay.work = self.replay.work, Work()
