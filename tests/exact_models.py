@@ -89,7 +89,10 @@ def make_runs(vlm: VisionLanguageModel, *, restores: bool = True, samples: int =
     corrupted = clean.repeat(samples, 1, 1)
     corrupted[:, list(CHANGED)] += noise
     frame = Frame(keywords=keywords)
-    pair = [DecoderInput(embeddings=each, frame=frame) for each in (corrupted, clean)]
+    pair = [
+        DecoderInput(embeddings=corrupted, frame=frame),
+        DecoderInput(embeddings=clean, frame=frame.of_rows([0]) if frame.rows > 1 else frame),
+    ]
     base, source = pair if restores else pair[::-1]
     return Runs(base=base, source=source, scored=(LENGTH - 2, LENGTH - 1), frozen=FROZEN)
 

@@ -76,15 +76,6 @@ def test_the_same_architecture_without_caps_in_attention_is_not_refused(cap):
     assert torch.allclose(sweep(vlm, runs, cells, measure).scores, plain_scores(vlm, runs, cells, measure), atol=1e-4)
 
 
-def test_logits_of_another_origin(llama):
-    def mixed(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
-        output.logits = output.logits - output.logits.roll(1, -1)
-        return output
-
-    with llama.model.register_forward_hook(mixed):
-        refused(llama, "do not give the model's own logits")
-
-
 def give(llama: VisionLanguageModel, layer: int, change: Callable[[tuple, dict], tuple[tuple, dict]]) -> Any:
     def hook(_module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
         return change(arguments, keywords)
@@ -162,11 +153,11 @@ def by_distance() -> Tensor:
 
 
 KEYWORDS = {
-    "another mask in each row": ("attention_mask differs from row to row",
+    "another mask in each row": ("the two runs differ in more than their embeddings",
                                  {"attention_mask": torch.cat([causal(), windowed()])}),
-    "padding in one row": ("attention_mask differs from row to row",
+    "padding in one row": ("the two runs differ in more than their embeddings",
                            {"attention_mask": torch.tensor([[1] * LENGTH, [0, 0] + [1] * (LENGTH - 2)])}),
-    "other positions in each row": ("position_ids differs from row to row",
+    "other positions in each row": ("the two runs differ in more than their embeddings",
                                     {"position_ids": torch.stack([torch.arange(LENGTH), 2 * torch.arange(LENGTH)])}),
     "a bias": ("adds a bias to its attention scores", {"attention_mask": by_distance()}),
     "a token that sees nothing": ("lets a token attend to nothing", {"attention_mask": leftmost_hidden()}),

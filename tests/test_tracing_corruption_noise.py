@@ -244,7 +244,7 @@ def test_a_score_that_is_no_number_calibrates_nothing(random_llava, photo):
     with pytest.raises(TraceError, match="the score of the clean prompt is nan, so no noise can be calibrated by it"):
         calibrate(random_llava, prompt, ImageNoise(scale=None), lambda _: float("nan"))
     with pytest.raises(TraceError, match=r"the score of noise of scale 0\.25 is nan"):
-        calibrate(random_llava, prompt, ImageNoise(scale=None), lambda each: 1.0 if len(each) == 1 else float("nan"))
+        calibrate(random_llava, prompt, ImageNoise(scale=None), lambda each: 1.0 if each.rows == 1 else float("nan"))
 
 
 def test_every_noise_is_a_noise_and_nothing_else_is():
