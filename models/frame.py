@@ -284,36 +284,36 @@ class DecoderInput:
             bool((pair[0][each] == pair[1][each]).all()) for each in pair[0]
         )
 
+    @classmethod
+    def of_runs(cls, inputs: Sequence[DecoderInput]) -> DecoderInput:
+        """Return one input with the rows of all of these, which have equally many tokens."""
+        embeddings = torch.cat([each.embeddings for each in inputs])
+        frames = [each.frame.for_rows(each.rows) for each in inputs]
+        names = dict.fromkeys(name for frame in frames for name in frame.keywords)
+        if not names:
+            return cls(embeddings=embeddings)
+        return cls(embeddings=embeddings, frame=_side_by_side(frames, [0] * len(frames), inputs[0].length, inputs))
+
+    @classmethod
+    def padded(cls, inputs: Sequence[DecoderInput], shifts: Sequence[int]) -> DecoderInput:
+        """Return inputs of one row each as one batch, each moved to the right by its shift.
+
+        Embeddings are zero where padded. Padding sees itself alone and is seen by nothing else.
+        """
+        width = max(shift + each.length for shift, each in zip(shifts, inputs, strict=True))
+        embeddings = inputs[0].embeddings.new_zeros(len(inputs), width, inputs[0].embeddings.shape[-1])
+        mask = torch.zeros(len(inputs), width, dtype=torch.long, device=embeddings.device)
+        for index, (shift, each) in enumerate(zip(shifts, inputs, strict=True)):
+            embeddings[index, shift : shift + each.length] = each.embeddings[0]
+            mask[index, shift : shift + each.length] = 1
+        frame = _side_by_side([each.frame for each in inputs], shifts, width, inputs)
+        keywords = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} | dict(frame.keywords)
+        frame = replace(frame, keywords=keywords)
+        return cls(embeddings=embeddings, frame=frame)
+
     def with_embeddings(self, embeddings: Tensor) -> DecoderInput:
         """Return the input with other embeddings (row, token, hidden) in the same frame."""
         return replace(self, embeddings=embeddings)
-
-
-def joined(inputs: Sequence[DecoderInput]) -> DecoderInput:
-    """Return one input with the rows of all of these, which have equally many tokens."""
-    embeddings = torch.cat([each.embeddings for each in inputs])
-    frames = [each.frame.for_rows(each.rows) for each in inputs]
-    names = dict.fromkeys(name for frame in frames for name in frame.keywords)
-    if not names:
-        return DecoderInput(embeddings=embeddings)
-    return DecoderInput(embeddings=embeddings, frame=_side_by_side(frames, [0] * len(frames), inputs[0].length, inputs))
-
-
-def aligned(inputs: Sequence[DecoderInput], shifts: Sequence[int]) -> DecoderInput:
-    """Return inputs of one row each as one batch, each moved to the right by its shift.
-
-    Embeddings are zero where padded. Padding sees itself alone and is seen by nothing else.
-    """
-    width = max(shift + each.length for shift, each in zip(shifts, inputs, strict=True))
-    embeddings = inputs[0].embeddings.new_zeros(len(inputs), width, inputs[0].embeddings.shape[-1])
-    mask = torch.zeros(len(inputs), width, dtype=torch.long, device=embeddings.device)
-    for index, (shift, each) in enumerate(zip(shifts, inputs, strict=True)):
-        embeddings[index, shift : shift + each.length] = each.embeddings[0]
-        mask[index, shift : shift + each.length] = 1
-    frame = _side_by_side([each.frame for each in inputs], shifts, width, inputs)
-    keywords = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} | dict(frame.keywords)
-    frame = replace(frame, keywords=keywords)
-    return DecoderInput(embeddings=embeddings, frame=frame)
 
 
 def _side_by_side(frames: Sequence[Frame], shifts: Sequence[int], width: int, inputs: Sequence[DecoderInput]) -> Frame:

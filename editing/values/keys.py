@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
-from ...models.frame import DecoderInput, aligned
+from ...models.frame import DecoderInput
 from ...models.replay.replay import PaddedBatch, at_columns
 from ..requests import EditError
 
@@ -120,7 +120,8 @@ def target_batch(
     ending = end_ids(vlm) if end else ()
     rows, keys = _edited_rows(goals, token, end=bool(ending), every=every)
     start = max(each[0] for each in keys)
-    entering = aligned([vlm.decoder_input(prompt.inputs) for _, prompt, _ in rows], [start - each[0] for each in keys])
+    inputs = [vlm.decoder_input(prompt.inputs) for _, prompt, _ in rows]
+    entering = DecoderInput.padded(inputs, [start - each[0] for each in keys])
     labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
     key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])

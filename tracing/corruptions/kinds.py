@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...data.pictures import Picture
 from ...models import Prompt, VisionLanguageModel, open_images
-from ...models.frame import DecoderInput, joined
+from ...models.frame import DecoderInput
 from ...models.prompts import ReadOnly
 from ..engine.cells import TraceError
 from ..engine.positions import group_positions
@@ -411,7 +411,7 @@ class PixelNoise(Noise):
                 ReadOnly({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)}) for each in drawn
             )
             # Samples are processed one at a time, like the clean picture: another batch size would round differently.
-            changed = joined([vlm.embed(prompt, each) for each in noised])
+            changed = DecoderInput.of_runs([vlm.embed(prompt, each) for each in noised])
             details = {"embeddings": changed.embeddings, "frame": changed.frame, "inputs": noised}
             return self._corrupted(scale, deviation, where, **details)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families import Key, Kind
-from ...models.frame import DecoderInput, joined
+from ...models.frame import DecoderInput
 from ...models.replay.observe import masking
 from ...models.replay.recording import Cut
 from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, TraceError, all_edges, state_cells
@@ -321,7 +321,7 @@ def _entering(
         states = sources[sample % len(sources)]
         with patch(vlm, {part: _writer(states[part], mask) for part, mask in masks.items()}, ahead=True):
             rows.append(vlm.embed(inputs.prompt, base))
-    changed = joined(rows)
+    changed = DecoderInput.of_runs(rows)
     words = runs.base.embeddings[:, changed.length :].expand(runs.samples, -1, -1)
     embeddings = torch.cat([changed.embeddings, words], dim=1)
     return DecoderInput(embeddings=embeddings, frame=changed.frame.extended(words.shape[1]))
