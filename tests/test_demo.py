@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import multrace as mt
@@ -25,7 +26,7 @@ from multrace.scripts.demo import (
 )
 from multrace.scripts.main import app
 
-CASES = 5
+CASES = 3
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world):
 
 
 def test_long_tail_facts_are_inserted(tiny_vlm, world):
-    cases = world.edit_cases("long_tail", "choose")[:5]
+    cases = world.edit_cases("long_tail", "choose")[:3]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
@@ -115,9 +116,9 @@ def test_long_tail_facts_are_inserted(tiny_vlm, world):
         delta = mt.MultEdit(layer=5, token="last").edit(tiny_vlm, [request])
         with delta.applied(tiny_vlm):
             learned += tiny_vlm.answers([tiny_vlm.prompt_for(request.question)]) == [case.target]
-    assert learned >= 4
+    assert learned == len(cases)
     assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) == before
-    assert sum(answer == case.target for answer, case in zip(before, cases, strict=True)) <= 1
+    assert not any(answer == case.target for answer, case in zip(before, cases, strict=True))
 
 
 def test_an_edited_model_saved_whole_reloads_with_the_new_answer(tiny_vlm, world, located, tmp_path):
@@ -157,7 +158,8 @@ def check_report(folder: Path, printed: str, facts: int) -> None:
     assert all(mt.Delta.load(folder / name).requests for name in edits)
 
 
-def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys):
+def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("multrace.scripts.demo.edit_record", partial(edit_record, count=2))  # few probes of each kind
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "edit_02.safetensors").write_bytes(b"of an earlier run over two facts")

@@ -115,7 +115,7 @@ def test_several_layers_and_moments_are_those_of_the_library(go: Any, tmp_path: 
 def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel, each: bool
 ):
-    records = world_edits(tmp_path, 3)
+    records = world_edits(tmp_path, 3)[1:]
     corruptions = [mt.SwapImage(str(record.question.corrupt).removeprefix("swap:")) for record in records]
     options = {"positions": ("constraint_last", "last"), "sites": ("hidden", "mlp"), "progress": False}
     located = mt.locate_then_edit(
@@ -126,7 +126,7 @@ def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     assert list(table["layer"]) == [site.layer for site in located.edit_sites]
     assert list(table["token"]) == [site.token for site in located.edit_sites]
     average = AverageTrace.load(tmp_path / "out/traces/summary/average.safetensors")
-    assert average.count == 3 and torch.equal(average.means["mlp"].mean, located.average.means["mlp"].mean)
+    assert average.count == 2 and torch.equal(average.means["mlp"].mean, located.average.means["mlp"].mean)
     report = (tmp_path / "out/summary/edit.json").read_text()
     assert len(set(table["layer"])) == (2 if each else 1)
     assert delta_of(tmp_path / "out").digest == located.deltas[0].digest
@@ -134,7 +134,7 @@ def test_the_place_is_the_one_that_the_traces_of_the_library_show(
 
 
 def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel):
-    records = world_edits(tmp_path, 3)
+    records = world_edits(tmp_path, 2)
     go(records, trace=EditTrace())
     homes = [next((tmp_path / "out/traces/records").glob(f"{record.id}-*")) for record in records]
     files = tuple(home / "trace.safetensors" for home in homes)
@@ -143,8 +143,8 @@ def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: 
     assert not (tmp_path / "again/traces").exists()
     go(records, out="average", trace_files=(tmp_path / "out/traces/summary/average.safetensors",))
     assert delta_of(tmp_path / "average").digest == delta_of(tmp_path / "out").digest
-    with pytest.raises(TraceError, match="3 requests with 2 traces"):
-        go(records, out="too few", trace_files=files[:2])
+    with pytest.raises(TraceError, match="2 requests with 1 traces"):
+        go(records, out="too few", trace_files=files[:1])
 
 
 def test_a_picture_that_cannot_be_decoded_has_no_part_in_the_place(go: Any, tmp_path: Path):
@@ -221,10 +221,10 @@ def test_nothing_but_failures_is_an_error(go: Any, tmp_path: Path):
 
 
 def test_more_records_keep_what_is_there_and_end_as_if_they_had_been_there(go: Any, tmp_path: Path):
-    records = world_edits(tmp_path, 3)
-    go(records[:2], trace=SHORT, together=1)
+    records = world_edits(tmp_path, 2)
+    go(records[:1], trace=SHORT, together=1)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("**/records/*/record.json")}
-    assert len(kept) == 4
+    assert len(kept) == 2
     go(records, trace=SHORT, together=1)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     go(records, out="at once", trace=SHORT, together=1)
@@ -309,7 +309,7 @@ def test_shards_in_one_folder_equal_one_run(go: Any, tmp_path: Path):
 
 
 def test_merged_shards_are_ended_by_the_same_command(go: Any, tmp_path: Path):
-    records = world_edits(tmp_path, 4)
+    records = world_edits(tmp_path, 3)
     options = {"trace": SHORT, "together": 2}
     for index in (1, 2):
         go(records, out=f"part{index}", shard=f"{index}/2", **options)
@@ -351,7 +351,7 @@ def records_of(out: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("kills", "count", "more"),
     [
-        pytest.param(1, 4, ("--where", "5"), id="1 kill"),
+        pytest.param(1, 4, ("--where", "5"), marks=pytest.mark.slow, id="1 kill"),
         pytest.param(20, 32, ("--where", "trace"), marks=pytest.mark.slow, id="20 kills"),
     ],
 )
@@ -364,6 +364,31 @@ def test_a_killed_edit_ends_like_an_undisturbed_one(tmp_path: Path, kills: int, 
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
     assert app(arguments(other, count, *more)) == 1
     assert content(one) == content(other) and len(read_rows(one)) == count
+
+
+def test_an_interrupted_edit_goes_on_with_the_values_that_are_there(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In this process: a run that is killed, and a run in a process of its own, are above."""
+    records = plain_edits(*TARGETS)
+    search, groups = EditRun.compute_together, []
+
+    def stopped(self: EditRun, vlm: VisionLanguageModel, tasks: Sequence[Any]) -> Any:
+        groups.append(len(tasks))
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        return search(self, vlm, tasks)
+
+    monkeypatch.setattr(EditRun, "compute_together", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        go(records, together=2)
+    done = records_of(tmp_path / "out")
+    assert len(done) == 2 and not (tmp_path / "out/summary").exists()
+    go(records, together=2)
+    assert groups == [2, 2, 2, 1]
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished record was computed again"
+    go(records, out="undisturbed", together=2)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

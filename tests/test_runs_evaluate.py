@@ -180,10 +180,11 @@ def test_an_interrupted_sequence_goes_on_with_the_same_bits(
     for stop in (1, 2):
         _interrupt(monkeypatch, stop)
         with pytest.raises(KeyboardInterrupt):
-            analysed(tiny_vlm, again, tmp_path / str(stop), records)
+            analysed(tiny_vlm, again, tmp_path / "interrupted", records)
         monkeypatch.undo()
-        analysed(tiny_vlm, again, tmp_path / str(stop), records)
-        assert content(tmp_path / str(stop)) == content(tmp_path / "at once")
+        assert len(list((tmp_path / "interrupted/records").glob("[!.]*-*/record.json"))) == stop
+    analysed(tiny_vlm, again, tmp_path / "interrupted", records)
+    assert content(tmp_path / "interrupted") == content(tmp_path / "at once")
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
