@@ -169,6 +169,13 @@ class Addresses:
         path = f"{self.layer_path(layer)}.{self._chosen(layer, self.family.attention)}"
         return self._at(path, f"attention of layer {self.index(layer)}")
 
+    def further_path(self, layer: int) -> str | None:
+        """Return the dotted path of the third module whose output the layer adds; None for a layer without one."""
+        name = self.family.further
+        if name is None or _child(self.layers[self.index(layer)], name) is None:
+            return None
+        return f"{self.layer_path(layer)}.{name}"
+
     def layer_around(self, key: Key) -> nn.Module | None:
         """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
         if isinstance(key, Site):

@@ -50,6 +50,8 @@ class TextStack:
     """The experts. A layer that has them has no single linear map by which its MLP writes."""
     mlp_norm: str | None = None
     """The norm between what the MLP writes and the residual stream, whose output then is the site; None for none."""
+    further: str | None = None
+    """A third module whose output a layer adds, such as what Gemma 4 makes of its inputs per layer; None for none."""
     final_norm: str = "norm"
     """The norm between the last decoder layer and the output head, relative to the text stack."""
     transposed: bool = False
@@ -196,11 +198,18 @@ TEXT_STACKS: tuple[TextStack, ...] = (
     TextStack(text_types=("nanochat",), down="mlp.fc2"),
     TextStack(
         text_types=(
-            *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "beam"),
+            *("gemma2", "gemma3_text", "beam"),
             *("olmo2", "olmo3", "exaone4", "flex_olmo"),
         ),
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
+    ),
+    TextStack(
+        text_types=("gemma4_text", "gemma4_unified_text"),
+        attention_norm="post_attention_layernorm",
+        experts="experts",  # beside a dense MLP, before the norm that is behind both
+        mlp_norm="post_feedforward_layernorm",
+        further="post_per_layer_input_norm",
     ),
     TextStack(
         text_types=("glm4", "glm4v_text", "glm_ocr_text", "kolibri1"),
@@ -326,7 +335,7 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     PictureFront(
         model_types=("minicpmv4_6", "minicpmv4_7"),
         vision="vision_tower",
-        vision_layers="encoder.layers",
+        vision_layers=None,  # a merger of patches stands between two of them
         projector="merger",
     ),
     PictureFront(

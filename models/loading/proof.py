@@ -72,7 +72,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
 class _Side:
     """The input or output of a module, as a key of recorded states."""
 
-    key: Site | Projection
+    key: Site | Projection | str
     inputs: bool
     """True for the input, False for the output."""
 
@@ -120,11 +120,15 @@ class _Probe:
         hidden = [Site("hidden", layer) for layer in layers]
         parts = [Site(kind, layer) for kind in ("mlp", "attention") for layer in layers]
         normed = [site for site in parts if self.norm(site) is not None]
+        further = [path for layer in layers if (path := self.vlm.addresses.further_path(layer)) is not None]
         projections = [projection for site in parts if (projection := self.projection(site)) is not None]
         with ExitStack() as stack:
             if edits:
                 stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
-            for keys, inputs in ((hidden + parts + projections, False), (hidden + normed + projections, True)):
+            for keys, inputs in (
+                (hidden + parts + projections + further, False),
+                (hidden + normed + projections, True),
+            ):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
             return self.vlm.logits(self.prompt), states
 
@@ -202,6 +206,8 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
             raise probe.error(site, f"its output has shape {recorded.shape} instead of {expected}")
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
+    further = states.get(_Side(probe.vlm.addresses.further_path(layer) or "", False))
+    parts += [] if further is None else [further.tail.to(into.device)]
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
     if not (
         _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm()))
