@@ -10,6 +10,10 @@ class ModelError(ValueError):
     """A model, picture, prompt or address is unusable as requested; the message says what was found and what to do."""
 
 
+class AddressError(ModelError):
+    """A module is not where the family's names say, or does something else than they say; another row may serve."""
+
+
 class NotFiniteError(ModelError):
     """The logits are not finite, so no token is the most likely one and the model has no answer to this prompt."""
 

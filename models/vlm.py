@@ -25,7 +25,7 @@ from .generation import Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating
 from .hooks import first_call, main_tensor
 from .pictures import named_features, projected_features, shows_pictures
-from .placement import OpenedWeight, input_device, is_packed, opened, stored_beside, stored_weights, values
+from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, build
 from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
@@ -122,11 +122,6 @@ class VisionLanguageModel:
     def device(self) -> torch.device:
         """The device that inputs are moved to."""
         return input_device(self.model)
-
-    @property
-    def is_quantised(self) -> bool:
-        """True if weights are packed, so that what the model computes is as coarse as in half precision."""
-        return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
     def has_vision(self) -> bool:
@@ -350,10 +345,9 @@ class VisionLanguageModel:
         ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
         cannot be read.
         """
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        packed = {f"{path}.weight" for path, module in self.model.named_modules() if is_packed(module)}
-        if name not in parameters | packed:
-            nearest = get_close_matches(name, parameters | packed, n=1, cutoff=0.0)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if name not in parameters:
+            nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
         return values(self.model, name, transposed=self.stores_transposed)
 
@@ -409,7 +403,9 @@ class VisionLanguageModel:
             False
         """
         with self.lock:
-            digests = self.digests.of(stored_weights(self.model) | stored_beside(self.model), progress=progress)
+            buffers = dict(self.model.named_buffers())
+            stored = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name in buffers}
+            digests = self.digests.of(stored_weights(self.model) | stored, progress=progress)
         frontend = self.frontend
         parts = [
             _without_origin(self.config.to_dict()),
@@ -710,8 +706,7 @@ class VisionLanguageModel:
             ModelError: The folder is not empty, or cannot be written.
         """
         with self.lock:
-            dtype = dtype or (None if self.is_quantised else self.stored_dtype)
-            save_directory(self.model, self.processor, directory, dtype=dtype, overwrite=overwrite)
+            save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
         """Return the module named by this field of the family, relative to the base model or to a part of it."""

@@ -6,6 +6,7 @@ from .addresses import (
     Site as Site,
     resolved as resolved,
 )
+from .discovery import discover as discover
 from .table import (
     PICTURE_FRONTS as PICTURE_FRONTS,
     TEXT_STACKS as TEXT_STACKS,
@@ -15,6 +16,7 @@ from .table import (
     Row as Row,
     TextStack as TextStack,
     family_of as family_of,
+    has_rows as has_rows,
     pair_of as pair_of,
     picture_front_of as picture_front_of,
     text_stack_of as text_stack_of,

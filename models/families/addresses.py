@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..placement import compute_device, fetched, is_packed, map_shape
+from ..errors import AddressError, ModelError
+from ..placement import compute_device, fetched, map_shape
 from .table import Family, Names
 
 if TYPE_CHECKING:
@@ -169,13 +169,6 @@ class Addresses:
         path = f"{self.layer_path(layer)}.{self._chosen(layer, self.family.attention)}"
         return self._at(path, f"attention of layer {self.index(layer)}")
 
-    def further_path(self, layer: int) -> str | None:
-        """Return the dotted path of the third module whose output the layer adds; None for a layer without one."""
-        name = self.family.further
-        if name is None or _child(self.layers[self.index(layer)], name) is None:
-            return None
-        return f"{self.layer_path(layer)}.{name}"
-
     def layer_around(self, key: Key) -> nn.Module | None:
         """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
         if isinstance(key, Site):
@@ -229,8 +222,8 @@ class Addresses:
         path = f"{self.layer_path(site.layer)}.{self._chosen(site.layer, names)}"
         module = self._at(path, f"projection of site {str(site)!r}")
         weight = getattr(module, "weight", None)
-        if not is_packed(module) and (not isinstance(weight, nn.Parameter) or weight.ndim != 2):
-            raise ModelError(
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            raise AddressError(
                 f"the projection of site {str(site)!r} at {path!r} in {self.name!r} is a {type(module).__name__} "
                 f"without a weight matrix; mend the row of family {self.family.name}"
             )
@@ -248,7 +241,7 @@ class Addresses:
         except AttributeError:
             names = [name for name, _ in self.model.named_modules()]
             nearest = get_close_matches(path, names, n=1, cutoff=0.0)
-            raise ModelError(
+            raise AddressError(
                 f"no {asked} at {path!r} in {self.name!r} (family {self.family.name}); "
                 f"the nearest module is {nearest[0]!r}"
             ) from None
@@ -258,7 +251,7 @@ class Addresses:
             return parent.get_submodule(leaf)
         except AttributeError:
             children = ", ".join(name for name, _ in parent.named_children())
-            raise ModelError(
+            raise AddressError(
                 f"no {leaf!r} in {parent_path!r} of {self.name!r} (family {self.family.name}): found {children}"
             ) from None
 
@@ -266,7 +259,7 @@ class Addresses:
 def resolved(model: PreTrainedModel, family: Family, name: str) -> Family:
     """Return the family with one name for each part that sees: of several, the first that the model has, else None.
 
-    Raises `ModelError`, which calls the model `name`, if it has no vision tower under any of several names.
+    Raises `AddressError`, which calls the model `name`, if it has no vision tower under any of several names.
     """
     addresses = Addresses(model=model, family=family, name=name)
 
@@ -277,7 +270,7 @@ def resolved(model: PreTrainedModel, family: Family, name: str) -> Family:
 
     vision = first(family.vision)
     if family.vision is not None and vision is None:
-        raise ModelError(
+        raise AddressError(
             f"{name!r} (family {family.name}) has none of the vision towers {', '.join(family.vision)}; pass "
             "load(..., families=(PictureFront(...),)) with a row that names its own"
         )

@@ -50,8 +50,6 @@ class TextStack:
     """The experts. A layer that has them has no single linear map by which its MLP writes."""
     mlp_norm: str | None = None
     """The norm between what the MLP writes and the residual stream, whose output then is the site; None for none."""
-    further: str | None = None
-    """A third module whose output a layer adds, such as what Gemma 4 makes of its inputs per layer; None for none."""
     final_norm: str = "norm"
     """The norm between the last decoder layer and the output head, relative to the text stack."""
     transposed: bool = False
@@ -198,18 +196,11 @@ TEXT_STACKS: tuple[TextStack, ...] = (
     TextStack(text_types=("nanochat",), down="mlp.fc2"),
     TextStack(
         text_types=(
-            *("gemma2", "gemma3_text", "beam"),
+            *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "beam"),
             *("olmo2", "olmo3", "exaone4", "flex_olmo"),
         ),
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
-    ),
-    TextStack(
-        text_types=("gemma4_text", "gemma4_unified_text"),
-        attention_norm="post_attention_layernorm",
-        experts="experts",  # beside a dense MLP, before the norm that is behind both
-        mlp_norm="post_feedforward_layernorm",
-        further="post_per_layer_input_norm",
     ),
     TextStack(
         text_types=("glm4", "glm4v_text", "glm_ocr_text", "kolibri1"),
@@ -335,7 +326,7 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     PictureFront(
         model_types=("minicpmv4_6", "minicpmv4_7"),
         vision="vision_tower",
-        vision_layers=None,  # a merger of patches stands between two of them
+        vision_layers="encoder.layers",
         projector="merger",
     ),
     PictureFront(
@@ -379,6 +370,16 @@ def family_of(config: PretrainedConfig, rows: Sequence[Row] = ()) -> Family:
             return row
     parts = [row for row in rows if not isinstance(row, Family)]
     return pair_of(config, text_stack_of(text.model_type, parts), picture_front_of(config, parts))
+
+
+def has_rows(config: PretrainedConfig, rows: Sequence[Row] = ()) -> bool:
+    """Return whether each part of this configuration, text stack and picture front, has a row of its own."""
+    text_type, outer = config.get_text_config().model_type, config.model_type
+    stacks = [row for row in (*rows, *TEXT_STACKS) if isinstance(row, TextStack)]
+    fronts = [row for row in (*rows, *PICTURE_FRONTS) if isinstance(row, PictureFront)]
+    return any(text_type in row.text_types for row in stacks) and (
+        text_type == outer or any(outer in row.model_types for row in fronts)
+    )
 
 
 def text_stack_of(text_type: str, rows: Sequence[Row] = ()) -> TextStack:

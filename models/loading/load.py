@@ -3,28 +3,26 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from inspect import signature
 from os import PathLike, fspath
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import ModelError, gist, reason
-from ..families import Addresses, Family, Row, family_of, resolved
+from ..errors import AddressError, ModelError, gist, reason
+from ..families import Addresses, Family, Row, discover, family_of, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
-from ..placement import absent, input_device, keep_packing
+from ..placement import absent, input_device
 from ..vlm import VisionLanguageModel
-from .processors import complete_processor, find_image_token, with_answer_fills
+from .processors import complete_processor, find_image_token, probe_prompt, with_answer_fills
 from .proof import prove_addresses
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
 
-_QUANTISERS = ("bitsandbytes", "torchao")
-"""The methods whose packages of the same name are in the extra `quant`."""
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names by which transformers chooses the devices itself."""
 
@@ -41,7 +39,7 @@ def load(
     quantization: Any = None,
     attention: str | None = None,
     verify: bool = True,
-    families: Sequence[Row] = (),
+    families: Sequence[Row] | Literal["discover"] = (),
 ) -> VisionLanguageModel:
     """Return the model at a directory or hub id, in eval mode, without gradients and with verified addresses.
 
@@ -58,12 +56,13 @@ def load(
             are needed; None as long as all of them are.
         revision: a branch, tag or commit of the hub; None for its newest.
         trust_remote_code: run Python code that comes with the model. The default False refuses such models.
-        quantization: a transformers quantization config, such as `BitsAndBytesConfig(load_in_4bit=True)` or a
-            `TorchAoConfig`, from the extra `quant`; None for the file's own, if any.
+        quantization: a transformers quantization config (`BitsAndBytesConfig(...)`); None for the file's own.
         attention: "sdpa", "eager", or another implementation that transformers has here; None for the model's own.
         verify: prove that every module is where the family row says, and that every weight is finite (default). Takes
             seven forward passes and one pass over the weights. False skips it, for a model that was proven before.
-        families: further rows, tried before those of the tables: `TextStack`, `PictureFront`, or `Family` for both.
+        families: further rows, tried before those of the tables: `TextStack`, `PictureFront`, or `Family` for both; or
+            "discover" to measure where the parts of the model are instead. An architecture without a row is measured
+            if it is not built as usual; one more line of the log then says what was found.
 
     Returns:
         The model, ready for `prompt`, `answer`, tracing and editing.
@@ -82,8 +81,8 @@ def load(
     source = ModelSource(name, revision=revision, trust_remote_code=trust_remote_code)
     check_device_map(device_map, name)
     config = source.open("configuration", AutoConfig.from_pretrained)
-    quantiser = check_quantiser(quantization, config, name)
-    family = family_of(config, families)
+    rows = () if families == "discover" else families
+    family = family_of(config, rows)
     source.check_weights()
     source.check_configuration(config, family, attention)
     source.check_generation_settings(config)
@@ -93,34 +92,74 @@ def load(
     given = {"device_map": device_map, "quantization_config": quantization, "attn_implementation": attention}
     given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
     options |= {option: value for option, value in given.items() if value is not None}
-    model = source.model(family, options) if quantiser is None else _quantised(source, family, options, quantiser)
+    model = source.model(family, options)
     check_in_memory(model, device_map, name)
     source.check_special_tokens(model.generation_config.to_dict(), model.config)
+    opened = _Opened(model=model, processor=processor, name=name, revision=revision, stored=stored)
     with _first_use(name):
-        vlm = _assemble(model, processor, family=family, name=name, revision=revision, stored=stored)
-        complete_processor(vlm)
-        vlm = with_answer_fills(vlm)
-        _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
-        proof = prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
+        if families == "discover":
+            vlm, proof = _discovered(opened, family, verify=verify)
+        else:
+            vlm, proof = _served(opened, family, verify=verify, is_known=has_rows(config, rows))
     logger.info(
         "%s: %s, %d layers, hidden %d, mlp %d, %d heads, %s on %s; %s",
-        *(name, family.name, vlm.layers, vlm.hidden, vlm.mlp, vlm.heads, str(vlm.dtype), vlm.device, proof),
+        *(name, vlm.family.name, vlm.layers, vlm.hidden, vlm.mlp, vlm.heads, str(vlm.dtype), vlm.device, proof),
     )
     return vlm
 
 
-def _assemble(
-    model: PreTrainedModel,
-    processor: Any,
-    *,
-    family: Family,
-    name: str,
-    revision: str | None,
-    stored: torch.dtype | None,
-) -> VisionLanguageModel:
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """The parts of a model before it is known where in it what is."""
+
+    model: PreTrainedModel
+    processor: Any
+    name: str
+    revision: str | None
+    stored: torch.dtype | None
+
+
+def _served(opened: _Opened, family: Family, *, verify: bool, is_known: bool) -> tuple[VisionLanguageModel, str]:
+    """Return the model with this family, and its proof; of an architecture without a row, measured if that fails."""
+    try:
+        return _ready(_assemble(opened, resolved(opened.model, family, opened.name)), verify=verify)
+    except AddressError as error:
+        if is_known:
+            raise
+        unusual = error
+    try:
+        return _discovered(opened, family, verify=verify)
+    except AddressError as error:
+        raise ModelError(f"{gist(error)} (no row serves it, and with the usual names, {gist(unusual)})") from error
+
+
+def _discovered(opened: _Opened, family: Family, *, verify: bool) -> tuple[VisionLanguageModel, str]:
+    """Return the model with a family that was measured on it, and its proof.
+
+    family: One for this configuration, of which only counts whether it has a vision tower.
+    """
+    vlm = _assemble(opened, family)
+    complete_processor(vlm)
+    prompt = probe_prompt(vlm)
+    row = discover(opened.model, lambda: vlm.logits(prompt), name=opened.name, has_vision=family.vision is not None)
+    found = {part.name: getattr(row, part.name) for part in fields(row) if getattr(row, part.name) != part.default}
+    names = ", ".join(f"{part}={value!r}" for part, value in found.items() if not part.endswith(("name", "types")))
+    logger.info("%s: discovered, not in the tables of families: %s", opened.name, names or "the usual names")
+    return _ready(_assemble(opened, row), verify=verify)
+
+
+def _ready(vlm: VisionLanguageModel, *, verify: bool) -> tuple[VisionLanguageModel, str]:
+    """Return an assembled model with what its processor lacks, and one line on what is proven."""
+    complete_processor(vlm)
+    vlm = with_answer_fills(vlm)
+    _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
+    return vlm, prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
+
+
+def _assemble(opened: _Opened, family: Family) -> VisionLanguageModel:
+    model, processor, name = opened.model, opened.processor, opened.name
     model.eval()
     model.requires_grad_(False)
-    family = resolved(model, family, name)
     vision = family.vision is not None
     tokenizer = processor.tokenizer if vision else processor
     if not tokenizer.is_fast:
@@ -145,8 +184,8 @@ def _assemble(
         addresses=Addresses(model=model, family=family, name=name),
         family=family,
         name=name,
-        revision=revision,
-        stored_dtype=stored or model.dtype,
+        revision=opened.revision,
+        stored_dtype=opened.stored or model.dtype,
     )
 
 
@@ -220,41 +259,6 @@ def check_device_map(device_map: Any, name: str) -> None:
             f"cannot open {name!r} with device_map={device_map!r}: {reasons[0] if reasons else 'it names no device'}; "
             f"pass one of {', '.join(map(repr, usable))}, or leave device_map out for the CPU"
         )
-
-
-def check_quantiser(quantization: Any, config: PretrainedConfig, name: str) -> str | None:
-    """Return the method by which the weights are quantised, or None. Raise `ModelError` if its package is missing."""
-    own = getattr(config, "quantization_config", None)
-    if quantization is None and own is None:
-        return None
-    settings = own if quantization is None else quantization
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
-    if method is None:
-        raise ModelError(
-            f"cannot open {name!r} with quantization={settings!r}: it names no method; pass a configuration of "
-            "transformers, such as BitsAndBytesConfig(load_in_4bit=True)"
-        )
-    method = str(getattr(method, "value", method))
-    if method in _QUANTISERS and find_spec(method) is None:
-        raise ModelError(
-            f"{name!r} is to be quantised by {method}, which is not installed; pip install 'multrace[quant]'"
-        )
-    return method
-
-
-def _quantised(source: ModelSource, family: Family, options: dict[str, Any], method: str) -> PreTrainedModel:
-    """Return the model with packed weights. Raise `ModelError` if its quantiser cannot make or read them here."""
-    try:
-        model = source.model(family, options)
-    except ModelError as error:
-        if error.__cause__ is None or out_of_memory(cast(Exception, error.__cause__)):
-            raise
-        raise ModelError(
-            f"cannot open {source.name!r} quantised by {method}: {reason(cast(Exception, error.__cause__))}; this "
-            "machine may lack its kernels, so pass other settings, or leave out quantization="
-        ) from error
-    keep_packing(model)
-    return model
 
 
 def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:

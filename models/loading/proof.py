@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import AddressError, ModelError
 from ..families import Projection, Site
 from ..hooks import capture, patch
-from ..placement import Elsewhere, is_plain, packed_parts, stored_beside, stored_weights
+from ..placement import Elsewhere, is_plain, packed_parts, stored_weights
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 from .processors import answer_gap, count_image_tokens, image_token_error, probe_prompt, rounding
@@ -72,7 +72,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
 class _Side:
     """The input or output of a module, as a key of recorded states."""
 
-    key: Site | Projection | str
+    key: Site | Projection
     inputs: bool
     """True for the input, False for the output."""
 
@@ -98,9 +98,9 @@ class _Probe:
     prompt: Prompt
     position: int
 
-    def error(self, site: Site | str, failure: str) -> ModelError:
+    def error(self, site: Site | str, failure: str) -> AddressError:
         """Return the error that says how one site fails."""
-        return ModelError(
+        return AddressError(
             f"site '{site}' of {self.vlm.name!r} fails its proof: {failure}; "
             f"mend the row of family {self.vlm.family.name!r}, or pass another one in families="
         )
@@ -120,15 +120,11 @@ class _Probe:
         hidden = [Site("hidden", layer) for layer in layers]
         parts = [Site(kind, layer) for kind in ("mlp", "attention") for layer in layers]
         normed = [site for site in parts if self.norm(site) is not None]
-        further = [path for layer in layers if (path := self.vlm.addresses.further_path(layer)) is not None]
         projections = [projection for site in parts if (projection := self.projection(site)) is not None]
         with ExitStack() as stack:
             if edits:
                 stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
-            for keys, inputs in (
-                (hidden + parts + projections + further, False),
-                (hidden + normed + projections, True),
-            ):
+            for keys, inputs in ((hidden + parts + projections, False), (hidden + normed + projections, True)):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
             return self.vlm.logits(self.prompt), states
 
@@ -153,15 +149,6 @@ class _Probe:
             return torch.equal(patched, clean)
         rounding = _REGROUPING * torch.finfo(self.vlm.dtype).eps * float(clean.abs().max())
         return float((patched - clean).abs().max()) <= rounding
-
-    def unmoved(self, patched: Tensor, clean: Tensor) -> bool:
-        """Return whether logits are the same, of a quantised model up to the rounding of its activations.
-
-        The 8-bit kernels of bitsandbytes keep a column of all tokens in half precision if one token is large there.
-        """
-        if not self.vlm.is_quantised:
-            return self.same(patched, clean)
-        return bool((patched - clean).norm() <= rounding(self.vlm) * clean.norm())
 
 
 def _prove_identity(probe: _Probe) -> tuple[Tensor, States]:
@@ -199,8 +186,7 @@ def _prove_weights(vlm: VisionLanguageModel) -> None:
 
 def _floating_parts(vlm: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of each weight that could hold values that are not finite: of a packed one, its scales."""
-    beside = stored_beside(vlm.model) if vlm.is_quantised else {}
-    for name, stored in (stored_weights(vlm.model) | beside).items():
+    for name, stored in stored_weights(vlm.model).items():
         for part in packed_parts(stored.read() if isinstance(stored, Elsewhere) else stored).values():
             if part.is_floating_point() and part.itemsize >= _SMALLEST and part.numel():
                 yield name, part
@@ -216,8 +202,6 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
             raise probe.error(site, f"its output has shape {recorded.shape} instead of {expected}")
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
-    further = states.get(_Side(probe.vlm.addresses.further_path(layer) or "", False))
-    parts += [] if further is None else [further.tail.to(into.device)]
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
     if not (
         _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm()))
@@ -294,7 +278,7 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
         return moved
 
     patched, after = probe.run({site: move})
-    if not probe.vlm.family.prefix and not probe.unmoved(patched[:, :at], clean[:, :at]):
+    if not probe.vlm.family.prefix and not probe.same(patched[:, :at], clean[:, :at]):
         raise probe.error(site, f"a patch at position {at} changes the logits of earlier positions")
     if probe.vlm.family.prefix and probe.same(patched[:, :at], clean[:, :at]):
         raise probe.error(site, f"a patch at position {at} changes no earlier logits, and the row says prefix=True")
@@ -323,7 +307,7 @@ def _prove_inputs(probe: _Probe, clean: Tensor) -> None:
     """Check that no input is missing that the processor makes, and that an answer does not change what precedes it."""
     vlm, prompt = probe.vlm, probe.prompt
     gap = answer_gap(vlm, prompt)
-    if not gap <= rounding(vlm):
+    if not gap <= rounding(vlm.dtype):
         raise probe.error("answer", f"an answer moves the logits before it by {gap:.1e} of their size")
     outputs = vlm.frontend.outputs(prompt.text, prompt.images)
     missing = {name: value for name, value in outputs.items() if name not in prompt.inputs}
