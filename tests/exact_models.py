@@ -61,6 +61,22 @@ def lift_casts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.functional, "softmax", lambda states, dim, **_dtype: softmax(states, dim))
 
 
+def lift_every_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on float64 is never cast to float32, not even inside functions of transformers."""
+    to = torch.Tensor.to
+
+    def kept(value: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if value.dtype == torch.float64:
+            arguments = tuple(torch.float64 if each is torch.float32 else each for each in arguments)
+            keywords |= {"dtype": torch.float64} if keywords.get("dtype") is torch.float32 else {}
+        return to(value, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "to", kept)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda value: value if value.dtype == torch.float64 else to(value, torch.float32)
+    )
+
+
 def load_exact(path: Path, monkeypatch: pytest.MonkeyPatch, **options: str) -> VisionLanguageModel:
     """The model of a folder, really computing in float64 (or as the options say)."""
     vlm = load(path, verify=False, **{"dtype": "float64", **options})

@@ -1,6 +1,7 @@
 """Families that are in no row of ours, built with random weights to compute in true float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
              layer_types=[FULL, SLIDING, SLIDING, FULL]),
         {},
     ),
-    "GPT-J, a method for attention": (text("GPTJ", num_attention_heads=2, n_inner=64, rotary_dim=4), GPTJ),
+    "GPT-J, a method for attention": (text("GPTJ", hidden_size=64, n_inner=64, rotary_dim=4), GPTJ),
     "GPT-Neo, a method with windows": (
         text("GPTNeo", num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=4), GPTNEO),
     "CodeGen": (text("CodeGen", hidden_size=64, n_inner=64, rotary_dim=4, n_ctx=128), GPTJ),
@@ -112,11 +113,31 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
     ),
 }  # fmt: skip
 
+LINEAR = "linear_attention"
+MIXED = {"layer_types": [LINEAR, LINEAR, LINEAR, FULL], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16}  # fmt: skip
+MIXED_NAMES = {"attention": ("self_attn", "linear_attn"), "attention_out": ("self_attn.o_proj", "linear_attn.out_proj")}
+RUNNING: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "Qwen3.5, linear attention": (text("Qwen3_5", **MIXED), MIXED_NAMES),
+    "LFM2, short convolutions": (
+        text("Lfm2", layer_types=["conv", FULL, "conv", FULL], block_auto_adjust_ff_dim=False),
+        {"attention": ("self_attn", "conv"), "attention_out": ("self_attn.out_proj", "conv.out_proj"),
+         "mlp": "feed_forward", "down": "feed_forward.w2", "final_norm": "embedding_norm"},
+    ),
+    "Qwen3.5, linear attention last": (text("Qwen3_5", **{**MIXED, "layer_types": [FULL, LINEAR] * 2}), MIXED_NAMES),
+    "Jamba, a state that takes one token at a time": (
+        text("Jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=10, expert_layer_offset=9,
+             use_mamba_kernels=False, mamba_dt_rank=4, num_experts=1, num_experts_per_tok=1),
+        {"attention": ("self_attn", "mamba"), "attention_out": ("self_attn.o_proj", "mamba.out_proj"),
+         "mlp": "feed_forward", "down": "feed_forward.down_proj", "final_norm": "final_layernorm"},
+    ),
+}  # fmt: skip
+"""Families with layers that have no attention."""
 NO_PLAIN_SOFTMAX = [name for name in MODELS if any(what in name for what in ("capped scores", "sinks", "another size"))]
 
 
 def make(name: str, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:
-    build, names = MODELS[name]
+    build, names = {**MODELS, **RUNNING}[name]
     torch.manual_seed(0)
     model = build().double()
     lift_casts(model, monkeypatch)

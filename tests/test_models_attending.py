@@ -241,18 +241,18 @@ def test_a_method_that_attends_is_replaced_and_put_back(name, monkeypatch):
     inside = [part for layer in vlm.decoder_layers for part in layer.modules() if hasattr(part, "_attn")]
     for part in inside:
         part.register_forward_hook(lambda _module, _arguments, output: weights.append(output[1]))
-    plain, expected = vlm.forward(inputs_embeds=embeddings), [*weights]
+    plain, expected = vlm.forward(embeddings), [*weights]
     with attending(vlm, range(LENGTH)) as seen:
-        assert close(vlm.forward(inputs_embeds=embeddings), plain)
+        assert close(vlm.forward(embeddings), plain)
     assert all(close(each.weights, own) for each, own in zip(seen, expected, strict=True))
     assert len(seen) == len(inside) == vlm.layers and not any("_attn" in vars(part) for part in inside)
     hidden = torch.zeros(1, LENGTH, LENGTH, dtype=torch.bool)
     hidden[:, -1, 3] = True
     with masking(vlm, {1: hidden}), attending(vlm, [-1]):
-        masked = vlm.forward(inputs_embeds=embeddings)
+        masked = vlm.forward(embeddings)
     assert close(masked, plain)  # the block inside attends anew
     with masking(vlm, {2: hidden}):
-        masked = vlm.forward(inputs_embeds=embeddings)
+        masked = vlm.forward(embeddings)
     assert close(masked[:, :-1], plain[:, :-1]) and not close(masked[:, -1], plain[:, -1], 1e-4)
 
 
@@ -263,7 +263,7 @@ def test_a_method_that_is_no_softmax_is_refused(monkeypatch):
     monkeypatch.setattr(kind, "_attn", lambda self, *given: tuple(part * 1.1 for part in own(self, *given)))
     for text in ("the attention of GPTJAttention is no softmax", "GPTJAttention cannot be called by itself"):
         with pytest.raises(ReplayError, match=text), attending(vlm, [-1]):
-            vlm.forward(inputs_embeds=make_runs(vlm).base)
+            vlm.forward(make_runs(vlm).base)
         monkeypatch.setattr(kind, "_attn", lambda self, query: query)
 
 

@@ -6,15 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from exact_models import CHANGED, FROZEN, LENGTH, largest_difference, lift_casts, make_runs, measure, mixed_cells
+from exact_models import (
+    CHANGED,
+    FROZEN,
+    LENGTH,
+    largest_difference,
+    lift_casts,
+    lift_every_cast,
+    make_runs,
+    measure,
+    mixed_cells,
+)
 from multrace import VisionLanguageModel, load
+from multrace.models import ReplayError
 from multrace.models.families import Family
-from multrace.models.replay import Cut, replaying
+from multrace.models.replay import Cut, attending, replaying, running
 from multrace.tracing.engine import EdgeCell, Runs, plain_scores
 from multrace.tracing.engine.measure import sweep
-from other_families import MODELS, NO_PLAIN_SOFTMAX, make, text
+from other_families import MODELS, RUNNING, make, text
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 
 def check(vlm: VisionLanguageModel, share: float = 0.4, cells: int = 45, **keywords: Tensor) -> None:
@@ -32,20 +43,48 @@ def test_a_family_without_a_row_is_swept_exactly(name, monkeypatch):
     check(make(name, monkeypatch))
 
 
+@pytest.mark.parametrize("name", [*RUNNING][:3])
+def test_layers_with_a_running_state_go_on_from_it(name, monkeypatch):
+    lift_every_cast(monkeypatch)
+    vlm = make(name, monkeypatch)
+    every = [cell for cell in mixed_cells(vlm) if cell.kind != "head"]
+    for restores in (True, False):
+        some = random.Random(int(restores)).sample(every, 40)
+        difference, moved = largest_difference(vlm, make_runs(vlm, restores=restores), some)
+        assert difference <= 1e-12
+        assert moved > 0.4
+    runs = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
+    cells = [EdgeCell(cut=cut, first=first, last=min(first + 1, 3)) for cut in CUTS for first in range(vlm.layers)]
+    found, slow = sweep(vlm, runs, cells, measure), plain_scores(vlm, runs, cells, measure)
+    assert float((found.scores - slow).abs().max()) <= 1e-12
+    with pytest.raises(ReplayError, match="its heads are not attention heads"):
+        sweep(vlm, make_runs(vlm), mixed_cells(vlm), measure)
+    with (
+        pytest.raises(ReplayError, match="keeps a running state, so it has no attention weights"),
+        attending(vlm, [-1]),
+    ):
+        vlm.forward(runs.base)
+
+
+def test_without_the_state_the_result_is_wrong(monkeypatch):
+    vlm = make("Qwen3.5, linear attention", monkeypatch)
+    monkeypatch.setattr(running, "_copied", lambda cache, _repeats: DynamicCache(config=vlm.config))
+    with pytest.raises(ReplayError, match="layer 0 gives other states when it runs at some positions only"):
+        sweep(vlm, make_runs(vlm), [cell for cell in mixed_cells(vlm) if cell.kind == "mlp"], measure)
+
+
+def test_a_state_that_cannot_go_on_is_refused(monkeypatch):
+    vlm = make("Jamba, a state that takes one token at a time", monkeypatch)
+    runs, cells = make_runs(vlm), [cell for cell in mixed_cells(vlm) if cell.kind == "mlp"][:9]
+    with pytest.raises(ReplayError, match="layer 0 gives other states when it runs at some positions only"):
+        sweep(vlm, runs, cells, measure)
+    assert plain_scores(vlm, runs, cells, measure).isfinite().all()
+
+
 CUTS = [
     Cut(sources=frozenset({3, 4, 5}), targets=frozenset({LENGTH - 1})),
     Cut(sources=frozenset({2, 7}), targets=frozenset({6, 7, 8, LENGTH - 2}), heads=(1, 3)),
 ]
-
-
-@pytest.mark.parametrize("name", NO_PLAIN_SOFTMAX)
-def test_edges_are_cut_exactly(name, monkeypatch):
-    vlm = make(name, monkeypatch)
-    cells = [EdgeCell(cut=cut, first=first, last=min(first + 2, 3)) for cut in CUTS for first in range(vlm.layers)]
-    runs = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
-    found, slow = sweep(vlm, runs, cells, measure), plain_scores(vlm, runs, cells, measure)
-    assert float((found.scores - slow).abs().max()) <= 1e-12
-    assert float((slow - found.base).abs().amax((1, 2)).min()) > 1e-6
 
 
 ROWS = {"mistral": Family(name="mistral", model_types=("mistral",), text_types=("mistral",)),

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ModelError, ReplayError
+from ..families import Site
 from ..guards import uninterrupted
 from ..hooks import main_tensor, named_arguments
 from ..vlm import VisionLanguageModel
@@ -68,7 +69,12 @@ class Witness:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], *, between: Mapping[int, Tensor] | None = None, is_padded: bool = False
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        between: Mapping[int, Tensor] | None = None,
+        mixers: Mapping[int, nn.Module] | None = None,
+        is_padded: bool = False,
     ) -> None:
         self.states: list[Tensor] = []
         """The input of the first layer and the output of each; for a padded batch, only the input of the first."""
@@ -77,16 +83,34 @@ class Witness:
         self._layers = list(layers)
         self._between = between or {}  # what the text stack adds to the states that enter a layer, by its number here
         self._is_padded = is_padded
+        self._mixers = mixers or {}  # what mixes positions in layers without attention, by layer
+        self._mixed: dict[int, Tensor] = {}
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._everything: Tensor | None = None  # one mask for all layers that are neither masked nor causal
 
     @property
     def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Return each layer's keys, values and mask. Raises `ReplayError` unless each layer ran and attended once."""
-        if len(self.calls) != len(self._layers) or len(self._attended) != len(self._layers):
+        """Return each layer's keys, values and mask; of one in `running`, the inputs of its mixer as keys and values.
+
+        Raises `ReplayError` unless each layer ran once, and attended or mixed positions once.
+        """
+        attended = {
+            number: (self._mixed[number][:, None], self._mixed[number][:, None], None) for number in self.running
+        }
+        attended |= self._attended
+        if len(self.calls) != len(self._layers) or len(attended) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
-        return [self._attended[number] for number in range(len(self._layers))]
+        for number in self.running:
+            mask = self.calls[number].keywords.get("attention_mask")
+            if mask is not None and not bool((mask != 0).all()):
+                raise ReplayError(f"padding is hidden from decoder layer {number}, which has a running state")
+        return [attended[number] for number in range(len(self._layers))]
+
+    @property
+    def running(self) -> dict[int, nn.Module]:
+        """Return the mixers that ran in layers without attention, by layer."""
+        return {number: self._mixers[number] for number in sorted(set(self._mixed) - set(self._attended))}
 
     def attends(
         self, module: nn.Module, given: tuple[Tensor, Tensor, Tensor | None], keywords: dict[str, Any]
@@ -146,7 +170,15 @@ class Witness:
             output = main_tensor(result, "a decoder layer")
             last[:], written[:] = [(output, _version(output))], [output]
 
+        def mixing(number: int, mixer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if number in self._mixed:
+                raise ReplayError(f"what mixes positions in decoder layer {number} runs more than once")
+            self._mixed[number] = next(iter(named_arguments(mixer, arguments, keywords).values()))
+
         with ExitStack() as stack:
+            for number, mixer in self._mixers.items():
+                hook = mixer.register_forward_pre_hook(partial(mixing, number), with_kwargs=True)
+                stack.callback(hook.remove)
             for layer in self._layers:
                 stack.callback(layer.register_forward_pre_hook(first, with_kwargs=True, prepend=True).remove)
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -160,6 +192,8 @@ class Witness:
 
 def _at_positions(name: str, value: Any, index: Index) -> Any:
     """Return a layer's keyword for only some positions. Raises `ReplayError` for a tensor of unknown meaning."""
+    if isinstance(value, dict) and not value:
+        return {}  # what layers would share with later ones
     if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
         return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
@@ -246,11 +280,33 @@ def _methods(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tenso
     Raises `ReplayError` if they do neither: they would attend as before, but with the masks of another function.
     """
     modules = [part for layer in vlm.decoder_layers for part in layer.modules()]
-    methods = {part: _Method(part, attend) for part in modules if callable(getattr(type(part), "_attn", None))}
-    by_name = getattr(vlm.decoder, "_supports_attention_backend", False) or any(map(_calls_by_name, modules))
-    if not methods and not by_name:
+    methods = {part: _Method(part, attend) for part in modules if _has_method(part)}
+    if not getattr(vlm.decoder, "_supports_attention_backend", False) and not any(
+        map(asks_for_attention, vlm.decoder_layers)
+    ):
         raise ReplayError(f"{type(vlm.decoder).__name__} does not let its attention function be replaced")
     return methods
+
+
+def asks_for_attention(layer: nn.Module) -> bool:
+    """Return whether some part of a decoder layer calls an attention function that can be replaced."""
+    return any(_has_method(part) or _calls_by_name(part) for part in layer.modules())
+
+
+def mixers_of(vlm: VisionLanguageModel) -> dict[int, nn.Module]:
+    """Return the modules that mix positions in layers without attention, by layer; empty for most models."""
+    mixers = {}
+    for number, layer in enumerate(vlm.decoder_layers):
+        if not asks_for_attention(layer):
+            try:
+                mixers[number] = vlm.module(Site("attention", number))
+            except ModelError:  # the recording says that this layer does not attend
+                continue
+    return mixers
+
+
+def _has_method(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "_attn", None))
 
 
 def _calls_by_name(module: nn.Module) -> bool:
@@ -488,6 +544,7 @@ class _Recorder:
     def __init__(self, vlm: VisionLanguageModel, queries: tuple[int, ...]) -> None:
         self.attentions: list[Attention] = []
         self._layers = vlm.decoder_layers
+        self._mixers = mixers_of(vlm)
         self._queries = queries
         self._witness = Witness(self._layers)
 
@@ -500,6 +557,7 @@ class _Recorder:
         """Check that the list holds the whole pass."""
         self._witness = Witness(self._layers)  # the old witness still refers to keys
         if len(self.attentions) != len(self._layers):
+            self._refuse_running(len(self._layers))
             raise ReplayError("not every decoder layer runs and attends exactly once")
 
     def attend(
@@ -516,6 +574,7 @@ class _Recorder:
         """Return one layer's attention output, (row, query, head, size), and no weights; called by the text model."""
         number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
         if number != len(self.attentions):
+            self._refuse_running(number)
             raise ReplayError(f"decoder layer {number} attends out of turn")
         if dropout:
             raise ReplayError(f"decoder layer {number} drops attention weights at random; put the model in eval mode")
@@ -530,6 +589,12 @@ class _Recorder:
             return rows[:, where.argsort()], None
         output, _ = exact_attention(module, query, key, value, attention_mask, scaling=scaling, **keywords)
         return output.index_copy(1, where, rows), None
+
+    def _refuse_running(self, number: int) -> None:
+        """Raise `ReplayError` if layers without attention are why nothing was recorded of the layers before this."""
+        layers = [layer for layer in range(len(self.attentions), number) if layer in self._mixers]
+        if layers:
+            raise ReplayError(f"decoder layer {layers[0]} keeps a running state, so it has no attention weights")
 
     def _places(self, length: int, key: Tensor) -> Tensor:
         """Return the queries as positions from the start."""

@@ -27,9 +27,10 @@ class Recording:
     positions: tuple[int, ...]
     """Positions that keys and values are stored for, ascending."""
     keys: tuple[Tensor, ...]
-    """Per layer (row, key-value head, position, size)."""
+    """Per layer (row, key-value head, position, size); of a layer with a running state (row, 1, position, hidden), the
+    inputs of the module that mixes positions."""
     values: tuple[Tensor, ...]
-    """Per layer (row, key-value head, position, size)."""
+    """Per layer (row, key-value head, position, size of values)."""
     kept: tuple[int, ...]
     """Positions that states and outputs are stored for, ascending."""
     states: tuple[Tensor, ...]
@@ -100,6 +101,10 @@ class Queries(Protocol):
     @property
     def positions(self) -> tuple[int, ...]:
         """The positions that the call computes, ascending."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The recordings that hold all other positions."""
 
     @property
     def index(self) -> Index:
@@ -379,6 +384,11 @@ class CutRows:
     def positions(self) -> tuple[int, ...]:
         """The positions that the call computes, ascending."""
         return self.span.positions
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The recordings that hold all other positions."""
+        return self.span.sources
 
     @property
     def index(self) -> Index:

@@ -27,8 +27,9 @@ from ..frame import DecoderInput, Frame
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
 from .attention import Job, Kernels, Softmax, merged_attention, probe_kernels
-from .observe import LayerCall, Witness, attention_function, exact_attention
+from .observe import LayerCall, Witness, attention_function, exact_attention, mixers_of
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
+from .running import Running
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -110,6 +111,9 @@ class Replay:
         self._kernels: dict[tuple[Any, ...], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
+        self._mixers = mixers_of(vlm)
+        self._running = Running(vlm, {})
+        self._is_proven = getattr(vlm.decoder, "_supports_attention_backend", False) and not self._mixers
 
     def entering(self, entering: DecoderInput) -> Tensor:
         """Return the first decoder layer's input for this input of the text stack, (row, token, hidden); none runs."""
@@ -145,7 +149,7 @@ class Replay:
         rows, length, device = entering.rows, entering.length, entering.embeddings.device
         where = index_of(kept, device)
         self.frame = entering.frame
-        self._witness = witness = Witness(self._layers, between=self.frame.between_layers)
+        self._witness = witness = Witness(self._layers, between=self.frame.between_layers, mixers=self._mixers)
         ends = self._ends
         try:
             with (
@@ -157,6 +161,8 @@ class Replay:
         finally:
             self._witness = None
         attended, self._calls = witness.attended, witness.calls
+        self._running = Running(self.vlm, witness.running)
+        self._running.check(projections)
         self._check_logits((outputs, inputs), witness.states[-1], logits, read)
         stored = {site: outputs[site] for site in sites} | {
             projection: inputs[projection] for projection in projections
@@ -165,7 +171,7 @@ class Replay:
         self.work.token_layers += rows * length * len(attended)
         self.work.pairs += rows * len(attended) * length * (length + 1) // 2
         self.work.read_tokens += rows * len(read)
-        return Recording(
+        recording = Recording(
             positions=tuple(range(length)),
             keys=tuple(key for key, _, _ in attended),
             values=tuple(value for _, value, _ in attended),
@@ -175,6 +181,31 @@ class Replay:
             read=tuple(read),
             logits=logits,
         )
+        if not self._is_proven:
+            self._prove(recording, witness.states)
+        return recording
+
+    def _prove(self, run: Recording, states: Sequence[Tensor]) -> None:
+        """Raise `ReplayError` unless each layer by itself, at some positions, gives its output in a recorded run.
+
+        It is asked of models that do not declare that their attention can be replaced, and of layers with a running
+        state, since something else might mix positions there. states: each layer's input and the last one's output.
+        """
+        middle = len(run.positions) // 2
+        positions = tuple(place for place in run.positions if place >= middle and place != middle + 1)
+        rest = tuple(place for place in run.positions if place not in set(positions))
+        span, work = self.span(positions, [Source(run=run, positions=rest)]), replace(self.work)
+        for number in range(len(self._layers)):
+            entering, expected = (each.to(self.vlm.device)[:, span.index] for each in states[number : number + 2])
+            try:
+                output = self.layer(number, entering, span)
+            except ReplayError:
+                raise
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ReplayError(f"decoder layer {number} does not run at some positions only: {error}") from error
+            if not _is_near(output, expected):
+                raise ReplayError(f"decoder layer {number} gives other states when it runs at some positions only")
+        self.work, self._is_proven = work, True
 
     def record_after(
         self,
@@ -210,7 +241,7 @@ class Replay:
         for number in range(len(self._layers)):
             job = span.job(number)
             with self._storing(number, sites, projections, where, written):
-                states = self._call(number, states, span.index, job)
+                states = self._call(number, states, span, job)
             stored.append(states[:, where].clone())  # a view would keep the rest in memory
             attended.append(job.computed)
         changed = [position for position in base.read if position in set(positions)]
@@ -238,7 +269,7 @@ class Replay:
 
         Rows form as many equal blocks as a source has rows, in its order.
         """
-        return self._call(number, states, span.index, span.job(number))
+        return self._call(number, states, span, span.job(number))
 
     def last_layer(self, states: Tensor, span: Queries, read: Sequence[int]) -> Tensor:
         """Return the last layer's output at only some of the span's positions, (row, read position, hidden).
@@ -254,12 +285,12 @@ class Replay:
         is_offloaded = hasattr(self._layers[number], "_hf_hook")
         collect = span.job(number) if is_offloaded else Job(is_stopped=True)
         try:
-            self._call(number, states, span.index, collect)
+            self._call(number, states, span, collect)
         except StopForward:
             self.work.key_value_tokens += states.shape[0] * states.shape[1]
         job = span.job(number, read)
         job.given = collect.computed
-        return self._call(number, states[:, where], index_of(read, states.device), job)
+        return self._call(number, states[:, where], span, job, read)
 
     def read(self, states: Tensor) -> Tensor:
         """Return logits (row, position, vocab), float32 or wider, of last-layer outputs (row, position, hidden)."""
@@ -306,15 +337,17 @@ class Replay:
             self._kernels[where] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
         return self._kernels[where]
 
-    def _call(self, number: int, states: Tensor, index: Index, job: Job) -> Tensor:
-        """Return the layer's output, with attention computed as the job specifies."""
+    def _call(self, number: int, states: Tensor, span: Queries, job: Job, read: Sequence[int] | None = None) -> Tensor:
+        """Return the layer's output at the span's positions, or those in `read`, attention as the job says."""
+        index = span.index if read is None else index_of(read, states.device)
         keywords = self._calls[number].at(index)
         added = self.frame.between_layers.get(number)
         if added is not None:
             states = states + added[:, index].repeat_interleave(len(states) // len(added), 0).to(states)
         self._job = job
         try:
-            output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
+            with self._running.continued(number, span, job, read):
+                output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
         finally:
             self._job = None
         self.work.token_layers += states.shape[0] * states.shape[1]
@@ -356,6 +389,13 @@ class Replay:
             if all(torch.equal(before.to(after.device), after) for before, after in links):
                 return
         raise ReplayError("final norm and output head do not give the model's own logits")
+
+
+def _is_near(values: Tensor, expected: Tensor) -> bool:
+    """Return whether values differ by no more than another order of summation can explain."""
+    coarseness = max(1.0, torch.finfo(values.dtype).eps * 1e4)  # of half precision, beside float32
+    bound = _TOLERANCE * coarseness * max(1.0, expected.abs().max().item())
+    return bool((values - expected).abs().max() <= bound)
 
 
 _TOLERANCE = 1e-3  # in logits; a wrong head or a lost scale is off by far more, another summation order by far less
