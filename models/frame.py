@@ -141,6 +141,16 @@ class Frame:
             cut[_BETWEEN_LAYERS] = [each[chosen.to(each.device)] for each in cut[_BETWEEN_LAYERS]]
         return replace(self, keywords=cut)
 
+    def split_before(self, start: int) -> int:
+        """Return the last place up to `start` at which a run can be split: no token before it sees one behind it.
+
+        In a prefix in which everything sees everything (PaliGemma), or in a picture, there is none but its beginning.
+        """
+        for mask in _masks(self.keywords.get("attention_mask")):
+            while mask.ndim == 4 and bool((later := mask[..., :start, start:].any(-1).any(0).any(0)).any()):
+                start = int(later.nonzero()[0])
+        return start
+
     def extended(self, count: int) -> Frame:
         """Return the frame with this many text tokens after the others: positions go on from the largest of each axis.
 

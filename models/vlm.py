@@ -738,7 +738,7 @@ class VisionLanguageModel:
 
     def _attention_bias(self, mask: Tensor) -> Tensor:
         """Return a mask for the attention implementation; only sdpa takes booleans, eager would add True as 1."""
-        if mask.dtype != torch.bool or self.model.config._attn_implementation == "sdpa":
+        if mask.dtype != torch.bool or getattr(self.decoder.config, "_attn_implementation", None) == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 

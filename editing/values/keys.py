@@ -72,13 +72,13 @@ class TargetBatch:
     """Prompts of many facts with their targets, padded so that the first edited token has the same column in all rows.
 
     A change at that column leaves everything before it as it is, so the prefix (with the picture) is run only once, by
-    `PaddedBatch.after_prefix(vlm, batch.entering, batch.start)`. Columns are counted from the first edited token.
+    `PaddedBatch.after_prefix(vlm, batch.entering, batch.start)`. Columns are counted from the end of that prefix.
     """
 
     entering: DecoderInput
     """What the text stack reads; embeddings are zero where padded."""
     start: int
-    """The first edited token, which is column 0."""
+    """The token that is column 0: the first edited one, or one before it if earlier tokens see that one."""
     goals: Tensor
     """(row,), the goal that a row belongs to."""
     essence: Tensor
@@ -122,18 +122,19 @@ def target_batch(
     start = max(each[0] for each in keys)
     inputs = [vlm.decoder_input(prompt.inputs) for _, prompt, _ in rows]
     entering = DecoderInput.padded(inputs, [start - each[0] for each in keys])
+    split = entering.frame.split_before(start)
     labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
-    key_columns, key_mask = _padded([[position - each[0] for position in each] for each in keys])
+    key_columns, key_mask = _padded([[position - each[0] + start - split for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
     counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
     return TargetBatch(
         entering=entering,
-        start=start,
+        start=split,
         goals=torch.tensor([index for index, _, _ in rows]),
         essence=torch.tensor([bare for _, _, bare in rows]),
         key_columns=key_columns,
         key_mask=key_mask,
-        label_columns=first[:, None] + counted,
+        label_columns=first[:, None] + counted + start - split,
         labels=labels,
         label_mask=label_mask,
     )

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from ..errors import AddressError, ModelError
 from ..families import Projection, Site
+from ..frame import DecoderInput
 from ..hooks import capture, patch
 from ..placement import Elsewhere, is_plain, packed_parts, stored_weights
-from ..prompts import Prompt
+from ..prompts import Prompt, batches, collate
+from ..replay.replay import PaddedBatch
 from ..vlm import VisionLanguageModel
 from .processors import answer_gap, count_image_tokens, image_token_error, probe_prompt, rounding
 
 _HALF = (torch.float16, torch.bfloat16)
+_BATCH_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Differences of logits, in shares of the largest, that rounding in batches of another size can explain; 5 % in half
+precision."""
 _SMALLEST = 2
 """Size in bytes of the narrowest dtype that a model computes in."""
 _REGROUPING = 32
@@ -30,7 +35,7 @@ _LEAST_SCALE = 1e-4
 def prove_addresses(vlm: VisionLanguageModel) -> str:
     """Return one line that summarises the verification, or raise `ModelError` with the site that contradicts the row.
 
-    Every weight is finite (one pass over them). The rest takes seven forward passes on one picture and question:
+    Every weight is finite (one pass over them). The rest takes a dozen forward passes on one picture and two questions:
 
     - Every site of every layer runs and has the right shape. Attention and MLP, each at some scale, add up to what the
       layer writes. Projections write what their modules write, or what the norm behind them reads, and read their
@@ -38,6 +43,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     - Patches at all sites that change nothing leave the logits bit-equal. A patch at one position of each kind of site
       leaves earlier positions and earlier layers bit-equal and changes later ones. Experts, which compute a token
       together with others, may round otherwise; where the row says prefix=True, earlier positions do change.
+    - A padded batch of two prompts, whole and in the form in which values are searched, gives what they give one by one.
     - Image positions, and no others, hold the image features. The layers of the vision tower and the projector, where
       the row names them, feed each other in that order.
 
@@ -59,6 +65,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
             raise probe.error(
                 "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
             )
+        _prove_batch(probe, clean)
         _prove_norm(probe, clean)
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
@@ -251,6 +258,31 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
     scale = read.tail.double().norm() * weight.double().norm() + (0 if bias is None else bias.double().norm())
     if not _close(computed, written.tail.double(), scale, eps=torch.finfo(written.tail.dtype).eps):
         raise probe.error(site, f"its projection {projection.path!r} is stored the other way round (transposed)")
+
+
+def _prove_batch(probe: _Probe, clean: Tensor) -> None:
+    """Check that a left-padded batch gives what its prompts give one by one, also when its prefix is run by itself."""
+    vlm = probe.vlm
+    pair = (probe.prompt, probe.prompt.asked_anew("Which?"))
+    if len(batches(pair, len(pair))) > 1:
+        return  # prompts of this model have to be run one by one
+    alone = torch.cat([clean[:, -1], vlm.logits(pair[1])[:, -1]])
+    inputs, shifts = collate(pair, vlm.tokenizer)
+    entering = DecoderInput.padded([vlm.decoder_input(each) for each in pair], shifts)
+    last = entering.length - 1
+    start = entering.frame.split_before(last)
+    columns = torch.full((len(pair), 1), last - start)
+    searched = PaddedBatch.after_prefix(vlm, entering, start).logits(vlm, columns)
+    for form, logits in (("", vlm.logits(inputs)[:, -1]), (" whose prefix is run by itself", searched[:, 0])):
+        difference, size = float((logits - alone).abs().max()), float(alone.abs().max())
+        if math.isnan(difference) and vlm.dtype == torch.float64:
+            return  # where attention is not fused, transformers itself has no padded batches in float64
+        if not difference <= _BATCH_ROUNDING.get(vlm.dtype, 5e-2) * size:
+            raise probe.error(
+                "hidden 0",
+                f"a padded batch{form} gives logits that are off by {difference:.2g} from those of its prompts alone, "
+                f"the largest of which is {size:.2g}",
+            )
 
 
 def _prove_norm(probe: _Probe, clean: Tensor) -> None:
