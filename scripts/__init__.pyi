@@ -7,6 +7,7 @@ from . import (
     edit as edit,
     evaluate as evaluate,
     export as export,
+    families as families,
     flow as flow,
     merge as merge,
     moments as moments,

@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, str] = {
     "export": "write a saved edit as a PEFT adapter or as a whole model, and check it",
     "data": "check, repair and convert files of questions and edits",
     "moments": "collect second moments of the inputs of projections over a corpus, for editors that need them",
+    "families": "print the architectures that multrace knows",
     "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
     "bench": "measure speed and memory beside the usual ways",
 }
