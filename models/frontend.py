@@ -133,6 +133,8 @@ class Frontend:
     """Number of tokens that the model has embeddings for; None if unknown."""
     accepted: frozenset[str] | None = None
     """Names of the inputs that the model takes; None if unknown, so that it gets everything."""
+    places: bool = True
+    """True if an image token shows a part of its picture; False for answers of learned queries."""
     answer_fills: Mapping[str, int] = field(default_factory=dict)
     """What an answer's tokens have in an input that has a number per token, such as token_type_ids; 0 by default."""
 
@@ -176,6 +178,12 @@ class Frontend:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | {self.image_token or "", self.image_word or ""}
         return tuple(sorted((text for text in special if _is_markup(text)), key=len, reverse=True))
+
+    @property
+    def most_tiles(self) -> int | None:
+        """LLaVA-OneVision's largest number of tiles, of which "anyres_max_9" is an example; None for other models."""
+        number = str(getattr(self.processor, "vision_aspect_ratio", "")).rpartition("anyres_max_")[2]
+        return int(number) if number.isdecimal() else None
 
     @property
     def padding_id(self) -> int:

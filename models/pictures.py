@@ -11,14 +11,10 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .hooks import main_tensor
+from .layout import pixels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def shows_pictures(inputs: Mapping[str, Tensor]) -> bool:
-    """Return whether a picture's pixels are among the inputs of a model."""
-    return any(name.startswith("pixel_values") for name in inputs)
 
 
 def named_features(model: PreTrainedModel, ready: Mapping[str, Tensor]) -> Tensor | None:
@@ -57,7 +53,7 @@ def _visual_inputs(read: Callable[..., Any], ready: Mapping[str, Tensor]) -> dic
     """Return the inputs that the method names; a parameter without a value gets the pixels, whatever their name is."""
     parameters = signature(read).parameters
     visual = {name: value for name, value in ready.items() if name in parameters}
-    pixels = next((value for name, value in ready.items() if name.startswith("pixel_values")), None)
+    pixels = pixels_of(ready)
     plain = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
     for name, parameter in parameters.items():
         is_needed = parameter.kind in plain and parameter.default is Parameter.empty

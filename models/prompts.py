@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
@@ -18,6 +19,7 @@ from ..data.pictures import Picture
 from ..data.spans import find_spans
 from .errors import ModelError, check_text, plain_number, whole_number
 from .frontend import Frontend, align, frame, is_per_token, open_images
+from .layout import PictureGrid, grid_boxes, picture_grids, pixels_of
 
 _Value = TypeVar("_Value")
 
@@ -30,9 +32,11 @@ class Patch:
     row: int
     """Row of the patch, counted from the top and from 0."""
     column: int
-    """Column of the patch, counted from the left and from 0."""
+    """Column of the patch, counted from the left and from 0; rows and columns of tiles are counted over all tiles."""
     image: int = 0
     """Index of the picture in the prompt."""
+    is_overview: bool = False
+    """True in a copy of the whole picture that the model sees beside its tiles; such a copy has its own rows."""
 
 
 class ReadOnly(Mapping[str, _Value]):
@@ -89,8 +93,6 @@ class Prompt:
     of the span; "constraint_last", the last of them. "last": the prompt's final token, which predicts the answer's
     first. "answer": the given answer's tokens, else none. "all": everything up to and including "last".
     """
-    patches: tuple[Patch, ...]
-    """Image positions with their row and column; empty where a picture's tokens do not form its patch grid."""
     template: str | None = None
     """The template that the prompt was made with, as `vlm.prompt` takes it; None for the model's own."""
     sources: tuple[PictureSource, ...] = ()
@@ -124,12 +126,97 @@ class Prompt:
         """Side of one vision patch in pixels of the processed picture; None for a text-only model."""
         return self.frontend.patch_size
 
+    @cached_property
+    def grids(self) -> tuple[PictureGrid, ...]:
+        """The grids that the image tokens form over their pictures; empty where they form none.
+
+        A picture in tiles has one over all tiles and one over the copy of the whole picture, if there is such a copy.
+        """
+        if not self.frontend.places:
+            return ()
+        return picture_grids(
+            self.inputs,
+            self.groups["image"],
+            [image.size for image in self.images],
+            patch_size=self.frontend.patch_size,
+            most_tiles=self.frontend.most_tiles,
+            paint=self.processed,
+        )
+
+    @cached_property
+    def patches(self) -> tuple[Patch, ...]:
+        """Image positions with their row and column, picture by picture; empty where a picture's tokens form no grid.
+
+        Tokens of line ends, classes and padding are not among them, nor is a copy of the whole picture beside its tiles
+        (`overview`).
+        """
+        return self._patches(is_overview=False)
+
+    @property
+    def overview(self) -> tuple[Patch, ...]:
+        """The patches of the copies of whole pictures that the model sees beside their tiles."""
+        return self._patches(is_overview=True)
+
+    def place(self, patch: Patch) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of a patch, in pixels of its original picture.
+
+        Patches of a border that the processor adds lie beyond the picture. The first call runs the image processor
+        three times.
+        """
+        grid, box = next(
+            (grid, box)
+            for grid, box in zip(self.grids, self._boxes, strict=True)
+            if (grid.image, grid.is_overview) == (patch.image, patch.is_overview)
+        )
+        width, height = (box[2] - box[0]) / grid.columns, (box[3] - box[1]) / grid.rows
+        left, top = box[0] + patch.column * width, box[1] + patch.row * height
+        return left, top, left + width, top + height
+
+    @cached_property
+    def _boxes(self) -> tuple[tuple[float, float, float, float], ...]:
+        return grid_boxes(self.grids, [image.size for image in self.images], self.processed)
+
+    @property
+    def shows_places(self) -> bool:
+        """True if each image token shows a part of its picture; False for answers of learned queries to all of it."""
+        return self.frontend.places
+
+    def processed(self, images: list[Image.Image]) -> Tensor:
+        """Return what the processor makes of other pictures, in float64 on the CPU."""
+        pixels = pixels_of(self.inputs_with(images))
+        if pixels is None:
+            raise ModelError(f"the processor makes no pixels of {len(images)} pictures; pass a prompt with pictures")
+        return pixels.double().cpu()
+
+    def _patches(self, *, is_overview: bool) -> tuple[Patch, ...]:
+        grids = [grid for grid in self.grids if grid.is_overview == is_overview]
+        return tuple(
+            Patch(
+                position=position,
+                row=number // grid.columns,
+                column=number % grid.columns,
+                image=grid.image,
+                is_overview=is_overview,
+            )
+            for grid in grids
+            for number, position in enumerate(grid.positions)
+        )
+
     def seen_pictures(self) -> tuple[Tensor, ...]:
         """Return each picture as the model sees it, resized and cropped: (row, column, channel) in 0 to 1.
 
-        The image processor's own scaling of colours is undone.
+        Tiles are put together, and the image processor's own scaling of colours is undone. Raises `ModelError` if the
+        image tokens form no grid over the pictures.
         """
-        pixels, processor = self.inputs["pixel_values"].double().cpu(), self.frontend.processor.image_processor
+        shown = [grid for grid in self.grids if not grid.is_overview]
+        pixels = pixels_of(self.inputs)
+        if pixels is None or not shown:
+            raise ModelError(f"the image tokens of {self.question!r} form no grid over its pictures")
+        return tuple(self._coloured(grid.canvas(pixels.double().cpu())) for grid in shown)
+
+    def _coloured(self, pixels: Tensor) -> Tensor:
+        """Return (row, column, channel) in 0 to 1 of processed pixels (channel, row, column)."""
+        processor = self.frontend.processor.image_processor
         if processor.do_normalize:
             mean, deviation = (
                 torch.tensor(each).view(-1, 1, 1) for each in (processor.image_mean, processor.image_std)
@@ -137,7 +224,7 @@ class Prompt:
             pixels = pixels * deviation + mean
         if not processor.do_rescale:
             pixels = pixels / 255
-        return tuple(pixels.clamp(0, 1).permute(0, 2, 3, 1))
+        return pixels.clamp(0, 1).permute(1, 2, 0)
 
     def as_question(self) -> Question:
         """Return the plain question: its words, pictures, constraint, other spans and template, without tensors.
@@ -219,9 +306,8 @@ class Prompt:
                 f"the prompt has {length} positions with these pictures and {bare.length} with its own; "
                 "pass pictures of the same sizes, or make a new prompt"
             )
-        patches = _patches(self.groups["image"], inputs.get("pixel_values"), self.frontend.patch_size)
         pictures = {"images": opened, "sources": _sources(images, opened)}
-        return replace(bare, **pictures, inputs=inputs, patches=patches).with_answer(self.answer)
+        return replace(bare, **pictures, inputs=inputs).with_answer(self.answer)
 
     def positions(self, group: str | SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
         """Return the positions of a group, of one index (negative counts from the end) or of several.
@@ -280,7 +366,6 @@ def build(
         inputs=inputs,
         tokens=tuple(frontend.tokenizer.decode([token]) for token in ids),
         groups=_groups(layout, spans, image_positions, len(ids)),
-        patches=_patches(image_positions, inputs.get("pixel_values"), frontend.patch_size),
         template=template,
         sources=_sources(image, images),
         words={name: span if isinstance(span, str) else (span[0], span[1]) for name, span in words.items()},
@@ -376,23 +461,6 @@ def _groups(
     if "constraint" in groups:
         groups["constraint_last"] = groups["constraint"][-1:]
     return groups | {"last": (length - 1,), "answer": (), "all": tuple(range(length))}
-
-
-def _patches(image: tuple[int, ...], pixels: Tensor | None, patch_size: int | None) -> tuple[Patch, ...]:
-    """Return row and column of each image position if the tokens are the patches (after at most one class token)."""
-    if pixels is None or patch_size is None or pixels.ndim != 4:
-        return ()
-    rows, columns = pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
-    each, left_over = divmod(len(image), len(pixels))
-    extra = each - rows * columns
-    if left_over or extra not in (0, 1):
-        return ()
-    return tuple(
-        Patch(position=image[index * each + extra + row * columns + column], row=row, column=column, image=index)
-        for index in range(len(pixels))
-        for row in range(rows)
-        for column in range(columns)
-    )
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:

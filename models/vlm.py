@@ -24,7 +24,8 @@ from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating
 from .hooks import first_call, main_tensor
-from .pictures import named_features, projected_features, shows_pictures
+from .layout import pixels_of
+from .pictures import named_features, projected_features
 from .placement import OpenedWeight, input_device, opened, stored_weights, values
 from .prompts import Prompt, PromptInputs, build
 from .readout import AfterHead, measure_readout
@@ -264,7 +265,7 @@ class VisionLanguageModel:
         """
         if not isinstance(prompt, Prompt | PromptInputs):
             return
-        has_pictures = shows_pictures(prompt.inputs if isinstance(prompt, Prompt) else prompt)
+        has_pictures = pixels_of(prompt.inputs if isinstance(prompt, Prompt) else prompt) is not None
         if not self.frontend.accepts(prompt.frontend, has_pictures=has_pictures):
             question = f" {prompt.question!r}" if isinstance(prompt, Prompt) else ""
             raise ModelError(

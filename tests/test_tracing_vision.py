@@ -126,13 +126,18 @@ def test_a_damaged_picture_is_restored_by_its_own_tokens_only(random_llava, phot
             assert not found.indirect_effect(kind)[1 - image].any()
 
 
+def gridless(prompt):
+    """The prompt of a model whose image tokens show no parts of the picture."""
+    return replace(prompt, frontend=replace(prompt.frontend, places=False))
+
+
 def test_nothing_is_left_behind(random_llava, photo, other_photo):
     prompt = ask(random_llava, photo)
     before = random_llava.logits(prompt)
     hooks = [len(part._forward_hooks) for part in (*random_llava.vision_layers, random_llava.projector)]
     trace(random_llava, prompt, SwapImage(other_photo), positions="patches")
     with pytest.raises(TraceError, match="whole pictures"):
-        trace(random_llava, replace(prompt, patches=()), SwapImage(other_photo), positions=prompt.groups["image"][0])
+        trace(random_llava, gridless(prompt), SwapImage(other_photo), positions=prompt.groups["image"][0])
     assert hooks == [len(part._forward_hooks) for part in (*random_llava.vision_layers, random_llava.projector)]
     assert torch.equal(random_llava.logits(prompt), before)
 
@@ -344,7 +349,7 @@ def test_what_does_not_fit_is_refused(case, random_llava, photo, other_photo):
 
 
 def test_without_a_grid_only_whole_pictures_are_restored_in_the_tower(random_llava, photo, other_photo):
-    prompt = replace(ask(random_llava, photo), patches=())
+    prompt = gridless(ask(random_llava, photo))
     one = prompt.groups["image"][2]
     with pytest.raises(TraceError, match="17 'vision' states.*16 image tokens.*positions='image'"):
         trace(random_llava, prompt, SwapImage(other_photo), positions=["image", one])

@@ -81,6 +81,8 @@ class PictureFront:
     """The list of the vision tower's layers, relative to the tower; None if unknown."""
     projector: Names | None = ("multi_modal_projector", "connector", "aligner", "projector", "merger")
     """The module that turns the tower's states into image tokens; None if unknown."""
+    places: bool = True
+    """True if an image token shows a part of its picture; False if it is the answer of a learned query to all of it."""
     prefix: bool = False
     """True if all positions before the answer attend to one another, so that a patch moves earlier positions, too."""
 
@@ -261,11 +263,18 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     PictureFront(
         model_types=(
             *("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "internvl", "mistral3"),
-            *("gemma3", "shieldgemma2", "aria", "aya_vision", "cohere2_vision", "lfm2_vl"),
+            *("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision", "lfm2_vl"),
         ),
         vision="vision_tower",
         vision_layers=("encoder.layers", "transformer.layers", "encoder.layer"),
         projector="multi_modal_projector",
+    ),
+    PictureFront(
+        model_types=("aria",),
+        vision="vision_tower",
+        vision_layers="encoder.layers",
+        projector="multi_modal_projector",
+        places=False,
     ),
     PictureFront(
         model_types=(
@@ -277,10 +286,17 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
         projector="visual.merger",
     ),
     PictureFront(
-        model_types=("idefics2", "idefics3", "smolvlm"),
+        model_types=("idefics3", "smolvlm"),
         vision="vision_model",
         vision_layers="encoder.layers",
         projector="connector",
+    ),
+    PictureFront(
+        model_types=("idefics2",),
+        vision="vision_model",
+        vision_layers="encoder.layers",
+        projector="connector",
+        places=False,
     ),
     PictureFront(
         model_types=("paligemma",),
@@ -306,6 +322,7 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     ),
     PictureFront(
         model_types=("blip-2", "instructblip"),
+        places=False,
         vision="vision_model",
         vision_layers="encoder.layers",
         projector="language_projection",

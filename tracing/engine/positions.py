@@ -10,13 +10,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from einops import reduce
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...models import ModelError, Prompt, VisionLanguageModel, patch
+from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.errors import plain_number
-from ...models.hooks import first_input
 from ...models.prompts import Patch
 from .cells import KINDS, StateCell, TraceError
 
@@ -118,34 +116,36 @@ def box_patches(prompt: Prompt, box: Box) -> tuple[Patch, ...]:
     """Return the patches that the box touches in the picture that the model sees, which is resized, cropped and padded.
 
     The box is painted white on black and processed like the prompt's picture. A patch counts as touched if it is at
-    least half as bright as the brightest one, so that the blur of resizing does not count. Raises `TraceError`, with
-    the valid range, if there is no such picture or grid, or if the box is empty, leaves the picture, or lies where the
-    processor cuts the picture off.
+    least half as bright as the brightest one, so that the blur of resizing does not count. Patches of a picture's tiles
+    come first, then those of the copy of the whole picture, which is judged by its own brightness, since a small box is
+    dimmer there.
+
+    Raises:
+        TraceError: There is no such picture or grid, or the box is empty, leaves the picture, or lies where the
+            processor cuts the picture off; the message has the valid range.
     """
     _check_box(prompt, box)
-    side = prompt.patch_size
-    if not prompt.patches or side is None:
-        raise TraceError(
-            f"no patches for {box}: the image tokens do not form a grid; pass group names or positions, "
-            "such as those of box_positions(vlm, prompt, box)"
-        )
-    own = [patch for patch in prompt.patches if patch.image == box.image]
-    light = _pooled(_pixel_light(prompt, box)[box.image][None], side)[0]
-    brightest = float(light.max())
-    if brightest == 0:
+    grids = [grid for grid in prompt.grids if grid.image == box.image]
+    if not grids:
+        raise TraceError(_why_no_grid(prompt, str(box)))
+    light = _light(prompt, box)
+    cells = [grid.brightest(grid.canvas(light).amax(0)) for grid in grids]
+    if all(float(values.max()) == 0 for values in cells):
         raise _unseen(prompt, box)
-    return tuple(patch for patch in own if light[patch.row, patch.column] >= brightest / 2)
+    touched = {
+        position
+        for grid, values in zip(grids, cells, strict=True)
+        for position, value in zip(grid.positions, values.flatten().tolist(), strict=True)
+        if value > 0 and value >= float(values.max()) / 2
+    }
+    return tuple(patch for patch in (*prompt.patches, *prompt.overview) if patch.position in touched)
 
 
 def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[int, ...]:
     """Return the image positions whose patches the box touches, in ascending order.
 
-    If the image tokens form one grid, these are the positions of `box_patches`. Otherwise the patches are located in
-    each tile that the vision tower reads, and the model's own packing gives the positions of their tokens: it runs with
-    marks in place of the projector's output, so that tiles keep the model's order, and tokens of padding, line ends or
-    classes belong to no box. A tile that shows the whole picture is judged by its own brightness, since a small box is
-    dimmer there than in tiles that show a part of it; positions in both belong to the box. This runs the vision tower
-    twice and the image processor seven times.
+    A picture in tiles has such positions in its tiles and in the copy of the whole picture; tokens of padding, line
+    ends or classes belong to no box. This runs the image processor twice, and three times more for tiles.
 
     Args:
         vlm: The model.
@@ -156,9 +156,9 @@ def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[i
         Token positions, usable as `positions=` of a trace.
 
     Raises:
-        TraceError: The box is empty, leaves the picture or cannot be seen; the prompt belongs to another model; or the
-            projector does not write one token per square of a tile, row by row.
-        ModelError: The family row does not name the projector.
+        TraceError: The box is empty, leaves the picture or cannot be seen, or the image tokens do not show parts of the
+            picture.
+        ModelError: The prompt belongs to another model.
 
     Example:
         >>> import multrace as mt
@@ -171,24 +171,19 @@ def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[i
         >>> corner[0] == prompt.groups["image"][0]
         True
     """
-    if prompt.patches:
-        return tuple(patch.position for patch in box_patches(prompt, box))
-    _check_box(prompt, box)
-    black = _tiles(vlm, prompt, _painted(prompt))
-    light = _light(black, _tiles(vlm, prompt, _painted(prompt, box)))
-    if float(light.max()) == 0:
-        raise _unseen(prompt, box)
-    is_whole = _show_whole_picture(vlm, prompt, box.image, black)
-    bare = _packed(vlm, prompt, torch.zeros_like)
-    marked = _packed(vlm, prompt, lambda written: _marks(light, is_whole, written, prompt.patch_size))
-    positions = prompt.groups["image"]
-    if len(marked) != len(positions):
-        raise TraceError(
-            f"{vlm.name!r} makes {len(marked)} image tokens of these pictures, and the prompt has {len(positions)}; "
-            "pass a prompt of this model"
-        )
-    is_touched = (marked != bare).any(-1).tolist()
-    return tuple(position for position, touched in zip(positions, is_touched, strict=True) if touched)
+    vlm.check_prompt(prompt)
+    return tuple(sorted(patch.position for patch in box_patches(prompt, box)))
+
+
+def _why_no_grid(prompt: Prompt, item: str) -> str:
+    """Return the error message for rows of patches in a prompt whose image tokens have no places."""
+    if not prompt.groups["image"]:
+        reason = "it has no picture"
+    elif not prompt.shows_places:
+        reason = "its image tokens are answers of learned queries to the whole picture and show no part of it"
+    else:
+        reason = "its image tokens do not form a grid of patches"
+    return f"no {item} in this prompt: {reason}; pass group names or positions, such as positions='tokens'"
 
 
 def _check_box(prompt: Prompt, box: Box) -> None:
@@ -219,22 +214,9 @@ def _painted(prompt: Prompt, box: Box | None = None) -> list[Image.Image]:
     return pictures
 
 
-def _light(dark: Tensor, lit: Tensor) -> Tensor:
-    """Return (..., row, column): the largest difference over channels between pixels (..., channel, row, column)."""
-    return (lit - dark).abs().amax(-3)
-
-
-def _pixel_light(prompt: Prompt, box: Box) -> Tensor:
-    """Return (image, row, column), or (image, tile, row, column): how brightly the processed pictures show the box."""
-    pictures = (_painted(prompt), _painted(prompt, box))
-    return _light(*(prompt.inputs_with(each)["pixel_values"].double().cpu() for each in pictures))
-
-
-def _pooled(light: Tensor, side: int) -> Tensor:
-    """Return (tile, row, column): the brightest pixel of each square of this side; incomplete squares are dropped."""
-    rows, columns = (length // side for length in light.shape[1:])
-    squares = light[:, : rows * side, : columns * side]
-    return reduce(squares, "tile (row y) (column x) -> tile row column", "max", y=side, x=side)
+def _light(prompt: Prompt, box: Box) -> Tensor:
+    """Return how brightly the processed pictures show the box, in the shape of the processor's pixels."""
+    return (prompt.processed(_painted(prompt, box)) - prompt.processed(_painted(prompt))).abs()
 
 
 def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
@@ -243,74 +225,13 @@ def _visible(prompt: Prompt, image: int) -> tuple[int, int, int, int]:
 
     def dark(length: int, strip: Callable[[int], Box]) -> int:
         """Return the width of the broadest strip along one edge that the model does not see."""
-        return bisect_left(range(1, length), True, key=lambda size: float(_pixel_light(prompt, strip(size)).max()) > 0)
+        return bisect_left(range(1, length), True, key=lambda size: float(_light(prompt, strip(size)).max()) > 0)
 
     left = dark(width, lambda size: Box(0, 0, size, height, image))
     top = dark(height, lambda size: Box(0, 0, width, size, image))
     right = width - dark(width, lambda size: Box(width - size, 0, width, height, image))
     bottom = height - dark(height, lambda size: Box(0, height - size, width, height, image))
     return left, top, right, bottom
-
-
-def _tiles(vlm: VisionLanguageModel, prompt: Prompt, pictures: list[Image.Image]) -> Tensor:
-    """Return (tile, channel, row, column): the vision tower's input with these pictures in place of the prompt's."""
-    with torch.no_grad(), first_input(vlm, vlm.vision_tower, "the vision tower") as read:
-        vlm.image_features(prompt.inputs_with(pictures))
-    if read[0].ndim != 4:
-        shape = tuple(read[0].shape)
-        raise TraceError(f"the vision tower of {vlm.name!r} reads {shape}, no tiles of pixels; pass positions instead")
-    return read[0].double().cpu()
-
-
-def _show_whole_picture(vlm: VisionLanguageModel, prompt: Prompt, image: int, black: Tensor) -> Tensor:
-    """Return booleans (tile,): True where a tile spans the whole part of the picture that any tile shows.
-
-    Two gradients painted over the picture reveal the origin of a tile's outermost pixels.
-    """
-    size, pictures, lights = prompt.images[image].size, _painted(prompt), []
-    gradient = Image.linear_gradient("L")
-    for shown in (Image.new("L", size, 255), gradient.resize(size), gradient.rotate(90).resize(size)):
-        pictures[image] = shown.convert("RGB")
-        lights.append(_light(black, _tiles(vlm, prompt, pictures)))
-    is_dark = lights[0] <= lights[0].max() / 2  # padding, or another picture
-    is_whole = ~is_dark.flatten(1).all(1)
-    for light in lights[1:]:
-        first = light.masked_fill(is_dark, torch.inf).amin((1, 2))
-        last = light.masked_fill(is_dark, -torch.inf).amax((1, 2))
-        blur = (last.max() - first.min()) / 20  # a coarse tile's outermost pixels average over a few of the picture's
-        is_whole &= (first <= first.min() + blur) & (last >= last.max() - blur)
-    return is_whole
-
-
-def _packed(vlm: VisionLanguageModel, prompt: Prompt, write: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return (image token, hidden): the features of black pictures after `write` replaces the projector's output."""
-    with torch.no_grad(), patch(vlm, {vlm.projector: write}):
-        return vlm.image_features(prompt.inputs_with(_painted(prompt)))
-
-
-def _marks(light: Tensor, is_whole: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
-    """Return ones at the tokens of lit patches and zeros elsewhere, in the projector's shape (tile, token, hidden)."""
-    squares = _squares(light, written, patch_size)
-    brightest = squares.amax((1, 2))
-    in_parts = brightest.masked_fill(is_whole, 0).max()  # a box that ends at a tile's edge merely blurs into the next
-    brightest = torch.where(is_whole, brightest, in_parts)
-    is_touched = ((squares > 0) & (squares >= brightest[:, None, None] / 2)).flatten(1)
-    marks = torch.zeros_like(written)
-    marks[:, written.shape[1] - is_touched.shape[1] :] = is_touched[..., None].to(written)  # after a class token
-    return marks
-
-
-def _squares(light: Tensor, written: Tensor, patch_size: int | None) -> Tensor:
-    """Return (tile, row, column): the light in each token's square, which is one patch or several merged patches."""
-    longest = max(light.shape[1:])
-    for side in range(patch_size, longest + 1, patch_size) if patch_size and written.ndim == 3 else ():
-        squares = _pooled(light, side)
-        if len(written) == len(squares) and written.shape[1] - squares[0].numel() in (0, 1):
-            return squares
-    raise TraceError(
-        f"the projector writes {tuple(written.shape)} for tiles {tuple(light.shape)}, not one token per square of "
-        f"{patch_size} pixels or a multiple; pass positions instead of a box"
-    )
 
 
 EFFECTS, BEFORE_DECODER = ("total", "direct"), ("vision", "projector")
@@ -469,10 +390,7 @@ def _quadrants(prompt: Prompt) -> Iterator[Row]:
 def _grids(prompt: Prompt, item: Item) -> list[tuple[int, list[Patch]]]:
     """Return each picture's number and its patches, row by row. Raises `TraceError` if there is no grid."""
     if not prompt.patches:
-        reason = "its image tokens do not form a grid of patches" if prompt.groups["image"] else "it has no picture"
-        raise TraceError(
-            f"no {item!r} in this prompt: {reason}; pass group names or positions, such as positions='tokens'"
-        )
+        raise TraceError(_why_no_grid(prompt, repr(item)))
     return [(image, list(patches)) for image, patches in groupby(prompt.patches, key=lambda patch: patch.image)]
 
 

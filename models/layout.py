@@ -1,0 +1,485 @@
+"""Where in its picture an image token is: the grids of a prompt's image tokens over its pictures.
+
+Processors make tensors of many shapes of a picture: one square, tiles beside a small copy of the whole, or a list of
+patches. Here each becomes one or several grids. A grid knows its image positions, row by row, and how to put the
+processor's pixels together into the picture that it lies over. Which tile shows which part of a picture is measured:
+pictures of the same sizes are painted with gradients and processed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+_OUTERMOST = 20
+"""A tile reaches an edge if at most one part in so many is missing; the blur of resizing takes a little."""
+
+Sizes = Sequence[tuple[int, int]]
+"""Width and height of each picture of a prompt."""
+Paint = Callable[[list[Image.Image]], Tensor]
+"""Turns pictures of the prompt's own sizes into the processor's pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PictureGrid:
+    """Image tokens that lie over one picture in rows and columns of equal size."""
+
+    image: int
+    """Index of the picture in the prompt."""
+    rows: int
+    columns: int
+    positions: tuple[int, ...]
+    """Positions of the tokens, row by row."""
+    is_overview: bool
+    """True for a copy of the whole picture beside tiles that show it in more detail."""
+    canvas: Callable[[Tensor], Tensor]
+    """Turns the processor's pixels into what the grid lies over, (channel, row, column)."""
+
+    def brightest(self, light: Tensor) -> Tensor:
+        """Return the largest value of each token's part of the canvas, (rows, columns), of values (row, column)."""
+        return functional.adaptive_max_pool2d(light[None, None].float(), (self.rows, self.columns))[0, 0]
+
+
+def pixels_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the pixels among a prompt's inputs; None if there is no picture."""
+    return next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
+
+
+def picture_grids(
+    inputs: Mapping[str, Tensor],
+    positions: Sequence[int],
+    sizes: Sizes,
+    *,
+    patch_size: int | None,
+    most_tiles: int | None,
+    paint: Paint,
+) -> tuple[PictureGrid, ...]:
+    """Return the grids of a prompt, in the order of the pictures; empty if its image tokens form none.
+
+    Args:
+        inputs: The prompt's inputs.
+        positions: Its image positions.
+        sizes: Width and height of its pictures.
+        patch_size: Side of a vision patch in pixels; None if unknown.
+        most_tiles: LLaVA-OneVision shrinks a picture of more tiles than this to that many; None for other models.
+        paint: Processes pictures of the same sizes; called for pictures in tiles only.
+    """
+    pixels = pixels_of(inputs)
+    if pixels is None or not positions:
+        return ()
+    if "image_grid_thw" in inputs:
+        tiles = _flat(pixels, inputs["image_grid_thw"].tolist(), len(positions))
+    elif "image_position_ids" in inputs:
+        tiles = _numbered(pixels, inputs["image_position_ids"], len(positions))
+    elif "target_sizes" in inputs:
+        tiles = _strips(pixels, inputs["target_sizes"].tolist(), len(positions))
+    elif pixels.ndim == 4 and "image_sizes" in inputs:
+        tiles = _cropped(inputs["image_sizes"].tolist(), len(positions))
+    elif pixels.ndim in (4, 5):
+        tiles = _squares(pixels, len(positions), len(sizes), patch_size)
+    else:
+        return ()
+    if len(tiles) == len(sizes) and _count(tiles) == len(positions):
+        shown = [(image, False, tile) for image, tile in enumerate(tiles)]
+        return _with_positions(shown, positions)
+    views = _views(pixels, sizes, paint) if pixels.ndim in (4, 5) and "target_sizes" not in inputs else None
+    if views is None:
+        return ()
+    return _tiled(views, positions, sizes, patch_size=patch_size, most_tiles=most_tiles, padded="image_sizes" in inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Tokens in rows and columns over one canvas, with tokens between the rows left out."""
+
+    rows: int
+    columns: int
+    canvas: Callable[[Tensor], Tensor]
+    before: int = 0
+    """Tokens of the tile before the first row, such as a class token."""
+    between: int = 0
+    """Tokens after each row, such as a line end."""
+    after: int = 0
+    """Tokens after the last row."""
+
+    @property
+    def tokens(self) -> int:
+        return self.before + self.rows * (self.columns + self.between) + self.after
+
+
+def _count(tiles: Sequence[_Tile]) -> int:
+    return sum(tile.tokens for tile in tiles)
+
+
+def _with_positions(shown: Sequence[tuple[int, bool, _Tile]], positions: Sequence[int]) -> tuple[PictureGrid, ...]:
+    """Return the grids of tiles whose tokens follow one another: (picture, whether it is an overview, tile)."""
+    grids, start = [], 0
+    for image, is_overview, tile in shown:
+        width = tile.columns + tile.between
+        first = start + tile.before
+        places = [first + row * width + column for row in range(tile.rows) for column in range(tile.columns)]
+        own = tuple(positions[place] for place in places)
+        start += tile.tokens
+        grids.append(
+            PictureGrid(
+                image=image, rows=tile.rows, columns=tile.columns, positions=own, is_overview=is_overview,
+                canvas=tile.canvas,
+            )
+        )  # fmt: skip
+    return tuple(grids)
+
+
+def grid_boxes(
+    grids: Sequence[PictureGrid], sizes: Sizes, paint: Paint
+) -> tuple[tuple[float, float, float, float], ...]:
+    """Return left, top, right and bottom of what each grid lies over, in pixels of its original picture.
+
+    They reach beyond the picture where the processor has added a border.
+    """
+    black, white, drawn = _painted(sizes, paint)
+    boxes = []
+    for grid in grids:
+        low, high, middle = (grid.canvas(value) for value in (black, white, drawn))
+        span = high - low
+        is_shown = span.abs().amin(0) > span.abs().amax() / 2
+        place = (middle - low) / torch.where(span == 0, 1, span)
+        width, height = sizes[grid.image]
+        left, right = _edges(place[0], is_shown, axis=1)
+        top, bottom = _edges(place[1], is_shown, axis=0)
+        boxes.append((left * width, top * height, right * width, bottom * height))
+    return tuple(boxes)
+
+
+# ---- patches in a list ----
+
+
+def _flat(pixels: Tensor, grids: list[list[int]], tokens: int) -> list[_Tile]:
+    """Return the pictures of Qwen-VL, GLM-V and Kimi: patches in a list, merged in squares into tokens."""
+    merge = math.isqrt(len(pixels) // tokens)
+    tiles, start = [], 0
+    for time, rows, columns in grids:
+        stop = start + time * rows * columns
+        canvas = partial(_unflattened, start=start, stop=stop, rows=rows, columns=columns, merge=merge)
+        tiles.append(_Tile(rows=rows // merge, columns=columns // merge, canvas=canvas))
+        start = stop
+    return tiles
+
+
+def _unflattened(pixels: Tensor, *, start: int, stop: int, rows: int, columns: int, merge: int) -> Tensor:
+    patches = pixels[start:stop]
+    if patches.ndim == 4:  # whole patches, row by row
+        return rearrange(patches, "(row column) c y x -> c (row y) (column x)", row=rows, column=columns)
+    frames = 1 if math.isqrt(patches.shape[1] // 3) ** 2 * 3 == patches.shape[1] else 2  # a picture is shown twice
+    side = math.isqrt(patches.shape[1] // (3 * frames))
+    sizes = {"row": rows // merge, "column": columns // merge, "down": merge, "right": merge, "t": frames}
+    pattern = "(row column down right) (c t y x) -> t c (row down y) (column right x)"
+    return rearrange(patches, pattern, c=3, y=side, x=side, **sizes)[0]
+
+
+def _numbered(pixels: Tensor, places: Tensor, tokens: int) -> list[_Tile]:
+    """Return the pictures of Gemma 4: patches with their column and row, -1 for padding, averaged in squares."""
+    ends = [[int(axis.max()) + 1 for axis in each.unbind(-1)] for each in places]
+    merge = math.isqrt(sum(columns * rows for columns, rows in ends) // tokens)
+    return [
+        _Tile(
+            rows=rows // merge,
+            columns=columns // merge,
+            canvas=partial(_placed, image=image, rows=rows, columns=columns),
+        )
+        for image, (columns, rows) in enumerate(ends)
+    ]
+
+
+def _placed(pixels: Tensor, *, image: int, rows: int, columns: int) -> Tensor:
+    patches = pixels[image, : rows * columns]
+    side = math.isqrt(patches.shape[1] // 3)
+    return rearrange(patches, "(row column) (y x c) -> c (row y) (column x)", row=rows, column=columns, y=side, x=side)
+
+
+def _strips(pixels: Tensor, sizes: list[list[int]], tokens: int) -> list[_Tile]:
+    """Return the slices of MiniCPM-V: patches side by side in one strip, 4 x 4 or 2 x 2 of them to a token."""
+    merge = math.isqrt(sum(rows * columns for rows, columns in sizes) // tokens)
+    tiles, start = [], 0
+    for rows, columns in sizes:
+        canvas = partial(_cut, start=start, rows=rows, columns=columns)
+        tiles.append(_Tile(rows=rows // merge, columns=columns // merge, canvas=canvas))
+        start += rows * columns
+    return tiles
+
+
+def _cut(pixels: Tensor, *, start: int, rows: int, columns: int) -> Tensor:
+    side = pixels.shape[-2]
+    strip = pixels.flatten(0, -4)[0][..., start * side : (start + rows * columns) * side]
+    return rearrange(strip, "c y (row column x) -> c (row y) (column x)", row=rows, column=columns)
+
+
+def _cropped(sizes: list[list[int]], tokens: int) -> list[_Tile]:
+    """Return the pictures of Pixtral: each in the corner of a canvas that is as large as the largest one."""
+    side = math.isqrt(sum(height * width for height, width in sizes) // tokens)
+    return [
+        _Tile(
+            rows=height // side,
+            columns=width // side,
+            canvas=partial(_corner, image=image, height=height, width=width),
+        )
+        for image, (height, width) in enumerate(sizes)
+    ]
+
+
+def _corner(pixels: Tensor, *, image: int, height: int, width: int) -> Tensor:
+    return pixels[image, :, :height, :width]
+
+
+# ---- squares: one for each picture, or tiles ----
+
+
+def _squares(pixels: Tensor, tokens: int, pictures: int, patch_size: int | None) -> list[_Tile]:
+    """Return one tile per picture if there are no more; empty otherwise."""
+    flat = pixels.flatten(0, -4)
+    each, left_over = divmod(tokens, len(flat))
+    shape = None if left_over else _tile_shape(each, flat.shape[-2], flat.shape[-1], patch_size)
+    if len(flat) != pictures or shape is None:
+        return []
+    before, rows, columns = shape
+    return [
+        _Tile(rows=rows, columns=columns, before=before, canvas=partial(_tile, index=index, patch_size=patch_size))
+        for index in range(pictures)
+    ]
+
+
+def _tile(pixels: Tensor, *, index: int, patch_size: int | None) -> Tensor:
+    """Return one tile without the rows and columns at its end that fill no patch."""
+    tile = pixels.flatten(0, -4)[index]
+    height, width = (length - length % (patch_size or 1) for length in tile.shape[-2:])
+    return tile[:, :height, :width]
+
+
+def _tile_shape(tokens: int, height: int, width: int, patch_size: int | None) -> tuple[int, int, int] | None:
+    """Return class tokens, rows and columns of a tile of this size in pixels with so many tokens, or None.
+
+    Tokens are squares of one or several patches; without a patch size, any squares that fill the tile.
+    """
+    sides = range(patch_size, max(height, width) + 1, patch_size) if patch_size else ()
+    for before in (0, 1):
+        for side in sides:
+            if (height // side) * (width // side) == tokens - before:
+                return before, height // side, width // side
+        rows = math.isqrt((tokens - before) * height // width)
+        if rows and rows * rows * width == (tokens - before) * height:
+            return before, rows, (tokens - before) // rows
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """A tile of pixels, and the part of a picture that it shows, which may reach beyond the picture."""
+
+    index: int
+    """Number of the tile among the processor's tiles."""
+    image: int
+    height: int
+    """Height of the tile in pixels."""
+    width: int
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def is_whole(self) -> bool:
+        """Return whether the view shows its picture from edge to edge; edges are fractions of the picture's sides."""
+        edge = 1 / _OUTERMOST
+        return self.left <= edge and self.top <= edge and self.right >= 1 - edge and self.bottom >= 1 - edge
+
+
+def _views(pixels: Tensor, sizes: Sizes, paint: Paint) -> list[_View] | None:
+    """Return what each tile with a picture in it shows, measured with gradients; None if pixels change their shape."""
+    black, white, drawn = _painted(sizes, paint)
+    if not black.shape == white.shape == drawn.shape == pixels.shape:
+        return None
+    black, white, drawn = (value.flatten(0, -4) for value in (black, white, drawn))
+    span = white - black
+    shows = span.abs().amin(1) > span.abs().amax() / 2  # padding is the same in every picture
+    places = (drawn - black) / torch.where(span == 0, 1, span)
+    views = []
+    for index, (is_shown, place) in enumerate(zip(shows, places, strict=True)):
+        if not is_shown.any():
+            continue
+        image = round(float(place[2][is_shown].median()) * len(sizes)) - 1
+        left, right = _edges(place[0], is_shown, axis=1)
+        top, bottom = _edges(place[1], is_shown, axis=0)
+        height, width = is_shown.shape
+        views.append(
+            _View(index=index, image=image, height=height, width=width, left=left, top=top, right=right, bottom=bottom)
+        )
+    return views
+
+
+def _painted(sizes: Sizes, paint: Paint) -> list[Tensor]:
+    """Return the processor's pixels of black and of white pictures and of gradients, in float64 on the CPU."""
+    return [
+        paint([_gradient(size, low, high, (number + 1) / len(sizes)) for number, size in enumerate(sizes)])
+        for low, high in ((0, 0), (1, 1), (0, 1))
+    ]
+
+
+def _gradient(size: tuple[int, int], low: int, high: int, number: float) -> Image.Image:
+    """Return a picture whose red grows from left to right and whose green grows from top to bottom.
+
+    Its blue is the same everywhere, and says which picture of the prompt it is. With equal ends it has one colour.
+    """
+    width, height = size
+    across = (torch.arange(width) + 0.5) / width * (high - low) + low
+    down = (torch.arange(height) + 0.5) / height * (high - low) + low
+    blue = torch.full((height, width), number if high != low else float(low))
+    values = torch.stack([across.expand(height, width), down[:, None].expand(height, width), blue], dim=-1)
+    return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
+
+
+def _edges(place: Tensor, is_shown: Tensor, *, axis: int) -> tuple[float, float]:
+    """Return where the first and the last edge of a tile are, by a line through the places of its pixels."""
+    counts = is_shown.sum(1 - axis)
+    known = counts > 0
+    means = (place * is_shown).sum(1 - axis)[known] / counts[known]
+    centres = (torch.arange(len(known), dtype=place.dtype) + 0.5)[known]
+    if len(centres) == 1:
+        return 0.0, 1.0
+    spread = centres - centres.mean()
+    slope = float((spread * means).sum() / (spread * spread).sum())
+    first = float(means.mean()) - slope * float(centres.mean())
+    return first, first + slope * len(known)
+
+
+def _tiled(
+    views: Sequence[_View],
+    positions: Sequence[int],
+    sizes: Sizes,
+    *,
+    patch_size: int | None,
+    most_tiles: int | None,
+    padded: bool,
+) -> tuple[PictureGrid, ...]:
+    """Return the grids of pictures in tiles: one of all tiles of a picture together, and one of its overview."""
+    own = [[view for view in views if view.image == image] for image in range(len(sizes))]
+    if not all(own):
+        return ()
+    if padded:  # LLaVA-NeXT: the overview first, then the tiles without their padding, with a line end after each row
+        shown = [
+            part
+            for image, group in enumerate(own)
+            for part in _unpadded(image, group, sizes[image], patch_size, most_tiles)
+        ]
+        return _with_positions(shown, positions) if _count([tile for *_, tile in shown]) == len(positions) else ()
+    each, left_over = divmod(len(positions), len(views))
+    shape = None if left_over else _tile_shape(each, views[0].height, views[0].width, patch_size)
+    if shape is None:
+        return ()
+    before, rows, columns = shape
+    grids, start = [], 0
+    for group in own:
+        parts = [positions[start + index * each + before : start + (index + 1) * each] for index in range(len(group))]
+        grids += _stitched(group, parts, (rows, columns), patch_size)
+        start += len(group) * each
+    return tuple(grids)
+
+
+def _stitched(
+    group: Sequence[_View], parts: Sequence[Sequence[int]], shape: tuple[int, int], patch_size: int | None
+) -> list[PictureGrid]:
+    """Return the grid over all tiles of one picture, and that of its overview, whose tokens are in `parts`."""
+    rows, columns = shape
+    overview = next((view for view in group if view.is_whole()), None) if len(group) > 1 else None
+    tiles = [view for view in group if view is not overview]
+    arranged = _arranged(tiles)
+    if arranged is None:
+        return []
+    height, width = len(arranged), len(arranged[0])
+    tokens = {view.index: torch.tensor(part).view(rows, columns) for view, part in zip(group, parts, strict=True)}
+    places = torch.cat([torch.cat([tokens[view.index] for view in line], dim=1) for line in arranged])
+    image = group[0].image
+    indices = tuple(tuple(view.index for view in line) for line in arranged)
+    canvas = partial(_joined, indices=indices, patch_size=patch_size)
+    grids = [
+        PictureGrid(
+            image=image, rows=height * rows, columns=width * columns, positions=tuple(places.flatten().tolist()),
+            is_overview=False, canvas=canvas,
+        )
+    ]  # fmt: skip
+    if overview is not None:
+        grids.append(
+            PictureGrid(
+                image=image, rows=rows, columns=columns, positions=tuple(tokens[overview.index].flatten().tolist()),
+                is_overview=True,
+                canvas=partial(_tile, index=overview.index, patch_size=patch_size),
+            )
+        )  # fmt: skip
+    return grids
+
+
+def _unpadded(
+    image: int, group: Sequence[_View], size: tuple[int, int], patch_size: int | None, most_tiles: int | None
+) -> list[tuple[int, bool, _Tile]]:
+    """Return the overview and the tiles of a picture whose padding and detail LLaVA-NeXT and OneVision leave out."""
+    base, tiles = group[0], group[1:]
+    arranged = _arranged(tiles) if tiles else None
+    if patch_size is None or tiles and arranged is None:
+        return []
+    rows, columns = base.height // patch_size, base.width // patch_size
+    canvas = partial(_tile, index=base.index, patch_size=patch_size)
+    if arranged is None:  # one line end follows
+        return [(image, False, _Tile(rows=rows, columns=columns, after=1, canvas=canvas))]
+    overview = _Tile(rows=rows, columns=columns, canvas=canvas)
+    height, width = len(arranged) * rows, len(arranged[0]) * columns
+    top, left = _padding(height, width, size)
+    rows, columns = height - 2 * top, width - 2 * left
+    canvas = partial(
+        _joined,
+        indices=tuple(tuple(view.index for view in line) for line in arranged),
+        top=top * patch_size,
+        left=left * patch_size,
+        patch_size=patch_size,
+    )
+    side = base.height // patch_size
+    ratio = math.sqrt(rows * columns / (most_tiles * side * side)) if most_tiles else 1.0
+    if ratio > 1.1:  # as LLaVA-OneVision does
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    detail = _Tile(rows=rows, columns=columns, between=1, canvas=canvas)
+    return [(image, True, overview), (image, False, detail)]
+
+
+def _padding(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows above and below, and the columns on either side, that show nothing of a picture of this size."""
+    across, down = size
+    if across / down > width / height:
+        return (height - int(round(down * (width / across), 7))) // 2, 0
+    return 0, (width - int(round(across * (height / down), 7))) // 2
+
+
+def _arranged(tiles: Sequence[_View]) -> list[list[_View]] | None:
+    """Return the tiles in rows, top to bottom, each from left to right; None if they do not fill a rectangle."""
+    if not tiles:
+        return None
+    across, down = tiles[0].right - tiles[0].left, tiles[0].bottom - tiles[0].top
+    first_left, first_top = min(tile.left for tile in tiles), min(tile.top for tile in tiles)
+    places = {(round((tile.top - first_top) / down), round((tile.left - first_left) / across)): tile for tile in tiles}
+    height, width = (max(place[axis] for place in places) + 1 for axis in (0, 1))
+    if len(places) != len(tiles) or height * width != len(tiles):
+        return None
+    return [[places[row, column] for column in range(width)] for row in range(height)]
+
+
+def _joined(
+    pixels: Tensor, *, indices: tuple[tuple[int, ...], ...], patch_size: int | None, top: int = 0, left: int = 0
+) -> Tensor:
+    """Return tiles beside and below one another, without `top` rows and `left` columns on either side."""
+    lines = [[_tile(pixels, index=index, patch_size=patch_size) for index in line] for line in indices]
+    whole = torch.cat([torch.cat(line, dim=-1) for line in lines], dim=-2)
+    height, width = whole.shape[-2:]
+    return whole[..., top : height - top, left : width - left]
