@@ -24,6 +24,8 @@ _LEFT_OUT = {
     *("return_dict", "output_attentions", "output_hidden_states"),
 }
 """Arguments of the stack that every call gets anew."""
+PER_LAYER = "per_layer_inputs"
+"""Inputs of single layers, (row, token, layer, size), which depend on the ids of the tokens."""
 _BETWEEN_LAYERS, _PLACES = "deepstack_visual_embeds", "visual_pos_masks"
 _OTHERWISE = {
     *("attention_mask", "position_ids", "cross_attention_states", "cross_attention_mask"),
@@ -151,29 +153,38 @@ class Frame:
                 start = int(later.nonzero()[0])
         return start
 
-    def extended(self, count: int) -> Frame:
-        """Return the frame with this many text tokens after the others: positions go on from the largest of each axis.
+    def extended(self, count: int, *, per_layer: Tensor | None = None) -> Frame:
+        """Return the frame with text tokens after the others: positions go on from the largest of each axis.
 
-        Raises `ModelError` if an argument cannot be continued without the model.
+        Args:
+            count: Number of tokens.
+            per_layer: The inputs of single layers that belong to these tokens, (row or 1, token, layer, size).
+
+        Raises:
+            ModelError: The frame has inputs of single layers, and none are given for these tokens.
         """
         if not count:
             return self
-        return replace(
-            self, keywords={name: self._continued(name, value, count) for name, value in self.keywords.items()}
-        )
+        continued = {name: self._continued(name, value, count) for name, value in self.keywords.items()}
+        own = self.keywords.get(PER_LAYER)
+        if own is not None:
+            if per_layer is None:
+                raise ModelError("the inputs of single layers depend on the ids of the tokens that follow; pass them")
+            continued[PER_LAYER] = torch.cat([own, per_layer.expand(len(own), -1, -1, -1)], dim=1)
+        return replace(self, keywords=continued)
 
     def _continued(self, name: str, value: Any, count: int) -> Any:
         if name == "attention_mask":
             if isinstance(value, Mapping):
-                return {kind: self._more_keys(mask, count, kind) for kind, mask in value.items()}
+                return {
+                    kind: None if mask is None else self._more_keys(mask, count, kind) for kind, mask in value.items()
+                }
             return self._more_keys(value, count, "full_attention")
         if name == "position_ids":
             steps = torch.arange(1, count + 1, device=value.device)
             return torch.cat([value, value.amax(-1, keepdim=True) + steps], dim=-1)
         if name in _PER_QUERY:
             return torch.cat([value, value[:, :, -1:].expand(-1, -1, count, -1)], dim=2)
-        if name == "per_layer_inputs":
-            raise ModelError("inputs of single layers depend on the ids of the tokens; make the prompt with its answer")
         return pad(value, (0, count)) if name in self.per_token else value
 
     def _more_keys(self, mask: Tensor, count: int, kind: str) -> Tensor:

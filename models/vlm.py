@@ -19,7 +19,7 @@ from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, whole_number
 from .families import Addresses, Family, Key, Projection
-from .frame import DecoderInput, Frame
+from .frame import PER_LAYER, DecoderInput, Frame
 from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating
@@ -448,6 +448,7 @@ class VisionLanguageModel:
         embeddings = arguments.get("inputs_embeds")
         if embeddings is None:  # the text stack embeds the words itself
             embeddings = self.input_embeddings(arguments["input_ids"])
+            arguments[PER_LAYER] = self._per_layer_inputs(arguments["input_ids"], embeddings)
         rows, length = embeddings.shape[:2]
         frame = Frame.of_call(arguments, rows=rows, length=length, config=self.config.get_text_config())
         return DecoderInput(embeddings=embeddings, frame=frame)
@@ -493,8 +494,16 @@ class VisionLanguageModel:
         if len(ids) == 1:
             return entering
         words = self.embed_words(ids[:-1]).to(entering.embeddings)
+        tokens = torch.tensor([list(ids[:-1])], device=words.device)
+        frame = entering.frame.extended(len(ids) - 1, per_layer=self._per_layer_inputs(tokens, words))
         embeddings = torch.cat([entering.embeddings, words.expand(entering.rows, -1, -1)], dim=1)
-        return DecoderInput(embeddings=embeddings, frame=entering.frame.extended(len(ids) - 1))
+        return DecoderInput(embeddings=embeddings, frame=frame)
+
+    def _per_layer_inputs(self, ids: Tensor, embeddings: Tensor) -> Tensor | None:
+        """Return the inputs of single layers for these ids, (row, token, layer, size); None for most text stacks."""
+        if not getattr(self.config.get_text_config(), "hidden_size_per_layer_input", None):
+            return None
+        return cast(Any, self.decoder).get_per_layer_inputs(ids, embeddings)
 
     @cached_property
     def after_head(self) -> AfterHead:

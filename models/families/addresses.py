@@ -169,6 +169,11 @@ class Addresses:
         path = f"{self.layer_path(layer)}.{self._chosen(layer, self.family.attention)}"
         return self._at(path, f"attention of layer {self.index(layer)}")
 
+    def beside(self, layer: int) -> nn.Module | None:
+        """Return the module beside attention and MLP whose output the layer adds as well; None for most models."""
+        name = self.family.beside
+        return None if name is None else _child(self.layers[self.index(layer)], name)
+
     def layer_around(self, key: Key) -> nn.Module | None:
         """Return the decoder layer around an MLP or attention site or a projection; None for every other key."""
         if isinstance(key, Site):

@@ -50,6 +50,8 @@ class TextStack:
     """The experts. A layer that has them has no single linear map by which its MLP writes."""
     mlp_norm: str | None = None
     """The norm between what the MLP writes and the residual stream, whose output then is the site; None for none."""
+    beside: str | None = None
+    """A module beside attention and MLP whose output a layer adds as well, where the layer has it; it is no site."""
     final_norm: str = "norm"
     """The norm between the last decoder layer and the output head, relative to the text stack."""
     transposed: bool = False
@@ -107,6 +109,12 @@ class Family(TextStack, PictureFront):
     projector: Names | None = None
     """The module that turns the tower's states into image tokens; None if unknown."""
 
+
+STAYING_OUT = {
+    "gemma3n_text": "its layers pass on several streams side by side (AltUp), not one residual stream",
+    "phi4_multimodal": "it embeds pictures inside its text stack, so no prompt has the embeddings that the layers read",
+}
+"""Text types that no row can serve, with the reason."""
 
 Row = TextStack | PictureFront
 """A row of either table; a `Family` is both."""
@@ -198,11 +206,18 @@ TEXT_STACKS: tuple[TextStack, ...] = (
     TextStack(text_types=("nanochat",), down="mlp.fc2"),
     TextStack(
         text_types=(
-            *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "beam"),
+            *("gemma2", "gemma3_text", "beam"),
             *("olmo2", "olmo3", "exaone4", "flex_olmo"),
         ),
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
+    ),
+    TextStack(
+        text_types=("gemma4_text", "gemma4_unified_text"),
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        experts="experts",
+        beside="post_per_layer_input_norm",
     ),
     TextStack(
         text_types=("glm4", "glm4v_text", "glm_ocr_text", "kolibri1"),
@@ -374,7 +389,7 @@ def family_of(config: PretrainedConfig, rows: Sequence[Row] = ()) -> Family:
         The family.
 
     Raises:
-        ModelError: The model is an encoder-decoder, which no row serves.
+        ModelError: The model is an encoder-decoder or of another kind that no row can serve.
     """
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
@@ -382,6 +397,9 @@ def family_of(config: PretrainedConfig, rows: Sequence[Row] = ()) -> Family:
             f"model type {config.model_type!r} is an encoder-decoder: its decoder reads the question through "
             "cross-attention, not at positions of its own; multrace opens decoder-only models"
         )
+    reason = STAYING_OUT.get(text.model_type)
+    if reason is not None:
+        raise ModelError(f"model type {config.model_type!r} cannot be opened: {reason}")
     for row in rows:
         if isinstance(row, Family) and config.model_type in row.model_types and text.model_type in row.text_types:
             return row

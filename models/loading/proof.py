@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AddressError, ModelError
 from ..families import Projection, Site
@@ -43,7 +43,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     - Patches at all sites that change nothing leave the logits bit-equal. A patch at one position of each kind of site
       leaves earlier positions and earlier layers bit-equal and changes later ones. Experts, which compute a token
       together with others, may round otherwise; where the row says prefix=True, earlier positions do change.
-    - A padded batch of two prompts, whole and in the form in which values are searched, gives what they give one by one.
+    - A padded batch of two prompts, whole and as a value search runs it, gives what they give one by one.
     - Image positions, and no others, hold the image features. The layers of the vision tower and the projector, where
       the row names them, feed each other in that order.
 
@@ -79,7 +79,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
 class _Side:
     """The input or output of a module, as a key of recorded states."""
 
-    key: Site | Projection
+    key: Site | Projection | nn.Module
     inputs: bool
     """True for the input, False for the output."""
 
@@ -128,10 +128,11 @@ class _Probe:
         parts = [Site(kind, layer) for kind in ("mlp", "attention") for layer in layers]
         normed = [site for site in parts if self.norm(site) is not None]
         projections = [projection for site in parts if (projection := self.projection(site)) is not None]
+        beside = [module for layer in layers if (module := self.vlm.addresses.beside(layer)) is not None]
         with ExitStack() as stack:
             if edits:
                 stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
-            for keys, inputs in ((hidden + parts + projections, False), (hidden + normed + projections, True)):
+            for keys, inputs in ((hidden + parts + projections + beside, False), (hidden + normed + projections, True)):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
             return self.vlm.logits(self.prompt), states
 
@@ -209,6 +210,9 @@ def _prove_layer(probe: _Probe, states: States, layer: int) -> None:
             raise probe.error(site, f"its output has shape {recorded.shape} instead of {expected}")
     into = states[_Side(sites["hidden"], True)].tail
     parts = [into, *(_state(probe, states, sites[kind]).tail.to(into.device) for kind in ("attention", "mlp"))]
+    beside = probe.vlm.addresses.beside(layer)
+    if beside is not None:
+        parts.append(states[_Side(beside, False)].tail.to(into.device))
     written = states[_Side(sites["hidden"], False)].tail.to(into.device)
     if not (
         _close(sum(parts[1:], into), written, sum((part.norm() for part in parts[1:]), into.norm()))

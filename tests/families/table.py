@@ -82,7 +82,7 @@ KNOWN: dict[str, Known] = {
     "paligemma": Known(title="PaliGemma"),
     "paligemma2": Known(title="PaliGemma 2"),
     "gemma3": Known(title="Gemma 3"),
-    "gemma3n": Known(title="Gemma 3n", needs=TIMM),
+    "gemma3n": Known(title="Gemma 3n", needs=TIMM, refused="AltUp"),
     "gemma4": Known(title="Gemma 4 with inputs per layer"),
     "gemma4_dense": Known(title="Gemma 4"),
     "deepseek_vl": Known(title="DeepSeek-VL"),
@@ -91,7 +91,7 @@ KNOWN: dict[str, Known] = {
     "blip-2": Known(title="BLIP-2 over OPT", pictures="one", placeless=QUERIES),
     "instructblip": Known(title="InstructBLIP", pictures="one", placeless=QUERIES),
     "mllama": Known(title="Llama 3.2 Vision"),
-    "phi4_multimodal": Known(title="Phi-4-multimodal", needs=VISION),
+    "phi4_multimodal": Known(title="Phi-4-multimodal", needs=VISION, refused="inside its text stack"),
     "florence2": Known(
         title="Florence-2",
         refused="encoder",
