@@ -164,6 +164,18 @@ def tiny_vlm() -> VisionLanguageModel:
     return multrace.load(tiny_vlm_path())
 
 
+@pytest.fixture
+def load_embedded_once(tiny_vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that ask for the embedded model as it is get the one that is loaded. They must put its weights back."""
+    load = multrace.models.load
+
+    def once(path: str | Path, **settings: object) -> VisionLanguageModel:
+        is_plain = all(value in (None, "auto", False) for value in settings.values())
+        return tiny_vlm if is_plain and path == tiny_vlm_path() else load(path, **settings)
+
+    monkeypatch.setattr(multrace.models, "load", once)
+
+
 def trace_with(**effects: list[list[float]]) -> CausalTrace:
     """A trace with these indirect effects over four groups; two noise samples; clean .9, corrupted .1."""
     corrupted = torch.tensor([[0.05, 0.15]], dtype=torch.float64)
