@@ -1,6 +1,7 @@
 """Families that are in no row of ours: the fast sweep equals one forward pass per cell, in true float64, on each."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from exact_models import (
     CHANGED,
     FROZEN,
     LENGTH,
+    close,
     largest_difference,
     lift_casts,
     lift_every_cast,
@@ -21,8 +23,11 @@ from multrace import VisionLanguageModel, load
 from multrace.models import ReplayError
 from multrace.models.families import Family
 from multrace.models.replay import Cut, attending, replaying, running
-from multrace.tracing.engine import EdgeCell, Runs, plain_scores
-from multrace.tracing.engine.measure import sweep
+from multrace.models.replay.observe import LayerCall
+from multrace.tracing import TraceError
+from multrace.tracing.engine import EdgeCell, Engine, Runs, plain_scores
+from multrace.tracing.engine.measure import measure as measured, sweep
+from multrace.tracing.engine.scoring import Scoring
 from other_families import MODELS, RUNNING, make, text
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
@@ -64,6 +69,27 @@ def test_layers_with_a_running_state_go_on_from_it(name, monkeypatch):
         attending(vlm, [-1]),
     ):
         vlm.forward(runs.base)
+
+
+def test_only_edges_of_attention_are_cut_and_no_token_is_dropped_from_a_state(monkeypatch):
+    lift_every_cast(monkeypatch)
+    vlm = make("Qwen3.5, linear attention", monkeypatch)
+    runs, scoring = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 1,)), Scoring.of_answer([5], whole=False)
+    cell = EdgeCell(cut=CUTS[0], first=2, last=3)
+    with pytest.warns(UserWarning, match="only 3 have attention edges to cut; the others keep a running state"):
+        scores = measured(vlm, runs, [cell, replace(cell, last=2)], scoring, engine=Engine())
+    assert abs(float(scores.scores[0, 0, 0] - scores.base[0, 0])) > 1e-7
+    assert close(scores.scores[1], scores.base)
+    with pytest.raises(TraceError, match="cannot be dropped from .*: decoder layer 0 keeps a running state"):
+        measured(vlm, runs, [replace(cell, is_dropped=True)], scoring, engine=Engine())
+
+
+def test_rows_of_positions_on_several_axes_are_not_the_axes():
+    places, turns = torch.arange(3 * 3 * 5).view(3, 3, 5), torch.arange(3 * 5 * 4).view(3, 5, 4)
+    call = LayerCall(keywords={"position_ids": places, "position_embeddings": (turns, turns), "other": places})
+    part = call.rows(torch.tensor([0, 2]), 3).keywords
+    assert torch.equal(part["position_ids"], places[:, [0, 2]]) and torch.equal(part["other"], places[[0, 2]])
+    assert all(torch.equal(each, turns[[0, 2]]) for each in part["position_embeddings"])
 
 
 def test_without_the_state_the_result_is_wrong(monkeypatch):

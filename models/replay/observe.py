@@ -53,7 +53,7 @@ class LayerCall:
 
     def rows(self, rows: Tensor, count: int) -> LayerCall:
         """Return the call for only some of its `count` rows."""
-        return LayerCall(keywords={name: _of_rows(value, rows, count) for name, value in self.keywords.items()})
+        return LayerCall(keywords={name: _of_rows(name, value, rows, count) for name, value in self.keywords.items()})
 
     def using(self, cache: Cache) -> dict[str, Any]:
         """Return the keywords of a call that reads and extends this cache instead of the recorded one."""
@@ -198,9 +198,11 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
         return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        if any(part.shape[0] != 1 and not torch.equal(part, part[:1].expand_as(part)) for part in parts):
+        row = 1 if parts[0].ndim == _WITH_AXES["position_embeddings"] else 0
+        firsts = [part.narrow(row, 0, 1) for part in parts]
+        if not all(torch.equal(part, first.expand_as(part)) for part, first in zip(parts, firsts, strict=True)):
             raise ReplayError("rows have different positions")
-        picked = tuple(part[:1][..., index, :] for part in parts)
+        picked = tuple(first[..., index, :] for first in firsts)
         return picked if isinstance(value, (tuple, list)) else picked[0]
     if name in ("position_ids", "cache_position") and value is not None:
         return value[..., index]
@@ -209,12 +211,18 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
     raise ReplayError(f"decoder layers are given {name!r}, which cannot be cut to single positions")
 
 
-def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
+_WITH_AXES = {"position_ids": 3, "position_embeddings": 4}
+"""Numbers of dimensions of positions on several axes (mrope), which lead with the axis."""
+
+
+def _of_rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
     """Return the part of an argument that belongs to some rows; an argument without rows is unchanged."""
     if isinstance(value, Tensor):
+        if value.ndim == _WITH_AXES.get(name):
+            return value[:, rows]
         return value[rows] if value.ndim > 1 and len(value) == count and count > 1 else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_of_rows(part, rows, count) for part in value)
+        return type(value)(_of_rows(name, part, rows, count) for part in value)
     return value
 
 
@@ -303,6 +311,11 @@ def mixers_of(vlm: VisionLanguageModel) -> dict[int, nn.Module]:
             except ModelError:  # the recording says that this layer does not attend
                 continue
     return mixers
+
+
+def layers_without_attention(vlm: VisionLanguageModel) -> tuple[int, ...]:
+    """Return the layers that keep a running state in place of attention; empty for most models."""
+    return tuple(mixers_of(vlm))
 
 
 def _has_method(module: nn.Module) -> bool:

@@ -23,8 +23,8 @@ class Known:
     """Words of the reason why `load` refuses it; empty if it is proven."""
     plain: str = ""
     """Words of the reason why the fast engine leaves it to plain passes; empty if the fast engine runs."""
-    uncut: str = ""
-    """Words of the reason why attention cannot be cut in it; empty if `attention_knockout` works."""
+    partly: str = ""
+    """Words of the warning that only some layers have attention edges to cut; empty if all have."""
     placeless: str = ""
     """Words of the reason why image tokens have no place in the picture; empty if boxes give positions."""
     why: str = ""
@@ -45,8 +45,8 @@ class Known:
 
 
 LINEAR = {
-    "plain": "linear attention", "uncut": "linear attention",
-    "why": "layers of linear attention carry a running state from token to token",
+    "partly": "only 3 have attention edges to cut",
+    "why": "layers of linear attention carry a running state from token to token, and have no edges to cut",
 }  # fmt: skip
 EXPERTS = {"projection": "attention", "dtype": "float32"}
 QUERIES = "quer"

@@ -42,7 +42,7 @@ from .cells import (
     touched,
 )
 from .lanes import Checkpoint, Edges, Recorded, States
-from .plain import Shown, each_plain, is_before_decoder, plain_scores, run_scores, with_pictures
+from .plain import Shown, each_plain, is_before_decoder, lacking_edges, plain_scores, run_scores, with_pictures
 from .scoring import Scoring
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -81,6 +81,8 @@ def measure(
             runs out; or a score is not finite. With other engine settings, a model that cannot be replayed gets one
             warning instead.
     """
+    if message := lacking_edges(vlm, cells):
+        _warn(message)
     before = [is_before_decoder(cell) for cell in cells]
     others = [cell for cell, is_before in zip(cells, before, strict=True) if not is_before]
     parts: list[CellScores] = []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families import Key, Kind
 from ...models.frame import DecoderInput
-from ...models.replay.observe import masking
+from ...models.replay.observe import layers_without_attention, masking
 from ...models.replay.recording import Cut
 from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, TraceError, all_edges, state_cells
 
@@ -72,6 +72,29 @@ def _masked(vlm: VisionLanguageModel, runs: Runs) -> Callable[[EdgeCell], Abstra
         return masking(vlm, dict.fromkeys(range(cell.first, cell.last + 1), mask))
 
     return changing
+
+
+def lacking_edges(vlm: VisionLanguageModel, cells: Sequence[Cell]) -> str:
+    """Return a warning if edge cells concern layers without attention edges, else nothing.
+
+    Raises `TraceError` if tokens are to be dropped from such layers, which would still carry them on.
+    """
+    edges = [cell for cell in cells if isinstance(cell, EdgeCell)]
+    without = set(layers_without_attention(vlm)) if edges else set()
+    with_edges = [str(layer) for layer in range(vlm.layers) if layer not in without]
+    if not with_edges:  # nothing can be cut at all, which the engine says
+        return ""
+    if any(cell.is_dropped for cell in edges) and without:
+        raise TraceError(
+            f"tokens cannot be dropped from {vlm.name!r}: decoder layer {min(without)} keeps a running state, in which "
+            "they remain; use attention_knockout, which cuts the edges that there are"
+        )
+    if not any(without.intersection(range(cell.first, cell.last + 1)) for cell in edges):
+        return ""
+    return (
+        f"of the layers of {vlm.name!r}, only {', '.join(with_edges)} have attention edges to cut; the others keep a "
+        "running state, through which every token still reaches all later ones"
+    )
 
 
 def hidden_edges(cut: Cut, length: int, heads: int) -> Tensor:
