@@ -77,6 +77,8 @@ def run(options: Export) -> int:
     delta.check_fits(vlm)
     prompts = _prompts(vlm, delta, options)
     print(*delta.report(delta.retained(vlm)), sep="\n")
+    if vlm.dtype.itemsize < 4:
+        print(*(f"{name}: {rounding}" for name, rounding in delta.rounding(vlm).items()), sep="\n")
     if options.peft is not None:
         editing.to_peft(vlm, delta, options.peft)
         # in half precision an adapter keeps what rounding would remove, as an edit beside the weights does

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from ..artefacts import write_json
 from ..data import EditRequest
-from ..editing import EDITED, NOT_GENERATED, ClosedFormEditor, Delta, room_for_targets
+from ..editing import EDITED, NOT_GENERATED, ClosedFormEditor, Delta, RuntimeEdit, room_for_targets
+from ..editing.changes.weight_change import Rounding
 from ..editing.evaluation import preview, preview_lines, sizes
-from ..editing.requests import answers_where_finite
+from ..editing.requests import answers_where_finite, target_probability
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .located_edit import TraceShift
@@ -20,6 +21,8 @@ _LAYOUT = "multrace edit outcome 1"
 _SHOWN = 20
 """Maximum number of requests, neighbours or shifts that are printed; the report has all."""
 _MOSTLY = 0.9
+_HALF = 2
+"""Size in bytes of the dtypes in which an edit can be rounded away."""
 _STATES = ("before", "with the edit", "after undo")
 _QUIET = 16
 """A progress bar is shown only above this number of answers."""
@@ -66,6 +69,11 @@ class EditOutcome:
     """(before, with the edit, after undo) of each request."""
     shares: tuple[float | None, ...]
     """Of what each request asked for, over all its keys, after rounding to the model's dtype; None without keys."""
+    rounding: tuple[Rounding, ...]
+    """What rounding to the model's dtype takes from each changed weight."""
+    probabilities: tuple[tuple[float, float], ...]
+    """(in the weights, beside them in float32): the probability of each target with the change; empty for a model that
+    computes in float32, where both are the same."""
     is_undone: bool
     """Whether every touched weight is bit-identical to what it was."""
     sizes: tuple[Any, ...]
@@ -110,6 +118,8 @@ class EditOutcome:
             shifts=tuple(shifts),
             answers=tuple(zip(before, edited, after, strict=True)),
             shares=delta.shares(delta.retained(vlm)),
+            rounding=tuple(delta.rounding(vlm).values()),
+            probabilities=() if vlm.dtype.itemsize > _HALF else _probabilities(vlm, requests, delta),
             is_undone=vlm.fingerprint(delta.changes) == delta.fingerprints,
             sizes=tuple(sizes(vlm, delta)),
             preview=preview(vlm, requests, delta, tokens=tokens) if previewed else None,
@@ -151,11 +161,14 @@ class EditOutcome:
         made = {"model": self.delta.model, "revision": self.delta.revision, "settings": dict(self.delta.settings)}
         weights = [asdict(each) for each in self.sizes]
         parts = {"requests": requests, "weights": weights, "undone_bit_for_bit": self.is_undone}
+        parts |= {"rounding": [asdict(each) for each in self.rounding], "target_probabilities": self.probabilities}
         return made | parts | {"notes": list(self.notes)}
 
     def lines(self) -> Iterator[str]:
         """Yield what was edited where, the answers in each state of the model, and notes."""
         yield from self._one() if len(self.answers) == 1 else self._many()
+        if self.probabilities:
+            yield f"{'rounding':<15}  {self._rounding()}"
         yield from () if self.is_undone else ("after undo some weights differ!",)
         if any(share is not None and share < _MOSTLY for share in self.shares):
             yield "less than 90% is retained; a higher precision, a smaller ridge or export --peft gives the rest"
@@ -167,6 +180,12 @@ class EditOutcome:
         if self.preview is not None:
             yield ""
             yield from preview_lines(self.preview, _SHOWN)
+
+    def _rounding(self) -> str:
+        """Return one line on what half precision takes from the change and from the targets' probability."""
+        worst = min(self.rounding, key=lambda each: each.survives)
+        rounded, whole = (sum(column) / len(self.probabilities) for column in zip(*self.probabilities, strict=True))
+        return f"{worst}; P(target) {rounded:.3f} in the weights, {whole:.3f} with the change in float32 beside them"
 
     def _one(self) -> Iterator[str]:
         (request,) = self.delta.requests
@@ -204,6 +223,18 @@ class EditOutcome:
 def _answers(vlm: VisionLanguageModel, requests: Sequence[EditRequest], **options: Any) -> list[str]:
     """The answers to the requests' questions; empty where the logits are not finite."""
     return [answer or "" for answer in answers_where_finite(vlm, [each.question for each in requests], **options)]
+
+
+def _probabilities(
+    vlm: VisionLanguageModel, requests: Sequence[EditRequest], delta: Delta
+) -> tuple[tuple[float, float], ...]:
+    """Return the probability of each target with the change in the weights, and with the change beside them."""
+    columns = []
+    for change in (delta, RuntimeEdit(delta=delta)):
+        with change.applied(vlm):
+            prompts = (vlm.prompt_for(each.question, answer=each.target) for each in requests)
+            columns.append([target_probability(vlm, prompt) for prompt in prompts])
+    return tuple(zip(*columns, strict=True))
 
 
 def _counted(places: Sequence[Place]) -> list[tuple[str, int]]:

@@ -17,11 +17,20 @@ from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
 from ...models.placement import compute_device
 from ..requests import EditError
-from .weight_change import NO_OWNER, PARTS, AppliedDelta, WeightChange, check_fingerprints, held, write_all
+from .weight_change import (
+    MOSTLY,
+    NO_OWNER,
+    PARTS,
+    AppliedDelta,
+    Rounding,
+    WeightChange,
+    check_fingerprints,
+    held,
+    write_all,
+)
 
 FORMAT = "multrace delta 2"
 _EDITED = "edited"
-_MOSTLY = 0.9  # a request of which less is retained is pointed out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -132,6 +141,19 @@ class Delta:
                 check_fingerprints(vlm, self.fingerprints, self.model)
             transposed = vlm.stores_transposed
             return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+
+    def rounding(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Rounding]:
+        """Return what is lost of each weight's change when it is applied to this model in the dtype of its weights.
+
+        Next to nothing in float32; in half precision, entries below half a step of the weight are lost. The model is
+        left as it is. Raises `EditError` as `apply`.
+        """
+        with vlm.lock:
+            self.check_fits(vlm)
+            if not on_other_weights:
+                check_fingerprints(vlm, self.fingerprints, self.model)
+            transposed = vlm.stores_transposed
+            return {name: each.rounding(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return one line per request on what became of it, from the shares that `retained` (or a runtime edit) gives.
@@ -359,7 +381,7 @@ def damage_named(path: str | Path) -> Iterator[None]:
 
 
 def _share(share: float) -> str:
-    note = "" if share >= _MOSTLY else "; a runtime edit, a higher precision or a smaller ridge brings the rest"
+    note = "" if share >= MOSTLY else "; a runtime edit, a higher precision or a smaller ridge brings the rest"
     return f"{share:.1%} retained{note}"
 
 

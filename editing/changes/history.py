@@ -19,7 +19,7 @@ from ...models import ModelError, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..requests import EditError
 from .delta import Delta, joined
-from .weight_change import AppliedDelta, check_fingerprints, held, write_all
+from .weight_change import AppliedDelta, Rounding, check_fingerprints, held, write_all
 
 logger = logging.getLogger("multrace")
 INDEX = "index.jsonl"
@@ -106,6 +106,14 @@ class VerifiedEdit:
     """Whether the weights below it are bit by bit those it was made on (another device or dtype may differ)."""
     retained: Mapping[str, Tensor]
     """As `Delta.retained`, on the weights below it."""
+    rounding: Mapping[str, Rounding]
+    """As `Delta.rounding`, on the weights below it."""
+
+    def __str__(self) -> str:
+        """Return one line: whether the edit is as it was made, and what rounding takes from it."""
+        made = "as it was made" if self.as_made else "on other weights than it was made on"
+        losses = "; ".join(f"{name}: {rounding}" for name, rounding in self.rounding.items())
+        return f"{self.name}: {made}; {losses}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -344,10 +352,12 @@ class History:
             try:
                 for entry, delta in edits:
                     handle.keep(delta.changes)
-                    prints, made = vlm.fingerprint(delta.changes), delta.fingerprints
-                    as_made = all(made[name] in (prints[name], self.base[name]) for name in made)
+                    prints, wanted = vlm.fingerprint(delta.changes), delta.fingerprints
+                    as_made = all(wanted[name] in (prints[name], self.base[name]) for name in wanted)
                     retained = delta.retained(vlm, on_other_weights=True)
-                    verified.append(VerifiedEdit(name=entry.name, as_made=as_made, retained=retained))
+                    rounding = delta.rounding(vlm, on_other_weights=True)
+                    made = VerifiedEdit(name=entry.name, as_made=as_made, retained=retained, rounding=rounding)
+                    verified.append(made)
                     write_all(vlm, [delta.changes])
             finally:
                 uninterrupted(handle.restore)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,11 @@ from ...models.guards import uninterrupted
 from ...models.placement import OpenedWeight
 from ..requests import EditError, listed_requests, with_answers_seen
 
+logger = logging.getLogger("multrace")
 PARTS = ("left", "right", "keys", "residuals", "weights", "owners")
 NO_OWNER = -1
+MOSTLY = 0.9
+"""A change of which less is retained is pointed out."""
 _WIDE = (torch.float32, torch.float64)
 _MATRICES = PARTS[:4]
 _CHUNK = 2**20  # entries of a weight that are widened at a time: 8 MiB in float64, whatever the size of the weight
@@ -58,6 +62,29 @@ class WritesWeights(Protocol):
 
     def write(self, vlm: VisionLanguageModel) -> None:
         """Add the change to the model's weights; the caller holds the way back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What is left of a change when the changed weight is rounded to the dtype that it is stored in."""
+
+    dtype: str
+    """The dtype of the weight, such as "bfloat16"."""
+    lost: float
+    """Frobenius norm of what rounding takes from the change, relative to that of the change."""
+    survives: float
+    """Share of what the change adds to the outputs at its keys that the rounded change adds; 1 for a change of none."""
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether so much is lost that the edit may not work."""
+        return self.survives < MOSTLY
+
+    def __str__(self) -> str:
+        return (
+            f"rounding to {self.dtype} takes {self.lost:.2g} of the norm of the change and leaves {self.survives:.1%} "
+            "of what it adds at its keys"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -134,12 +161,39 @@ class WeightChange:
         grow with the weight. Each run is computed from the weight as it is at that moment, so that a caller may write
         the run back at once.
         """
+        for run, change in self._runs(weight, transposed=transposed):
+            yield run, (weight.detach()[run].double() + change).to(weight.dtype)
+
+    def _runs(self, weight: Tensor, *, transposed: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yield runs of rows of the stored weight with what is added to them, float64."""
         across, along = (self.right.T, self.left.T) if transposed else (self.left, self.right)
         across, along = (factor.to(weight.device, torch.float64) for factor in (across, along))
         step = max(1, _CHUNK // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], step):
             run = slice(start, start + step)
-            yield run, torch.addmm(weight.detach()[run].double(), across[run], along).to(weight.dtype)
+            yield run, across[run] @ along
+
+    def rounding(self, weight: Tensor, *, transposed: bool) -> Rounding:
+        """Return what is lost when this change is added to the stored weight and the sum is rounded to its dtype."""
+        lost = whole = 0.0
+        keys = self.keys.to(weight.device, torch.float64)
+        moved = {part: keys.new_zeros(self.rank, self.shape[0]) for part in ("rounded", "exact")}
+        for run, change in self._runs(weight, transposed=transposed):
+            before = weight.detach()[run].double()
+            step = (before + change).to(weight.dtype).double() - before
+            lost += float((step - change).square().sum())
+            whole += float(change.square().sum())
+            for part, added in (("rounded", step), ("exact", change)):
+                if transposed:
+                    moved[part] += keys[:, run] @ added
+                else:
+                    moved[part][:, run] = keys @ added.T
+        met, wanted = float((moved["rounded"] * moved["exact"]).sum()), float(moved["exact"].square().sum())
+        return Rounding(
+            dtype=str(weight.dtype).removeprefix("torch."),
+            lost=(lost / whole) ** 0.5 if whole else 0.0,
+            survives=met / wanted if wanted else 1.0,
+        )
 
     def retained(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """Return the share of each residual that rounding and the ridge leave, (rank,) float32 on the CPU; 1 for 0."""
@@ -307,8 +361,17 @@ def write_all(vlm: VisionLanguageModel, steps: Iterable[Mapping[str, WeightChang
 
 @torch.no_grad()
 def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
-    """Add the change to the model's weight in place. Raises `EditError` if it overflows, with part of it written."""
+    """Add the change to the model's weight in place. Raises `EditError` if it overflows, with part of it written.
+
+    Warns in one line if the dtype of the weight takes up little of the change, which half precision can do.
+    """
     weight = vlm.weight(name)
+    if weight.dtype not in _WIDE and (rounding := change.rounding(weight, transposed=vlm.stores_transposed)).is_lossy:
+        logger.warning(
+            "%s: %s; RuntimeEdit(delta=...) keeps the whole of it beside the weights, as an adapter does, and so does "
+            "a model loaded in float32",
+            *(name, rounding),
+        )
     for run, rows in change.rows(weight, transposed=vlm.stores_transposed):
         if not torch.isfinite(rows).all():
             advice = "edit with a clamp" if weight.dtype in _WIDE else "load the model in float32, or edit with a clamp"

@@ -1,0 +1,78 @@
+"""Half precision: edits, undo and exports work in it, and what it rounds away is measured and told."""
+
+from dataclasses import replace
+
+import pytest
+from multrace import EditRequest, History, MultEdit
+from multrace.data import tiny_vlm_path
+from multrace.editing import Delta, RuntimeEdit, save_merged, to_peft, verify_export, with_adapters
+from multrace.models import load
+from multrace.workflow.edit_outcome import EditOutcome, Place
+
+
+def scaled(delta: Delta, factor: float) -> Delta:
+    """The same edit with a change of another size."""
+    changes = {name: replace(each, left=factor * each.left) for name, each in delta.changes.items()}
+    return replace(delta, changes=changes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_makes_edits_exports_and_undo(dtype, tmp_path):
+    vlm = load(tiny_vlm_path(), dtype=dtype)
+    prompt, digest = vlm.prompt(None, "Who won?"), vlm.weights_digest()
+    delta = MultEdit(layer=5).edit(vlm, [EditRequest(question=prompt, target="Pruro")], progress=False)
+    (rounding,) = delta.rounding(vlm).values()
+    assert 0 < rounding.lost < 0.01 and abs(rounding.survives - 1) < 1e-3 and not rounding.is_lossy
+    with delta.applied(vlm):
+        assert vlm.answers([prompt]) == ["Pruro"]
+        rounded = vlm.score(None, "Who won?", "Pruro").probability
+    assert vlm.weights_digest() == digest
+    with RuntimeEdit(delta=delta).applied(vlm):
+        assert abs(vlm.score(None, "Who won?", "Pruro").probability - rounded) < 0.01
+    merged = load(save_merged(vlm, delta, tmp_path / "merged", dtype=vlm.dtype), dtype=dtype)
+    assert verify_export(vlm, delta, merged, [prompt]).difference == 0
+    adapted = with_adapters(load(tiny_vlm_path(), dtype=dtype), to_peft(vlm, delta, tmp_path / "adapter"))
+    assert adapted.answers([prompt]) == ["Pruro"]
+
+
+@pytest.mark.parametrize(("dtype", "small"), [("bfloat16", 2e-3), ("float16", 2e-4)])
+def test_an_edit_that_half_precision_rounds_away_is_no_secret(dtype, small, caplog):
+    vlm = load(tiny_vlm_path(), dtype=dtype)
+    prompt = vlm.prompt(None, "Who won?")
+    whole = MultEdit(layer=5).edit(vlm, [EditRequest(question=prompt, target="Pruro")], progress=False)
+    lost = scaled(whole, small)
+    (rounding,) = lost.rounding(vlm).values()
+    ((name, change),) = lost.changes.items()
+    exact = vlm.weight(name).double() + change.left.double() @ change.right.double()
+    step = exact - vlm.weight(name).double()
+    wanted = (exact.to(vlm.dtype).double() - exact).norm() / step.norm()
+    assert rounding.is_lossy and rounding.lost == pytest.approx(float(wanted), rel=1e-6) and rounding.lost > 0.3
+    caplog.clear()
+    with whole.applied(vlm):
+        assert not caplog.records
+    with lost.applied(vlm):
+        (record,) = caplog.records
+    assert f"{name}: rounding to {dtype} takes " in record.message and "RuntimeEdit" in record.message
+    assert "\n" not in record.message
+    wide = load(tiny_vlm_path())
+    caplog.clear()
+    with lost.applied(wide, on_other_weights=True):
+        assert not caplog.records
+    (line,) = History().added("small", lost).verify(vlm, progress=False)
+    assert str(line).startswith(f"small: as it was made; {name}: rounding to {dtype} takes ")
+
+
+@pytest.mark.parametrize(("dtype", "says"), [("bfloat16", True), ("float32", False)])
+def test_the_outcome_of_an_edit_tells_what_half_precision_takes(dtype, says):
+    vlm = load(tiny_vlm_path(), dtype=dtype)
+    request = EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
+    editor = MultEdit(layer=5)
+    delta = editor.edit(vlm, [request], progress=False)
+    outcome = EditOutcome.of(vlm, [request], delta, places=[Place.of_editor(editor, 5)], progress=False)
+    lines = [line for line in outcome.lines() if line.startswith("rounding")]
+    assert len(lines) == says and len(outcome.probabilities) == says
+    assert outcome.as_json()["rounding"][0]["dtype"] == dtype
+    if says:
+        ((rounded, whole),) = outcome.probabilities
+        assert 0.9 < rounded < 1 and 0.9 < whole < 1 and rounded != whole
+        assert f"P(target) {rounded:.3f} in the weights, {whole:.3f} with the change in float32" in lines[0]
