@@ -27,8 +27,10 @@ _LEFT_OUT = {
 PER_LAYER = "per_layer_inputs"
 """Inputs of single layers, (row, token, layer, size), which depend on the ids of the tokens."""
 _BETWEEN_LAYERS, _PLACES = "deepstack_visual_embeds", "visual_pos_masks"
+_ATTENDED = "cross_attention_states"
+"""States of pictures that some layers attend to, (row, state, hidden)."""
 _OTHERWISE = {
-    *("attention_mask", "position_ids", "cross_attention_states", "cross_attention_mask"),
+    *("attention_mask", "position_ids", _ATTENDED, "cross_attention_mask"),
     *("full_text_row_masked_out_mask", _BETWEEN_LAYERS),
 }
 """Arguments that are not laid out as (row, token, ...)."""
@@ -95,6 +97,8 @@ class Frame:
             kept["attention_mask"] = _of_masks(_seen, kept["attention_mask"])
         if "position_ids" in kept and kept["position_ids"].ndim == 1:
             kept["position_ids"] = kept["position_ids"][None]
+        if _ATTENDED in kept:  # the pictures of a row, one after another
+            kept[_ATTENDED] = kept[_ATTENDED].reshape(rows, -1, kept[_ATTENDED].shape[-1])
         kept = {name: value for name, value in kept.items() if not _is_default(name, value)}
         per_token = frozenset(
             name
@@ -136,6 +140,8 @@ class Frame:
         """Return the frame of the tokens from start to end (excluded), which attend to the first `keys` tokens."""
         places = self.keywords.get(_PLACES)
         cut = {name: self._cut(name, value, start, end, keys) for name, value in self.keywords.items()}
+        if start:
+            cut.pop(_ATTENDED, None)  # their keys and values are kept with those of the first tokens
         if _BETWEEN_LAYERS in cut and places is not None:
             inside = torch.zeros_like(places)
             inside[:, start:end] = True

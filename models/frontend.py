@@ -133,6 +133,8 @@ class Frontend:
     """Number of tokens that the model has embeddings for; None if unknown."""
     accepted: frozenset[str] | None = None
     """Names of the inputs that the model takes; None if unknown, so that it gets everything."""
+    attended: bool = False
+    """True if pictures stand at no position of the prompt, because layers attend to their states."""
     places: bool = True
     """True if an image token shows a part of its picture; False for answers of learned queries."""
     answer_fills: Mapping[str, int] = field(default_factory=dict)

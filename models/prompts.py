@@ -358,7 +358,8 @@ def build(
         question=question,
         image_word=frontend.image_word if images else None,
     )
-    image_positions = tuple(index for index, token in enumerate(ids) if token == frontend.image_token_id)
+    image_token = None if frontend.attended else frontend.image_token_id
+    image_positions = tuple(index for index, token in enumerate(ids) if token == image_token)
     prompt = Prompt(
         images=images,
         question=question,

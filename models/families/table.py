@@ -83,6 +83,8 @@ class PictureFront:
     """The list of the vision tower's layers, relative to the tower; None if unknown."""
     projector: Names | None = ("multi_modal_projector", "connector", "aligner", "projector", "merger")
     """The module that turns the tower's states into image tokens; None if unknown."""
+    attended: bool = False
+    """True if pictures stand at no position of the prompt: some layers attend to their states (Mllama)."""
     places: bool = True
     """True if an image token shows a part of its picture; False if it is the answer of a learned query to all of it."""
     prefix: bool = False
@@ -331,6 +333,8 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     ),
     PictureFront(
         model_types=("mllama",),
+        attended=True,
+        places=False,
         vision="vision_model",
         vision_layers="transformer.layers",
         projector="multi_modal_projector",

@@ -173,6 +173,7 @@ def _assemble(opened: _Opened, family: Family) -> VisionLanguageModel:
         patch_size=_patch_size(model) if vision else None,
         dropped_inputs=family.dropped_inputs,
         accepted=_accepted_inputs(model),
+        attended=family.attended,
         places=family.places,
         device=input_device(model),
         dtype=model.dtype,

@@ -52,7 +52,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     with torch.no_grad():
         prompt = probe_prompt(vlm)
         _prove_weights(vlm)
-        if vlm.has_vision:
+        if vlm.has_vision and not vlm.family.attended:
             positions, features = count_image_tokens(vlm, prompt)
             if positions != features:
                 raise image_token_error(vlm, positions, features)
@@ -361,9 +361,17 @@ def _prove_images(probe: _Probe) -> str:
     vlm, prompt = probe.vlm, probe.prompt
     image = list(prompt.groups["image"])
     with capture(vlm, [vlm.vision_tower]) as captured:
-        embeddings = vlm.embeddings(prompt)
+        entering = vlm.decoder_input(prompt)
     if not captured:
         raise probe.error("image", "the vision tower did not run")
+    embeddings = entering.embeddings
+    if vlm.family.attended:
+        other = vlm.decoder_input(probe_prompt(vlm, inverted=True))
+        if not other.frame.differs(entering.frame):
+            raise probe.error("image", "another picture gives the same states to attend to")
+        if not torch.equal(other.embeddings, embeddings):
+            raise probe.error("image", "another picture changes the embeddings of words")
+        return "pictures are attended to, at no position"
     features = vlm.image_features(prompt).to(embeddings.device)
     if not image or not torch.equal(embeddings[0, image], features):
         raise probe.error("image", f"{len(image)} image positions do not hold the {len(features)} image features")

@@ -471,7 +471,7 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> tuple[Tensor, None]:
         cut = hidden.get(layers[id(module)])
-        if cut is not None:
+        if cut is not None and key.shape[2] == cut.shape[-1]:  # other keys are states of pictures, at no position
             is_causal = _is_causal(module, keywords)
             attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
         return exact_attention(module, query, key, value, attention_mask, **keywords)
