@@ -177,6 +177,11 @@ class Prompt:
         return grid_boxes(self.grids, [image.size for image in self.images], self.processed)
 
     @property
+    def attends_to_pictures(self) -> bool:
+        """Whether its pictures stand at no position, because layers attend to their states (Mllama)."""
+        return bool(self.images) and self.frontend.attended
+
+    @property
     def shows_places(self) -> bool:
         """True if each image token shows a part of its picture; False for answers of learned queries to all of it."""
         return self.frontend.places

@@ -21,7 +21,7 @@ from ...models import Prompt, VisionLanguageModel, open_images
 from ...models.frame import DecoderInput
 from ...models.prompts import ReadOnly
 from ..engine.cells import TraceError
-from ..engine.positions import group_positions
+from ..engine.positions import check_pictures, group_positions
 from .corruption import CONSTRAINTS, Corrupted, Corruption, word_embeddings
 
 Colour = str | tuple[int, int, int]
@@ -55,7 +55,7 @@ class SwapImage:
 
         Raises `ModelError` if the picture cannot be read, and `TraceError` if it takes another number of tokens.
         """
-        group_positions(prompt, "image")
+        check_pictures(prompt)
         images = open_images(self.image)
         if len(images) != len(prompt.images):
             raise TraceError(
@@ -75,7 +75,7 @@ class PictureDamage(ABC):
 
     def corrupt(self, vlm: VisionLanguageModel, prompt: Prompt) -> Corrupted:
         """Return one sample. Raises `TraceError` if there is no such picture, or if the damage does not fit it."""
-        group_positions(prompt, "image")
+        check_pictures(prompt)
         count = len(prompt.images)
         if self.image is not None and self.image not in range(count):
             raise TraceError(f"no picture {self.image}: the prompt has {count} (0 to {count - 1}); pass one, or None")
@@ -401,7 +401,7 @@ class PixelNoise(Noise):
 
     def draw(self, vlm: VisionLanguageModel, prompt: Prompt) -> Callable[[float], Corrupted]:
         """Return the corruption by scale. Raises `TraceError` without a picture, or if all its pixels are equal."""
-        group_positions(prompt, "image")
+        check_pictures(prompt)
         inputs, where = prompt.with_answer(None).inputs, "on the pixels"
         pixels = inputs["pixel_values"]
         kept, deviation, drawn = pixels.cpu().double(), _deviation(pixels, where), self._drawn(*pixels.shape)

@@ -159,7 +159,14 @@ def _states(
         capture(vlm, keys.get("head", []), inputs=True, clone=True) as read,
     ):
         vlm.forward(entering, positions=runs.scored)
-    return {**written, **read}
+    states = {**written, **read}
+    for key in (*outputs, *keys.get("head", [])):
+        if key not in states:
+            raise TraceError(
+                f"{str(key)!r} does not run for this prompt: its layer attends to pictures, and there is none; trace a "
+                "prompt with a picture"
+            )
+    return states
 
 
 def _writes(

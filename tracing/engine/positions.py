@@ -30,7 +30,8 @@ def group_positions(prompt: Prompt, group: str) -> tuple[int, ...]:
     positions = prompt.groups.get(group, ())
     if not positions:
         names = ", ".join(name for name, members in prompt.groups.items() if members)
-        hints = {"image": "; pass an image to the prompt", "constraint": "; pass constraint= to the prompt"}
+        no_image = "; layers attend to its pictures, which stand at no position" if prompt.attends_to_pictures else ""
+        hints = {"image": no_image or "; pass an image to the prompt", "constraint": "; pass constraint= to the prompt"}
         hint = hints.get(group, "; ask for one of these")
         raise TraceError(f"no tokens in group {group!r} of this prompt; groups with tokens are {names}{hint}")
     last = prompt.groups["last"][0]
@@ -40,6 +41,12 @@ def group_positions(prompt: Prompt, group: str) -> tuple[int, ...]:
             "ask for a group of the prompt"
         )
     return positions
+
+
+def check_pictures(prompt: Prompt) -> None:
+    """Raise `TraceError` if the prompt has no picture."""
+    if not prompt.images:
+        group_positions(prompt, "image")
 
 
 def named_positions(prompt: Prompt, positions: Positions) -> dict[int, str]:
@@ -177,7 +184,9 @@ def box_positions(vlm: VisionLanguageModel, prompt: Prompt, box: Box) -> tuple[i
 
 def _why_no_grid(prompt: Prompt, item: str) -> str:
     """Return the error message for rows of patches in a prompt whose image tokens have no places."""
-    if not prompt.groups["image"]:
+    if prompt.attends_to_pictures:
+        reason = "layers attend to its pictures, which stand at no position"
+    elif not prompt.groups["image"]:
         reason = "it has no picture"
     elif not prompt.shows_places:
         reason = "its image tokens are answers of learned queries to the whole picture and show no part of it"

@@ -100,7 +100,12 @@ class Groups:
         """
         places = self._named(group) if isinstance(group, str) else self.prompt.positions(group)
         if not places:
-            raise TraceError(f"no tokens in the group {group!r} of this prompt; groups with tokens: {self._known()}")
+            reason = (
+                "; layers attend to its pictures, which stand at no position" if self.prompt.attends_to_pictures else ""
+            )
+            raise TraceError(
+                f"no tokens in the group {group!r} of this prompt{reason}; groups with tokens: {self._known()}"
+            )
         if group != "last" and max(places) > self.prompt.groups["last"][0]:
             raise TraceError(
                 f"{group!r} reaches beyond the prompt's last token (position {self.prompt.groups['last'][0]}) into the "
