@@ -268,10 +268,27 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         final_norm="final_norm",
     ),
     TextStack(
-        text_types=("granitemoe", "granitemoe_swa"),
+        text_types=("granitemoe", "granitemoe_swa", "granitemoeshared"),
         mlp="block_sparse_moe",
         down=None,
         experts="block_sparse_moe.experts",
+        further="shared_mlp",
+    ),
+    TextStack(
+        text_types=("falcon",),
+        layers="h",
+        attention="self_attention",
+        attention_out="self_attention.dense",
+        down="mlp.dense_4h_to_h",
+        final_norm="ln_f",
+        parallel=True,
+    ),
+    TextStack(
+        text_types=("falcon_h1",),
+        mlp="feed_forward",
+        down="feed_forward.down_proj",
+        final_norm="final_layernorm",
+        further="mamba",
     ),
 )
 """The text stacks that need more than the defaults; a text type without a row has the defaults."""
