@@ -272,7 +272,7 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         mlp="block_sparse_moe",
         down=None,
         experts="block_sparse_moe.experts",
-        further="shared_mlp",
+        beside="shared_mlp",
     ),
     TextStack(
         text_types=("falcon",),
@@ -288,7 +288,7 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         mlp="feed_forward",
         down="feed_forward.down_proj",
         final_norm="final_layernorm",
-        further="mamba",
+        beside="mamba",
     ),
 )
 """The text stacks that need more than the defaults; a text type without a row has the defaults."""
