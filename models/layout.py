@@ -48,9 +48,15 @@ class PictureGrid:
         return functional.adaptive_max_pool2d(light[None, None].float(), (self.rows, self.columns))[0, 0]
 
 
+def pixel_name(inputs: Mapping[str, Tensor]) -> str | None:
+    """Return under which name a prompt's inputs have pixels; None if there is no picture."""
+    return next((name for name in inputs if name.startswith("pixel_values")), None)
+
+
 def pixels_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return the pixels among a prompt's inputs; None if there is no picture."""
-    return next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
+    name = pixel_name(inputs)
+    return None if name is None else inputs[name]
 
 
 def picture_grids(

@@ -494,8 +494,16 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
 def _fixed_shapes(prompt: Prompt) -> dict[str, object]:
     """Return what must be equal in a batch: which inputs are per token, and the shape of one row of each input."""
     own = {name for name, value in prompt.inputs.items() if is_per_token(name, value, prompt.length)}
-    shapes: dict[str, object] = {name: value.shape[1 + (name in own) :] for name, value in prompt.inputs.items()}
+    shapes: dict[str, object] = {
+        name: value.shape[:-1] if _is_strip(name, prompt) else value.shape[1 + (name in own) :]
+        for name, value in prompt.inputs.items()
+    }
     return shapes | {"": own}
+
+
+def _is_strip(name: str, prompt: Prompt) -> bool:
+    """Return whether the input holds patches side by side in one strip (MiniCPM-V), which a batch continues."""
+    return name == "pixel_values" and "target_sizes" in prompt.inputs
 
 
 def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tuple[PromptInputs, tuple[int, ...]]:
@@ -529,6 +537,9 @@ def collate(prompts: Sequence[Prompt], tokenizer: Any, side: str = "left") -> tu
             is_per_token(name, value, prompt.length) for value, prompt in zip(values, prompts, strict=True)
         ):
             values = [_padded(value, longest, side, fills.get(name, 0)) for value in values]
+        if _is_strip(name, next(prompt for prompt in prompts if name in prompt.inputs)):
+            batch[name] = torch.cat(values, dim=-1)
+            continue
         if len({value.shape[1:] for value in values}) > 1:
             sizes = ", ".join(str(tuple(value.shape[1:])) for value in values)
             raise ModelError(

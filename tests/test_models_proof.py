@@ -1,6 +1,7 @@
 """The load-time proof: right rows pass, every kind of wrong row or dead model fails with the name of the site."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
+from families.folders import write
+from families.table import RECIPES
 from multrace import ModelError, VisionLanguageModel, capture, patch
 from multrace.models import Family, Site, collate
 from multrace.models.loading import prove_addresses
+from PIL import Image
 from random_models import make_tokenizer, text_sizes
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -241,3 +245,45 @@ def test_flat_tensors_are_seen_and_replaced_by_row_and_token(tmp_path):
         with patch(vlm, {key: lambda value: value + second}, inputs=is_input):
             patched = vlm.logits(inputs)
         assert torch.equal(patched[0], clean[0]) and not torch.equal(patched[1], clean[1])
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A model of each of these families, proven by opening it."""
+    folder = tmp_path_factory.mktemp("families")
+    with warnings.catch_warnings():  # of transformers' own processors
+        warnings.simplefilter("ignore")
+        return {
+            name: multrace.load(write(RECIPES[name], folder / name), dtype="float64")
+            for name in ("paligemma", "gemma3")
+        }
+
+
+def with_frontend(vlm, **changes):
+    return replace(vlm, frontend=replace(vlm.frontend, **changes))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_an_answer_that_changes_what_precedes_it_is_noticed(opened):
+    """PaliGemma's type 0 is the part of a prompt that sees itself whole, so a question sees an answer of that type."""
+    vlm = opened["paligemma"]
+    assert vlm.frontend.answer_fills == {"token_type_ids": 1}
+    prompt = vlm.prompt(Image.new("RGB", (40, 40), "red"), "Who is this?")
+    answered = prompt.with_answer("Ada")
+    bare, after = vlm.logits(prompt), vlm.logits(answered)[:, : prompt.length]
+    torch.testing.assert_close(after, bare, rtol=1e-5, atol=1e-5)
+    leaking = with_frontend(vlm, answer_fills={})
+    leaked = leaking.logits(replace(prompt, frontend=leaking.frontend).with_answer("Ada"))[:, : prompt.length]
+    assert (leaked - bare).abs().max() > 0.1
+    with pytest.raises(ModelError, match="site 'answer' .* an answer moves the logits before it"):
+        prove_addresses(leaking)
+
+
+def test_an_input_that_no_prompt_passes_on_is_noticed(opened):
+    """Gemma 3 reads from token_type_ids which tokens are one picture and see one another."""
+    vlm = opened["gemma3"]
+    assert "token_type_ids" in vlm.prompt(Image.new("RGB", (40, 40)), "Who?").inputs
+    deaf = with_frontend(vlm, accepted=vlm.frontend.accepted - {"token_type_ids"})
+    assert "token_type_ids" not in deaf.prompt(Image.new("RGB", (40, 40)), "Who?").inputs
+    with pytest.raises(ModelError, match="site 'inputs' .* 'token_type_ids' changes the logits"):
+        prove_addresses(deaf)

@@ -162,7 +162,7 @@ def _assemble(opened: _Opened, family: Family) -> VisionLanguageModel:
     model.requires_grad_(False)
     vision = family.vision is not None
     tokenizer = processor.tokenizer if vision else processor
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"the tokenizer of {name!r} gives no character offsets; save it once as a fast tokenizer (tokenizer.json)"
         )

@@ -18,6 +18,7 @@ from ...artefacts.drawing.styles import INK, colours_of, name_of_model
 from ...artefacts.results import Result
 from ...models import Prompt, Site, VisionLanguageModel, capture
 from ...models.frame import DecoderInput
+from ...models.layout import pixel_name
 from ..engine.cells import TraceError
 from ..engine.positions import group_positions
 
@@ -409,7 +410,7 @@ def weighted_heat(features: Tensor, gradients: Tensor) -> Tensor:
 
 def _copies(inputs: Mapping[str, Tensor], samples: int, noise: float, seed: int) -> list[Tensor]:
     """Return the processed pixels unchanged, or the requested number of noisy copies."""
-    pixels = inputs["pixel_values"]
+    pixels = inputs[pixel_name(inputs) or "pixel_values"]
     if samples == 0:
         return [pixels]
     generator = torch.Generator().manual_seed(seed)
@@ -420,7 +421,7 @@ def _copies(inputs: Mapping[str, Tensor], samples: int, noise: float, seed: int)
 def _batch(inputs: Mapping[str, Tensor], copies: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the inputs repeated for each copy, with the pixels of that copy."""
     repeated = {name: torch.cat([value] * len(copies)) for name, value in inputs.items()}
-    return repeated | {"pixel_values": torch.cat(list(copies))}
+    return repeated | {pixel_name(inputs) or "pixel_values": torch.cat(list(copies))}
 
 
 def _chosen_layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int, ...]:

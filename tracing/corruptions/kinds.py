@@ -19,6 +19,7 @@ from torch import Tensor
 from ...data.pictures import Picture
 from ...models import Prompt, VisionLanguageModel, open_images
 from ...models.frame import DecoderInput
+from ...models.layout import pixel_name
 from ...models.prompts import ReadOnly
 from ..engine.cells import TraceError
 from ..engine.positions import check_pictures, group_positions
@@ -403,13 +404,12 @@ class PixelNoise(Noise):
         """Return the corruption by scale. Raises `TraceError` without a picture, or if all its pixels are equal."""
         check_pictures(prompt)
         inputs, where = prompt.with_answer(None).inputs, "on the pixels"
-        pixels = inputs["pixel_values"]
+        name = pixel_name(inputs) or "pixel_values"
+        pixels = inputs[name]
         kept, deviation, drawn = pixels.cpu().double(), _deviation(pixels, where), self._drawn(*pixels.shape)
 
         def corrupted(scale: float) -> Corrupted:
-            noised = tuple(
-                ReadOnly({**inputs, "pixel_values": (kept + scale * deviation * each).to(pixels)}) for each in drawn
-            )
+            noised = tuple(ReadOnly({**inputs, name: (kept + scale * deviation * each).to(pixels)}) for each in drawn)
             # Samples are processed one at a time, like the clean picture: another batch size would round differently.
             changed = DecoderInput.of_runs([vlm.embed(prompt, each) for each in noised])
             details = {"embeddings": changed.embeddings, "frame": changed.frame, "inputs": noised}
