@@ -5,7 +5,7 @@ Phi-4 of 448.
 """
 
 from .folders import IDS, VOCABULARY, Recipe, Settings
-from .texts import EXPERTS, GEMMA, HEADS, TEXT, WINDOW
+from .texts import ALTERNATING, EXPERTS, GEMMA, HEADS, TEXT, WINDOW
 
 SQUARE = {"height": 32, "width": 32}
 CROPPED = {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
@@ -402,6 +402,7 @@ PIECES = {
             "vision_config": {**TOWER, "image_size": 980, "patch_size": 140, "model_type": "idefics3_vision"},
             "text_config": {**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
             "image_token_index": "<|img|>", "projector_patch_to_query_dict": {49: 4}, "vision_feature_layer": -1,
+            "initializer_range": 0.2,
         },
         named={"image_token": "<|img|>"},
         unknown="<pad>",
@@ -424,7 +425,6 @@ GEMMA4 = {
     "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image_soft|>", "boa_token": "<|audio>",
     "eoa_token": "<audio|>", "audio_token": "<|audio_soft|>", "video_token": "<|video_soft|>", "etc": "<etc>",
 }  # fmt: skip
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
 INPUTS_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 
 

@@ -78,7 +78,7 @@ KNOWN: dict[str, Known] = {
     "ovis2": Known(title="Ovis2"),
     "llama4": Known(title="Llama 4", needs=VISION, **EXPERTS),
     "got_ocr2": Known(title="GOT-OCR2"),
-    "aria": Known(title="Aria", **EXPERTS),
+    "aria": Known(title="Aria", placeless=QUERIES, **EXPERTS),
     "paligemma": Known(title="PaliGemma"),
     "paligemma2": Known(title="PaliGemma 2"),
     "gemma3": Known(title="Gemma 3"),

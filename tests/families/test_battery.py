@@ -6,7 +6,7 @@ from pathlib import Path
 import multrace as mt
 import pytest
 
-from .battery import CHECKS, open_subject
+from .battery import CHECKS, open_subject, true_float64
 from .folders import write
 from .table import KNOWN, RECIPES
 
@@ -24,8 +24,9 @@ def test_everything_that_the_table_says_holds(name: str, tmp_path: Path) -> None
     if KNOWN[name].missing:
         pytest.skip(f"needs {', '.join(KNOWN[name].missing)}, which is not installed")
     subject = open_subject(name, tmp_path)
-    for check in CHECKS.values():
-        check(subject)
+    with true_float64(subject.vlm):
+        for check in CHECKS.values():
+            check(subject)
 
 
 @pytest.mark.parametrize("name", each([name for name in KNOWN if KNOWN[name].refused]))
@@ -81,6 +82,6 @@ FAULTS = {
 def test_the_battery_notices(check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = open_subject("llava", tmp_path)
     FAULTS[check](subject.vlm, monkeypatch)
-    with pytest.raises(AssertionError), warnings.catch_warnings():
+    with pytest.raises(AssertionError), warnings.catch_warnings(), true_float64(subject.vlm):
         warnings.simplefilter("ignore")  # the engine's own check of a few cells warns as well
         CHECKS[check](subject)

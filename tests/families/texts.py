@@ -15,7 +15,8 @@ GPT: Settings = {
 HEADS = {"head_dim": 8}
 WINDOW = {"sliding_window": 8}
 """Shorter than every prompt, so that masks of layers differ."""
-GEMMA = {**HEADS, **WINDOW, "query_pre_attn_scalar": 8}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+GEMMA = {**HEADS, **WINDOW, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4}
 GRANITE = {
     "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.2,
