@@ -4,6 +4,7 @@ from . import (
     compare as compare,
     data as data,
     demo as demo,
+    doctor as doctor,
     edit as edit,
     evaluate as evaluate,
     export as export,

@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, str] = {
     "data": "check, repair and convert files of questions and edits",
     "moments": "collect second moments of the inputs of projections over a corpus, for editors that need them",
     "families": "print the architectures that multrace knows",
+    "doctor": "say what works on one model: proof, engine, knockout, edit, undo, export",
     "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
     "bench": "measure speed and memory beside the usual ways",
 }

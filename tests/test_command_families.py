@@ -1,12 +1,19 @@
 """`multrace families` and `multrace doctor`: what is known of architectures, and what works on one model."""
 
+import inspect
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
 
 import pytest
-from multrace import models
-from multrace.scripts import families
+from families.folders import write
+from families.texts import text
+from multrace import models, tracing
+from multrace.editing import Delta
+from multrace.scripts import doctor, families
 from multrace.scripts.main import app
 
 
@@ -50,3 +57,90 @@ def test_the_table_is_printed_without_torch():
         "assert not {'torch', 'transformers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- the doctor ----
+
+
+def findings(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> dict[str, dict]:
+    """What `multrace doctor --json` finds, by name."""
+    assert app(["doctor", "--json", *arguments]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["works"] == (code == 0)
+    return {finding["name"]: finding for finding in report["findings"]}
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text-only model of an architecture without a row, which attends in a way of its own."""
+    return str(write(text("falcon"), tmp_path_factory.mktemp("models") / "falcon"))
+
+
+def test_everything_works_on_the_embedded_model(capsys: pytest.CaptureFixture[str]):
+    assert app(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    lines = {line[:15].strip(): line[16:] for line in out.splitlines()}
+    assert [*lines] == [*doctor.EXAMINATIONS] and all(line.startswith("ok ") for line in lines.values())
+    assert "llava over llama: 8 layers" in lines["family"] and "addresses proven" in lines["proof"]
+    assert "fast engine" in lines["trace"] and "64 of them with a place" in lines["pictures"]
+    assert "undo is bit-exact" in lines["edit"] and "layers.4.mlp.down_proj" in lines["export"]
+    assert not [line for line in err.splitlines() if line.startswith("multrace:")]
+
+
+def test_what_does_not_work_is_said_with_the_reason(falcon: str, capsys: pytest.CaptureFixture[str]):
+    found = findings(capsys, "--model", falcon, code=1)
+    assert [name for name, finding in found.items() if not finding["works"]] == ["knockout"]
+    assert "cannot be cut" in found["knockout"]["says"]
+    assert "plain passes, since" in found["trace"]["says"]
+    assert "discovered" in found["family"]["says"] and found["pictures"]["says"] == "text-only model"
+
+
+def leave_the_edit(self: Delta, vlm: models.VisionLanguageModel, **options: object) -> object:
+    """Applied as ever, and not taken back."""
+    return nullcontext(self.apply(vlm))
+
+
+def a_weaker_edit(self: Delta, vlm: models.VisionLanguageModel, **options: object) -> object:
+    """The weights stay as they are."""
+    return nullcontext()
+
+
+def fail(*args: object, **options: object) -> object:
+    raise TypeError("unhashable")
+
+
+FAULTS = {
+    "not undone": (Delta, "applied", leave_the_edit, "edit", "an edit is applied"),
+    "without effect": (Delta, "applied", a_weaker_edit, "edit", "it does not rise"),
+    "the library's own error": (tracing, "logit_lens", fail, "lens", "TypeError: unhashable"),
+}
+
+
+def test_an_undo_that_leaves_something_is_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    own, numbers = models.VisionLanguageModel.fingerprint, count()
+
+    def never_twice_the_same(self: models.VisionLanguageModel, names: list[str]) -> dict[str, str]:
+        by_the_doctor = inspect.stack()[1].function == "edit"
+        return dict.fromkeys(names, str(next(numbers))) if by_the_doctor else own(self, names)
+
+    monkeypatch.setattr(doctor, "EXAMINATIONS", {"edit": doctor.edit})
+    monkeypatch.setattr(models.VisionLanguageModel, "fingerprint", never_twice_the_same)
+    says = findings(capsys, code=1)["edit"]["says"]
+    assert "undoing the edit has not restored model.language_model.layers.4.mlp.down_proj.weight" in says
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_doctor_notices(fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    owner, name, function, place, reason = FAULTS[fault]
+    monkeypatch.setattr(owner, name, function)
+    monkeypatch.setattr(doctor, "EXAMINATIONS", {place: doctor.EXAMINATIONS[place]})
+    found = findings(capsys, code=1)
+    assert not found[place]["works"] and reason in found[place]["says"]
+
+
+def test_a_model_that_cannot_be_opened_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"', encoding="utf-8")
+    assert app(["doctor", "--model", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("multrace: ") and "config.json" in line

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import AddressError, ModelError, gist, reason
-from ..families import Addresses, Family, Row, discover, family_of, has_rows, resolved
+from ..families import Addresses, Family, Row, Site, discover, family_of, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..placement import absent, input_device
@@ -153,7 +153,21 @@ def _ready(vlm: VisionLanguageModel, *, verify: bool) -> tuple[VisionLanguageMod
     complete_processor(vlm)
     vlm = with_answer_fills(vlm)
     _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
-    return vlm, prove_addresses(vlm) if verify else "addresses not proven (verify=False)"
+    if verify:
+        return vlm, prove_addresses(vlm)
+    _check_names(vlm)
+    return vlm, "addresses not proven (verify=False)"
+
+
+def _check_names(vlm: VisionLanguageModel) -> None:
+    """Raise `AddressError` if the model lacks a module of its text stack that the family names."""
+    for layer in range(vlm.layers):
+        for kind in ("mlp", "attention"):
+            vlm.module(Site(kind, layer))
+        vlm.attention_projection(layer)
+        if vlm.has_down_projection(layer):
+            vlm.down_projection(layer)
+    _ = vlm.final_norm
 
 
 def _assemble(opened: _Opened, family: Family) -> VisionLanguageModel:
