@@ -379,7 +379,7 @@ PICTURE_FRONTS: tuple[PictureFront, ...] = (
     PictureFront(
         model_types=("minicpmv4_6", "minicpmv4_7"),
         vision="vision_tower",
-        vision_layers="encoder.layers",
+        vision_layers=None,
         projector="merger",
     ),
     PictureFront(

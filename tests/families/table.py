@@ -71,7 +71,7 @@ KNOWN: dict[str, Known] = {
     "mistral3": Known(title="Mistral 3"),
     "pixtral": Known(title="Pixtral"),
     "idefics3": Known(title="Idefics 3", core=True),
-    "smolvlm": Known(title="SmolVLM", needs=("num2words",)),
+    "smolvlm": Known(title="SmolVLM"),
     "internvl": Known(title="InternVL", core=True),
     "aya_vision": Known(title="Aya Vision"),
     "cohere2_vision": Known(title="Command A Vision", needs=VISION),

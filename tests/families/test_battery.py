@@ -10,7 +10,10 @@ from .battery import CHECKS, open_subject, true_float64
 from .folders import write
 from .table import KNOWN, RECIPES
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of PaliGemma's processor
+]
 PROVEN = [name for name, known in KNOWN.items() if not known.refused]
 
 
