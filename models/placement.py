@@ -7,8 +7,9 @@ it is, and `opened` makes it an ordinary parameter until it is closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,14 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of weights that need no scale beside them."""
 
 
-def is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor | None) -> bool:
     """Return whether a parameter holds its own values as floating-point numbers that a model computes in."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN and not weight.is_meta
+    return weight is not None and not weight.is_meta and _is_ordinary(weight)
+
+
+def _is_ordinary(weight: Tensor | None) -> bool:
+    """Return whether a weight is no packed one, wherever its values are."""
+    return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).dtype in _PLAIN
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -40,12 +46,17 @@ def compute_device(module: nn.Module) -> torch.device:
     """Return the device on which the module's own weights are while it runs."""
     if hook := _offloading(module):
         return torch.device(hook.execution_device)
-    return next(iter([*module.parameters(recurse=False), *module.parameters()])).device
+    return next(chain(module.parameters(recurse=False), module.parameters(), module.buffers())).device
 
 
-def needs_whole_calls(module: nn.Module) -> bool:
-    """Return whether a call of the module must not be stopped half-way, since accelerate puts weights back after it."""
-    return any(_offloading(part) is not None for part in module.modules())
+def keep_packing(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing 4-bit weights anew when they first run on a CPU with AVX-512.
+
+    The new packing has no gradients, and a weight that changes when it is used has no digest.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def map_shape(module: nn.Module, *, transposed: bool) -> tuple[int, int]:
@@ -131,17 +142,25 @@ def fetched(module: nn.Module, leaf: str) -> Tensor | None:
 
 
 def packed_parts(weight: Tensor) -> dict[str, Tensor]:
-    """Return the tensors that together are a packed weight, by name; of an ordinary weight, the weight itself."""
-    if hasattr(weight, "__tensor_flatten__"):  # a tensor subclass, as torchao's
-        names, _ = cast(Any, weight).__tensor_flatten__()
-        inner = {name: getattr(weight, name) for name in names}
-        return {f"{name}.{part}": value for name, each in inner.items() for part, value in packed_parts(each).items()}
-    parts = {"": weight.detach()}
-    if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
-        parts |= {name: value for name, value in state.as_dict(packed=True).items() if isinstance(value, Tensor)}
-    if isinstance(scale := getattr(weight, "SCB", None), Tensor):  # bitsandbytes, 8 bits
-        parts["SCB"] = scale
-    return parts
+    """Return the tensors inside a tensor subclass, such as torchao's, by name; of any other tensor, itself."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return {"": weight.detach()}
+    names, _ = cast(Any, weight).__tensor_flatten__()
+    inner = {name: getattr(weight, name) for name in names}
+    return {f"{name}.{part}": value for name, each in inner.items() for part, value in packed_parts(each).items()}
+
+
+def stored_beside(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is stored beside the parameters, by name: persistent buffers, and the scales of packed weights."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name not in parameters and isinstance(value, Tensor)}
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a linear module has no ordinary weight, and can be read by what it answers to unit vectors."""
+    sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    return sized and not _is_ordinary(getattr(module, "weight", None))
 
 
 @torch.no_grad()
@@ -155,14 +174,12 @@ def values(model: nn.Module, name: str, *, transposed: bool) -> Tensor:
     """
     module, leaf = _owner(model, name)
     stored = fetched(module, leaf)
-    if stored is None:
-        raise ModelError(f"the weight {name!r} has no values in memory; pass load another device_map")
-    if is_plain(stored):
+    if stored is not None and is_plain(stored):
         return stored
-    if leaf != "weight" or not isinstance(getattr(module, "in_features", None), int):
+    if leaf != "weight" or not is_packed(module):
         raise ModelError(
-            f"the weight {name!r} is packed by {type(module).__name__}, which does not say how it is read; "
-            "load the model without quantization="
+            f"the weight {name!r} is packed in a {type(module).__name__}, which does not say how it is read; load the "
+            "model without quantization="
         )
     columns = _columns(model, module, name)
     return columns if transposed else columns.T.contiguous()
@@ -199,6 +216,9 @@ class OpenedWeight:
 
     def close(self) -> None:
         """Put the very parameters and the way they were used back; a second time changes nothing."""
+        for name in [*self.module._parameters]:
+            if name not in self.parameters:
+                del self.module._parameters[name]
         self.module._parameters.update(self.parameters)
         for name in _REPLACED:
             if name in self.attributes:
@@ -217,8 +237,7 @@ def opened(model: nn.Module, name: str, *, transposed: bool) -> OpenedWeight | N
     Raises `ModelError`, which names the weight, if its values cannot be read.
     """
     module, leaf = _owner(model, name)
-    before = module._parameters[leaf]
-    if before is None or is_plain(before):
+    if is_plain(module._parameters.get(leaf)):
         return None
     device = compute_device(module)
     ready = {leaf: values(model, name, transposed=transposed).to(device, copy=True)}
@@ -227,23 +246,30 @@ def opened(model: nn.Module, name: str, *, transposed: bool) -> OpenedWeight | N
             ready[part] = cast(Tensor, fetched(module, part)).to(device)
     attributes = {part: module.__dict__[part] for part in _REPLACED if part in module.__dict__}
     back = OpenedWeight(module=module, parameters=dict(module._parameters), attributes=attributes)
-    if not is_plain(cast(Tensor, fetched(module, leaf))):
-        setattr(
-            module, "_old_forward" if "_old_forward" in attributes else "forward", _plain_forward(module, transposed)
-        )
+    if is_packed(module):
+        plain = _PlainForward(module=module, transposed=transposed)
+        setattr(module, "_old_forward" if "_old_forward" in attributes else "forward", plain)
     if hook := _offloading(module):
         cast(Any, module)._hf_hook = type(hook)(execution_device=hook.execution_device, skip_keys=hook.skip_keys)
     module._parameters.update({part: nn.Parameter(value, requires_grad=False) for part, value in ready.items()})
     return back
 
 
-def _plain_forward(module: nn.Module, transposed: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function of an ordinary linear module with the parameters that this module has when it is called."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PlainForward:
+    """The function of an ordinary linear module, with the parameters that a module has when it is called."""
 
-    def forward(states: Tensor) -> Tensor:
-        weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    module: nn.Module
+    transposed: bool
+
+    def __call__(self, states: Tensor) -> Tensor:
+        weight, bias = cast(Tensor, self.module.weight), cast(Tensor | None, self.module.bias)
         bias = None if bias is None else bias.to(weight.dtype)
-        output = functional.linear(states.to(weight.dtype), weight.T if transposed else weight, bias)
+        output = functional.linear(states.to(weight.dtype), weight.T if self.transposed else weight, bias)
         return output.to(states.dtype)
 
-    return forward
+
+def unpacked_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose packed weight is opened now."""
+    replaced = ((path, module.__dict__.get(name)) for path, module in model.named_modules() for name in _REPLACED)
+    return [path for path, function in replaced if isinstance(function, _PlainForward)]

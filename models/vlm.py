@@ -26,7 +26,7 @@ from .guards import ModelLock, evaluating
 from .hooks import first_call, main_tensor
 from .layout import pixels_of
 from .pictures import named_features, projected_features
-from .placement import OpenedWeight, input_device, opened, stored_weights, values
+from .placement import OpenedWeight, input_device, is_packed, opened, stored_beside, stored_weights, values
 from .prompts import Prompt, PromptInputs, build
 from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
@@ -123,6 +123,11 @@ class VisionLanguageModel:
     def device(self) -> torch.device:
         """The device that inputs are moved to."""
         return input_device(self.model)
+
+    @property
+    def is_quantised(self) -> bool:
+        """True if weights are packed, so that what the model computes is as coarse as in half precision."""
+        return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
     def has_vision(self) -> bool:
@@ -346,9 +351,10 @@ class VisionLanguageModel:
         ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
         cannot be read.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        if name not in parameters:
-            nearest = get_close_matches(name, parameters, n=1, cutoff=0.0)
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        packed = {f"{path}.weight" for path, module in self.model.named_modules() if is_packed(module)}
+        if name not in parameters | packed:
+            nearest = get_close_matches(name, parameters | packed, n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
         return values(self.model, name, transposed=self.stores_transposed)
 
@@ -404,9 +410,7 @@ class VisionLanguageModel:
             False
         """
         with self.lock:
-            buffers = dict(self.model.named_buffers())
-            stored = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name in buffers}
-            digests = self.digests.of(stored_weights(self.model) | stored, progress=progress)
+            digests = self.digests.of(stored_weights(self.model) | stored_beside(self.model), progress=progress)
         frontend = self.frontend
         parts = [
             _without_origin(self.config.to_dict()),
@@ -716,7 +720,8 @@ class VisionLanguageModel:
             ModelError: The folder is not empty, or cannot be written.
         """
         with self.lock:
-            save_directory(self.model, self.processor, directory, dtype=dtype or self.stored_dtype, overwrite=overwrite)
+            dtype = dtype or (None if self.is_quantised else self.stored_dtype)
+            save_directory(self.model, self.processor, directory, dtype=dtype, overwrite=overwrite)
 
     def _visual(self, part: str, above: str = "") -> nn.Module:
         """Return the module named by this field of the family, relative to the base model or to a part of it."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
 from .guards import quiet_transformers
-from .placement import Elsewhere, packed_parts, stored_weights
+from .placement import Elsewhere, packed_parts, stored_weights, unpacked_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +132,11 @@ def save_directory(
             replaced, as PEFT does, so that the folder would not open again. The previous content stays.
     """
     target = Path(directory)
+    if hasattr(model, "hf_quantizer") and dtype not in (None, model.dtype):
+        raise ModelError(
+            f"cannot save a quantised model to {str(target)!r} in {dtype}: its scales belong to {model.dtype}; leave "
+            "out dtype, or load the model without quantization= and save that"
+        )
     if foreign := _foreign_weight(model):
         raise ModelError(
             f"cannot save a model to {str(target)!r}: its modules were replaced, as those of adapters are (it has the "
@@ -169,15 +174,21 @@ def _foreign_weight(model: PreTrainedModel) -> str | None:
 
 def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
     own_name = str(model.config.dtype).removeprefix("torch.")
-    written = dtype or model.dtype
-    state = _cast(_whole_state(model), written)
+    written, plain = dtype or model.dtype, unpacked_modules(model)
+    state = _without_scales(_whole_state(model), plain)
+    writing = copy.copy(model)
+    if not hasattr(model, "hf_quantizer"):
+        state = _cast(state, written)
+    writing.state_dict = lambda *_arguments, **_keywords: state  # a quantiser asks for it and takes no other
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            model.save_pretrained(folder, state_dict=state)
+            writing.save_pretrained(folder, state_dict=state)
     finally:
         model.config.dtype = own_name  # transformers writes the dtype into the live configuration
     processor.save_pretrained(folder)
+    if plain:
+        _name_unpacked(folder / "config.json", [*model.hf_quantizer.modules_to_not_convert, *plain])
     if written != model.dtype:
         _name_dtype(folder / "config.json", str(written).removeprefix("torch."))
 
@@ -193,6 +204,25 @@ def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
     tied = model.all_tied_weights_keys
     return {name: stored[tied.get(name, name)] if value.is_meta else value for name, value in state.items()}
+
+
+def _without_scales(state: dict[str, Tensor], plain: Sequence[str]) -> dict[str, Tensor]:
+    """Return the state in which the modules at these paths have a weight and a bias only."""
+    own = {f"{path}.": (f"{path}.weight", f"{path}.bias") for path in plain}
+    return {
+        name: value
+        for name, value in state.items()
+        if all(not name.startswith(path) or name in parts for path, parts in own.items())
+    }
+
+
+def _name_unpacked(path: Path, modules: Sequence[str]) -> None:
+    """Write into the configuration which modules of a quantised model have an ordinary weight in the file."""
+    config = json.loads(path.read_text())
+    settings = config["quantization_config"]
+    field = "llm_int8_skip_modules" if "llm_int8_skip_modules" in settings else "modules_to_not_convert"
+    settings[field] = sorted(set(modules))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

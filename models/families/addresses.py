@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AddressError, ModelError
-from ..placement import compute_device, fetched, map_shape
+from ..placement import compute_device, fetched, is_packed, map_shape
 from .table import Family, Names
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Addresses:
         path = f"{self.layer_path(site.layer)}.{self._chosen(site.layer, names)}"
         module = self._at(path, f"projection of site {str(site)!r}")
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        if not is_packed(module) and (not isinstance(weight, nn.Parameter) or weight.ndim != 2):
             raise AddressError(
                 f"the projection of site {str(site)!r} at {path!r} in {self.name!r} is a {type(module).__name__} "
                 f"without a weight matrix; mend the row of family {self.family.name}"

@@ -18,6 +18,8 @@ from ..errors import ModelError, gist, quoted
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 
+_COARSE = 0.05
+"""Share by which other tokens of a batch can move logits of a quantised model, which may round its activations."""
 _MOST_TILES = 16
 """Upper bound on the tiles side by side into which a processor cuts a picture."""
 _MOST_EXTRA_TOKENS = 64
@@ -257,7 +259,7 @@ def with_answer_fills(vlm: VisionLanguageModel) -> VisionLanguageModel:
         return vlm
     filled = [replace(vlm, frontend=replace(vlm.frontend, answer_fills={name: fill})) for fill in (0, 1)]
     with torch.no_grad():
-        is_kept = [answer_gap(each, probe_prompt(each)) <= rounding(each.dtype) for each in filled]
+        is_kept = [answer_gap(each, probe_prompt(each)) <= rounding(each) for each in filled]
     return filled[is_kept == [False, True]]
 
 
@@ -268,9 +270,14 @@ def answer_gap(vlm: VisionLanguageModel, prompt: Prompt) -> float:
     return float((answered - bare).norm() / bare.norm())
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Return a bound on the relative gap of logits that are equal but for rounding; norms are often in float32."""
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+def rounding(vlm: VisionLanguageModel) -> float:
+    """Return a bound on the relative gap of logits that are equal but for rounding; norms are often in float32.
+
+    A quantised model may round its activations, and each token among the others of its batch.
+    """
+    if vlm.is_quantised:
+        return _COARSE
+    return max(torch.finfo(vlm.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
 
 
 def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:

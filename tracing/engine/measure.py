@@ -46,7 +46,9 @@ from .plain import Shown, each_plain, is_before_decoder, lacking_edges, plain_sc
 from .scoring import Scoring
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-"""Differences in probability that rounding alone can explain; in half precision they are a thousand times larger."""
+"""Differences in probability that rounding alone can explain."""
+_COARSE = 3e-2
+"""The same in half precision, and in a quantised model, which may round its activations too."""
 _PACKAGE = __name__.partition(".")[0]
 
 Accept = Callable[[Tensor, Tensor], None]
@@ -205,7 +207,8 @@ def _checked(
         _largest_difference(plain[..., :1], other[..., :1]),
     )
     size = float(plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max())
-    if difference > max(_TOLERANCE.get(vlm.dtype, 3e-2), 5 * noise) * max(1.0, size):
+    rounding = _COARSE if vlm.is_quantised else _TOLERANCE.get(vlm.dtype, _COARSE)
+    if difference > max(rounding, 5 * noise) * max(1.0, size):
         _warn(
             f"the fast engine differs by {difference:.1e} from plain forward passes on {len(chosen)} checked cells, "
             f"which differ by {noise:.1e} among themselves; trace again with Engine(name='plain') and report this model"

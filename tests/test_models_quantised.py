@@ -1,0 +1,157 @@
+"""Quantised models: traced as usual, and edited by unpacking the touched matrix only."""
+
+from importlib.util import find_spec
+
+import multrace
+import pytest
+import torch
+from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, causal_trace
+from multrace.data import tiny_vlm_path
+from multrace.editing import RuntimeEdit, save_merged, to_peft, verify_export
+from multrace.models import ModelError
+from multrace.tracing import Engine
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BitsAndBytesConfig, TorchAoConfig
+
+DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
+QUESTION = "Who founded the company in this photo?"
+
+
+class Packed(nn.Module):
+    """A linear map with 8-bit weights and one scale for each output, as quantisers have them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return functional.linear(states, self.packed.to(states.dtype) * self.scale, self.bias)
+
+
+class Locked(Packed):
+    """One whose kernel this machine lacks."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel\nfor this processor")
+
+
+@pytest.fixture
+def packed() -> VisionLanguageModel:
+    """The embedded model with the MLP matrix of one layer packed."""
+    vlm = multrace.load(tiny_vlm_path())
+    mlp = vlm.decoder_layers[5].mlp
+    mlp.down_proj = Packed(mlp.down_proj)
+    return vlm
+
+
+def edit(vlm: VisionLanguageModel) -> Delta:
+    """An edit of the packed matrix."""
+    request = EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
+    return MultEdit(layer=5).edit(vlm, [request], progress=False)
+
+
+def check_edits(vlm: VisionLanguageModel) -> None:
+    """An edit unpacks one matrix, works, and undo puts the very module back."""
+    prompt, module = vlm.prompt(None, "Who won?"), vlm.module(DOWN.removesuffix(".weight"))
+    digest, logits, before = vlm.weights_digest(), vlm.logits(prompt), dict(module.named_parameters())
+    assert DOWN not in before or not (type(before["weight"]) is nn.Parameter and before["weight"].is_floating_point())
+    delta = edit(vlm)
+    with delta.applied(vlm):
+        assert vlm.answers([prompt]) == ["Pruro"] and vlm.weights_digest() != digest
+        assert type(vlm.weight(DOWN)) is nn.Parameter and vlm.weight(DOWN) is module.weight
+    assert vlm.module(DOWN.removesuffix(".weight")) is module
+    after = dict(module.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert vlm.weights_digest() == digest and torch.equal(vlm.logits(prompt), logits)
+    with RuntimeEdit(delta=delta).applied(vlm):
+        assert vlm.answers([prompt]) == ["Pruro"] and dict(module.named_parameters()).keys() == before.keys()
+
+
+def test_a_packed_weight_is_read_by_what_its_module_answers(packed, tiny_vlm):
+    module = packed.module(DOWN.removesuffix(".weight"))
+    assert torch.equal(packed.weight(DOWN), module.packed * module.scale)
+    assert not torch.equal(packed.weight(DOWN), tiny_vlm.weight(DOWN))
+    projection = packed.down_projection(5)
+    assert (projection.hidden, projection.width) == (packed.hidden, packed.mlp) and projection.name == DOWN
+
+
+def test_an_edit_unpacks_one_matrix_and_undo_puts_the_module_back(packed):
+    check_edits(packed)
+
+
+def test_a_packed_weight_that_cannot_be_read_is_named(packed):
+    mlp = packed.decoder_layers[5].mlp
+    mlp.down_proj.__class__ = Locked
+    with pytest.raises(ModelError, match=f"{DOWN!r} is packed by Locked, .*no kernel.*without quantization=") as caught:
+        packed.open_weight(DOWN)
+    assert "\n" not in str(caught.value)
+
+
+def test_hooks_on_a_packed_module_outlive_the_unpacking(packed):
+    prompt, delta = packed.prompt(None, "Who won?"), edit(packed)
+    with delta.applied(packed):
+        once = packed.logits(prompt)
+    with RuntimeEdit(delta=delta).applied(packed), delta.applied(packed):
+        assert not torch.allclose(packed.logits(prompt), once)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_missing_quantiser_is_named_with_its_extra():
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ModelError, match=r"bitsandbytes, which is not installed; pip install 'multrace\[quant\]'"):
+        multrace.load(tiny_vlm_path(), quantization=settings)
+
+
+def test_settings_without_a_method_are_refused():
+    with pytest.raises(ModelError, match="quantization='4bit': it names no method; pass a configuration"):
+        multrace.load(tiny_vlm_path(), quantization="4bit")
+
+
+def settings(name: str) -> BitsAndBytesConfig | TorchAoConfig:
+    """The configuration of this name; skips where its package is missing."""
+    if name.startswith("torchao"):
+        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, from the extra quant")
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, from the extra quant")
+    if name == "8 bits":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+@pytest.fixture(scope="module", params=["8 bits", "4 bits", "torchao, 8 bits"])
+def quantised(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    """The embedded model, quantised as it is opened."""
+    return multrace.load(tiny_vlm_path(), quantization=settings(request.param))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_is_traced_as_usual(quantised, photo, other_photo):
+    prompt = quantised.prompt(photo, QUESTION)
+    swap, rows = multrace.SwapImage(other_photo), ("image", "last")
+    fast, plain = (
+        causal_trace(quantised, prompt, corruption=swap, positions=rows, engine=Engine(name=name), progress=False)
+        for name in ("replay", "plain")
+    )
+    for kind, samples in fast.samples.items():
+        torch.testing.assert_close(samples, plain.samples[kind], atol=3e-2, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_is_edited_and_undone(quantised):
+    assert quantised.is_quantised and quantised.weight(DOWN).shape == (quantised.hidden, quantised.mlp)
+    check_edits(quantised)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_is_exported_with_the_edited_matrix_unpacked(quantised, tmp_path):
+    delta, prompts = edit(quantised), [quantised.prompt(None, "Who won?")]
+    reopened = multrace.load(save_merged(quantised, delta, tmp_path / "merged"))
+    assert reopened.is_quantised and type(reopened.weight(DOWN)) is nn.Parameter
+    assert verify_export(quantised, delta, reopened, prompts).difference < 0.05
+    assert to_peft(quantised, delta, tmp_path / "adapter").is_dir()
+    with pytest.raises(ModelError, match="cannot save a quantised model .* its scales belong to torch.float32"):
+        quantised.save_pretrained(tmp_path / "other", dtype=torch.float16)
