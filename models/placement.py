@@ -160,7 +160,7 @@ def stored_beside(model: nn.Module) -> dict[str, Tensor]:
 def is_packed(module: nn.Module) -> bool:
     """Return whether a linear module has no ordinary weight, and can be read by what it answers to unit vectors."""
     sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-    return sized and not _is_ordinary(getattr(module, "weight", None))
+    return sized and not _is_ordinary(cast(Tensor | None, getattr(module, "weight", None)))
 
 
 @torch.no_grad()

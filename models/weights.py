@@ -176,7 +176,7 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch
     own_name = str(model.config.dtype).removeprefix("torch.")
     written, plain = dtype or model.dtype, unpacked_modules(model)
     state = _without_scales(_whole_state(model), plain)
-    writing = copy.copy(model)
+    writing: Any = copy.copy(model)
     if not hasattr(model, "hf_quantizer"):
         state = _cast(state, written)
     writing.state_dict = lambda *_arguments, **_keywords: state  # a quantiser asks for it and takes no other
@@ -188,7 +188,7 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch
         model.config.dtype = own_name  # transformers writes the dtype into the live configuration
     processor.save_pretrained(folder)
     if plain:
-        _name_unpacked(folder / "config.json", [*model.hf_quantizer.modules_to_not_convert, *plain])
+        _name_unpacked(folder / "config.json", [*writing.hf_quantizer.modules_to_not_convert, *plain])
     if written != model.dtype:
         _name_dtype(folder / "config.json", str(written).removeprefix("torch."))
 
