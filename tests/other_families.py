@@ -25,6 +25,9 @@ GPT2 = {"layers": "h", "attention": "attn", "attention_out": "attn.c_proj", "dow
 GPTJ = {"layers": "h", "attention": "attn", "attention_out": "attn.out_proj", "down": "mlp.fc_out",
         "final_norm": "ln_f"}  # fmt: skip
 GPTNEO = {**GPTJ, "attention_out": "attn.attention.out_proj", "down": "mlp.c_proj"}
+DENSE = {"head_dim": 16, "global_head_dim": 16, "sliding_window": 4, "hidden_size_per_layer_input": 0,
+         "num_kv_shared_layers": 0, "layer_types": [SLIDING, FULL, SLIDING, FULL],
+         "final_logit_softcapping": None}  # fmt: skip
 CAPPED = {"head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": None}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
           "num_key_value_heads": 4, "first_k_dense_replace": 4, "n_routed_experts": 4, "n_group": 1,
@@ -62,6 +65,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
         ),
         {},
     ),
+    "Gemma 4, which may share keys between layers": (text("Gemma4", **DENSE), {}),
     "Gemma2, capped scores": (text("Gemma2", **CAPPED), {}),
     "GPT-OSS, sinks and experts": (
         text("GptOss", head_dim=16, sliding_window=4, num_local_experts=2, num_experts_per_tok=1,
@@ -73,6 +77,11 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
         text("MiMoV2Flash", mlp_layer_types=["dense"] * 4, head_dim=12, v_head_dim=8, sliding_window=4,
              layer_types=[FULL, SLIDING, SLIDING, FULL]),
         {},
+    ),
+    "Llama 4, chunks and full layers": (
+        text("Llama4", head_dim=8, attention_chunk_size=4, no_rope_layers=[1, 1, 0, 1], intermediate_size_mlp=64,
+             moe_layers=[], interleave_moe_layer_step=9, num_local_experts=2, use_qk_norm=True),
+        {"mlp": "feed_forward", "down": "feed_forward.down_proj"},
     ),
     "GPT-J, a method for attention": (text("GPTJ", hidden_size=64, n_inner=64, rotary_dim=4), GPTJ),
     "GPT-Neo, a method with windows": (

@@ -137,6 +137,7 @@ def test_a_row_that_the_caller_adds_is_enough(row, build, llama_path: Path, tmp_
         ("Mistral, a window shorter than the prompt", {0, 1, 2, 3}),
         ("Qwen2, windows in the later layers", {2, 3}),
         ("Gemma3, sliding and full layers", {0, 1, 3, 4}),
+        ("Llama 4, chunks and full layers", {0, 1, 3}),
         ("GPT-2", set()),
     ],
 )

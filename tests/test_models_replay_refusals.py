@@ -12,6 +12,7 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.models import ReplayError
 from multrace.models.families import Family
 from multrace.models.replay import replaying
+from multrace.models.replay.observe import Witness
 from multrace.tracing.engine import Runs, plain_scores
 from multrace.tracing.engine.measure import sweep
 from torch import Tensor, nn
@@ -130,6 +131,14 @@ def test_a_layer_that_does_not_attend(llama):
     with torch.no_grad(), replaying(llama) as replay:
         with pytest.raises(ReplayError, match="not every decoder layer runs and attends exactly once"):
             replay.record(make_runs(llama).source, kept=(), read=(1,))
+
+
+def test_layers_that_share_keys(llama):
+    witness, (first, second, *_) = Witness(llama.decoder_layers), llama.decoder_layers
+    key, value = torch.zeros(2, 1, 2, LENGTH, 8)
+    witness.attends(first.self_attn, (key, value, None), {})
+    with pytest.raises(ReplayError, match="decoder layer 1 attends to the keys of another layer"):
+        witness.attends(second.self_attn, (key, value, None), {})
 
 
 def causal() -> Tensor:

@@ -8,7 +8,7 @@ Scores may be capped or have sinks; any other attention than a softmax over scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -127,6 +127,8 @@ class Witness:
         if unknown:
             raise ReplayError(f"the attention of decoder layer {number} is given {', '.join(unknown)}")
         key, value, mask = given
+        if any(key is known for known, _, _ in self._attended.values()):
+            raise ReplayError(f"decoder layer {number} attends to the keys of another layer")
         if mask is None and not _is_causal(module, keywords):
             if self._everything is None:
                 self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
@@ -192,8 +194,8 @@ class Witness:
 
 def _at_positions(name: str, value: Any, index: Index) -> Any:
     """Return a layer's keyword for only some positions. Raises `ReplayError` for a tensor of unknown meaning."""
-    if isinstance(value, dict) and not value:
-        return {}  # what layers would share with later ones
+    if name == "shared_kv_states" and isinstance(value, MutableMapping):
+        return type(value)()  # takes what a layer puts in; layers that take anything out are refused when they attend
     if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
         return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:

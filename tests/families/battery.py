@@ -4,7 +4,7 @@ no code with what it judges: transformers itself on the folder, or hooks by hand
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ def true_float64(vlm: mt.VisionLanguageModel) -> Iterator[None]:
     """
     kinds = {type(module) for module in vlm.decoder.modules() if "Norm" in type(module).__name__}
     kinds |= {type(module) for module in vlm.decoder.modules() if type(module).__name__.endswith("Attention")}
+    kinds |= {type(vlm.attention_module(layer)) for layer in range(vlm.layers)}  # linear attention as well
     with pytest.MonkeyPatch.context() as patch:
         for kind in kinds:
             patch.setattr(kind, "forward", _uncast(kind.forward))
@@ -155,11 +156,11 @@ def true_float64(vlm: mt.VisionLanguageModel) -> Iterator[None]:
 
 
 def _uncast(forward: Callable) -> Callable:
+    @wraps(forward)  # callers look up which keywords a layer takes, and what it calls
     def inside(self: nn.Module, *args: Any, **keywords: Any) -> Any:
         with _OwnDtype():
             return forward(self, *args, **keywords)
 
-    inside.__signature__ = signature(forward)  # callers look up which keywords a layer takes
     return inside
 
 
