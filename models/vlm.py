@@ -332,12 +332,12 @@ class VisionLanguageModel:
     def down_projection(self, layer: int) -> Projection:
         """Return the linear map that writes a layer's MLP output; negative layers count from the end.
 
-        Raises `ModelError` for a layer with experts, where no single map does.
+        Beside experts it is the shared one's, which writes a part of the output. Raises `ModelError` if none is shared.
         """
         return self.addresses.down_projection(layer)
 
     def has_down_projection(self, layer: int) -> bool:
-        """Return whether a single linear map writes the layer's MLP output; experts have one each."""
+        """Return whether a linear map writes the layer's MLP output or, beside experts, a part of it for all tokens."""
         return self.addresses.has_down_projection(layer)
 
     def attention_projection(self, layer: int) -> Projection:

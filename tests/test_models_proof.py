@@ -11,7 +11,7 @@ import pytest
 import torch
 from families.folders import write
 from families.table import RECIPES
-from multrace import ModelError, VisionLanguageModel, capture, patch
+from multrace import EditError, EditRequest, ModelError, MultEdit, VisionLanguageModel, capture, patch
 from multrace.models import Family, Site, collate
 from multrace.models.loading import prove_addresses
 from PIL import Image
@@ -226,6 +226,23 @@ def test_experts_have_no_projection_and_all_else_works(tmp_path, caplog):
     with capture(vlm, [Site("mlp", 3)]) as states:
         vlm.logits(vlm.prompt(None, "Who?"))
     assert states[Site("mlp", 3)].shape[-1] == vlm.hidden
+
+
+def test_a_shared_expert_is_an_mlp_that_can_be_edited(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    vlm = stack("qwen2_moe", tmp_path / "shared", **sizes, shared_expert_intermediate_size=48)
+    assert (vlm.down_projection(1).path, vlm.mlp) == ("model.layers.1.mlp.shared_expert.down_proj", 48)
+    editor, prompt = MultEdit(layer=1, steps=20), vlm.prompt(None, "Who won the medal?", answer="golf")
+    request = EditRequest(question=prompt.with_answer(None), target="golf")
+    clean, weights = vlm.logits(prompt), vlm.weights_digest(progress=False)
+    delta = editor.edit(vlm, [request], progress=False)
+    with delta.applied(vlm):
+        edited = vlm.logits(prompt)
+    token, place = prompt.answer_ids[0], prompt.groups["answer"][0] - 1
+    before, after = (logits[0, place].softmax(-1)[token] for logits in (clean, edited))
+    assert after > 5 * before and vlm.weights_digest(progress=False) == weights
+    with pytest.raises(EditError, match="cannot edit layer 1: .* has experts.*projection='attention'"):
+        editor.edit(stack("qwen3_moe", tmp_path / "none", **sizes, head_dim=8), [request], progress=False)
 
 
 def test_flat_tensors_are_seen_and_replaced_by_row_and_token(tmp_path):

@@ -184,11 +184,18 @@ class Addresses:
         number = key.path.removeprefix(above).partition(".")[0]
         return self.layers[int(number)] if key.path.startswith(above) and number.isdigit() else None
 
+    def has_experts(self, layer: int) -> bool:
+        """Return whether the layer has experts, so that no single linear map writes all of its MLP output."""
+        return self.family.down is None or _child(self.layers[self.index(layer)], self.family.experts) is not None
+
     def has_down_projection(self, layer: int) -> bool:
-        """Return whether a single linear map writes the layer's MLP output; experts have one each."""
-        if self.family.down is None:
-            return False
-        return _child(self.layers[self.index(layer)], self.family.experts) is None
+        """Return whether a linear map writes the layer's MLP output or, beside experts, a part of it for all tokens."""
+        return not self.has_experts(layer) or self._shared(layer) is not None
+
+    def _shared(self, layer: int) -> str | None:
+        """Return the name of the map by which the shared expert of a layer writes; None for a layer without one."""
+        name = self._chosen(layer, self.family.shared)
+        return None if _child(self.layers[self.index(layer)], name) is None else name
 
     @property
     def mlp_width(self) -> int:
@@ -202,15 +209,17 @@ class Addresses:
     def down_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys.
 
-        Raises `ModelError` if the layer has experts, so that no single map does.
+        Beside experts it is that of the shared expert, which writes a part of the output for every token. Raises
+        `ModelError` if the layer has experts and none is shared.
         """
         site = Site("mlp", self.index(layer))
-        if not self.has_down_projection(layer) or self.family.down is None:
+        name = self._shared(layer) if self.has_experts(layer) else self.family.down
+        if name is None:
             raise ModelError(
                 f"layer {site.layer} of {self.name!r} has experts, so no single matrix writes its MLP output; trace "
                 f"and patch the site '{site}' as usual, and edit attention instead (projection='attention')"
             )
-        return self._projection(site, self.family.down)
+        return self._projection(site, name)
 
     def attention_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's attention writes into the residual stream."""

@@ -48,6 +48,8 @@ class TextStack:
     """The linear map by which the MLP writes; None where no layer has a single one."""
     experts: str = "mlp.experts"
     """The experts. A layer that has them has no single linear map by which its MLP writes."""
+    shared: Names = ("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj")
+    """The linear map by which the expert that every token sees writes its part of the MLP output, if there is one."""
     mlp_norm: str | None = None
     """The norm between what the MLP writes and the residual stream, whose output then is the site; None for none."""
     beside: str | None = None
@@ -240,7 +242,11 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         attention_out=("self_attn.o_proj", "cross_attn.o_proj"),
     ),
     TextStack(
-        text_types=("llama4_text",), mlp="feed_forward", down="feed_forward.down_proj", experts="feed_forward.experts"
+        text_types=("llama4_text",),
+        mlp="feed_forward",
+        down="feed_forward.down_proj",
+        experts="feed_forward.experts",
+        shared="feed_forward.shared_expert.down_proj",
     ),
     TextStack(
         text_types=("lfm2",),
