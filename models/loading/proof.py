@@ -291,7 +291,8 @@ def _prove_batch(probe: _Probe, clean: Tensor) -> None:
         difference, size = float((logits - alone).abs().max()), float(alone.abs().max())
         if math.isnan(difference) and vlm.dtype == torch.float64:
             return  # where attention is not fused, transformers itself has no padded batches in float64
-        if not difference <= _BATCH_ROUNDING.get(vlm.dtype, 5e-2) * size:
+        share = rounding(vlm) if vlm.is_quantised else _BATCH_ROUNDING.get(vlm.dtype, 5e-2)
+        if not difference <= share * size:
             raise probe.error(
                 "hidden 0",
                 f"a padded batch{form} gives logits that are off by {difference:.2g} from those of its prompts alone, "
