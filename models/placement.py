@@ -163,6 +163,11 @@ def is_packed(module: nn.Module) -> bool:
     return sized and not _is_ordinary(cast(Tensor | None, getattr(module, "weight", None)))
 
 
+def has_packed(model: nn.Module) -> bool:
+    """Return whether a linear module of the model has a packed weight."""
+    return any(is_packed(module) for module in model.modules())
+
+
 @torch.no_grad()
 def values(model: nn.Module, name: str, *, transposed: bool) -> Tensor:
     """Return a weight: the parameter itself if it is an ordinary one, else its values as numbers.

@@ -21,7 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("artefacts", "models", "tracing", "editing", "workflow", "data", "scripts")
 LEFT_OUT = ("scripts/studies", "scripts/training")  # what made the documentation's tables and the embedded model
 SHIPPED = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
-OPTIONAL = {"bitsandbytes", "torchao", "peft", "baukit", "griffelib"}  # the extras, and what makes docs/reference.md
+OPTIONAL = {
+    "bitsandbytes",
+    "torchao",
+    "gguf",
+    "peft",
+    "baukit",
+    "griffelib",
+}  # the extras, and what makes docs/reference.md
 
 
 def settings(root: Path = ROOT) -> configparser.ConfigParser:

@@ -16,7 +16,7 @@ from ..errors import AddressError, ModelError, gist, reason
 from ..families import Addresses, Family, Row, Site, discover, family_of, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
-from ..placement import absent, input_device, keep_packing
+from ..placement import absent, has_packed, input_device, keep_packing
 from ..vlm import VisionLanguageModel
 from .processors import complete_processor, find_image_token, probe_prompt, with_answer_fills
 from .proof import prove_addresses
@@ -50,7 +50,8 @@ def load(
     (logger "multrace"); hides transformers' warnings, and its progress bars too if stderr is not a terminal.
 
     Args:
-        path_or_id: a directory in Hugging Face's layout, or a hub id such as "org/model".
+        path_or_id: a directory in Hugging Face's layout, a hub id such as "org/model", or a GGUF file of a text model,
+            whose weights are unpacked (extra `gguf`).
         dtype: a torch dtype or its name. The default "auto" takes the file's on an accelerator (a device_map other
             than the CPU), and float32 for half-precision files on the CPU, where half precision is slow and coarse.
         device_map: where the weights go, as in transformers: a device, "auto", or module path -> device, "cpu" or
@@ -98,6 +99,8 @@ def load(
     given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
     options |= {option: value for option, value in given.items() if value is not None}
     model = source.model(family, options) if quantiser is None else _quantised(source, family, options, quantiser)
+    if source.is_gguf and not has_packed(model):  # its weights were unpacked as they were read
+        cast(Any, model).hf_quantizer.remove_quantization_config(model)
     check_in_memory(model, device_map, name)
     source.check_special_tokens(model.generation_config.to_dict(), model.config)
     opened = _Opened(model=model, processor=processor, name=name, revision=revision, stored=stored)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _FILES = {
     "safetensors weights": ("generation_config.json",),
 }
 """The JSON files that a part is read from, so that an error can name the one that is broken."""
+_GGUF = ".gguf"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEXT_STEPS = {
@@ -68,13 +70,19 @@ class ModelSource:
     def __init__(self, name: str, *, revision: str | None, trust_remote_code: bool) -> None:
         self.name = name
         folder = os.path.expanduser(name)
+        self.options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.is_gguf = name.endswith(_GGUF) and os.path.isfile(folder)
+        if self.is_gguf:
+            if find_spec("gguf") is None:
+                raise ModelError(f"reading {name!r} needs gguf, which is not installed; pip install 'multrace[gguf]'")
+            folder, self.options["gguf_file"] = os.path.split(os.path.abspath(folder))
         self.folder = Path(folder) if os.path.isdir(folder) else None
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name
         if self.folder is None and (looks_like_path or os.path.exists(name)):
             raise ModelError(
-                f"no model directory at {name!r}; pass a folder with a config.json, or a hub id such as 'org/model'"
+                f"no model directory at {name!r}; pass a folder with a config.json, a {_GGUF} file, or a hub id such as "
+                "'org/model'"
             )
-        self.options = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:
         """Return opener(...) from this machine, else from the hub. Raise `ModelError` if the part is missing."""
@@ -88,7 +96,7 @@ class ModelSource:
         """
         for path in self._weight_files:
             _check_file(path)
-        if self.folder is None:
+        if self.folder is None or self.is_gguf:
             return
         if not self._weight_files:
             pickled = ", ".join(path.name for path in sorted(self.folder.glob("*.bin")))
@@ -104,7 +112,7 @@ class ModelSource:
 
     def check_generation_settings(self, config: PretrainedConfig) -> None:
         """Raise `ModelError` if the generation settings are damaged or contain an invalid token id."""
-        path = self.folder / "generation_config.json" if self.folder else None
+        path = self.folder / "generation_config.json" if self.folder and not self.is_gguf else None
         if path is not None and path.is_file():
             self.check_special_tokens(_json_object(path), config)
 
@@ -125,7 +133,7 @@ class ModelSource:
 
         Makes the model without values, which costs a tenth of a second for seven billion weights.
         """
-        if self.options["trust_remote_code"]:
+        if self.options["trust_remote_code"] or self.is_gguf:
             return  # only from_pretrained knows where such a model's code is
         try:
             self._check_depth(config)
@@ -170,7 +178,11 @@ class ModelSource:
         """Return the model with every weight from the file. Raise `ModelError`, which lists them, if any is missing."""
         reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported here, not guessed around
         model, report = self.open(
-            "safetensors weights", _kind(family).from_pretrained, use_safetensors=True, **reporting, **options
+            "safetensors weights",
+            _kind(family).from_pretrained,
+            use_safetensors=not self.is_gguf,
+            **reporting,
+            **options,
         )
         if lacking := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
             raise ModelError(
@@ -230,6 +242,11 @@ class ModelSource:
                 f"the {part} of {self.name!r} needs a package that is not installed here{package}: {gist(error)}; "
                 "pip install 'multrace[vision]'"
             )
+        if self.is_gguf:
+            return ModelError(
+                f"the GGUF file {self.name!r} gives no {part.removeprefix('safetensors ')}: {reason(error)}; fetch it "
+                "again, or open the model's safetensors"
+            )
         files, hint = self._suspects(part), ""
         if part == "configuration" and self.folder is not None and not _is_broken(self.folder / "config.json"):
             hint = _hint(error, _json_object(self.folder / "config.json"))
@@ -247,6 +264,8 @@ class ModelSource:
     @cached_property
     def _weight_files(self) -> list[Path]:
         """Return the paths of the safetensors in the folder, or of those of the hub model, which are fetched first."""
+        if self.is_gguf:
+            return []
         if self.folder is not None:
             return sorted(self.folder.glob("*.safetensors"))
         return self.open("safetensors weights", _fetched_weights)

@@ -1,0 +1,147 @@
+"""GGUF files of text models open with their own tokenizer, and their weights are ordinary ones."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import multrace
+import numpy as np
+import pytest
+import torch
+from multrace import VisionLanguageModel
+from multrace.editing import save_merged
+from multrace.models import ModelError
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+QUESTION = "Who founded the company in this photo?"
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PARTS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf() -> Any:
+    """The gguf package; skips without it."""
+    return pytest.importorskip("gguf", reason="needs gguf, from the extra gguf")
+
+
+def name_of(weight: str) -> str:
+    """The name that llama.cpp gives a weight of Llama."""
+    path = weight.removesuffix(".weight")
+    if not path.startswith("model.layers."):
+        return f"{NAMES[path]}.weight"
+    _, _, number, part = path.split(".", 3)
+    return f"blk.{number}.{PARTS[part]}.weight"
+
+
+def stored(name: str, weight: Tensor, heads: int) -> np.ndarray:
+    """The weight as llama.cpp stores it: rotary halves of queries and keys are interleaved."""
+    values = weight.detach().numpy()
+    if ".q_proj" in name or ".k_proj" in name:
+        halves = values.reshape(heads, 2, values.shape[0] // heads // 2, values.shape[1])
+        values = halves.swapaxes(1, 2).reshape(values.shape)
+    return np.ascontiguousarray(values)
+
+
+def write(vlm: VisionLanguageModel, path: Path, *, kind: str = "F32", architecture: str = "llama") -> Path:
+    """Write a Llama and its byte-level tokenizer as a GGUF file, its matrices in blocks of this kind."""
+    package, config = gguf(), vlm.config
+    writer = package.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    words = json.loads(vlm.tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(sorted(words["vocab"], key=words["vocab"].get))
+    writer.add_token_types([3 if number < 4 else 1 for number in range(len(words["vocab"]))])
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    blocks = getattr(package.GGMLQuantizationType, kind)
+    for name, weight in vlm.named_parameters():
+        values = stored(name, weight, config.num_attention_heads)
+        if kind != "F32" and values.ndim == 2:
+            writer.add_tensor(name_of(name), package.quants.quantize(values, blocks), raw_dtype=blocks)
+        else:
+            writer.add_tensor(name_of(name), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def logits(vlm: VisionLanguageModel) -> Tensor:
+    ids = torch.tensor([[1, 40, 50, 60, 70]])
+    with torch.no_grad():
+        return vlm.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_a_file_opens_with_its_tokenizer_and_gives_the_logits_of_the_model(random_llama, tmp_path):
+    vlm = multrace.load(write(random_llama, tmp_path / "llama.gguf"))
+    assert vlm.family.name == random_llama.family.name and not vlm.is_quantised
+    assert torch.equal(logits(vlm), logits(random_llama))
+    prompt = vlm.prompt(None, QUESTION)
+    assert "".join(prompt.tokens).strip() == QUESTION
+    own = random_llama.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    assert vlm.tokenizer(QUESTION, add_special_tokens=False)["input_ids"] == own
+
+
+def test_blocks_are_unpacked_and_edited_and_saved_as_ordinary_weights(random_llama, tmp_path):
+    vlm = multrace.load(write(random_llama, tmp_path / "llama.gguf", kind="Q8_0"))
+    assert not vlm.is_quantised and 0 < (logits(vlm) - logits(random_llama)).abs().max() < 1
+    prompt, digest = vlm.prompt(None, QUESTION), vlm.weights_digest()
+    request = multrace.EditRequest(question=prompt, target=" golf")
+    delta = multrace.MultEdit(layer=2).edit(vlm, [request], progress=False)
+    with delta.applied(vlm):
+        assert vlm.weights_digest() != digest
+        edited = vlm.logits(prompt)
+    assert vlm.weights_digest() == digest
+    merged = multrace.load(save_merged(vlm, delta, tmp_path / "merged", dtype=torch.float32))
+    assert not merged.is_quantised and torch.equal(merged.logits(merged.prompt(None, QUESTION)), edited)
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -20000])
+def test_a_broken_file_is_one_line(kept, random_llama, tmp_path):
+    path = write(random_llama, tmp_path / "llama.gguf")
+    path.write_bytes(path.read_bytes()[:kept] or b"no model at all")
+    with pytest.raises(ModelError, match=f"the GGUF file {str(path)!r} gives no .*; fetch it again") as caught:
+        multrace.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_transformers_cannot_read_is_named(random_llama, tmp_path):
+    path = write(random_llama, tmp_path / "other.gguf", architecture="dodo")
+    with pytest.raises(ModelError, match="gives no configuration: .*dodo"):
+        multrace.load(path)
+
+
+def test_a_file_is_not_quantised_once_more(random_llama, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, from the extra quant")
+    path = write(random_llama, tmp_path / "llama.gguf")
+    with pytest.raises(ModelError, match=f"cannot open {str(path)!r} quantised by bitsandbytes: "):
+        multrace.load(path, quantization=BitsAndBytesConfig(load_in_8bit=True))
+
+
+@pytest.mark.skipif(find_spec("gguf") is not None, reason="gguf is installed")
+def test_a_missing_reader_is_named_with_its_extra(tmp_path):
+    (tmp_path / "llama.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"needs gguf, which is not installed; pip install 'multrace\[gguf\]'"):
+        multrace.load(tmp_path / "llama.gguf")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match="no model directory at .*nothing.gguf'; pass a folder .* a .gguf file"):
+        multrace.load(tmp_path / "nothing.gguf")
