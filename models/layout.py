@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -26,6 +27,8 @@ Sizes = Sequence[tuple[int, int]]
 """Width and height of each picture of a prompt."""
 Paint = Callable[[list[Image.Image]], Tensor]
 """Turns pictures of the prompt's own sizes into the processor's pixels."""
+Canvas = Callable[[Tensor], Tensor]
+"""Turns the processor's pixels into a picture, (channel, row, column)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +43,7 @@ class PictureGrid:
     """Positions of the tokens, row by row."""
     is_overview: bool
     """True for a copy of the whole picture beside tiles that show it in more detail."""
-    canvas: Callable[[Tensor], Tensor]
+    canvas: Canvas
     """Turns the processor's pixels into what the grid lies over, (channel, row, column)."""
 
     def brightest(self, light: Tensor) -> Tensor:
@@ -96,10 +99,18 @@ def picture_grids(
     if len(tiles) == len(sizes) and _count(tiles) == len(positions):
         shown = [(image, False, tile) for image, tile in enumerate(tiles)]
         return _with_positions(shown, positions)
-    views = _views(pixels, sizes, paint) if pixels.ndim in (4, 5) and "target_sizes" not in inputs else None
-    if views is None:
+    if "target_sizes" not in inputs:
+        canvases = [partial(_tile, index=index, patch_size=None) for index in range(len(pixels.flatten(0, -4)))]
+        views = _views(canvases, sizes, paint)
+        if "image_sizes" in inputs:
+            shown = _unpadded(views, sizes, patch_size=patch_size, most_tiles=most_tiles)
+            return _with_positions(shown, positions) if _count([tile for *_, tile in shown]) == len(positions) else ()
+        tiles = _alike(views, len(positions), patch_size)
+    else:
+        views = _views([tile.canvas for tile in tiles], sizes, paint)
+    if not tiles or len(views) != len(tiles) or _count(tiles) != len(positions):
         return ()
-    return _tiled(views, positions, sizes, patch_size=patch_size, most_tiles=most_tiles, padded="image_sizes" in inputs)
+    return _stitched(views, tiles, positions, len(sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +119,7 @@ class _Tile:
 
     rows: int
     columns: int
-    canvas: Callable[[Tensor], Tensor]
+    canvas: Canvas
     before: int = 0
     """Tokens of the tile before the first row, such as a class token."""
     between: int = 0
@@ -305,26 +316,27 @@ class _View:
         return self.left <= edge and self.top <= edge and self.right >= 1 - edge and self.bottom >= 1 - edge
 
 
-def _views(pixels: Tensor, sizes: Sizes, paint: Paint) -> list[_View] | None:
-    """Return what each tile with a picture in it shows, measured with gradients; None if pixels change their shape."""
+def _views(canvases: Sequence[Canvas], sizes: Sizes, paint: Paint) -> list[_View]:
+    """Return what each tile with a picture in it shows, measured with gradients."""
     black, white, drawn = _painted(sizes, paint)
-    if not black.shape == white.shape == drawn.shape == pixels.shape:
-        return None
-    black, white, drawn = (value.flatten(0, -4) for value in (black, white, drawn))
-    span = white - black
-    shows = span.abs().amin(1) > span.abs().amax() / 2  # padding is the same in every picture
-    places = (drawn - black) / torch.where(span == 0, 1, span)
+    parts = [tuple(canvas(pixels) for pixels in (black, white, drawn)) for canvas in canvases]
+    brightest = max(float((high - low).abs().max()) for low, high, _ in parts)
     views = []
-    for index, (is_shown, place) in enumerate(zip(shows, places, strict=True)):
+    for index, (low, high, middle) in enumerate(parts):
+        span = high - low
+        is_shown = span.abs().amin(0) > brightest / 2  # padding is the same in every picture
         if not is_shown.any():
             continue
+        place = (middle - low) / torch.where(span == 0, 1, span)
         image = round(float(place[2][is_shown].median()) * len(sizes)) - 1
         left, right = _edges(place[0], is_shown, axis=1)
         top, bottom = _edges(place[1], is_shown, axis=0)
         height, width = is_shown.shape
         views.append(
-            _View(index=index, image=image, height=height, width=width, left=left, top=top, right=right, bottom=bottom)
-        )
+            _View(
+                index=index, image=image, height=height, width=width, left=left, top=top, right=right, bottom=bottom
+            )
+        )  # fmt: skip
     return views
 
 
@@ -363,101 +375,92 @@ def _edges(place: Tensor, is_shown: Tensor, *, axis: int) -> tuple[float, float]
     return first, first + slope * len(known)
 
 
-def _tiled(
-    views: Sequence[_View],
-    positions: Sequence[int],
-    sizes: Sizes,
-    *,
-    patch_size: int | None,
-    most_tiles: int | None,
-    padded: bool,
-) -> tuple[PictureGrid, ...]:
-    """Return the grids of pictures in tiles: one of all tiles of a picture together, and one of its overview."""
-    own = [[view for view in views if view.image == image] for image in range(len(sizes))]
-    if not all(own):
-        return ()
-    if padded:  # LLaVA-NeXT: the overview first, then the tiles without their padding, with a line end after each row
-        shown = [
-            part
-            for image, group in enumerate(own)
-            for part in _unpadded(image, group, sizes[image], patch_size, most_tiles)
-        ]
-        return _with_positions(shown, positions) if _count([tile for *_, tile in shown]) == len(positions) else ()
-    each, left_over = divmod(len(positions), len(views))
+def _alike(views: Sequence[_View], tokens: int, patch_size: int | None) -> list[_Tile]:
+    """Return the tokens of each tile where all have as many; empty if they are no squares of it."""
+    each, left_over = divmod(tokens, len(views)) if views else (0, 1)
     shape = None if left_over else _tile_shape(each, views[0].height, views[0].width, patch_size)
     if shape is None:
-        return ()
+        return []
     before, rows, columns = shape
-    grids, start = [], 0
-    for group in own:
-        parts = [positions[start + index * each + before : start + (index + 1) * each] for index in range(len(group))]
-        grids += _stitched(group, parts, (rows, columns), patch_size)
-        start += len(group) * each
-    return tuple(grids)
+    return [
+        _Tile(
+            rows=rows,
+            columns=columns,
+            before=before,
+            canvas=partial(_tile, index=view.index, patch_size=patch_size),
+        )
+        for view in views
+    ]
 
 
 def _stitched(
-    group: Sequence[_View], parts: Sequence[Sequence[int]], shape: tuple[int, int], patch_size: int | None
-) -> list[PictureGrid]:
-    """Return the grid over all tiles of one picture, and that of its overview, whose tokens are in `parts`."""
-    rows, columns = shape
-    overview = next((view for view in group if view.is_whole()), None) if len(group) > 1 else None
-    tiles = [view for view in group if view is not overview]
-    arranged = _arranged(tiles)
-    if arranged is None:
-        return []
-    height, width = len(arranged), len(arranged[0])
-    tokens = {view.index: torch.tensor(part).view(rows, columns) for view, part in zip(group, parts, strict=True)}
-    places = torch.cat([torch.cat([tokens[view.index] for view in line], dim=1) for line in arranged])
-    image = group[0].image
-    indices = tuple(tuple(view.index for view in line) for line in arranged)
-    canvas = partial(_joined, indices=indices, patch_size=patch_size)
-    grids = [
-        PictureGrid(
-            image=image, rows=height * rows, columns=width * columns, positions=tuple(places.flatten().tolist()),
-            is_overview=False, canvas=canvas,
-        )
-    ]  # fmt: skip
-    if overview is not None:
-        grids.append(
-            PictureGrid(
-                image=image, rows=rows, columns=columns, positions=tuple(tokens[overview.index].flatten().tolist()),
-                is_overview=True,
-                canvas=partial(_tile, index=overview.index, patch_size=patch_size),
-            )
-        )  # fmt: skip
-    return grids
+    views: Sequence[_View], tiles: Sequence[_Tile], positions: Sequence[int], pictures: int
+) -> tuple[PictureGrid, ...]:
+    """Return the grids of pictures in tiles: one over all tiles of a picture, and one of its copy of the whole."""
+    singles = _with_positions(
+        [(view.image, view.is_whole(), tile) for view, tile in zip(views, tiles, strict=True)], positions
+    )
+    grids = []
+    for image in range(pictures):
+        own = [(view, grid) for view, grid in zip(views, singles, strict=True) if view.image == image]
+        overview = next((grid for _, grid in own if grid.is_overview), None) if len(own) > 1 else None
+        arranged = _arranged([(view, grid) for view, grid in own if grid is not overview])
+        if arranged is None:
+            return ()
+        grids += [_joined_grid(arranged), *([] if overview is None else [overview])]
+    return tuple(grids)
+
+
+def _joined_grid(lines: Sequence[Sequence[PictureGrid]]) -> PictureGrid:
+    """Return one grid of those that lie beside and below one another."""
+    places = torch.cat(
+        [torch.cat([torch.tensor(grid.positions).view(grid.rows, -1) for grid in line], dim=1) for line in lines]
+    )
+    return PictureGrid(
+        image=lines[0][0].image,
+        rows=places.shape[0],
+        columns=places.shape[1],
+        positions=tuple(places.flatten().tolist()),
+        is_overview=False,
+        canvas=partial(_joined, lines=tuple(tuple(grid.canvas for grid in line) for line in lines)),
+    )
 
 
 def _unpadded(
-    image: int, group: Sequence[_View], size: tuple[int, int], patch_size: int | None, most_tiles: int | None
+    views: Sequence[_View], sizes: Sizes, *, patch_size: int | None, most_tiles: int | None
 ) -> list[tuple[int, bool, _Tile]]:
-    """Return the overview and the tiles of a picture whose padding and detail LLaVA-NeXT and OneVision leave out."""
-    base, tiles = group[0], group[1:]
-    arranged = _arranged(tiles) if tiles else None
-    if patch_size is None or tiles and arranged is None:
-        return []
-    rows, columns = base.height // patch_size, base.width // patch_size
-    canvas = partial(_tile, index=base.index, patch_size=patch_size)
-    if arranged is None:  # one line end follows
-        return [(image, False, _Tile(rows=rows, columns=columns, after=1, canvas=canvas))]
-    overview = _Tile(rows=rows, columns=columns, canvas=canvas)
-    height, width = len(arranged) * rows, len(arranged[0]) * columns
-    top, left = _padding(height, width, size)
-    rows, columns = height - 2 * top, width - 2 * left
-    canvas = partial(
-        _joined,
-        indices=tuple(tuple(view.index for view in line) for line in arranged),
-        top=top * patch_size,
-        left=left * patch_size,
-        patch_size=patch_size,
-    )
-    side = base.height // patch_size
-    ratio = math.sqrt(rows * columns / (most_tiles * side * side)) if most_tiles else 1.0
-    if ratio > 1.1:  # as LLaVA-OneVision does
-        rows, columns = int(rows // ratio), int(columns // ratio)
-    detail = _Tile(rows=rows, columns=columns, between=1, canvas=canvas)
-    return [(image, True, overview), (image, False, detail)]
+    """Return the tokens of LLaVA-NeXT and OneVision: a copy of the whole, then tiles with a line end after each row.
+
+    Tokens of the border that the processor adds are left out, and OneVision keeps fewer rows and columns of many tiles.
+    """
+    shown: list[tuple[int, bool, _Tile]] = []
+    for image, size in enumerate(sizes):
+        own = [view for view in views if view.image == image]
+        if not own or patch_size is None:
+            return []
+        base, tiles = own[0], own[1:]
+        canvas = partial(_tile, index=base.index, patch_size=patch_size)
+        rows, columns = base.height // patch_size, base.width // patch_size
+        if not tiles:
+            shown.append((image, False, _Tile(rows=rows, columns=columns, after=1, canvas=canvas)))
+            continue
+        lines = _arranged([(view, view) for view in tiles])
+        if lines is None:
+            return []
+        height, width = len(lines) * rows, len(lines[0]) * columns
+        top, left = _padding(height, width, size)
+        indices = [[partial(_tile, index=view.index, patch_size=patch_size) for view in line] for line in lines]
+        detail = partial(_joined, lines=tuple(map(tuple, indices)), top=top * patch_size, left=left * patch_size)
+        height, width = _fewer(height - 2 * top, width - 2 * left, most_tiles and most_tiles * rows * rows)
+        shown.append((image, True, _Tile(rows=rows, columns=columns, canvas=canvas)))
+        shown.append((image, False, _Tile(rows=height, columns=width, between=1, canvas=detail)))
+    return shown
+
+
+def _fewer(rows: int, columns: int, most: int | None) -> tuple[int, int]:
+    """Return the rows and columns that LLaVA-OneVision keeps of so many, which is about `most` tokens at most."""
+    ratio = math.sqrt(rows * columns / most) if most else 1.0
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
 
 def _padding(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -468,24 +471,25 @@ def _padding(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     return 0, (width - int(round(across * (height / down), 7))) // 2
 
 
-def _arranged(tiles: Sequence[_View]) -> list[list[_View]] | None:
-    """Return the tiles in rows, top to bottom, each from left to right; None if they do not fill a rectangle."""
+_Item = TypeVar("_Item")
+
+
+def _arranged(tiles: Sequence[tuple[_View, _Item]]) -> list[list[_Item]] | None:
+    """Return what belongs to the tiles in rows, top to bottom and left to right; None if they fill no rectangle."""
     if not tiles:
         return None
-    across, down = tiles[0].right - tiles[0].left, tiles[0].bottom - tiles[0].top
-    first_left, first_top = min(tile.left for tile in tiles), min(tile.top for tile in tiles)
-    places = {(round((tile.top - first_top) / down), round((tile.left - first_left) / across)): tile for tile in tiles}
+    views = [view for view, _ in tiles]
+    across, down = views[0].right - views[0].left, views[0].bottom - views[0].top
+    left, top = min(view.left for view in views), min(view.top for view in views)
+    places = {(round((view.top - top) / down), round((view.left - left) / across)): item for view, item in tiles}
     height, width = (max(place[axis] for place in places) + 1 for axis in (0, 1))
     if len(places) != len(tiles) or height * width != len(tiles):
         return None
     return [[places[row, column] for column in range(width)] for row in range(height)]
 
 
-def _joined(
-    pixels: Tensor, *, indices: tuple[tuple[int, ...], ...], patch_size: int | None, top: int = 0, left: int = 0
-) -> Tensor:
-    """Return tiles beside and below one another, without `top` rows and `left` columns on either side."""
-    lines = [[_tile(pixels, index=index, patch_size=patch_size) for index in line] for line in indices]
-    whole = torch.cat([torch.cat(line, dim=-1) for line in lines], dim=-2)
+def _joined(pixels: Tensor, *, lines: tuple[tuple[Canvas, ...], ...], top: int = 0, left: int = 0) -> Tensor:
+    """Return canvases beside and below one another, without `top` rows and `left` columns on either side."""
+    whole = torch.cat([torch.cat([canvas(pixels) for canvas in line], dim=-1) for line in lines], dim=-2)
     height, width = whole.shape[-2:]
     return whole[..., top : height - top, left : width - left]

@@ -5,6 +5,9 @@ from dataclasses import replace
 import multrace
 import pytest
 import torch
+from families.battery import silenced
+from families.folders import write
+from families.table import RECIPES
 from multrace import ModelError
 from multrace.editing import second_moments
 from multrace.models import Family, batches, collate
@@ -281,3 +284,38 @@ def test_pictures_of_unequal_size_are_answered_as_one_by_one(tiling):
     together = second_moments(tiling, prompts, layers=[1], progress=False)
     one_by_one = second_moments(tiling, prompts, layers=[1], batch_size=1, progress=False)
     torch.testing.assert_close(together.matrix(1), one_by_one.matrix(1))
+
+
+SHAPES = {  # of the grid over a picture of 150 x 101 pixels, and of the copy of the whole picture beside it
+    "qwen2_5_vl": [(4, 7)],
+    "internvl": [(4, 4), (2, 2)],
+    "idefics3": [(4, 4), (2, 2)],
+    "mistral3": [(3, 4)],
+    "minicpmv4_6": [(4, 4), (2, 2)],
+    "gemma4_dense": [(6, 10)],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_painted_into_a_patch_moves_that_patch_most(name, tmp_path):
+    """Flat patches, tiles beside a copy, line breaks, strips, averaged patches: each has a grid over its picture."""
+    vlm = multrace.load(write(RECIPES[name], tmp_path / name), verify=False)
+    picture = Image.new("RGB", (150, 101), "gray")
+    prompt = vlm.prompt([picture, picture], "Who?")
+    shown = [grid for grid in prompt.grids if grid.image == 1]
+    assert [(grid.rows, grid.columns) for grid in shown] == SHAPES[name]
+    assert [grid.is_overview for grid in shown] == [False, True][: len(shown)]
+    hits = {False: 0, True: 0}
+    with silenced(vlm.vision_tower), torch.no_grad():
+        clean = vlm.image_features(prompt)
+        for patches in (prompt.patches, prompt.overview):
+            own = {(patch.row, patch.column): patch.position for patch in patches if patch.image == 1}
+            for patch in [each for each in patches if each.image == 1][::3]:
+                painted = picture.copy()
+                painted.paste("white", tuple(round(edge) for edge in prompt.place(patch)))
+                moves = (vlm.image_features(prompt.with_images([picture, painted])) - clean).norm(dim=-1)
+                by_position = dict(zip(prompt.groups["image"], moves.tolist(), strict=True))
+                assert max(own.values(), key=lambda position: by_position[position]) == patch.position, patch
+                mirrored = own[patch.row, max(column for _, column in own) - patch.column]
+                hits[mirrored == patch.position] += 1
+    assert hits[False] > hits[True], "most patches are not where their mirror images are, so a wrong grid is noticed"
