@@ -13,6 +13,7 @@ from families.folders import write
 from families.texts import text
 from multrace import models, tracing
 from multrace.editing import Delta
+from multrace.models.families import table
 from multrace.scripts import doctor, families
 from multrace.scripts.main import app
 
@@ -72,7 +73,7 @@ def findings(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> 
 
 @pytest.fixture(scope="module")
 def falcon(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text-only model of an architecture without a row, which attends in a way of its own."""
+    """A text-only model that attends in a way of its own."""
     return str(write(text("falcon"), tmp_path_factory.mktemp("models") / "falcon"))
 
 
@@ -87,7 +88,10 @@ def test_everything_works_on_the_embedded_model(capsys: pytest.CaptureFixture[st
     assert not [line for line in err.splitlines() if line.startswith("multrace:")]
 
 
-def test_what_does_not_work_is_said_with_the_reason(falcon: str, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_work_is_said_with_the_reason(
+    falcon: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(table, "TEXT_STACKS", ())
     found = findings(capsys, "--model", falcon, code=1)
     assert [name for name, finding in found.items() if not finding["works"]] == ["knockout"]
     assert "cannot be cut" in found["knockout"]["says"]

@@ -32,6 +32,12 @@ _DEPTH = 3
 """Levels of modules below a decoder layer among which its two parts are looked for, the outermost first."""
 _LEAST_SCALE = 1e-3
 """A module that is added at a smaller scale than this is no part of the sum."""
+_MLPS = ("mlp", "feed_forward", "ffn", "moe")
+"""Parts of the names of MLPs, by which they are told from a third part."""
+_MOVED = 2
+"""Number of tokens, the last ones, at which attention is changed to see what follows; they are words."""
+_NOTICEABLE = 1e-3
+"""Share of their size by which states move when something reaches them, rather than by rounding."""
 _LEAST_EPS = 2.0**-23
 """Rounding that is forgiven in float64, too, in which norms still compute in float32."""
 _TOWERS = ("visual", "vision", "image_tower")
@@ -193,6 +199,8 @@ class _Part:
 class _Layer:
     attention: _Part
     mlp: _Part
+    beside: str | None
+    """The path of a third module whose output the layer adds."""
 
 
 def discover(model: PreTrainedModel, run: Callable[[], object], *, name: str, has_vision: bool) -> Family:
@@ -219,7 +227,6 @@ def discover(model: PreTrainedModel, run: Callable[[], object], *, name: str, ha
     norm = _final_norm(watch, model, layers, name)
     holder = layers[0].rpartition(".")[0]
     stack = _common(holder, norm)
-    middle = len(layers) // 2
     return Family(
         name="discovered",
         model_types=(model.config.model_type,),
@@ -233,7 +240,8 @@ def discover(model: PreTrainedModel, run: Callable[[], object], *, name: str, ha
         **_down(model, layers, [layer.mlp for layer in found]),
         final_norm=_relative(norm, stack),
         transposed=any(part.transposed for layer in found for part in (layer.attention, layer.mlp)),
-        parallel=_is_parallel(model, run, layers[middle], found[middle]),
+        beside=next(filter(None, (layer.beside for layer in found)), None),
+        **_effects(model, run, layers, found[len(layers) // 2], has_vision=has_vision),
         **(_vision(watch, model, run, layers, name) if has_vision else {}),
     )
 
@@ -300,27 +308,37 @@ def _decoder_layers(watch: _Watch, model: PreTrainedModel, name: str) -> list[st
 
 
 def _layer(watch: _Watch, path: str, name: str) -> _Layer:
-    """Return the two parts of a decoder layer: attention is the first to write after attention was computed."""
-    pairs = _explaining(watch, path)
-    if not pairs:
+    """Return the parts of a decoder layer: attention is the first to write after attention was computed."""
+    sums = _explaining(watch, path)
+    if not sums:
         raise _error(name, f"no two modules of {path!r} write what this decoder layer adds to the residual stream")
     layer = watch.seen[path]
     calls = [event for event in watch.calls if layer.began < event < layer.ended]
-    sources = [[_source(watch, path, part) for part in pair] for pair in pairs]
-    parts = max(sources, key=lambda pair: max(source.ended for source, _ in pair))
+    sources = [[_source(watch, path, part) for part in parts] for parts in sums]
+    parts = max(sources, key=lambda parts: max(source.ended for source, _ in parts))
     parts.sort(key=lambda part: (bool(calls) and part[0].ended < calls[0], part[0].ended))
-    return _Layer(attention=_part(watch, path, *parts[0]), mlp=_part(watch, path, *parts[1]))
+    attention, mlp, *others = parts[:1] + sorted(parts[1:], key=lambda part: _likeness(part[0], path), reverse=True)
+    beside = [_relative((norm or source).path, path) for source, norm in others]
+    return _Layer(
+        attention=_part(watch, path, *attention), mlp=_part(watch, path, *mlp), beside=beside[0] if beside else None
+    )
 
 
-def _explaining(watch: _Watch, path: str) -> list[tuple[_Seen, _Seen]]:
-    """Return the pairs of modules in a layer that, each at a scale of its own, add up to what it adds.
+def _likeness(seen: _Seen, layer: str) -> tuple[bool, int]:
+    """Return how much a module is like an MLP, by its name and its size, for a layer with a third part."""
+    is_named = any(word in _relative(seen.path, layer) for word in _MLPS)
+    return is_named, sum(parameter.numel() for parameter in seen.module.parameters())
+
+
+def _explaining(watch: _Watch, path: str) -> list[tuple[_Seen, ...]]:
+    """Return the pairs of modules in a layer that, each at a scale of its own, add up to what it adds; else triples.
 
     The outermost ones are taken; a module whose output another one repeats, such as a dropout, does not count.
     """
     layer = watch.seen[path]
     if layer.read.shape != layer.wrote.shape:
         return []
-    for depth in range(1, _DEPTH + 1):
+    for number, depth in (*((2, depth) for depth in range(1, _DEPTH + 1)), (3, 1)):
         parts: list[_Seen] = []
         for seen in sorted(watch.inside(path), key=lambda seen: seen.path.count(".")):
             if seen.path.count(".") - path.count(".") > depth or seen.shape[-1] != layer.shape[-1]:
@@ -328,18 +346,18 @@ def _explaining(watch: _Watch, path: str) -> list[tuple[_Seen, _Seen]]:
             if seen.wrote.shape == layer.wrote.shape and not any(_same(seen.wrote, part.wrote) for part in parts):
                 parts.append(seen)
         parts.sort(key=lambda seen: seen.ended)
-        pairs = [pair for pair in combinations(parts, 2) if _adds_up(layer, pair)]
-        if pairs:
-            return pairs
+        sums = [parts for parts in combinations(parts, number) if _adds_up(layer, parts)]
+        if sums:
+            return sums
     return []
 
 
-def _adds_up(layer: _Seen, pair: tuple[_Seen, _Seen]) -> bool:
+def _adds_up(layer: _Seen, modules: tuple[_Seen, ...]) -> bool:
     """Return whether the layer's output is a sum of its input and these outputs, each at a scale, up to rounding.
 
     Only the later half of the tokens counts: cross-attention may add nothing to those before the picture.
     """
-    states = (layer.read, *(seen.wrote for seen in pair), layer.wrote)
+    states = (layer.read, *(seen.wrote for seen in modules), layer.wrote)
     *parts, written = (state[len(state) // 2 :].double().cpu().flatten() for state in states)
     columns = torch.stack(parts, 1)
     scales = torch.linalg.lstsq(columns, written[:, None]).solution[:, 0]
@@ -396,19 +414,28 @@ def _final_norm(watch: _Watch, model: PreTrainedModel, layers: Sequence[str], na
     return min(after, key=lambda seen: seen.began).path
 
 
-def _is_parallel(model: nn.Module, run: Callable[[], object], path: str, layer: _Layer) -> bool:
-    """Return whether the MLP of a layer writes the same when its attention writes something else."""
-    written: list[Tensor] = []
+def _effects(
+    model: nn.Module, run: Callable[[], object], layers: Sequence[str], layer: _Layer, *, has_vision: bool
+) -> dict[str, bool]:
+    """Return what follows when attention in the middle layer writes something else at the last tokens.
+
+    Whether the MLP of the layer writes the same there (parallel), and whether earlier tokens change (prefix).
+    """
+    path = layers[len(layers) // 2]
     attention, mlp = (model.get_submodule(f"{path}.{part.module}") for part in (layer.attention, layer.mlp))
+    written: dict[nn.Module, list[Tensor]] = {mlp: [], model.get_submodule(layers[-1]): []}
 
     def move(_module: nn.Module, _arguments: Any, output: Any) -> Any:
-        moved = 1 - cast(Tensor, _first(output))  # neither a scale nor a shift, which norms would take back
+        moved = cast(Tensor, _first(output)).clone()
+        rows = moved.view(-1, moved.shape[-1])
+        rows[-_MOVED:] = 1 - rows[-_MOVED:]  # neither a scale nor a shift, which norms would take back
         return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
-    def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        written.append(cast(Tensor, _first(output)).detach().clone())
+    def keep(module: nn.Module, _arguments: Any, output: Any) -> None:
+        state = cast(Tensor, _first(output)).detach()
+        written[module].append(state.reshape(-1, state.shape[-1]).clone())
 
-    handles = [mlp.register_forward_hook(keep)]
+    handles = [module.register_forward_hook(keep) for module in written]
     try:
         with torch.no_grad():
             run()
@@ -416,7 +443,11 @@ def _is_parallel(model: nn.Module, run: Callable[[], object], path: str, layer: 
             run()
     finally:
         uninterrupted(lambda: [handle.remove() for handle in handles])
-    return torch.equal(written[0], written[-1])
+    (still, moved), (before, after) = written.values()
+    earlier = (after - before)[:-_MOVED].norm() > _NOTICEABLE * before[:-_MOVED].norm()
+    return {"parallel": torch.equal(still[-_MOVED:], moved[-_MOVED:])} | (
+        {"prefix": bool(earlier)} if has_vision else {}
+    )
 
 
 def _vision(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from inspect import signature
 from os import PathLike, fspath
@@ -144,12 +144,13 @@ def _served(opened: _Opened, family: Family, *, verify: bool, is_known: bool) ->
 def _discovered(opened: _Opened, family: Family, *, verify: bool) -> tuple[VisionLanguageModel, str]:
     """Return the model with a family that was measured on it, and its proof.
 
-    family: One for this configuration, of which only counts whether it has a vision tower.
+    family: One for this configuration, of which only counts what cannot be measured.
     """
     vlm = _assemble(opened, family)
     complete_processor(vlm)
     prompt = probe_prompt(vlm)
     row = discover(opened.model, lambda: vlm.logits(prompt), name=opened.name, has_vision=family.vision is not None)
+    row = replace(row, **{part: getattr(family, part) for part in ("dropped_inputs", "attended", "places")})
     found = {part.name: getattr(row, part.name) for part in fields(row) if getattr(row, part.name) != part.default}
     names = ", ".join(f"{part}={value!r}" for part, value in found.items() if not part.endswith(("name", "types")))
     logger.info("%s: discovered, not in the tables of families: %s", opened.name, names or "the usual names")

@@ -7,6 +7,7 @@ from pathlib import Path
 import multrace as mt
 import pytest
 from multrace.models import Family, Site
+from multrace.models.families import table
 from multrace.models.loading import load as loading
 
 from .folders import Recipe, write
@@ -37,19 +38,21 @@ UNKNOWN: dict[str, tuple[Recipe, dict[str, object]]] = {
         },
     ),
 }  # fmt: skip
-"""Text types without a row, and what their classes in transformers say."""
-NOT_MEASURED = {
-    "gemma3n": "no two modules",
-    "gemma4": "no two modules",
-    "phi4_multimodal": "",
-}
-"""Families with a third write in a layer, several residual streams, or pictures that are read inside the text stack."""
+"""Text types, and what their classes in transformers say."""
+NO_ROW_SERVES = ("gemma3n", "phi4_multimodal")
+"""Families with several residual streams, or with pictures that are read inside the text stack."""
+
+
+@pytest.fixture
+def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text type has a row."""
+    monkeypatch.setattr(table, "TEXT_STACKS", ())
 
 
 def places(vlm: mt.VisionLanguageModel) -> dict[str, object]:
     """Every module that the model's family names, by path, and the family's two properties."""
     found: dict[str, object] = {"norm": vlm.path(vlm.final_norm), "transposed": vlm.family.transposed}
-    found["parallel"] = vlm.family.parallel
+    found |= {"parallel": vlm.family.parallel, "prefix": vlm.family.prefix, "beside": vlm.family.beside}
     for layer in range(vlm.layers):
         found |= {str(site): vlm.path(site) for site in (Site("attention", layer), Site("mlp", layer))}
         found[f"out {layer}"] = vlm.attention_projection(layer).path
@@ -68,7 +71,7 @@ def places(vlm: mt.VisionLanguageModel) -> dict[str, object]:
     [
         pytest.param(name, marks=() if name in IN_EVERY_TEST_RUN else pytest.mark.families)
         for name, known in KNOWN.items()
-        if not known.refused and name not in NOT_MEASURED
+        if not known.refused and name not in NO_ROW_SERVES
     ],
 )
 def test_what_is_measured_is_what_the_rows_say(name: str, tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_what_is_measured_is_what_the_rows_say(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_architecture_without_a_row_is_measured_and_proven(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, no_rows: None
 ) -> None:
     recipe, expected = UNKNOWN[name]
     with caplog.at_level(logging.INFO, logger="multrace"):
@@ -117,7 +120,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_guess_is_refused_by_the_proof(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_guess_is_refused_by_the_proof(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_rows: None
+) -> None:
     recipe = text("falcon", parallel_attn=False)
     folder = write(recipe, tmp_path / "falcon")
     own = loading.discover
@@ -127,14 +132,13 @@ def test_a_wrong_guess_is_refused_by_the_proof(wrong: str, tmp_path: Path, monke
     assert "no row serves it" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_layer_that_is_no_sum_of_two_parts_is_refused(tmp_path: Path) -> None:
-    """Post-norm layers: the norm comes after the sum, so no module's output is what the layer adds."""
+def test_a_layer_that_is_no_sum_of_its_parts_is_refused(tmp_path: Path, no_rows: None) -> None:
     recipe = text("gpt_neox_japanese")  # the last layer adds a bias besides
     with pytest.raises(mt.ModelError, match="no two modules of 'gpt_neox_japanese.layers.3'"):
         mt.load(write(recipe, tmp_path / "model"))
 
 
-def test_a_row_that_is_wrong_is_refused_and_not_replaced_by_what_is_measured(tmp_path: Path) -> None:
+def test_a_row_that_is_wrong_is_refused_and_not_replaced_by_what_is_measured(tmp_path: Path, no_rows: None) -> None:
     row = Family(name="mine", model_types=("falcon",), text_types=("falcon",), layers="h")
     folder = write(UNKNOWN["falcon"][0], tmp_path / "falcon")
     with pytest.raises(mt.ModelError, match="mine"):
