@@ -13,7 +13,7 @@ from pathlib import Path
 import multrace as mt
 import pytest
 import torch
-from conftest import draw_photo
+from model_fixtures import draw_photo
 from multrace import VisionLanguageModel
 from multrace.data import World, world_records
 from multrace.editing.values import (

@@ -17,8 +17,8 @@ from typing import Any
 import multrace as mt
 import pytest
 import torch
-from conftest import draw_photo
 from fuzz import BOMBS, RAW, Damage, entries_changed, flipped, other_header, other_json, other_line, otherwise, sections
+from model_fixtures import draw_photo
 from multrace.artefacts import LAYOUT, ArtefactError, Result, write_json, write_tensors
 from multrace.data import DataError, EditRecord, Question, read_data, write_lines
 from multrace.editing import Delta, EditCurve, EditReport, History, Moments, WeightChange, second_moments

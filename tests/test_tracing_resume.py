@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_photo
+from model_fixtures import draw_photo
 from multrace import Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
 from multrace.models.replay import Replay, Span
