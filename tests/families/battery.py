@@ -33,6 +33,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 """Between two ways to compute a probability, where every norm computes in the model's own dtype."""
 ROUNDED = {torch.float64: 1e-9, torch.float32: 1e-3}
 """The same between logits."""
+SHIFTED = 1e-4
+"""Between logits of a prompt at other positions: rotary angles are float32 everywhere, and shift with the padding."""
 
 
 def photo(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
@@ -69,6 +71,11 @@ class Subject:
     @property
     def tolerance(self) -> float:
         return TOLERANCE[self.vlm.dtype]
+
+    @property
+    def source(self) -> str:
+        """The group whose states are restored and whose edges are cut."""
+        return "image" if self.prompt.groups["image"] else "constraint"
 
     @property
     def last(self) -> int:
@@ -172,7 +179,7 @@ def check_prompt(subject: Subject) -> None:
     prompt, words = subject.prompt, subject.prompt.groups["constraint"]
     ids = prompt.inputs["input_ids"][0]
     assert subject.vlm.tokenizer.decode(ids[list(words)]).strip() == CONSTRAINT
-    assert bool(prompt.groups["image"]) == subject.recipe.sees
+    assert bool(prompt.groups["image"]) == (subject.recipe.sees and not subject.known.crosses)
     given = processed(subject, prompt)
     accepted = signature(subject.plain.forward).parameters
     assert all(torch.equal(prompt.inputs[name], value) for name, value in given.items() if name in accepted)
@@ -183,7 +190,7 @@ def check_prompt(subject: Subject) -> None:
 
 def check_pictures(subject: Subject) -> None:
     """Image positions hold the image features, of any shape, and another picture moves nothing else."""
-    if not subject.recipe.sees:
+    if not subject.recipe.sees or subject.known.crosses:
         return
     vlm = subject.vlm
     pair = [photo(1), photo(2, WIDE if subject.known.pictures == "unequal" else SIZE)]
@@ -214,6 +221,9 @@ def check_places(subject: Subject) -> None:
             box_positions(vlm, prompt, boxes[0])
         return
     places = [list(box_positions(vlm, prompt, box)) for box in boxes]
+    if subject.known.mixes:
+        assert all(places) and len({tuple(own) for own in places}) == len(boxes)
+        return
     with silenced(vlm.vision_tower):
         clean = vlm.image_features(prompt)
         for number, box in enumerate(boxes):
@@ -251,7 +261,7 @@ def check_trace(subject: Subject) -> None:
     vlm, prompt, sees = subject.vlm, subject.prompt, subject.recipe.sees
     corruption = mt.SwapImage(photo(2)) if sees else mt.TextNoise(samples=2, scale=3.0)
     settings: dict[str, Any] = {
-        "corruption": corruption, "positions": [("image" if sees else "constraint"), "last"], "window": 1,
+        "corruption": corruption, "positions": [subject.source, "last"], "window": 1,
         "even_if_weak": True, "progress": False,
     }  # fmt: skip
     fast = with_reason(subject.known.plain, lambda: mt.causal_trace(vlm, prompt, **settings))
@@ -315,7 +325,7 @@ def score_of(vlm: mt.VisionLanguageModel, prompt: mt.Prompt, token: int) -> Tens
 def check_knockout(subject: Subject) -> None:
     """A cut flow gives what masks put in by hand give, on the whole model."""
     vlm, prompt = subject.vlm, subject.prompt
-    source = "image" if subject.recipe.sees else "constraint"
+    source = subject.source
     settings: dict[str, Any] = {"flows": [f"{source} -> last"], "windows": (1, 3), "progress": False}
     reason = subject.known.plain or subject.known.partly
     with true_float64(vlm):
@@ -374,7 +384,7 @@ def check_answers(subject: Subject) -> None:
         batch = [prompts[index] for index in members]
         together = vlm.logits(collate(batch, vlm.tokenizer)[0])[:, -1]
         alone = torch.cat([vlm.logits(prompt)[:, -1] for prompt in batch])
-        assert (together - alone).abs().max() <= ROUNDED[vlm.dtype]
+        assert (together - alone).abs().max() <= SHIFTED
     if subject.recipe.sees:
         unequal = [subject.prompt, subject.ask(SHORT, seed=2, size=WIDE)]
         assert vlm.answers(unequal, **options) == [vlm.answers([prompt], **options)[0] for prompt in unequal]
@@ -419,7 +429,7 @@ def check_moments(subject: Subject) -> None:
             score_of(vlm, prompt, 0)
     rows = torch.cat(keys).double()
     assert moments.count() == len(rows)
-    assert torch.allclose(moments.matrix(layer), rows.T @ rows / len(rows), rtol=0, atol=ROUNDED[vlm.dtype])
+    assert torch.allclose(moments.matrix(layer), rows.T @ rows / len(rows), rtol=0, atol=SHIFTED)
 
 
 Check = Callable[[Subject], None]

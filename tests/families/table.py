@@ -27,6 +27,10 @@ class Known:
     """Words of the warning that only some layers have attention edges to cut; empty if all have."""
     placeless: str = ""
     """Words of the reason why image tokens have no place in the picture; empty if boxes give positions."""
+    mixes: bool = False
+    """Whether the tower is a convolutional network, which carries a change of one place anywhere."""
+    crosses: bool = False
+    """Whether pictures enter by cross-attention and stand at no position of the prompt."""
     why: str = ""
     """The same in words for docs/families.md, where something does not work or is slow."""
     pictures: str = "unequal"
@@ -53,12 +57,12 @@ QUERIES = "quer"
 VISION, TIMM = ("torchvision",), ("torchvision", "timm")
 
 KNOWN: dict[str, Known] = {
-    "qwen2_vl": Known(title="Qwen2-VL"),
-    "qwen2_5_vl": Known(title="Qwen2.5-VL"),
-    "qwen3_vl": Known(title="Qwen3-VL"),
+    "qwen2_vl": Known(title="Qwen2-VL", core=True),
+    "qwen2_5_vl": Known(title="Qwen2.5-VL", core=True),
+    "qwen3_vl": Known(title="Qwen3-VL", core=True),
     "qwen3_vl_moe": Known(title="Qwen3-VL with experts", **EXPERTS),
     "qwen3_5": Known(title="Qwen3.5", **LINEAR),
-    "glm4v": Known(title="GLM-4V"),
+    "glm4v": Known(title="GLM-4V", core=True),
     "kimi_k25": Known(title="Kimi K2.5", needs=VISION),
     "minicpmv4_6": Known(title="MiniCPM-V 4.6", **LINEAR),
     "llava": Known(title="LLaVA", core=True),
@@ -66,9 +70,9 @@ KNOWN: dict[str, Known] = {
     "llava_next": Known(title="LLaVA-NeXT", core=True),
     "llava_onevision": Known(title="LLaVA-OneVision", core=True),
     "video_llava": Known(title="Video-LLaVA", needs=VISION),
-    "fast_vlm": Known(title="FastVLM", needs=TIMM),
+    "fast_vlm": Known(title="FastVLM", mixes=True, needs=TIMM),
     "perception_lm": Known(title="PerceptionLM", pictures="equal", needs=TIMM),
-    "mistral3": Known(title="Mistral 3"),
+    "mistral3": Known(title="Mistral 3", core=True),
     "pixtral": Known(title="Pixtral"),
     "idefics3": Known(title="Idefics 3", core=True),
     "smolvlm": Known(title="SmolVLM"),
@@ -80,18 +84,33 @@ KNOWN: dict[str, Known] = {
     "got_ocr2": Known(title="GOT-OCR2"),
     "aria": Known(title="Aria", placeless=QUERIES, **EXPERTS),
     "paligemma": Known(title="PaliGemma"),
-    "paligemma2": Known(title="PaliGemma 2"),
+    "paligemma2": Known(title="PaliGemma 2", core=True),
     "gemma3": Known(title="Gemma 3", core=True),
-    "gemma3n": Known(title="Gemma 3n", needs=TIMM, refused="AltUp"),
-    "gemma4": Known(title="Gemma 4 with inputs per layer"),
+    "gemma3n": Known(
+        title="Gemma 3n", needs=TIMM, refused="AltUp", why="AltUp: four streams in place of one residual stream"
+    ),
+    "gemma4": Known(
+        title="Gemma 4 with inputs per layer", plain="per_layer_input", why="a further input enters each layer"
+    ),
     "gemma4_dense": Known(title="Gemma 4"),
     "deepseek_vl": Known(title="DeepSeek-VL"),
     "deepseek_vl_hybrid": Known(title="DeepSeek-VL, two resolutions"),
     "janus": Known(title="Janus"),
     "blip-2": Known(title="BLIP-2 over OPT", pictures="one", placeless=QUERIES),
     "instructblip": Known(title="InstructBLIP", pictures="one", placeless=QUERIES),
-    "mllama": Known(title="Llama 3.2 Vision"),
-    "phi4_multimodal": Known(title="Phi-4-multimodal", needs=VISION, refused="inside its text stack"),
+    "mllama": Known(
+        title="Llama 3.2 Vision",
+        crosses=True,
+        placeless="no position",
+        plain="more than their embeddings|cross_attention_states",
+        why="the picture enters layers by cross-attention",
+    ),
+    "phi4_multimodal": Known(
+        title="Phi-4-multimodal",
+        needs=VISION,
+        refused="inside its text stack",
+        why="pictures are embedded inside its text stack",
+    ),
     "florence2": Known(
         title="Florence-2",
         refused="encoder",
