@@ -79,7 +79,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str | bool]]] =
         {},
     ),
     "Llama 4, chunks and full layers": (
-        text("Llama4", head_dim=8, attention_chunk_size=4, no_rope_layers=[1, 1, 0, 1], intermediate_size_mlp=64,
+        text("Llama4", head_dim=8, attention_chunk_size=6, no_rope_layers=[1, 1, 0, 1], intermediate_size_mlp=64,
              moe_layers=[], interleave_moe_layer_step=9, num_local_experts=2, use_qk_norm=True),
         {"mlp": "feed_forward", "down": "feed_forward.down_proj"},
     ),
