@@ -228,6 +228,20 @@ def test_experts_have_no_projection_and_all_else_works(tmp_path, caplog):
     assert states[Site("mlp", 3)].shape[-1] == vlm.hidden
 
 
+def test_experts_are_proven_in_float64_and_beside_dense_layers(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    single = stack("qwen3_moe", tmp_path, **sizes, mlp_only_layers=[0, 2])
+    assert [single.has_down_projection(layer) for layer in range(4)] == [True, False, True, False]
+    double = multrace.load(tmp_path, dtype="float64")
+    logits = [vlm.logits(vlm.prompt(None, "Who won the medal?")) for vlm in (single, double)]
+    assert logits[1].dtype == torch.float64 and (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_layers_are_parallel_if_the_configuration_says_so(parallel, tmp_path):
+    assert stack("gpt_neox", tmp_path, use_parallel_residual=parallel).family.parallel == parallel
+
+
 def test_a_shared_expert_is_an_mlp_that_can_be_edited(tmp_path):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     vlm = stack("qwen2_moe", tmp_path / "shared", **sizes, shared_expert_intermediate_size=48)

@@ -416,7 +416,7 @@ def _final_norm(watch: _Watch, model: PreTrainedModel, layers: Sequence[str], na
 
 def _effects(
     model: nn.Module, run: Callable[[], object], layers: Sequence[str], layer: _Layer, *, has_vision: bool
-) -> dict[str, bool]:
+) -> dict[str, Any]:
     """Return what follows when attention in the middle layer writes something else at the last tokens.
 
     Whether the MLP of the layer writes the same there (parallel), and whether earlier tokens change (prefix).

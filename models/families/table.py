@@ -58,8 +58,9 @@ class TextStack:
     """The norm between the last decoder layer and the output head, relative to the text stack."""
     transposed: bool = False
     """True if the two linear maps store their weights as (input, output), as GPT-2's Conv1D does."""
-    parallel: bool = False
-    """True if attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
+    parallel: bool | str = False
+    """True if attention and MLP read the same input, so that a layer's MLP does not see that layer's attention; or the
+    name of the setting of the text configuration that says so."""
     dropped_inputs: tuple[str, ...] = ()
     """Outputs of the processor that must not reach the model although its call has such an argument."""
 
@@ -106,6 +107,8 @@ class Family(TextStack, PictureFront):
 
     name: str
     """The name in log lines and errors."""
+    parallel: bool = False
+    """True if attention and MLP read the same input, so that a layer's MLP does not see that layer's attention."""
     vision: Names | None = None
     """The vision tower; None for a text-only model."""
     vision_layers: Names | None = None
@@ -168,7 +171,7 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         attention_out="attention.dense",
         down="mlp.dense_4h_to_h",
         final_norm="final_layer_norm",
-        parallel=True,
+        parallel="use_parallel_residual",
     ),
     TextStack(
         text_types=("opt",),
@@ -287,8 +290,9 @@ TEXT_STACKS: tuple[TextStack, ...] = (
         attention_out="self_attention.dense",
         down="mlp.dense_4h_to_h",
         final_norm="ln_f",
-        parallel=True,
+        parallel="parallel_attn",
     ),
+    TextStack(text_types=("stablelm",), parallel="use_parallel_residual"),
     TextStack(
         text_types=("falcon_h1",),
         mlp="feed_forward",
@@ -466,6 +470,8 @@ def pair_of(config: PretrainedConfig, stack: TextStack, front: PictureFront | No
     """Return a text stack and a picture front (None for a text-only model) as the family of this configuration."""
     outer, text = config.model_type, config.get_text_config().model_type
     parts = {field.name: getattr(stack, field.name) for field in fields(TextStack)}
+    if isinstance(stack.parallel, str):
+        parts["parallel"] = bool(getattr(config.get_text_config(), stack.parallel))
     if front is not None:
         parts |= {field.name: getattr(front, field.name) for field in fields(PictureFront)}
     name = outer if text.startswith(outer) or front is None else f"{outer}_{text}"

@@ -183,6 +183,8 @@ def _assemble(opened: _Opened, family: Family) -> VisionLanguageModel:
     model, processor, name = opened.model, opened.processor, opened.name
     model.eval()
     model.requires_grad_(False)
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # torch has no grouped product of float64 matrices
     vision = family.vision is not None
     tokenizer = processor.tokenizer if vision else processor
     if not getattr(tokenizer, "is_fast", False):
