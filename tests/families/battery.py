@@ -13,7 +13,7 @@ import multrace as mt
 import peft
 import pytest
 import torch
-from conftest import draw_photo
+from model_fixtures import draw_photo
 from multrace.editing import save_merged
 from multrace.models import batches, collate
 from multrace.tracing import CausalTrace, box_positions
@@ -359,9 +359,14 @@ def masked(subject: Subject, layers: range, sources: list[int]) -> Iterator[None
         return (), {**given, "attention_mask": mask}
 
     modules = [subject.vlm.attention_module(layer) for layer in layers]
-    modules = [module for module in modules if not hasattr(module, "conv1d")]  # linear attention has no edges
+    modules = [module for module in modules if not _without_edges(module)]
     with hooked(module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules):
         yield
+
+
+def _without_edges(module: nn.Module) -> bool:
+    """Whether tokens do not attend to each other in this module: linear attention, or cross-attention to a picture."""
+    return hasattr(module, "conv1d") or "Cross" in type(module).__name__
 
 
 def check_lens(subject: Subject) -> None:
