@@ -187,8 +187,8 @@ class Prompt:
         return self.frontend.places
 
     def processed(self, images: list[Image.Image]) -> Tensor:
-        """Return what the processor makes of other pictures, in float64 on the CPU."""
-        pixels = pixels_of(self.inputs_with(images))
+        """Return what the processor makes of other pictures, in float64 on the CPU, unrounded by the model's dtype."""
+        pixels = pixels_of(self.frontend.outputs(self.text, images))
         if pixels is None:
             raise ModelError(f"the processor makes no pixels of {len(images)} pictures; pass a prompt with pictures")
         return pixels.double().cpu()
