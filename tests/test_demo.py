@@ -158,8 +158,12 @@ def check_report(folder: Path, printed: str, facts: int) -> None:
     assert all(mt.Delta.load(folder / name).requests for name in edits)
 
 
-def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["one step", "to the end"])
+def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys, monkeypatch, steps):
+    """The quick form makes the edits of the other layers in one step; that of the trace's layer is made to the end."""
     monkeypatch.setattr("multrace.scripts.demo.edit_record", partial(edit_record, count=2))  # few probes of each kind
+    if steps:
+        monkeypatch.setattr("multrace.editing.MultEdit", partial(mt.MultEdit, steps=steps))
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "edit_02.safetensors").write_bytes(b"of an earlier run over two facts")

@@ -191,7 +191,17 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize(("editor", "formula", "count"), FORMULAS.values(), ids=FORMULAS)
+QUICK_FORMULAS = ("MultEdit", "ROME, one key at the constraint", "MEMIT")
+"""The others have quick tests elsewhere: with earlier edits below, and by themselves in test_editing_solve."""
+
+
+@pytest.mark.parametrize(
+    ("editor", "formula", "count"),
+    [
+        pytest.param(*row, id=name, marks=() if name in QUICK_FORMULAS else pytest.mark.slow)
+        for name, row in FORMULAS.items()
+    ],
+)
 def test_the_weights_are_those_of_the_published_formula(load_double, exact, cases, moments, editor, formula, count):
     vlm = load_double(tiny_vlm_path())
     contexts = [(asked(vlm, case, 1),) for case in cases[:count]]

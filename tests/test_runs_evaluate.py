@@ -272,7 +272,7 @@ def test_a_trace_of_each_record_is_kept(tmp_path: Path):
     assert settings["trace"] == {"window": 3} and "layer" not in settings["editor"]
 
 
-@pytest.mark.parametrize("mode", [EvaluateBatchRun, EvaluateSequenceRun])
+@pytest.mark.parametrize("mode", [EvaluateBatchRun, pytest.param(EvaluateSequenceRun, marks=pytest.mark.slow)])
 def test_a_bad_record_costs_only_itself_where_edits_belong_together(
     tiny_vlm: VisionLanguageModel, tmp_path: Path, mode
 ):

@@ -48,8 +48,25 @@ def unreplayable(random_llava: VisionLanguageModel, monkeypatch: pytest.MonkeyPa
 # Equal scores.
 
 
-@pytest.mark.parametrize("corruption", [TextNoise(samples=3), ReplaceText(replacement="Paris city")], ids=str)
-@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+CORRUPTIONS = {"noise": TextNoise(samples=3), "words": ReplaceText(replacement="Paris city")}
+FAMILIES = ("llava_llama", "llama", "llava_phi", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("exact_vlm", "corruption", "direction"),
+    [
+        pytest.param(
+            family,
+            CORRUPTIONS[name],
+            direction,
+            marks=() if (number + turn + (name == "words")) % 2 else pytest.mark.slow,
+        )
+        for number, family in enumerate(FAMILIES)
+        for name in CORRUPTIONS
+        for turn, direction in enumerate(("restore", "corrupt"))
+    ],
+    indirect=["exact_vlm"],
+)
 def test_in_true_float64_both_engines_give_the_same_trace(exact_vlm, photo, corruption, direction):
     prompt = ask(exact_vlm, photo)
     settings = EVERYTHING | {
@@ -132,6 +149,11 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 # What is reported.
 
 
+@pytest.mark.parametrize(
+    "random_vlm",
+    ["llava_llama", "gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llava_phi", "llama"))],
+    indirect=True,
+)
 def test_the_report_counts_cells_free_cells_and_work(random_vlm, photo):
     prompt, layers, samples = ask(random_vlm, photo), random_vlm.layers, 2
     length, first = prompt.length, prompt.groups["constraint"][0]
