@@ -298,7 +298,7 @@ def _bench(
     return facts, rows
 
 
-TRACE = """Time causal tracing with multrace and in two usual ways, on a random model with the shape of LLaVA.
+TRACE = """Time causal tracing with multrace and in two usual ways, on a random model in the shape of LLaVA or Qwen-VL.
 
 The naive way makes one hooked call of the whole model for each cell, with the vision tower and a clean row, like the
 script of ROME. The strong way runs the vision tower once, and then one hooked forward pass of the decoder for each
@@ -312,6 +312,7 @@ TRACE_EXAMPLE = """examples:
   multrace bench trace --json out/bench.json               the whole table (about twenty minutes on two cores)
   multrace bench trace --cells "text tokens" last          only rows whose label contains one of these
   multrace bench trace --shape llava-7b --device cuda:0    LLaVA-1.5-7B's sizes, random bfloat16 weights
+  multrace bench trace --quick --shape qwen2.5-vl-tiny     a tiny Qwen2.5-VL, in seconds
 """
 
 
@@ -327,7 +328,7 @@ def run_trace(options: BenchTrace = BenchTrace()) -> int:
     return 0
 
 
-FLOW = """Time attention knockout with multrace and in two usual ways, on a random model with the shape of LLaVA.
+FLOW = """Time attention knockout with multrace and in two usual ways, on a random model in the shape of LLaVA or Qwen-VL.
 
 A cell cuts the attention edges of one flow, such as "image -> last", in a window of layers. The published way lets the
 whole model generate one token for each cell, with vision tower and prefill in each call, and builds the masks from
@@ -342,6 +343,7 @@ FLOW_EXAMPLE = """examples:
   multrace bench flow --json out/flow.json                the whole table (about six minutes on one core)
   multrace bench flow --flows "image -> last" dropped     only rows whose label contains one of these
   multrace bench flow --shape llava-7b --device cuda:0    LLaVA-1.5-7B's sizes, random bfloat16 weights
+  multrace bench flow --quick --shape qwen2.5-vl-tiny      a tiny Qwen2.5-VL, in seconds
 """
 
 
@@ -372,6 +374,7 @@ EDIT_EXAMPLE = """examples:
   multrace bench edit --json out/edit.json --markdown out/edit.md    the whole table
   multrace bench edit --rows solve --solve-width 2752      only rows whose label contains one of these words
   multrace bench edit --shape llava-7b --device cuda:0     LLaVA-1.5-7B's sizes, random bfloat16 weights
+  multrace bench edit --quick --shape qwen2.5-vl-tiny       a tiny Qwen2.5-VL, in seconds
 """
 
 

@@ -54,7 +54,7 @@ SEQUENCE_LENGTHS = (1, 10, 20, 30, 100, 200, 300, 500, 1000)
 """Numbers of edits after which a sequence is measured by default."""
 SPLITS = ("outdated", "long_tail")
 """Edits of the built-in world."""
-SHAPES = ("base", "small", "llava-7b")
+SHAPES = ("base", "small", "qwen2.5-vl-tiny", "qwen3-vl-tiny", "llava-7b", "qwen2.5-vl-7b", "qwen3-vl-8b")
 """Sizes of the random models that benchmarks run on."""
 SOLVE_WIDTH = 11008
 """Width of the weight that the benchmark of the solve uses by default."""

@@ -60,6 +60,7 @@ from .models import (
     Subject as Subject,
     chosen_cases as chosen_cases,
     confident as confident,
+    model_config as model_config,
     open_subject as open_subject,
     random_model as random_model,
     resized as resized,

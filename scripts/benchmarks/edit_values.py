@@ -29,7 +29,7 @@ from ...editing.values import Goal, ValueSettings, end_ids, key_positions, promp
 from ...models import Prompt, VisionLanguageModel, collate
 from ...models.hooks import StopForward
 from .machine import EditRow, TokenLayers, apart, counted_token_layers, now
-from .models import Subject, prompt_words
+from .models import Subject, prompt_template, prompt_words
 
 _TARGET_WORDS = 2
 """Number of words of an answer; most answers have several tokens."""
@@ -43,13 +43,13 @@ def make_goals(subject: Subject, count: int) -> tuple[Goal, ...]:
     for index in range(count):
         seed = subject.recipe.seed + 1 + index
         before, words = prompt_words(longer, seed=seed)
-        question, target = words[: shape.after], words[shape.after :]
+        question, target = words[:-_TARGET_WORDS], words[-_TARGET_WORDS:]
         prompt = subject.vlm.prompt(
             _noise(shape.image, seed),
             " ".join(question),
             constraint=" ".join(question[: shape.constraint]),
             answer=" ".join(target),
-            template=" ".join([*before, "{image}", "{question}"]),
+            template=prompt_template(shape, before),
         )
         goals.append(Goal(prompts=(prompt,)))
     return tuple(goals)

@@ -208,7 +208,7 @@ def _text_only(vlm: VisionLanguageModel, layer: int, text: Tensor) -> Iterator[N
 
     def give(module: Any, given: tuple[Tensor, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         states = given[0][:, text] if module is entry else given[0]
-        angles = tuple(each[:, text] for each in keywords["position_embeddings"])
+        angles = tuple(each[..., text, :] for each in keywords["position_embeddings"])
         return (states, *given[1:]), {**keywords, "position_embeddings": angles}
 
     entry = vlm.module(Site("hidden", layer))

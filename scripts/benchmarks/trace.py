@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import Prompt, Site, VisionLanguageModel, capture, patch
+from ...models import Prompt, Site, VisionLanguageModel, capture, collate, patch
 from ...tracing.engine.cells import CellScores, Engine, Measure, Runs, StateCell
 from ...tracing.engine.measure import sweep
 from ...tracing.engine.plain import plain_scores
@@ -127,7 +127,7 @@ def naive_scores(
         states: The hidden states of the base run (`base_states`), which only direct effects need.
     """
     samples = runs.base.rows
-    inputs = {name: value.expand(samples + 1, *value.shape[1:]) for name, value in prompt.inputs.items()}
+    inputs, _ = collate([prompt] * (samples + 1), vlm.tokenizer)
     base, scores = runs.base.embeddings, []
     for cell in cells:
         edits = _edits(vlm, runs, cell, states)
