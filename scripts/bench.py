@@ -298,7 +298,7 @@ def _bench(
     return facts, rows
 
 
-TRACE = """Time causal tracing with multrace and in two usual ways, on a random model in the shape of LLaVA or Qwen-VL.
+TRACE = """Time causal tracing with multrace and in two usual ways, on a random model shaped like LLaVA or Qwen-VL.
 
 The naive way makes one hooked call of the whole model for each cell, with the vision tower and a clean row, like the
 script of ROME. The strong way runs the vision tower once, and then one hooked forward pass of the decoder for each
@@ -328,7 +328,7 @@ def run_trace(options: BenchTrace = BenchTrace()) -> int:
     return 0
 
 
-FLOW = """Time attention knockout with multrace and in two usual ways, on a random model in the shape of LLaVA or Qwen-VL.
+FLOW = """Time attention knockout with multrace and in two usual ways, on a random model shaped like LLaVA or Qwen-VL.
 
 A cell cuts the attention edges of one flow, such as "image -> last", in a window of layers. The published way lets the
 whole model generate one token for each cell, with vision tower and prefill in each call, and builds the masks from

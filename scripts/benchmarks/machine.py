@@ -55,8 +55,8 @@ def describe_machine(facts: Mapping[str, Any]) -> list[str]:
     shape = facts["shape"]
     return [
         f"machine   {facts['device']}, {facts['threads']} threads, torch {facts['torch']}",
-        f"model     {shape['architecture']}, {shape['layers']} layers, width {shape['width']}, MLP {shape['mlp']}, {shape['heads']} heads on "
-        f"{shape['heads'] // shape['heads_per_key']} of keys and values, "
+        f"model     {shape['architecture']}, {shape['layers']} layers, width {shape['width']}, MLP {shape['mlp']}, "
+        f"{shape['heads']} heads on {shape['heads'] // shape['heads_per_key']} of keys and values, "
         f"random weights in {shape['dtype']}; {shape['before']} text tokens, a picture, {shape['after']} text tokens",
     ]
 
