@@ -148,6 +148,18 @@ def test_a_model_whose_pictures_never_arrive_is_refused(random_llava):
         prove_addresses(replace(vlm, frontend=frontend))
 
 
+def test_an_error_of_the_libraries_is_an_error_of_the_site(random_llava, monkeypatch):
+    def fail(*_arguments, **_keywords):
+        raise TypeError("unexpected keyword argument 'pixels'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(random_llava.model), "get_image_features", fail)
+        patched.setattr(type(random_llava.model.model), "get_image_features", fail)
+        with pytest.raises(ModelError, match="site 'image' of .* fails its proof: TypeError: unexpected keyword"):
+            prove_addresses(random_llava)
+    prove_addresses(random_llava)
+
+
 def test_the_proof_leaves_no_hook(random_vlm):
     def hooks():
         return [

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..errors import AddressError, ModelError
+from ..errors import AddressError, ModelError, reason
 from ..families import Projection, Site
 from ..frame import DecoderInput
 from ..hooks import capture, patch
@@ -19,6 +19,7 @@ from ..prompts import Prompt, batches, collate
 from ..replay.replay import PaddedBatch
 from ..vlm import VisionLanguageModel
 from .processors import answer_gap, count_image_tokens, image_token_error, probe_prompt, rounding
+from .sources import out_of_memory
 
 _HALF = (torch.float16, torch.bfloat16)
 _BATCH_ROUNDING = {torch.float64: 2e-5, torch.float32: 1e-3}
@@ -53,7 +54,8 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         prompt = probe_prompt(vlm)
         _prove_weights(vlm)
         if vlm.has_vision and not vlm.family.attended:
-            positions, features = count_image_tokens(vlm, prompt)
+            with _proving("image", vlm):
+                positions, features = count_image_tokens(vlm, prompt)
             if positions != features:
                 raise image_token_error(vlm, positions, features)
         position = prompt.groups["question_only"][len(prompt.groups["question_only"]) // 2]
@@ -61,18 +63,34 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         clean, states = _prove_identity(probe)
         for layer in range(vlm.layers):
             _prove_layer(probe, states, layer)
-        if not torch.equal(vlm.forward(vlm.decoder_input(prompt)), clean):
-            raise probe.error(
-                "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
-            )
-        _prove_batch(probe, clean)
+        with _proving("hidden 0", vlm):
+            if not torch.equal(vlm.forward(vlm.decoder_input(prompt)), clean):
+                raise probe.error(
+                    "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
+                )
+            _prove_batch(probe, clean)
         _prove_norm(probe, clean)
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
         _prove_inputs(probe, clean)
-        images = _prove_images(probe) if vlm.has_vision else "no pictures"
+        with _proving("image", vlm):
+            images = _prove_images(probe) if vlm.has_vision else "no pictures"
     return f"addresses proven ({3 * vlm.layers} sites, patches at layer {layer} act forward, {images})"
+
+
+@contextmanager
+def _proving(site: str, vlm: VisionLanguageModel) -> Iterator[None]:
+    """Turn an error of the libraries inside the block into an `AddressError` that names the site."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, ModelError) or out_of_memory(error):
+            raise
+        raise AddressError(
+            f"site '{site}' of {vlm.name!r} fails its proof: {reason(error)}; pass another row in families=, or fetch "
+            "configuration, processor and weights again from one place"
+        ) from error
 
 
 @dataclass(frozen=True)
