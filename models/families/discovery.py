@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise, takewhile
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -192,6 +193,8 @@ class _Part:
     """The norm that its output passes before it is added."""
     projection: str | None
     """The linear map that writes its output; None where no single one does."""
+    shared: str | None
+    """Where no single one does, a map that writes a part of it for every token: that of a shared expert."""
     transposed: bool
 
 
@@ -279,17 +282,22 @@ def _needed(part: _Part, path: str, name: str) -> str:
 
 
 def _down(model: nn.Module, layers: Sequence[str], parts: Sequence[_Part]) -> dict[str, Any]:
-    """Return the names of the MLPs' maps, and of a module by which layers without one (experts) differ from others."""
+    """Return the names of the MLPs' maps, and of the experts of layers without one."""
     maps = [part.projection for part in parts if part.projection is not None]
-    if not maps:
-        return {"down": None}
     if len(maps) == len(parts):
         return {"down": _names(maps)}
-    inside = [{path for path, _ in model.get_submodule(layer).named_modules()} for layer in layers]
-    has_map = [part.projection is not None for part in parts]
-    shared = set[str].intersection(*(own for own, has in zip(inside, has_map, strict=True) if not has))
-    marks = shared.difference(*(own for own, has in zip(inside, has_map, strict=True) if has))
-    return {"down": _names(maps), "experts": min(marks, key=lambda path: ("experts" not in path, len(path), path))}
+    modules = [dict(model.get_submodule(layer).named_modules()) for layer in layers]
+    with_map, without = ([own for own, part in zip(modules, parts, strict=True) if (part.projection is not None) is has]
+                         for has in (True, False))  # fmt: skip
+    marks = set[str].intersection(*map(set, without)).difference(*with_map) - {""}
+
+    def rank(path: str) -> tuple[bool, bool, int, str]:
+        has_stack = any(weight.ndim == 3 for weight in without[0][path].parameters(recurse=False))
+        return not has_stack, "experts" not in path, len(path), path
+
+    experts = {"experts": min(marks, key=rank)} if marks else {}
+    shared = [part.shared for part in parts if part.shared is not None]
+    return {"down": _names(maps) if maps else None, **experts, **({"shared": _names(shared)} if shared else {})}
 
 
 def _decoder_layers(watch: _Watch, model: PreTrainedModel, name: str) -> list[str]:
@@ -387,14 +395,16 @@ def _part(watch: _Watch, layer: str, source: _Seen, norm: _Seen | None) -> _Part
         for seen in watch.ran()
         if seen.below(source.path)
         and getattr(getattr(seen.module, "weight", None), "ndim", 0) == 2
-        and _same(seen.wrote, source.wrote)
+        and seen.shape[-1:] == source.shape[-1:]
+        and prod(seen.shape) == prod(source.shape)
     ]
-    last = maps[-1] if maps else None
+    whole = [seen for seen in maps if _same(seen.wrote, source.wrote)][-1:]
     return _Part(
         module=_relative(source.path, layer),
         norm=None if norm is None else _relative(norm.path, layer),
-        projection=None if last is None else _relative(last.path, layer),
-        transposed=last is not None and _is_transposed(last),
+        projection=_relative(whole[0].path, layer) if whole else None,
+        shared=_relative(maps[-1].path, layer) if maps and not whole else None,
+        transposed=any(map(_is_transposed, whole)),
     )
 
 
