@@ -22,7 +22,7 @@ from .families import Addresses, Family, Key, Projection
 from .frame import PER_LAYER, DecoderInput, Frame
 from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
-from .guards import ModelLock, evaluating
+from .guards import ModelLock, evaluating, uninterrupted
 from .hooks import first_call, main_tensor
 from .layout import pixels_of
 from .pictures import named_features, projected_features
@@ -365,6 +365,16 @@ class VisionLanguageModel:
         """
         self.weight(name)
         return opened(self.model, name, transposed=self.stores_transposed)
+
+    @contextmanager
+    def opened_weight(self, name: str) -> Iterator[Tensor]:
+        """Yield a weight, which is an ordinary parameter in memory until the block ends. Raises as `open_weight`."""
+        opened = self.open_weight(name)
+        try:
+            yield self.weight(name)
+        finally:
+            if opened is not None:
+                uninterrupted(opened.close)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return name and parameter, not a copy, of every weight; a tied one once."""

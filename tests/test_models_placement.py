@@ -7,7 +7,7 @@ import pytest
 import torch
 from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, attention_knockout, causal_trace, logit_lens
 from multrace.data import tiny_vlm_path
-from multrace.editing import RuntimeEdit, save_merged, to_peft, verify_export
+from multrace.editing import FineTune, Lora, RuntimeEdit, save_merged, to_peft, verify_export
 from multrace.models import ModelError, Site
 from multrace.models.placement import Elsewhere
 from multrace.tracing import Engine
@@ -123,6 +123,15 @@ def test_edits_on_top_of_each_other_and_a_runtime_edit(offloaded, delta):
         twice = offloaded.logits(first)
     with delta.applied(offloaded):
         assert not torch.allclose(twice, offloaded.logits(first))
+
+
+def test_training_of_a_weight_on_disk_is_that_of_the_weight_in_memory(offloaded, tiny_vlm):
+    request = EditRequest(question=offloaded.prompt(None, "Who won?"), target="Pruro")
+    changes = [FineTune(layer=5, steps=3).edit(vlm, [request], progress=False) for vlm in (offloaded, tiny_vlm)]
+    assert torch.equal(*(change.difference(DOWN) for change in changes)) and changes[0].difference(DOWN).any()
+    losses = [Lora(layers=(5,), steps=2).edit(vlm, [request], progress=False).losses for vlm in (offloaded, tiny_vlm)]
+    assert losses[0] == losses[1]
+    assert DOWN in empty(offloaded)
 
 
 def test_exports_of_a_model_on_disk(offloaded, delta, tmp_path: Path):

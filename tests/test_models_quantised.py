@@ -7,7 +7,7 @@ import pytest
 import torch
 from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, causal_trace
 from multrace.data import tiny_vlm_path
-from multrace.editing import RuntimeEdit, save_merged, to_peft, verify_export
+from multrace.editing import FineTune, RuntimeEdit, save_merged, to_peft, verify_export
 from multrace.models import ModelError
 from multrace.tracing import Engine
 from torch import Tensor, nn
@@ -97,6 +97,17 @@ def test_hooks_on_a_packed_module_outlive_the_unpacking(packed):
         once = packed.logits(prompt)
     with RuntimeEdit(delta=delta).applied(packed), delta.applied(packed):
         assert not torch.allclose(packed.logits(prompt), once)
+
+
+def test_fine_tuning_trains_the_unpacked_matrix(packed):
+    prompt, digest = packed.prompt(None, "Who won?"), packed.weights_digest()
+    tuner = FineTune(layer=5, steps=20)
+    change = tuner.edit(packed, [EditRequest(question=prompt, target="Pruro")], progress=False)
+    assert packed.weights_digest() == digest and change.losses[-1] < 0.6 * change.losses[0]
+    with change.applied(packed):
+        trained = packed.score(None, "Who won?", "Pruro").probability
+    assert trained > 5 * packed.score(None, "Who won?", "Pruro").probability
+    assert packed.weights_digest() == digest
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

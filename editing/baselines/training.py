@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, cast
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ...data.facts import EditRequest, Question, counted
 from ...models import ModelError, Projection, VisionLanguageModel, collate
 from ...models.guards import uninterrupted
+from ...models.placement import is_packed
 from ..changes import AppliedDelta, Change, EditSession, History, held, overwrite, requests_line
 from ..moments import Moments
 from ..requests import EditError, edited_questions, listed_requests, request_text
@@ -428,12 +429,11 @@ class FineTune(TrainingSettings):
         """
         requests = listed_requests(requests)
         name = self._name(vlm)
-        weight = vlm.weight(name)
 
         def forward(**inputs: Any) -> Any:
             return functional_call(vlm.model, {name: summed(weight, change)}, kwargs=inputs)
 
-        with vlm.gradients():
+        with vlm.gradients(), vlm.opened_weight(name) as weight:
             batches = AnswerBatches(vlm, requests, self)
             change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
             training = train(
@@ -543,7 +543,12 @@ class Lora(TrainingSettings):
         """
         requests = listed_requests(requests)
         projections = self._projections(vlm)
-        with vlm.gradients(), self._adapted(vlm, projections) as adapters:
+        with ExitStack() as stack:
+            for projection in projections:
+                if not is_packed(projection.module):  # PEFT has modules of its own around packed weights
+                    stack.enter_context(vlm.opened_weight(projection.name))
+            stack.enter_context(vlm.gradients())
+            adapters = stack.enter_context(self._adapted(vlm, projections))
             batches = AnswerBatches(vlm, requests, self)
             parameters = [
                 factor.weight for adapter in adapters for factor in (adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER])
