@@ -1,6 +1,7 @@
 """Families that are in no row of ours: the fast sweep equals one forward pass per cell, in true float64, on each."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from exact_models import (
     mixed_cells,
 )
 from multrace import VisionLanguageModel, load
-from multrace.models import ReplayError
+from multrace.models import ReplayError, Site, patch
 from multrace.models.families import Family
-from multrace.models.replay import Cut, attending, replaying, running
+from multrace.models.replay import Cut, PaddedBatch, UpperLayers, attending, replaying, running
 from multrace.models.replay.observe import LayerCall
 from multrace.tracing import TraceError
 from multrace.tracing.engine import EdgeCell, Engine, Runs, plain_scores
 from multrace.tracing.engine.measure import measure as measured, sweep
 from multrace.tracing.engine.scoring import Scoring
 from other_families import MODELS, RUNNING, make, text
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
 
 
@@ -69,6 +70,38 @@ def test_layers_with_a_running_state_go_on_from_it(name, monkeypatch):
         attending(vlm, [-1]),
     ):
         vlm.forward(runs.base)
+
+
+@pytest.mark.parametrize("name", [*RUNNING][:3])
+def test_a_batch_is_the_same_run_each_time_though_states_are_written_into(name, monkeypatch):
+    lift_every_cast(monkeypatch)
+    vlm, start = make(name, monkeypatch), 5
+    entering, columns = make_runs(vlm).base, torch.arange(LENGTH - start).expand(2, -1)
+    with torch.no_grad():
+        expected = vlm.forward(entering)[:, start:]
+        batch = PaddedBatch.after_prefix(vlm, entering, start)
+        assert all(close(batch.logits(vlm, columns), expected) for _ in range(3))
+        assert close(batch.rows(torch.tensor([1])).logits(vlm, columns[1:]), expected[1:])
+    upper, logits = UpperLayers.record(vlm, batch, columns, first=1)
+    upper = upper.checked(logits, torch.ones_like(columns, dtype=torch.bool))
+    assert upper.is_partial
+
+    def slope(run: Callable[[], Tensor], place: int) -> Tensor:
+        added = torch.zeros(vlm.hidden, dtype=torch.float64, requires_grad=True)
+        put = torch.zeros(1, place + 1, 1, dtype=torch.float64)
+        put[0, place] = 1
+
+        def write(output: Tensor) -> Tensor:
+            return output + nn.functional.pad(put, (0, 0, 0, output.shape[1] - place - 1)) * added
+
+        with patch(vlm, {Site("mlp", 1): write}):
+            return torch.autograd.grad(run()[:, -1, 7].sum(), added)[0]
+
+    whole = slope(lambda: vlm.forward(entering), start + 3)
+    for _ in range(2):
+        assert close(slope(upper.logits, 3), whole)
+        assert close(slope(lambda: batch.logits(vlm, columns), 3), whole)
+    assert float(whole.abs().max()) > 1e-6
 
 
 def test_only_edges_of_attention_are_cut_and_no_token_is_dropped_from_a_state(monkeypatch):

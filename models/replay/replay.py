@@ -12,7 +12,6 @@ A model whose states this would not reproduce raises `ReplayError`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from ..vlm import VisionLanguageModel
 from .attention import Job, Kernels, Softmax, merged_attention, probe_kernels
 from .observe import LayerCall, Witness, attention_function, exact_attention, mixers_of
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
-from .running import Running
+from .running import Running, growing, of_rows
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -421,14 +420,11 @@ class PaddedBatch:
 
     def logits(self, vlm: VisionLanguageModel, columns: Tensor) -> Tensor:
         """Return the whole model's logits at columns (row, label), (row, label, vocab), float32 or wider."""
-        return at_columns(vlm.forward(self.entering, past_key_values=_growing(self.prefix)), columns)
+        return at_columns(vlm.forward(self.entering, past_key_values=growing(self.prefix)), columns)
 
     def rows(self, rows: Tensor) -> PaddedBatch:
         """Return the batch of only some rows, (row,) indices."""
-        prefix = _growing(self.prefix)
-        for layer in cast(list[Any], prefix.layers):
-            if layer.keys is not None and layer.keys.numel():
-                layer.keys, layer.values = (value[rows.to(value.device)] for value in (layer.keys, layer.values))
+        prefix = of_rows(self.prefix, rows)
         return replace(self, prefix=prefix, entering=self.entering.of_rows(rows.tolist()))
 
 
@@ -496,7 +492,7 @@ class UpperLayers:
         coarseness = max(1.0, torch.finfo(self.vlm.dtype).eps * 1e4)  # of half precision, beside float32
         if not difference <= _TOLERANCE * coarseness * max(1.0, logits.abs().max().item()):
             return replace(self, entering=None, calls=())
-        prefix = _growing(self.batch.prefix)
+        prefix = growing(self.batch.prefix)
         for layer in cast(list[Any], prefix.layers)[: self.first]:
             layer.keys = layer.values = None
         return replace(self, batch=replace(self.batch, prefix=prefix))
@@ -505,7 +501,7 @@ class UpperLayers:
         """Return logits (row, label, vocab), float32 or wider, under all patches on the upper layers."""
         if self.entering is None:
             return self.batch.logits(self.vlm, self.columns)
-        cache, states, between = _growing(self.batch.prefix), self.entering, self.between
+        cache, states, between = growing(self.batch.prefix), self.entering, self.between
         for number, (layer, call) in enumerate(zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True)):
             states = states + between[number].to(states) if number in between else states
             states = main_tensor(layer(states, **call.using(cache)), "a decoder layer")
@@ -538,10 +534,3 @@ def _empty_cache(vlm: VisionLanguageModel) -> Cache:
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
     return cache
-
-
-def _growing(cache: Cache) -> Cache:
-    """Return a copy that can grow while the given cache does not; tensors are shared, since growing replaces them."""
-    fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]
-    return fresh

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
@@ -186,16 +187,44 @@ def _recorded(number: int, run: Recording, positions: Sequence[int], whole: Tens
 
 def _copied(cache: Cache, repeats: int) -> Cache:
     """Return a cache with copies of all tensors, each row as often as asked."""
+    return _changed(cache, lambda value: value.repeat_interleave(repeats, 0))
+
+
+def growing(cache: Cache) -> Cache:
+    """Return a copy that can grow while the given cache does not.
+
+    Keys and values are shared, since growing replaces them; running states are copied, since they are written into.
+    """
+    return _changed(cache, lambda value: value, torch.clone)
+
+
+def of_rows(cache: Cache, rows: Tensor) -> Cache:
+    """Return a copy with only some rows, (row,) indices."""
+    return _changed(cache, lambda value: value[rows.to(value.device)] if value.numel() else value)
+
+
+def _changed(
+    cache: Cache, change: Callable[[Tensor], Tensor], change_state: Callable[[Tensor], Tensor] | None = None
+) -> Cache:
+    """Return a copy whose keys, values and running states are changed ones; the states lie in dictionaries."""
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in fresh.layers:
-        vars(layer).update({name: _repeated(value, repeats) for name, value in vars(layer).items()})
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, Tensor) and value.ndim:
+                vars(layer)[name] = change(value)
+            elif isinstance(value, dict):
+                of_state = change_state or change
+                vars(layer)[name] = {
+                    key: of_state(part) if isinstance(part, Tensor) else part for key, part in value.items()
+                }
+        if hasattr(layer, "recurrent_states"):
+            vars(layer)["update_recurrent_state"] = partial(_replaced, layer)
     return fresh
 
 
-def _repeated(value: Any, repeats: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.repeat_interleave(repeats, 0) if value.ndim else value
-    if isinstance(value, dict):
-        return {name: _repeated(part, repeats) for name, part in value.items()}
-    return type(value)(_repeated(part, repeats) for part in value) if type(value) in (list, tuple) else value
+def _replaced(layer: Any, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+    """Put a running state in place of the last one of a cache, which gradients need as it was."""
+    layer.recurrent_states[state_idx] = recurrent_states
+    layer.is_recurrent_states_initialized[state_idx] = True
+    return recurrent_states
