@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import multrace as mt
 import pytest
@@ -16,6 +17,7 @@ import torch
 from model_fixtures import draw_photo
 from multrace import VisionLanguageModel
 from multrace.data import World, world_records
+from multrace.editing import EditError
 from multrace.editing.values import (
     Goal,
     Place,
@@ -292,7 +294,9 @@ def test_goals_that_are_done_leave_the_batch_and_the_others_as_they_were(exact_l
     handle = last.register_forward_pre_hook(lambda _layer, arguments: sizes.append(len(arguments[0])))
     together = searched(exact_llava, goals, replace(settings, stop_loss=apart))
     handle.remove()
-    assert sizes[-1] == sizes[0] / 2
+    contexts = len(goals[0].prompts)  # each of them is run by itself at the end
+    assert sizes[-1 - contexts] == sizes[0] / 2
+    assert sizes[-contexts:] == [1] * contexts
     for goal, result, losses in zip(goals, together, free, strict=True):
         assert result.steps == _first_below(apart, losses)
         assert result.losses == pytest.approx(losses[: result.steps + 1], rel=1e-9)
@@ -340,10 +344,29 @@ def test_only_layers_and_tokens_from_the_edited_ones_on_run(random_vlm):
     goals = goals_of(random_vlm)[1:2]
     counted, tokens = layer_calls(random_vlm, lambda: searched(random_vlm, goals, replace(FEW, steps=5)))
     # The prefix, one run of the rest, one check of the upper layers; then a run before each step and one at the end.
-    assert counted == [2] * LAYER + [3 + 6] * (random_vlm.layers - LAYER)
-    labels = len(goals[0].prompts[0].answer_ids) + 1
-    assert tokens == {labels}
-    assert goals[0].prompts[0].length > 3 * labels
+    # Then each context once more, whole, by itself.
+    contexts = goals[0].prompts
+    assert counted == [2 + len(contexts)] * LAYER + [3 + 6 + len(contexts)] * (random_vlm.layers - LAYER)
+    labels = len(contexts[0].answer_ids) + 1
+    assert tokens == {labels, *(prompt.length for prompt in contexts)}
+    assert contexts[0].length > 3 * labels
+
+
+def test_a_search_in_another_run_than_the_models_is_refused(random_vlm):
+    """Later layers that see another shift in batches than alone stand for positions or masks that a search loses."""
+
+    def shift(_layer: object, _arguments: tuple, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        slope = torch.linspace(-1, 1, states.shape[-1])
+        moved = states + slope * (states.shape[1] > 12)  # whole prompts only: a search runs the last tokens
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    goals = goals_of(random_vlm)[1:2]
+    assert searched(random_vlm, goals, FEW)
+    handle = random_vlm.decoder_layers[-1].register_forward_hook(shift)
+    with pytest.raises(EditError, match="the search does not run what the model runs"):
+        searched(random_vlm, goals, FEW)
+    handle.remove()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -17,8 +19,24 @@ from ...artefacts.files import digest
 from ...models import Projection, VisionLanguageModel, patch
 from ...models.replay.replay import PaddedBatch, UpperLayers
 from ..requests import EditError
-from .keys import Goal, Goals, Lookup, Place, TargetBatch, chunks, split, target_batch, watched
+from .keys import (
+    Goal,
+    Goals,
+    Lookup,
+    Place,
+    TargetBatch,
+    chunks,
+    end_ids,
+    key_positions,
+    prompt_end,
+    split,
+    target_batch,
+    watched,
+)
 
+_SAME_RUN = {torch.float64: 1e-5, torch.float32: 2e-2}
+"""Differences of log-probabilities, in shares of their size if that is above 1, that rounding can explain between a
+padded batch and single prompts; half in half precision."""
 _LAYOUT, _BATCH_LAYOUT = "multrace values 1", "multrace batch of values 1"
 
 
@@ -161,7 +179,8 @@ def search_values(
         One `ValueResult` per goal, in order.
 
     Raises:
-        EditError: For a token that a prompt lacks, or contexts of a goal that disagree on the number of target tokens.
+        EditError: For a token that a prompt lacks, or contexts of a goal that disagree on the number of target tokens;
+            also if the model itself gives a target another probability than the search did.
         ModelError: If the model's attention has no gradients on this device.
         ArtefactError: If a file of the checkpoint cannot be written.
 
@@ -223,7 +242,34 @@ class _BatchSearch:
                 upper, logits = UpperLayers.record(vlm, inputs, batch.label_columns, first=self.layer)
             lookups = split(batch, *captured(self.projection, self.place))
             upper = upper.checked(logits, batch.label_mask)
-        return _Search(upper, batch, lookups, logits, self.place, self.settings).run(bar)
+        results = _Search(upper, batch, lookups, logits, self.place, self.settings).run(bar)
+        self.check_run(vlm, results)
+        return results
+
+    @torch.no_grad()
+    def check_run(self, vlm: VisionLanguageModel, results: Sequence[ValueResult]) -> None:
+        """Raise `EditError` if the model itself gives the first goal's target another probability than the search did.
+
+        The changes are put into the model's own runs of the goal's prompts, one by one and whole.
+        """
+        number = next((index for index, result in enumerate(results) if not result.failure), None)
+        if number is None:
+            return
+        goal, change, logs = self.goals[number], results[number].change, []
+        ending = end_ids(vlm) if self.settings.end_of_answer else ()
+        for prompt in goal.prompts:
+            where = key_positions(prompt, self.token, end=bool(ending), every=self.settings.answer_keys)
+            with patch(vlm, {self.place: partial(_moved, where=where, change=change)}):
+                logits = vlm.logits(prompt)[0, prompt_end(prompt) - 1 :].double().log_softmax(-1)
+            ids = (*prompt.answer_ids, *ending)
+            logs.append(logits[range(len(ids)), list(ids)].sum().item())
+        own, believed = sum(logs) / len(logs), math.log(max(results[number].probability, 1e-300))
+        if not abs(own - believed) <= _SAME_RUN.get(vlm.dtype, 0.5) * max(1.0, abs(believed)):
+            raise EditError(
+                f"the value search gives {goal.prompts[0].answer!r} the probability {math.exp(believed):.3g} after "
+                f"{goal.prompts[0].question!r}, and the model itself gives it {math.exp(own):.3g} with the same "
+                "change: the search does not run what the model runs, so nothing is edited; report this model"
+            )
 
     def resume(self, vlm: VisionLanguageModel, model: str, path: Path, bar: tqdm) -> Sequence[ValueResult]:
         """Return the results that the file holds, or run the search and write them there.
@@ -370,6 +416,13 @@ class _Search:
             says_target=self.says_target[goal],
             failure=self.failures[goal],
         )
+
+
+def _moved(output: Tensor, *, where: Sequence[int], change: Tensor) -> Tensor:
+    """Return the output (1, token, hidden) with a change (key, hidden) added at some positions."""
+    moved = output.clone()
+    moved[:, list(where)] += change[: len(where)].to(moved)
+    return moved
 
 
 def _added(output: Tensor, change: Tensor, batch: TargetBatch) -> Tensor:
