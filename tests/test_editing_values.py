@@ -353,15 +353,16 @@ def test_only_layers_and_tokens_from_the_edited_ones_on_run(random_vlm):
 
 
 def test_a_search_in_another_run_than_the_models_is_refused(random_vlm):
-    """Later layers that see another shift in batches than alone stand for positions or masks that a search loses."""
+    """A layer that moves whole prompts alone stands for positions or masks that a search loses."""
+    goals = goals_of(random_vlm)[1:2]
+    labels = len(goals[0].prompts[0].answer_ids) + 1
 
     def shift(_layer: object, _arguments: tuple, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
         slope = torch.linspace(-1, 1, states.shape[-1])
-        moved = states + slope * (states.shape[1] > 12)  # whole prompts only: a search runs the last tokens
+        moved = states + slope * (states.shape[1] > 2 * labels)  # whole prompts only: a search runs the last tokens
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    goals = goals_of(random_vlm)[1:2]
     assert searched(random_vlm, goals, FEW)
     handle = random_vlm.decoder_layers[-1].register_forward_hook(shift)
     with pytest.raises(EditError, match="the search does not run what the model runs"):
