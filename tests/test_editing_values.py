@@ -359,7 +359,7 @@ def test_a_search_in_another_run_than_the_models_is_refused(random_vlm):
 
     def shift(_layer: object, _arguments: tuple, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
-        slope = torch.linspace(-1, 1, states.shape[-1])
+        slope = torch.linspace(-9, 9, states.shape[-1])
         moved = states + slope * (states.shape[1] > 2 * labels)  # whole prompts only: a search runs the last tokens
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
