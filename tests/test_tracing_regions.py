@@ -8,8 +8,9 @@ import torch
 from families.battery import silenced
 from families.folders import write
 from families.table import RECIPES
-from multrace import ModelError
+from multrace import EditRequest, ModelError
 from multrace.editing import second_moments
+from multrace.editing.baselines import FineTune
 from multrace.models import Family, batches, collate
 from multrace.tracing import Box, TraceError
 from multrace.tracing.engine import box_patches, box_positions
@@ -284,6 +285,11 @@ def test_pictures_of_unequal_size_are_answered_as_one_by_one(tiling):
     together = second_moments(tiling, prompts, layers=[1], progress=False)
     one_by_one = second_moments(tiling, prompts, layers=[1], batch_size=1, progress=False)
     torch.testing.assert_close(together.matrix(1), one_by_one.matrix(1))
+    requests = [EditRequest(question=prompt, target="Lima") for prompt in prompts if prompt.images]
+    tune = FineTune(layer=2, learning_rate=1e-2, steps=2, stop_loss=0)
+    ((_, mixed),) = tune.edit(tiling, requests).differences.items()
+    ((_, alone),) = replace(tune, batch_size=1).edit(tiling, requests).differences.items()
+    torch.testing.assert_close(mixed, alone, rtol=0.01, atol=1e-4)
 
 
 SHAPES = {  # of the grid over a picture of 150 x 101 pixels, and of the copy of the whole picture beside it

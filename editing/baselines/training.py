@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ...data.facts import EditRequest, Question, counted
-from ...models import ModelError, Projection, VisionLanguageModel, collate
+from ...models import ModelError, Projection, Prompt, VisionLanguageModel, collate
 from ...models.guards import uninterrupted
 from ...models.placement import is_packed
+from ...models.prompts import batches as fitting_batches
 from ..changes import AppliedDelta, Change, EditSession, History, held, overwrite, requests_line
 from ..moments import Moments
 from ..requests import EditError, edited_questions, listed_requests, request_text
@@ -231,20 +232,21 @@ class AnswerBatches:
         """(prompt,) int64: for each prompt, in order of the batches, the index of its request."""
         self._rows = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
         self._vlm, self._ending = vlm, end_ids(vlm) if settings.end_of_answer else ()
-        self._held: list[AnswerBatch] = []
+        self._held: list[list[AnswerBatch]] = []
         self._room = held_mib
 
     def __iter__(self) -> Iterator[AnswerBatch]:
-        """Yield the batches in order. Raises `EditError` if the pictures of one do not fit together."""
+        """Yield the batches in order; prompts whose pictures do not fit together go into batches of their own."""
         for index, rows in enumerate(self._rows):
             if index < len(self._held):
-                yield self._held[index]
+                yield from self._held[index]
                 continue
-            batch = _batch(self._vlm, rows, self._ending)
-            if index == len(self._held) and batch.mib <= self._room:
-                self._held.append(batch)
-                self._room -= batch.mib
-            yield batch
+            parts = [_batch(self._vlm, prompts, self._ending) for prompts in _fitting(self._vlm, rows)]
+            size = sum(part.mib for part in parts)
+            if index == len(self._held) and size <= self._room:
+                self._held.append(parts)
+                self._room -= size
+            yield from parts
 
 
 @torch.enable_grad()
@@ -276,7 +278,7 @@ def train(
         The loss before each step and after the last, and the last loss of each request.
 
     Raises:
-        EditError: The loss stops being finite, or the pictures of a batch do not fit together.
+        EditError: The loss stops being finite.
     """
     count = len(batches.owners)
     optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
@@ -311,13 +313,21 @@ def train(
     return Training(losses=tuple(losses), requests=tuple(means))
 
 
-def _batch(vlm: VisionLanguageModel, rows: Sequence[tuple[Question, str]], ending: tuple[int, ...]) -> AnswerBatch:
-    """The batch of (question, target) rows."""
-    prompts = [vlm.prompt_for(question).with_answer(target) for question, target in rows]
-    try:
-        inputs, _ = collate(prompts, vlm.tokenizer, side="right")
-    except ModelError as error:
-        raise EditError(f"cannot train on these requests together: {error}") from error
+def _fitting(vlm: VisionLanguageModel, rows: Sequence[tuple[Question, str]]) -> list[list[Prompt]]:
+    """Return the prompts of (question, target) rows, in order, in runs that fit into one batch."""
+    runs: list[list[Prompt]] = []
+    for question, target in rows:
+        prompt = vlm.prompt_for(question).with_answer(target)
+        if runs and len(fitting_batches([*runs[-1], prompt], len(rows))) == 1:
+            runs[-1].append(prompt)
+        else:
+            runs.append([prompt])
+    return runs
+
+
+def _batch(vlm: VisionLanguageModel, prompts: Sequence[Prompt], ending: tuple[int, ...]) -> AnswerBatch:
+    """Return the batch of prompts with their targets."""
+    inputs, _ = collate(prompts, vlm.tokenizer, side="right")
     width = inputs["input_ids"].shape[1]
     labels = torch.full((len(prompts), width), _NO_LABEL)
     for row, prompt in zip(labels, prompts, strict=True):
@@ -424,8 +434,7 @@ class FineTune(TrainingSettings):
             progress: Show a progress bar.
 
         Raises:
-            EditError: There are no requests, the layer does not exist, the pictures of a batch do not fit together, or
-                the loss stops being finite.
+            EditError: There are no requests, the layer does not exist, or the loss stops being finite.
         """
         requests = listed_requests(requests)
         name = self._name(vlm)
@@ -539,7 +548,7 @@ class Lora(TrainingSettings):
 
         Raises:
             EditError: PEFT is not installed, the model has PEFT adapters already, there are no requests, a layer does
-                not exist, the pictures of a batch do not fit together, or the loss stops being finite.
+                not exist, or the loss stops being finite.
         """
         requests = listed_requests(requests)
         projections = self._projections(vlm)
