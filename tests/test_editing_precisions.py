@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from multrace import EditRequest, History, MultEdit
+import torch
+from multrace import EditRequest, Engine, History, MultEdit, SwapImage, causal_trace
 from multrace.data import tiny_vlm_path
 from multrace.editing import Delta, RuntimeEdit, save_merged, to_peft, verify_export, with_adapters
 from multrace.models import load
@@ -76,3 +77,28 @@ def test_the_outcome_of_an_edit_tells_what_half_precision_takes(dtype, says):
         ((rounded, whole),) = outcome.probabilities
         assert 0.9 < rounded < 1 and 0.9 < whole < 1 and rounded != whole
         assert f"P(target) {rounded:.3f} in the weights, {whole:.3f} with the change in float32" in lines[0]
+
+
+def test_a_file_in_half_precision_says_what_it_takes_from_an_edit(tiny_vlm, tmp_path, caplog):
+    request = EditRequest(question=tiny_vlm.prompt(None, "Who won?"), target="Pruro")
+    delta = MultEdit(layer=5).edit(tiny_vlm, [request], progress=False)
+    caplog.set_level("INFO", logger="multrace")
+    save_merged(tiny_vlm, delta, tmp_path / "half", dtype=torch.bfloat16)
+    save_merged(tiny_vlm, scaled(delta, 1e-3), tmp_path / "lost", dtype=torch.bfloat16)
+    save_merged(tiny_vlm, delta, tmp_path / "whole", dtype=torch.float32)
+    said = [record for record in caplog.records if "rounding to bfloat16 takes" in record.message]
+    assert [record.levelname for record in said] == ["INFO", "WARNING"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_traces_in_half_precision_agree_with_plain_passes(dtype, photo, other_photo):
+    vlm = load(tiny_vlm_path(), dtype=dtype)
+    prompt = vlm.prompt(photo, "Who founded the company in this photo?")
+    swap, rows = SwapImage(other_photo), ("image", "last")
+    fast, plain = (
+        causal_trace(vlm, prompt, corruption=swap, positions=rows, engine=Engine(name=name), progress=False)
+        for name in ("replay", "plain")
+    )
+    assert fast.engine.engine == "replay" and fast.engine.largest_difference < 3e-2
+    for kind, samples in fast.samples.items():
+        torch.testing.assert_close(samples, plain.samples[kind], atol=3e-2, rtol=0)

@@ -1,6 +1,7 @@
 """Edits as files that other libraries open, a PEFT LoRA adapter or the edited model whole, and proof that they work."""
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from torch import Tensor
 from ...artefacts import ArtefactError, replacing_folder, write_tensors
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ..requests import EditError
+from .delta import Delta
 from .weight_change import Change
 
+logger = logging.getLogger("multrace")
 _ENOUGH = 1e-3  # share of the edit's effect on the logits that an export may differ by
 
 
@@ -143,8 +146,8 @@ def save_merged(
         vlm: The model that was edited.
         change: The edit.
         folder: The directory to write.
-        dtype: Dtype of the weights in the file; None keeps that of the file the model was loaded from. A half-precision
-            file rounds part of the edit away.
+        dtype: Dtype of the weights in the file; None keeps that of the file the model was loaded from. What a
+            half-precision file rounds away of the edit is logged, as a warning if it is most of it.
         overwrite: Replace an existing directory.
 
     Returns:
@@ -167,6 +170,12 @@ def save_merged(
         >>> merged.fingerprint(delta.changes) == vlm.fingerprint(delta.changes)
         False
     """
+    stored = dtype or vlm.stored_dtype or vlm.dtype
+    if isinstance(change, Delta) and stored.itemsize < 4 and not vlm.is_quantised:
+        for name, each in change.changes.items():
+            rounding = each.rounding(vlm.weight(name).to(stored), transposed=vlm.stores_transposed)
+            level = logging.WARNING if rounding.is_lossy else logging.INFO
+            logger.log(level, "%s in %s: %s; an adapter (to_peft) keeps all of it", name, folder, rounding)
     with change.applied(vlm):
         vlm.save_pretrained(folder, dtype=dtype, overwrite=overwrite)
     return Path(folder)
