@@ -14,6 +14,7 @@ from families.table import RECIPES
 from multrace import EditError, EditRequest, ModelError, MultEdit, VisionLanguageModel, capture, patch
 from multrace.models import Family, Site, collate
 from multrace.models.loading import prove_addresses
+from multrace.tracing import TextNoise, TraceError
 from PIL import Image
 from random_models import make_tokenizer, text_sizes
 from torch import nn
@@ -252,6 +253,15 @@ def test_experts_are_proven_in_float64_and_beside_dense_layers(tmp_path):
 @pytest.mark.parametrize("parallel", [True, False])
 def test_layers_are_parallel_if_the_configuration_says_so(parallel, tmp_path):
     assert stack("gpt_neox", tmp_path, use_parallel_residual=parallel).family.parallel == parallel
+
+
+def test_a_running_state_has_no_heads_to_restore(tmp_path):
+    vlm = stack("qwen3_5_text", tmp_path, **STACKS["layers with different names"][1])
+    prompt, noise = vlm.prompt(None, "Who won the medal?", constraint="medal"), TextNoise(scale=3.0)
+    options = {"corruption": noise, "answer": "golf", "positions": "last", "even_if_weak": True, "progress": False}
+    assert vlm.layers in multrace.causal_trace(vlm, prompt, sites="attention", **options).samples["attention"].shape
+    with pytest.raises(TraceError, match="decoder layer 0 of .* keeps a running state and has no attention heads"):
+        multrace.causal_trace(vlm, prompt, sites="heads", **options)
 
 
 def test_a_shared_expert_is_an_mlp_that_can_be_edited(tmp_path):

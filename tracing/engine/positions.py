@@ -16,6 +16,7 @@ from torch import Tensor
 from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.errors import plain_number
 from ...models.prompts import Patch
+from ...models.replay.observe import layers_without_attention
 from .cells import KINDS, StateCell, TraceError
 
 Positions = str | int | Sequence[str | int]
@@ -493,6 +494,12 @@ def _kinds(vlm: VisionLanguageModel, prompt: Prompt, sites: str | Sequence[str])
         raise TraceError(
             f"no kind of site {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(SITES)}, "
             f"or single heads ('head 0' to 'head {vlm.heads - 1}')"
+        )
+    without = layers_without_attention(vlm) if {"heads", *heads} & set(requested) else ()
+    if without:
+        raise TraceError(
+            f"decoder layer {without[0]} of {vlm.name!r} keeps a running state and has no attention heads to restore; "
+            "pass sites='attention', which is restored in every layer"
         )
     if not prompt.groups["image"] and set(requested) & set(BEFORE_DECODER):
         raise TraceError("'vision' and 'projector' need a picture, which this prompt does not have; leave them out")
