@@ -191,7 +191,7 @@ class Frame:
             return torch.cat([value, value.amax(-1, keepdim=True) + steps], dim=-1)
         if name in _PER_QUERY:
             return torch.cat([value, value[:, :, -1:].expand(-1, -1, count, -1)], dim=2)
-        return pad(value, (0, count)) if name in self.per_token else value
+        return pad(value, (*[0, 0] * (value.ndim - 2), 0, count)) if name in self.per_token else value
 
     def _more_keys(self, mask: Tensor, count: int, kind: str) -> Tensor:
         """Return the mask with this many tokens after the others, which see what text tokens see."""
@@ -241,9 +241,9 @@ class Frame:
             ]
         return replace(self, keywords=picked)
 
-    def differs(self, other: Frame, *names: str) -> bool:
-        """Return whether any of these arguments (all but features between layers, if none are named) differs."""
-        names = names or tuple({*self.keywords, *other.keywords} - {_BETWEEN_LAYERS})
+    def differs(self, other: Frame) -> bool:
+        """Return whether any argument but the features between layers differs."""
+        names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS}
         return not all(_are_equal(self.keywords.get(name), other.keywords.get(name)) for name in names)
 
     @cached_property
