@@ -319,7 +319,11 @@ def _layer(watch: _Watch, path: str, name: str) -> _Layer:
     """Return the parts of a decoder layer: attention is the first to write after attention was computed."""
     sums = _explaining(watch, path)
     if not sums:
-        raise _error(name, f"no two modules of {path!r} write what this decoder layer adds to the residual stream")
+        raise _error(
+            name,
+            f"no two modules of {path!r} write what this decoder layer adds to the residual stream",
+            advice="no row serves layers that are not their input, attention and MLP in sum, each at one scale",
+        )
     layer = watch.seen[path]
     calls = [event for event in watch.calls if layer.began < event < layer.ended]
     sources = [[_source(watch, path, part) for part in parts] for parts in sums]
@@ -569,8 +573,7 @@ def _keep_output(written: dict[str, Tensor], path: str) -> Callable[..., None]:
     return hook
 
 
-def _error(name: str, failure: str) -> AddressError:
-    return AddressError(
-        f"what the parts of {name!r} are cannot be discovered: {failure}; pass load(..., families=(Family(...),)) with "
-        "its names"
-    )
+def _error(
+    name: str, failure: str, *, advice: str = "pass load(..., families=(Family(...),)) with its names"
+) -> AddressError:
+    return AddressError(f"what the parts of {name!r} are cannot be discovered: {failure}; {advice}")
