@@ -110,7 +110,7 @@ class Patient:
     @property
     def source(self) -> str:
         """The tokens whose flow to the last token is cut."""
-        return "image" if self.image is not None else "constraint"
+        return "image" if self.prompt.groups["image"] else "constraint"
 
     @property
     def mebibytes(self) -> float:

@@ -534,11 +534,15 @@ def _projector(
         and not (tower.startswith(f"{seen.path}.") or seen.path == tower)
         and not isinstance(seen.module, nn.Embedding)
     ]
-    written: dict[str, Tensor] = {}
+    written: dict[nn.Module, Tensor] = {}
     entered: list[Tensor] = []
+
+    def keep(module: nn.Module, _arguments: Any, output: Any) -> None:
+        written[module] = cast(Tensor, _first(output))
+
     readers = (first.module, cast(nn.Module, model.get_decoder()))  # the first layer may read positions, too
     handles = [reader.register_forward_pre_hook(_keep_input(entered), with_kwargs=True) for reader in readers]
-    handles += [seen.module.register_forward_hook(_keep_output(written, seen.path)) for seen in before]
+    handles += [seen.module.register_forward_hook(keep) for seen in before]
     try:
         with torch.no_grad():
             run()
@@ -546,7 +550,7 @@ def _projector(
         uninterrupted(lambda: [handle.remove() for handle in handles])
     rows = set().union(*map(_rows, entered))
     for seen in reversed(before):
-        own = _rows(written[seen.path])
+        own = _rows(written[seen.module])
         if len(own & rows) >= _MOST_OF * len(own):
             return seen.path
     return None
@@ -562,13 +566,6 @@ def _keep_input(entered: list[Tensor]) -> Callable[..., None]:
         state = _first((*arguments, *_states_first(keywords)))
         if state is not None and state.is_floating_point():
             entered.append(state)
-
-    return hook
-
-
-def _keep_output(written: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        written[path] = cast(Tensor, _first(output))
 
     return hook
 
