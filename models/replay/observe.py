@@ -202,7 +202,8 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
         parts = value if isinstance(value, (tuple, list)) else (value,)
         row = 1 if parts[0].ndim == _WITH_AXES["position_embeddings"] else 0
         firsts = [part.narrow(row, 0, 1) for part in parts]
-        if not all(torch.equal(part, first.expand_as(part)) for part, first in zip(parts, firsts, strict=True)):
+        several = [(part, first) for part, first in zip(parts, firsts, strict=True) if part.shape[row] > 1]
+        if not all(torch.equal(part, first.expand_as(part)) for part, first in several):
             raise ReplayError("rows have different positions")
         picked = tuple(first[..., index, :] for first in firsts)
         return picked if isinstance(value, (tuple, list)) else picked[0]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ...models import Prompt, ReplayError, VisionLanguageModel
 from ...models.errors import plain_number
 from ...models.frame import DecoderInput
-from ...models.replay.observe import attending
+from ...models.replay.observe import attending, layers_without_attention
 from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
 from ..engine.measure import measure, measure_once
@@ -90,9 +90,9 @@ def image_ranks(vlm: VisionLanguageModel, entering: DecoderInput, image: Sequenc
         with torch.no_grad(), attending(vlm, (entering.length - 1,)) as attention:
             vlm.forward(entering, positions=[entering.length - 1])
     except ReplayError as error:
-        raise TraceError(
-            f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}; pass keep=(0,), which needs no order"
-        ) from error
+        # Where a running state would carry dropped tokens on, no order helps.
+        way = "" if layers_without_attention(vlm) else "; pass keep=(0,), which needs no order"
+        raise TraceError(f"image tokens of {vlm.name!r} cannot be ranked by attention: {error}{way}") from error
     attended = torch.stack([each.weights[0, :, 0].mean(0)[list(image)] for each in attention]).cpu()
     order = attended.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(image)).expand_as(order))
