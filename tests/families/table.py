@@ -69,7 +69,7 @@ KNOWN: dict[str, Known] = {
     "vipllava": Known(title="ViP-LLaVA"),
     "llava_next": Known(title="LLaVA-NeXT", core=True),
     "llava_onevision": Known(title="LLaVA-OneVision", core=True),
-    "video_llava": Known(title="Video-LLaVA", needs=VISION),
+    "video_llava": Known(title="Video-LLaVA"),
     "fast_vlm": Known(title="FastVLM", mixes=True, needs=TIMM),
     "perception_lm": Known(title="PerceptionLM", pictures="equal", needs=TIMM),
     "mistral3": Known(title="Mistral 3", core=True),
