@@ -13,6 +13,7 @@ from multrace.artefacts import ArtefactError
 from multrace.data import World
 from multrace.models import Prompt, Site, capture
 from multrace.models.families import Family
+from multrace.models.frame import DecoderInput
 from multrace.models.replay import attending
 from multrace.tracing import AttentionContributions, AverageContributions, TraceError, average
 from multrace.tracing.attention import (
@@ -274,7 +275,7 @@ def test_an_output_projection_that_reads_something_else_is_refused(llava_llama_p
     projection = vlm.attention_projection(1).module
     projection.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     embeddings = torch.zeros(1, 1, vlm.hidden)
-    seen, _ = record_attention(multrace.load(llava_llama_path, verify=False), embeddings, (0,))
+    seen, _ = record_attention(multrace.load(llava_llama_path, verify=False), DecoderInput(embeddings=embeddings), (0,))
     with pytest.raises(TraceError, match="its columns cannot be read: .*packed by Linear"):
         contribution_norms(vlm, 1, seen[1], seen[1].values[0, :, 0], (0,))
 
@@ -288,7 +289,7 @@ def test_grouped_queries_with_a_value_bias_add_up():
     site = Site("attention", 1)
     with with_biases(vlm), capture(vlm, [site]) as output:
         bias = value_bias(vlm)[1]
-        seen, _ = record_attention(vlm, embeddings, (8, 3))
+        seen, _ = record_attention(vlm, DecoderInput(embeddings=embeddings), (8, 3))
         vectors = seen[1].weights[0, ..., None] * projected_values(vlm, 1, seen[1].values[0], bias)[:, None]
         projection = vlm.attention_projection(1)
         constant = projection.module.bias + projection.weight @ bias.repeat_interleave(2, 0).flatten()

@@ -1,5 +1,7 @@
 """The readout gives a model's own logits bit by bit, whatever scale and cap follow the output head; else it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -47,7 +49,7 @@ def test_a_scale_that_no_configuration_names_is_measured():
         return output
 
     with vlm.model.register_forward_hook(scaled):
-        assert vlm.after_head.factor == 1.7
+        assert replace(vlm).after_head.factor == 1.7  # measured anew
 
 
 def test_anything_else_is_refused():
@@ -61,4 +63,4 @@ def test_anything_else_is_refused():
         vlm.model.register_forward_hook(shifted),
         pytest.raises(ModelError, match="no answers can be read from states"),
     ):
-        vlm.readout(torch.zeros(1, vlm.hidden))
+        replace(vlm).readout(torch.zeros(1, vlm.hidden))
