@@ -160,7 +160,7 @@ def _part_of_rows(query: Tensor, segment: Segment, softmax: Softmax, kernels: Ke
     if segment.rows is None:
         output, total = _part(query, segment, softmax, kernels)
         return output, total if segment.hidden is None else total.masked_fill(segment.hidden, -torch.inf)
-    where = torch.tensor(segment.rows, device=query.device)
+    where = torch.tensor(segment.rows).to(query.device, non_blocking=query.device.type == "cuda")
     keys, values = segment.keys, segment.values
     if len(keys) > 1:  # a set for each row
         keys, values = keys[where], values[where]
@@ -195,7 +195,7 @@ def _part(query: Tensor, segment: Segment, softmax: Softmax, kernels: Kernels) -
         output, total = kernel(folded, segment.keys, segment.values, softmax.scale, False, visible)
         output = _unfold(output, rows, heads, length)
         total = _unfold(total.unsqueeze(-1), rows, heads, length).squeeze(-1)
-    if dead is not None and bool(dead.any()):
+    if dead is not None:
         total = total.masked_fill(dead, -torch.inf)
     return output, total
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,7 +49,12 @@ class LayerCall:
         Raises `ReplayError` for rows that differ in their positions, and for an argument that cannot be cut to
         positions.
         """
-        return {name: _at_positions(name, value, index) for name, value in self.keywords.items()}
+        return {name: _at_positions(name, value, index) for name, value in self._alike.items()}
+
+    @cached_property
+    def _alike(self) -> dict[str, Any]:
+        """The arguments with rotary positions of one row, which are compared once rather than in every call."""
+        return {name: _of_alike_rows(name, value) for name, value in self.keywords.items()}
 
     def rows(self, rows: Tensor, count: int) -> LayerCall:
         """Return the call for only some of its `count` rows."""
@@ -199,19 +204,25 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
     if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
         return None  # visibility is captured where attention is computed
     if name.startswith("position_embeddings") and value is not None:
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        row = 1 if parts[0].ndim == _WITH_AXES["position_embeddings"] else 0
-        firsts = [part.narrow(row, 0, 1) for part in parts]
-        several = [(part, first) for part, first in zip(parts, firsts, strict=True) if part.shape[row] > 1]
-        if not all(torch.equal(part, first.expand_as(part)) for part, first in several):
-            raise ReplayError("rows have different positions")
-        picked = tuple(first[..., index, :] for first in firsts)
-        return picked if isinstance(value, (tuple, list)) else picked[0]
+        return tuple(part[..., index, :] for part in value) if isinstance(value, tuple) else value[..., index, :]
     if name in ("position_ids", "cache_position") and value is not None:
         return value[..., index]
     if value is None or isinstance(value, (bool, int, float, str)) or name == "logits_to_keep":  # the head's, passed on
         return value
     raise ReplayError(f"decoder layers are given {name!r}, which cannot be cut to single positions")
+
+
+def _of_alike_rows(name: str, value: Any) -> Any:
+    """Return rotary positions of one row, any other argument unchanged; `ReplayError` if rows have different ones."""
+    if not name.startswith("position_embeddings") or value is None:
+        return value
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    row = 1 if parts[0].ndim == _WITH_AXES["position_embeddings"] else 0
+    firsts = tuple(part.narrow(row, 0, 1) for part in parts)
+    several = [(part, first) for part, first in zip(parts, firsts, strict=True) if part.shape[row] > 1]
+    if not all(torch.equal(part, first.expand_as(part)) for part, first in several):
+        raise ReplayError("rows have different positions")
+    return firsts if isinstance(value, (tuple, list)) else firsts[0]
 
 
 _WITH_AXES = {"position_ids": 3, "position_embeddings": 4}

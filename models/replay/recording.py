@@ -5,7 +5,8 @@ Attention edges can be left out row by row: the keys of a cut group form a part 
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Masks:
 
     length: int
     layers: tuple[Tensor | None, ...]
-    """Per layer booleans (query, key), True where seen; None for plain causal attention."""
+    """Per layer booleans (query, key) on the CPU, True where seen; None for plain causal attention."""
 
     @classmethod
     def of(cls, masks: Sequence[Tensor | None], length: int) -> "Masks":
@@ -75,16 +76,17 @@ class Masks:
             return tuple(range(min(positions), self.length)) if first < len(self.layers) else tuple(sorted(positions))
         reached = torch.zeros(self.length, dtype=torch.bool).index_fill(0, torch.tensor(sorted(positions)), True)
         for mask in self.layers[first:]:
-            sees = torch.ones(self.length, self.length, dtype=torch.bool).tril() if mask is None else mask.cpu()
+            sees = torch.ones(self.length, self.length, dtype=torch.bool).tril() if mask is None else mask
             reached = reached | (sees & reached).any(1)
         return tuple(reached.nonzero().flatten().tolist())
 
     def block(self, layer: int, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return booleans (query, key) for some queries and keys of a layer."""
+        """Return booleans (query, key) for some queries and keys of a layer, all on the CPU.
+
+        What is seen is decided there, since an accelerator would have to be waited for.
+        """
         mask = self.layers[layer]
-        if mask is None:
-            return queries[:, None] >= keys[None, :]
-        return mask[queries.to(mask.device)[:, None], keys.to(mask.device)[None, :]].to(queries.device)
+        return queries[:, None] >= keys[None, :] if mask is None else mask[queries[:, None], keys[None, :]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,11 +124,9 @@ class Span:
     sources: tuple[Source, ...]
     masks: Masks
     device: torch.device
-    _cache: dict[int, tuple[list[tuple[Source, Index, Tensor | None]], tuple[Tensor | None, bool]]] = field(
-        default_factory=dict, repr=False
-    )
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def index(self) -> Index:
         """The positions as an index into all of them."""
         return index_of(self.positions, self.device)
@@ -147,9 +147,14 @@ class Span:
 
     def seen_from(self, layer: int, chosen: Sequence[int]) -> tuple[list[Segment], tuple[Tensor | None, bool]]:
         """Return segments and own visibility for only some of the computed positions as queries."""
-        part = Span(positions=tuple(chosen), sources=self.sources, masks=self.masks, device=self.device)
-        queries, keys = (torch.tensor(positions, device=self.device) for positions in (part.positions, self.positions))
-        return part.segments(layer), (simplified(self.masks.block(layer, queries, keys)), False)
+        chosen = tuple(chosen)
+        if chosen not in self._cache:
+            self._cache[chosen] = Span(positions=chosen, sources=self.sources, masks=self.masks, device=self.device)
+        part, key = self._cache[chosen], (chosen, id(self.masks.layers[layer]))
+        if key not in self._cache:
+            seen = self.masks.block(layer, torch.tensor(chosen), torch.tensor(self.positions))
+            self._cache[key] = on_device(simplified(seen), self.device)
+        return part.segments(layer), (self._cache[key], False)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
         """Return how a call of the layer attends, with only the positions in `read` as queries if they are given."""
@@ -164,32 +169,40 @@ class Span:
     def _layout(self, layer: int) -> tuple[list[tuple[Source, Index, Tensor | None]], tuple[Tensor | None, bool]]:
         key = id(self.masks.layers[layer])
         if key not in self._cache:
-            queries = torch.tensor(self.positions, device=self.device)
+            queries = torch.tensor(self.positions)
             own = self.masks.block(layer, queries, queries)
             is_causal = torch.equal(own, torch.ones_like(own).tril())
             parts = [part for source in self.sources if (part := self._part(layer, queries, source)) is not None]
-            self._cache[key] = parts, (None if is_causal else simplified(own), is_causal)
+            visible = None if is_causal else on_device(simplified(own), self.device)
+            self._cache[key] = parts, (visible, is_causal)
         return self._cache[key]
 
     def _part(self, layer: int, queries: Tensor, source: Source) -> tuple[Source, Index, Tensor | None] | None:
         """Return the source, the places in its recording that any query sees, and the visibility; None for none."""
         if not source.positions:
             return None
-        keys = torch.tensor(source.positions, device=self.device)
-        seen = self.masks.block(layer, queries, keys)
+        seen = self.masks.block(layer, queries, torch.tensor(source.positions))
         used = seen.any(0).nonzero().flatten().tolist()
         if not used:
             return None
         seen_positions = source.positions[used[0] : used[-1] + 1]  # no query sees keys behind a sliding window
         where = places(source.run.positions, seen_positions, self.device)
-        return source, where, simplified(seen[:, used[0] : used[-1] + 1])
+        return source, where, on_device(simplified(seen[:, used[0] : used[-1] + 1]), self.device)
 
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Index:
     """Return an index for ascending numbers: a slice, which copies nothing, if they are neighbours."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(list(numbers), dtype=torch.long, device=device)
+    return on_device(torch.tensor(list(numbers), dtype=torch.long), device)
+
+
+_Held = TypeVar("_Held", Tensor, Tensor | None)
+
+
+def on_device(value: _Held, device: torch.device) -> _Held:
+    """Return a tensor of the CPU on a device, without waiting for what the device still computes."""
+    return None if value is None else value.to(device, non_blocking=device.type == "cuda")
 
 
 def places(within: Sequence[int], wanted: Sequence[int], device: torch.device) -> Index:
@@ -218,8 +231,8 @@ def simplified(seen: Tensor) -> Tensor | None:
 
 
 def _noncausal(mask: Tensor, length: int) -> Tensor | None:
-    """Return one mask (query, key) for all rows and heads, None if it is plainly causal."""
-    seen = _boolean(mask, length)
+    """Return one mask (query, key) for all rows and heads, on the CPU, or None if it is plainly causal."""
+    seen = _boolean(mask, length).cpu()
     return None if torch.equal(seen, torch.ones_like(seen).tril()) else seen
 
 
@@ -270,9 +283,8 @@ class _Part:
         if not any(self.concerned[row] for row in rows):
             return None, None
         seeing = tuple(number for number, row in enumerate(rows) if not self.blind[row])
-        return self.hidden[torch.tensor(list(rows), device=self.hidden.device)], (
-            None if len(seeing) == len(rows) else seeing
-        )
+        picked = on_device(torch.tensor(list(rows)), self.hidden.device)
+        return self.hidden[picked], None if len(seeing) == len(rows) else seeing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -294,6 +306,11 @@ class CutSpan:
         if "numbers" not in self._cache:
             self._cache["numbers"] = {None: 0} | {cut: number for number, cut in enumerate(self.cuts, 1)}
         return CutRows(span=self, entries=tuple(map(self._cache["numbers"].__getitem__, cuts)))
+
+    @cached_property
+    def index(self) -> Index:
+        """The positions as an index into all of them."""
+        return index_of(self.positions, self.device)
 
     def job(self, layer: int, read: Sequence[int] | None, entries: Sequence[int]) -> Job:
         """Return how a call attends, given one entry per row: 0 for no cut, or the number of its cut from 1."""
@@ -356,7 +373,7 @@ class CutSpan:
                 hidden[number, list(cut.heads) or slice(None)] = is_target
         return _Part(
             positions=positions,
-            hidden=hidden.to(self.device),
+            hidden=on_device(hidden, self.device),
             concerned=tuple(hidden.flatten(1).any(1).tolist()),
             blind=tuple(hidden.flatten(1).all(1).tolist()),
         )
@@ -365,10 +382,9 @@ class CutSpan:
         """Return (visible, causal): which of a part's keys, computed in the same call, the queries see."""
         key = queries, part.positions, id(self.masks.layers[layer])
         if key not in self._cache:
-            indices = (torch.tensor(positions, device=self.device) for positions in (queries, part.positions))
-            seen = self.masks.block(layer, *indices)
+            seen = self.masks.block(layer, *(torch.tensor(positions) for positions in (queries, part.positions)))
             is_causal = queries == part.positions and torch.equal(seen, torch.ones_like(seen).tril())
-            self._cache[key] = (None, True) if is_causal else (simplified(seen), False)
+            self._cache[key] = (None, True) if is_causal else (on_device(simplified(seen), self.device), False)
         return self._cache[key]
 
 
@@ -393,7 +409,7 @@ class CutRows:
     @property
     def index(self) -> Index:
         """The positions as an index into all of them."""
-        return index_of(self.span.positions, self.span.device)
+        return self.span.index
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
         """Return how a call of the layer attends, with only the positions in `read` as queries if they are given."""

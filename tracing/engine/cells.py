@@ -477,8 +477,7 @@ def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
     for layer in layers:
         mask = masks.layers[layer]
         everything = torch.arange(masks.length)
-        device = targets.device if mask is None else mask.device
-        visible = masks.block(layer, targets.to(device), everything.to(device)).cpu()
+        visible = masks.block(layer, targets, everything)
         if bool((visible.sum(1) == visible[:, sources].sum(1)).any()):
             raise TraceError(
                 "some token would see nothing at all, not even itself, if these edges were cut; leave it out of the "

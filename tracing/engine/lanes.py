@@ -16,7 +16,7 @@ from torch import Tensor
 from ...artefacts.results import load_fields, save_fields
 from ...models import Site, VisionLanguageModel, patch
 from ...models.families import Kind, Projection
-from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, places
+from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, on_device, places
 from ...models.replay.replay import Replay
 from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError
 
@@ -180,7 +180,7 @@ class Writes:
             stored = run.outputs[target]
         values = run.at(stored, positions)[..., columns]
         start, stop, _ = columns.indices(stored.shape[-1])
-        where = torch.tensor(_numbers(self.here, positions), device=stored.device)
+        where = on_device(torch.tensor(_numbers(self.here, positions)), stored.device)
         self._entries.setdefault((target, start, stop), []).append((lane, where, values))
 
     @contextmanager
@@ -250,8 +250,8 @@ class Edges:
             targets = tuple(place for place in targets if place in set(self._runs.scored))
         rows = self._span(targets, chunk.cuts).rows([lane.cut for lane in lanes])
         entering = self._base.at(self._base.states[layer], targets).expand(len(slots), -1, -1)
-        where = torch.tensor([chunk.computed.index(place) for place in targets], device=states.device)
-        into = torch.tensor(slots, device=states.device)[:, None]
+        where = on_device(torch.tensor([chunk.computed.index(place) for place in targets]), states.device)
+        into = on_device(torch.tensor(slots), states.device)[:, None]
         states[0, into, where] = self._replay.layer(layer, entering.contiguous(), rows)
 
     def scored_together(self, chunk: Chunk, _active: int, _step: int) -> list[list[int]]:

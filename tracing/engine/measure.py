@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ...models import ReplayError, Site, VisionLanguageModel
 from ...models.families import Kind, Projection
 from ...models.frame import Frame
-from ...models.replay.recording import places
+from ...models.replay.recording import index_of, places
 from ...models.replay.replay import Replay, Work, replaying
 from .cells import (
     Cell,
@@ -486,7 +486,7 @@ class _Sweep:
             self._join(layer, chunk, range(active, count), states)
         here, batches = places(chunk.computed, read, states.device), self.acts.scored_together(chunk, active, step)
         for slots in batches:
-            last = rearrange(states[:, slots][:, :, here], "s c t d -> (s c) t d")
+            last = rearrange(states[:, index_of(slots, states.device)][:, :, here], "s c t d -> (s c) t d")
             self._finish(chunk, slots, last, read, scores)
         for slot in set(range(len(chunk.lanes))).difference(*batches):
             lane = chunk.lanes[slot]
@@ -507,7 +507,7 @@ class _Sweep:
         starting = [slot for slot in slots if chunk.lanes[slot].leader is None]
         if starting:
             base = self.recorded.base
-            states[:, starting] = base.at(base.states[layer + 1], chunk.computed).unsqueeze(1)
+            states[:, index_of(starting, states.device)] = base.at(base.states[layer + 1], chunk.computed).unsqueeze(1)
             self.acts.start(layer, chunk, starting, states)
         for slot in slots:
             leader = chunk.lanes[slot].leader
