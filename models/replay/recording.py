@@ -6,7 +6,7 @@ Attention edges can be left out row by row: the keys of a cut group form a part 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class Span:
         part, key = self._cache[chosen], (chosen, id(self.masks.layers[layer]))
         if key not in self._cache:
             seen = self.masks.block(layer, torch.tensor(chosen), torch.tensor(self.positions))
-            self._cache[key] = on_device(simplified(seen), self.device)
+            self._cache[key] = simplified(seen, self.device)
         return part.segments(layer), (self._cache[key], False)
 
     def job(self, layer: int, read: Sequence[int] | None = None) -> Job:
@@ -173,7 +173,7 @@ class Span:
             own = self.masks.block(layer, queries, queries)
             is_causal = torch.equal(own, torch.ones_like(own).tril())
             parts = [part for source in self.sources if (part := self._part(layer, queries, source)) is not None]
-            visible = None if is_causal else on_device(simplified(own), self.device)
+            visible = None if is_causal else simplified(own, self.device)
             self._cache[key] = parts, (visible, is_causal)
         return self._cache[key]
 
@@ -187,7 +187,7 @@ class Span:
             return None
         seen_positions = source.positions[used[0] : used[-1] + 1]  # no query sees keys behind a sliding window
         where = places(source.run.positions, seen_positions, self.device)
-        return source, where, on_device(simplified(seen[:, used[0] : used[-1] + 1]), self.device)
+        return source, where, simplified(seen[:, used[0] : used[-1] + 1], self.device)
 
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Index:
@@ -197,12 +197,9 @@ def index_of(numbers: Sequence[int], device: torch.device) -> Index:
     return on_device(torch.tensor(list(numbers), dtype=torch.long), device)
 
 
-_Held = TypeVar("_Held", Tensor, Tensor | None)
-
-
-def on_device(value: _Held, device: torch.device) -> _Held:
+def on_device(value: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on a device, without waiting for what the device still computes."""
-    return None if value is None else value.to(device, non_blocking=device.type == "cuda")
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def places(within: Sequence[int], wanted: Sequence[int], device: torch.device) -> Index:
@@ -221,13 +218,12 @@ def neighbours(positions: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(positions[start:stop]) for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True)]
 
 
-def simplified(seen: Tensor) -> Tensor | None:
-    """Return booleans (query, key) as None if all are True, as (query,) if all keys are alike, else unchanged."""
+def simplified(seen: Tensor, device: torch.device) -> Tensor | None:
+    """Return booleans (query, key) of the CPU on a device: None if all are True, (query,) if all keys are alike."""
     if bool(seen.all()):
         return None
-    if torch.equal(seen, seen[:, :1].expand_as(seen)):
-        return seen[:, 0]
-    return seen
+    is_alike = torch.equal(seen, seen[:, :1].expand_as(seen))
+    return on_device(seen[:, 0] if is_alike else seen, device)
 
 
 def _noncausal(mask: Tensor, length: int) -> Tensor | None:
@@ -384,7 +380,7 @@ class CutSpan:
         if key not in self._cache:
             seen = self.masks.block(layer, *(torch.tensor(positions) for positions in (queries, part.positions)))
             is_causal = queries == part.positions and torch.equal(seen, torch.ones_like(seen).tril())
-            self._cache[key] = (None, True) if is_causal else (on_device(simplified(seen), self.device), False)
+            self._cache[key] = (None, True) if is_causal else (simplified(seen, self.device), False)
         return self._cache[key]
 
 

@@ -474,9 +474,8 @@ def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
     """Return the cut without edges that none of these layers has. Raises `TraceError` if a target would see nothing."""
     sources, targets = (torch.tensor(sorted(each), dtype=torch.long) for each in (cut.sources, cut.targets))
     met = torch.zeros(len(targets), len(sources), dtype=torch.bool)
+    everything = torch.arange(masks.length)
     for layer in layers:
-        mask = masks.layers[layer]
-        everything = torch.arange(masks.length)
         visible = masks.block(layer, targets, everything)
         if bool((visible.sum(1) == visible[:, sources].sum(1)).any()):
             raise TraceError(
