@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,15 +46,9 @@ class LayerCall:
     def at(self, index: Index) -> dict[str, Any]:
         """Return the keywords for only some positions, the same in all rows; masks and caches are left out.
 
-        Raises `ReplayError` for rows that differ in their positions, and for an argument that cannot be cut to
-        positions.
+        Rotary positions must be those of one row. Raises `ReplayError` for an argument that cannot be cut to positions.
         """
-        return {name: _at_positions(name, value, index) for name, value in self._alike.items()}
-
-    @cached_property
-    def _alike(self) -> dict[str, Any]:
-        """The arguments with rotary positions of one row, which are compared once rather than in every call."""
-        return {name: _of_alike_rows(name, value) for name, value in self.keywords.items()}
+        return {name: _at_positions(name, value, index) for name, value in self.keywords.items()}
 
     def rows(self, rows: Tensor, count: int) -> LayerCall:
         """Return the call for only some of its `count` rows."""
@@ -167,7 +161,8 @@ class Witness:
 
         def before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             call = LayerCall(keywords=follow(layer, arguments, keywords))
-            if not self._is_padded:
+            if not self._is_padded:  # rows are compared here, since each replayed call would wait for the device
+                call = LayerCall(keywords={name: _of_alike_rows(name, value) for name, value in call.keywords.items()})
                 call.at(slice(0, 1))  # raises for arguments that cannot be cut to positions
             if not (self._is_padded and self.states):
                 self.states.append(written[0] if written else last[0][0])
