@@ -7,7 +7,7 @@ import pytest
 import torch
 from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, causal_trace
 from multrace.data import tiny_vlm_path
-from multrace.editing import FineTune, RuntimeEdit, save_merged, to_peft, verify_export
+from multrace.editing import FineTune, RuntimeEdit, save_merged, to_peft, verify_export, with_adapters
 from multrace.models import ModelError
 from multrace.tracing import Engine
 from torch import Tensor, nn
@@ -163,6 +163,11 @@ def test_a_quantised_model_is_exported_with_the_edited_matrix_unpacked(quantised
     reopened = multrace.load(save_merged(quantised, delta, tmp_path / "merged"))
     assert reopened.is_quantised and type(reopened.weight(DOWN)) is nn.Parameter
     assert verify_export(quantised, delta, reopened, prompts).difference < 0.05
-    assert to_peft(quantised, delta, tmp_path / "adapter").is_dir()
+    folder = to_peft(quantised, delta, tmp_path / "adapter")
+    if quantised.model.quantization_method == "bitsandbytes":
+        adapted = with_adapters(
+            multrace.load(tiny_vlm_path(), quantization=quantised.config.quantization_config), folder
+        )
+        assert verify_export(quantised, RuntimeEdit(delta=delta), adapted, prompts).holds
     with pytest.raises(ModelError, match="cannot save a quantised model .* its scales belong to torch.float32"):
         quantised.save_pretrained(tmp_path / "other", dtype=torch.float16)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ...data.facts import EditRequest, Question, counted
 from ...models import ModelError, Projection, Prompt, VisionLanguageModel, collate
+from ...models.errors import gist
 from ...models.guards import uninterrupted
 from ...models.placement import is_packed
 from ...models.prompts import batches as fitting_batches
@@ -594,7 +595,7 @@ class Lora(TrainingSettings):
         added, and because it leaves its configuration on the model and changed flags on all parameters.
         """
         try:
-            from peft import LoraConfig, LoraModel
+            from peft import LoraConfig
         except ImportError as error:  # the extra `peft` is not installed
             raise EditError("LoRA needs PEFT, which is not installed; pip install 'multrace[peft]'") from error
         if hasattr(vlm.model, "peft_config"):
@@ -620,10 +621,23 @@ class Lora(TrainingSettings):
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
-                LoraModel(vlm.model, config, _ADAPTER)
+                _adapt(vlm, config)
             yield [vlm.module(projection.path) for projection in projections]
         finally:
             uninterrupted(put_back)
+
+
+def _adapt(vlm: VisionLanguageModel, config: Any) -> None:
+    """Let PEFT replace modules of the model. Raises `EditError` if it does not fit the quantiser that is installed."""
+    from peft import LoraModel
+
+    try:
+        LoraModel(vlm.model, config, _ADAPTER)
+    except ImportError as error:
+        raise EditError(
+            f"PEFT cannot adapt '{vlm.name}': {gist(error)}; edit it with another editor, or load it without "
+            "quantization="
+        ) from error
 
 
 def _factors(adapter: Any) -> tuple[Tensor, Tensor]:

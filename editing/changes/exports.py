@@ -124,7 +124,7 @@ def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLangu
             wrapped = PeftModel.from_pretrained(vlm.model, str(folders[0]), adapter_name=names[0])
             for name, folder in zip(names[1:], folders[1:], strict=True):
                 wrapped.load_adapter(str(folder), adapter_name=name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # PEFT may not fit the quantiser that is here
         raise EditError(f"PEFT cannot open {[str(folder) for folder in folders]} on '{vlm.name}': {error}") from error
     wrapped.base_model.set_adapter(names)
     vlm.model.requires_grad_(False)
