@@ -595,7 +595,7 @@ class Lora(TrainingSettings):
         added, and because it leaves its configuration on the model and changed flags on all parameters.
         """
         try:
-            from peft import LoraConfig
+            from peft import LoraConfig, LoraModel
         except ImportError as error:  # the extra `peft` is not installed
             raise EditError("LoRA needs PEFT, which is not installed; pip install 'multrace[peft]'") from error
         if hasattr(vlm.model, "peft_config"):
@@ -621,23 +621,12 @@ class Lora(TrainingSettings):
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
-                _adapt(vlm, config)
+                LoraModel(vlm.model, config, _ADAPTER)
             yield [vlm.module(projection.path) for projection in projections]
+        except ImportError as error:  # PEFT may not fit the quantiser that is here
+            raise EditError(f"PEFT cannot adapt '{vlm.name}': {gist(error)}; load it without quantization=") from error
         finally:
             uninterrupted(put_back)
-
-
-def _adapt(vlm: VisionLanguageModel, config: Any) -> None:
-    """Let PEFT replace modules of the model. Raises `EditError` if it does not fit the quantiser that is installed."""
-    from peft import LoraModel
-
-    try:
-        LoraModel(vlm.model, config, _ADAPTER)
-    except ImportError as error:
-        raise EditError(
-            f"PEFT cannot adapt '{vlm.name}': {gist(error)}; edit it with another editor, or load it without "
-            "quantization="
-        ) from error
 
 
 def _factors(adapter: Any) -> tuple[Tensor, Tensor]:
