@@ -8,6 +8,7 @@ from pathlib import Path
 import multrace
 import pytest
 import torch
+from matplotlib.figure import Figure
 from multrace import VisionLanguageModel
 from multrace.data import tiny_vlm_path
 from multrace.tracing import CausalTrace, EngineReport
@@ -143,6 +144,12 @@ def photo_path(photo: Image.Image, tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
     photo.save(path)
     return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are files without content, for tests that do not look at them: drawing takes most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, content, **words: None)
 
 
 @pytest.fixture(scope="session")

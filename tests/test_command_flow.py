@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from multrace import VisionLanguageModel
 from multrace.data import world_questions
 from multrace.scripts import flow
@@ -62,12 +61,6 @@ def opened(monkeypatch: pytest.MonkeyPatch, tiny_vlm: VisionLanguageModel) -> No
     """The embedded model is opened once for all tests."""
     monkeypatch.setattr(ModelOptions, "open_model", lambda settings: tiny_vlm)
     monkeypatch.setattr(ModelToLoad, "open", lambda model: tiny_vlm)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are files without content, for tests that do not look at them: drawing takes most of the time."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, content, **words: None)
 
 
 @pytest.fixture

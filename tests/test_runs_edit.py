@@ -111,6 +111,7 @@ def test_several_layers_and_moments_are_those_of_the_library(go: Any, tmp_path: 
         go(records, out="none", editor=editor)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("each", [False, True])
 def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel, each: bool
@@ -133,6 +134,7 @@ def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     assert all(line in report for shift in located.shifts for line in shift.lines())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel):
     records = world_edits(tmp_path, 2)
     go(records, trace=EditTrace())
@@ -147,6 +149,7 @@ def test_traces_made_before_choose_the_place(go: Any, tmp_path: Path, tiny_vlm: 
         go(records, out="too few", trace_files=files[:1])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_picture_that_cannot_be_decoded_has_no_part_in_the_place(go: Any, tmp_path: Path):
     records = world_edits(tmp_path, 3)
     half = tmp_path / "half.png"

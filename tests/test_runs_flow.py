@@ -72,6 +72,7 @@ def test_readings_are_those_of_the_library(tiny_vlm: VisionLanguageModel, questi
     assert list(table["answer"]) == [question.answer for question in questions[:2]] and table["right"].all()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wrong_answers_are_left_out_of_the_knockout_and_counted_on_demand(
     tiny_vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
 ):
@@ -85,6 +86,7 @@ def test_wrong_answers_are_left_out_of_the_knockout_and_counted_on_demand(
     assert AverageKnockout.load(tmp_path / "all/summary/knockout.safetensors").count == 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_any_of_several_right_answers_is_right(
     tiny_vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
 ):
@@ -93,6 +95,7 @@ def test_any_of_several_right_answers_is_right(
     assert read_rows(tmp_path / "out")["right"].all()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_reading_that_does_not_fit_is_skipped_and_a_question_without_any_fails(
     tiny_vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
 ):
@@ -106,6 +109,7 @@ def test_a_reading_that_does_not_fit_is_skipped_and_a_question_without_any_fails
     assert report.failed[0][0] == "bare" and "give the question a constraint" in report.failed[0][1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_edit_record_is_asked_with_the_answer_that_it_replaces(
     tiny_vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
 ):
@@ -116,6 +120,7 @@ def test_an_edit_record_is_asked_with_the_answer_that_it_replaces(
     assert (row["id"], row["answer"], bool(row["right"])) == ("edit", questions[0].answer, True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_noise_is_as_strong_as_the_share_of_errors_asks(tiny_vlm: VisionLanguageModel, tmp_path: Path):
     asked = list(world_questions(8))
     noise = noise_for_errors(tiny_vlm, asked, share=0.5, progress=False)
@@ -185,6 +190,7 @@ def test_the_world_asks_each_fact_once_before_any_twice():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data/gqa_flow")
+@pytest.mark.usefixtures("undrawn")
 def test_the_studys_own_questions_go_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Their pictures are not at hand, so others stand in for them."""
     (file,) = SHARED.glob("*ChooseAttr.csv")
@@ -234,6 +240,7 @@ def test_files_that_belong_together_change_together(tmp_path: Path):
         check_result_folder(folder)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_picture_in_memory_and_its_file_are_told_by_content(tmp_path: Path, tiny_vlm: VisionLanguageModel):
     path = tmp_path / "one.png"
     Image.new("RGB", (64, 64), "red").save(path)

@@ -64,7 +64,7 @@ def load(
             `TorchAoConfig`, from the extra `quant`; None for the file's own, if any.
         attention: "sdpa", "eager", or another implementation that transformers has here; None for the model's own.
         verify: prove that every module is where the family row says, and that every weight is finite (default). Takes
-            seven forward passes and one pass over the weights. False skips it, for a model that was proven before.
+            ten forward passes and one pass over the weights. False skips it, for a model that was proven before.
         families: further rows, tried before those of the tables: `TextStack`, `PictureFront`, or `Family` for both; or
             "discover" to measure where the parts of the model are instead. An architecture without a row is measured
             if it is not built as usual; one more line of the log then says what was found.

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.models.pixtral import image_processing_pil_pixtral
@@ -259,13 +260,13 @@ def with_answer_fills(vlm: VisionLanguageModel) -> VisionLanguageModel:
         return vlm
     filled = [replace(vlm, frontend=replace(vlm.frontend, answer_fills={name: fill})) for fill in (0, 1)]
     with torch.no_grad():
-        is_kept = [answer_gap(each, probe_prompt(each)) <= rounding(each) for each in filled]
+        bare = vlm.logits(prompt)
+        is_kept = [answer_gap(each, probe_prompt(each), bare) <= rounding(each) for each in filled]
     return filled[is_kept == [False, True]]
 
 
-def answer_gap(vlm: VisionLanguageModel, prompt: Prompt) -> float:
-    """Return how far an answer moves the logits before it, relative to these logits."""
-    bare = vlm.logits(prompt)
+def answer_gap(vlm: VisionLanguageModel, prompt: Prompt, bare: Tensor) -> float:
+    """Return how far an answer moves the logits before it, relative to those of the prompt alone, `bare`."""
     answered = vlm.logits(prompt.with_answer("last one"))[:, : prompt.length]
     return float((answered - bare).norm() / bare.norm())
 

@@ -36,7 +36,7 @@ _LEAST_SCALE = 1e-4
 def prove_addresses(vlm: VisionLanguageModel) -> str:
     """Return one line that summarises the verification, or raise `ModelError` with the site that contradicts the row.
 
-    Every weight is finite (one pass over them). The rest takes a dozen forward passes on one picture and two questions:
+    Every weight is finite (one pass over them). The rest takes ten forward passes on one picture and two questions:
 
     - Every site of every layer runs and has the right shape. Attention and MLP, each at some scale, add up to what the
       layer writes. Projections write what their modules write, or what the norm behind them reads, and read their
@@ -64,12 +64,8 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         for layer in range(vlm.layers):
             _prove_layer(probe, states, layer)
         with _proving("hidden 0", vlm):
-            if not torch.equal(vlm.forward(vlm.decoder_input(prompt)), clean):
-                raise probe.error(
-                    "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
-                )
+            _prove_text_stack(probe, clean)
             _prove_batch(probe, clean)
-        _prove_norm(probe, clean)
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
@@ -152,7 +148,12 @@ class _Probe:
                 stack.enter_context(patch(self.vlm, edits))  # first, so that the recorder sees the patched states
             for keys, inputs in ((hidden + parts + projections + beside, False), (hidden + normed + projections, True)):
                 stack.enter_context(patch(self.vlm, {key: record(_Side(key, inputs)) for key in keys}, inputs=inputs))
-            return self.vlm.logits(self.prompt), states
+            return self.vlm.forward(self.entering) if edits else self.vlm.logits(self.prompt), states
+
+    @cached_property
+    def entering(self) -> DecoderInput:
+        """What the text stack reads, from which it runs again without the vision tower."""
+        return self.vlm.decoder_input(self.prompt)
 
     def projection(self, site: Site) -> Projection | None:
         """Return the linear map that writes the output of an MLP or attention site; None for experts."""
@@ -300,7 +301,7 @@ def _prove_batch(probe: _Probe, clean: Tensor) -> None:
         return  # prompts of this model have to be run one by one
     alone = torch.cat([clean[:, -1], vlm.logits(pair[1])[:, -1]])
     inputs, shifts = collate(pair, vlm.tokenizer)
-    entering = DecoderInput.padded([vlm.decoder_input(each) for each in pair], shifts)
+    entering = DecoderInput.padded([probe.entering, vlm.decoder_input(pair[1])], shifts)
     last = entering.length - 1
     start = entering.frame.split_before(last)
     columns = torch.full((len(pair), 1), last - start)
@@ -318,12 +319,16 @@ def _prove_batch(probe: _Probe, clean: Tensor) -> None:
             )
 
 
-def _prove_norm(probe: _Probe, clean: Tensor) -> None:
-    """Check that the final norm reads the last layer's output and that the result is read out as the logits."""
+def _prove_text_stack(probe: _Probe, clean: Tensor) -> None:
+    """Check that the text stack alone gives the logits, and that they are read from the last layer after the norm."""
     vlm, last = probe.vlm, Site("hidden", probe.vlm.layers - 1)
-    norm = vlm.final_norm
+    norm, entering, _ = vlm.final_norm, probe.entering, vlm.after_head  # both run the model, so before hooks are placed
     with capture(vlm, [last, norm]) as written, capture(vlm, [norm], inputs=True) as read:
-        vlm.logits(probe.prompt)
+        alone = vlm.forward(entering)
+    if not torch.equal(alone, clean):
+        raise probe.error(
+            "hidden 0", "running the text stack on the captured embeddings gives other logits than the model"
+        )
     if norm not in read or not torch.equal(read[norm], written[last].to(read[norm].device)):
         raise probe.error(last, f"the final norm {vlm.path(norm)!r} does not read what this last layer writes")
     logits = vlm.readout(written[norm])
@@ -371,7 +376,7 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
 def _prove_inputs(probe: _Probe, clean: Tensor) -> None:
     """Check that no input is missing that the processor makes, and that an answer does not change what precedes it."""
     vlm, prompt = probe.vlm, probe.prompt
-    gap = answer_gap(vlm, prompt)
+    gap = answer_gap(vlm, prompt, clean)
     if not gap <= rounding(vlm):
         raise probe.error("answer", f"an answer moves the logits before it by {gap:.1e} of their size")
     outputs = vlm.frontend.outputs(prompt.text, prompt.images)
