@@ -159,6 +159,13 @@ def tiny_vlm() -> VisionLanguageModel:
 
 
 @pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands open their models without the proof, for tests of what they do then."""
+    load = multrace.models.load
+    monkeypatch.setattr(multrace.models, "load", lambda path, **settings: load(path, **settings | {"verify": False}))
+
+
+@pytest.fixture
 def load_embedded_once(tiny_vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that ask for the embedded model as it is get the one that is loaded. They must put its weights back."""
     load = multrace.models.load

@@ -14,7 +14,10 @@ from multrace.scripts import CommandError
 from multrace.scripts.main import parse
 
 Run = Callable[..., int]
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("unproven"),
+]
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_a_saved_model_gives_bit_equal_logits_through_plain_transformers(random_
 
 
 def test_a_changed_weight_is_saved_and_a_fingerprint_tells(random_llava_llama, llava_llama_path, photo, tmp_path):
-    vlm = multrace.load(llava_llama_path)
+    vlm = multrace.load(llava_llama_path, verify=False)
     name = vlm.down_projection(1).name
     before = vlm.fingerprint([name, "lm_head.weight"])
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_a_changed_weight_is_saved_and_a_fingerprint_tells(random_llava_llama, l
     assert after[name] != before[name] and after["lm_head.weight"] == before["lm_head.weight"]
     assert random_llava_llama.fingerprint([name]) == {name: before[name]}
     vlm.save_pretrained(tmp_path / "changed")
-    again = multrace.load(tmp_path / "changed")
+    again = multrace.load(tmp_path / "changed", verify=False)
     assert again.fingerprint([name, "lm_head.weight"]) == after
     prompt = vlm.prompt(photo, QUESTION)
     assert torch.equal(again.logits(prompt), vlm.logits(prompt))
@@ -72,7 +72,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_model_that_carries_adapters_is_not_saved_until_they_are_merged(kind, llava_llama_path, photo, tmp_path):
     peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
-    vlm = multrace.load(llava_llama_path)
+    vlm = multrace.load(llava_llama_path, verify=False)
     wrapped = peft.get_peft_model(vlm.model, ADAPTERS[kind](peft)).eval()
     with pytest.raises(ModelError, match=r"its modules were replaced.*merge the adapters first"):
         vlm.save_pretrained(tmp_path / "saved")
@@ -80,11 +80,11 @@ def test_a_model_that_carries_adapters_is_not_saved_until_they_are_merged(kind, 
     wrapped.merge_and_unload()
     vlm.save_pretrained(tmp_path / "saved")
     prompt = vlm.prompt(photo, QUESTION)
-    assert torch.equal(multrace.load(tmp_path / "saved").logits(prompt), vlm.logits(prompt))
+    assert torch.equal(multrace.load(tmp_path / "saved", verify=False).logits(prompt), vlm.logits(prompt))
 
 
 def test_a_model_with_parametrized_weights_is_not_saved(llava_llama_path, tmp_path):
-    vlm = multrace.load(llava_llama_path)
+    vlm = multrace.load(llava_llama_path, verify=False)
     torch.nn.utils.parametrizations.weight_norm(vlm.module(vlm.down_projection(1).path))
     with pytest.raises(ModelError, match=r"its modules were replaced.*parametrizations"):
         vlm.save_pretrained(tmp_path / "saved")
@@ -95,7 +95,7 @@ def test_a_model_with_parametrized_weights_is_not_saved(llava_llama_path, tmp_pa
 def test_a_half_precision_file_stays_one(stored, random_llava_phi, tmp_path):
     dtype = getattr(torch, stored)
     random_llava_phi.save_pretrained(tmp_path / "half", dtype=dtype)
-    vlm = multrace.load(tmp_path / "half")
+    vlm = multrace.load(tmp_path / "half", verify=False)
     assert vlm.dtype == torch.float32
     vlm.save_pretrained(tmp_path / "again")
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "again"))
@@ -106,13 +106,13 @@ def test_a_half_precision_file_stays_one(stored, random_llava_phi, tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "again").dtype == dtype
     assert vlm.model.config.dtype in ("float32", torch.float32)  # the open model is left as it was
     vlm.save_pretrained(tmp_path / "wide", dtype=torch.float32)
-    assert multrace.load(tmp_path / "wide").stored_dtype == torch.float32
+    assert multrace.load(tmp_path / "wide", verify=False).stored_dtype == torch.float32
 
 
 def test_tied_weights_stay_tied(random_gpt2, tmp_path):
     assert random_gpt2.weight("lm_head.weight") is random_gpt2.weight("transformer.wte.weight")
     random_gpt2.save_pretrained(tmp_path / "tied", dtype=torch.float16)
-    again = multrace.load(tmp_path / "tied")
+    again = multrace.load(tmp_path / "tied", verify=False)
     assert again.weight("lm_head.weight") is again.weight("transformer.wte.weight")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
 
@@ -126,7 +126,7 @@ def test_folders_that_are_in_use(random_llama, tmp_path):
     assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
     random_llama.save_pretrained(tmp_path / "empty", overwrite=True)
     assert not (tmp_path / "empty" / "notes.txt").exists()
-    assert multrace.load(tmp_path / "empty").layers == 4
+    assert multrace.load(tmp_path / "empty", verify=False).layers == 4
     (tmp_path / "file").write_text("mine")
     for target in ("file", "file/below"):
         with pytest.raises(ModelError, match="cannot save a model to"):
@@ -217,14 +217,14 @@ def test_saving_draws_no_bar_where_there_is_no_terminal(random_llama, tmp_path, 
 def test_copies_of_a_model_have_one_digest(random_vlm, tmp_path):
     random_vlm.save_pretrained(tmp_path / "saved")
     shutil.copytree(tmp_path / "saved", tmp_path / "copy")
-    digests = {multrace.load(tmp_path / name).weights_digest() for name in ("saved", "copy")}
+    digests = {multrace.load(tmp_path / name, verify=False).weights_digest() for name in ("saved", "copy")}
     assert digests == {random_vlm.weights_digest()}
     (tmp_path / "copy" / "README.md").write_text("other words")
-    assert multrace.load(tmp_path / "copy", attention="eager").weights_digest() in digests
+    assert multrace.load(tmp_path / "copy", attention="eager", verify=False).weights_digest() in digests
 
 
 def test_an_edit_changes_the_digest_while_it_is_applied_and_after_it_is_saved(llava_llama_path, tmp_path):
-    vlm = multrace.load(llava_llama_path)
+    vlm = multrace.load(llava_llama_path, verify=False)
     projection, digest = vlm.down_projection(1), vlm.weights_digest()
     left, right = torch.randn(projection.hidden, 1), torch.randn(1, projection.width)
     change = WeightChange(left=left, right=right, keys=right, residuals=(left @ (right @ right.T)).T)
@@ -238,11 +238,11 @@ def test_an_edit_changes_the_digest_while_it_is_applied_and_after_it_is_saved(ll
         edited = vlm.weights_digest()
         vlm.save_pretrained(tmp_path / "edited")
     assert edited != digest == vlm.weights_digest()
-    assert multrace.load(tmp_path / "edited").weights_digest() == edited
+    assert multrace.load(tmp_path / "edited", verify=False).weights_digest() == edited
 
 
 def test_every_weight_counts_and_is_read_once(llava_llama_path, monkeypatch):
-    vlm, read = multrace.load(llava_llama_path), []
+    vlm, read = multrace.load(llava_llama_path, verify=False), []
     compute = weights.digest_weight
     monkeypatch.setattr(weights, "digest_weight", lambda weight: read.append(id(weight)) or compute(weight))
     digest = vlm.weights_digest()
@@ -268,20 +268,20 @@ def test_every_weight_counts_and_is_read_once(llava_llama_path, monkeypatch):
 
 
 def test_what_else_decides_the_answers_is_in_the_digest(llava_llama_path, tmp_path):
-    digest = multrace.load(llava_llama_path).weights_digest()
+    digest = multrace.load(llava_llama_path, verify=False).weights_digest()
     changes = {
         "config.json": lambda content: content["text_config"]["rope_parameters"].update(rope_theta=5000.0),
         "generation_config.json": lambda content: content.update(eos_token_id=7),
         "processor_config.json": lambda content: content["image_processor"].update(image_mean=[0.1, 0.2, 0.3]),
     }
-    others = {multrace.load(llava_llama_path, dtype="float64").weights_digest()}
+    others = {multrace.load(llava_llama_path, dtype="float64", verify=False).weights_digest()}
     for file, change in changes.items():
         folder = Path(shutil.copytree(llava_llama_path, tmp_path / file))
         content = json.loads((folder / file).read_text())
         change(content)
         (folder / file).write_text(json.dumps(content))
-        others.add(multrace.load(folder).weights_digest())
+        others.add(multrace.load(folder, verify=False).weights_digest())
     folder = Path(shutil.copytree(llava_llama_path, tmp_path / "template"))
     (folder / "chat_template.jinja").write_text("{{ '<image> Question: ' + messages[0]['content'][-1]['text'] }}")
-    others.add(multrace.load(folder).weights_digest())
+    others.add(multrace.load(folder, verify=False).weights_digest())
     assert len(others) == 5 and digest not in others
