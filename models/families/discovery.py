@@ -172,7 +172,7 @@ def _states_first(keywords: dict[str, Any]) -> list[Any]:
 
 
 def _entries(state: Tensor) -> Tensor:
-    """Return some entries of a state (token, entry), the same ones for every state of as many vectors of that length."""
+    """Return some entries of a state (token, entry), the same ones for all states with as many vectors of that length."""
     rows = state.detach().reshape(-1, state.shape[-1]) if state.ndim > 1 else state.detach().reshape(1, -1)
     for axis, most in enumerate(_ENTRIES):
         if (count := rows.shape[axis]) > most:
@@ -301,7 +301,7 @@ def _down(model: nn.Module, layers: Sequence[str], parts: Sequence[_Part]) -> di
 
 
 def _decoder_layers(watch: _Watch, model: PreTrainedModel, name: str) -> list[str]:
-    """Return the paths of the decoder layers: a list of modules that ran one after another, of the configured length."""
+    """Return the paths of the decoder layers: modules of one list, of the configured length, that ran in order."""
     count, lists = getattr(model.config.get_text_config(), "num_hidden_layers", None), []
     decoder = model.get_decoder()
     for path, module in decoder.named_modules(prefix=_path_of(model, decoder)):

@@ -80,8 +80,8 @@ class ModelSource:
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name
         if self.folder is None and (looks_like_path or os.path.exists(name)):
             raise ModelError(
-                f"no model directory at {name!r}; pass a folder with a config.json, a {_GGUF} file, or a hub id such as "
-                "'org/model'"
+                f"no model directory at {name!r}; pass a folder with a config.json, a {_GGUF} file, or a hub id such "
+                "as 'org/model'"
             )
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:

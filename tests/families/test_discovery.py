@@ -1,4 +1,4 @@
-"""An architecture without a row is measured: what is found equals the rows of all that have one, and is proven or refused."""
+"""An architecture without a row is measured: what is found equals the rows that exist, and is proven or refused."""
 
 import logging
 from dataclasses import replace
