@@ -172,7 +172,7 @@ def _states_first(keywords: dict[str, Any]) -> list[Any]:
 
 
 def _entries(state: Tensor) -> Tensor:
-    """Return some entries of a state (token, entry), the same ones for all states with as many vectors of that length."""
+    """Return some entries of a state (token, entry), the same ones for all states with vectors of that length."""
     rows = state.detach().reshape(-1, state.shape[-1]) if state.ndim > 1 else state.detach().reshape(1, -1)
     for axis, most in enumerate(_ENTRIES):
         if (count := rows.shape[axis]) > most:
