@@ -9,6 +9,7 @@
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
 #   make tiny-vlm  the embedded model from scratch, about an hour             -> out/tiny_vlm
 #   make bench    how fast tracing, knockout and editing are, against the usual ways; BENCH_ARGS= for the whole tables
+#   make bench-gpu  the same on one card, at the sizes of two 7B models, in a quarter of an hour (DEVICE=, OUT=)
 #
 # Torch: a torch that .venv already has is kept, whatever its build. Otherwise the release in constraints.txt is installed.
 # On Linux the package index serves that release with CUDA libraries (several GB). For the small CPU build, name
@@ -38,8 +39,10 @@ PYTEST_ARGS ?=
 # are kept whatever the shell says: the tests start many processes, and their own assertions take seconds to rewrite.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist worksteal
 BENCH_ARGS ?= --quick
+DEVICE ?= cuda:0
+OUT ?= out/gpu
 
-.PHONY: help demo test slow families lint reference bench results tiny-vlm venv
+.PHONY: help demo test slow families lint reference bench bench-gpu results tiny-vlm venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -78,6 +81,18 @@ bench: $(READY)
 	$(BIN)/multrace bench trace $(BENCH_ARGS)
 	$(BIN)/multrace bench flow $(BENCH_ARGS)
 	$(BIN)/multrace bench edit $(BENCH_ARGS)
+
+bench-gpu: $(READY)
+	mkdir -p $(OUT)
+	for shape in llava-7b qwen2.5-vl-7b; do \
+	  run="--shape $$shape --device $(DEVICE) --baseline-cells 2"; \
+	  timeout 200 $(BIN)/multrace bench trace $$run --cells "text tokens, hidden" "text tokens, mlp, window 10" "last token" direct \
+	    --json $(OUT)/$$shape-trace.json > $(OUT)/$$shape-trace.log 2>&1 || true; \
+	  timeout 100 $(BIN)/multrace bench flow $$run --flows "image -> question" \
+	    --json $(OUT)/$$shape-flow.json > $(OUT)/$$shape-flow.log 2>&1 || true; \
+	  timeout 150 $(BIN)/multrace bench edit $$run --rows "lower third, last" moments "solve, 1 edit, float32" \
+	    --json $(OUT)/$$shape-edit.json > $(OUT)/$$shape-edit.log 2>&1 || true; \
+	done; tail -n 8 $(OUT)/*.log
 
 # every editor and baseline, and whether locating helps: the tables of docs/results.md
 results: $(READY)

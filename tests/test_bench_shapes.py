@@ -4,11 +4,14 @@ The code of the usual ways calls layers and hooks by hand, so it is the first to
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from multrace.models.frame import DecoderInput
+from multrace.models.replay.replay import Replay
 from multrace.scripts.benchmarks import (
     SHAPES,
     MomentCase,
@@ -28,6 +31,9 @@ from multrace.scripts.benchmarks import (
     write_model,
 )
 from multrace.scripts.main import app
+from multrace.tracing.engine import Engine, Runs
+from multrace.tracing.engine.measure import sweep
+from torch.overrides import TorchFunctionMode
 
 TINY = ("qwen2.5-vl-tiny", "qwen3-vl-tiny")
 
@@ -84,6 +90,62 @@ def test_all_three_ways_of_knockout_agree(subject: Subject):
         assert row.largest_effect > 1e-2
     assert row.saving is not None
     assert row.saving.max_abs_diff < 2e-5
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes the CPU wait for a tensor's device, as it would if the model were on a card."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "equal", "allclose", "__bool__", "__float__", "__int__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        by_list = any(isinstance(each, list) for each in (index if isinstance(index, tuple) else (index,)))
+        self.count += name in self.NAMES or by_list or name == "tensor" and kwargs.get("device") is not None
+        return function(*args, **kwargs)
+
+
+def test_reads_are_counted():
+    with Reads() as reads:
+        values = torch.tensor([1.0, 2.0])
+        assert reads.count == 0
+        _ = bool(values.sum()), values[[0]], torch.tensor([1], device="cpu"), values[:1], values.sum() + 1
+    assert reads.count == 3
+
+
+def test_no_layer_call_waits_for_the_device(subject: Subject, monkeypatch: pytest.MonkeyPatch):
+    """Only the first call of a span may, where what its positions see is decided, on the CPU in any case."""
+    known, later = [], []
+
+    def counting(call: Callable) -> Callable:
+        def counted(replay: Replay, *arguments: Any) -> torch.Tensor:
+            span = next(getattr(each, "span", each) for each in arguments if hasattr(each, "sources"))
+            with Reads() as reads:
+                result = call(replay, *arguments)
+            key = span, call.__name__
+            if any(key[0] is each[0] and key[1] == each[1] for each in known):
+                later.append(reads.count)
+            known.append(key)
+            return result
+
+        return counted
+
+    for name in ("layer", "last_layer"):
+        monkeypatch.setattr(Replay, name, counting(getattr(Replay, name)))
+    for case in (make_cases(subject.recipe.shape)[0], make_cases(subject.recipe.shape)[6]):
+        run_sweep(subject, subject.runs(case.corruption), case.cells)
+    assert len(later) > 20
+    assert set(later) == {0}
+    later.clear()
+    entering = subject.vlm.embed(subject.prompt)
+    for case in make_flow_cases(subject.recipe.shape, (2,)):
+        run = Runs.of_one(entering, scored=(subject.prompt.length - 1,))
+        sweep(subject.vlm, run, case.cells, subject.measure, settings=Engine(checks=0))
+    assert later.count(0) > 0.8 * len(later)  # a later layer may be the first in which some cut has a part to itself
 
 
 @pytest.mark.parametrize(
