@@ -74,7 +74,7 @@ class EditRun(Analysis):
         >>> vlm = mt.load(tiny_vlm_path())
         >>> facts = {"Who won?": "Pruro", "Who lost?": "Draivo"}
         >>> records = [mt.EditRecord(question=Question(text=text), target=facts[text], id=text) for text in facts]
-        >>> run(vlm, EditRun(editor=mt.MultEdit(layer=5)), enumerate(records, 1), "edits", progress=False)
+        >>> run(vlm, EditRun(editor=mt.MultEdit(layer=5, steps=40)), enumerate(records, 1), "edits", progress=False)
         RunReport('edits': 2 done, 0 failed, 0 unreadable)
         >>> with mt.Delta.load("edits/summary/edit.safetensors").applied(vlm):
         ...     vlm.answers([vlm.prompt_for(record.question) for record in records])

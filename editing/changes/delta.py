@@ -45,7 +45,8 @@ class Delta:
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who won?")
-        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(question=prompt, target="Pruro")], progress=False)
+        >>> request = mt.EditRequest(question=prompt, target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=25).edit(vlm, [request], progress=False)
         >>> with delta.applied(vlm):
         ...     vlm.answers([prompt])
         ['Pruro']

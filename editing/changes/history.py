@@ -130,7 +130,8 @@ class History:
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> prompt = vlm.prompt(None, "Who won?")
-        >>> delta = mt.MultEdit(layer=5).edit(vlm, [mt.EditRequest(question=prompt, target="Pruro")], progress=False)
+        >>> request = mt.EditRequest(question=prompt, target="Pruro")
+        >>> delta = mt.MultEdit(layer=5, steps=5).edit(vlm, [request], progress=False)
         >>> history = mt.History().added("winner", delta)
         >>> history.names, history.without("winner").names
         (('winner',), ())

@@ -403,7 +403,7 @@ class EditSession(Generic[Made]):
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> first, second = (vlm.prompt(None, text) for text in ("Who won?", "Who lost?"))
-        >>> with mt.MultEdit(layer=5).start(vlm) as session:
+        >>> with mt.MultEdit(layer=5, steps=40).start(vlm) as session:
         ...     _ = session.edit([mt.EditRequest(question=first, target="Pruro")])
         ...     _ = session.edit([mt.EditRequest(question=second, target="Draivo")])
         ...     vlm.answers([first, second])

@@ -467,7 +467,7 @@ def baseline(
         >>> unedited = baseline(vlm, [record], progress=False)
         >>> len(unedited.responses.generated)
         1
-        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), baseline=unedited, progress=False)
+        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5, steps=5), baseline=unedited, progress=False)
         >>> report.rows[0].before == unedited.responses.generated[record.question.key]
         True
     """
@@ -523,7 +523,7 @@ def measured(
         >>> from multrace.editing.evaluation import EXACT, EvaluationSettings, checks_of, measured
         >>> vlm = mt.load(tiny_vlm_path())
         >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
-        >>> change = mt.MultEdit(layer=5).edit(vlm, [record], progress=False)
+        >>> change = mt.MultEdit(layer=5, steps=25).edit(vlm, [record], progress=False)
         >>> (row,) = measured(vlm, checks_of("a", record), change, settings=EvaluationSettings(), batch_size=8)
         >>> row.numbers[EXACT], row.after
         ((0.0, 1.0), 'Pruro')

@@ -133,7 +133,7 @@ def preview(
         >>> vlm = mt.load(tiny_vlm_path())
         >>> kept = mt.Question(text="Who lost?")
         >>> request = mt.EditRequest(question=mt.Question(text="Who won?"), target="Pruro", preserve_prompts=[kept])
-        >>> preview(vlm, [request], mt.MultEdit(layer=5), progress=False).neighbours[0].flips
+        >>> preview(vlm, [request], mt.MultEdit(layer=5, steps=5), progress=False).neighbours[0].flips
         False
     """
     delta = editor if isinstance(editor, Delta) else editor.start(vlm, moments=moments).propose(requests)
@@ -239,7 +239,7 @@ def verify(
         >>> from multrace.editing.evaluation import verify
         >>> vlm = mt.load(tiny_vlm_path())
         >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
-        >>> (answer,) = verify(vlm, mt.MultEdit(layer=5).edit(vlm, [record], progress=False), [record])
+        >>> (answer,) = verify(vlm, mt.MultEdit(layer=5, steps=25).edit(vlm, [record], progress=False), [record])
         >>> answer.edited, answer.undone == answer.unedited
         ('Pruro', True)
     """

@@ -234,7 +234,7 @@ def evaluate_each(
         >>> from multrace.editing import evaluate_each
         >>> vlm = mt.load(tiny_vlm_path())
         >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro", id="winner")
-        >>> for result in evaluate_each(vlm, [record], mt.MultEdit(layer=5), progress=False):
+        >>> for result in evaluate_each(vlm, [record], mt.MultEdit(layer=5, steps=25), progress=False):
         ...     print(result.record, result.status, result.rows[0].after)
         winner edited Pruro
     """
@@ -298,7 +298,7 @@ def measured_edit(
         >>> from multrace.editing.evaluation import EvaluationSettings, measured_edit
         >>> vlm = mt.load(tiny_vlm_path())
         >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro")
-        >>> change = mt.MultEdit(layer=5).edit(vlm, [record], progress=False)
+        >>> change = mt.MultEdit(layer=5, steps=25).edit(vlm, [record], progress=False)
         >>> settings = EvaluationSettings(forced=False)
         >>> measured_edit(vlm, "a", record, change, "edited", settings=settings, batch_size=8).status
         'edited'

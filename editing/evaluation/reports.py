@@ -269,7 +269,7 @@ class EditReport(Result):
         >>> from multrace.data import tiny_vlm_path
         >>> vlm = mt.load(tiny_vlm_path())
         >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro", id="winner")
-        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5), progress=False)
+        >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5, steps=25), progress=False)
         >>> report.statuses
         {'winner': 'edited'}
         >>> score = report.score("efficacy", "free generation, exact match")

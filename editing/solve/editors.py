@@ -58,7 +58,7 @@ class ClosedFormEditor(ClosedFormSettings):
             >>> from multrace.data import tiny_vlm_path
             >>> vlm = mt.load(tiny_vlm_path())
             >>> question = mt.Question(text="Who won?")
-            >>> with mt.MultEdit(layer=5).start(vlm) as session:
+            >>> with mt.MultEdit(layer=5, steps=40).start(vlm) as session:
             ...     for target in ("Pruro", "Draivo"):  # a fact that is edited again gets its new target
             ...         _ = session.edit([mt.EditRequest(question=question, target=target)])
             ...     vlm.answers([vlm.prompt_for(question)])
@@ -100,7 +100,7 @@ class ClosedFormEditor(ClosedFormSettings):
             >>> vlm = mt.load(tiny_vlm_path())
             >>> prompt = vlm.prompt(None, "Who won?")
             >>> request = mt.EditRequest(question=prompt, target="Pruro")
-            >>> delta = mt.MultEdit(layer=5).edit(vlm, [request], progress=False)
+            >>> delta = mt.MultEdit(layer=5, steps=25).edit(vlm, [request], progress=False)
             >>> with delta.applied(vlm):
             ...     vlm.answers([prompt])
             ['Pruro']
@@ -132,7 +132,7 @@ class ClosedFormEditor(ClosedFormSettings):
             >>> from multrace.data import tiny_vlm_path
             >>> vlm = mt.load(tiny_vlm_path())
             >>> request = mt.EditRequest(question=mt.Question(text="Who won?"), target="Pruro")
-            >>> editor = mt.MultEdit(layer=5)
+            >>> editor = mt.MultEdit(layer=5, steps=25)
             >>> values = editor.search(vlm, [request], progress=False)
             >>> values[0].status
             'edited'
