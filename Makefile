@@ -41,6 +41,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pyt
 BENCH_ARGS ?= --quick
 DEVICE ?= cuda:0
 OUT ?= out/gpu
+MULTRACE ?=
 
 .PHONY: help demo test slow families lint reference bench bench-gpu results tiny-vlm venv
 
@@ -82,15 +83,16 @@ bench: $(READY)
 	$(BIN)/multrace bench flow $(BENCH_ARGS)
 	$(BIN)/multrace bench edit $(BENCH_ARGS)
 
-bench-gpu: $(READY)
+# MULTRACE names another command than that of .venv, such as "python3 -m multrace.scripts.main" where nothing is installed.
+bench-gpu: $(if $(MULTRACE),,$(READY))
 	mkdir -p $(OUT)
 	for shape in llava-7b qwen2.5-vl-7b; do \
 	  run="--shape $$shape --device $(DEVICE) --baseline-cells 2"; \
-	  timeout 200 $(BIN)/multrace bench trace $$run --cells "text tokens, hidden" "text tokens, mlp, window 10" "last token" direct \
+	  timeout -s INT -k 30 200 $(or $(MULTRACE),$(BIN)/multrace) bench trace $$run --cells "text tokens, hidden" "text tokens, mlp, window 10" "last token" direct \
 	    --json $(OUT)/$$shape-trace.json > $(OUT)/$$shape-trace.log 2>&1 || true; \
-	  timeout 100 $(BIN)/multrace bench flow $$run --flows "image -> question" \
+	  timeout -s INT -k 30 100 $(or $(MULTRACE),$(BIN)/multrace) bench flow $$run --flows "image -> question" \
 	    --json $(OUT)/$$shape-flow.json > $(OUT)/$$shape-flow.log 2>&1 || true; \
-	  timeout 150 $(BIN)/multrace bench edit $$run --rows "lower third, last" moments "solve, 1 edit, float32" \
+	  timeout -s INT -k 30 150 $(or $(MULTRACE),$(BIN)/multrace) bench edit $$run --rows "lower third, last" moments "solve, 1 edit, float32" \
 	    --json $(OUT)/$$shape-edit.json > $(OUT)/$$shape-edit.log 2>&1 || true; \
 	done; tail -n 8 $(OUT)/*.log
 
