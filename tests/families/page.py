@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from multrace.models.families.table import PICTURE_FRONTS, TEXT_STACKS
+
 from .table import KNOWN, RECIPES, Known
 
 HEAD = """# Families
@@ -23,11 +25,14 @@ hook sees.
 """
 LEGEND = """
 - Engine: "fast" computes only what can have changed; "plain" is one forward pass per cell, with the reason.
-- Edited: the output maps that an edit changes. A layer of experts has no single map behind its MLP, so that
+- Edited: the output maps that the battery edits. A layer of experts has no single map behind its MLP, so that
   attention's is edited there.
-- Export: PEFT adapter and merged folder.
-- Checked in: the widest type in which transformers itself runs the model.
+- Checked in: float64, in which equal means equal to nine digits, or float32 where transformers has no float64
+  products of experts.
+- Found by: "row" where a table of multrace has a row for the text stack or for the parts that see; "usual names"
+  where the defaults fit. What neither fits is measured (`multrace families`).
 - Needs: packages besides `pip install multrace`. `pip install 'multrace[vision]'` brings torchvision.
+- An asterisk marks the families whose battery is part of `make test`.
 """
 
 
@@ -36,31 +41,65 @@ def page() -> str:
     works = {name: known for name, known in KNOWN.items() if not known.refused}
     refused = [f"- {known.title} (`{model_type(name)}`): {known.why}" for name, known in KNOWN.items() if known.refused]
     fast = sum(not known.plain for known in works.values())
-    count = f"\n{len(works)} of {len(KNOWN)} families work, {fast} of them on the fast engine.\n"
+    count = f"\n**{len(works)} of {len(KNOWN)} families work, {fast} of them on the fast engine.**\n"
     sees = [name for name in works if RECIPES[name].sees]
     parts = [
         HEAD, count, LEGEND,
         "\n## Vision-language models\n\n", *table(sees),
         "\n## Text-only models\n\n", *table([name for name in works if name not in sees]),
-        "\n## What does not work\n\n", "\n".join(refused), "\n",
+        "\n## What does not work\n\n`mt.load` refuses these by name, with the reason.\n\n", "\n".join(refused), "\n",
     ]  # fmt: skip
     return "".join(parts)
 
 
+COLUMNS = (
+    "family",
+    "`model_type`",
+    "text stack",
+    "engine",
+    "edited",
+    "export",
+    "checked in",
+    "found by",
+    "needs",
+    "notes",
+)
+
+
 def table(names: Iterable[str]) -> list[str]:
-    columns = ("family", "model_type", "text stack", "engine", "edited", "export", "checked in", "needs")
-    rows = [columns, ("---",) * len(columns), *(row(name, KNOWN[name]) for name in names)]
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(name, KNOWN[name]) for name in names)]
     return [f"| {' | '.join(cells)} |\n" for cells in rows]
 
 
 def row(name: str, known: Known) -> tuple[str, ...]:
     text = RECIPES[name].config.get("text_config", {}).get("model_type")
-    engine = f"plain: {known.why}" if known.plain else "fast"
     return (
-        known.title + ("" if not known.core else " *"), f"`{model_type(name)}`", f"`{text}`" if text else "its own",
-        engine, "MLP, attention" if known.projection == "mlp" else "attention", "PEFT, merged", known.dtype,
-        ", ".join(known.needs) or "-",
+        known.title + (" *" if known.core else ""), f"`{model_type(name)}`", f"`{text}`" if text else "its own",
+        f"plain: {known.why}" if known.plain else "fast",
+        "MLP" if known.projection == "mlp" else "attention", "PEFT, merged", known.dtype, found_by(name),
+        ", ".join(known.needs) or "-", "; ".join(notes(known)) or "-",
     )  # fmt: skip
+
+
+def notes(known: Known) -> list[str]:
+    """What does not hold of this family."""
+    every = {
+        "one picture per prompt": known.pictures == "one",
+        "several pictures of one size only": known.pictures == "equal",
+        "no places for boxes: queries read the whole picture": bool(known.placeless) and not known.crosses,
+        "pictures stand at no position of the prompt": known.crosses,
+        known.why: bool(known.partly),
+    }
+    return [note for note, holds in every.items() if holds]
+
+
+def found_by(name: str) -> str:
+    """Whether a table of multrace has a row for this family."""
+    config = RECIPES[name].config
+    text = config.get("text_config", config).get("model_type", config["model_type"])
+    has_row = any(text in row.text_types for row in TEXT_STACKS)
+    has_row |= any(config["model_type"] in row.model_types for row in PICTURE_FRONTS)
+    return "row" if has_row else "usual names"
 
 
 def model_type(name: str) -> str:
