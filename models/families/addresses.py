@@ -204,7 +204,8 @@ class Addresses:
             if self.has_down_projection(layer):
                 return self.down_projection(layer).width
         text = self.model.config.get_text_config()
-        return getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        sizes = (getattr(text, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
+        return next((size for size in sizes if size), 4 * text.hidden_size)  # of other names; it only sizes batches
 
     def down_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's MLP writes into the residual stream; its input is the keys.
