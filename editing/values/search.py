@@ -263,7 +263,9 @@ class _BatchSearch:
                 logits = vlm.logits(prompt)[0, prompt_end(prompt) - 1 :].double().log_softmax(-1)
             ids = (*prompt.answer_ids, *ending)
             logs.append(logits[range(len(ids)), list(ids)].sum().item())
-        own, believed = sum(logs) / len(logs), math.log(max(results[number].probability, 1e-300))
+        least = math.log(torch.finfo(torch.float32).tiny)  # probabilities below this are 0 in the search
+        own = max(sum(logs) / len(logs), least)
+        believed = max(math.log(max(results[number].probability, 1e-300)), least)
         if not abs(own - believed) <= _SAME_RUN.get(vlm.dtype, 0.5) * max(1.0, abs(believed)):
             raise EditError(
                 f"the value search gives {goal.prompts[0].answer!r} the probability {math.exp(believed):.3g} after "
