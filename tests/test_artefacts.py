@@ -301,6 +301,7 @@ def test_a_table_has_a_line_per_entry():
     assert frame.to_dict("list") == {"row": ["row 0", "row 1"], "score": [0.1, 0.9]}
 
 
+@pytest.mark.slow  # the imports of the whole package are checked by test_startup.py
 def test_results_are_imported_without_pandas_matplotlib_and_scipy():
     """They add none of the three to what transformers and the models import already; drawing adds matplotlib."""
     code = (

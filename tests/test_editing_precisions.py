@@ -17,7 +17,7 @@ def scaled(delta: Delta, factor: float) -> Delta:
     return replace(delta, changes=changes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_makes_edits_exports_and_undo(dtype, tmp_path):
     vlm = load(tiny_vlm_path(), dtype=dtype)
     prompt, digest = vlm.prompt(None, "Who won?"), vlm.weights_digest()
@@ -90,7 +90,7 @@ def test_a_file_in_half_precision_says_what_it_takes_from_an_edit(tiny_vlm, tmp_
     assert [record.levelname for record in said] == ["INFO", "WARNING"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_traces_in_half_precision_agree_with_plain_passes(dtype, photo, other_photo):
     vlm = load(tiny_vlm_path(), dtype=dtype)
     prompt = vlm.prompt(photo, "Who founded the company in this photo?")

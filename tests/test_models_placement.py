@@ -109,6 +109,7 @@ def test_an_edit_of_a_weight_on_disk_is_that_of_the_weight_in_memory(offloaded, 
     assert offloaded.weights_digest() == digest and offloaded.answers([prompt]) != ["Pruro"]
 
 
+@pytest.mark.slow
 def test_edits_on_top_of_each_other_and_a_runtime_edit(offloaded, delta):
     first, second = (offloaded.prompt(None, text) for text in ("Who won?", "Who lost?"))
     digest = offloaded.weights_digest()

@@ -181,7 +181,11 @@ def test_attention_that_cannot_be_read_is_an_error(monkeypatch):
     vlm = make("Gemma3, sliding and full layers", monkeypatch)
     entering = make_runs(vlm).source
     assert image_ranks(vlm, entering, FROZEN).shape == (vlm.layers, len(FROZEN))
-    monkeypatch.setattr(type(vlm.addresses.decoder), "_supports_attention_backend", False)
+
+    def refuse(*_arguments: object) -> None:
+        raise ReplayError("its attention function cannot be replaced")
+
+    monkeypatch.setattr("multrace.models.replay.observe._methods", refuse)
     with pytest.raises(TraceError, match=r"cannot be ranked by attention.*keep=\(0,\)"):
         image_ranks(vlm, entering, FROZEN)
 

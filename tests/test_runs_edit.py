@@ -112,7 +112,7 @@ def test_several_layers_and_moments_are_those_of_the_library(go: Any, tmp_path: 
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("each", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_place_is_the_one_that_the_traces_of_the_library_show(
     go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel, each: bool
 ):

@@ -252,6 +252,7 @@ def test_what_cannot_be_estimated_is_refused(random_llava, photo, name, settings
 
 def test_a_model_that_cannot_be_replayed_cannot_be_estimated(random_llava, photo, monkeypatch):
     monkeypatch.setattr(random_llava.addresses.decoder, "_supports_attention_backend", False)
+    monkeypatch.setattr("multrace.models.replay.observe.asks_for_attention", lambda _layer: False)
     with pytest.raises(TraceError, match="cannot be replayed, so nothing can be estimated"):
         trace(random_llava, ask(random_llava, photo), BlankImage(), positions="last", exact_cells=1, engine=Engine())
 

@@ -40,8 +40,9 @@ def trace(vlm: VisionLanguageModel, prompt: Prompt, corruption: Corruption, **se
 
 @pytest.fixture
 def unreplayable(random_llava: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> VisionLanguageModel:
-    """A model that says its attention function cannot be replaced."""
+    """A model that neither says nor shows that its attention function can be replaced."""
     monkeypatch.setattr(random_llava.addresses.decoder, "_supports_attention_backend", False)
+    monkeypatch.setattr("multrace.models.replay.observe.asks_for_attention", lambda _layer: False)
     return random_llava
 
 

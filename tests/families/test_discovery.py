@@ -30,13 +30,6 @@ UNKNOWN: dict[str, tuple[Recipe, dict[str, object]]] = {
             "mlp": "mlp.dense_4h_to_h", "down": "mlp.dense_4h_to_h", "final_norm": "ln_f", "parallel": False,
         },
     ),
-    "ctrl": (
-        text("ctrl", dff=64),
-        {
-            "layers": "h", "attention": "multi_head_attention", "attention_out": "multi_head_attention.dense",
-            "mlp": "ffn", "down": "ffn.2", "final_norm": "layernorm",
-        },
-    ),
 }  # fmt: skip
 """Text types, and what their classes in transformers say."""
 NO_ROW_SERVES = ("gemma3n", "phi4_multimodal")
