@@ -15,6 +15,7 @@ from .table import KNOWN, RECIPES
 from .texts import TEXT, text
 
 IN_EVERY_TEST_RUN = ("gpt_neox", "gptj", "gemma2", "granite", "olmo2", "cohere2", "llava")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of some processors
 UNKNOWN: dict[str, tuple[Recipe, dict[str, object]]] = {
     "falcon": (
         text("falcon"),
