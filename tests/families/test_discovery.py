@@ -46,7 +46,11 @@ def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def places(vlm: mt.VisionLanguageModel) -> dict[str, object]:
     """Every module that the model's family names, by path, and the family's two properties."""
     found: dict[str, object] = {"norm": vlm.path(vlm.final_norm), "transposed": vlm.family.transposed}
-    found |= {"parallel": vlm.family.parallel, "prefix": vlm.family.prefix, "beside": vlm.family.beside}
+    found |= {
+        "parallel": vlm.family.parallel,
+        "prefix": vlm.family.prefix,
+        "beside": None if vlm.addresses.beside(0) is None else vlm.family.beside,
+    }
     for layer in range(vlm.layers):
         found |= {str(site): vlm.path(site) for site in (Site("attention", layer), Site("mlp", layer))}
         found[f"out {layer}"] = vlm.attention_projection(layer).path
