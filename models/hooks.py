@@ -164,7 +164,7 @@ def first_call(vlm: Addressed, module: nn.Module) -> Iterator[dict[str, Any]]:
     arguments: dict[str, Any] = {}
 
     def stop(_module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        arguments.update(named_arguments(module, given, keywords))
+        arguments.update(named_arguments(module.forward, given, keywords))
         raise StopForward
 
     with vlm.lock:
@@ -177,9 +177,11 @@ def first_call(vlm: Addressed, module: nn.Module) -> Iterator[dict[str, Any]]:
             uninterrupted(handle.remove)
 
 
-def named_arguments(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a module's call by the names in its signature, in that order."""
-    bound = inspect.signature(module.forward).bind(*given, **keywords)
+def named_arguments(
+    function: Callable[..., Any], given: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a function's call by the names in its signature, in that order."""
+    bound = inspect.signature(function).bind(*given, **keywords)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         is_rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD

@@ -265,7 +265,7 @@ class _BatchSearch:
             logs.append(logits[range(len(ids)), list(ids)].sum().item())
         least = math.log(torch.finfo(torch.float32).tiny)  # probabilities below this are 0 in the search
         own = max(sum(logs) / len(logs), least)
-        believed = max(math.log(max(results[number].probability, 1e-300)), least)
+        believed = math.log(max(results[number].probability, math.exp(least)))
         if not abs(own - believed) <= _SAME_RUN.get(vlm.dtype, 0.5) * max(1.0, abs(believed)):
             raise EditError(
                 f"the value search gives {goal.prompts[0].answer!r} the probability {math.exp(believed):.3g} after "

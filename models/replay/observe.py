@@ -146,7 +146,7 @@ class Witness:
         written: list[Tensor] = []
 
         def follow(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-            named = named_arguments(layer, arguments, keywords)
+            named = named_arguments(layer.forward, arguments, keywords)
             states = named.pop(next(iter(named)))
             added = self._between.get(len(self.calls))
             if added is not None and written and last and last[0][0] is written[0]:
@@ -175,7 +175,7 @@ class Witness:
         def mixing(number: int, mixer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if number in self._mixed:
                 raise ReplayError(f"what mixes positions in decoder layer {number} runs more than once")
-            self._mixed[number] = next(iter(named_arguments(mixer, arguments, keywords).values()))
+            self._mixed[number] = next(iter(named_arguments(mixer.forward, arguments, keywords).values()))
 
         with ExitStack() as stack:
             for number, mixer in self._mixers.items():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ReplayError
 from ..families import Projection
 from ..guards import uninterrupted
-from ..hooks import StopForward, main_tensor
+from ..hooks import StopForward, main_tensor, named_arguments
 from ..vlm import VisionLanguageModel
 from .attention import Job
 from .recording import Queries, Recording, Source, places
@@ -117,19 +117,14 @@ class _Mixer:
         self.inputs = torch.empty(0)
         self._module, self._config = module, config
         self._forward: Callable[..., Any] = module.forward
-        self._signature = signature(module.forward)
         self._arguments: dict[str, Any] = {}
-        self._input, *others = self._signature.parameters
+        self._input, *others = signature(module.forward).parameters
         caches = [name for name in others if name.startswith(("cache_params", "past_key_value"))]
         self._cache = caches[0] if caches else None
 
     def bound(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Mixer:
         """Take the arguments of a call and return this object."""
-        given = self._signature.bind(*arguments, **keywords)
-        self._arguments = {}
-        for name, value in given.arguments.items():
-            is_rest = self._signature.parameters[name].kind is self._signature.parameters[name].VAR_KEYWORD
-            self._arguments |= value if is_rest else {name: value}
+        self._arguments = named_arguments(self._forward, arguments, keywords)
         self.inputs = self._arguments.pop(self._input)
         return self
 
