@@ -4,6 +4,7 @@
 #   make test     the test suite without the checks marked slow or families
 #   make slow     the checks marked slow
 #   make families  the battery of every family, and the page that says what works   -> docs/families.md
+#   make packed   the tests of 8-bit and 4-bit weights, with bitsandbytes and torchao (47 MB) in a folder of their own
 #   make reference  docs/reference.md, from the docstrings
 #   make lint     format, style, likely bugs, import order, types
 #   make results  every editor and baseline on the embedded model (docs/results.md), some hours
@@ -43,7 +44,7 @@ DEVICE ?= cuda:0
 OUT ?= out/gpu
 MULTRACE ?=
 
-.PHONY: help demo test slow families lint reference bench bench-gpu results tiny-vlm venv
+.PHONY: help demo test slow families packed lint reference bench bench-gpu results tiny-vlm venv
 
 help:
 	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
@@ -65,6 +66,11 @@ slow: $(READY)
 families: $(READY)
 	$(PYTEST) tests/families --deselect tests/families/test_page.py $(PYTEST_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m families.page docs/families.md
+
+# These packages stay outside of .venv, since torchao writes to stderr in every process that imports PEFT.
+packed: $(READY)
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/packed -c constraints.txt $(PIP_EXTRA) bitsandbytes torchao
+	PYTHONPATH=$(VENV)/packed $(PYTEST) tests/test_models_quantised.py tests/test_models_gguf.py $(PYTEST_ARGS)
 
 reference: $(READY)
 	$(BIN)/python -m multrace.scripts.studies.reference

@@ -1,10 +1,10 @@
 """GGUF files of text models open with their own tokenizer, and their weights are ordinary ones."""
 
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
-from typing import Any
 
+import gguf
 import multrace
 import numpy as np
 import pytest
@@ -22,11 +22,6 @@ PARTS = {
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-
-
-def gguf() -> Any:
-    """The gguf package; skips without it."""
-    return pytest.importorskip("gguf", reason="needs gguf, from the extra gguf")
 
 
 def name_of(weight: str) -> str:
@@ -49,8 +44,8 @@ def stored(name: str, weight: Tensor, heads: int) -> np.ndarray:
 
 def write(vlm: VisionLanguageModel, path: Path, *, kind: str = "F32", architecture: str = "llama") -> Path:
     """Write a Llama and its byte-level tokenizer as a GGUF file, its matrices in blocks of this kind."""
-    package, config = gguf(), vlm.config
-    writer = package.GGUFWriter(path, architecture)
+    config = vlm.config
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -69,11 +64,11 @@ def write(vlm: VisionLanguageModel, path: Path, *, kind: str = "F32", architectu
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    blocks = getattr(package.GGMLQuantizationType, kind)
+    blocks = getattr(gguf.GGMLQuantizationType, kind)
     for name, weight in vlm.named_parameters():
         values = stored(name, weight, config.num_attention_heads)
         if kind != "F32" and values.ndim == 2:
-            writer.add_tensor(name_of(name), package.quants.quantize(values, blocks), raw_dtype=blocks)
+            writer.add_tensor(name_of(name), gguf.quants.quantize(values, blocks), raw_dtype=blocks)
         else:
             writer.add_tensor(name_of(name), values)
     writer.write_header_to_file()
@@ -135,8 +130,8 @@ def test_a_file_is_not_quantised_once_more(random_llama, tmp_path):
         multrace.load(path, quantization=BitsAndBytesConfig(load_in_8bit=True))
 
 
-@pytest.mark.skipif(find_spec("gguf") is not None, reason="gguf is installed")
-def test_a_missing_reader_is_named_with_its_extra(tmp_path):
+def test_a_missing_reader_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     (tmp_path / "llama.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"needs gguf, which is not installed; pip install 'multrace\[gguf\]'"):
         multrace.load(tmp_path / "llama.gguf")
