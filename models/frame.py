@@ -241,6 +241,11 @@ class Frame:
             ]
         return replace(self, keywords=picked)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether layers attend to the states of pictures, which stand at no position."""
+        return self.keywords.get(_ATTENDED) is not None
+
     def differs(self, other: Frame) -> bool:
         """Return whether any argument but the features between layers differs."""
         names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS}

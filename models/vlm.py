@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, whole_number
-from .families import Addresses, Family, Key, Projection
+from .families import Addresses, Family, Key, Projection, Site
 from .frame import PER_LAYER, DecoderInput, Frame
 from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating, uninterrupted
-from .hooks import first_call, main_tensor
+from .hooks import capture, first_call, main_tensor
 from .layout import pixels_of
 from .pictures import named_features, projected_features
 from .placement import OpenedWeight, input_device, is_packed, opened, stored_beside, stored_weights, values
@@ -494,6 +494,21 @@ class VisionLanguageModel:
         self.check_prompt(prompt)
         with torch.no_grad():
             return self.decoder_input(dict(inputs or prompt.inputs)).cut(prompt.groups["last"][0] + 1)
+
+    def skipped_layers(self, entering: DecoderInput | Prompt) -> tuple[int, ...]:
+        """Return the decoder layers that do not run for an input or a prompt; none in most models.
+
+        These are the layers that attend to pictures (Llama 3.2 Vision), where there is none.
+        """
+        if not self.family.attended or (isinstance(entering, Prompt) and entering.images):
+            return ()
+        entering = self.embed(entering) if isinstance(entering, Prompt) else entering
+        if entering.frame.has_pictures:
+            return ()
+        layers = {Site("hidden", layer): layer for layer in range(self.layers)}
+        with torch.no_grad(), capture(self, layers) as states:
+            self.forward(entering, positions=[-1])
+        return tuple(layer for site, layer in layers.items() if site not in states)
 
     def embed_words(self, ids: Sequence[int]) -> Tensor:
         """Return the embeddings of token ids, (1, token, hidden), without gradients."""

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import multrace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from families.folders import write
 from families.table import RECIPES
+from model_fixtures import draw_photo
 from multrace import EditError, EditRequest, ModelError, MultEdit, VisionLanguageModel, capture, patch
-from multrace.models import Family, Site, collate
+from multrace.models import Family, ReplayError, Site, collate
 from multrace.models.loading import prove_addresses
-from multrace.tracing import TextNoise, TraceError
+from multrace.tracing import TextNoise
 from PIL import Image
 from random_models import make_tokenizer, text_sizes
 from torch import nn
@@ -255,13 +257,64 @@ def test_layers_are_parallel_if_the_configuration_says_so(parallel, tmp_path):
     assert stack("gpt_neox", tmp_path, use_parallel_residual=parallel).family.parallel == parallel
 
 
-def test_a_running_state_has_no_heads_to_restore(tmp_path):
+def test_a_running_state_is_restored_as_attention(tmp_path):
     vlm = stack("qwen3_5_text", tmp_path, **STACKS["layers with different names"][1])
     prompt, noise = vlm.prompt(None, "Who won the medal?", constraint="medal"), TextNoise(scale=3.0)
     options = {"corruption": noise, "answer": "golf", "positions": "last", "even_if_weak": True, "progress": False}
     assert vlm.layers in multrace.causal_trace(vlm, prompt, sites="attention", **options).samples["attention"].shape
-    with pytest.raises(TraceError, match="decoder layer 0 of .* keeps a running state and has no attention heads"):
-        multrace.causal_trace(vlm, prompt, sites="heads", **options)
+
+
+def test_a_window_of_heads_leaves_out_layers_without_heads(tmp_path):
+    vlm = stack("qwen3_5_text", tmp_path, **STACKS["layers with different names"][1])
+    prompt, corruption = vlm.prompt(None, "Who won the medal?", constraint="medal"), multrace.ReplaceText("match")
+    corrupted = corruption.corrupt(vlm, prompt).embeddings
+    settings = {"corruption": corruption, "sites": "heads", "window": 4, "positions": "last", "answer": "golf"}
+    with pytest.warns(UserWarning, match="heads in decoder layers 0, 2 of .*; the cells there are nan"):
+        trace = multrace.causal_trace(vlm, prompt, even_if_weak=True, progress=False, **settings)
+    projections, size = [vlm.attention_projection(layer) for layer in (1, 3)], vlm.hidden // vlm.heads
+    with multrace.capture(vlm, projections, inputs=True, clone=True) as clean:
+        vlm.logits(prompt)
+    for head in range(vlm.heads):
+        part = slice(head * size, (head + 1) * size)
+
+        def put(states, projection, part=part):
+            states = states.clone()
+            states[:, -1, part] = clean[projection][:, -1, part]
+            return states
+
+        with multrace.patch(vlm, {each: partial(put, projection=each) for each in projections}, inputs=True):
+            expected = vlm.forward(corrupted)[0, -1].softmax(-1)[trace.answer_ids[0]]
+        values = trace.samples[f"head {head}"][0, 0, :, 0]
+        assert values.isnan().tolist() == [True, False, True, False]
+        assert abs(float(values[3] - expected)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:tracing one forward pass per cell")
+def test_layers_that_attend_to_pictures_are_left_out_without_one(tmp_path):
+    vlm = multrace.load(write(RECIPES["mllama"], tmp_path / "mllama"), dtype="float64", verify=False)
+    prompt = vlm.prompt(None, "Who founded the company?", constraint="the company")
+    assert vlm.skipped_layers(prompt) == (1, 3) and not vlm.skipped_layers(vlm.prompt(draw_photo(1), "Who?"))
+    skipped = "decoder layers 1, 3 of .* did not run, since the prompt has no picture to attend to"
+    options = {"corruption": TextNoise(samples=2, scale=3.0), "even_if_weak": True, "progress": False}
+    with pytest.warns(UserWarning, match=f"{skipped}; the cells there are nan"):
+        trace = multrace.causal_trace(vlm, prompt, positions="constraint", window=1, **options)
+    for kind, values in trace.samples.items():
+        assert values[0, 0, :, 0].isnan().tolist() == [False, True, False, True, False, False], kind
+        assert (values[0, 0, [0, 2, 4], 0] - trace.corrupted[0]).abs().min() > 1e-9, kind
+    assert multrace.average([trace, trace]).means["mlp"].count[0, 0].tolist() == [2, 0, 2, 0, 2, 2]
+    with pytest.warns(UserWarning, match=f"{skipped}; the states there are those of the layer before"):
+        lens = multrace.logit_lens(vlm, prompt, answer="Paris", progress=False).probability("Paris")
+    assert lens[2] == lens[1] != lens[3] == lens[4] and len(lens) == vlm.layers + 1
+    with pytest.warns(UserWarning, match=f"{skipped}; nothing is cut there"):
+        knockout = multrace.attention_knockout(vlm, prompt, flows=["constraint -> last"], windows=(1,), progress=False)
+    moves = (knockout.probabilities[0, 0, 0] - knockout.clean[0]).abs()
+    assert moves[[1, 3]].max() < 1e-12 and moves[[0, 2, 4]].min() > 1e-9
+    with pytest.raises(ReplayError, match="decoder layer 1 attends out of turn, or not at all in this pass"):
+        multrace.tracing.attention_contributions(vlm, prompt, progress=False)
+    request = EditRequest(question=prompt, target="Paris")
+    with pytest.raises(EditError, match="down_proj' does not run for these prompts.*pass requests with a picture"):
+        MultEdit(layer=1, token="last", steps=3).edit(vlm, [request], progress=False)
+    assert vlm.answers([prompt])
 
 
 def test_a_shared_expert_is_an_mlp_that_can_be_edited(tmp_path):

@@ -24,9 +24,9 @@ from multrace import VisionLanguageModel, load
 from multrace.models import ReplayError, Site, patch
 from multrace.models.families import Family
 from multrace.models.replay import Cut, PaddedBatch, UpperLayers, attending, replaying, running
-from multrace.models.replay.observe import LayerCall
+from multrace.models.replay.observe import LayerCall, layers_without_attention
 from multrace.tracing import TraceError
-from multrace.tracing.engine import EdgeCell, Engine, Runs, plain_scores
+from multrace.tracing.engine import EdgeCell, Engine, Runs, StateCell, plain_scores
 from multrace.tracing.engine.measure import measure as measured, sweep
 from multrace.tracing.engine.scoring import Scoring
 from other_families import MODELS, RUNNING, make, text
@@ -70,6 +70,24 @@ def test_layers_with_a_running_state_go_on_from_it(name, monkeypatch):
         attending(vlm, [-1]),
     ):
         vlm.forward(runs.base)
+
+
+@pytest.mark.parametrize("name", [*RUNNING][:3])
+def test_heads_are_swept_in_the_layers_that_have_them(name, monkeypatch):
+    lift_every_cast(monkeypatch)
+    vlm = make(name, monkeypatch)
+    headed = [layer for layer in range(vlm.layers) if layer not in layers_without_attention(vlm)]
+    cells = [
+        StateCell(kind="head", first=first, last=last, head=head, positions=positions)
+        for positions in ((2,), (LENGTH - 1,), CHANGED)
+        for head in range(vlm.heads)
+        for first in headed
+        for last in headed[headed.index(first) :]
+    ]
+    for restores in (True, False):
+        difference, moved = largest_difference(vlm, make_runs(vlm, restores=restores), cells)
+        assert difference <= 1e-12
+        assert moved > 0.3
 
 
 @pytest.mark.parametrize("name", [*RUNNING][:3])

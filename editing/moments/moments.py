@@ -266,6 +266,11 @@ class Moments:
             shapes = {kind: tuple(part.shape) for kind, part in parts.items()}
             sides = {side for shape in shapes.values() for side in shape}
             is_square = len(sides) == 1 and all(len(shape) == 2 for shape in shapes.values())
+            if not parts:
+                raise EditError(
+                    f"layer {layer} did not run for these prompts, so it has no moments: it attends to pictures; "
+                    "collect them over prompts with pictures, or of other layers"
+                )
             if set(parts) != present or not is_square or any(part.dtype != torch.float64 for part in parts.values()):
                 raise EditError(
                     f"the moments of layer {layer} must be one square float64 matrix for each of {sorted(present)}, "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -319,7 +320,17 @@ def watched(vlm: VisionLanguageModel, places: Sequence[tuple[Projection, Place]]
     """Yield a function from a projection and a place to what they read and wrote in the last run in the block."""
     projections, outputs = {projection for projection, _ in places}, {place for _, place in places}
     with capture(vlm, projections, inputs=True, clone=True) as read, capture(vlm, outputs, clone=True) as written:
-        yield lambda projection, place: (read[projection], written[place])
+        yield lambda projection, place: (_of_run(read, projection), _of_run(written, place))
+
+
+def _of_run(states: Mapping[Any, Tensor], key: object) -> Tensor:
+    """Return what a part of the model read or wrote. Raises `EditError` if it did not run."""
+    if key not in states:
+        raise EditError(
+            f"{str(key)!r} does not run for these prompts, so it cannot be edited with them: its layer attends to "
+            "pictures; pass requests with a picture, or another layer"
+        )
+    return states[key]
 
 
 def split(batch: TargetBatch, inputs: Tensor, outputs: Tensor) -> list[Lookup]:

@@ -597,7 +597,7 @@ class _Recorder:
         number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
         if number != len(self.attentions):
             self._refuse_running(number)
-            raise ReplayError(f"decoder layer {number} attends out of turn")
+            raise ReplayError(f"decoder layer {len(self.attentions)} attends out of turn, or not at all in this pass")
         if dropout:
             raise ReplayError(f"decoder layer {number} drops attention weights at random; put the model in eval mode")
         where = self._places(query.shape[2], key)

@@ -267,10 +267,12 @@ def _filled(grid: Grid, measured: CellScores, best: _Best) -> tuple[Tensor, dict
     scores[list(best.exact)] = measured.scores
     is_exact = torch.zeros(len(grid.cells), dtype=torch.bool).index_fill(0, torch.tensor(best.exact), True)
     estimates, exact = best.changes[:, 0].mean(-1), (scores - measured.base)[:, 0].mean(-1)
-    maps = [grid.maps(each.unsqueeze(-1)) for each in (estimates, exact, is_exact)]
+    maps = [grid.maps(each.unsqueeze(-1)) for each in (estimates, exact)]
+    maps.append(grid.maps(is_exact.unsqueeze(-1), empty=True))
     agreement = {}
     for kind in grid.spans:
         first, second, known = (each[kind].flatten() for each in maps)
+        known &= ~first.isnan()
         if int(known.sum()) > 1:
             agreement[kind] = rank_agreement(first[known], second[known])
     estimated = {kind: ~each[..., 0] for kind, each in maps[2].items()}
@@ -371,7 +373,8 @@ def _estimate(
     where, total = places(changed, live, torch.device("cpu")), torch.zeros(())
     for layer in range(cell.first, cell.last + 1):
         key = vlm.attention_projection(layer) if cell.kind == "head" else Site(cast(Kind, cell.kind), layer)
-        total = total + effects[key][..., cell.head or 0][..., where].sum(-1)
+        if key in effects:  # a layer with a running state inside a window has no heads
+            total = total + effects[key][..., cell.head or 0][..., where].sum(-1)
     return total
 
 

@@ -4,6 +4,8 @@ The plan states which cells cost nothing, which positions the others change, and
 only keeps account of positions and layers; it computes no states. It also defines the errors of all experiments.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -25,6 +27,34 @@ class TraceError(ValueError):
 
 class WeakCorruption(TraceError):
     """A corruption that does not lower the answer's probability, so there is nothing to bring back."""
+
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line outside this package from which the call came."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def in_words(layers: Sequence[int]) -> str:
+    """Return ascending decoder layers in words: "decoder layer 3" or "decoder layers 0-2, 4"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    numbers = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"decoder layer{'s' if len(layers) > 1 else ''} {numbers}"
+
+
+def skipped_in_words(vlm: VisionLanguageModel, layers: Sequence[int]) -> str:
+    """Return in words that these layers do not run for a prompt without a picture."""
+    return f"{in_words(layers)} of {vlm.name!r} did not run, since the prompt has no picture to attend to"
 
 
 ENGINES = ("auto", "replay", "plain")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...artefacts.results import load_fields, save_fields
 from ...models import Site, VisionLanguageModel, patch
 from ...models.families import Kind, Projection
+from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, on_device, places
 from ...models.replay.replay import Replay
 from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError
@@ -58,6 +59,7 @@ class States:
     ) -> None:
         self._replay, self._vlm, self._cells, self._settings = replay, replay.vlm, cells, settings
         self._samples, self._recorded = runs.samples, recorded
+        self._headless = frozenset(layers_without_attention(replay.vlm))
         self._shared: dict[_Start, tuple[int, ...]] = {}
         self._kept: dict[_Start, Tensor] = {}
         self._span: tuple[tuple, Span] | None = None
@@ -79,6 +81,8 @@ class States:
         for row, lane in enumerate(lanes):
             cell = self._cells[lane.cell]
             if cell.first < layer <= cell.last:
+                if cell.kind == "head" and layer in self._headless:
+                    continue
                 writes.add(*_site(self._vlm, cell.kind, layer, cell.head), row, lane.live, self._recorded.source)
             elif cell.severed and layer > cell.last:
                 writes.add(*_site(self._vlm, cell.severed, layer, None), row, lane.live, self._recorded.base)

@@ -5,8 +5,6 @@ its first layer, which the base run already holds except for the positions that 
 positions that it cannot change come from the recorded runs, which all cells share.
 """
 
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from ...models import ReplayError, Site, VisionLanguageModel
 from ...models.families import Kind, Projection
 from ...models.frame import Frame
+from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import index_of, places
 from ...models.replay.replay import Replay, Work, replaying
 from .cells import (
@@ -40,6 +39,7 @@ from .cells import (
     single,
     state_cells,
     touched,
+    warn_caller,
 )
 from .lanes import Checkpoint, Edges, Recorded, States
 from .plain import Shown, each_plain, is_before_decoder, lacking_edges, plain_scores, run_scores, with_pictures
@@ -49,7 +49,6 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 """Differences in probability that rounding alone can explain."""
 _COARSE = 3e-2
 """The same in half precision, and in a quantised model, which may round its activations too."""
-_PACKAGE = __name__.partition(".")[0]
 
 Accept = Callable[[Tensor, Tensor], None]
 """A check of the scores (metric, sample) of base and source before any cell is computed; it may raise."""
@@ -83,8 +82,8 @@ def measure(
             runs out; or a score is not finite. With other engine settings, a model that cannot be replayed gets one
             warning instead.
     """
-    if message := lacking_edges(vlm, cells):
-        _warn(message)
+    if message := lacking_edges(vlm, runs.base, cells):
+        warn_caller(message)
     before = [is_before_decoder(cell) for cell in cells]
     others = [cell for cell, is_before in zip(cells, before, strict=True) if not is_before]
     parts: list[CellScores] = []
@@ -136,7 +135,7 @@ def measure_once(
             if engine.name == "replay":
                 raise TraceError(f"{vlm.name!r} cannot be replayed: {error}; pass Engine(name='auto')") from error
             reason = str(error)
-            _warn(f"tracing one forward pass per cell, which is slow: {reason}")
+            warn_caller(f"tracing one forward pass per cell, which is slow: {reason}")
     return _measure_plain(vlm, runs, cells, score, (engine, reason), accept, bar)
 
 
@@ -209,7 +208,7 @@ def _checked(
     size = float(plain[:, 0].nan_to_num(0.0, 0.0, 0.0).abs().max())
     rounding = _COARSE if vlm.is_quantised else _TOLERANCE.get(vlm.dtype, _COARSE)
     if difference > max(rounding, 5 * noise) * max(1.0, size):
-        _warn(
+        warn_caller(
             f"the fast engine differs by {difference:.1e} from plain forward passes on {len(chosen)} checked cells, "
             f"which differ by {noise:.1e} among themselves; trace again with Engine(name='plain') and report this model"
         )
@@ -231,14 +230,6 @@ def _largest_difference(first: Tensor, second: Tensor) -> float:
     first, second = first[:, [0, -1]], second[:, [0, -1]]
     alike = (first == second) | (first.isnan() & second.isnan())
     return float((first - second).abs().nan_to_num(torch.inf, torch.inf).masked_fill(alike, 0.0).max())
-
-
-def _warn(message: str) -> None:
-    """Warn at the line outside this package from which the call came."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
 
 
 # ---- several sequences of tokens ----
@@ -374,7 +365,9 @@ def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], lis
         spans.setdefault(cell.kind, set()).update(range(cell.first, cell.last + 1))
         if cell.severed:
             spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
-    projections = [vlm.attention_projection(layer) for layer in sorted(spans.pop("head", ()))]
+    ends = {layer for cell in cells if cell.kind == "head" for layer in (cell.first, cell.last)}
+    inside = spans.pop("head", set()).difference(layers_without_attention(vlm))
+    projections = [vlm.attention_projection(layer) for layer in sorted(ends | inside)]
     spans.pop("hidden", None)  # the input states of layers are always kept
     return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
 

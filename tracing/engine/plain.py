@@ -19,10 +19,22 @@ from ...models.families import Key, Kind
 from ...models.frame import DecoderInput
 from ...models.replay.observe import layers_without_attention, masking
 from ...models.replay.recording import Cut
-from .cells import Cell, CellScores, EdgeCell, Measure, Runs, StateCell, TraceError, all_edges, state_cells
+from .cells import (
+    Cell,
+    CellScores,
+    EdgeCell,
+    Measure,
+    Runs,
+    StateCell,
+    TraceError,
+    all_edges,
+    skipped_in_words,
+    state_cells,
+)
 
 _Write = Callable[[Tensor], Tensor]
 _Inputs = Mapping[str, Tensor]
+_Keys = Mapping[int, Key]
 
 
 def plain_scores(
@@ -74,12 +86,15 @@ def _masked(vlm: VisionLanguageModel, runs: Runs) -> Callable[[EdgeCell], Abstra
     return changing
 
 
-def lacking_edges(vlm: VisionLanguageModel, cells: Sequence[Cell]) -> str:
-    """Return a warning if edge cells concern layers without attention edges, else nothing.
+def lacking_edges(vlm: VisionLanguageModel, entering: DecoderInput, cells: Sequence[Cell]) -> str:
+    """Return a warning if edge cells concern layers without attention edges in this run, else nothing.
 
     Raises `TraceError` if tokens are to be dropped from such layers, which would still carry them on.
     """
     edges = [cell for cell in cells if isinstance(cell, EdgeCell)]
+    skipped = vlm.skipped_layers(entering) if edges else ()
+    if skipped and any(set(skipped).intersection(range(cell.first, cell.last + 1)) for cell in edges):
+        return f"{skipped_in_words(vlm, skipped)}; nothing is cut there"
     without = set(layers_without_attention(vlm)) if edges else set()
     with_edges = [str(layer) for layer in range(vlm.layers) if layer not in without]
     if not with_edges:  # nothing can be cut at all, which the engine says
@@ -118,11 +133,12 @@ def _put_in(
 ) -> Callable[[StateCell], AbstractContextManager]:
     """Return a function that gives the context in which a cell's source states are patched in and others are frozen."""
     base, source = (each.for_rows(runs.samples) for each in (runs.base, runs.source))
-    keys = {kind: _keys(vlm, kind) for kind in {cell.kind for cell in cells}}
+    skipped = vlm.skipped_layers(base)
+    keys = {kind: _keys(vlm, kind, skipped) for kind in {cell.kind for cell in cells}}
     sources = _states(vlm, source, keys, runs)
-    frozen_keys = {cell.severed: _keys(vlm, cell.severed) for cell in cells if cell.severed}
+    frozen_keys = {cell.severed: _keys(vlm, cell.severed, skipped) for cell in cells if cell.severed}
     if any(cell.is_direct for cell in cells):
-        frozen_keys["hidden"] = _keys(vlm, "hidden")
+        frozen_keys["hidden"] = _keys(vlm, "hidden", skipped)
     own = _states(vlm, base, frozen_keys, runs)
 
     def changing(cell: StateCell) -> AbstractContextManager:
@@ -135,46 +151,44 @@ def _put_in(
     return changing
 
 
-def _keys(vlm: VisionLanguageModel, kind: str) -> list[Key]:
-    """Return each layer's module whose output, or for heads whose input, a kind of cell reads and writes."""
+def _keys(vlm: VisionLanguageModel, kind: str, skipped: Collection[int]) -> _Keys:
+    """Return, by layer, the module whose output, or for heads whose input, a kind of cell reads and writes.
+
+    Layers that are skipped have none, nor have layers without attention heads where these are read.
+    """
+    without = {*skipped, *(layers_without_attention(vlm) if kind == "head" else ())}
+    layers = [layer for layer in range(vlm.layers) if layer not in without]
     if kind == "head":
-        return [vlm.attention_projection(layer) for layer in range(vlm.layers)]
-    return [Site(cast(Kind, kind), layer) for layer in range(vlm.layers)]
+        return {layer: vlm.attention_projection(layer) for layer in layers}
+    return {layer: Site(cast(Kind, kind), layer) for layer in layers}
 
 
 def _states(
-    vlm: VisionLanguageModel, entering: DecoderInput, keys: Mapping[str, list[Key]], runs: Runs
+    vlm: VisionLanguageModel, entering: DecoderInput, keys: Mapping[str, _Keys], runs: Runs
 ) -> dict[Key, Tensor]:
     """Return these modules' outputs (for heads their inputs) in the run on this input, (sample, token, width).
 
     The run has as many equal samples as the other run: matrix products of another size round differently, and
     patching in a state that the corruption never touched would no longer have exactly no effect.
     """
-    outputs = [key for kind, each in keys.items() if kind != "head" for key in each]
+    outputs = [key for kind, each in keys.items() if kind != "head" for key in each.values()]
     if not keys:
         return {}
     with (
         torch.no_grad(),
         capture(vlm, outputs, clone=True) as written,
-        capture(vlm, keys.get("head", []), inputs=True, clone=True) as read,
+        capture(vlm, keys.get("head", {}).values(), inputs=True, clone=True) as read,
     ):
         vlm.forward(entering, positions=runs.scored)
-    states = {**written, **read}
-    for key in (*outputs, *keys.get("head", [])):
-        if key not in states:
-            raise TraceError(
-                f"{str(key)!r} does not run for this prompt: its layer attends to pictures, and there is none; trace a "
-                "prompt with a picture"
-            )
-    return states
+    return {**written, **read}
 
 
 def _writes(
     vlm: VisionLanguageModel,
     cell: StateCell,
     runs: Runs,
-    source: tuple[list[Key], dict[Key, Tensor]],
-    base: tuple[Mapping[str, list[Key]], dict[Key, Tensor]],
+    source: tuple[_Keys, dict[Key, Tensor]],
+    base: tuple[Mapping[str, _Keys], dict[Key, Tensor]],
 ) -> tuple[dict[Key, list[_Write]], dict[Key, list[_Write]]]:
     """Return the writes that patch in the cell's states and those that freeze other states."""
     put: dict[Key, list[_Write]] = {}
@@ -183,13 +197,14 @@ def _writes(
     if cell.kind == "head":
         size = vlm.attention_projection(cell.first).width // vlm.heads
         columns = slice(cell.head * size, (cell.head + 1) * size)
-    for key in source[0][cell.first : cell.last + 1]:
-        put.setdefault(key, []).append(_write(source[1][key], list(cell.positions), columns))
-    if cell.severed:
-        for key in base[0][cell.severed][cell.last + 1 :]:
+    for layer, key in source[0].items():
+        if cell.first <= layer <= cell.last:
+            put.setdefault(key, []).append(_write(source[1][key], list(cell.positions), columns))
+    for layer, key in base[0][cell.severed].items() if cell.severed else ():
+        if layer > cell.last:
             frozen.setdefault(key, []).append(_write(base[1][key], list(cell.positions), slice(None)))
     others = sorted(set(runs.frozen) - set(cell.positions)) if cell.is_direct else []
-    for key in base[0]["hidden"] if others else []:
+    for key in base[0]["hidden"].values() if others else ():
         frozen.setdefault(key, []).append(_write(base[1][key], others, slice(None)))
     return put, frozen
 

@@ -3,6 +3,7 @@
 A grid has one row for each set of positions that are restored together, and one column for each layer.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ...models import ModelError, Prompt, VisionLanguageModel
 from ...models.errors import plain_number
 from ...models.prompts import Patch
 from ...models.replay.observe import layers_without_attention
-from .cells import KINDS, StateCell, TraceError
+from .cells import KINDS, StateCell, TraceError, in_words, skipped_in_words, warn_caller
 
 Positions = str | int | Sequence[str | int]
 """A token group, a position (negative ones count from the end), or several of either."""
@@ -437,15 +438,23 @@ class Grid:
     rows: tuple[Row, ...]
     spans: Mapping[str, Tensor]
     """Per kind (column, 2): first and last layer, both included, that a cell restores."""
+    columns: Mapping[str, tuple[int, ...]]
+    """Per kind, the columns that have cells: layers without such a site have none."""
     cells: tuple[StateCell, ...]
 
-    def maps(self, values: Tensor) -> dict[str, Tensor]:
-        """Return values (..., row, column, sample) by kind, from values (cell, ..., sample)."""
+    def maps(self, values: Tensor, *, empty: float = math.nan) -> dict[str, Tensor]:
+        """Return values (..., row, column, sample) by kind, from values (cell, ..., sample).
+
+        `empty` stands in the columns without cells.
+        """
         maps, start = {}, 0
         for kind, spans in self.spans.items():
-            stop = start + len(self.rows) * len(spans)
-            part = values[start:stop].unflatten(0, (len(self.rows), len(spans)))
-            maps[kind] = part.movedim((0, 1), (-3, -2)).contiguous()
+            columns = list(self.columns[kind])
+            stop = start + len(self.rows) * len(columns)
+            part = values[start:stop].unflatten(0, (len(self.rows), len(columns)))
+            whole = part.new_full((len(self.rows), len(spans), *part.shape[2:]), empty)
+            whole[:, columns] = part
+            maps[kind] = whole.movedim((0, 1), (-3, -2)).contiguous()
             start = stop
         return maps
 
@@ -460,7 +469,11 @@ def make_grid(
     effect: str,
     severed: str | None,
 ) -> Grid:
-    """Return the cells of a trace of these rows. Raises `TraceError` for unknown or incompatible settings."""
+    """Return the cells of a trace of these rows. Raises `TraceError` for unknown or incompatible settings.
+
+    A layer that does not run for this prompt, or has no attention heads where these are traced, has no cells, and is
+    left out of the windows around others.
+    """
     kinds = _kinds(vlm, prompt, sites)
     if not 1 <= window <= vlm.layers:
         raise TraceError(
@@ -471,13 +484,16 @@ def make_grid(
     if any(kind in BEFORE_DECODER for kind in kinds):
         _check_before_decoder(prompt, rows, variant)
     spans = {kind: _spans(vlm, kind, window) for kind in kinds}
+    lacking = _lacking(vlm, prompt, kinds)
+    columns = {kind: tuple(each for each in range(len(spans[kind])) if each not in lacking[kind]) for kind in kinds}
     cells = tuple(
-        StateCell(**_site(kind), first=first, last=last, positions=row.positions, **variant)
-        for kind, each in spans.items()
+        StateCell(**_site(kind), first=own[0], last=own[-1], positions=row.positions, **variant)
+        for kind in kinds
         for row in rows
-        for first, last in each.tolist()
+        for first, last in spans[kind][list(columns[kind])].tolist()
+        if (own := [layer for layer in range(first, last + 1) if layer not in lacking[kind]])
     )
-    return Grid(rows=rows, spans=spans, cells=cells)
+    return Grid(rows=rows, spans=spans, columns=columns, cells=cells)
 
 
 def window_layers(center: int, window: int, layers: int) -> range:
@@ -495,15 +511,29 @@ def _kinds(vlm: VisionLanguageModel, prompt: Prompt, sites: str | Sequence[str])
             f"no kind of site {unknown[0] if unknown else '(none given)'!r}; pass some of {', '.join(SITES)}, "
             f"or single heads ('head 0' to 'head {vlm.heads - 1}')"
         )
-    without = layers_without_attention(vlm) if {"heads", *heads} & set(requested) else ()
-    if without:
+    if {"heads", *heads} & set(requested) and len(layers_without_attention(vlm)) == vlm.layers:
         raise TraceError(
-            f"decoder layer {without[0]} of {vlm.name!r} keeps a running state and has no attention heads to restore; "
-            "pass sites='attention', which is restored in every layer"
+            f"every decoder layer of {vlm.name!r} keeps a running state and has no attention heads to restore; pass "
+            "sites='attention', which is restored in every layer"
         )
     if not prompt.groups["image"] and set(requested) & set(BEFORE_DECODER):
         raise TraceError("'vision' and 'projector' need a picture, which this prompt does not have; leave them out")
     return tuple(dict.fromkeys(kind for each in requested for kind in (heads if each == "heads" else (each,))))
+
+
+def _lacking(vlm: VisionLanguageModel, prompt: Prompt, kinds: Sequence[str]) -> dict[str, frozenset[int]]:
+    """Return the layers without cells of each kind, and warn of them in one line."""
+    skipped, without, reasons = vlm.skipped_layers(prompt), (), []
+    if any(_site(kind)["kind"] == "head" for kind in kinds):
+        without = layers_without_attention(vlm)
+    if skipped:
+        reasons.append(skipped_in_words(vlm, skipped))
+    if without:
+        reasons.append(f"a running state takes the place of attention heads in {in_words(without)} of {vlm.name!r}")
+    if reasons:
+        warn_caller(f"{'; '.join(reasons)}; the cells there are nan")
+    ends = {"hidden": skipped, "mlp": skipped, "attention": skipped, "head": (*skipped, *without)}
+    return {kind: frozenset(ends.get(_site(kind)["kind"], ())) for kind in kinds}
 
 
 def _site(kind: str) -> dict[str, Any]:

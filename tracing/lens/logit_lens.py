@@ -14,7 +14,7 @@ from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt, Site, VisionLanguageModel, capture
-from ..engine.cells import TraceError
+from ..engine.cells import TraceError, skipped_in_words, warn_caller
 from ..engine.positions import Positions, named_positions
 from .result import NORM_NAMES, NORMS, FollowedTokens, LensCurve, LinePanel, LogitLens, lines_figure, state_name
 
@@ -117,12 +117,21 @@ def logit_lens(
 
 
 def _residual_stream(vlm: VisionLanguageModel, prompt: Prompt, positions: list[int]) -> tuple[list[Tensor], Tensor]:
-    """Return states (position, hidden) after the embedding and each layer, and the model's logits (position, vocab)."""
-    first, *_ = sites = [Site("hidden", layer) for layer in range(vlm.layers)]
+    """Return states (position, hidden) after the embedding and each layer, and the model's logits (position, vocab).
+
+    The state after a layer that does not run for this prompt is the one before it.
+    """
+    skipped = vlm.skipped_layers(prompt)
+    if skipped:
+        warn_caller(f"{skipped_in_words(vlm, skipped)}; the states there are those of the layer before")
+    sites = [Site("hidden", layer) for layer in range(vlm.layers)]
+    first = next(site for site in sites if site.layer not in skipped)
     with torch.no_grad(), capture(vlm, sites, clone=True) as outputs:
         with capture(vlm, [first], inputs=True, clone=True) as inputs:
             logits = vlm.logits(prompt)
-    states = [inputs[first], *(outputs[site] for site in sites)]
+    states = [inputs[first]]
+    for site in sites:
+        states.append(outputs.get(site, states[-1]))
     return [state[0, positions] for state in states], logits[0, positions]
 
 
