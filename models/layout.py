@@ -480,6 +480,8 @@ def _arranged(tiles: Sequence[tuple[_View, _Item]]) -> list[list[_Item]] | None:
         return None
     views = [view for view, _ in tiles]
     across, down = views[0].right - views[0].left, views[0].bottom - views[0].top
+    if not (across and down):  # a picture of a single pixel, whose tiles all show the same
+        return None
     left, top = min(view.left for view in views), min(view.top for view in views)
     places = {(round((view.top - top) / down), round((view.left - left) / across)): item for view, item in tiles}
     height, width = (max(place[axis] for place in places) + 1 for axis in (0, 1))

@@ -434,7 +434,10 @@ def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
     for before, after in pairwise(layers):
         if not torch.equal(written[before].to(read[after].device), read[after]):
             raise probe.error("vision", f"its layer {vlm.path(after)!r} does not read what {vlm.path(before)!r} wrote")
-    if vlm.family.projector and not torch.equal(_packed(vlm, probe.prompt, written[vlm.projector]), features):
+    if vlm.family.projector and not (
+        torch.equal(_packed(vlm, probe.prompt, written[vlm.projector]), features)
+        or _are_means(vlm, probe.prompt, features)
+    ):
         raise probe.error("projector", f"image features are not what {vlm.path(vlm.projector)!r} writes")
 
 
@@ -450,6 +453,20 @@ def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor
     index = ((numbered != bare)[:, places].long() << places.to(bare.device)).sum(1)
     index = index.where(index <= len(rows), 0)  # the caller's comparison shows what is no packing of these rows
     return torch.where(index[:, None] > 0, rows.to(bare.device)[index - 1], bare)
+
+
+def _are_means(vlm: VisionLanguageModel, prompt: Prompt, features: Tensor) -> bool:
+    """Return whether image features are weighted means of the projector's rows, as where a model shrinks many tiles."""
+    answers: list[Tensor] = []
+    for written in (torch.zeros_like, torch.ones_like, lambda value: value / 2):
+        with patch(vlm, {vlm.projector: written}):
+            answers.append(vlm.image_features(prompt))
+    zeros, ones, halves = answers
+    shown = (ones != zeros).any(-1)  # the others are line ends
+    is_mean = torch.allclose(ones[shown], torch.ones_like(ones[shown])) and not zeros[shown].any()
+    return (
+        is_mean and torch.allclose(halves[shown], features[shown] / 2) and torch.equal(zeros[~shown], features[~shown])
+    )
 
 
 def _state(probe: _Probe, states: States, site: Site) -> _Recorded:
