@@ -16,6 +16,7 @@ from .table import (
     Row as Row,
     TextStack as TextStack,
     family_of as family_of,
+    has_front as has_front,
     has_rows as has_rows,
     pair_of as pair_of,
     picture_front_of as picture_front_of,

@@ -440,12 +440,16 @@ def family_of(config: PretrainedConfig, rows: Sequence[Row] = ()) -> Family:
 
 def has_rows(config: PretrainedConfig, rows: Sequence[Row] = ()) -> bool:
     """Return whether each part of this configuration, text stack and picture front, has a row of its own."""
-    text_type, outer = config.get_text_config().model_type, config.model_type
+    text_type = config.get_text_config().model_type
     stacks = [row for row in (*rows, *TEXT_STACKS) if isinstance(row, TextStack)]
+    return has_front(config, rows) and any(text_type in row.text_types for row in stacks)
+
+
+def has_front(config: PretrainedConfig, rows: Sequence[Row] = ()) -> bool:
+    """Return whether the picture front of this configuration has a row, or there is none."""
     fronts = [row for row in (*rows, *PICTURE_FRONTS) if isinstance(row, PictureFront)]
-    return any(text_type in row.text_types for row in stacks) and (
-        text_type == outer or any(outer in row.model_types for row in fronts)
-    )
+    is_text_only = config.get_text_config().model_type == config.model_type
+    return is_text_only or any(config.model_type in row.model_types for row in fronts)
 
 
 def text_stack_of(text_type: str, rows: Sequence[Row] = ()) -> TextStack:

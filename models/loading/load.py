@@ -13,13 +13,19 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import AddressError, ModelError, gist, reason
-from ..families import Addresses, Family, Row, Site, discover, family_of, has_rows, resolved
+from ..families import Addresses, Family, Row, Site, discover, family_of, has_front, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
 from ..placement import absent, has_packed, input_device, keep_packing
 from ..vlm import VisionLanguageModel
-from .processors import complete_processor, find_image_token, probe_prompt, with_answer_fills
-from .proof import prove_addresses
+from .processors import (
+    complete_processor,
+    find_image_token,
+    probe_prompt,
+    with_answer_fills,
+    with_picture_kind,
+)
+from .proof import prove_addresses, proving
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
@@ -103,10 +109,17 @@ def load(
         cast(Any, model).hf_quantizer.remove_quantization_config(model)
     check_in_memory(model, device_map, name)
     source.check_special_tokens(model.generation_config.to_dict(), model.config)
-    opened = _Opened(model=model, processor=processor, name=name, revision=revision, stored=stored)
+    opened = _Opened(
+        model=model,
+        processor=processor,
+        name=name,
+        revision=revision,
+        stored=stored,
+        is_front_known=has_front(config, rows),
+    )
     with _first_use(name):
         if families == "discover":
-            vlm, proof = _discovered(opened, family, verify=verify)
+            vlm, proof = _discovered(replace(opened, is_front_known=False), family, verify=verify)
         else:
             vlm, proof = _served(opened, family, verify=verify, is_known=has_rows(config, rows))
     logger.info(
@@ -125,16 +138,26 @@ class _Opened:
     name: str
     revision: str | None
     stored: torch.dtype | None
+    is_front_known: bool
+    """Whether a row says what its pictures are to the text stack, or there are none."""
 
 
 def _served(opened: _Opened, family: Family, *, verify: bool, is_known: bool) -> tuple[VisionLanguageModel, str]:
     """Return the model with this family, and its proof; of an architecture without a row, measured if that fails."""
     try:
-        return _ready(_assemble(opened, resolved(opened.model, family, opened.name)), verify=verify)
+        vlm, unknown = _assemble(opened, resolved(opened.model, family, opened.name)), ()
+        if not opened.is_front_known:
+            with proving("image", vlm):
+                vlm, unknown = with_picture_kind(vlm)
+        vlm, proof = _ready(vlm, verify=verify)
     except AddressError as error:
         if is_known:
             raise
         unusual = error
+    else:
+        if unknown or not opened.is_front_known and (vlm.family.attended or not vlm.family.places):
+            _log_discovered(vlm, unknown)
+        return vlm, proof
     try:
         return _discovered(opened, family, verify=verify)
     except AddressError as error:
@@ -151,10 +174,24 @@ def _discovered(opened: _Opened, family: Family, *, verify: bool) -> tuple[Visio
     prompt = probe_prompt(vlm)
     row = discover(opened.model, lambda: vlm.logits(prompt), name=opened.name, has_vision=family.vision is not None)
     row = replace(row, **{part: getattr(family, part) for part in ("dropped_inputs", "attended", "places")})
+    vlm, unknown = _assemble(opened, row), ()
+    if not opened.is_front_known:
+        vlm, unknown = with_picture_kind(vlm)
+    _log_discovered(vlm, unknown)
+    return _ready(vlm, verify=verify)
+
+
+_UNNAMED = {"vision_layers": "the layers of the vision tower", "projector": "the projector"}
+
+
+def _log_discovered(vlm: VisionLanguageModel, unknown: Sequence[str]) -> None:
+    """Log in one line what was measured on a model, and in words what could not be."""
+    row = vlm.family
     found = {part.name: getattr(row, part.name) for part in fields(row) if getattr(row, part.name) != part.default}
     names = ", ".join(f"{part}={value!r}" for part, value in found.items() if not part.endswith(("name", "types")))
-    logger.info("%s: discovered, not in the tables of families: %s", opened.name, names or "the usual names")
-    return _ready(_assemble(opened, row), verify=verify)
+    missing = [words for part, words in _UNNAMED.items() if vlm.has_vision and getattr(row, part) is None]
+    left = "; not found: " + ", ".join((*missing, *unknown)) if (*missing, *unknown) else ""
+    logger.info("%s: discovered, not in the tables of families: %s%s", vlm.name, names or "the usual names", left)
 
 
 def _ready(vlm: VisionLanguageModel, *, verify: bool) -> tuple[VisionLanguageModel, str]:

@@ -16,6 +16,7 @@ from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.utils import PushToHubMixin, cached_file, is_torchvision_available
 
 from ..errors import ModelError, gist, quoted
+from ..pictures import shows_places
 from ..prompts import Prompt
 from ..vlm import VisionLanguageModel
 
@@ -263,6 +264,27 @@ def with_answer_fills(vlm: VisionLanguageModel) -> VisionLanguageModel:
         bare = vlm.logits(prompt)
         is_kept = [answer_gap(each, probe_prompt(each), bare) <= rounding(each) for each in filled]
     return filled[is_kept == [False, True]]
+
+
+def with_picture_kind(vlm: VisionLanguageModel) -> tuple[VisionLanguageModel, tuple[str, ...]]:
+    """Return the model with what its pictures are to the text stack, and in words what could not be told of them.
+
+    Layers attend to pictures if another picture changes what the text stack is called with, and no embedding. Whether
+    image tokens show places is measured from the vision tower on.
+    """
+    if not vlm.has_vision:
+        return vlm, ()
+    complete_processor(vlm)
+    prompts = [probe_prompt(vlm, inverted=inverted) for inverted in (False, True)]
+    entering, other = map(vlm.decoder_input, prompts)
+    attends = torch.equal(entering.embeddings, other.embeddings) and entering.frame.differs(other.frame)
+    image = list(prompts[0].groups["image"])
+    parts = [vlm.vision_tower, *(vlm.vision_layers[-1:] if vlm.family.vision_layers else ())]
+    places = False if attends else shows_places(parts, lambda: vlm.embeddings(prompts[0])[0, image])
+    kind = {"attended": attends, "places": vlm.family.places if places is None else places}
+    family, frontend = replace(vlm.family, **kind), replace(vlm.frontend, **kind)
+    measured = replace(vlm, family=family, frontend=frontend, addresses=replace(vlm.addresses, family=family))
+    return measured, ("whether image tokens show places",) if places is None else ()
 
 
 def answer_gap(vlm: VisionLanguageModel, prompt: Prompt, bare: Tensor) -> float:

@@ -54,7 +54,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         prompt = probe_prompt(vlm)
         _prove_weights(vlm)
         if vlm.has_vision and not vlm.family.attended:
-            with _proving("image", vlm):
+            with proving("image", vlm):
                 positions, features = count_image_tokens(vlm, prompt)
             if positions != features:
                 raise image_token_error(vlm, positions, features)
@@ -63,20 +63,20 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         clean, states = _prove_identity(probe)
         for layer in range(vlm.layers):
             _prove_layer(probe, states, layer)
-        with _proving("hidden 0", vlm):
+        with proving("hidden 0", vlm):
             _prove_text_stack(probe, clean)
             _prove_batch(probe, clean)
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
         _prove_inputs(probe, clean)
-        with _proving("image", vlm):
+        with proving("image", vlm):
             images = _prove_images(probe) if vlm.has_vision else "no pictures"
     return f"addresses proven ({3 * vlm.layers} sites, patches at layer {layer} act forward, {images})"
 
 
 @contextmanager
-def _proving(site: str, vlm: VisionLanguageModel) -> Iterator[None]:
+def proving(site: str, vlm: VisionLanguageModel) -> Iterator[None]:
     """Turn an error of the libraries inside the block into an `AddressError` that names the site."""
     try:
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import multrace as mt
 import pytest
-from multrace.models import Family, Site
+from multrace.models import Family, Site, pictures
 from multrace.models.families import table
 from multrace.models.loading import load as loading
 
@@ -41,6 +41,12 @@ NO_ROW_SERVES = ("gemma3n", "phi4_multimodal")
 def no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No text type has a row."""
     monkeypatch.setattr(table, "TEXT_STACKS", ())
+
+
+@pytest.fixture
+def no_fronts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model type has a row."""
+    monkeypatch.setattr(table, "PICTURE_FRONTS", ())
 
 
 def places(vlm: mt.VisionLanguageModel) -> dict[str, object]:
@@ -81,6 +87,8 @@ def test_what_is_measured_is_what_the_rows_say(name: str, tmp_path: Path) -> Non
         mt.load(folder, families=families, verify=False, dtype=KNOWN[name].dtype) for families in ((), "discover")
     )
     assert measured.family.name == "discovered" != by_row.family.name
+    for part in ("attended", "places"):
+        assert getattr(measured.family, part) == getattr(by_row.family, part) == getattr(measured.frontend, part)
     named, found = places(by_row), places(measured)
     assert {place: found[place] for place in found if place in named} == {
         place: named[place] for place in named if place in found
@@ -102,6 +110,31 @@ def test_an_architecture_without_a_row_is_measured_and_proven(
     assert "addresses proven" in proof
     again = mt.load(tmp_path / name, families=(vlm.family,))  # what was found serves as a row
     assert places(again) == places(vlm)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("aria", (False, False)), ("mllama", (True, False)), ("idefics3", (False, True))],
+)
+def test_what_pictures_are_to_the_text_stack_is_measured(
+    name: str, expected: tuple[bool, bool], tmp_path: Path, caplog: pytest.LogCaptureFixture, no_fronts: None
+) -> None:
+    with caplog.at_level(logging.INFO, logger="multrace"):
+        vlm = mt.load(write(RECIPES[name], tmp_path / name), dtype=KNOWN[name].dtype)
+    assert (vlm.family.attended, vlm.family.places) == (vlm.frontend.attended, vlm.frontend.places) == expected
+    lines = [line for line in caplog.messages if "discovered, not in the tables" in line]
+    assert len(lines) == (expected != (False, True)) and all("places=False" in line for line in lines)
+    assert caplog.messages[-1].count("addresses proven") == 1
+
+
+def test_what_cannot_be_told_of_pictures_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, no_fronts: None
+) -> None:
+    monkeypatch.setattr(pictures, "_change_one", lambda _output: None)  # nothing in the tower reaches an image token
+    with caplog.at_level(logging.INFO, logger="multrace"):
+        vlm = mt.load(write(RECIPES["idefics3"], tmp_path / "idefics3"), verify=False)
+    assert vlm.family.places
+    assert caplog.messages[0].endswith("; not found: whether image tokens show places")
 
 
 def swapped(row: Family) -> Family:
