@@ -111,6 +111,23 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
+def has_weight(model: nn.Module, name: str) -> bool:
+    """Return whether a weight has this name, without a look at all the others."""
+    path, _, leaf = name.rpartition(".")
+    module: nn.Module | None = model
+    for part in filter(None, path.split(".")):
+        module = None if module is None else module._modules.get(part)
+    if module is None:
+        return False
+    return module._parameters.get(leaf) is not None or (leaf == "weight" and is_packed(module))
+
+
+def weight_names(model: nn.Module) -> set[str]:
+    """Return the names of all weights: of every parameter, a tied one's too, and of every packed linear map."""
+    packed = {f"{path}.weight" for path, module in model.named_modules() if is_packed(module)}
+    return packed | {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
 def _offloading(module: nn.Module) -> Any | None:
     """Return accelerate's hook on the module that fetches its parameters for each call; None without one."""
     hook = module.__dict__.get("_hf_hook")

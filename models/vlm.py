@@ -26,7 +26,16 @@ from .guards import ModelLock, evaluating, uninterrupted
 from .hooks import capture, first_call, main_tensor
 from .layout import pixels_of
 from .pictures import named_features, projected_features
-from .placement import OpenedWeight, input_device, is_packed, opened, stored_beside, stored_weights, values
+from .placement import (
+    OpenedWeight,
+    has_weight,
+    input_device,
+    opened,
+    stored_beside,
+    stored_weights,
+    values,
+    weight_names,
+)
 from .prompts import Prompt, PromptInputs, build
 from .readout import AfterHead, measure_readout
 from .weights import WeightDigests, digest_weight, save_directory
@@ -351,10 +360,8 @@ class VisionLanguageModel:
         ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
         cannot be read.
         """
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        packed = {f"{path}.weight" for path, module in self.model.named_modules() if is_packed(module)}
-        if name not in parameters | packed:
-            nearest = get_close_matches(name, parameters | packed, n=1, cutoff=0.0)
+        if not has_weight(self.model, name):
+            nearest = get_close_matches(name, weight_names(self.model), n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
         return values(self.model, name, transposed=self.stores_transposed)
 

@@ -166,13 +166,18 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load_embedded_once(tiny_vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that ask for the embedded model as it is get the one that is loaded. They must put its weights back."""
-    load = multrace.models.load
+def load_once(
+    tiny_vlm: VisionLanguageModel, random_llava_llama: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands that ask for the embedded model or the LLaVA-Llama as it is get the one that is loaded.
+
+    They must put its weights back. A copy in another folder is loaded anew.
+    """
+    load, opened = multrace.models.load, {str(vlm.name): vlm for vlm in (tiny_vlm, random_llava_llama)}
 
     def once(path: str | Path, **settings: object) -> VisionLanguageModel:
         is_plain = all(value in (None, "auto", False) for value in settings.values())
-        return tiny_vlm if is_plain and path == tiny_vlm_path() else load(path, **settings)
+        return opened[str(path)] if is_plain and str(path) in opened else load(path, **settings)
 
     monkeypatch.setattr(multrace.models, "load", once)
 

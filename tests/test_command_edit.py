@@ -31,7 +31,7 @@ from multrace.scripts.main import app
 from multrace.scripts.options import BASELINES
 from multrace.workflow import Place
 
-pytestmark = pytest.mark.usefixtures("unproven", "load_embedded_once")
+pytestmark = pytest.mark.usefixtures("unproven", "load_once")
 
 QUICK = {"steps": "12"}  # enough where it does not matter whether the edit takes
 

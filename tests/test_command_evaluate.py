@@ -25,7 +25,7 @@ from multrace.tracing.engine import KINDS
 from multrace.workflow import EvaluateRun, PlaceTrace, RunError, merge, other_pictures, read_rows
 from multrace.workflow.located_edit import POSITIONS
 
-pytestmark = pytest.mark.usefixtures("unproven", "load_embedded_once")
+pytestmark = pytest.mark.usefixtures("unproven", "load_once")
 
 WORLD = World()
 CASE = WORLD.edit_cases("outdated", "choose")[0]

@@ -367,6 +367,7 @@ def test_averages_and_results_of_every_question(
     assert re.search(r"^2 questions, 2 of 2 answered rightly$", printed, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_has_no_average_is_drawn_for_each_question(
     ask_records: Callable[..., int], folder: Path, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture
 ):
@@ -435,6 +436,7 @@ def test_all_answers_wrong_leaves_no_average_and_names_one(
     assert names(folder / "out" / "summary") == ["report.json", "rows.parquet"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failure_is_predicted_from_right_and_wrong_answers(ask_records: Callable[..., int], folder: Path, capsys):
     records = [record(0), record(1), record(2, answer="Nowhere"), record(3, answer="Nobody")]
     assert ask_records([*records, record(4, answer=None)], "--contributions") == 0

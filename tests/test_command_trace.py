@@ -27,6 +27,8 @@ CONSTRAINT = "the company in this photo"
 OTHER_QUESTION = "Which sport does the person in the picture play?"
 PERSON = "the person in the picture"
 
+pytestmark = pytest.mark.usefixtures("unproven", "load_once")
+
 
 @pytest.fixture
 def folder(tmp_path: Path, make_photo: Callable[[int], Image.Image]) -> Path:
@@ -59,6 +61,7 @@ def names(folder: Path) -> list[str]:
 # ---- one question ----
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_option_reaches_the_library(
     ask: Callable[..., list[str]], folder: Path, random_llava_llama: VisionLanguageModel
 ):
@@ -106,6 +109,7 @@ def test_every_option_reaches_the_library(
     assert trace.engine.engine == "plain"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_default_is_the_fast_engine_with_its_check(ask: Callable[..., list[str]], folder: Path, capsys):
     assert app(ask(f"--corrupt=swap:{folder / 'other.png'}", "--positions", "last", "--checks=3")) == 0
     assert (found(folder).engine.engine, found(folder).engine.checked_cells) == ("replay", 3)
@@ -127,6 +131,7 @@ def test_direct_effects_of_patches_get_an_overlay(ask: Callable[..., list[str]],
     assert not torch.allclose(found(folder).scores["hidden"], direct.scores["hidden"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_overlay_of_an_earlier_trace_does_not_stay(ask: Callable[..., list[str]], folder: Path):
     corrupt = f"--corrupt=swap:{folder / 'other.png'}"
     assert app(ask(corrupt, "--positions", "image_quadrants")) == 0
@@ -144,12 +149,14 @@ def test_a_folder_of_something_else_is_refused_before_the_model_is_opened(
     assert "holds files of something else (knockout.safetensors)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_of_the_vision_tower(ask: Callable[..., list[str]], folder: Path):
     corrupt = f"--corrupt=swap:{folder / 'other.png'}"
     assert app(ask(corrupt, "--positions", "image", "--sites", "vision", "projector", "--window=1")) == 0
     assert found(folder).kinds == ("vision", "projector")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_estimates_are_counted(ask: Callable[..., list[str]], folder: Path, capsys):
     corrupt = f"--corrupt=swap:{folder / 'other.png'}"
     assert app(ask(corrupt, "--exact-cells=20")) == 0
@@ -160,6 +167,7 @@ def test_estimates_are_counted(ask: Callable[..., list[str]], folder: Path, caps
     assert "estimated" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_calibrated_scale_is_stored(ask: Callable[..., list[str]], folder: Path):
     assert app(ask("--corrupt=image-noise:auto", "--positions", "last")) == 0
     trace = found(folder)
@@ -167,6 +175,7 @@ def test_a_calibrated_scale_is_stored(ask: Callable[..., list[str]], folder: Pat
     assert "calibrated" in trace.corruption
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_weak_corruption_is_refused_unless_asked_for(ask: Callable[..., list[str]], folder: Path, capsys):
     weak = ask("--corrupt=image-noise:0.0001", "--positions", "last")
     assert app(weak) == 2
@@ -175,6 +184,7 @@ def test_a_weak_corruption_is_refused_unless_asked_for(ask: Callable[..., list[s
     assert app([*weak, "--even-if-weak"]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_trace_goes_on(ask: Callable[..., list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = ask(f"--corrupt=swap:{folder / 'other.png'}", "--resume")
     assert app(asked) == 0
@@ -302,6 +312,7 @@ def record(folder: Path, id: str) -> CausalTrace:
     return CausalTrace.load(path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_are_traced_each_into_its_folder(
     folder: Path, llava_llama_path: Path, random_llava_llama: VisionLanguageModel
 ):
@@ -328,6 +339,7 @@ def test_records_are_traced_each_into_its_folder(
     assert names(summary) == ["average.csv", "average.png", "average.safetensors", "report.json", "rows.parquet"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_maps_of_records_are_drawn_on_demand(folder: Path, llava_llama_path: Path):
     assert trace_file(write_records(folder, GOOD[:1]), llava_llama_path, "--draw") == 0
     (own,) = (folder / "out" / "records").iterdir()
@@ -341,6 +353,7 @@ def test_a_limit_traces_the_first_lines_only(folder: Path, llava_llama_path: Pat
     assert names(folder / "out" / "summary") == ["report.json", "rows.parquet"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_bad_records_are_named_and_cost_no_other(folder: Path, llava_llama_path: Path, capsys):
     bad = [{"id": id, **line} for id, (line, _) in BAD.items()]
     lines = [GOOD[0], *(line for line, _ in UNREADABLE.values()), *bad, GOOD[1]]
@@ -375,6 +388,7 @@ def test_a_model_is_opened_only_for_a_record_that_can_be_traced(folder: Path, ca
     assert "no model directory" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_finished_records_are_not_traced_again(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -414,6 +428,7 @@ def test_a_model_that_was_edited_since_is_noticed(folder: Path, llava_llama_path
     assert trace_file(path, model, out="new") == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_copy_of_the_model_goes_on_with_the_run(folder: Path, llava_llama_path: Path):
     assert trace_file(write_records(folder, GOOD[:1]), llava_llama_path) == 0
     copy = shutil.copytree(llava_llama_path, folder / "copy")
@@ -421,6 +436,7 @@ def test_a_copy_of_the_model_goes_on_with_the_run(folder: Path, llava_llama_path
     assert AverageTrace.load(folder / "out" / "summary" / "average.safetensors").count == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_done_stays_when_a_run_is_interrupted(
     folder: Path, llava_llama_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -469,6 +485,7 @@ def test_shards_are_merged_and_compared(folder: Path, llava_llama_path: Path, ca
     assert "run the missing shards first" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_that_differ_have_no_average(folder: Path, llava_llama_path: Path, capsys):
     path = write_records(folder, [{key: each[key] for key in ("id", "image", "question")} for each in GOOD])
     assert trace_file(path, llava_llama_path, rows=["tokens"]) == 0  # tokens are averaged by their constraint

@@ -3,15 +3,15 @@
 import io
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-import multrace
 import pytest
 import torch
-from multrace import VisionLanguageModel
+from multrace import VisionLanguageModel, load
 from multrace.editing import Delta
 from multrace.scripts import answer, parse_place
 from multrace.scripts.main import COMMANDS, app
@@ -23,6 +23,8 @@ QUESTION = "Who founded the company in this photo?"
 CONSTRAINT = "the company in this photo"
 TARGET = "red"
 GROUPS = ("constraint_last", "last")
+
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,7 @@ def test_answer_with_a_saved_edit(edited: Edited, capsys: pytest.CaptureFixture)
 
 
 def test_a_saved_edited_model_answers_like_the_edit(edited: Edited):
-    before, after = multrace.load(edited.desk.model), multrace.load(edited.model)
+    before, after = load(edited.desk.model), load(edited.model)  # from the files, unlike the commands of this file
     assert after.answer(edited.desk.photo, QUESTION) == edited.states["with the edit"]
     assert before.answer(edited.desk.photo, QUESTION) == edited.states["before"]  # the original is as it was
     names = [name for name, _ in before.model.named_parameters()]
@@ -494,17 +496,19 @@ def test_an_interrupted_command_leaves_with_130(
     assert capsys.readouterr().err == "multrace: interrupted\n"
 
 
-def test_verbose_says_what_loading_proved(desk: Desk, capsys: pytest.CaptureFixture):
-    assert app([*desk.asked("answer"), "-v"]) == 0
+def test_verbose_says_what_loading_proved(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture):
+    model = shutil.copytree(desk.model, tmp_path / "model")
+    assert app([*desk.asked("answer", model=str(model)), "-v"]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith(f"multrace: {desk.model}: llava_llama, 4 layers")
+    assert said.startswith(f"multrace: {model}: llava_llama, 4 layers")
     assert "addresses proven" in said
 
 
-def test_no_setting_of_the_process_is_left_changed(desk: Desk):
+def test_no_setting_of_the_process_is_left_changed(desk: Desk, tmp_path: Path):
+    model = str(shutil.copytree(desk.model, tmp_path / "model"))
     logger = logging.getLogger("multrace")
     before = (logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled())
-    assert app([*desk.asked("answer"), "-v"]) == 0
-    assert app([*desk.asked("answer", question=""), "-v"]) == 2
+    assert app([*desk.asked("answer", model=model), "-v"]) == 0
+    assert app([*desk.asked("answer", model=model, question=""), "-v"]) == 2
     assert (logger.level, list(logger.handlers), transformers_logging.is_progress_bar_enabled()) == before

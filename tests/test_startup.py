@@ -162,7 +162,7 @@ def over_a_file(command: str, out: Path) -> list[str]:
     return [command, "--data", str(data_file), "--limit", "1", *FEW[command], "--out", str(out / command)]
 
 
-@pytest.mark.usefixtures("load_embedded_once")
+@pytest.mark.usefixtures("load_once")
 def test_a_finished_run_imports_nothing_that_only_computing_needs(tmp_path: Path):
     """Torch stays, which holds results, and pydantic, which reads records; what opens a model, fits or draws goes."""
     calls = [over_a_file(command, tmp_path) for command in ("trace", "flow", "edit", "evaluate")]

@@ -18,7 +18,7 @@ from ..placement import Elsewhere, is_plain, packed_parts, stored_beside, stored
 from ..prompts import Prompt, batches, collate
 from ..replay.replay import PaddedBatch
 from ..vlm import VisionLanguageModel
-from .processors import answer_gap, count_image_tokens, image_token_error, probe_prompt, rounding
+from .processors import answer_gap, image_token_error, probe_prompt, rounding
 from .sources import out_of_memory
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -52,14 +52,14 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
     """
     with torch.no_grad():
         prompt = probe_prompt(vlm)
+        position = prompt.groups["question_only"][len(prompt.groups["question_only"]) // 2]
+        probe = _Probe(vlm=vlm, prompt=prompt, position=position)
         _prove_weights(vlm)
         if vlm.has_vision and not vlm.family.attended:
             with proving("image", vlm):
-                positions, features = count_image_tokens(vlm, prompt)
+                positions, features = len(prompt.groups["image"]), len(probe.features)
             if positions != features:
                 raise image_token_error(vlm, positions, features)
-        position = prompt.groups["question_only"][len(prompt.groups["question_only"]) // 2]
-        probe = _Probe(vlm=vlm, prompt=prompt, position=position)
         clean, states = _prove_identity(probe)
         for layer in range(vlm.layers):
             _prove_layer(probe, states, layer)
@@ -154,6 +154,11 @@ class _Probe:
     def entering(self) -> DecoderInput:
         """What the text stack reads, from which it runs again without the vision tower."""
         return self.vlm.decoder_input(self.prompt)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The image features of the picture, (image token, hidden)."""
+        return self.vlm.image_features(self.prompt)
 
     def projection(self, site: Site) -> Projection | None:
         """Return the linear map that writes the output of an MLP or attention site; None for experts."""
@@ -394,51 +399,60 @@ def _prove_images(probe: _Probe) -> str:
     """Check that image positions hold this picture's features and that no other position depends on the picture."""
     vlm, prompt = probe.vlm, probe.prompt
     image = list(prompt.groups["image"])
-    with capture(vlm, [vlm.vision_tower]) as captured:
-        entering = vlm.decoder_input(prompt)
-    if not captured:
-        raise probe.error("image", "the vision tower did not run")
-    embeddings = entering.embeddings
+    entering = _prove_before_decoder(probe)
+    embeddings, other = entering.embeddings, vlm.decoder_input(probe_prompt(vlm, inverted=True))
     if vlm.family.attended:
-        other = vlm.decoder_input(probe_prompt(vlm, inverted=True))
         if not other.frame.differs(entering.frame):
             raise probe.error("image", "another picture gives the same states to attend to")
         if not torch.equal(other.embeddings, embeddings):
             raise probe.error("image", "another picture changes the embeddings of words")
         return "pictures are attended to, at no position"
-    features = vlm.image_features(prompt).to(embeddings.device)
+    features = probe.features.to(embeddings.device)
     if not image or not torch.equal(embeddings[0, image], features):
         raise probe.error("image", f"{len(image)} image positions do not hold the {len(features)} image features")
-    other = vlm.embeddings(probe_prompt(vlm, inverted=True))
     words = [position for position in range(prompt.length) if position not in prompt.groups["image"]]
-    if torch.equal(other[0, image], embeddings[0, image]):
+    if torch.equal(other.embeddings[0, image], embeddings[0, image]):
         raise probe.error("image", "another picture gives the same image features")
-    if not torch.equal(other[0, words], embeddings[0, words]):
+    if not torch.equal(other.embeddings[0, words], embeddings[0, words]):
         raise probe.error("image", "another picture changes the embeddings of words")
-    _prove_before_decoder(probe, features)
     return f"{len(image)} image tokens hold image features"
 
 
-def _prove_before_decoder(probe: _Probe, features: Tensor) -> None:
-    """Check that each tower layer reads the previous one's output and that the projector writes the image features."""
-    vlm = probe.vlm
-    layers = vlm.vision_layers if vlm.family.vision_layers else []
-    parts = [*layers, vlm.projector] if vlm.family.projector else layers
-    if vlm.family.vision_layers and not layers:
-        raise probe.error("vision", f"its {vlm.family.vision_layers!r} is no list of layers")
-    with capture(vlm, parts) as written, capture(vlm, layers, inputs=True) as read:
-        vlm.embeddings(probe.prompt)
+def _prove_before_decoder(probe: _Probe) -> DecoderInput:
+    """Return what the text stack reads, from one pass that shows what happens in front of it.
+
+    The vision tower runs, each of its layers reads what the previous one wrote, and the projector writes the image
+    features. Of a picture that is attended to, only the tower is proven.
+    """
+    vlm, row = probe.vlm, probe.vlm.family
+    layers_name, projector_name = (None, None) if row.attended else (row.vision_layers, row.projector)
+    layers = vlm.vision_layers if layers_name else []
+    if layers_name and not layers:
+        raise probe.error("vision", f"its {layers_name!r} is no list of layers")
+    parts = [*layers, vlm.projector] if projector_name else layers
+    with capture(vlm, [vlm.vision_tower, *parts]) as written, capture(vlm, layers, inputs=True) as read:
+        entering = vlm.decoder_input(probe.prompt)
+    if vlm.vision_tower not in written:
+        raise probe.error("image", "the vision tower did not run")
     silent = [vlm.path(part) for part in parts if part not in written]
     if silent:
         raise probe.error("vision", f"its module {silent[0]!r} does not run")
     for before, after in pairwise(layers):
         if not torch.equal(written[before].to(read[after].device), read[after]):
             raise probe.error("vision", f"its layer {vlm.path(after)!r} does not read what {vlm.path(before)!r} wrote")
-    if vlm.family.projector and not (
-        torch.equal(_packed(vlm, probe.prompt, written[vlm.projector]), features)
-        or _are_means(vlm, probe.prompt, features)
-    ):
+    if projector_name and not _writes_features(probe, written[vlm.projector]):
         raise probe.error("projector", f"image features are not what {vlm.path(vlm.projector)!r} writes")
+    return entering
+
+
+def _writes_features(probe: _Probe, written: Tensor) -> bool:
+    """Return whether image features are the projector's output, as it is or in the model's packing, or means of it."""
+    vlm, prompt, features = probe.vlm, probe.prompt, probe.features
+    return (
+        torch.equal(written.flatten(0, -2).to(features.device), features)
+        or torch.equal(_packed(vlm, prompt, written), features)
+        or _are_means(vlm, prompt, features)
+    )
 
 
 def _packed(vlm: VisionLanguageModel, prompt: Prompt, written: Tensor) -> Tensor:
