@@ -543,14 +543,14 @@ class VisionLanguageModel:
 
     @cached_property
     def after_head(self) -> AfterHead:
-        """What the model does to the logits of its output head: a scale, a soft cap, both or nothing.
+        """What the model does between its final norm and its logits, beside the output head: scales, a soft cap.
 
         It is measured once, when the model is loaded, in one pass over one token. Raises `ModelError` if it is
         something else.
         """
         token = next(token for token in (1, 0) if token != self.frontend.image_token_id)
         with self.running():
-            return measure_readout(self.model, token, self.name)
+            return measure_readout(self.model, self.final_norm, token, self.name)
 
     def readout(self, states: Tensor) -> Tensor:
         """Return the model's own logits (..., vocab), float32 or wider, of states that have passed the final norm.
@@ -565,7 +565,7 @@ class VisionLanguageModel:
         """
         after = self.after_head
         with self.lock:
-            return after(self.output_head(states))
+            return after(self.output_head(after.entering(states)))
 
     def next_token_probabilities(
         self, entering: DecoderInput | Tensor, *, attention_mask: Tensor | None = None
@@ -649,6 +649,7 @@ class VisionLanguageModel:
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = arguments.get("attention_mask")
         self._check_length(before + entering.length, mask if isinstance(mask, Tensor) else None)
+        embeddings = embeddings.clone()  # some text stacks write into what they are given (CTRL)
         arguments |= {"inputs_embeds": embeddings, "use_cache": past_key_values is not None}
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values

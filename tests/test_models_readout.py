@@ -16,6 +16,17 @@ MODELS = {
     "Granite": ({"logits_scaling": 3.7}, {"divisor": 3.7}),
     "Gemma2": ({"head_dim": 16, "final_logit_softcapping": 0.7}, {"cap": 0.7}),
     "Gemma3": ({"head_dim": 16, "final_logit_softcapping": 3.0}, {"cap": 3.0}),
+    "MiniCPM3": (
+        {
+            "dim_model_base": 7,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+        },
+        {"before": SIZES["hidden_size"] / 7},
+    ),  # divides what its head reads
     "HyperCLOVAX": ({"logits_scaling": 0.21}, {"factor": 0.21}),  # the name by which Granite divides
 }
 

@@ -119,6 +119,11 @@ class Family(TextStack, PictureFront):
 
 STAYING_OUT = {
     "gemma3n_text": "its layers pass on several streams side by side (AltUp), not one residual stream",
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
+        "it has no attention: each of its layers is one mixer with a running state, which no row of attention and MLP "
+        "describes",
+    ),
     "phi4_multimodal": "it embeds pictures inside its text stack, so no prompt has the embeddings that the layers read",
 }
 """Text types that no row can serve, with the reason."""

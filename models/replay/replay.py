@@ -383,9 +383,10 @@ class Replay:
         norm, head = self._ends
         outputs, inputs = captured
         if norm in outputs and head in outputs:
-            own = self.vlm.after_head(outputs[head])
-            links = (states, inputs[norm]), (outputs[norm][:, list(read)], inputs[head]), (own, logits)
-            if all(torch.equal(before.to(after.device), after) for before, after in links):
+            after = self.vlm.after_head
+            normed, own = after.entering(outputs[norm][:, list(read)]), after(outputs[head])
+            links = (states, inputs[norm]), (normed, inputs[head]), (own, logits)
+            if all(torch.equal(one.to(other.device), other) for one, other in links):
                 return
         raise ReplayError("final norm and output head do not give the model's own logits")
 
@@ -494,7 +495,9 @@ class UpperLayers:
             return replace(self, entering=None, calls=())
         prefix = growing(self.batch.prefix)
         for layer in cast(list[Any], prefix.layers)[: self.first]:
-            layer.keys = layer.values = None
+            keys = getattr(layer, "keys", None)  # a thin part still says of how many tokens they are (MPT asks)
+            thin = keys[:, :1, :, :1].clone() if isinstance(keys, Tensor) and keys.ndim == 4 else None
+            layer.keys = layer.values = thin
         return replace(self, batch=replace(self.batch, prefix=prefix))
 
     def logits(self) -> Tensor:
