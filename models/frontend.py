@@ -153,15 +153,22 @@ class Frontend:
     def image_word(self) -> str | None:
         """What the processor reads as the place of a picture, which need not be the text of an image position.
 
-        Gemma 3 reads `<start_of_image>` and writes `<image_soft_token>`, for example. Empty for a processor that puts
-        the pictures first by itself and does not count a word for one; None for a text-only model.
+        Gemma 3 reads `<start_of_image>` and writes `<image_soft_token>`, for example, and HunYuan-VL reads its image
+        token only between the tokens that begin and end a picture. Empty for a processor that puts pictures first by
+        itself and does not count a word for one; None for a text-only model.
         """
         if self.image_token_id is None:
             return None
-        named = getattr(self.processor, "image_token", None)
+        placeholder = getattr(self.processor, "image_placeholder_token", None)
+        named = placeholder or getattr(self.processor, "image_token", None)
         word = str(getattr(named, "content", named) or self.image_token)
-        alone = self._image_tokens("")
-        return "" if alone and alone != self._image_tokens(word) else word
+        if alone := self._image_tokens(""):
+            return word if alone == self._image_tokens(word) else ""
+        edges = [getattr(self.processor, f"image_{edge}_token", None) for edge in ("start", "end")]
+        if not all(edges) or self._image_tokens(word):
+            return word
+        between = f"{edges[0]}{word}{edges[1]}"
+        return between if self._image_tokens(between) else word
 
     def _image_tokens(self, word: str) -> int:
         """Return how many image positions the processor makes of this word and one picture; 0 if it refuses them."""

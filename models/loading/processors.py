@@ -159,6 +159,11 @@ def find_image_token(processor: Any, config: PretrainedConfig, name: str) -> int
     image_token = getattr(config, "image_token_id", written)
     is_known = isinstance(image_token, int) and 0 <= image_token < len(processor.tokenizer)
     if not is_known or written not in (None, image_token) and not _writes(processor, image_token):
+        if image_token is None and written is None:
+            raise ModelError(
+                f"no token stands for a picture in the prompts of {name!r}: neither its config.json nor its processor "
+                "has an image_token_id, so its pictures are at no position that multrace could trace"
+            )
         token = quoted(getattr(processor, "image_token", None))
         raise ModelError(
             f"the config.json of {name!r} says that token {image_token} stands for a picture, and its processor writes "

@@ -7,8 +7,8 @@ import multrace as mt
 import pytest
 from PIL import Image
 
-from .folders import write
-from .seeing import SEEING
+from .folders import Recipe, write
+from .seeing import INTERN, SEEING, SQUARE, TILES, TOWER, stack
 
 pytestmark = pytest.mark.families
 
@@ -26,3 +26,33 @@ def test_a_picture_of_one_pixel_in_tiles_has_no_places(tmp_path: Path) -> None:
     prompt = vlm.prompt(Image.new("RGB", (1, 1)), "Who?")
     assert prompt.groups["image"]
     assert prompt.patches == ()
+
+
+def test_a_processor_may_read_another_word_for_a_picture_than_it_names(tmp_path: Path) -> None:
+    recipe = Recipe(
+        config={
+            "model_type": "qianfan_ocr", "text_config": stack("qwen3", head_dim=8), "image_seq_length": 4,
+            "vision_config": {**TOWER, "image_size": [32, 32], "patch_size": [8, 8]}, "image_token_id": "<IMG_CONTEXT>",
+        },
+        tokens=("<image>",),
+        named=INTERN,
+        image={"image_processor_type": "GotOcr2ImageProcessor", "size": SQUARE, **TILES},
+        processor={"processor_class": "QianfanOCRProcessor", "image_seq_length": 4},
+        template="<image>",
+    )  # fmt: skip
+    vlm = mt.load(write(recipe, tmp_path / "model"))
+    prompt = vlm.prompt(Image.new("RGB", (32, 32)), "Who founded the company?", constraint="the company")
+    assert len(prompt.groups["image"]) == 4
+    with pytest.raises(mt.ModelError, match="image token '<image>'"):
+        vlm.prompt(None, "Who is <image>?")
+
+
+def test_a_model_without_a_token_for_pictures_is_refused_in_words(tmp_path: Path) -> None:
+    recipe = Recipe(
+        config={"model_type": "blip", "vision_config": TOWER, "text_config": {
+            **stack("blip_text_model"), "encoder_hidden_size": 32, "max_position_embeddings": 64}},
+        image={"image_processor_type": "BlipImageProcessor", "size": SQUARE},
+        processor={"processor_class": "BlipProcessor"},
+    )  # fmt: skip
+    with pytest.raises(mt.ModelError, match="no token stands for a picture"):
+        mt.load(write(recipe, tmp_path / "model"))
