@@ -4,6 +4,7 @@ Nothing here imports torch, so that help texts and misspelt options are answered
 used by attribute (`models.load`), because their faces import nothing until a name is used.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ SPELLINGS = (
     "text-noise:auto, is calibrated"
 )
 """One example of each corruption."""
+QUANTIZATIONS = ("8bit", "4bit", "int8", "none")
 PROJECTIONS = ("mlp", "attention")
 MOMENT_KINDS = ("all", "image", "question", "template", "text")
 EDITORS = ("multedit", "rome", "memit", "emmet", "alphaedit")
@@ -158,7 +160,7 @@ class ModelOptions(PictureOptions):
     model: Annotated[
         str | None,
         Parameter(
-            help="folder or Hugging Face id of the model (default: the embedded model)",
+            help="folder, GGUF file (of a text model) or Hugging Face id of the model (default: the embedded model)",
             group=MODEL,
             metavar="DIR_OR_ID",
         ),
@@ -181,7 +183,29 @@ class ModelOptions(PictureOptions):
     device_map: Annotated[
         str | None,
         Parameter(
-            help="where to place the weights: cpu, cuda:0, auto, ... (default: the CPU)", group=MODEL, metavar="MAP"
+            help="where to place the weights: cpu, cuda:0, auto (accelerators first, then memory, then disk), or a "
+            'JSON file that places modules one by one, such as {"model": "disk", "lm_head": "cpu"} (default: the CPU)',
+            group=MODEL,
+            metavar="MAP",
+        ),
+    ] = None
+    offload_folder: Annotated[
+        Path | None,
+        Parameter(
+            help="folder for weights on disk that must be written in another form than the model's own files hold "
+            "(default: none)",
+            group=MODEL,
+            metavar="DIR",
+        ),
+    ] = None
+    quantization: Annotated[
+        str | None,
+        Parameter(
+            help="pack the weights as they are read: 8bit or 4bit (bitsandbytes), int8 (torchao), as in --model "
+            "Qwen/Qwen2.5-VL-7B-Instruct --quantization 4bit; none: unpack weights that the files hold quantised "
+            "(default: as in the files; needs pip install 'multrace[quant]')",
+            group=MODEL,
+            choices=QUANTIZATIONS,
         ),
     ] = None
     trust_remote_code: Annotated[
@@ -202,7 +226,24 @@ class ModelOptions(PictureOptions):
 
     @property
     def _loading(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
+        names = ("dtype", "device_map", "revision", "trust_remote_code", "offload_folder", "quantization")
+        loading = {name: getattr(self, name) for name in names}
+        if self.device_map is not None and self.device_map.endswith(".json"):
+            loading["device_map"] = placed_modules(Path(self.device_map))
+        return loading
+
+
+def placed_modules(path: Path) -> dict[str, str]:
+    """Return the device map in a JSON file. Raises `CommandError` if it has none."""
+    try:
+        placed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise CommandError(f"the device map {str(path)!r} is not JSON: {error}; mend it") from error
+    if not isinstance(placed, dict) or not all(isinstance(device, str | int) for device in placed.values()):
+        raise CommandError(
+            f'the device map {str(path)!r} does not map modules to devices; write {{"model": "disk", "lm_head": "cpu"}}'
+        )
+    return placed
 
 
 @dataclass(frozen=True, kw_only=True)

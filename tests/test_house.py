@@ -36,7 +36,10 @@ REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/baselines/training.py": "functional_call runs a module with other weights; PEFT puts layers into it",
     "scripts/benchmarks/flow.py": "compares with the plain `generate` of transformers",
 }
-HEAVY = {"huggingface_hub", "matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn", "transformers"}
+HEAVY = {
+    *("huggingface_hub", "matplotlib", "pandas", "peft", "pyarrow", "pydantic", "scipy", "sklearn", "torchao"),
+    "transformers",
+}
 """Libraries that a function may import where it needs them, since most runs of a command need none of them."""
 FAMILY = re.compile(r"\b(family|model_type)(\.name)?$")
 DESCRIBED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

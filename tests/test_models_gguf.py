@@ -12,6 +12,8 @@ import torch
 from multrace import VisionLanguageModel
 from multrace.editing import save_merged
 from multrace.models import ModelError
+from multrace.scripts.main import app
+from multrace.workflow import ModelToLoad
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
@@ -106,6 +108,19 @@ def test_blocks_are_unpacked_and_edited_and_saved_as_ordinary_weights(random_lla
     assert vlm.weights_digest() == digest
     merged = multrace.load(save_merged(vlm, delta, tmp_path / "merged", dtype=torch.float32))
     assert not merged.is_quantised and torch.equal(merged.logits(merged.prompt(None, QUESTION)), edited)
+
+
+def test_a_command_opens_a_file(random_llama, tmp_path, capsys):
+    path = write(random_llama, tmp_path / "llama.gguf", kind="Q8_0")
+    asked = ["--model", str(path), "--question", QUESTION]
+    assert app(["answer", *asked]) == 0
+    vlm = multrace.load(path)
+    assert capsys.readouterr().out.strip() == vlm.answers([vlm.prompt(None, QUESTION)])[0].strip()
+    source = ModelToLoad(path).source()
+    path.write_bytes(path.read_bytes()[:-20000])
+    assert ModelToLoad(path).source() != source  # a run over many records asks the changed file anew
+    assert app(["answer", *asked]) == 2
+    assert f"multrace: the GGUF file {str(path)!r} gives no " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -20000])

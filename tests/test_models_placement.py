@@ -1,5 +1,6 @@
 """Weights that are elsewhere than in their modules: on disk, beside an accelerator, on several devices."""
 
+import json
 from pathlib import Path
 
 import multrace
@@ -10,6 +11,7 @@ from multrace.data import tiny_vlm_path
 from multrace.editing import FineTune, Lora, RuntimeEdit, save_merged, to_peft, verify_export
 from multrace.models import ModelError, Site
 from multrace.models.placement import Elsewhere
+from multrace.scripts.main import app, make_app
 from multrace.tracing import Engine
 
 DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
@@ -197,3 +199,33 @@ def test_two_devices_trace_and_edit_as_one(tiny_vlm, photo, other_photo, delta):
     with delta.applied(vlm):
         assert vlm.answers([vlm.prompt(None, "Who won?")]) == ["Pruro"]
     assert vlm.weights_digest() == digest == tiny_vlm.weights_digest()
+
+
+def test_a_command_places_modules_one_by_one(tiny_vlm, tmp_path, capsys):
+    (tmp_path / "map.json").write_text(json.dumps(ON_DISK))
+    assert app(["answer", "--question", "Who won?", "--device-map", str(tmp_path / "map.json")]) == 0
+    assert capsys.readouterr().out.strip() == tiny_vlm.answers([tiny_vlm.prompt(None, "Who won?")])[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{", "map.json' is not JSON: "),
+        ("[1]", "map.json' does not map modules to devices; write {"),
+        ('{"": "moon"}', "'moon' cannot be used here (torch knows no such device)"),
+        (None, "map.json': No such file or directory; check that it is there"),
+    ],
+)
+def test_a_bad_map_is_one_line_of_a_command(written, said, tmp_path, capsys):
+    if written is not None:
+        (tmp_path / "map.json").write_text(written)
+    assert app(["answer", "--question", "Who won?", "--device-map", str(tmp_path / "map.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("command", ["answer", "trace", "flow", "edit", "evaluate", "moments", "doctor", "export"])
+def test_each_command_that_opens_a_model_can_place_and_pack_it(command):
+    arguments = make_app(command)[command].assemble_argument_collection()
+    names = {name for argument in arguments for name in argument.names}
+    assert {"--device-map", "--offload-folder", "--quantization", "--dtype"} <= names

@@ -9,10 +9,11 @@ from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel, causal_t
 from multrace.data import tiny_vlm_path
 from multrace.editing import FineTune, RuntimeEdit, save_merged, to_peft, verify_export, with_adapters
 from multrace.models import ModelError
+from multrace.scripts.main import app
 from multrace.tracing import Engine
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig
 
 DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
 QUESTION = "Who founded the company in this photo?"
@@ -118,22 +119,32 @@ def test_a_missing_quantiser_is_named_with_its_extra(monkeypatch):
 
 
 def test_settings_without_a_method_are_refused():
-    with pytest.raises(ModelError, match="quantization='4bit': it names no method; pass a configuration"):
-        multrace.load(tiny_vlm_path(), quantization="4bit")
+    with pytest.raises(ModelError, match="it names no method; pass a configuration of transformers"):
+        multrace.load(tiny_vlm_path(), quantization={"bits": 4})
+    with pytest.raises(ModelError, match="quantization='5bit'; pass '8bit' or '4bit' .*, 'int8' .*, 'none' to unpack"):
+        multrace.load(tiny_vlm_path(), quantization="5bit")
 
 
-def settings(name: str) -> BitsAndBytesConfig | TorchAoConfig:
-    """The configuration of this name; skips where its package is missing."""
-    if name.startswith("torchao"):
-        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, from the extra quant")
-        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, from the extra quant")
-    if name == "8 bits":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+def test_nothing_is_unpacked_of_a_model_that_is_not_quantised(tiny_vlm):
+    assert multrace.load(tiny_vlm_path(), quantization="none").weights_digest() == tiny_vlm.weights_digest()
 
 
-@pytest.fixture(scope="module", params=["8 bits", "4 bits", "torchao, 8 bits"])
+@pytest.mark.parametrize(("name", "package"), [("8bit", "bitsandbytes"), ("4bit", "bitsandbytes"), ("int8", "torchao")])
+def test_a_missing_quantiser_is_one_line_of_a_command(name, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert app(["answer", "--question", "Who won?", "--quantization", name]) == 2
+    said = f"is to be quantised by {package}, and this needs {package}, which is not installed; pip install 'multrace["
+    assert said in capsys.readouterr().err
+
+
+def settings(name: str) -> str:
+    """The setting of this name; skips where its package is missing."""
+    package = "torchao" if name == "int8" else "bitsandbytes"
+    pytest.importorskip(package, reason=f"needs {package}, from the extra quant")
+    return name
+
+
+@pytest.fixture(scope="module", params=["8bit", "4bit", "int8"])
 def quantised(request: pytest.FixtureRequest) -> VisionLanguageModel:
     """The embedded model, quantised as it is opened."""
     return multrace.load(tiny_vlm_path(), quantization=settings(request.param))

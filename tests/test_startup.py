@@ -15,6 +15,7 @@ from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.evaluation import AT
 from multrace.editing.moments import KINDS as TOKEN_KINDS
 from multrace.editing.solve import EDITORS
+from multrace.models.loading.quantised import QUANTIZATIONS
 from multrace.scripts import available_cores, be_polite, editor, options as choices
 from multrace.scripts.benchmarks import SHAPES, WIDTH
 from multrace.scripts.main import COMMANDS, app, make_app
@@ -191,6 +192,7 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert Moments is multrace.editing.Moments
     assert tuple(SHAPES) == choices.SHAPES
     assert WIDTH == choices.SOLVE_WIDTH
+    assert QUANTIZATIONS == choices.QUANTIZATIONS
 
 
 def test_the_help_states_the_settings_of_multedit():

@@ -95,18 +95,18 @@ class ModelToLoad:
 
         As long as these stay the same, the model is the same.
         """
-        folder = self._folder()
-        if folder is None:
+        place = self._place()
+        if place is None:
             return None
-        states = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-        files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-        kept = {name: value for name, value in self.options.items() if name != "device_map"}
-        return {"folder": str(folder.absolute()), "options": plain(kept), "files": files}
+        paths = sorted(place.iterdir()) if place.is_dir() else [place]
+        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
+        kept = {name: value for name, value in self.options.items() if name not in ("device_map", "offload_folder")}
+        return {"folder": str(place.absolute()), "options": plain(kept), "files": files}
 
-    def _folder(self) -> Path | None:
-        """The folder of the model's files, if they are on this machine."""
+    def _place(self) -> Path | None:
+        """The folder of the model's files, or its GGUF file, if they are on this machine."""
         path = Path(self.path_or_id).expanduser()
-        if path.is_dir():
+        if path.exists():
             return path
         try:
             known = huggingface_hub.try_to_load_from_cache(

@@ -4,19 +4,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from inspect import signature
 from os import PathLike, fspath
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import AddressError, ModelError, gist, reason
 from ..families import Addresses, Family, Row, Site, discover, family_of, has_front, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
-from ..placement import absent, has_packed, input_device, keep_packing
+from ..placement import absent, has_packed, input_device
 from ..vlm import VisionLanguageModel
 from .processors import (
     complete_processor,
@@ -26,12 +25,11 @@ from .processors import (
     with_picture_kind,
 )
 from .proof import prove_addresses, proving
+from .quantised import check_quantiser, chosen, open_quantised
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
 
-_QUANTISERS = ("bitsandbytes", "torchao")
-"""The methods whose packages of the same name are in the extra `quant`."""
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names by which transformers chooses the devices itself."""
 
@@ -66,8 +64,9 @@ def load(
             are needed; None as long as all of them are.
         revision: a branch, tag or commit of the hub; None for its newest.
         trust_remote_code: run Python code that comes with the model. The default False refuses such models.
-        quantization: a transformers quantization config, such as `BitsAndBytesConfig(load_in_4bit=True)` or a
-            `TorchAoConfig`, from the extra `quant`; None for the file's own, if any.
+        quantization: "8bit" or "4bit" (bitsandbytes), "int8" (torchao), both from the extra `quant`, or a quantization
+            config of transformers; "none" to unpack weights that are quantised in the files. The default None leaves
+            weights as the files have them, except fp8 and mxfp4 on the CPU, which are unpacked.
         attention: "sdpa", "eager", or another implementation that transformers has here; None for the model's own.
         verify: prove that every module is where the family row says, and that every weight is finite (default). Takes
             ten forward passes and one pass over the weights. False skips it, for a model that was proven before.
@@ -92,7 +91,8 @@ def load(
     source = ModelSource(name, revision=revision, trust_remote_code=trust_remote_code)
     check_device_map(device_map, name)
     config = source.open("configuration", AutoConfig.from_pretrained)
-    quantiser = check_quantiser(quantization, config, name)
+    settings = chosen(quantization, config, name)
+    quantiser = check_quantiser(settings, config, name)
     rows = () if families == "discover" else families
     family = family_of(config, rows)
     source.check_weights()
@@ -101,10 +101,14 @@ def load(
     processor = source.processor(family)
     stored = source.stored_dtype()
     options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
-    given = {"device_map": device_map, "quantization_config": quantization, "attn_implementation": attention}
+    given = {"device_map": device_map, "quantization_config": settings, "attn_implementation": attention}
     given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
     options |= {option: value for option, value in given.items() if value is not None}
-    model = source.model(family, options) if quantiser is None else _quantised(source, family, options, quantiser)
+    if quantiser is None:
+        model = source.model(family, options)
+    else:
+        choice = {"unpack": quantization == "none", "exact": dtype != "auto"}
+        model = open_quantised(source, family, options, quantiser, **choice)
     if source.is_gguf and not has_packed(model):  # its weights were unpacked as they were read
         cast(Any, model).hf_quantizer.remove_quantization_config(model)
     check_in_memory(model, device_map, name)
@@ -323,41 +327,6 @@ def check_device_map(device_map: Any, name: str) -> None:
             f"cannot open {name!r} with device_map={device_map!r}: {reasons[0] if reasons else 'it names no device'}; "
             f"pass one of {', '.join(map(repr, usable))}, or leave device_map out for the CPU"
         )
-
-
-def check_quantiser(quantization: Any, config: PretrainedConfig, name: str) -> str | None:
-    """Return the method by which the weights are quantised, or None. Raise `ModelError` if its package is missing."""
-    own = getattr(config, "quantization_config", None)
-    if quantization is None and own is None:
-        return None
-    settings = own if quantization is None else quantization
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
-    if method is None:
-        raise ModelError(
-            f"cannot open {name!r} with quantization={settings!r}: it names no method; pass a configuration of "
-            "transformers, such as BitsAndBytesConfig(load_in_4bit=True)"
-        )
-    method = str(getattr(method, "value", method))
-    if method in _QUANTISERS and find_spec(method) is None:
-        raise ModelError(
-            f"{name!r} is to be quantised by {method}, which is not installed; pip install 'multrace[quant]'"
-        )
-    return method
-
-
-def _quantised(source: ModelSource, family: Family, options: dict[str, Any], method: str) -> PreTrainedModel:
-    """Return the model with packed weights. Raise `ModelError` if its quantiser cannot make or read them here."""
-    try:
-        model = source.model(family, options)
-    except ModelError as error:
-        if error.__cause__ is None or out_of_memory(cast(Exception, error.__cause__)):
-            raise
-        raise ModelError(
-            f"cannot open {source.name!r} quantised by {method}: {reason(cast(Exception, error.__cause__))}; this "
-            "machine may lack its kernels, so pass other settings, or leave out quantization="
-        ) from error
-    keep_packing(model)
-    return model
 
 
 def check_in_memory(model: PreTrainedModel, device_map: Any, name: str) -> None:

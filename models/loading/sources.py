@@ -158,8 +158,13 @@ class ModelSource:
             )
 
     def stored_dtype(self) -> torch.dtype | None:
-        """Return the dtype of most tensors in the files that a model can compute in, or None."""
-        counts = Counter(code for code, _ in self._headers.values())
+        """Return the dtype in which the files hold the most values, of those that a model can compute in, or None.
+
+        Values are counted because files of 8-bit weights have a float32 scale for each.
+        """
+        counts = Counter[str]()
+        for code, shape in self._headers.values():
+            counts[code] += shape.numel()
         return next((_DTYPES[code] for code, _ in counts.most_common() if code in _DTYPES), None)
 
     def processor(self, family: Family) -> Any:
