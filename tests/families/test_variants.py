@@ -5,10 +5,12 @@ from pathlib import Path
 
 import multrace as mt
 import pytest
+import torch
 from PIL import Image
 
 from .folders import Recipe, write
 from .seeing import INTERN, SEEING, SQUARE, TILES, TOWER, stack
+from .texts import TEXTS
 
 pytestmark = pytest.mark.families
 
@@ -56,3 +58,8 @@ def test_a_model_without_a_token_for_pictures_is_refused_in_words(tmp_path: Path
     )  # fmt: skip
     with pytest.raises(mt.ModelError, match="no token stands for a picture"):
         mt.load(write(recipe, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_open_in_half_precision_whose_rounding_hides_small_effects(name: str, tmp_path: Path) -> None:
+    assert mt.load(write(TEXTS[name], tmp_path / "model"), dtype="bfloat16").dtype == torch.bfloat16
