@@ -2,6 +2,7 @@ from .errors import ModelError as ModelError, NotFiniteError as NotFiniteError, 
 from .families import (
     PICTURE_FRONTS as PICTURE_FRONTS,
     TEXT_STACKS as TEXT_STACKS,
+    ExpertProjection as ExpertProjection,
     Family as Family,
     PictureFront as PictureFront,
     Projection as Projection,

@@ -7,7 +7,7 @@ the names and the behaviour that code written for baukit expects.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ModelError
-from .families import Key, Projection
+from .families import Key, Projection, RoutedExperts
 from .guards import ModelLock, uninterrupted
 
 AnyKey = TypeVar("AnyKey", bound=Key)
@@ -227,6 +227,7 @@ def _placed(visits: Sequence[_Visit], *, inputs: bool, ahead: bool = False) -> I
     same, with as many rows as the layer was given last.
     """
     handles: list[RemovableHandle] = []
+    leaving = ExitStack()
     rows: dict[nn.Module, int] = {}
 
     def count(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -237,6 +238,8 @@ def _placed(visits: Sequence[_Visit], *, inputs: bool, ahead: bool = False) -> I
         for layer in {visit.layer: None for visit in visits if visit.layer is not None}:
             handles.append(layer.register_forward_pre_hook(count, with_kwargs=True, prepend=True))
         for visit in visits:
+            if isinstance(visit.module, RoutedExperts):
+                leaving.callback(visit.module.attach())
             if inputs:
                 hook = _input_hook(_in_rows(visit, rows), visit.label)
                 handles.append(visit.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=ahead))
@@ -245,7 +248,7 @@ def _placed(visits: Sequence[_Visit], *, inputs: bool, ahead: bool = False) -> I
                 handles.append(visit.module.register_forward_hook(hook, prepend=ahead))
         yield
     finally:
-        uninterrupted(lambda: [handle.remove() for handle in handles])
+        uninterrupted(lambda: [leaving.close(), *(handle.remove() for handle in handles)])
 
 
 def _in_rows(visit: _Visit, rows: Mapping[nn.Module, int]) -> Callable[[Tensor], Tensor | None]:
@@ -396,11 +399,14 @@ class Trace(_Stopping):
         self._retain_grad = retain_grad
         self._edit = None if edit_output is None else _with_accepted_arguments(edit_output)
         self._handle: RemovableHandle | None = None
+        self._leaving = ExitStack()
         self._lock = nullcontext() if isinstance(module, nn.Module) else module.lock
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
         self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
+        if isinstance(self.module, RoutedExperts):
+            self._leaving.callback(self.module.attach())
         return self
 
     def close(self) -> None:
@@ -408,6 +414,7 @@ class Trace(_Stopping):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            self._leaving.close()
             self._lock.__exit__(None, None, None)
 
     def _hook(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:

@@ -128,6 +128,12 @@ def weight_names(model: nn.Module) -> set[str]:
     return packed | {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
+def parameter_of(name: str) -> tuple[str, int | None]:
+    """Return the parameter's name and the number of the slice that a name such as "experts.down_proj[3]" adds to it."""
+    stem, bracket, number = name.removesuffix("]").rpartition("[")
+    return (stem, int(number)) if bracket and name.endswith("]") and number.isdigit() else (name, None)
+
+
 def _offloading(module: nn.Module) -> Any | None:
     """Return accelerate's hook on the module that fetches its parameters for each call; None without one."""
     hook = module.__dict__.get("_hf_hook")
@@ -187,17 +193,18 @@ def has_packed(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def values(model: nn.Module, name: str, *, transposed: bool) -> Tensor:
-    """Return a weight: the parameter itself if it is an ordinary one, else its values as numbers.
+    """Return a weight: the parameter itself (or a view of its slice) if it is an ordinary one, else its values.
 
     A packed matrix is read through its own module, which answers the unit vectors with its columns, so that every
     quantiser is read alike. transposed: the model stores its projections as (width, hidden).
 
     Raises `ModelError`, which names the weight, if its values cannot be read.
     """
-    module, leaf = _owner(model, name)
+    parameter, number = parameter_of(name)
+    module, leaf = _owner(model, parameter)
     stored = fetched(module, leaf)
     if stored is not None and is_plain(stored):
-        return stored
+        return stored if number is None else stored[number]
     if leaf != "weight" or not is_packed(module):
         raise ModelError(
             f"the weight {name!r} is packed in a {type(module).__name__}, which does not say how it is read; load the "
@@ -258,6 +265,7 @@ def opened(model: nn.Module, name: str, *, transposed: bool) -> OpenedWeight | N
 
     Raises `ModelError`, which names the weight, if its values cannot be read.
     """
+    name, _ = parameter_of(name)  # a slice is opened with the whole of its parameter
     module, leaf = _owner(model, name)
     if is_plain(module._parameters.get(leaf)):
         return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, whole_number
-from .families import Addresses, Family, Key, Projection, Site
+from .families import Addresses, ExpertProjection, Family, Key, Projection, RoutedExperts, Site
 from .frame import PER_LAYER, DecoderInput, Frame
 from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
@@ -28,6 +28,7 @@ from .layout import pixels_of
 from .pictures import named_features, projected_features
 from .placement import (
     OpenedWeight,
+    compute_device,
     has_weight,
     input_device,
     opened,
@@ -326,6 +327,14 @@ class VisionLanguageModel:
         """Return the module of a site (decoder layer, MLP or attention), projection, dotted path or module."""
         return self.addresses.module(key)
 
+    def compute_device(self, key: Key) -> torch.device:
+        """Return the device on which a module's own weights are while it runs; that of the experts for a view of them.
+
+        key: as in `module`.
+        """
+        module = self.module(key)
+        return compute_device(module.source if isinstance(module, RoutedExperts) else module)
+
     def attention_module(self, layer: int) -> nn.Module:
         """Return the module that attends in a layer; a norm may stand between it and the site "attention"."""
         return self.addresses.attention_module(layer)
@@ -349,18 +358,59 @@ class VisionLanguageModel:
         """Return whether a linear map writes the layer's MLP output or, beside experts, a part of it for all tokens."""
         return self.addresses.has_down_projection(layer)
 
+    def expert_projection(self, layer: int, expert: int | None = None) -> ExpertProjection:
+        """Return one routed expert of a layer, or all of them (None), as the linear map that writes their output.
+
+        Its input are the experts' activations times their routing weights, which are zero for tokens that are routed
+        elsewhere. Raises `ModelError` if the layer has no such expert.
+        """
+        return self.addresses.expert_projection(layer, expert)
+
+    def expert_count(self, layer: int) -> int:
+        """Return the number of routed experts of a layer whose slices can be edited; 0 for none."""
+        return self.addresses.expert_count(layer)
+
+    @torch.no_grad()
+    def routing(self, inputs: Inputs, layer: int) -> Tensor:
+        """Return the weight with which each token is routed to each expert of a layer, (batch, token, expert); 0 for none.
+
+        Args:
+            inputs: A prompt, or model inputs by name.
+            layer: The layer, negative from the end.
+
+        Raises:
+            ModelError: The layer has no routed experts whose weights can be read, or the prompt is another model's.
+        """
+        experts = self.expert_projection(layer).experts
+        ready = self._ready(inputs)
+        with self.running(), first_call(self, experts.source) as arguments:
+            self.model(**ready, use_cache=False)
+        states, index, weights = experts.arguments((), arguments)
+        spread = weights.new_zeros(len(states), len(experts.numbers)).scatter_add_(1, index, weights)
+        return spread.view(*ready["input_ids"].shape, -1)
+
     def attention_projection(self, layer: int) -> Projection:
         """Return the linear map that writes a layer's attention into the residual stream."""
         return self.addresses.attention_projection(layer)
 
+    def is_transposed(self, name: str) -> bool:
+        """Return whether the projection's weight of this name is stored as (width, hidden) instead of (hidden, width).
+
+        Experts may be stored otherwise than the single matrices of the same model.
+        """
+        expert = self.addresses.expert_slice(name)
+        return self.stores_transposed if expert is None else expert.transposed
+
     def weight(self, name: str) -> Tensor:
         """Return a weight by its parameter name: the parameter itself, not a copy, if it is an ordinary one in memory.
+
+        The name of an expert's slice, such as "layers.3.mlp.experts.down_proj[5]", gives a view of the parameter.
 
         Of a weight that is offloaded or quantised the values are returned, as numbers; `open_weight` makes it an
         ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
         cannot be read.
         """
-        if not has_weight(self.model, name):
+        if not has_weight(self.model, name) and self.expert_slice(name) is None:
             nearest = get_close_matches(name, weight_names(self.model), n=1, cutoff=0.0)
             raise ModelError(f"no parameter {name!r} in {self.name!r}; the nearest is {nearest[0]!r}")
         return values(self.model, name, transposed=self.stores_transposed)

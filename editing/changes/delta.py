@@ -15,7 +15,6 @@ from ...artefacts import files, plain_fields
 from ...data import parse_json
 from ...data.facts import counted, shortened
 from ...models import ModelError, VisionLanguageModel, capture, patch
-from ...models.placement import compute_device
 from ..requests import EditError
 from .weight_change import (
     MOSTLY,
@@ -140,8 +139,10 @@ class Delta:
             self.check_fits(vlm)
             if not on_other_weights:
                 check_fingerprints(vlm, self.fingerprints, self.model)
-            transposed = vlm.stores_transposed
-            return {name: each.retained(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+            return {
+                name: each.retained(vlm.weight(name), transposed=vlm.is_transposed(name))
+                for name, each in self.changes.items()
+            }
 
     def rounding(self, vlm: VisionLanguageModel, *, on_other_weights: bool = False) -> dict[str, Rounding]:
         """Return what is lost of each weight's change when it is applied to this model in the dtype of its weights.
@@ -153,8 +154,10 @@ class Delta:
             self.check_fits(vlm)
             if not on_other_weights:
                 check_fingerprints(vlm, self.fingerprints, self.model)
-            transposed = vlm.stores_transposed
-            return {name: each.rounding(vlm.weight(name), transposed=transposed) for name, each in self.changes.items()}
+            return {
+                name: each.rounding(vlm.weight(name), transposed=vlm.is_transposed(name))
+                for name, each in self.changes.items()
+            }
 
     def report(self, shares: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return one line per request on what became of it, from the shares that `retained` (or a runtime edit) gives.
@@ -241,7 +244,7 @@ class Delta:
                 weight = vlm.weight(name)
             except ModelError as error:
                 raise EditError(f"an edit of '{self.model}' does not fit '{vlm.name}': {error}") from error
-            wanted = change.shape[::-1] if vlm.stores_transposed else change.shape
+            wanted = change.shape[::-1] if vlm.is_transposed(name) else change.shape
             if tuple(weight.shape) != wanted or not weight.is_floating_point():
                 raise EditError(
                     f"an edit of '{self.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is "
@@ -432,7 +435,7 @@ def _adding(
     vlm: VisionLanguageModel, path: str, change: WeightChange, read: dict[str, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """The function that adds left @ right of the module's last input to its output."""
-    device = compute_device(vlm.module(path))
+    device = vlm.compute_device(path)
     wide = torch.promote_types(vlm.dtype, torch.float32)
     left, right = (factor.to(device, wide) for factor in (change.left, change.right))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...artefacts import ArtefactError, replacing_folder, write_tensors
 from ...models import ModelError, Prompt, VisionLanguageModel
+from ...models.placement import parameter_of
 from ..requests import EditError
 from .delta import Delta
 from .weight_change import Change
@@ -59,7 +60,8 @@ class Verification:
 def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Path:
     """Write the change as a PEFT LoRA adapter for `PeftModel.from_pretrained`, and return its folder.
 
-    Each weight's adapter has the rank of its change and an alpha equal to it, so that its scale is 1. Adapters are
+    Slices of experts are `target_parameters` of the adapter, of which PEFT takes one adapter for a model. Each weight's
+    adapter has the rank of its change and an alpha equal to it, so that its scale is 1. Adapters are
     float32 whatever the model's dtype, so nothing is rounded away. Write several edits as several adapters, or as one
     by `compose`. PEFT itself is not needed for writing. There is a whole folder afterwards, or none.
 
@@ -89,12 +91,26 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
     factors = {name: factors for name, factors in change.factors.items() if factors[1].shape[0]}
     if not factors:
         raise EditError(f"this edit of '{change.model}' changes nothing, and PEFT has no adapters of rank 0")
-    tensors = {}
+    experts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (left, right) in factors.items():
         _check_fits(change, vlm, name, (left.shape[0], right.shape[1]))
-        for part, factor in (("lora_A", right), ("lora_B", left)):
-            tensors[f"base_model.model.{name.removesuffix('.weight')}.{part}.weight"] = factor
-    text = json.dumps(_config(change, vlm, factors), indent=2) + "\n"
+        parameter, number = parameter_of(name)
+        if number is None:
+            pairs[name.removesuffix(".weight")] = right, left
+        else:
+            stored = (left, right) if not vlm.is_transposed(name) else (right.T, left.T)
+            experts.setdefault(parameter, {})[number] = stored
+    stacks = {name: _stacked(vlm.weight(name), slices) for name, slices in experts.items()}
+    modules = pairs | {name.rpartition(".")[0]: stack for name, stack in stacks.items()}
+    tensors = {
+        f"base_model.model.{path}.lora_{part}.weight": factor
+        for path, pair in modules.items()
+        for part, factor in zip("AB", pair, strict=True)
+    }
+    ranks = {path: len(pair[0]) for path, pair in pairs.items()}
+    stacked = {name: len(stack[0]) // len(vlm.weight(name)) for name, stack in stacks.items()}
+    text = json.dumps(_config(change, vlm, ranks, stacked), indent=2) + "\n"
     try:
         with replacing_folder(folder) as new:
             write_tensors(new / "adapter_model.safetensors", tensors, {"format": "pt"})
@@ -173,7 +189,7 @@ def save_merged(
     stored = dtype or vlm.stored_dtype or vlm.dtype
     if isinstance(change, Delta) and stored.itemsize < 4 and not vlm.is_quantised:
         for name, each in change.changes.items():
-            rounding = each.rounding(vlm.weight(name).to(stored), transposed=vlm.stores_transposed)
+            rounding = each.rounding(vlm.weight(name).to(stored), transposed=vlm.is_transposed(name))
             level = logging.WARNING if rounding.is_lossy else logging.INFO
             logger.log(level, "%s in %s: %s; an adapter (to_peft) keeps all of it", name, folder, rounding)
     with change.applied(vlm):
@@ -231,7 +247,7 @@ def _largest(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tuple[int, int]) -> None:
-    wanted = shape[::-1] if vlm.stores_transposed else shape
+    wanted = shape[::-1] if vlm.is_transposed(name) else shape
     try:
         found = tuple(vlm.weight(name).shape)
     except ModelError as error:
@@ -243,9 +259,28 @@ def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tup
         )
 
 
-def _config(change: LowRank, vlm: VisionLanguageModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """PEFT's adapter_config.json: whatever is left out has PEFT's default."""
-    ranks = {name.removesuffix(".weight"): right.shape[0] for name, (_left, right) in factors.items()}
+def _stacked(weight: Tensor, slices: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """PEFT's factors for a weight (expert, row, column), of which some slices change by P (row, rank) @ Q (rank, column).
+
+    They have one rank for all experts, A (expert x rank, row) with the ranks of an expert together and B (column,
+    rank x expert) with the experts of a rank together.
+    """
+    count, rows, columns = weight.shape
+    rank = max(left.shape[1] for left, _ in slices.values())
+    down, up = torch.zeros(count, rank, rows), torch.zeros(columns, rank, count)
+    for number, (left, right) in slices.items():
+        down[number, : left.shape[1]], up[:, : left.shape[1], number] = left.T, right.T
+    return down.flatten(0, 1), up.flatten(1)
+
+
+def _config(
+    change: LowRank, vlm: VisionLanguageModel, modules: Mapping[str, int], parameters: Mapping[str, int]
+) -> dict[str, Any]:
+    """PEFT's adapter_config.json for the ranks of modules and of three-dimensional parameters.
+
+    Whatever is left out has PEFT's default.
+    """
+    ranks = {**modules, **parameters}
     largest = max(ranks.values())
     return {
         "peft_type": "LORA",
@@ -257,7 +292,8 @@ def _config(change: LowRank, vlm: VisionLanguageModel, factors: Mapping[str, tup
         "alpha_pattern": ranks,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": vlm.stores_transposed,
-        "target_modules": sorted(ranks),
+        "fan_in_fan_out": vlm.stores_transposed and bool(modules),
+        "target_modules": sorted(modules),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "inference_mode": True,
     }

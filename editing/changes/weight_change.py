@@ -366,13 +366,13 @@ def write(vlm: VisionLanguageModel, name: str, change: WeightChange) -> None:
     Warns in one line if the dtype of the weight takes up little of the change, which half precision can do.
     """
     weight = vlm.weight(name)
-    if weight.dtype not in _WIDE and (rounding := change.rounding(weight, transposed=vlm.stores_transposed)).is_lossy:
+    if weight.dtype not in _WIDE and (rounding := change.rounding(weight, transposed=vlm.is_transposed(name))).is_lossy:
         logger.warning(
             "%s: %s; RuntimeEdit(delta=...) keeps the whole of it beside the weights, as an adapter does, and so does "
             "a model loaded in float32",
             *(name, rounding),
         )
-    for run, rows in change.rows(weight, transposed=vlm.stores_transposed):
+    for run, rows in change.rows(weight, transposed=vlm.is_transposed(name)):
         if not torch.isfinite(rows).all():
             advice = "edit with a clamp" if weight.dtype in _WIDE else "load the model in float32, or edit with a clamp"
             raise EditError(f"the edited {name} overflows {weight.dtype}; {advice}")

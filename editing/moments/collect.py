@@ -31,6 +31,7 @@ from .moments import (
     hash_of_weights,
     token_types,
     wide,
+    written_by,
 )
 
 __all__ = ["Moments", "ConvergencePoint", "memory_of_moments", "second_moments"]
@@ -47,6 +48,7 @@ def second_moments(
     *,
     layers: Sequence[int] | None = None,
     projection: Written = "mlp",
+    expert: int | None = None,
     batch_size: int = 8,
     memory: float | None = None,
     tolerance: float | None = None,
@@ -65,6 +67,8 @@ def second_moments(
         prompts: What the model reads; draw them in random order, since convergence is read from their halves.
         layers: Layers, negative from the end; None for all.
         projection: "mlp" for the inputs of down projections, "attention" for those of attention's output projections.
+        expert: A routed expert whose inputs are read instead, each times its routing weight; those of tokens that are
+            routed elsewhere are zero and count as such.
         batch_size: Number of prompts that run together.
         memory: Budget in MiB for the sums and what they need beside model and activations. Layers then go in groups,
             one pass each, with the same result bit for bit; None reads all layers in one pass.
@@ -96,15 +100,16 @@ def second_moments(
     """
     wanted = _layers(vlm, layers)
     every = _check(prompts, projection, batch_size, tolerance, every)
+    read = written_by(projection, expert)
     counted, corpus = hash_of_corpus(prompts, progress=progress)
-    groups = _groups(vlm, wanted, projection, types=len(counted), memory=memory)
+    groups = _groups(vlm, wanted, read, types=len(counted), memory=memory)
     settings = {"batch_size": batch_size, "every": every, "tolerance": tolerance, "layers": wanted}
     hashes = {"weights": hash_of_weights(vlm, wanted[-1], progress=progress), "corpus": corpus}
-    place = {"projection": projection, "device": vlm.device.type, "groups": groups}
+    place = {"projection": read, "device": vlm.device.type, "groups": groups}
     run = _Collection(
         vlm=vlm,
         prompts=prompts,
-        projections={layer: _projection(vlm, layer, projection) for layer in wanted},
+        projections={layer: _projection(vlm, layer, read) for layer in wanted},
         batch_size=batch_size,
         every=every,
         tolerance=tolerance,
@@ -124,13 +129,18 @@ def second_moments(
         convergence=tuple(watch.readings),
         model=vlm.name,
         revision=vlm.revision,
-        projection=projection,
+        projection=read,
         **hashes,
     )
 
 
 def memory_of_moments(
-    vlm: VisionLanguageModel, layers: Sequence[int] | None = None, *, projection: Written = "mlp", types: int = 3
+    vlm: VisionLanguageModel,
+    layers: Sequence[int] | None = None,
+    *,
+    projection: Written = "mlp",
+    expert: int | None = None,
+    types: int = 3,
 ) -> float:
     """Return how many MiB one pass over these layers needs beside the model and its activations.
 
@@ -141,6 +151,7 @@ def memory_of_moments(
         vlm: The model.
         layers: Layers, negative from the end; None for all.
         projection: "mlp" or "attention", as in `second_moments`.
+        expert: A routed expert, as in `second_moments`.
         types: Number of types of token that occur (image, question, template), at most 3.
 
     Raises:
@@ -154,7 +165,8 @@ def memory_of_moments(
         >>> memory_of_moments(vlm, [5]) < memory_of_moments(vlm) < 100
         True
     """
-    widths = [_projection(vlm, layer, projection).width for layer in _layers(vlm, layers)]
+    read = written_by(projection, expert)
+    widths = [_projection(vlm, layer, read).width for layer in _layers(vlm, layers)]
     return (_fixed(widths) + sum(8 * types * width**2 for width in widths)) / _MIB
 
 
@@ -298,17 +310,20 @@ def _layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int
     return tuple(wanted)
 
 
-def _projection(vlm: VisionLanguageModel, layer: int, projection: Written) -> Projection:
-    return vlm.down_projection(layer) if projection == "mlp" else vlm.attention_projection(layer)
+def _projection(vlm: VisionLanguageModel, layer: int, read: str) -> Projection:
+    kind, _, expert = read.partition(" ")
+    if expert:
+        return vlm.expert_projection(layer, int(expert))
+    return vlm.down_projection(layer) if kind == "mlp" else vlm.attention_projection(layer)
 
 
 def _groups(
-    vlm: VisionLanguageModel, layers: Sequence[int], projection: Written, *, types: int, memory: float | None
+    vlm: VisionLanguageModel, layers: Sequence[int], read: str, *, types: int, memory: float | None
 ) -> tuple[tuple[int, ...], ...]:
     """Groups of as many layers as the memory holds. Raises `EditError` if it does not hold one."""
     if memory is None:
         return (tuple(layers),)
-    widths = {layer: _projection(vlm, layer, projection).width for layer in layers}
+    widths = {layer: _projection(vlm, layer, read).width for layer in layers}
     sizes = {layer: 8 * types * width**2 for layer, width in widths.items()}
     fixed = _fixed(list(widths.values()))
     room = memory * _MIB - fixed

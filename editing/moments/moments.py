@@ -229,6 +229,22 @@ UNIONS = {"all": KINDS, "text": ("question", "template")}
 """Types that are sums of others."""
 _TEXTS = ("projection", "model", "revision", "weights", "corpus")
 
+
+def written_by(projection: str, expert: int | None) -> str:
+    """Return `Moments.projection` for a projection, or for a routed expert of its layers.
+
+    Raises `EditError` for an expert that is counted from the end, or one beside attention.
+    """
+    if expert is None:
+        return projection
+    if expert < 0 or projection != "mlp":
+        raise EditError(
+            f"second moments of expert={expert} with projection={projection!r}; pass the number of an expert from 0, "
+            "with projection='mlp'"
+        )
+    return f"expert {expert}"
+
+
 Sums = Mapping[int, Mapping[str, Tensor]]
 """The sum of k k^T over the tokens, (width, width) float64, by layer and type of token."""
 
@@ -248,7 +264,7 @@ class Moments:
     prompts: int
     """Number of prompts that were read."""
     projection: str
-    """"mlp" for the inputs of down projections, "attention" for those of attention's output maps."""
+    """"mlp" for the inputs of down projections, "attention" for those of attention's output maps, or "expert 5"."""
     model: str
     revision: str | None = None
     weights: str

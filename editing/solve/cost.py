@@ -174,6 +174,26 @@ class Cost:
         return None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StackedCost:
+    """The cost of a change of several weights that are one map of stacked keys, each weight with a cost of its own."""
+
+    blocks: tuple[tuple[slice, Cost], ...]
+    """The columns of each weight, and its cost; a change leaves the columns of no block as they are."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a change costs nothing, as `Cost.is_free`."""
+        return all(cost.is_free for _, cost in self.blocks)
+
+    def parts(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (K M^-1, K N) of stacked keys (n, width), as `Cost.parts`; zero in the columns of no block."""
+        whole, projected = torch.zeros_like(keys, dtype=torch.float64), torch.zeros_like(keys, dtype=torch.float64)
+        for columns, cost in self.blocks:
+            whole[:, columns], projected[:, columns] = cost.parts(keys[:, columns])
+        return whole, projected
+
+
 def build_cost(
     width: int,
     *,

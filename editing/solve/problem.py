@@ -25,7 +25,7 @@ from ...data.facts import EditRequest
 from ..changes import WeightChange
 from ..requests import EditError
 from ..values import Lookup
-from .cost import Cost
+from .cost import Cost, StackedCost
 
 _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 
@@ -104,9 +104,10 @@ class Rows:
         )
 
     def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
-        """Add keys whose outputs are to stay."""
+        """Add keys whose outputs are to stay; that of a key of zero, which an expert does not read, stays anyway."""
         for name, keys in preserved:
             keys = keys.to(self.keys[0])
+            keys = keys[keys.any(-1)]
             self.keys.append(keys)
             self.residuals.append(keys.new_zeros(len(keys), self.residuals[0].shape[1]))
             self.weights += [weight] * len(keys)
@@ -171,7 +172,7 @@ class Solution:
     """Condition number (1-norm) of the n x n system that was solved, with keys of length one; at least 1."""
 
 
-def solve(cost: Cost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2) -> Solution:
+def solve(cost: Cost | StackedCost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2) -> Solution:
     """Return the change of least cost that meets the problem, in factors of rank at most n.
 
     It is computed in float64 on the device of the keys. Exact rows are met exactly unless some cannot be told apart: a
@@ -239,7 +240,7 @@ def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[i
     )
 
 
-def _system(cost: Cost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _system(cost: Cost | StackedCost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K N Dir^T (n, n) for keys and directions of length one, the lengths (n,) of both, and Dir N (n, width)."""
     whole, right = cost.parts(keys if directions is None else directions)
     if directions is None:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest, Question
-from ...models import Projection, Site, VisionLanguageModel
+from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
 from ..moments import Moments
@@ -41,7 +42,7 @@ from ..values import (
     lookups,
     search_values,
 )
-from .cost import FACTS, Cost, EarlierKeys, facts_of
+from .cost import FACTS, Cost, EarlierKeys, StackedCost, facts_of
 from .problem import Rows, check_contradictions, reduced, solve
 from .settings import ClosedFormSettings
 
@@ -198,8 +199,10 @@ class ClosedFormSession(EditSession[Delta]):
     ) -> Delta:
         editor = self._choose(requests)
         editor.check_moments(self._moments)
+        edit = _Edit(self, editor, requests, progress=progress)
+        editor.check_moments(self._moments, edit.projections.values())
         with self.vlm.gradients():
-            return _Edit(self, editor, requests, progress=progress).run(values)
+            return edit.run(values)
 
     def _begin(self, handle: AppliedDelta) -> None:
         if not self.history.names:
@@ -252,7 +255,8 @@ class _Edit:
 
     def run(self, values: Sequence[RequestValues] | None = None) -> Delta:
         """Return the change that puts these values, or those of a new search, at the keys of the requests."""
-        fingerprints = self.session.fingerprint([each.name for each in self.projections.values()])
+        names = [name for each in self.projections.values() if len(each.slices) == 1 for name in each.slices]
+        fingerprints = self.session.fingerprint(names)
         # outputs that were looked up before other edits of the session are not those of now
         self.is_current = values is None or not self.session.is_changed
         self._take(self.search(check=True) if values is None else values)
@@ -260,9 +264,12 @@ class _Edit:
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
-                changes[projection.name] = change = self._change(layer, kept)
-                if layer < self.last and change.rank:
-                    stack.enter_context(_in_place(self.vlm, projection.name, change))
+                own = _by_weight(projection, self._change(layer, kept))
+                changes |= own
+                for name, change in own.items():
+                    if layer < self.last and change.rank:
+                        stack.enter_context(_in_place(self.vlm, name, change))
+        fingerprints |= self.session.fingerprint([name for name in changes if name not in fingerprints])
         for name in sorted(self.relaxed):
             logger.warning(
                 "the key of %s cannot be told apart from that of another; both are met as far as they agree", name
@@ -299,8 +306,19 @@ class _Edit:
                 progress=self.progress,
             )
             for owner, result in zip(owners, searched, strict=True):
-                results.setdefault(owner, []).append(result)
+                results.setdefault(owner, []).append(self._routed(result))
         return tuple(_values_of(results.get(index)) for index in range(len(self.requests)))
+
+    def _routed(self, result: ValueResult) -> ValueResult:
+        """The result, which is a failure if an edited token is not routed to the expert that is edited."""
+        projection, zeros = self.projections[self.last], (~result.keys.any(-1)).nonzero().flatten().tolist()
+        if result.failure or not zeros or not isinstance(projection, ExpertProjection):
+            return result
+        failure = (
+            f"of the {len(result.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is not "
+            f"routed to {projection}; pass expert='routed', or an expert of all these tokens (vlm.routing shows them)"
+        )
+        return replace(result, failure=failure)
 
     def _take(self, values: Sequence[RequestValues]) -> None:
         """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""
@@ -376,12 +394,25 @@ class _Edit:
     def _kept_lookups(self, kept: Sequence[tuple[str, PlainGoal]], layer: int) -> list[Lookup]:
         return self._lookups([goal for _, goal in kept], layer) if kept else []
 
-    def _cost(self, layer: int, rows: Rows) -> Cost:
+    def _cost(self, layer: int, rows: Rows) -> Cost | StackedCost:
         editor, projection = self.editor, self.projections[layer]
         ridge = editor.ridge_fraction * rows.mean_square if editor.ridge is None else editor.ridge
-        cost = self.session.cost(editor, layer, projection, ridge)
         facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
-        return self.session.holding(cost, editor, projection.name, facts)
+
+        def of(single: Projection) -> Cost:
+            cost = self.session.cost(editor, layer, single, ridge)
+            return self.session.holding(cost, editor, single.name, facts)
+
+        if len(projection.slices) == 1:
+            return of(projection)
+        experts = cast(ExpertProjection, projection).experts.numbers
+        read = torch.stack([keys.any(0) for keys in rows.keys]).any(0)
+        blocks = [
+            (columns, of(self.vlm.expert_projection(layer, number)))
+            for number, columns in zip(experts, projection.slices.values(), strict=True)
+            if read[columns].any()
+        ]
+        return StackedCost(blocks=tuple(blocks))
 
     def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
         """Warns of requests that what is to stay leaves little room for, and names what is nearest."""
@@ -423,6 +454,28 @@ class _Edit:
                     *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report
+
+
+def _by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
+    """The change of each weight of a projection by name, with the keys that the weight reads.
+
+    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
+    leaves undone as its part of the key's squared length.
+    """
+    if len(projection.slices) == 1:
+        return {projection.name: change}
+    undone = change.residuals.double() - change.moved(change.keys)
+    squared = change.keys.double().square()
+    changes: dict[str, WeightChange] = {}
+    for name, columns in projection.slices.items():
+        reads = change.right[:, columns].any(-1)
+        if not reads.any() and (change.rank or changes):
+            continue
+        own = change.only(reads)
+        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
+        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
+        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
+    return changes
 
 
 def _values_of(results: Sequence[ValueResult] | None) -> RequestValues:

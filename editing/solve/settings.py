@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, cast
 
-from ...models import ModelError, Projection, VisionLanguageModel
+from ...models import ExpertProjection, ModelError, Projection, VisionLanguageModel
 from ..moments import Moments
 from ..requests import EditError
 from ..values import ValueSettings
@@ -42,6 +43,9 @@ class ClosedFormSettings(ValueSettings):
     """A layer and a token that were chosen elsewhere, in place of `layer` and `token`."""
     projection: Literal["mlp", "attention"] = "mlp"
     """The weight that is changed: "mlp" is the down projection of the MLP, "attention" the output projection."""
+    expert: int | Literal["routed"] | None = None
+    """In a layer of experts, the routed expert whose slice alone is changed, or "routed" for all that the edited tokens
+    are routed to. None is the expert that every token sees, or "routed" where there is none."""
     weight: float = 1.0
     """Weight of each edited key in the least-squares problem; inf meets what is asked there exactly."""
     preserve_weight: float = float("inf")
@@ -81,6 +85,11 @@ class ClosedFormSettings(ValueSettings):
                 f"{name} got spread={self.spread} and projection={self.projection!r}; "
                 "pass a spread of at least 1, and 'mlp' or 'attention'"
             )
+        if self.expert is not None and (self.projection != "mlp" or not _is_expert(self.expert)):
+            raise EditError(
+                f"{name} got expert={self.expert!r} and projection={self.projection!r}; "
+                "pass the number of an expert, 'routed' or None, and projection='mlp'"
+            )
         for field in ("weight", "preserve_weight", "earlier_weight", "null_threshold"):
             value = getattr(self, field)
             if value is not None and not value > 0:
@@ -99,18 +108,25 @@ class ClosedFormSettings(ValueSettings):
     def projections(self, vlm: VisionLanguageModel) -> dict[int, Projection]:
         """Return the projections that are changed by layer (from 0), lowest first.
 
-        Raises `EditError` for a layer that does not exist.
+        Raises `EditError` for a layer or an expert that does not exist.
         """
         last = self.place[0]
-        find = vlm.down_projection if self.projection == "mlp" else vlm.attention_projection
         try:
             number = vlm.layer_index(last)
-            found = {layer: find(layer) for layer in range(number - self.spread + 1, number + 1) if layer >= 0}
+            layers = range(number - self.spread + 1, number + 1)
+            found = {layer: self._projection(vlm, layer) for layer in layers if layer >= 0}
         except ModelError as error:
             raise EditError(f"cannot edit layer {last}: {error}") from error
         if len(found) < self.spread:
             raise EditError(f"{self.spread} layers up to layer {number} do not exist; pass a smaller spread")
         return found
+
+    def _projection(self, vlm: VisionLanguageModel, layer: int) -> Projection:
+        if self.projection == "attention":
+            return vlm.attention_projection(layer)
+        if self.expert is None and (vlm.has_down_projection(layer) or not vlm.expert_count(layer)):
+            return vlm.down_projection(layer)
+        return vlm.expert_projection(layer, self.expert if isinstance(self.expert, int) else None)
 
     def cost(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Cost:
         """Return the cost of a change of one layer's weight.
@@ -139,7 +155,7 @@ class ClosedFormSettings(ValueSettings):
         ridge = (self.ridge or 0.0) if ridge is None else ridge
         if not self.needs_moments:
             return build_cost(projection.width, ridge=ridge)
-        self.check_moments(moments)
+        self.check_moments(moments, [projection])
         matrix = cast(Moments, moments).matrix(layer, self.moment_kind)
         protected = None
         if self.null_threshold is not None:
@@ -153,13 +169,25 @@ class ClosedFormSettings(ValueSettings):
             refined=self.refined,
         )
 
-    def check_moments(self, moments: Moments | None) -> None:
-        """Raise `EditError` if these settings need second moments and none are given."""
-        if self.needs_moments and moments is None:
+    def check_moments(self, moments: Moments | None, projections: Iterable[Projection] = ()) -> None:
+        """Raise `EditError` if these settings need second moments and none, or none of these projections, are given."""
+        if not self.needs_moments:
+            return
+        if moments is None:
             raise EditError(
                 f"{type(self).__name__} weighs old keys by their second moment, and none is given; "
                 "collect them with second_moments(vlm, prompts) or `multrace moments`, or set moment_weight=0"
             )
+        for projection in projections:
+            read = self.projection
+            if isinstance(projection, ExpertProjection):
+                numbers = projection.experts.numbers
+                read = f"expert {numbers[0]}" if len(numbers) == 1 else "all experts"
+            if moments.projection != read:
+                raise EditError(
+                    f"{type(self).__name__} weighs old keys of {read!r} in {projection}, and the second moments given "
+                    f"are of {moments.projection!r}; pass moments of the same weight, and expert= for one of experts"
+                )
 
     def as_text(self) -> dict[str, str]:
         """Return the settings as text, for the header of a saved edit."""
@@ -167,3 +195,7 @@ class ClosedFormSettings(ValueSettings):
         settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "where"}
         settings |= {"editor": type(self).__name__, "layer": layer, "token": token}
         return {name: str(value) for name, value in settings.items()}
+
+
+def _is_expert(expert: object) -> bool:
+    return expert == "routed" or (isinstance(expert, int) and not isinstance(expert, bool))

@@ -2,11 +2,16 @@ from .addresses import (
     Addresses as Addresses,
     Key as Key,
     Kind as Kind,
-    Projection as Projection,
     Site as Site,
     resolved as resolved,
 )
 from .discovery import discover as discover
+from .projections import (
+    ExpertProjection as ExpertProjection,
+    Projection as Projection,
+    RoutedExperts as RoutedExperts,
+    slice_name as slice_name,
+)
 from .table import (
     PICTURE_FRONTS as PICTURE_FRONTS,
     TEXT_STACKS as TEXT_STACKS,

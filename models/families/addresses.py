@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AddressError, ModelError
-from ..placement import compute_device, fetched, is_packed, map_shape
+from ..placement import is_packed
+from .projections import ExpertProjection, Projection, RoutedExperts, is_stack, slice_name
 from .table import Family, Names
 
 if TYPE_CHECKING:
@@ -39,54 +39,6 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.layer}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """A linear map that writes into the residual stream: an MLP's down projection or attention's output projection."""
-
-    module: nn.Module
-    """The linear module itself."""
-    path: str
-    """The dotted path of the module in the model."""
-    transposed: bool
-    """True if the weight is stored as (width, hidden) instead of (hidden, width)."""
-
-    @property
-    def name(self) -> str:
-        """The name of the weight in `model.named_parameters()`."""
-        return f"{self.path}.weight"
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight: (hidden, width), or (width, hidden) if transposed, or packed; the parameter itself, not a copy.
-
-        Of an offloaded weight these are the values that are fetched for each call.
-        """
-        return cast(Tensor, fetched(self.module, "weight"))
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, (hidden,); None for a map without one."""
-        return fetched(self.module, "bias")
-
-    @property
-    def hidden(self) -> int:
-        """The length of the vectors that the map writes."""
-        return map_shape(self.module, transposed=self.transposed)[0]
-
-    @property
-    def width(self) -> int:
-        """The length of the vectors that the map reads; for a down projection, the width of the MLP."""
-        return map_shape(self.module, transposed=self.transposed)[1]
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the map is computed; an offloaded weight is there only while it is."""
-        return compute_device(self.module)
-
-    def __str__(self) -> str:
-        return self.path
 
 
 Key = Site | Projection | nn.Module | str
@@ -161,7 +113,14 @@ class Addresses:
         return key
 
     def module(self, key: Key) -> nn.Module:
-        """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model."""
+        """Return the module of a site (decoder layer, MLP or attention), projection, path or module of this model.
+
+        The module of routed experts, and of a path that names a slice of them, is a `RoutedExperts`.
+        """
+        if isinstance(key, ExpertProjection):
+            return key.module
+        if isinstance(key, str) and (projection := self.expert_slice(key)) is not None:
+            return projection.module
         return self._at(self.path(key), f"site {str(key)!r}" if isinstance(key, Site) else "module")
 
     def attention_module(self, layer: int) -> nn.Module:
@@ -218,9 +177,53 @@ class Addresses:
         if name is None:
             raise ModelError(
                 f"layer {site.layer} of {self.name!r} has experts, so no single matrix writes its MLP output; trace "
-                f"and patch the site '{site}' as usual, and edit attention instead (projection='attention')"
+                f"and patch the site '{site}' as usual, and edit {self._instead(layer)}"
             )
         return self._projection(site, name)
+
+    def _instead(self, layer: int) -> str:
+        """What to edit in a layer of experts none of which is shared."""
+        attention = "attention (projection='attention')"
+        return f"the experts (expert_projection) or {attention}" if self.expert_count(layer) else f"{attention} instead"
+
+    def expert_count(self, layer: int) -> int:
+        """Return the number of routed experts of a layer whose slices can be edited; 0 for none."""
+        experts = _child(self.layers[self.index(layer)], self.family.experts)
+        return len(cast(Any, experts).down_proj) if experts is not None and is_stack(experts) else 0
+
+    def expert_projection(self, layer: int, expert: int | None = None) -> ExpertProjection:
+        """Return one routed expert of a layer, or all of them (None), as the linear map that writes their output.
+
+        Raises `ModelError` if the layer has no such expert, or none whose weights can be read.
+        """
+        count, number = self.expert_count(layer), self.index(layer)
+        if not count:
+            has = "experts that transformers does not keep as one weight" if self.has_experts(layer) else "no experts"
+            raise ModelError(f"layer {number} of {self.name!r} has {has}; edit attention (projection='attention')")
+        if expert is not None and not -count <= expert < count:
+            raise ModelError(
+                f"no expert {expert} in layer {number} of {self.name!r}: it has {count} experts (0 to {count - 1})"
+            )
+        stem = f"{self.layer_path(layer)}.{self.family.experts}"
+        path = f"{stem}.down_proj" if expert is None else slice_name(f"{stem}.down_proj", expert % count)
+        if path not in self._stacks:
+            numbers = range(count) if expert is None else (expert % count,)
+            self._stacks[path] = RoutedExperts(self._at(stem, f"experts of layer {number}"), numbers)
+        module = self._stacks[path]
+        return ExpertProjection(module=module, path=path, transposed=module.transposed)
+
+    @cached_property
+    def _stacks(self) -> dict[str, RoutedExperts]:
+        """The views of experts by path, each of which is one object, as a module is."""
+        return {}
+
+    def expert_slice(self, name: str) -> ExpertProjection | None:
+        """Return the expert whose slice has this name; None for every other name."""
+        above, tail = f"{self.decoder_path}.{self.family.layers}.", f".{self.family.experts}.down_proj["
+        layer, found, number = name.removeprefix(above).removesuffix("]").partition(tail)
+        if not (found and name.startswith(above) and name.endswith("]") and layer.isdigit() and number.isdigit()):
+            return None
+        return self.expert_projection(int(layer), int(number))
 
     def attention_projection(self, layer: int) -> Projection:
         """Return the linear map by which the layer's attention writes into the residual stream."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import AddressError, ModelError, reason
 from ..families import Projection, Site
 from ..frame import DecoderInput
-from ..hooks import capture, patch
+from ..hooks import capture, first_call, patch
 from ..placement import Elsewhere, is_plain, packed_parts, stored_beside, stored_weights
 from ..prompts import Prompt, batches, collate
 from ..replay.replay import PaddedBatch
@@ -66,6 +66,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
         with proving("hidden 0", vlm):
             _prove_text_stack(probe, clean)
             _prove_batch(probe, clean)
+        _prove_experts(probe)
         layer = vlm.layers // 2
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
@@ -296,6 +297,25 @@ def _prove_projection(probe: _Probe, states: States, site: Site) -> None:
     scale = read.tail.double().norm() * weight.double().norm() + (0 if bias is None else bias.double().norm())
     if not _close(computed, written.tail.double(), scale, eps=torch.finfo(written.tail.dtype).eps):
         raise probe.error(site, f"its projection {projection.path!r} is stored the other way round (transposed)")
+
+
+def _prove_experts(probe: _Probe) -> None:
+    """Check in one layer that routed experts write what their weights make of the keys that an edit reads."""
+    vlm = probe.vlm
+    layers = [layer for layer in range(vlm.layers) if vlm.expert_count(layer)]
+    if not layers:
+        return
+    site = Site("mlp", layers[len(layers) // 2])
+    experts = vlm.expert_projection(site.layer).experts
+    with _proving(str(site), vlm):
+        with first_call(vlm, experts.source) as call:
+            vlm.logits(probe.prompt)
+        states, index, weights = experts.arguments((), call)
+        keys, written = experts.keys(states, index, weights), experts.source(*call.values())
+        computed = experts(keys) + experts.biases(index, weights)
+    scale = written.double().norm() + keys.double().norm()
+    if not _close(computed.double(), written.double().view_as(computed), scale, eps=torch.finfo(written.dtype).eps):
+        raise probe.error(site, f"its experts do not write what the slices of {experts.source.__class__.__name__} say")
 
 
 def _prove_batch(probe: _Probe, clean: Tensor) -> None:
