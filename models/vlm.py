@@ -366,6 +366,10 @@ class VisionLanguageModel:
         """
         return self.addresses.expert_projection(layer, expert)
 
+    def expert_slice(self, name: str) -> ExpertProjection | None:
+        """Return the routed expert whose slice of a weight has this name; None for every other name."""
+        return self.addresses.expert_slice(name)
+
     def expert_count(self, layer: int) -> int:
         """Return the number of routed experts of a layer whose slices can be edited; 0 for none."""
         return self.addresses.expert_count(layer)
@@ -398,7 +402,7 @@ class VisionLanguageModel:
 
         Experts may be stored otherwise than the single matrices of the same model.
         """
-        expert = self.addresses.expert_slice(name)
+        expert = self.expert_slice(name)
         return self.stores_transposed if expert is None else expert.transposed
 
     def weight(self, name: str) -> Tensor:

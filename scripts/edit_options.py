@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -67,6 +67,16 @@ class EditorOptions(GeneralOptions):
             "mlp)",
             group=EDITOR,
             choices=PROJECTIONS,
+        ),
+    ] = None
+    expert: Annotated[
+        int | Literal["routed"] | None,
+        Parameter(
+            help="in a layer of experts, the number of the routed expert that alone is changed, or routed for all that "
+            "the edited tokens are routed to (default: the expert that every token sees, or routed where there is none)",
+            group=EDITOR,
+            metavar="N|routed",
+            show_choices=False,
         ),
     ] = None
     spread: Annotated[

@@ -55,6 +55,14 @@ class MomentOptions(ModelOptions, FileOptions, SourceOptions):
             choices=PROJECTIONS,
         ),
     ] = "mlp"
+    expert: Annotated[
+        int | None,
+        Parameter(
+            help="number of a routed expert whose inputs are read instead, for multrace edit --expert with the same "
+            "number (default: none)",
+            metavar="N",
+        ),
+    ] = None
     batch_size: Annotated[int, Parameter(help="number of prompts that run together", metavar="N")] = 8
     memory: Annotated[
         int | None,
@@ -124,7 +132,7 @@ def run(options: MomentOptions = MomentOptions()) -> int:
         check_files(options.cache, ())
     questions, skipped = _questions(options)
     vlm = options.open_model()
-    needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection)
+    needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection, expert=options.expert)
     print(f"reading {len(questions)} prompts; one pass over the requested layers takes {needed:.3g} MiB", flush=True)
     started = time.monotonic()
     moments = editing.second_moments(
@@ -132,6 +140,7 @@ def run(options: MomentOptions = MomentOptions()) -> int:
         _Prompts(vlm, questions),
         layers=layers,
         projection=options.projection,
+        expert=options.expert,
         batch_size=options.batch_size,
         memory=options.memory,
         tolerance=options.tolerance,

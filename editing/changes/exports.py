@@ -137,6 +137,7 @@ def with_adapters(vlm: VisionLanguageModel, *folders: str | Path) -> VisionLangu
         with vlm.lock, warnings.catch_warnings():
             # PEFT's talk with the newest transformers is none of the reader's business
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # of experts, which it can adapt
             wrapped = PeftModel.from_pretrained(vlm.model, str(folders[0]), adapter_name=names[0])
             for name, folder in zip(names[1:], folders[1:], strict=True):
                 wrapped.load_adapter(str(folder), adapter_name=name)

@@ -276,7 +276,8 @@ def _projections(vlm: VisionLanguageModel, delta: Delta) -> list[Projection]:
     for layer in range(vlm.layers):
         found += [vlm.down_projection(layer)] if vlm.has_down_projection(layer) else []
         found.append(vlm.attention_projection(layer))
-    return [each for each in found if each.name in delta.changes]
+    slices = [slice_ for name in delta.changes if (slice_ := vlm.expert_slice(name)) is not None]
+    return [each for each in (*found, *slices) if each.name in delta.changes]
 
 
 @torch.no_grad()

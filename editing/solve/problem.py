@@ -172,7 +172,9 @@ class Solution:
     """Condition number (1-norm) of the n x n system that was solved, with keys of length one; at least 1."""
 
 
-def solve(cost: Cost | StackedCost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2) -> Solution:
+def solve(
+    cost: Cost | StackedCost, problem: Problem, *, fallback_weight: float = 1e3, separation: float = 1e-2
+) -> Solution:
     """Return the change of least cost that meets the problem, in factors of rank at most n.
 
     It is computed in float64 on the device of the keys. Exact rows are met exactly unless some cannot be told apart: a

@@ -289,6 +289,9 @@ class _Edit:
         own = {index: goals_of(request) for index, request in enumerate(self.requests) if index not in done}
         goals = [goal for each in own.values() for goal in each]
         owners = [index for index, each in own.items() for _ in each]
+        failures = self._unrouted(goals, owners)
+        goals = [goal for goal, owner in zip(goals, owners, strict=True) if owner not in failures]
+        owners = [owner for owner in owners if owner not in failures]
         if check and len({self.requests[owner].target for owner in owners}) > 1:
             found = self._lookups(goals, self.last)
             check_contradictions([each.keys[0] for each in found], [self.requests[each] for each in owners])
@@ -306,19 +309,28 @@ class _Edit:
                 progress=self.progress,
             )
             for owner, result in zip(owners, searched, strict=True):
-                results.setdefault(owner, []).append(self._routed(result))
-        return tuple(_values_of(results.get(index)) for index in range(len(self.requests)))
-
-    def _routed(self, result: ValueResult) -> ValueResult:
-        """The result, which is a failure if an edited token is not routed to the expert that is edited."""
-        projection, zeros = self.projections[self.last], (~result.keys.any(-1)).nonzero().flatten().tolist()
-        if result.failure or not zeros or not isinstance(projection, ExpertProjection):
-            return result
-        failure = (
-            f"of the {len(result.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is not "
-            f"routed to {projection}; pass expert='routed', or an expert of all these tokens (vlm.routing shows them)"
+                results.setdefault(owner, []).append(result)
+        return tuple(
+            RequestValues(status=f"{FAILED}: {failures[index]}")
+            if index in failures
+            else _values_of(results.get(index))
+            for index in range(len(self.requests))
         )
-        return replace(result, failure=failure)
+
+    def _unrouted(self, goals: Sequence[PlainGoal], owners: Sequence[int]) -> dict[int, str]:
+        """The requests whose edited tokens do not all go to the one expert that is edited, and which do not."""
+        projection = self.projections[self.last]
+        if not isinstance(projection, ExpertProjection) or len(projection.slices) > 1 or not goals:
+            return {}
+        reasons: dict[int, str] = {}
+        for owner, lookup in zip(owners, self._lookups(goals, self.last), strict=True):
+            if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
+                reasons[owner] = (
+                    f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
+                    f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
+                    "(vlm.routing shows them)"
+                )
+        return reasons
 
     def _take(self, values: Sequence[RequestValues]) -> None:
         """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""

@@ -400,9 +400,9 @@ def check_edit(subject: Subject) -> None:
     both exports, opened by transformers alone, have the edited model's logits."""
     vlm, prompt = subject.vlm, subject.prompt
     before = {name: weight.clone() for name, weight in vlm.named_parameters()}
-    projection = subject.known.projection
-    editor = mt.MultEdit(layer=vlm.layers // 2, token="last", steps=10, end_of_answer=False, projection=projection)
+    editor = mt.MultEdit(layer=vlm.layers // 2, token="last", steps=10, end_of_answer=False)
     delta = editor.edit(vlm, [mt.EditRequest(question=prompt, target=TARGET)], progress=False)
+    assert all(("experts.down_proj[" in name) is subject.known.experts for name in delta.changes)
     with delta.applied(vlm):
         edited = vlm.logits(prompt)
     assert all(torch.equal(before[name], weight) for name, weight in vlm.named_parameters())
@@ -423,7 +423,7 @@ def check_edit(subject: Subject) -> None:
 
 def check_moments(subject: Subject) -> None:
     """The second moments of one layer are those of what its output map reads, as a hook sees it."""
-    vlm, layer, kind = subject.vlm, subject.vlm.layers // 2, subject.known.projection
+    vlm, layer, kind = subject.vlm, subject.vlm.layers // 2, "attention" if subject.known.experts else "mlp"
     prompts = [subject.prompt, subject.ask(SHORT, seed=2)]
     moments = mt.second_moments(vlm, prompts, layers=[layer], projection=kind, progress=False)
     chosen = vlm.down_projection(layer) if kind == "mlp" else vlm.attention_projection(layer)

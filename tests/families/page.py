@@ -25,8 +25,8 @@ hook sees.
 """
 LEGEND = """
 - Engine: "fast" computes only what can have changed; "plain" is one forward pass per cell, with the reason.
-- Edited: the output maps that the battery edits. A layer of experts has no single map behind its MLP, so that
-  attention's is edited there.
+- Edited: the output maps that the battery edits: the MLP's down projection (a shared expert's, where there is one), or
+  the routed experts that the edited tokens go to. Attention's can be edited in every family.
 - Checked in: float64, in which equal means equal to nine digits, or float32 where transformers has no float64
   products of experts.
 - Found by: "row" where a table of multrace has a row for the text stack or for the parts that see; "usual names"
@@ -76,7 +76,7 @@ def row(name: str, known: Known) -> tuple[str, ...]:
     return (
         known.title + (" *" if known.core else ""), f"`{model_type(name)}`", f"`{text}`" if text else "its own",
         f"plain: {known.why}" if known.plain else "fast",
-        "MLP" if known.projection == "mlp" else "attention", "PEFT, merged", known.dtype, found_by(name),
+        "routed experts" if known.experts else "MLP", "PEFT, merged", known.dtype, found_by(name),
         ", ".join(known.needs) or "-", "; ".join(notes(known)) or "-",
     )  # fmt: skip
 

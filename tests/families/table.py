@@ -35,8 +35,8 @@ class Known:
     """The same in words for docs/families.md, where something does not work or is slow."""
     pictures: str = "unequal"
     """How many pictures its processor takes in one prompt: several of "unequal" sizes, only "equal" ones, or "one"."""
-    projection: str = "mlp"
-    """The output maps that are edited: "attention" where experts leave the MLP none."""
+    experts: bool = False
+    """Whether no single map writes the MLP output, so that routed experts are edited."""
     dtype: str = "float64"
     """The dtype in which it is checked: transformers has no float64 products of experts."""
     needs: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ LINEAR = {
     "partly": "only 3 have attention edges to cut",
     "why": "layers of linear attention carry a running state from token to token, and have no edges to cut",
 }  # fmt: skip
-EXPERTS = {"projection": "attention", "dtype": "float32"}
+EXPERTS = {"experts": True, "dtype": "float32"}
 QUERIES = "quer"
 VISION, TIMM = ("torchvision",), ("torchvision", "timm")
 
@@ -80,9 +80,9 @@ KNOWN: dict[str, Known] = {
     "aya_vision": Known(title="Aya Vision"),
     "cohere2_vision": Known(title="Command A Vision", needs=VISION),
     "ovis2": Known(title="Ovis2"),
-    "llama4": Known(title="Llama 4", needs=VISION, **EXPERTS),
+    "llama4": Known(title="Llama 4", needs=VISION, dtype="float32"),
     "got_ocr2": Known(title="GOT-OCR2"),
-    "aria": Known(title="Aria", placeless=QUERIES, **EXPERTS),
+    "aria": Known(title="Aria", placeless=QUERIES, dtype="float32"),
     "paligemma": Known(title="PaliGemma"),
     "paligemma2": Known(title="PaliGemma 2", core=True),
     "gemma3": Known(title="Gemma 3", core=True),

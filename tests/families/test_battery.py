@@ -12,6 +12,7 @@ from .table import KNOWN, RECIPES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT's, of experts
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of PaliGemma's processor
 ]
 PROVEN = [name for name, known in KNOWN.items() if not known.refused]
