@@ -376,7 +376,9 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def routing(self, inputs: Inputs, layer: int) -> Tensor:
-        """Return the weight with which each token is routed to each expert of a layer, (batch, token, expert); 0 for none.
+        """Return the weight with which each token is routed to each expert of a layer, (batch, token, expert).
+
+        It is 0 for the experts that a token is not routed to.
 
         Args:
             inputs: A prompt, or model inputs by name.

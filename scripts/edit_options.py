@@ -73,7 +73,8 @@ class EditorOptions(GeneralOptions):
         int | Literal["routed"] | None,
         Parameter(
             help="in a layer of experts, the number of the routed expert that alone is changed, or routed for all that "
-            "the edited tokens are routed to (default: the expert that every token sees, or routed where there is none)",
+            "the edited tokens are routed to (default: the expert that every token sees, or routed where there is "
+            "none)",
             group=EDITOR,
             metavar="N|routed",
             show_choices=False,

