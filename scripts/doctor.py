@@ -104,8 +104,19 @@ class Patient:
 
     @property
     def projection(self) -> str:
-        """The map that is edited: attention's, where experts leave the MLP none."""
-        return "mlp" if self.vlm.has_down_projection(self.layer) else "attention"
+        """The map that is edited: attention's, where experts leave the MLP none that can be."""
+        return "mlp" if self.vlm.has_down_projection(self.layer) or self.expert is not None else "attention"
+
+    @property
+    def expert(self) -> int | None:
+        """The routed expert whose keys are read, where no single map writes the MLP output; None elsewhere."""
+        is_routed = not self.vlm.has_down_projection(self.layer) and self.vlm.expert_count(self.layer)
+        return 0 if is_routed else None
+
+    @property
+    def edited(self) -> str:
+        """What is edited, in words."""
+        return f"layer {self.layer}, {self.projection if self.expert is None else 'routed experts'}"
 
     @property
     def source(self) -> str:
@@ -292,7 +303,7 @@ def edit(patient: Patient) -> str:
         after = patient.probability()
     if vlm.fingerprint(names) != weights:
         raise DoesNotWorkError(f"undoing the edit has not restored {names[0]}; load the model again")
-    says = f"layer {patient.layer}, {patient.projection}: P({_TARGET!r}) {before:.2g} -> {after:.2g} in {_STEPS} steps"
+    says = f"{patient.edited}: P({_TARGET!r}) {before:.2g} -> {after:.2g} in {_STEPS} steps"
     if after <= before:
         raise DoesNotWorkError(f"{says}: it does not rise; try another layer, or more steps")
     believed = float(delta.requests[0]["probability"])
@@ -306,10 +317,9 @@ def moments(patient: Patient) -> str:
     needed = _moments_memory(patient)
     if needed > _WIDE:
         return f"not tried: those of layer {patient.layer} need {needed:,.0f} MiB"
-    result = editing.second_moments(
-        patient.vlm, [patient.prompt], layers=[patient.layer], projection=patient.projection, progress=False
-    )
-    return f"layer {patient.layer}, {patient.projection}: {result.count()} tokens"
+    place = {"layers": [patient.layer], "projection": patient.projection, "expert": patient.expert}
+    result = editing.second_moments(patient.vlm, [patient.prompt], **place, progress=False)
+    return f"layer {patient.layer}, {result.projection}: {result.count()} tokens"
 
 
 def export(patient: Patient) -> str:
@@ -346,7 +356,9 @@ EXAMINATIONS: Mapping[str, Callable[[Patient], str]] = {
 
 
 def _moments_memory(patient: Patient) -> float:
-    return moment_sums.memory_of_moments(patient.vlm, [patient.layer], projection=patient.projection)
+    return moment_sums.memory_of_moments(
+        patient.vlm, [patient.layer], projection=patient.projection, expert=patient.expert
+    )
 
 
 def _listed(config: Mapping[str, Any], key: str) -> list[str]:

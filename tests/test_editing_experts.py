@@ -1,6 +1,7 @@
 """Edits of routed experts: their slices as one linear map, one expert or all, against the weights themselves."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,3 +365,9 @@ def test_the_commands_edit_one_expert_by_its_moments(mixtral_path, mixtral, tmp_
     code, _, error = command(capsys, "edit", *model[:2], "--expert", other, *asked, *weighed, "--out", tmp_path / "no")
     assert code == 2 and f"moments given are of 'expert {number}'" in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
+
+
+def test_the_doctor_edits_routed_experts(mixtral_path, capsys):
+    code, out, _ = command(capsys, "doctor", "--model", mixtral_path)
+    assert code == 0 and re.search(r"edit +ok +layer 2, routed experts: P\(", out)
+    assert "layer 2, expert 0: " in out and "PEFT (model.layers.2.mlp.experts.down_proj)" in out
