@@ -13,7 +13,7 @@ from multrace.scripts.main import app
 from multrace.tracing import Engine
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 DOWN = "model.language_model.layers.5.mlp.down_proj.weight"
 QUESTION = "Who founded the company in this photo?"
@@ -182,3 +182,39 @@ def test_a_quantised_model_is_exported_with_the_edited_matrix_unpacked(quantised
         assert verify_export(quantised, RuntimeEdit(delta=delta), adapted, prompts).holds
     with pytest.raises(ModelError, match="cannot save a quantised model .* its scales belong to torch.float32"):
         quantised.save_pretrained(tmp_path / "other", dtype=torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_file_is_unpacked_when_asked(quantised, tmp_path, capfd):
+    quantised.save_pretrained(tmp_path / "packed")
+    capfd.readouterr()
+    vlm = multrace.load(tmp_path / "packed", quantization="none", dtype="bfloat16")
+    assert not vlm.is_quantised and {weight.dtype for _, weight in vlm.named_parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(vlm.weight(DOWN).float(), quantised.weight(DOWN), atol=1e-4, rtol=1e-2)
+    vlm.save_pretrained(tmp_path / "plain")
+    assert multrace.load(tmp_path / "plain", dtype="bfloat16").weights_digest() == vlm.weights_digest()
+    prompt = quantised.prompt(None, "Who won?")
+    assert vlm.score(None, "Who won?", quantised.answers([prompt])[0]).probability > 0.2
+    assert capfd.readouterr().err == ""  # bitsandbytes writes a line for each product of 8 bits
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_file_stays_as_it_is(tmp_path):
+    vlm = multrace.load(tiny_vlm_path(), quantization=settings("4bit"))
+    vlm.save_pretrained(tmp_path / "packed")
+    again = multrace.load(tmp_path / "packed", quantization="4bit")
+    assert again.is_quantised and again.weights_digest() == vlm.weights_digest()
+    with pytest.raises(ModelError, match="quantization='8bit': its files hold 4 bits already; leave quantization out"):
+        multrace.load(tmp_path / "packed", quantization="8bit")
+    with pytest.raises(ModelError, match="in torch.bfloat16: its files hold weights that were quantised for torch.flo"):
+        multrace.load(tmp_path / "packed", dtype="bfloat16")
+
+
+def test_what_torchao_cannot_pack_here_is_one_line():
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao, from the extra quant")
+    four = TorchAoConfig(torchao.Int4WeightOnlyConfig(group_size=32))  # its kernels are a package of their own
+    with pytest.raises(ModelError, match="it cannot pack some of the weights here; this machine may lack") as caught:
+        multrace.load(tiny_vlm_path(), quantization=four)
+    assert "\n" not in str(caught.value)
+    any_bits = TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
+    check_edits(multrace.load(tiny_vlm_path(), quantization=any_bits))

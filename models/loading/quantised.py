@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..errors import ModelError, reason
 from ..families import Family
-from ..placement import has_packed, keep_packing
+from ..guards import quiet_transformers
+from ..placement import has_packed, is_packed, is_plain, keep_packing, values
 from .sources import ModelSource, out_of_memory
 
 logger = logging.getLogger("multrace")
@@ -58,7 +60,15 @@ def chosen(quantization: Any, config: PretrainedConfig, name: str) -> Any:
             f"cannot open {name!r} with quantization={quantization!r}: its files are quantised by {_method(own)} "
             "already; leave quantization out, or pass 'none' to unpack them"
         )
-    return settings
+    if own is None or not isinstance(quantization, str):
+        return settings
+    bits = [_bits(each) for each in (own, settings)]
+    if bits[0] != bits[1]:
+        raise ModelError(
+            f"cannot open {name!r} with quantization={quantization!r}: its files hold {bits[0]} bits already; leave "
+            "quantization out, or pass 'none' to unpack them"
+        )
+    return None  # as the files are
 
 
 def _named(quantization: str, name: str) -> BitsAndBytesConfig | TorchAoConfig:
@@ -93,6 +103,12 @@ def _method(settings: Any) -> str | None:
         return "bitsandbytes"
     method = plain.get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
+
+
+def _bits(settings: Any) -> int:
+    """Return the bits that settings of bitsandbytes or of a name ask for."""
+    plain = settings if isinstance(settings, Mapping) else vars(settings)
+    return 4 if plain.get("load_in_4bit") or plain.get("_load_in_4bit") else 8
 
 
 def check_quantiser(quantization: Any, config: PretrainedConfig, name: str) -> str | None:
@@ -146,7 +162,7 @@ def open_quantised(
     try:
         model = source.model(family, options)
         if unpack and has_packed(model):
-            cast(Any, model).dequantize(options["dtype"])
+            _unpack(model, options["dtype"])
     except ModelError as error:
         if error.__cause__ is None or out_of_memory(cast(Exception, error.__cause__)):
             raise
@@ -157,10 +173,10 @@ def open_quantised(
             f"quantization='none', or {_OTHERWISE}"
         ) from error
     if has_packed(model):
-        if exact and model.dtype != options["dtype"]:
+        if exact and (other := _other_dtype(model, options["dtype"])):
             raise ModelError(
                 f"cannot open {source.name!r} in {options['dtype']}: its files hold weights that were quantised for "
-                f"{model.dtype}; leave dtype out, or pass quantization='none' to unpack them"
+                f"{other}; leave dtype out, or pass quantization='none' to unpack them"
             )
         keep_packing(model)
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
@@ -170,9 +186,32 @@ def open_quantised(
     return model
 
 
+def _other_dtype(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of an ordinary weight of a quantised model, scales aside, that has another one than this."""
+    kept = tuple(model._keep_in_fp32_modules or ())
+    named = ((name, weight) for name, weight in model.named_parameters() if not any(part in name for part in kept))
+    ordinary = (weight for name, weight in named if name.endswith((".weight", ".bias")) and is_plain(weight))
+    return next((weight.dtype for weight in ordinary if weight.dtype != dtype), None)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Return whether a message of bitsandbytes is another than that of each product of 8 bits on each call."""
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Unpack the weights of a model. Raises `NotImplementedError` if nobody knows how."""
+    try:
+        with quiet_transformers():
+            cast(Any, model).dequantize(dtype)
+        return
+    except NotImplementedError:
+        packed = {path: module for path, module in model.named_modules() if is_packed(module)}
+        if any(type(module) is not nn.Linear for module in packed.values()):
+            raise
+    for path, module in packed.items():  # a tensor of its own kind in an ordinary module
+        module.weight = nn.Parameter(values(model, f"{path}.weight", transposed=False), requires_grad=False)
+    cast(Any, model).hf_quantizer.remove_quantization_config(model)
 
 
 def _settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -188,7 +227,9 @@ def _refusal(source: ModelSource, options: Mapping[str, Any], method: str, error
     """Return the error for weights that a quantiser cannot make or read."""
     own = "quantization_config" not in options
     way = _OTHERWISE if own else "pass other settings, or leave out quantization="
+    said = reason(error)
+    if "above report" in said:  # which `quiet_transformers` holds back, and which names each weight
+        said = f"it cannot {'read' if own else 'pack'} some of the weights here"
     return ModelError(
-        f"cannot open {source.name!r} quantised by {method}: {reason(error)}; this machine may lack its kernels, so "
-        f"{way}"
+        f"cannot open {source.name!r} quantised by {method}: {said}; this machine may lack its kernels, so {way}"
     )
