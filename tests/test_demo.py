@@ -1,7 +1,7 @@
 """The demo and what chains tracing and editing: on the embedded model, with its report."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,22 @@ from multrace.scripts.main import app
 CASES = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is edited and asked."""
+
+    probes: int
+    """Probes of each kind around a fact that is edited where the trace says."""
+    facts: int
+    """Facts that are edited jointly, and those of the long tail."""
+
+
+SIZES = [
+    pytest.param(Size(probes=2, facts=2), id="few"),
+    pytest.param(Size(probes=4, facts=3), id="more", marks=pytest.mark.slow),
+]
+
+
 @pytest.fixture(scope="module")
 def world() -> World:
     return World()
@@ -47,6 +63,11 @@ def swap_of(world: World, case: EditCase) -> mt.SwapImage:
     return mt.SwapImage(world.picture(other, 1).image)
 
 
+@pytest.fixture(scope="module", params=SIZES)
+def size(request) -> Size:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, ...]]:
     """Facts of the part for choosing, traced and edited one at a time."""
@@ -57,11 +78,11 @@ def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, .
 
 
 @pytest.fixture(scope="module")
-def verified(tiny_vlm, world, located) -> list[list[VerifiedQuestion]]:
+def verified(tiny_vlm, world, located, size) -> list[list[VerifiedQuestion]]:
     """The answers around each located edit."""
     edit, cases = located
     return [
-        list(verified_answers(tiny_vlm, delta, edit_record(world, case, count=4)))
+        list(verified_answers(tiny_vlm, delta, edit_record(world, case, count=size.probes)))
         for case, delta in zip(cases, edit.deltas, strict=True)
     ]
 
@@ -96,8 +117,8 @@ def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, l
     assert summary(early)["efficacy"] >= 0.9 and summary(early)["other entities"] < traced - 0.2
 
 
-def test_facts_edited_jointly_all_take(tiny_vlm, world):
-    cases = world.edit_cases("outdated", "choose")[CASES : CASES + 3]
+def test_facts_edited_jointly_all_take(tiny_vlm, world, size):
+    cases = world.edit_cases("outdated", "choose")[CASES : CASES + size.facts]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     edit = mt.locate_then_edit(tiny_vlm, requests, corruptions=[swap_of(world, case) for case in cases])
     (delta,) = edit.deltas
@@ -107,8 +128,8 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world):
     assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) != answers
 
 
-def test_long_tail_facts_are_inserted(tiny_vlm, world):
-    cases = world.edit_cases("long_tail", "choose")[:3]
+def test_long_tail_facts_are_inserted(tiny_vlm, world, size):
+    cases = world.edit_cases("long_tail", "choose")[: size.facts]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
@@ -161,7 +182,7 @@ def check_report(folder: Path, printed: str, facts: int) -> None:
 @pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["one step", "to the end"])
 def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys, monkeypatch, steps):
     """The quick form makes the edits of the other layers in one step; that of the trace's layer is made to the end."""
-    monkeypatch.setattr("multrace.scripts.demo.edit_record", partial(edit_record, count=2))  # few probes of each kind
+    monkeypatch.setattr("multrace.scripts.demo.edit_record", partial(edit_record, count=1))  # few probes of each kind
     if steps:
         monkeypatch.setattr("multrace.editing.MultEdit", partial(mt.MultEdit, steps=steps))
     folder = tmp_path / "demo"

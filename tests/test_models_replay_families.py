@@ -33,8 +33,11 @@ from other_families import MODELS, RUNNING, make, text
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
 
+some_cells = pytest.mark.parametrize("cells", [20, pytest.param(45, marks=pytest.mark.slow)])
+"""How many cells are compared: each of them is a forward pass of the plain way."""
 
-def check(vlm: VisionLanguageModel, share: float = 0.4, cells: int = 45, **keywords: Tensor) -> None:
+
+def check(vlm: VisionLanguageModel, cells: int, share: float = 0.4, **keywords: Tensor) -> None:
     """Sweep and plain way agree on a mixture of cells, in both directions; so much of them moves a score."""
     every = mixed_cells(vlm)
     for restores in (True, False):
@@ -44,24 +47,26 @@ def check(vlm: VisionLanguageModel, share: float = 0.4, cells: int = 45, **keywo
         assert moved > share
 
 
+@some_cells
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_without_a_row_is_swept_exactly(name, monkeypatch):
-    check(make(name, monkeypatch))
+def test_a_family_without_a_row_is_swept_exactly(name, cells, monkeypatch):
+    check(make(name, monkeypatch), cells)
 
 
+@some_cells
 @pytest.mark.parametrize("name", [*RUNNING][:3])
-def test_layers_with_a_running_state_go_on_from_it(name, monkeypatch):
+def test_layers_with_a_running_state_go_on_from_it(name, cells, monkeypatch):
     lift_every_cast(monkeypatch)
     vlm = make(name, monkeypatch)
     every = [cell for cell in mixed_cells(vlm) if cell.kind != "head"]
     for restores in (True, False):
-        some = random.Random(int(restores)).sample(every, 40)
+        some = random.Random(int(restores)).sample(every, cells)
         difference, moved = largest_difference(vlm, make_runs(vlm, restores=restores), some)
         assert difference <= 1e-12
         assert moved > 0.4
     runs = Runs.of_one(make_runs(vlm).source, scored=(LENGTH - 2, LENGTH - 1))
-    cells = [EdgeCell(cut=cut, first=first, last=min(first + 1, 3)) for cut in CUTS for first in range(vlm.layers)]
-    found, slow = sweep(vlm, runs, cells, measure), plain_scores(vlm, runs, cells, measure)
+    edges = [EdgeCell(cut=cut, first=first, last=min(first + 1, 3)) for cut in CUTS for first in range(vlm.layers)]
+    found, slow = sweep(vlm, runs, edges, measure), plain_scores(vlm, runs, edges, measure)
     assert float((found.scores - slow).abs().max()) <= 1e-12
     with pytest.raises(ReplayError, match="its heads are not attention heads"):
         sweep(vlm, make_runs(vlm), mixed_cells(vlm), measure)
@@ -173,13 +178,14 @@ ROWS = {"mistral": Family(name="mistral", model_types=("mistral",), text_types=(
     [("mistral", text("Mistral", sliding_window=5, vocab_size=400)), ("qwen2", text("Qwen2", vocab_size=400))],
     ids=["Mistral", "Qwen2"],
 )
-def test_a_row_that_the_caller_adds_is_enough(row, build, llama_path: Path, tmp_path: Path, monkeypatch):
+@some_cells
+def test_a_row_that_the_caller_adds_is_enough(row, build, cells, llama_path: Path, tmp_path: Path, monkeypatch):
     torch.manual_seed(0)
     build().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama_path).save_pretrained(tmp_path)
     vlm = load(tmp_path, dtype="float64", families=(ROWS[row],))
     lift_casts(vlm.model, monkeypatch)
-    check(vlm)
+    check(vlm, cells)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +236,11 @@ MASKS = {
 }
 
 
+@some_cells
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["Qwen2, biases", "GPT-2"])
-def test_any_mask_that_a_caller_gives_is_kept(name, mask, monkeypatch):
-    check(make(name, monkeypatch), attention_mask=MASKS[mask])
+def test_any_mask_that_a_caller_gives_is_kept(name, mask, cells, monkeypatch):
+    check(make(name, monkeypatch), cells, attention_mask=MASKS[mask])
 
 
 @torch.no_grad()
@@ -243,16 +250,18 @@ def test_the_masks_make_a_difference(monkeypatch):
     assert all((each - logits[0])[:, -1].abs().max() > 1e-3 for each in logits[1:])
 
 
-def test_positions_that_a_caller_gives_are_kept(monkeypatch):
+@some_cells
+def test_positions_that_a_caller_gives_are_kept(cells, monkeypatch):
     vlm = make("Qwen2, biases", monkeypatch)
     places = torch.arange(LENGTH)[None] + torch.arange(LENGTH)[None].ge(5) * 7
-    check(vlm, position_ids=places)
+    check(vlm, cells, position_ids=places)
     given = make_runs(vlm).source
     assert not torch.allclose(vlm.forward(given), vlm.forward(given, position_ids=places))
 
 
-def test_models_with_accelerates_hooks_are_swept_exactly(monkeypatch):
+@pytest.mark.parametrize("cells", [45, pytest.param(256, marks=pytest.mark.slow)])
+def test_models_with_accelerates_hooks_are_swept_exactly(cells, monkeypatch):
     vlm = make("Qwen2, biases", monkeypatch)
     for layer in vlm.addresses.layers:
         add_hook_to_module(layer, AlignDevicesHook(io_same_device=True))
-    check(vlm, cells=256)
+    check(vlm, cells)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from killed import kill_at_random
+from killed import Fork, kill_at_random
 from multrace import ModelError, VisionLanguageModel
 from multrace.artefacts import read_json, write_json
 from multrace.data import DataError, EditRecord, Question, world_questions, write_lines
@@ -835,13 +835,14 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.mark.parametrize(
     ("command", "kills", "count"),
     [
-        pytest.param("trace", 1, 8, id="trace-1 kill"),
+        pytest.param("trace", 1, 8, id="trace-1 kill"),  # of a copy of this process, which has its libraries
         *(pytest.param(command, 20, 100, marks=pytest.mark.slow, id=f"{command}-20 kills") for command in COMMANDS),
     ],
 )
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, command: str, kills: int, count: int):
     one, other = tmp_path / "killed", tmp_path / "undisturbed"
-    start, kept = lambda: started(command, one, count), lambda: len([*one.glob("records/[!.]*-*/record.json")])
+    words, kept = asked(command, one, count), lambda: len([*one.glob("records/[!.]*-*/record.json")])
+    start = (lambda: Fork(lambda: app(words))) if kills == 1 else lambda: started(command, one, count)
     assert kill_at_random(start, kept, kills) == kills
     done = {path: path.stat().st_mtime_ns for path in one.glob("records/[!.]*-*/record.json")}
     assert kills <= len(done)
