@@ -84,7 +84,7 @@ def measure_readout(model: PreTrainedModel, norm: nn.Module, token: int, name: s
     try:
         with torch.no_grad():
             ids = torch.tensor([[token]], device=input_device(model))
-            logits = _owner(model, head)(input_ids=ids, use_cache=False).logits
+            logits = owner_of(model, head)(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ModelError(f"{name!r} gives no logits of a single word: {gist(error)}") from error
     finally:
@@ -113,8 +113,8 @@ def _divisor(normed: list[Tensor], read: list[Tensor], config: Any) -> float | N
     return next((number for number in divisors if torch.equal(states / number, entering)), None)
 
 
-def _owner(model: PreTrainedModel, head: nn.Module) -> Any:
-    """Return the innermost module that owns the head: the outer model of BLIP-2 does not run without a picture."""
+def owner_of(model: PreTrainedModel, head: nn.Module) -> Any:
+    """Return the innermost module that owns the output head; BLIP-2 itself needs pictures to run."""
     owners = (module for module in model.modules() if hasattr(module, "get_output_embeddings"))
     return [module for module in owners if cast(Any, module).get_output_embeddings() is head][-1]
 

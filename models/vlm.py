@@ -38,7 +38,7 @@ from .placement import (
     weight_names,
 )
 from .prompts import Prompt, PromptInputs, build
-from .readout import AfterHead, measure_readout
+from .readout import AfterHead, measure_readout, owner_of
 from .weights import WeightDigests, digest_weight, save_directory
 
 if TYPE_CHECKING:
@@ -598,15 +598,30 @@ class VisionLanguageModel:
         return cast(Any, self.decoder).get_per_layer_inputs(ids, embeddings)
 
     @cached_property
+    def first_position(self) -> int:
+        """The number that the model gives to the position of a prompt's first token: 1 in PaliGemma, 0 in most models.
+
+        It is measured once, when the model is loaded, in the call of the text stack for one token.
+        """
+        owner = owner_of(self.model, self.output_head)
+        with self.running(), torch.no_grad(), first_call(self, self.decoder) as arguments:
+            owner(input_ids=torch.tensor([[self._some_token]], device=self.device), use_cache=False)
+        positions = arguments.get("position_ids")
+        return int(positions.min()) if isinstance(positions, Tensor) else 0
+
+    @property
+    def _some_token(self) -> int:
+        return next(token for token in (1, 0) if token != self.frontend.image_token_id)
+
+    @cached_property
     def after_head(self) -> AfterHead:
         """What the model does between its final norm and its logits, beside the output head: scales, a soft cap.
 
         It is measured once, when the model is loaded, in one pass over one token. Raises `ModelError` if it is
         something else.
         """
-        token = next(token for token in (1, 0) if token != self.frontend.image_token_id)
         with self.running():
-            return measure_readout(self.model, self.final_norm, token, self.name)
+            return measure_readout(self.model, self.final_norm, self._some_token, self.name)
 
     def readout(self, states: Tensor) -> Tensor:
         """Return the model's own logits (..., vocab), float32 or wider, of states that have passed the final norm.
@@ -710,7 +725,7 @@ class VisionLanguageModel:
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values
         with self.running():
-            states = main_tensor(self.decoder(**_with_positions(arguments)), "the text stack")
+            states = main_tensor(self.decoder(**self._with_positions(arguments)), "the text stack")
             if positions is not None:
                 states = states[:, torch.tensor(list(positions), device=states.device)]
             return self.readout(states)
@@ -830,7 +845,14 @@ class VisionLanguageModel:
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
             self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
-        return _with_positions(ready)
+        return self._with_positions(ready)
+
+    def _with_positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return inputs with the positions that each left-padded row would have on its own, as in generation."""
+        mask = inputs.get("attention_mask")
+        if _OWN_POSITIONS & inputs.keys() or not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
+            return inputs
+        return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0) + self.first_position}
 
     def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
         """Raise `ModelError` if a row has more tokens, without padding, than the model has positions."""
@@ -849,14 +871,6 @@ class VisionLanguageModel:
 
 _OWN_POSITIONS = {"position_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
 """Inputs from which a model makes positions on several axes itself, padding left out."""
-
-
-def _with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return inputs with the positions that each left-padded row would have on its own, as in generation."""
-    mask = inputs.get("attention_mask")
-    if _OWN_POSITIONS & inputs.keys() or not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
-        return inputs
-    return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
 
 
 def _without_origin(config: dict[str, Any]) -> dict[str, Any]:

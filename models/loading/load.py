@@ -202,7 +202,7 @@ def _ready(vlm: VisionLanguageModel, *, verify: bool) -> tuple[VisionLanguageMod
     """Return an assembled model with what its processor lacks, and one line on what is proven."""
     complete_processor(vlm)
     vlm = with_answer_fills(vlm)
-    _ = vlm.after_head  # measured now, since its pass would disturb hooks that are placed later
+    _ = vlm.after_head, vlm.first_position  # measured now, since passes would disturb hooks that are placed later
     if verify:
         return vlm, prove_addresses(vlm)
     _check_names(vlm)

@@ -6,8 +6,10 @@ import multrace as mt
 import pytest
 import torch
 from model_fixtures import draw_photo
+from multrace.models import collate
 from multrace.models.frame import DecoderInput, Frame
 
+from .battery import true_float64
 from .folders import write
 from .table import RECIPES
 
@@ -58,6 +60,22 @@ def test_a_padded_batch_keeps_the_frame_of_each_row(vlm):
         assert gap(logits[shift : shift + prompt.length], vlm.logits(prompt)[0]) < CLOSE
     (second,) = vlm.forward(batch.of_rows([1]))
     assert gap(second[5 : 5 + prompts[1].length], vlm.logits(prompts[1])[0]) < CLOSE
+
+
+@torch.no_grad()
+def test_rows_of_a_padded_batch_have_the_positions_that_they_have_alone(vlm, monkeypatch):
+    prompts = [vlm.prompt(draw_photo(1), QUESTION), vlm.prompt(draw_photo(2), SHORT)]
+    inputs, shifts = collate(prompts, vlm.tokenizer)
+
+    def largest_gap() -> float:
+        rows = zip(vlm.logits(inputs), prompts, shifts, strict=True)
+        return max(gap(logits[shift:], vlm.logits(prompt)[0]) for logits, prompt, shift in rows)
+
+    with true_float64(vlm):
+        assert largest_gap() < 1e-12
+        monkeypatch.setitem(vars(vlm), "first_position", 1 - vlm.first_position)
+        counts_itself = "position_ids" in vlm.embed(prompts[0]).frame.keywords and vlm.family.name != "paligemma_gemma2"
+        assert counts_itself or largest_gap() > 1e-9  # rotary angles are float32
 
 
 @torch.no_grad()
