@@ -517,3 +517,15 @@ def _are_equal(first: Any, second: Any) -> bool:
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(_are_equal(first[kind], second[kind]) for kind in first)
     return first is second
+
+
+_OWN_POSITIONS = {"position_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
+"""Inputs from which a model makes positions on several axes itself, padding left out."""
+
+
+def with_positions(inputs: dict[str, Any], first: Callable[[], int]) -> dict[str, Any]:
+    """Return inputs with the positions that each left-padded row would have on its own; `first` gives the first one."""
+    mask = inputs.get("attention_mask")
+    if _OWN_POSITIONS & inputs.keys() or not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
+        return inputs
+    return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first()}

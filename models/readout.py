@@ -83,8 +83,7 @@ def measure_readout(model: PreTrainedModel, norm: nn.Module, token: int, name: s
     ]
     try:
         with torch.no_grad():
-            ids = torch.tensor([[token]], device=input_device(model))
-            logits = owner_of(model, head)(input_ids=ids, use_cache=False).logits
+            logits = run_on_token(model, token)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ModelError(f"{name!r} gives no logits of a single word: {gist(error)}") from error
     finally:
@@ -113,10 +112,16 @@ def _divisor(normed: list[Tensor], read: list[Tensor], config: Any) -> float | N
     return next((number for number in divisors if torch.equal(states / number, entering)), None)
 
 
-def owner_of(model: PreTrainedModel, head: nn.Module) -> Any:
-    """Return the innermost module that owns the output head; BLIP-2 itself needs pictures to run."""
+def run_on_token(model: PreTrainedModel, token: int) -> Tensor:
+    """Return the logits of one token alone, by the innermost module with an output head: BLIP-2 itself needs pictures.
+
+    token: The id of a token that stands for no picture.
+    """
+    head = model.get_output_embeddings()
     owners = (module for module in model.modules() if hasattr(module, "get_output_embeddings"))
-    return [module for module in owners if cast(Any, module).get_output_embeddings() is head][-1]
+    owner = [module for module in owners if cast(Any, module).get_output_embeddings() is head][-1]
+    ids = torch.tensor([[token]], device=input_device(model))
+    return cast(Any, owner)(input_ids=ids, use_cache=False).logits
 
 
 def _known_numbers(output: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..data.facts import Question, Words
 from ..data.pictures import Picture
 from .errors import ModelError, whole_number
 from .families import Addresses, ExpertProjection, Family, Key, Projection, RoutedExperts, Site
-from .frame import PER_LAYER, DecoderInput, Frame
+from .frame import PER_LAYER, DecoderInput, Frame, with_positions
 from .frontend import Frontend, to_device
 from .generation import Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating, uninterrupted
@@ -38,7 +38,7 @@ from .placement import (
     weight_names,
 )
 from .prompts import Prompt, PromptInputs, build
-from .readout import AfterHead, measure_readout, owner_of
+from .readout import AfterHead, measure_readout, run_on_token
 from .weights import WeightDigests, digest_weight, save_directory
 
 if TYPE_CHECKING:
@@ -603,9 +603,8 @@ class VisionLanguageModel:
 
         It is measured once, when the model is loaded, in the call of the text stack for one token.
         """
-        owner = owner_of(self.model, self.output_head)
         with self.running(), torch.no_grad(), first_call(self, self.decoder) as arguments:
-            owner(input_ids=torch.tensor([[self._some_token]], device=self.device), use_cache=False)
+            run_on_token(self.model, self._some_token)
         positions = arguments.get("position_ids")
         return int(positions.min()) if isinstance(positions, Tensor) else 0
 
@@ -725,7 +724,9 @@ class VisionLanguageModel:
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values
         with self.running():
-            states = main_tensor(self.decoder(**self._with_positions(arguments)), "the text stack")
+            states = main_tensor(
+                self.decoder(**with_positions(arguments, lambda: self.first_position)), "the text stack"
+            )
             if positions is not None:
                 states = states[:, torch.tensor(list(positions), device=states.device)]
             return self.readout(states)
@@ -845,14 +846,7 @@ class VisionLanguageModel:
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
             self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
-        return self._with_positions(ready)
-
-    def _with_positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return inputs with the positions that each left-padded row would have on its own, as in generation."""
-        mask = inputs.get("attention_mask")
-        if _OWN_POSITIONS & inputs.keys() or not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
-            return inputs
-        return inputs | {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0) + self.first_position}
+        return with_positions(ready, lambda: self.first_position)
 
     def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
         """Raise `ModelError` if a row has more tokens, without padding, than the model has positions."""
@@ -867,10 +861,6 @@ class VisionLanguageModel:
         if mask.dtype != torch.bool or getattr(self.decoder.config, "_attn_implementation", None) == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-
-_OWN_POSITIONS = {"position_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
-"""Inputs from which a model makes positions on several axes itself, padding left out."""
 
 
 def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
