@@ -1,7 +1,7 @@
 """The demo and what chains tracing and editing: on the embedded model, with its report."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,22 +29,6 @@ from multrace.scripts.main import app
 CASES = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is edited and asked."""
-
-    probes: int
-    """Probes of each kind around a fact that is edited where the trace says."""
-    facts: int
-    """Facts that are edited jointly, and those of the long tail."""
-
-
-SIZES = [
-    pytest.param(Size(probes=2, facts=2), id="few"),
-    pytest.param(Size(probes=4, facts=3), id="more", marks=pytest.mark.slow),
-]
-
-
 @pytest.fixture(scope="module")
 def world() -> World:
     return World()
@@ -63,11 +47,6 @@ def swap_of(world: World, case: EditCase) -> mt.SwapImage:
     return mt.SwapImage(world.picture(other, 1).image)
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def size(request) -> Size:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, ...]]:
     """Facts of the part for choosing, traced and edited one at a time."""
@@ -78,11 +57,11 @@ def located(tiny_vlm, world) -> tuple[mt.workflow.LocatedEdit, tuple[EditCase, .
 
 
 @pytest.fixture(scope="module")
-def verified(tiny_vlm, world, located, size) -> list[list[VerifiedQuestion]]:
+def verified(tiny_vlm, world, located) -> list[list[VerifiedQuestion]]:
     """The answers around each located edit."""
     edit, cases = located
     return [
-        list(verified_answers(tiny_vlm, delta, edit_record(world, case, count=size.probes)))
+        list(verified_answers(tiny_vlm, delta, edit_record(world, case, count=4)))
         for case, delta in zip(cases, edit.deltas, strict=True)
     ]
 
@@ -117,8 +96,9 @@ def test_below_the_onset_an_edit_fires_for_other_pictures_too(tiny_vlm, world, l
     assert summary(early)["efficacy"] >= 0.9 and summary(early)["other entities"] < traced - 0.2
 
 
-def test_facts_edited_jointly_all_take(tiny_vlm, world, size):
-    cases = world.edit_cases("outdated", "choose")[CASES : CASES + size.facts]
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_facts_edited_jointly_all_take(tiny_vlm, world, count):
+    cases = world.edit_cases("outdated", "choose")[CASES : CASES + count]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     edit = mt.locate_then_edit(tiny_vlm, requests, corruptions=[swap_of(world, case) for case in cases])
     (delta,) = edit.deltas
@@ -128,8 +108,9 @@ def test_facts_edited_jointly_all_take(tiny_vlm, world, size):
     assert tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests]) != answers
 
 
-def test_long_tail_facts_are_inserted(tiny_vlm, world, size):
-    cases = world.edit_cases("long_tail", "choose")[: size.facts]
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_long_tail_facts_are_inserted(tiny_vlm, world, count):
+    cases = world.edit_cases("long_tail", "choose")[:count]
     requests = [request_of(tiny_vlm, world, case) for case in cases]
     before = tiny_vlm.answers([tiny_vlm.prompt_for(request.question) for request in requests])
     learned = 0
