@@ -1,20 +1,24 @@
-"""Where the values of a weight are while no layer runs: in the module, with accelerate (main memory, disk), or packed.
+"""Where the values of a weight are while no layer runs: in the module, elsewhere, packed, or shared out.
 
 An ordinary weight is a floating-point parameter. Accelerate leaves a parameter without values in a module that it
-offloads, and fetches the values for each call; a quantiser packs them into fewer bits. `values` reads a weight wherever
-it is, and `opened` makes it an ordinary parameter until it is closed.
+offloads (to main memory or disk), and fetches the values for each call; a quantiser packs them into fewer bits; a
+tensor-parallel plan gives each process a share of them. `values` reads a weight wherever it is, and `opened` makes it
+an ordinary parameter until it is closed.
+
+What reads a weight of which every process has a share waits for all of them, so all must read it in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from .errors import ModelError, gist
@@ -22,7 +26,8 @@ from .errors import ModelError, gist
 _UNITS_AT_ONCE = 512
 """Number of columns of a packed weight that are read by one call of its module."""
 _REPLACED = ("forward", "_old_forward", "_hf_hook")
-"""The attributes of a module that decide what a call of it does: accelerate sets all of them, a quantiser none."""
+"""The attributes of a module that decide what a call of it does: accelerate sets all of them, a quantiser none, and a
+tensor-parallel plan the first."""
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of weights that need no scale beside them."""
 
@@ -35,6 +40,41 @@ def is_plain(weight: Tensor | None) -> bool:
 def _is_ordinary(weight: Tensor | None) -> bool:
     """Return whether a weight is no packed one, wherever its values are."""
     return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).dtype in _PLAIN
+
+
+def is_shared(weight: Tensor | None) -> bool:
+    """Return whether each process has only a share of the values."""
+    return hasattr(weight, "full_tensor")
+
+
+def processes_of(model: nn.Module) -> int:
+    """Return the number of processes that hold the model together; 1 for a model that is whole in this process."""
+    return next((cast(Any, weight).device_mesh.size() for weight in model.parameters() if is_shared(weight)), 1)
+
+
+@contextmanager
+def together(processes: int) -> Iterator[bool]:
+    """Yield whether this process is the first of those that hold a model together; an error of one becomes one of all.
+
+    They wait for each other at the end of the block. In the block, none may wait for another.
+
+    processes: Their number; a model of one process shares nothing, and its errors pass unchanged.
+    """
+    if processes == 1:
+        yield True
+        return
+    own: Exception | None = None
+    try:
+        yield distributed.get_rank() == 0
+    except Exception as error:  # raised below, when the others know of it
+        own = error
+    failures: list[str | None] = [None] * processes
+    distributed.all_gather_object(failures, None if own is None else gist(own))
+    if own is not None:
+        raise own
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            raise ModelError(f"process {number} of {processes}, which hold the model together, stopped: {failure}")
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -75,18 +115,23 @@ def absent(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
-    """A weight that accelerate reads from a file for each call."""
+    """A weight that accelerate reads from a file for each call, or of which each process has a share."""
 
     source: Mapping[str, Tensor] = field(repr=False)
-    """Accelerate's map from the names of a module's parameters to their values."""
+    """Accelerate's map from the names of a module's parameters to their values, or the module's own parameters."""
     leaf: str
     nbytes: int
     mark: tuple[Any, ...]
-    """The file and the time of its last change, by which the same values are known without reading them."""
+    """What changes with the values: the file and the time of its last change, or what torch counts of a share."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes must read it together."""
+        return isinstance(self.source, dict)
 
     def read(self) -> Tensor:
         """Return the values, which are a copy."""
-        return self.source[self.leaf].detach()
+        return _whole(self.source[self.leaf]).detach()
 
 
 def stored_weights(model: nn.Module) -> dict[str, Tensor | Elsewhere]:
@@ -96,7 +141,8 @@ def stored_weights(model: nn.Module) -> dict[str, Tensor | Elsewhere]:
     for name, parameter in model.named_parameters():
         if parameter.is_meta and name in tied:
             continue  # each of its modules has an empty parameter of its own
-        found = _elsewhere(*_owner(model, name)) if parameter.is_meta else parameter
+        is_here = not parameter.is_meta and not is_shared(parameter)
+        found = parameter if is_here else _elsewhere(*_owner(model, name))
         if found is None:
             raise ModelError(
                 f"the weight {name!r} has no values in memory; load the model with a device_map that has room for it"
@@ -141,7 +187,12 @@ def _offloading(module: nn.Module) -> Any | None:
 
 
 def _elsewhere(module: nn.Module, leaf: str) -> Tensor | Elsewhere | None:
-    """Return the tensor in main memory, or the place in a file, from which accelerate fetches a parameter."""
+    """Return the tensor in main memory, or the place in a file or in all processes, from which a parameter comes."""
+    parameter = cast(Tensor, module._parameters[leaf])
+    if is_shared(parameter):
+        share = cast(Any, parameter).to_local()
+        mark = ("share", share.data_ptr(), parameter._version, share._version)
+        return Elsewhere(source=cast(Any, module._parameters), leaf=leaf, nbytes=parameter.nbytes, mark=mark)
     hook = _offloading(module)
     source = None if hook is None else hook.weights_map
     if source is None:
@@ -152,14 +203,19 @@ def _elsewhere(module: nn.Module, leaf: str) -> Tensor | Elsewhere | None:
         return source[leaf].detach() if key in loader else None
     file = Path(entry.get("safetensors_file") or Path(loader.save_folder, f"{key}.dat"))
     mark = (str(file), file.stat().st_mtime_ns, key, *map(str, entry.items()))
-    return Elsewhere(source=source, leaf=leaf, nbytes=cast(Tensor, module._parameters[leaf]).nbytes, mark=mark)
+    return Elsewhere(source=source, leaf=leaf, nbytes=parameter.nbytes, mark=mark)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight; of one of which each process has a share, all its values, which are a copy."""
+    return cast(Any, weight).full_tensor() if is_shared(weight) else weight
 
 
 def fetched(module: nn.Module, leaf: str) -> Tensor | None:
-    """Return a parameter of a module itself, or the values that accelerate would fetch for it; None for none."""
+    """Return a parameter of a module itself, or its values from wherever they are fetched; None for none."""
     parameter = cast(Tensor | None, getattr(module, leaf, None))
     if parameter is None or not parameter.is_meta:
-        return parameter
+        return None if parameter is None else _whole(parameter)
     found = _elsewhere(module, leaf)
     return found.read() if isinstance(found, Elsewhere) else found
 
@@ -182,8 +238,13 @@ def stored_beside(model: nn.Module) -> dict[str, Tensor]:
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a linear module has no ordinary weight, and can be read by what it answers to unit vectors."""
-    sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-    return sized and not _is_ordinary(cast(Tensor | None, getattr(module, "weight", None)))
+    weight = cast(Tensor | None, getattr(module, "weight", None))
+    return _is_sized(module) and not is_shared(weight) and not _is_ordinary(weight)
+
+
+def _is_sized(module: nn.Module) -> bool:
+    """Return whether a module is a linear map, which says how many numbers it reads and writes."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 def has_packed(model: nn.Module) -> bool:
@@ -261,22 +322,30 @@ def opened(model: nn.Module, name: str, *, transposed: bool) -> OpenedWeight | N
     """Make a weight an ordinary parameter, and return the way back; None for a weight that is one already.
 
     The module stays the same object, so that hooks on it stay in effect. The parameters of an offloaded module stay on
-    the device that it computes on. A packed one computes with the unpacked weight, in the dtype of the model.
+    the device that it computes on. A packed one computes with the unpacked weight, in the dtype of the model; one of
+    which each process has a share computes with all of it in every process.
 
-    Raises `ModelError`, which names the weight, if its values cannot be read.
+    Raises `ModelError`, which names the weight, if its values cannot be read, or if processes share it out in a module
+    that is no linear map.
     """
     name, _ = parameter_of(name)  # a slice is opened with the whole of its parameter
     module, leaf = _owner(model, name)
     if is_plain(module._parameters.get(leaf)):
         return None
+    is_whole = not is_shared(module._parameters.get(leaf))
+    if not is_whole and not _is_sized(module):
+        raise ModelError(
+            f"the weight {name!r} of type {type(module).__name__} is shared out among processes, and only linear maps "
+            "are made whole to be changed; load the model without tp_plan"
+        )
     device = compute_device(module)
     ready = {leaf: values(model, name, transposed=transposed).to(device, copy=True)}
     for part, parameter in module.named_parameters(recurse=False):
-        if part != leaf and parameter.is_meta:
+        if part != leaf and (parameter.is_meta or is_shared(parameter)):
             ready[part] = cast(Tensor, fetched(module, part)).to(device)
     attributes = {part: module.__dict__[part] for part in _REPLACED if part in module.__dict__}
     back = OpenedWeight(module=module, parameters=dict(module._parameters), attributes=attributes)
-    if is_packed(module):
+    if is_packed(module) or not is_whole:
         plain = _PlainForward(module=module, transposed=transposed)
         setattr(module, "_old_forward" if "_old_forward" in attributes else "forward", plain)
     if hook := _offloading(module):

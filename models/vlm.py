@@ -32,14 +32,16 @@ from .placement import (
     has_weight,
     input_device,
     opened,
+    processes_of,
     stored_beside,
     stored_weights,
+    together,
     values,
     weight_names,
 )
 from .prompts import Prompt, PromptInputs, build
 from .readout import AfterHead, measure_readout, run_on_token
-from .weights import WeightDigests, digest_weight, save_directory
+from .weights import WeightDigests, digest_weight, save_directory, without_origin
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -138,6 +140,23 @@ class VisionLanguageModel:
     def is_quantised(self) -> bool:
         """True if weights are packed, so that what the model computes is as coarse as in half precision."""
         return getattr(self.model, "hf_quantizer", None) is not None
+
+    @cached_property
+    def processes(self) -> int:
+        """Number of processes that hold the weights together (`load(..., tp_plan="auto")`); 1 for most models.
+
+        All of them make the same calls in the same order, and each gets all of the result.
+        """
+        return processes_of(self.model)
+
+    @contextmanager
+    def one_writer(self) -> Iterator[bool]:
+        """Yield whether this process writes the files in the block: one of those that hold the model together does.
+
+        All wait at the end of the block, which must not run the model; an error of one becomes an error of all.
+        """
+        with together(self.processes) as is_writing:
+            yield is_writing
 
     @property
     def has_vision(self) -> bool:
@@ -412,9 +431,9 @@ class VisionLanguageModel:
 
         The name of an expert's slice, such as "layers.3.mlp.experts.down_proj[5]", gives a view of the parameter.
 
-        Of a weight that is offloaded or quantised the values are returned, as numbers; `open_weight` makes it an
-        ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown, or if a quantised weight
-        cannot be read.
+        Of a weight that is offloaded, quantised or held by several processes the values are returned, as numbers;
+        `open_weight` makes it an ordinary parameter. Raises `ModelError` with the nearest name if the name is unknown,
+        or if a quantised weight cannot be read.
         """
         if not has_weight(self.model, name) and self.expert_slice(name) is None:
             nearest = get_close_matches(name, weight_names(self.model), n=1, cutoff=0.0)
@@ -422,7 +441,7 @@ class VisionLanguageModel:
         return values(self.model, name, transposed=self.stores_transposed)
 
     def open_weight(self, name: str) -> OpenedWeight | None:
-        """Make an offloaded or quantised weight an ordinary parameter, and return the way back; None for another.
+        """Make a weight that is not one an ordinary parameter, and return the way back; None for an ordinary one.
 
         Raises `ModelError` as `weight`.
         """
@@ -486,7 +505,7 @@ class VisionLanguageModel:
             digests = self.digests.of(stored_weights(self.model) | stored_beside(self.model), progress=progress)
         frontend = self.frontend
         parts = [
-            _without_origin(self.config.to_dict()),
+            without_origin(self.config.to_dict()),
             *(frontend.vocabulary_digest, frontend.picture_digest, getattr(self.processor, "chat_template", None)),
             *(self.end_ids, sorted(digests.items())),
         ]
@@ -816,6 +835,8 @@ class VisionLanguageModel:
     ) -> None:
         """Write model and processor atomically as an ordinary Hugging Face directory (safetensors).
 
+        Of several processes that hold the model together, all make this call, and the first one writes.
+
         Args:
             directory: The folder to make.
             dtype: Type of the floating-point weights in the file; None for that of the file that was loaded.
@@ -861,15 +882,6 @@ class VisionLanguageModel:
         if mask.dtype != torch.bool or getattr(self.decoder.config, "_attn_implementation", None) == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-
-def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the entries that do not decide what the model computes, its parts included."""
-    return {
-        name: _without_origin(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-    }
 
 
 def _wide(logits: Tensor) -> Tensor:

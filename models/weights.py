@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..artefacts import ArtefactError, replacing_folder
 from .errors import ModelError, gist
 from .guards import quiet_transformers
-from .placement import Elsewhere, packed_parts, stored_weights, unpacked_modules
+from .placement import Elsewhere, is_shared, packed_parts, processes_of, stored_weights, together, unpacked_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +41,15 @@ def digest_weight(weight: Tensor) -> str:
         digest.update(f"{name}{raw.dtype} {tuple(raw.shape)} ".encode())
         digest.update(raw.flatten().view(torch.uint8).numpy().data)  # the bytes without a copy
     return digest.hexdigest()
+
+
+def without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the entries that do not decide what the model computes, its parts included."""
+    return {
+        name: without_origin(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    }
 
 
 class WeightDigests:
@@ -74,7 +83,9 @@ class WeightDigests:
                 disable=not progress,
             ) as bar,
         ):
-            for (name, weight), computed in zip(changed.items(), pool.map(_Computed.of, changed.values()), strict=True):
+            in_turn = any(isinstance(weight, Elsewhere) and weight.is_shared for weight in changed.values())
+            results = (map if in_turn else pool.map)(_Computed.of, changed.values())
+            for (name, weight), computed in zip(changed.items(), results, strict=True):
                 self._computed[name] = computed
                 bar.update(weight.nbytes)
         return {name: self._computed[name].digest for name in weights}
@@ -86,10 +97,10 @@ class _Computed:
 
     digest: str
     weight: ref[Tensor] | None
-    """The tensor; None for a weight in a file."""
+    """The tensor; None for a weight that is elsewhere."""
     mark: tuple[Any, ...]
     """For a tensor the address of its values, which an assignment to `weight.data` moves, and the number of changes in
-    place (None if torch does not count them); for a weight in a file what that file's entry says."""
+    place (None if torch does not count them); for a weight that is elsewhere what its place says."""
 
     @classmethod
     def of(cls, weight: Tensor | Elsewhere) -> _Computed:
@@ -120,6 +131,8 @@ def save_directory(
 ) -> None:
     """Write model and processor to a sibling folder and rename it into place.
 
+    Of several processes that hold the model together, all must call this, and the first one writes.
+
     Args:
         model: the Hugging Face model.
         processor: its processor or tokenizer.
@@ -131,7 +144,27 @@ def save_directory(
         ModelError: if the place is in use or cannot be written, the disk is full, or modules of the model were
             replaced, as PEFT does, so that the folder would not open again. The previous content stays.
     """
-    target = Path(directory)
+    target, processes = Path(directory), processes_of(model)
+    with together(processes) as is_writing:
+        if is_writing:
+            _check_target(model, target, dtype=dtype, overwrite=overwrite)
+    try:
+        state = _whole_state(model, is_kept=is_writing)
+        with together(processes):
+            if is_writing:
+                with replacing_folder(target) as new:
+                    with quiet_transformers():
+                        _write(model, state, processor, new, dtype=dtype)
+                    _open_to_others(new)
+    except (ArtefactError, OSError) as error:
+        raise ModelError(
+            f"cannot save a model to {str(target)!r}: {gist(error.__cause__ or error)}; pass a folder on a disk with "
+            "room for it"
+        ) from error
+
+
+def _check_target(model: PreTrainedModel, target: Path, *, dtype: torch.dtype | None, overwrite: bool) -> None:
+    """Raise `ModelError` if the model cannot be saved in this dtype, or to this place."""
     if hasattr(model, "hf_quantizer") and dtype not in (None, model.dtype):
         raise ModelError(
             f"cannot save a quantised model to {str(target)!r} in {dtype}: its scales belong to {model.dtype}; leave "
@@ -149,16 +182,6 @@ def save_directory(
         raise ModelError(
             f"the folder {str(target)!r} is not empty; pass another one, or overwrite=True to replace it whole"
         )
-    try:
-        with replacing_folder(target) as new:
-            with quiet_transformers():
-                _write(model, processor, new, dtype=dtype)
-            _open_to_others(new)
-    except ArtefactError as error:
-        raise ModelError(
-            f"cannot save a model to {str(target)!r}: {gist(error.__cause__ or error)}; pass a folder on a disk with "
-            "room for it"
-        ) from error
 
 
 def _foreign_weight(model: PreTrainedModel) -> str | None:
@@ -172,10 +195,12 @@ def _foreign_weight(model: PreTrainedModel) -> str | None:
     return next((name for name in names if name not in own), None)
 
 
-def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
+def _write(
+    model: PreTrainedModel, state: dict[str, Tensor], processor: Any, folder: Path, *, dtype: torch.dtype | None
+) -> None:
     own_name = str(model.config.dtype).removeprefix("torch.")
-    written, plain = dtype or model.dtype, unpacked_modules(model)
-    state = _without_scales(_whole_state(model), plain)
+    written, plain = dtype or model.dtype, unpacked_modules(model) if hasattr(model, "hf_quantizer") else []
+    state = _without_scales(state, plain)
     writing: Any = copy.copy(model)
     if not hasattr(model, "hf_quantizer"):
         state = _cast(state, written)
@@ -193,17 +218,24 @@ def _write(model: PreTrainedModel, processor: Any, folder: Path, *, dtype: torch
         _name_dtype(folder / "config.json", str(written).removeprefix("torch."))
 
 
-def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the state of the model with the values of offloaded weights, each of which is read."""
+def _whole_state(model: PreTrainedModel, *, is_kept: bool) -> dict[str, Tensor]:
+    """Return the state of the model with the values of weights that are elsewhere, each of which is read.
+
+    is_kept: Whether this process needs the state; without it, it only takes part in reading what all hold together.
+    """
     state = model.state_dict()
-    if not any(value.is_meta for value in state.values()):
+    missing = {name for name, value in state.items() if value.is_meta or is_shared(value)}
+    if not missing:
         return state
-    stored = {
-        name: weight.read() if isinstance(weight, Elsewhere) else weight.detach()
-        for name, weight in stored_weights(model).items()
-    }
+    stored: dict[str, Tensor] = {}
+    for name, weight in stored_weights(model).items():
+        values = weight.read() if isinstance(weight, Elsewhere) else weight.detach()
+        if is_kept:
+            stored[name] = values.cpu() if name in missing else values
+    if not is_kept:
+        return {}
     tied = model.all_tied_weights_keys
-    return {name: stored[tied.get(name, name)] if value.is_meta else value for name, value in state.items()}
+    return {name: stored[tied.get(name, name)] if name in missing else value for name, value in state.items()}
 
 
 def _without_scales(state: dict[str, Tensor], plain: Sequence[str]) -> dict[str, Tensor]:

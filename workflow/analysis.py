@@ -472,6 +472,15 @@ def refuse_difference(one: Mapping[str, Any], other: Mapping[str, Any], refusal:
         raise RunError(f"{refusal}: {'; '.join(words[:_NAMED])}{more}; choose another folder, or the same settings")
 
 
+def refuse_shared(is_shared: bool) -> None:
+    """Raise `RunError` for a model that several processes hold together: in a run each would take other records."""
+    if is_shared:
+        raise RunError(
+            "the processes of a run compute records of their own, and those of a model with tp_plan have to compute "
+            "the same; load the model without tp_plan, or call the analysis itself for each record"
+        )
+
+
 def _grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
     """Lines that name the records with the same problem together."""
     together: dict[str, list[str]] = {}

@@ -54,6 +54,7 @@ from .analysis import (
     plain,
     question_of_record,
     refuse_difference,
+    refuse_shared,
     run_report,
 )
 from .run_folder import (
@@ -161,6 +162,7 @@ def run(
         RunReport('run': 2 done, 0 failed, 0 unreadable)
     """
     given = Shard.parse(shard) if isinstance(shard, str) else shard or Shard()
+    refuse_shared("tp_plan" in vlm.options if isinstance(vlm, ModelToLoad) else vlm.processes > 1)
     with _process_group() as (rank, size, barrier):
         if analysis.is_ordered and given.part(rank, size).count > 1:
             raise RunError(f"{analysis.name} has no shards: each edit needs all earlier ones; start one process")
@@ -537,7 +539,7 @@ def _version() -> str:
 
 
 @contextmanager
-def _process_group() -> Iterator[tuple[int, int, Callable[[], None]]]:
+def _process_group() -> Iterator[tuple[int, int, Callable[[], object]]]:
     """Yield the number of this process, how many there are, and a barrier; set up by torchrun or accelerate launch."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -546,12 +548,8 @@ def _process_group() -> Iterator[tuple[int, int, Callable[[], None]]]:
     is_ours = not distributed.is_initialized()
     if is_ours:
         distributed.init_process_group("gloo", timeout=_PATIENCE)
-
-    def wait() -> None:
-        distributed.barrier()
-
     try:
-        yield int(distributed.get_rank()), int(distributed.get_world_size()), wait
+        yield int(distributed.get_rank()), int(distributed.get_world_size()), distributed.barrier
     finally:
         if is_ours:
             distributed.destroy_process_group()

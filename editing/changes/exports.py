@@ -86,8 +86,9 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder = Path(folder)
-    if folder.exists():
-        raise EditError(f"cannot write the adapter to '{folder}': it exists; pass a new folder")
+    with vlm.one_writer() as is_writing:
+        if is_writing and folder.exists():
+            raise EditError(f"cannot write the adapter to '{folder}': it exists; pass a new folder")
     factors = {name: factors for name, factors in change.factors.items() if factors[1].shape[0]}
     if not factors:
         raise EditError(f"this edit of '{change.model}' changes nothing, and PEFT has no adapters of rank 0")
@@ -112,9 +113,11 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
     stacked = {name: len(stack[0]) // len(vlm.weight(name)) for name, stack in stacks.items()}
     text = json.dumps(_config(change, vlm, ranks, stacked), indent=2) + "\n"
     try:
-        with replacing_folder(folder) as new:
-            write_tensors(new / "adapter_model.safetensors", tensors, {"format": "pt"})
-            (new / "adapter_config.json").write_text(text, encoding="utf-8")
+        with vlm.one_writer() as is_writing:
+            if is_writing:
+                with replacing_folder(folder) as new:
+                    write_tensors(new / "adapter_model.safetensors", tensors, {"format": "pt"})
+                    (new / "adapter_config.json").write_text(text, encoding="utf-8")
     except ArtefactError as error:
         raise EditError(f"cannot write the adapter to '{folder}': {error}") from error
     return folder

@@ -15,7 +15,7 @@ from ..errors import AddressError, ModelError, gist, reason
 from ..families import Addresses, Family, Row, Site, discover, family_of, has_front, has_rows, resolved
 from ..frontend import Frontend, position_limit
 from ..guards import without_panics
-from ..placement import absent, has_packed, input_device
+from ..placement import absent, has_packed, input_device, together
 from ..vlm import VisionLanguageModel
 from .processors import (
     complete_processor,
@@ -26,7 +26,8 @@ from .processors import (
 )
 from .proof import prove_addresses, proving
 from .quantised import check_quantiser, chosen, open_quantised
-from .sources import ModelSource, out_of_memory
+from .sharing import begin_sharing, sharing_options
+from .sources import ModelSource, out_of_memory, without_values
 
 logger = logging.getLogger("multrace")
 
@@ -40,6 +41,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
+    tp_plan: Literal["auto"] | Mapping[str, str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     offload_folder: str | PathLike[str] | None = None,
@@ -60,6 +62,10 @@ def load(
             than the CPU), and float32 for half-precision files on the CPU, where half precision is slow and coarse.
         device_map: where the weights go, as in transformers: a device, "auto", or module path -> device, "cpu" or
             "disk". The default None is the CPU. Weights beside an accelerator ("cpu", "disk") come to it for each call.
+        tp_plan: "auto" to share the weights out among the processes that `torchrun` started, by the model's own
+            tensor-parallel plan, or further rules of such a plan (module path with * for numbers -> style). Each
+            process then makes the same calls in the same order, and gets whole states and whole results. The default
+            None opens the whole model in this process.
         offload_folder: a folder for weights on "disk" that are not in the model's own files in the form in which they
             are needed; None as long as all of them are.
         revision: a branch, tag or commit of the hub; None for its newest.
@@ -90,45 +96,47 @@ def load(
     name = fspath(path_or_id) if isinstance(path_or_id, PathLike) else str(path_or_id)
     source = ModelSource(name, revision=revision, trust_remote_code=trust_remote_code)
     check_device_map(device_map, name)
-    config = source.open("configuration", AutoConfig.from_pretrained)
-    settings = chosen(quantization, config, name)
-    quantiser = check_quantiser(settings, config, name)
+    others = {"device_map": device_map, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    processes = begin_sharing(tp_plan, others | {"a GGUF file": source.is_gguf}, name)
     rows = () if families == "discover" else families
-    family = family_of(config, rows)
-    source.check_weights()
-    source.check_configuration(config, family, attention)
-    source.check_generation_settings(config)
-    processor = source.processor(family)
-    stored = source.stored_dtype()
-    options = {"dtype": _compute_dtype(dtype, stored, device_map, name)}
-    given = {"device_map": device_map, "quantization_config": settings, "attn_implementation": attention}
-    given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
-    options |= {option: value for option, value in given.items() if value is not None}
-    if quantiser is None:
-        model = source.model(family, options)
-    else:
-        choice = {"unpack": quantization == "none", "exact": dtype != "auto"}
-        model = open_quantised(source, family, options, quantiser, **choice)
-    if source.is_gguf and not has_packed(model):  # its weights were unpacked as they were read
-        cast(Any, model).hf_quantizer.remove_quantization_config(model)
-    check_in_memory(model, device_map, name)
-    source.check_special_tokens(model.generation_config.to_dict(), model.config)
+    with together(processes):
+        config = source.open("configuration", AutoConfig.from_pretrained)
+        settings = chosen(quantization, config, name)
+        quantiser = check_quantiser(settings, config, name)
+        family = family_of(config, rows)
+        source.check_files(config, family, attention)
+        processor = source.processor(family)
+        stored = source.stored_dtype()
+        device = torch.accelerator.current_accelerator() if processes > 1 else device_map
+        options = {"dtype": _compute_dtype(dtype, stored, device, name)}
+        given = {"device_map": device_map, "quantization_config": settings, "attn_implementation": attention}
+        given["offload_folder"] = None if offload_folder is None else fspath(offload_folder)
+        options |= {option: value for option, value in given.items() if value is not None}
+        if processes > 1:
+            options |= sharing_options(without_values(config, family, attention), tp_plan, processes, quantiser, name)
+        if quantiser is None:
+            model = source.model(family, options)
+        else:
+            choice = {"unpack": quantization == "none", "exact": dtype != "auto"}
+            model = open_quantised(source, family, options, quantiser, **choice)
+        if source.is_gguf and not has_packed(model):  # its weights were unpacked as they were read
+            cast(Any, model).hf_quantizer.remove_quantization_config(model)
+        check_in_memory(model, device_map, name)
+        source.check_special_tokens(model.generation_config.to_dict(), model.config)
+    vars(model.config).pop("distributed_config", None)  # says how it runs here, and not what it is
+    is_known = has_front(config, rows)
     opened = _Opened(
-        model=model,
-        processor=processor,
-        name=name,
-        revision=revision,
-        stored=stored,
-        is_front_known=has_front(config, rows),
+        model=model, processor=processor, name=name, revision=revision, stored=stored, is_front_known=is_known
     )
     with _first_use(name):
         if families == "discover":
             vlm, proof = _discovered(replace(opened, is_front_known=False), family, verify=verify)
         else:
             vlm, proof = _served(opened, family, verify=verify, is_known=has_rows(config, rows))
+    where = str(vlm.device) if processes == 1 else f"{vlm.device}, weights shared out among {processes} processes"
     logger.info(
         "%s: %s, %d layers, hidden %d, mlp %d, %d heads, %s on %s; %s",
-        *(name, vlm.family.name, vlm.layers, vlm.hidden, vlm.mlp, vlm.heads, str(vlm.dtype), vlm.device, proof),
+        *(name, vlm.family.name, vlm.layers, vlm.hidden, vlm.mlp, vlm.heads, str(vlm.dtype), where, proof),
     )
     return vlm
 

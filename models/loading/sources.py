@@ -89,7 +89,13 @@ class ModelSource:
         with quiet_transformers():
             return self._open(part, opener, options)
 
-    def check_weights(self) -> None:
+    def check_files(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
+        """Raise `ModelError` if weight files, configuration or generation settings are damaged or do not fit."""
+        self._check_weights()
+        self._check_configuration(config, family, attention)
+        self._check_generation_settings(config)
+
+    def _check_weights(self) -> None:
         """Raise `ModelError` if there are no safetensors, or one whose header or length is wrong.
 
         Downloads those of a hub model that are not on this machine.
@@ -110,7 +116,7 @@ class ModelSource:
             if missing := sorted(listed - {path.name for path in self._weight_files}):
                 raise ModelError(f"{self.name!r} lacks the weight files {', '.join(missing)} that its index lists")
 
-    def check_generation_settings(self, config: PretrainedConfig) -> None:
+    def _check_generation_settings(self, config: PretrainedConfig) -> None:
         """Raise `ModelError` if the generation settings are damaged or contain an invalid token id."""
         path = self.folder / "generation_config.json" if self.folder and not self.is_gguf else None
         if path is not None and path.is_file():
@@ -128,7 +134,7 @@ class ModelSource:
                     f"{vocab} tokens; mend that field, or fetch the file again"
                 )
 
-    def check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
+    def _check_configuration(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
         """Raise `ModelError` if the configuration does not give a model of the files' size with this attention.
 
         Makes the model without values, which costs a tenth of a second for seven billion weights.
@@ -137,7 +143,7 @@ class ModelSource:
             return  # only from_pretrained knows where such a model's code is
         try:
             self._check_depth(config)
-            empty = _without_values(config, family, attention)
+            empty = without_values(config, family, attention)
         except ModelError:
             raise
         except Exception as error:
@@ -341,7 +347,7 @@ def _kind(family: Family) -> Any:
     return AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
 
 
-def _without_values(config: PretrainedConfig, family: Family, attention: str | None) -> nn.Module:
+def without_values(config: PretrainedConfig, family: Family, attention: str | None) -> PreTrainedModel:
     """Return a model of this configuration on torch's meta device."""
     options = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers(), torch.device("meta"):
@@ -350,7 +356,7 @@ def _without_values(config: PretrainedConfig, family: Family, attention: str | N
 
 def _can_be_made(config: PretrainedConfig, family: Family) -> bool:
     try:
-        _without_values(config, family, None)
+        without_values(config, family, None)
     except Exception:  # the caller reports its own error
         return False
     return True
