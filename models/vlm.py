@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -149,14 +149,12 @@ class VisionLanguageModel:
         """
         return processes_of(self.model)
 
-    @contextmanager
-    def one_writer(self) -> Iterator[bool]:
-        """Yield whether this process writes the files in the block: one of those that hold the model together does.
+    def one_writer(self) -> AbstractContextManager[bool]:
+        """Yield whether this process writes the files in a `with` block, as one of those that hold the model does.
 
         All wait at the end of the block, which must not run the model; an error of one becomes an error of all.
         """
-        with together(self.processes) as is_writing:
-            yield is_writing
+        return together(self.processes)
 
     @property
     def has_vision(self) -> bool:
@@ -503,11 +501,10 @@ class VisionLanguageModel:
         """
         with self.lock:
             digests = self.digests.of(stored_weights(self.model) | stored_beside(self.model), progress=progress)
-        frontend = self.frontend
         parts = [
             without_origin(self.config.to_dict()),
-            *(frontend.vocabulary_digest, frontend.picture_digest, getattr(self.processor, "chat_template", None)),
-            *(self.end_ids, sorted(digests.items())),
+            *(self.frontend.vocabulary_digest, self.frontend.picture_digest),
+            *(getattr(self.processor, "chat_template", None), self.end_ids, sorted(digests.items())),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
