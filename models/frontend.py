@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -341,15 +342,23 @@ class Frontend:
             ) from error
 
     def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> Mapping[str, Tensor]:
-        pictures = list(images) or None
+        pictures, name = list(images) or None, self.tokenizer.name_or_path
         try:
-            with without_panics():
-                return self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
+            with without_panics(), np.errstate(all="ignore"):
+                inputs = self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
         except Exception as error:  # a processor may run third-party code, which can raise anything
+            count = f"{len(images)} picture{'' if len(images) == 1 else 's'}"
             raise ModelError(
-                f"the processor cannot turn {len(images)} pictures and the text {text!r} into model inputs: "
+                f"the processor of {name!r} cannot turn {count} and the text {text!r} into model inputs: "
                 f"{type(error).__name__}: {gist(error)}"
             ) from error
+        pixels = (value for part, value in inputs.items() if part.startswith("pixel") and isinstance(value, Tensor))
+        if any(value.is_floating_point() and not value.isfinite().all() for value in pixels):
+            raise ModelError(
+                f"the processor of {name!r} makes pixels that are not finite: its image_mean, image_std or "
+                "rescale_factor is wrong"
+            )
+        return inputs
 
 
 def is_per_token(name: str, value: Tensor, length: int) -> bool:

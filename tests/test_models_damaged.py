@@ -126,6 +126,30 @@ def test_a_processor_that_does_not_fit_its_model(case, damaged):
     assert "processor" in message
 
 
+@pytest.mark.parametrize("field", ["image_std", "rescale_factor"])
+def test_pixels_that_are_not_finite_are_the_processors_fault(field, damaged):
+    value = [0.0, 0.0, 0.0] if field == "image_std" else float("inf")
+    message = refusal(
+        damaged("processor_config.json", lambda content: content["image_processor"].update({field: value}))
+    )
+    assert "makes pixels that are not finite: its image_mean, image_std or rescale_factor is wrong; " in message
+
+
+def test_code_that_comes_with_a_model_is_one_line(damaged):
+    """Without being asked to run it, and if a package that it imports is missing."""
+    code = {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}
+    folder = damaged("config.json", lambda content: content.update(code))
+    (folder / "own.py").write_text("import no_such_package\n")
+    message = refusal(folder)
+    assert message == (
+        f"{str(folder)!r} comes with Python code of its own, which its configuration needs; read it, and pass "
+        "trust_remote_code=True (--trust-remote-code) to run it"
+    )
+    message = refusal(folder, trust_remote_code=True)
+    assert "needs a package that is not installed here" in message and "no_such_package" in message
+    assert message.endswith("; install it")  # no extra of ours brings it
+
+
 def test_the_error_names_the_fields_of_the_processor(damaged):
     message = refusal(damaged("processor_config.json", lambda content: content.update(num_additional_image_tokens=2)))
     assert "mend its processor_config.json (patch_size 8, num_additional_image_tokens 2, vision_feature" in message

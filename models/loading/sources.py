@@ -51,6 +51,8 @@ _NEXT_STEPS = {
 }
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The safetensors names of the dtypes that a model computes in; packed (quantised) dtypes are excluded."""
+_VISION, _INSTALL_VISION = ("torchvision", "timm", "num2words"), "pip install 'multrace[vision]'"
+"""The packages that the extra `vision` brings, and how."""
 _TOO_LARGE = 2
 """A configuration that describes this many times the weights of the files is damaged, not merely short of weights."""
 
@@ -248,15 +250,21 @@ class ModelSource:
                 "quantization="
             )
         if isinstance(error, ImportError):
-            package = f" ({error.name})" if error.name else ""
+            package, said = f" ({error.name})" if error.name else "", gist(error)
+            is_extra = any(name in f"{package} {said}".lower() for name in _VISION)
             return ModelError(
-                f"the {part} of {self.name!r} needs a package that is not installed here{package}: {gist(error)}; "
-                "pip install 'multrace[vision]'"
+                f"the {part} of {self.name!r} needs a package that is not installed here{package}: {said}; "
+                f"{_INSTALL_VISION if is_extra else 'install it'}"
             )
         if self.is_gguf:
             return ModelError(
                 f"the GGUF file {self.name!r} gives no {part.removeprefix('safetensors ')}: {reason(error)}; fetch it "
                 "again, or open the model's safetensors"
+            )
+        if "trust_remote_code" in str(error) and not self.options["trust_remote_code"]:
+            return ModelError(
+                f"{self.name!r} comes with Python code of its own, which its {part} needs; read it, and pass "
+                "trust_remote_code=True (--trust-remote-code) to run it"
             )
         files, hint = self._suspects(part), ""
         if part == "configuration" and self.folder is not None and not _is_broken(self.folder / "config.json"):
