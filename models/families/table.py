@@ -80,11 +80,13 @@ class PictureFront:
 
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json that the row serves."""
-    vision: Names | None = ("vision_tower", "vision_model", "visual", "image_tower")
+    vision: Names | None = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
     """The vision tower; None for a text-only model."""
     vision_layers: Names | None = ("encoder.layers", "encoder.layer", "transformer.layers", "blocks", "layers")
     """The list of the vision tower's layers, relative to the tower; None if unknown."""
-    projector: Names | None = ("multi_modal_projector", "connector", "aligner", "projector", "merger")
+    projector: Names | None = (
+        *("multi_modal_projector", "connector", "aligner", "projector", "merger", "vision_projection"),
+    )
     """The module that turns the tower's states into image tokens; None if unknown."""
     attended: bool = False
     """True if pictures stand at no position of the prompt: some layers attend to their states (Mllama)."""

@@ -53,7 +53,7 @@ def test_a_missing_package_is_named(name: str, tmp_path: Path) -> None:
 
 def test_the_table_has_every_recipe() -> None:
     assert set(KNOWN) == set(RECIPES)
-    assert len({known.title for known in KNOWN.values()}) == len(KNOWN) == 61
+    assert len({known.title for known in KNOWN.values()}) == len(KNOWN) >= 61
 
 
 def features_in_another_order(vlm: mt.VisionLanguageModel, patch: pytest.MonkeyPatch) -> None:
