@@ -233,7 +233,8 @@ def test_a_prompt_without_a_picture_needs_flows(random_llama):
     assert float(flow.change().abs().max()) > 0
 
 
-def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
+@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm, count):
     """Image to question in the first layers, the constraint to the last token later, image to last never."""
     flows = ["image -> question", "constraint -> last", "image -> last", "question -> last", "object -> question"]
     found = [
@@ -241,7 +242,7 @@ def test_the_tool_sees_how_the_embedded_model_was_made_to_work(tiny_vlm):
             tiny_vlm, tiny_vlm.prompt_for(question), flows=flows, windows=(1, 4),
             boxes=[Box(*box) for box in question.boxes], gold=question.answer, engine=Engine(checks=0), **QUIET,
         )
-        for question in world_questions(24, seed=3)
+        for question in world_questions(count, seed=3)
     ]  # fmt: skip
     mean = average(found)
     into_question, from_constraint, direct, asked, from_object = (mean.curve(flow, 4) for flow in flows)

@@ -78,9 +78,10 @@ def outcomes(llava_llama_path: Path, photo: Any, tmp_path: Path) -> Callable[[It
     return count
 
 
-def test_damaged_folders_answer_or_are_one_line(outcomes, llava_llama_path):
-    counts = outcomes(islice(mutations(llava_llama_path, seed=0), 60))
-    assert counts["refused"] > 30 and counts["same"] > 5, counts
+@pytest.mark.parametrize("count", [30, pytest.param(60, marks=pytest.mark.slow)])
+def test_damaged_folders_answer_or_are_one_line(count, outcomes, llava_llama_path):
+    counts = outcomes(islice(mutations(llava_llama_path, seed=0), count))
+    assert counts["refused"] > count / 2 and counts["same"] > count / 12, counts
 
 
 @pytest.mark.slow

@@ -223,6 +223,7 @@ def test_nothing_but_failures_is_an_error(go: Any, tmp_path: Path):
     assert not list((tmp_path / "layer/records").iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_more_records_keep_what_is_there_and_end_as_if_they_had_been_there(go: Any, tmp_path: Path):
     records = world_edits(tmp_path, 2)
     go(records[:1], trace=SHORT, together=1)
@@ -234,6 +235,7 @@ def test_more_records_keep_what_is_there_and_end_as_if_they_had_been_there(go: A
     assert content(tmp_path / "out") == content(tmp_path / "at once")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_that_move_the_place_are_refused(go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     records = world_edits(tmp_path, 3)
     go(records[:2], trace=SHORT)
@@ -301,6 +303,7 @@ def test_a_damaged_value_is_searched_for_again(go: Any, tmp_path: Path):
 # ---- shards ----
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_shards_in_one_folder_equal_one_run(go: Any, tmp_path: Path):
     records = world_edits(tmp_path, 3)
     options = {"trace": SHORT, "together": 2}
