@@ -80,15 +80,16 @@ def experiments(vlm: VisionLanguageModel, photo: Image.Image, other: Image.Image
             corruption=multrace.SwapImage(other),
             sites=sites,
             positions=("image", "last") if engine == "replay" else ("last",),
+            answer=TARGET,
             engine=Engine(name=engine),
             even_if_weak=True,
             progress=False,
         )
         assert trace.engine.engine == engine
         found |= {f"{engine} {kind}": samples for kind, samples in trace.samples.items()}
-    flow = attention_knockout(vlm, prompt, flows=["image -> last"], windows=[3], progress=False)
+    flow = attention_knockout(vlm, prompt, flows=["image -> last"], windows=[3], answer=TARGET, progress=False)
     found["knockout"] = flow.probabilities
-    found["lens"] = logit_lens(vlm, prompt).probabilities
+    found["lens"] = logit_lens(vlm, prompt, answer=TARGET, progress=False).probabilities
     written = {"mlp": vlm.down_projection(LAYER), "attention": vlm.attention_projection(LAYER)}
     with multrace.capture(vlm, written.values(), inputs=True) as keys:
         vlm.logits(prompt)
@@ -181,11 +182,11 @@ def _own_keys(path: Path, inputs: Any) -> tuple[int, ...]:
     return shapes[0]
 
 
-def opened(_rank: int, _folder: Path, paths: Sequence[Path], dtype: str) -> Findings:
+def opened(_rank: int, _folder: Path, paths: Sequence[Path], dtype: str, plan: Any = "auto") -> Findings:
     """Return the logits and one trace of models that all hold together, and which of their weights are shared out."""
     found = {}
     for path in paths:
-        vlm = multrace.load(path, tp_plan="auto", dtype=dtype)
+        vlm = multrace.load(path, tp_plan=plan, dtype=dtype)
         found[path.name] = traced(vlm) | {
             "shared": [name for name, weight in vlm.named_parameters() if hasattr(weight, "full_tensor")],
             "digest": vlm.weights_digest(progress=False),

@@ -1,5 +1,8 @@
 """A model that several processes hold together: each sees whole states, and finds what one process finds."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +10,11 @@ import multrace
 import pytest
 import shared_out
 import torch
+from families.folders import write
+from families.table import RECIPES
 from model_fixtures import draw_photo
 from multrace import Delta, VisionLanguageModel
-from multrace.data import Question, tiny_vlm_path
+from multrace.data import Question, World, tiny_vlm_path
 from multrace.editing import with_adapters
 from multrace.models import ModelError
 from multrace.workflow import ModelToLoad, RunError, TraceRun, run
@@ -17,6 +22,9 @@ from shared_out import LAYER, PROJECTIONS, QUESTION, Findings, in_processes
 
 COUNT = 2
 PHOTOS = draw_photo(1), draw_photo(2)
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+FUSED, EXPERTS, SINKS = "phi3", "mixtral", "gpt_oss"
+ATTENTION = "model.layers.*.self_attn"
 DOWN = f"model.language_model.layers.{LAYER}.mlp.down_proj.weight"
 
 
@@ -144,3 +152,57 @@ def test_a_run_opens_no_shared_model(tmp_path):
     with pytest.raises(RunError, match="load the model without tp_plan"):
         run(model, TraceRun(corrupt="blank"), rows, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "dtype", "tolerance"), [(2, "float32", 1e-5), (3, "float64", 1e-10)])
+def test_any_number_of_processes_holds_any_model(
+    count: int, dtype: str, tolerance: float, tmp_path: Path, llava_llama_path: Path
+):
+    paths = [llava_llama_path, *(write(RECIPES[name], tmp_path / name) for name in (FUSED, EXPERTS, SINKS))]
+    found = in_processes(count, shared_out.opened, tmp_path, paths, dtype)
+    for path in paths:
+        whole = multrace.load(path, dtype=dtype)
+        wanted = shared_out.traced(whole)
+        for each in found:
+            for name in ("logits", "trace"):
+                torch.testing.assert_close(each[path.name][name], wanted[name], atol=tolerance, rtol=0)
+            assert each[path.name]["engine"] == wanted["engine"]
+            assert each[path.name]["digest"] == whole.weights_digest(progress=False)
+    shared = {path.name: found[0][path.name]["shared"] for path in paths}
+    assert "model.layers.0.mlp.gate_up_proj.weight" in shared[FUSED]
+    assert "model.layers.0.mlp.experts.down_proj" in shared[EXPERTS]
+    assert not any(name.endswith("sinks") for name in shared[SINKS])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rules", "shared"),
+    [
+        ("opt", {"model.decoder.layers.*.fc1": "colwise", "model.decoder.layers.*.fc2": "rowwise"}, "fc2.weight"),
+        (SINKS, dict.fromkeys((ATTENTION, f"{ATTENTION}.q_proj", f"{ATTENTION}.sinks"), "colwise"), "q_proj.bias"),
+    ],
+)
+def test_rules_share_out_what_no_plan_does_and_leave_sinks_whole(name, rules, shared, tmp_path: Path):
+    path = write(RECIPES[name], tmp_path / name)
+    found = in_processes(COUNT, shared_out.opened, tmp_path, [path], "float64", rules)
+    wanted = shared_out.traced(multrace.load(path, dtype="float64"))
+    for each in found:
+        close(each[name]["logits"], wanted["logits"], "logits")
+        names = each[name]["shared"]
+        assert any(leaf.endswith(shared) for leaf in names) and not any(leaf.endswith("sinks") for leaf in names)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_as_the_page_says(tmp_path: Path):
+    text = PAGE.read_text(encoding="utf-8")
+    script, options = re.search(r"`ask.py`:\n\n```python\n(.*?)```\n\n```bash\ntorchrun (.*?)\n", text, re.S).groups()
+    (tmp_path / "ask.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split()]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "2 processes: ['Pruro']\n"
+    vlm, world = multrace.load(tiny_vlm_path(), verify=False), World()
+    prompt = vlm.prompt(world.picture(world.entities[0], 0).image, QUESTION)
+    with Delta.load(tmp_path / "edit.safetensors").applied(vlm):
+        assert vlm.answers([prompt]) == ["Pruro"]

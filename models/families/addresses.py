@@ -198,7 +198,7 @@ class Addresses:
         """
         count, number = self.expert_count(layer), self.index(layer)
         if not count:
-            has = "experts that transformers does not keep as one weight" if self.has_experts(layer) else "no experts"
+            has = "experts that are not one ordinary weight here" if self.has_experts(layer) else "no experts"
             raise ModelError(f"layer {number} of {self.name!r} has {has}; edit attention (projection='attention')")
         if expert is not None and not -count <= expert < count:
             raise ModelError(
