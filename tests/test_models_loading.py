@@ -131,12 +131,34 @@ def test_an_unknown_id(name):
 
 
 def test_a_file_is_no_model(llava_llama_path):
-    with pytest.raises(ModelError, match="no model directory"):
+    with pytest.raises(ModelError, match="no model directory at .*model.safetensors', which is a file; pass a folder"):
         multrace.load(llava_llama_path / "model.safetensors")
 
 
 def test_an_empty_directory(tmp_path):
-    with pytest.raises(ModelError, match="no usable configuration"):
+    with pytest.raises(ModelError, match="no usable configuration in .*: it has no config.json, and is empty; pass a"):
+        multrace.load(tmp_path)
+
+
+FOLDERS = {
+    "an adapter": (
+        {"adapter_config.json": '{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": ""},
+        "it is a PEFT adapter of 'org/base' and no model; pass its base model",
+    ),
+    "a GGUF file": ({"a.gguf": "", "b.txt": ""}, "it has no config.json; pass its file 'a.gguf' itself"),
+    "other files": (
+        {f"{name}.txt": "" for name in "abcdef"},
+        "it has no config.json, only a.txt, .*, e.txt ...; pass a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_of_something_else(case, tmp_path):
+    files, reason = FOLDERS[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=f"no usable configuration in .*: {reason}"):
         multrace.load(tmp_path)
 
 

@@ -49,6 +49,8 @@ _NEXT_STEPS = {
     "processor": "put one there with processor.save_pretrained(folder)",
     "safetensors weights": "fetch the model again, or pass other options to load",
 }
+_SHOWN = 5
+"""Number of files of a folder that an error lists."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The safetensors names of the dtypes that a model computes in; packed (quantised) dtypes are excluded."""
 _VISION, _INSTALL_VISION = ("torchvision", "timm", "num2words"), "pip install 'multrace[vision]'"
@@ -60,6 +62,21 @@ _TOO_LARGE = 2
 def out_of_memory(error: Exception) -> bool:
     """Return whether the error means that memory ran out, on this machine or on an accelerator."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _without_configuration(folder: Path) -> str:
+    """Return what a folder without a config.json is, and what to pass instead."""
+    names = sorted(path.name for path in folder.iterdir())
+    if (adapter := folder / "adapter_config.json").is_file():
+        base = quoted(_json_object(adapter).get("base_model_name_or_path"))
+        return (
+            f"it is a PEFT adapter of {base} and no model; pass its base model, or merge both once (peft's "
+            "merge_and_unload) and pass the folder in which that is saved"
+        )
+    if files := [name for name in names if name.endswith(_GGUF)]:
+        return f"it has no config.json; pass its file {files[0]!r} itself"
+    found = f"only {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}" if names else "and is empty"
+    return f"it has no config.json, {found}; {_NEXT_STEPS['configuration']}"
 
 
 class ModelSource:
@@ -81,13 +98,16 @@ class ModelSource:
         self.folder = Path(folder) if os.path.isdir(folder) else None
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name
         if self.folder is None and (looks_like_path or os.path.exists(name)):
+            file = ", which is a file" if os.path.isfile(os.path.expanduser(name)) else ""
             raise ModelError(
-                f"no model directory at {name!r}; pass a folder with a config.json, a {_GGUF} file, or a hub id such "
-                "as 'org/model'"
+                f"no model directory at {name!r}{file}; pass a folder with a config.json, a {_GGUF} file, or a hub id "
+                "such as 'org/model'"
             )
 
     def open(self, part: str, opener: Any, **options: Any) -> Any:
         """Return opener(...) from this machine, else from the hub. Raise `ModelError` if the part is missing."""
+        if self.folder is not None and not self.is_gguf and not (self.folder / "config.json").is_file():
+            raise ModelError(f"no usable configuration in {self.name!r}: {_without_configuration(self.folder)}")
         with quiet_transformers():
             return self._open(part, opener, options)
 
