@@ -342,11 +342,17 @@ class Frontend:
             ) from error
 
     def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> Mapping[str, Tensor]:
-        pictures, name = list(images) or None, self.tokenizer.name_or_path
+        name, options = self.tokenizer.name_or_path, {"return_tensors": "pt", "add_special_tokens": special}
         try:
             with without_panics(), np.errstate(all="ignore"):
-                inputs = self.processor(images=pictures, text=text, return_tensors="pt", add_special_tokens=special)
+                inputs = self.processor(images=list(images) or None, text=text, **options)
         except Exception as error:  # a processor may run third-party code, which can raise anything
+            sizes = list(dict.fromkeys(f"{image.width} x {image.height}" for image in images))
+            if len(sizes) > 1 and self._takes(images=[images[0]] * len(images), text=text, **options):
+                raise ModelError(
+                    f"the processor of {name!r} takes no pictures of unequal sizes ({', '.join(sizes)} pixels) in one "
+                    "prompt; pass pictures of one size, such as picture.resize(...)"
+                ) from error
             count = f"{len(images)} picture{'' if len(images) == 1 else 's'}"
             raise ModelError(
                 f"the processor of {name!r} cannot turn {count} and the text {text!r} into model inputs: "
@@ -359,6 +365,15 @@ class Frontend:
                 "rescale_factor is wrong"
             )
         return inputs
+
+    def _takes(self, **options: Any) -> bool:
+        """Return whether the processor can be called with these arguments."""
+        try:
+            with without_panics():
+                self.processor(**options)
+        except Exception:  # the caller reports its own error
+            return False
+        return True
 
 
 def is_per_token(name: str, value: Tensor, length: int) -> bool:

@@ -29,6 +29,7 @@ from .. import data, editing, models, tracing
 from ..data.errors import reason
 from ..editing import moments as moment_sums
 from ..models import families as tables
+from ..models.guards import quiet_transformers
 from .options import NOT_ALL, ModelOptions
 
 EXAMPLE = """examples:
@@ -145,11 +146,12 @@ class Patient:
 @app.default
 def run(options: DoctorOptions = DoctorOptions()) -> int:
     """Open the model, examine it, and print a line for each examination."""
-    with _logged(shown=True) as log:
-        vlm = options.open_model()
-    patient = Patient(vlm=vlm, log=tuple(log))
-    checks = tqdm(EXAMINATIONS.items(), desc="examining", delay=_QUIET_SECONDS, leave=False)
-    findings = [_finding(name, examine, patient) for name, examine in checks]
+    with quiet_transformers():  # some processors and models log advice at every call
+        with _logged(shown=True) as log:
+            vlm = options.open_model()
+        patient = Patient(vlm=vlm, log=tuple(log))
+        checks = tqdm(EXAMINATIONS.items(), desc="examining", delay=_QUIET_SECONDS, leave=False)
+        findings = [_finding(name, examine, patient) for name, examine in checks]
     works = all(finding.works for finding in findings)
     if options.json:
         print(json.dumps({"model": vlm.name, "works": works, "findings": [*map(asdict, findings)]}, indent=1))

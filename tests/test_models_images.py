@@ -488,3 +488,15 @@ def test_inspection_decodes_nothing(photo, tmp_path, monkeypatch):
         monkeypatch.setattr(kind, "load", load)
     assert [inspect_picture(path) for path in paths] == expected
     assert all(each.problem is None for each in expected)
+
+
+def test_pictures_of_unequal_sizes_where_the_processor_takes_equal_ones_only(random_llava_llama, monkeypatch):
+    """An image processor that neither resizes nor crops cannot stack what it makes of unequal pictures."""
+    for setting in ("do_resize", "do_center_crop"):
+        monkeypatch.setattr(random_llava_llama.processor.image_processor, setting, False)
+    wide, square = Image.new("RGB", (48, 32)), Image.new("RGB", (32, 32))
+    reason = r"takes no pictures of unequal sizes \(48 x 32, 32 x 32 pixels\) in one prompt; pass pictures of one size"
+    with pytest.raises(ModelError, match=reason) as caught:
+        random_llava_llama.prompt([wide, square], QUESTION)
+    assert "\n" not in str(caught.value)
+    assert random_llava_llama.prompt([square, square], QUESTION).images

@@ -140,6 +140,23 @@ def test_an_empty_directory(tmp_path):
         multrace.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "it is a LlamaForSequenceClassification"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "it is a BertForMaskedLM"),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "transformers has no class for that"),
+    ],
+)
+def test_a_model_that_does_not_continue_texts(entries, reason, llama_path, tmp_path):
+    folder = copy(llama_path, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+    with pytest.raises(ModelError, match=f"does not continue texts: {reason}; pass a model") as caught:
+        multrace.load(folder)
+    assert "\n" not in str(caught.value)
+
+
 FOLDERS = {
     "an adapter": (
         {"adapter_config.json": '{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": ""},

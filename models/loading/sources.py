@@ -49,6 +49,8 @@ _NEXT_STEPS = {
     "processor": "put one there with processor.save_pretrained(folder)",
     "safetensors weights": "fetch the model again, or pass other options to load",
 }
+_OTHER_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+"""Ends of the names of architectures that do not continue texts."""
 _SHOWN = 5
 """Number of files of a folder that an error lists."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -161,6 +163,7 @@ class ModelSource:
 
         Makes the model without values, which costs a tenth of a second for seven billion weights.
         """
+        self._check_head(config, family)
         if self.options["trust_remote_code"] or self.is_gguf:
             return  # only from_pretrained knows where such a model's code is
         try:
@@ -184,6 +187,20 @@ class ModelSource:
                 f"the config.json of {self.name!r} describes a model of {described:,} weights, and its files hold "
                 f"{stored:,}{self._first_mismatch(empty)}; a size is missing or wrong there, so fetch the model again"
             )
+
+    def _check_head(self, config: PretrainedConfig, family: Family) -> None:
+        """Raise `ModelError` if the configuration is of a model that does not continue texts."""
+        architecture = next((each for each in config.architectures or () if each.endswith(_OTHER_HEADS)), None)
+        has_class = (
+            bool(getattr(config, "auto_map", None)) or self.is_gguf or type(config) in _kind(family)._model_mapping
+        )
+        if architecture is None and has_class:
+            return
+        what = "transformers has no class for that" if architecture is None else f"it is a {architecture}"
+        raise ModelError(
+            f"{self.name!r} (model type {config.model_type!r}) does not continue texts: {what}; pass a model whose "
+            "architecture ends in ForCausalLM or ForConditionalGeneration"
+        )
 
     def stored_dtype(self) -> torch.dtype | None:
         """Return the dtype in which the files hold the most values, of those that a model can compute in, or None.

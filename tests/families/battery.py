@@ -199,6 +199,11 @@ def check_pictures(subject: Subject) -> None:
         image, embeddings = list(prompt.groups["image"]), vlm.embeddings(prompt)[0]
         gap = embeddings[image] - vlm.image_features(prompt).to(embeddings)
         assert image and gap.abs().max() <= ROUNDED[vlm.dtype], pictures
+    if subject.known.pictures == "equal":
+        with pytest.raises(
+            mt.ModelError, match="takes no pictures of unequal sizes \\(64 x 64, 96 x 40 pixels\\) in one"
+        ):
+            vlm.prompt([photo(1), photo(2, WIDE)], QUESTION)
     other = vlm.embeddings(subject.ask(seed=2))[0]
     clean = vlm.embeddings(subject.prompt)[0]
     moved = set((other != clean).any(-1).nonzero().flatten().tolist())
