@@ -230,12 +230,16 @@ def proof(patient: Patient) -> str:
 def placement(patient: Patient) -> str:
     """The dtype, the devices and the memory."""
     vlm = patient.vlm
-    devices = dict.fromkeys(str(weight.device) for _, weight in vlm.named_parameters())
+    weights = [weight for _, weight in vlm.named_parameters()]
+    devices = dict.fromkeys(str(weight.device) for weight in weights if not weight.is_meta)
+    elsewhere = ", partly offloaded" if any(weight.is_meta for weight in weights) else ""
     stored = "" if vlm.stored_dtype in (None, vlm.dtype) else f" (stored as {_plain(vlm.stored_dtype)})"
+    packed = ", quantised" if vlm.is_quantised else ""
     engine = tracing.Engine().memory
     return (
-        f"{_plain(vlm.dtype)}{stored} on {', '.join(devices)}; weights {patient.mebibytes:,.0f} MiB; tracing adds up "
-        f"to {engine} MiB, second moments of one layer {_moments_memory(patient):,.0f} MiB"
+        f"{_plain(vlm.dtype)}{stored}{packed} on {', '.join(devices)}{elsewhere}; weights "
+        f"{patient.mebibytes:,.0f} MiB; tracing adds up to {engine} MiB, second moments of one layer "
+        f"{_moments_memory(patient):,.0f} MiB"
     )
 
 

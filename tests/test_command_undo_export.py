@@ -162,7 +162,7 @@ def test_in_half_precision_an_export_is_checked_in_half_precision(multrace, tiny
     assert capsys.readouterr().out.count("3 of 3 answers are the same") == 2
     assert load(tmp_path / "merged", dtype="auto").stored_dtype is torch.bfloat16
     other = made(tiny_vlm).save(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="another model or precision"):
+    with pytest.raises(ValueError, match="another model, precision or quantisation"):
         multrace("export", "--edit", other, "--dtype", "bfloat16", "--merged", tmp_path / "more")
     assert not (tmp_path / "more").exists()
 

@@ -261,7 +261,7 @@ def test_another_model_is_refused_and_left_alone(random_llava_llama, random_llam
         stranger.weight(name)[0, 0] += 1
     weights = bits(stranger)
     for use in (delta.apply, delta.retained):
-        with pytest.raises(EditError, match="another model or precision"):
+        with pytest.raises(EditError, match="another model, precision or quantisation"):
             use(stranger)
     assert bits(stranger) == weights
     delta.apply(stranger, on_other_weights=True).undo()

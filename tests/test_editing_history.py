@@ -452,7 +452,7 @@ def test_refusals_change_nothing(random_llama, random_gpt2, random_llava_llama):
         stranger.weight(stranger.down_projection(LAYER).name)[0, 0] += 1
     weights = bits(stranger)
     for use in (history.apply, history.verify):
-        with pytest.raises(EditError, match="another model or precision"):
+        with pytest.raises(EditError, match="another model, precision or quantisation"):
             use(stranger)
     with pytest.raises(EditError, match="keep a history for each model"):
         history.added("c", replace(made(stranger, 3), model="another"))
@@ -587,7 +587,7 @@ def test_a_history_all_of_whose_edits_were_taken_out_is_still_that_of_its_model(
     with torch.no_grad():
         other.weight(other.down_projection(LAYER).name)[0, 0] += 1
     with (
-        pytest.raises(EditError, match="another model or precision"),
+        pytest.raises(EditError, match="another model, precision or quantisation"),
         MultEdit(layer=LAYER).start(other, history=history),
     ):
         pass

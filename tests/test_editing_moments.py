@@ -344,7 +344,7 @@ def test_a_damaged_file_is_named(moments, tmp_path, change, match):
 
 def test_they_belong_to_the_weights_they_were_made_with(moments, random_llava_llama, random_llama):
     moments.check(random_llava_llama)
-    with pytest.raises(EditError, match="another model or precision, or an edited one"):
+    with pytest.raises(EditError, match="another model, precision or quantisation, or an edited one"):
         moments.check(random_llama)
     weight = random_llava_llama.down_projection(0).weight
     before = weight[0, 0].item()

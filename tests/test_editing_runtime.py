@@ -64,7 +64,7 @@ def test_refusals_leave_no_hook(random_llama, random_gpt2):
     stranger = load(random_llama.name)
     with torch.no_grad():
         stranger.weight(stranger.down_projection(LAYER).name)[0, 0] += 1
-    for other, message in ((random_gpt2, "does not fit"), (stranger, "another model or precision")):
+    for other, message in ((random_gpt2, "does not fit"), (stranger, "another model, precision or quantisation")):
         before = logits(other)
         with pytest.raises(EditError, match=message), RuntimeEdit(delta=delta).applied(other):
             pass

@@ -89,7 +89,8 @@ class TrainedChange(ABC):
             if found[name] != wanted:
                 raise EditError(
                     f"this change was trained on '{self.model}', where {name} has hash {wanted[:12]}; in '{vlm.name}' "
-                    f"({vlm.dtype}) it has {found[name][:12]}: another model or precision, or an edit is applied; "
+                    f"({vlm.dtype}) it has {found[name][:12]}: another model, precision or "
+                    "quantisation, or an edit is applied; "
                     "go back to the weights that it was trained on, or train again on these"
                 )
             changed[name] = summed(vlm.weight(name), self.difference(name))

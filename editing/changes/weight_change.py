@@ -82,7 +82,7 @@ class Rounding:
 
     def __str__(self) -> str:
         return (
-            f"rounding to {self.dtype} takes {self.lost:.2g} of the norm of the change and leaves {self.survives:.1%} "
+            f"rounding to {self.dtype} takes {self.lost:.2%} of the norm of the change and leaves {self.survives:.1%} "
             "of what it adds at its keys"
         )
 
@@ -386,7 +386,8 @@ def check_fingerprints(vlm: VisionLanguageModel, wanted: Mapping[str, str], mode
         if found[name] != digest:
             raise EditError(
                 f"this edit was made on '{model}', where {name} has hash {digest[:12]}; in '{vlm.name}' "
-                f"({vlm.dtype}) it has {found[name][:12]}: another model or precision, or an edit is applied; "
+                f"({vlm.dtype}) it has {found[name][:12]}: another model, precision or "
+                "quantisation, or an edit is applied; "
                 "go back to the weights that were edited, or pass on_other_weights=True to add the change to these"
             )
 

@@ -351,7 +351,7 @@ class Moments:
         if found != self.weights:
             raise EditError(
                 f"these moments belong to '{self.model}' with weights {self.weights[:12]}; '{vlm.name}' ({vlm.dtype}) "
-                f"has {found[:12]}: another model or precision, or an edited one; compute them for it"
+                f"has {found[:12]}: another model, precision or quantisation, or an edited one; compute them for it"
             )
 
     def save(self, path: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Quantised models: choices by name, the packages that pack and unpack weights, and errors where they are missing."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, cast
@@ -160,7 +161,9 @@ def open_quantised(
     Raises `ModelError` if the quantiser cannot make, read or unpack them here.
     """
     try:
-        model = source.model(family, options)
+        with warnings.catch_warnings():  # that settings were passed for packed files too, as they are to be unpacked
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model = source.model(family, options)
         if unpack and has_packed(model):
             _unpack(model, options["dtype"])
     except ModelError as error:
@@ -221,6 +224,9 @@ def _settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)  # transformers converts only those that it has unpacked
     cast(Any, model)._weight_conversions = None  # those of the reading, by which saving would pack them
+    quantiser: Any = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
 
 
 def _refusal(source: ModelSource, options: Mapping[str, Any], method: str, error: Exception) -> ModelError:
