@@ -32,7 +32,9 @@ USUAL = (
 )
 """Text types that have been tried and need no row, since their modules have the usual names."""
 PLAIN: Mapping[str, str] = {
-    **dict.fromkeys(("bamba", "jamba", "recurrent_gemma"), "plain: a state between tokens"),
+    **dict.fromkeys(("jamba", "recurrent_gemma"), "plain: a state between tokens"),
+    **dict.fromkeys(("falcon", "mpt", "xglm"), "plain: attention is computed by its own code"),
+    "beam": "plain: attention is scaled by position",
     "mllama_text_model": "plain: pictures enter by cross-attention",
 }
 """Text types that are traced by plain passes, and why; the other ones run on the fast engine as far as is known."""
@@ -90,7 +92,10 @@ def _special(own: Mapping[str, Any]) -> list[str]:
 
 
 def _engine(types: Sequence[str]) -> str:
-    return next((PLAIN[name] for name in types if name in PLAIN), "fast")
+    slow = {name: PLAIN[name] for name in types if name in PLAIN}
+    if len(slow) == len(types):
+        return "; ".join(dict.fromkeys(slow.values()))
+    return "; ".join(["fast", *(f"{name} {reason}" for name, reason in slow.items())])
 
 
 def _text(stacks: Sequence[Mapping[str, Any]], fronts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

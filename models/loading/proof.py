@@ -379,7 +379,7 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
         raise probe.error(site, f"a patch at position {at} changes no earlier logits, and the row says prefix=True")
     if torch.equal(patched[:, at], clean[:, at]):
         raise probe.error(site, f"a patch at position {at} has no effect on the logits there")
-    if site.layer + 1 < probe.vlm.layers and torch.equal(patched[:, at + 1 :], clean[:, at + 1 :]):
+    if site.layer + 1 < _own_keys(probe.vlm) and torch.equal(patched[:, at + 1 :], clean[:, at + 1 :]):
         raise probe.error(site, f"a patch at position {at} has no effect on the logits of later positions")
     for layer in range(probe.vlm.layers):
         side = _Side(Site("hidden", layer), False)
@@ -394,6 +394,12 @@ def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> No
         if unmoved(after[side].tail, states[side].tail) != is_parallel:
             relation = "sees" if is_parallel else "does not see"
             raise probe.error(site, f"the MLP of its layer {relation} it, and the row says parallel={is_parallel}")
+
+
+def _own_keys(vlm: VisionLanguageModel) -> int:
+    """Return how many layers compute keys and values of their own; those above may share them (Gemma 4), so that no
+    token reads there what others have become."""
+    return vlm.layers - (getattr(vlm.config.get_text_config(), "num_kv_shared_layers", 0) or 0)
 
 
 def _prove_inputs(probe: _Probe, clean: Tensor) -> None:

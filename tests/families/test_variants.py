@@ -6,6 +6,7 @@ from pathlib import Path
 import multrace as mt
 import pytest
 import torch
+from multrace.models import Site, patch
 from PIL import Image
 
 from .folders import Recipe, write
@@ -63,3 +64,22 @@ def test_a_model_without_a_token_for_pictures_is_refused_in_words(tmp_path: Path
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_open_in_half_precision_whose_rounding_hides_small_effects(name: str, tmp_path: Path) -> None:
     assert mt.load(write(TEXTS[name], tmp_path / "model"), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_layers_that_share_the_keys_of_others_pass_nothing_on_to_later_tokens(tmp_path: Path) -> None:
+    recipe = SEEING["gemma4"]
+    text = {**recipe.config["text_config"], "num_kv_shared_layers": 2}
+    vlm = mt.load(write(replace(recipe, config={**recipe.config, "text_config": text}), tmp_path / "model"))
+    prompt = vlm.prompt(Image.new("RGB", (64, 64)), "Who founded the company?", constraint="the company")
+    position, clean = prompt.groups["constraint"][0], vlm.logits(prompt)
+
+    def erase(states: torch.Tensor) -> torch.Tensor:
+        erased = states.clone()
+        erased[:, position] = 0
+        return erased
+
+    reached = []
+    for layer in range(vlm.layers - 1):
+        with patch(vlm, {Site("hidden", layer): erase}):
+            reached.append(not torch.equal(vlm.logits(prompt)[:, -1], clean[:, -1]))
+    assert reached == [True, False, False]
