@@ -19,7 +19,7 @@ from multrace import Delta, EditRequest, MultEdit, VisionLanguageModel
 from multrace.data import Question
 from multrace.editing import RuntimeEdit, save_merged, to_peft
 from multrace.models import ModelError
-from multrace.tracing import Engine, attention_knockout, causal_trace, logit_lens
+from multrace.tracing import Engine, TraceError, attention_knockout, causal_trace, logit_lens
 from multrace.workflow import RunError, TraceRun, run
 from PIL import Image
 from torch import Tensor, distributed, nn
@@ -141,6 +141,7 @@ def _errors(rank: int, folder: Path, vlm: VisionLanguageModel, path: Path, gpt2:
         "no plan": lambda: multrace.load(gpt2, tp_plan="auto"),
         "no module": lambda: multrace.load(path, tp_plan={"model.layers.*.nothing": "colwise"}),
         "device_map": lambda: multrace.load(path, tp_plan="auto", device_map="cpu"),
+        "no memory": lambda: _without_memory(vlm),
         "no linear map": lambda: vlm.open_weight("model.language_model.embed_tokens.weight"),
         "not empty": lambda: vlm.save_pretrained(folder / "merged"),
         "run": lambda: run(vlm, TraceRun(corrupt="blank"), rows, folder / "run", progress=False),
@@ -150,9 +151,25 @@ def _errors(rank: int, folder: Path, vlm: VisionLanguageModel, path: Path, gpt2:
     for name, call in refused.items():
         try:
             call()
-        except (ModelError, RunError) as error:
+        except (ModelError, RunError, TraceError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
     return messages
+
+
+def _without_memory(vlm: VisionLanguageModel) -> None:
+    """Trace the model on a machine whose memory runs out once the runs are recorded."""
+    calls = []
+
+    def run_out(*_call: Any) -> None:
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = vlm.down_projection(LAYER).module.register_forward_hook(run_out)
+    try:
+        traced(vlm)
+    finally:
+        handle.remove()
 
 
 def _without_sums(vlm: VisionLanguageModel, rank: int) -> VisionLanguageModel:

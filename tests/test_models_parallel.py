@@ -114,7 +114,7 @@ def test_one_process_writes_the_files_of_all(found, whole, deltas, llava_llama_p
 
 def test_what_is_refused_is_refused_in_every_process(found):
     first, second = (each["errors"] for each in found)
-    assert len(first) == len(second) == 7
+    assert len(first) == len(second) == 8
     for errors in (first, second):
         assert "(GPT2LMHeadModel) has no tensor-parallel plan in transformers" in errors["no plan"]
         assert "names 'model.layers.*.nothing', which is no module of it" in errors["no module"]
@@ -123,6 +123,7 @@ def test_what_is_refused_is_refused_in_every_process(found):
             "of type Embedding is shared out among processes, and only linear maps are made whole"
             in errors["no linear map"]
         )
+        assert errors["no memory"].startswith("TraceError: memory ran out in one of the processes that hold the model")
         assert "is not empty; pass another one, or overwrite=True" in errors["not empty"]
         assert errors["run"].startswith("RunError: the processes of a run compute records of their own")
     assert "is not a whole safetensors file" in second["broken"]

@@ -452,6 +452,10 @@ class _Sweep:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self.vlm.processes > 1:  # the others have finished the batch, and would wait for ever
+                raise TraceError(
+                    "memory ran out in one of the processes that hold the model; pass Engine(memory=...)"
+                ) from error
             parts = halved(chunk, self.cells)
             if len(parts) == 1 and tokens <= len(chunk.computed):
                 raise TraceError(
