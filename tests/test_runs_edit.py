@@ -304,19 +304,21 @@ def test_a_damaged_value_is_searched_for_again(go: Any, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_shards_in_one_folder_equal_one_run(go: Any, tmp_path: Path):
-    records = world_edits(tmp_path, 3)
-    options = {"trace": SHORT, "together": 2}
+@pytest.mark.parametrize(("count", "together"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_shards_in_one_folder_equal_one_run(go: Any, tmp_path: Path, count: int, together: int):
+    records = world_edits(tmp_path, count)
+    options = {"trace": SHORT, "together": together}
     first = go(records, shard="1/2", **options)
-    assert (first.done, first.missing) == (2, 1) and not (tmp_path / "out/summary").exists()
+    assert (first.done, first.missing) == (count - 1, 1) and not (tmp_path / "out/summary").exists()
     assert go(records, shard="2/2", **options).missing == 0
     go(records, out="at once", **options)
     assert content(tmp_path / "out") == content(tmp_path / "at once")
 
 
-def test_merged_shards_are_ended_by_the_same_command(go: Any, tmp_path: Path):
-    records = world_edits(tmp_path, 3)
-    options = {"trace": SHORT, "together": 2}
+@pytest.mark.parametrize(("count", "together"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_merged_shards_are_ended_by_the_same_command(go: Any, tmp_path: Path, count: int, together: int):
+    records = world_edits(tmp_path, count)
+    options = {"trace": SHORT, "together": together}
     for index in (1, 2):
         go(records, out=f"part{index}", shard=f"{index}/2", **options)
     report = merge([tmp_path / "part1", tmp_path / "part2"], tmp_path / "merged")

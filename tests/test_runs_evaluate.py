@@ -30,7 +30,12 @@ from multrace.workflow import (
 
 WORLD = World()
 CASES = WORLD.edit_cases("outdated", "choose")[:3]
-RECORDS = world_records(WORLD, CASES, requests=WorldRequests(count=1))
+KINDS = ("other_picture", "same_question_other_picture", "unrelated")
+RECORDS = [
+    replace(record, probes=tuple(probe for probe in record.probes if probe.kind in KINDS))
+    for record in world_records(WORLD, CASES, requests=WorldRequests(count=1))
+]
+"""Edits with three probes each."""
 FREE = EvaluationSettings(forced=False, max_new_tokens=4)
 EDITOR = MultEdit(layer=5, steps=8)
 FORMS = {
@@ -124,15 +129,17 @@ def analysed(vlm: VisionLanguageModel, analysis, folder: Path, records=RECORDS, 
     return run(vlm, analysis, enumerate(records, 1), folder, progress=False, **options)
 
 
-def test_a_sequence_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
-    analysis = EvaluateSequenceRun(editor=EDITOR, evaluation=FREE, at=(2,))
-    analysed(tiny_vlm, analysis, tmp_path / "run")
-    expected = evaluate(tiny_vlm, RECORDS, EDITOR, mode="sequence", at=(2,), settings=FREE, progress=False)
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_sequence_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path, count: int):
+    records, at = RECORDS[:count], (count - 1,)
+    analysis = EvaluateSequenceRun(editor=EDITOR, evaluation=FREE, at=at)
+    analysed(tiny_vlm, analysis, tmp_path / "run", records)
+    expected = evaluate(tiny_vlm, records, EDITOR, mode="sequence", at=at, settings=FREE, progress=False)
     report = EditReport.load(tmp_path / "run/summary/evaluation.json")
     assert report.rows == expected.rows and report.statuses == expected.statuses
     assert str(EditCurve.load(tmp_path / "run/summary/curve.json").points) == str(expected.curve.points)
     with pytest.raises(RunError, match="holds a run of other records, and evaluate sequence depends on all of them"):
-        analysed(tiny_vlm, analysis, tmp_path / "run", RECORDS[:2])
+        analysed(tiny_vlm, analysis, tmp_path / "run", RECORDS[:1])
     with pytest.raises(RunError, match="evaluate sequence has no shards: each edit needs all earlier ones"):
         analysed(tiny_vlm, analysis, tmp_path / "other", shard="1/2")
 
@@ -211,20 +218,23 @@ def test_single_edits_of_a_run_are_those_of_the_library(tiny_vlm: VisionLanguage
     assert f"failed: {failure[1]}" == expected.statuses[bad.id]
 
 
-def test_a_batch_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):
-    analysis = EvaluateBatchRun(editor=EDITOR, evaluation=FREE)
-    analysed(tiny_vlm, analysis, tmp_path / "run")
-    expected = evaluate(tiny_vlm, RECORDS, EDITOR, mode="batch", settings=FREE, progress=False)
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_batch_of_a_run_is_that_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path, count: int):
+    records, analysis = RECORDS[:count], EvaluateBatchRun(editor=EDITOR, evaluation=FREE)
+    analysed(tiny_vlm, analysis, tmp_path / "run", records)
+    expected = evaluate(tiny_vlm, records, EDITOR, mode="batch", settings=FREE, progress=False)
     report = EditReport.load(tmp_path / "run/summary/evaluation.json")
     assert report.rows == expected.rows and report.left_out == expected.left_out
     assert (tmp_path / "run/shared/edit-Delta.safetensors").is_file()
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_interrupted_batch_goes_on_with_the_values_that_are_there(
-    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ):
+    records = RECORDS[:count]
     analysis = EvaluateBatchRun(editor=replace(EDITOR, steps=2, rows_at_once=1), evaluation=FREE)
-    analysed(tiny_vlm, analysis, tmp_path / "at once")
+    analysed(tiny_vlm, analysis, tmp_path / "at once", records)
     searches, run_search = [], search._BatchSearch.run
 
     def counting(batch: search._BatchSearch, *arguments) -> list:
@@ -235,10 +245,10 @@ def test_an_interrupted_batch_goes_on_with_the_values_that_are_there(
 
     monkeypatch.setattr(search._BatchSearch, "run", counting)
     with pytest.raises(KeyboardInterrupt):
-        analysed(tiny_vlm, analysis, tmp_path / "interrupted")
+        analysed(tiny_vlm, analysis, tmp_path / "interrupted", records)
     assert [path.name for path in (tmp_path / "interrupted/shared").iterdir()] == ["values-0.safetensors"]
-    analysed(tiny_vlm, analysis, tmp_path / "interrupted")
-    assert len(searches) == len(RECORDS) + 1
+    analysed(tiny_vlm, analysis, tmp_path / "interrupted", records)
+    assert len(searches) == len(records) + 1
     assert content(tmp_path / "interrupted") == content(tmp_path / "at once")
 
 
