@@ -115,7 +115,7 @@ def test_the_world_in_sequence(tmp_path, capsys):
 
 def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("--world", "outdated", "--limit", "2", "--where", "trace", "--free-only", "--probes", "2")
+    arguments = ("--world", "outdated", "--limit", "2", "--where", "trace", "--free-only", "--probes", "1")
     assert run(*arguments, "--out", out) == 0
     report = EditReport.load(out / "multedit" / "summary" / "evaluation.json")
     assert report.score(EFFICACY, EXACT).after.mean == 1

@@ -274,7 +274,7 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(llama_path, tmp_path)
     (folder / "config.json").write_text(json.dumps(config))
     marker = tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
-    with pytest.raises(ModelError, match="no usable configuration"):
+    with pytest.raises(ModelError, match="comes with Python code of its own, which its configuration needs"):
         multrace.load(folder)
     assert not marker.exists()
 

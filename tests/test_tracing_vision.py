@@ -206,8 +206,14 @@ def slow_runs(
     return SlowRuns(vlm=vlm, base=base, lent=lent, answer=int(last_logits(vlm, clean, {}).argmax()))
 
 
-@pytest.mark.parametrize("direction", ["restore", "corrupt"])
-@pytest.mark.parametrize("path", ["llava_llama_path", "llava_phi_path", "tiny"])
+@pytest.mark.parametrize(
+    ("path", "direction"),
+    [
+        *((path, way) for path in ("llava_llama_path", "llava_phi_path") for way in ("restore", "corrupt")),
+        ("tiny", "restore"),
+        pytest.param("tiny", "corrupt", marks=pytest.mark.slow),
+    ],
+)
 def test_single_patches_equal_whole_calls_of_the_model(request, load_double, photo, other_photo, path, direction):
     vlm = load_double(tiny_vlm_path() if path == "tiny" else request.getfixturevalue(path))
     prompt, corruption = ask(vlm, photo), SwapImage(other_photo)

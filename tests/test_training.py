@@ -116,8 +116,9 @@ def test_labels_are_the_answer_and_its_end(world, untrained):
         assert processor.tokenizer.decode(ids) == f" {answer}</s>"
 
 
-def test_a_run_of_a_few_steps_writes_a_model_that_loads(tmp_path):
-    minutes = train_tiny(TrainTiny(out=tmp_path / "model", share=0.001, threads=torch.get_num_threads()))
+@pytest.mark.parametrize("share", [0.0001, pytest.param(0.001, marks=pytest.mark.slow)])
+def test_a_run_of_a_few_steps_writes_a_model_that_loads(share, tmp_path):
+    minutes = train_tiny(TrainTiny(out=tmp_path / "model", share=share, threads=torch.get_num_threads()))
     assert minutes > 0
     vlm = load(tmp_path / "model")
     assert (vlm.layers, vlm.mlp) == (8, 1024)
