@@ -48,17 +48,17 @@ def begin_sharing(tp_plan: Plan, others: Mapping[str, Any], name: str) -> int:
         )
     if not distributed.is_available():
         raise ModelError(f"cannot open {name!r} with tp_plan: this build of torch has no torch.distributed")
-    if distributed.is_initialized():
-        return distributed.get_world_size()
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    is_started = distributed.is_initialized()
+    if not is_started and not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise ModelError(
             f"cannot open {name!r} with tp_plan: this process has no others to share the weights with; start the "
             "script with torchrun --nproc-per-node 2 SCRIPT.py, or leave tp_plan out"
         )
     try:
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group(timeout=_PATIENCE)
+        if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))  # where the processes exchange messages
+        if not is_started:
+            distributed.init_process_group(timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"cannot open {name!r} with tp_plan: torch.distributed does not start ({reason(error)}); start one process "
