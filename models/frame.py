@@ -251,6 +251,12 @@ class Frame:
         names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS}
         return not all(_are_equal(self.keywords.get(name), other.keywords.get(name)) for name in names)
 
+    def difference(self, other: Frame) -> str:
+        """Return in words what any argument but the features between layers differs in; empty if nothing does."""
+        if not self.differs(other):
+            return ""
+        return "layers attend to their pictures" if self.has_pictures else "such as the positions of their tokens"
+
     @cached_property
     def between_layers(self) -> Mapping[int, Tensor]:
         """What is added to the states that enter a layer: (row or 1, token, hidden), zeros where nothing is.

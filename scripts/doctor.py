@@ -248,12 +248,12 @@ def pictures(patient: Patient) -> str:
     torchvision = "torchvision is " + ("installed" if find_spec("torchvision") else "not installed and not needed")
     if patient.image is None:
         return "text-only model"
-    prompt = patient.prompt
+    prompt, processor = patient.prompt, f"{type(patient.vlm.processor).__name__} ({torchvision})"
+    if prompt.attends_to_pictures:
+        return f"{processor}; pictures stand at no position, since layers attend to their states"
     tokens, places = len(prompt.groups["image"]), len(prompt.patches)
     where = f"{places} of them with a place" if places else "without places in the picture"
-    return (
-        f"{type(patient.vlm.processor).__name__} ({torchvision}); {_SIDE} x {_SIDE} pixels are {tokens} tokens, {where}"
-    )
+    return f"{processor}; {_SIDE} x {_SIDE} pixels are {tokens} tokens, {where}"
 
 
 def answer(patient: Patient) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from families.folders import write
+from families.table import RECIPES
 from families.texts import text
 from multrace import models, tracing
 from multrace.editing import Delta
@@ -97,6 +98,18 @@ def test_what_does_not_work_is_said_with_the_reason(
     assert "cannot be cut" in found["knockout"]["says"]
     assert "plain passes, since" in found["trace"]["says"]
     assert "discovered" in found["family"]["says"] and found["pictures"]["says"] == "text-only model"
+
+
+def test_pictures_that_layers_attend_to_are_said_to_stand_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    chosen = {"pictures": doctor.pictures, "trace": doctor.trace}
+    monkeypatch.setattr(doctor, "EXAMINATIONS", chosen)
+    found = findings(capsys, "--model", str(write(RECIPES["mllama"], tmp_path / "mllama")), code=0)
+    assert found["pictures"]["says"].endswith("pictures stand at no position, since layers attend to their states")
+    assert found["trace"]["says"].startswith(
+        "plain passes, since the two runs differ in more than their embeddings, lay"
+    )
 
 
 def leave_the_edit(self: Delta, vlm: models.VisionLanguageModel, **options: object) -> object:

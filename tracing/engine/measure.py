@@ -313,8 +313,8 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
     differ.
     """
     first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
-    if first.frame.differs(second.frame):
-        raise ReplayError("the two runs differ in more than their embeddings, such as the positions of their tokens")
+    if what := first.frame.difference(second.frame):
+        raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
     entering, other_entering = replay.entering(first), replay.entering(second)
     between = _differing_between_layers(first.frame, second.frame)
     differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
