@@ -1,14 +1,22 @@
 """Half precision: edits, undo and exports work in it, and what it rounds away is measured and told."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
-from multrace import EditRequest, Engine, History, MultEdit, SwapImage, causal_trace
+from multrace import EditRequest, Engine, History, MultEdit, SwapImage, VisionLanguageModel, causal_trace
 from multrace.data import tiny_vlm_path
 from multrace.editing import Delta, RuntimeEdit, save_merged, to_peft, verify_export, with_adapters
 from multrace.models import load
 from multrace.workflow.edit_outcome import EditOutcome, Place
+
+
+@pytest.fixture(scope="module")
+def in_dtype() -> Callable[[str], VisionLanguageModel]:
+    """The embedded model in a dtype, each loaded once; proofs in half precision are in test_models_loading.py."""
+    return cache(lambda dtype: load(tiny_vlm_path(), dtype=dtype, verify=False))
 
 
 def scaled(delta: Delta, factor: float) -> Delta:
@@ -18,8 +26,8 @@ def scaled(delta: Delta, factor: float) -> Delta:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_half_precision_makes_edits_exports_and_undo(dtype, tmp_path):
-    vlm = load(tiny_vlm_path(), dtype=dtype)
+def test_half_precision_makes_edits_exports_and_undo(in_dtype, dtype, tmp_path):
+    vlm = in_dtype(dtype)
     prompt, digest = vlm.prompt(None, "Who won?"), vlm.weights_digest()
     delta = MultEdit(layer=5).edit(vlm, [EditRequest(question=prompt, target="Pruro")], progress=False)
     (rounding,) = delta.rounding(vlm).values()
@@ -30,15 +38,15 @@ def test_half_precision_makes_edits_exports_and_undo(dtype, tmp_path):
     assert vlm.weights_digest() == digest
     with RuntimeEdit(delta=delta).applied(vlm):
         assert abs(vlm.score(None, "Who won?", "Pruro").probability - rounded) < 0.01
-    merged = load(save_merged(vlm, delta, tmp_path / "merged", dtype=vlm.dtype), dtype=dtype)
+    merged = load(save_merged(vlm, delta, tmp_path / "merged", dtype=vlm.dtype), dtype=dtype, verify=False)
     assert verify_export(vlm, delta, merged, [prompt]).difference == 0
-    adapted = with_adapters(load(tiny_vlm_path(), dtype=dtype), to_peft(vlm, delta, tmp_path / "adapter"))
+    adapted = with_adapters(load(tiny_vlm_path(), dtype=dtype, verify=False), to_peft(vlm, delta, tmp_path / "adapter"))
     assert adapted.answers([prompt]) == ["Pruro"]
 
 
 @pytest.mark.parametrize(("dtype", "small"), [("bfloat16", 2e-3), ("float16", 2e-4)])
-def test_an_edit_that_half_precision_rounds_away_is_no_secret(dtype, small, caplog):
-    vlm = load(tiny_vlm_path(), dtype=dtype)
+def test_an_edit_that_half_precision_rounds_away_is_no_secret(in_dtype, tiny_vlm, dtype, small, caplog):
+    vlm = in_dtype(dtype)
     prompt = vlm.prompt(None, "Who won?")
     whole = MultEdit(layer=5).edit(vlm, [EditRequest(question=prompt, target="Pruro")], progress=False)
     lost = scaled(whole, small)
@@ -55,17 +63,16 @@ def test_an_edit_that_half_precision_rounds_away_is_no_secret(dtype, small, capl
         (record,) = caplog.records
     assert f"{name}: rounding to {dtype} takes " in record.message and "RuntimeEdit" in record.message
     assert "\n" not in record.message
-    wide = load(tiny_vlm_path())
     caplog.clear()
-    with lost.applied(wide, on_other_weights=True):
+    with lost.applied(tiny_vlm, on_other_weights=True):
         assert not caplog.records
     (line,) = History().added("small", lost).verify(vlm, progress=False)
     assert str(line).startswith(f"small: as it was made; {name}: rounding to {dtype} takes ")
 
 
 @pytest.mark.parametrize(("dtype", "says"), [("bfloat16", True), ("float32", False)])
-def test_the_outcome_of_an_edit_tells_what_half_precision_takes(dtype, says):
-    vlm = load(tiny_vlm_path(), dtype=dtype)
+def test_the_outcome_of_an_edit_tells_what_half_precision_takes(in_dtype, dtype, says):
+    vlm = in_dtype(dtype)
     request = EditRequest(question=vlm.prompt(None, "Who won?"), target="Pruro")
     editor = MultEdit(layer=5)
     delta = editor.edit(vlm, [request], progress=False)
@@ -91,8 +98,8 @@ def test_a_file_in_half_precision_says_what_it_takes_from_an_edit(tiny_vlm, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_traces_in_half_precision_agree_with_plain_passes(dtype, photo, other_photo):
-    vlm = load(tiny_vlm_path(), dtype=dtype)
+def test_traces_in_half_precision_agree_with_plain_passes(in_dtype, dtype, photo, other_photo):
+    vlm = in_dtype(dtype)
     prompt = vlm.prompt(photo, "Who founded the company in this photo?")
     swap, rows = SwapImage(other_photo), ("image", "last")
     fast, plain = (
