@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
+import lazy_loader
 from cyclopts import App, Parameter
 from PIL import Image
 from tqdm import tqdm
@@ -29,7 +30,6 @@ from .. import data, editing, models, tracing
 from ..data.errors import reason
 from ..editing import moments as moment_sums
 from ..models import families as tables
-from ..models.guards import quiet_transformers
 from .options import NOT_ALL, ModelOptions
 
 EXAMPLE = """examples:
@@ -38,6 +38,7 @@ EXAMPLE = """examples:
   multrace doctor --model path/to/model --json
 """
 app = App(name="doctor", help=__doc__, help_epilogue=EXAMPLE)
+_guards: Any = lazy_loader.load("multrace.models.guards", suppress_warning=True)  # imports torch
 _QUESTION, _CONSTRAINT, _TARGET = "What is the capital of the country shown here?", "the country", "Paris"
 _SIDE = 224
 """Width and height in pixels of the picture."""
@@ -146,7 +147,7 @@ class Patient:
 @app.default
 def run(options: DoctorOptions = DoctorOptions()) -> int:
     """Open the model, examine it, and print a line for each examination."""
-    with quiet_transformers():  # some processors and models log advice at every call
+    with _guards.quiet_transformers():  # some processors and models log advice at every call
         with _logged(shown=True) as log:
             vlm = options.open_model()
         patient = Patient(vlm=vlm, log=tuple(log))

@@ -59,6 +59,8 @@ BAD_INPUT, INTERRUPTED = 2, 130
 _rich: Any = lazy_loader.load("rich.console", suppress_warning=True)  # only help needs it
 _ASIDE = ("--help", "-h", "--version")
 _GENERAL = ("--debug", "--verbose", "-v")
+CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of packages for packed weights, which write of kernels that a machine lacks into every command."""
 
 
 def app(arguments: Sequence[str] | None = None) -> int:
@@ -135,9 +137,12 @@ def make_app(*tokens: str) -> App:
 
 @contextmanager
 def _log(*, verbose: bool) -> Iterator[None]:
-    """Show the log of the library on stderr: warnings and, if verbose, notes."""
+    """Show the log of the library on stderr: warnings and, if verbose, notes, and what packages say as they load."""
     logger = logging.getLogger("multrace")
     level = logger.level
+    others = [] if verbose else [(other, other.level) for other in map(logging.getLogger, CHATTY)]
+    for other, _ in others:
+        other.setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("multrace: %(message)s"))
     logger.addHandler(handler)
@@ -145,6 +150,8 @@ def _log(*, verbose: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        for other, before in others:
+            other.setLevel(before)
         logger.setLevel(level)
         logger.removeHandler(handler)
 

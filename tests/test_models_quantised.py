@@ -1,5 +1,6 @@
 """Quantised models: traced as usual, and edited by unpacking the touched matrix only."""
 
+import subprocess
 import sys
 
 import multrace
@@ -218,3 +219,12 @@ def test_what_torchao_cannot_pack_here_is_one_line():
     assert "\n" not in str(caught.value)
     any_bits = TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
     check_edits(multrace.load(tiny_vlm_path(), quantization=any_bits))
+
+
+@pytest.mark.parametrize(("name", "package"), [("4bit", "bitsandbytes"), ("int8", "torchao")])
+def test_a_command_prints_its_answer_alone(name, package):
+    """Both packages write of kernels that are missing as they are imported, and as they are used."""
+    pytest.importorskip(package, reason=f"needs {package}, from the extra quant")
+    asked = [sys.executable, "-m", "multrace.scripts.main", "answer", "--question", "Who won?", "--quantization", name]
+    ended = subprocess.run(asked, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip()
