@@ -27,14 +27,16 @@ _LEFT_OUT = {
 PER_LAYER = "per_layer_inputs"
 """Inputs of single layers, (row, token, layer, size), which depend on the ids of the tokens."""
 _BETWEEN_LAYERS, _PLACES = "deepstack_visual_embeds", "visual_pos_masks"
-_ATTENDED = "cross_attention_states"
+ATTENDED = "cross_attention_states"
 """States of pictures that some layers attend to, (row, state, hidden)."""
+_CROSS_MASK = "cross_attention_mask"
+"""What each token sees of them, (row, 1, token, state): zeros, and large negative numbers where hidden."""
 _OTHERWISE = {
-    *("attention_mask", "position_ids", _ATTENDED, "cross_attention_mask"),
+    *("attention_mask", "position_ids", ATTENDED, _CROSS_MASK),
     *("full_text_row_masked_out_mask", _BETWEEN_LAYERS),
 }
 """Arguments that are not laid out as (row, token, ...)."""
-_PER_QUERY = ("cross_attention_mask", "full_text_row_masked_out_mask")
+PER_QUERY = (_CROSS_MASK, "full_text_row_masked_out_mask")
 """Tensors (row, 1, token, ...), of which an appended token gets what the token before it has."""
 
 
@@ -97,8 +99,8 @@ class Frame:
             kept["attention_mask"] = _of_masks(_seen, kept["attention_mask"])
         if "position_ids" in kept and kept["position_ids"].ndim == 1:
             kept["position_ids"] = kept["position_ids"][None]
-        if _ATTENDED in kept:  # the pictures of a row, one after another
-            kept[_ATTENDED] = kept[_ATTENDED].reshape(rows, -1, kept[_ATTENDED].shape[-1])
+        if ATTENDED in kept:  # the pictures of a row, one after another
+            kept[ATTENDED] = kept[ATTENDED].reshape(rows, -1, kept[ATTENDED].shape[-1])
         kept = {name: value for name, value in kept.items() if not _is_default(name, value)}
         per_token = frozenset(
             name
@@ -141,7 +143,7 @@ class Frame:
         places = self.keywords.get(_PLACES)
         cut = {name: self._cut(name, value, start, end, keys) for name, value in self.keywords.items()}
         if start:
-            cut.pop(_ATTENDED, None)  # their keys and values are kept with those of the first tokens
+            cut.pop(ATTENDED, None)  # their keys and values are kept with those of the first tokens
         if _BETWEEN_LAYERS in cut and places is not None:
             inside = torch.zeros_like(places)
             inside[:, start:end] = True
@@ -189,7 +191,7 @@ class Frame:
         if name == "position_ids":
             steps = torch.arange(1, count + 1, device=value.device)
             return torch.cat([value, value.amax(-1, keepdim=True) + steps], dim=-1)
-        if name in _PER_QUERY:
+        if name in PER_QUERY:
             return torch.cat([value, value[:, :, -1:].expand(-1, -1, count, -1)], dim=2)
         return pad(value, (*[0, 0] * (value.ndim - 2), 0, count)) if name in self.per_token else value
 
@@ -208,7 +210,7 @@ class Frame:
             return _of_masks(lambda mask: mask[:, :keys] if mask.ndim == 2 else mask[..., start:end, :keys], value)
         if name == "position_ids":
             return value[..., start:end]
-        if name in _PER_QUERY:
+        if name in PER_QUERY:
             return value[:, :, start:end]
         return value[:, start:end] if name in self.per_token else value
 
@@ -219,7 +221,7 @@ class Frame:
             return masks[0].shape[-2] if masks else None
         if name == "position_ids":
             return value.shape[-1]
-        if name in _PER_QUERY:
+        if name in PER_QUERY:
             return value.shape[2]
         return value.shape[1] if name in self.per_token else None
 
@@ -244,18 +246,39 @@ class Frame:
     @property
     def has_pictures(self) -> bool:
         """Whether layers attend to the states of pictures, which stand at no position."""
-        return self.keywords.get(_ATTENDED) is not None
+        return self.pictures is not None
 
-    def differs(self, other: Frame) -> bool:
-        """Return whether any argument but the features between layers differs."""
+    @property
+    def pictures(self) -> Tensor | None:
+        """The states of pictures that layers attend to, (row, state, hidden); None in most models."""
+        return self.keywords.get(ATTENDED)
+
+    def differs(self, other: Frame, *, beside_pictures: bool = False) -> bool:
+        """Return whether any argument but the features between layers differs.
+
+        beside_pictures: whether the states of pictures may differ as well, if there are equally many.
+        """
         names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS}
+        mine, theirs = self.pictures, other.pictures
+        if beside_pictures and mine is not None and theirs is not None and mine.shape[1:] == theirs.shape[1:]:
+            names.discard(ATTENDED)
         return not all(_are_equal(self.keywords.get(name), other.keywords.get(name)) for name in names)
 
     def difference(self, other: Frame) -> str:
-        """Return in words what any argument but the features between layers differs in; empty if nothing does."""
-        if not self.differs(other):
+        """Return in words what keeps both runs from one replay: a difference beside features and states of pictures."""
+        if not self.differs(other, beside_pictures=True):
             return ""
-        return "layers attend to their pictures" if self.has_pictures else "such as the positions of their tokens"
+        return "such as the sizes of their pictures" if self.has_pictures else "such as the positions of their tokens"
+
+    def seeing_others(self, other: Frame, length: int) -> list[int]:
+        """Return the tokens, out of `length`, that attend to states of pictures which differ in the other frame."""
+        if self.pictures is None or other.pictures is None:
+            return []
+        moved, mask = (self.pictures != other.pictures).any(-1).any(0), self.keywords.get(_CROSS_MASK)
+        if mask is None:
+            return list(range(length)) if bool(moved.any()) else []
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return (seen & moved.to(mask.device)).any(-1).any(0).any(0).nonzero().flatten().tolist()
 
     @cached_property
     def between_layers(self) -> Mapping[int, Tensor]:
@@ -373,7 +396,7 @@ def _side_by_side(frames: Sequence[Frame], shifts: Sequence[int], width: int, in
             merged[name] = [torch.cat(parts) for parts in zip(*present, strict=True)]
         elif len(present) < len(values) and name not in _MAY_LACK:
             raise ModelError(f"only some prompts of the batch have {name}; use prompts of one kind together")
-        elif name in _PER_QUERY:
+        elif name in PER_QUERY:
             sides = zip(present, shifts, lengths, strict=True)
             merged[name] = torch.cat([pad(value, (0, 0, shift, width - shift - own)) for value, shift, own in sides])
         elif any(name in frame.per_token for frame in frames):

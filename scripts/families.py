@@ -35,7 +35,6 @@ PLAIN: Mapping[str, str] = {
     **dict.fromkeys(("jamba", "recurrent_gemma"), "plain: a state between tokens"),
     **dict.fromkeys(("falcon", "mpt", "xglm"), "plain: attention is computed by its own code"),
     "beam": "plain: attention is scaled by position",
-    "mllama_text_model": "plain: pictures enter by cross-attention",
 }
 """Text types that are traced by plain passes, and why; the other ones run on the fast engine as far as is known."""
 _WIDTH, _COLUMNS, _GAP = 100, (32, 46, 18), 2

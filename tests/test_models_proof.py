@@ -289,7 +289,6 @@ def test_a_window_of_heads_leaves_out_layers_without_heads(tmp_path):
         assert abs(float(values[3] - expected)) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:tracing one forward pass per cell")
 def test_layers_that_attend_to_pictures_are_left_out_without_one(tmp_path):
     vlm = multrace.load(write(RECIPES["mllama"], tmp_path / "mllama"), dtype="float64", verify=False)
     prompt = vlm.prompt(None, "Who founded the company?", constraint="the company")

@@ -7,8 +7,8 @@ positions a change reaches, where the keys of all others come from and what may 
 out, row by row (`Cut`). `running` continues layers that have a running state in place of attention. `attention` attends
 over such keys in parts and merges the parts by their log-sum-exp. `observe` holds the `Witness` of every recorded run,
 which refuses (`ReplayError`) a model whose layers called one by one would not repeat it; for ordinary forward passes,
-it replaces the model's attention function, reads what attention did (`attending`) or hides keys from queries
-(`masking`).
+it replaces the model's attention function or hides keys from queries (`masking`). `attending` reads what attention did.
+`crossing` knows the layers that attend to pictures, at no position of the prompt.
 """
 
 import lazy_loader

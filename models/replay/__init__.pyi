@@ -1,3 +1,7 @@
+from .attending import (
+    Attention as Attention,
+    attending as attending,
+)
 from .attention import (
     Kernels as Kernels,
     Segment as Segment,
@@ -8,8 +12,6 @@ from .attention import (
     whole_attention as whole_attention,
 )
 from .observe import (
-    Attention as Attention,
-    attending as attending,
     attention_function as attention_function,
     masking as masking,
 )

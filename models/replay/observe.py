@@ -1,14 +1,13 @@
 """Observation of forward passes: how the layers are called, and what their attention reads.
 
 A `Witness` observes one run of decoder layers and checks that calling the layers one by one would repeat it. With a
-replaced attention function, a pass hands out its attention (`attending`) or hides keys from queries (`masking`).
-`attending` computes the softmax of its queries itself, so that gradients go through the weights that it hands out.
-Scores may be capped or have sinks; any other attention than a softmax over scaled products raises `ReplayError`.
+replaced attention function (`attention_function`), a pass hides keys from queries (`masking`). Scores may be capped or
+have sinks; any other attention than a softmax over scaled products raises `ReplayError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +15,16 @@ from inspect import unwrap
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ModelError, ReplayError
 from ..families import Site
+from ..frame import ATTENDED, PER_QUERY
 from ..guards import uninterrupted
 from ..hooks import main_tensor, named_arguments
 from ..vlm import VisionLanguageModel
 from .attention import Softmax, whole_attention
+from .crossing import Attended, crossing_layers, without_edges
 from .recording import Index
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class Witness:
         *,
         between: Mapping[int, Tensor] | None = None,
         mixers: Mapping[int, nn.Module] | None = None,
+        crossing: Collection[int] = (),
+        skipped: Collection[int] = (),
         is_padded: bool = False,
     ) -> None:
         self.states: list[Tensor] = []
@@ -84,6 +86,9 @@ class Witness:
         self._is_padded = is_padded
         self._mixers = mixers or {}  # what mixes positions in layers without attention, by layer
         self._mixed: dict[int, Tensor] = {}
+        self._crossing, self._skipped = crossing, skipped  # layers that attend to pictures, and those that do not run
+        self.pictures: dict[int, Attended] = {}
+        """Keys and values of pictures and the mask, by layer that attends to pictures."""
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._everything: Tensor | None = None  # one mask for all layers that are neither masked nor causal
@@ -92,12 +97,15 @@ class Witness:
     def attended(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Return each layer's keys, values and mask; of one in `running`, the inputs of its mixer as keys and values.
 
+        A layer that attends to pictures, or does not run, has those of a layer in which no token reads another.
         Raises `ReplayError` unless each layer ran once, and attended or mixed positions once.
         """
         attended = {
             number: (self._mixed[number][:, None], self._mixed[number][:, None], None) for number in self.running
         }
         attended |= self._attended
+        if lonely := {*self.pictures, *self._skipped}:
+            attended |= dict.fromkeys(lonely, without_edges(self.states[0]))
         if len(self.calls) != len(self._layers) or len(attended) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
         for number in self.running:
@@ -119,7 +127,7 @@ class Witness:
         given: the keys, values and mask that an attention function received; keywords: what else it received.
         """
         number = self._number_of.get(id(module))
-        if number is None or number in self._attended:
+        if number is None or number in self._attended or number in self.pictures:
             raise ReplayError("a decoder layer attends more than once, or something else attends in between")
         known = _HARMLESS | _SOFTMAX
         unknown = [name for name, value in keywords.items() if name not in known and not _is_unset(value)]
@@ -128,6 +136,11 @@ class Witness:
         key, value, mask = given
         if any(key is known for known, _, _ in self._attended.values()):
             raise ReplayError(f"decoder layer {number} attends to the keys of another layer")
+        if number in self._crossing:
+            if mask is None and _is_causal(module, keywords):
+                raise ReplayError(f"decoder layer {number} attends to pictures without a mask, as if they were tokens")
+            self.pictures[number] = given
+            return number, mask
         if mask is None and not _is_causal(module, keywords):
             if self._everything is None:
                 self._everything = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
@@ -145,9 +158,15 @@ class Witness:
         last: list[tuple[Tensor, int | None]] = []
         written: list[Tensor] = []
 
+        def pass_over(states: Tensor) -> None:  # layers that do not run leave the states as they are
+            while len(self.calls) in self._skipped:
+                self.calls.append(LayerCall(keywords={}))
+                self.states.append(states)
+
         def follow(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
             named = named_arguments(layer.forward, arguments, keywords)
             states = named.pop(next(iter(named)))
+            pass_over(states)
             added = self._between.get(len(self.calls))
             if added is not None and written and last and last[0][0] is written[0]:
                 last[:] = [(written[0] + added.to(written[0]), None)]
@@ -186,6 +205,8 @@ class Witness:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
             yield
+        if last:
+            pass_over(last[0][0])
         if len(self.calls) != len(self._layers):
             raise ReplayError("not every decoder layer runs and attends exactly once")
         if not self._is_padded:
@@ -198,6 +219,10 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
         return type(value)()  # takes what a layer puts in; layers that take anything out are refused when they attend
     if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
         return None  # visibility is captured where attention is computed
+    if name == ATTENDED and value is not None:
+        return value[:1, :1]  # a layer attends to keys that are kept elsewhere
+    if name in PER_QUERY and value is not None:
+        return value[:, :, index]
     if name.startswith("position_embeddings") and value is not None:
         return tuple(part[..., index, :] for part in value) if isinstance(value, tuple) else value[..., index, :]
     if name in ("position_ids", "cache_position") and value is not None:
@@ -208,7 +233,14 @@ def _at_positions(name: str, value: Any, index: Index) -> Any:
 
 
 def _of_alike_rows(name: str, value: Any) -> Any:
-    """Return rotary positions of one row, any other argument unchanged; `ReplayError` if rows have different ones."""
+    """Return rotary positions of one row, any other argument unchanged; `ReplayError` if rows have different ones.
+
+    What tokens see of pictures is reduced to one row as well.
+    """
+    if name in PER_QUERY and isinstance(value, Tensor):
+        if not torch.equal(value, value[:1].expand_as(value)):
+            raise ReplayError("rows see different parts of their pictures")
+        return value[:1]
     if not name.startswith("position_embeddings") or value is None:
         return value
     parts = value if isinstance(value, (tuple, list)) else (value,)
@@ -475,12 +507,14 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
         (True, False)
     """
     layers = {id(part): number for number, layer in enumerate(vlm.decoder_layers) for part in layer.modules()}
+    crossing = crossing_layers(vlm)  # their keys are states of pictures, at no position
+    hidden = {number: cut for number, cut in hidden.items() if number not in crossing}
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> tuple[Tensor, None]:
         cut = hidden.get(layers[id(module)])
-        if cut is not None and key.shape[2] == cut.shape[-1]:  # other keys are states of pictures, at no position
+        if cut is not None:
             is_causal = _is_causal(module, keywords)
             attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
         return exact_attention(module, query, key, value, attention_mask, **keywords)
@@ -497,170 +531,3 @@ def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & ~hidden
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Attention:
-    """The attention weights and values of one decoder layer at some queries."""
-
-    weights: Tensor
-    """(row, head, query, key), float32 or wider: each query's weights, which sum to one, or to what an attention sink
-    leaves of it. With gradients enabled the layer's output depends on this very tensor."""
-    values: Tensor
-    """(row, key-value head, key, size of values): what is averaged, in the model's dtype. Head h reads key-value head
-    h // (heads / key-value heads)."""
-
-
-@contextmanager
-def attending(vlm: VisionLanguageModel, queries: Sequence[int]) -> Iterator[list[Attention]]:
-    """Yield a list that fills at the next forward pass with one `Attention` per decoder layer, in order.
-
-    The pass computes what it would without the block, up to rounding. With gradients enabled its output can be
-    differentiated by the weights of any layer, whether or not parameters have gradients. A later pass fills the list
-    anew. Other threads wait until the block ends.
-
-    Args:
-        vlm: The model.
-        queries: Positions of the pass's tokens, in the order that the weights will have; negative ones count from
-            the end.
-
-    Yields:
-        The list of `Attention`, empty before the first pass.
-
-    Raises:
-        ModelError: For no queries or a repeated one, and from the pass for a query that it does not have.
-        ReplayError: From the pass, for attention that is not a softmax over scaled (and capped) products, such as one
-            with position biases, for cached keys, and for queries that see nothing (padding).
-
-    Example:
-        >>> import multrace as mt
-        >>> import torch
-        >>> from multrace.data import tiny_vlm_path
-        >>> vlm = mt.load(tiny_vlm_path())
-        >>> prompt = vlm.prompt(None, "What colour is this?")
-        >>> with attending(vlm, [-1]) as attention:
-        ...     logits = vlm.logits(prompt)
-        >>> len(attention) == vlm.layers, attention[0].weights.shape == (1, vlm.heads, 1, prompt.length)
-        (True, True)
-        >>> torch.allclose(attention[0].weights.sum(-1), torch.ones(1, vlm.heads, 1))
-        True
-    """
-    positions = tuple(queries)
-    if not positions or len(set(positions)) < len(positions):
-        raise ModelError(f"cannot record attention at the queries {positions}; pass at least one, and each only once")
-    recorder = _Recorder(vlm, positions)
-    with attention_function(vlm, recorder.attend):
-        handles = [
-            vlm.decoder.register_forward_pre_hook(recorder.begin),
-            vlm.decoder.register_forward_hook(recorder.end),
-        ]
-        try:
-            yield recorder.attentions
-        finally:
-            uninterrupted(lambda: [handle.remove() for handle in handles])
-
-
-class _Recorder:
-    """An attention function that records what it computes at some queries."""
-
-    def __init__(self, vlm: VisionLanguageModel, queries: tuple[int, ...]) -> None:
-        self.attentions: list[Attention] = []
-        self._layers = vlm.decoder_layers
-        self._mixers = mixers_of(vlm)
-        self._queries = queries
-        self._witness = Witness(self._layers)
-
-    def begin(self, _decoder: nn.Module, _arguments: Any) -> None:
-        """Discard the records of an earlier pass."""
-        self.attentions.clear()
-        self._witness = Witness(self._layers)
-
-    def end(self, _decoder: nn.Module, _arguments: Any, _output: Any) -> None:
-        """Check that the list holds the whole pass."""
-        self._witness = Witness(self._layers)  # the old witness still refers to keys
-        if len(self.attentions) != len(self._layers):
-            self._refuse_running(len(self._layers))
-            raise ReplayError("not every decoder layer runs and attends exactly once")
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **keywords: Any,
-    ) -> tuple[Tensor, None]:
-        """Return one layer's attention output, (row, query, head, size), and no weights; called by the text model."""
-        number, mask = self._witness.attends(module, (key, value, attention_mask), keywords)
-        if number != len(self.attentions):
-            self._refuse_running(number)
-            raise ReplayError(f"decoder layer {len(self.attentions)} attends out of turn, or not at all in this pass")
-        if dropout:
-            raise ReplayError(f"decoder layer {number} drops attention weights at random; put the model in eval mode")
-        where = self._places(query.shape[2], key)
-        softmax = Softmax.of(query, scaling, keywords)
-        weights = _weights(query[:, :, where], key, _hidden(mask, where, key), softmax)
-        if torch.is_grad_enabled() and not weights.requires_grad:
-            weights.requires_grad_()
-        self.attentions.append(Attention(weights=weights, values=value))
-        rows = _weighed(weights, value)
-        if len(where) == query.shape[2]:
-            return rows[:, where.argsort()], None
-        output, _ = exact_attention(module, query, key, value, attention_mask, scaling=scaling, **keywords)
-        return output.index_copy(1, where, rows), None
-
-    def _refuse_running(self, number: int) -> None:
-        """Raise `ReplayError` if layers without attention are why nothing was recorded of the layers before this."""
-        layers = [layer for layer in range(len(self.attentions), number) if layer in self._mixers]
-        if layers:
-            raise ReplayError(f"decoder layer {layers[0]} keeps a running state, so it has no attention weights")
-
-    def _places(self, length: int, key: Tensor) -> Tensor:
-        """Return the queries as positions from the start."""
-        if key.shape[2] != length:
-            raise ReplayError(f"the pass attends to {key.shape[2]} keys from {length} tokens; run it without a cache")
-        unknown = [query for query in self._queries if not -length <= query < length]
-        where = torch.tensor([query % length for query in self._queries], device=key.device)
-        if unknown or len(where.unique()) < len(where):
-            problem = f"no query {unknown[0]}" if unknown else f"a query twice among {self._queries}"
-            raise ModelError(f"{problem} in a pass over {length} tokens; pass some of 0 to {length - 1}, each once")
-        return where
-
-
-def _hidden(mask: Tensor | None, where: Tensor, key: Tensor) -> Tensor:
-    """Return the term added to the scores of these queries; it broadcasts to (row, head, query, key)."""
-    dtype, length = _wide(key.dtype), key.shape[2]
-    if mask is None:
-        mask = where[:, None] >= torch.arange(length, device=key.device)
-    else:
-        mask = mask[:, :, where] if mask.shape[2] > 1 else mask
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    if bool((mask <= torch.finfo(mask.dtype).min / 2).all(-1).any()):  # attention there depends on the kernel
-        raise ReplayError("a query that is asked for may attend to nothing at all; leave out padding")
-    return mask.to(dtype)
-
-
-def _weights(query: Tensor, key: Tensor, hidden: Tensor, softmax: Softmax) -> Tensor:
-    """Return the softmax of the scores, (row, head, query, key), float32 or wider; a sink keeps its share of it."""
-    wide = _wide(query.dtype)
-    grouped = rearrange(query.to(wide), "b (k g) q d -> b k g q d", k=key.shape[1])
-    scores = grouped @ rearrange(key.to(wide), "b k n d -> b k 1 d n") * softmax.scale
-    scores = softmax.capped(rearrange(scores, "b k g q n -> b (k g) q n")) + hidden
-    if softmax.sinks is None:
-        return scores.softmax(-1)
-    return (scores - softmax.with_sinks(scores.logsumexp(-1)).unsqueeze(-1)).exp()
-
-
-def _weighed(weights: Tensor, value: Tensor) -> Tensor:
-    """Return the weighted sum of the values for each query, (row, query, head, size), in the dtype of the values."""
-    grouped = rearrange(weights, "b (k g) q n -> b k g q n", k=value.shape[1])
-    weighed = grouped @ rearrange(value.to(weights.dtype), "b k n d -> b k 1 n d")
-    return rearrange(weighed, "b k g q d -> b q (k g) d").to(value.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

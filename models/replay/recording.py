@@ -80,6 +80,11 @@ class Masks:
             reached = reached | (sees & reached).any(1)
         return tuple(reached.nonzero().flatten().tolist())
 
+    def has_edges(self, layer: int) -> bool:
+        """Return whether tokens see each other at a layer, and not only themselves."""
+        mask = self.layers[layer]
+        return mask is None or not torch.equal(mask, torch.eye(self.length, dtype=torch.bool))
+
     def block(self, layer: int, queries: Tensor, keys: Tensor) -> Tensor:
         """Return booleans (query, key) for some queries and keys of a layer, all on the CPU.
 
@@ -228,13 +233,16 @@ def simplified(seen: Tensor, device: torch.device) -> Tensor | None:
 
 def _noncausal(mask: Tensor, length: int) -> Tensor | None:
     """Return one mask (query, key) for all rows and heads, on the CPU, or None if it is plainly causal."""
-    seen = _boolean(mask, length).cpu()
+    seen = boolean(mask, length, length).cpu()
     return None if torch.equal(seen, torch.ones_like(seen).tril()) else seen
 
 
-def _boolean(mask: Tensor, length: int) -> Tensor:
-    """Return one mask (query, key) for all rows and heads, from booleans or from zeros and large negative numbers."""
-    if mask.ndim != 4 or mask.shape[-2:] != (length, length):
+def boolean(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """Return one mask (query, key) for all rows and heads, from booleans or from zeros and large negative numbers.
+
+    Raises `ReplayError` for one of another shape, or one that differs between rows or heads or adds anything to scores.
+    """
+    if mask.ndim != 4 or mask.shape[-2:] != (queries, keys):
         raise ReplayError(f"the model masks attention with a tensor of shape {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 2

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, ReplayError
 from ..families import Projection, Site
-from ..frame import DecoderInput, Frame
+from ..frame import ATTENDED, DecoderInput, Frame
 from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
-from .attention import Job, Kernels, Softmax, merged_attention, probe_kernels
+from .attention import Job, Kernels, Segment, Softmax, merged_attention, probe_kernels
+from .crossing import Crossing, crossing_layers, without_edges
 from .observe import LayerCall, Witness, attention_function, exact_attention, mixers_of
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
 from .running import Running, growing, of_rows
@@ -103,8 +104,12 @@ class Replay:
         self.masks = Masks(length=0, layers=())
         """The attention masks of the prompt that `record` ran last."""
         self.frame = Frame()
-        """The frame of the run whose layers are called, which `record` sets: what is added between layers differs
-        between two runs of a prompt."""
+        """The frame of the run whose layers are called, which `record` and `follow` set: what is added between layers,
+        and the pictures that layers attend to, differ between two runs of a prompt."""
+        self.crossing = crossing_layers(vlm)
+        """The layers that attend to pictures; none in most models."""
+        self.skipped: tuple[int, ...] = ()
+        """The layers that did not run in the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
         self._kernels: dict[tuple[Any, ...], Kernels] = {}
@@ -112,7 +117,9 @@ class Replay:
         self._job: Job | None = None
         self._mixers = mixers_of(vlm)
         self._running = Running(vlm, {})
-        self._is_proven = getattr(vlm.decoder, "_supports_attention_backend", False) and not self._mixers
+        self._pictures = Crossing({}, self.frame, 0)
+        is_known = getattr(vlm.decoder, "_supports_attention_backend", False)
+        self._is_proven = is_known and not self._mixers and not self.crossing
 
     def entering(self, entering: DecoderInput) -> Tensor:
         """Return the first decoder layer's input for this input of the text stack, (row, token, hidden); none runs."""
@@ -147,8 +154,14 @@ class Replay:
         """
         rows, length, device = entering.rows, entering.length, entering.embeddings.device
         where = index_of(kept, device)
-        self.frame = entering.frame
-        self._witness = witness = Witness(self._layers, between=self.frame.between_layers, mixers=self._mixers)
+        self.frame, self.skipped = entering.frame, self.vlm.skipped_layers(entering)
+        self._witness = witness = Witness(
+            self._layers,
+            between=self.frame.between_layers,
+            mixers=self._mixers,
+            crossing=self.crossing,
+            skipped=self.skipped,
+        )
         ends = self._ends
         try:
             with (
@@ -162,13 +175,14 @@ class Replay:
         attended, self._calls = witness.attended, witness.calls
         self._running = Running(self.vlm, witness.running)
         self._running.check(projections)
+        self._pictures = Crossing(witness.pictures, self.frame, length)
         self._check_logits((outputs, inputs), witness.states[-1], logits, read)
-        stored = {site: outputs[site] for site in sites} | {
-            projection: inputs[projection] for projection in projections
-        }
+        stored: dict[Site | Projection, Tensor] = {site: outputs[site] for site in sites if site in outputs}
+        stored |= {projection: inputs[projection] for projection in projections if projection in inputs}
         self.masks = Masks.of([mask for _, _, mask in attended], length)
-        self.work.token_layers += rows * length * len(attended)
-        self.work.pairs += rows * len(attended) * length * (length + 1) // 2
+        ran = len(attended) - len(self.skipped)
+        self.work.token_layers += rows * length * ran
+        self.work.pairs += rows * ran * length * (length + 1) // 2
         self.work.read_tokens += rows * len(read)
         recording = Recording(
             positions=tuple(range(length)),
@@ -232,7 +246,7 @@ class Replay:
             The `Recording`: keys and values at the computed positions, logits wherever `base` has them.
         """
         rest = sorted(set(base.positions) - set(positions))
-        self.frame = self.frame if frame is None else frame
+        self.follow(self.frame if frame is None else frame)
         span = self.span(positions, [Source(run=base, positions=tuple(rest))])
         kept = span.positions if kept is None else tuple(kept)
         where, written = places(span.positions, kept, entering.device), {}
@@ -258,6 +272,24 @@ class Replay:
             read=base.read,
             logits=logits,
         )
+
+    def follow(self, frame: Frame) -> None:
+        """Call layers from now on as in the run of this frame, another run of the recorded prompt.
+
+        Layers that attend to pictures compute the keys and values of this run's pictures here, once for each frame.
+        """
+        self.frame, computed = frame, {}
+        for number in self._pictures.missing(frame):
+            pictures = cast(Tensor, frame.pictures)
+            token, job = pictures.new_zeros(len(pictures), 1, self.vlm.hidden), Job()
+            job.own = lambda keys, values: (
+                Segment(keys=keys, values=values),
+            )  # what the token makes of them is unused
+            with torch.no_grad():
+                self._run(number, token, {**self._calls[number].at(slice(0, 1)), ATTENDED: pictures}, job)
+            computed[number] = cast(tuple[Tensor, Tensor], job.computed)
+        if computed:
+            self._pictures.keep(frame, computed)
 
     def span(self, positions: Sequence[int], sources: Sequence[Source]) -> Span:
         """Return the span of these positions (ascending), with the recordings that hold the keys of the others."""
@@ -338,15 +370,28 @@ class Replay:
 
     def _call(self, number: int, states: Tensor, span: Queries, job: Job, read: Sequence[int] | None = None) -> Tensor:
         """Return the layer's output at the span's positions, or those in `read`, attention as the job says."""
+        if number in self.skipped:
+            job.computed = without_edges(states)[:2]
+            return states.clone()  # a layer's output is never its input
         index = span.index if read is None else index_of(read, states.device)
         keywords = self._calls[number].at(index)
         added = self.frame.between_layers.get(number)
         if added is not None:
             states = states + added[:, index].repeat_interleave(len(states) // len(added), 0).to(states)
+        if number in self._pictures:
+            self._pictures.show(number, self.frame, job, span.positions if read is None else read)
+            keywords[ATTENDED] = keywords[ATTENDED].expand(len(states), -1, -1)
+        with self._running.continued(number, span, job, read):
+            output = self._run(number, states, keywords, job)
+        if number in self._pictures:
+            job.computed = without_edges(states)[:2]
+        return output
+
+    def _run(self, number: int, states: Tensor, keywords: Mapping[str, Any], job: Job) -> Tensor:
+        """Return the layer's output for these states and arguments, attention as the job says."""
         self._job = job
         try:
-            with self._running.continued(number, span, job, read):
-                output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
+            output = main_tensor(self._layers[number](states, **keywords), f"decoder layer {number}")
         finally:
             self._job = None
         self.work.token_layers += states.shape[0] * states.shape[1]

@@ -102,8 +102,8 @@ KNOWN: dict[str, Known] = {
         title="Llama 3.2 Vision",
         crosses=True,
         placeless="no position",
-        plain="more than their embeddings|cross_attention_states",
-        why="the picture enters layers by cross-attention",
+        partly="only 0, 2, 4, 5 have attention edges to cut",
+        why="layers of cross-attention have no edges to cut",
     ),
     "phi4_multimodal": Known(
         title="Phi-4-multimodal",

@@ -16,7 +16,7 @@ from ...artefacts.drawing.styles import name_of_model
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import ModelError, Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.frame import DecoderInput
-from ...models.replay.observe import Attention, attending
+from ...models.replay.attending import Attention, attending
 from ..engine.cells import TraceError
 from ..engine.positions import prompt_positions
 from .contributions_result import (

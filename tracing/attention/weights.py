@@ -17,7 +17,7 @@ from ...artefacts.averages import Averager, Mean
 from ...artefacts.drawing.styles import flow_styles, name_of_model
 from ...artefacts.results import Result, long_frame
 from ...models import Prompt, VisionLanguageModel
-from ...models.replay.observe import attending
+from ...models.replay.attending import attending
 from ..engine.cells import TraceError
 from ..engine.positions import Positions, group_positions, named_positions
 from .image_tokens import ImageReading, predicting_logits, reading_fields, with_answer

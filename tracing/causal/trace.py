@@ -400,7 +400,7 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
     rest = tuple(sorted(set(range(runs.length)) - set(changed)))
     span = replay.span(changed, [Source(run=recorded.full, positions=rest)])
     values: dict[_Key, Tensor] = {}
-    replay.frame = runs.base.of_rows([row]).frame
+    replay.follow(runs.base.of_rows([row]).frame)
     with (
         torch.enable_grad(),
         capture(vlm, sites) as written,

@@ -505,7 +505,7 @@ def _effective(cut: Cut, masks: Masks, layers: Collection[int]) -> Cut:
     sources, targets = (torch.tensor(sorted(each), dtype=torch.long) for each in (cut.sources, cut.targets))
     met = torch.zeros(len(targets), len(sources), dtype=torch.bool)
     everything = torch.arange(masks.length)
-    for layer in layers:
+    for layer in filter(masks.has_edges, layers):
         visible = masks.block(layer, targets, everything)
         if bool((visible.sum(1) == visible[:, sources].sum(1)).any()):
             raise TraceError(

@@ -39,7 +39,8 @@ class Recorded:
     changed: tuple[int, ...]
     """Positions at which the two runs can differ, ascending."""
     alike_from: int = 0
-    """The first layer after which both runs get the same features between layers (DeepStack)."""
+    """The first layer after which both runs get the same features between layers (DeepStack) and no layer attends to
+    pictures, if these differ."""
 
     def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
         """Return the positions to compute, with the runs that hold all other keys (the source run for merged ones)."""
@@ -80,6 +81,8 @@ class States:
         writes = Writes(samples=self._samples, here=here)
         for row, lane in enumerate(lanes):
             cell = self._cells[lane.cell]
+            if layer in self._replay.skipped:
+                continue
             if cell.first < layer <= cell.last:
                 if cell.kind == "head" and layer in self._headless:
                     continue

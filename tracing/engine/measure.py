@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...models import ReplayError, Site, VisionLanguageModel
 from ...models.families import Kind, Projection
-from ...models.frame import Frame
+from ...models.frame import DecoderInput
 from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import index_of, places
 from ...models.replay.replay import Replay, Work, replaying
@@ -316,7 +316,8 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
     if what := first.frame.difference(second.frame):
         raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
     entering, other_entering = replay.entering(first), replay.entering(second)
-    between = _differing_between_layers(first.frame, second.frame)
+    between = _differing_in_layers(first, second, replay.crossing)
+    alike_from = max(between, default=0)
     differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
     sites, projections = _needed(replay, cells)
     settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
@@ -328,9 +329,7 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
         full = replay.record(first, kept=changed, **settings)
     other = full
     if changed:
-        needed = touched(
-            cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=max(between, default=0)
-        )
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=alike_from)
         other = replay.record_after(
             full,
             other_entering[:, list(changed)],
@@ -341,8 +340,8 @@ def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: 
             projections=projections,
         )
     base, source = (full, other) if first is runs.base else (other, full)
-    replay.frame = runs.base.frame
-    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=max(between, default=0))
+    replay.follow(runs.base.frame)
+    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=alike_from)
 
 
 def _differing(first: Tensor, second: Tensor) -> list[int]:
@@ -350,10 +349,11 @@ def _differing(first: Tensor, second: Tensor) -> list[int]:
     return (first != second).any(-1).any(0).nonzero().flatten().tolist()
 
 
-def _differing_between_layers(first: Frame, second: Frame) -> dict[int, list[int]]:
-    """Return the positions at which the frames add different features, for each layer that these enter."""
-    added = first.between_layers, second.between_layers
+def _differing_in_layers(first: DecoderInput, second: DecoderInput, crossing: Sequence[int]) -> dict[int, list[int]]:
+    """Return the positions to which a layer gives different features or pictures in the two runs, by layer."""
+    added = first.frame.between_layers, second.frame.between_layers
     differing = {number: _differing(added[0][number], added[1][number]) for number in added[0]}
+    differing |= dict.fromkeys(crossing, first.frame.seeing_others(second.frame, first.length))
     return {number: places for number, places in differing.items() if places}
 
 

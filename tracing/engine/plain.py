@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ...models import Prompt, Site, VisionLanguageModel, capture, patch
 from ...models.families import Key, Kind
 from ...models.frame import DecoderInput
+from ...models.replay.crossing import crossing_layers
 from ...models.replay.observe import layers_without_attention, masking
 from ...models.replay.recording import Cut
 from .cells import (
@@ -96,7 +97,8 @@ def lacking_edges(vlm: VisionLanguageModel, entering: DecoderInput, cells: Seque
     if skipped and any(set(skipped).intersection(range(cell.first, cell.last + 1)) for cell in edges):
         return f"{skipped_in_words(vlm, skipped)}; nothing is cut there"
     without = set(layers_without_attention(vlm)) if edges else set()
-    with_edges = [str(layer) for layer in range(vlm.layers) if layer not in without]
+    crossing = set(crossing_layers(vlm)) if edges else set()
+    with_edges = [str(layer) for layer in range(vlm.layers) if layer not in without | crossing]
     if not with_edges:  # nothing can be cut at all, which the engine says
         return ""
     if any(cell.is_dropped for cell in edges) and without:
@@ -104,11 +106,11 @@ def lacking_edges(vlm: VisionLanguageModel, entering: DecoderInput, cells: Seque
             f"tokens cannot be dropped from {vlm.name!r}: decoder layer {min(without)} keeps a running state, in which "
             "they remain; use attention_knockout, which cuts the edges that there are"
         )
-    if not any(without.intersection(range(cell.first, cell.last + 1)) for cell in edges):
+    if not any((without | crossing).intersection(range(cell.first, cell.last + 1)) for cell in edges):
         return ""
-    return (
-        f"of the layers of {vlm.name!r}, only {', '.join(with_edges)} have attention edges to cut; the others keep a "
-        "running state, through which every token still reaches all later ones"
+    others = "keep a running state, through which every token still reaches all later ones"
+    return f"of the layers of {vlm.name!r}, only {', '.join(with_edges)} have attention edges to cut; the others " + (
+        others if without else "attend to pictures, which stand at no position"
     )
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ...models import Prompt, ReplayError, VisionLanguageModel
 from ...models.errors import plain_number
 from ...models.frame import DecoderInput
-from ...models.replay.observe import attending, layers_without_attention
+from ...models.replay.attending import attending
+from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import Cut
 from ..engine.cells import CellScores, EdgeCell, Engine, Runs, TraceError
 from ..engine.measure import measure, measure_once
