@@ -305,7 +305,8 @@ def rounding(vlm: VisionLanguageModel) -> float:
     """
     if vlm.is_quantised:
         return _COARSE
-    return max(torch.finfo(vlm.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    kinds = {torch.float32, *(weight.dtype for weight in vlm.decoder.parameters() if weight.is_floating_point())}
+    return max(torch.finfo(kind).eps for kind in kinds) ** 0.5  # BLIP-2 keeps other parts in float32
 
 
 def count_image_tokens(vlm: VisionLanguageModel, prompt: Prompt) -> tuple[int, int]:

@@ -190,7 +190,8 @@ class ModelSource:
 
     def _check_head(self, config: PretrainedConfig, family: Family) -> None:
         """Raise `ModelError` if the configuration is of a model that does not continue texts."""
-        architecture = next((each for each in config.architectures or () if each.endswith(_OTHER_HEADS)), None)
+        named = config.architectures if isinstance(config.architectures, list) else [config.architectures]
+        architecture = next((each for each in map(str, named) if each.endswith(_OTHER_HEADS)), None)
         has_class = (
             bool(getattr(config, "auto_map", None)) or self.is_gguf or type(config) in _kind(family)._model_mapping
         )
