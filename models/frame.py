@@ -83,6 +83,9 @@ class Frame:
     """The arguments that are laid out as (row, token, ...)."""
     reaches: Mapping[str, Reach] = field(default_factory=dict, repr=False)
     """What appended tokens see, by kind of layer."""
+    layer_inputs: Tensor | None = field(default=None, repr=False)
+    """What the stack makes of `per_layer_inputs` and the embeddings for its layers, (row, token, layer, size), where
+    layers are replayed; a call of the stack makes it anew."""
 
     @classmethod
     def of_call(cls, keywords: Mapping[str, Any], *, rows: int, length: int, config: Any) -> Frame:
@@ -254,18 +257,18 @@ class Frame:
         return self.keywords.get(ATTENDED)
 
     def differs(self, other: Frame, *, beside_pictures: bool = False) -> bool:
-        """Return whether any argument but the features between layers differs.
+        """Return whether any argument but what enters single layers differs.
 
         beside_pictures: whether the states of pictures may differ as well, if there are equally many.
         """
-        names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS}
+        names = {*self.keywords, *other.keywords} - {_BETWEEN_LAYERS, PER_LAYER}
         mine, theirs = self.pictures, other.pictures
         if beside_pictures and mine is not None and theirs is not None and mine.shape[1:] == theirs.shape[1:]:
             names.discard(ATTENDED)
         return not all(_are_equal(self.keywords.get(name), other.keywords.get(name)) for name in names)
 
     def difference(self, other: Frame) -> str:
-        """Return in words what keeps both runs from one replay: a difference beside features and states of pictures."""
+        """Return in words what keeps both runs from one replay: what is neither between layers nor of pictures."""
         if not self.differs(other, beside_pictures=True):
             return ""
         return "such as the sizes of their pictures" if self.has_pictures else "such as the positions of their tokens"
@@ -279,6 +282,11 @@ class Frame:
             return list(range(length)) if bool(moved.any()) else []
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return (seen & moved.to(mask.device)).any(-1).any(0).any(0).nonzero().flatten().tolist()
+
+    def entering_layer(self, number: int) -> list[Tensor]:
+        """Return what a layer is given beside the states that the layer before wrote, each (row or 1, token, size)."""
+        added = [self.between_layers[number]] if number in self.between_layers else []
+        return added if self.layer_inputs is None else [*added, self.layer_inputs[:, :, number]]
 
     @cached_property
     def between_layers(self) -> Mapping[int, Tensor]:
@@ -314,6 +322,16 @@ class DecoderInput:
     def length(self) -> int:
         """The number of tokens."""
         return self.embeddings.shape[1]
+
+    @torch.no_grad()
+    def replayed_frame(self, decoder: Any) -> Frame:
+        """Return the frame with what this text stack gives to its single layers beside their states.
+
+        The stack makes it of the embeddings and of inputs that depend on the ids of the tokens (Gemma 4).
+        """
+        own = self.frame.for_rows(self.rows).keywords.get(PER_LAYER)
+        made = None if own is None else decoder.project_per_layer_inputs(self.embeddings, own)
+        return replace(self.frame, layer_inputs=made)
 
     def cut(self, length: int) -> DecoderInput:
         """Return the input of the first tokens only."""

@@ -12,7 +12,7 @@ from multrace import ModelError, VisionLanguageModel
 from multrace.models import ReplayError
 from multrace.models.families import Family
 from multrace.models.replay import replaying
-from multrace.models.replay.observe import Witness
+from multrace.models.replay.observe import LayerCall, Witness
 from multrace.tracing.engine import Runs, plain_scores
 from multrace.tracing.engine.measure import sweep
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def refused(vlm: VisionLanguageModel, text: str, runs: Runs | None = None) -> Te
 
 MODELS: dict[str, tuple[str, Callable[[], VisionLanguageModel]]] = {
     "another input for each token and layer": (
-        "given 'per_layer_input', which cannot be cut",
+        "given 'per_layer_input', which cannot be made anew",
         lambda: build(
             "Gemma3n", head_dim=16, sliding_window=4, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8,
             num_kv_shared_layers=0, layer_types=[SLIDING] * 3 + [FULL], laurel_rank=4, altup_num_inputs=2,
@@ -133,12 +133,16 @@ def test_a_layer_that_does_not_attend(llama):
             replay.record(make_runs(llama).source, kept=(), read=(1,))
 
 
-def test_layers_that_share_keys(llama):
-    witness, (first, second, *_) = Witness(llama.decoder_layers), llama.decoder_layers
-    key, value = torch.zeros(2, 1, 2, LENGTH, 8)
-    witness.attends(first.self_attn, (key, value, None), {})
-    with pytest.raises(ReplayError, match="decoder layer 1 attends to the keys of another layer"):
-        witness.attends(second.self_attn, (key, value, None), {})
+def test_keys_of_another_layer_that_no_argument_of_the_layer_holds(llama):
+    witness = Witness(llama.decoder_layers)
+    pairs = [(torch.zeros(1, 2, LENGTH, 8), torch.zeros(1, 2, LENGTH, 8), None) for _ in llama.decoder_layers]
+    pairs[1] = pairs[0]
+    for layer, pair in zip(llama.decoder_layers, pairs, strict=True):
+        witness.attends(layer.self_attn, pair, {})
+        witness.calls.append(LayerCall(keywords={}))
+    assert witness.borrowed == {1: 0}
+    with replaying(llama) as replay, pytest.raises(ReplayError, match="layer 1 attends to the keys of another layer"):
+        replay._borrow(witness)
 
 
 def causal() -> Tensor:

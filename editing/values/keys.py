@@ -14,7 +14,7 @@ from ...data.facts import EditRequest, Question
 from ...models import ModelError, Projection, Prompt, Site, VisionLanguageModel, capture
 from ...models.errors import plain_number
 from ...models.frame import DecoderInput
-from ...models.replay.replay import PaddedBatch, at_columns
+from ...models.replay.upper import PaddedBatch, at_columns
 from ..requests import EditError
 
 

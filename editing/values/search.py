@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ...artefacts import ArtefactError, load_fields, save_fields
 from ...artefacts.files import digest
 from ...models import Projection, VisionLanguageModel, patch
-from ...models.replay.replay import PaddedBatch, UpperLayers
+from ...models.replay.upper import PaddedBatch, UpperLayers
 from ..requests import EditError
 from .keys import (
     Goal,

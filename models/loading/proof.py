@@ -16,7 +16,7 @@ from ..frame import DecoderInput
 from ..hooks import capture, first_call, patch
 from ..placement import Elsewhere, is_plain, packed_parts, stored_beside, stored_weights
 from ..prompts import Prompt, batches, collate
-from ..replay.replay import PaddedBatch
+from ..replay.upper import PaddedBatch
 from ..vlm import VisionLanguageModel
 from .processors import answer_gap, image_token_error, probe_prompt, rounding
 from .sources import out_of_memory
@@ -67,7 +67,7 @@ def prove_addresses(vlm: VisionLanguageModel) -> str:
             _prove_text_stack(probe, clean)
             _prove_batch(probe, clean)
         _prove_experts(probe)
-        layer = vlm.layers // 2
+        layer = _patched_layer(vlm)
         for kind in ("hidden", "mlp", "attention"):
             _prove_patch(probe, Site(kind, layer), clean, states)
         _prove_inputs(probe, clean)
@@ -361,6 +361,14 @@ def _prove_text_stack(probe: _Probe, clean: Tensor) -> None:
         raise probe.error(
             last, f"the output head and its scale or cap do not turn the output of {vlm.path(norm)!r} into the logits"
         )
+
+
+def _patched_layer(vlm: VisionLanguageModel) -> int:
+    """Return the middle layer, or a lower one that another layer follows which makes keys of its own.
+
+    Layers that attend to the keys of a lower layer (Gemma 4) pass nothing on to later positions.
+    """
+    return max(0, min(vlm.layers // 2, _own_keys(vlm) - 2))
 
 
 def _prove_patch(probe: _Probe, site: Site, clean: Tensor, states: States) -> None:

@@ -26,9 +26,5 @@ from .recording import (
     neighbours as neighbours,
     places as places,
 )
-from .replay import (
-    PaddedBatch as PaddedBatch,
-    Replay as Replay,
-    UpperLayers as UpperLayers,
-    replaying as replaying,
-)
+from .replay import Replay as Replay, replaying as replaying
+from .upper import PaddedBatch as PaddedBatch, UpperLayers as UpperLayers

@@ -8,11 +8,13 @@ arXiv 2205.14135). Caps on single scores leave this unchanged, and a sink is one
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+
+from ..errors import ReplayError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float, bool, Tensor | None], tuple[Tensor, Tensor]]
 """(query, keys, values, scale, causal, mask) -> output (row, head, query, size) and log-sum-exp (row, head, query)."""
@@ -385,3 +387,65 @@ def _agrees(kernel: Kernel, masked: bool, *, device: torch.device, dtype: torch.
             if not torch.allclose(result.double(), expected.double(), rtol=0, atol=tolerance):
                 return False
     return True
+
+
+class AttentionMethod:
+    """Stands in for an attention module's method `_attn` (GPT-J, GPT-Neo, CodeGen) and calls an attention function.
+
+    The method's scale, and the keys that it hides of its own accord, are found by calling it.
+    """
+
+    def __init__(self, module: nn.Module, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+        self._module, self._attend = module, attend
+        self._original: Callable[..., tuple[Tensor, Tensor]] = partial(cast(Any, type(module))._attn, module)
+        self._scale: float | None = None
+        self._seen: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Return the output (row, head, query, size) of the attention function, and no weights."""
+        if self._scale is None:
+            self._scale = self._measured(query, key, value)
+        mask = masked(attention_mask, ~self._visible(query, key, value), is_causal=False)
+        output, _ = self._attend(self._module, query, key, value, mask, scaling=self._scale, is_causal=False)
+        return output.transpose(1, 2), None
+
+    def _visible(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return booleans (1, 1, query, key): the keys to which the method gives weight when all keys are equal."""
+        shape = query.shape[2], key.shape[2]
+        if shape not in self._seen:
+            zeros = (torch.zeros_like(part[:1]) for part in (query, key, value))
+            with torch.no_grad():
+                self._seen[shape] = self._original(*zeros)[1][:, :1] > 0
+        return self._seen[shape]
+
+    def _measured(self, query: Tensor, key: Tensor, value: Tensor) -> float:
+        """Return the factor of the products. Raises `ReplayError` if the method is not a softmax over them."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            torch.randn(1, part.shape[1], 4, part.shape[3], generator=generator).to(part)
+            for part in (query, key, value)
+        ]
+        name = type(self._module).__name__
+        tolerance = 1e-4 if torch.finfo(value.dtype).eps < 1e-6 else 2e-2
+        with torch.no_grad():
+            try:
+                expected, mask = self._original(*drawn)[0], self._visible(*drawn)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ReplayError(f"the attention of {name} cannot be called by itself: {error}") from error
+            for scale in (query.shape[3] ** -0.5, 1.0):
+                output = whole_attention(*drawn, softmax=Softmax(scale=scale), causal=False, mask=mask)
+                if output.shape == expected.shape and torch.allclose(output, expected, rtol=0, atol=tolerance):
+                    return scale
+        raise ReplayError(f"the attention of {name} is no softmax over scaled products")
+
+
+def masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
+    """Return the mask (row or 1, head or 1, query, key) that hides these keys as well."""
+    if mask is None:
+        mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device)[None, None]
+        mask = mask.tril() if is_causal else mask
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)

@@ -23,7 +23,7 @@ from ..frame import ATTENDED, PER_QUERY
 from ..guards import uninterrupted
 from ..hooks import main_tensor, named_arguments
 from ..vlm import VisionLanguageModel
-from .attention import Softmax, whole_attention
+from .attention import AttentionMethod, Softmax, masked, whole_attention
 from .crossing import Attended, crossing_layers, without_edges
 from .recording import Index
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _HARMLESS = {"position_ids", "use_cache", "sliding_window", "logits_to_keep", "cache_position", "is_causal"}
 """Keywords of attention functions that change nothing beyond the mask, which is captured whole."""
+SHARED = "shared_kv_states"
+"""The argument of layers that holds keys and values which other layers left there (Gemma 4)."""
+LAYER_INPUT = "per_layer_input"
+"""The argument of a layer that it is given beside its states, (row, token, size)."""
 _SOFTMAX = {"softcap", "s_aux"}
 """Keywords of attention functions that `Softmax` computes."""
 
@@ -54,11 +58,21 @@ class LayerCall:
         """Return the call for only some of its `count` rows."""
         return LayerCall(keywords={name: _of_rows(name, value, rows, count) for name, value in self.keywords.items()})
 
-    def using(self, cache: Cache) -> dict[str, Any]:
-        """Return the keywords of a call that reads and extends this cache instead of the recorded one."""
+    def using(self, cache: Cache, shared: MutableMapping[str, Any] | None) -> dict[str, Any]:
+        """Return the keywords of a call that reads and extends this cache instead of the recorded one.
+
+        shared: takes the place of the mapping in which layers find keys and values of other layers, if there is one.
+        """
         from transformers import Cache
 
-        return {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
+        keywords = {name: cache if isinstance(value, Cache) else value for name, value in self.keywords.items()}
+        return keywords if self.shared is None else {**keywords, SHARED: shared}
+
+    @property
+    def shared(self) -> MutableMapping[str, tuple[Tensor, ...]] | None:
+        """The mapping in which layers leave keys and values for others, by name; None for most models."""
+        value = self.keywords.get(SHARED)
+        return value if isinstance(value, MutableMapping) else None
 
 
 class Witness:
@@ -91,6 +105,8 @@ class Witness:
         """Keys and values of pictures and the mask, by layer that attends to pictures."""
         self._number_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
         self._attended: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.borrowed: dict[int, int] = {}
+        """The layers that attend to the keys of another layer, with that layer."""
         self._everything: Tensor | None = None  # one mask for all layers that are neither masked nor causal
 
     @property
@@ -134,8 +150,9 @@ class Witness:
         if unknown:
             raise ReplayError(f"the attention of decoder layer {number} is given {', '.join(unknown)}")
         key, value, mask = given
-        if any(key is known for known, _, _ in self._attended.values()):
-            raise ReplayError(f"decoder layer {number} attends to the keys of another layer")
+        owner = next((other for other, (known, _, _) in self._attended.items() if key is known), None)
+        if owner is not None:
+            self.borrowed[number] = self.borrowed.get(owner, owner)
         if number in self._crossing:
             if mask is None and _is_causal(module, keywords):
                 raise ReplayError(f"decoder layer {number} attends to pictures without a mask, as if they were tokens")
@@ -215,10 +232,8 @@ class Witness:
 
 def _at_positions(name: str, value: Any, index: Index) -> Any:
     """Return a layer's keyword for only some positions. Raises `ReplayError` for a tensor of unknown meaning."""
-    if name == "shared_kv_states" and isinstance(value, MutableMapping):
-        return type(value)()  # takes what a layer puts in; layers that take anything out are refused when they attend
-    if name in ("attention_mask", "layer_past") or name.startswith("past_key_value"):
-        return None  # visibility is captured where attention is computed
+    if name in ("attention_mask", "layer_past", SHARED, LAYER_INPUT) or name.startswith("past_key_value"):
+        return None  # visibility is captured where attention is computed, and the others belong to one run
     if name == ATTENDED and value is not None:
         return value[:1, :1]  # a layer attends to keys that are kept elsewhere
     if name in PER_QUERY and value is not None:
@@ -323,13 +338,15 @@ def attention_function(vlm: VisionLanguageModel, attend: Callable[..., tuple[Ten
             uninterrupted(put_back)
 
 
-def _methods(vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> dict[nn.Module, _Method]:
+def _methods(
+    vlm: VisionLanguageModel, attend: Callable[..., tuple[Tensor, Tensor | None]]
+) -> dict[nn.Module, AttentionMethod]:
     """Return what replaces the methods `_attn` of attention modules; empty if they call an attention function by name.
 
     Raises `ReplayError` if they do neither: they would attend as before, but with the masks of another function.
     """
     modules = [part for layer in vlm.decoder_layers for part in layer.modules()]
-    methods = {part: _Method(part, attend) for part in modules if _has_method(part)}
+    methods = {part: AttentionMethod(part, attend) for part in modules if _has_method(part)}
     if not getattr(vlm.decoder, "_supports_attention_backend", False) and not any(
         map(asks_for_attention, vlm.decoder_layers)
     ):
@@ -368,57 +385,6 @@ def _calls_by_name(module: nn.Module) -> bool:
     forwards = (unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
     codes = (getattr(forward, "__code__", None) for forward in forwards)
     return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
-
-
-class _Method:
-    """Stands in for an attention module's method `_attn` (GPT-J, GPT-Neo, CodeGen) and calls an attention function.
-
-    The method's scale, and the keys that it hides of its own accord, are found by calling it.
-    """
-
-    def __init__(self, module: nn.Module, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
-        self._module, self._attend = module, attend
-        self._original: Callable[..., tuple[Tensor, Tensor]] = partial(cast(Any, type(module))._attn, module)
-        self._scale: float | None = None
-        self._seen: dict[tuple[int, int], Tensor] = {}
-
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        if self._scale is None:
-            self._scale = self._measured(query, key, value)
-        mask = _masked(attention_mask, ~self._visible(query, key, value), is_causal=False)
-        output, _ = self._attend(self._module, query, key, value, mask, scaling=self._scale, is_causal=False)
-        return output.transpose(1, 2), None
-
-    def _visible(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return booleans (1, 1, query, key): the keys to which the method gives weight when all keys are equal."""
-        shape = query.shape[2], key.shape[2]
-        if shape not in self._seen:
-            zeros = (torch.zeros_like(part[:1]) for part in (query, key, value))
-            with torch.no_grad():
-                self._seen[shape] = self._original(*zeros)[1][:, :1] > 0
-        return self._seen[shape]
-
-    def _measured(self, query: Tensor, key: Tensor, value: Tensor) -> float:
-        """Return the factor of the products. Raises `ReplayError` if the method is not a softmax over them."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = [
-            torch.randn(1, part.shape[1], 4, part.shape[3], generator=generator).to(part)
-            for part in (query, key, value)
-        ]
-        name = type(self._module).__name__
-        tolerance = 1e-4 if torch.finfo(value.dtype).eps < 1e-6 else 2e-2
-        with torch.no_grad():
-            try:
-                expected, mask = self._original(*drawn)[0], self._visible(*drawn)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise ReplayError(f"the attention of {name} cannot be called by itself: {error}") from error
-            for scale in (query.shape[3] ** -0.5, 1.0):
-                output = whole_attention(*drawn, softmax=Softmax(scale=scale), causal=False, mask=mask)
-                if output.shape == expected.shape and torch.allclose(output, expected, rtol=0, atol=tolerance):
-                    return scale
-        raise ReplayError(f"the attention of {name} is no softmax over scaled products")
 
 
 def _mask_function(implementation: str) -> Callable[..., Tensor | None]:
@@ -516,18 +482,8 @@ def masking(vlm: VisionLanguageModel, hidden: Mapping[int, Tensor]) -> Iterator[
         cut = hidden.get(layers[id(module)])
         if cut is not None:
             is_causal = _is_causal(module, keywords)
-            attention_mask = _masked(attention_mask, cut.to(query.device), is_causal=is_causal)
+            attention_mask = masked(attention_mask, cut.to(query.device), is_causal=is_causal)
         return exact_attention(module, query, key, value, attention_mask, **keywords)
 
     with attention_function(vlm, attend):
         yield
-
-
-def _masked(mask: Tensor | None, hidden: Tensor, *, is_causal: bool) -> Tensor:
-    """Return the mask (row or 1, head or 1, query, key) that hides these keys as well."""
-    if mask is None:
-        mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device)[None, None]
-        mask = mask.tril() if is_causal else mask
-    if mask.dtype == torch.bool:
-        return mask & ~hidden
-    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)

@@ -1,17 +1,14 @@
 """A model's own decoder layers run again from any layer on, only where states can have changed.
 
 `Replay` takes keys and values of other positions from earlier recorded runs; only the attention function is replaced.
-`UpperLayers` runs the part before a change once and the layers above it repeatedly, for a batch of rows of different
-lengths. `Replay` cannot do this exactly: its rows share one mask and one set of positions, where padded rows have their
-own, and its merged attention rounds otherwise than the model's. `UpperLayers` attends through the model's own attention
-function, so that logits and gradients are bit-identical to those of the whole model. How a layer was called, and
-whether a run of single layers would repeat it, is observed by the same `Witness` for both.
+How a layer was called, and whether a run of single layers would repeat it, is observed by a `Witness`.
 
 A model whose states this would not reproduce raises `ReplayError`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,13 +24,17 @@ from ..hooks import StopForward, capture, first_input, main_tensor
 from ..vlm import VisionLanguageModel
 from .attention import Job, Kernels, Segment, Softmax, merged_attention, probe_kernels
 from .crossing import Crossing, crossing_layers, without_edges
-from .observe import LayerCall, Witness, attention_function, exact_attention, mixers_of
+from .observe import LAYER_INPUT, SHARED, LayerCall, Witness, attention_function, exact_attention, mixers_of
 from .recording import Index, Masks, Queries, Recording, Source, Span, index_of, places
-from .running import Running, growing, of_rows
+from .running import Running
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    pass
 
+Own = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values (row, head, position, size) of the computed positions, of the layers that others borrow them from."""
+TOLERANCE = 1e-3
+"""In logits: a wrong head or a lost scale is off by far more, another order of summation by far less."""
 _Captured = tuple[Mapping[Any, Tensor], Mapping[Any, Tensor]]
 """The captured outputs and inputs of modules."""
 
@@ -112,6 +113,8 @@ class Replay:
         """The layers that did not run in the prompt that `record` ran last."""
         self._layers = vlm.decoder_layers
         self._calls: list[LayerCall] = []
+        self._borrowed: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self._kernels: dict[tuple[Any, ...], Kernels] = {}
         self._witness: Witness | None = None
         self._job: Job | None = None
@@ -154,7 +157,7 @@ class Replay:
         """
         rows, length, device = entering.rows, entering.length, entering.embeddings.device
         where = index_of(kept, device)
-        self.frame, self.skipped = entering.frame, self.vlm.skipped_layers(entering)
+        self.frame, self.skipped = self.frame_of(entering), self.vlm.skipped_layers(entering)
         self._witness = witness = Witness(
             self._layers,
             between=self.frame.between_layers,
@@ -173,6 +176,7 @@ class Replay:
         finally:
             self._witness = None
         attended, self._calls = witness.attended, witness.calls
+        self._borrow(witness)
         self._running = Running(self.vlm, witness.running)
         self._running.check(projections)
         self._pictures = Crossing(witness.pictures, self.frame, length)
@@ -208,10 +212,11 @@ class Replay:
         positions = tuple(place for place in run.positions if place >= middle and place != middle + 1)
         rest = tuple(place for place in run.positions if place not in set(positions))
         span, work = self.span(positions, [Source(run=run, positions=rest)]), replace(self.work)
+        own = self.own_of(run, positions)
         for number in range(len(self._layers)):
             entering, expected = (each.to(self.vlm.device)[:, span.index] for each in states[number : number + 2])
             try:
-                output = self.layer(number, entering, span)
+                output = self.layer(number, entering, span, own)
             except ReplayError:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -237,7 +242,7 @@ class Replay:
             base: The run that holds the keys and values of all other positions.
             entering: (row, position, hidden), the input of the first layer at the computed positions.
             positions: The positions to compute; they must be all that can differ (`Masks.reach`).
-            frame: The frame of this run (default: that of `base`).
+            frame: The frame of this run, as `frame_of` gives it (default: that of `base`).
             kept: Those of them at which states, outputs of sites and inputs of projections are stored (default: all).
             sites: Sites whose outputs are stored.
             projections: Projections whose inputs are stored.
@@ -251,10 +256,11 @@ class Replay:
         kept = span.positions if kept is None else tuple(kept)
         where, written = places(span.positions, kept, entering.device), {}
         states, stored, attended = entering, [entering[:, where].clone()], []
+        own: Own = {}
         for number in range(len(self._layers)):
             job = span.job(number)
             with self._storing(number, sites, projections, where, written):
-                states = self._call(number, states, span, job)
+                states = self._call(number, states, span, job, own)
             stored.append(states[:, where].clone())  # a view would keep the rest in memory
             attended.append(job.computed)
         changed = [position for position in base.read if position in set(positions)]
@@ -295,14 +301,29 @@ class Replay:
         """Return the span of these positions (ascending), with the recordings that hold the keys of the others."""
         return Span(positions=tuple(positions), sources=tuple(sources), masks=self.masks, device=self.vlm.device)
 
-    def layer(self, number: int, states: Tensor, span: Queries) -> Tensor:
+    def frame_of(self, entering: DecoderInput) -> Frame:
+        """Return the frame of a run, with what each of its layers is given beside its states."""
+        return entering.replayed_frame(self.vlm.decoder)
+
+    @property
+    def lenders(self) -> tuple[int, ...]:
+        """The layers to whose keys later layers attend; none in most models."""
+        return tuple(sorted(set(self._borrowed.values())))
+
+    def own_of(self, run: Recording, positions: Sequence[int]) -> Own:
+        """Return keys and values of the lending layers at some positions of a recorded run, in its rows."""
+        where = places(run.positions, positions, self.vlm.device) if self._borrowed else slice(0)
+        return {number: (run.keys[number][:, :, where], run.values[number][:, :, where]) for number in self.lenders}
+
+    def layer(self, number: int, states: Tensor, span: Queries, own: Own | None = None) -> Tensor:
         """Return a decoder layer's output, (row, position, hidden), for states of that shape at the span's positions.
 
-        Rows form as many equal blocks as a source has rows, in its order.
+        Rows form as many equal blocks as a source has rows, in its order. own: what the lending layers below computed
+        for these rows and positions, which a borrowing layer needs; a lending layer puts its own into it.
         """
-        return self._call(number, states, span, span.job(number))
+        return self._call(number, states, span, span.job(number), own)
 
-    def last_layer(self, states: Tensor, span: Queries, read: Sequence[int]) -> Tensor:
+    def last_layer(self, states: Tensor, span: Queries, read: Sequence[int], own: Own | None = None) -> Tensor:
         """Return the last layer's output at only some of the span's positions, (row, read position, hidden).
 
         For the others the layer computes keys and values and is stopped there, unless its weights are moved while it
@@ -311,17 +332,17 @@ class Replay:
         """
         number = len(self._layers) - 1
         if len(read) == len(span.positions):
-            return self.layer(number, states, span)
+            return self.layer(number, states, span, own)
         where = places(span.positions, read, states.device)
         is_offloaded = hasattr(self._layers[number], "_hf_hook")
         collect = span.job(number) if is_offloaded else Job(is_stopped=True)
         try:
-            self._call(number, states, span, collect)
+            self._call(number, states, span, collect, own)
         except StopForward:
             self.work.key_value_tokens += states.shape[0] * states.shape[1]
         job = span.job(number, read)
         job.given = collect.computed
-        return self._call(number, states[:, where], span, job, read)
+        return self._call(number, states[:, where], span, job, own, read)
 
     def read(self, states: Tensor) -> Tensor:
         """Return logits (row, position, vocab), float32 or wider, of last-layer outputs (row, position, hidden)."""
@@ -368,13 +389,21 @@ class Replay:
             self._kernels[where] = probe_kernels(device=query.device, dtype=query.dtype, **sizes)
         return self._kernels[where]
 
-    def _call(self, number: int, states: Tensor, span: Queries, job: Job, read: Sequence[int] | None = None) -> Tensor:
+    def _call(
+        self,
+        number: int,
+        states: Tensor,
+        span: Queries,
+        job: Job,
+        own: Own | None = None,
+        read: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return the layer's output at the span's positions, or those in `read`, attention as the job says."""
         if number in self.skipped:
             job.computed = without_edges(states)[:2]
             return states.clone()  # a layer's output is never its input
         index = span.index if read is None else index_of(read, states.device)
-        keywords = self._calls[number].at(index)
+        keywords = self._calls[number].at(index) | self._of_run(number, index, len(states), own or {})
         added = self.frame.between_layers.get(number)
         if added is not None:
             states = states + added[:, index].repeat_interleave(len(states) // len(added), 0).to(states)
@@ -385,6 +414,8 @@ class Replay:
             output = self._run(number, states, keywords, job)
         if number in self._pictures:
             job.computed = without_edges(states)[:2]
+        if own is not None and number in self.lenders:
+            own[number] = cast(tuple[Tensor, Tensor], job.computed)
         return output
 
     def _run(self, number: int, states: Tensor, keywords: Mapping[str, Any], job: Job) -> Tensor:
@@ -396,6 +427,38 @@ class Replay:
             self._job = None
         self.work.token_layers += states.shape[0] * states.shape[1]
         return output.to(states.device)
+
+    def _borrow(self, witness: Witness) -> None:
+        """Note which layers attend to the keys of others, and under which name they find them.
+
+        Raises `ReplayError` if a layer is given something beside its states that the frame does not have.
+        """
+        self._borrowed, self._names, attended = witness.borrowed, {}, witness.attended
+        for number, call in enumerate(witness.calls):
+            given = call.keywords.get(LAYER_INPUT)
+            made = None if self.frame.layer_inputs is None else self.frame.layer_inputs[:, :, number]
+            if given is not None and (made is None or not torch.equal(given, made.to(given.device))):
+                raise ReplayError(
+                    f"decoder layers are given {LAYER_INPUT!r}, which cannot be made anew for another run"
+                )
+            if number in self._borrowed:
+                names = [name for name, pair in (call.shared or {}).items() if pair[0] is attended[number][0]]
+                if not names:
+                    raise ReplayError(f"decoder layer {number} attends to the keys of another layer")
+                self._names[number] = names[0]
+
+    def _of_run(self, number: int, index: Index, rows: int, own: Own) -> dict[str, Any]:
+        """Return those arguments of a layer that belong to one run, for the computed positions."""
+        shared, given = self._calls[number].shared, self.frame.layer_inputs
+        arguments: dict[str, Any] = {}
+        if shared is not None:
+            lent = {self._names[number]: own[self._borrowed[number]]} if number in self._borrowed else {}
+            arguments[SHARED] = copy.copy(shared)
+            arguments[SHARED].clear()
+            arguments[SHARED].update(lent)
+        if given is not None:
+            arguments[LAYER_INPUT] = given[:, index, number].repeat_interleave(rows // len(given), 0)
+        return arguments
 
     @contextmanager
     def _storing(
@@ -439,146 +502,5 @@ class Replay:
 def _is_near(values: Tensor, expected: Tensor) -> bool:
     """Return whether values differ by no more than another order of summation can explain."""
     coarseness = max(1.0, torch.finfo(values.dtype).eps * 1e4)  # of half precision, beside float32
-    bound = _TOLERANCE * coarseness * max(1.0, expected.abs().max().item())
+    bound = TOLERANCE * coarseness * max(1.0, expected.abs().max().item())
     return bool((values - expected).abs().max() <= bound)
-
-
-_TOLERANCE = 1e-3  # in logits; a wrong head or a lost scale is off by far more, another summation order by far less
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PaddedBatch:
-    """The columns of a padded batch from one on, and the attention keys and values of all columns before it."""
-
-    entering: DecoderInput
-    """The columns, which also attend to the tokens before them; embeddings are zero where padded."""
-    prefix: Cache
-    """Keys and values (row, head, token, size) per layer of the tokens before."""
-
-    @classmethod
-    @torch.no_grad()
-    def after_prefix(cls, vlm: VisionLanguageModel, entering: DecoderInput, start: int) -> PaddedBatch:
-        """Run the columns of a padded batch before `start` and return the batch of the others."""
-        prefix = _empty_cache(vlm)
-        if start:
-            vlm.forward(entering.part(0, start), positions=[start - 1], past_key_values=prefix)
-        return cls(entering=entering.part(start, entering.length), prefix=prefix)
-
-    def logits(self, vlm: VisionLanguageModel, columns: Tensor) -> Tensor:
-        """Return the whole model's logits at columns (row, label), (row, label, vocab), float32 or wider."""
-        return at_columns(vlm.forward(self.entering, past_key_values=growing(self.prefix)), columns)
-
-    def rows(self, rows: Tensor) -> PaddedBatch:
-        """Return the batch of only some rows, (row,) indices."""
-        prefix = of_rows(self.prefix, rows)
-        return replace(self, prefix=prefix, entering=self.entering.of_rows(rows.tolist()))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class UpperLayers:
-    """The layers from a given one on, as a run of a padded batch called them, ready to be rerun with gradients."""
-
-    vlm: VisionLanguageModel
-    batch: PaddedBatch
-    columns: Tensor
-    """(row, label), the columns whose logits are requested."""
-    first: int
-    """The first layer that is run again, from 0."""
-    entering: Tensor | None = None
-    """(row, column, hidden), the input of that layer; None if the whole model has to be run each time."""
-    calls: tuple[LayerCall, ...] = ()
-    """The recorded call of each layer from `first` on."""
-
-    @property
-    def between(self) -> Mapping[int, Tensor]:
-        """What the text stack adds to the states (row, column, hidden) that enter a layer, by number from `first`."""
-        added = self.batch.entering.frame.between_layers
-        return {number - self.first: each for number, each in added.items() if number > self.first}
-
-    @property
-    def is_partial(self) -> bool:
-        """True if the upper layers alone give the model's own logits; otherwise the whole model is run each time."""
-        return self.entering is not None
-
-    @classmethod
-    @torch.no_grad()
-    def record(
-        cls, vlm: VisionLanguageModel, batch: PaddedBatch, columns: Tensor, *, first: int
-    ) -> tuple[UpperLayers, Tensor]:
-        """Run the model and return its layers from `first` on, and its own logits (row, label, vocab).
-
-        Hooks around this call see every layer's states at the columns of the batch. Do not trust the layers before
-        they are `checked`.
-
-        Args:
-            vlm: The model.
-            batch: The batch to run.
-            columns: (row, label), the columns whose logits are requested.
-            first: The first layer that will be run again, from 0.
-        """
-        upper = cls(vlm=vlm, batch=batch, columns=columns, first=first)
-        witness = Witness(vlm.decoder_layers[first:], between=upper.between, is_padded=True)
-        try:
-            with witness.watching():
-                logits = batch.logits(vlm, columns)
-        except ReplayError:
-            return upper, batch.logits(vlm, columns)
-        return replace(upper, entering=witness.states[0], calls=tuple(witness.calls)), logits
-
-    @torch.no_grad()
-    def checked(self, logits: Tensor, mask: Tensor) -> UpperLayers:
-        """Return these layers if they reproduce the logits where the mask (row, label) is True, else the whole model.
-
-        Layers that pass discard the keys and values of the layers below, which are no longer needed.
-        """
-        if not self.is_partial:
-            return self
-        real = mask.to(logits.device)
-        difference = (self.logits() - logits)[real].abs().amax().item() if bool(real.any()) else 0.0
-        coarseness = max(1.0, torch.finfo(self.vlm.dtype).eps * 1e4)  # of half precision, beside float32
-        if not difference <= _TOLERANCE * coarseness * max(1.0, logits.abs().max().item()):
-            return replace(self, entering=None, calls=())
-        prefix = growing(self.batch.prefix)
-        for layer in cast(list[Any], prefix.layers)[: self.first]:
-            keys = getattr(layer, "keys", None)  # a thin part still says of how many tokens they are (MPT asks)
-            thin = keys[:, :1, :, :1].clone() if isinstance(keys, Tensor) and keys.ndim == 4 else None
-            layer.keys = layer.values = thin
-        return replace(self, batch=replace(self.batch, prefix=prefix))
-
-    def logits(self) -> Tensor:
-        """Return logits (row, label, vocab), float32 or wider, under all patches on the upper layers."""
-        if self.entering is None:
-            return self.batch.logits(self.vlm, self.columns)
-        cache, states, between = growing(self.batch.prefix), self.entering, self.between
-        for number, (layer, call) in enumerate(zip(self.vlm.decoder_layers[self.first :], self.calls, strict=True)):
-            states = states + between[number].to(states) if number in between else states
-            states = main_tensor(layer(states, **call.using(cache)), "a decoder layer")
-        return self.vlm.readout(self.vlm.final_norm(at_columns(states, self.columns)))
-
-    def rows(self, rows: Tensor) -> UpperLayers:
-        """Return the layers for only some rows, (row,) indices in ascending order."""
-        smaller = replace(self, batch=self.batch.rows(rows), columns=self.columns[rows.to(self.columns.device)])
-        if self.entering is None:
-            return smaller
-        rows = rows.to(self.entering.device)
-        calls = tuple(call.rows(rows, len(self.entering)) for call in self.calls)
-        return replace(smaller, entering=self.entering[rows], calls=calls)
-
-
-def at_columns(states: Tensor, columns: Tensor) -> Tensor:
-    """Return the entries (row, column, ...) of states (row, token, ...) at columns (row, column) of each row."""
-    columns = columns.to(states.device)
-    return states[torch.arange(len(columns), device=states.device)[:, None], columns]
-
-
-def _empty_cache(vlm: VisionLanguageModel) -> Cache:
-    """Return a cache that keeps the keys of all tokens, those behind a sliding window included.
-
-    A mask of pairs hides those keys; a cache that drops them would no longer fit it.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
-    cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
-    return cache

@@ -518,7 +518,7 @@ GEMMAS = {
         processor={"processor_class": "Gemma3nProcessor", "image_seq_length": 256},
         template="<image_soft_token>",
     ),
-    "gemma4": gemma4(hidden_size_per_layer_input=8),
+    "gemma4": gemma4(hidden_size_per_layer_input=8, num_kv_shared_layers=2),
     "gemma4_dense": gemma4(hidden_size_per_layer_input=0, use_bidirectional_attention="vision"),
 }  # fmt: skip
 

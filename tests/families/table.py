@@ -89,9 +89,7 @@ KNOWN: dict[str, Known] = {
     "gemma3n": Known(
         title="Gemma 3n", needs=TIMM, refused="AltUp", why="AltUp: four streams in place of one residual stream"
     ),
-    "gemma4": Known(
-        title="Gemma 4 with inputs per layer", plain="per_layer_input", why="a further input enters each layer"
-    ),
+    "gemma4": Known(title="Gemma 4 with inputs per layer and shared keys"),
     "gemma4_dense": Known(title="Gemma 4"),
     "deepseek_vl": Known(title="DeepSeek-VL"),
     "deepseek_vl_hybrid": Known(title="DeepSeek-VL, two resolutions"),

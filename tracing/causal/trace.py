@@ -14,7 +14,7 @@ from ...models import Prompt, ReplayError, Site, VisionLanguageModel, capture
 from ...models.families import Kind, Projection
 from ...models.frame import DecoderInput
 from ...models.replay.recording import Recording, Source, places
-from ...models.replay.replay import Replay, replaying
+from ...models.replay.replay import Own, Replay, replaying
 from ..corruptions.corruption import Corrupted, Corruption
 from ..corruptions.kinds import calibrate
 from ..engine.cells import KINDS, CellScores, Engine, Measure, Runs, StateCell, TraceError, WeakCorruption
@@ -400,7 +400,8 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
     rest = tuple(sorted(set(range(runs.length)) - set(changed)))
     span = replay.span(changed, [Source(run=recorded.full, positions=rest)])
     values: dict[_Key, Tensor] = {}
-    replay.follow(runs.base.of_rows([row]).frame)
+    own: Own = {}
+    replay.follow(replay.frame_of(runs.base.of_rows([row])))
     with (
         torch.enable_grad(),
         capture(vlm, sites) as written,
@@ -408,7 +409,7 @@ def _gradients(replay: Replay, runs: Runs, recorded: Recorded, row: int, measure
     ):
         states = base.at(base.states[0], changed)[row : row + 1].clone().requires_grad_()
         for layer in range(vlm.layers):
-            states = replay.layer(layer, states, span)
+            states = replay.layer(layer, states, span, own)
             values[Site("hidden", layer)] = states
         scored = [place for place in runs.scored if place in set(changed)]
         logits = base.logits[row : row + 1].clone()

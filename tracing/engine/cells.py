@@ -357,7 +357,7 @@ def make_plan(
         changed: All positions at which the two runs can differ.
         scored: Positions whose logits are scored.
         frozen: Positions that direct cells freeze.
-        alike_from: The first layer after which both runs get the same features between layers (default 0).
+        alike_from: The first layer after which both runs give the layers the same beside their states (default 0).
         lane_tokens: Largest number of computed positions in all lanes of a chunk together; a chunk has at least one.
 
     Raises:
@@ -412,8 +412,8 @@ def effect_of(
         masks: The attention masks of all layers.
         changed: All positions at which the two runs can differ.
         frozen: Positions that direct cells freeze.
-        alike_from: The first layer after which both runs get the same features between layers (default 0); before it,
-            a position whose state is patched in does not follow the source run.
+        alike_from: The first layer after which both runs give the layers the same beside their states (default 0);
+            before it, a position whose state is patched in does not follow the source run.
     """
     live = tuple(sorted(set(cell.positions) & set(changed)))
     reached = set(masks.reach(live, cell.first + 1))

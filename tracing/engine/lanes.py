@@ -1,4 +1,4 @@
-"""The lanes of a sweep: the states or missing edges that they meet on their way, and the file of those done."""
+"""Recorded runs, the states or missing edges that lanes of a sweep meet on their way, and the file of those done."""
 
 import hashlib
 import time
@@ -7,19 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ...artefacts.results import load_fields, save_fields
-from ...models import Site, VisionLanguageModel, patch
+from ...models import ReplayError, Site, VisionLanguageModel, patch
 from ...models.families import Kind, Projection
+from ...models.frame import Frame
 from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, on_device, places
 from ...models.replay.replay import Replay
-from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError
+from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError, touched
 
 _LAYOUT = "multrace sweep 2"
 _SECONDS_BETWEEN_WRITES = 5.0
@@ -39,8 +40,8 @@ class Recorded:
     changed: tuple[int, ...]
     """Positions at which the two runs can differ, ascending."""
     alike_from: int = 0
-    """The first layer after which both runs get the same features between layers (DeepStack) and no layer attends to
-    pictures, if these differ."""
+    """The first layer after which both runs give the layers the same beside their states (DeepStack, Gemma 4, pictures
+    that layers attend to)."""
 
     def span(self, replay: Replay, computed: tuple[int, ...], merged: Sequence[int]) -> Span:
         """Return the positions to compute, with the runs that hold all other keys (the source run for merged ones)."""
@@ -50,6 +51,88 @@ class Recorded:
         by_run[self.full] = by_run.get(self.full, set()) | rest
         sources = [Source(run=run, positions=part) for run, held in by_run.items() for part in neighbours(sorted(held))]
         return replay.span(computed, sources)
+
+
+def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
+    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
+
+    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
+    differ.
+    """
+    first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
+    if what := first.frame.difference(second.frame):
+        raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
+    entering, other_entering = replay.entering(first), replay.entering(second)
+    frames = replay.frame_of(first), replay.frame_of(second)
+    between = _differing_in_layers(*frames, layers=replay.vlm.layers)
+    if seeing := frames[0].seeing_others(frames[1], runs.length):
+        between |= {number: sorted({*between.get(number, ()), *seeing}) for number in replay.crossing}
+    differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
+    sites, projections = _needed(replay, cells)
+    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
+    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
+    possible = tuple(range(min(differs, default=runs.length), runs.length))
+    full = replay.record(first, kept=possible, **settings)
+    changed = replay.masks.reach(differs)
+    if not set(changed) <= set(possible):
+        full = replay.record(first, kept=changed, **settings)
+    other = full
+    # A layer may attend to the keys of a lower one, which a patch in between leaves as the base run has them.
+    alike_from = replay.vlm.layers if replay.lenders else max(between, default=0)
+    if changed:
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=alike_from)
+        other = replay.record_after(
+            full,
+            other_entering[:, list(changed)],
+            changed,
+            frame=frames[1],
+            kept=changed if keep_all else needed,
+            sites=sites,
+            projections=projections,
+        )
+    base, source = (full, other) if first is runs.base else (other, full)
+    replay.follow(frames[0] if first is runs.base else frames[1])
+    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=alike_from)
+
+
+def _differing(first: Tensor, second: Tensor) -> list[int]:
+    """Return the positions at which states (row, token, hidden) differ in any row."""
+    return (first != second).any(-1).any(0).nonzero().flatten().tolist()
+
+
+def _differing_in_layers(first: Frame, second: Frame, *, layers: int) -> dict[int, list[int]]:
+    """Return the positions at which the frames give a layer something different, for each layer where there are any."""
+    differing: dict[int, list[int]] = {}
+    for number in range(layers):
+        given = zip(first.entering_layer(number), second.entering_layer(number), strict=True)
+        if positions := sorted({place for one, other in given for place in _differing(one, other)}):
+            differing[number] = positions
+    return differing
+
+
+def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
+    """Return the sites whose outputs, and the projections whose inputs, some cell patches in or freezes."""
+    vlm = replay.vlm
+    spans: dict[str, set[int]] = {}
+    for cell in cells:
+        spans.setdefault(cell.kind, set()).update(range(cell.first, cell.last + 1))
+        if cell.severed:
+            spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
+    ends = {layer for cell in cells if cell.kind == "head" for layer in (cell.first, cell.last)}
+    inside = spans.pop("head", set()).difference(layers_without_attention(vlm))
+    projections = [vlm.attention_projection(layer) for layer in sorted(ends | inside)]
+    spans.pop("hidden", None)  # the input states of layers are always kept
+    return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
+
+
+def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
+    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
+    settings: dict[str, Any] = {"read": runs.scored}
+    first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
+    clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
+    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
+        clean = replay.record(runs.base, kept=range(runs.length), **settings)
+    return Recorded(full=clean, base=clean, source=clean, changed=())
 
 
 class States:
@@ -140,7 +223,8 @@ class States:
             writes.add(*_site(self._vlm, kind, layer, head), 0, block, source)
             states = base.at(base.states[layer], block).expand(self._samples, -1, -1)
             with writes.placed(self._vlm):
-                outputs.append(self._replay.layer(layer, states, self._recorded.span(self._replay, block, ())))
+                span, own = self._recorded.span(self._replay, block, ()), self._replay.own_of(base, block)
+                outputs.append(self._replay.layer(layer, states, span, own))
         values = torch.cat(outputs, dim=1)
         if start in self._shared:
             self._kept[start] = values
@@ -259,7 +343,12 @@ class Edges:
         entering = self._base.at(self._base.states[layer], targets).expand(len(slots), -1, -1)
         where = on_device(torch.tensor([chunk.computed.index(place) for place in targets]), states.device)
         into = on_device(torch.tensor(slots), states.device)[:, None]
-        states[0, into, where] = self._replay.layer(layer, entering.contiguous(), rows)
+        own = self._replay.own_of(self._base, targets)
+        mine = {
+            number: (keys.expand(len(slots), -1, -1, -1), values.expand(len(slots), -1, -1, -1))
+            for number, (keys, values) in own.items()
+        }
+        states[0, into, where] = self._replay.layer(layer, entering.contiguous(), rows, mine)
 
     def scored_together(self, chunk: Chunk, _active: int, _step: int) -> list[list[int]]:
         """Return the slots whose logits are computed together, which are all of them."""

@@ -16,32 +16,26 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from ...models import ReplayError, Site, VisionLanguageModel
-from ...models.families import Kind, Projection
-from ...models.frame import DecoderInput
-from ...models.replay.observe import layers_without_attention
+from ...models import ReplayError, VisionLanguageModel
 from ...models.replay.recording import index_of, places
-from ...models.replay.replay import Replay, Work, replaying
+from ...models.replay.replay import Own, Replay, Work, replaying
 from .cells import (
     Cell,
     CellScores,
     Chunk,
-    EdgeCell,
     Engine,
     EngineReport,
     Measure,
     Runs,
-    StateCell,
     TraceError,
     all_edges,
     halved,
     make_plan,
     single,
     state_cells,
-    touched,
     warn_caller,
 )
-from .lanes import Checkpoint, Edges, Recorded, States
+from .lanes import Checkpoint, Edges, Recorded, States, record, record_once
 from .plain import Shown, each_plain, is_before_decoder, lacking_edges, plain_scores, run_scores, with_pictures
 from .scoring import Scoring
 
@@ -306,82 +300,6 @@ def sweep(
         return running.run(base, source, bar)
 
 
-def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
-    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
-
-    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
-    differ.
-    """
-    first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
-    if what := first.frame.difference(second.frame):
-        raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
-    entering, other_entering = replay.entering(first), replay.entering(second)
-    between = _differing_in_layers(first, second, replay.crossing)
-    alike_from = max(between, default=0)
-    differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
-    sites, projections = _needed(replay, cells)
-    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
-    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
-    possible = tuple(range(min(differs, default=runs.length), runs.length))
-    full = replay.record(first, kept=possible, **settings)
-    changed = replay.masks.reach(differs)
-    if not set(changed) <= set(possible):
-        full = replay.record(first, kept=changed, **settings)
-    other = full
-    if changed:
-        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=alike_from)
-        other = replay.record_after(
-            full,
-            other_entering[:, list(changed)],
-            changed,
-            frame=second.frame,
-            kept=changed if keep_all else needed,
-            sites=sites,
-            projections=projections,
-        )
-    base, source = (full, other) if first is runs.base else (other, full)
-    replay.follow(runs.base.frame)
-    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=alike_from)
-
-
-def _differing(first: Tensor, second: Tensor) -> list[int]:
-    """Return the positions at which states (row, token, hidden) differ in any row."""
-    return (first != second).any(-1).any(0).nonzero().flatten().tolist()
-
-
-def _differing_in_layers(first: DecoderInput, second: DecoderInput, crossing: Sequence[int]) -> dict[int, list[int]]:
-    """Return the positions to which a layer gives different features or pictures in the two runs, by layer."""
-    added = first.frame.between_layers, second.frame.between_layers
-    differing = {number: _differing(added[0][number], added[1][number]) for number in added[0]}
-    differing |= dict.fromkeys(crossing, first.frame.seeing_others(second.frame, first.length))
-    return {number: places for number, places in differing.items() if places}
-
-
-def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
-    """Return the sites whose outputs, and the projections whose inputs, some cell patches in or freezes."""
-    vlm = replay.vlm
-    spans: dict[str, set[int]] = {}
-    for cell in cells:
-        spans.setdefault(cell.kind, set()).update(range(cell.first, cell.last + 1))
-        if cell.severed:
-            spans.setdefault(cell.severed, set()).update(range(cell.last + 1, vlm.layers))
-    ends = {layer for cell in cells if cell.kind == "head" for layer in (cell.first, cell.last)}
-    inside = spans.pop("head", set()).difference(layers_without_attention(vlm))
-    projections = [vlm.attention_projection(layer) for layer in sorted(ends | inside)]
-    spans.pop("hidden", None)  # the input states of layers are always kept
-    return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
-
-
-def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
-    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
-    settings: dict[str, Any] = {"read": runs.scored}
-    first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
-    clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
-    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
-        clean = replay.record(runs.base, kept=range(runs.length), **settings)
-    return Recorded(full=clean, base=clean, source=clean, changed=())
-
-
 class _Sweep:
     """The state of one sweep."""
 
@@ -473,14 +391,15 @@ class _Sweep:
         samples, length, end = self.runs.samples, len(chunk.computed), self.vlm.layers - 1
         read = tuple(place for place in self.runs.scored if place in set(chunk.computed))
         states = self.recorded.base.states[0].new_empty(samples, len(chunk.lanes), length, self.vlm.hidden)
+        own = self._own(chunk)
         step, count, active = max(1, tokens // (samples * length)), 0, 0
         for layer in range(chunk.lanes[0].join, end + 1):
             active = count
             for start in range(0, active, step):
-                self._layer(layer, chunk, slice(start, min(active, start + step)), states, read)
+                self._layer(layer, chunk, slice(start, min(active, start + step)), states, own, read)
             while count < len(chunk.lanes) and chunk.lanes[count].join == layer:
                 count += 1
-            self._join(layer, chunk, range(active, count), states)
+            self._join(layer, chunk, range(active, count), states, own)
         here, batches = places(chunk.computed, read, states.device), self.acts.scored_together(chunk, active, step)
         for slots in batches:
             last = rearrange(states[:, index_of(slots, states.device)][:, :, here], "s c t d -> (s c) t d")
@@ -490,16 +409,41 @@ class _Sweep:
             if lane.leader is not None:
                 scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
 
-    def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, read: tuple[int, ...]) -> None:
+    def _own(self, chunk: Chunk) -> Own:
+        """Return what lending layers make of the chunk's states: (sample, lane, head, position, size) by layer.
+
+        It is what they make of the base run's, which holds for a lane until it runs the layer itself.
+        """
+        samples, lanes = self.runs.samples, len(chunk.lanes)
+        recorded = self.replay.own_of(self.recorded.base, chunk.computed)
+        return {
+            layer: cast(
+                tuple[Tensor, Tensor],
+                tuple(part[:, None].expand(samples, lanes, *part.shape[1:]).clone() for part in pair),
+            )
+            for layer, pair in recorded.items()
+        }
+
+    def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, own: Own, read: tuple[int, ...]) -> None:
         """Run a layer on some lanes of states (sample, lane, position, hidden); the last one only at read positions."""
         is_last = layer == self.vlm.layers - 1
         rows = rearrange(states[:, part], "s c t d -> (s c) t d")
+        mine = {
+            number: (keys[:, part].flatten(0, 1), values[:, part].flatten(0, 1))
+            for number, (keys, values) in own.items()
+        }
         with self.acts.acting(layer, chunk, chunk.lanes[part], read if is_last else chunk.computed) as span:
-            output = self.replay.last_layer(rows, span, read) if is_last else self.replay.layer(layer, rows, span)
+            if is_last:
+                output = self.replay.last_layer(rows, span, read, mine)
+            else:
+                output = self.replay.layer(layer, rows, span, mine)
+        if layer in own:
+            for whole, computed in zip(own[layer], mine[layer], strict=True):
+                whole[:, part] = computed.view(self.runs.samples, -1, *computed.shape[1:])
         here = places(chunk.computed, read, states.device) if is_last else slice(None)
         states[:, part, here] = rearrange(output, "(s c) t d -> s c t d", s=self.runs.samples)
 
-    def _join(self, layer: int, chunk: Chunk, slots: range, states: Tensor) -> None:
+    def _join(self, layer: int, chunk: Chunk, slots: range, states: Tensor, own: Own) -> None:
         """Fill in the states (sample, lane, position, hidden) with which lanes start, which are this layer's output."""
         starting = [slot for slot in slots if chunk.lanes[slot].leader is None]
         if starting:
@@ -510,6 +454,8 @@ class _Sweep:
             leader = chunk.lanes[slot].leader
             if leader is not None:
                 states[:, slot] = states[:, leader]
+                for whole in (each for pair in own.values() for each in pair):
+                    whole[:, slot] = whole[:, leader]
 
     def _finish(
         self, chunk: Chunk, slots: Sequence[int], states: Tensor, read: tuple[int, ...], scores: Tensor
