@@ -61,9 +61,10 @@ def test_weights_are_those_of_transformers_own_eager_attention(eager_vlm, photo)
 
 
 def test_the_pass_is_the_same_as_without_the_block(exact_vlm, photo):
-    prompt, before = prompt_of(exact_vlm, photo), traces_left(exact_vlm)
+    prompt = prompt_of(exact_vlm, photo)
     with torch.no_grad():
-        plain = exact_vlm.logits(prompt)
+        plain = exact_vlm.logits(prompt)  # transformers places hooks of its own in a model's first pass
+    before = traces_left(exact_vlm)
     for queries in (QUERIES, range(prompt.length), range(prompt.length - 1, -1, -1)):
         seen, logits = record(exact_vlm, prompt, queries)
         assert close(logits, plain, 1e-12)
@@ -199,7 +200,7 @@ def build(name: str, names: dict[str, str] | None = None, **settings: Any) -> Vi
 REFUSED = {
     "an attention function of its own": (
         "FalconModel does not let its attention function be replaced",
-        lambda: build("Falcon", {"layers": "h", "attention": "self_attention"}),
+        lambda: build("Falcon", {"layers": "h", "attention": "self_attention", "final_norm": "ln_f"}),
     ),
 }
 
