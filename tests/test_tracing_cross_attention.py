@@ -15,7 +15,7 @@ from multrace.models.frame import Frame
 from multrace.models.replay import attending, masking, replaying
 from multrace.models.replay.crossing import Crossing, crossing_layers
 from multrace.tracing import CausalTrace
-from multrace.tracing.engine import lanes
+from multrace.tracing.engine import measure as measuring
 
 QUESTION, CONSTRAINT = "Who founded the company in this photo?", "the company"
 CROSSING = (1, 3)
@@ -128,8 +128,8 @@ def sees_empty_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def follows_the_source_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = lanes.Recorded
-    monkeypatch.setattr(lanes, "Recorded", lambda **fields: own(**{**fields, "alike_from": 0}))
+    own = measuring.Recorded
+    monkeypatch.setattr(measuring, "Recorded", lambda **fields: own(**{**fields, "alike_from": 0}))
 
 
 def knows_only_words(monkeypatch: pytest.MonkeyPatch) -> None:

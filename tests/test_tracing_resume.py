@@ -10,7 +10,7 @@ import torch
 from model_fixtures import draw_photo
 from multrace import Prompt, VisionLanguageModel
 from multrace.artefacts import ArtefactError
-from multrace.models.replay import Replay, Span
+from multrace.models.replay import Replay
 from multrace.tracing import (
     AttentionKnockout,
     CausalTrace,
@@ -49,11 +49,11 @@ def watched(run: Callable[..., Tensor], patcher: pytest.MonkeyPatch, stop: int |
     """List the layers that sweeps call from then on; interrupt at a call of this number."""
     calls: list[int] = []
 
-    def layer(self: Replay, number: int, states: Tensor, span: Span) -> Tensor:
+    def layer(self: Replay, number: int, *arguments: object) -> Tensor:
         if len(calls) == stop:
             raise KeyboardInterrupt
         calls.append(number)
-        return run(self, number, states, span)
+        return run(self, number, *arguments)
 
     patcher.setattr(Replay, "layer", layer)
     return calls

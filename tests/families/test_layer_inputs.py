@@ -62,8 +62,9 @@ def test_a_lane_attends_to_its_own_keys_and_not_to_recorded_ones(vlm, monkeypatc
     monkeypatch.undo()
     own = measure._Sweep._layer
 
-    def forgetful(self, layer, chunk, part, states, lent, read):
-        own(self, layer, chunk, part, states, self._own(chunk), read)  # always the keys of the base run
+    def forgetful(self, layer, chunk, part, states, _lent, read):
+        lent = self.recorded.own(self.replay, chunk.computed, self.runs.samples, len(chunk.lanes))
+        own(self, layer, chunk, part, states, lent, read)  # always the keys of the base run
 
     monkeypatch.setattr(measure._Sweep, "_layer", forgetful)
     assert largest(*traces(vlm, "another picture")) > 1e-4

@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ...artefacts.results import load_fields, save_fields
-from ...models import ReplayError, Site, VisionLanguageModel, patch
+from ...models import Site, VisionLanguageModel, patch
 from ...models.families import Kind, Projection
 from ...models.frame import Frame
 from ...models.replay.observe import layers_without_attention
 from ...models.replay.recording import Cut, CutSpan, Queries, Recording, Source, Span, neighbours, on_device, places
-from ...models.replay.replay import Replay
-from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError, touched
+from ...models.replay.replay import Own, Replay
+from .cells import Cell, Chunk, EdgeCell, Engine, Lane, Plan, Runs, StateCell, TraceError
 
 _LAYOUT = "multrace sweep 2"
 _SECONDS_BETWEEN_WRITES = 5.0
@@ -52,65 +52,34 @@ class Recorded:
         sources = [Source(run=run, positions=part) for run, held in by_run.items() for part in neighbours(sorted(held))]
         return replay.span(computed, sources)
 
+    def own(self, replay: Replay, computed: tuple[int, ...], samples: int, lanes: int) -> Own:
+        """Return what lending layers make of the base run: (sample, lane, head, position, size), by layer.
 
-def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
-    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
-
-    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
-    differ.
-    """
-    first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
-    if what := first.frame.difference(second.frame):
-        raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
-    entering, other_entering = replay.entering(first), replay.entering(second)
-    frames = replay.frame_of(first), replay.frame_of(second)
-    between = _differing_in_layers(*frames, layers=replay.vlm.layers)
-    if seeing := frames[0].seeing_others(frames[1], runs.length):
-        between |= {number: sorted({*between.get(number, ()), *seeing}) for number in replay.crossing}
-    differs = sorted({*_differing(entering, other_entering), *(place for each in between.values() for place in each)})
-    sites, projections = _needed(replay, cells)
-    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
-    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
-    possible = tuple(range(min(differs, default=runs.length), runs.length))
-    full = replay.record(first, kept=possible, **settings)
-    changed = replay.masks.reach(differs)
-    if not set(changed) <= set(possible):
-        full = replay.record(first, kept=changed, **settings)
-    other = full
-    # A layer may attend to the keys of a lower one, which a patch in between leaves as the base run has them.
-    alike_from = replay.vlm.layers if replay.lenders else max(between, default=0)
-    if changed:
-        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=alike_from)
-        other = replay.record_after(
-            full,
-            other_entering[:, list(changed)],
-            changed,
-            frame=frames[1],
-            kept=changed if keep_all else needed,
-            sites=sites,
-            projections=projections,
-        )
-    base, source = (full, other) if first is runs.base else (other, full)
-    replay.follow(frames[0] if first is runs.base else frames[1])
-    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=alike_from)
+        It holds for a lane until the lane runs the layer itself.
+        """
+        own: Own = {}
+        for layer, pair in replay.own_of(self.base, computed).items():
+            keys, values = (part[:, None].expand(samples, lanes, *part.shape[1:]).clone() for part in pair)
+            own[layer] = keys, values
+        return own
 
 
-def _differing(first: Tensor, second: Tensor) -> list[int]:
+def positions_differing(first: Tensor, second: Tensor) -> list[int]:
     """Return the positions at which states (row, token, hidden) differ in any row."""
     return (first != second).any(-1).any(0).nonzero().flatten().tolist()
 
 
-def _differing_in_layers(first: Frame, second: Frame, *, layers: int) -> dict[int, list[int]]:
+def differing_in_layers(first: Frame, second: Frame, *, layers: int) -> dict[int, list[int]]:
     """Return the positions at which the frames give a layer something different, for each layer where there are any."""
     differing: dict[int, list[int]] = {}
     for number in range(layers):
         given = zip(first.entering_layer(number), second.entering_layer(number), strict=True)
-        if positions := sorted({place for one, other in given for place in _differing(one, other)}):
+        if positions := sorted({place for one, other in given for place in positions_differing(one, other)}):
             differing[number] = positions
     return differing
 
 
-def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
+def needed_outputs(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], list[Projection]]:
     """Return the sites whose outputs, and the projections whose inputs, some cell patches in or freezes."""
     vlm = replay.vlm
     spans: dict[str, set[int]] = {}
@@ -123,16 +92,6 @@ def _needed(replay: Replay, cells: Sequence[StateCell]) -> tuple[list[Site], lis
     projections = [vlm.attention_projection(layer) for layer in sorted(ends | inside)]
     spans.pop("hidden", None)  # the input states of layers are always kept
     return [Site(cast(Kind, kind), layer) for kind, layers in spans.items() for layer in sorted(layers)], projections
-
-
-def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
-    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
-    settings: dict[str, Any] = {"read": runs.scored}
-    first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
-    clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
-    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
-        clean = replay.record(runs.base, kept=range(runs.length), **settings)
-    return Recorded(full=clean, base=clean, source=clean, changed=())
 
 
 class States:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,19 +23,22 @@ from .cells import (
     Cell,
     CellScores,
     Chunk,
+    EdgeCell,
     Engine,
     EngineReport,
     Measure,
     Runs,
+    StateCell,
     TraceError,
     all_edges,
     halved,
     make_plan,
     single,
     state_cells,
+    touched,
     warn_caller,
 )
-from .lanes import Checkpoint, Edges, Recorded, States, record, record_once
+from .lanes import Checkpoint, Edges, Recorded, States, differing_in_layers, needed_outputs, positions_differing
 from .plain import Shown, each_plain, is_before_decoder, lacking_edges, plain_scores, run_scores, with_pictures
 from .scoring import Scoring
 
@@ -300,6 +303,60 @@ def sweep(
         return running.run(base, source, bar)
 
 
+def record(replay: Replay, runs: Runs, cells: Sequence[StateCell], *, keep_all: bool = False) -> Recorded:
+    """Return both runs with the outputs that these cells patch in or freeze; the one with fewer rows is recorded whole.
+
+    States and outputs of the other run are kept where some cell needs them, or, with `keep_all`, wherever they can
+    differ.
+    """
+    first, second = sorted((runs.base, runs.source), key=lambda each: each.rows)
+    if what := first.frame.difference(second.frame):
+        raise ReplayError(f"the two runs differ in more than their embeddings, {what}")
+    entering, other_entering = replay.entering(first), replay.entering(second)
+    frames = replay.frame_of(first), replay.frame_of(second)
+    between = differing_in_layers(*frames, layers=replay.vlm.layers)
+    if seeing := frames[0].seeing_others(frames[1], runs.length):
+        between |= {number: sorted({*between.get(number, ()), *seeing}) for number in replay.crossing}
+    differs = sorted(
+        {*positions_differing(entering, other_entering), *(place for each in between.values() for place in each)}
+    )
+    sites, projections = needed_outputs(replay, cells)
+    settings: dict[str, Any] = {"read": runs.scored, "sites": sites, "projections": projections}
+    # The positions that can differ depend on masks that only a run shows; with causal masks, all from the first one on.
+    possible = tuple(range(min(differs, default=runs.length), runs.length))
+    full = replay.record(first, kept=possible, **settings)
+    changed = replay.masks.reach(differs)
+    if not set(changed) <= set(possible):
+        full = replay.record(first, kept=changed, **settings)
+    other = full
+    # A layer may attend to the keys of a lower one, which a patch in between leaves as the base run has them.
+    alike_from = replay.vlm.layers if replay.lenders else max(between, default=0)
+    if changed:
+        needed = touched(cells, masks=replay.masks, changed=changed, frozen=runs.frozen, alike_from=alike_from)
+        other = replay.record_after(
+            full,
+            other_entering[:, list(changed)],
+            changed,
+            frame=frames[1],
+            kept=changed if keep_all else needed,
+            sites=sites,
+            projections=projections,
+        )
+    base, source = (full, other) if first is runs.base else (other, full)
+    replay.follow(frames[0] if first is runs.base else frames[1])
+    return Recorded(full=full, base=base, source=source, changed=changed, alike_from=alike_from)
+
+
+def record_once(replay: Replay, runs: Runs, cells: Sequence[EdgeCell]) -> Recorded:
+    """Return the recorded run in which edges will be cut, with the states of all positions that may change."""
+    settings: dict[str, Any] = {"read": runs.scored}
+    first = min((place for cell in cells for place in cell.cut.targets), default=runs.length)
+    clean = replay.record(runs.base, kept=range(first, runs.length), **settings)
+    if any(mask is not None for mask in replay.masks.layers):  # earlier positions may see the targets as well
+        clean = replay.record(runs.base, kept=range(runs.length), **settings)
+    return Recorded(full=clean, base=clean, source=clean, changed=())
+
+
 class _Sweep:
     """The state of one sweep."""
 
@@ -391,7 +448,7 @@ class _Sweep:
         samples, length, end = self.runs.samples, len(chunk.computed), self.vlm.layers - 1
         read = tuple(place for place in self.runs.scored if place in set(chunk.computed))
         states = self.recorded.base.states[0].new_empty(samples, len(chunk.lanes), length, self.vlm.hidden)
-        own = self._own(chunk)
+        own = self.recorded.own(self.replay, chunk.computed, samples, len(chunk.lanes))
         step, count, active = max(1, tokens // (samples * length)), 0, 0
         for layer in range(chunk.lanes[0].join, end + 1):
             active = count
@@ -408,21 +465,6 @@ class _Sweep:
             lane = chunk.lanes[slot]
             if lane.leader is not None:
                 scores[lane.cell] = scores[chunk.lanes[lane.leader].cell]
-
-    def _own(self, chunk: Chunk) -> Own:
-        """Return what lending layers make of the chunk's states: (sample, lane, head, position, size) by layer.
-
-        It is what they make of the base run's, which holds for a lane until it runs the layer itself.
-        """
-        samples, lanes = self.runs.samples, len(chunk.lanes)
-        recorded = self.replay.own_of(self.recorded.base, chunk.computed)
-        return {
-            layer: cast(
-                tuple[Tensor, Tensor],
-                tuple(part[:, None].expand(samples, lanes, *part.shape[1:]).clone() for part in pair),
-            )
-            for layer, pair in recorded.items()
-        }
 
     def _layer(self, layer: int, chunk: Chunk, part: slice, states: Tensor, own: Own, read: tuple[int, ...]) -> None:
         """Run a layer on some lanes of states (sample, lane, position, hidden); the last one only at read positions."""
