@@ -378,7 +378,7 @@ class VisionLanguageModel:
     def expert_projection(self, layer: int, expert: int | None = None) -> ExpertProjection:
         """Return one routed expert of a layer, or all of them (None), as the linear map that writes their output.
 
-        Its input are the experts' activations times their routing weights, which are zero for tokens that are routed
+        It reads the experts' activations times their routing weights, which are zero for tokens that are routed
         elsewhere. Raises `ModelError` if the layer has no such expert.
         """
         return self.addresses.expert_projection(layer, expert)
