@@ -52,7 +52,7 @@ class Delta:
     """
 
     changes: Mapping[str, WeightChange]
-    """The change of each weight, by parameter name."""
+    """The change of each weight, by parameter name; an expert's slice has its number there, as in "down_proj[5]"."""
     fingerprints: Mapping[str, str]
     """Hash of each touched weight before the edit."""
     model: str

@@ -92,26 +92,10 @@ def to_peft(vlm: VisionLanguageModel, change: LowRank, folder: str | Path) -> Pa
     factors = {name: factors for name, factors in change.factors.items() if factors[1].shape[0]}
     if not factors:
         raise EditError(f"this edit of '{change.model}' changes nothing, and PEFT has no adapters of rank 0")
-    experts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (left, right) in factors.items():
         _check_fits(change, vlm, name, (left.shape[0], right.shape[1]))
-        parameter, number = parameter_of(name)
-        if number is None:
-            pairs[name.removesuffix(".weight")] = right, left
-        else:
-            stored = (left, right) if not vlm.is_transposed(name) else (right.T, left.T)
-            experts.setdefault(parameter, {})[number] = stored
-    stacks = {name: _stacked(vlm.weight(name), slices) for name, slices in experts.items()}
-    modules = pairs | {name.rpartition(".")[0]: stack for name, stack in stacks.items()}
-    tensors = {
-        f"base_model.model.{path}.lora_{part}.weight": factor
-        for path, pair in modules.items()
-        for part, factor in zip("AB", pair, strict=True)
-    }
-    ranks = {path: len(pair[0]) for path, pair in pairs.items()}
-    stacked = {name: len(stack[0]) // len(vlm.weight(name)) for name, stack in stacks.items()}
-    text = json.dumps(_config(change, vlm, ranks, stacked), indent=2) + "\n"
+    tensors, config = _adapter(change, vlm, factors)
+    text = json.dumps(config, indent=2) + "\n"
     try:
         with vlm.one_writer() as is_writing:
             if is_writing:
@@ -261,6 +245,31 @@ def _check_fits(change: LowRank, vlm: VisionLanguageModel, name: str, shape: tup
             f"an edit of '{change.model}' changes {name} of shape {wanted}; in '{vlm.name}' it is {found}; "
             "load the model that was edited"
         )
+
+
+def _adapter(
+    change: LowRank, vlm: VisionLanguageModel, factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the configuration of PEFT's adapter with these factors (left, right) by weight."""
+    slices: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (left, right) in factors.items():
+        parameter, number = parameter_of(name)
+        if number is None:
+            pairs[name.removesuffix(".weight")] = right, left
+        else:
+            stored = (right.T, left.T) if vlm.is_transposed(name) else (left, right)
+            slices.setdefault(parameter, {})[number] = stored
+    stacks = {name: _stacked(vlm.weight(name), each) for name, each in slices.items()}
+    modules = pairs | {name.rpartition(".")[0]: stack for name, stack in stacks.items()}
+    tensors = {
+        f"base_model.model.{path}.lora_{part}.weight": factor
+        for path, pair in modules.items()
+        for part, factor in zip("AB", pair, strict=True)
+    }
+    ranks = {path: len(pair[0]) for path, pair in pairs.items()}
+    stacked = {name: len(stack[0]) // len(vlm.weight(name)) for name, stack in stacks.items()}
+    return tensors, _config(change, vlm, ranks, stacked)
 
 
 def _stacked(weight: Tensor, slices: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -288,9 +288,7 @@ class Replay:
         for number in self._pictures.missing(frame):
             pictures = cast(Tensor, frame.pictures)
             token, job = pictures.new_zeros(len(pictures), 1, self.vlm.hidden), Job()
-            job.own = lambda keys, values: (
-                Segment(keys=keys, values=values),
-            )  # what the token makes of them is unused
+            job.own = lambda keys, values: (Segment(keys=keys, values=values),)  # the token's output is not used
             with torch.no_grad():
                 self._run(number, token, {**self._calls[number].at(slice(0, 1)), ATTENDED: pictures}, job)
             computed[number] = cast(tuple[Tensor, Tensor], job.computed)
