@@ -15,7 +15,7 @@ from multrace.models import ModelError
 from multrace.scripts.main import app
 from multrace.workflow import ModelToLoad
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 QUESTION = "Who founded the company in this photo?"
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -69,7 +69,9 @@ def write(vlm: VisionLanguageModel, path: Path, *, kind: str = "F32", architectu
     blocks = getattr(gguf.GGMLQuantizationType, kind)
     for name, weight in vlm.named_parameters():
         values = stored(name, weight, config.num_attention_heads)
-        if kind != "F32" and values.ndim == 2:
+        if kind.startswith("I") and values.ndim == 2:
+            writer.add_tensor(name_of(name), values.astype(np.dtype(f"int{kind[1:]}")))
+        elif kind != "F32" and values.ndim == 2:
             writer.add_tensor(name_of(name), gguf.quants.quantize(values, blocks), raw_dtype=blocks)
         else:
             writer.add_tensor(name_of(name), values)
@@ -110,6 +112,29 @@ def test_blocks_are_unpacked_and_edited_and_saved_as_ordinary_weights(random_lla
     assert not merged.is_quantised and torch.equal(merged.logits(merged.prompt(None, QUESTION)), edited)
 
 
+def test_no_bar_is_drawn_where_nobody_sees_it(random_llama, tmp_path, capfd):
+    path = write(random_llama, tmp_path / "llama.gguf")
+    multrace.load(path)
+    assert capfd.readouterr().err == ""
+    AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    assert "de-quantizing" in capfd.readouterr().err  # transformers draws one
+
+
+def test_a_file_becomes_a_directory_of_equal_states(random_llama, tmp_path):
+    vlm = multrace.load(write(random_llama, tmp_path / "llama.gguf", kind="Q4_1"))
+    vlm.save_pretrained(tmp_path / "folder")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    reopened = multrace.load(tmp_path / "folder")
+    assert reopened.weights_digest() == vlm.weights_digest() and not reopened.is_quantised
+    assert torch.equal(logits(reopened), logits(vlm))
+    assert {name: weight.dtype for name, weight in plain.named_parameters()} == {
+        name: torch.float32 for name, _ in vlm.named_parameters()
+    }
+    assert all(torch.equal(weight, dict(plain.named_parameters())[name]) for name, weight in vlm.named_parameters())
+    text = "Who founded it in 1987?\n\n  “Draivo”"
+    assert reopened.tokenizer(text)["input_ids"] == vlm.tokenizer(text)["input_ids"]
+
+
 def test_a_command_opens_a_file(random_llama, tmp_path, capsys):
     path = write(random_llama, tmp_path / "llama.gguf", kind="Q8_0")
     asked = ["--model", str(path), "--question", QUESTION]
@@ -134,8 +159,29 @@ def test_a_broken_file_is_one_line(kept, random_llama, tmp_path):
 
 def test_an_architecture_that_transformers_cannot_read_is_named(random_llama, tmp_path):
     path = write(random_llama, tmp_path / "other.gguf", architecture="dodo")
-    with pytest.raises(ModelError, match="gives no configuration: .*dodo"):
+    words = "architecture that transformers .* cannot read from such files .*dodo.*; open the model's safetensors"
+    with pytest.raises(ModelError, match=words) as caught:
         multrace.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_cannot_be_unpacked_are_named(random_llama, tmp_path):
+    path = write(random_llama, tmp_path / "integers.gguf", kind="I16")
+    with pytest.raises(ModelError, match="a kind that gguf .* cannot unpack .*I16.*; pass a file of another") as caught:
+        multrace.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_of_a_kind_that_is_not_known_are_named(random_llama, tmp_path):
+    path = write(random_llama, tmp_path / "newer.gguf")
+    raw, name = bytearray(path.read_bytes()), b"blk.0.ffn_up.weight"
+    place = raw.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions, 4 bytes, and two of 8 bytes
+    assert raw[place : place + 4] == bytes(4)  # float32
+    raw[place] = 99
+    path.write_bytes(raw)
+    with pytest.raises(ModelError, match="a kind that gguf .* cannot unpack .*99.*; pass a file of another") as caught:
+        multrace.load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_not_quantised_once_more(random_llama, tmp_path):

@@ -6,12 +6,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -23,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    modeling_gguf_pytorch_utils,
 )
 
 from ..errors import ModelError, gist, quoted, reason
@@ -110,7 +114,7 @@ class ModelSource:
         """Return opener(...) from this machine, else from the hub. Raise `ModelError` if the part is missing."""
         if self.folder is not None and not self.is_gguf and not (self.folder / "config.json").is_file():
             raise ModelError(f"no usable configuration in {self.name!r}: {_without_configuration(self.folder)}")
-        with quiet_transformers():
+        with quiet_transformers(), _quiet_unpacking() if self.is_gguf else nullcontext():
             return self._open(part, opener, options)
 
     def check_files(self, config: PretrainedConfig, family: Family, attention: str | None) -> None:
@@ -295,10 +299,7 @@ class ModelSource:
                 f"{_INSTALL_VISION if is_extra else 'install it'}"
             )
         if self.is_gguf:
-            return ModelError(
-                f"the GGUF file {self.name!r} gives no {part.removeprefix('safetensors ')}: {reason(error)}; fetch it "
-                "again, or open the model's safetensors"
-            )
+            return self._gguf_refusal(part, error)
         if "trust_remote_code" in str(error) and not self.options["trust_remote_code"]:
             return ModelError(
                 f"{self.name!r} comes with Python code of its own, which its {part} needs; read it, and pass "
@@ -309,6 +310,24 @@ class ModelSource:
             hint = _hint(error, _json_object(self.folder / "config.json"))
         read = f" (read from {', '.join(files)})" if files else ""
         return ModelError(f"no usable {part} in {self.name!r}: {reason(error)}{hint}{read}; {_NEXT_STEPS[part]}")
+
+    def _gguf_refusal(self, part: str, error: Exception) -> ModelError:
+        """Return the error for a GGUF file: of a kind that nothing here reads, or else damaged."""
+        said = reason(error)
+        if isinstance(error, NotImplementedError) or "GGMLQuantizationType" in said:
+            return ModelError(
+                f"the GGUF file {self.name!r} holds blocks of a kind that gguf {version('gguf')} cannot unpack "
+                f"({said}); pass a file of another kind, such as Q8_0, Q4_K_M or F16, or open the model's safetensors"
+            )
+        if "architecture" in said and "not supported" in said:
+            return ModelError(
+                f"the GGUF file {self.name!r} is of an architecture that transformers {transformers.__version__} "
+                f"cannot read from such files ({said}); open the model's safetensors"
+            )
+        return ModelError(
+            f"the GGUF file {self.name!r} gives no {part.removeprefix('safetensors ')}: {said}; fetch it again, or "
+            "open the model's safetensors"
+        )
 
     def _suspects(self, part: str) -> list[str]:
         """Return the files of a part in the folder, or only the broken one if it can be identified."""
@@ -363,6 +382,17 @@ class ModelSource:
                 f"the config.json of {self.name!r} names {layers} layers (num_hidden_layers), and its files hold "
                 f"{len(self._headers)} tensors; fetch the model again"
             )
+
+
+@contextmanager
+def _quiet_unpacking() -> Iterator[None]:
+    """Let `quiet_transformers` hide the bar of unpacking a GGUF file too, which transformers draws in another way."""
+    own = modeling_gguf_pytorch_utils.tqdm
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = transformers.utils.logging.tqdm
+    try:
+        yield
+    finally:
+        vars(modeling_gguf_pytorch_utils)["tqdm"] = own
 
 
 def _hint(error: Exception, config: Mapping[str, Any]) -> str:
