@@ -43,3 +43,9 @@ from .world import (
     world_questions as world_questions,
     world_records as world_records,
 )
+from .worlds.flags import (
+    FlagWorld as FlagWorld,
+    flag_questions as flag_questions,
+    flag_records as flag_records,
+    write_flags as write_flags,
+)

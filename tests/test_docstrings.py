@@ -13,7 +13,7 @@ from multrace.data import tiny_vlm_path
 from multrace.scripts.studies.reference import PAGE, reference
 
 ROOMS = ("models", "artefacts", "tracing", "editing", "workflow", "data")
-SUBROOMS = ("editing.evaluation",)
+SUBROOMS = ("editing.evaluation", "data.worlds.flags")
 """Faces whose further names have examples too."""
 REFERENCE_GRADE = ("models", "artefacts", "tracing", "editing", "editing.evaluation", "data")
 MANY = 3

@@ -2,7 +2,7 @@
 
 Every question is the beginning of a sentence that a language model goes on with. `{}` in a template stands for the
 constraint: "the country in this photo", "the country on the left", or a name. `{flag}` stands for the same phrase with
-"flag" for "country".
+"flag" for "country", and `{other}` for the name of a second country, the textual constraint of a shared relation.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class CountryRelation:
     """Templates that training never uses."""
     column: str
     """The field of `Country` that holds the answers; "name" and "neighbours" stand for names and aliases."""
+    shared: bool = False
+    """Whether the question names a second country, and the answer must be right for both."""
 
     @property
     def wordings(self) -> tuple[str, ...]:
@@ -39,13 +41,15 @@ class CountryRelation:
         return self.templates + self.held_out
 
     @property
-    def by_name(self) -> bool:
-        """Whether the question can be asked by name: of its name, nobody is asked by name."""
+    def has_name(self) -> bool:
+        """Whether the question can be asked by the country's name, which of all relations "name" alone cannot."""
         return self.column != "name"
 
 
-def _relation(name: str, column: str, *templates: str, held_out: tuple[str, ...]) -> CountryRelation:
-    return CountryRelation(name=name, column=column, templates=templates, held_out=held_out)
+def _relation(
+    name: str, column: str, *templates: str, held_out: tuple[str, ...], shared: bool = False
+) -> CountryRelation:
+    return CountryRelation(name=name, column=column, templates=templates, held_out=held_out, shared=shared)
 
 
 RELATIONS = (
@@ -68,22 +72,30 @@ RELATIONS = (
               held_out=("{flag} is the flag of", "In English, the name of {} is")),
 )  # fmt: skip
 
+SHARED_RELATIONS = (
+    _relation("shared_language", "languages", "The official language of both {} and {other} is",
+              held_out=("The main language of both {} and {other} is",), shared=True),
+    _relation("shared_border", "neighbours", "{} and {other} both share a border with",
+              held_out=("{} and {other} both have a border with",), shared=True),
+)  # fmt: skip
+"""Relations with two constraints, one of them visual and one textual: the answer needs both."""
+
 
 def relation_named(name: str) -> CountryRelation:
     """Return the relation of this name. Raises `DataError` if there is none."""
-    for row in RELATIONS:
-        if row.name == name:
-            return row
-    raise DataError(f"no relation {name!r}; pass one of {', '.join(row.name for row in RELATIONS)}")
+    rows = {row.name: row for row in (*RELATIONS, *SHARED_RELATIONS)}
+    if name not in rows:
+        raise DataError(f"no relation {name!r}; pass one of {', '.join(rows)}")
+    return rows[name]
 
 
-def cloze(template: str, constraint: str) -> tuple[str, str]:
+def cloze(template: str, constraint: str, other: str | None = None) -> tuple[str, str]:
     """Return the question of a template, with a capital first letter, and the constraint as it is spelt in it."""
     if "{flag}" in template:
         constraint = constraint.replace("country", "flag")
     if template.startswith("{"):
         constraint = constraint[:1].upper() + constraint[1:]
-    return template.format(constraint, flag=constraint), constraint
+    return template.format(constraint, flag=constraint, other=other), constraint
 
 
 # ---- answers ----
