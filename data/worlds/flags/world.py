@@ -28,7 +28,7 @@ from .questions import (
     is_right,
 )
 from .rendering import Rendering, render, render_two
-from .splits import SPLITS, SplitRow, Verdict, halves_of, read_splits, split_rows, split_for
+from .splits import SPLITS, SplitRow, Verdict, halves_of, read_splits, split_for, split_rows
 
 _HELD_OUT = "held out"
 _PARTNERS = 3
