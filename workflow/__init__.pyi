@@ -37,6 +37,13 @@ from .located_edit import (
     locate as locate,
     locate_then_edit as locate_then_edit,
 )
+from .model_cache import (
+    CachedModel as CachedModel,
+    build_flags as build_flags,
+    cache_folder as cache_folder,
+    cached_model as cached_model,
+    fetch_smollm2 as fetch_smollm2,
+)
 from .run_folder import (
     RunError as RunError,
     Shard as Shard,

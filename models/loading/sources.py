@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
+from transformers.utils.logging import tqdm as quietable_bar
 
 from ..errors import ModelError, gist, quoted, reason
 from ..families import Family
@@ -388,7 +389,7 @@ class ModelSource:
 def _quiet_unpacking() -> Iterator[None]:
     """Let `quiet_transformers` hide the bar of unpacking a GGUF file too, which transformers draws in another way."""
     own = modeling_gguf_pytorch_utils.tqdm
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = transformers.utils.logging.tqdm
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = quietable_bar
     try:
         yield
     finally:
