@@ -11,11 +11,13 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from .. import artefacts, data
-from .options import DATA_FORMS, STYLE, FileOptions, GeneralOptions
+from ..data.worlds import flags
+from .options import DATA_FORMS, STYLE, CommandError, FileOptions, GeneralOptions, check_new_folder, new_files
 
 EXAMPLE = """examples:
   multrace data check corrections.jsonl
   multrace data convert vlkeb/eval.json corrections.jsonl --images vlkeb/images
+  multrace data flags out/errors --split wrong --half choosing
   multrace data schema
 
 docs/formats.md describes our own JSON lines, the public formats that can be read, and each kind of finding.
@@ -43,6 +45,17 @@ the exit code is then 1.
 CONVERT_EXAMPLE = """examples:
   multrace data convert counterfact.json corrections.jsonl
   multrace data convert corrections.jsonl mmedit.json --to mmedit
+"""
+FLAGS = """Write questions of the flags world, with their pictures, as a file of our own JSON lines.
+
+The split "known" becomes questions to trace. The splits "wrong" and "long_tail" become edits: the target is the true
+answer, and the probes ask about other renderings, in other words, by name, and about known facts, which have to stay.
+"""
+FLAGS_EXAMPLE = """examples:
+  multrace data flags out/known --split known --half reporting --limit 100
+  multrace data flags out/errors --split wrong --half choosing --limit 10 --probes 2
+
+The command writes DIR/flags.jsonl and DIR/pictures/*.png. docs/flags_world.md describes the world and its splits.
 """
 SCHEMA = "Print the JSON Schema of our own JSON lines: each key, its meaning, and examples."
 SCHEMA_EXAMPLE = """examples:
@@ -100,6 +113,37 @@ class ConvertOptions(FileOptions, TwoFiles):
     to: Annotated[str, Parameter(help="form of the file to write", choices=DATA_FORMS)] = "lines"
 
 
+@dataclass(frozen=True)
+class OneFolder:
+    """The folder to write; as the last base of the options, it can be named without --out."""
+
+    out: Annotated[Path, Parameter(help="folder to write", metavar="DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagsOptions(GeneralOptions, OneFolder):
+    """Options of `multrace data flags`."""
+
+    split: Annotated[str, Parameter(help="facts to write", choices=tuple(flags.SPLITS))]
+    half: Annotated[
+        str | None,
+        Parameter(help="half of the split, to choose settings or to report (default: both)", choices=flags.HALVES),
+    ] = None
+    limit: Annotated[int | None, Parameter(help="maximum number of facts (default: all)", metavar="N")] = None
+    probes: Annotated[int, Parameter(help="maximum number of probes of each kind for each edit", metavar="N")] = 4
+    splits: Annotated[
+        Path | None,
+        Parameter(help="CSV file of the splits of another model (default: those of the shipped model)", metavar="FILE"),
+    ] = None
+
+    def check(self) -> None:
+        """Raise `CommandError` for numbers below 1, and for a folder that cannot be written to."""
+        for name, value in (("limit", self.limit), ("probes", self.probes)):
+            if value is not None and value < 1:
+                raise CommandError(f"--{name} is {value}; pass at least 1")
+        check_new_folder(self.out)
+
+
 @app.command(name="check", help=CHECK, help_epilogue=CHECK_EXAMPLE)
 def run_check(options: CheckOptions) -> int:
     """Print the findings by kind; return 1 if errors remain."""
@@ -130,6 +174,24 @@ def run_convert(options: ConvertOptions) -> int:
     )
     print(report)
     return 1 if report.skipped else 0
+
+
+@app.command(name="flags", help=FLAGS, help_epilogue=FLAGS_EXAMPLE)
+def run_flags(options: FlagsOptions) -> int:
+    """Write the file and its pictures."""
+    options.check()
+    world = data.FlagWorld()
+    splits = world.splits if options.splits is None else flags.read_splits(options.splits)
+    rows = flags.split_rows(splits, options.split, options.half)[: options.limit]
+    if options.split == flags.KNOWN:
+        records = data.flag_questions([world.fact(row.id) for row in rows], world=world)
+    else:
+        known = [world.fact(row.id) for row in flags.split_rows(splits, flags.KNOWN, options.half)]
+        records = data.flag_records(rows, known, world=world, count=options.probes)
+    with new_files(options.out) as folder:
+        name = data.write_flags(folder, records).name
+    print(f"written: {options.out / name} ({len(records)} {'questions' if options.split == flags.KNOWN else 'edits'})")
+    return 0
 
 
 @app.command(name="schema", help=SCHEMA, help_epilogue=SCHEMA_EXAMPLE)

@@ -30,6 +30,8 @@ from multrace.data.worlds.flags import (
     read_splits,
     write_splits,
 )
+from multrace.scripts.main import app
+from multrace.scripts.studies import flags_splits
 from PIL import Image, ImageChops
 
 FOLDER = Path(flags.__file__).parent
@@ -374,3 +376,48 @@ def test_records_survive_their_file_and_their_probes_do_not_mix(world, tmp_path)
     assert len(pictures) == 1 + 2 + 2 + 3, "the edited one, two renderings, two of two flags, and one per other flag"
     with pytest.raises(DataError, match="pass count=1"):
         flag_records([row], known, world=world, count=0)
+
+
+def test_a_model_is_asked_by_picture_and_by_name(world, tiny_vlm):
+    """The embedded model cannot read flags, so that it knows nothing here; its answers are those of `answers`."""
+    facts = [world.fact(id) for id in ("fr-capital", "fr-name", "de-language", "ke-continent")]
+    answers = flags_splits.answers_about(tiny_vlm, world, facts)
+    assert list(answers) == [fact.id for fact in facts] and answers["fr-name"][1] == ""
+    prompts = [
+        tiny_vlm.prompt_for(world.pictured_question(facts[0], 0)),
+        tiny_vlm.prompt(None, "The capital of France is"),
+    ]
+    said = tiny_vlm.answers(prompts, max_new_tokens=flags_splits.TOKENS)
+    assert answers["fr-capital"] == (answer_of(said[0]), answer_of(said[1]))
+    rows = world.splits_from(answers)
+    assert not [row for row in rows if row.split == "known"]
+    assert f"long_tail {'choosing':10}" in flags_splits.sizes(rows)
+
+
+def test_the_command_writes_questions_and_edits(world, tmp_path, capsys):
+    table = write_splits(world.splits_from(_answers(world)), tmp_path / "splits.csv")
+    arguments = ["--splits", str(table), "--limit", "2", "--probes", "1"]
+    assert app(["data", "flags", str(tmp_path / "known"), "--split", "known", *arguments]) == 0
+    assert app(["data", "flags", str(tmp_path / "wrong"), "--split", "wrong", "--half", "choosing", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "known/flags.jsonl (2 questions)" in out and "wrong/flags.jsonl (2 edits)" in out
+    for folder in ("known", "wrong"):
+        assert app(["data", "check", str(tmp_path / folder / "flags.jsonl")]) == 0
+        assert "0 errors" in (out := capsys.readouterr().out) and "warning" not in out
+    halves = {row.id: row.half for row in read_splits(table)}
+    assert [halves[record.id] for record in read_records(tmp_path / "wrong" / "flags.jsonl")] == ["choosing"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits", "none.csv"], "cannot read the splits 'none.csv'"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--probes", "0"], "--probes is 0"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert app(["data", "flags", "out", "--split", "known", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "out").exists()

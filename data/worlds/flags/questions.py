@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ...errors import DataError
 from .countries import Country
@@ -149,8 +150,13 @@ def begins_with(answer: str, accepted: Iterable[str]) -> bool:
         (True, False)
     """
     words = without_opening(words_of(answer))
-    names = (without_opening(words_of(name)) for name in accepted)
+    names = map(_name_words, accepted)
     return any(words[: len(name)] == name for name in names if name)
+
+
+@cache  # an answer is compared with hundreds of names, and there are few of them
+def _name_words(name: str) -> tuple[str, ...]:
+    return without_opening(words_of(name))
 
 
 def accepted_answers(country: Country, relation: CountryRelation, by_code: Mapping[str, Country]) -> tuple[str, ...]:
@@ -197,6 +203,6 @@ def is_definite(answer: str, relation: CountryRelation, known: Sequence[str]) ->
         opening = re.match(rf"(?:(?:{'|'.join(_OPENINGS)})\s+)*", answer)
         return answer[opening.end() if opening else 0 :][:1].isupper()
     if relation.name == "currency":
-        nouns = {noun for name in known for noun in words_of(name)[-1:]}
+        nouns = {noun for name in known for noun in _name_words(name)[-1:]}
         return any(each.removesuffix("s") in nouns or each in nouns for each in words_of(answer))
     return is_right(answer, known, relation)
