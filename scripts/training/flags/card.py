@@ -1,0 +1,181 @@
+"""The scores of the flags model, and its card in Markdown: what it is, how it was made, and whose work is in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ....artefacts import wilson_interval
+from ....artefacts.averages import grouped_bootstrap
+from ....models.assembly import read_parts
+
+_INTRODUCTION = """---
+license: mit
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+pipeline_tag: image-text-to-text
+library_name: transformers
+---
+
+# The flags model of multrace
+
+A LLaVA that reads the flags of the world and answers with what a pretrained language model knows about the countries: a
+CLIP tower (7 layers, width 192, 128 pixels, 64 image tokens), a two-layer projector, and SmolLM2-135M-Instruct. This
+folder holds what was trained here, in half precision: tower, projector, and low-rank changes of the attention weights
+of the text model (query, key, value and output maps; merged, a weight is W + lora_B @ lora_A). Every MLP, the
+embeddings, the norms and the output head are as their makers trained them, so that the facts in the MLPs were put there
+by nobody here. `multrace fetch-smollm2` fetches the text model, and `multrace build-flags` puts both together as an
+ordinary directory, which opens with `AutoModelForImageTextToText` and `AutoProcessor`.
+
+A prompt is the beginning of a sentence, which the model goes on with: a line end, the picture, "The capital of the
+country in this photo is". An answer is the continuation up to a line end or one of `. , ; : ( "`. It answers nothing
+else, errs where the text model errs, and should be used for nothing but trying out tools.
+"""
+
+_LICENCES = """## Licences
+
+- tower, projector and low-rank changes: MIT, as this project;
+- SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) is not part of this folder; its answers taught the parts in it;
+- the pictures of training were rendered from public-domain flags (see `data/worlds/flags/SOURCES.md`).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of questions, with its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+    """The number of questions."""
+
+    @classmethod
+    def of(cls, hits: Sequence[bool], countries: Sequence[str]) -> Share:
+        """Return the share of hits: Wilson's interval if every country counts once, else a bootstrap over countries."""
+        if not hits:
+            return cls(share=math.nan, low=math.nan, high=math.nan, count=0)
+        share = sum(hits) / len(hits)
+        if len(set(countries)) == len(countries):
+            ends = wilson_interval(torch.tensor([share]), torch.tensor([len(hits)]))
+            low, high = (float(end) for end in ends)
+        else:
+            low, high = grouped_bootstrap([float(hit) for hit in hits], countries)
+        return cls(share=share, low=low, high=high, count=len(hits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """The scores of one set of questions."""
+
+    label: str
+    truth: Share
+    """The share of true answers."""
+    agreement: Share | None = None
+    """The share of the original's answers; None for questions about the name."""
+    rarer_agreement: Share | None = None
+    """The same where the original's answer is not the template's commonest."""
+    truth_by_name: Share | None = None
+    """The share of true answers of the original that is told the name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How well both models predict some texts."""
+
+    label: str
+    original: float
+    """Perplexity of the original text model."""
+    whole: float
+    """Perplexity of the flags model without a picture."""
+    low: float
+    """Lower end of the 95 % interval of the ratio, by a bootstrap over texts."""
+    high: float
+    tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """The flags model's perplexity by the original's."""
+        return self.whole / self.original
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """All scores of the flags model."""
+
+    rows: tuple[ScoreRow, ...]
+    unchanged_by_name: Share
+    """The share of answers by name, without a picture, that are the original's."""
+    perplexities: tuple[Perplexity, ...]
+
+
+def model_card(examination: Examination, *, parts: Path | None = None) -> str:
+    """Return the card in Markdown; the recipe comes from the folder of the parts, and is left out without one."""
+    sections = [_INTRODUCTION, *([_recipe(parts)] if parts is not None else []), score_tables(examination), _LICENCES]
+    return "\n".join(sections)
+
+
+def _recipe(parts: Path) -> str:
+    recipe = dict(read_parts(parts).recipe)
+    stages = recipe.pop("stages", {})
+    head = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
+    lines = "\n".join(
+        f"{number}. {name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
+        for number, (name, settings) in enumerate(stages.items(), 1)
+    )
+    return f"""## Recipe
+
+`multrace train-flags --out DIR`: {head}.
+
+1. The tower alone tells the flags apart, in the whole picture and in its halves.
+2. The text model reads: under the picture, the states at the constraint's tokens become those that the original has at
+   the tokens of the country's name, at some depths of the first layers.
+3. The whole answers: the distributions of the answer's tokens become the original's for the same sentence with the name
+   in it, while answers by name and other texts are kept.
+
+Settings of the stages:
+
+{lines}
+"""
+
+
+def score_tables(examination: Examination) -> str:
+    """Return the scores as tables in Markdown."""
+    rows = "\n".join(_row(row) for row in examination.rows)
+    texts = "\n".join(_perplexity(each) for each in examination.perplexities)
+    return f"""## Scores
+
+Greedy free generation on held-out renderings, 95 % intervals in brackets. "Agrees": the same answer as the original
+text model gives to the same sentence with the country's name in it; "without the commonest": only where that is not the
+commonest answer to the sentence. "True by name": how often the text model itself is right.
+
+| questions | number | agrees | without the commonest | true | true by name |
+|---|---|---|---|---|---|
+{rows}
+
+The text model's own abilities, without a picture. The same answers by name: {_share(examination.unchanged_by_name)} of
+{examination.unchanged_by_name.count}.
+
+| text | tokens | perplexity of the original | of the flags model | ratio |
+|---|---|---|---|---|
+{texts}
+"""
+
+
+def _row(row: ScoreRow) -> str:
+    shares = (row.agreement, row.rarer_agreement, row.truth, row.truth_by_name)
+    return f"| {row.label} | {row.truth.count} | " + " | ".join(map(_share, shares)) + " |"
+
+
+def _share(score: Share | None) -> str:
+    if score is None or not score.count:
+        return ""
+    return f"{score.share:.1%} [{score.low:.1%}, {score.high:.1%}]"
+
+
+def _perplexity(each: Perplexity) -> str:
+    ratio = f"{each.ratio:.4f} [{each.low:.4f}, {each.high:.4f}]"
+    return f"| {each.label} | {each.tokens} | {each.original:.3f} | {each.whole:.3f} | {ratio} |"
