@@ -62,8 +62,9 @@ PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_guide_has_options_that_exist(page: Path):
-    blocks = re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "multrace " in line]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if "multrace " in line]
     assert lines
     for line in lines:
         arguments = shlex.split(line[line.index("multrace ") :])[1:]

