@@ -92,11 +92,13 @@ def test_the_last_token_after_the_last_layer_brings_everything_back(measured: Me
 
 def test_the_constraint_carries_what_the_picture_said(measured: Measured):
     """The embedded model was trained so that its first three layers bring it there, and nothing reads it later."""
-    swap = measured.results["swap"]
-    constraint, image = (swap["kinds"]["hidden"]["effect"][swap["rows"].index(row)] for row in ("constraint", "image"))
+    swap, picture = measured.results["swap"], measured.results["picture"]
+    constraint = swap["kinds"]["hidden"]["effect"][swap["rows"].index("constraint")]
+    (image,) = picture["kinds"]["hidden"]["effect"]
     assert constraint[2] > 0.8 * swap["total"][0] and abs(image[2]) < 0.05 * swap["total"][0]
     assert constraint[-1] == image[-1] == 0
-    assert "image" not in measured.results["noise"]["rows"]
+    assert picture["total"] == swap["total"]
+    assert "From layer 0 on, they bring back less than half of it" in _page({"picture": picture})
 
 
 def test_peaks_are_chosen_on_one_half_and_read_on_the_other(measured: Measured):

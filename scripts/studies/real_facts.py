@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from ...artefacts import write_whole
 from ...data import EditRecord, Question, read_data
-from ...data.worlds.flags import CountryFact, FlagWorld, answer_of, begins_with, generator_of
+from ...data.worlds.flags import HALVES, CountryFact, FlagWorld, answer_of, begins_with, generator_of
 from ...models import VisionLanguageModel
 from ...workflow import Analysis, Outcome, Summary, Task, question_of_record
 
@@ -22,8 +22,7 @@ TEMPLATE = "\n{question}"
 """The prompt of a question to the text model: a line end comes first, since position 0 is an attention sink."""
 RELATIONS = ("capital", "language", "continent", "currency")
 """The relations that the study asks about."""
-CHOOSING, REPORTING = "choosing", "reporting"
-HALVES = (CHOOSING, REPORTING)
+CHOOSING, REPORTING = HALVES
 """Settings are chosen on the facts of the first half of the countries, and all reported numbers are of the second."""
 PICTURE, OTHER_PICTURE = 0, 1
 """The held-out renderings of a flag: the one that is asked about, and the one that replaces another country's."""

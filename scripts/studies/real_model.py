@@ -39,7 +39,7 @@ The program keeps each record in OUT/runs as soon as it is there, and goes on wh
 OUT/results.json, and the page with its figures.
 """
 LAYOUT = "multrace real model 1"
-PARTS = ("rome", "swap", "noise", "noise by name", "flows", "emergence", "tokens", "cliff", "failure")
+PARTS = ("rome", "swap", "picture", "noise", "noise by name", "flows", "emergence", "tokens", "cliff", "failure")
 """The parts of the study in their order, by the names of their folders."""
 LONGEST = 11
 """Longest prompt of a CounterFact statement in tokens, its line end included; the cost grows with the square."""
@@ -188,12 +188,20 @@ class PictureStudy:
         return {"model": model, "answers": numbers.answer_numbers(rows)}
 
     def measure(self, part: str) -> dict[str, Any]:
-        """Return the numbers of a part, whose runs on both halves go on where they were stopped."""
+        """Return the numbers of a part, whose runs on both halves go on where they were stopped.
+
+        Raises `CommandError` if the model knows nothing in one half.
+        """
         source = {"noise by name": self.named, "failure": self.asked}.get(part, self.known)
         right = None if part == "failure" else True  # errors are needed where failure is predicted
         folders = {}
         for half, limit in self.limits.items():
             records = facts.of_half(source, half, limit if right else sum(self.limits.values()), right=right)
+            if not records:
+                raise CommandError(
+                    f"the model knows none of the {len(source)} facts that it was asked about in the {half} half; ask "
+                    "more of them (--asked), or study another model"
+                )
             folders[half] = self.runs / part / half
             run_analysis(self.vlm, self._analysis(part), enumerate(records, 1), folders[half])
         return self._numbers(part, folders)
@@ -202,6 +210,7 @@ class PictureStudy:
         cut = max(1, round(self.vlm.layers * CUT / CUT_LAYERS))
         return {
             "swap": SwapTrace(window=WINDOW),
+            "picture": SwapTrace(window=WINDOW, groups=("image",), tokens=False, sites=("hidden",)),
             "noise": SubjectTrace(window=WINDOW),
             "noise by name": SubjectTrace(window=WINDOW),
             "flows": Flows(windows=tuple(dict.fromkeys((1, cut)))),
@@ -212,7 +221,7 @@ class PictureStudy:
         }[part]
 
     def _numbers(self, part: str, folders: numbers.Halves) -> dict[str, Any]:
-        if part in ("swap", "noise", "noise by name"):
+        if part in ("swap", "picture", "noise", "noise by name"):
             return numbers.trace_numbers(folders[REPORTING], folders[CHOOSING])
         if part == "flows":
             return numbers.flow_numbers(folders)

@@ -14,7 +14,7 @@ Results = Mapping[str, Any]
 Row = Sequence[float | None]
 """Value, low and high of its 95 % interval, and the number of facts."""
 _LAST = "last constraint token"
-_WORDS = {"constraint": "all words of the constraint", "image": "all image tokens"}
+_WORDS = {"constraint": "all words of the constraint"}
 _HEADER = """# What is found in a real model
 
 Made by `python -m multrace.scripts.studies.real_model`. The model is a LLaVA over SmolLM2-135M-Instruct: its MLPs
@@ -43,6 +43,7 @@ def page(results: Results, figures: Mapping[str, str]) -> str:
     sections: dict[str, Callable[[Results], Iterator[str]]] = {
         "answers": _answers,
         **dict.fromkeys(TRACES, _trace),
+        "picture": _picture,
         "flows": _flows,
         "emergence": _emergence,
         "tokens": _tokens,
@@ -64,6 +65,7 @@ def page(results: Results, figures: Mapping[str, str]) -> str:
 _TITLES = {
     "answers": "What it answers",
     **TRACES,
+    "picture": "How long the image tokens carry it",
     "flows": "Where the picture's information travels",
     "emergence": "When the answer appears",
     "tokens": "Which image tokens feed the constraint",
@@ -130,6 +132,20 @@ def _trace(part: Results) -> Iterator[str]:
     chosen = "the same facts" if part["chosen_on"] is None else f"{part['chosen_on']} other facts"
     yield f"Indirect effect at the strongest layer, which was chosen on {chosen}:\n"
     yield from _table(["restored at", *kinds], rows)
+
+
+def _picture(part: Results) -> Iterator[str]:
+    cells, layers = part["kinds"]["hidden"], part["layers"]
+    total, effects = part["total"][0], cells["effect"][0]
+    late = [layer for layer, effect in enumerate(effects) if effect < total / 2]
+    yield (
+        f"Another country's flag, and the states of all image tokens restored after one layer; mean over "
+        f"{part['count']} facts, total effect {_effect(part['total'])}. From layer {late[0] if late else 'none'} on, they "
+        "bring back less than half of it: by then the words have read the picture.\n"
+    )
+    shown = sorted({round((layers - 1) * step / 6) for step in range(7)})
+    rows = [[_effect([cells[key][0][layer] for key in ("effect", "low", "high")]) for layer in shown]]
+    yield from _table([f"layer {layer}" for layer in shown], rows)
 
 
 def _flows(part: Results) -> Iterator[str]:

@@ -15,6 +15,7 @@ from ...data import Question
 from ...models import Prompt, VisionLanguageModel
 from ...tracing import CausalTrace, Corruption, Engine, TextNoise, TraceError, causal_trace, parse_corruption
 from ...tracing.corruptions.kinds import corruption_pictures
+from ...tracing.engine.cells import KINDS
 from ...workflow import Analysis, Outcome, RunningAverage, Summary, Task, question_of_record
 
 ROME_WINDOW, ROME_LAYERS = 10, 48
@@ -93,15 +94,18 @@ class SubjectTrace(Analysis):
 
 @dataclass(frozen=True, kw_only=True)
 class SwapTrace(Analysis):
-    """A causal trace of each fact under the picture that the question names as its corruption (`swap:PATH`).
-
-    Besides the rows of ROME there are two for whole groups: the picture's tokens, and those of the constraint.
-    """
+    """A causal trace of each fact under the picture that the question names as its corruption (`swap:PATH`)."""
 
     name: ClassVar[str] = "swap trace"
 
     window: int
     """Number of MLP or attention layers that are restored together."""
+    groups: tuple[str, ...] = ("constraint",)
+    """Token groups that are restored as a whole."""
+    tokens: bool = True
+    """Whether there are ROME's rows of single tokens, too."""
+    sites: tuple[str, ...] = KINDS
+    """Kinds of sites."""
     checks: int = 0
     """Number of cells of each trace that the engine computes again as a check."""
 
@@ -117,8 +121,8 @@ class SwapTrace(Analysis):
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the trace of one fact."""
         question = question_of_record(task.record)
-        rows = ("image", "constraint")
-        return _traced(vlm, question, _swap(question), rows, window=self.window, checks=self.checks)
+        places = {"groups": self.groups, "tokens": self.tokens, "sites": self.sites}
+        return _traced(vlm, question, _swap(question), window=self.window, checks=self.checks, **places)
 
     def summary(self) -> Summary:
         """Return the average of all traces."""
@@ -133,19 +137,22 @@ def _traced(
     vlm: VisionLanguageModel,
     question: Question,
     corruption: Corruption,
-    groups: Sequence[str] = (),
     *,
     window: int,
     checks: int,
+    groups: Sequence[str] = (),
+    tokens: bool = True,
+    sites: Sequence[str] = KINDS,
 ) -> Outcome:
-    """Return the trace of one question in ROME's rows and these groups, scored by the model's own first token."""
+    """Return the trace of one question in these groups and ROME's rows, scored by the model's own first token."""
     prompt = vlm.prompt_for(question)
     trace = causal_trace(
         vlm,
         prompt,
         corruption=corruption,
+        sites=sites,
         window=window,
-        positions=(*groups, *token_places(prompt)),
+        positions=(*groups, *(token_places(prompt) if tokens else ())),
         even_if_weak=True,
         engine=Engine(checks=checks),
         progress=False,
