@@ -137,10 +137,10 @@ def _trace(part: Results) -> Iterator[str]:
 def _picture(part: Results) -> Iterator[str]:
     cells, layers = part["kinds"]["hidden"], part["layers"]
     total, effects = part["total"][0], cells["effect"][0]
-    late = [layer for layer, effect in enumerate(effects) if effect < total / 2]
+    late = next((layer for layer, effect in enumerate(effects) if effect < total / 2), "none")
     yield (
         f"Another country's flag, and the states of all image tokens restored after one layer; mean over "
-        f"{part['count']} facts, total effect {_effect(part['total'])}. From layer {late[0] if late else 'none'} on, they "
+        f"{part['count']} facts, total effect {_effect(part['total'])}. From layer {late} on, they "
         "bring back less than half of it: by then the words have read the picture.\n"
     )
     shown = sorted({round((layers - 1) * step / 6) for step in range(7)})
