@@ -250,7 +250,7 @@ def _failure(part: Results) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class PublishedFinding:
     """A published finding, and how it is judged here."""
 
     claim: str
@@ -389,61 +389,61 @@ def _rome_late(results: Results) -> tuple[str, str]:
 
 
 FINDINGS = (
-    Finding(
+    PublishedFinding(
         claim="MLPs of middle layers at the last subject token store facts (GPT-2 XL: 6.6 of 18.6 %, attention 1.6)",
         source="arXiv 2202.05262",
         needs=("rome",),
         judge=_rome_site,
     ),
-    Finding(
+    PublishedFinding(
         claim="attention in late layers at the last token brings the answer back",
         source="arXiv 2202.05262",
         needs=("rome",),
         judge=_rome_late,
     ),
-    Finding(
+    PublishedFinding(
         claim="MLPs of layers 1 to 4 of 32 at the visual constraint are causal (LLaVA-7B, words corrupted)",
         source="arXiv 2406.04236",
         needs=("noise",),
         judge=_early_mlps,
     ),
-    Finding(
+    PublishedFinding(
         claim="these are earlier than in the same language model without pictures (layers 4 to 7)",
         source="arXiv 2406.04236",
         needs=("noise", "noise by name"),
         judge=_earlier_than_by_name,
     ),
-    Finding(
+    PublishedFinding(
         claim="the constraint reaches the last token through attention in the middle (layers 16 and 17 of 32)",
         source="arXiv 2406.04236",
         needs=("flows",),
         judge=_middle_attention,
     ),
-    Finding(
+    PublishedFinding(
         claim="a small and consistent subset of image tokens, the last 36 of 576, feeds the constraint",
         source="arXiv 2406.04236",
         needs=("tokens",),
         judge=_small_subset,
     ),
-    Finding(
+    PublishedFinding(
         claim="image -> question has two stages (layers 0 to 4 of 40: -60 %; around 10: -21 %)",
         source="arXiv 2411.18620",
         needs=("flows",),
         judge=_two_stages,
     ),
-    Finding(
+    PublishedFinding(
         claim="the picture reaches the last token through the question (-30 %) and hardly directly (-5 %)",
         source="arXiv 2411.18620",
         needs=("flows",),
         judge=_image_last,
     ),
-    Finding(
+    PublishedFinding(
         claim="image tokens can be dropped from layers 12 to 22 of 32 on (LLaVA-1.5)",
         source="arXiv 2406.06579",
         needs=("cliff",),
         judge=_cliff_depth,
     ),
-    Finding(
+    PublishedFinding(
         claim="contributions tell right from wrong (AUROC .63), the answer's probability better (.76)",
         source="arXiv 2406.04236",
         needs=("failure",),
