@@ -31,7 +31,7 @@ from .rendering import Rendering, render, render_two
 from .splits import SPLITS, SplitRow, Verdict, halves_of, read_splits, split_for, split_rows
 
 _HELD_OUT = "held out"
-_PARTNERS = 3
+_PARTNERS = 2
 
 
 def generator_of(*key: str | int) -> np.random.Generator:
