@@ -101,8 +101,9 @@ def demo(options: Demo) -> tuple[Path, str]:
     options.check()
     facts = _wrong_facts(options)
     vlm, corruptions = facts.vlm, facts.corruptions
-    keywords = {"corruptions": corruptions, "editor": facts.editor, "jointly": False}
-    located = workflow.locate_then_edit(vlm, facts.records, **keywords)
+    located = workflow.locate_then_edit(
+        vlm, facts.records, corruptions=corruptions, editor=facts.editor, jointly=False, progress=True
+    )
     shown = next(number for number, trace in enumerate(located.traces) if trace is not None)
     tokens = tracing.causal_trace(vlm, vlm.prompt_for(facts.records[shown].question), corruption=corruptions[shown])
     untouched = vlm.fingerprint(name for name, _ in vlm.named_parameters())

@@ -259,7 +259,7 @@ def test_errors_are_of_the_half_to_report_on_and_those_of_knowledge_come_first(f
 
 
 def test_what_an_edit_of_a_flag_keeps_is_not_what_is_probed(flag_world, flag_rows):
-    record = flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows)
+    record = flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows, count=3)
     kept = {question.id for question in record.preserve_prompts}
     stays = {probe.question.id for probe in record.probes if probe.stays}
     assert record.target == "Canberra" and len(record.contexts) == 2

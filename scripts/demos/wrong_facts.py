@@ -42,9 +42,9 @@ KINDS = (
     OTHER_QUESTION_SAME_PICTURE,
 )
 """The kinds of probes that are asked in both worlds."""
-FLAG_PROBES = 3
+FLAG_PROBES = 2
 """Number of probes of each kind about a flag."""
-KEPT = 20
+KEPT = 12
 """Number of other countries whose answers an edit of the flags model keeps."""
 CONTEXTS = (20, 21)
 """Held-out renderings that an edit of the flags model sees besides the first one; no probe shows them."""
@@ -166,13 +166,13 @@ def flag_facts(
         facts = flag_facts(limit=10, seed=0)
     """
     world = data.FlagWorld()
-    rows = _shipped_splits(world) if model is None else None
+    rows, reason = _splits(world, model)
     if rows is not None:
         _check_limit(limit, len(own_errors(rows, seed)), "errors")  # before anything is fetched
     path = workflow.build_flags(cache=cache, wheel=wheel) if model is None else model
     vlm = models.load(path)
     if rows is None:
-        logger.warning("this model has no splits; it is asked about %d countries for its errors", ASKED_COUNTRIES)
+        logger.warning("%s; the model is asked about %d countries for its errors", reason, ASKED_COUNTRIES)
         rows = asked_splits(vlm, world, seed=seed)
     errors = own_errors(rows, seed)
     _check_limit(limit, len(errors), "errors")
@@ -188,12 +188,14 @@ def flag_facts(
     )
 
 
-def _shipped_splits(world: data.FlagWorld) -> tuple[flags.SplitRow, ...] | None:
+def _splits(world: data.FlagWorld, model: str | PathLike[str] | None) -> tuple[tuple[flags.SplitRow, ...] | None, str]:
+    """Return the splits of the shipped model, or None and the reason why there are none."""
+    if model is not None:
+        return None, "the splits that multrace has are of another model"
     try:
-        return world.splits
+        return world.splits, ""
     except data.DataError as error:
-        logger.warning("%s", error)
-        return None
+        return None, str(error)
 
 
 def asked_splits(
