@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import map_coordinates
 
 from ...facts import PixelBox
+from .countries import FOLDER
 
 SIZE = 128
 """Width and height of a rendering in pixels."""
@@ -40,8 +40,7 @@ class Rendering:
 @cache
 def photographs() -> tuple[Image.Image, ...]:
     """Return the photographs that renderings are set before."""
-    folder = files(__package__) / "backgrounds"
-    paths = sorted((path for path in folder.iterdir() if path.name.endswith(".jpg")), key=lambda path: path.name)
+    paths = sorted((FOLDER / "backgrounds").glob("*.jpg"), key=lambda path: path.name)
     return tuple(Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in paths)
 
 

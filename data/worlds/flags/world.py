@@ -304,7 +304,8 @@ class FlagWorld:
         return replace(question, id=f"{fact.id}-{side}-{other.code}", image=picture.image, boxes=(box,))
 
     def _asked(self, fact: CountryFact, template: int, constraint: str) -> Question:
-        text, span = cloze(fact.relation.wordings[template], constraint, fact.other and fact.other.name)
+        other = None if fact.other is None else fact.other.name
+        text, span = cloze(fact.relation.wordings[template], constraint, other)
         answers = self.answers(fact)
         return Question(
             id=fact.id,
@@ -312,7 +313,7 @@ class FlagWorld:
             answer=answers[0],
             answers=answers,
             constraint=span,
-            spans={} if fact.other is None else {"text": fact.other.name},
+            spans={} if other is None else {"text": other},
             replacement=self.replacement(fact).name,
         )
 
