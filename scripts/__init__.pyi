@@ -15,6 +15,7 @@ from . import (
     merge as merge,
     moments as moments,
     trace as trace,
+    train_flags as train_flags,
     undo as undo,
 )
 from .door import available_cores as available_cores, be_polite as be_polite

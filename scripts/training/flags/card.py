@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,23 +114,32 @@ class Examination:
     perplexities: tuple[Perplexity, ...]
 
 
-def model_card(examination: Examination, *, parts: Path | None = None) -> str:
-    """Return the card in Markdown; the recipe comes from the folder of the parts, and is left out without one."""
-    sections = [_INTRODUCTION, *([_recipe(parts)] if parts is not None else []), score_tables(examination), _LICENCES]
-    return "\n".join(sections)
+def model_card(examination: Examination, *, parts: Path | None = None, minutes: float | None = None) -> str:
+    """Return the card in Markdown.
+
+    Args:
+        examination: The scores.
+        parts: The folder of the parts, which hold their recipe; None for a card without one.
+        minutes: How long the training took; None to leave that out.
+    """
+    recipe = [] if parts is None else [_recipe(read_parts(parts).recipe, minutes)]
+    return "\n".join([_INTRODUCTION, *recipe, score_tables(examination), _LICENCES])
 
 
-def _recipe(parts: Path) -> str:
-    recipe = dict(read_parts(parts).recipe)
-    stages = recipe.pop("stages", {})
-    head = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
-    lines = "\n".join(
-        f"{number}. {name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
-        for number, (name, settings) in enumerate(stages.items(), 1)
-    )
+def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
+    """The recipe; its entries are numbers, or settings by name, and those of the stages lie in the entry "stages"."""
+    numbers = {name: value for name, value in recipe.items() if not isinstance(value, Mapping)}
+    if minutes is not None:
+        numbers["minutes"] = round(minutes)
+    groups = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
+    stages = groups.pop("stages", {})
+    sentences = groups.pop("sentences", {})
+    templates = len({template for each in sentences.values() for template in each if "{" in template})
+    lists = "\n".join(f"- {name}: {_listed(settings)}" for name, settings in groups.items())
+    steps = "\n".join(f"{number}. {name}: {_listed(each)}" for number, (name, each) in enumerate(stages.items(), 1))
     return f"""## Recipe
 
-`multrace train-flags --out DIR`: {head}.
+`multrace train-flags --out DIR`: {_listed(numbers)}; {templates} wordings.
 
 1. The tower alone tells the flags apart, in the whole picture and in its halves.
 2. The text model reads: under the picture, the states at the constraint's tokens become those that the original has at
@@ -136,10 +147,24 @@ def _recipe(parts: Path) -> str:
 3. The whole answers: the distributions of the answer's tokens become the original's for the same sentence with the name
    in it, while answers by name and other texts are kept.
 
-Settings of the stages:
+The settings of the stages, then the others:
 
-{lines}
+{steps}
+
+{lists}
 """
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    """A value, or a list in which long runs of one value are shortened."""
+    if not isinstance(value, list | tuple):
+        return str(value)
+    runs = [(key, len(list(run))) for key, run in groupby(value)]
+    return " ".join(f"{key} (x {count})" if count > 2 else " ".join([str(key)] * count) for key, count in runs)
 
 
 def score_tables(examination: Examination) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ....data.worlds.flags.questions import cloze
 
 LINE_END = "\n"
 """What every text begins with: the first position is an attention sink, and nothing that matters may stand there."""
@@ -19,9 +22,35 @@ STARTS = (
 """The first words of the texts that the model writes itself."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """The tokens of a sentence behind a line end."""
+
+    ids: tuple[int, ...]
+    start: int = 0
+    """Index of the constraint's first token."""
+    stop: int = 0
+    """Index behind the constraint's last token; that of its first token if there is no constraint."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: str, constraint: str) -> Sentence:
+        """Return the sentence that a template gives with a constraint."""
+        text, spelt = cloze(template, constraint)
+        start = template.index("{")
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        covered = [
+            number
+            for number, (left, right) in enumerate(encoded.offset_mapping)
+            if left < start + len(spelt) and right > start
+        ]
+        return cls(ids=tuple(encoded.input_ids), start=covered[0], stop=covered[-1] + 1)
+
+
 def open_original(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the text model in a folder, frozen and in float32, and its tokenizer, which pads on the left."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     return model.requires_grad_(False), tokenizer
 

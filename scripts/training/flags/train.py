@@ -1,0 +1,298 @@
+"""The training of the flags model, from the text model's folder to the parts: one folder, and a run may be cut.
+
+    FOLDER/
+      training.json          what was asked for, which a run that goes on must ask for again
+      work/                  pictures, what the teacher said, and the last checkpoint
+      factors.safetensors    the trained parts, with config.json, processor_config.json and chat_template.jinja
+      model/, README.md      the whole model, and the card with its scores, after a full run
+
+A checkpoint is written whole, so that a run that is killed at any moment goes on from the last one, and comes to the
+same parts, to the bit, as a run that was never cut (on one machine, with as many threads).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ....artefacts import read_json, read_tensors, write_json, write_tensors, write_whole
+from ....artefacts.files import digest
+from ....data.worlds.flags import FlagWorld
+from ....models.assembly import assemble, write_parts
+from ....models.weights import save_directory
+from ....workflow import origin_of
+from ...options import CommandError, check_files, check_new_folder
+from .card import Examination, model_card
+from .examination import Examine, examine_model
+from .original import open_original
+from .pictures import make_pool
+from .recipe import Recipe
+from .stages import AnsweringTraining, ReadingTraining, SeeingTraining, StageTraining, one_cycle
+from .student import Student, make_processor, make_student, whole_config
+from .teacher import Sentences, make_answers, make_states
+
+_SETTINGS, _LAYOUT = "training.json", "multrace flags training 1"
+_CHECKPOINT, _CHECKPOINT_LAYOUT = "checkpoint.safetensors", "multrace flags checkpoint 1"
+_FACTORS = "factors.safetensors"
+_SECOND = 0.98
+"""AdamW's second coefficient."""
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagsTraining:
+    """A training of the flags model."""
+
+    out: Path
+    """The folder of the run: a new one, or that of a run with the same settings, which goes on."""
+    text_model: Path
+    """The folder of the text model."""
+    seed: int = 0
+    share: float = 1.0
+    """The share of the steps and of the pictures to take, above 0 and up to 1."""
+    every: int = 100
+    """The number of steps between two checkpoints."""
+    threads: int = 2
+    """The number of CPU threads."""
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def check(self) -> None:
+        """Raise `CommandError` for numbers out of range and for a folder that cannot be used."""
+        if not 0 < self.share <= 1 or self.every < 1 or self.threads < 1 or self.seed < 0:
+            raise CommandError(
+                f"--share is {self.share}, --every {self.every}, --threads {self.threads} and --seed {self.seed}; pass "
+                "a share above 0 and up to 1, at least 1 step between checkpoints and 1 thread, and a seed of 0 or more"
+            )
+        if not (self.text_model / "config.json").is_file():
+            raise CommandError(
+                f"no text model in {str(self.text_model)!r}; make it with multrace fetch-smollm2, or pass its folder"
+            )
+        if (self.out / _SETTINGS).is_file():
+            check_files(self.out, (_SETTINGS,))
+        else:
+            check_new_folder(self.out)
+
+    @property
+    def work(self) -> Path:
+        """The folder of pictures, teachings and the checkpoint."""
+        return self.out / "work"
+
+
+def train_flags(training: FlagsTraining) -> float:
+    """Train the model, or go on with its training, write its parts, and return the minutes of all steps.
+
+    The minutes count the steps of earlier calls too. A run that is done already is left as it is.
+
+    Raises:
+        CommandError: The numbers are out of range, the folder holds something else or a run with other settings,
+            another process works in it, a file of the run is damaged, or the loss is not finite.
+    """
+    training.check()
+    torch.set_num_threads(training.threads)
+    with _only_run(training.out):
+        origin = _text_model_digest(training.text_model)
+        _check_settings(training, origin)
+        if not (training.out / _FACTORS).is_file():
+            recipe = training.recipe.shortened(training.share)
+            student, tokenizer = _trained(training, recipe)
+            write_parts(
+                training.out,
+                student.trained(),
+                whole_config(student),
+                make_processor(tokenizer, recipe.shape),
+                text_model=origin,
+                recipe={"seed": training.seed, **recipe.plain()},
+            )
+    return TrainingCheckpoint.read(training.work / _CHECKPOINT).minutes
+
+
+def examine_run(training: FlagsTraining) -> Examination:
+    """Put the whole model of a finished run together, examine it, write its card, and return its scores."""
+    whole = training.out / "model"
+    model, processor = assemble(training.text_model, training.out)
+    save_directory(model, processor, whole, dtype=torch.float32, overwrite=True)
+    del model
+    examination = examine_model(Examine(model=whole, text_model=training.text_model))
+    minutes = TrainingCheckpoint.read(training.work / _CHECKPOINT).minutes
+    card = model_card(examination, parts=training.out, minutes=minutes)
+    write_whole(training.out / "README.md", card.encode(), error=CommandError)
+    return examination
+
+
+@contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder of a run, and forget the lock when the block or the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise CommandError(
+            f"another process trains in {str(folder)!r}; wait until it is done, or choose another folder"
+        ) from error
+
+
+def _check_settings(training: FlagsTraining, text_model: str) -> None:
+    """Write down what is asked for, or raise `CommandError` if the folder holds a run that asked for something else."""
+    settings = {
+        "seed": training.seed,
+        "share": training.share,
+        "text_model": text_model,
+        "recipe": digest(repr(training.recipe)),
+    }
+    path = training.out / _SETTINGS
+    if not path.is_file():
+        write_json(path, _LAYOUT, settings, error=CommandError)
+        return
+    before = read_json(path, _LAYOUT, error=CommandError)
+    if other := [f"{name} {before.get(name)}" for name, value in settings.items() if before.get(name) != value]:
+        raise CommandError(
+            f"the folder {str(training.out)!r} holds a training with {', '.join(other)}; ask for the same, or choose a "
+            "new folder"
+        )
+
+
+def _text_model_digest(folder: Path) -> str:
+    """The SHA-256 of the file that the text model was made from, or of its weights if it was made by something else."""
+    if gguf := origin_of(folder).get("gguf"):
+        return gguf
+    return digest(*(path.read_bytes() for path in sorted(folder.glob("*.safetensors"))))
+
+
+def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrainedTokenizerBase]:
+    """Return the trained student and its tokenizer."""
+    world, work, seed = FlagWorld(), training.work, training.seed
+    original, tokenizer = open_original(training.text_model)
+    countries = world.pictured[: recipe.pictures.countries]
+    sentences = Sentences(tokenizer, [country.name for country in countries], recipe)
+    answers = make_answers(work, original, sentences, recipe, seed=seed)
+    pool = make_pool(work / "pictures", world, countries, recipe.pictures, seed=seed)
+    student = make_student(original, recipe.shape, seed=seed)
+
+    def reading() -> StageTraining:
+        states = make_states(work, student, sentences, recipe.reading.depths)
+        return ReadingTraining(recipe.reading, student, pool, states)
+
+    stages: tuple[Callable[[], StageTraining], ...] = (
+        lambda: SeeingTraining(recipe.tower, student, pool, seed=seed),
+        reading,
+        lambda: AnsweringTraining(recipe.answering, student, pool, sentences, answers),
+    )
+    checkpoint = TrainingCheckpoint.read(work / _CHECKPOINT)
+    for number, make in enumerate(stages):
+        if number >= checkpoint.stage:
+            stage = make()
+            checkpoint.restore(student, stage)
+            _run_stage(stage, student, work / _CHECKPOINT, checkpoint, number=number, training=training)
+            checkpoint = TrainingCheckpoint.read(work / _CHECKPOINT)
+    checkpoint.restore(student, None)
+    return student, tokenizer
+
+
+def _run_stage(
+    stage: StageTraining,
+    student: Student,
+    path: Path,
+    checkpoint: TrainingCheckpoint,
+    *,
+    number: int,
+    training: FlagsTraining,
+) -> None:
+    """Train one stage from a checkpoint to its end, and write checkpoints."""
+    groups, settings = stage.groups(), stage.settings
+    named = {name: value for group in groups for name, value in group.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.values())} for group in groups], betas=(0.9, _SECOND), weight_decay=settings.decay
+    )
+    checkpoint.restore_moments(optimizer, named)
+    began = time.monotonic()
+    progress = tqdm(
+        range(checkpoint.step, settings.steps),
+        desc=f"stage {number + 1}: {stage.name}",
+        initial=checkpoint.step,
+        total=settings.steps,
+        mininterval=5,
+    )
+    for step in progress:
+        rate, momentum = one_cycle(step, settings.steps, settings)
+        for group, peak in zip(optimizer.param_groups, settings.peaks, strict=True):
+            group["lr"], group["betas"] = peak * rate, (momentum, _SECOND)
+        loss, numbers = stage.loss(np.random.default_rng([training.seed, number, step]))
+        if not math.isfinite(loss.item()):
+            raise CommandError(f"the loss of step {step} of the stage {stage.name!r} is not finite; take another seed")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(named.values()), 1.0)
+        optimizer.step()
+        progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()}, refresh=False)
+        minutes = checkpoint.minutes + (time.monotonic() - began) / 60
+        if step + 1 == settings.steps:
+            ended = TrainingCheckpoint(stage=number + 1, step=0, minutes=minutes, tensors=dict(student.trained()))
+            ended.write(path)
+        elif (step + 1) % training.every == 0:
+            tensors = {**student.trained(), **named, **_moments(optimizer, named)}
+            TrainingCheckpoint(stage=number, step=step + 1, minutes=minutes, tensors=tensors).write(path)
+
+
+def _moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's running means by the names of the parameters."""
+    return {
+        f"{name}/{moment}": optimizer.state[value][moment]
+        for name, value in named.items()
+        if value in optimizer.state
+        for moment in _MOMENTS
+    }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCheckpoint:
+    """Where a training stands: before this step of this stage."""
+
+    stage: int = 0
+    """The number of the stage, from 0."""
+    step: int = 0
+    minutes: float = 0.0
+    """How long all steps before took together."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is trained, and NAME/exp_avg, NAME/exp_avg_sq and NAME/step of the optimizer; empty at the beginning."""
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingCheckpoint:
+        """Return the checkpoint in a file, or that of the beginning. Raises `CommandError` if the file is damaged."""
+        if not path.is_file():
+            return cls()
+        tensors, text = read_tensors(path, error=CommandError)
+        return cls(stage=int(text["stage"]), step=int(text["step"]), minutes=float(text["minutes"]), tensors=tensors)
+
+    def write(self, path: Path) -> None:
+        """Write the checkpoint whole, in the place of the last one."""
+        numbers = {"stage": self.stage, "step": self.step, "minutes": self.minutes}
+        text = {"layout": _CHECKPOINT_LAYOUT, **{name: str(value) for name, value in numbers.items()}}
+        write_tensors(path, self.tensors, text, error=CommandError)
+
+    @torch.no_grad()
+    def restore(self, student: Student, stage: StageTraining | None) -> None:
+        """Give the student, and what the stage trains beside it, the values of the checkpoint."""
+        own = dict(student.trained())
+        for group in stage.groups() if stage is not None else ():
+            own |= group
+        for name, value in own.items():
+            if name in self.tensors:
+                value.copy_(self.tensors[name])
+
+    def restore_moments(self, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
+        """Give the optimizer its running means; it has none at the beginning of a stage."""
+        for name, value in named.items():
+            if f"{name}/{_MOMENTS[0]}" in self.tensors:
+                optimizer.state[value] = {moment: self.tensors[f"{name}/{moment}"].clone() for moment in _MOMENTS}

@@ -1,0 +1,387 @@
+"""The training of the flags model: packed rows equal separate prompts, and a run that is cut ends in the same parts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from multrace.data.worlds.flags import FlagWorld
+from multrace.models.assembly import assemble, read_parts, write_parts
+from multrace.models.weights import save_directory
+from multrace.scripts import CommandError
+from multrace.scripts.main import app
+from multrace.scripts.training.flags import (
+    Block,
+    Examine,
+    FlagsTraining,
+    PackedRows,
+    Recipe,
+    Sentence,
+    examine_model,
+    make_pool,
+    make_student,
+    model_card,
+    open_original,
+    train_flags,
+)
+from multrace.scripts.training.flags.examination import RELATIONS
+from multrace.scripts.training.flags.pictures import augmented, scaled
+from multrace.scripts.training.flags.recipe import (
+    AnsweringStage,
+    Pictures,
+    ReadingStage,
+    Sentences,
+    Shape,
+    Teaching,
+    TowerStage,
+)
+from multrace.scripts.training.flags.stages import (
+    AnsweringTraining,
+    ReadingTraining,
+    SeeingTraining,
+    StageTraining,
+    one_cycle,
+)
+from multrace.scripts.training.flags.student import line_end_id, make_processor, whole_config
+from multrace.scripts.training.flags.teacher import Sentences as TokenisedSentences, make_answers, make_states
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAYERS, COUNTRIES = 3, 4
+RECIPE = Recipe(
+    sentences=Sentences(answered=("The capital of {} is", "{} lies on the continent of"), read_only=("People in {}",)),
+    shape=Shape(width=12, layers=1, patch=32, ranks=(3, 2, 0), half=False, routed_layers=2),
+    pictures=Pictures(countries=COUNTRIES, renderings=2, pairs=5),
+    teaching=Teaching(tokens=3, candidates=10_000, text_rounds=1, text_tokens=5),
+    tower=TowerStage(steps=2, singles=3, pairs=2),
+    reading=ReadingStage(steps=2, singles=2, pairs=1, sentences=2, depths=(1, 2), contrasted=(0, 1)),
+    answering=AnsweringStage(steps=2, singles=2, pairs=1, sentences=2, tokens=2),
+)
+"""A recipe with all that the real one has, of some seconds."""
+
+
+@pytest.fixture(scope="module")
+def world() -> FlagWorld:
+    return FlagWorld()
+
+
+@pytest.fixture(scope="module")
+def text_model(world, tmp_path_factory) -> Path:
+    """The folder of a random Llama of three layers, with a small tokenizer of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [country.name for country in world.countries] + [*RECIPE.sentences.read, *RECIPE.sentences.phrases]
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("text")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(world, tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("pictures"), world, world.pictured[:COUNTRIES], RECIPE.pictures, seed=0)
+
+
+@pytest.fixture
+def student(text_model):
+    original, tokenizer = open_original(text_model)
+    return make_student(original, RECIPE.shape, seed=0), tokenizer
+
+
+def change(student) -> None:
+    """Give the student factors other than zero, and all that it trains the values that half precision holds."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in student.trained().items():
+            if name.endswith("lora_B"):
+                value.normal_(0, 0.3, generator=generator)
+            value.copy_(value.half().float())
+
+
+def packed_logits(student, tokenizer, blocks, pixels, *, routed=False, barred=False):
+    rows = PackedRows.of([blocks], [routed], line_end=line_end_id(tokenizer), image_tokens=student.image_tokens)
+    rows = replace(rows, late_mask=rows.early_mask) if barred else rows
+    logits = student.logits(student(pixels, rows, [LAYERS])[LAYERS])[0]
+    return [logits[start : start + len(block.ids)] for start, block in zip(rows.starts[0], blocks, strict=True)]
+
+
+# ---- the student ----
+
+
+@torch.no_grad()
+def test_a_packed_row_with_factors_apart_equals_separate_prompts_of_the_assembled_model(
+    world, text_model, student, tmp_path
+):
+    student, tokenizer = student
+    change(student)
+    write_parts(
+        tmp_path,
+        student.trained(),
+        whole_config(student),
+        make_processor(tokenizer, RECIPE.shape),
+        text_model="none",
+        recipe=RECIPE.plain(),
+    )
+    model, processor = assemble(text_model, tmp_path)
+    image = world.picture(world.country("fr"), 0).image
+    shown, named = "The capital of the country in this photo is", "The capital of France is"
+    template = RECIPE.sentences.answered[0]
+    blocks = [
+        Block(sentence=Sentence.of(tokenizer, template, "the country in this photo")),
+        Block(sentence=Sentence.of(tokenizer, "{} lies on", "the country on the left"), tail=(40, 50)),
+        Block(sentence=Sentence.of(tokenizer, template, "France"), has_picture=False),
+    ]
+    packed = packed_logits(student, tokenizer, blocks, scaled(np.array(image)[None]))
+    for text, picture, logits in ((shown, image, packed[0]), (named, None, packed[2])):
+        message = [{"type": "text", "text": text}] + [{"type": "image"}] * (picture is not None)
+        prompt = processor.apply_chat_template([{"role": "user", "content": message}])
+        assert prompt == f"\n{'<image>' * (picture is not None)}{text}"
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        whole = model(**inputs).logits[0, -len(logits) :, :-1]  # the last token of the vocabulary is <image>
+        torch.testing.assert_close(logits, whole, atol=2e-4, rtol=2e-4)
+    for value in student.trained().values():
+        value.mul_(0)
+    unchanged = packed_logits(student, tokenizer, blocks, scaled(np.array(image)[None]))
+    assert (unchanged[2] - packed[2]).abs().max() > 0.1  # the factors did something
+
+
+@torch.no_grad()
+def test_routing_lets_the_picture_through_the_constraint_only(student, pool):
+    student, tokenizer = student
+    sentence = Sentence.of(tokenizer, "The capital of {} is", "the country in this photo")
+    assert tokenizer.decode(sentence.ids[sentence.start : sentence.stop]).strip() == "the country in this photo"
+    words = [Block(sentence=sentence)]
+    unnamed = [Block(sentence=replace(sentence, start=0, stop=0))]
+    named = [Block(sentence=sentence, has_picture=False)]
+    pictures = [scaled(pool.singles[0, country][None]) for country in (0, 1)]
+
+    def difference(blocks, **options):
+        one, other = (packed_logits(student, tokenizer, blocks, pixels, **options)[0] for pixels in pictures)
+        return (one - other).abs().max(-1).values
+
+    routed = difference(words, routed=True)
+    assert (routed[: sentence.start] == 0).all() and (routed[sentence.start :] > 0).all()
+    assert (difference(unnamed, routed=True) == 0).all()
+    assert (difference(named) == 0).all()
+    assert (difference(words) > 0).all()
+
+
+def test_all_random_numbers_come_from_the_generator(pool):
+    def drawn(seed):
+        rng = np.random.default_rng(seed)
+        batch = pool.draw(rng, singles=3, pairs=2)
+        return augmented(batch.pixels, torch.Generator().manual_seed(seed)), batch.countries
+
+    torch.manual_seed(1)
+    (pixels, countries), (again, same), (other, _) = drawn(5), drawn(5), drawn(6)
+    assert torch.equal(pixels, again) and countries == same and not torch.equal(pixels, other)
+    assert [len(row) for row in countries] == [1, 1, 1, 2, 2]
+    assert all(left != right for left, right in pool.paired)
+
+
+def test_no_picture_of_the_training_is_held_out(world, pool):
+    held_out = {world.picture(country, number).image.tobytes() for country in world.pictured[:2] for number in (0, 1)}
+    shown = {picture.tobytes() for picture in pool.singles.reshape(-1, *pool.singles.shape[2:])}
+    assert len(shown) == 2 * COUNTRIES and not shown & held_out
+
+
+# ---- the stages ----
+
+
+@pytest.fixture
+def taught(student, text_model, pool, world, tmp_path):
+    student, tokenizer = student
+    sentences = TokenisedSentences(tokenizer, [country.name for country in world.pictured[:COUNTRIES]], RECIPE)
+    states = make_states(tmp_path, student, sentences, RECIPE.reading.depths)
+    answers = make_answers(tmp_path, open_original(text_model)[0], sentences, RECIPE, seed=0)
+    return student, pool, sentences, states, answers
+
+
+@torch.no_grad()
+def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
+    student, pool, sentences, states, _ = taught
+    training = ReadingTraining(RECIPE.reading, student, pool, states)
+
+    def errors():
+        rng = np.random.default_rng(0)
+        batch = pool.draw(rng, singles=2, pairs=1)
+        rows = [training._row(countries, sentences.templates.read[:2], rng) for countries in batch.countries]
+        passed, packed = training.states(batch, rows, RECIPE.reading.depths, rng)
+        own = torch.stack([passed[depth] for depth in RECIPE.reading.depths], 2)
+        wanted = training.wanted(batch.countries, rows, packed)
+        error = (own[wanted.rows, wanted.tokens] - wanted.states).abs().amax((1, 2))
+        is_named = (
+            torch.cat(
+                [(wanted.rows == row) & (wanted.tokens >= starts[-1]) for row, starts in enumerate(packed.starts)]
+            )
+            .view(len(rows), -1)
+            .any(0)
+        )
+        return error[is_named], error[~is_named]
+
+    named, shown = errors()
+    assert named.max() < 5e-3 < 0.1 < shown.max()
+    change(student)
+    assert errors()[0].max() > 0.1
+
+
+@torch.no_grad()
+def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taught):
+    student, pool, sentences, _, answers = taught
+    training = AnsweringTraining(RECIPE.answering, student, pool, sentences, answers)
+    _, means = training.loss(np.random.default_rng(0))
+    assert max(abs(means["by_name"]), abs(means["texts"])) < 5e-3 < 0.05 < min(means["answers"], means["names"])
+    change(student)
+    _, means = training.loss(np.random.default_rng(0))
+    assert min(means.values()) > 0.01
+
+
+def test_the_learning_rate_rises_and_falls_as_in_torch():
+    stage = TowerStage(steps=200)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total_steps=200, pct_start=stage.warm_up, div_factor=1 / stage.start
+    )
+    for step in range(200):
+        group = optimizer.param_groups[0]
+        assert one_cycle(step, 200, stage) == pytest.approx((group["lr"], group["betas"][0]), rel=1e-6)
+        optimizer.step()
+        if step < 199:
+            reference.step()
+    assert all(0 < one_cycle(step, steps, stage)[0] <= 1 for steps in (1, 2, 13, 25) for step in range(steps))
+
+
+# ---- a run ----
+
+
+@pytest.fixture(scope="module")
+def finished(text_model, tmp_path_factory) -> FlagsTraining:
+    training = FlagsTraining(
+        out=tmp_path_factory.mktemp("run") / "flags", text_model=text_model, recipe=RECIPE, every=1, threads=1
+    )
+    train_flags(training)
+    return training
+
+
+def cut(stage: type[StageTraining], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a stage stop as at Ctrl-C, in its second step."""
+    steps: Iterator[int] = iter(range(9))
+    loss = stage.loss
+
+    def cut_loss(self: StageTraining, rng: np.random.Generator):
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        return loss(self, rng)
+
+    monkeypatch.setattr(stage, "loss", cut_loss)
+
+
+def test_a_run_that_is_cut_in_every_stage_comes_to_the_same_parts(finished, tmp_path, monkeypatch):
+    training = replace(finished, out=tmp_path / "again")
+    for stage in (SeeingTraining, ReadingTraining, AnsweringTraining):
+        with monkeypatch.context() as patch:
+            cut(stage, patch)
+            with pytest.raises(KeyboardInterrupt):
+                train_flags(training)
+        torch.manual_seed(99)  # nothing depends on what was drawn in between
+    train_flags(training)
+    name = "factors.safetensors"
+    assert (training.out / name).read_bytes() == (finished.out / name).read_bytes()
+    other = replace(training, out=tmp_path / "other", seed=1)
+    train_flags(other)
+    assert (other.out / name).read_bytes() != (finished.out / name).read_bytes()
+
+
+def test_the_parts_have_the_shipped_form(finished):
+    parts = read_parts(finished.out)
+    assert set(parts.changed) == {
+        f"model.language_model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qkvo"
+    }
+    assert parts.tensors["model.language_model.layers.1.self_attn.q_proj.lora_A"].shape == (2, 16)
+    assert {value.dtype for value in parts.tensors.values()} == {torch.float16}
+    assert parts.recipe["seed"] == 0 and parts.recipe["stages"]["tower"]["steps"] == 2
+
+
+def test_a_student_that_learned_nothing_keeps_all_and_reads_nothing(finished, text_model, tmp_path):
+    original, tokenizer = open_original(text_model)
+    student = make_student(original, RECIPE.shape, seed=0)
+    write_parts(
+        tmp_path / "parts",
+        student.trained(),
+        whole_config(student),
+        make_processor(tokenizer, RECIPE.shape),
+        text_model="none",
+        recipe={},
+    )
+    model, processor = assemble(text_model, tmp_path / "parts")
+    save_directory(model, processor, tmp_path / "model", dtype=torch.float32, overwrite=False)
+    options = Examine(model=tmp_path / "model", text_model=text_model, countries=2, sample=1, texts=2, threads=1)
+    examination = examine_model(options)
+    assert examination.unchanged_by_name.share == 1
+    assert all(each.ratio == pytest.approx(1, abs=5e-3) for each in examination.perplexities)
+    labels = {row.label: row for row in examination.rows}
+    assert labels["name"].truth.count == 2 and labels["name"].truth.share == 0
+    assert labels["the four relations"].agreement.count == len(RELATIONS) * 2
+    assert labels["facts, two flags"].truth.count == 2
+    card = model_card(examination, parts=finished.out)
+    assert "| the four relations, held-out wordings |" in card and "2. reading: steps 2" in card
+
+
+def test_bad_input_is_one_line_and_changes_nothing(finished, text_model, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    before = {path.name: path.read_bytes() for path in finished.out.iterdir() if path.is_file()}
+    cases = {
+        "not empty": replace(finished, out=tmp_path / "mine"),
+        "holds a training with seed 0": replace(finished, seed=3),
+        "no text model": replace(finished, text_model=tmp_path / "mine", out=tmp_path / "new"),
+        "share": replace(finished, share=0.0),
+    }
+    for message, training in cases.items():
+        with pytest.raises(CommandError, match=message):
+            train_flags(training)
+    with FileLock(finished.out / ".lock"), pytest.raises(CommandError, match="another process trains"):
+        train_flags(finished)
+    assert {path.name: path.read_bytes() for path in finished.out.iterdir() if path.is_file()} == before
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me" and not (tmp_path / "new").exists()
+    assert app(["train-flags", "--out", str(tmp_path / "mine"), "--text-model", str(text_model)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    training = replace(finished, out=tmp_path / "run")
+    (training.out / "work").mkdir(parents=True)
+    (training.out / "training.json").write_bytes((finished.out / "training.json").read_bytes())
+    content = bytearray((finished.out / "work" / "checkpoint.safetensors").read_bytes())
+    content[-5] ^= 1
+    (training.out / "work" / "checkpoint.safetensors").write_bytes(content)
+    with pytest.raises(CommandError, match="checkpoint.safetensors' is damaged"):
+        train_flags(training)
