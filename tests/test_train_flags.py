@@ -32,7 +32,9 @@ from multrace.scripts.training.flags.pictures import augmented, scaled
 from multrace.scripts.training.flags.recipe import (
     AnsweringStage,
     Pictures,
+    ReadingLoss,
     ReadingStage,
+    RowStep,
     Sentences,
     Shape,
     Teaching,
@@ -51,14 +53,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LAYERS, COUNTRIES = 3, 4
+ROWS = RowStep(singles=2, pairs=1, sentences=2, kept=1)
+LOSS = ReadingLoss(depths=(1, 2), standardised=(0, 1), contrasted=(0, 1))
 RECIPE = Recipe(
     sentences=Sentences(answered=("The capital of {} is", "{} lies on the continent of"), read_only=("People in {}",)),
     shape=Shape(width=12, layers=1, patch=32, ranks=(3, 2, 0), half=False, routed_layers=2),
     pictures=Pictures(countries=COUNTRIES, renderings=2, pairs=5),
     teaching=Teaching(tokens=3, candidates=10_000, text_rounds=1, text_tokens=5),
     tower=TowerStage(steps=2, singles=3, pairs=2),
-    reading=ReadingStage(steps=2, singles=2, pairs=1, sentences=2, depths=(1, 2), contrasted=(0, 1)),
-    answering=AnsweringStage(steps=2, singles=2, pairs=1, sentences=2, tokens=2),
+    reading=ReadingStage(steps=2, rows=ROWS, loss=LOSS),
+    answering=(AnsweringStage(steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS),),
 )
 """A recipe with all that the real one has, of some seconds."""
 
@@ -219,23 +223,22 @@ def test_no_picture_of_the_training_is_held_out(world, pool):
 def taught(student, text_model, pool, world, tmp_path):
     student, tokenizer = student
     sentences = TokenisedSentences(tokenizer, [country.name for country in world.pictured[:COUNTRIES]], RECIPE)
-    states = make_states(tmp_path, student, sentences, RECIPE.reading.depths)
+    states = make_states(tmp_path, student, sentences, LOSS.depths)
     answers = make_answers(tmp_path, open_original(text_model)[0], sentences, RECIPE, seed=0)
-    return student, pool, sentences, states, answers
+    return student, pool, states, answers
 
 
 @torch.no_grad()
 def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
-    student, pool, sentences, states, _ = taught
+    student, pool, states, _ = taught
     training = ReadingTraining(RECIPE.reading, student, pool, states)
 
     def errors():
         rng = np.random.default_rng(0)
-        batch = pool.draw(rng, singles=2, pairs=1)
-        rows = [training._row(countries, sentences.templates.read[:2], rng) for countries in batch.countries]
-        passed, packed = training.states(batch, rows, RECIPE.reading.depths, rng)
-        own = torch.stack([passed[depth] for depth in RECIPE.reading.depths], 2)
-        wanted = training.wanted(batch.countries, rows, packed)
+        batch, rows = training.reading_rows(ROWS, rng)
+        passed, packed = training.states(batch, rows, LOSS.depths, rng)
+        own = torch.stack([passed[depth] for depth in LOSS.depths], 2)
+        wanted = training.reading.wanted(rows, packed)
         error = (own[wanted.rows, wanted.tokens] - wanted.states).abs().amax((1, 2))
         is_named = (
             torch.cat(
@@ -254,13 +257,13 @@ def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
 
 @torch.no_grad()
 def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taught):
-    student, pool, sentences, _, answers = taught
-    training = AnsweringTraining(RECIPE.answering, student, pool, sentences, answers)
+    student, pool, states, answers = taught
+    training = AnsweringTraining(RECIPE.answering[0], student, pool, states, answers)
     _, means = training.loss(np.random.default_rng(0))
-    assert max(abs(means["by_name"]), abs(means["texts"])) < 5e-3 < 0.05 < min(means["answers"], means["names"])
+    assert max(abs(means["by name"]), abs(means["texts"])) < 5e-3 < 0.05 < min(means["answers"], means["names"])
     change(student)
     _, means = training.loss(np.random.default_rng(0))
-    assert min(means.values()) > 0.01
+    assert min(means["by name"], means["texts"]) > 0.01
 
 
 def test_the_learning_rate_rises_and_falls_as_in_torch():

@@ -160,7 +160,9 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value, or a list in which long runs of one value are shortened."""
+    """A value, settings in brackets, or a list in which long runs of one value are shortened."""
+    if isinstance(value, Mapping):
+        return f"({_listed(value)})"
     if not isinstance(value, list | tuple):
         return str(value)
     runs = [(key, len(list(run))) for key, run in groupby(value)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from ....data.worlds.flags import PHRASES, SIDES, relation_named
@@ -134,20 +133,27 @@ class TowerStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingStage(Stage):
-    """The states at the constraint's tokens become those of the name's tokens."""
+class RowStep:
+    """The rows of a step: one picture each, with sentences behind it."""
 
-    steps: int = 1000
-    peaks: tuple[float, ...] = (2e-4, 1.5e-3, 3e-3)
-    decay: float = 0.01
-    singles: int = 12
-    pairs: int = 2
-    sentences: int = 8
+    singles: int
+    """Rows with a picture of one flag."""
+    pairs: int
+    """Rows with a picture of two flags."""
+    sentences: int
     """Sentences behind a picture."""
-    routed: float = 0.5
-    """The share of routed rows."""
+    kept: int
+    """Of so many rows one also holds a sentence by name, which stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingLoss:
+    """How far the states at the constraint's tokens are from those of the name's tokens."""
+
     depths: tuple[int, ...] = (2, 4, 6)
     """The numbers of layers after which states are compared."""
+    standardised: tuple[int, ...] = (0, 1, 2)
+    """The places in `depths` where the error counts in which every dimension is standardised over countries."""
     contrasted: tuple[int, ...] = (1, 2)
     """The places in `depths` where the right country must also be the nearest."""
     temperature: float = 0.1
@@ -158,27 +164,47 @@ class ReadingStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingStage(Stage):
+    """The states at the constraint's tokens become those of the name's tokens."""
+
+    steps: int = 1000
+    peaks: tuple[float, ...] = (2e-4, 1.5e-3, 3e-3)
+    decay: float = 0.01
+    rows: RowStep = RowStep(singles=12, pairs=2, sentences=8, kept=1)
+    routed: float = 0.5
+    """The share of routed rows."""
+    loss: ReadingLoss = ReadingLoss()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnsweringStage(Stage):
     """The distributions of the answers' tokens become those of the original that is told the name."""
 
-    steps: int = 1200
-    peaks: tuple[float, ...] = (1e-4, 5e-4, 1.5e-3)
+    steps: int = 1000
+    peaks: tuple[float, ...] = (1.5e-4, 8e-4, 1.6e-3)
     decay: float = 0.0
+    warm_up: float = 0.04
     start: float = 0.2
-    singles: int = 7
-    pairs: int = 1
-    sentences: int = 8
-    routed: float = 0.3
-    tokens: int = 6
+    answered: float = 0.85
+    """The share of the steps in which the whole model answers; in the others it reads only."""
+    answers: RowStep = RowStep(singles=11, pairs=1, sentences=4, kept=4)
+    reads: RowStep = RowStep(singles=17, pairs=3, sentences=4, kept=3)
+    routed: float = 0.35
+    tokens: int = 4
     """Tokens of an answer."""
-    name_tokens: int = 8
+    name_tokens: int = 6
     """Tokens of a name."""
-    naming: float = 0.5
-    """The weight of the names; the answers about pictures weigh 1."""
-    by_name: float = 0.25
+    loss: ReadingLoss = ReadingLoss(standardised=(1, 2))
+    reading: float = 0.25
+    """The weight of `loss` in a step that answers."""
+    answering: float = 2.0
+    """The weight of the answers about pictures."""
+    naming: float = 1.0
+    """The weight of the names."""
+    by_name: float = 0.5
     """The weight of answers by name, which stay as they are."""
-    texts: float = 0.25
-    """The weight of the original's own texts, which stay as they are."""
+    texts: float = 0.5
+    """The weight of the original's own texts, which stay as they are; they are as many as the answers by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +217,11 @@ class Recipe:
     teaching: Teaching = field(default_factory=Teaching)
     tower: TowerStage = field(default_factory=TowerStage)
     reading: ReadingStage = field(default_factory=ReadingStage)
-    answering: AnsweringStage = field(default_factory=AnsweringStage)
+    answering: tuple[AnsweringStage, ...] = (
+        AnsweringStage(steps=200, peaks=(1.5e-4, 1e-3, 2e-3), answered=0.25, loss=ReadingLoss()),
+        AnsweringStage(),
+    )
+    """One after the other: at first the whole model answers in some of the steps only."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""
@@ -199,18 +229,16 @@ class Recipe:
         def some(count: int) -> int:
             return max(1, round(count * share))
 
-        stages = {name: getattr(self, name) for name in ("tower", "reading", "answering")}
         return replace(
             self,
             pictures=replace(self.pictures, renderings=some(self.pictures.renderings), pairs=some(self.pictures.pairs)),
-            **{name: replace(stage, steps=some(stage.steps)) for name, stage in stages.items()},
+            tower=replace(self.tower, steps=some(self.tower.steps)),
+            reading=replace(self.reading, steps=some(self.reading.steps)),
+            answering=tuple(replace(stage, steps=some(stage.steps)) for stage in self.answering),
         )
 
     def plain(self) -> dict[str, Any]:
         """Return all numbers as plain values, the stages apart, for the parts and their card."""
-        whole: Mapping[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        plain = {
-            name: asdict(each) for name, each in whole.items() if is_dataclass(each) and not isinstance(each, type)
-        }
-        stages = {name: plain.pop(name) for name in ("tower", "reading", "answering")}
-        return {**plain, "stages": stages}
+        groups = {name: asdict(getattr(self, name)) for name in ("sentences", "shape", "pictures", "teaching")}
+        later = {f"answering {number}": asdict(stage) for number, stage in enumerate(self.answering, 1)}
+        return {**groups, "stages": {"seeing": asdict(self.tower), "reading": asdict(self.reading), **later}}

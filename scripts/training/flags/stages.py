@@ -9,7 +9,8 @@ goes on by itself. A squared error alone is small before countries can be told a
 of the variance, so every dimension is standardised over countries, and the right country must also be the nearest.
 
 Answering: the distributions of the answer's tokens under a picture become those of the original that is told the name.
-Answers by name, and texts that the original wrote itself, are taught beside them, so that they stay as they are.
+Answers by name, and texts that the original wrote itself, are taught beside them, so that they stay as they are. The
+first layers go on reading meanwhile: in every step their error counts too, and in some steps nothing else does.
 
 The random numbers of a step depend on the seed, the stage and the step alone, so a training that goes on from a
 checkpoint takes the same steps as one that was never cut.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 
 from .original import Sentence
 from .pictures import Batch, Pool, augmented
-from .recipe import AnsweringStage, ReadingStage, Stage, TowerStage
+from .recipe import AnsweringStage, ReadingLoss, ReadingStage, RowStep, Stage, TowerStage
 from .student import Block, PackedRows, Student, line_end_id
-from .teacher import Answers, Distributions, NameStates, Sentences
+from .teacher import Answers, Distributions, NameStates
 
 _MOMENTUM = (0.95, 0.85)
 """AdamW's first coefficient at the lowest and at the highest learning rate."""
@@ -145,53 +146,8 @@ class Asked:
     """The sentence; empty for a text of the original."""
     country: int
     """The country that the sentence is about; for a text, its number."""
-
-
-def _words(sentences: Sentences, countries: Sequence[int], place: int, rng: np.random.Generator) -> tuple[str, int]:
-    """The words that refer to a flag of a picture, and its country; of two flags, places take turns."""
-    templates = sentences.templates
-    if len(countries) == 1:
-        return templates.phrases[int(rng.integers(len(templates.phrases)))], countries[0]
-    side = place % len(countries)
-    return templates.sides[side], countries[side]
-
-
-def _routed(rng: np.random.Generator, rows: int, share: float) -> list[bool]:
-    return [bool(value < share) for value in rng.random(rows)]
-
-
-def _some(rng: np.random.Generator, templates: Sequence[str], count: int) -> list[str]:
-    """Different templates, as many as there are up to a number."""
-    places = rng.choice(len(templates), min(count, len(templates)), replace=False)
-    return [templates[place] for place in places]
-
-
-class RowTraining(StageTraining):
-    """A stage on packed rows: one picture each, with sentences behind it."""
-
-    settings: ReadingStage | AnsweringStage
-
-    def __init__(
-        self, settings: ReadingStage | AnsweringStage, student: Student, pool: Pool, sentences: Sentences
-    ) -> None:
-        super().__init__(settings, student, pool)
-        self.sentences = sentences
-        self._line_end = line_end_id(sentences.tokenizer)
-
-    def states(
-        self, batch: Batch, rows: Sequence[Sequence[Asked]], depths: Sequence[int], rng: np.random.Generator
-    ) -> tuple[dict[int, Tensor], PackedRows]:
-        """Return depth -> (row, token, hidden), and the rows; some of them are routed."""
-        packed = PackedRows.of(
-            [[asked.block for asked in row] for row in rows],
-            _routed(rng, len(rows), self.settings.routed),
-            line_end=self._line_end,
-            image_tokens=self.student.image_tokens,
-        )
-        return self.student(augmented(batch.pixels, _torch_generator(rng)), packed, depths), packed
-
-
-# ---- reading ----
+    is_alone: bool = True
+    """Whether the picture shows one flag."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,73 +161,52 @@ class Wanted:
     weights: Tensor
 
 
-class ReadingTraining(RowTraining):
-    """The first layers read the picture."""
+class ReadingError:
+    """How far the states of packed rows are from those of the sentences by name."""
 
-    name = "reading"
-    settings: ReadingStage
+    def __init__(self, originals: NameStates, settings: ReadingLoss) -> None:
+        self.originals, self.settings = originals, settings
 
-    def __init__(self, settings: ReadingStage, student: Student, pool: Pool, states: NameStates) -> None:
-        super().__init__(settings, student, pool, states.sentences)
-        self.originals = states
-
-    def groups(self) -> list[dict[str, nn.Parameter]]:
-        """Return the parameters of the tower, of the projector, and of the factors of the layers that run."""
-        return [
-            _named("model.vision_tower", self.student.tower),
-            _named("model.multi_modal_projector", self.student.projector),
-            dict(self.student.factors(max(self.settings.depths))),
-        ]
-
-    def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the squared errors of the states, and the cross-entropy of the right country among all."""
-        settings = self.settings
-        batch = self.pool.draw(rng, singles=settings.singles, pairs=settings.pairs)
-        templates = _some(rng, self.sentences.templates.read, settings.sentences)
-        rows = [self._row(countries, templates, rng) for countries in batch.countries]
-        passed, packed = self.states(batch, rows, settings.depths, rng)
-        states = torch.stack([passed[depth] for depth in settings.depths], 2)  # row, token, depth, hidden
-        wanted = self.wanted(batch.countries, rows, packed)
+    def of(
+        self, passed: Mapping[int, Tensor], rows: Sequence[Sequence[Asked]], packed: PackedRows
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the sum of the errors, and numbers to show; `passed` are states by depth."""
+        states = torch.stack([passed[depth] for depth in self.settings.depths], 2)  # row, token, depth, hidden
+        wanted = self.wanted(rows, packed)
         errors = (states[wanted.rows, wanted.tokens] - wanted.states) / self.originals.deviation
         error = ((errors.pow(2).mean(-1) * wanted.weights[:, None]).sum(0) / wanted.weights.sum()).mean()
         told, nearest, hits = self._told(states, rows, packed)
         return error + told + nearest, {"error": error.item(), "told": told.item(), "nearest": hits}
 
-    def _row(self, countries: Sequence[int], templates: Sequence[str], rng: np.random.Generator) -> list[Asked]:
-        """The sentences about a picture, then the first of them by name, which stays as it is."""
-        row = []
-        for place, template in enumerate(templates):
-            words, country = _words(self.sentences, countries, place, rng)
-            block = Block(sentence=self.sentences.by_picture(template, words))
-            row.append(Asked(block=block, template=template, country=country))
-        named = Block(sentence=self.sentences.by_name(templates[0], countries[0]), has_picture=False)
-        return [*row, Asked(block=named, template=templates[0], country=countries[0])]
+    def wanted(self, rows: Sequence[Sequence[Asked]], packed: PackedRows) -> Wanted:
+        """Return what the states are to be: those of the sentence by name, aligned at the constraint's last token.
 
-    def wanted(self, countries: Sequence[Sequence[int]], rows: Sequence[Sequence[Asked]], packed: PackedRows) -> Wanted:
-        """Return what the states are to be: those of the sentence by name, aligned at the constraint's last token."""
+        Blocks by name count where nothing follows their sentence: there the answer is what is kept.
+        """
         where: list[tuple[int, int]] = []
         states: list[Tensor] = []
         weights: list[float] = []
-        for number, row in enumerate(rows):
-            for asked, start in zip(row, packed.starts[number], strict=True):
-                tokens, sources, own = self._aligned(asked, single=len(countries[number]) == 1)
-                where += [(number, start + token) for token in tokens]
-                states.append(self.originals.of(asked.template, asked.country)[list(sources)])
-                weights += own
+        for number, (row, starts) in enumerate(zip(rows, packed.starts, strict=True)):
+            for asked, start in zip(row, starts, strict=True):
+                if asked.template in self.originals.means and (asked.block.has_picture or not asked.block.tail):
+                    tokens, sources, own = self._aligned(asked)
+                    where += [(number, start + token) for token in tokens]
+                    states.append(self.originals.of(asked.template, asked.country)[sources])
+                    weights += own
         places = torch.tensor(where)
         return Wanted(rows=places[:, 0], tokens=places[:, 1], states=torch.cat(states), weights=torch.tensor(weights))
 
-    def _aligned(self, asked: Asked, *, single: bool) -> tuple[list[int], list[int], list[float]]:
+    def _aligned(self, asked: Asked) -> tuple[list[int], list[int], list[float]]:
         """The tokens of a block, the tokens of the sentence by name that they become, and their weights.
 
         Of a picture of two flags, only the constraint's last token tells which country it is.
         """
         settings, own = self.settings, asked.block.sentence
-        named = self.sentences.by_name(asked.template, asked.country)
+        named = self.originals.sentences.by_name(asked.template, asked.country)
         if not asked.block.has_picture:
             whole = list(range(len(named.ids)))
             return whole, whole, [1.0] * len(whole)
-        shared = min(named.stop - named.start, own.stop - own.start) if single else 1
+        shared = min(named.stop - named.start, own.stop - own.start) if asked.is_alone else 1
         behind = len(named.ids) - named.stop
         before = min(own.start, named.start)
         tokens = [*range(own.stop - shared, own.stop + behind), *range(before)]
@@ -284,72 +219,188 @@ class ReadingTraining(RowTraining):
     ) -> tuple[Tensor, Tensor, float]:
         """The error of what the constraint's last token says of the country, its cross-entropy, and the hits."""
         originals, settings = self.originals, self.settings
+        mentions: dict[str, list[tuple[int, int, int]]] = {}
+        for number, (row, starts) in enumerate(zip(rows, packed.starts, strict=True)):
+            for asked, start in zip(row, starts, strict=True):
+                if asked.template in originals.means and asked.block.has_picture:
+                    place = (number, start + asked.block.sentence.stop - 1, asked.country)
+                    mentions.setdefault(asked.template, []).append(place)
         errors, losses, hits = [], [], []
-        for place in range(len(rows[0]) - 1):  # the block of a sentence, in all rows
-            template = rows[0][place].template
-            tokens = [
-                start[place] + row[place].block.sentence.stop - 1
-                for row, start in zip(rows, packed.starts, strict=True)
-            ]
-            last = states[list(range(len(rows))), tokens]  # row, depth, hidden
-            said = (last - originals.means[template]) / originals.last_deviation
-            right = torch.tensor([row[place].country for row in rows])
-            errors.append((said - originals.countries[template][right]).pow(2).mean())
+        for template, places in mentions.items():
+            where, tokens, right = torch.tensor(places).T
+            said = (states[where, tokens] - originals.means[template]) / originals.last_deviation
+            errors.append((said - originals.countries[template][right]).pow(2).mean(-1))
             among = functional.normalize(originals.countries[template], dim=-1)
-            likeness = torch.einsum("rdh,cdh->drc", functional.normalize(said, dim=-1), among) / settings.temperature
-            losses += [functional.cross_entropy(likeness[depth], right) for depth in settings.contrasted]
-            hits.append((likeness[settings.contrasted[-1]].argmax(-1) == right).float().mean().item())
-        return torch.stack(errors).mean(), torch.stack(losses).mean(), sum(hits) / len(hits)
+            likeness = torch.einsum("mdh,cdh->dmc", functional.normalize(said, dim=-1), among) / settings.temperature
+            own = [functional.cross_entropy(likeness[depth], right, reduction="none") for depth in settings.contrasted]
+            losses.append(torch.stack(own))
+            hits.append(likeness[settings.contrasted[-1]].argmax(-1) == right)
+        told = torch.cat(errors)[:, list(settings.standardised)].mean()
+        return told, torch.cat(losses, 1).mean(), torch.cat(hits).float().mean().item()
+
+
+class RowTraining(StageTraining):
+    """A stage on packed rows: one picture each, with sentences behind it."""
+
+    settings: ReadingStage | AnsweringStage
+
+    def __init__(
+        self, settings: ReadingStage | AnsweringStage, student: Student, pool: Pool, originals: NameStates
+    ) -> None:
+        super().__init__(settings, student, pool)
+        self.sentences, self.reading = originals.sentences, ReadingError(originals, settings.loss)
+        self._line_end = line_end_id(self.sentences.tokenizer)
+
+    def groups(self) -> list[dict[str, nn.Parameter]]:
+        """Return the parameters of the tower, of the projector, and of the factors of the layers that run."""
+        return [
+            _named("model.vision_tower", self.student.tower),
+            _named("model.multi_modal_projector", self.student.projector),
+            dict(self.student.factors(self.depth)),
+        ]
+
+    @property
+    def depth(self) -> int:
+        """The number of layers that run."""
+        return max(self.settings.loss.depths)
+
+    def states(
+        self, batch: Batch, rows: Sequence[Sequence[Asked]], depths: Sequence[int], rng: np.random.Generator
+    ) -> tuple[dict[int, Tensor], PackedRows]:
+        """Return depth -> (row, token, hidden), and the rows; some of them are routed."""
+        routed = [bool(value < self.settings.routed) for value in rng.random(len(rows))]
+        packed = PackedRows.of(
+            [[asked.block for asked in row] for row in rows],
+            routed,
+            line_end=self._line_end,
+            image_tokens=self.student.image_tokens,
+        )
+        return self.student(augmented(batch.pixels, _torch_generator(rng)), packed, depths), packed
+
+    def read(self, step: RowStep, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the reading error of new rows, and numbers to show."""
+        batch, rows = self.reading_rows(step, rng)
+        passed, packed = self.states(batch, rows, self.settings.loss.depths, rng)
+        return self.reading.of(passed, rows, packed)
+
+    def reading_rows(self, step: RowStep, rng: np.random.Generator) -> tuple[Batch, list[list[Asked]]]:
+        """Return pictures, and for each the sentences about it; some rows hold one by name too."""
+        batch = self.pool.draw(rng, singles=step.singles, pairs=step.pairs)
+        templates = self.some(self.sentences.templates.read, step.sentences, rng)
+        rows = []
+        for number, countries in enumerate(batch.countries):
+            row = [self.pictured(template, countries, place, rng) for place, template in enumerate(templates)]
+            if number % step.kept == 0:
+                (template,) = self.some(self.sentences.templates.read, 1, rng)
+                country = int(rng.integers(len(self.sentences.names)))
+                block = Block(sentence=self.sentences.by_name(template, country), has_picture=False)
+                row.append(Asked(block=block, template=template, country=country))
+            rows.append(row)
+        return batch, rows
+
+    def pictured(
+        self,
+        template: str,
+        countries: Sequence[int],
+        place: int,
+        rng: np.random.Generator,
+        answer: Callable[[int], Sequence[int]] | None = None,
+    ) -> Asked:
+        """Return a sentence about a flag of a picture; of two flags, places take turns.
+
+        Args:
+            template: The sentence.
+            countries: The countries in the picture, from left to right.
+            place: The number of the sentence in its row.
+            rng: The source of the words for the only flag in a picture.
+            answer: Country -> tokens that follow the sentence; None for none.
+        """
+        side, words = place % len(countries), self.sentences.templates
+        phrase = words.phrases[int(rng.integers(len(words.phrases)))]
+        sentence = self.sentences.by_picture(template, phrase if len(countries) == 1 else words.sides[side])
+        country = countries[side]
+        tail = () if answer is None else tuple(answer(country)[:-1])
+        block = Block(sentence=sentence, tail=tail)
+        return Asked(block=block, template=template, country=country, is_alone=len(countries) == 1)
+
+    @staticmethod
+    def some(templates: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+        """Return different templates, as many as there are up to a number."""
+        places = rng.choice(len(templates), min(count, len(templates)), replace=False)
+        return [templates[place] for place in places]
+
+
+class ReadingTraining(RowTraining):
+    """The first layers read the picture."""
+
+    name = "reading"
+    settings: ReadingStage
+
+    def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the reading error."""
+        return self.read(self.settings.rows, rng)
 
 
 # ---- answering ----
 
 
 class AnsweringTraining(RowTraining):
-    """The whole model answers."""
+    """The whole model answers, and goes on reading."""
 
     name = "answering"
     settings: AnsweringStage
 
     def __init__(
-        self, settings: AnsweringStage, student: Student, pool: Pool, sentences: Sentences, answers: Answers
+        self, settings: AnsweringStage, student: Student, pool: Pool, originals: NameStates, answers: Answers
     ) -> None:
-        super().__init__(settings, student, pool, sentences)
+        super().__init__(settings, student, pool, originals)
         self.answers = answers
 
-    def groups(self) -> list[dict[str, nn.Parameter]]:
-        """Return everything that is trained."""
-        return [
-            _named("model.vision_tower", self.student.tower),
-            _named("model.multi_modal_projector", self.student.projector),
-            dict(self.student.factors()),
-        ]
+    @property
+    def depth(self) -> int:
+        """All layers."""
+        return self.student.layers
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the weighted mean divergences of the answers, the names, the answers by name and the texts."""
+        """Return the reading error alone, or with it the divergences of answers, names, answers by name and texts."""
         settings = self.settings
-        batch = self.pool.draw(rng, singles=settings.singles, pairs=settings.pairs)
-        templates = _some(rng, self.sentences.templates.answered, settings.sentences)
-        taught = [list(self._row(countries, templates, rng)) for countries in batch.countries]
+        if rng.random() >= settings.answered:
+            return self.read(settings.reads, rng)
+        step = settings.answers
+        batch = self.pool.draw(rng, singles=step.singles, pairs=step.pairs)
+        templates = self.some(self.sentences.templates.answered, step.sentences, rng)
+        taught = [
+            list(self._row(number, countries, templates, rng)) for number, countries in enumerate(batch.countries)
+        ]
         rows = [[asked for asked, _, _ in row] for row in taught]
-        passed, packed = self.states(batch, rows, [self.student.layers], rng)
+        passed, packed = self.states(batch, rows, (*settings.loss.depths, self.depth), rng)
+        error, numbers = self.reading.of(passed, rows, packed)
+        means = self.divergences(passed[self.depth], taught, packed)
+        weights = {
+            "answers": settings.answering,
+            "names": settings.naming,
+            "by name": settings.by_name,
+            "texts": settings.texts,
+        }
+        loss = settings.reading * error + torch.stack([weights[kind] * mean for kind, mean in means.items()]).sum()
+        return loss, {**numbers, **{kind: mean.item() for kind, mean in means.items()}}
+
+    def divergences(
+        self, states: Tensor, taught: Sequence[Sequence[tuple[Asked, str, Distributions]]], packed: PackedRows
+    ) -> dict[str, Tensor]:
+        """Return kind -> the mean divergence of what blocks of this kind predict."""
         places = torch.tensor(
             [
                 (number, start + token)
-                for number, (row, starts) in enumerate(zip(rows, packed.starts, strict=True))
-                for asked, start in zip(row, starts, strict=True)
+                for number, (row, starts) in enumerate(zip(taught, packed.starts, strict=True))
+                for (asked, _, _), start in zip(row, starts, strict=True)
                 for token in self._predicting(asked)
             ]
         )
-        logits = self.student.logits(passed[self.student.layers][places[:, 0], places[:, 1]])
+        logits = self.student.logits(states[places[:, 0], places[:, 1]])
         divergence = Distributions.joined([each for row in taught for _, _, each in row]).divergence(logits)
         kinds = [kind for row in taught for _, kind, each in row for _ in range(len(each.ids))]
-        weights = {"answers": 1.0, "names": settings.naming, "by_name": settings.by_name, "texts": settings.texts}
-        means = {
-            kind: divergence[torch.tensor([own == kind for own in kinds])].mean() for kind in weights if kind in kinds
-        }
-        loss = torch.stack([weights[kind] * mean for kind, mean in means.items()]).sum()
-        return loss, {kind: mean.item() for kind, mean in means.items()}
+        return {kind: divergence[torch.tensor([own == kind for own in kinds])].mean() for kind in dict.fromkeys(kinds)}
 
     @staticmethod
     def _predicting(asked: Asked) -> range:
@@ -357,27 +408,34 @@ class AnsweringTraining(RowTraining):
         return asked.block.predicting if asked.template else range(len(asked.block.ids))
 
     def _row(
-        self, countries: Sequence[int], templates: Sequence[str], rng: np.random.Generator
+        self, number: int, countries: Sequence[int], templates: Sequence[str], rng: np.random.Generator
     ) -> Iterator[tuple[Asked, str, Distributions]]:
         """Yield the blocks of a row with the kinds and the distributions of what they predict."""
-        settings, sentences = self.settings, self.sentences
+        settings, answers = self.settings, self.answers
         for place, template in enumerate(templates):
-            words, country = _words(sentences, countries, place, rng)
-            tokens, wanted = self.answers.answer(template, country, settings.tokens)
-            block = Block(sentence=sentences.by_picture(template, words), tail=tokens[:-1])
-            yield Asked(block=block, template=template, country=country), "answers", wanted
-        (template,) = _some(rng, sentences.templates.naming, 1)
-        words, country = _words(sentences, countries, int(rng.integers(2)), rng)
-        tokens = sentences.name(country, settings.name_tokens)
-        block = Block(sentence=sentences.by_picture(template, words), tail=tokens[:-1])
-        certain = Distributions.certain(tokens, self.answers.ids.shape[-1])
-        yield Asked(block=block, template=template, country=country), "names", certain
-        (template,) = _some(rng, sentences.templates.answered, 1)
-        country = int(rng.integers(len(sentences.names)))
-        tokens, wanted = self.answers.answer(template, country, settings.tokens)
-        block = Block(sentence=sentences.by_name(template, country), tail=tokens[:-1], has_picture=False)
-        yield Asked(block=block, template=template, country=country), "by_name", wanted
-        number = int(rng.integers(len(self.answers.texts)))
-        tokens, wanted = self.answers.text(number)
-        block = Block(sentence=Sentence(ids=tokens), has_picture=False)
-        yield Asked(block=block, template="", country=number), "texts", wanted
+            asked = self.pictured(
+                template, countries, place, rng, lambda country, own=template: self._answer(own, country)
+            )
+            yield asked, "answers", answers.answer(template, asked.country, settings.tokens)[1]
+        (template,) = self.some(self.sentences.templates.naming, 1, rng)
+        asked = self.pictured(template, countries, int(rng.integers(2)), rng, self._name)
+        certain = Distributions.certain(self._name(asked.country), answers.ids.shape[-1])
+        yield asked, "names", certain
+        kept = settings.answers.kept
+        if number % kept == 0:
+            (template,) = self.some(self.sentences.templates.answered, 1, rng)
+            country = int(rng.integers(len(self.sentences.names)))
+            tokens, wanted = answers.answer(template, country, settings.tokens)
+            block = Block(sentence=self.sentences.by_name(template, country), tail=tokens[:-1], has_picture=False)
+            yield Asked(block=block, template=template, country=country), "by name", wanted
+        if number % kept == kept // 2:
+            place = int(rng.integers(len(answers.texts)))
+            tokens, wanted = answers.text(place)
+            block = Block(sentence=Sentence(ids=tokens), has_picture=False)
+            yield Asked(block=block, template="", country=place), "texts", wanted
+
+    def _answer(self, template: str, country: int) -> Sequence[int]:
+        return self.answers.answer(template, country, self.settings.tokens)[0]
+
+    def _name(self, country: int) -> Sequence[int]:
+        return self.sentences.name(country, self.settings.name_tokens)

@@ -37,7 +37,7 @@ from .card import Examination, model_card
 from .examination import Examine, examine_model
 from .original import open_original
 from .pictures import make_pool
-from .recipe import Recipe
+from .recipe import AnsweringStage, Recipe
 from .stages import AnsweringTraining, ReadingTraining, SeeingTraining, StageTraining, one_cycle
 from .student import Student, make_processor, make_student, whole_config
 from .teacher import Sentences, make_answers, make_states
@@ -180,14 +180,15 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
     pool = make_pool(work / "pictures", world, countries, recipe.pictures, seed=seed)
     student = make_student(original, recipe.shape, seed=seed)
 
-    def reading() -> StageTraining:
-        states = make_states(work, student, sentences, recipe.reading.depths)
-        return ReadingTraining(recipe.reading, student, pool, states)
+    originals = make_states(work, student, sentences, recipe.reading.loss.depths)
+
+    def answering(settings: AnsweringStage) -> Callable[[], StageTraining]:
+        return lambda: AnsweringTraining(settings, student, pool, originals, answers)
 
     stages: tuple[Callable[[], StageTraining], ...] = (
         lambda: SeeingTraining(recipe.tower, student, pool, seed=seed),
-        reading,
-        lambda: AnsweringTraining(recipe.answering, student, pool, sentences, answers),
+        lambda: ReadingTraining(recipe.reading, student, pool, originals),
+        *map(answering, recipe.answering),
     )
     checkpoint = TrainingCheckpoint.read(work / _CHECKPOINT)
     for number, make in enumerate(stages):
