@@ -62,7 +62,10 @@ RECIPE = Recipe(
     teaching=Teaching(tokens=3, candidates=10_000, text_rounds=1, text_tokens=5),
     tower=TowerStage(steps=2, singles=3, pairs=2),
     reading=ReadingStage(steps=2, rows=ROWS, loss=LOSS),
-    answering=(AnsweringStage(steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS),),
+    answering=(
+        AnsweringStage(steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS),
+        AnsweringStage(steps=1, answers=ROWS, reads=ROWS, answered=0.0, loss=LOSS),
+    ),
 )
 """A recipe with all that the real one has, of some seconds."""
 
@@ -330,7 +333,7 @@ def test_the_parts_have_the_shipped_form(finished):
     }
     assert parts.tensors["model.language_model.layers.1.self_attn.q_proj.lora_A"].shape == (2, 16)
     assert {value.dtype for value in parts.tensors.values()} == {torch.float16}
-    assert parts.recipe["seed"] == 0 and parts.recipe["stages"]["tower"]["steps"] == 2
+    assert parts.recipe["seed"] == 0 and parts.recipe["stages"]["seeing"]["steps"] == 2
 
 
 def test_a_student_that_learned_nothing_keeps_all_and_reads_nothing(finished, text_model, tmp_path):
