@@ -66,8 +66,8 @@ class RealModel(GeneralOptions):
         tuple[str, ...], Parameter(help=f"parts to measure: {', '.join(PARTS)}", metavar="PART", negative_iterable=())
     ] = PARTS
     asked: Annotated[int, Parameter(help="number of questions that the model is asked about flags", metavar="N")] = 640
-    choosing: Annotated[int, Parameter(help="number of known facts on which settings are chosen", metavar="N")] = 40
-    reporting: Annotated[int, Parameter(help="number of known facts that are reported", metavar="N")] = 120
+    choosing: Annotated[int, Parameter(help="number of known facts on which settings are chosen", metavar="N")] = 30
+    reporting: Annotated[int, Parameter(help="number of known facts that are reported", metavar="N")] = 100
     docs: Annotated[
         Path | None, Parameter(help="folder for the page and its figures (default: OUT)", metavar="DIR")
     ] = None

@@ -172,10 +172,10 @@ def flow_numbers(halves: Halves) -> dict[str, Any]:
 def emergence_numbers(folder: Path) -> dict[str, Any]:
     """Return, for both places, by layer how often the answer leads, and quartiles of its rank; -1 is the embedding."""
     records = stored_records(folder)
-    lenses = [record.load("lens", LogitLens) for record in records]
+    lenses = [(record.load("lens", LogitLens), int(record.row["token"])) for record in records]
     places = {}
     for place in PLACES:
-        ranks = torch.stack([lens.rank(lens.answer, position=place) for lens in lenses]).double()
+        ranks = torch.stack([lens.rank(token, position=place) for lens, token in lenses]).double()
         firsts = [record.row[f"first layer at {place}"] for record in records]
         leads = [share_of([bool(flag) for flag in column]) for column in (ranks == 1).T.tolist()]
         known = sorted(layer for layer in firsts if layer is not None)

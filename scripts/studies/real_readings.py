@@ -95,9 +95,12 @@ class Emergence(Analysis):
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the logit lens of one question."""
         question = question_of_record(task.record)
-        answer = own_answer(question)
-        lens = logit_lens(vlm, vlm.prompt_for(question), positions=PLACES, answer=answer, top=self.top, progress=False)
-        row = {f"first layer at {place}": lens.first_layer(answer, position=place) for place in PLACES}
+        prompt, answer = vlm.prompt_for(question), own_answer(question)
+        token = prompt.answer_tokens(answer)[0]
+        options = {"positions": PLACES, "words": (token,), "top": self.top, "progress": False}
+        lens = logit_lens(vlm, prompt, answer=answer, **options)
+        row = {f"first layer at {place}": lens.first_layer(token, position=place) for place in PLACES}
+        row["token"] = token
         return Outcome(row={"question": question.text, **row}, results={"lens": lens})
 
     def summary(self) -> Summary:
