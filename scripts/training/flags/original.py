@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ....data.worlds.flags.questions import cloze
 
@@ -46,17 +47,17 @@ class Sentence:
         return cls(ids=tuple(encoded.input_ids), start=covered[0], stop=covered[-1] + 1)
 
 
-def open_original(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_original(folder: Path) -> tuple[LlamaForCausalLM, Any]:
     """Return the text model in a folder, frozen and in float32, and its tokenizer, which pads on the left."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     return model.requires_grad_(False), tokenizer
 
 
 def own_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, rounds: int, tokens: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int, rounds: int, tokens: int
 ) -> Iterator[Tensor]:
     """Yield (text, token) ids of texts that the model writes itself, one batch for each round.
 

@@ -22,6 +22,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from .recipe import AnsweringStage, ReadingLoss, ReadingStage, RowStep, Stage, T
 from .student import Block, PackedRows, Student, line_end_id
 from .teacher import Answers, Distributions, NameStates
 
+_Settings = TypeVar("_Settings", bound=Stage)
+_RowSettings = TypeVar("_RowSettings", ReadingStage, AnsweringStage)
 _MOMENTUM = (0.95, 0.85)
 """AdamW's first coefficient at the lowest and at the highest learning rate."""
 
@@ -52,12 +56,12 @@ def one_cycle(step: int, steps: int, stage: Stage) -> tuple[float, float]:
     return low + (1 - low) * height, _MOMENTUM[0] + (_MOMENTUM[1] - _MOMENTUM[0]) * height
 
 
-class StageTraining(ABC):
+class StageTraining(ABC, Generic[_Settings]):
     """One stage: what it trains, and the loss of a step."""
 
     name: str
 
-    def __init__(self, settings: Stage, student: Student, pool: Pool) -> None:
+    def __init__(self, settings: _Settings, student: Student, pool: Pool) -> None:
         self.settings, self.student, self.pool = settings, student, pool
 
     @abstractmethod
@@ -102,11 +106,10 @@ class TowerHead(nn.Module):
         return self.classify((shares * states.flatten(1, 2)).sum(1))
 
 
-class SeeingTraining(StageTraining):
+class SeeingTraining(StageTraining[TowerStage]):
     """The tower alone."""
 
     name = "seeing"
-    settings: TowerStage
 
     def __init__(self, settings: TowerStage, student: Student, pool: Pool, *, seed: int) -> None:
         super().__init__(settings, student, pool)
@@ -239,14 +242,10 @@ class ReadingError:
         return told, torch.cat(losses, 1).mean(), torch.cat(hits).float().mean().item()
 
 
-class RowTraining(StageTraining):
+class RowTraining(StageTraining[_RowSettings]):
     """A stage on packed rows: one picture each, with sentences behind it."""
 
-    settings: ReadingStage | AnsweringStage
-
-    def __init__(
-        self, settings: ReadingStage | AnsweringStage, student: Student, pool: Pool, originals: NameStates
-    ) -> None:
+    def __init__(self, settings: _RowSettings, student: Student, pool: Pool, originals: NameStates) -> None:
         super().__init__(settings, student, pool)
         self.sentences, self.reading = originals.sentences, ReadingError(originals, settings.loss)
         self._line_end = line_end_id(self.sentences.tokenizer)
@@ -330,11 +329,10 @@ class RowTraining(StageTraining):
         return [templates[place] for place in places]
 
 
-class ReadingTraining(RowTraining):
+class ReadingTraining(RowTraining[ReadingStage]):
     """The first layers read the picture."""
 
     name = "reading"
-    settings: ReadingStage
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
         """Return the reading error."""
@@ -344,11 +342,10 @@ class ReadingTraining(RowTraining):
 # ---- answering ----
 
 
-class AnsweringTraining(RowTraining):
+class AnsweringTraining(RowTraining[AnsweringStage]):
     """The whole model answers, and goes on reading."""
 
     name = "answering"
-    settings: AnsweringStage
 
     def __init__(
         self, settings: AnsweringStage, student: Student, pool: Pool, originals: NameStates, answers: Answers
@@ -413,9 +410,7 @@ class AnsweringTraining(RowTraining):
         """Yield the blocks of a row with the kinds and the distributions of what they predict."""
         settings, answers = self.settings, self.answers
         for place, template in enumerate(templates):
-            asked = self.pictured(
-                template, countries, place, rng, lambda country, own=template: self._answer(own, country)
-            )
+            asked = self.pictured(template, countries, place, rng, partial(self._answer, template))
             yield asked, "answers", answers.answer(template, asked.country, settings.tokens)[1]
         (template,) = self.some(self.sentences.templates.naming, 1, rng)
         asked = self.pictured(template, countries, int(rng.integers(2)), rng, self._name)

@@ -184,7 +184,7 @@ class Student(nn.Module):
         self.tower = CLIPVisionModel(vision_config(shape))
         self.projector = Projector(shape.width, original.config.hidden_size)
         self.text = original.requires_grad_(False)
-        head = original.get_output_embeddings().weight.detach()
+        head = original.lm_head.weight.detach()
         self.register_buffer("head", head.to(self.dtype), persistent=False)
         for layer, rank in zip(original.model.layers, shape.ranks, strict=True):
             for name in _FROZEN:

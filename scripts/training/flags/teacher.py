@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ....artefacts import read_tensors, write_tensors
 from .original import Sentence, ids_of, own_texts, padded
@@ -167,7 +168,7 @@ class Answers:
 
 @torch.no_grad()
 def make_answers(
-    folder: Path, original: PreTrainedModel, sentences: Sentences, recipe: Recipe, *, seed: int
+    folder: Path, original: LlamaForCausalLM, sentences: Sentences, recipe: Recipe, *, seed: int
 ) -> Answers:
     """Return the original's answers and texts, which are computed unless they lie in the folder already."""
     path, templates, teaching = folder / "answers.safetensors", recipe.sentences.answered, recipe.teaching
@@ -197,11 +198,11 @@ def make_answers(
     return Answers(templates=templates, **tensors)
 
 
-def _candidates(original: PreTrainedModel, recipe: Recipe) -> int:
+def _candidates(original: LlamaForCausalLM, recipe: Recipe) -> int:
     return min(recipe.teaching.candidates, original.config.vocab_size)
 
 
-def _continued(original: PreTrainedModel, sentences: Sentences, template: str, recipe: Recipe) -> dict[str, Tensor]:
+def _continued(original: LlamaForCausalLM, sentences: Sentences, template: str, recipe: Recipe) -> dict[str, Tensor]:
     """The continuations of a sentence about every country: tokens, and ids and logs of the candidates."""
     count, teaching, line_end = len(sentences.names), recipe.teaching, line_end_id(sentences.tokenizer)
     rows = [(line_end, *sentences.by_name(template, country).ids) for country in range(count)]
@@ -211,7 +212,7 @@ def _continued(original: PreTrainedModel, sentences: Sentences, template: str, r
     for start in range(0, count, _ROWS):
         some = order[start : start + _ROWS]
         ids, mask = padded([rows[country] for country in some], filler)
-        output = original.generate(
+        output: Any = original.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=teaching.tokens,
