@@ -180,18 +180,20 @@ class ReadingStage(Stage):
 class AnsweringStage(Stage):
     """The distributions of the answers' tokens become those of the original that is told the name."""
 
-    steps: int = 1000
+    steps: int = 1400
     peaks: tuple[float, ...] = (1.5e-4, 8e-4, 1.6e-3)
     decay: float = 0.0
     warm_up: float = 0.04
     start: float = 0.2
-    answered: float = 0.85
+    answered: float = 0.9
     """The share of the steps in which the whole model answers; in the others it reads only."""
-    answers: RowStep = RowStep(singles=11, pairs=1, sentences=4, kept=4)
+    answers: RowStep = RowStep(singles=13, pairs=1, sentences=4, kept=4)
     reads: RowStep = RowStep(singles=17, pairs=3, sentences=4, kept=3)
     routed: float = 0.35
-    tokens: int = 4
+    tokens: int = 3
     """Tokens of an answer."""
+    first: float = 2.0
+    """The weight of the first token of an answer about a picture, which decides it; the others weigh 1."""
     name_tokens: int = 6
     """Tokens of a name."""
     loss: ReadingLoss = ReadingLoss(standardised=(1, 2))
@@ -219,6 +221,7 @@ class Recipe:
     reading: ReadingStage = field(default_factory=ReadingStage)
     answering: tuple[AnsweringStage, ...] = (
         AnsweringStage(steps=200, peaks=(1.5e-4, 1e-3, 2e-3), answered=0.25, loss=ReadingLoss()),
+        AnsweringStage(steps=200),
         AnsweringStage(),
     )
     """One after the other: at first the whole model answers in some of the steps only."""

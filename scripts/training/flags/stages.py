@@ -396,8 +396,15 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
         )
         logits = self.student.logits(states[places[:, 0], places[:, 1]])
         divergence = Distributions.joined([each for row in taught for _, _, each in row]).divergence(logits)
-        kinds = [kind for row in taught for _, kind, each in row for _ in range(len(each.ids))]
-        return {kind: divergence[torch.tensor([own == kind for own in kinds])].mean() for kind in dict.fromkeys(kinds)}
+        kinds: list[str] = []
+        weights: list[float] = []
+        for kind, distributions in [(kind, each) for row in taught for _, kind, each in row]:
+            later = len(distributions.ids) - 1
+            kinds += [kind] * (later + 1)
+            weights += [self.settings.first if kind in ("answers", "names") else 1.0, *[1.0] * later]
+        weight = torch.tensor(weights)
+        own = {kind: torch.tensor([each == kind for each in kinds]) for kind in dict.fromkeys(kinds)}
+        return {kind: (divergence * weight)[here].sum() / weight[here].sum() for kind, here in own.items()}
 
     @staticmethod
     def _predicting(asked: Asked) -> range:
