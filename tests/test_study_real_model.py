@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from multrace import VisionLanguageModel
 from multrace.data import Question, World, world_questions
 from multrace.data.worlds.flags import FlagWorld
@@ -32,7 +33,7 @@ from multrace.scripts.studies.real_figures import write_figures
 from multrace.scripts.studies.real_model import PARTS, PictureStudy
 from multrace.scripts.studies.real_numbers import best_threshold, mean_of, share_of, trace_numbers
 from multrace.scripts.studies.real_page import DIFFERENT, FINDINGS, NOT_SEEN, SEEN, page
-from multrace.scripts.studies.real_readings import BEST, NONE, ImageTokens
+from multrace.scripts.studies.real_readings import BEST, NONE, ImageTokens, token_shares
 from multrace.scripts.studies.real_traces import SubjectTrace, scaled_window, token_places
 from multrace.tracing import knockout_probability
 from multrace.workflow import Task, read_rows, run
@@ -165,6 +166,11 @@ def test_rows_of_rome(tiny_vlm: VisionLanguageModel):
     places = token_places(prompt)
     assert places[0] == subject[0] and subject[-1] in places and places[-1] == last and subject[-1] + 1 in places
     assert len(places) == 6 and list(places) == sorted(places)
+
+
+def test_long_states_of_late_layers_do_not_rank_image_tokens():
+    mass = torch.tensor([[1.0, 3.0], [3.0, 1.0], *([[900.0, 100.0]] * 6)])
+    assert token_shares(mass).tolist() == [0.5, 0.5] != (mass.sum(0) / mass.sum()).tolist()
 
 
 # ---- the facts ----

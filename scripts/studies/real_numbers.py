@@ -28,7 +28,7 @@ from ...tracing import (
 from ...workflow import StoredRecord
 from ...workflow.run_folder import RECORDS, RunFolder
 from .real_facts import CHOOSING, REPORTING
-from .real_readings import BEST, NO_BOX, NONE, ONLY_BOX, PLACES, RANDOM
+from .real_readings import BEST, NO_BOX, NONE, ONLY_BOX, PLACES, RANDOM, token_shares
 
 ENOUGH = 0.9
 """Share of the answers that a set of image tokens has to keep."""
@@ -198,7 +198,7 @@ def token_numbers(halves: Halves, facts: Mapping[str, tuple[str, str]]) -> dict[
     """
     records = {half: stored_records(folder) for half, folder in halves.items()}
     masses = {half: [_mass(record) for record in members] for half, members in records.items()}
-    shares = {half: torch.stack([_shares(mass.sum(0)) for mass in members]) for half, members in masses.items()}
+    shares = {half: torch.stack([token_shares(mass) for mass in members]) for half, members in masses.items()}
     reported = records[REPORTING]
     by_layer = torch.stack([mass.sum(1) for mass in masses[REPORTING]])
     count = shares[REPORTING].shape[1]
@@ -228,10 +228,6 @@ def token_numbers(halves: Halves, facts: Mapping[str, tuple[str, str]]) -> dict[
 def _mass(record: StoredRecord) -> Tensor:
     """Return the contributions (layer, image token) to the constraint."""
     return record.load("contributions", AttentionContributions).image_mass().double()
-
-
-def _shares(values: Tensor) -> Tensor:
-    return values / values.sum()
 
 
 def _tokens_for(shares: Tensor, share: float) -> int:

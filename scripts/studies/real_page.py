@@ -189,7 +189,8 @@ def _tokens(part: Results) -> Iterator[str]:
     enough = "no number measured" if part["enough"] is None else f"{part['enough']} of {part['tokens']}"
     yield (
         f"Contributions of {part['tokens']} image tokens to the constraint (arXiv 2406.04236, equation 1), mean over "
-        f"{part['count']} facts; they are largest in layer {strongest}.\n"
+        f"{part['count']} facts; they are longest in layer {strongest}. Shares are means over the first quarter of the "
+        "layers, in which words read the picture.\n"
     )
     rows = [
         ["share of the image tokens that hold 80 % of the contributions", _share(part["for_80"])],

@@ -43,6 +43,9 @@ BOXED_FLOWS = ("object -> question", "other patches -> question")
 """The first flow, by whether the image tokens show the flag."""
 PLACES = ("constraint_last", "last")
 """The tokens at which the answer is looked for."""
+EARLY = 1 / 4
+"""Share of the layers, from the first one, whose contributions rank the image tokens: those in which words read them
+(arXiv 2406.04236). In later ones states are longer, so that they would outweigh all others."""
 BEST, RANDOM = "best", "random"
 ONLY_BOX, NO_BOX, NONE = "only the box", "all but the box", "none"
 
@@ -113,7 +116,8 @@ class ImageTokens(Analysis):
     """Contributions of the image tokens to the constraint, and whether the answer stays with a few image tokens only.
 
     All other image tokens are cut from every other token in all layers. The tokens that stay are those with the largest
-    contributions, summed over layers; equally many at random; those that show the flag's box; or those that do not.
+    shares of the contributions (`token_shares`); equally many at random; those that show the flag's box; or those that
+    do not.
     """
 
     name: ClassVar[str] = "image tokens"
@@ -128,24 +132,24 @@ class ImageTokens(Analysis):
         image = prompt.groups["image"]
         options = {"queries": "constraint", "sources": "image", "by_head": False, "progress": False}
         contributions = attention_contributions(vlm, prompt, **options)
-        mass = contributions.image_mass().sum(0)
+        shares = token_shares(contributions.image_mass())
         box = {place for each in _boxes(question) for place in box_positions(vlm, prompt, each)}
         token = prompt.answer_tokens(own_answer(question))[0]
-        sets = dict(self._sets(image, mass, box, seed_of(question)))
+        sets = dict(self._sets(image, shares, box, seed_of(question)))
         stays = {name: _likeliest_without(vlm, prompt, set(image) - places) == token for name, places in sets.items()}
         inside = [place in box for place in image]
         row = {
             "question": question.text,
             "box tokens": sum(inside),
-            "box mass": float(mass[inside].sum() / mass.sum()),
+            "box mass": float(shares[inside].sum()),
             **stays,
         }
         small = replace(contributions, weights=contributions.weights.mean(1, keepdim=True))
         return Outcome(row=row, results={"contributions": small})
 
-    def _sets(self, image: Sequence[int], mass: Tensor, box: set[int], seed: int) -> Iterator[tuple[str, set[int]]]:
+    def _sets(self, image: Sequence[int], shares: Tensor, box: set[int], seed: int) -> Iterator[tuple[str, set[int]]]:
         """Yield the name and the positions of each set of image tokens that stay."""
-        ranked = [image[index] for index in mass.argsort(descending=True).tolist()]
+        ranked = [image[index] for index in shares.argsort(descending=True).tolist()]
         mixed = [image[index] for index in torch.randperm(len(image), generator=_generator(seed)).tolist()]
         for count in self.keep:
             yield f"{BEST} {count}", set(ranked[:count])
@@ -157,6 +161,19 @@ class ImageTokens(Analysis):
     def summary(self) -> Summary:
         """Return the average contributions."""
         return SavedAverage("contributions", AttentionContributions)
+
+
+def token_shares(mass: Tensor) -> Tensor:
+    """Return the share (image token,) of the contributions (layer, image token), mean over the early layers.
+
+    Example:
+        >>> import torch
+        >>> from multrace.scripts.studies.real_readings import token_shares
+        >>> token_shares(torch.tensor([[1.0, 3.0], [9.0, 1.0], [9.0, 1.0], [9.0, 1.0]]))
+        tensor([0.2500, 0.7500])
+    """
+    early = mass[: max(1, round(len(mass) * EARLY))]
+    return (early / early.sum(1, keepdim=True)).mean(0)
 
 
 def _likeliest_without(vlm: VisionLanguageModel, prompt: Prompt, cut: set[int]) -> int:
