@@ -187,7 +187,15 @@ def test_options_are_frozen_and_named_after_their_fields():
     for path, shown in HELPS.items():
         if shown.options:
             _, options = parse(
-                [*path, *(word for flag, a in shown.options.items() if a.required for word in (flag, "1"))]
+                [
+                    *path,
+                    *(
+                        word
+                        for flag, argument in shown.options.items()
+                        if argument.required
+                        for word in (flag, (argument.get_choices() or ("1",))[0])
+                    ),
+                ]
             )
             names = {f"--{row.name.replace('_', '-')}" for row in fields(options)}
             assert names == set(shown.options) - {"-v"}, path

@@ -277,7 +277,21 @@ class FlagWorld:
         return replace(self._asked(fact, template, fact.country.name), id=f"{fact.id}-by-name")
 
     def pictured_question(self, fact: CountryFact, number: int, *, template: int = 0, phrase: int = 0) -> Question:
-        """Return the question about held-out rendering `number` of the fact's flag, with the picture and its box."""
+        """Return the question about held-out rendering `number` of the fact's flag, with the picture and its box.
+
+        Args:
+            fact: The fact to ask for.
+            number: The number of the rendering.
+            template: The index in `wordings` of the relation (default 0).
+            phrase: The index in PHRASES of the phrase for the flag in the picture (default 0).
+
+        Example:
+            >>> from multrace.data.worlds.flags import FlagWorld
+            >>> world = FlagWorld()
+            >>> question = world.pictured_question(world.fact("jp-capital"), 0)
+            >>> question.image.size, len(question.boxes)
+            ((128, 128), 1)
+        """
         picture = self.picture(fact.country, number)
         question = self.question(fact, template=template, phrase=phrase)
         return replace(question, image=picture.image, boxes=picture.boxes)
