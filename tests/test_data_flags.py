@@ -30,6 +30,7 @@ from multrace.data.worlds.flags import (
     read_splits,
     write_splits,
 )
+from multrace.scripts.demos import FLAG_TOKENS, answers_about
 from multrace.scripts.main import app
 from multrace.scripts.studies import flags_splits
 from PIL import Image, ImageChops
@@ -391,13 +392,13 @@ def test_records_survive_their_file_and_their_probes_do_not_mix(world, tmp_path)
 def test_a_model_is_asked_by_picture_and_by_name(world, tiny_vlm):
     """The embedded model cannot read flags, so that it knows nothing here; its answers are those of `answers`."""
     facts = [world.fact(id) for id in ("fr-capital", "fr-name", "de-language", "ke-continent")]
-    answers = flags_splits.answers_about(tiny_vlm, world, facts)
+    answers = answers_about(tiny_vlm, world, facts)
     assert list(answers) == [fact.id for fact in facts] and answers["fr-name"][1] == ""
     prompts = [
         tiny_vlm.prompt_for(world.pictured_question(facts[0], 0)),
         tiny_vlm.prompt(None, "The capital of France is"),
     ]
-    said = tiny_vlm.answers(prompts, max_new_tokens=flags_splits.TOKENS)
+    said = tiny_vlm.answers(prompts, max_new_tokens=FLAG_TOKENS)
     assert answers["fr-capital"] == (answer_of(said[0]), answer_of(said[1]))
     rows = world.splits_from(answers)
     assert not [row for row in rows if row.split == "known"]

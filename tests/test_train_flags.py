@@ -269,6 +269,21 @@ def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taugh
     assert min(means["by name"], means["texts"]) > 0.01
 
 
+@torch.no_grad()
+def test_a_first_token_that_outweighs_all_others_counts_alone(taught):
+    student, pool, states, answers = taught
+
+    def means(**settings):
+        stage = replace(RECIPE.answering[0], **settings)
+        return AnsweringTraining(stage, student, pool, states, answers).loss(np.random.default_rng(0))[1]
+
+    alone, outweighs = means(tokens=1, name_tokens=1), means(tokens=2, first=1e9)
+    assert outweighs["answers"] == pytest.approx(alone["answers"], rel=1e-4)
+    assert outweighs["names"] == pytest.approx(alone["names"], rel=1e-4)
+    assert abs(means(tokens=2, first=1.0)["answers"] - alone["answers"]) > 1e-3
+    assert means(tokens=2, first=1.0)["by name"] == pytest.approx(outweighs["by name"], abs=1e-6)
+
+
 def test_the_learning_rate_rises_and_falls_as_in_torch():
     stage = TowerStage(steps=200)
     weight = torch.nn.Parameter(torch.zeros(1))

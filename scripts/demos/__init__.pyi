@@ -15,8 +15,10 @@ from .page import (
     write_report as write_report,
 )
 from .wrong_facts import (
+    FLAG_TOKENS as FLAG_TOKENS,
     FlagMarking as FlagMarking,
     WrongFacts as WrongFacts,
+    answers_about as answers_about,
     asked_splits as asked_splits,
     edit_record as edit_record,
     embedded_facts as embedded_facts,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ...data import EditCase, EditRecord, Question
+    from ...data.worlds.flags import CountryFact
     from ...editing.solve import ClosedFormEditor
 
 logger = logging.getLogger("multrace")
@@ -48,6 +49,8 @@ KEPT = 12
 """Number of other countries whose answers an edit of the flags model keeps."""
 CONTEXTS = (20, 21)
 """Held-out renderings that an edit of the flags model sees besides the first one; no probe shows them."""
+FLAG_TOKENS = 8
+"""Length of an answer about a flag in tokens."""
 ASKED_COUNTRIES = 40
 """Number of countries about which a model without splits is asked."""
 
@@ -208,15 +211,37 @@ def asked_splits(
     facts = [
         fact for fact in world.facts if fact.country.code in chosen and fact.relation.has_name and fact.other is None
     ]
-    by_picture = _answers(vlm, [world.pictured_question(fact, 0) for fact in facts])
-    by_name = _answers(vlm, [world.question_by_name(fact) for fact in facts])
-    pairs = zip(by_picture, by_name, strict=True)
-    return world.splits_from({fact.id: pair for fact, pair in zip(facts, pairs, strict=True)})
+    return world.splits_from(answers_about(vlm, world, facts, progress=True))
 
 
-def _answers(vlm: models.VisionLanguageModel, questions: Sequence[Question]) -> list[str]:
-    prompts = [vlm.prompt_for(question) for question in questions]
-    return [flags.answer_of(text) for text in vlm.answers(prompts, max_new_tokens=8, progress=True)]
+def answers_about(
+    vlm: models.VisionLanguageModel,
+    world: data.FlagWorld,
+    facts: Sequence[CountryFact],
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> dict[str, tuple[str, str]]:
+    """Return the model's answers as `FlagWorld.splits_from` takes them: id -> (by picture, by name or "").
+
+    Args:
+        vlm: The model.
+        world: The flags world.
+        facts: The facts to ask for, about held-out rendering 0 and by name where that can be asked.
+        batch_size: The number of questions answered together (default 16).
+        progress: Show a progress bar for each of the two ways of asking (default False).
+    """
+
+    def answers(questions: Sequence[Question]) -> list[str]:
+        prompts = [vlm.prompt_for(question) for question in questions]
+        options = {"max_new_tokens": FLAG_TOKENS, "batch_size": batch_size, "progress": progress}
+        return [flags.answer_of(text) for text in (vlm.answers(prompts, **options) if prompts else ())]
+
+    named = [fact for fact in facts if fact.relation.has_name]
+    by_picture = answers([world.pictured_question(fact, 0) for fact in facts])
+    by_name = answers([world.question_by_name(fact) for fact in named])
+    names = {fact.id: answer for fact, answer in zip(named, by_name, strict=True)}
+    return {fact.id: (answer, names.get(fact.id, "")) for fact, answer in zip(facts, by_picture, strict=True)}
 
 
 def own_errors(rows: Sequence[flags.SplitRow], seed: int) -> list[flags.SplitRow]:

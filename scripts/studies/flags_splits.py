@@ -14,10 +14,10 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from tqdm import tqdm
 
-from ...data import FlagWorld, Question
-from ...data.worlds.flags import HALVES, SPLITS, CountryFact, SplitRow, answer_of, write_splits
+from ...data import FlagWorld
+from ...data.worlds.flags import HALVES, SPLITS, SplitRow, write_splits
 from ...data.worlds.flags.countries import FOLDER
-from ...models import VisionLanguageModel
+from ..demos import answers_about
 from ..main import execute
 from ..options import STYLE, CommandError, ModelOptions, check_files, paragraphs
 
@@ -28,8 +28,6 @@ EXAMPLE = """examples:
 app = App(
     name="python -m multrace.scripts.studies.flags_splits", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE
 )
-TOKENS = 8
-"""Length of an answer in tokens."""
 _TOGETHER = 128
 """Number of facts whose prompts are in memory at once."""
 
@@ -75,25 +73,6 @@ def run(options: SplitsOptions = SplitsOptions()) -> int:
     target = write_splits(rows, options.file)
     print(sizes(rows), f"written: {target}", sep="\n")
     return 0
-
-
-def answers_about(
-    vlm: VisionLanguageModel, world: FlagWorld, facts: Sequence[CountryFact], *, batch_size: int = 16
-) -> dict[str, tuple[str, str]]:
-    """Return the model's answers as `FlagWorld.splits_from` takes them: id -> (by picture, by name or "")."""
-    named = [fact for fact in facts if fact.relation.has_name]
-    by_picture = _answers(vlm, [world.pictured_question(fact, 0) for fact in facts], batch_size)
-    by_name = _answers(vlm, [world.question_by_name(fact) for fact in named], batch_size)
-    names = {fact.id: answer for fact, answer in zip(named, by_name, strict=True)}
-    return {fact.id: (answer, names.get(fact.id, "")) for fact, answer in zip(facts, by_picture, strict=True)}
-
-
-def _answers(vlm: VisionLanguageModel, questions: Sequence[Question], batch_size: int) -> list[str]:
-    if not questions:
-        return []
-    prompts = [vlm.prompt_for(question) for question in questions]
-    texts = vlm.answers(prompts, max_new_tokens=TOKENS, batch_size=batch_size)
-    return [answer_of(text) for text in texts]
 
 
 def sizes(rows: Sequence[SplitRow]) -> str:
