@@ -200,6 +200,29 @@ def test_routing_lets_the_picture_through_the_constraint_only(student, pool):
     assert (difference(words) > 0).all()
 
 
+@torch.no_grad()
+def test_pictures_that_no_token_sees_any_more_need_not_run(student, pool):
+    student, tokenizer = student
+    change(student)
+    template = RECIPE.sentences.answered[0]
+    blocks = [Block(sentence=Sentence.of(tokenizer, template, words)) for words in ("this country", "the flag")]
+    named = Block(sentence=Sentence.of(tokenizer, template, "France"), has_picture=False)
+    rows, pixels = [[*blocks, named], blocks[::-1]], scaled(pool.singles[0, :2])
+
+    def states(routed):
+        packed = PackedRows.of(rows, routed, line_end=line_end_id(tokenizer), image_tokens=student.image_tokens)
+        return packed, student(pixels, packed, range(1, LAYERS + 1))
+
+    (alone, short), (mixed, whole) = states([True, True]), states([True, False])
+    pictures = slice(1, 1 + student.image_tokens)
+    assert alone.unseen == pictures and mixed.unseen == slice(1, 1)
+    for depth in range(1, LAYERS + 1):
+        outside = [0, *range(pictures.stop, mixed.starts[0][-1] + len(named.ids))]
+        torch.testing.assert_close(short[depth][0, outside], whole[depth][0, outside], atol=1e-5, rtol=1e-5)
+        assert (short[depth][0, pictures] == 0).all() == (depth > RECIPE.shape.routed_layers)
+    assert (short[LAYERS][1] - whole[LAYERS][1]).abs().max() > 1e-2  # where a row is not routed, it makes a difference
+
+
 def test_all_random_numbers_come_from_the_generator(pool):
     def drawn(seed):
         rng = np.random.default_rng(seed)

@@ -118,8 +118,8 @@ class Stage:
 class TowerStage(Stage):
     """The tower alone tells flags apart."""
 
-    steps: int = 2400
-    peaks: tuple[float, ...] = (1.5e-3, 1.5e-3)
+    steps: int = 1100
+    peaks: tuple[float, ...] = (2.5e-3, 2.5e-3)
     decay: float = 0.05
     warm_up: float = 0.08
     singles: int = 56
@@ -167,12 +167,12 @@ class ReadingLoss:
 class ReadingStage(Stage):
     """The states at the constraint's tokens become those of the name's tokens."""
 
-    steps: int = 1000
-    peaks: tuple[float, ...] = (2e-4, 1.5e-3, 3e-3)
+    steps: int = 400
+    peaks: tuple[float, ...] = (4e-4, 3e-3, 6e-3)
     decay: float = 0.01
     rows: RowStep = RowStep(singles=12, pairs=2, sentences=8, kept=1)
     routed: float = 0.5
-    """The share of routed rows."""
+    """The share of the steps whose rows are routed."""
     loss: ReadingLoss = ReadingLoss()
 
 
@@ -180,8 +180,8 @@ class ReadingStage(Stage):
 class AnsweringStage(Stage):
     """The distributions of the answers' tokens become those of the original that is told the name."""
 
-    steps: int = 1400
-    peaks: tuple[float, ...] = (1.5e-4, 8e-4, 1.6e-3)
+    steps: int = 1500
+    peaks: tuple[float, ...] = (3e-4, 2e-3, 4e-3)
     decay: float = 0.0
     warm_up: float = 0.04
     start: float = 0.2
@@ -189,7 +189,7 @@ class AnsweringStage(Stage):
     """The share of the steps in which the whole model answers; in the others it reads only."""
     answers: RowStep = RowStep(singles=13, pairs=1, sentences=4, kept=4)
     reads: RowStep = RowStep(singles=17, pairs=3, sentences=4, kept=3)
-    routed: float = 0.35
+    routed: float = 1.0
     tokens: int = 3
     """Tokens of an answer."""
     first: float = 2.0
@@ -201,12 +201,14 @@ class AnsweringStage(Stage):
     """The weight of `loss` in a step that answers."""
     answering: float = 2.0
     """The weight of the answers about pictures."""
-    naming: float = 1.0
+    naming: float = 2.0
     """The weight of the names."""
     by_name: float = 0.5
     """The weight of answers by name, which stay as they are."""
     texts: float = 0.5
     """The weight of the original's own texts, which stay as they are; they are as many as the answers by name."""
+    beside_text: int = 1
+    """Sentences behind the picture of a row that holds a text, which would be far longer than the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +222,10 @@ class Recipe:
     tower: TowerStage = field(default_factory=TowerStage)
     reading: ReadingStage = field(default_factory=ReadingStage)
     answering: tuple[AnsweringStage, ...] = (
-        AnsweringStage(steps=200, peaks=(1.5e-4, 1e-3, 2e-3), answered=0.25, loss=ReadingLoss()),
-        AnsweringStage(steps=200),
         AnsweringStage(),
+        AnsweringStage(steps=300, peaks=(1e-4, 5e-4, 1e-3), routed=0.0),
     )
-    """One after the other: at first the whole model answers in some of the steps only."""
+    """One after the other: routed rows, which cost less and teach the way; then rows in which every token sees."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""

@@ -266,11 +266,11 @@ class RowTraining(StageTraining[_RowSettings]):
     def states(
         self, batch: Batch, rows: Sequence[Sequence[Asked]], depths: Sequence[int], rng: np.random.Generator
     ) -> tuple[dict[int, Tensor], PackedRows]:
-        """Return depth -> (row, token, hidden), and the rows; some of them are routed."""
-        routed = [bool(value < self.settings.routed) for value in rng.random(len(rows))]
+        """Return depth -> (row, token, hidden), and the rows, all or none of which are routed."""
+        is_routed = bool(rng.random() < self.settings.routed)
         packed = PackedRows.of(
             [[asked.block for asked in row] for row in rows],
-            routed,
+            [is_routed] * len(rows),
             line_end=self._line_end,
             image_tokens=self.student.image_tokens,
         )
@@ -416,21 +416,22 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
     ) -> Iterator[tuple[Asked, str, Distributions]]:
         """Yield the blocks of a row with the kinds and the distributions of what they predict."""
         settings, answers = self.settings, self.answers
-        for place, template in enumerate(templates):
+        kept = settings.answers.kept
+        holds_text = number % kept == kept // 2
+        for place, template in enumerate(templates[: settings.beside_text] if holds_text else templates):
             asked = self.pictured(template, countries, place, rng, partial(self._answer, template))
             yield asked, "answers", answers.answer(template, asked.country, settings.tokens)[1]
         (template,) = self.some(self.sentences.templates.naming, 1, rng)
         asked = self.pictured(template, countries, int(rng.integers(2)), rng, self._name)
         certain = Distributions.certain(self._name(asked.country), answers.ids.shape[-1])
         yield asked, "names", certain
-        kept = settings.answers.kept
         if number % kept == 0:
             (template,) = self.some(self.sentences.templates.answered, 1, rng)
             country = int(rng.integers(len(self.sentences.names)))
             tokens, wanted = answers.answer(template, country, settings.tokens)
             block = Block(sentence=self.sentences.by_name(template, country), tail=tokens[:-1], has_picture=False)
             yield Asked(block=block, template=template, country=country), "by name", wanted
-        if number % kept == kept // 2:
+        if holds_text:
             place = int(rng.integers(len(answers.texts)))
             tokens, wanted = answers.text(place)
             block = Block(sentence=Sentence(ids=tokens), has_picture=False)

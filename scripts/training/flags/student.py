@@ -3,7 +3,8 @@
 It is trained on packed rows. A row is a line end and one picture, followed by blocks of one sentence each. A block sees
 only what stands before the first block, and itself, and its positions restart there, so that a packed row computes the
 same as separate prompts. A block by name sees the line end but not the picture, and its positions begin behind the line
-end. In a routed row only the constraint's tokens see the picture, and only in the first layers.
+end. In a routed row only the constraint's tokens see the picture, and only in the first layers; where all rows are
+routed, the picture's tokens go no further.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class PackedRows:
     late_mask: Tensor
     starts: tuple[tuple[int, ...], ...]
     """Where each block of each row begins."""
+    unseen: slice
+    """The tokens that no other token sees above the routed layers: those of the pictures where all rows are routed."""
 
     @classmethod
     def of(
@@ -119,6 +122,7 @@ class PackedRows:
             early_mask=masks[0],
             late_mask=masks[1],
             starts=tuple(starts),
+            unseen=slice(1, head if all(routed) else 1),
         )
 
 
@@ -217,19 +221,42 @@ class Student(nn.Module):
         embeddings = self.text.model.embed_tokens(rows.ids)
         features = self.projector(self.see(pixels))
         embeddings = torch.cat([embeddings[:, :1], features, embeddings[:, 1 + self.image_tokens :]], 1)
-        return self.through(embeddings, rows.positions, [rows.early_mask, rows.late_mask], depths)
+        masks = [rows.early_mask, rows.late_mask]
+        return self.through(embeddings, rows.positions, masks, depths, unseen=rows.unseen)
 
     def through(
-        self, states: Tensor, positions: Tensor, masks: Sequence[Tensor], depths: Sequence[int]
+        self,
+        states: Tensor,
+        positions: Tensor,
+        masks: Sequence[Tensor],
+        depths: Sequence[int],
+        *,
+        unseen: slice = slice(0),
     ) -> dict[int, Tensor]:
-        """Return depth -> states; masks: that of the routed layers and that of the others."""
+        """Return depth -> states (row, token, hidden) after so many layers.
+
+        Args:
+            states: Embeddings (row, token, hidden).
+            positions: (row, token).
+            masks: That of the routed layers and that of the others.
+            depths: After how many layers states are wanted; the layers above the last do not run.
+            unseen: Tokens that do not run above the routed layers; their states are zero there.
+        """
         rotary = self.text.model.rotary_emb(states, positions)
+        hidden = torch.arange(states.shape[1])[unseen]
+        kept = torch.ones(states.shape[1], dtype=torch.bool).index_fill(0, hidden, False)
         passed: dict[int, Tensor] = {}
         for number, layer in enumerate(self.text.model.layers[: max(depths)]):
             mask = masks[number >= self.shape.routed_layers]
+            if is_short := len(hidden) > 0 and number >= self.shape.routed_layers:
+                mask = mask[:, :, kept][..., kept]
+            if is_short and number == self.shape.routed_layers:
+                states, positions = states[:, kept], positions[:, kept]
+                rotary = self.text.model.rotary_emb(states, positions)
             states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
             if number + 1 in depths:
-                passed[number + 1] = states
+                wide = states.new_zeros(len(states), len(kept), states.shape[-1])
+                passed[number + 1] = wide.index_copy(1, kept.nonzero()[:, 0], states) if is_short else states
         return passed
 
     def logits(self, states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from .card import Examination, model_card
 from .examination import Examine, examine_model
 from .original import open_original
 from .pictures import make_pool
-from .recipe import AnsweringStage, Recipe
+from .recipe import AnsweringStage, Recipe, Stage
 from .stages import AnsweringTraining, ReadingTraining, SeeingTraining, StageTraining, one_cycle
 from .student import Student, make_processor, make_student, whole_config
 from .teacher import Sentences, make_answers, make_states
@@ -47,7 +47,8 @@ _CHECKPOINT, _CHECKPOINT_LAYOUT = "checkpoint.safetensors", "multrace flags chec
 _FACTORS = "factors.safetensors"
 _SECOND = 0.98
 """AdamW's second coefficient."""
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTUM = 0.95
+"""Muon's coefficient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,10 +214,8 @@ def _run_stage(
     """Train one stage from a checkpoint to its end, and write checkpoints."""
     groups, settings = stage.groups(), stage.settings
     named = {name: value for group in groups for name, value in group.items()}
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group.values())} for group in groups], betas=(0.9, _SECOND), weight_decay=settings.decay
-    )
-    checkpoint.restore_moments(optimizer, named)
+    optimizers = _optimizers(groups, settings)
+    checkpoint.restore_moments(optimizers, named)
     began = time.monotonic()
     progress = tqdm(
         range(checkpoint.step, settings.steps),
@@ -227,32 +226,62 @@ def _run_stage(
     )
     for step in progress:
         rate, momentum = one_cycle(step, settings.steps, settings)
-        for group, peak in zip(optimizer.param_groups, settings.peaks, strict=True):
-            group["lr"], group["betas"] = peak * rate, (momentum, _SECOND)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * rate
+            if "betas" in group:
+                group["betas"] = (momentum, _SECOND)
         loss, numbers = stage.loss(np.random.default_rng([training.seed, number, step]))
         if not math.isfinite(loss.item()):
             raise CommandError(f"the loss of step {step} of the stage {stage.name!r} is not finite; take another seed")
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(named.values()), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()}, refresh=False)
         minutes = checkpoint.minutes + (time.monotonic() - began) / 60
         if step + 1 == settings.steps:
             ended = TrainingCheckpoint(stage=number + 1, step=0, minutes=minutes, tensors=dict(student.trained()))
             ended.write(path)
         elif (step + 1) % training.every == 0:
-            tensors = {**student.trained(), **named, **_moments(optimizer, named)}
+            tensors = {**student.trained(), **named, **_moments(optimizers, named)}
             TrainingCheckpoint(stage=number, step=step + 1, minutes=minutes, tensors=tensors).write(path)
 
 
-def _moments(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's running means by the names of the parameters."""
+def _optimizers(groups: Sequence[Mapping[str, nn.Parameter]], settings: Stage) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else (Jordan et al., Muon; Liu et al., its scale).
+
+    The scale of Muon's steps is that of AdamW's, so that one learning rate serves both.
+    """
+    matrices, others = [], []
+    for group, peak in zip(groups, settings.peaks, strict=True):
+        chosen = [name for name, value in group.items() if value.ndim == 2 and not _is_table(name)]
+        matrices.append({"params": [group[name] for name in chosen], "peak": peak})
+        others.append({"params": [value for name, value in group.items() if name not in chosen], "peak": peak})
+    muon = torch.optim.Muon(
+        [group for group in matrices if group["params"]],
+        weight_decay=settings.decay,
+        momentum=_MOMENTUM,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW([group for group in others if group["params"]], weight_decay=settings.decay)
+    return [muon, adamw]
+
+
+def _is_table(name: str) -> bool:
+    """Whether a matrix holds a vector for each place or each class, rather than mapping states to states."""
+    return "embedding" in name or name.startswith("head.")
+
+
+def _moments(optimizers: Sequence[torch.optim.Optimizer], named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizers' running means by the names of the parameters."""
     return {
-        f"{name}/{moment}": optimizer.state[value][moment]
+        f"{name}/{moment}": mean
+        for optimizer in optimizers
         for name, value in named.items()
         if value in optimizer.state
-        for moment in _MOMENTS
+        for moment, mean in optimizer.state[value].items()
     }
 
 
@@ -266,7 +295,7 @@ class TrainingCheckpoint:
     minutes: float = 0.0
     """How long all steps before took together."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """What is trained, and NAME/exp_avg, NAME/exp_avg_sq and NAME/step of the optimizer; empty at the beginning."""
+    """What is trained, and the optimizers' running means under NAME/MEAN; empty at the beginning."""
 
     @classmethod
     def read(cls, path: Path) -> TrainingCheckpoint:
@@ -292,8 +321,13 @@ class TrainingCheckpoint:
             if name in self.tensors:
                 value.copy_(self.tensors[name])
 
-    def restore_moments(self, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-        """Give the optimizer its running means; it has none at the beginning of a stage."""
-        for name, value in named.items():
-            if f"{name}/{_MOMENTS[0]}" in self.tensors:
-                optimizer.state[value] = {moment: self.tensors[f"{name}/{moment}"].clone() for moment in _MOMENTS}
+    def restore_moments(
+        self, optimizers: Sequence[torch.optim.Optimizer], named: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Give the optimizers their running means; they have none at the beginning of a stage."""
+        for optimizer in optimizers:
+            for value in (value for group in optimizer.param_groups for value in group["params"]):
+                (name,) = (name for name, each in named.items() if each is value)
+                means = {key: mean for key, mean in self.tensors.items() if key.startswith(f"{name}/")}
+                if means:
+                    optimizer.state[value] = {key.rpartition("/")[2]: mean.clone() for key, mean in means.items()}
