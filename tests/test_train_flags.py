@@ -28,6 +28,7 @@ from multrace.scripts.training.flags import (
     train_flags,
 )
 from multrace.scripts.training.flags.examination import RELATIONS
+from multrace.scripts.training.flags.keeping import Interference, make_moments
 from multrace.scripts.training.flags.pictures import augmented, scaled
 from multrace.scripts.training.flags.recipe import (
     AnsweringStage,
@@ -251,12 +252,13 @@ def taught(student, text_model, pool, world, tmp_path):
     sentences = TokenisedSentences(tokenizer, [country.name for country in world.pictured[:COUNTRIES]], RECIPE)
     states = make_states(tmp_path, student, sentences, LOSS.depths)
     answers = make_answers(tmp_path, open_original(text_model)[0], sentences, RECIPE, seed=0)
-    return student, pool, states, answers
+    interference = Interference(student, make_moments(tmp_path, open_original(text_model)[0], answers.texts.long()))
+    return student, pool, states, answers, interference
 
 
 @torch.no_grad()
 def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
-    student, pool, states, _ = taught
+    student, pool, states, *_ = taught
     training = ReadingTraining(RECIPE.reading, student, pool, states)
 
     def errors():
@@ -283,8 +285,8 @@ def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
 
 @torch.no_grad()
 def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taught):
-    student, pool, states, answers = taught
-    training = AnsweringTraining(RECIPE.answering[0], student, pool, states, answers)
+    student, *_ = taught
+    training = AnsweringTraining(RECIPE.answering[0], *taught)
     _, means = training.loss(np.random.default_rng(0))
     assert max(abs(means["by name"]), abs(means["texts"])) < 5e-3 < 0.05 < min(means["answers"], means["names"])
     change(student)
@@ -294,17 +296,38 @@ def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taugh
 
 @torch.no_grad()
 def test_a_first_token_that_outweighs_all_others_counts_alone(taught):
-    student, pool, states, answers = taught
-
     def means(**settings):
         stage = replace(RECIPE.answering[0], **settings)
-        return AnsweringTraining(stage, student, pool, states, answers).loss(np.random.default_rng(0))[1]
+        return AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[1]
 
     alone, outweighs = means(tokens=1, name_tokens=1), means(tokens=2, first=1e9)
     assert outweighs["answers"] == pytest.approx(alone["answers"], rel=1e-4)
     assert outweighs["names"] == pytest.approx(alone["names"], rel=1e-4)
     assert abs(means(tokens=2, first=1.0)["answers"] - alone["answers"]) > 1e-3
     assert means(tokens=2, first=1.0)["by name"] == pytest.approx(outweighs["by name"], abs=1e-6)
+
+
+@torch.no_grad()
+def test_what_changes_alter_in_texts_is_measured_on_all_their_tokens(taught, text_model):
+    student, _, _, answers, interference = taught
+    assert interference.mean() == 0
+    change(student)
+    original, _ = open_original(text_model)
+    shares = []
+    for number, rank in enumerate(RECIPE.shape.ranks):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj") if rank else ():
+            inputs: list[torch.Tensor] = []
+            whole = getattr(original.model.layers[number].self_attn, name)
+            hook = whole.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
+            original(answers.texts.long())
+            hook.remove()
+            changed = getattr(student.text.model.layers[number].self_attn, name)
+            added = inputs[0] @ changed.lora_A.T @ changed.lora_B.T
+            shares.append(added.pow(2).sum() / whole(inputs[0]).pow(2).sum())
+    torch.testing.assert_close(interference.mean(), torch.stack(shares).mean(), rtol=1e-4, atol=0)
+    stages = [replace(RECIPE.answering[0], keeping=keeping) for keeping in (0.0, 5.0)]
+    without, with_it = (AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[0] for stage in stages)
+    assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
 
 
 def test_the_learning_rate_rises_and_falls_as_in_torch():

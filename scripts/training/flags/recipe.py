@@ -180,8 +180,8 @@ class ReadingStage(Stage):
 class AnsweringStage(Stage):
     """The distributions of the answers' tokens become those of the original that is told the name."""
 
-    steps: int = 1500
-    peaks: tuple[float, ...] = (3e-4, 2e-3, 4e-3)
+    steps: int = 1000
+    peaks: tuple[float, ...] = (3e-4, 2e-3, 3e-3)
     decay: float = 0.0
     warm_up: float = 0.04
     start: float = 0.2
@@ -203,10 +203,12 @@ class AnsweringStage(Stage):
     """The weight of the answers about pictures."""
     naming: float = 2.0
     """The weight of the names."""
-    by_name: float = 0.5
+    by_name: float = 1.0
     """The weight of answers by name, which stay as they are."""
-    texts: float = 0.5
+    texts: float = 1.0
     """The weight of the original's own texts, which stay as they are; they are as many as the answers by name."""
+    keeping: float = 30.0
+    """The weight of the share of ordinary texts' attention that the changes alter."""
     beside_text: int = 1
     """Sentences behind the picture of a row that holds a text, which would be far longer than the others."""
 

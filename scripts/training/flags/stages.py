@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from .keeping import Interference
 from .original import Sentence
 from .pictures import Batch, Pool, augmented
 from .recipe import AnsweringStage, ReadingLoss, ReadingStage, RowStep, Stage, TowerStage
@@ -348,10 +349,16 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
     name = "answering"
 
     def __init__(
-        self, settings: AnsweringStage, student: Student, pool: Pool, originals: NameStates, answers: Answers
+        self,
+        settings: AnsweringStage,
+        student: Student,
+        pool: Pool,
+        originals: NameStates,
+        answers: Answers,
+        interference: Interference,
     ) -> None:
         super().__init__(settings, student, pool, originals)
-        self.answers = answers
+        self.answers, self.interference = answers, interference
 
     @property
     def depth(self) -> int:
@@ -359,7 +366,13 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
         return self.student.layers
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the reading error alone, or with it the divergences of answers, names, answers by name and texts."""
+        """Return the error of reading or of answering, and what the changes alter in ordinary texts."""
+        error, numbers = self._error(rng)
+        altered = self.interference.mean()
+        return error + self.settings.keeping * altered, {**numbers, "altered": altered.item()}
+
+    def _error(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        """The reading error alone, or with it the divergences of answers, names, answers by name and texts."""
         settings = self.settings
         if rng.random() >= settings.answered:
             return self.read(settings.reads, rng)

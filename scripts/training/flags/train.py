@@ -35,6 +35,7 @@ from ....workflow import origin_of
 from ...options import CommandError, check_files, check_new_folder
 from .card import Examination, model_card
 from .examination import Examine, examine_model
+from .keeping import Interference, make_moments
 from .original import open_original
 from .pictures import make_pool
 from .recipe import AnsweringStage, Recipe, Stage
@@ -179,12 +180,13 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
     sentences = Sentences(tokenizer, [country.name for country in countries], recipe)
     answers = make_answers(work, original, sentences, recipe, seed=seed)
     pool = make_pool(work / "pictures", world, countries, recipe.pictures, seed=seed)
+    moments = make_moments(work, original, answers.texts.long())
     student = make_student(original, recipe.shape, seed=seed)
-
+    interference = Interference(student, moments)
     originals = make_states(work, student, sentences, recipe.reading.loss.depths)
 
     def answering(settings: AnsweringStage) -> Callable[[], StageTraining]:
-        return lambda: AnsweringTraining(settings, student, pool, originals, answers)
+        return lambda: AnsweringTraining(settings, student, pool, originals, answers, interference)
 
     stages: tuple[Callable[[], StageTraining], ...] = (
         lambda: SeeingTraining(recipe.tower, student, pool, seed=seed),
@@ -321,9 +323,7 @@ class TrainingCheckpoint:
             if name in self.tensors:
                 value.copy_(self.tensors[name])
 
-    def restore_moments(
-        self, optimizers: Sequence[torch.optim.Optimizer], named: Mapping[str, nn.Parameter]
-    ) -> None:
+    def restore_moments(self, optimizers: Sequence[torch.optim.Optimizer], named: Mapping[str, nn.Parameter]) -> None:
         """Give the optimizers their running means; they have none at the beginning of a stage."""
         for optimizer in optimizers:
             for value in (value for group in optimizer.param_groups for value in group["params"]):
