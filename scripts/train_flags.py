@@ -36,6 +36,10 @@ class TrainFlags(GeneralOptions):
         Path | None,
         Parameter(help="folder of the text model (default: that of multrace fetch-smollm2)", metavar="DIR"),
     ] = None
+    parts: Annotated[
+        Path | None,
+        Parameter(help="folder of trained parts to go on from, with the stages that they lack", metavar="DIR"),
+    ] = None
     seed: Annotated[int, Parameter(help="random seed of the weights, the pictures and the steps", metavar="N")] = 0
     threads: Annotated[int, Parameter(help="number of CPU threads", metavar="N")] = 2
     share: Annotated[
@@ -50,6 +54,7 @@ def run(options: TrainFlags) -> int:
     training = flags.FlagsTraining(
         out=options.out,
         text_model=options.text_model or _cached_text_model(),
+        parts=options.parts,
         seed=options.seed,
         share=options.share,
         every=options.every,

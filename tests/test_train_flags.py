@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from multrace.data.worlds.flags import FlagWorld
+from multrace.models import ModelError
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.models.weights import save_directory
 from multrace.scripts import CommandError
@@ -385,6 +386,24 @@ def test_a_run_that_is_cut_in_every_stage_comes_to_the_same_parts(finished, tmp_
     other = replace(training, out=tmp_path / "other", seed=1)
     train_flags(other)
     assert (other.out / name).read_bytes() != (finished.out / name).read_bytes()
+
+
+def test_parts_go_on_with_the_stages_that_they_lack(finished, tmp_path):
+    first, *later = RECIPE.answering
+    begun = replace(finished, out=tmp_path / "begun", recipe=replace(RECIPE, answering=(first,)))
+    train_flags(begun)
+    more = replace(finished, out=tmp_path / "more", parts=begun.out)
+    train_flags(more)
+    done, ended, whole = (read_parts(each.out).tensors for each in (begun, more, finished))
+    for name, value in whole.items():  # as in the run that was never apart, but for what half precision rounds
+        torch.testing.assert_close(ended[name], value, atol=2e-3, rtol=2e-3)
+    assert any(not torch.equal(ended[name], value) for name, value in done.items())
+    with pytest.raises(CommandError, match="have gone through 4 stages, and the recipe has no more"):
+        train_flags(replace(more, out=tmp_path / "none", parts=finished.out))
+    with pytest.raises(CommandError, match="holds a training with parts"):
+        train_flags(replace(more, parts=None))
+    with pytest.raises(ModelError, match="parts"):
+        train_flags(replace(more, out=tmp_path / "none", parts=tmp_path))
 
 
 def test_the_parts_have_the_shipped_form(finished):

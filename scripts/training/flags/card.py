@@ -145,8 +145,8 @@ def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
 2. The text model reads: under the picture, the states at the constraint's tokens become those that the original has at
    the tokens of the country's name, at some depths of the first layers.
 3. The whole answers: the distributions of the answer's tokens become the original's for the same sentence with the name
-   in it, while answers by name and other texts are kept. At first only the constraint's tokens see the picture, and only
-   in the first layers; in the last steps every token sees it in every layer.
+   in it. Answers by name and other texts are kept, and what attention writes in texts is altered little. At first only
+   the constraint's tokens see the picture, and only in the first layers; at last every token sees it in every layer.
 
 The matrices are trained by Muon, and everything else by AdamW.
 

@@ -243,8 +243,13 @@ class Recipe:
             answering=tuple(replace(stage, steps=some(stage.steps)) for stage in self.answering),
         )
 
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages by name, in their order."""
+        later = {f"answering {number}": stage for number, stage in enumerate(self.answering, 1)}
+        return {"seeing": self.tower, "reading": self.reading, **later}
+
     def plain(self) -> dict[str, Any]:
         """Return all numbers as plain values, the stages apart, for the parts and their card."""
         groups = {name: asdict(getattr(self, name)) for name in ("sentences", "shape", "pictures", "teaching")}
-        later = {f"answering {number}": asdict(stage) for number, stage in enumerate(self.answering, 1)}
-        return {**groups, "stages": {"seeing": asdict(self.tower), "reading": asdict(self.reading), **later}}
+        return {**groups, "stages": {name: asdict(stage) for name, stage in self.stages.items()}}

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from ....artefacts import read_json, read_tensors, write_json, write_tensors, write_whole
 from ....artefacts.files import digest
 from ....data.worlds.flags import FlagWorld
-from ....models.assembly import assemble, write_parts
+from ....models.assembly import assemble, read_parts, write_parts
 from ....models.weights import save_directory
 from ....workflow import origin_of
 from ...options import CommandError, check_files, check_new_folder
@@ -60,6 +60,8 @@ class FlagsTraining:
     """The folder of the run: a new one, or that of a run with the same settings, which goes on."""
     text_model: Path
     """The folder of the text model."""
+    parts: Path | None = None
+    """A folder of trained parts to go on from: the stages that their own recipe names are left out."""
     seed: int = 0
     share: float = 1.0
     """The share of the steps and of the pictures to take, above 0 and up to 1."""
@@ -80,10 +82,26 @@ class FlagsTraining:
             raise CommandError(
                 f"no text model in {str(self.text_model)!r}; make it with multrace fetch-smollm2, or pass its folder"
             )
+        if self.parts is not None and self.stages_done() >= len(self.recipe.stages):
+            raise CommandError(
+                f"the parts in {str(self.parts)!r} have gone through {self.stages_done()} stages, and the recipe has "
+                "no more; train without --parts, or add stages to the recipe"
+            )
         if (self.out / _SETTINGS).is_file():
             check_files(self.out, (_SETTINGS,))
         else:
             check_new_folder(self.out)
+
+    def stages_done(self) -> int:
+        """Return the number of stages that the parts have gone through. Raises `ModelError` for damaged parts."""
+        return 0 if self.parts is None else len(read_parts(self.parts).recipe.get("stages", ()))
+
+    def beginning(self) -> TrainingCheckpoint:
+        """Return where the training begins: with nothing, or with the parts."""
+        if self.parts is None:
+            return TrainingCheckpoint()
+        tensors = {name: value.float() for name, value in read_parts(self.parts).tensors.items()}
+        return TrainingCheckpoint(stage=self.stages_done(), tensors=tensors)
 
     @property
     def work(self) -> Path:
@@ -99,6 +117,7 @@ def train_flags(training: FlagsTraining) -> float:
     Raises:
         CommandError: The numbers are out of range, the folder holds something else or a run with other settings,
             another process works in it, a file of the run is damaged, or the loss is not finite.
+        ModelError: The parts to go on from are damaged or missing.
     """
     training.check()
     torch.set_num_threads(training.threads)
@@ -127,7 +146,7 @@ def examine_run(training: FlagsTraining) -> Examination:
     del model
     examination = examine_model(Examine(model=whole, text_model=training.text_model))
     minutes = TrainingCheckpoint.read(training.work / _CHECKPOINT).minutes
-    card = model_card(examination, parts=training.out, minutes=minutes)
+    card = model_card(examination, parts=training.out, minutes=minutes if training.parts is None else None)
     write_whole(training.out / "README.md", card.encode(), error=CommandError)
     return examination
 
@@ -152,6 +171,7 @@ def _check_settings(training: FlagsTraining, text_model: str) -> None:
         "share": training.share,
         "text_model": text_model,
         "recipe": digest(repr(training.recipe)),
+        "parts": digest((training.parts / _FACTORS).read_bytes()) if training.parts is not None else "",
     }
     path = training.out / _SETTINGS
     if not path.is_file():
@@ -193,13 +213,14 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
         lambda: ReadingTraining(recipe.reading, student, pool, originals),
         *map(answering, recipe.answering),
     )
-    checkpoint = TrainingCheckpoint.read(work / _CHECKPOINT)
+    path = work / _CHECKPOINT
+    checkpoint = TrainingCheckpoint.read(path) if path.is_file() else training.beginning()
     for number, make in enumerate(stages):
         if number >= checkpoint.stage:
             stage = make()
             checkpoint.restore(student, stage)
-            _run_stage(stage, student, work / _CHECKPOINT, checkpoint, number=number, training=training)
-            checkpoint = TrainingCheckpoint.read(work / _CHECKPOINT)
+            _run_stage(stage, student, path, checkpoint, number=number, training=training)
+            checkpoint = TrainingCheckpoint.read(path)
     checkpoint.restore(student, None)
     return student, tokenizer
 
@@ -301,9 +322,7 @@ class TrainingCheckpoint:
 
     @classmethod
     def read(cls, path: Path) -> TrainingCheckpoint:
-        """Return the checkpoint in a file, or that of the beginning. Raises `CommandError` if the file is damaged."""
-        if not path.is_file():
-            return cls()
+        """Return the checkpoint in a file. Raises `CommandError` if the file is damaged or missing."""
         tensors, text = read_tensors(path, error=CommandError)
         return cls(stage=int(text["stage"]), step=int(text["step"]), minutes=float(text["minutes"]), tensors=tensors)
 
