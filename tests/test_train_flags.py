@@ -50,7 +50,12 @@ from multrace.scripts.training.flags.stages import (
     one_cycle,
 )
 from multrace.scripts.training.flags.student import line_end_id, make_processor, whole_config
-from multrace.scripts.training.flags.teacher import Sentences as TokenisedSentences, make_answers, make_states
+from multrace.scripts.training.flags.teacher import (
+    Distributions,
+    Sentences as TokenisedSentences,
+    make_answers,
+    make_states,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -329,6 +334,24 @@ def test_what_changes_alter_in_texts_is_measured_on_all_their_tokens(taught, tex
     stages = [replace(RECIPE.answering[0], keeping=keeping) for keeping in (0.0, 5.0)]
     without, with_it = (AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[0] for stage in stages)
     assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
+
+
+def test_candidates_and_all_other_tokens_together_are_a_distribution():
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = 2 * torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    top = wanted.log_softmax(-1).topk(6, -1)
+    some = Distributions(ids=top.indices, logs=top.values)
+
+    def coarse(values):
+        chosen = values.softmax(-1).gather(-1, top.indices)
+        return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
+
+    expected = (coarse(wanted) * (coarse(wanted) / coarse(logits)).log()).sum(-1)
+    torch.testing.assert_close(some.divergence(logits), expected)
+    assert some.divergence(wanted).abs().max() < 1e-12 < some.divergence(logits).min()
+    certain = Distributions.certain([3, 4, 5, 6, 7], 6)
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(3, 8), reduction="none")
+    torch.testing.assert_close(certain.divergence(logits), expected)
 
 
 def test_the_learning_rate_rises_and_falls_as_in_torch():

@@ -225,9 +225,16 @@ class Recipe:
     reading: ReadingStage = field(default_factory=ReadingStage)
     answering: tuple[AnsweringStage, ...] = (
         AnsweringStage(),
-        AnsweringStage(steps=300, peaks=(1e-4, 5e-4, 1e-3), routed=0.0),
+        AnsweringStage(
+            steps=500,
+            peaks=(2e-4, 1e-3, 1.5e-3),
+            routed=0.25,
+            keeping=60.0,
+            answers=RowStep(singles=12, pairs=2, sentences=4, kept=4),
+        ),
     )
-    """One after the other: routed rows, which cost less and teach the way; then rows in which every token sees."""
+    """One after the other: routed rows, which cost less and teach the way; then above all rows in which every token
+    sees the picture."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""

@@ -21,6 +21,8 @@ from .original import Sentence, ids_of, own_texts, padded
 from .recipe import Recipe
 from .student import Student, line_end_id
 
+_LEAST = 1e-6
+"""What the other tokens have at least together, so that its logarithm is finite."""
 _ROWS = 40
 """Sentences that are computed together."""
 
@@ -49,9 +51,15 @@ class Distributions:
         return cls(ids=torch.cat([part.ids for part in parts]), logs=torch.cat([part.logs for part in parts]))
 
     def divergence(self, logits: Tensor) -> Tensor:
-        """Return (place,) the Kullback-Leibler divergence of a model's logits from these, over the candidates."""
+        """Return (place,) the Kullback-Leibler divergence of a model's logits from these.
+
+        All tokens besides the candidates count as one, or else the model would learn that they never come.
+        """
         own = logits.log_softmax(-1).gather(-1, self.ids)
-        return (self.logs.exp() * (self.logs - own)).sum(-1)
+        among = (self.logs.exp() * (self.logs - own)).sum(-1)
+        rest = (1 - self.logs.exp().sum(-1)).clamp_min(0)
+        own_rest = (1 - own.exp().sum(-1)).clamp_min(_LEAST)
+        return among + torch.special.xlogy(rest, rest) - rest * own_rest.log()
 
 
 class Sentences:
