@@ -29,7 +29,7 @@ from multrace.scripts.training.flags import (
     train_flags,
 )
 from multrace.scripts.training.flags.examination import RELATIONS
-from multrace.scripts.training.flags.keeping import Interference, make_moments
+from multrace.scripts.training.flags.keeping import Interference, kept_rows, make_moments
 from multrace.scripts.training.flags.pictures import augmented, scaled
 from multrace.scripts.training.flags.recipe import (
     AnsweringStage,
@@ -258,7 +258,9 @@ def taught(student, text_model, pool, world, tmp_path):
     sentences = TokenisedSentences(tokenizer, [country.name for country in world.pictured[:COUNTRIES]], RECIPE)
     states = make_states(tmp_path, student, sentences, LOSS.depths)
     answers = make_answers(tmp_path, open_original(text_model)[0], sentences, RECIPE, seed=0)
-    interference = Interference(student, make_moments(tmp_path, open_original(text_model)[0], answers.texts.long()))
+    interference = Interference(
+        student, make_moments(tmp_path, open_original(text_model)[0], kept_rows(answers, sentences))
+    )
     return student, pool, states, answers, interference
 
 
@@ -314,22 +316,26 @@ def test_a_first_token_that_outweighs_all_others_counts_alone(taught):
 
 
 @torch.no_grad()
-def test_what_changes_alter_in_texts_is_measured_on_all_their_tokens(taught, text_model):
-    student, _, _, answers, interference = taught
+def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(taught, text_model):
+    student, _, states, answers, interference = taught
     assert interference.mean() == 0
     change(student)
     original, _ = open_original(text_model)
+    rows = kept_rows(answers, states.sentences)
+    assert len(rows) == len(answers.texts) + len(RECIPE.sentences.answered) * COUNTRIES // 4
     shares = []
     for number, rank in enumerate(RECIPE.shape.ranks):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj") if rank else ():
             inputs: list[torch.Tensor] = []
             whole = getattr(original.model.layers[number].self_attn, name)
             hook = whole.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
-            original(answers.texts.long())
+            for row in rows:
+                original(torch.tensor([row]))
             hook.remove()
             changed = getattr(student.text.model.layers[number].self_attn, name)
-            added = inputs[0] @ changed.lora_A.T @ changed.lora_B.T
-            shares.append(added.pow(2).sum() / whole(inputs[0]).pow(2).sum())
+            states_in = torch.cat(inputs, 1)
+            added = states_in @ changed.lora_A.T @ changed.lora_B.T
+            shares.append(added.pow(2).sum() / whole(states_in).pow(2).sum())
     torch.testing.assert_close(interference.mean(), torch.stack(shares).mean(), rtol=1e-4, atol=0)
     stages = [replace(RECIPE.answering[0], keeping=keeping) for keeping in (0.0, 5.0)]
     without, with_it = (AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[0] for stage in stages)

@@ -1,14 +1,14 @@
-"""How much the changes of attention alter ordinary texts, from the second moments of what the changed maps take in.
+"""How much the changes of attention alter where there is no picture, from the second moments of what they take in.
 
-Texts that are taught beside the pictures stay as they are, but there are few of them, and others change. For a map W
-with the change D, the share E|D x|^2 / E|W x|^2 = tr(D C D') / tr(W C W') over all tokens of the texts needs nothing
-but their second moments C = E[x x'], which few texts determine well. It is the term that keeps other facts in
+Texts and sentences by name that are taught beside the pictures stay as they are, but there are few of them, and others
+change. For a map W with the change D, the share E|D x|^2 / E|W x|^2 = tr(D C D') / tr(W C W') over all tokens needs
+nothing but their second moments C = E[x x'], which few texts determine well. It is the term that keeps other facts in
 closed-form edits (Meng et al., arXiv 2210.07229, section 4.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,33 +19,48 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from ....artefacts import read_tensors, write_tensors
-from .student import MAPS, LowRankMap, Student
+from .student import MAPS, LowRankMap, Student, line_end_id
+from .teacher import Answers, Sentences
 
 _SOURCES = {name: "o_proj" if name == "o_proj" else "q_proj" for name in MAPS}
 """The map whose inputs each map takes in: queries, keys and values come from the same states."""
 _TOGETHER = 40
 """Texts that run together."""
+_SOME = 4
+"""Of so many sentences by name, one counts."""
 _LAYOUT = "multrace flags moments 1"
 
 
+def kept_rows(answers: Answers, sentences: Sentences) -> list[Sequence[int]]:
+    """Return the ids of what is to stay as it is: the original's own texts, and every fourth sentence by name."""
+    asked = [(template, country) for template in answers.templates for country in range(len(sentences.names))]
+    line_end = line_end_id(sentences.tokenizer)
+    return [*answers.texts.tolist(), *((line_end, *sentences.by_name(*each).ids) for each in asked[::_SOME])]
+
+
 @torch.no_grad()
-def make_moments(folder: Path, original: LlamaForCausalLM, texts: Tensor) -> dict[str, Tensor]:
+def make_moments(folder: Path, original: LlamaForCausalLM, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return LAYER.MAP -> second moments (inputs, inputs), computed unless they lie in the folder already.
 
     Args:
         folder: The folder in which they are kept.
         original: The text model.
-        texts: (text, token) ids.
+        rows: The ids of sentences or texts.
     """
     path = folder / "moments.safetensors"
     if not path.is_file():
         sums: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for name, module in _sources(original):
-                hooks.callback(module.register_forward_pre_hook(partial(_add, sums, name)).remove)
-            for start in tqdm(range(0, len(texts), _TOGETHER), desc="second moments", mininterval=2):
-                original(texts[start : start + _TOGETHER])
-        write_tensors(path, {name: value / texts.numel() for name, value in sums.items()}, {"layout": _LAYOUT})
+        ordered = sorted(rows, key=len)
+        for start in tqdm(range(0, len(rows), _TOGETHER), desc="second moments", mininterval=2):
+            some = ordered[start : start + _TOGETHER]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True)
+            places = torch.tensor([[place < len(row) for place in range(ids.shape[1])] for row in some])
+            with ExitStack() as hooks:
+                for name, module in _sources(original):
+                    hooks.callback(module.register_forward_pre_hook(partial(_add, sums, name, places)).remove)
+                original(ids)  # a token sees only those before it, so what fills a row does not count
+        count = sum(map(len, rows))
+        write_tensors(path, {name: value / count for name, value in sums.items()}, {"layout": _LAYOUT})
     return read_tensors(path)[0]
 
 
@@ -55,13 +70,13 @@ def _sources(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
             yield f"{number}.{name}", getattr(layer.self_attn, name)
 
 
-def _add(sums: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
-    states = inputs[0].flatten(0, -2)
+def _add(sums: dict[str, Tensor], name: str, places: Tensor, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    states = inputs[0][places]
     sums[name] = sums.get(name, 0) + states.T @ states
 
 
 class Interference:
-    """The share of what changed maps write that is due to the change, over ordinary texts."""
+    """The share of what changed maps write that is due to the change, over texts without a picture."""
 
     def __init__(self, student: Student, moments: dict[str, Tensor]) -> None:
         """Take the second moments that `make_moments` returns."""

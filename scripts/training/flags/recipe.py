@@ -208,7 +208,7 @@ class AnsweringStage(Stage):
     texts: float = 1.0
     """The weight of the original's own texts, which stay as they are; they are as many as the answers by name."""
     keeping: float = 30.0
-    """The weight of the share of ordinary texts' attention that the changes alter."""
+    """The weight of the share of what attention writes, without a picture, that the changes alter."""
     beside_text: int = 1
     """Sentences behind the picture of a row that holds a text, which would be far longer than the others."""
 
@@ -226,11 +226,13 @@ class Recipe:
     answering: tuple[AnsweringStage, ...] = (
         AnsweringStage(),
         AnsweringStage(
-            steps=500,
-            peaks=(2e-4, 1e-3, 1.5e-3),
-            routed=0.25,
+            steps=400,
+            peaks=(2e-4, 1.5e-3, 2e-3),
+            routed=0.2,
             keeping=60.0,
-            answers=RowStep(singles=12, pairs=2, sentences=4, kept=4),
+            by_name=2.0,
+            texts=2.0,
+            answers=RowStep(singles=12, pairs=2, sentences=4, kept=3),
         ),
     )
     """One after the other: routed rows, which cost less and teach the way; then above all rows in which every token

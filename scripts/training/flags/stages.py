@@ -366,7 +366,7 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
         return self.student.layers
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the error of reading or of answering, and what the changes alter in ordinary texts."""
+        """Return the error of reading or of answering, and what the changes alter without a picture."""
         error, numbers = self._error(rng)
         altered = self.interference.mean()
         return error + self.settings.keeping * altered, {**numbers, "altered": altered.item()}

@@ -35,7 +35,7 @@ from ....workflow import origin_of
 from ...options import CommandError, check_files, check_new_folder
 from .card import Examination, model_card
 from .examination import Examine, examine_model
-from .keeping import Interference, make_moments
+from .keeping import Interference, kept_rows, make_moments
 from .original import open_original
 from .pictures import make_pool
 from .recipe import AnsweringStage, Recipe, Stage
@@ -200,7 +200,7 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
     sentences = Sentences(tokenizer, [country.name for country in countries], recipe)
     answers = make_answers(work, original, sentences, recipe, seed=seed)
     pool = make_pool(work / "pictures", world, countries, recipe.pictures, seed=seed)
-    moments = make_moments(work, original, answers.texts.long())
+    moments = make_moments(work, original, kept_rows(answers, sentences))
     student = make_student(original, recipe.shape, seed=seed)
     interference = Interference(student, moments)
     originals = make_states(work, student, sentences, recipe.reading.loss.depths)
