@@ -10,7 +10,9 @@ of the variance, so every dimension is standardised over countries, and the righ
 
 Answering: the distributions of the answer's tokens under a picture become those of the original that is told the name.
 Answers by name, and texts that the original wrote itself, are taught beside them, so that they stay as they are. The
-first layers go on reading meanwhile: in every step their error counts too, and in some steps nothing else does.
+first layers go on reading meanwhile: in every step their error counts too, and in some steps nothing else does. What
+the changes of attention alter without a picture counts in every step (`keeping`). In routed steps the picture reaches
+the answer through the constraint alone, and its tokens need not run above the first layers.
 
 The random numbers of a step depend on the seed, the stage and the step alone, so a training that goes on from a
 checkpoint takes the same steps as one that was never cut.

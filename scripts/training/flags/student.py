@@ -242,20 +242,19 @@ class Student(nn.Module):
             depths: After how many layers states are wanted; the layers above the last do not run.
             unseen: Tokens that do not run above the routed layers; their states are zero there.
         """
-        rotary = self.text.model.rotary_emb(states, positions)
-        hidden = torch.arange(states.shape[1])[unseen]
-        kept = torch.ones(states.shape[1], dtype=torch.bool).index_fill(0, hidden, False)
+        length = states.shape[1]
+        kept = torch.ones(length, dtype=torch.bool)
+        kept[unseen] = False
+        mask, rotary = masks[0], self.text.model.rotary_emb(states, positions)
         passed: dict[int, Tensor] = {}
         for number, layer in enumerate(self.text.model.layers[: max(depths)]):
-            mask = masks[number >= self.shape.routed_layers]
-            if is_short := len(hidden) > 0 and number >= self.shape.routed_layers:
-                mask = mask[:, :, kept][..., kept]
-            if is_short and number == self.shape.routed_layers:
-                states, positions = states[:, kept], positions[:, kept]
+            if number == self.shape.routed_layers:
+                mask, states, positions = masks[1][:, :, kept][..., kept], states[:, kept], positions[:, kept]
                 rotary = self.text.model.rotary_emb(states, positions)
             states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
             if number + 1 in depths:
-                wide = states.new_zeros(len(states), len(kept), states.shape[-1])
+                wide = states.new_zeros(len(states), length, states.shape[-1])
+                is_short = states.shape[1] < length
                 passed[number + 1] = wide.index_copy(1, kept.nonzero()[:, 0], states) if is_short else states
         return passed
 

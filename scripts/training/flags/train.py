@@ -273,9 +273,9 @@ def _run_stage(
 
 
 def _optimizers(groups: Sequence[Mapping[str, nn.Parameter]], settings: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else (Jordan et al., Muon; Liu et al., its scale).
+    """Muon for the matrices of the layers, AdamW for everything else.
 
-    The scale of Muon's steps is that of AdamW's, so that one learning rate serves both.
+    The scale of Muon's steps is that of AdamW's (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
     """
     matrices, others = [], []
     for group, peak in zip(groups, settings.peaks, strict=True):
