@@ -19,7 +19,7 @@ from .training import flags
 EXAMPLE = """examples:
   multrace train-flags --out out/flags                  the full recipe, some hours on two cores
   multrace train-flags --out out/trial --share 0.01     1% of the steps, as a trial
-  multrace train-flags --out out/more --parts out/flags  the stages that the recipe has and these parts lack
+  multrace train-flags --out out/b --parts out/flags    the stages that the recipe has and these parts lack
 
 Start the same command again to go on with a run that was cut; it comes to the same parts. DIR then holds the parts that
 multrace build-flags puts over the text model (factors.safetensors, at most 12 MB, and its settings), and after a full
