@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from multrace.data.worlds.flags import FlagWorld
+from multrace.data.worlds.flags.rendering import SIZE
 from multrace.models import ModelError
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.models.weights import save_directory
@@ -42,6 +43,7 @@ from multrace.scripts.training.flags.recipe import (
     Teaching,
     TowerStage,
 )
+from multrace.scripts.training.flags.separation import fold, separate, separations
 from multrace.scripts.training.flags.stages import (
     AnsweringTraining,
     ReadingTraining,
@@ -70,7 +72,9 @@ RECIPE = Recipe(
     tower=TowerStage(steps=2, singles=3, pairs=2),
     reading=ReadingStage(steps=2, rows=ROWS, loss=LOSS),
     answering=(
-        AnsweringStage(steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS),
+        AnsweringStage(
+            steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS, separation=5.0, separation_steps=1
+        ),
         AnsweringStage(steps=1, answers=ROWS, reads=ROWS, answered=0.0, loss=LOSS),
     ),
 )
@@ -342,6 +346,55 @@ def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(ta
     assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
 
 
+def test_a_filter_is_the_best_linear_estimate_of_what_pictures_bring():
+    generator = torch.Generator().manual_seed(0)
+    shown, written = (torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator) for _ in "ab")
+    pictures, texts = shown.T @ shown / len(shown), written.T @ written / len(written)
+    filters = separations({"0.q_proj": pictures}, {"0.q_proj": texts, "1.q_proj": texts}, 3.0)
+    assert list(filters) == ["0.q_proj"]
+    brought = 0.98 * pictures + 0.02 * pictures.trace() / 6 * torch.eye(6)
+    inputs = torch.cat([torch.linalg.cholesky(brought).T, 3.0**0.5 * torch.linalg.cholesky(texts).T])
+    wanted = torch.cat([inputs[:6], torch.zeros(6, 6)])
+    estimate = torch.linalg.lstsq(inputs, wanted).solution
+    torch.testing.assert_close(filters["0.q_proj"], estimate.T, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_filters_keep_changes_away_from_texts_and_fold_into_them(taught):
+    student, *_, interference = taught
+    change(student)
+    pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+    def training(weight):
+        stage = replace(RECIPE.answering[0], separation=weight, separation_steps=2)
+        return AnsweringTraining(stage, *taught)
+
+    def filtered(weight):
+        separate(student, training(weight).filters(np.random.default_rng(0)))
+        altered = interference.mean()
+        fold(student)
+        return altered
+
+    def answered():
+        _, rows = training(1.0).reading_rows(replace(ROWS, singles=1, pairs=0), np.random.default_rng(0))
+        packed = training(1.0).packed(rows, is_routed=False)
+        return student(pixels, packed, (LAYERS,))[LAYERS]
+
+    before, whole = interference.mean(), answered()
+    assert filtered(1e-9) == pytest.approx(float(before), rel=1e-3)
+    torch.testing.assert_close(answered(), whole, atol=1e-3, rtol=1e-3)
+    filters = training(50.0).filters(np.random.default_rng(0))
+    assert set(filters) == {f"{layer}.{name}_proj" for layer in (0, 1) for name in "qo"}
+    separate(student, filters)
+    altered, through_filters = interference.mean(), answered()
+    assert altered < 0.1 * before and (through_filters - whole).abs().max() > 1e-2
+    fold(student)
+    torch.testing.assert_close(interference.mean(), altered, rtol=1e-3, atol=0)
+    torch.testing.assert_close(answered(), through_filters, atol=1e-4, rtol=1e-4)
+    fold(student)  # there is no filter any more
+    torch.testing.assert_close(answered(), through_filters, atol=1e-4, rtol=1e-4)
+
+
 def test_candidates_and_all_other_tokens_together_are_a_distribution():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted = 2 * torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -498,4 +551,14 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     content[-5] ^= 1
     (training.out / "work" / "checkpoint.safetensors").write_bytes(content)
     with pytest.raises(CommandError, match="checkpoint.safetensors' is damaged"):
+        train_flags(training)
+
+
+def test_a_run_without_the_filters_of_its_stage_says_so(finished, tmp_path, monkeypatch):
+    training = replace(finished, out=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(AnsweringTraining, patch)
+        train_flags(training)
+    (training.out / "work" / "filters-3.safetensors").unlink()
+    with pytest.raises(CommandError, match="filters-3.safetensors"):
         train_flags(training)

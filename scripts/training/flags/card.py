@@ -147,6 +147,8 @@ def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
 3. The whole answers: the distributions of the answer's tokens become the original's for the same sentence with the name
    in it. Answers by name and other texts are kept, and what attention writes in texts is altered little. At first only
    the constraint's tokens see the picture, and only in the first layers; at last every token sees it in every layer.
+   In a stage with a separation, a filter stands before the changes, which lets through what pictures bring to an input
+   and holds back what texts have too; it is part of lora_A in the end.
 
 The matrices are trained by Muon, and everything else by AdamW.
 

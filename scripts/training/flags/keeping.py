@@ -22,7 +22,7 @@ from ....artefacts import read_tensors, write_tensors
 from .student import MAPS, LowRankMap, Student, line_end_id
 from .teacher import Answers, Sentences
 
-_SOURCES = {name: "o_proj" if name == "o_proj" else "q_proj" for name in MAPS}
+SOURCES = {name: "o_proj" if name == "o_proj" else "q_proj" for name in MAPS}
 """The map whose inputs each map takes in: queries, keys and values come from the same states."""
 _TOGETHER = 40
 """Texts that run together."""
@@ -66,7 +66,7 @@ def make_moments(folder: Path, original: LlamaForCausalLM, rows: Sequence[Sequen
 
 def _sources(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
     for number, layer in enumerate(model.model.layers):
-        for name in dict.fromkeys(_SOURCES.values()):
+        for name in dict.fromkeys(SOURCES.values()):
             yield f"{number}.{name}", getattr(layer.self_attn, name)
 
 
@@ -80,18 +80,16 @@ class Interference:
 
     def __init__(self, student: Student, moments: dict[str, Tensor]) -> None:
         """Take the second moments that `make_moments` returns."""
+        self.moments = moments
         self.maps: list[tuple[LowRankMap, Tensor, Tensor]] = []
-        for number, layer in enumerate(student.text.model.layers):
-            for name, source in _SOURCES.items():
-                if isinstance(change := getattr(layer.self_attn, name), LowRankMap):
-                    own = moments[f"{number}.{source}"]
-                    weight = change.weight.float()
-                    self.maps.append((change, own, (weight @ own * weight).sum()))
+        for number, name, change in student.changes():
+            own, weight = moments[f"{number}.{SOURCES[name]}"], change.weight.float()
+            self.maps.append((change, own, (weight @ own * weight).sum()))
 
     def mean(self) -> Tensor:
         """Return the mean over all changed maps."""
         shares = []
         for change, moments, whole in self.maps:
-            low = change.lora_A @ moments @ change.lora_A.T
+            low = change.down @ moments @ change.down.T
             shares.append((change.lora_B @ low * change.lora_B).sum() / whole)
         return torch.stack(shares).mean()

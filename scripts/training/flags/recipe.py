@@ -93,7 +93,7 @@ class Teaching:
     """Length of its continuations."""
     candidates: int = 64
     """The most probable tokens whose probabilities are kept."""
-    text_rounds: int = 6
+    text_rounds: int = 24
     """How many texts it writes from each beginning."""
     text_tokens: int = 48
     """Length of these texts."""
@@ -209,6 +209,10 @@ class AnsweringStage(Stage):
     """The weight of the original's own texts, which stay as they are; they are as many as the answers by name."""
     keeping: float = 30.0
     """The weight of the share of what attention writes, without a picture, that the changes alter."""
+    separation: float = 0.0
+    """How much texts count in the filters that keep the changes to what pictures bring; 0 for no filters."""
+    separation_steps: int = 16
+    """The number of steps whose rows say what pictures bring."""
     beside_text: int = 1
     """Sentences behind the picture of a row that holds a text, which would be far longer than the others."""
 
@@ -234,9 +238,19 @@ class Recipe:
             texts=2.0,
             answers=RowStep(singles=12, pairs=2, sentences=4, kept=3),
         ),
+        AnsweringStage(
+            steps=900,
+            peaks=(2e-4, 2e-3, 3e-3),
+            routed=0.2,
+            separation=20.0,
+            keeping=300.0,
+            by_name=2.0,
+            texts=1.0,
+            answers=RowStep(singles=12, pairs=2, sentences=6, kept=5),
+        ),
     )
     """One after the other: routed rows, which cost less and teach the way; then above all rows in which every token
-    sees the picture."""
+    sees the picture; and these once more with the changes kept to what pictures bring."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""

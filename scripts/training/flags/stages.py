@@ -31,11 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .keeping import Interference
 from .original import Sentence
 from .pictures import Batch, Pool, augmented
 from .recipe import AnsweringStage, ReadingLoss, ReadingStage, RowStep, Stage, TowerStage
+from .separation import recorded_moments, separations
 from .student import Block, PackedRows, Student, line_end_id
 from .teacher import Answers, Distributions, NameStates
 
@@ -74,6 +76,15 @@ class StageTraining(ABC, Generic[_Settings]):
     @abstractmethod
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss of a step, and numbers to show. All that is random comes from `rng`."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether filters stand before the changes in this stage."""
+        return False
+
+    def filters(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return the filters before the changes in this stage by LAYER.MAP, as they follow from the student now."""
+        return {}
 
 
 def _torch_generator(rng: np.random.Generator) -> torch.Generator:
@@ -270,14 +281,17 @@ class RowTraining(StageTraining[_RowSettings]):
         self, batch: Batch, rows: Sequence[Sequence[Asked]], depths: Sequence[int], rng: np.random.Generator
     ) -> tuple[dict[int, Tensor], PackedRows]:
         """Return depth -> (row, token, hidden), and the rows, all or none of which are routed."""
-        is_routed = bool(rng.random() < self.settings.routed)
-        packed = PackedRows.of(
+        packed = self.packed(rows, is_routed=bool(rng.random() < self.settings.routed))
+        return self.student(augmented(batch.pixels, _torch_generator(rng)), packed, depths), packed
+
+    def packed(self, rows: Sequence[Sequence[Asked]], *, is_routed: bool) -> PackedRows:
+        """Return the rows as tensors, all or none of which are routed."""
+        return PackedRows.of(
             [[asked.block for asked in row] for row in rows],
             [is_routed] * len(rows),
             line_end=self._line_end,
             image_tokens=self.student.image_tokens,
         )
-        return self.student(augmented(batch.pixels, _torch_generator(rng)), packed, depths), packed
 
     def read(self, step: RowStep, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
         """Return the reading error of new rows, and numbers to show."""
@@ -378,12 +392,7 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
         settings = self.settings
         if rng.random() >= settings.answered:
             return self.read(settings.reads, rng)
-        step = settings.answers
-        batch = self.pool.draw(rng, singles=step.singles, pairs=step.pairs)
-        templates = self.some(self.sentences.templates.answered, step.sentences, rng)
-        taught = [
-            list(self._row(number, countries, templates, rng)) for number, countries in enumerate(batch.countries)
-        ]
+        batch, taught = self._drawn(rng)
         rows = [[asked for asked, _, _ in row] for row in taught]
         passed, packed = self.states(batch, rows, (*settings.loss.depths, self.depth), rng)
         error, numbers = self.reading.of(passed, rows, packed)
@@ -396,6 +405,40 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
         }
         loss = settings.reading * error + torch.stack([weights[kind] * mean for kind, mean in means.items()]).sum()
         return loss, {**numbers, **{kind: mean.item() for kind, mean in means.items()}}
+
+    def _drawn(self, rng: np.random.Generator) -> tuple[Batch, list[list[tuple[Asked, str, Distributions]]]]:
+        """Pictures, and for each its blocks with the kinds and the distributions of what they predict."""
+        step = self.settings.answers
+        batch = self.pool.draw(rng, singles=step.singles, pairs=step.pairs)
+        templates = self.some(self.sentences.templates.answered, step.sentences, rng)
+        rows = [list(self._row(number, countries, templates, rng)) for number, countries in enumerate(batch.countries)]
+        return batch, rows
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether texts count in filters."""
+        return self.settings.separation > 0
+
+    @torch.no_grad()
+    def filters(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return the filters of the changes by LAYER.MAP (see `separation`).
+
+        The tokens of pictures count as much as those of the sentences about them, in rows that are not routed.
+        """
+        settings, sums = self.settings, dict[str, Tensor]()
+        for _ in tqdm(range(settings.separation_steps), desc="inputs under pictures", mininterval=2):
+            batch, taught = self._drawn(rng)
+            rows = [[asked for asked, _, _ in row if asked.block.has_picture] for row in taught]
+            packed = self.packed(rows, is_routed=False)
+            is_picture, is_sentence = torch.zeros(2, *packed.ids.shape, dtype=torch.bool)
+            is_picture[:, 1 : 1 + self.student.image_tokens] = True
+            for number, (row, starts) in enumerate(zip(rows, packed.starts, strict=True)):
+                is_sentence[number, starts[0] : starts[-1] + len(row[-1].block.ids)] = True
+            with recorded_moments(self.student, [is_picture, is_sentence]) as recorded:
+                self.student(augmented(batch.pixels, _torch_generator(rng)), packed, (self.depth,))
+            sums = {name: sums.get(name, 0) + value for name, value in recorded.items()}
+        means = {name: value / settings.separation_steps for name, value in sums.items()}
+        return separations(means, self.interference.moments, settings.separation)
 
     def divergences(
         self, states: Tensor, taught: Sequence[Sequence[tuple[Asked, str, Distributions]]], packed: PackedRows

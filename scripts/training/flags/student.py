@@ -150,7 +150,12 @@ class FrozenMap(nn.Module):
 
 
 class LowRankMap(nn.Module):
-    """A frozen linear map with a low-rank change: W + lora_B @ lora_A. It begins without a change."""
+    """A frozen linear map with a low-rank change: W + lora_B @ lora_A. It begins without a change.
+
+    While it is trained, a fixed filter may stand before lora_A: W + lora_B @ lora_A @ separation.
+    """
+
+    separation: Tensor | None
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rank: int) -> None:
         super().__init__()
@@ -158,11 +163,23 @@ class LowRankMap(nn.Module):
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+        self.register_buffer("separation", None, persistent=False)
+
+    @property
+    def down(self) -> Tensor:
+        """The map (rank, inputs) that the change begins with: lora_A behind its filter, if there is one."""
+        return self.lora_A if self.separation is None else self.lora_A @ self.separation
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Take the filter into lora_A, if there is one."""
+        self.lora_A.copy_(self.down)
+        self.separation = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs (..., out) in float32."""
         inputs = inputs.to(self.weight.dtype)
-        low = functional.linear(inputs, self.lora_A.to(inputs.dtype))
+        low = functional.linear(inputs, self.down.to(inputs.dtype))
         return (functional.linear(inputs, self.weight) + functional.linear(low, self.lora_B.to(inputs.dtype))).float()
 
 
@@ -266,12 +283,17 @@ class Student(nn.Module):
 
     def factors(self, depth: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the factors of the layers below a depth (None: all), under their names in the whole model."""
+        for number, name, change in self.changes(depth):
+            path = f"model.language_model.layers.{number}.self_attn.{name}"
+            yield f"{path}.lora_A", change.lora_A
+            yield f"{path}.lora_B", change.lora_B
+
+    def changes(self, depth: int | None = None) -> Iterator[tuple[int, str, LowRankMap]]:
+        """Yield the layer, the name and the map of all changed maps in the layers below a depth (None: all)."""
         for number, layer in enumerate(self.text.model.layers[:depth]):
             for name in MAPS:
                 if isinstance(change := getattr(layer.self_attn, name), LowRankMap):
-                    path = f"model.language_model.layers.{number}.self_attn.{name}"
-                    yield f"{path}.lora_A", change.lora_A
-                    yield f"{path}.lora_B", change.lora_B
+                    yield number, name, change
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return everything that is trained, under the names of the shipped parts."""

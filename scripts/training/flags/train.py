@@ -39,12 +39,14 @@ from .keeping import Interference, kept_rows, make_moments
 from .original import open_original
 from .pictures import make_pool
 from .recipe import AnsweringStage, Recipe, Stage
+from .separation import fold, separate
 from .stages import AnsweringTraining, ReadingTraining, SeeingTraining, StageTraining, one_cycle
 from .student import Student, make_processor, make_student, whole_config
 from .teacher import Sentences, make_answers, make_states
 
 _SETTINGS, _LAYOUT = "training.json", "multrace flags training 1"
 _CHECKPOINT, _CHECKPOINT_LAYOUT = "checkpoint.safetensors", "multrace flags checkpoint 1"
+_FILTERS_LAYOUT = "multrace flags filters 1"
 _FACTORS = "factors.safetensors"
 _SECOND = 0.98
 """AdamW's second coefficient."""
@@ -219,6 +221,12 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
         if number >= checkpoint.stage:
             stage = make()
             checkpoint.restore(student, stage)
+            if stage.is_filtered:
+                filters = work / f"filters-{number + 1}.safetensors"
+                if checkpoint.step == 0:
+                    rng = np.random.default_rng([seed, number, stage.settings.steps])
+                    write_tensors(filters, stage.filters(rng), {"layout": _FILTERS_LAYOUT}, error=CommandError)
+                separate(student, read_tensors(filters, error=CommandError)[0])
             _run_stage(stage, student, path, checkpoint, number=number, training=training)
             checkpoint = TrainingCheckpoint.read(path)
     checkpoint.restore(student, None)
@@ -265,6 +273,7 @@ def _run_stage(
         progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()}, refresh=False)
         minutes = checkpoint.minutes + (time.monotonic() - began) / 60
         if step + 1 == settings.steps:
+            fold(student)
             ended = TrainingCheckpoint(stage=number + 1, step=0, minutes=minutes, tensors=dict(student.trained()))
             ended.write(path)
         elif (step + 1) % training.every == 0:
