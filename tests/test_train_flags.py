@@ -384,7 +384,7 @@ def test_filters_keep_changes_away_from_texts_and_fold_into_them(taught):
     assert filtered(1e-9) == pytest.approx(float(before), rel=1e-3)
     torch.testing.assert_close(answered(), whole, atol=1e-3, rtol=1e-3)
     filters = training(50.0).filters(np.random.default_rng(0))
-    assert set(filters) == {f"{layer}.{name}_proj" for layer in (0, 1) for name in "qo"}
+    assert set(filters) == {f"{layer}.{name}_proj" for layer in range(LAYERS) for name in "qo"}
     separate(student, filters)
     altered, through_filters = interference.mean(), answered()
     assert altered < 0.1 * before and (through_filters - whole).abs().max() > 1e-2

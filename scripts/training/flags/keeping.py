@@ -9,7 +9,7 @@ closed-form edits (Meng et al., arXiv 2210.07229, section 4.2).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -55,24 +55,38 @@ def make_moments(folder: Path, original: LlamaForCausalLM, rows: Sequence[Sequen
             some = ordered[start : start + _TOGETHER]
             ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True)
             places = torch.tensor([[place < len(row) for place in range(ids.shape[1])] for row in some])
-            with ExitStack() as hooks:
-                for name, module in _sources(original):
-                    hooks.callback(module.register_forward_pre_hook(partial(_add, sums, name, places)).remove)
+            with recorded_moments(original, [places]) as recorded:
                 original(ids)  # a token sees only those before it, so what fills a row does not count
+            sums = {name: sums.get(name, 0) + value[0] for name, value in recorded.items()}
         count = sum(map(len, rows))
         write_tensors(path, {name: value / count for name, value in sums.items()}, {"layout": _LAYOUT})
     return read_tensors(path)[0]
 
 
-def _sources(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
-    for number, layer in enumerate(model.model.layers):
-        for name in dict.fromkeys(SOURCES.values()):
-            yield f"{number}.{name}", getattr(layer.self_attn, name)
+@contextmanager
+def recorded_moments(model: LlamaForCausalLM, groups: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield LAYER.MAP -> (group, inputs, inputs), filled when the model runs in the block, once.
+
+    They are the sums of x x' over the inputs x of the maps in SOURCES.
+
+    Args:
+        model: The text model, with or without changes.
+        groups: Masks (row, token), True at the tokens of a group.
+    """
+    recorded: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.model.layers):
+            for name in dict.fromkeys(SOURCES.values()):
+                hook = partial(_record, recorded, f"{number}.{name}", groups)
+                hooks.callback(getattr(layer.self_attn, name).register_forward_pre_hook(hook).remove)
+        yield recorded
 
 
-def _add(sums: dict[str, Tensor], name: str, places: Tensor, module: nn.Module, inputs: tuple[Tensor]) -> None:
-    states = inputs[0][places]
-    sums[name] = sums.get(name, 0) + states.T @ states
+def _record(
+    recorded: dict[str, Tensor], name: str, groups: Sequence[Tensor], module: nn.Module, inputs: tuple[Tensor]
+) -> None:
+    states = [inputs[0][group] for group in groups]
+    recorded[name] = torch.stack([each.T @ each for each in states])
 
 
 class Interference:

@@ -11,8 +11,9 @@ of the variance, so every dimension is standardised over countries, and the righ
 Answering: the distributions of the answer's tokens under a picture become those of the original that is told the name.
 Answers by name, and texts that the original wrote itself, are taught beside them, so that they stay as they are. The
 first layers go on reading meanwhile: in every step their error counts too, and in some steps nothing else does. What
-the changes of attention alter without a picture counts in every step (`keeping`). In routed steps the picture reaches
-the answer through the constraint alone, and its tokens need not run above the first layers.
+the changes of attention alter without a picture counts in every step (`keeping`), and filters may hold the changes to
+what pictures bring (`separation`). In routed steps the picture reaches the answer through the constraint alone, and its
+tokens need not run above the first layers.
 
 The random numbers of a step depend on the seed, the stage and the step alone, so a training that goes on from a
 checkpoint takes the same steps as one that was never cut.
@@ -33,11 +34,11 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .keeping import Interference
+from .keeping import Interference, recorded_moments
 from .original import Sentence
 from .pictures import Batch, Pool, augmented
 from .recipe import AnsweringStage, ReadingLoss, ReadingStage, RowStep, Stage, TowerStage
-from .separation import recorded_moments, separations
+from .separation import separations
 from .student import Block, PackedRows, Student, line_end_id
 from .teacher import Answers, Distributions, NameStates
 
@@ -434,9 +435,10 @@ class AnsweringTraining(RowTraining[AnsweringStage]):
             is_picture[:, 1 : 1 + self.student.image_tokens] = True
             for number, (row, starts) in enumerate(zip(rows, packed.starts, strict=True)):
                 is_sentence[number, starts[0] : starts[-1] + len(row[-1].block.ids)] = True
-            with recorded_moments(self.student, [is_picture, is_sentence]) as recorded:
+            counts = torch.stack([is_picture.sum(), is_sentence.sum()])[:, None, None]
+            with recorded_moments(self.student.text, [is_picture, is_sentence]) as recorded:
                 self.student(augmented(batch.pixels, _torch_generator(rng)), packed, (self.depth,))
-            sums = {name: sums.get(name, 0) + value for name, value in recorded.items()}
+            sums = {name: sums.get(name, 0) + (value / counts).mean(0) for name, value in recorded.items()}
         means = {name: value / settings.separation_steps for name, value in sums.items()}
         return separations(means, self.interference.moments, settings.separation)
 
