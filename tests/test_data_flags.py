@@ -350,7 +350,7 @@ def test_the_shipped_splits_follow_from_the_answers_in_them(world):
     assert world.splits_from({row.id: (row.answer, row.by_name) for row in world.splits}) == world.splits
     sizes = Counter(row.split for row in world.splits)
     assert sizes["known"] >= 200 and sizes["wrong"] >= 200 and sizes["long_tail"] >= 50
-    page = (Path(flags_splits.__file__).parents[2] / "docs" / "flags_world.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert all(f"| `{split}` | {count:,} |" in page for split, count in sizes.items())
 
 
