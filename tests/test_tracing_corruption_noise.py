@@ -61,8 +61,8 @@ def test_over_the_prompt_it_is_measured_by_the_groups_own_words(random_vlm, phot
     assert own.deviation == pytest.approx(constraint_of(random_vlm, prompt).double().std().item(), rel=1e-12)
     assert abs(own.deviation / corpus.deviation - 1) > 1e-4
     assert not torch.equal(own.embeddings, corpus.embeddings)
-    assert own.description == "noise of 3 standard deviations of their own on the constraint tokens, 1 samples"
-    assert corpus.description == "noise of 3 standard deviations over a corpus on the constraint tokens, 1 samples"
+    assert own.description == "noise of 3 standard deviations of their own on the constraint tokens, one sample"
+    assert corpus.description == "noise of 3 standard deviations over a corpus on the constraint tokens, one sample"
 
 
 def test_a_corpus_of_ones_own_replaces_the_default(random_vlm, photo):

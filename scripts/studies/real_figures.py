@@ -14,7 +14,7 @@ from ...artefacts import drawing, write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DPI, _COLOURS = 90, 64
+_DPI, _COLOURS = 90, 256
 TRACES = {
     "rome": "ROME's figure on the text model",
     "swap": "Another country's flag",
@@ -100,7 +100,8 @@ def _flows(part: Mapping[str, Any]) -> "Figure":
             cells = by_window[str(window)]
             rows = list(zip(cells["change"], cells["low"], cells["high"], strict=True))
             curves.append(_curve(name, rows, layers))
-        panels.append(drawing.CurvePanel(curves=curves, title=f"{window} layers cut together"))
+        title = "one layer cut" if window == 1 else f"{window} layers cut together"
+        panels.append(drawing.CurvePanel(curves=curves, title=title))
     titles = "Attention between groups of tokens cut", f"Mean over {part['count']} facts; bands: 95% intervals"
     return drawing.curves_figure(panels, titles=titles, y_label="change of the probability, %")
 

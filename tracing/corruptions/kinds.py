@@ -323,7 +323,8 @@ class Noise(ABC):
         return torch.randn(self.samples, *shape, generator=generator, dtype=torch.float64)
 
     def _corrupted(self, scale: float, deviation: float, where: str, **details: Any) -> Corrupted:
-        description = f"noise of {scale:g} standard deviations {where}, {self.samples} samples"
+        samples = "one sample" if self.samples == 1 else f"{self.samples} samples"
+        description = f"noise of {scale:g} standard deviations {where}, {samples}"
         return Corrupted(description=description, seed=self.seed, scale=scale, deviation=deviation, **details)
 
     def _on_tokens(self, clean: Tensor, positions: list[int], entries: Tensor, where: str) -> Callable[..., Corrupted]:
