@@ -1,5 +1,6 @@
 """The study of a real model on the embedded one: parts against theorems, and the page, which repeats its numbers."""
 
+import io
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from multrace import VisionLanguageModel
+from multrace.artefacts import drawing
 from multrace.data import Question, World, world_questions
 from multrace.data.worlds.flags import FlagWorld
 from multrace.scripts.main import execute
@@ -29,7 +31,7 @@ from multrace.scripts.studies.real_facts import (
     with_answers,
     with_other_pictures,
 )
-from multrace.scripts.studies.real_figures import write_figures
+from multrace.scripts.studies.real_figures import small_png, write_figures
 from multrace.scripts.studies.real_model import PARTS, PictureStudy
 from multrace.scripts.studies.real_numbers import best_threshold, mean_of, share_of, trace_numbers
 from multrace.scripts.studies.real_page import DIFFERENT, FINDINGS, NOT_SEEN, SEEN, page
@@ -286,3 +288,20 @@ def test_bad_requests_are_answered_in_one_line(tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_small_figures_keep_the_colours_of_rare_cells():
+    values = torch.zeros(6, 30)
+    values[-1, 23:] = torch.linspace(0.2, 0.4, 7)
+
+    def drawn():  # anew for each file, since saving moves the parts of a figure
+        kinds = ("hidden", "mlp", "attention")
+        panels = [drawing.Panel(kind=kind, window=3, values=values, low=0.0, scale=0.4) for kind in kinds]
+        words = {"titles": ("title", "subtitle"), "unit": "effect"}
+        return drawing.heat_maps(panels, rows=list("abcdef"), stars=[False] * 6, **words)
+
+    raw = io.BytesIO()
+    drawn().savefig(raw, format="png", dpi=90)
+    files = raw, io.BytesIO(small_png(drawn()))
+    whole, small = (np.asarray(Image.open(file).convert("RGB"), int) for file in files)
+    assert abs(small - whole).max() <= 5

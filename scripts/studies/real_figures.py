@@ -46,7 +46,9 @@ def small_png(figure: "Figure") -> bytes:
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=_DPI)
     with Image.open(raw) as picture:
-        reduced = picture.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+        # median cut, the default, gives heat maps wrong hues: few of their pixels are dark
+        method = Image.Quantize.MAXCOVERAGE
+        reduced = picture.convert("RGB").quantize(_COLOURS, method=method, dither=Image.Dither.NONE)
     reduced.save(small, "png", optimize=True)
     return small.getvalue()
 

@@ -31,8 +31,8 @@ of a country, and the question is the beginning of a sentence ("The capital of t
   what they point at. Another flag leaves the words as they are.
 - The picture's way through the first layers was taught: in training, states at the words of the constraint were pulled
   towards those at the country's name, at first with no other way open to the picture. That these words read the picture
-  early is therefore no finding about large models. Where the fact is kept above that, and how it reaches the last
-  token, was not taught in any layer, although low-rank changes of attention reach all of them.
+  early is therefore no finding about large models. Above these layers no state was prescribed; but attention has
+  low-rank changes in every layer, which were trained on the answers.
 """
 
 
