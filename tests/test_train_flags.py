@@ -9,7 +9,6 @@ import pytest
 import torch
 from filelock import FileLock
 from multrace.data.worlds.flags import FlagWorld
-from multrace.data.worlds.flags.rendering import SIZE
 from multrace.models import ModelError
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.models.weights import save_directory
@@ -29,9 +28,11 @@ from multrace.scripts.training.flags import (
     open_original,
     train_flags,
 )
+from multrace.scripts.training.flags.answering import AnsweringTraining
 from multrace.scripts.training.flags.examination import RELATIONS
 from multrace.scripts.training.flags.keeping import Interference, kept_rows, make_moments
 from multrace.scripts.training.flags.pictures import augmented, scaled
+from multrace.scripts.training.flags.reading import ReadingTraining
 from multrace.scripts.training.flags.recipe import (
     AnsweringStage,
     Pictures,
@@ -40,17 +41,13 @@ from multrace.scripts.training.flags.recipe import (
     RowStep,
     Sentences,
     Shape,
+    SpellingStage,
     Teaching,
     TowerStage,
 )
-from multrace.scripts.training.flags.separation import fold, separate, separations
-from multrace.scripts.training.flags.stages import (
-    AnsweringTraining,
-    ReadingTraining,
-    SeeingTraining,
-    StageTraining,
-    one_cycle,
-)
+from multrace.scripts.training.flags.seeing import SeeingTraining
+from multrace.scripts.training.flags.spelling import Spelling, SpellingTraining
+from multrace.scripts.training.flags.stage import StageTraining, one_cycle
 from multrace.scripts.training.flags.student import line_end_id, make_processor, whole_config
 from multrace.scripts.training.flags.teacher import (
     Distributions,
@@ -71,10 +68,12 @@ RECIPE = Recipe(
     teaching=Teaching(tokens=3, candidates=10_000, text_rounds=1, text_tokens=5),
     tower=TowerStage(steps=2, singles=3, pairs=2),
     reading=ReadingStage(steps=2, rows=ROWS, loss=LOSS),
-    answering=(
-        AnsweringStage(
-            steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS, separation=5.0, separation_steps=1
-        ),
+    answering=AnsweringStage(
+        spelt=True, steps=2, peaks=(1e-3, 3e-3), answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS, named=1
+    ),
+    spelling=SpellingStage(steps=2, singles=3, pairs=2),
+    joining=(
+        AnsweringStage(steps=2, answers=ROWS, reads=ROWS, tokens=2, answered=1.0, loss=LOSS, named=1),
         AnsweringStage(steps=1, answers=ROWS, reads=ROWS, answered=0.0, loss=LOSS),
     ),
 )
@@ -146,7 +145,7 @@ def change(student) -> None:
 def packed_logits(student, tokenizer, blocks, pixels, *, routed=False, barred=False):
     rows = PackedRows.of([blocks], [routed], line_end=line_end_id(tokenizer), image_tokens=student.image_tokens)
     rows = replace(rows, late_mask=rows.early_mask) if barred else rows
-    logits = student.logits(student(pixels, rows, [LAYERS])[LAYERS])[0]
+    logits = student.logits(student(student.features(pixels), rows, [LAYERS])[LAYERS])[0]
     return [logits[start : start + len(block.ids)] for start, block in zip(rows.starts[0], blocks, strict=True)]
 
 
@@ -222,7 +221,7 @@ def test_pictures_that_no_token_sees_any_more_need_not_run(student, pool):
 
     def states(routed):
         packed = PackedRows.of(rows, routed, line_end=line_end_id(tokenizer), image_tokens=student.image_tokens)
-        return packed, student(pixels, packed, range(1, LAYERS + 1))
+        return packed, student(student.features(pixels), packed, range(1, LAYERS + 1))
 
     (alone, short), (mixed, whole) = states([True, True]), states([True, False])
     pictures = slice(1, 1 + student.image_tokens)
@@ -265,13 +264,14 @@ def taught(student, text_model, pool, world, tmp_path):
     interference = Interference(
         student, make_moments(tmp_path, open_original(text_model)[0], kept_rows(answers, sentences))
     )
-    return student, pool, states, answers, interference
+    spelling = Spelling(student, sentences, RECIPE.spelt, seed=0)
+    return student, pool, spelling, states, interference, answers
 
 
 @torch.no_grad()
 def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
-    student, pool, states, *_ = taught
-    training = ReadingTraining(RECIPE.reading, student, pool, states)
+    student = taught[0]
+    training = ReadingTraining(RECIPE.reading, *taught[:-1])
 
     def errors():
         rng = np.random.default_rng(0)
@@ -298,7 +298,7 @@ def test_sentences_by_name_have_the_states_that_they_are_to_keep(taught):
 @torch.no_grad()
 def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taught):
     student, *_ = taught
-    training = AnsweringTraining(RECIPE.answering[0], *taught)
+    training = AnsweringTraining(RECIPE.joining[0], *taught)
     _, means = training.loss(np.random.default_rng(0))
     assert max(abs(means["by name"]), abs(means["texts"])) < 5e-3 < 0.05 < min(means["answers"], means["names"])
     change(student)
@@ -309,7 +309,7 @@ def test_an_untrained_student_keeps_what_it_is_to_keep_and_answers_nothing(taugh
 @torch.no_grad()
 def test_a_first_token_that_outweighs_all_others_counts_alone(taught):
     def means(**settings):
-        stage = replace(RECIPE.answering[0], **settings)
+        stage = replace(RECIPE.joining[0], **settings)
         return AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[1]
 
     alone, outweighs = means(tokens=1, name_tokens=1), means(tokens=2, first=1e9)
@@ -321,7 +321,7 @@ def test_a_first_token_that_outweighs_all_others_counts_alone(taught):
 
 @torch.no_grad()
 def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(taught, text_model):
-    student, _, states, answers, interference = taught
+    student, _, _, states, interference, answers = taught
     assert interference.mean() == 0
     change(student)
     original, _ = open_original(text_model)
@@ -341,58 +341,80 @@ def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(ta
             added = states_in @ changed.lora_A.T @ changed.lora_B.T
             shares.append(added.pow(2).sum() / whole(states_in).pow(2).sum())
     torch.testing.assert_close(interference.mean(), torch.stack(shares).mean(), rtol=1e-4, atol=0)
-    stages = [replace(RECIPE.answering[0], keeping=keeping) for keeping in (0.0, 5.0)]
+    stages = [replace(RECIPE.joining[0], keeping=keeping) for keeping in (0.0, 5.0)]
     without, with_it = (AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[0] for stage in stages)
     assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
 
 
-def test_a_filter_is_the_best_linear_estimate_of_what_pictures_bring():
-    generator = torch.Generator().manual_seed(0)
-    shown, written = (torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator) for _ in "ab")
-    pictures, texts = shown.T @ shown / len(shown), written.T @ written / len(written)
-    filters = separations({"0.q_proj": pictures}, {"0.q_proj": texts, "1.q_proj": texts}, 3.0)
-    assert list(filters) == ["0.q_proj"]
-    brought = 0.98 * pictures + 0.02 * pictures.trace() / 6 * torch.eye(6)
-    inputs = torch.cat([torch.linalg.cholesky(brought).T, 3.0**0.5 * torch.linalg.cholesky(texts).T])
-    wanted = torch.cat([inputs[:6], torch.zeros(6, 6)])
-    estimate = torch.linalg.lstsq(inputs, wanted).solution
-    torch.testing.assert_close(filters["0.q_proj"], estimate.T, atol=1e-4, rtol=1e-4)
+@torch.no_grad()
+def test_image_tokens_spell_the_name_row_by_row_in_the_half_of_its_flag(taught, world):
+    student, _, spelling, states, *_ = taught
+    tokenizer, side = states.sentences.tokenizer, spelling.side
+    spelling.map.copy_(torch.randn(spelling.map.shape, generator=torch.Generator().manual_seed(0)))
+    tokens = spelling([(0,), (1, 2)]).unflatten(1, (side, side))
+    table = student.text.model.embed_tokens.weight
+    for picture, column, country in ((0, 0, 0), (0, side - 1, 0), (1, 0, 1), (1, side - 1, 2)):
+        ids = tokenizer(f" {world.pictured[country].name}", add_special_tokens=False).input_ids[-side:]
+        for row in range(side):
+            mark = spelling.embedding[0] + spelling.embedding[1 + row]
+            mark = mark + spelling.embedding[1 + side + (column >= side // 2)]
+            own = row - side + len(ids)
+            spelt = table[ids[own]] @ spelling.map.T if own >= 0 else 0 * mark
+            torch.testing.assert_close(tokens[picture, row, column], mark + spelt, atol=1e-5, rtol=1e-5)
+    noisy = [spelling([(0,), (1, 2)], np.random.default_rng(seed)).unflatten(1, (side, side)) for seed in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    exact = replace(RECIPE.spelt, noise=0.0, mixed=0.0)
+    spelling.settings = exact
+    torch.testing.assert_close(spelling([(0,), (1, 2)], np.random.default_rng(0)).unflatten(1, (side, side)), tokens)
 
 
 @torch.no_grad()
-def test_filters_keep_changes_away_from_texts_and_fold_into_them(taught):
-    student, *_, interference = taught
-    change(student)
-    pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+def test_the_length_of_the_noise_and_the_share_of_another_name_are_those_of_the_settings(taught):
+    _, _, spelling, *_ = taught
+    exact, rng = spelling([(0,)] * 400), np.random.default_rng(0)
+    spelling.settings = replace(RECIPE.spelt, noise=0.2, mixed=0.0)
+    noise = (spelling([(0,)] * 400, rng) - exact).norm(dim=-1).pow(2).mean().sqrt()
+    assert float(noise / spelling.length) == pytest.approx(0.2, rel=0.05)
+    spelling.settings = replace(RECIPE.spelt, noise=0.0, mixed=0.5)
+    mixed, others = spelling([(0,)] * 400, rng)[:, -1], torch.stack([spelling([(i,)])[0, -1] for i in range(COUNTRIES)])
+    shares = torch.linalg.lstsq((others[1:] - others[0]).T, (mixed - others[0]).T).solution.T
+    assert shares.min() > -1e-4 and shares.sum(1).max() == pytest.approx(0.5, abs=0.02)
+    assert ((shares > 1e-3).sum(1) <= 1).all()
 
-    def training(weight):
-        stage = replace(RECIPE.answering[0], separation=weight, separation_steps=2)
-        return AnsweringTraining(stage, *taught)
 
-    def filtered(weight):
-        separate(student, training(weight).filters(np.random.default_rng(0)))
-        altered = interference.mean()
-        fold(student)
-        return altered
+def test_tower_and_projector_learn_to_write_what_spells_a_name(taught):
+    student, pool, spelling, *_ = taught
+    training = SpellingTraining(RECIPE.spelling, student, pool, spelling)
+    with torch.no_grad():
+        spelling.map.copy_(torch.randn(spelling.map.shape, generator=torch.Generator().manual_seed(0)))
+    training = SpellingTraining(RECIPE.spelling, student, pool, spelling)
+    training.begin()
+    parameters = [value for group in training.groups() for value in group.values()]
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    errors = []
+    for _ in range(120):
+        loss, numbers = training.loss(np.random.default_rng(0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(numbers["error"])
+    assert errors[-1] < 0.2 < 0.7 < errors[0] and numbers["flag"] == numbers["beside"] == 1
 
-    def answered():
-        _, rows = training(1.0).reading_rows(replace(ROWS, singles=1, pairs=0), np.random.default_rng(0))
-        packed = training(1.0).packed(rows, is_routed=False)
-        return student(pixels, packed, (LAYERS,))[LAYERS]
 
-    before, whole = interference.mean(), answered()
-    assert filtered(1e-9) == pytest.approx(float(before), rel=1e-3)
-    torch.testing.assert_close(answered(), whole, atol=1e-3, rtol=1e-3)
-    filters = training(50.0).filters(np.random.default_rng(0))
-    assert set(filters) == {f"{layer}.{name}_proj" for layer in range(LAYERS) for name in "qo"}
-    separate(student, filters)
-    altered, through_filters = interference.mean(), answered()
-    assert altered < 0.1 * before and (through_filters - whole).abs().max() > 1e-2
-    fold(student)
-    torch.testing.assert_close(interference.mean(), altered, rtol=1e-3, atol=0)
-    torch.testing.assert_close(answered(), through_filters, atol=1e-4, rtol=1e-4)
-    fold(student)  # there is no filter any more
-    torch.testing.assert_close(answered(), through_filters, atol=1e-4, rtol=1e-4)
+def test_no_fact_reaches_the_tower_before_the_whole_is_joined(taught):
+    groups = {
+        "reading": ReadingTraining(RECIPE.reading, *taught[:-1]).groups(),
+        "answering": AnsweringTraining(RECIPE.answering, *taught).groups(),
+    }
+    for name, stage in groups.items():
+        own = {parameter.partition(".")[0] for group in stage for parameter in group}
+        assert own == {"spelling", "model"} and not any("tower" in key or "projector" in key for key in stage[1]), name
+    training = AnsweringTraining(RECIPE.answering, *taught)
+    loss, _ = training.loss(np.random.default_rng(0))
+    loss.backward()
+    student, _, spelling, *_ = taught
+    assert all(value.grad is None for value in (*student.tower.parameters(), *student.projector.parameters()))
+    assert spelling.map.grad.abs().max() > 0 and spelling.embedding.grad.abs().max() > 0
 
 
 def test_candidates_and_all_other_tokens_together_are_a_distribution():
@@ -456,7 +478,7 @@ def cut(stage: type[StageTraining], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_that_is_cut_in_every_stage_comes_to_the_same_parts(finished, tmp_path, monkeypatch):
     training = replace(finished, out=tmp_path / "again")
-    for stage in (SeeingTraining, ReadingTraining, AnsweringTraining):
+    for stage in (SeeingTraining, ReadingTraining, AnsweringTraining, SpellingTraining, AnsweringTraining):
         with monkeypatch.context() as patch:
             cut(stage, patch)
             with pytest.raises(KeyboardInterrupt):
@@ -471,7 +493,7 @@ def test_a_run_that_is_cut_in_every_stage_comes_to_the_same_parts(finished, tmp_
 
 
 def test_parts_go_on_with_the_stages_that_they_lack(finished, tmp_path):
-    begun = replace(finished, out=tmp_path / "begun", recipe=replace(RECIPE, answering=RECIPE.answering[:1]))
+    begun = replace(finished, out=tmp_path / "begun", recipe=replace(RECIPE, joining=RECIPE.joining[:1]))
     train_flags(begun)
     more = replace(finished, out=tmp_path / "more", parts=begun.out)
     train_flags(more)
@@ -479,7 +501,7 @@ def test_parts_go_on_with_the_stages_that_they_lack(finished, tmp_path):
     for name, value in whole.items():  # as in the run that was never apart, but for what half precision rounds
         torch.testing.assert_close(ended[name], value, atol=2e-3, rtol=2e-3)
     assert any(not torch.equal(ended[name], value) for name, value in done.items())
-    with pytest.raises(CommandError, match="have gone through 4 stages, and the recipe has no more"):
+    with pytest.raises(CommandError, match="have gone through 6 stages, and the recipe has no more"):
         train_flags(replace(more, out=tmp_path / "none", parts=finished.out))
     with pytest.raises(CommandError, match="holds a training with parts"):
         train_flags(replace(more, parts=None))
@@ -551,14 +573,4 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     content[-5] ^= 1
     (training.out / "work" / "checkpoint.safetensors").write_bytes(content)
     with pytest.raises(CommandError, match="checkpoint.safetensors' is damaged"):
-        train_flags(training)
-
-
-def test_a_run_without_the_filters_of_its_stage_says_so(finished, tmp_path, monkeypatch):
-    training = replace(finished, out=tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        cut(AnsweringTraining, patch)
-        train_flags(training)
-    (training.out / "work" / "filters-3.safetensors").unlink()
-    with pytest.raises(CommandError, match="filters-3.safetensors"):
         train_flags(training)

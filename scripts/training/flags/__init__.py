@@ -1,4 +1,4 @@
-"""How the flags model is made: its teacher, its student, its three training stages and its examination."""
+"""How the flags model is made: its teacher, its student, its training stages and its examination."""
 
 import lazy_loader
 

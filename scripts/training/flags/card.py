@@ -142,13 +142,14 @@ def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
 `multrace train-flags --out DIR`: {_listed(numbers)}; {templates} wordings.
 
 1. The tower alone tells the flags apart, in the whole picture and in its halves.
-2. The text model reads: under the picture, the states at the constraint's tokens become those that the original has at
-   the tokens of the country's name, at some depths of the first layers.
-3. The whole answers: the distributions of the answer's tokens become the original's for the same sentence with the name
-   in it. Answers by name and other texts are kept, and what attention writes in texts is altered little. At first only
-   the constraint's tokens see the picture, and only in the first layers; at last every token sees it in every layer.
-   In a stage with a separation, a filter stands before the changes, which lets through what pictures bring to an input
-   and holds back what texts have too; it is part of lora_A in the end.
+2. The text model reads: image tokens spell a country's name in its own embeddings, behind one linear map for all
+   names, and the states at the constraint's tokens behind them become those that the original has at the tokens of the
+   name, at some depths of the first layers. There is no picture yet.
+3. The text model answers: the distributions of the answer's tokens behind such tokens become the original's for the
+   same sentence with the name in it. Answers by name and other texts are kept, and what attention writes in texts is
+   altered little.
+4. The tower and the projector write such tokens under pictures. They are taught names and no facts.
+5. The whole answers under pictures, as in 3.
 
 The matrices are trained by Muon, and everything else by AdamW.
 

@@ -104,6 +104,6 @@ class Interference:
         """Return the mean over all changed maps."""
         shares = []
         for change, moments, whole in self.maps:
-            low = change.down @ moments @ change.down.T
+            low = change.lora_A @ moments @ change.lora_A.T
             shares.append((change.lora_B @ low * change.lora_B).sum() / whole)
         return torch.stack(shares).mean()

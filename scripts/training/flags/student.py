@@ -150,12 +150,7 @@ class FrozenMap(nn.Module):
 
 
 class LowRankMap(nn.Module):
-    """A frozen linear map with a low-rank change: W + lora_B @ lora_A. It begins without a change.
-
-    While it is trained, a fixed filter may stand before lora_A: W + lora_B @ lora_A @ separation.
-    """
-
-    separation: Tensor | None
+    """A frozen linear map with a low-rank change: W + lora_B @ lora_A. It begins without a change."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rank: int) -> None:
         super().__init__()
@@ -163,23 +158,11 @@ class LowRankMap(nn.Module):
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
-        self.register_buffer("separation", None, persistent=False)
-
-    @property
-    def down(self) -> Tensor:
-        """The map (rank, inputs) that the change begins with: lora_A behind its filter, if there is one."""
-        return self.lora_A if self.separation is None else self.lora_A @ self.separation
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Take the filter into lora_A, if there is one."""
-        self.lora_A.copy_(self.down)
-        self.separation = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs (..., out) in float32."""
         inputs = inputs.to(self.weight.dtype)
-        low = functional.linear(inputs, self.down.to(inputs.dtype))
+        low = functional.linear(inputs, self.lora_A.to(inputs.dtype))
         return (functional.linear(inputs, self.weight) + functional.linear(low, self.lora_B.to(inputs.dtype))).float()
 
 
@@ -233,10 +216,13 @@ class Student(nn.Module):
             states = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]
         return states.float()
 
-    def forward(self, pixels: Tensor, rows: PackedRows, depths: Sequence[int]) -> dict[int, Tensor]:
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return the image tokens (picture, token, hidden) of pictures."""
+        return self.projector(self.see(pixels))
+
+    def forward(self, features: Tensor, rows: PackedRows, depths: Sequence[int]) -> dict[int, Tensor]:
         """Return depth -> states (row, token, hidden) after so many layers; the layers above the last do not run."""
         embeddings = self.text.model.embed_tokens(rows.ids)
-        features = self.projector(self.see(pixels))
         embeddings = torch.cat([embeddings[:, :1], features, embeddings[:, 1 + self.image_tokens :]], 1)
         masks = [rows.early_mask, rows.late_mask]
         return self.through(embeddings, rows.positions, masks, depths, unseen=rows.unseen)

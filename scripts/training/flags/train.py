@@ -33,20 +33,22 @@ from ....models.assembly import assemble, read_parts, write_parts
 from ....models.weights import save_directory
 from ....workflow import origin_of
 from ...options import CommandError, check_files, check_new_folder
+from .answering import AnsweringTraining
 from .card import Examination, model_card
 from .examination import Examine, examine_model
 from .keeping import Interference, kept_rows, make_moments
 from .original import open_original
 from .pictures import make_pool
+from .reading import ReadingTraining
 from .recipe import AnsweringStage, Recipe, Stage
-from .separation import fold, separate
-from .stages import AnsweringTraining, ReadingTraining, SeeingTraining, StageTraining, one_cycle
+from .seeing import SeeingTraining
+from .spelling import Spelling, SpellingTraining
+from .stage import StageTraining, named_parameters, one_cycle
 from .student import Student, make_processor, make_student, whole_config
 from .teacher import Sentences, make_answers, make_states
 
 _SETTINGS, _LAYOUT = "training.json", "multrace flags training 1"
 _CHECKPOINT, _CHECKPOINT_LAYOUT = "checkpoint.safetensors", "multrace flags checkpoint 1"
-_FILTERS_LAYOUT = "multrace flags filters 1"
 _FACTORS = "factors.safetensors"
 _SECOND = 0.98
 """AdamW's second coefficient."""
@@ -207,44 +209,46 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
     interference = Interference(student, moments)
     originals = make_states(work, student, sentences, recipe.reading.loss.depths)
 
+    spelling = Spelling(student, sentences, recipe.spelt, seed=seed)
+    taught = (student, pool, spelling, originals, interference)
+
     def answering(settings: AnsweringStage) -> Callable[[], StageTraining]:
-        return lambda: AnsweringTraining(settings, student, pool, originals, answers, interference)
+        return lambda: AnsweringTraining(settings, *taught, answers)
 
     stages: tuple[Callable[[], StageTraining], ...] = (
         lambda: SeeingTraining(recipe.tower, student, pool, seed=seed),
-        lambda: ReadingTraining(recipe.reading, student, pool, originals),
-        *map(answering, recipe.answering),
+        lambda: ReadingTraining(recipe.reading, *taught),
+        answering(recipe.answering),
+        lambda: SpellingTraining(recipe.spelling, student, pool, spelling),
+        *map(answering, recipe.joining),
     )
+    trained = {**student.trained(), **named_parameters("spelling", spelling)}
     path = work / _CHECKPOINT
     checkpoint = TrainingCheckpoint.read(path) if path.is_file() else training.beginning()
     for number, make in enumerate(stages):
         if number >= checkpoint.stage:
-            stage = make()
-            checkpoint.restore(student, stage)
-            if stage.is_filtered:
-                filters = work / f"filters-{number + 1}.safetensors"
-                if checkpoint.step == 0:
-                    rng = np.random.default_rng([seed, number, stage.settings.steps])
-                    write_tensors(filters, stage.filters(rng), {"layout": _FILTERS_LAYOUT}, error=CommandError)
-                separate(student, read_tensors(filters, error=CommandError)[0])
-            _run_stage(stage, student, path, checkpoint, number=number, training=training)
+            checkpoint.restore(trained)
+            _run_stage(make(), trained, path, checkpoint, number=number, training=training)
             checkpoint = TrainingCheckpoint.read(path)
-    checkpoint.restore(student, None)
+    checkpoint.restore(trained)
     return student, tokenizer
 
 
 def _run_stage(
     stage: StageTraining,
-    student: Student,
+    trained: Mapping[str, nn.Parameter],
     path: Path,
     checkpoint: TrainingCheckpoint,
     *,
     number: int,
     training: FlagsTraining,
 ) -> None:
-    """Train one stage from a checkpoint to its end, and write checkpoints."""
+    """Train one stage from a checkpoint to its end, and write checkpoints with all that is `trained` in any stage."""
     groups, settings = stage.groups(), stage.settings
     named = {name: value for group in groups for name, value in group.items()}
+    if checkpoint.step == 0:
+        stage.begin()
+    checkpoint.restore({name: value for name, value in named.items() if name not in trained})
     optimizers = _optimizers(groups, settings)
     checkpoint.restore_moments(optimizers, named)
     began = time.monotonic()
@@ -273,11 +277,9 @@ def _run_stage(
         progress.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()}, refresh=False)
         minutes = checkpoint.minutes + (time.monotonic() - began) / 60
         if step + 1 == settings.steps:
-            fold(student)
-            ended = TrainingCheckpoint(stage=number + 1, step=0, minutes=minutes, tensors=dict(student.trained()))
-            ended.write(path)
+            TrainingCheckpoint(stage=number + 1, minutes=minutes, tensors=trained).write(path)
         elif (step + 1) % training.every == 0:
-            tensors = {**student.trained(), **named, **_moments(optimizers, named)}
+            tensors = {**trained, **named, **_moments(optimizers, named)}
             TrainingCheckpoint(stage=number, step=step + 1, minutes=minutes, tensors=tensors).write(path)
 
 
@@ -342,12 +344,9 @@ class TrainingCheckpoint:
         write_tensors(path, self.tensors, text, error=CommandError)
 
     @torch.no_grad()
-    def restore(self, student: Student, stage: StageTraining | None) -> None:
-        """Give the student, and what the stage trains beside it, the values of the checkpoint."""
-        own = dict(student.trained())
-        for group in stage.groups() if stage is not None else ():
-            own |= group
-        for name, value in own.items():
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the parameters that the checkpoint has its values."""
+        for name, value in parameters.items():
             if name in self.tensors:
                 value.copy_(self.tensors[name])
 
