@@ -161,7 +161,7 @@ class RowStep:
 class SpellingStage(Stage):
     """The tower and the projector write the names that the text model reads."""
 
-    steps: int = 1600
+    steps: int = 2400
     peaks: tuple[float, ...] = (1e-3, 3e-3)
     decay: float = 0.02
     singles: int = 44
@@ -199,14 +199,14 @@ class ReadingLoss:
 class ReadingStage(Stage):
     """The states at the constraint's tokens become those of the name's tokens, where image tokens spell the name."""
 
-    steps: int = 600
+    steps: int = 1500
     peaks: tuple[float, ...] = (3e-3, 6e-3)
     decay: float = 0.01
-    rows: RowStep = RowStep(singles=12, pairs=2, sentences=8, kept=3)
+    rows: RowStep = RowStep(singles=12, pairs=2, sentences=8, kept=1)
     routed: float = 0.3
     """The share of the steps whose rows are routed."""
     loss: ReadingLoss = ReadingLoss()
-    keeping: float = 100.0
+    keeping: float = 300.0
     """The weight of the share of what attention writes, without a picture, that the changes alter."""
 
 
@@ -262,7 +262,7 @@ class Recipe:
     teaching: Teaching = field(default_factory=Teaching)
     tower: TowerStage = field(default_factory=TowerStage)
     reading: ReadingStage = field(default_factory=ReadingStage)
-    answering: AnsweringStage = AnsweringStage(spelt=True, steps=750, peaks=(1e-3, 3e-3))
+    answering: AnsweringStage = AnsweringStage(spelt=True, steps=600, peaks=(1e-3, 2e-3))
     spelling: SpellingStage = field(default_factory=SpellingStage)
     joining: tuple[AnsweringStage, ...] = (AnsweringStage(),)
     """The whole model with pictures: what the tower writes is never quite what the text model learnt to read."""
