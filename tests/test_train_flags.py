@@ -373,8 +373,11 @@ def test_the_length_of_the_noise_and_the_share_of_another_name_are_those_of_the_
     _, _, spelling, *_ = taught
     exact, rng = spelling([(0,)] * 400), np.random.default_rng(0)
     spelling.settings = replace(RECIPE.spelt, noise=0.2, mixed=0.0)
-    noise = (spelling([(0,)] * 400, rng) - exact).norm(dim=-1).pow(2).mean().sqrt()
-    assert float(noise / spelling.length) == pytest.approx(0.2, rel=0.05)
+    noise = spelling([(0,)] * 400, rng) - exact
+    length = noise.norm(dim=-1).pow(2).mean().sqrt()
+    assert float(length / spelling.length) == pytest.approx(0.2, rel=0.05)
+    shared = (noise[:, 0] * noise[:, 1]).sum(-1).mean()  # what two tokens of a picture have in common
+    assert float(shared / length**2) == pytest.approx(0.5, abs=0.05)
     spelling.settings = replace(RECIPE.spelt, noise=0.0, mixed=0.5)
     mixed, others = spelling([(0,)] * 400, rng)[:, -1], torch.stack([spelling([(i,)])[0, -1] for i in range(COUNTRIES)])
     shares = torch.linalg.lstsq((others[1:] - others[0]).T, (mixed - others[0]).T).solution.T
@@ -384,7 +387,6 @@ def test_the_length_of_the_noise_and_the_share_of_another_name_are_those_of_the_
 
 def test_tower_and_projector_learn_to_write_what_spells_a_name(taught):
     student, pool, spelling, *_ = taught
-    training = SpellingTraining(RECIPE.spelling, student, pool, spelling)
     with torch.no_grad():
         spelling.map.copy_(torch.randn(spelling.map.shape, generator=torch.Generator().manual_seed(0)))
     training = SpellingTraining(RECIPE.spelling, student, pool, spelling)
@@ -415,6 +417,9 @@ def test_no_fact_reaches_the_tower_before_the_whole_is_joined(taught):
     student, _, spelling, *_ = taught
     assert all(value.grad is None for value in (*student.tower.parameters(), *student.projector.parameters()))
     assert spelling.map.grad.abs().max() > 0 and spelling.embedding.grad.abs().max() > 0
+    loss, _ = AnsweringTraining(RECIPE.joining[0], *taught).loss(np.random.default_rng(0))
+    loss.backward()
+    assert all(value.grad is not None for value in student.projector.parameters())
 
 
 def test_candidates_and_all_other_tokens_together_are_a_distribution():

@@ -265,7 +265,7 @@ class Recipe:
     answering: AnsweringStage = AnsweringStage(spelt=True, steps=600, peaks=(1e-3, 2e-3))
     spelling: SpellingStage = field(default_factory=SpellingStage)
     joining: tuple[AnsweringStage, ...] = (AnsweringStage(),)
-    """The whole model with pictures: what the tower writes is never quite what the text model learnt to read."""
+    """The whole model with pictures, tower and projector too: what they write is never quite what is read."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""

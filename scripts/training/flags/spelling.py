@@ -3,8 +3,8 @@
 The picture brings a name and nothing else. Row by row of the patches, the image tokens in the half of a flag hold the
 embeddings of the name's tokens, the last one in the last row, behind one linear map for all names and beside what marks
 an image token, its row and its half. The text model learns to read such tokens without any picture, so no noise of the
-tower stands in its way; the tower and the projector then learn to write them. Neither hears of a fact: what the whole
-answers is what the text model knows under the name.
+tower stands in its way; the tower and the projector then learn to write them, and hear of no fact until the whole is
+joined.
 """
 
 from __future__ import annotations
