@@ -344,6 +344,9 @@ def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(ta
     stages = [replace(RECIPE.joining[0], keeping=keeping) for keeping in (0.0, 5.0)]
     without, with_it = (AnsweringTraining(stage, *taught).loss(np.random.default_rng(0))[0] for stage in stages)
     assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
+    readings = [replace(RECIPE.reading, keeping=keeping) for keeping in (0.0, 5.0)]
+    without, with_it = (ReadingTraining(stage, *taught[:-1]).loss(np.random.default_rng(0))[0] for stage in readings)
+    assert float(with_it - without) == pytest.approx(5 * float(interference.mean()), rel=1e-3)
 
 
 @torch.no_grad()
@@ -383,6 +386,24 @@ def test_the_length_of_the_noise_and_the_share_of_another_name_are_those_of_the_
     shares = torch.linalg.lstsq((others[1:] - others[0]).T, (mixed - others[0]).T).solution.T
     assert shares.min() > -1e-4 and shares.sum(1).max() == pytest.approx(0.5, abs=0.02)
     assert ((shares > 1e-3).sum(1) <= 1).all()
+
+
+@torch.no_grad()
+def test_a_tower_that_writes_what_spells_the_names_has_no_error(taught, monkeypatch):
+    student, pool, spelling, *_ = taught
+    training = SpellingTraining(RECIPE.spelling, student, pool, spelling)
+    shown = pool.draw(np.random.default_rng(0), singles=RECIPE.spelling.singles, pairs=RECIPE.spelling.pairs).countries
+    written = spelling(shown)
+
+    def numbers(features):
+        monkeypatch.setattr(student, "features", lambda pixels: features)
+        return training.loss(np.random.default_rng(0))[1]
+
+    exact = numbers(written)
+    assert exact["flag"] == exact["beside"] == 1 and max(exact["error"], exact["mean"]) < 1e-9
+    swapped = numbers(written.unflatten(1, (spelling.side, spelling.side)).flip(2).flatten(1, 2))
+    assert swapped["beside"] < 1 and swapped["error"] > 0.1  # the halves of pictures of two have changed places
+    assert numbers(written + spelling.embedding[0])["error"] > 0.01  # a mark is not part of a name
 
 
 def test_tower_and_projector_learn_to_write_what_spells_a_name(taught):
@@ -508,6 +529,19 @@ def test_parts_go_on_with_the_stages_that_they_lack(finished, tmp_path):
     assert any(not torch.equal(ended[name], value) for name, value in done.items())
     with pytest.raises(CommandError, match="have gone through 6 stages, and the recipe has no more"):
         train_flags(replace(more, out=tmp_path / "none", parts=finished.out))
+    other = {**RECIPE.plain(), "stages": {"seeing": {}, "answering 1": {}}}
+    original, tokenizer = open_original(finished.text_model)
+    student = make_student(original, RECIPE.shape, seed=0)
+    write_parts(
+        tmp_path / "other",
+        student.trained(),
+        whole_config(student),
+        make_processor(tokenizer, RECIPE.shape),
+        text_model="none",
+        recipe=other,
+    )
+    with pytest.raises(CommandError, match="gone through seeing, answering 1, and the recipe begins with seeing, read"):
+        train_flags(replace(more, out=tmp_path / "none", parts=tmp_path / "other"))
     with pytest.raises(CommandError, match="holds a training with parts"):
         train_flags(replace(more, parts=None))
     with pytest.raises(ModelError, match="parts"):

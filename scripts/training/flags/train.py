@@ -97,8 +97,21 @@ class FlagsTraining:
             check_new_folder(self.out)
 
     def stages_done(self) -> int:
-        """Return the number of stages that the parts have gone through. Raises `ModelError` for damaged parts."""
-        return 0 if self.parts is None else len(read_parts(self.parts).recipe.get("stages", ()))
+        """Return the number of stages that the parts have gone through.
+
+        Raises:
+            CommandError: They are not the first stages of the recipe.
+            ModelError: The parts are damaged.
+        """
+        if self.parts is None:
+            return 0
+        done, own = list(read_parts(self.parts).recipe.get("stages", ())), list(self.recipe.stages)
+        if done != own[: len(done)]:
+            raise CommandError(
+                f"the parts in {str(self.parts)!r} have gone through {', '.join(done)}, and the recipe begins with "
+                f"{', '.join(own)}; train without --parts"
+            )
+        return len(done)
 
     def beginning(self) -> TrainingCheckpoint:
         """Return where the training begins: with nothing, or with the parts."""
