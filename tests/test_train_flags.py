@@ -63,7 +63,9 @@ ROWS = RowStep(singles=2, pairs=1, sentences=2, kept=1)
 LOSS = ReadingLoss(depths=(1, 2), standardised=(0, 1), contrasted=(0, 1))
 RECIPE = Recipe(
     sentences=Sentences(answered=("The capital of {} is", "{} lies on the continent of"), read_only=("People in {}",)),
-    shape=Shape(width=12, layers=1, patch=32, ranks=(3, 2, 0), half=False, routed_layers=2),
+    shape=Shape(
+        width=12, layers=1, patch=32, routing_ranks=(2, 2, 0), content_ranks=(3, 2, 0), half=False, routed_layers=2
+    ),
     pictures=Pictures(countries=COUNTRIES, renderings=2, pairs=5),
     teaching=Teaching(tokens=3, candidates=10_000, text_rounds=1, text_tokens=5),
     tower=TowerStage(steps=2, singles=3, pairs=2),
@@ -328,8 +330,11 @@ def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(ta
     rows = kept_rows(answers, states.sentences)
     assert len(rows) == len(answers.texts) + len(RECIPE.sentences.answered) * COUNTRIES // 4
     shares = []
-    for number, rank in enumerate(RECIPE.shape.ranks):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj") if rank else ():
+    shape = RECIPE.shape
+    for number, (routing, content) in enumerate(zip(shape.routing_ranks, shape.content_ranks, strict=True)):
+        for name, rank in {"q_proj": routing, "k_proj": routing, "v_proj": content, "o_proj": content}.items():
+            if not rank:
+                continue
             inputs: list[torch.Tensor] = []
             whole = getattr(original.model.layers[number].self_attn, name)
             hook = whole.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
@@ -337,6 +342,7 @@ def test_what_changes_alter_without_a_picture_is_measured_on_all_their_tokens(ta
                 original(torch.tensor([row]))
             hook.remove()
             changed = getattr(student.text.model.layers[number].self_attn, name)
+            assert changed.lora_A.shape[0] == changed.lora_B.shape[1] == rank
             states_in = torch.cat(inputs, 1)
             added = states_in @ changed.lora_A.T @ changed.lora_B.T
             shares.append(added.pow(2).sum() / whole(states_in).pow(2).sum())

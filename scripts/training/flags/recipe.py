@@ -65,8 +65,10 @@ class Shape:
     heads: int = 3
     patch: int = 16
     """Width and height of a patch of the picture in pixels."""
-    ranks: tuple[int, ...] = (*[32] * 8, *[8] * 22)
-    """The rank of the changes of the attention weights, by layer of the text model."""
+    routing_ranks: tuple[int, ...] = (*[32] * 8, *[4] * 22)
+    """The rank of the changes of the query and key weights, by layer of the text model."""
+    content_ranks: tuple[int, ...] = (192, 160, 128, 96, 48, 32, 32, 32, *[4] * 22)
+    """The rank of the changes of the value and output weights, which carry the name from the picture to the words."""
     half: bool = True
     """Whether the frozen weights and the tower compute in bfloat16."""
     routed_layers: int = 6

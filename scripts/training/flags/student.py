@@ -34,6 +34,8 @@ from .recipe import Shape
 
 MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The attention weights that are changed."""
+_CONTENT = ("v_proj", "o_proj")
+"""Those of them that say what attention writes, and not where it looks."""
 _FROZEN = ("gate_proj", "up_proj", "down_proj")
 CHAT_TEMPLATE = (
     "{{ '\\n' }}{% for message in messages %}"
@@ -190,13 +192,13 @@ class Student(nn.Module):
         self.text = original.requires_grad_(False)
         head = original.lm_head.weight.detach()
         self.register_buffer("head", head.to(self.dtype), persistent=False)
-        for layer, rank in zip(original.model.layers, shape.ranks, strict=True):
+        for layer, *ranks in zip(original.model.layers, shape.routing_ranks, shape.content_ranks, strict=True):
             for name in _FROZEN:
                 setattr(
                     layer.mlp, name, FrozenMap(getattr(layer.mlp, name).weight, self.dtype, wide=name == "down_proj")
                 )
             for name in MAPS:
-                weight = getattr(layer.self_attn, name).weight
+                weight, rank = getattr(layer.self_attn, name).weight, ranks[name in _CONTENT]
                 change = LowRankMap(weight, self.dtype, rank) if rank else FrozenMap(weight, self.dtype, wide=True)
                 setattr(layer.self_attn, name, change)
 
