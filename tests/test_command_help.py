@@ -12,7 +12,7 @@ import pytest
 from cyclopts import App
 from multrace.scripts.main import COMMANDS, app, make_app, parse
 from multrace.scripts.options import STYLE
-from multrace.scripts.studies import flags_splits, results
+from multrace.scripts.studies import flag_edits, flags_splits, results
 from multrace.scripts.training import train_tiny
 
 
@@ -53,7 +53,8 @@ def every_help() -> dict[tuple[str, ...], Help]:
 
 HELPS = every_help()
 ALONE = {
-    module.app.name[0]: module.app for module in (results, flags_splits, importlib.import_module(train_tiny.__module__))
+    module.app.name[0]: module.app
+    for module in (results, flag_edits, flags_splits, importlib.import_module(train_tiny.__module__))
 }
 EVERY = pytest.mark.parametrize("path", HELPS, ids=lambda path: " ".join(path) or "multrace")
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import multrace as mt
@@ -14,6 +15,7 @@ from multrace.data.worlds.flags import SplitRow
 from multrace.scripts import CommandError
 from multrace.scripts.demo import Demo, demo
 from multrace.scripts.demos import (
+    FlagEdits,
     FlagMarking,
     Report,
     ReportedFact,
@@ -30,6 +32,7 @@ from multrace.scripts.demos import (
     write_report,
 )
 from multrace.scripts.main import app
+from multrace.scripts.studies import flag_edits
 
 CASES = 3
 
@@ -259,7 +262,7 @@ def test_errors_are_of_the_half_to_report_on_and_those_of_knowledge_come_first(f
 
 
 def test_what_an_edit_of_a_flag_keeps_is_not_what_is_probed(flag_world, flag_rows):
-    record = flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows, count=3)
+    record = flag_record(flag_world, own_errors(flag_rows, 0)[0], flag_rows, edits=FlagEdits(probes=3))
     kept = {question.id for question in record.preserve_prompts}
     stays = {probe.question.id for probe in record.probes if probe.stays}
     assert record.target == "Canberra" and len(record.contexts) == 2
@@ -269,6 +272,43 @@ def test_what_an_edit_of_a_flag_keeps_is_not_what_is_probed(flag_world, flag_row
     assert kinds == {"other_picture", "rephrase", "rephrase_other_picture", "by_name"}
     shown = {tuple(image.tobytes() for image in probe.question.images) for probe in record.probes}
     assert not shown & {tuple(image.tobytes() for image in question.images) for question in record.contexts}
+
+
+def test_settings_are_chosen_with_the_halves_the_other_way_round(flag_world, flag_rows):
+    (error,) = own_errors(flag_rows, 0, half="choosing")
+    record = flag_record(flag_world, error, flag_rows, edits=FlagEdits(half="choosing", kept=1, contexts=3))
+    assert error.id == "ng-capital" and record.target == "Abuja" and len(record.contexts) == 3
+    kept = {question.id for question in record.preserve_prompts}
+    assert len(kept) == 1 and kept <= {"es-capital", "se-capital"}
+    stays = {probe.question.id for probe in record.probes if probe.stays}
+    assert stays and stays <= {"fr-capital", "jp-capital", "de-capital", "au-language", "it-language"}
+    editor = FlagEdits(ridge_fraction=0.5).editor(layer=2, token="last")
+    assert (editor.layer, editor.token, editor.ridge_fraction, editor.end_of_answer) == (2, "last", 0.5, False)
+
+
+def test_settings_are_compared_on_one_half_and_reported_on_the_other(tiny_vlm, capsys, monkeypatch):
+    monkeypatch.setattr(mt.editing, "MultEdit", partial(mt.MultEdit, steps=1))
+    tried = {
+        name: replace(edits, probes=1) for name, edits in flag_edits.TRIED.items() if name in ("the demo's", "kept 0")
+    }
+    monkeypatch.setattr(flag_edits, "TRIED", tried)
+    assert flag_edits.run(flag_edits.FlagEditsOptions(model=tiny_vlm_path(), limit=3)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[:1].isalpha()] == [
+        "choosing",
+        "the",
+        "kept",
+        "best:",
+        "reporting",
+        "the",
+    ]
+
+
+def test_the_best_settings_have_the_highest_mean_of_the_columns_with_questions():
+    shares = {"first": {"a": 0.5, "b": 0.5, "c": nan}, "second": {"a": 0.2, "b": 0.9, "c": nan}}
+    assert flag_edits.best_of(shares) == "second"
+    assert flag_edits.best_of({**shares, "third": shares["second"]}) == "second"
+    assert flag_edits.table("choosing", shares).splitlines()[2].split() == ["second", "20.0%", "90.0%", "nan%", "55.0%"]
 
 
 def test_answers_about_flags_end_with_their_clause_and_are_marked_by_the_truth(tiny_vlm, flag_world, flag_rows):
@@ -287,7 +327,7 @@ def test_answers_about_flags_end_with_their_clause_and_are_marked_by_the_truth(t
 def test_a_model_without_splits_is_asked_for_its_errors(tmp_path, capsys, monkeypatch):
     """The embedded model says names of its own world about flags, which is wrong about every country."""
     monkeypatch.setattr("multrace.scripts.demos.wrong_facts.asked_splits", partial(asked_splits, countries=12))
-    monkeypatch.setattr("multrace.scripts.demos.wrong_facts.flag_record", partial(flag_record, count=1))
+    monkeypatch.setattr("multrace.scripts.demos.wrong_facts.FlagEdits", partial(FlagEdits, probes=1))
     monkeypatch.setattr("multrace.editing.MultEdit", partial(mt.MultEdit, steps=1))
     model = ["--model", str(tiny_vlm_path())]
     assert app(["demo", "--world", "flags", *model, "--limit", "2", "--out", str(tmp_path / "real")]) == 0

@@ -16,12 +16,14 @@ from .page import (
 )
 from .wrong_facts import (
     FLAG_TOKENS as FLAG_TOKENS,
+    FlagEdits as FlagEdits,
     FlagMarking as FlagMarking,
     WrongFacts as WrongFacts,
     answers_about as answers_about,
     asked_splits as asked_splits,
     edit_record as edit_record,
     embedded_facts as embedded_facts,
+    facts_to_fix as facts_to_fix,
     flag_facts as flag_facts,
     flag_record as flag_record,
     own_errors as own_errors,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ... import data, editing, models, tracing, workflow
@@ -43,12 +42,8 @@ KINDS = (
     OTHER_QUESTION_SAME_PICTURE,
 )
 """The kinds of probes that are asked in both worlds."""
-FLAG_PROBES = 2
-"""Number of probes of each kind about a flag."""
-KEPT = 12
-"""Number of other countries whose answers an edit of the flags model keeps."""
-CONTEXTS = (20, 21)
-"""Held-out renderings that an edit of the flags model sees besides the first one; no probe shows them."""
+_FIRST_CONTEXT = 20
+"""The first held-out rendering that an edit of the flags model sees besides the edited one; no probe shows them."""
 FLAG_TOKENS = 8
 """Length of an answer about a flag in tokens."""
 ASKED_COUNTRIES = 40
@@ -120,6 +115,26 @@ def _check_limit(limit: int, number: int, what: str) -> None:
 # ---- the model that reads flags ----
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlagEdits:
+    """How errors of the flags model are edited and checked; the numbers were chosen by `studies.flag_edits`."""
+
+    kept: int = 12
+    """Number of other countries whose answers an edit keeps."""
+    contexts: int = 2
+    """Number of other renderings that an edit sees."""
+    ridge_fraction: float = 0.001
+    """The ridge, as the editors have it."""
+    probes: int = 2
+    """Maximum number of probes of each kind."""
+    half: str = "reporting"
+    """The half of the errors that are edited, and of the known facts that are probed. An edit keeps the other half."""
+
+    def editor(self, *, layer: int, token: str | int) -> ClosedFormEditor:
+        """Return the settings of an edit: the text goes on after an answer, so its end is not part of the target."""
+        return editing.MultEdit(layer=layer, token=token, end_of_answer=False, ridge_fraction=self.ridge_fraction)
+
+
 class FlagMarking(Marking):
     """The answer is what comes before the end of the clause, and is right if it begins with a true answer."""
 
@@ -177,14 +192,31 @@ def flag_facts(
     if rows is None:
         logger.warning("%s; the model is asked about %d countries for its errors", reason, ASKED_COUNTRIES)
         rows = asked_splits(vlm, world, seed=seed)
-    errors = own_errors(rows, seed)
+    return facts_to_fix(vlm, world, rows, limit=limit, seed=seed)
+
+
+def facts_to_fix(
+    vlm: models.VisionLanguageModel,
+    world: data.FlagWorld,
+    rows: Sequence[flags.SplitRow],
+    *,
+    limit: int,
+    seed: int,
+    edits: FlagEdits | None = None,
+) -> WrongFacts:
+    """Return the first errors of a half in the splits of a model, by `seed`.
+
+    Raises `CommandError` if there are not that many. edits: how they are edited; None for the settings of the demo.
+    """
+    edits = edits or FlagEdits()
+    errors = own_errors(rows, seed, half=edits.half)
     _check_limit(limit, len(errors), "errors")
     errors = errors[:limit]  # the first ones: none is picked by its result
     return WrongFacts(
         vlm=vlm,
-        records=[flag_record(world, row, rows) for row in errors],
+        records=[flag_record(world, row, rows, edits=edits) for row in errors],
         corruptions=[tracing.SwapImage(_other_flag(world, row, rows)) for row in errors],
-        editor=partial(editing.MultEdit, end_of_answer=False, ridge_fraction=0.001),  # the text goes on after an answer
+        editor=edits.editor,
         marking=FlagMarking(world),
         title="multrace: real errors, found and fixed",
         description=f"real errors of a model that reads flags (seed {seed})",
@@ -244,39 +276,40 @@ def answers_about(
     return {fact.id: (answer, names.get(fact.id, "")) for fact, answer in zip(facts, by_picture, strict=True)}
 
 
-def own_errors(rows: Sequence[flags.SplitRow], seed: int) -> list[flags.SplitRow]:
-    """Return the errors to report on in an order that the seed shuffles.
+def own_errors(rows: Sequence[flags.SplitRow], seed: int, *, half: str = "reporting") -> list[flags.SplitRow]:
+    """Return the errors of a half in an order that the seed shuffles.
 
     Those that the model makes by name, too, come first: they are errors of its knowledge, and not of its eyes.
     """
-    wrong = [row for row in rows if (row.split, row.half) == ("wrong", "reporting")]
+    wrong = [row for row in rows if (row.split, row.half) == ("wrong", half)]
     order = flags.generator_of("demo", "errors", seed).permutation(len(wrong))
     return sorted((wrong[place] for place in order), key=lambda row: row.answer != row.by_name)
 
 
 def flag_record(
-    world: data.FlagWorld, row: flags.SplitRow, rows: Sequence[flags.SplitRow], *, count: int = FLAG_PROBES
+    world: data.FlagWorld, row: flags.SplitRow, rows: Sequence[flags.SplitRow], *, edits: FlagEdits | None = None
 ) -> EditRecord:
     """Return the record of an error: it sees more renderings, and keeps what the model knows of other countries.
 
     It keeps facts of one half of what the model knows. The probes ask for those of the other half, and for what is
-    known of the country itself.
+    known of the country itself. `FlagEdits` has the numbers.
 
     Args:
         world: The flags world.
         row: The error.
         rows: All splits.
-        count: The maximum number of probes of each kind.
+        edits: How it is edited; None for the settings of the demo.
     """
+    edits = edits or FlagEdits()
     fact, kinds = world.fact(row.id), (*KINDS, BY_NAME)
     known = [(world.fact(each.id), each.half) for each in _known(rows)]
-    probed = [each for each, half in known if half == "reporting" or each.country == fact.country]
-    (record,) = flags.flag_records([row], probed, world=world, count=count)
+    probed = [each for each, half in known if half == edits.half or each.country == fact.country]
+    (record,) = flags.flag_records([row], probed, world=world, count=edits.probes)
     peers = [each for each, _ in known if each not in probed and each.relation == fact.relation]
-    order = flags.generator_of("demo", "kept", row.id).permutation(len(peers))[:KEPT]
+    order = flags.generator_of("demo", "kept", row.id).permutation(len(peers))[: edits.kept]
     return replace(
         record,
-        contexts=tuple(world.pictured_question(fact, number) for number in CONTEXTS),
+        contexts=tuple(world.pictured_question(fact, _FIRST_CONTEXT + number) for number in range(edits.contexts)),
         preserve_prompts=tuple(world.pictured_question(peers[place], 0) for place in order),
         probes=tuple(probe for probe in record.probes if probe.kind in kinds),
     )
