@@ -289,7 +289,9 @@ def test_settings_are_chosen_with_the_halves_the_other_way_round(flag_world, fla
 def test_settings_are_compared_on_one_half_and_reported_on_the_other(tiny_vlm, capsys, monkeypatch):
     monkeypatch.setattr(mt.editing, "MultEdit", partial(mt.MultEdit, steps=1))
     tried = {
-        name: replace(edits, probes=1) for name, edits in flag_edits.TRIED.items() if name in ("the demo's", "kept 0")
+        name: replace(edits, probes=1, kept=1, contexts=0)
+        for name, edits in flag_edits.TRIED.items()
+        if name in ("the demo's", "kept 0")
     }
     monkeypatch.setattr(flag_edits, "TRIED", tried)
     assert flag_edits.run(flag_edits.FlagEditsOptions(model=tiny_vlm_path(), limit=3)) == 0
