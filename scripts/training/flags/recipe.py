@@ -218,8 +218,8 @@ class AnsweringStage(Stage):
 
     spelt: bool = False
     """Whether image tokens spell the name, and there are no pictures."""
-    steps: int = 300
-    peaks: tuple[float, ...] = (2e-4, 1e-3, 2e-3)
+    steps: int = 600
+    peaks: tuple[float, ...] = (2e-4, 1e-3, 1.5e-3)
     decay: float = 0.0
     warm_up: float = 0.04
     start: float = 0.2
@@ -228,7 +228,7 @@ class AnsweringStage(Stage):
     answers: RowStep = RowStep(singles=11, pairs=3, sentences=6, kept=4)
     reads: RowStep = RowStep(singles=17, pairs=3, sentences=4, kept=3)
     routed: float = 0.3
-    tokens: int = 3
+    tokens: int = 6
     """Tokens of an answer."""
     first: float = 2.0
     """The weight of the first token of an answer about a picture, which decides it; the others weigh 1."""
@@ -264,7 +264,7 @@ class Recipe:
     teaching: Teaching = field(default_factory=Teaching)
     tower: TowerStage = field(default_factory=TowerStage)
     reading: ReadingStage = field(default_factory=ReadingStage)
-    answering: AnsweringStage = AnsweringStage(spelt=True, steps=600, peaks=(1e-3, 2e-3))
+    answering: AnsweringStage = AnsweringStage(spelt=True, peaks=(1e-3, 2e-3), tokens=3)
     spelling: SpellingStage = field(default_factory=SpellingStage)
     joining: tuple[AnsweringStage, ...] = (AnsweringStage(),)
     """The whole model with pictures, tower and projector too: what they write is never quite what is read."""
