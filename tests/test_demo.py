@@ -287,23 +287,22 @@ def test_settings_are_chosen_with_the_halves_the_other_way_round(flag_world, fla
 
 
 def test_settings_are_compared_on_one_half_and_reported_on_the_other(tiny_vlm, capsys, monkeypatch):
-    monkeypatch.setattr(mt.editing, "MultEdit", partial(mt.MultEdit, steps=1))
-    tried = {
-        name: replace(edits, probes=1, kept=1, contexts=0)
-        for name, edits in flag_edits.TRIED.items()
-        if name in ("the demo's", "kept 0")
-    }
+    """Equal settings have equal answers, though the first are verified and the others only answered again."""
+    monkeypatch.setattr(mt.editing, "MultEdit", partial(mt.MultEdit, steps=3))
+    demo_edits, asked = FlagEdits(probes=1, kept=0, contexts=0), []
+    nothing_moves = replace(demo_edits, ridge_fraction=1e9)
+    tried = {"nothing moves": nothing_moves, "the demo's": demo_edits, "the same": demo_edits}
     monkeypatch.setattr(flag_edits, "TRIED", tried)
-    assert flag_edits.run(flag_edits.FlagEditsOptions(model=tiny_vlm_path(), limit=3)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line[:1].isalpha()] == [
-        "choosing",
-        "the",
-        "kept",
-        "best:",
-        "reporting",
-        "the",
-    ]
+    monkeypatch.setattr(flag_edits, "summary", lambda probes: asked.append(probes) or summary(probes))
+    assert flag_edits.run(flag_edits.FlagEditsOptions(model=tiny_vlm_path(), limit=2)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[:4]] == ["choosing", *tried]
+    assert lines[4].startswith("best: ") and lines[5].split()[0] == "reporting"
+    nothing, first, again, reported = ([probe.answers.edited for probe in probes] for probes in asked[:4])
+    unedited = [probe.answers.unedited for probe in asked[0]]
+    assert nothing == unedited != first == again
+    halves = [{probe.answers.record for probe in probes} for probes in (asked[0], asked[3])]
+    assert [len(half) for half in halves] == [2, 2] and not halves[0] & halves[1] and reported
 
 
 def test_the_best_settings_have_the_highest_mean_of_the_columns_with_questions():

@@ -117,7 +117,7 @@ def _check_limit(limit: int, number: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FlagEdits:
-    """How errors of the flags model are edited and checked; the numbers were chosen by `studies.flag_edits`."""
+    """How errors of the flags model are edited and checked; `studies.flag_edits` compares the numbers with others."""
 
     kept: int = 12
     """Number of other countries whose answers an edit keeps."""

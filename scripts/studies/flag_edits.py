@@ -3,7 +3,8 @@
 The errors of the half "choosing" are traced once. They are edited at the site of the average trace, one at a time, with
 each of the settings, which differ from those of the demo in one number each. The best is the one with the highest mean
 of its columns; it is then measured on the half "reporting", beside the settings of the demo. An edit keeps facts of
-one half of what the model knows, and the probes ask for those of the other one.
+one half of what the model knows, and the probes ask for those of the other one. The model has to be the one that
+multrace build-flags makes, because the errors are those of its splits.
 """
 
 import math
@@ -64,9 +65,11 @@ class FlagEditsOptions(ModelOptions):
     seed: Annotated[int, Parameter(help="random seed of the choice of the errors", metavar="N")] = 0
 
     def check(self) -> None:
-        """Raise `CommandError` without a model."""
+        """Raise `CommandError` without a model, and for less than one error."""
         if self.model is None:
-            raise CommandError("there is no --model; pass the folder of the model that reads flags")
+            raise CommandError("there is no --model; pass the folder that multrace build-flags makes")
+        if self.limit < 1:
+            raise CommandError(f"--limit is {self.limit}; pass at least 1")
 
 
 @app.default

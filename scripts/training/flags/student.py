@@ -192,13 +192,14 @@ class Student(nn.Module):
         self.text = original.requires_grad_(False)
         head = original.lm_head.weight.detach()
         self.register_buffer("head", head.to(self.dtype), persistent=False)
-        for layer, *ranks in zip(original.model.layers, shape.routing_ranks, shape.content_ranks, strict=True):
+        ranks = zip(shape.routing_ranks, shape.content_ranks, strict=True)
+        for layer, (routing, content) in zip(original.model.layers, ranks, strict=True):
             for name in _FROZEN:
                 setattr(
                     layer.mlp, name, FrozenMap(getattr(layer.mlp, name).weight, self.dtype, wide=name == "down_proj")
                 )
             for name in MAPS:
-                weight, rank = getattr(layer.self_attn, name).weight, ranks[name in _CONTENT]
+                weight, rank = getattr(layer.self_attn, name).weight, content if name in _CONTENT else routing
                 change = LowRankMap(weight, self.dtype, rank) if rank else FrozenMap(weight, self.dtype, wide=True)
                 setattr(layer.self_attn, name, change)
 
