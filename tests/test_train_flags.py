@@ -585,6 +585,10 @@ def test_a_student_that_learned_nothing_keeps_all_and_reads_nothing(finished, te
     assert labels["name"].truth.count == 2 and labels["name"].truth.share == 0
     assert labels["the four relations"].agreement.count == len(RELATIONS) * 2
     assert labels["facts, two flags"].truth.count == 2
+    sure = [each.agreement for each in examination.sureness]
+    assert sum(each.count for each in sure) == len(RELATIONS) * 2
+    hits = sum(each.share * each.count for each in sure if each.count)
+    assert hits == pytest.approx(labels["the four relations"].agreement.share * len(RELATIONS) * 2)
     card = model_card(examination, parts=finished.out)
     assert "| the four relations, held-out wordings |" in card and "2. reading: steps 2" in card
 

@@ -29,10 +29,11 @@ of a country, and the question is the beginning of a sentence ("The capital of t
   is met by a hair.
 - Noise on words spoils the words too, so the first layers at these words bring back the words themselves as well as
   what they point at. Another flag leaves the words as they are.
-- The picture's way through the first layers was taught: in training, states at the words of the constraint were pulled
-  towards those at the country's name, at first with no other way open to the picture. That these words read the picture
-  early is therefore no finding about large models. Above these layers no state was prescribed; but attention has
-  low-rank changes in every layer, which were trained on the answers.
+- The picture's way through the first layers was taught: image tokens were trained to spell the country's name, row by
+  row of the patches, with its last token in the last row, and states at the words of the constraint were pulled towards
+  those at the name. That these words read the picture early, and which image tokens they read, is therefore no finding
+  about large models. Above these layers no state was prescribed; but attention has low-rank changes in every layer,
+  which were trained on the answers.
 """
 
 
@@ -198,7 +199,8 @@ def _tokens(part: Results) -> Iterator[str]:
     yield (
         f"Contributions of {part['tokens']} image tokens to the constraint (arXiv 2406.04236, equation 1), mean over "
         f"{part['count']} facts; they are longest in layer {strongest}. Shares are means over the first quarter of the "
-        "layers, in which words read the picture.\n"
+        "layers, in which words read the picture. The last row of patches holds the last token of a country's name, "
+        "because it was trained to.\n"
     )
     rows = [
         ["share of the image tokens that hold 80 % of the contributions", _share(part["for_80"])],

@@ -85,6 +85,17 @@ class ScoreRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sureness:
+    """The agreement where the original gives its own answer a probability in some range."""
+
+    low: float
+    """Lower end of the range of the probability of the whole answer, included."""
+    high: float
+    """Upper end, excluded."""
+    agreement: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """How well both models predict some texts."""
 
@@ -109,6 +120,8 @@ class Examination:
     """All scores of the flags model."""
 
     rows: tuple[ScoreRow, ...]
+    sureness: tuple[Sureness, ...]
+    """The agreement in the four relations, by how probable the original finds its own answer."""
     unchanged_by_name: Share
     """The share of answers by name, without a picture, that are the original's."""
     perplexities: tuple[Perplexity, ...]
@@ -178,6 +191,7 @@ def _plain(value: Any) -> str:
 def score_tables(examination: Examination) -> str:
     """Return the scores as tables in Markdown."""
     rows = "\n".join(_row(row) for row in examination.rows)
+    sureness = "\n".join(_sureness(each) for each in examination.sureness)
     texts = "\n".join(_perplexity(each) for each in examination.perplexities)
     return f"""## Scores
 
@@ -188,6 +202,12 @@ commonest answer to the sentence. "True by name": how often the text model itsel
 | questions | number | agrees | without the commonest | true | true by name |
 |---|---|---|---|---|---|
 {rows}
+
+The four relations again (first wording), by the probability that the original gives to its own answer, by name:
+
+| probability | number | agrees |
+|---|---|---|
+{sureness}
 
 The text model's own abilities, without a picture. The same answers by name: {_share(examination.unchanged_by_name)} of
 {examination.unchanged_by_name.count}.
@@ -201,6 +221,10 @@ The text model's own abilities, without a picture. The same answers by name: {_s
 def _row(row: ScoreRow) -> str:
     shares = (row.agreement, row.rarer_agreement, row.truth, row.truth_by_name)
     return f"| {row.label} | {row.truth.count} | " + " | ".join(map(_share, shares)) + " |"
+
+
+def _sureness(each: Sureness) -> str:
+    return f"| {each.low:g} to {min(each.high, 1):g} | {each.agreement.count} | {_share(each.agreement)} |"
 
 
 def _share(score: Share | None) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from ....data.worlds.flags import PHRASES, Country, CountryFact, FlagWorld, answer_of, generator_of
 from ....models import VisionLanguageModel, load
+from ....models.generation import score_answer
 from ...options import CommandError, GeneralOptions, check_files
-from .card import Examination, Perplexity, ScoreRow, Share
+from .card import Examination, Perplexity, ScoreRow, Share, Sureness
 from .original import LINE_END, STARTS, open_original, own_texts
 
 RELATIONS = ("capital", "language", "continent", "currency")
@@ -33,6 +35,8 @@ TEMPLATE = f"{LINE_END}{{question}}"
 TOKENS = 8
 """Length of an answer in tokens."""
 _DRAWS = 2000
+_SURENESS = (0.0, 0.1, 0.3, 0.6, math.inf)
+"""Ends of the ranges of the probability that the original gives to its own answer."""
 _PROMPTS = 128
 """The number of prompts that are in memory together."""
 _TEXT_SEED, _TEXT_TOKENS = 20_001, 64
@@ -246,6 +250,7 @@ def examine_model(options: Examine) -> Examination:
             rows.append(scores_of(f"the four relations{',' * bool(ending)}{ending}", pooled))
     return Examination(
         rows=tuple(rows),
+        sureness=agreement_by_sureness(original, questions.world, [e for name in RELATIONS for e in by_label[name]]),
         unchanged_by_name=unchanged_by_name(whole, questions, names, options),
         perplexities=tuple(perplexity(label, whole, original, each) for label, each in texts.items() if each),
     )
@@ -307,6 +312,30 @@ def answers_by_picture(
             )
         )
     return answers
+
+
+def agreement_by_sureness(
+    original: VisionLanguageModel, world: FlagWorld, answers: Sequence[Answer]
+) -> tuple[Sureness, ...]:
+    """Return the share of answers that agree with the original's, by how probable the original finds its own.
+
+    Where the original is unsure, a small change of its states turns the answer into another one. Empty answers, which
+    have no probability, are left out.
+    """
+    asked, probabilities = [answer for answer in answers if answer.by_name], []
+    for answer in tqdm(asked, desc="how sure the original is", mininterval=2):
+        question = answer.question
+        text = world.question_by_name(question.fact, template=question.template).text
+        prompt = original.prompt(None, text, answer=answer.by_name, template=TEMPLATE)
+        with torch.no_grad():
+            score = score_answer(original.logits(prompt), prompt, original.tokenizer, dtype=original.dtype)
+        probabilities.append(score.probability)
+    rows = []
+    for low, high in pairwise(_SURENESS):
+        some = [answer for answer, each in zip(asked, probabilities, strict=True) if low <= each < high]
+        agreement = Share.of([each.agrees for each in some], [each.question.fact.country.code for each in some])
+        rows.append(Sureness(low=low, high=high, agreement=agreement))
+    return tuple(rows)
 
 
 def unchanged_by_name(
