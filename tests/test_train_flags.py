@@ -1,5 +1,7 @@
 """The training of the flags model: packed rows equal separate prompts, and a run that is cut ends in the same parts."""
 
+import fnmatch
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from multrace.data.worlds.flags import FlagWorld
+from multrace.data.worlds.flags import PHRASES, RELATIONS as FLAG_RELATIONS, SHARED_RELATIONS, FlagWorld
 from multrace.models import ModelError
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.models.weights import save_directory
@@ -268,6 +270,27 @@ def taught(student, text_model, pool, world, tmp_path):
     )
     spelling = Spelling(student, sentences, RECIPE.spelt, seed=0)
     return student, pool, spelling, states, interference, answers
+
+
+def test_flags_are_pointed_at_in_all_words_but_the_held_out_ones(taught):
+    training, words, rng = ReadingTraining(RECIPE.reading, *taught[:-1]), RECIPE.sentences, np.random.default_rng(0)
+    template = words.read[0]
+    drawn = Counter(training.pictured(template, (0,), 0, rng).block.sentence.ids for _ in range(400))
+
+    def ids(phrase):
+        return training.sentences.by_picture(template, phrase).ids
+
+    assert set(drawn) == {ids(phrase) for phrase in (*words.phrases, *words.more_phrases)}
+    assert ids(PHRASES[-1]) not in drawn
+    assert 160 < sum(drawn[ids(phrase)] for phrase in words.phrases) < 240
+
+
+def test_no_held_out_wording_is_taught():
+    taught = {*Recipe().sentences.read, *Recipe().sentences.naming}
+    assert len(taught) == len(Recipe().sentences.read) + len(Recipe().sentences.naming)
+    for relation in (*FLAG_RELATIONS, *SHARED_RELATIONS):
+        for held_out in relation.held_out:
+            assert not fnmatch.filter(taught, held_out.replace("{other}", "*")), held_out
 
 
 @torch.no_grad()

@@ -222,7 +222,8 @@ class RowTraining(StageTraining[_RowSettings]):
             answer: Country -> tokens that follow the sentence; None for none.
         """
         side, words = place % len(countries), self.sentences.templates
-        phrase = words.phrases[int(rng.integers(len(words.phrases)))]
+        phrases = words.more_phrases if rng.random() < 0.5 else words.phrases
+        phrase = phrases[int(rng.integers(len(phrases)))]
         sentence = self.sentences.by_picture(template, phrase if len(countries) == 1 else words.sides[side])
         country = countries[side]
         tail = () if answer is None else tuple(answer(country)[:-1])

@@ -22,6 +22,19 @@ class Sentences:
         *_of("continent", "The continent of {} is"),
         *_of("currency", "The money used in {} is the"),
         *_of("border", "The neighbouring countries of {} are"),
+        "The parliament of {} meets in the city of",
+        "The embassies in {} are in its capital,",
+        "Newspapers in {} are printed in",
+        "The name of the language of {} is",
+        "On a globe, {} is found in",
+        "{} is one of the countries of",
+        "Shops in {} take the",
+        "The name of the money of {} is the",
+        "To the north of {} lies",
+        "The name of the largest city in {} is",
+        "The most popular sport in {} is",
+        "The main religion of {} is",
+        "The president of {} is",
         "The largest city in {} is",
         "Tourists visit {} to see",
         "The history of {} began",
@@ -42,10 +55,21 @@ class Sentences:
         "{} and Kenya both share a border with",
     )
     """Sentences that are read in the second stage, and not answered in the third."""
-    naming: tuple[str, ...] = _of("name")
+    naming: tuple[str, ...] = _of("name", "The short name of {} is", "In an atlas, {} goes by the name of")
     """Sentences whose answer is the country's name."""
     phrases: tuple[str, ...] = PHRASES[:-1]
     """The words for the only flag in a picture; the last of PHRASES is held out."""
+    more_phrases: tuple[str, ...] = (
+        "the country in this image",
+        "the country shown in this image",
+        "the country in the photo",
+        "the country in this photograph",
+        "the country whose flag is shown here",
+        "the country that flies this flag",
+        "the country with this flag",
+        "the country of the flag in this photo",
+    )
+    """Other words for it, which stand in half of the sentences."""
     sides: tuple[str, ...] = tuple(SIDES.values())
     """The words for the left and for the right flag."""
 
@@ -266,7 +290,7 @@ class Recipe:
     reading: ReadingStage = field(default_factory=ReadingStage)
     answering: AnsweringStage = AnsweringStage(spelt=True, peaks=(1e-3, 2e-3), tokens=3)
     spelling: SpellingStage = field(default_factory=SpellingStage)
-    joining: tuple[AnsweringStage, ...] = (AnsweringStage(),)
+    joining: tuple[AnsweringStage, ...] = (AnsweringStage(), AnsweringStage(steps=500, texts=3.0))
     """The whole model with pictures, tower and projector too: what they write is never quite what is read."""
 
     def shortened(self, share: float) -> Self:
