@@ -832,6 +832,17 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """One thread here and in processes started from here: another number of threads rounds sums differently."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("command", "kills", "count"),
     [

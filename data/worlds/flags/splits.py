@@ -114,8 +114,8 @@ def read_splits(path: Path = FOLDER / "splits.csv") -> tuple[SplitRow, ...]:
             table = list(csv.DictReader(file))
     except OSError as error:
         raise DataError(
-            f"cannot read the splits {str(path)!r}: {error.strerror or error}; write them with "
-            "python -m multrace.scripts.studies.flags_splits"
+            f"cannot read the splits {str(path)!r}: {error.strerror or error}; pass a file that write_splits wrote, or "
+            "none for the splits of the shipped model"
         ) from error
     names = [field.name for field in fields(SplitRow)]
     rows = []
