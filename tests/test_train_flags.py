@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from multrace.data.worlds.flags import PHRASES, RELATIONS as FLAG_RELATIONS, SHARED_RELATIONS, FlagWorld
-from multrace.models import ModelError
+from multrace.models import ModelError, load
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.models.weights import save_directory
 from multrace.scripts import CommandError
@@ -23,6 +23,7 @@ from multrace.scripts.training.flags import (
     PackedRows,
     Recipe,
     Sentence,
+    examination,
     examine_model,
     make_pool,
     make_student,
@@ -31,7 +32,7 @@ from multrace.scripts.training.flags import (
     train_flags,
 )
 from multrace.scripts.training.flags.answering import AnsweringTraining
-from multrace.scripts.training.flags.examination import RELATIONS
+from multrace.scripts.training.flags.examination import RELATIONS, Answer, PictureQuestion, agreement_by_sureness
 from multrace.scripts.training.flags.keeping import Interference, kept_rows, make_moments
 from multrace.scripts.training.flags.pictures import augmented, scaled
 from multrace.scripts.training.flags.reading import ReadingTraining
@@ -614,6 +615,37 @@ def test_a_student_that_learned_nothing_keeps_all_and_reads_nothing(finished, te
     assert hits == pytest.approx(labels["the four relations"].agreement.share * len(RELATIONS) * 2)
     card = model_card(examination, parts=finished.out)
     assert "| the four relations, held-out wordings |" in card and "2. reading: steps 2" in card
+
+
+@torch.no_grad()
+def test_sureness_is_the_probability_of_the_whole_answer_by_name(world, text_model, monkeypatch):
+    model, tokenizer = open_original(text_model)
+    asked = []
+    for country in world.pictured[:6]:
+        fact = world.fact(f"{country.code}-capital")
+        start = tokenizer("\n" + world.question_by_name(fact).text, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(" " + country.name, add_special_tokens=False)["input_ids"]
+        logs = model(torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].double().log_softmax(-1)
+        asked.append((logs.gather(-1, torch.tensor(answer)[:, None]).sum().exp().item(), fact))
+    asked.sort(key=lambda each: each[0])
+    limit = (asked[1][0] * asked[2][0]) ** 0.5  # two below, four above
+    monkeypatch.setattr(examination, "_SURENESS", (0.0, limit, 1.0))
+    answers = [
+        Answer(
+            question=PictureQuestion(fact=fact),
+            by_picture=fact.country.name if place >= 2 else "another",
+            by_name=fact.country.name,
+            true=False,
+            true_by_name=False,
+        )
+        for place, (_, fact) in enumerate(asked)
+    ]
+    empty = replace(answers[0], by_name="", by_picture="")
+    rows = agreement_by_sureness(load(text_model), world, [*answers, empty])
+    assert [(row.low, row.high, row.agreement.count, row.agreement.share) for row in rows] == [
+        (0.0, limit, 2, 0.0),
+        (limit, 1.0, 4, 1.0),
+    ]
 
 
 def test_bad_input_is_one_line_and_changes_nothing(finished, text_model, tmp_path, capsys):

@@ -162,7 +162,8 @@ def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
    same sentence with the name in it. Answers by name and other texts are kept, and what attention writes in texts is
    altered little.
 4. The tower and the projector write such tokens under pictures. In this stage they are taught names and no facts.
-5. The whole answers under pictures, as in 3, and tower, projector and changes are all trained.
+5. The whole answers under pictures, as in 3, and tower, projector and changes are all trained. This is repeated in the
+   further stages, which are called joining, too.
 
 The matrices are trained by Muon, and everything else by AdamW.
 

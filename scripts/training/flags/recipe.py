@@ -291,7 +291,8 @@ class Recipe:
     answering: AnsweringStage = AnsweringStage(spelt=True, peaks=(1e-3, 2e-3), tokens=3)
     spelling: SpellingStage = field(default_factory=SpellingStage)
     joining: tuple[AnsweringStage, ...] = (AnsweringStage(), AnsweringStage(steps=500, texts=3.0))
-    """The whole model with pictures, tower and projector too: what they write is never quite what is read."""
+    """The whole model with pictures, tower and projector too: what they write is never quite what is read. Texts weigh
+    more in the second stage, because the first one raises their perplexity."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""
