@@ -58,6 +58,7 @@ from multrace.scripts.training.flags.teacher import (
     make_answers,
     make_states,
 )
+from multrace.scripts.training.flags.train import TrainingCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -546,6 +547,16 @@ def test_a_run_that_is_cut_in_every_stage_comes_to_the_same_parts(finished, tmp_
     other = replace(training, out=tmp_path / "other", seed=1)
     train_flags(other)
     assert (other.out / name).read_bytes() != (finished.out / name).read_bytes()
+
+
+def test_the_parts_are_the_mean_of_the_ends_of_the_joinings(finished):
+    work = finished.out / "work"
+    first, last = (TrainingCheckpoint.read(work / f"{name}.safetensors") for name in ("joining 1", "checkpoint"))
+    assert (first.stage, last.stage) == (5, 6)
+    parts = read_parts(finished.out).tensors
+    assert any(not torch.equal(first.tensors[name], last.tensors[name]) for name in parts)
+    for name, value in parts.items():
+        torch.testing.assert_close(value, ((first.tensors[name] + last.tensors[name]) / 2).half(), rtol=0, atol=0)
 
 
 def test_parts_go_on_with_the_stages_that_they_lack(finished, tmp_path):

@@ -163,7 +163,7 @@ def _recipe(recipe: Mapping[str, Any], minutes: float | None) -> str:
    altered little.
 4. The tower and the projector write such tokens under pictures. In this stage they are taught names and no facts.
 5. The whole answers under pictures, as in 3, and tower, projector and changes are all trained. This is repeated in the
-   further stages, which are called joining, too.
+   further stages, which are called joining, too. The parts are the mean of the weights at the ends of the joinings.
 
 The matrices are trained by Muon, and everything else by AdamW.
 

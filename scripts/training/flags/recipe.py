@@ -292,7 +292,8 @@ class Recipe:
     spelling: SpellingStage = field(default_factory=SpellingStage)
     joining: tuple[AnsweringStage, ...] = (AnsweringStage(), AnsweringStage(steps=500, texts=3.0))
     """The whole model with pictures, tower and projector too: what they write is never quite what is read. Texts weigh
-    more in the second stage, because the first one raises their perplexity."""
+    more in the second stage, because the first one raises their perplexity. The parts are the mean of the ends of these
+    stages."""
 
     def shortened(self, share: float) -> Self:
         """Return the recipe of a trial, with this share of the steps and of the pictures."""

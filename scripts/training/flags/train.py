@@ -2,7 +2,7 @@
 
     FOLDER/
       training.json          what was asked for, which a run that goes on must ask for again
-      work/                  pictures, what the teacher said, and the last checkpoint
+      work/                  pictures, what the teacher said, the last checkpoint, and the ends of the joinings before
       factors.safetensors    the trained parts, with config.json, processor_config.json and chat_template.jinja
       model/, README.md      the whole model, and the card with its scores, after a full run
 
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -236,15 +236,29 @@ def _trained(training: FlagsTraining, recipe: Recipe) -> tuple[Student, PreTrain
         *map(answering, recipe.joining),
     )
     trained = {**student.trained(), **named_parameters("spelling", spelling)}
-    path = work / _CHECKPOINT
+    path, joined = work / _CHECKPOINT, len(stages) - len(recipe.joining)
     checkpoint = TrainingCheckpoint.read(path) if path.is_file() else training.beginning()
     for number, make in enumerate(stages):
         if number >= checkpoint.stage:
+            if number > joined and checkpoint.step == 0:  # a joining has ended: the last checkpoint is its end
+                checkpoint.write(work / f"joining {number - joined}.safetensors")
             checkpoint.restore(trained)
             _run_stage(make(), trained, path, checkpoint, number=number, training=training)
             checkpoint = TrainingCheckpoint.read(path)
-    checkpoint.restore(trained)
+    ends = [TrainingCheckpoint.read(end) for end in sorted(work.glob("joining *.safetensors"))]
+    mean_checkpoint([*ends, checkpoint]).restore(trained)
     return student, tokenizer
+
+
+def mean_checkpoint(checkpoints: Sequence[TrainingCheckpoint]) -> TrainingCheckpoint:
+    """Return the last checkpoint with the mean of the weights of all (Wortsman et al., arXiv 2203.05482).
+
+    The mean of models that were trained from one another is often as good as the best of them in what each does best.
+    A checkpoint that parts began with lacks what only serves the training, and does not count there.
+    """
+    last = checkpoints[-1]
+    found = {name: [each.tensors[name] for each in checkpoints if name in each.tensors] for name in last.tensors}
+    return replace(last, tensors={name: torch.stack(values).mean(dim=0) for name, values in found.items()})
 
 
 def _run_stage(
