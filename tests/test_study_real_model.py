@@ -144,6 +144,12 @@ def test_nothing_is_dropped_before_the_first_layer_but_the_floor(measured: Measu
     cliff = measured.results["cliff"]
     assert cliff["stays"][0][:3] == cliff["floor"][:3]
     assert cliff["stays"][-1][0] == 1 and cliff["cliff"] in cliff["layers"]
+    assert cliff["chosen_on"] == len(list(read_rows(measured.study.runs / "cliff" / CHOOSING)["id"]))
+    told = _page({"cliff": {**cliff, "chosen_on": 47}})
+    assert "more than 5 % of the answers to 47 facts of the other half, which is 2 of them" in told
+    shares = [f"{100 * row[0]:.0f} [" for row in cliff["stays"]]
+    cells = told.split("| from layer 0 |")[1].split("\n")[2].split("| ")[1:]
+    assert len(cells) == len(shares) == 8 and all(map(str.startswith, cells, shares))
 
 
 def test_failure_is_predicted_from_answers_of_both_kinds_only(measured: Measured):
@@ -259,6 +265,25 @@ def test_the_page_leaves_out_what_was_not_measured(measured: Measured):
     assert "## " not in _page({}) and "published |" not in _page({})
     only = _page({"cliff": measured.results["cliff"]})
     assert only.count("\n## ") == 2 and "arXiv 2406.06579" in only and "arXiv 2202.05262" not in only
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, NOT_SEEN),
+        ({2: -80}, DIFFERENT),
+        ({2: -80, 6: -30}, DIFFERENT),  # this window of seven layers still has layer 3, of the first stage
+        ({2: -80, 8: -30}, SEEN),
+        ({2: -80, 8: -4}, DIFFERENT),
+        ({2: -80, 16: -30}, DIFFERENT),
+    ],
+)
+def test_the_second_stage_of_the_picture_lies_apart_from_the_first(changes: dict, verdict: str):
+    change = [changes.get(layer, 0) for layer in range(30)]
+    cells = {"change": change, "low": [each - 1 for each in change], "high": [each + 1 for each in change]}
+    results = {"flows": {"layers": 30, "windows": [1, 7], "flows": {"image -> question": {"7": cells}}}}
+    (finding,) = [each for each in FINDINGS if "two stages" in each.claim]
+    assert finding.judge(results)[0] == verdict
 
 
 @pytest.mark.parametrize(

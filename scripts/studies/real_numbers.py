@@ -291,6 +291,8 @@ def cliff_numbers(halves: Halves) -> dict[str, Any]:
     columns = (pruning.accuracy()[0], low[0], high[0])
     return {
         "count": pruning.count,
+        "chosen_on": chooser.count,
+        "tolerance": TOLERANCE,
         "layers": list(pruning.layers),
         "stays": [plain([*(float(each[place]) for each in columns), pruning.count]) for place in range(len(low[0]))],
         "floor": _mean(pruning.floor_right),
