@@ -428,7 +428,16 @@ def test_a_record_of_files_outside_its_folder_is_damaged(go: Callable, tmp_path:
     assert folder.stored(path.parent.name) is not None
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Let SIGINT interrupt, also where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("change", ["more records", "a damaged record"])
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_run_has_no_summary_of_earlier_records(
     prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ):
