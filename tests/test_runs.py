@@ -842,7 +842,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread here and in processes started from here: another number of threads rounds sums differently."""
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
