@@ -10,7 +10,7 @@ from .families import (
     TextStack as TextStack,
 )
 from .frontend import open_images as open_images
-from .generation import Score as Score
+from .generation import Continuation as Continuation, Score as Score
 from .hooks import Trace as Trace, TraceDict as TraceDict, capture as capture, patch as patch
 from .loading.load import load as load
 from .prompts import Patch as Patch, Prompt as Prompt, batches as batches, collate as collate

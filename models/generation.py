@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,16 @@ class Score:
         return math.exp(self.log_probability)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What a model writes after a prompt, blanks and line ends included."""
+
+    text: str
+    """The text without special tokens."""
+    stopped: bool
+    """Whether the model ended it by itself, before the maximum length."""
+
+
 def generate(
     model: PreTrainedModel,
     frontend: Frontend,
@@ -43,27 +54,51 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
-) -> list[str]:
-    """Return one greedy answer per prompt, in the given order, without special tokens and surrounding whitespace.
+    seed: int | None = None,
+) -> list[Continuation]:
+    """Return one continuation per prompt, in the given order: greedy, or with a seed sampled from the distribution.
 
     Answers in the prompts are ignored. Rows are padded on the left and masked, so a batch gives what its prompts
-    give one by one, up to floating-point rounding of the logits (a tie within it may fall either way). Raises
-    `ModelError` if the model computes logits that are not finite.
+    give one by one, up to floating-point rounding of the logits (a tie within it may fall either way). The global
+    random state is left as it is. Raises `ModelError` if the model computes logits that are not finite.
     """
     bare = [prompt.with_answer(None) for prompt in prompts]
     check_room(bare, frontend.limit, max_new_tokens)
-    tokenizer, settings = frontend.tokenizer, _greedy(model, frontend.tokenizer, max_new_tokens)
-    decoding = _with_settings(model, settings)
-    answers: dict[int, str] = {}
-    for batch in tqdm(batches(bare, batch_size), desc="answering", unit="batch", disable=not progress):
-        inputs, _ = collate([bare[index] for index in batch], tokenizer, side="left")
-        inputs = to_device(inputs, frontend.device, model.dtype)
-        with torch.no_grad():
-            ids = decoding.generate(**inputs, generation_config=settings, logits_processor=[_FiniteLogits(model.dtype)])
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers |= {index: text.strip() for index, text in zip(batch, texts, strict=True)}
-    return [answers[index] for index in range(len(bare))]
+    tokenizer = frontend.tokenizer
+    settings = _plain_settings(model, tokenizer, max_new_tokens, sampled=seed is not None)
+    decoding, ends = _with_settings(model, settings), _ids(settings.eos_token_id)
+    found: dict[int, Continuation] = {}
+    with _drawing(frontend.device, seed):
+        for batch in tqdm(batches(bare, batch_size), desc="answering", unit="batch", disable=not progress):
+            inputs, _ = collate([bare[index] for index in batch], tokenizer, side="left")
+            inputs = to_device(inputs, frontend.device, model.dtype)
+            watch = [_FiniteLogits(model.dtype)]
+            with torch.no_grad():
+                ids = decoding.generate(**inputs, generation_config=settings, logits_processor=watch)
+            new = ids[:, inputs["input_ids"].shape[1] :].cpu()
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            stopped = torch.isin(new, torch.tensor(ends, dtype=new.dtype)).any(-1).tolist()
+            for index, text, is_over in zip(batch, texts, stopped, strict=True):
+                found[index] = Continuation(text=text, stopped=is_over)
+    return [found[index] for index in range(len(bare))]
+
+
+@contextmanager
+def _drawing(device: torch.device, seed: int | None) -> Iterator[None]:
+    """A block that draws random numbers from a seed, after which the global random state is what it was."""
+    if seed is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def _ids(tokens: int | Sequence[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int) -> None:
@@ -76,8 +111,13 @@ def check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int
         )
 
 
-def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Return settings for greedy decoding that take only the special tokens from the model's generation settings."""
+def _plain_settings(
+    model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, *, sampled: bool
+) -> GenerationConfig:
+    """Return settings of decoding that take only the special tokens from the model's generation settings.
+
+    sampled: draw each token from the whole distribution instead of taking the most probable one.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -85,7 +125,8 @@ def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Gene
     first_eos = next(iter(eos), None) if isinstance(eos, list | tuple) else eos
     padding, vocab = (own.pad_token_id, tokenizer.pad_token_id, first_eos), model.config.get_text_config().vocab_size
     return GenerationConfig(
-        do_sample=False,
+        do_sample=sampled,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=eos,

@@ -21,7 +21,7 @@ from .errors import ModelError, whole_number
 from .families import Addresses, ExpertProjection, Family, Key, Projection, RoutedExperts, Site
 from .frame import PER_LAYER, DecoderInput, Frame, with_positions
 from .frontend import Frontend, to_device
-from .generation import Score, check_room, generate, score_answer
+from .generation import Continuation, Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating, uninterrupted
 from .hooks import capture, first_call, main_tensor
 from .layout import pixels_of
@@ -796,6 +796,42 @@ class VisionLanguageModel:
             >>> len(vlm.answers(prompts, max_new_tokens=4))
             1
         """
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        return [found.text.strip() for found in self.continuations(prompts, **sizes, progress=progress)]
+
+    def continuations(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 16,
+        seed: int | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> list[Continuation]:
+        """Return what the model writes after each prompt, as it is, and whether it stopped by itself.
+
+        Otherwise as `answers`, which are the greedy continuations without surrounding whitespace.
+
+        Args:
+            prompts: As for `answers`; a prompt that is given several times is continued several times.
+            max_new_tokens: Maximum length of a continuation in tokens.
+            seed: Random seed with which each token is sampled from the model's whole distribution; None for greedy
+                continuations. The same seed gives the same texts for the same prompts and batch size, and the global
+                random state is left as it is.
+            batch_size: As for `answers`.
+            progress: Show a progress bar.
+
+        Raises:
+            ModelError: As for `answers`.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> first, second = vlm.continuations([vlm.prompt(None, "Who founded Draivo?")] * 2, max_new_tokens=8)
+            >>> first == second, first.stopped
+            (True, True)
+        """
         for prompt in prompts:
             self.check_prompt(prompt)
         sizes = {
@@ -803,7 +839,7 @@ class VisionLanguageModel:
             "batch_size": whole_number(batch_size, "batch_size", least=1),
         }
         with self.running():
-            return generate(self.model, self.frontend, prompts, **sizes, progress=progress)
+            return generate(self.model, self.frontend, prompts, **sizes, progress=progress, seed=seed)
 
     def score(self, image: Picture | Sequence[Picture] | None, question: str, answer: str) -> Score:
         """Return the model's probability of an answer: teacher-forced, over all its tokens, without end-of-sequence.
