@@ -39,7 +39,7 @@ from .placement import (
     values,
     weight_names,
 )
-from .prompts import Prompt, PromptInputs, build
+from .prompts import Prompt, PromptInputs, build, opening
 from .readout import AfterHead, measure_readout, run_on_token
 from .weights import WeightDigests, digest_weight, save_directory, without_origin
 
@@ -288,6 +288,20 @@ class VisionLanguageModel:
             answer=answer,
             template=question.template,
         )
+
+    def opening(self) -> Prompt:
+        """Return the prompt before any text, from which a model samples texts of its own (`continuations`).
+
+        It is the token that begins every text or, for a tokenizer without one, a line end; where that would merge with
+        the text, it is the word "The". `Prompt.text` is what stands before the text.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> mt.load(tiny_vlm_path()).opening().tokens
+            ('<s>',)
+        """
+        return opening(self.frontend)
 
     def check_prompt(self, prompt: Inputs) -> None:
         """Raise `ModelError` for a prompt, or its inputs, whose ids or pictures mean something else to this model.

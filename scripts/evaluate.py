@@ -200,7 +200,7 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
     """Return the analysis of the records with the editor of this name."""
     given: dict[str, Any] = {
         "editor": _editor(options, name, plan.place),
-        "moments": options.moments,
+        "moments": options.moments_file,
         "general": plan.general,
         "evaluation": options.measured,
         "batch_size": options.batch_size,

@@ -42,6 +42,13 @@ EDIT, OUTCOME = "edit.safetensors", "edit.json"
 _VALUES = "values.safetensors"
 
 
+def moments_of(file: Path | None, editor: Any) -> str | None:
+    """Return what tells the second moments of a run from others; None for an editor that needs none."""
+    if file is not None:
+        return digest(file.read_bytes())
+    return "own samples" if getattr(editor, "needs_moments", False) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditTrace(TraceRun):
     """The trace that shows where to edit: of the answer that the model gives now, at tokens that all prompts have."""
@@ -87,7 +94,7 @@ class EditRun(Analysis):
     editor: ClosedFormEditor | None = None
     """What makes the edit; None for a run that is only merged."""
     moments: Path | None = None
-    """File of second moments of keys, for editors that need them."""
+    """File of second moments of keys, for editors that need them; None for those of the model's own samples."""
     trace: EditTrace | None = None
     """How each record is traced; its place replaces that of the editor unless there are `trace_files`."""
     trace_files: tuple[Path, ...] = ()
@@ -120,7 +127,7 @@ class EditRun(Analysis):
             editor = {name: value for name, value in editor.items() if name not in ("layer", "token")}
         return {
             "editor": editor,
-            "moments": None if self.moments is None else digest(self.moments.read_bytes()),
+            "moments": moments_of(self.moments, self.editor),
             "trace": None if self.trace is None else self.trace.settings(),
             "trace_files": [digest(path.read_bytes()) for path in self.trace_files],
             "each": self.each,

@@ -20,7 +20,7 @@ from ...models.guards import uninterrupted
 from ...models.placement import is_packed
 from ...models.prompts import batches as fitting_batches
 from ..changes import AppliedDelta, Change, EditSession, History, held, overwrite, requests_line
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import EditError, edited_questions, listed_requests, request_text
 from ..values import end_ids, prompt_end
 
@@ -134,7 +134,7 @@ class TrainingSettings(ABC):
         )
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self, vlm: VisionLanguageModel, *, moments: MomentSource = None, history: History | None = None
     ) -> EditSession:
         """Return a session in which each change is trained on top of the earlier ones and stays in effect.
 

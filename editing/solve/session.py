@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from ...data.facts import EditRequest, Question
 from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
-from ..moments import Moments
+from ..moments import Moments, MomentSource, OwnMoments, pictures_of
 from ..requests import (
     EDITED,
     FAILED,
@@ -62,14 +62,21 @@ class ClosedFormSession(EditSession[Delta]):
         vlm: VisionLanguageModel,
         choose: Callable[[Sequence[EditRequest]], ClosedFormSettings],
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         history: History | None = None,
     ) -> None:
-        """Prepare a session. choose: gives the editor of requests that are edited together."""
+        """Prepare a session. choose: gives the editor of requests that are edited together.
+
+        moments: as in `ClosedFormEditor.start`.
+        """
         super().__init__(vlm, self._made)
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
-        self._choose, self._moments = choose, moments
+        self._choose, self._source = choose, moments
+        self._moments: Moments | None = None
+        """The second moments by which the edit under way weighs old keys."""
+        self._own: dict[tuple[object, ...], Moments] = {}
+        """Moments of own samples, by layers and what they read."""
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
 
@@ -198,11 +205,32 @@ class ClosedFormSession(EditSession[Delta]):
         self, requests: tuple[EditRequest, ...], progress: bool, values: Sequence[RequestValues] | None = None
     ) -> Delta:
         editor = self._choose(requests)
-        editor.check_moments(self._moments)
         edit = _Edit(self, editor, requests, progress=progress)
-        editor.check_moments(self._moments, edit.projections.values())
+        self._moments = self._moments_for(editor, edit.projections, requests, progress=progress)
         with self.vlm.gradients():
             return edit.run(values)
+
+    def _moments_for(
+        self,
+        editor: ClosedFormSettings,
+        projections: Mapping[int, Projection],
+        requests: Sequence[EditRequest],
+        *,
+        progress: bool,
+    ) -> Moments | None:
+        """The moments that an edit needs: those given, or own ones, of the model without the edits of this session."""
+        editor.check_moments(self._source, projections.values())
+        if self._source is None and editor.needs_moments:
+            self._source = OwnMoments(self.vlm, pictures=pictures_of(requests), progress=progress)
+        if not editor.needs_moments or not isinstance(self._source, OwnMoments):
+            return self._source if isinstance(self._source, Moments) else None
+        read = editor.read_by(next(iter(projections.values())))
+        if (read, *projections) not in self._own:
+            expert = int(read.removeprefix("expert ")) if read.startswith("expert") else None
+            with self._handle.taken_out() if self._handle is not None else nullcontext():
+                made = self._source.of([*projections], projection=editor.projection, expert=expert)
+            self._own[read, *projections] = made
+        return self._own[read, *projections]
 
     def _begin(self, handle: AppliedDelta) -> None:
         if not self.history.names:
