@@ -337,7 +337,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what
     "range from above": ({"where": "5-3"}, "no place '5-3'"),
     "two numbers of layers": ({"where": "4-5", "spread": "3"}, "--where 4-5 and --spread 3 disagree"),
     "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
-    "no moments": ({"editor": "rome"}, "pass --moments FILE"),
+    "no moments": ({"editor": "rome", "moments": "none"}, "--moments is none; leave --moments out"),
     "moments of nothing": ({"moments": "{folder}/0.png"}, "is not a readable safetensors file"),
     "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
     "trace at a place": ({"trace": "{folder}/0.png"}, "belong to --where trace"),

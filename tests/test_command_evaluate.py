@@ -207,8 +207,14 @@ BAD_OPTIONS = {
     "no such file": (["--data", "gone.jsonl"], "cannot read .gone.jsonl"),
     "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
     "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),
-    "no moments": (["--world", "outdated", "--editor", "memit"], "--moments FILE, or --moment-weight 0"),
-    "moments that no weight replaces": (["--world", "outdated", "--editor", "alphaedit"], "pass --moments FILE$"),
+    "no moments": (
+        ["--world", "outdated", "--editor", "memit", "--moments", "none"],
+        "by multrace moments, or --moment-weight 0",
+    ),
+    "moments that no weight replaces": (
+        ["--world", "outdated", "--editor", "alphaedit", "--moments", "none"],
+        "made by multrace moments$",
+    ),
     "a setting of another editor": (["--world", "outdated", "--editor", "ft", "--ridge", "1"], "no setting 'ridge'"),
 }
 

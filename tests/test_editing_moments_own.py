@@ -11,7 +11,7 @@ import torch
 from multrace import EditRequest, Question, VisionLanguageModel
 from multrace.data import World
 from multrace.editing import EditError, EditorByRequest, History, MultEdit, OwnMoments, own_moments, own_prompts
-from multrace.editing.moments import own, pictures_of, samples, second_moments
+from multrace.editing.moments import own, pictures_of_requests, samples, second_moments
 from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit, ClosedFormEditor
 from random_models import make_tokenizer, save, text_sizes
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -226,7 +226,7 @@ def test_editors_that_need_moments_make_them(tiny_vlm, request_of, few_samples, 
         assert answered(tiny_vlm, request) == request.target
     assert answered(tiny_vlm, request) != request.target
     moments = own_moments(
-        tiny_vlm, layers=[*editor.projections(tiny_vlm)], pictures=pictures_of([request]), progress=False
+        tiny_vlm, layers=[*editor.projections(tiny_vlm)], pictures=pictures_of_requests([request]), progress=False
     )
     given = editor.edit(tiny_vlm, [request], moments=moments, progress=False)
     for name, change in delta.changes.items():
@@ -271,7 +271,7 @@ def test_the_moments_of_a_session_are_those_of_the_unedited_model(tiny_vlm, requ
         assert edited[names[0]] != before[names[0]]
         proposed = session.propose([second])
         assert tiny_vlm.fingerprint(names) == edited  # the first edit is back
-        assert torch.equal(session._own["mlp", 5].matrix(5), unedited.matrix(5))
+        assert torch.equal(session._moments.matrix(5), unedited.matrix(5))
         own_of_edited = own_moments(tiny_vlm, layers=[5], **FEW)
         assert not torch.equal(own_of_edited.matrix(5), unedited.matrix(5))  # what the session does not take
         session.edit([second])
@@ -296,11 +296,11 @@ def test_evaluations_take_the_same_moments_for_all_records(tiny_vlm, request_of,
     records = [mt.EditRecord(question=request_of(each).question, target=request_of(each).target) for each in (0, 1)]
     report = mt.evaluate(tiny_vlm, records, ROME(layer=5, **QUICK), progress=False)
     assert [row.after for row in report.rows] == [record.target for record in records]
-    assert pictures_of([*records, records[0]]) == tuple(record.question.image for record in records)
+    assert pictures_of_requests([*records, records[0]]) == tuple(record.question.image for record in records)
 
 
 def test_pictures_of_many_requests_are_the_first(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(20)]
     requests = [EditRequest(question=Question(text="Who?", image=path), target="Al") for path in paths]
-    assert pictures_of(requests) == tuple(paths[:16]) == pictures_of(requests[:18])
-    assert pictures_of([EditRequest(question=Question(text="Who?"), target="Al")]) == ()
+    assert pictures_of_requests(requests) == tuple(paths[:16]) == pictures_of_requests(requests[:18])
+    assert pictures_of_requests([EditRequest(question=Question(text="Who?"), target="Al")]) == ()

@@ -31,6 +31,7 @@ from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, qu
 from .edit_outcome import EditOutcome, Place
 from .located_edit import EditsAtSites, TraceShift, editor_at, locate, positions_of, trace_shifts
 from .run_folder import REMADE, TRACES, RunError, StoredRecord
+from .run_moments import moments_setting
 from .trace_run import TRACE, TraceRun
 
 CANDIDATES = ("constraint_last", "last")
@@ -40,13 +41,6 @@ SITES = ("hidden", "mlp")
 """The kinds of sites that the choice of a place needs."""
 EDIT, OUTCOME = "edit.safetensors", "edit.json"
 _VALUES = "values.safetensors"
-
-
-def moments_of(file: Path | None, editor: Any) -> str | None:
-    """Return what tells the second moments of a run from others; None for an editor that needs none."""
-    if file is not None:
-        return digest(file.read_bytes())
-    return "own samples" if getattr(editor, "needs_moments", False) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +121,7 @@ class EditRun(Analysis):
             editor = {name: value for name, value in editor.items() if name not in ("layer", "token")}
         return {
             "editor": editor,
-            "moments": moments_of(self.moments, self.editor),
+            "moments": moments_setting(self.moments, self.editor),
             "trace": None if self.trace is None else self.trace.settings(),
             "trace_files": [digest(path.read_bytes()) for path in self.trace_files],
             "each": self.each,

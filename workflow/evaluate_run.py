@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -23,7 +23,6 @@ from ..editing import (
     EditReport,
     EditSession,
     EvaluationSettings,
-    Moments,
     NormBound,
 )
 from ..editing.baselines import change_file, save_change, stored_change
@@ -42,15 +41,16 @@ from ..editing.evaluation import (
     statuses_of,
     transform_of,
 )
-from ..editing.moments import MomentSource, OwnMoments, pictures_of
+from ..editing.moments import MomentSource
 from ..editing.requests import FAILED
 from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task, every_failed
-from .edit_run import check_questions, moments_of, sites_of, stored_traces, unusable, without_contradictions
+from .edit_run import check_questions, sites_of, stored_traces, unusable, without_contradictions
 from .located_edit import editor_at
 from .run_folder import REMADE, RunError, StoredRecord
+from .run_moments import check_moments, moments_of_run, moments_setting
 from .trace_run import PlaceTrace
 
 EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
@@ -92,7 +92,7 @@ class _Evaluation(Analysis):
             editor = {name: value for name, value in editor.items() if name not in ("layer", "token", "where")}
         return {
             "editor": editor,
-            "moments": moments_of(self.moments, self.editor),
+            "moments": moments_setting(self.moments, self.editor),
             "general": digest(*(f"{question.key} {question.answer}" for question in self.general)),
             "evaluation": asdict(self.evaluation),
             "batch_size": self.batch_size,
@@ -130,19 +130,9 @@ class _Evaluation(Analysis):
         layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
         return replace(cast(Any, self.editor), **layer)
 
-    @cached_property
-    def _moments(self) -> Moments | None:
-        return None if self.moments is None else Moments.load(self.moments)
-
-    def moments_for(self, vlm: VisionLanguageModel, work: RunContext) -> MomentSource:
-        """Return the moments of the file, or own ones about the pictures of the first records of the run.
-
-        Records that are added later do not change which pictures these are, unless there were hardly any.
-        """
-        if self.moments is not None:
-            return self._moments
-        edits = [record for record in work.records.values() if isinstance(record, EditRecord)]
-        return OwnMoments(vlm, pictures=pictures_of(edits), progress=work.progress)
+    def moments_of(self, vlm: VisionLanguageModel, work: RunContext) -> MomentSource:
+        """Return the second moments for all records of the run."""
+        return moments_of_run(vlm, self.moments, work.records.values(), progress=work.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,24 +148,22 @@ class EvaluateRun(_Evaluation):
 
     name: ClassVar[str] = "evaluate"
 
-    @contextmanager
-    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
-        """Yield the analysis that edits one record after the other, with the same moments for all."""
-        yield _OneByOne(self, self.moments_for(vlm, work))
+    own: MomentSource = field(default=None, repr=False)
+    """What `opened` has found: the second moments for all records."""
+
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> AbstractContextManager[Analysis]:
+        """Return a block in which all records are edited with the same second moments."""
+        return nullcontext(replace(self, own=self.moments_of(vlm, work)))
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit cannot be made."""
-        return self.compute_with(vlm, task, self._moments)
-
-    def compute_with(self, vlm: VisionLanguageModel, task: Task, moments: MomentSource) -> Outcome:
-        """Return the report on one record, edited with these moments. Raises `EditError` as `compute`."""
         record = _named(task)
         where = Outcome(row={})
         site = None
         if self.trace is not None:
             located = self.trace.located(vlm, record)
             where, site = self.trace.outcome(located), located.edit_site
-        change = self.editor_at(site).start(vlm, moments=moments).propose([record])
+        change = self.editor_at(site).start(vlm, moments=self.own).propose([record])
         (status,) = statuses_of(change, 1)
         if status.startswith(FAILED):
             raise EditError(status.removeprefix(f"{FAILED}: "))
@@ -183,23 +171,6 @@ class EvaluateRun(_Evaluation):
         result = measured_edit(vlm, _id(record, task.name), record, change, status, general=self.general, **options)
         outcome = _reported(self, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
         return replace(outcome, row={**outcome.row, **where.row}, results=where.results)
-
-
-class _OneByOne(Analysis):
-    """Records that are edited one at a time, all with the same second moments."""
-
-    name: ClassVar[str] = EvaluateRun.name
-
-    def __init__(self, run: EvaluateRun, moments: MomentSource) -> None:
-        self.run, self.moments = run, moments
-
-    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
-        """Return the report on one record."""
-        return self.run.compute_with(vlm, task, self.moments)
-
-    def summary(self) -> Summary:
-        """Return the summary of the run."""
-        return self.run.summary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +198,7 @@ class _LocatedTogether(_Evaluation):
         progress: bool = True,
     ) -> Mapping[str, Any] | None:
         """Return the site of each record according to the traces; None if the editor names the place."""
-        if self.moments is not None:
-            cast(Moments, self._moments).check(vlm)
-        if isinstance(self.editor, ClosedFormEditor):
-            self.editor.check_moments(self._moments)
+        check_moments(vlm, self.moments, self.editor)
         if self.trace is None:
             if isinstance(self.editor, ClosedFormEditor):
                 self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
@@ -292,7 +260,7 @@ class EvaluateBatchRun(_LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
-        session = self.session_editor(work).start(vlm, moments=self.moments_for(vlm, work))
+        session = self.session_editor(work).start(vlm, moments=self.moments_of(vlm, work))
         is_closed = isinstance(session, ClosedFormSession)
         usable, problems = self._usable(vlm, work, (lambda _, record: session.check(record)) if is_closed else None)
         records = {record.id: record for record in usable.values()}
@@ -387,7 +355,7 @@ class EvaluateSequenceRun(_LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
-        session = self.session_editor(work).start(vlm, moments=self.moments_for(vlm, work))
+        session = self.session_editor(work).start(vlm, moments=self.moments_of(vlm, work))
         parts: dict[str, Baseline] = {}
         records, problems = self._usable(vlm, work, partial(self._ask_unedited, vlm, work.folder.shared, parts))
         reference = replace(Baseline.joined([*parts.values()]), model=vlm.name, revision=vlm.revision)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..data.errors import gist
 from ..data.facts import EditRequest, Question
 from ..editing.changes import NO_OWNER, Delta, compose
-from ..editing.moments import MomentSource, OwnMoments, pictures_of
+from ..editing.moments import MomentSource, OwnMoments, pictures_of_requests
 from ..editing.requests import EditError, request_text
 from ..editing.solve import ClosedFormEditor, ClosedFormSession, MultEdit
 from ..editing.values import RequestValues
@@ -439,7 +439,7 @@ class EditsAtSites:
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
         if moments is None:  # of the pictures of all requests, whichever is edited first
-            moments = OwnMoments(vlm, pictures=pictures_of(requests), progress=progress)
+            moments = OwnMoments(vlm, pictures=pictures_of_requests(requests), progress=progress)
         self.session = ClosedFormSession(vlm, self._editor_of, moments=moments)
 
     def one_by_one(self) -> tuple[Delta | None, ...]:

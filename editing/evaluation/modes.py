@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ...data.facts import EFFICACY, GENERAL, EditRecord, EditRequest, Question
 from ...models import ModelError, VisionLanguageModel
 from ..changes import Change, EditSession
-from ..moments import MomentSource, OwnMoments, pictures_of
+from ..moments import MomentSource, OwnMoments, pictures_of_requests
 from ..requests import FAILED, EditError
 from ..solve import Editor
 from .asking import (
@@ -170,7 +170,7 @@ def evaluate(
     names = names_of(records)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if moments is None:  # nothing is sampled before an editor asks for it
-        moments = OwnMoments(vlm, pictures=pictures_of(records), progress=progress)
+        moments = OwnMoments(vlm, pictures=pictures_of_requests(records), progress=progress)
     if mode == BATCH:
         change = cast(Change, editor) if is_change else maker.start(vlm, moments=moments).propose(records)
         transform = prompt_transform or transform_of(change)

@@ -22,7 +22,17 @@ from ...models import VisionLanguageModel
 from ..requests import EditError
 from .collect import Written, projection_of, second_moments
 from .moments import OWN, Moments, hash_of_settings, written_by
-from .samples import QUESTIONS, QUIET_SECONDS, OwnPrompts, Row, answer_rows, mixed, pictures_in, prompt_of, text_rows
+from .samples import (
+    QUESTIONS,
+    QUIET_SECONDS,
+    OwnPrompts,
+    Row,
+    answer_rows,
+    mixed,
+    pictures_to_ask_about,
+    prompt_of,
+    text_rows,
+)
 
 logger = logging.getLogger("multrace")
 LEAST, MOST = 200, 1000
@@ -60,7 +70,7 @@ class OwnMoments:
         if number is not None and number < 1:
             raise EditError(f"own moments of number={number} samples; pass at least 1, or None")
         self.vlm, self.progress = vlm, progress
-        self.pictures, self.questions = pictures_in(pictures), tuple(questions) or QUESTIONS
+        self.pictures, self.questions = pictures_to_ask_about(pictures), tuple(questions) or QUESTIONS
         self.number, self.tokens, self.seed = number, tokens, seed
         self._cache = Path(cache).expanduser() if cache is not None else cache_folder() / _FOLDER
         self._is_shared = cache is None

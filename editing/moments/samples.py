@@ -76,7 +76,11 @@ def own_prompts(
     """
     if number < 1:
         raise EditError(f"own prompts with number={number}; pass at least 1")
-    shown, asked, options = pictures_in(pictures), tuple(questions) or QUESTIONS, {"tokens": tokens, "seed": seed}
+    shown, asked, options = (
+        pictures_to_ask_about(pictures),
+        tuple(questions) or QUESTIONS,
+        {"tokens": tokens, "seed": seed},
+    )
     answers = answer_rows(vlm, shown, asked, **options) if shown else None
     rows = mixed(text_rows(vlm, asked, **options), answers)
     bar = tqdm(islice(rows, number), desc="sampling texts", total=number, unit="text", delay=QUIET_SECONDS,
@@ -128,7 +132,7 @@ def mixed(texts: Iterable[Row], answers: Iterable[Row] | None) -> Iterator[Row]:
         yield from chain.from_iterable(zip(texts, answers, strict=False))
 
 
-def pictures_in(pictures: str | Path | Sequence[PictureSource]) -> tuple[PictureSource, ...]:
+def pictures_to_ask_about(pictures: str | Path | Sequence[PictureSource]) -> tuple[PictureSource, ...]:
     """Return the pictures, or those that a folder holds, by name. Raises `EditError` for a folder without any."""
     if not isinstance(pictures, str | Path):
         return tuple(Path(picture) if isinstance(picture, str) else picture for picture in pictures)
@@ -141,7 +145,7 @@ def pictures_in(pictures: str | Path | Sequence[PictureSource]) -> tuple[Picture
     return tuple(found)
 
 
-def pictures_of(requests: Sequence[EditRequest]) -> tuple[PictureSource, ...]:
+def pictures_of_requests(requests: Sequence[EditRequest]) -> tuple[PictureSource, ...]:
     """Return the pictures that requests are about, each once: the first 16, in order."""
     found: dict[object, PictureSource] = {}
     for request in requests:

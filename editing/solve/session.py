@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ...data.facts import EditRequest, Question
 from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
-from ..moments import Moments, MomentSource, OwnMoments, pictures_of
+from ..moments import Moments, MomentSource
 from ..requests import (
     EDITED,
     FAILED,
@@ -43,6 +43,7 @@ from ..values import (
     search_values,
 )
 from .cost import FACTS, Cost, EarlierKeys, StackedCost, facts_of
+from .old_keys import OldKeys
 from .problem import Rows, check_contradictions, reduced, solve
 from .settings import ClosedFormSettings
 
@@ -72,11 +73,9 @@ class ClosedFormSession(EditSession[Delta]):
         super().__init__(vlm, self._made)
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
-        self._choose, self._source = choose, moments
+        self._choose, self._old_keys = choose, OldKeys(vlm, moments)
         self._moments: Moments | None = None
         """The second moments by which the edit under way weighs old keys."""
-        self._own: dict[tuple[object, ...], Moments] = {}
-        """Moments of own samples, by layers and what they read."""
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
 
@@ -206,31 +205,11 @@ class ClosedFormSession(EditSession[Delta]):
     ) -> Delta:
         editor = self._choose(requests)
         edit = _Edit(self, editor, requests, progress=progress)
-        self._moments = self._moments_for(editor, edit.projections, requests, progress=progress)
+        unedited = nullcontext() if self._handle is None else self._handle.taken_out()
+        options = {"unedited": unedited, "progress": progress}
+        self._moments = self._old_keys.moments(editor, edit.projections, requests, **options)
         with self.vlm.gradients():
             return edit.run(values)
-
-    def _moments_for(
-        self,
-        editor: ClosedFormSettings,
-        projections: Mapping[int, Projection],
-        requests: Sequence[EditRequest],
-        *,
-        progress: bool,
-    ) -> Moments | None:
-        """The moments that an edit needs: those given, or own ones, of the model without the edits of this session."""
-        editor.check_moments(self._source, projections.values())
-        if self._source is None and editor.needs_moments:
-            self._source = OwnMoments(self.vlm, pictures=pictures_of(requests), progress=progress)
-        if not editor.needs_moments or not isinstance(self._source, OwnMoments):
-            return self._source if isinstance(self._source, Moments) else None
-        read = editor.read_by(next(iter(projections.values())))
-        if (read, *projections) not in self._own:
-            expert = int(read.removeprefix("expert ")) if read.startswith("expert") else None
-            with self._handle.taken_out() if self._handle is not None else nullcontext():
-                made = self._source.of([*projections], projection=editor.projection, expert=expert)
-            self._own[read, *projections] = made
-        return self._own[read, *projections]
 
     def _begin(self, handle: AppliedDelta) -> None:
         if not self.history.names:
