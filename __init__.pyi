@@ -18,7 +18,6 @@ from .editing import (
     MultEdit as MultEdit,
     evaluate as evaluate,
     load_edit as load_edit,
-    own_moments as own_moments,
     second_moments as second_moments,
     to_peft as to_peft,
 )
