@@ -14,6 +14,7 @@ from multrace.editing import EditError, EditorByRequest, History, MultEdit, OwnM
 from multrace.editing.moments import own, pictures_of_requests, samples, second_moments
 from multrace.editing.solve import EMMET, MEMIT, ROME, AlphaEdit, ClosedFormEditor
 from random_models import make_tokenizer, save, text_sizes
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 FEW = {"number": 12, "tokens": 12, "progress": False}
@@ -99,11 +100,16 @@ def test_a_model_that_ends_its_texts_at_once_answers_questions(tmp_path):
         assert ({prompt.question for prompt in prompts} <= set(samples.QUESTIONS)) == (path.name == "silent")
 
 
-def test_a_line_end_opens_texts_where_no_token_begins_them(random_gpt2, random_llama):
-    assert random_llama.opening().length == random_gpt2.opening().length == 1
-    for vlm in (random_llama, random_gpt2):
-        prompts = own_prompts(vlm, **FEW)
-        assert len(prompts) == 12 and all(prompt.text.startswith(vlm.opening().text) for prompt in prompts)
+@pytest.mark.parametrize(("added", "opens"), [((), "\n"), (("\nThe",), "\nThe")])
+def test_a_line_end_opens_texts_where_no_token_begins_them(tmp_path, added, opens):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_tokens([*added])
+    vlm = mt.load(save(LlamaForCausalLM(LlamaConfig(**text_sizes(tokenizer))), tokenizer, tmp_path), verify=False)
+    opening = vlm.opening()
+    assert (opening.text, "".join(opening.tokens)) == (opens, opens)
+    prompts = own_prompts(vlm, **FEW)
+    assert len(prompts) == 12 and all(prompt.text.startswith(opens) for prompt in prompts)
 
 
 @pytest.mark.parametrize("wrong", [{"number": 0}, {"tokens": 0}])
