@@ -111,9 +111,7 @@ def check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int
         )
 
 
-def _plain_settings(
-    model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, *, sampled: bool
-) -> GenerationConfig:
+def _plain_settings(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, *, sampled: bool) -> GenerationConfig:
     """Return settings of decoding that take only the special tokens from the model's generation settings.
 
     sampled: draw each token from the whole distribution instead of taking the most probable one.

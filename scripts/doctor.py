@@ -134,7 +134,7 @@ class Patient:
     def delta(self) -> editing.Delta:
         """A short edit of the middle layer, which is not applied."""
         editor = editing.MultEdit(
-            layer=self.layer, token="last", steps=_STEPS, end_of_answer=False, projection=self.projection
+            layer=self.layer, token="last", steps=_STEPS, ending="none", projection=self.projection
         )
         request = data.EditRequest(question=self.prompt, target=_TARGET)
         return editor.edit(self.vlm, [request], progress=False)

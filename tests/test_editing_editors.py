@@ -20,7 +20,7 @@ from reference import alphaedit, emmet, memit, multedit_many, rome
 from torch import Tensor
 
 LAYER = 5
-QUICK = {"steps": 40, "stop_loss": 0.1}
+QUICK = {"ending": "stop", "steps": 40, "stop_loss": 0.1}
 RIDGE = 0.05
 WORLD = World()
 

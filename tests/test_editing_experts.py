@@ -184,7 +184,7 @@ def test_an_edit_makes_the_model_say_the_targets_and_is_undone_bit_by_bit(vlm):
 
 def test_one_expert_is_edited_and_no_other(mixtral):
     vlm, number = mixtral, best_expert(mixtral)
-    editor = MultEdit(layer=LAYER, expert=number, steps=60, answer_keys=False, end_of_answer=False)
+    editor = MultEdit(layer=LAYER, expert=number, steps=60, answer_keys=False, ending="none")
     (request, *_) = requests(vlm)
     delta = editor.edit(vlm, [request], progress=False)
     assert [*delta.changes] == [f"model.layers.{LAYER}.mlp.experts.down_proj[{number}]"]
@@ -277,7 +277,7 @@ def test_second_moments_of_an_expert_are_those_of_its_keys(mixtral):
     moments = multrace.second_moments(vlm, prompts, layers=[LAYER], expert=number, progress=False)
     assert moments.projection == f"expert {number}" and moments.count() == len(keys)
     torch.testing.assert_close(moments.matrix(LAYER), keys.T @ keys / len(keys), rtol=0, atol=1e-10)
-    place = {"layer": LAYER, "answer_keys": False, "end_of_answer": False, "steps": 40, "ridge": 0.01}
+    place = {"layer": LAYER, "answer_keys": False, "ending": "none", "steps": 40, "ridge": 0.01}
     (request, *_) = requests(vlm)
     prompt = vlm.prompt(None, QUESTIONS[0], answer=TARGETS[0])
     chance = probability(vlm, prompt)

@@ -166,7 +166,7 @@ class MultEdit(ClosedFormEditor):
         norm of the layer. Unlike the released script this scores all target tokens rather than the first.
         """
         search = {"steps": 10, "learning_rate": 0.1, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.0}
-        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, end_of_answer=False, **search)
+        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, ending="none", **search)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class ROME(ClosedFormEditor):
         """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
         search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, end_of_answer=False, moment_weight=moment_weight)
+        return cls(**place, **search, clamp=4.0, ending="none", moment_weight=moment_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class MEMIT(ClosedFormEditor):
         """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
-        return cls(**place, **search, clamp=0.75, end_of_answer=False, moment_weight=moment_weight)
+        return cls(**place, **search, clamp=0.75, ending="none", moment_weight=moment_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class EMMET(ClosedFormEditor):
         """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, end_of_answer=False, weight=10.0, moment_weight=moment_weight)
+        return cls(**place, **search, clamp=4.0, ending="none", weight=10.0, moment_weight=moment_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ class AlphaEdit(ClosedFormEditor):
         """
         search = {"steps": 25, "learning_rate": 0.1, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(5, layer + 1)}
-        return cls(**place, **search, clamp=0.75, end_of_answer=False, ridge=10.0, null_threshold=null_threshold)
+        return cls(**place, **search, clamp=0.75, ending="none", ridge=10.0, null_threshold=null_threshold)
 
 
 EDITORS: dict[str, type[MultEdit | ROME | MEMIT | EMMET | AlphaEdit]] = {

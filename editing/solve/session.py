@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest, Question
-from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
+from ...models import Continuation, ExpertProjection, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
 from ..moments import Moments
@@ -25,10 +25,12 @@ from ..requests import (
     NOTHING_TO_DO,
     EditError,
     answers_where_finite,
+    continuations_where_finite,
     edited_questions,
     listed_requests,
     request_text,
     room_for_targets,
+    says_target,
     with_answers_seen,
 )
 from ..values import (
@@ -38,6 +40,8 @@ from ..values import (
     RequestValues,
     ValueResult,
     check_goals,
+    ending_of,
+    ends_by_itself,
     goals_of,
     lookups,
     search_values,
@@ -105,7 +109,7 @@ class ClosedFormSession(EditSession[Delta]):
         A question whose answer is to stay needs as much room as the target, since its answer is not known yet.
         """
         editor = self._choose((request,))
-        ends = {"end": editor.end_of_answer, "every": editor.answer_keys}
+        ends = {"end": editor.stops, "every": editor.answer_keys}
         kept = [PlainGoal(questions=(question,), target=request.target) for question in request.preserve_prompts]
         check_goals(self.vlm, Goals(self.vlm, [*goals_of(request), *kept]), editor.place[1], **ends)
 
@@ -285,8 +289,9 @@ class _Edit:
 
     def search(self, *, check: bool = False, checkpoint: str | Path | None = None) -> tuple[RequestValues, ...]:
         """Return the wanted values of each request; the arguments are those of `ClosedFormSession.search`."""
-        done = _answered(self.vlm, self.requests, self.progress)
-        own = {index: goals_of(request) for index, request in enumerate(self.requests) if index not in done}
+        present, done = _answered(self.vlm, self.requests, self.progress)
+        endings = self._endings(present, done)
+        own = {index: goals_of(self.requests[index], **ending) for index, ending in endings.items()}
         goals = [goal for each in own.values() for goal in each]
         owners = [index for index, each in own.items() for _ in each]
         failures = self._unrouted(goals, owners)
@@ -313,9 +318,24 @@ class _Edit:
         return tuple(
             RequestValues(status=f"{FAILED}: {failures[index]}")
             if index in failures
-            else _values_of(results.get(index))
+            else _values_of(results.get(index), endings.get(index, {}))
             for index in range(len(self.requests))
         )
+
+    def _endings(self, present: Sequence[Continuation | None], done: Set[int]) -> dict[int, dict[str, Any]]:
+        """The ending of each request that is not done, and whether it has a key, as `goals_of` takes them."""
+        todo = [index for index in range(len(self.requests)) if index not in done]
+        if self.editor.ending != "own" or not todo:
+            return {index: {} for index in todo}
+        found = {index: ending_of(self.vlm, self.requests[index], present[index]) for index in todo}
+        if self.token != "last" or not self.editor.answer_keys:
+            return {index: {"ending": ending} for index, ending in found.items()}
+        firsts = [goals_of(self.requests[index], ending=ending)[0] for index, ending in found.items()]
+        natural = ends_by_itself(self.vlm, Goals(self.vlm, firsts), self.token, rows_at_once=self.editor.rows_at_once)
+        return {
+            index: {"ending": ending, "ending_key": not itself}
+            for (index, ending), itself in zip(found.items(), natural, strict=True)
+        }
 
     def _unrouted(self, goals: Sequence[PlainGoal], owners: Sequence[int]) -> dict[int, str]:
         """The requests whose edited tokens do not all go to the one expert that is edited, and which do not."""
@@ -341,7 +361,7 @@ class _Edit:
             self.statuses[index] = own.status
             if own.status != EDITED:
                 continue
-            goals = goals_of(self.requests[index])
+            goals = goals_of(self.requests[index], ending=own.ending, ending_key=own.ending_key)
             if len(goals) != len(own.results):
                 raise EditError(
                     f"{len(own.results)} values for the {len(goals)} goals of {self.requests[index].label}; search for "
@@ -372,7 +392,7 @@ class _Edit:
 
     def _lookups(self, goals: Sequence[PlainGoal], layer: int) -> list[Lookup]:
         projection = self.projections[layer]
-        ends = {"end": self.editor.end_of_answer, "every": self.editor.answer_keys}
+        ends = {"end": self.editor.stops, "every": self.editor.answer_keys}
         rows = self.editor.rows_at_once
         place = self.value_place
         return lookups(self.vlm, Goals(self.vlm, goals), self.token, [(projection, place)], rows_at_once=rows, **ends)[
@@ -490,30 +510,32 @@ def _by_weight(projection: Projection, change: WeightChange) -> dict[str, Weight
     return changes
 
 
-def _values_of(results: Sequence[ValueResult] | None) -> RequestValues:
+def _values_of(results: Sequence[ValueResult] | None, ending: Mapping[str, Any]) -> RequestValues:
     """What a search says of one request; None: the model gives its target already."""
     if results is None:
         return RequestValues(status=NOTHING_TO_DO)
     failures = [result.failure for result in results if result.failure]
     if failures:
         return RequestValues(status=f"{FAILED}: {failures[-1]}")
-    return RequestValues(status=EDITED, results=tuple(results))
+    return RequestValues(status=EDITED, results=tuple(results), **ending)
 
 
-def _answered(vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool) -> set[int]:
-    """Indices of the requests all of whose prompts are answered with their targets already."""
+def _answered(
+    vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool
+) -> tuple[list[Continuation | None], set[int]]:
+    """What the model says now to each request's question, and the requests all of whose questions have their target."""
     longest = room_for_targets(vlm, requests)
     asked = [request.question for request in requests]
-    answers = answers_where_finite(vlm, asked, max_new_tokens=longest, progress=progress)
-    equal = [index for index, request in enumerate(requests) if answers[index] == request.target.strip()]
-    done = set(equal)
-    for index in equal:
-        rest = edited_questions(requests[index])[1:]
-        if rest and set(answers_where_finite(vlm, rest, max_new_tokens=longest, progress=False)) != {
-            requests[index].target.strip()
-        }:
-            done.discard(index)
-    return done
+    found = continuations_where_finite(vlm, asked, max_new_tokens=longest, progress=progress)
+    done = set()
+    for index, (request, present) in enumerate(zip(requests, found, strict=True)):
+        if present is None or not says_target(present.text, request.target):
+            continue
+        rest = edited_questions(request)[1:]
+        answers = answers_where_finite(vlm, rest, max_new_tokens=longest, progress=False) if rest else []
+        if all(answer is not None and says_target(answer, request.target) for answer in answers):
+            done.add(index)
+    return found, done
 
 
 def _give_back_memory() -> None:

@@ -1,3 +1,4 @@
+from .endings import ending_of as ending_of, ends_by_itself as ends_by_itself
 from .keys import (
     Goal as Goal,
     Goals as Goals,

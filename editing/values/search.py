@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from .keys import (
 _SAME_RUN = {torch.float64: 1e-5, torch.float32: 2e-2}
 """Differences of log-probabilities, in shares of their size if that is above 1, that rounding can explain between a
 padded batch and single prompts; half in half precision."""
-_LAYOUT, _BATCH_LAYOUT = "multrace values 1", "multrace batch of values 1"
+_LAYOUT, _BATCH_LAYOUT = "multrace values 2", "multrace batch of values 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,10 @@ class ValueSettings:
     """Largest norm of a key's change, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None for any."""
     essence_weight: float = 0.0625
     """Weight of the penalty KL(edited || unedited), in nats, on the next token of a request's essence prompts."""
-    end_of_answer: bool = True
-    """Whether the end-of-sequence token after the target is asked for as well, in models that have one."""
+    ending: Literal["own", "stop", "none"] = "own"
+    """What is asked for after the target: "own" what the model says after its present answer (its end of sequence, full
+    stop or line end), with a key of its own only where the model would not say it after the target by itself; "stop"
+    the end of sequence, with a key of its own; "none" nothing, as in the published methods."""
     answer_keys: bool = True
     """Whether an edit at the prompt's last token has a key at each answer position instead of at the first alone."""
     rows_at_once: int = 64
@@ -71,6 +73,7 @@ class ValueSettings:
 
     def __post_init__(self) -> None:
         ranges = {
+            "ending of 'own', 'stop' or 'none'": self.ending in ("own", "stop", "none"),
             "learning_rate above 0": self.learning_rate > 0,
             "steps of at least 0": self.steps >= 0,
             "weight_decay of at least 0": self.weight_decay >= 0,
@@ -81,7 +84,12 @@ class ValueSettings:
         for requirement, holds in ranges.items():
             if not holds:
                 name = requirement.split()[0]
-                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)}; pass {requirement}")
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)!r}; pass {requirement}")
+
+    @property
+    def stops(self) -> bool:
+        """Whether the end of sequence is asked for after every target."""
+        return self.ending == "stop"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +102,7 @@ class ValueResult(Lookup):
     """Mean negative log-probability in nats per label and context, with the penalty on the essence, before each step
     and after the last."""
     probability: float
-    """Probability of the whole target (with its end, if asked for) given the change: geometric mean over contexts."""
+    """Probability of the whole target (with what is to follow it) given the change: geometric mean over contexts."""
     token_probability: float
     """Geometric mean of the probabilities of the target's tokens given the change, over tokens and contexts."""
     says_target: bool
@@ -126,6 +134,10 @@ class RequestValues:
     """"edited", "nothing to do" if the model gives the target already, or "failed: " and why."""
     results: tuple[ValueResult, ...] = ()
     """One result for each goal of the request; empty unless the status is "edited"."""
+    ending: tuple[int, ...] = ()
+    """Ids of what the model is to say after the target."""
+    ending_key: bool = False
+    """Whether the last token of the target has a key for the ending."""
 
     def save(self, path: str | Path) -> Path:
         """Write the values as a safetensors file and return the path."""
@@ -235,7 +247,7 @@ class _BatchSearch:
     def run(self, vlm: VisionLanguageModel, bar: tqdm) -> list[ValueResult]:
         """Return one result per goal; the bar advances with each."""
         with torch.no_grad():
-            options = {"end": self.settings.end_of_answer, "every": self.settings.answer_keys}
+            options = {"end": self.settings.stops, "every": self.settings.answer_keys}
             batch = target_batch(vlm, self.goals, self.token, **options)
             inputs = PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
             with watched(vlm, [(self.projection, self.place)]) as captured:
@@ -256,12 +268,13 @@ class _BatchSearch:
         if number is None:
             return
         goal, change, logs = self.goals[number], results[number].change, []
-        ending = end_ids(vlm) if self.settings.end_of_answer else ()
+        ending = end_ids(vlm) if self.settings.stops else ()
         for prompt in goal.prompts:
-            where = key_positions(prompt, self.token, end=bool(ending), every=self.settings.answer_keys)
+            ends = bool(ending) or goal.ending_key
+            where = key_positions(prompt, self.token, end=ends, every=self.settings.answer_keys)
             with patch(vlm, {self.place: partial(_moved, where=where, change=change)}):
                 logits = vlm.logits(prompt)[0, prompt_end(prompt) - 1 :].double().log_softmax(-1)
-            ids = (*prompt.answer_ids, *ending)
+            ids = (*prompt.answer_ids, *(ending or goal.ending))
             logs.append(logits[range(len(ids)), list(ids)].sum().item())
         least = math.log(torch.finfo(torch.float32).tiny)  # probabilities below this are 0 in the search
         own = max(sum(logs) / len(logs), least)
@@ -296,7 +309,7 @@ class _BatchSearch:
         for goal in self.goals:
             for prompt in (*goal.prompts, *goal.essence):
                 parts += [
-                    repr((prompt.answer_ids, prompt.groups)),
+                    repr((prompt.answer_ids, goal.ending, goal.ending_key, prompt.groups)),
                     *(prompt.inputs[name] for name in sorted(prompt.inputs)),
                 ]
         return digest(*parts)
