@@ -103,7 +103,10 @@ def plain_losses(
         ids = [*prompt.answer_ids, *([vlm.tokenizer.eos_token_id] if settings.stops else goal.ending)]
         logits = plain_logits(vlm, prompt, place, key_positions(prompt, token, **ends), change)
         first = prompt.positions("last")[0]
-        nll.append(-logits[first : first + len(ids)].log_softmax(-1)[torch.arange(len(ids)), ids].mean())
+        losses = -logits[first : first + len(ids)].log_softmax(-1)[torch.arange(len(ids)), ids]
+        if not settings.stops and goal.ending:
+            losses = torch.cat([losses[:-1], (losses[-1:] - math.log(2)).relu()])
+        nll.append(losses.mean())
     for prompt in goal.essence:
         positions = key_positions(prompt, token)[:1]
         now, was = (

@@ -10,6 +10,7 @@ from ...models import VisionLanguageModel
 from ..changes import Change, Delta, EditSession, History
 from ..moments import Moments
 from ..requests import EditError
+from ..siblings import Siblings
 from ..values import RequestValues
 from .session import ClosedFormSession
 from .settings import ClosedFormSettings
@@ -147,11 +148,13 @@ class ClosedFormEditor(ClosedFormSettings):
 class MultEdit(ClosedFormEditor):
     """MultEdit (arXiv 2406.04236): projections changed in closed form to give wanted values at keys.
 
-    One regularised least-squares solve meets all requests, and keeps the outputs at the keys of `preserve_prompts`
-    exactly. The defaults come from a sweep on a small model; `paper` has the published constants.
+    One regularised least-squares solve meets all requests, and keeps the outputs at the keys of `preserve_prompts` and
+    of siblings: the same question about other subjects, and other questions about the same one. `paper` has the
+    published constants.
     """
 
     earlier_weight: float | None = 1.0
+    siblings: Siblings | None = Siblings()
 
     @classmethod
     def paper(cls, *, layer: int = 2, token: str | int = "constraint_last", clamp: float | None = 1e-4) -> Self:
@@ -166,7 +169,7 @@ class MultEdit(ClosedFormEditor):
         norm of the layer. Unlike the released script this scores all target tokens rather than the first.
         """
         search = {"steps": 10, "learning_rate": 0.1, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.0}
-        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, ending="none", **search)
+        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, ending="none", siblings=None, **search)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ an n x n system after one factorisation of M, and none of M where C is absent: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..requests import EditError
 from ..values import Lookup
 from .cost import Cost, StackedCost
 
+_LEAST = 1e-3  # share of a squared key that counts as left, however close the kept keys are
 _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 
 
@@ -80,7 +81,8 @@ class Rows:
     residuals: list[Tensor]
     weights: list[float]
     names: list[str]
-    mean_square: float
+    edited: int
+    """Number of rows of the edit."""
 
     @classmethod
     def of(
@@ -100,7 +102,7 @@ class Rows:
             residuals=list(residuals),
             weights=[weight for keys in means for _ in keys],
             names=[name for name, keys in zip(names, means, strict=True) for _ in keys],
-            mean_square=torch.cat(means).double().square().sum(-1).mean().item(),
+            edited=sum(map(len, means)),
         )
 
     def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
@@ -114,6 +116,28 @@ class Rows:
             self.names += [name] * len(keys)
             if self.directions is not None:
                 self.directions.append(keys)
+
+    def ridge(self, fraction: float) -> float:
+        """Return a share of the mean squared norm of what the other rows leave of the edit's keys.
+
+        A kept key of weight w leaves of a key k what a ridge regression of k on the kept keys does not explain, with
+        the ridge fraction |k|^2 / w; an infinite weight leaves what is orthogonal to it. At least a thousandth counts.
+        """
+        own = torch.cat(self.directions or self.keys).double()[: self.edited]
+        whole = own.square().sum(-1).mean().item()
+        kept, weights = torch.cat(self.keys).double()[self.edited :], self.weights[self.edited :]
+        if not len(kept):
+            return fraction * whole
+        prices = fraction * whole / torch.tensor(weights, dtype=torch.float64, device=kept.device)
+        gram = kept @ kept.T
+        gram.diagonal().add_(prices + _EPSILON * len(kept) * gram.diagonal().max())
+        shadow = own @ kept.T
+        explained = (shadow * torch.linalg.solve(gram, shadow.T).T).sum(-1).mean().item()
+        return fraction * max(whole - explained, _LEAST * whole)
+
+    def with_weights(self, weights: Sequence[float]) -> Rows:
+        """Return these rows with other weights of those behind the edit's own."""
+        return replace(self, weights=[*self.weights[: self.edited], *weights])
 
     def problem(self) -> Problem:
         """Return the problem of all rows."""

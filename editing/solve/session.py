@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from ...data.facts import EditRequest, Question
 from ...models import Continuation, ExpertProjection, Projection, Site, VisionLanguageModel
@@ -33,6 +32,7 @@ from ..requests import (
     says_target,
     with_answers_seen,
 )
+from ..siblings import SiblingFinder
 from ..values import (
     Goals,
     Lookup,
@@ -43,15 +43,19 @@ from ..values import (
     ending_of,
     ends_by_itself,
     goals_of,
+    key_positions,
     lookups,
+    prompt_end,
     search_values,
 )
 from .cost import FACTS, Cost, EarlierKeys, StackedCost, facts_of
+from .kept import KeptKeys, KeptQuestion, kept_siblings, kept_weights, shares
 from .problem import Rows, check_contradictions, reduced, solve
 from .settings import ClosedFormSettings
 
 logger = logging.getLogger("multrace")
-_ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
+_ENOUGH = 0.5  # share of what a request asks for below which kept keys leave it too little
+_ROOM = 4  # kept siblings take at most one direction in so many of those of a key
 
 
 class ClosedFormSession(EditSession[Delta]):
@@ -76,6 +80,8 @@ class ClosedFormSession(EditSession[Delta]):
         self._choose, self._moments = choose, moments
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
+        self.siblings = SiblingFinder(vlm)
+        """Finds what requests are not to change, and remembers the names that the model gave."""
 
     def search(
         self,
@@ -249,6 +255,8 @@ class _Edit:
         self.goals: list[PlainGoal] = []
         self.owners: list[int] = []
         self.relaxed: set[str] = set()
+        self.kept: dict[int, dict[str, float]] = {}
+        """What is reported of each request's kept keys: the share left, their weight, the leak to others."""
         self.is_current = True
         """Whether the outputs in `results` are those of the model as it is now."""
 
@@ -264,7 +272,7 @@ class _Edit:
         # outputs that were looked up before other edits of the session are not those of now
         self.is_current = values is None or not self.session.is_changed
         self._take(self.search(check=True) if values is None else values)
-        kept = self._kept_goals() if self.goals else []
+        kept = self._kept_questions() if self.goals else []
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
@@ -333,7 +341,7 @@ class _Edit:
         firsts = [goals_of(self.requests[index], ending=ending)[0] for index, ending in found.items()]
         natural = ends_by_itself(self.vlm, Goals(self.vlm, firsts), self.token, rows_at_once=self.editor.rows_at_once)
         return {
-            index: {"ending": ending, "ending_key": not itself}
+            index: {} if itself else {"ending": ending, "ending_key": True}
             for (index, ending), itself in zip(found.items(), natural, strict=True)
         }
 
@@ -377,18 +385,65 @@ class _Edit:
             keys = [result.keys[0] for result in self.results]
             check_contradictions(keys, [self.requests[each] for each in self.owners])
 
-    def _kept_goals(self) -> list[tuple[str, PlainGoal]]:
-        """The questions whose answers stay, each once, with the answers the model gives now."""
-        questions: dict[str, Question] = {}
-        for owner in dict.fromkeys(self.owners):
-            questions |= {question.key: question for question in self.requests[owner].preserve_prompts}
-        asked = list(questions.values())
-        options = {"batch_size": self.editor.rows_at_once, "progress": self.progress}
-        answers = answers_where_finite(self.vlm, asked, **options) if asked else []
+    def _kept_questions(self) -> list[KeptQuestion]:
+        """The questions whose outputs stay, each once: those of the requests, then siblings."""
+        owners = list(dict.fromkeys(self.owners))
+        asked = {question.key: question for owner in owners for question in self.requests[owner].preserve_prompts}
+        kept = self._asked_for(list(asked.values()))
+        if self.editor.siblings is None:
+            return kept
+        requests = [self.requests[owner] for owner in owners]
+        sets = self.session.siblings.find(requests, self.editor.siblings)
+        room = max(1, self.projections[self.last].width // _ROOM - len(kept))
+        is_own_apart = self._is_last(requests[0].question)
+        siblings = kept_siblings(
+            dict(zip(owners, sets, strict=True)),
+            without=asked.keys(),
+            own=is_own_apart,
+            mean=self.editor.siblings.mean,
+            room=room,
+            has_token=self._has_token,
+        )
+        longest = max(len(result.keys) for result in self.results)
+        return kept + (siblings if longest == 1 else self._with_answers(siblings, longest))
+
+    def _with_answers(self, siblings: Sequence[KeptQuestion], tokens: int) -> list[KeptQuestion]:
+        """The siblings with as many tokens of their present answers as are edited."""
+        questions = [each.goal.questions[0] for each in siblings]
+        options = {"batch_size": self.editor.rows_at_once, "progress": self.progress, "max_new_tokens": tokens}
+        answers = answers_where_finite(self.vlm, questions, **options)
         return [
-            (f"{question.text!r} (kept as {answer!r})", PlainGoal(questions=(question,), target=answer or None))
-            for question, answer in zip(asked, answers, strict=True)
+            replace(each, goal=replace(each.goal, target=answer or None))
+            for each, answer in zip(siblings, answers, strict=True)
         ]
+
+    def _asked_for(self, questions: Sequence[Question]) -> list[KeptQuestion]:
+        """The questions that requests ask to keep; what the model answers matters at an answer's tokens alone."""
+        if not questions:
+            return []
+        if not self.editor.answer_keys or not self._is_last(questions[0]):
+            return [KeptQuestion(name=repr(each.text), goal=_bare(each)) for each in questions]
+        options = {"batch_size": self.editor.rows_at_once, "progress": self.progress}
+        answers = answers_where_finite(self.vlm, questions, **options)
+        return [
+            KeptQuestion(
+                name=f"{question.text!r} (kept as {answer!r})",
+                goal=PlainGoal(questions=(question,), target=answer or None),
+            )
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def _is_last(self, question: Question) -> bool:
+        """Whether the edited token is the last one of the question's prompt, after which answers begin."""
+        prompt = self.vlm.prompt_for(question)
+        return key_positions(prompt, self.token, end=False, every=False)[0] == prompt_end(prompt) - 1
+
+    def _has_token(self, question: Question) -> bool:
+        try:
+            key_positions(self.vlm.prompt_for(question), self.token, end=False, every=False)
+        except EditError:
+            return False
+        return True
 
     def _lookups(self, goals: Sequence[PlainGoal], layer: int) -> list[Lookup]:
         projection = self.projections[layer]
@@ -399,7 +454,7 @@ class _Edit:
             projection
         ]
 
-    def _change(self, layer: int, kept: Sequence[tuple[str, PlainGoal]]) -> WeightChange:
+    def _change(self, layer: int, kept: Sequence[KeptQuestion]) -> WeightChange:
         """The change of one layer's weight, given the model as it is with the layers below changed."""
         projection, editor = self.projections[layer], self.editor
         if not self.goals:
@@ -410,25 +465,65 @@ class _Edit:
         found = self.results if is_known else self._lookups(self.goals, layer)
         share = self.last - layer + 1
         residuals = [(wanted.values - now.before) / share for wanted, now in zip(self.results, found, strict=True)]
-        preserved = [(name, each.keys) for (name, _), each in zip(kept, self._kept_lookups(kept, layer), strict=True)]
+        keys = KeptKeys.of(kept, self._lookups([each.goal for each in kept], layer) if kept else [])
         kind = {"weight": editor.weight, "two_keys": editor.two_keys}
         rows = Rows.of([self.requests[owner].label for owner in self.owners], found, residuals, **kind)
-        rows.add(preserved, editor.preserve_weight)
-        cost = self._cost(layer, rows)
-        problem = rows.problem()
-        solution = solve(cost, problem)
-        self.relaxed |= set(solution.relaxed)
+        for part in (keys.asked, keys.siblings):
+            rows.add(part, float("inf"))
         owners = [owner for owner, each in zip(self.owners, found, strict=True) for _ in each.keys]
-        change = reduced(solution, problem, len(owners), owners)
-        self._check_shares(change, preserved)
+        change = self._solved(layer, rows, owners, keys)
+        for owner, share_left in shares(change).items():
+            report = self.kept.setdefault(owner, {})
+            report["share"] = min(share_left, float(report.get("share", 1.0)))
+            report |= keys.leaks(change, owner)
         return change
 
-    def _kept_lookups(self, kept: Sequence[tuple[str, PlainGoal]], layer: int) -> list[Lookup]:
-        return self._lookups([goal for _, goal in kept], layer) if kept else []
+    def _solved(self, layer: int, rows: Rows, owners: Sequence[int], keys: KeptKeys) -> WeightChange:
+        """The change with the kept keys at their weights, or at the largest ones that leave requests enough."""
+        weight = self.editor.preserve_weight
+        asked, others = (sum(int(own.any(-1).sum()) for _, own in part) for part in (keys.asked, keys.siblings))
+        tried = [(weight, weight)] if weight is not None else kept_weights(asked, others)
+        for number, (of_asked, of_others) in enumerate(tried):
+            weighted = rows.with_weights([of_asked] * asked + [of_others] * others)
+            problem = weighted.problem()
+            solution = solve(self._cost(layer, weighted), problem)
+            change = reduced(solution, problem, len(owners), owners)
+            least = min(shares(change).values(), default=1.0)
+            if least >= _ENOUGH or number == len(tried) - 1:
+                break
+        self.relaxed |= set(solution.relaxed)
+        if number:
+            logger.info(
+                "what is to stay would leave a request too little: siblings are kept with the weight %g, and what was "
+                "asked to be kept with the weight %g",
+                *(of_others, of_asked),
+            )
+            for owner in set(owners):
+                self.kept.setdefault(owner, {})["kept_weight"] = of_others if others else of_asked
+        self._warn_of_little(change, keys)
+        return change
+
+    def _warn_of_little(self, change: WeightChange, keys: KeptKeys) -> None:
+        """Warn of requests that what is to stay leaves little room for, and name what is nearest."""
+        kept = [*keys.asked, *keys.siblings]
+        if not kept:
+            return
+        stacked = torch.cat([own for _, own in kept]).double().cpu()
+        names = [name for name, own in kept for _ in own]
+        for owner, share in shares(change).items():
+            if share >= _ENOUGH:
+                continue
+            own = change.keys[change.owners == owner].double()
+            likeness = torch.nn.functional.cosine_similarity(own[:, None], stacked[None], dim=-1)
+            logger.warning(
+                "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
+                "a later layer tells them apart better, or pass a smaller preserve_weight",
+                *(100 * share, self.requests[owner].label, names[likeness.amax(0).argmax()]),
+            )
 
     def _cost(self, layer: int, rows: Rows) -> Cost | StackedCost:
         editor, projection = self.editor, self.projections[layer]
-        ridge = editor.ridge_fraction * rows.mean_square if editor.ridge is None else editor.ridge
+        ridge = rows.ridge(editor.ridge_fraction) if editor.ridge is None else editor.ridge
         facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
 
         def of(single: Projection) -> Cost:
@@ -446,32 +541,13 @@ class _Edit:
         ]
         return StackedCost(blocks=tuple(blocks))
 
-    def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
-        """Warns of requests that what is to stay leaves little room for, and names what is nearest."""
-        if not preserved:
-            return
-        residuals = change.residuals.double()
-        met = (change.moved(change.keys) * residuals).sum(-1)
-        kept = torch.cat([keys for _, keys in preserved]).double().cpu()
-        names = [name for name, keys in preserved for _ in keys]
-        for owner in change.owners.unique().tolist():
-            own = change.owners == owner
-            asked = residuals[own].square().sum().item()
-            if not asked or met[own].sum().item() >= _ENOUGH * asked:
-                continue
-            likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
-            logger.warning(
-                "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
-                "a later layer tells them apart better, or pass a finite preserve_weight",
-                *(100 * met[own].sum().item() / asked, self.requests[owner].label, names[likeness.amax(0).argmax()]),
-            )
-
     def _report(self, index: int) -> dict[str, str | float]:
         request, status = self.requests[index], self.statuses[index]
         report: dict[str, str | float] = {
             **request_text(request),
             FACTS: " ".join(facts_of(request)),
             "status": status,
+            **self.kept.get(index, {}),
         }
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
@@ -486,6 +562,10 @@ class _Edit:
                     *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report
+
+
+def _bare(question: Question) -> PlainGoal:
+    return PlainGoal(questions=(question,), target=None)
 
 
 def _by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:

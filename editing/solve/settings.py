@@ -9,6 +9,7 @@ from typing import Literal, Protocol, cast
 from ...models import ExpertProjection, ModelError, Projection, VisionLanguageModel
 from ..moments import Moments
 from ..requests import EditError
+from ..siblings import Siblings
 from ..values import ValueSettings
 from .cost import Cost, build_cost, null_space
 
@@ -48,12 +49,17 @@ class ClosedFormSettings(ValueSettings):
     are routed to. None is the expert that every token sees, or "routed" where there is none."""
     weight: float = 1.0
     """Weight of each edited key in the least-squares problem; inf meets what is asked there exactly."""
-    preserve_weight: float = float("inf")
-    """Weight of the keys of `preserve_prompts`, whose outputs are to stay; inf keeps them exactly."""
+    preserve_weight: float | None = None
+    """Weight of the keys whose outputs are to stay, those of `preserve_prompts` and of siblings; inf keeps them
+    exactly. None keeps them exactly where that leaves at least half of what each request asks for, and otherwise with
+    the largest weight that does, first of siblings and then of `preserve_prompts`."""
+    siblings: Siblings | None = None
+    """The questions whose outputs are to stay without being asked for; None for those of `preserve_prompts` alone."""
     earlier_weight: float | None = None
     """Weight of the keys of earlier edits of a session, whose outputs are to stay; None ignores them."""
     ridge_fraction: float = 0.02
-    """The ridge as a share of the mean squared norm of the edited keys, which varies by a factor of 25 over layers."""
+    """The ridge as a share of the mean squared norm of what the kept keys leave of the edited ones; the norm of keys
+    varies by a factor of 25 over layers."""
     ridge: float | None = None
     """The ridge in units of a squared key norm, in place of `ridge_fraction`."""
     moment_weight: float = 0.0

@@ -105,6 +105,8 @@ class TargetBatch:
     """(row, label), ids of the target's tokens and of what is to follow them."""
     label_mask: Tensor
     """(row, label), True for real labels."""
+    ending_mask: Tensor
+    """(row, label), True for labels that are the ending of a goal."""
 
     def rows(self, rows: Tensor) -> TargetBatch:
         """The batch of only some rows, (row,) indices in ascending order."""
@@ -152,7 +154,14 @@ def target_batch(
         label_columns=first[:, None] + counted + start - split,
         labels=labels,
         label_mask=label_mask,
+        ending_mask=_ending_mask(label_mask, [0 if ending else len(goals[index].ending) for index, _, _ in rows]),
     )
+
+
+def _ending_mask(label_mask: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(row, label), True for the last so many labels of each row that has a target."""
+    from_end = label_mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last label
+    return label_mask & (from_end <= torch.tensor(sizes)[:, None])
 
 
 def check_goals(

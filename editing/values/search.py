@@ -37,6 +37,8 @@ from .keys import (
 _SAME_RUN = {torch.float64: 1e-5, torch.float32: 2e-2}
 """Differences of log-probabilities, in shares of their size if that is above 1, that rounding can explain between a
 padded batch and single prompts; half in half precision."""
+_LIKELY = math.log(2)
+"""Negative log-probability in nats of what is as probable as all else together."""
 _LAYOUT, _BATCH_LAYOUT = "multrace values 2", "multrace batch of values 1"
 
 
@@ -100,7 +102,7 @@ class ValueResult(Lookup):
     """(key, hidden) float32, the change to add to the output, from the step with the lowest loss."""
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and context, with the penalty on the essence, before each step
-    and after the last."""
+    and after the last. Of an ending that log 2 counts which it lacks to being more probable than all else together."""
     probability: float
     """Probability of the whole target (with what is to follow it) given the change: geometric mean over contexts."""
     token_probability: float
@@ -350,12 +352,12 @@ class _Search:
         optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
         remaining = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
         for step in range(self.settings.steps + 1):
-            nll, essence = self._losses(remaining)
-            self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
+            nll, wanting, essence = self._losses(remaining)
+            self._note(wanting.detach() + essence.detach(), nll.detach(), step, bar)
             if not self.active.any() or step == self.settings.steps:
                 break
             rows = self.active[self.batch.goals]
-            loss = (nll + essence + self._decay())[self.active.to(nll.device)].sum()
+            loss = (wanting + essence + self._decay())[self.active.to(nll.device)].sum()
             (self.change.grad,) = torch.autograd.grad(loss, [self.change])
             self.change.grad[~self.active.to(self.change.device)] = 0
             optimiser.step()
@@ -366,24 +368,31 @@ class _Search:
         bar.update(int(self.active.sum()))
         return [self._result(goal) for goal in range(len(self.lookups))]
 
-    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean negative log-probability and penalty on the essence, (goal,) each; 0 for goals that left the batch."""
+    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean negative log-probability, the part of it that is wanting, and penalty on the essence, (goal,) each.
+
+        All are 0 for goals that left the batch. An ending that is more probable than all else together wants nothing.
+        """
         batch = self.batch
         with patch(self.upper.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
             logits = self.upper.logits()
         goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
         mask = batch.label_mask.to(logits)
         losses = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
-        per_row = (losses.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
+        losses, counts = losses.view_as(mask) * mask, mask.sum(-1).clamp(min=1)
+        wanting = torch.where(batch.ending_mask.to(mask.device), (losses - _LIKELY).relu(), losses)
+        nll, wanting = (
+            _mean_per_goal((each.sum(-1) / counts)[~bare], goals[~bare], len(self.lookups))
+            for each in (losses, wanting)
+        )
         missed = ((logits.argmax(-1) != batch.labels.to(logits.device)) & (mask > 0)).any(-1)
         self.is_first = _mean_per_goal(missed[~bare].float(), goals[~bare], len(self.lookups)).cpu() == 0
         if not bool(bare.any()):
-            return nll, torch.zeros_like(nll)
+            return nll, wanting, torch.zeros_like(nll)
         now = logits[bare, 0].log_softmax(-1)
         was = self.essence[self.essence_of[remaining][batch.essence].to(logits.device)]
         divergence = (now.exp() * (now - was)).sum(-1)
-        return nll, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
+        return nll, wanting, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
 
     def _decay(self) -> Tensor:
         squared = self.change.square().sum((1, 2))

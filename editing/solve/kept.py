@@ -1,0 +1,140 @@
+"""Keys whose outputs stay: those that requests ask to keep and those of siblings, and what an edit leaks to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...data.facts import Question
+from ..changes import WeightChange
+from ..siblings import SiblingSet
+from ..values import Lookup, PlainGoal
+
+_INF = float("inf")
+_LOWER = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
+"""Weights that are tried where exact constraints leave a request too little."""
+_HELD_OUT = 4
+"""One sibling in so many is not kept: the change at its key says what unseen siblings will see."""
+OTHERS, OWN = "leak", "leak_own"
+"""Entries of a request's report: the leak to the same question about others, and to others about the same subject."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptQuestion:
+    """A question whose output is to stay."""
+
+    name: str
+    """What messages call it."""
+    goal: PlainGoal
+    """Its prompt, with the present answer where an answer's tokens are edited."""
+    owner: int | None = None
+    """The request whose sibling it is; None for a question that a request asks to keep."""
+    kind: str = ""
+    """Of a sibling: OTHERS or OWN."""
+    held_out: bool = False
+    """Whether it only measures the leak, and is not kept."""
+    averaged: bool = False
+    """Whether the mean key of its request's siblings of this kind is kept in place of each."""
+
+
+def kept_siblings(
+    sets: Mapping[int, SiblingSet],
+    *,
+    without: Collection[str],
+    own: bool,
+    mean: bool,
+    room: int,
+    has_token: Callable[[Question], bool],
+) -> list[KeptQuestion]:
+    """Return the siblings of requests as kept questions, each question once.
+
+    Args:
+        sets: The siblings of each request by its index.
+        without: Keys of questions that are kept anyway.
+        own: Whether other questions about the same subject are kept, too. Their keys at the subject itself are nearly
+            the request's own.
+        mean: Whether mean keys are kept.
+        room: Maximum number of keys to keep: beyond it, mean keys are kept instead.
+        has_token: Whether a question has the edited token.
+    """
+    seen, found = set(without), []
+    for owner, each in sets.items():
+        for kind, questions in ((OTHERS, each.others), (OWN, each.own if own else ())):
+            usable = [question for question in questions if has_token(question)]
+            for number, question in enumerate(usable):
+                if question.key not in seen:
+                    seen.add(question.key)
+                    is_held_out = number % _HELD_OUT == _HELD_OUT - 1
+                    goal = PlainGoal(questions=(question,), target=None)
+                    shape = {"owner": owner, "kind": kind, "held_out": is_held_out}
+                    found.append(KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape))
+    if not mean and sum(not each.held_out for each in found) > room:
+        return kept_siblings(sets, without=without, own=own, mean=True, room=room, has_token=has_token)
+    return found
+
+
+def kept_weights(asked: int, siblings: int) -> list[tuple[float, float]]:
+    """Return the weights to try, those of questions to keep and those of siblings, the most exact first."""
+    lower = [(_INF, weight) for weight in _LOWER] if siblings else []
+    last = lower[-1][1] if lower else _INF
+    return [(_INF, _INF), *lower, *([(weight, last) for weight in _LOWER] if asked else [])]
+
+
+def shares(change: WeightChange) -> dict[int, float]:
+    """Return how much of what it asks for the change gives each request, by its index: 1 for all of it."""
+    residuals = change.residuals.double()
+    met = (change.moved(change.keys) * residuals).sum(-1)
+    asked = residuals.square().sum(-1)
+    owners = [owner for owner in change.owners.unique().tolist() if asked[change.owners == owner].sum() > 0]
+    return {owner: (met[change.owners == owner].sum() / asked[change.owners == owner].sum()).item() for owner in owners}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptKeys:
+    """The keys of kept questions in one layer."""
+
+    asked: list[tuple[str, Tensor]]
+    """Name and keys (key, width) of each question that requests ask to keep."""
+    siblings: list[tuple[str, Tensor]]
+    """Name and keys of each sibling, or of their means."""
+    held_out: Mapping[tuple[int, str], Tensor]
+    """Request and kind of siblings -> keys (sibling, width) that are not kept."""
+
+    @classmethod
+    def of(cls, kept: Sequence[KeptQuestion], found: Sequence[Lookup]) -> KeptKeys:
+        """Return the keys of these questions, from one lookup for each."""
+        asked, siblings = [], []
+        groups: dict[tuple[int, str, bool], list[Tensor]] = {}
+        held: dict[tuple[int, str], list[Tensor]] = {}
+        for question, lookup in zip(kept, found, strict=True):
+            if question.owner is None:
+                asked.append((question.name, lookup.keys))
+            elif question.held_out:
+                held.setdefault((question.owner, question.kind), []).append(lookup.keys[:1])
+            elif question.averaged:
+                for is_first, keys in ((True, lookup.keys[:1]), (False, lookup.keys[1:])):
+                    groups.setdefault((question.owner, question.kind, is_first), []).append(keys)
+            else:
+                siblings.append((question.name, lookup.keys))
+        means = [
+            (f"the mean of {len(keys)} siblings", torch.cat(keys).mean(0, keepdim=True)) for keys in groups.values()
+        ]
+        return cls(
+            asked=asked, siblings=siblings + means, held_out={group: torch.cat(keys) for group, keys in held.items()}
+        )
+
+    def leaks(self, change: WeightChange, owner: int) -> dict[str, float]:
+        """Return how much of a request's change reaches its siblings that are not kept, by kind of siblings.
+
+        It is the mean length of the change of output there, as a share of that at the request's own first key.
+        """
+        first = change.residuals.double()[change.owners == owner][:1]
+        size = first.norm().item()
+        return {
+            kind: change.moved(keys.cpu()).norm(dim=-1).mean().item() / size
+            for (own, kind), keys in self.held_out.items()
+            if own == owner and size
+        }
