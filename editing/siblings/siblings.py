@@ -80,14 +80,18 @@ class SiblingFinder:
         self.vlm = vlm
         self._names: dict[tuple[str, str], tuple[str, ...]] = {}
 
-    def find(self, requests: Sequence[EditRequest], settings: Siblings) -> tuple[SiblingSet, ...]:
+    def find(
+        self, requests: Sequence[EditRequest], settings: Siblings, *, only: Sequence[int] | None = None
+    ) -> tuple[SiblingSet, ...]:
         """Return the siblings of each request; no question that is to change for any of them is among them.
 
         The model is run to name other subjects, and once for each other question about the same subject.
+
+        only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects alone.
         """
         edited = {question.key for request in requests for question in edited_questions(request)}
         found = []
-        for request in requests:
+        for request in requests if only is None else [requests[index] for index in only]:
             others = [question for question in self._others(request, requests, settings) if question.key not in edited]
             own = [question for question in self._own(request, requests, settings) if question.key not in edited]
             own = self._without_wordings(request, own[: 2 * settings.own])
