@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...data.facts import EditRequest, Question
 from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
-from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
+from ..changes import AppliedDelta, Delta, EditSession, History, HistoryEntry, WeightChange, held, write
 from ..moments import Moments
 from ..requests import (
     EDITED,
@@ -42,7 +42,10 @@ from ..values import (
     lookups,
     search_values,
 )
-from .cost import FACTS, Cost, EarlierKeys, StackedCost, facts_of
+from .anchor import ANCHOR, NORM, PLACE, NormAnchors, anchored, too_large
+from .cost import Cost, StackedCost
+from .earlier import FACTS, EarlierKeys, facts_of
+from .limits import check_limits, weight_norm
 from .problem import Rows, check_contradictions, reduced, solve
 from .settings import ClosedFormSettings
 
@@ -53,8 +56,9 @@ _ENOUGH = 0.5  # share of what a request asks for below which preserved keys lea
 class ClosedFormSession(EditSession[Delta]):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
-    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits
-    (`EarlierKeys`), the hashes of the weights that it wrote, and the history, to which each edit is added.
+    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits and its inverse
+    (`EarlierKeys`), the norm anchor of each layer, the norm of each weight before the first edit, the hashes of the
+    weights that it wrote, and the history, to which each edit is added.
     """
 
     def __init__(
@@ -70,8 +74,13 @@ class ClosedFormSession(EditSession[Delta]):
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
+        self.anchors = NormAnchors()
+        """The norm anchors of the layers, which `norm_anchor="pilot"` takes."""
         self._keys = EarlierKeys()
-        self._costs: dict[tuple[object, ...], Cost] = {}
+        self._costs: dict[tuple[object, ...], tuple[int, Cost]] = {}
+        """With the number of times that the null space was taken."""
+        self._norms: dict[str, float] = {}
+        """The norm of each edited weight before the first edit."""
 
     def search(
         self,
@@ -98,6 +107,30 @@ class ClosedFormSession(EditSession[Delta]):
         with self.vlm.gradients():
             edit = _Edit(self, self._choose(requests), requests, progress=progress)
             return edit.search(check=check, checkpoint=checkpoint)
+
+    def measure_anchor(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        values: Sequence[RequestValues] | None = None,
+        progress: bool = False,
+    ) -> float:
+        """Return the norm anchor of pilot requests in the model as it is now, and keep it for `norm_anchor="pilot"`.
+
+        Nothing is edited. Measured before the first edit, it spares the stream its pilot edits.
+
+        Args:
+            requests: The pilot: facts such as those that will be edited.
+            values: What `search` found for each of them; None to search now.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: As `search`, or if no request has values.
+        """
+        requests = listed_requests(requests)
+        with self.vlm.gradients():
+            edit = _Edit(self, self._choose(requests), requests, progress=progress)
+            return self.anchors.set(edit.place_name, edit.wanted_norms(values))
 
     def check(self, request: EditRequest) -> None:
         """Raise the error that an edit of a request would raise because of its prompts, without running the model.
@@ -150,13 +183,14 @@ class ClosedFormSession(EditSession[Delta]):
         """
         handle = self._open_handle()
         delta = self.propose(requests, values=values, progress=progress)
+        self._note_norms(delta.changes)
         own = self._put_in(handle, delta)
         try:
             self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
         except BaseException:
             uninterrupted(own.restore)
             raise
-        self._keys.follow(self.history.entries[-1], delta)
+        self._follow(self.history.entries[-1], delta)
         _give_back_memory()
         return delta
 
@@ -166,28 +200,39 @@ class ClosedFormSession(EditSession[Delta]):
             for name, own in change.changes.items():
                 if own.rank:  # a Gram matrix is made when it is first needed, and its bits depend on when that was
                     self._keys.gram(self.vlm.weight(name), name, set())
+        self._note_norms(change.changes)
         super().adopt(requests, change)
         self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
-        self._keys.follow(self.history.entries[-1], change)
+        self._follow(self.history.entries[-1], change)
         _give_back_memory()
 
     def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
-        """Return the cost of a weight, factorised once for all edits that have the same ridge."""
-        key = (projection.name, editor.moment_weight, editor.moment_kind, editor.null_threshold, editor.refined)
-        cost = self._costs.get(key)
-        if cost is None:
-            cost = editor.cost(layer, projection, self._moments, ridge)
+        """Return the cost of a weight, factorised once for all edits that have the same ridge and null space."""
+        null_space = (editor.null_threshold, editor.null_share, editor.null_refresh, editor.null_moment_weight)
+        key = (projection.name, editor.moment_weight, editor.moment_kind, *null_space, editor.refined)
+        taken = 0 if editor.null_refresh is None else self._keys.edits // editor.null_refresh
+        before, cost = self._costs.get(key, (-1, None))
+        if cost is None or before != taken:
+            edited = self._edited_moment(projection.name, taken * (editor.null_refresh or 0))
+            cost = editor.cost(layer, projection, self._moments, ridge, edited=edited)
         elif cost.ridge != ridge:
             cost = replace(cost, ridge=ridge)
-        self._costs[key] = cost
+        self._costs[key] = taken, cost
         return cost
+
+    def _edited_moment(self, name: str, edits: int) -> Tensor | None:
+        return self._keys.mean(self.vlm.weight(name), name, edits) if edits else None
 
     def holding(self, cost: Cost, editor: ClosedFormSettings, name: str, facts: Set[str]) -> Cost:
         """Return the cost of a weight with the outputs of earlier edits held, save for those of facts edited again."""
         if editor.earlier_weight is None:
             return cost
-        gram = self._keys.gram(self.vlm.weight(name), name, facts)
-        return cost if gram is None else cost.holding(gram, editor.earlier_weight)
+        return self._keys.held(cost, editor.earlier_weight, self.vlm.weight(name), name, facts)
+
+    def check_limits(self, editor: ClosedFormSettings, changes: Mapping[str, WeightChange]) -> None:
+        """Raise `EditError` if changes are larger, or let their weights grow further, than the editor allows."""
+        for name, change in changes.items():
+            check_limits(self.vlm, name, change, editor, start=self._norms.get(name))
 
     @property
     def is_changed(self) -> bool:
@@ -208,14 +253,25 @@ class ClosedFormSession(EditSession[Delta]):
         if not self.history.names:
             self.history.check_base(self.vlm)
             return
+        self._note_norms(name for entry in self.history.entries for name in entry.fingerprints)
         self.history.put_in(handle)
         for entry in self.history.entries:
             if entry.dropped is None:
-                self._keys.follow(entry)
+                self._follow(entry)
 
     def _end(self) -> None:
         super()._end()
-        self._keys = EarlierKeys()
+        self._keys, self._norms, self.anchors = EarlierKeys(), {}, NormAnchors()
+
+    def _follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
+        """Take note of an edit that is now in the model."""
+        self._keys.follow(entry, delta)
+        self.anchors.follow(entry.requests)
+
+    def _note_norms(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._norms:
+                self._norms[name] = weight_norm(self.vlm, name)
 
     def _free_name(self) -> str:
         taken = {entry.name for entry in self.history.entries}
@@ -247,11 +303,19 @@ class _Edit:
         self.relaxed: set[str] = set()
         self.is_current = True
         """Whether the outputs in `results` are those of the model as it is now."""
+        self.norms: dict[int, float] = {}
+        """Request -> mean norm of its wanted outputs, where the editor has a norm anchor."""
+        self.anchor: float | None = None
 
     @property
     def value_place(self) -> Projection | Site:
         """Where the wanted value is put: the output of the one projection, or of the last of several layers."""
         return self.projections[self.last] if len(self.projections) == 1 else Site("hidden", self.last)
+
+    @property
+    def place_name(self) -> str:
+        """Name of the projection whose wanted outputs have an anchor, that of the last layer."""
+        return self.projections[self.last].name
 
     def run(self, values: Sequence[RequestValues] | None = None) -> Delta:
         """Return the change that puts these values, or those of a new search, at the keys of the requests."""
@@ -260,11 +324,14 @@ class _Edit:
         # outputs that were looked up before other edits of the session are not those of now
         self.is_current = values is None or not self.session.is_changed
         self._take(self.search(check=True) if values is None else values)
+        if self.editor.norm_anchor is not None and self.goals:
+            self._scale_to_anchor()
         kept = self._kept_goals() if self.goals else []
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
                 own = _by_weight(projection, self._change(layer, kept))
+                self.session.check_limits(self.editor, own)
                 changes |= own
                 for name, change in own.items():
                     if layer < self.last and change.rank:
@@ -350,12 +417,59 @@ class _Edit:
             self.goals += goals
             self.owners += [index] * len(goals)
             self.results += own.on(device).results
-        if not self.goals and set(self.statuses) != {NOTHING_TO_DO}:
-            reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
-            raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
+        self._check_left()
         if len({self.requests[owner].target for owner in self.owners}) > 1:
             keys = [result.keys[0] for result in self.results]
             check_contradictions(keys, [self.requests[each] for each in self.owners])
+
+    def _check_left(self) -> None:
+        """Raises `EditError` if every request that has something to do failed."""
+        if not self.goals and set(self.statuses) != {NOTHING_TO_DO}:
+            reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
+            raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
+
+    def wanted_norms(self, values: Sequence[RequestValues] | None) -> list[float]:
+        """Return the mean norm of the wanted outputs of each request that has any."""
+        self.is_current = values is None or not self.session.is_changed
+        self._take(self.search() if values is None else values)
+        if not self.goals:
+            raise EditError("the model gives all targets already, so no norm can be measured; pass other requests")
+        return [*self._norms_by_request(self._wanted_outputs()).values()]
+
+    def _wanted_outputs(self) -> list[Tensor]:
+        """What the last projection is to put out at the keys of each goal, (key, hidden).
+
+        Where the value is that of the whole layer, the projection has to give what it gives now and the change.
+        """
+        if len(self.projections) == 1:
+            return [result.values for result in self.results]
+        now = self._lookups(self.goals, self.last, self.projections[self.last])
+        return [each.before + result.change for each, result in zip(now, self.results, strict=True)]
+
+    def _norms_by_request(self, outputs: Sequence[Tensor]) -> dict[int, float]:
+        norms: dict[int, list[float]] = {}
+        for owner, wanted in zip(self.owners, outputs, strict=True):
+            norms.setdefault(owner, []).extend(wanted.norm(dim=-1).tolist())
+        return {owner: sum(own) / len(own) for owner, own in norms.items()}
+
+    def _scale_to_anchor(self) -> None:
+        """Scale the wanted outputs to the norm anchor; a request that asks for far more than it fails."""
+        outputs = self._wanted_outputs()
+        self.norms = self._norms_by_request(outputs)
+        self.anchor = anchor = self.session.anchors.of(self.editor, self.place_name)
+        if anchor is None:
+            return
+        for owner, wanted in zip(self.owners, outputs, strict=True):
+            if reason := too_large(wanted, anchor):
+                self.statuses[owner] = f"{FAILED}: {reason}"
+        left = [number for number, owner in enumerate(self.owners) if self.statuses[owner] == EDITED]
+        scaled = [anchored(outputs[number], anchor) - outputs[number] for number in left]
+        self.results = [
+            replace(self.results[number], change=self.results[number].change + more)
+            for number, more in zip(left, scaled, strict=True)
+        ]
+        self.goals, self.owners = [self.goals[number] for number in left], [self.owners[number] for number in left]
+        self._check_left()
 
     def _kept_goals(self) -> list[tuple[str, PlainGoal]]:
         """The questions whose answers stay, each once, with the answers the model gives now."""
@@ -370,11 +484,11 @@ class _Edit:
             for question, answer in zip(asked, answers, strict=True)
         ]
 
-    def _lookups(self, goals: Sequence[PlainGoal], layer: int) -> list[Lookup]:
+    def _lookups(self, goals: Sequence[PlainGoal], layer: int, at: Projection | None = None) -> list[Lookup]:
         projection = self.projections[layer]
         ends = {"end": self.editor.end_of_answer, "every": self.editor.answer_keys}
         rows = self.editor.rows_at_once
-        place = self.value_place
+        place = self.value_place if at is None else at
         return lookups(self.vlm, Goals(self.vlm, goals), self.token, [(projection, place)], rows_at_once=rows, **ends)[
             projection
         ]
@@ -453,6 +567,9 @@ class _Edit:
             FACTS: " ".join(facts_of(request)),
             "status": status,
         }
+        if self.statuses[index] == EDITED and index in self.norms:
+            report |= {PLACE: self.place_name, NORM: self.norms[index]}
+            report |= {} if self.anchor is None else {ANCHOR: self.anchor}
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
