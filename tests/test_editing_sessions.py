@@ -32,7 +32,8 @@ from multrace.editing import (
 from multrace.editing.changes import HistoryEntry
 from multrace.editing.requests import with_answers_seen
 from multrace.editing.solve import Cost, Problem, build_cost, null_space, solve
-from multrace.editing.solve.session import EarlierKeys, _Edit
+from multrace.editing.solve.earlier import EarlierKeys
+from multrace.editing.solve.session import _Edit
 from multrace.models import Site, VisionLanguageModel, capture, load, patch
 from PIL import Image
 from torch import Tensor
@@ -161,7 +162,7 @@ def test_each_edit_of_a_session_costs_the_same(double, tmp_path, monkeypatch):
         for index in range(6):
             counts.append(0)
             session.edit([EditRequest(question=question_of(index), target="Pruro")])
-            kept.append(sum(gram.numel() for gram in session._keys._grams.values()))
+            kept.append(sum(gram.numel() for gram in session.shared.keys._grams.values()))
         assert not any(isinstance(entry.source, Delta) for entry in session.history.entries)
     width = double.down_projection(5).width
     assert counts[2:] == [counts[2]] * 4 and counts[1] > counts[0]
@@ -264,7 +265,7 @@ def test_the_keys_of_a_fact_edited_again_leave_the_gram_matrix(double):
     with MultEdit(layer=5, steps=3).start(double) as session:
         old, other = (session.edit([request_of(index)]) for index in (0, 1))
         new = session.edit([request_of(0, "Pruro Raner")])
-        gram = session._keys.gram(double.weight(name), name, set())
+        gram = session.shared.keys.gram(double.weight(name), name, set())
     keys = {delta: delta.changes[name].keys.double() for delta in (old, other, new)}
     expected = keys[other].T @ keys[other] + keys[new].T @ keys[new]
     assert (gram - expected).norm() < 1e-12 * expected.norm()

@@ -7,16 +7,17 @@ Source: NAS, arXiv 2602.02543.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..values import ValueResult
 from .settings import ClosedFormSettings
 
 _DROPPED = 0.05  # share of the largest norms of a pilot that are left out of its mean
 _LARGEST = 2.0  # times the anchor: a larger wanted output fails
-NORM, ANCHOR, PLACE = "value_norm", "norm_anchor", "norm_place"
-"""Entries of a request's text: mean norm of its wanted outputs, the anchor that they were scaled to, and the weight."""
+_NORM, _ANCHOR, _PLACE = "value_norm", "norm_anchor", "norm_place"  # entries of the report of a request
 
 
 def anchor_norm(norms: Sequence[float]) -> float:
@@ -31,21 +32,47 @@ def anchor_norm(norms: Sequence[float]) -> float:
     return sum(left) / len(left)
 
 
-def anchored(outputs: Tensor, anchor: float) -> Tensor:
-    """Return wanted outputs (key, hidden) of a module at the norm of the anchor; one of zero stays."""
-    norms = outputs.norm(dim=-1, keepdim=True)
-    return outputs * torch.where(norms > 0, anchor / norms, 1.0)
+def norms_by_request(outputs: Sequence[Tensor], owners: Sequence[int]) -> dict[int, float]:
+    """Return the mean norm of the wanted outputs (key, hidden) of each request; owners: the request of each goal."""
+    norms: dict[int, list[float]] = {}
+    for owner, wanted in zip(owners, outputs, strict=True):
+        norms.setdefault(owner, []).extend(wanted.norm(dim=-1).tolist())
+    return {owner: sum(own) / len(own) for owner, own in norms.items()}
 
 
-def too_large(outputs: Tensor, anchor: float) -> str:
-    """Return why wanted outputs (key, hidden) are too large for an anchor; nothing if they are not."""
-    largest = outputs.norm(dim=-1).max().item()
-    if largest <= _LARGEST * anchor:
-        return ""
-    return (
-        f"the wanted output has a norm of {largest:.4g}, more than {_LARGEST:g} times the norm anchor of {anchor:.4g}; "
-        "lower clamp, or edit without norm_anchor"
-    )
+def too_large(outputs: Sequence[Tensor], owners: Sequence[int], anchor: float) -> dict[int, str]:
+    """Return the requests one of whose wanted outputs (key, hidden) is too large for an anchor, and why."""
+    reasons: dict[int, str] = {}
+    for owner, wanted in zip(owners, outputs, strict=True):
+        largest = wanted.norm(dim=-1).max().item()
+        if not largest <= _LARGEST * anchor:
+            reasons[owner] = (
+                f"a wanted output has a norm of {largest:.4g}, more than {_LARGEST:g} times the norm anchor of "
+                f"{anchor:.4g}; lower clamp, or edit without norm_anchor"
+            )
+    return reasons
+
+
+def anchored_result(result: ValueResult, wanted: Tensor, anchor: float) -> ValueResult:
+    """Return the result of a search with its wanted outputs (key, hidden) at the norm of the anchor.
+
+    wanted: what the module is to put out; an output of zero stays.
+    """
+    norms = wanted.norm(dim=-1, keepdim=True)
+    scaled = wanted * torch.where(norms > 0, anchor / norms, 1.0)
+    return replace(result, change=result.change + (scaled - wanted))
+
+
+def anchor_report(name: str, norm: float, anchor: float | None) -> dict[str, str | float]:
+    """Return what the report of a request says of its wanted outputs, from which `NormAnchors.follow` goes on.
+
+    Args:
+        name: Name of the weight whose outputs they are.
+        norm: Their mean norm as the search found them.
+        anchor: The norm that they were scaled to; None if they were not.
+    """
+    own: dict[str, str | float] = {_PLACE: name, _NORM: norm}
+    return own if anchor is None else own | {_ANCHOR: anchor}
 
 
 class NormAnchors:
@@ -63,10 +90,10 @@ class NormAnchors:
     def follow(self, reports: Sequence[Mapping[str, str | float]]) -> None:
         """Take note of the requests of an edit that is now in the model."""
         for report in reports:
-            if ANCHOR in report:
-                self._anchors[str(report[PLACE])] = float(report[ANCHOR])
-            elif NORM in report:
-                self._norms.setdefault(str(report[PLACE]), []).append(float(report[NORM]))
+            if _ANCHOR in report:
+                self._anchors[str(report[_PLACE])] = float(report[_ANCHOR])
+            elif _NORM in report:
+                self._norms.setdefault(str(report[_PLACE]), []).append(float(report[_NORM]))
 
     def set(self, name: str, norms: Sequence[float]) -> float:
         """Make the mean of these norms the anchor of a layer, and return it."""

@@ -15,18 +15,22 @@ an n x n system after one factorisation of M, and none of M where C is absent: t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest
+from ...models import Projection
 from ..changes import WeightChange
 from ..requests import EditError
 from ..values import Lookup
 from .cost import Cost, StackedCost
 
+logger = logging.getLogger("multrace")
+_ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
 _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 
 
@@ -240,6 +244,71 @@ def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[i
     return WeightChange(
         **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
     )
+
+
+def changes_by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
+    """Return the change of each weight of a projection by name, with the keys that the weight reads.
+
+    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
+    leaves undone as its part of the key's squared length.
+    """
+    if len(projection.slices) == 1:
+        return {projection.name: change}
+    undone = change.residuals.double() - change.moved(change.keys)
+    squared = change.keys.double().square()
+    changes: dict[str, WeightChange] = {}
+    for name, columns in projection.slices.items():
+        reads = change.right[:, columns].any(-1)
+        if not reads.any() and (change.rank or changes):
+            continue
+        own = change.only(reads)
+        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
+        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
+        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
+    return changes
+
+
+def unrouted(projection: Projection, lookups: Iterable[tuple[int, Lookup]]) -> dict[int, str]:
+    """Return the requests some of whose edited tokens do not go to the one expert that is edited, and which do not.
+
+    lookups: the request of each goal, and what was looked up for the goal.
+    """
+    reasons: dict[int, str] = {}
+    for owner, lookup in lookups:
+        if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
+            reasons[owner] = (
+                f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
+                f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
+                "(vlm.routing shows them)"
+            )
+    return reasons
+
+
+def warn_of_crowding(change: WeightChange, preserved: Sequence[tuple[str, Tensor]], labels: Sequence[str]) -> None:
+    """Log requests that what is to stay leaves less than half of what they ask for, and name what is nearest.
+
+    Args:
+        change: The change, with all its keys.
+        preserved: The name and the keys (key, width) of each prompt whose answer is to stay.
+        labels: The name of each request.
+    """
+    if not preserved:
+        return
+    residuals = change.residuals.double()
+    met = (change.moved(change.keys) * residuals).sum(-1)
+    kept = torch.cat([keys for _, keys in preserved]).double().cpu()
+    names = [name for name, keys in preserved for _ in keys]
+    for owner in change.owners.unique().tolist():
+        own = change.owners == owner
+        asked = residuals[own].square().sum().item()
+        if not asked or met[own].sum().item() >= _ENOUGH * asked:
+            continue
+        likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
+        logger.warning(
+            "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
+            "a later layer tells them apart better, or pass a finite preserve_weight",
+            *(100 * met[own].sum().item() / asked, labels[owner], names[likeness.amax(0).argmax()]),
+        )
 
 
 def _system(cost: Cost | StackedCost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

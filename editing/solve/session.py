@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest, Question
-from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
+from ...models import ExpertProjection, ModelError, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
-from ..changes import AppliedDelta, Delta, EditSession, History, HistoryEntry, WeightChange, held, write
+from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
 from ..moments import Moments
 from ..requests import (
     EDITED,
@@ -42,23 +41,20 @@ from ..values import (
     lookups,
     search_values,
 )
-from .anchor import ANCHOR, NORM, PLACE, NormAnchors, anchored, too_large
+from .anchor import anchor_report, anchored_result, norms_by_request, too_large
 from .cost import Cost, StackedCost
-from .earlier import FACTS, EarlierKeys, facts_of
-from .limits import check_limits, weight_norm
-from .problem import Rows, check_contradictions, reduced, solve
+from .earlier import FACTS, facts_of
+from .problem import Rows, changes_by_weight, check_contradictions, reduced, solve, unrouted, warn_of_crowding
 from .settings import ClosedFormSettings
+from .shared import Shared
 
 logger = logging.getLogger("multrace")
-_ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
 
 
 class ClosedFormSession(EditSession[Delta]):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
-    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits and its inverse
-    (`EarlierKeys`), the norm anchor of each layer, the norm of each weight before the first edit, the hashes of the
-    weights that it wrote, and the history, to which each edit is added.
+    That is what `Shared` has, the hashes of the weights that it wrote, and the history, to which each edit is added.
     """
 
     def __init__(
@@ -74,13 +70,7 @@ class ClosedFormSession(EditSession[Delta]):
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
-        self.anchors = NormAnchors()
-        """The norm anchors of the layers, which `norm_anchor="pilot"` takes."""
-        self._keys = EarlierKeys()
-        self._costs: dict[tuple[object, ...], tuple[int, Cost]] = {}
-        """With the number of times that the null space was taken."""
-        self._norms: dict[str, float] = {}
-        """The norm of each edited weight before the first edit."""
+        self.shared = Shared(vlm, moments)
 
     def search(
         self,
@@ -130,7 +120,7 @@ class ClosedFormSession(EditSession[Delta]):
         requests = listed_requests(requests)
         with self.vlm.gradients():
             edit = _Edit(self, self._choose(requests), requests, progress=progress)
-            return self.anchors.set(edit.place_name, edit.wanted_norms(values))
+            return self.shared.anchors.set(edit.place_name, edit.wanted_norms(values))
 
     def check(self, request: EditRequest) -> None:
         """Raise the error that an edit of a request would raise because of its prompts, without running the model.
@@ -183,14 +173,14 @@ class ClosedFormSession(EditSession[Delta]):
         """
         handle = self._open_handle()
         delta = self.propose(requests, values=values, progress=progress)
-        self._note_norms(delta.changes)
+        self.shared.note_norms(delta.changes)
         own = self._put_in(handle, delta)
         try:
             self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
         except BaseException:
             uninterrupted(own.restore)
             raise
-        self._follow(self.history.entries[-1], delta)
+        self.shared.follow(self.history.entries[-1], delta)
         _give_back_memory()
         return delta
 
@@ -199,40 +189,12 @@ class ClosedFormSession(EditSession[Delta]):
         if self._choose(requests).earlier_weight is not None:
             for name, own in change.changes.items():
                 if own.rank:  # a Gram matrix is made when it is first needed, and its bits depend on when that was
-                    self._keys.gram(self.vlm.weight(name), name, set())
-        self._note_norms(change.changes)
+                    self.shared.keys.gram(self.vlm.weight(name), name, set())
+        self.shared.note_norms(change.changes)
         super().adopt(requests, change)
         self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
-        self._follow(self.history.entries[-1], change)
+        self.shared.follow(self.history.entries[-1], change)
         _give_back_memory()
-
-    def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
-        """Return the cost of a weight, factorised once for all edits that have the same ridge and null space."""
-        null_space = (editor.null_threshold, editor.null_share, editor.null_refresh, editor.null_moment_weight)
-        key = (projection.name, editor.moment_weight, editor.moment_kind, *null_space, editor.refined)
-        taken = 0 if editor.null_refresh is None else self._keys.edits // editor.null_refresh
-        before, cost = self._costs.get(key, (-1, None))
-        if cost is None or before != taken:
-            edited = self._edited_moment(projection.name, taken * (editor.null_refresh or 0))
-            cost = editor.cost(layer, projection, self._moments, ridge, edited=edited)
-        elif cost.ridge != ridge:
-            cost = replace(cost, ridge=ridge)
-        self._costs[key] = taken, cost
-        return cost
-
-    def _edited_moment(self, name: str, edits: int) -> Tensor | None:
-        return self._keys.mean(self.vlm.weight(name), name, edits) if edits else None
-
-    def holding(self, cost: Cost, editor: ClosedFormSettings, name: str, facts: Set[str]) -> Cost:
-        """Return the cost of a weight with the outputs of earlier edits held, save for those of facts edited again."""
-        if editor.earlier_weight is None:
-            return cost
-        return self._keys.held(cost, editor.earlier_weight, self.vlm.weight(name), name, facts)
-
-    def check_limits(self, editor: ClosedFormSettings, changes: Mapping[str, WeightChange]) -> None:
-        """Raise `EditError` if changes are larger, or let their weights grow further, than the editor allows."""
-        for name, change in changes.items():
-            check_limits(self.vlm, name, change, editor, start=self._norms.get(name))
 
     @property
     def is_changed(self) -> bool:
@@ -250,28 +212,20 @@ class ClosedFormSession(EditSession[Delta]):
             return edit.run(values)
 
     def _begin(self, handle: AppliedDelta) -> None:
+        self.shared.anchors.follow([report for entry in self.history.entries for report in entry.requests])
         if not self.history.names:
             self.history.check_base(self.vlm)
             return
-        self._note_norms(name for entry in self.history.entries for name in entry.fingerprints)
+        with suppress(ModelError):  # of another model, which the next line says better
+            self.shared.note_norms(self.history.base)
         self.history.put_in(handle)
         for entry in self.history.entries:
             if entry.dropped is None:
-                self._follow(entry)
+                self.shared.keys.follow(entry)
 
     def _end(self) -> None:
         super()._end()
-        self._keys, self._norms, self.anchors = EarlierKeys(), {}, NormAnchors()
-
-    def _follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
-        """Take note of an edit that is now in the model."""
-        self._keys.follow(entry, delta)
-        self.anchors.follow(entry.requests)
-
-    def _note_norms(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._norms:
-                self._norms[name] = weight_norm(self.vlm, name)
+        self.shared.forget()
 
     def _free_name(self) -> str:
         taken = {entry.name for entry in self.history.entries}
@@ -330,8 +284,8 @@ class _Edit:
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
-                own = _by_weight(projection, self._change(layer, kept))
-                self.session.check_limits(self.editor, own)
+                own = changes_by_weight(projection, self._change(layer, kept))
+                self.session.shared.check_limits(self.editor, own)
                 changes |= own
                 for name, change in own.items():
                     if layer < self.last and change.rank:
@@ -389,15 +343,7 @@ class _Edit:
         projection = self.projections[self.last]
         if not isinstance(projection, ExpertProjection) or len(projection.slices) > 1 or not goals:
             return {}
-        reasons: dict[int, str] = {}
-        for owner, lookup in zip(owners, self._lookups(goals, self.last), strict=True):
-            if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
-                reasons[owner] = (
-                    f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
-                    f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
-                    "(vlm.routing shows them)"
-                )
-        return reasons
+        return unrouted(projection, zip(owners, self._lookups(goals, self.last), strict=True))
 
     def _take(self, values: Sequence[RequestValues]) -> None:
         """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""
@@ -434,7 +380,7 @@ class _Edit:
         self._take(self.search() if values is None else values)
         if not self.goals:
             raise EditError("the model gives all targets already, so no norm can be measured; pass other requests")
-        return [*self._norms_by_request(self._wanted_outputs()).values()]
+        return [*norms_by_request(self._wanted_outputs(), self.owners).values()]
 
     def _wanted_outputs(self) -> list[Tensor]:
         """What the last projection is to put out at the keys of each goal, (key, hidden).
@@ -446,28 +392,17 @@ class _Edit:
         now = self._lookups(self.goals, self.last, self.projections[self.last])
         return [each.before + result.change for each, result in zip(now, self.results, strict=True)]
 
-    def _norms_by_request(self, outputs: Sequence[Tensor]) -> dict[int, float]:
-        norms: dict[int, list[float]] = {}
-        for owner, wanted in zip(self.owners, outputs, strict=True):
-            norms.setdefault(owner, []).extend(wanted.norm(dim=-1).tolist())
-        return {owner: sum(own) / len(own) for owner, own in norms.items()}
-
     def _scale_to_anchor(self) -> None:
         """Scale the wanted outputs to the norm anchor; a request that asks for far more than it fails."""
         outputs = self._wanted_outputs()
-        self.norms = self._norms_by_request(outputs)
-        self.anchor = anchor = self.session.anchors.of(self.editor, self.place_name)
-        if anchor is None:
+        self.norms = norms_by_request(outputs, self.owners)
+        self.anchor = self.session.shared.anchors.of(self.editor, self.place_name)
+        if self.anchor is None:
             return
-        for owner, wanted in zip(self.owners, outputs, strict=True):
-            if reason := too_large(wanted, anchor):
-                self.statuses[owner] = f"{FAILED}: {reason}"
+        for owner, reason in too_large(outputs, self.owners, self.anchor).items():
+            self.statuses[owner] = f"{FAILED}: {reason}"
         left = [number for number, owner in enumerate(self.owners) if self.statuses[owner] == EDITED]
-        scaled = [anchored(outputs[number], anchor) - outputs[number] for number in left]
-        self.results = [
-            replace(self.results[number], change=self.results[number].change + more)
-            for number, more in zip(left, scaled, strict=True)
-        ]
+        self.results = [anchored_result(self.results[number], outputs[number], self.anchor) for number in left]
         self.goals, self.owners = [self.goals[number] for number in left], [self.owners[number] for number in left]
         self._check_left()
 
@@ -514,7 +449,7 @@ class _Edit:
         self.relaxed |= set(solution.relaxed)
         owners = [owner for owner, each in zip(self.owners, found, strict=True) for _ in each.keys]
         change = reduced(solution, problem, len(owners), owners)
-        self._check_shares(change, preserved)
+        warn_of_crowding(change, preserved, [request.label for request in self.requests])
         return change
 
     def _kept_lookups(self, kept: Sequence[tuple[str, PlainGoal]], layer: int) -> list[Lookup]:
@@ -526,8 +461,8 @@ class _Edit:
         facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
 
         def of(single: Projection) -> Cost:
-            cost = self.session.cost(editor, layer, single, ridge)
-            return self.session.holding(cost, editor, single.name, facts)
+            cost = self.session.shared.cost(editor, layer, single, ridge)
+            return self.session.shared.holding(cost, editor, single.name, facts)
 
         if len(projection.slices) == 1:
             return of(projection)
@@ -540,26 +475,6 @@ class _Edit:
         ]
         return StackedCost(blocks=tuple(blocks))
 
-    def _check_shares(self, change: WeightChange, preserved: Sequence[tuple[str, Tensor]]) -> None:
-        """Warns of requests that what is to stay leaves little room for, and names what is nearest."""
-        if not preserved:
-            return
-        residuals = change.residuals.double()
-        met = (change.moved(change.keys) * residuals).sum(-1)
-        kept = torch.cat([keys for _, keys in preserved]).double().cpu()
-        names = [name for name, keys in preserved for _ in keys]
-        for owner in change.owners.unique().tolist():
-            own = change.owners == owner
-            asked = residuals[own].square().sum().item()
-            if not asked or met[own].sum().item() >= _ENOUGH * asked:
-                continue
-            likeness = torch.nn.functional.cosine_similarity(change.keys[own].double()[:, None], kept[None], dim=-1)
-            logger.warning(
-                "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
-                "a later layer tells them apart better, or pass a finite preserve_weight",
-                *(100 * met[own].sum().item() / asked, self.requests[owner].label, names[likeness.amax(0).argmax()]),
-            )
-
     def _report(self, index: int) -> dict[str, str | float]:
         request, status = self.requests[index], self.statuses[index]
         report: dict[str, str | float] = {
@@ -568,8 +483,7 @@ class _Edit:
             "status": status,
         }
         if self.statuses[index] == EDITED and index in self.norms:
-            report |= {PLACE: self.place_name, NORM: self.norms[index]}
-            report |= {} if self.anchor is None else {ANCHOR: self.anchor}
+            report |= anchor_report(self.place_name, self.norms[index], self.anchor)
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
@@ -583,28 +497,6 @@ class _Edit:
                     *(request.target, silent[0].steps, silent[0].token_probability),
                 )
         return report
-
-
-def _by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
-    """The change of each weight of a projection by name, with the keys that the weight reads.
-
-    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
-    leaves undone as its part of the key's squared length.
-    """
-    if len(projection.slices) == 1:
-        return {projection.name: change}
-    undone = change.residuals.double() - change.moved(change.keys)
-    squared = change.keys.double().square()
-    changes: dict[str, WeightChange] = {}
-    for name, columns in projection.slices.items():
-        reads = change.right[:, columns].any(-1)
-        if not reads.any() and (change.rank or changes):
-            continue
-        own = change.only(reads)
-        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
-        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
-        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
-    return changes
 
 
 def _values_of(results: Sequence[ValueResult] | None) -> RequestValues:
