@@ -3,7 +3,9 @@
 Each edit adds its change to what the weight gives at the key, and the next search starts from there, so that wanted
 outputs grow with the number of edits, and the weight with them. The anchor a is the mean norm of the wanted outputs of
 some pilot edits; from then on a wanted output v of the module becomes v a / |v|, and one of more than 2 a fails.
-Source: NAS, arXiv 2602.02543.
+Source: NAS, arXiv 2602.02543, which has one key for each edit. Where each answer position has a key of its own, the
+first one takes that part. Later ones have smaller outputs, down to that of the end of the answer, which hardly changes:
+to scale them up would break what the search found, so that they are only scaled down, where they exceed the anchor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +35,15 @@ def anchor_norm(norms: Sequence[float]) -> float:
 
 
 def norms_by_request(outputs: Sequence[Tensor], owners: Sequence[int]) -> dict[int, float]:
-    """Return the mean norm of the wanted outputs (key, hidden) of each request; owners: the request of each goal."""
+    """Return the norm of the wanted output at the first key of each request, the mean over its goals.
+
+    Args:
+        outputs: The wanted outputs (key, hidden) of each goal.
+        owners: The request of each goal.
+    """
     norms: dict[int, list[float]] = {}
     for owner, wanted in zip(owners, outputs, strict=True):
-        norms.setdefault(owner, []).extend(wanted.norm(dim=-1).tolist())
+        norms.setdefault(owner, []).append(wanted[0].norm().item())
     return {owner: sum(own) / len(own) for owner, own in norms.items()}
 
 
@@ -54,12 +61,14 @@ def too_large(outputs: Sequence[Tensor], owners: Sequence[int], anchor: float) -
 
 
 def anchored_result(result: ValueResult, wanted: Tensor, anchor: float) -> ValueResult:
-    """Return the result of a search with its wanted outputs (key, hidden) at the norm of the anchor.
+    """Return the result of a search with its first wanted output at the norm of the anchor, and no later one above it.
 
-    wanted: what the module is to put out; an output of zero stays.
+    wanted: what the module is to put out (key, hidden); an output of zero stays.
     """
     norms = wanted.norm(dim=-1, keepdim=True)
-    scaled = wanted * torch.where(norms > 0, anchor / norms, 1.0)
+    factors = torch.where(norms > 0, anchor / norms, 1.0)
+    factors[1:].clamp_(max=1.0)
+    scaled = wanted * factors
     return replace(result, change=result.change + (scaled - wanted))
 
 
@@ -68,7 +77,7 @@ def anchor_report(name: str, norm: float, anchor: float | None) -> dict[str, str
 
     Args:
         name: Name of the weight whose outputs they are.
-        norm: Their mean norm as the search found them.
+        norm: Their norm as the search found them.
         anchor: The norm that they were scaled to; None if they were not.
     """
     own: dict[str, str | float] = {_PLACE: name, _NORM: norm}

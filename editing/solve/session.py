@@ -258,7 +258,7 @@ class _Edit:
         self.is_current = True
         """Whether the outputs in `results` are those of the model as it is now."""
         self.norms: dict[int, float] = {}
-        """Request -> mean norm of its wanted outputs, where the editor has a norm anchor."""
+        """Request -> norm of its wanted output at the first key, where the editor has a norm anchor."""
         self.anchor: float | None = None
 
     @property
@@ -375,7 +375,7 @@ class _Edit:
             raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
 
     def wanted_norms(self, values: Sequence[RequestValues] | None) -> list[float]:
-        """Return the mean norm of the wanted outputs of each request that has any."""
+        """Return the norm of the wanted output at the first key of each request that has any."""
         self.is_current = values is None or not self.session.is_changed
         self._take(self.search() if values is None else values)
         if not self.goals:

@@ -75,8 +75,9 @@ class ClosedFormSettings(ValueSettings):
     null_moment_weight: float = 3000.0
     """Weight of the second moment of old keys beside that of the keys of edits, where `null_refresh` takes both."""
     norm_anchor: Literal["pilot"] | float | None = None
-    """Norm that wanted outputs are scaled to (NAS, arXiv 2602.02543): a number, or "pilot" for the mean over the first
-    `norm_pilot` edits of a session, which are made as they are. An output above twice the norm fails."""
+    """Norm that the wanted output at an edit's first key is scaled to (NAS, arXiv 2602.02543), and that later ones do
+    not exceed: a number, or "pilot" for the mean over the first `norm_pilot` edits of a session, which are made as they
+    are. An edit with an output above twice the norm fails."""
     norm_pilot: int = 100
     """Number of edits whose wanted outputs give the norm of `norm_anchor="pilot"`. The paper takes 1,000; the mean of
     100 norms, which differ by a third from each other, is known to 3 %."""
