@@ -199,6 +199,66 @@ class EditorOptions(GeneralOptions):
             metavar="SHARE",
         ),
     ] = None
+    null_share: Annotated[
+        float | None,
+        Parameter(
+            help="leave as few directions unchanged as hold this share of the second moments, such as 0.99, instead of "
+            "--null-threshold (default: none)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    null_refresh: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits after which the unchanged directions are chosen anew, with the keys of these edits "
+            "(default: never)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    earlier_weight: Annotated[
+        float | None,
+        Parameter(
+            help="weight of the keys of earlier edits of a sequence, whose outputs stay; inf for an exact fit "
+            "(default: 1.0 for multedit and alphaedit, none for the others)",
+            group=EDITOR,
+            metavar="WEIGHT",
+        ),
+    ] = None
+    norm_anchor: Annotated[
+        float | Literal["pilot"] | None,
+        Parameter(
+            help="norm that new outputs are scaled to in a long sequence, or pilot for the mean over its first "
+            "--norm-pilot edits (default: none)",
+            group=EDITOR,
+            metavar="NORM|pilot",
+            show_choices=False,
+        ),
+    ] = None
+    norm_pilot: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits that give the norm of --norm-anchor pilot (default: 100)", group=EDITOR, metavar="N"
+        ),
+    ] = None
+    change_limit: Annotated[
+        float | None,
+        Parameter(
+            help="refuse an edit that changes a weight by more than this share of its norm (default: none)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    growth_limit: Annotated[
+        float | None,
+        Parameter(
+            help="refuse an edit after which the norm of a weight would be more than this multiple of that before the "
+            "first edit, such as 1.5 (default: none)",
+            group=EDITOR,
+            metavar="RATIO",
+        ),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that were given, under the names that the editors have for them."""
@@ -225,7 +285,7 @@ class EditorOptions(GeneralOptions):
                 )
             return
         for name, editor in needing.items():
-            without = "" if editor.null_threshold is not None else ", or --moment-weight 0 to do without them"
+            without = "" if editor.has_null_space else ", or --moment-weight 0 to do without them"
             raise CommandError(
                 f"{name} weighs old keys by their second moments, and --moments is missing; collect them with multrace "
                 f"moments and pass --moments FILE{without}"

@@ -300,8 +300,12 @@ def test_layers_share_the_work_and_old_keys_are_weighed(
     prompts = [desk.prompt(tiny_vlm, index) for index in range(3)]
     path = second_moments(tiny_vlm, prompts, layers=(4, 5)).save(desk.folder / "moments.safetensors")
     asked = {"editor": "memit", "moments": str(path), "ridge_fraction": "0.01", "moment_weight": "5", **QUICK}
-    assert app(desk.asked(where="4-5", **asked)) == 1  # too few steps
+    streams = {"earlier_weight": "1", "norm_anchor": "pilot", "norm_pilot": "7", "growth_limit": "2"}
+    streams |= {"null_share": "0.5", "null_refresh": "9", "change_limit": "1e3"}
+    assert app(desk.asked(where="4-5", **asked, **streams)) == 1  # too few steps
     delta = mt.Delta.load(desk.out / "edit.safetensors")
+    given = {name: delta.settings[name] for name in streams}
+    assert given == {**streams, "earlier_weight": "1.0", "growth_limit": "2.0", "change_limit": "1000.0"}
     assert [*delta.changes] == [tiny_vlm.down_projection(layer).name for layer in (4, 5)]
     assert {name: delta.settings[name] for name in ("editor", "spread", "moment_weight", "steps")} == {
         "editor": "MEMIT",

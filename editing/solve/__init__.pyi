@@ -1,4 +1,5 @@
-from .cost import Cost as Cost, build_cost as build_cost, null_space as null_space
+from .anchor import NormAnchors as NormAnchors, anchor_norm as anchor_norm
+from .cost import Cost as Cost, build_cost as build_cost
 from .editors import (
     EDITORS as EDITORS,
     EMMET as EMMET,
@@ -10,6 +11,7 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .null_space import null_space as null_space
 from .problem import (
     Problem as Problem,
     Solution as Solution,

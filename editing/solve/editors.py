@@ -186,11 +186,23 @@ class ROME(ClosedFormEditor):
     two_keys: bool = True
 
     @classmethod
-    def paper(cls, *, layer: int, token: str | int = "constraint_last", moment_weight: float = 1.0) -> Self:
-        """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
+    def paper(
+        cls,
+        *,
+        layer: int,
+        token: str | int = "constraint_last",
+        moment_weight: float = 1.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
+        """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 1.0 keeps their outputs as MEMIT's preset
+        does.
+        """
         search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, ending="none", moment_weight=moment_weight)
+        weights = {"moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=4.0, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +210,9 @@ class MEMIT(ClosedFormEditor):
     """MEMIT (arXiv 2210.07229, Eq. 14): many facts at once, their change spread over several layers.
 
     The wanted value is the output of the last layer; each layer from the lowest on adds its share of what is missing.
+    With `earlier_weight=1.0` the keys of all earlier edits of a session stay in its least squares (arXiv 2605.26670),
+    which is soft recursive least squares (arXiv 2601.15686): edits one by one, whose number does not change what each
+    costs, come to the optimum of all of them in one solve.
     """
 
     spread: int = 3
@@ -205,11 +220,23 @@ class MEMIT(ClosedFormEditor):
     moment_weight: float = 100.0
 
     @classmethod
-    def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", moment_weight: float = 15000.0) -> Self:
-        """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
+    def paper(
+        cls,
+        *,
+        layer: int = 8,
+        token: str | int = "constraint_last",
+        moment_weight: float = 15000.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
+        """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 1.0 is MEMIT with the keys of all past edits
+        (arXiv 2605.26670), None the MEMIT that was published, which forgets them.
+        """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
-        return cls(**place, **search, clamp=0.75, ending="none", moment_weight=moment_weight)
+        weights = {"moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=0.75, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,14 +248,24 @@ class EMMET(ClosedFormEditor):
     moment_weight: float = 1.0
 
     @classmethod
-    def paper(cls, *, layer: int = 5, token: str | int = "constraint_last", moment_weight: float = 100000.0) -> Self:
+    def paper(
+        cls,
+        *,
+        layer: int = 5,
+        token: str | int = "constraint_last",
+        moment_weight: float = 100000.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
         """Return the constants of its code for Llama-2-7B: layer 5, 25 steps at 0.5, decay 1e-3, clamp 4.
 
         Its ridge of 0.1 is added to the system over the edits, which makes their weight 10 instead of infinite.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 10.0 counts them like those of the edit.
         """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, ending="none", weight=10.0, moment_weight=moment_weight)
+        weights = {"weight": 10.0, "moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=4.0, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)

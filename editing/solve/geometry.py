@@ -216,21 +216,29 @@ def keys_everywhere(
         own = [goals[index] for index in chunk]
         batch = target_batch(vlm, own, 0, end=False, every=False)
         columns = torch.tensor([[_column(goal, token) for token in tokens] for goal in own])
-        seen: list[int] = []
-
-        def visit(place: int, states: Tensor) -> Tensor:
-            rows = torch.arange(len(columns), device=states.device)[:, None]
-            picked = states[rows, columns.clamp(min=0).to(states.device)].float().cpu()
-            found[chunk, :, place] = torch.where((columns >= 0)[..., None], picked, torch.nan)
-            seen.append(place)
-            if len(seen) == len(projections):
-                raise StopForward
-            return states
-
-        visits = {projection: partial(visit, place) for place, projection in enumerate(projections)}
+        read = _Read(columns, len(projections))
+        visits = {projection: partial(read.visit, place) for place, projection in enumerate(projections)}
         with suppress(StopForward), patch(vlm, visits, inputs=True):
             PaddedBatch.after_prefix(vlm, batch.entering, batch.start).logits(vlm, batch.label_columns)
+        for place, keys in read.keys.items():
+            found[chunk, :, place] = keys
     return found
+
+
+class _Read:
+    """What projections read at some columns of a batch; the run stops after the last of them."""
+
+    def __init__(self, columns: Tensor, places: int) -> None:
+        self.columns, self.places = columns, places
+        self.keys: dict[int, Tensor] = {}
+
+    def visit(self, place: int, states: Tensor) -> Tensor:
+        rows = torch.arange(len(self.columns), device=states.device)[:, None]
+        picked = states[rows, self.columns.clamp(min=0).to(states.device)].float().cpu()
+        self.keys[place] = torch.where((self.columns >= 0)[..., None], picked, torch.nan)
+        if len(self.keys) == self.places:
+            raise StopForward
+        return states
 
 
 def _column(goal: Goal, token: str | int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ..changes import WeightChange
 from ..siblings import SiblingSet
 from ..values import Lookup, PlainGoal
 
+logger = logging.getLogger("multrace")
 _INF = float("inf")
 _LOWER = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 """Weights that are tried where exact constraints leave a request too little."""
@@ -138,3 +140,22 @@ class KeptKeys:
             for (own, kind), keys in self.held_out.items()
             if own == owner and size
         }
+
+
+def warn_of_little(change: WeightChange, keys: KeptKeys, labels: Sequence[str], *, least: float) -> None:
+    """Warn of requests that what is to stay leaves less than a share of what they ask for, and name what is nearest."""
+    kept = [*keys.asked, *keys.siblings]
+    if not kept:
+        return
+    stacked = torch.cat([own for _, own in kept]).double().cpu()
+    names = [name for name, own in kept for _ in own]
+    for owner, share in shares(change).items():
+        if share >= least:
+            continue
+        own = change.keys[change.owners == owner].double()
+        likeness = torch.nn.functional.cosine_similarity(own[:, None], stacked[None], dim=-1)
+        logger.warning(
+            "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
+            "a later layer tells them apart better, or pass a smaller preserve_weight",
+            *(100 * share, labels[owner], names[likeness.amax(0).argmax()]),
+        )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest
+from ...models import Projection
 from ..changes import WeightChange
 from ..requests import EditError
 from ..values import Lookup
@@ -264,6 +265,44 @@ def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[i
     return WeightChange(
         **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
     )
+
+
+def changes_by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
+    """Return the change of each weight of a projection by name, with the keys that the weight reads.
+
+    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
+    leaves undone as its part of the key's squared length.
+    """
+    if len(projection.slices) == 1:
+        return {projection.name: change}
+    undone = change.residuals.double() - change.moved(change.keys)
+    squared = change.keys.double().square()
+    changes: dict[str, WeightChange] = {}
+    for name, columns in projection.slices.items():
+        reads = change.right[:, columns].any(-1)
+        if not reads.any() and (change.rank or changes):
+            continue
+        own = change.only(reads)
+        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
+        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
+        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
+    return changes
+
+
+def unrouted(projection: Projection, lookups: Iterable[tuple[int, Lookup]]) -> dict[int, str]:
+    """Return the requests some of whose edited tokens do not go to the one expert that is edited, and which do not.
+
+    lookups: the request of each goal, and what was looked up for the goal.
+    """
+    reasons: dict[int, str] = {}
+    for owner, lookup in lookups:
+        if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
+            reasons[owner] = (
+                f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
+                f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
+                "(vlm.routing shows them)"
+            )
+    return reasons
 
 
 def _system(cost: Cost | StackedCost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

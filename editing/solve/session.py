@@ -6,15 +6,16 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ...data.facts import EditRequest, Question
-from ...models import Continuation, ExpertProjection, Projection, Site, VisionLanguageModel
+from ...models import Continuation, ExpertProjection, ModelError, Projection, Site, VisionLanguageModel
 from ...models.guards import uninterrupted
 from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
 from ..moments import Moments
@@ -48,10 +49,13 @@ from ..values import (
     prompt_end,
     search_values,
 )
-from .cost import FACTS, Cost, EarlierKeys, StackedCost, facts_of
-from .kept import KeptKeys, KeptQuestion, kept_siblings, kept_weights, shares
-from .problem import Rows, check_contradictions, reduced, solve
+from .anchor import anchor_report, anchored_result, norms_by_request, too_large
+from .cost import Cost, StackedCost
+from .earlier import FACTS, facts_of
+from .kept import KeptKeys, KeptQuestion, kept_siblings, kept_weights, shares, warn_of_little
+from .problem import Rows, changes_by_weight, check_contradictions, reduced, solve, unrouted
 from .settings import ClosedFormSettings
+from .shared import Shared
 
 logger = logging.getLogger("multrace")
 _ENOUGH = 0.5  # share of what a request asks for below which kept keys leave it too little
@@ -61,8 +65,7 @@ _ROOM = 4  # kept siblings take at most one direction in so many of those of a k
 class ClosedFormSession(EditSession[Delta]):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
-    That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits
-    (`EarlierKeys`), the hashes of the weights that it wrote, and the history, to which each edit is added.
+    That is what `Shared` has, the hashes of the weights that it wrote, and the history, to which each edit is added.
     """
 
     def __init__(
@@ -78,8 +81,7 @@ class ClosedFormSession(EditSession[Delta]):
         self.history = History() if history is None else history
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
-        self._keys = EarlierKeys()
-        self._costs: dict[tuple[object, ...], Cost] = {}
+        self.shared = Shared(vlm, moments)
         self.siblings = SiblingFinder(vlm)
         """Finds what requests are not to change, and remembers the names that the model gave."""
 
@@ -108,6 +110,30 @@ class ClosedFormSession(EditSession[Delta]):
         with self.vlm.gradients():
             edit = _Edit(self, self._choose(requests), requests, progress=progress)
             return edit.search(check=check, checkpoint=checkpoint)
+
+    def measure_anchor(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        values: Sequence[RequestValues] | None = None,
+        progress: bool = False,
+    ) -> float:
+        """Return the norm anchor of pilot requests in the model as it is now, and keep it for `norm_anchor="pilot"`.
+
+        Nothing is edited. Measured before the first edit, it spares the stream its pilot edits.
+
+        Args:
+            requests: The pilot: facts such as those that will be edited.
+            values: What `search` found for each of them; None to search now.
+            progress: Show progress bars.
+
+        Raises:
+            EditError: As `search`, or if no request has values.
+        """
+        requests = listed_requests(requests)
+        with self.vlm.gradients():
+            edit = _Edit(self, self._choose(requests), requests, progress=progress)
+            return self.shared.anchors.set(edit.place_name, edit.wanted_norms(values))
 
     def check(self, request: EditRequest) -> None:
         """Raise the error that an edit of a request would raise because of its prompts, without running the model.
@@ -160,13 +186,14 @@ class ClosedFormSession(EditSession[Delta]):
         """
         handle = self._open_handle()
         delta = self.propose(requests, values=values, progress=progress)
+        self.shared.note_norms(delta.changes)
         own = self._put_in(handle, delta)
         try:
             self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
         except BaseException:
             uninterrupted(own.restore)
             raise
-        self._keys.follow(self.history.entries[-1], delta)
+        self.shared.follow(self.history.entries[-1], delta)
         _give_back_memory()
         return delta
 
@@ -175,29 +202,12 @@ class ClosedFormSession(EditSession[Delta]):
         if self._choose(requests).earlier_weight is not None:
             for name, own in change.changes.items():
                 if own.rank:  # a Gram matrix is made when it is first needed, and its bits depend on when that was
-                    self._keys.gram(self.vlm.weight(name), name, set())
+                    self.shared.keys.gram(self.vlm.weight(name), name, set())
+        self.shared.note_norms(change.changes)
         super().adopt(requests, change)
         self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
-        self._keys.follow(self.history.entries[-1], change)
+        self.shared.follow(self.history.entries[-1], change)
         _give_back_memory()
-
-    def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
-        """Return the cost of a weight, factorised once for all edits that have the same ridge."""
-        key = (projection.name, editor.moment_weight, editor.moment_kind, editor.null_threshold, editor.refined)
-        cost = self._costs.get(key)
-        if cost is None:
-            cost = editor.cost(layer, projection, self._moments, ridge)
-        elif cost.ridge != ridge:
-            cost = replace(cost, ridge=ridge)
-        self._costs[key] = cost
-        return cost
-
-    def holding(self, cost: Cost, editor: ClosedFormSettings, name: str, facts: Set[str]) -> Cost:
-        """Return the cost of a weight with the outputs of earlier edits held, save for those of facts edited again."""
-        if editor.earlier_weight is None:
-            return cost
-        gram = self._keys.gram(self.vlm.weight(name), name, facts)
-        return cost if gram is None else cost.holding(gram, editor.earlier_weight)
 
     @property
     def is_changed(self) -> bool:
@@ -215,17 +225,20 @@ class ClosedFormSession(EditSession[Delta]):
             return edit.run(values)
 
     def _begin(self, handle: AppliedDelta) -> None:
+        self.shared.anchors.follow([report for entry in self.history.entries for report in entry.requests])
         if not self.history.names:
             self.history.check_base(self.vlm)
             return
+        with suppress(ModelError):  # of another model, which the next line says better
+            self.shared.note_norms(self.history.base)
         self.history.put_in(handle)
         for entry in self.history.entries:
             if entry.dropped is None:
-                self._keys.follow(entry)
+                self.shared.keys.follow(entry)
 
     def _end(self) -> None:
         super()._end()
-        self._keys = EarlierKeys()
+        self.shared.forget()
 
     def _free_name(self) -> str:
         taken = {entry.name for entry in self.history.entries}
@@ -259,11 +272,19 @@ class _Edit:
         """What is reported of each request's kept keys: the share left, their weight, the leak to others."""
         self.is_current = True
         """Whether the outputs in `results` are those of the model as it is now."""
+        self.norms: dict[int, float] = {}
+        """Request -> norm of its wanted output at the first key, where the editor has a norm anchor."""
+        self.anchor: float | None = None
 
     @property
     def value_place(self) -> Projection | Site:
         """Where the wanted value is put: the output of the one projection, or of the last of several layers."""
         return self.projections[self.last] if len(self.projections) == 1 else Site("hidden", self.last)
+
+    @property
+    def place_name(self) -> str:
+        """Name of the projection whose wanted outputs have an anchor, that of the last layer."""
+        return self.projections[self.last].name
 
     def run(self, values: Sequence[RequestValues] | None = None) -> Delta:
         """Return the change that puts these values, or those of a new search, at the keys of the requests."""
@@ -272,11 +293,14 @@ class _Edit:
         # outputs that were looked up before other edits of the session are not those of now
         self.is_current = values is None or not self.session.is_changed
         self._take(self.search(check=True) if values is None else values)
+        if self.editor.norm_anchor is not None and self.goals:
+            self._scale_to_anchor()
         kept = self._kept_questions() if self.goals else []
         changes: dict[str, WeightChange] = {}
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
-                own = _by_weight(projection, self._change(layer, kept))
+                own = changes_by_weight(projection, self._change(layer, kept))
+                self.session.shared.check_limits(self.editor, own)
                 changes |= own
                 for name, change in own.items():
                     if layer < self.last and change.rank:
@@ -350,15 +374,7 @@ class _Edit:
         projection = self.projections[self.last]
         if not isinstance(projection, ExpertProjection) or len(projection.slices) > 1 or not goals:
             return {}
-        reasons: dict[int, str] = {}
-        for owner, lookup in zip(owners, self._lookups(goals, self.last), strict=True):
-            if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
-                reasons[owner] = (
-                    f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
-                    f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
-                    "(vlm.routing shows them)"
-                )
-        return reasons
+        return unrouted(projection, zip(owners, self._lookups(goals, self.last), strict=True))
 
     def _take(self, values: Sequence[RequestValues]) -> None:
         """Take the goals with wanted values; requests whose search failed, or that have nothing to do, have none."""
@@ -378,12 +394,48 @@ class _Edit:
             self.goals += goals
             self.owners += [index] * len(goals)
             self.results += own.on(device).results
-        if not self.goals and set(self.statuses) != {NOTHING_TO_DO}:
-            reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
-            raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
+        self._check_left()
         if len({self.requests[owner].target for owner in self.owners}) > 1:
             keys = [result.keys[0] for result in self.results]
             check_contradictions(keys, [self.requests[each] for each in self.owners])
+
+    def _check_left(self) -> None:
+        """Raises `EditError` if every request that has something to do failed."""
+        if not self.goals and set(self.statuses) != {NOTHING_TO_DO}:
+            reasons = [f"{each.label}: {status}" for each, status in zip(self.requests, self.statuses, strict=True)]
+            raise EditError(f"no request could be edited; {'; '.join(dict.fromkeys(reasons))}")
+
+    def wanted_norms(self, values: Sequence[RequestValues] | None) -> list[float]:
+        """Return the norm of the wanted output at the first key of each request that has any."""
+        self.is_current = values is None or not self.session.is_changed
+        self._take(self.search() if values is None else values)
+        if not self.goals:
+            raise EditError("the model gives all targets already, so no norm can be measured; pass other requests")
+        return [*norms_by_request(self._wanted_outputs(), self.owners).values()]
+
+    def _wanted_outputs(self) -> list[Tensor]:
+        """What the last projection is to put out at the keys of each goal, (key, hidden).
+
+        Where the value is that of the whole layer, the projection has to give what it gives now and the change.
+        """
+        if len(self.projections) == 1:
+            return [result.values for result in self.results]
+        now = self._lookups(self.goals, self.last, self.projections[self.last])
+        return [each.before + result.change for each, result in zip(now, self.results, strict=True)]
+
+    def _scale_to_anchor(self) -> None:
+        """Scale the wanted outputs to the norm anchor; a request that asks for far more than it fails."""
+        outputs = self._wanted_outputs()
+        self.norms = norms_by_request(outputs, self.owners)
+        self.anchor = self.session.shared.anchors.of(self.editor, self.place_name)
+        if self.anchor is None:
+            return
+        for owner, reason in too_large(outputs, self.owners, self.anchor).items():
+            self.statuses[owner] = f"{FAILED}: {reason}"
+        left = [number for number, owner in enumerate(self.owners) if self.statuses[owner] == EDITED]
+        self.results = [anchored_result(self.results[number], outputs[number], self.anchor) for number in left]
+        self.goals, self.owners = [self.goals[number] for number in left], [self.owners[number] for number in left]
+        self._check_left()
 
     def _kept_questions(self) -> list[KeptQuestion]:
         """The questions whose outputs stay, each once: those of the requests, then siblings."""
@@ -445,11 +497,11 @@ class _Edit:
             return False
         return True
 
-    def _lookups(self, goals: Sequence[PlainGoal], layer: int) -> list[Lookup]:
+    def _lookups(self, goals: Sequence[PlainGoal], layer: int, at: Projection | None = None) -> list[Lookup]:
         projection = self.projections[layer]
         ends = {"end": self.editor.stops, "every": self.editor.answer_keys}
         rows = self.editor.rows_at_once
-        place = self.value_place
+        place = self.value_place if at is None else at
         return lookups(self.vlm, Goals(self.vlm, goals), self.token, [(projection, place)], rows_at_once=rows, **ends)[
             projection
         ]
@@ -500,26 +552,8 @@ class _Edit:
             )
             for owner in set(owners):
                 self.kept.setdefault(owner, {})["kept_weight"] = of_others if others else of_asked
-        self._warn_of_little(change, keys)
+        warn_of_little(change, keys, [request.label for request in self.requests], least=_ENOUGH)
         return change
-
-    def _warn_of_little(self, change: WeightChange, keys: KeptKeys) -> None:
-        """Warn of requests that what is to stay leaves little room for, and name what is nearest."""
-        kept = [*keys.asked, *keys.siblings]
-        if not kept:
-            return
-        stacked = torch.cat([own for _, own in kept]).double().cpu()
-        names = [name for name, own in kept for _ in own]
-        for owner, share in shares(change).items():
-            if share >= _ENOUGH:
-                continue
-            own = change.keys[change.owners == owner].double()
-            likeness = torch.nn.functional.cosine_similarity(own[:, None], stacked[None], dim=-1)
-            logger.warning(
-                "only %.0f%% of what %s asks for is left by what is to stay; its key is nearest to that of %s; "
-                "a later layer tells them apart better, or pass a smaller preserve_weight",
-                *(100 * share, self.requests[owner].label, names[likeness.amax(0).argmax()]),
-            )
 
     def _cost(self, layer: int, rows: Rows) -> Cost | StackedCost:
         editor, projection = self.editor, self.projections[layer]
@@ -527,8 +561,8 @@ class _Edit:
         facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
 
         def of(single: Projection) -> Cost:
-            cost = self.session.cost(editor, layer, single, ridge)
-            return self.session.holding(cost, editor, single.name, facts)
+            cost = self.session.shared.cost(editor, layer, single, ridge)
+            return self.session.shared.holding(cost, editor, single.name, facts)
 
         if len(projection.slices) == 1:
             return of(projection)
@@ -549,6 +583,8 @@ class _Edit:
             "status": status,
             **self.kept.get(index, {}),
         }
+        if self.statuses[index] == EDITED and index in self.norms:
+            report |= anchor_report(self.place_name, self.norms[index], self.anchor)
         results = [each for owner, each in zip(self.owners, self.results, strict=True) if owner == index]
         if results:
             worst = min(results, key=lambda result: result.probability)
@@ -566,28 +602,6 @@ class _Edit:
 
 def _bare(question: Question) -> PlainGoal:
     return PlainGoal(questions=(question,), target=None)
-
-
-def _by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
-    """The change of each weight of a projection by name, with the keys that the weight reads.
-
-    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
-    leaves undone as its part of the key's squared length.
-    """
-    if len(projection.slices) == 1:
-        return {projection.name: change}
-    undone = change.residuals.double() - change.moved(change.keys)
-    squared = change.keys.double().square()
-    changes: dict[str, WeightChange] = {}
-    for name, columns in projection.slices.items():
-        reads = change.right[:, columns].any(-1)
-        if not reads.any() and (change.rank or changes):
-            continue
-        own = change.only(reads)
-        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
-        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
-        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
-    return changes
 
 
 def _values_of(results: Sequence[ValueResult] | None, ending: Mapping[str, Any]) -> RequestValues:
