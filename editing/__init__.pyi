@@ -1,5 +1,7 @@
+from .baselines.breadth_first import BreadthFirst as BreadthFirst
+from .baselines.fine_tuning import FineTune as FineTune
 from .baselines.in_context import InContext as InContext
-from .baselines.training import FineTune as FineTune, Lora as Lora
+from .baselines.lora import Lora as Lora
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
 from .changes.exports import (
     save_merged as save_merged,

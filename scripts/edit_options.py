@@ -93,7 +93,7 @@ class EditorOptions(GeneralOptions):
         int | None,
         Parameter(
             help="maximum number of steps of the value search, or of training with ft, ft-l and lora (default: 200 for "
-            "multedit)",
+            "multedit); ft-bf and lora-bf have --epochs",
             group=EDITOR,
             metavar="N",
         ),
@@ -127,8 +127,8 @@ class EditorOptions(GeneralOptions):
     weight_decay: Annotated[
         float | None,
         Parameter(
-            help="weight of the penalty on the relative norm of the change, or weight decay of ft and ft-l (default: "
-            "0.001 for multedit)",
+            help="weight of the penalty on the relative norm of the change, or weight decay of ft, ft-l and ft-bf "
+            "(default: 0.001 for multedit)",
             group=EDITOR,
             metavar="WEIGHT",
         ),
@@ -301,6 +301,52 @@ class EditorOptions(GeneralOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparedEditorOptions(EditorOptions):
+    """The same with the settings of training that baselines alone have."""
+
+    epochs: Annotated[
+        int | None,
+        Parameter(
+            help="maximum number of passes over the prompts with ft-bf and lora-bf, which take a step for each "
+            "mini-batch (default: 60 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    mini_batch: Annotated[
+        int | None,
+        Parameter(
+            help="number of prompts of a mini-batch of ft-bf and lora-bf (default: 64 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    held_out: Annotated[
+        float | None,
+        Parameter(
+            help="share of the prompts that ft-bf and lora-bf do not train on but stop early by; these are contexts "
+            "and other questions of the edits, never their own questions (default: 0.1 for ft-bf)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Parameter(
+            help="number of epochs without a lower loss of the held-out prompts after which ft-bf and lora-bf stop "
+            "(default: 3 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that were given, under the names that the editors and the order of training have."""
+        names = ("epochs", "mini_batch", "held_out", "patience")
+        return super().settings() | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Baseline:
     """How to make a baseline from the options that all editors share."""
 
@@ -316,11 +362,13 @@ class _Baseline:
 _BASELINES: Mapping[str, _Baseline] = {
     "ft": _Baseline(kind="FineTune", paper="paper", has_layer=True),
     "ft-l": _Baseline(kind="FineTune", preset="constrained", paper="constrained", has_layer=True),
+    "ft-bf": _Baseline(kind="FineTune", preset="breadth_first", paper="locft", has_layer=True),
     "lora": _Baseline(kind="Lora"),
+    "lora-bf": _Baseline(kind="Lora", preset="breadth_first"),
     "in-context": _Baseline(kind="InContext"),
 }
-"""Fine-tuning of one projection, the same within a bound, LoRA in all layers, and the facts in front of the
-question."""
+"""Fine-tuning of projections, the same within a bound, the same in epochs over mini-batches (breadth first, LocFT-BF),
+LoRA in all layers, the same in such epochs, and the facts in front of the question."""
 
 
 def editor(
@@ -339,8 +387,8 @@ def editor(
         layer: The layer that is changed, the last one of several. "lora" adapts all layers unless the settings name
             `layers`, and "in-context" changes none.
         token: The token group or position at which a closed-form editor edits (default "last").
-        spread: The number of layers that share the change of a closed-form editor. None (default) is the number of the
-            editor, or fewer if fewer layers lie below.
+        spread: The number of layers that share the change, or that fine-tuning trains together. None (default) is the
+            number of the editor, or fewer if fewer layers lie below.
         preset: "paper" for the published constants, which the settings override; None (default) for the defaults of
             the editor.
         settings: Fields of the editor.
@@ -368,14 +416,29 @@ def editor(
     if preset and row.paper is None:
         raise CommandError(f"{name} has no published constants for the preset {preset!r}; leave the preset out")
     kind = getattr(editing, row.kind)
-    _check_settings(name, kind, settings)
     start = row.paper if preset else row.preset
     result = (getattr(kind, start) if start else kind)(**{"layer": layer} if row.has_layer else {})
+    order: Any = getattr(result, "order", None)
+    of_order = () if order is None else tuple(each.name for each in fields(order))
+    _check_settings(name, kind, settings, of_order)
+    if chosen := {setting: settings.pop(setting) for setting in of_order if setting in settings}:
+        settings["order"] = replace(order, **chosen)
+    if row.has_layer and spread is not None and spread > 1:
+        settings |= {"layer": None, "layers": _layers(layer, spread)}
     return replace(result, **settings)
 
 
-def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:
-    known = [row.name for row in fields(kind) if row.name not in _PLACE]
+def _layers(last: int, count: int) -> tuple[int, ...]:
+    """Return so many layers up to the last. Raises `CommandError` if there are fewer."""
+    if 0 <= last < count - 1:
+        raise CommandError(f"{count} layers up to layer {last} are more than there are; pass at most {last + 1}")
+    return tuple(range(last - count + 1, last + 1))
+
+
+def _check_settings(name: str, kind: type, settings: Mapping[str, Any], of_order: Sequence[str] = ()) -> None:
+    """Raise `CommandError` for an unknown setting. of_order: the settings of the order of a training, if it has one."""
+    apart = (*_PLACE, "order", *(("steps",) if of_order else ()))
+    known = [*(row.name for row in fields(kind) if row.name not in apart), *of_order]
     if unknown := [setting for setting in settings if setting not in known]:
         raise CommandError(f"{name} has no setting {unknown[0]!r}; leave it out, or pass one of {', '.join(known)}")
 

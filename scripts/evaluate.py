@@ -12,8 +12,8 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, tracing, workflow
 from .edit import TRACE
-from .edit_options import NAMES, EditorOptions, editor as editor_of, parse_place, read_general
-from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
+from .edit_options import NAMES, ComparedEditorOptions, editor as editor_of, parse_place, read_general
+from .options import EDITORS, SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
@@ -47,7 +47,7 @@ _OF_SEQUENCE = ("at", "growth", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(RunOptions, EditorOptions):
+class Evaluate(RunOptions, ComparedEditorOptions):
     """Options of `multrace evaluate`."""
 
     world: Annotated[
@@ -214,7 +214,7 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
 
 def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
     """Return the editor at a place; without one it gets a place that a trace will replace."""
-    at = {"layer": -1, "token": "last", "spread": options.spread}
+    at = {"layer": -1, "token": "last", "spread": options.spread if name in EDITORS else None}
     if place is not None:
         spread = options.spread if place.spread is None else place.spread
         at = {"layer": place.layer, "token": place.token, "spread": spread}

@@ -376,7 +376,7 @@ def test_bad_input_is_one_line(changes: dict[str, object], message: str, desk: D
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_editor_has_a_name_and_sessions(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
-    settings = {"in-context": {}}.get(name, {"steps": 1})
+    settings = {"in-context": {}, "ft-bf": {"epochs": 1}, "lora-bf": {"epochs": 1}}.get(name, {"steps": 1})
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
     made = editor(name, layer=5, **settings)
     request = mt.EditRequest(question=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
@@ -403,6 +403,26 @@ def test_a_preset_is_what_was_published_and_settings_go_over_it():
     assert editor("ft", layer=1, projection="mlp").projection == "mlp"
 
 
+def test_baselines_train_breadth_first_by_name():
+    made = editor("ft-bf", layer=5, epochs=3, held_out=0.0, learning_rate=1e-3)
+    order = mt.editing.BreadthFirst(epochs=3, held_out=0.0)
+    assert made == mt.editing.FineTune.breadth_first(layer=5, learning_rate=1e-3, order=order)
+    assert editor("ft-bf", layer=5, preset="paper", mini_batch=8) == replace(
+        mt.editing.FineTune.locft(layer=5), order=mt.editing.BreadthFirst(epochs=25, mini_batch=8, held_out=0.0)
+    )
+    assert editor("lora-bf", layer=5, patience=1).order == mt.editing.BreadthFirst(patience=1)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft-l", "ft-bf"])
+def test_fine_tuning_trains_the_layers_of_a_range(name: str):
+    made = editor(name, layer=6, spread=2)
+    assert (made.layer, made.layers) == (None, (5, 6))
+    assert editor(name, layer=-1, spread=2).layers == (-2, -1)
+    assert editor(name, layer=6, spread=1) == editor(name, layer=6)
+    with pytest.raises(CommandError, match="3 layers up to layer 1 are more than there are; pass at most 2"):
+        editor(name, layer=1, spread=3)
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "editor": (lambda: editor("remit", layer=1), "no editor 'remit'; pass one of multedit, rome"),
     "preset": (lambda: editor("rome", layer=1, preset="best"), "no preset 'best'"),
@@ -411,6 +431,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: editor("lora", layer=1, clamp=4.0),
         "lora has no setting 'clamp'; leave it out, or pass one of steps",
     ),
+    "steps of epochs": (
+        lambda: editor("ft-bf", layer=1, steps=4),
+        "ft-bf has no setting 'steps'; leave it out, or pass one of learning_rate.*epochs, mini_batch, held_out",
+    ),
+    "epochs of steps": (lambda: editor("ft", layer=1, epochs=4), "ft has no setting 'epochs'"),
     "setting of all": (
         lambda: editor("rome", layer=1, rank=4),
         "rome has no setting 'rank'; leave it out, or pass one of learning_rate",

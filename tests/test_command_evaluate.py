@@ -140,6 +140,8 @@ def test_each_request_is_edited_at_its_own_place(tiny_vlm):
         editor = analysis.editor_at(site)
         assert (editor.place, editor.spread) == ((layer, "last"), spread)
     assert replace(analysis, editor=FineTune(layer=0)).editor_at(site).layer == 6
+    several = FineTune(layers=(0, 1))  # which keep their places, as the adapters of LoRA do
+    assert replace(analysis, editor=several).editor_at(site) == several
     assert replace(analysis, editor=InContext()).editor_at(site) == InContext()
 
 

@@ -16,6 +16,7 @@ from multrace.editing import (
     EMMET,
     ROME,
     AlphaEdit,
+    BreadthFirst,
     Delta,
     EditError,
     EditorByRequest,
@@ -335,6 +336,7 @@ def full_disk(_file: int) -> None:
 
 BASELINES = {
     "fine-tuning": FineTune(layer=5, learning_rate=5e-3, steps=10),
+    "breadth first": FineTune.breadth_first(layers=(5, 6), order=BreadthFirst(epochs=3)),
     "LoRA": Lora(steps=10, layers=(5,)),
 }
 

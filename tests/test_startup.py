@@ -208,6 +208,16 @@ def test_the_help_states_the_settings_of_multedit():
     assert {name for name in EDITORS if editor(name, layer=9).spread == 3} == {"memit", "alphaedit"}
 
 
+def test_the_help_states_the_settings_of_breadth_first_training():
+    made = editor("ft-bf", layer=1).order
+    arguments = make_app("evaluate")["evaluate"].assemble_argument_collection()
+    helps = {argument.field_info.name: argument.parameter.help for argument in arguments if argument.parameter.help}
+    stated = {name: re.search(r"\(default: (\S+) for ft-bf\)", text) for name, text in helps.items()}
+    defaults = {name: match[1] for name, match in stated.items() if match}
+    assert defaults == {name: str(getattr(made, name)) for name in ("epochs", "mini_batch", "held_out", "patience")}
+    assert editor("lora-bf", layer=1).order == made
+
+
 INTERRUPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interruptions

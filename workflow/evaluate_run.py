@@ -126,7 +126,7 @@ class _Evaluation(Analysis):
             return self.editor
         if isinstance(self.editor, ClosedFormEditor):
             return editor_at(self.editor, site)[0]
-        layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
+        layer = {} if getattr(self.editor, "layer", None) is None else {"layer": site.layer}
         return replace(cast(Any, self.editor), **layer)
 
     @cached_property
