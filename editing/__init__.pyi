@@ -1,13 +1,15 @@
 from .baselines.in_context import InContext as InContext
 from .baselines.training import FineTune as FineTune, Lora as Lora
+from .changes.adapters import ExportedAdapter as ExportedAdapter, to_peft as to_peft
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
 from .changes.exports import (
+    Verification as Verification,
     save_merged as save_merged,
-    to_peft as to_peft,
     verify_export as verify_export,
     with_adapters as with_adapters,
 )
 from .changes.history import History as History, load_edit as load_edit
+from .changes.truncation import truncate as truncate
 from .changes.weight_change import (
     AppliedDelta as AppliedDelta,
     EditSession as EditSession,
