@@ -2,14 +2,16 @@ from .baselines.breadth_first import BreadthFirst as BreadthFirst
 from .baselines.fine_tuning import FineTune as FineTune
 from .baselines.in_context import InContext as InContext
 from .baselines.lora import Lora as Lora
+from .changes.adapters import ExportedAdapter as ExportedAdapter, to_peft as to_peft
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
 from .changes.exports import (
+    Verification as Verification,
     save_merged as save_merged,
-    to_peft as to_peft,
     verify_export as verify_export,
     with_adapters as with_adapters,
 )
 from .changes.history import History as History, load_edit as load_edit
+from .changes.truncation import truncate as truncate
 from .changes.weight_change import (
     AppliedDelta as AppliedDelta,
     EditSession as EditSession,

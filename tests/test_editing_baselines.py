@@ -204,7 +204,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     before = vlm.logits(prompt).detach()
     with change.applied(vlm):
         wanted = vlm.logits(prompt).detach()
-    folder = to_peft(vlm, change, tmp_path / "adapter")
+    folder = to_peft(vlm, change, tmp_path / "adapter").folder
     peft = PeftModel.from_pretrained(copy.deepcopy(vlm.model), folder)
     with torch.no_grad():
         found = peft(**prompt.inputs).logits

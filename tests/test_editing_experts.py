@@ -249,7 +249,7 @@ def test_a_session_keeps_what_earlier_edits_made_experts_say(mixtral):
     assert vlm.weights_digest(progress=False) == before
 
 
-def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path):
+def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path, caplog):
     vlm = multrace.load(folder)
     asked = requests(vlm)[:1]
     prompts = [vlm.prompt_for(each.question) for each in asked]
@@ -260,6 +260,7 @@ def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path):
     assert verify_export(vlm, delta, merged, prompts).holds
     pytest.importorskip("peft")
     adapter = multrace.to_peft(vlm, delta, tmp_path / "adapter")
+    assert adapter.outside == () and "which vLLM does not read" in caplog.messages[-1]
     adapted = with_adapters(multrace.load(folder), adapter)
     assert verify_export(vlm, delta, adapted, prompts).holds
     assert not verify_export(vlm, delta, multrace.load(folder), prompts).holds

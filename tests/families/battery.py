@@ -414,7 +414,7 @@ def check_edit(subject: Subject) -> None:
     assert (edited - vlm.logits(prompt)).abs().max() > 1e-3
     merged = reopened(subject, save_merged(vlm, delta, subject.work / "merged", dtype=vlm.dtype))
     adapted = peft.PeftModel.from_pretrained(
-        reopened(subject, subject.folder), mt.to_peft(vlm, delta, subject.work / "peft")
+        reopened(subject, subject.folder), mt.to_peft(vlm, delta, subject.work / "peft").folder
     )
     given = processed(subject, prompt)
     with torch.no_grad():
