@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...artefacts import from_plain
 from ...data.facts import CLOZE, GIVEN_TEXT, OWN_TEXT, EditRecord, Question
-from ...models import ModelError, Prompt, VisionLanguageModel
-from ...models.prompts import batches, collate
+from ...models import VisionLanguageModel
 from ..changes import Change
 from ..requests import EditError, edited_questions
 from .asking import Baseline, PromptTransform, generate_answers, measured_now, transform_of
@@ -36,8 +35,10 @@ _ROWS = 8
 class ReferenceText:
     """A text with its perplexity under the unedited model."""
 
+    ids: tuple[int, ...]
+    """Its token ids, as they were sampled: other tokens may spell the same text."""
     text: str
-    """The text, which the model reads without a template."""
+    """The text."""
     kind: str
     """"own_text" if the unedited model sampled it, "given_text" if the caller gave it."""
     perplexity: float
@@ -70,7 +71,7 @@ class AbilityTests:
         They belong to the record of this id, or, if it is None, to "text 0", "cloze 0" and so on. transform: what
         turns each prompt into the one that the model is given; None for the same prompt. Texts are no prompts.
         """
-        after = text_perplexities(vlm, [each.text for each in self.texts], batch_size=self.batch_size)
+        after = text_perplexities(vlm, [each.ids for each in self.texts], batch_size=self.batch_size)
         pairs = zip(self.texts, after, strict=True)
         texts = [_text_row(record or f"text {index}", *pair) for index, pair in enumerate(pairs)]
         reference = Baseline(
@@ -104,7 +105,10 @@ class AbilityTests:
 
     def as_json(self) -> dict[str, Any]:
         """Return the texts and the answers as plain values; `from_json` reads them."""
-        return {"texts": [asdict(each) for each in self.texts], "answers": dict(self.answers)}
+        return {
+            "texts": [{**asdict(each), "ids": list(each.ids)} for each in self.texts],
+            "answers": dict(self.answers),
+        }
 
     @classmethod
     def from_json(
@@ -158,7 +162,8 @@ def ability_tests(
         (2, True)
     """
     settings = settings or EvaluationSettings()
-    kinds = dict.fromkeys(sampled_texts(vlm, settings), OWN_TEXT) | dict.fromkeys(texts, GIVEN_TEXT)
+    given = dict.fromkeys((_tokens(vlm, text) for text in texts), GIVEN_TEXT)
+    kinds = given | dict.fromkeys(sampled_texts(vlm, settings), OWN_TEXT)
     before = text_perplexities(vlm, list(kinds), batch_size=batch_size)
     checks = list(_cloze_checks(cloze))
     prompts = {check.key: vlm.prompt_for(check.question) for check in checks}
@@ -170,8 +175,10 @@ def ability_tests(
         )
     return AbilityTests(
         texts=tuple(
-            ReferenceText(text=text, kind=kind, perplexity=value)
-            for (text, kind), value in zip(kinds.items(), before, strict=True)
+            ReferenceText(
+                ids=ids, text=vlm.tokenizer.decode(ids, skip_special_tokens=True), kind=kind, perplexity=value
+            )
+            for (ids, kind), value in zip(kinds.items(), before, strict=True)
         ),
         cloze=tuple(known),
         answers={check.key: said[check.key] for check in known},
@@ -205,39 +212,36 @@ def cloze_questions(records: Iterable[EditRecord]) -> tuple[Question, ...]:
 
 
 @torch.no_grad()
-def sampled_texts(vlm: VisionLanguageModel, settings: EvaluationSettings) -> tuple[str, ...]:
-    """Return different texts that the model samples by itself, at temperature 1, from its first token on.
+def sampled_texts(vlm: VisionLanguageModel, settings: EvaluationSettings) -> tuple[tuple[int, ...], ...]:
+    """Return different texts, as token ids, that the model samples by itself at temperature 1 from its first token on.
 
     Their number and length are those of the settings, whose seed decides them. A text ends where the model ends it.
     Fewer texts come back if the model keeps saying the same few. Raises `EditError` if the model has no token to begin
     with.
     """
     wanted, generator = settings.perplexity_texts, torch.Generator().manual_seed(settings.seed)
-    texts: dict[str, None] = {}
+    texts: dict[tuple[int, ...], None] = {}
     for _ in range(_ATTEMPTS * -(-wanted // _ROWS)):
+        texts |= dict.fromkeys(_sampled(vlm, settings.perplexity_tokens, generator))
         if len(texts) >= wanted:
             break
-        for ids in _sampled(vlm, settings.perplexity_tokens, generator):
-            text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            if len(texts) < wanted and text and _predicted(vlm, text) > 0:
-                texts[text] = None
-    return tuple(texts)
+    return tuple(texts)[:wanted]
 
 
-def _sampled(vlm: VisionLanguageModel, length: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield some texts as token ids, without the token that they begin with, up to the model's own end."""
+def _sampled(vlm: VisionLanguageModel, length: int, generator: torch.Generator) -> Iterator[tuple[int, ...]]:
+    """Yield some texts of at least two tokens, from the model's first token up to the end that it gives them."""
     ids, ends = torch.full((_ROWS, 1), _first_token(vlm)), torch.tensor(vlm.end_ids, dtype=torch.long)
     banned = sorted({token for token in vlm.tokenizer.all_special_ids if token < vlm.vocab} - {*vlm.end_ids})
-    length = length if vlm.positions is None else min(length, vlm.positions - 1)
+    length = length if vlm.positions is None else min(length, vlm.positions)
     is_done = torch.zeros(_ROWS, dtype=torch.bool)
-    while ids.shape[1] <= length and not is_done.all():
+    while ids.shape[1] < length and not is_done.all():
         logits = vlm.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, -1].double().cpu()
         logits[:, banned] = -torch.inf
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids, is_done = torch.cat([ids, new], dim=1), is_done | torch.isin(new[:, 0], ends)
-    for row in ids[:, 1:].tolist():
-        end = next((place for place, token in enumerate(row) if token in vlm.end_ids), len(row))
-        yield row[:end]
+    for row in ids.tolist():
+        end = next((place for place, token in enumerate(row[1:], start=1) if token in vlm.end_ids), len(row))
+        yield tuple(row[: end + 1])
 
 
 def _first_token(vlm: VisionLanguageModel) -> int:
@@ -250,27 +254,22 @@ def _first_token(vlm: VisionLanguageModel) -> int:
     return vlm.end_ids[0] if first is None else first
 
 
-def _predicted(vlm: VisionLanguageModel, text: str) -> int:
-    """Number of tokens of a text that the model predicts from others; 0 for a text that it cannot be given."""
-    try:
-        return _plain_prompt(vlm, text).length - 1
-    except ModelError:  # such as a special token that was spelt out
-        return 0
-
-
-def _plain_prompt(vlm: VisionLanguageModel, text: str) -> Prompt:
-    return vlm.prompt(None, text, template="raw")
+def _tokens(vlm: VisionLanguageModel, text: str) -> tuple[int, ...]:
+    """The token ids of a text as the model reads it without a template."""
+    return tuple(vlm.prompt(None, text, template="raw").inputs["input_ids"][0].tolist())
 
 
 @torch.no_grad()
-def text_perplexities(vlm: VisionLanguageModel, texts: Sequence[str], *, batch_size: int = 32) -> list[float]:
+def text_perplexities(
+    vlm: VisionLanguageModel, texts: Sequence[str | Sequence[int]], *, batch_size: int = 32
+) -> list[float]:
     """Return the perplexity of each text under the model as it is now, in float64.
 
     Every token but the first is predicted from those before it.
 
     Args:
         vlm: The model.
-        texts: The texts, which the model reads without a template.
+        texts: The texts, which the model reads without a template, or their token ids.
         batch_size: Maximum number of texts that run together; it bounds memory.
 
     Raises:
@@ -282,23 +281,29 @@ def text_perplexities(vlm: VisionLanguageModel, texts: Sequence[str], *, batch_s
         >>> from multrace.data import tiny_vlm_path
         >>> from multrace.editing.evaluation import text_perplexities
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> said, shuffled = text_perplexities(vlm, ["silent harbour", "harbour silent"])
-        >>> said < shuffled
+        >>> name, shuffled = text_perplexities(vlm, ["Namo Fludez", "Fludez Namo"])
+        >>> name < shuffled
         True
     """
-    prompts, found = [_plain_prompt(vlm, text) for text in texts], [0.0] * len(texts)
-    for batch in batches(prompts, min(batch_size, _ROWS)) if prompts else ():
-        chunk = [prompts[index] for index in batch]
-        inputs, offsets = collate(chunk, vlm.tokenizer, side="left")
-        for index, logits, offset, prompt in zip(batch, vlm.logits(inputs), offsets, chunk, strict=True):
-            found[index] = perplexity(_log_probabilities(logits[offset:], prompt.inputs["input_ids"][0]))
+    rows = [_tokens(vlm, text) if isinstance(text, str) else tuple(text) for text in texts]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    size, found = min(batch_size, _ROWS), [0.0] * len(rows)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        longest = max(len(rows[index]) for index in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # padded on the right, where no token looks
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(batch):
+            ids[place, : len(rows[index])] = torch.tensor(rows[index])
+            mask[place, : len(rows[index])] = 1
+        for index, logits in zip(batch, vlm.logits({"input_ids": ids, "attention_mask": mask}), strict=True):
+            found[index] = perplexity(_log_probabilities(logits, rows[index]))
     return found
 
 
-def _log_probabilities(logits: Tensor, ids: Tensor) -> list[float]:
+def _log_probabilities(logits: Tensor, ids: Sequence[int]) -> list[float]:
     """The log-probability of each token but the first, row by row: the vocabulary may be large."""
-    rows = zip(logits[:-1], ids[1:].tolist(), strict=True)
-    return [row.double().log_softmax(-1)[token].item() for row, token in rows]
+    return [row.double().log_softmax(-1)[token].item() for row, token in zip(logits, ids[1:], strict=False)]
 
 
 def _text_row(record: str, text: ReferenceText, after: float) -> ProbeRow:

@@ -51,7 +51,8 @@ class SequencePoint:
     growth: float
     """Largest relative growth of the Frobenius norm of any edited weight after any edit so far; 0.1 is ten percent."""
     perplexity: Interval | None = None
-    """Mean perplexity of the texts; None if there are none."""
+    """Mean perplexity of the texts that the unedited model sampled, or, without any, of the caller's; None if there are
+    none."""
     perplexity_before: float | None = None
     """The same mean for the unedited model."""
     cloze: Interval | None = None

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ...data.facts import CLOZE, EFFICACY, EditRecord, EditRequest
+from ...data.facts import CLOZE, EFFICACY, GIVEN_TEXT, OWN_TEXT, EditRecord, EditRequest
 from ...models import ModelError, VisionLanguageModel
 from ..changes import Change, EditSession
 from ..requests import FAILED, EditError
@@ -372,7 +372,8 @@ def _growth(vlm: VisionLanguageModel, change: Change, norms: dict[str, float]) -
 def _ability_of(rows: Sequence[ProbeRow], seed: int) -> dict[str, Any]:
     """The perplexity and the cloze score of a point, as far as there are rows of them."""
     found: dict[str, Any] = {}
-    if texts := [row for row in rows if PERPLEXITY in row.numbers]:
+    own, given = ([row for row in rows if row.kind == kind] for kind in (OWN_TEXT, GIVEN_TEXT))
+    if texts := own or given:
         before, after = zip(*(row.numbers[PERPLEXITY] for row in texts), strict=True)
         found["perplexity"] = bootstrap_interval(after, [row.record for row in texts], seed=seed)
         found["perplexity_before"] = sum(before) / len(before)
