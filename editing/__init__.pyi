@@ -17,14 +17,16 @@ from .changes.weight_change import (
     EditSession as EditSession,
     WeightChange as WeightChange,
 )
+from .evaluation.ability import ability_tests as ability_tests, cloze_questions as cloze_questions
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
+from .evaluation.curves import EditCurve as EditCurve
 from .evaluation.dry_run import preview as preview, verify as verify
-from .evaluation.modes import NormBound as NormBound, evaluate as evaluate, evaluate_each as evaluate_each
+from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
 from .evaluation.reports import (
-    EditCurve as EditCurve,
     EditReport as EditReport,
     EvaluationSettings as EvaluationSettings,
 )
+from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
 from .requests import (

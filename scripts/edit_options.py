@@ -628,6 +628,35 @@ def _prompt(
     return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
 
 
+def read_texts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file that are not empty. Raises `CommandError` if it cannot be read or has none."""
+    try:
+        texts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"cannot read {str(path)!r}: {error}; pass a text file in UTF-8") from error
+    if not texts:
+        raise CommandError(f"{str(path)!r} has no text; write one per line")
+    return texts
+
+
+def read_cloze(path: Path) -> "tuple[data.Question, ...]":
+    """Return the questions of a file whose answers are known; those of edits are taken with their present answers.
+
+    Raises `CommandError` for the first row that cannot be used, and if no answer is known.
+    """
+    records: list[data.EditRecord | data.Question] = []
+    for row, record in data.read_data(path):
+        if isinstance(record, data.DataError):
+            raise CommandError(f"row {row} of {str(path)!r}: {record}; multrace data check lists all such rows")
+        records.append(record)
+    asked = [record for record in records if isinstance(record, data.Question) and record.answer]
+    edits = [record for record in records if isinstance(record, data.EditRecord)]
+    questions = (*asked, *editing.cloze_questions(edits))
+    if not questions:
+        raise CommandError(f"{str(path)!r} has no question with a known answer; write 'answer' into its lines")
+    return questions
+
+
 def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> "tuple[data.Question, ...]":
     """Return held-out questions with their right answers, after checking the headers of their pictures.
 
