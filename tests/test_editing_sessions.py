@@ -34,7 +34,7 @@ from multrace.editing.changes import HistoryEntry
 from multrace.editing.requests import with_answers_seen
 from multrace.editing.solve import Cost, Problem, build_cost, null_space, solve
 from multrace.editing.solve.earlier import EarlierKeys
-from multrace.editing.solve.session import _Edit
+from multrace.editing.solve.under_way import EditUnderWay
 from multrace.models import Site, VisionLanguageModel, capture, load, patch
 from PIL import Image
 from torch import Tensor
@@ -157,7 +157,7 @@ def test_each_edit_of_a_session_costs_the_same(double, tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(_Edit, "_change", counted(_Edit._change))
+    monkeypatch.setattr(EditUnderWay, "_change", counted(EditUnderWay._change))
     monkeypatch.setattr(EarlierKeys, "follow", counted(EarlierKeys.follow))
     with MultEdit(layer=5, steps=0).start(double, history=History.open(tmp_path / "history")) as session:
         for index in range(6):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...data.facts import Question
+from ...data.facts import EditRequest, Question
+from ...models import VisionLanguageModel
 from ..changes import WeightChange
-from ..siblings import SiblingSet
-from ..values import Lookup, PlainGoal
+from ..requests import EditError, answers_where_finite
+from ..siblings import SiblingFinder, SiblingSet
+from ..values import Lookup, PlainGoal, key_positions, prompt_end
+from .settings import ClosedFormSettings
 
 logger = logging.getLogger("multrace")
 _INF = float("inf")
@@ -40,6 +43,81 @@ class KeptQuestion:
     """Whether it only measures the leak, and is not kept."""
     averaged: bool = False
     """Whether the mean key of its request's siblings of this kind is kept in place of each."""
+
+
+class KeptFinder:
+    """Finds the questions whose outputs stay when requests are edited."""
+
+    def __init__(
+        self, vlm: VisionLanguageModel, editor: ClosedFormSettings, siblings: SiblingFinder, *, progress: bool
+    ) -> None:
+        self.vlm, self.editor, self.siblings, self.progress = vlm, editor, siblings, progress
+        self.token = editor.place[1]
+
+    def find(self, requests: Mapping[int, EditRequest], *, keys: int, room: int) -> list[KeptQuestion]:
+        """Return the questions, each once: those that the requests ask to keep, then siblings.
+
+        Args:
+            requests: The requests by their index.
+            keys: The largest number of keys of an edit: one for each answer position where these are edited.
+            room: Maximum number of keys of siblings, less those of questions that requests ask to keep.
+        """
+        asked = {question.key: question for request in requests.values() for question in request.preserve_prompts}
+        kept = self._asked_for(list(asked.values()))
+        if self.editor.siblings is None:
+            return kept
+        sets = self.siblings.find(list(requests.values()), self.editor.siblings)
+        siblings = kept_siblings(
+            dict(zip(requests, sets, strict=True)),
+            without=asked.keys(),
+            own=self._is_last(next(iter(requests.values())).question),
+            mean=self.editor.siblings.mean,
+            room=max(1, room - len(kept)),
+            has_token=self._has_token,
+        )
+        return kept + (siblings if keys == 1 else self._with_answers(siblings, keys))
+
+    def _with_answers(self, siblings: Sequence[KeptQuestion], tokens: int) -> list[KeptQuestion]:
+        """The siblings with as many tokens of their present answers as are edited."""
+        questions = [each.goal.questions[0] for each in siblings]
+        answers = self._answers(questions, max_new_tokens=tokens)
+        return [
+            replace(each, goal=replace(each.goal, target=answer or None))
+            for each, answer in zip(siblings, answers, strict=True)
+        ]
+
+    def _asked_for(self, questions: Sequence[Question]) -> list[KeptQuestion]:
+        """The questions that requests ask to keep; what the model answers matters at an answer's tokens alone."""
+        if not questions:
+            return []
+        if not self.editor.answer_keys or not self._is_last(questions[0]):
+            goals = (PlainGoal(questions=(question,), target=None) for question in questions)
+            return [KeptQuestion(name=repr(goal.questions[0].text), goal=goal) for goal in goals]
+        return [
+            KeptQuestion(
+                name=f"{question.text!r} (kept as {answer!r})",
+                goal=PlainGoal(questions=(question,), target=answer or None),
+            )
+            for question, answer in zip(questions, self._answers(questions), strict=True)
+        ]
+
+    def _answers(self, questions: Sequence[Question], *, max_new_tokens: int = 16) -> list[str | None]:
+        if not questions:
+            return []
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": self.editor.rows_at_once}
+        return answers_where_finite(self.vlm, questions, **sizes, progress=self.progress)
+
+    def _is_last(self, question: Question) -> bool:
+        """Whether the edited token is the last one of the question's prompt, after which answers begin."""
+        prompt = self.vlm.prompt_for(question)
+        return key_positions(prompt, self.token, end=False, every=False)[0] == prompt_end(prompt) - 1
+
+    def _has_token(self, question: Question) -> bool:
+        try:
+            key_positions(self.vlm.prompt_for(question), self.token, end=False, every=False)
+        except EditError:
+            return False
+        return True
 
 
 def kept_siblings(
