@@ -36,6 +36,7 @@ from .requests import (
     EditError as EditError,
     room_for_targets as room_for_targets,
 )
+from .siblings.siblings import Siblings as Siblings
 from .solve.editors import (
     EMMET as EMMET,
     MEMIT as MEMIT,

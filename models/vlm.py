@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
-from .errors import ModelError, whole_number
+from .errors import ModelError
 from .families import Addresses, ExpertProjection, Family, Key, Projection, RoutedExperts, Site
 from .frame import PER_LAYER, DecoderInput, Frame, with_positions
 from .frontend import Frontend, to_device
@@ -685,7 +685,8 @@ class VisionLanguageModel:
             True
         """
         with self.running():
-            return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
+            logits = self.model(**self._ready(inputs), use_cache=False).logits
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
         self,
@@ -734,7 +735,7 @@ class VisionLanguageModel:
             arguments["position_ids"] = position_ids
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = arguments.get("attention_mask")
-        self._check_length(before + entering.length, mask if isinstance(mask, Tensor) else None)
+        self.frontend.check_width(before + entering.length, mask if isinstance(mask, Tensor) else None)
         embeddings = embeddings.clone()  # some text stacks write into what they are given (CTRL)
         arguments |= {"inputs_embeds": embeddings, "use_cache": past_key_values is not None}
         if past_key_values is not None:
@@ -796,8 +797,8 @@ class VisionLanguageModel:
             >>> len(vlm.answers(prompts, max_new_tokens=4))
             1
         """
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        return [found.text.strip() for found in self.continuations(prompts, **sizes, progress=progress)]
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+        return [found.text.strip() for found in self.continuations(prompts, **options)]
 
     def continuations(
         self,
@@ -834,10 +835,7 @@ class VisionLanguageModel:
         """
         for prompt in prompts:
             self.check_prompt(prompt)
-        sizes = {
-            "max_new_tokens": whole_number(max_new_tokens, "max_new_tokens", least=1),
-            "batch_size": whole_number(batch_size, "batch_size", least=1),
-        }
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         with self.running():
             return generate(self.model, self.frontend, prompts, **sizes, progress=progress, seed=seed)
 
@@ -899,23 +897,11 @@ class VisionLanguageModel:
         self.check_prompt(inputs)
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
-            self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
+            self.frontend.check_width(ready["input_ids"].shape[1], ready.get("attention_mask"))
         return with_positions(ready, lambda: self.first_position)
-
-    def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
-        """Raise `ModelError` if a row has more tokens, without padding, than the model has positions."""
-        limit = self.frontend.limit
-        if limit is not None and width > limit:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                width = int(attention_mask.sum(-1).max())
-            self.frontend.check_length(width)
 
     def _attention_bias(self, mask: Tensor) -> Tensor:
         """Return a mask for the attention implementation; only sdpa takes booleans, eager would add True as 1."""
         if mask.dtype != torch.bool or getattr(self.decoder.config, "_attn_implementation", None) == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from .. import data, editing, models, tracing, workflow
 from ..data import spans
-from ..editing import solve
+from ..editing import siblings as sibling_room, solve
 from .options import (
     BASELINES,
     EDITOR,
@@ -145,7 +145,8 @@ class EditorOptions(GeneralOptions):
     ridge_fraction: Annotated[
         float | None,
         Parameter(
-            help="ridge of the least squares, as a share of the mean squared key norm (default: 0.02 for multedit)",
+            help="ridge of the least squares, as a share of the mean squared norm of what kept keys leave of a key "
+            "(default: 0.02 for multedit)",
             group=EDITOR,
             metavar="SHARE",
         ),
@@ -169,10 +170,44 @@ class EditorOptions(GeneralOptions):
     preserve_weight: Annotated[
         float | None,
         Parameter(
-            help="weight of the keys of prompts whose answers must stay; inf for an exact fit (default: inf for "
-            "multedit)",
+            help="weight of the keys of questions whose outputs stay; inf for an exact fit (default: exact where that "
+            "leaves at least half of what each request asks for)",
             group=EDITOR,
             metavar="WEIGHT",
+        ),
+    ] = None
+    ending: Annotated[
+        str | None,
+        Parameter(
+            help="what is asked for after the target: own (what the model says after its present answer), stop (the "
+            "end of sequence) or none (default: own for multedit)",
+            group=EDITOR,
+            choices=("own", "stop", "none"),
+        ),
+    ] = None
+    siblings: Annotated[
+        str | None,
+        Parameter(
+            help="auto keeps the same question about others, and other questions about the same subject, as they are; "
+            "none keeps only what records ask to keep (default: auto for multedit, none for the others)",
+            group=EDITOR,
+            choices=("auto", "none"),
+        ),
+    ] = None
+    sibling_names: Annotated[
+        Path | None,
+        Parameter(
+            help="file with a name of another subject on each line, in place of names that the model gives",
+            group=EDITOR,
+            metavar="FILE",
+        ),
+    ] = None
+    sibling_pictures: Annotated[
+        Path | None,
+        Parameter(
+            help="folder with pictures of other things, about which the same question is kept",
+            group=EDITOR,
+            metavar="FOLDER",
         ),
     ] = None
     moment_weight: Annotated[
@@ -262,9 +297,36 @@ class EditorOptions(GeneralOptions):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that were given, under the names that the editors have for them."""
-        apart = ("editor", "preset", "moments", "spread", *(row.name for row in fields(GeneralOptions)))
+        of_siblings = ("siblings", "sibling_names", "sibling_pictures")
+        apart = ("editor", "preset", "moments", "spread", *of_siblings, *(row.name for row in fields(GeneralOptions)))
         names = [row.name for row in fields(EditorOptions) if row.name not in apart]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return own | (
+            {} if all(getattr(self, name) is None for name in of_siblings) else {"siblings": self._siblings()}
+        )
+
+    def _siblings(self) -> "sibling_room.Siblings | None":
+        """The siblings that the options name. Raises `CommandError` for a file or folder that cannot be read."""
+        if self.siblings == "none":
+            if self.sibling_names or self.sibling_pictures:
+                raise CommandError("--siblings none keeps none; leave --sibling-names and --sibling-pictures out")
+            return None
+        names: tuple[str, ...] = ()
+        if self.sibling_names is not None:
+            try:
+                lines = self.sibling_names.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeError) as error:
+                raise CommandError(f"cannot read --sibling-names {str(self.sibling_names)!r}: {error}") from error
+            names = tuple(filter(None, map(str.strip, lines)))
+        pictures: tuple[Path, ...] = ()
+        if self.sibling_pictures is not None:
+            if not self.sibling_pictures.is_dir():
+                raise CommandError(f"--sibling-pictures {str(self.sibling_pictures)!r} is no folder")
+            files = sorted(path for path in self.sibling_pictures.iterdir() if path.is_file())
+            pictures = tuple(path for path in files if data.inspect_picture(path).problem is None)
+            if not pictures:
+                raise CommandError(f"--sibling-pictures {str(self.sibling_pictures)!r} holds no picture")
+        return sibling_room.Siblings(names=names, pictures=pictures)
 
     def check_moments(self, editors: Mapping[str, Any]) -> None:
         """Raises `CommandError` if an editor lacks --moments or none uses them, `EditError` if the file is damaged.

@@ -165,7 +165,11 @@ def vector_sum(rows: Tensor) -> Tensor:
 def test_an_edit_makes_the_model_say_the_targets_and_is_undone_bit_by_bit(vlm):
     asked, before = requests(vlm), vlm.weights_digest(progress=False)
     editor = MultEdit(
-        layer=LAYER, expert="routed" if vlm.has_down_projection(LAYER) else None, steps=60, ridge_fraction=0.001
+        layer=LAYER,
+        expert="routed" if vlm.has_down_projection(LAYER) else None,
+        steps=60,
+        ridge_fraction=0.001,
+        ending="stop",
     )
     delta = editor.edit(vlm, asked, progress=False)
     prompts = [vlm.prompt_for(each.question) for each in asked]
@@ -236,12 +240,12 @@ def test_a_question_whose_answer_stays_may_go_to_other_experts(mixtral):
 def test_a_session_keeps_what_earlier_edits_made_experts_say(mixtral):
     vlm, before = mixtral, mixtral.weights_digest(progress=False)
     asked = requests(vlm)
-    with MultEdit(layer=LAYER, steps=60).start(vlm) as session:
+    with MultEdit(layer=LAYER, steps=60, ending="stop").start(vlm) as session:
         for request in asked:
             session.edit([request])
         assert vlm.answers([vlm.prompt_for(each.question) for each in asked]) == [*TARGETS]
     assert vlm.weights_digest(progress=False) == before
-    spread = MEMIT(layer=LAYER, spread=2, steps=60, moment_weight=0, ridge_fraction=0.001)
+    spread = MEMIT(layer=LAYER, spread=2, steps=60, ending="stop", moment_weight=0, ridge_fraction=0.001)
     delta = spread.edit(vlm, asked, progress=False)
     assert {name.split(".")[2] for name in delta.changes} == {"1", "2"}
     with delta.applied(vlm):
@@ -358,7 +362,18 @@ def test_the_commands_edit_one_expert_by_its_moments(mixtral_path, mixtral, tmp_
     read = ("--data", tmp_path / "questions.jsonl", "--layers", LAYER, "--out", tmp_path / "moments")
     code, out, _ = command(capsys, "moments", *model, *read)
     assert code == 0 and f"layers       {LAYER} (expert {number})" in out
-    asked = ("--question", QUESTIONS[0], "--target", TARGETS[0], "--where", f"{LAYER}:question", "--steps", 20)
+    asked = (
+        "--question",
+        QUESTIONS[0],
+        "--target",
+        TARGETS[0],
+        "--where",
+        f"{LAYER}:question",
+        "--steps",
+        20,
+        "--ending",
+        "stop",
+    )
     weighed = ("--editor", "emmet", "--ridge", 0.1, "--moments", tmp_path / "moments" / "moments.safetensors")
     other = int(mixtral.routing(mixtral.prompt(None, QUESTIONS[0]), LAYER)[0].sum(0).argmin())
     code, out, error = command(capsys, "edit", *model, *asked, *weighed, "--out", tmp_path / "edit")

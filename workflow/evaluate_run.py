@@ -258,7 +258,7 @@ class LocatedTogether(_Evaluation):
             most = max(dict.fromkeys(places), key=places.count)
             spare = [*sites.values()][places.index(most)]
             sites = {}
-        return {"sites": {name: asdict(sites.get(name, spare)) for name in records}, **(ability or {})}
+        return {"sites": {name: sites.get(name, spare).as_json() for name in records}, **(ability or {})}
 
     @property
     def _has_one_place(self) -> bool:

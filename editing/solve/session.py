@@ -17,7 +17,6 @@ from ..requests import (
     listed_requests,
     with_answers_seen,
 )
-from ..siblings import SiblingFinder
 from ..values import (
     Goals,
     PlainGoal,
@@ -50,8 +49,6 @@ class ClosedFormSession(EditSession[Delta]):
         """The edits in effect, those of this session included."""
         self._choose, self._moments = choose, moments
         self.shared = Shared(vlm, moments)
-        self.siblings = SiblingFinder(vlm)
-        """Finds what requests are not to change, and remembers the names that the model gave."""
 
     def search(
         self,
@@ -76,7 +73,7 @@ class ClosedFormSession(EditSession[Delta]):
         """
         requests = listed_requests(requests)
         with self.vlm.gradients():
-            edit = EditUnderWay(self, self._choose(requests), requests, progress=progress)
+            edit = EditUnderWay(self, self.shared, self._choose(requests), requests, progress=progress)
             return edit.search(check=check, checkpoint=checkpoint)
 
     def measure_anchor(
@@ -100,7 +97,7 @@ class ClosedFormSession(EditSession[Delta]):
         """
         requests = listed_requests(requests)
         with self.vlm.gradients():
-            edit = EditUnderWay(self, self._choose(requests), requests, progress=progress)
+            edit = EditUnderWay(self, self.shared, self._choose(requests), requests, progress=progress)
             return self.shared.anchors.set(edit.place_name, edit.wanted_norms(values))
 
     def check(self, request: EditRequest) -> None:
@@ -177,17 +174,12 @@ class ClosedFormSession(EditSession[Delta]):
         self.shared.follow(self.history.entries[-1], change)
         _give_back_memory()
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether the model has edits of this session at the moment."""
-        return self._handle is not None and bool(self._handle.touched)
-
     def _made(
         self, requests: tuple[EditRequest, ...], progress: bool, values: Sequence[RequestValues] | None = None
     ) -> Delta:
         editor = self._choose(requests)
         editor.check_moments(self._moments)
-        edit = EditUnderWay(self, editor, requests, progress=progress)
+        edit = EditUnderWay(self, self.shared, editor, requests, progress=progress)
         editor.check_moments(self._moments, edit.projections.values())
         with self.vlm.gradients():
             return edit.run(values)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...models import Projection, VisionLanguageModel
 from ..changes import Delta, HistoryEntry, WeightChange
 from ..moments import Moments
+from ..siblings import SiblingFinder
 from .anchor import NormAnchors
 from .cost import Cost
 from .earlier import EarlierKeys
@@ -24,6 +25,8 @@ class Shared:
         """The keys of the edits that are in the model, as one running matrix for each weight, and its inverse."""
         self.anchors = NormAnchors()
         """The norm anchors of the layers, which `norm_anchor="pilot"` takes."""
+        self.siblings = SiblingFinder(vlm)
+        """Finds what requests are not to change, and remembers the names that the model gave."""
         self._norms: dict[str, float] = {}
         """The Frobenius norm of each edited weight before the first edit."""
         self._costs: dict[tuple[object, ...], tuple[int, Cost]] = {}

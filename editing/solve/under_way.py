@@ -6,14 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest
 from ...models import Continuation, ExpertProjection, Projection, Site, VisionLanguageModel
-from ..changes import Delta, WeightChange, held, write
+from ..changes import Delta, EditSession, WeightChange, held, write
 from ..requests import (
     EDITED,
     FAILED,
@@ -44,9 +44,7 @@ from .earlier import FACTS, facts_of
 from .kept import KeptFinder, KeptKeys, KeptQuestion, kept_weights, shares, warn_of_little
 from .problem import Rows, changes_by_weight, check_contradictions, reduced, solve, unrouted
 from .settings import ClosedFormSettings
-
-if TYPE_CHECKING:
-    from .session import ClosedFormSession
+from .shared import Shared
 
 logger = logging.getLogger("multrace")
 _ENOUGH = 0.5  # share of what a request asks for below which kept keys leave it too little
@@ -58,13 +56,14 @@ class EditUnderWay:
 
     def __init__(
         self,
-        session: ClosedFormSession,
+        session: EditSession[Delta],
+        shared: Shared,
         editor: ClosedFormSettings,
         requests: tuple[EditRequest, ...],
         *,
         progress: bool,
     ) -> None:
-        self.session, self.vlm = session, session.vlm
+        self.session, self.shared, self.vlm = session, shared, session.vlm
         self.editor, self.requests, self.progress = editor, requests, progress
         self.projections = editor.projections(self.vlm)
         self.last, self.token = max(self.projections), editor.place[1]
@@ -105,7 +104,7 @@ class EditUnderWay:
         with ExitStack() as stack:
             for layer, projection in self.projections.items():
                 own = changes_by_weight(projection, self._change(layer, kept))
-                self.session.shared.check_limits(self.editor, own)
+                self.shared.check_limits(self.editor, own)
                 changes |= own
                 for name, change in own.items():
                     if layer < self.last and change.rank:
@@ -232,7 +231,7 @@ class EditUnderWay:
         """Scale the wanted outputs to the norm anchor; a request that asks for far more than it fails."""
         outputs = self._wanted_outputs()
         self.norms = norms_by_request(outputs, self.owners)
-        self.anchor = self.session.shared.anchors.of(self.editor, self.place_name)
+        self.anchor = self.shared.anchors.of(self.editor, self.place_name)
         if self.anchor is None:
             return
         for owner, reason in too_large(outputs, self.owners, self.anchor).items():
@@ -245,7 +244,7 @@ class EditUnderWay:
     def _kept_questions(self) -> list[KeptQuestion]:
         """The questions whose outputs stay."""
         room = max(1, self.projections[self.last].width // _ROOM)
-        finder = KeptFinder(self.vlm, self.editor, self.session.siblings, progress=self.progress)
+        finder = KeptFinder(self.vlm, self.editor, self.shared.siblings, progress=self.progress)
         own = {owner: self.requests[owner] for owner in self.owners}
         return finder.find(own, keys=max(len(result.keys) for result in self.results), room=room)
 
@@ -313,8 +312,8 @@ class EditUnderWay:
         facts = {fact for owner in self.owners for fact in facts_of(self.requests[owner])}
 
         def of(single: Projection) -> Cost:
-            cost = self.session.shared.cost(editor, layer, single, ridge)
-            return self.session.shared.holding(cost, editor, single.name, facts)
+            cost = self.shared.cost(editor, layer, single, ridge)
+            return self.shared.holding(cost, editor, single.name, facts)
 
         if len(projection.slices) == 1:
             return of(projection)
