@@ -40,7 +40,7 @@ from .placement import (
     weight_names,
 )
 from .prompts import Prompt, PromptInputs, build
-from .readout import AfterHead, measure_readout, run_on_token
+from .readout import AfterHead, at_least_float32, measure_readout, run_on_token
 from .weights import WeightDigests, digest_weight, save_directory, without_origin
 
 if TYPE_CHECKING:
@@ -685,8 +685,7 @@ class VisionLanguageModel:
             True
         """
         with self.running():
-            logits = self.model(**self._ready(inputs), use_cache=False).logits
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return at_least_float32(self.model(**self._ready(inputs), use_cache=False).logits)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from ..editing.moments import Moments
 from ..editing.solve import ClosedFormEditor
 from ..editing.solve.geometry import Geometry, predict_geometry
 from ..models import VisionLanguageModel
-from ..tracing import AverageTrace, CausalTrace, EditSite, SiteCandidate
+from ..tracing import AverageTrace, CausalTrace, EditSite, SiteCandidate, TraceError
 
 EditorAt = ClosedFormEditor | Callable[..., ClosedFormEditor]
 """Settings whose layer and token are replaced, or what makes settings from `layer` and `token`."""
