@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, tracing, workflow
 from .edit import TRACE
-from .edit_options import NAMES, EditorOptions, editor as editor_of, parse_place, read_general
+from .edit_options import NAMES, EditorOptions, check_place, editor as editor_of, parse_place, read_general
 from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:
@@ -214,6 +214,8 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
 
 def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
     """Return the editor at a place; without one it gets a place that a trace will replace."""
+    if place is None:
+        check_place(name)
     at = {"layer": -1, "token": "last", "spread": options.spread}
     if place is not None:
         spread = options.spread if place.spread is None else place.spread

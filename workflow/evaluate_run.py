@@ -23,6 +23,7 @@ from ..editing import (
     EditReport,
     EditSession,
     EvaluationSettings,
+    GradientEditor,
     Moments,
     NormBound,
 )
@@ -126,6 +127,9 @@ class _Evaluation(Analysis):
             return self.editor
         if isinstance(self.editor, ClosedFormEditor):
             return editor_at(self.editor, site)[0]
+        if isinstance(self.editor, GradientEditor):
+            name = type(self.editor).__name__
+            raise EditError(f"{name} edits the layers that it names, and no trace chooses them; pass trace=None")
         layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
         return replace(cast(Any, self.editor), **layer)
 

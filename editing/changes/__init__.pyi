@@ -1,4 +1,5 @@
 from .delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose, requests_line as requests_line
+from .delta_session import DeltaSession as DeltaSession
 from .exports import (
     Verification as Verification,
     save_merged as save_merged,

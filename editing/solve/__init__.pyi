@@ -10,6 +10,13 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .gradient import (
+    GRADIENT_EDITORS as GRADIENT_EDITORS,
+    GradientEditor as GradientEditor,
+    GradientSession as GradientSession,
+    StableEdit as StableEdit,
+    UltraEdit as UltraEdit,
+)
 from .problem import (
     Problem as Problem,
     Solution as Solution,
@@ -18,3 +25,8 @@ from .problem import (
     solve as solve,
 )
 from .session import ClosedFormSession as ClosedFormSession
+from .stream import (
+    RunningStatistics as RunningStatistics,
+    StreamStatistics as StreamStatistics,
+    WeightStatistics as WeightStatistics,
+)

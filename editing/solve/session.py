@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...data.facts import EditRequest, Question
 from ...models import ExpertProjection, Projection, Site, VisionLanguageModel
-from ...models.guards import uninterrupted
-from ..changes import AppliedDelta, Delta, EditSession, History, WeightChange, held, write
+from ..changes import Delta, DeltaSession, History, HistoryEntry, WeightChange, held, write
 from ..moments import Moments
 from ..requests import (
     EDITED,
@@ -50,7 +49,7 @@ logger = logging.getLogger("multrace")
 _ENOUGH = 0.5  # share of what a request asks for below which preserved keys leave it too little
 
 
-class ClosedFormSession(EditSession[Delta]):
+class ClosedFormSession(DeltaSession):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
     That is the factorised cost of each weight, the running Gram matrix of the keys of earlier edits
@@ -66,9 +65,7 @@ class ClosedFormSession(EditSession[Delta]):
         history: History | None = None,
     ) -> None:
         """Prepare a session. choose: gives the editor of requests that are edited together."""
-        super().__init__(vlm, self._made)
-        self.history = History() if history is None else history
-        """The edits in effect, those of this session included."""
+        super().__init__(vlm, self._made, history=history)
         self._choose, self._moments = choose, moments
         self._keys = EarlierKeys()
         self._costs: dict[tuple[object, ...], Cost] = {}
@@ -149,14 +146,7 @@ class ClosedFormSession(EditSession[Delta]):
             EditError: As `EditSession.edit`, or if the history cannot be written.
         """
         handle = self._open_handle()
-        delta = self.propose(requests, values=values, progress=progress)
-        own = self._put_in(handle, delta)
-        try:
-            self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
-        except BaseException:
-            uninterrupted(own.restore)
-            raise
-        self._keys.follow(self.history.entries[-1], delta)
+        delta = self._kept(handle, self.propose(requests, values=values, progress=progress), name)
         _give_back_memory()
         return delta
 
@@ -167,8 +157,6 @@ class ClosedFormSession(EditSession[Delta]):
                 if own.rank:  # a Gram matrix is made when it is first needed, and its bits depend on when that was
                     self._keys.gram(self.vlm.weight(name), name, set())
         super().adopt(requests, change)
-        self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
-        self._keys.follow(self.history.entries[-1], change)
         _give_back_memory()
 
     def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
@@ -204,25 +192,12 @@ class ClosedFormSession(EditSession[Delta]):
         with self.vlm.gradients():
             return edit.run(values)
 
-    def _begin(self, handle: AppliedDelta) -> None:
-        if not self.history.names:
-            self.history.check_base(self.vlm)
-            return
-        self.history.put_in(handle)
-        for entry in self.history.entries:
-            if entry.dropped is None:
-                self._keys.follow(entry)
+    def _follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
+        self._keys.follow(entry, delta)
 
     def _end(self) -> None:
         super()._end()
         self._keys = EarlierKeys()
-
-    def _free_name(self) -> str:
-        taken = {entry.name for entry in self.history.entries}
-        number = len(taken) + 1
-        while str(number) in taken:
-            number += 1
-        return str(number)
 
 
 class _Edit:

@@ -1,3 +1,4 @@
+from .gradients import AnswerGradients as AnswerGradients, answer_gradients as answer_gradients
 from .keys import (
     Goal as Goal,
     Goals as Goals,
